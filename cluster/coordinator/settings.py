@@ -1,0 +1,28 @@
+"""What a person decided when starting a coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.limits import DISCOVERY_TIMEOUT_S
+from cluster.types import LayerRange, Route
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """``workers`` None takes all that are there once one is; ``layers`` None cuts by memory.
+
+    ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
+    default, less where the model allows less. ``wait_s`` bounds the wait for workers.
+    """
+
+    model: str
+    cluster: str = "default"
+    host: str = "127.0.0.1"
+    port: int = 7700
+    workers: int | None = None
+    peers: tuple[str, ...] = ()
+    layers: tuple[LayerRange, ...] | None = None
+    route: Route = Route.DIRECT
+    max_context: int | None = None
+    wait_s: float = DISCOVERY_TIMEOUT_S

@@ -1,0 +1,168 @@
+"""One exception tree. Each error knows its sentence, its machine-readable reason, its gRPC and its HTTP status.
+
+The sentence names the cause and the way out; it is what a person sees, on every surface. Codes are plain strings and
+numbers so that this module imports nothing; ``cluster.transport.status`` turns them into rich gRPC errors and back.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MacpipeError(Exception):
+    """The root. ``details`` are short facts for machines (a worker's name, bytes missing), never text of a prompt."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    grpc_status: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, sentence: str, *, retry_after_s: float | None = None, field: str = "", **details: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.retry_after_s = retry_after_s
+        self.field = field
+        self.details = details
+
+
+class InvalidRequest(MacpipeError):
+    """A field of a request is missing, out of range or unknown; ``field`` names it."""
+
+    reason, grpc_status, http_status = "INVALID_REQUEST", "INVALID_ARGUMENT", 400
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and answer together do not fit the context that this cluster promises."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class InvalidOption(MacpipeError):
+    """A command-line option makes no sense here; the command exits with 2."""
+
+    reason, grpc_status, http_status = "INVALID_OPTION", "INVALID_ARGUMENT", 400
+
+
+class ModelNotFound(MacpipeError):
+    """No such model folder, or no such model is being served."""
+
+    reason, grpc_status, http_status = "MODEL_NOT_FOUND", "NOT_FOUND", 404
+
+
+class BadCheckpoint(MacpipeError):
+    """The folder is there, but it is not a checkpoint that can be served (pickle files, damaged headers)."""
+
+    reason, grpc_status, http_status = "BAD_CHECKPOINT", "FAILED_PRECONDITION", 400
+
+
+class ModelUnsupported(MacpipeError):
+    """The architecture is unknown to mlx-lm, or cannot be sliced (looped models)."""
+
+    reason, grpc_status, http_status = "MODEL_UNSUPPORTED", "FAILED_PRECONDITION", 400
+
+
+class ModelDiffers(MacpipeError):
+    """A worker's copy of the model is not the coordinator's."""
+
+    reason, grpc_status, http_status = "MODEL_DIFFERS", "FAILED_PRECONDITION", 503
+
+
+class NoPlan(MacpipeError):
+    """The layers cannot be laid over these workers as asked."""
+
+    reason, grpc_status, http_status = "NO_PLAN", "FAILED_PRECONDITION", 503
+
+
+class DoesNotFit(NoPlan):
+    """There is not enough memory; the sentence says how many GiB are missing."""
+
+    reason, grpc_status = "DOES_NOT_FIT", "RESOURCE_EXHAUSTED"
+
+
+class NoWorkers(MacpipeError):
+    """Fewer workers answered than were asked for."""
+
+    reason, grpc_status, http_status = "NO_WORKERS", "UNAVAILABLE", 503
+
+
+class DuplicateName(MacpipeError):
+    """Two workers of one cluster carry one name."""
+
+    reason, grpc_status, http_status = "DUPLICATE_NAME", "FAILED_PRECONDITION", 503
+
+
+class VersionMismatch(MacpipeError):
+    """A worker runs another version of macpipe or of mlx-lm."""
+
+    reason, grpc_status, http_status = "VERSION_MISMATCH", "FAILED_PRECONDITION", 503
+
+
+class WorkerLost(MacpipeError):
+    """A stage went away or stopped answering; the sentence names the worker."""
+
+    reason, grpc_status, http_status = "WORKER_LOST", "UNAVAILABLE", 503
+
+
+class StageFailed(MacpipeError):
+    """A stage answered that it could not do a step."""
+
+    reason, grpc_status, http_status = "STAGE_FAILED", "INTERNAL", 500
+
+
+class NotServing(MacpipeError):
+    """No model is loaded, or it is being loaded."""
+
+    reason, grpc_status, http_status = "NOT_SERVING", "UNAVAILABLE", 503
+
+
+class Unreachable(MacpipeError):
+    """Nobody answers at an address."""
+
+    reason, grpc_status, http_status = "UNREACHABLE", "UNAVAILABLE", 503
+
+
+class PortInUse(MacpipeError):
+    """Another program listens on the address."""
+
+    reason, grpc_status, http_status = "PORT_IN_USE", "FAILED_PRECONDITION", 503
+
+
+class Busy(MacpipeError):
+    """The queue is full; ``retry_after_s`` says when to come back."""
+
+    reason, grpc_status, http_status = "BUSY", "RESOURCE_EXHAUSTED", 429
+
+
+class SlowReader(MacpipeError):
+    """A client left too many token events unread."""
+
+    reason, grpc_status, http_status = "SLOW_READER", "RESOURCE_EXHAUSTED", 429
+
+
+class DeadlineExceeded(MacpipeError):
+    """The request's own deadline passed."""
+
+    reason, grpc_status, http_status = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 408
+
+
+class Aborted(MacpipeError):
+    """Somebody asked for the request to end: its client went away, or Abort was called."""
+
+    reason, grpc_status, http_status = "ABORTED", "CANCELLED", 499
+
+
+class RequestNotFound(MacpipeError):
+    """No live request has this id."""
+
+    reason, grpc_status, http_status = "REQUEST_NOT_FOUND", "NOT_FOUND", 404
+
+
+class BadFrame(MacpipeError):
+    """Bytes from a peer are not a frame, or break a bound."""
+
+    reason, grpc_status, http_status = "BAD_FRAME", "INVALID_ARGUMENT", 400
+
+
+class StaleEpoch(MacpipeError):
+    """A frame or stream of another epoch than the one that is loaded."""
+
+    reason, grpc_status, http_status = "STALE_EPOCH", "FAILED_PRECONDITION", 409

@@ -1,0 +1,136 @@
+"""The frame: one step of one lane, an entry of the log that every stage applies in the same order.
+
+These are the nouns; ``cluster.wire.frame`` turns them into bytes and back, ``cluster.model.stage`` obeys them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from cluster.types import SamplingParams, StageTiming, TopLogprob
+
+__all__ = [
+    "Compute",
+    "Drop",
+    "Edit",
+    "Frame",
+    "Join",
+    "Leave",
+    "Restore",
+    "Sample",
+    "Save",
+    "Step",
+    "Tensor",
+    "Trim",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A sequence enters with empty caches. Tokens from ``prompt_length`` on count as its answer."""
+
+    sequence: int
+    prompt_length: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A sequence ends: every stage frees its caches."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """A sequence forgets all but its first ``length`` tokens."""
+
+    sequence: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Keep a copy of a sequence's caches as prefix ``prefix``."""
+
+    sequence: int
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A sequence that has just joined starts from a kept prefix."""
+
+    sequence: int
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget a kept prefix."""
+
+    prefix: int
+
+
+Edit = Join | Leave | Trim | Save | Restore | Drop
+
+
+class Compute(IntEnum):
+    """What a step is for: which of its positions the last stage samples."""
+
+    PREFILL = 0
+    """None: the caches are filled, nothing else."""
+    DECODE = 1
+    """The last one."""
+    VERIFY = 2
+    """Every one, for speculative decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to compute: ``tokens`` has one row of token ids, all of one length, for each of ``sequences``."""
+
+    compute: Compute
+    sequences: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A raw tensor: ``dtype`` by MLX's name (``bfloat16``), row-major little-endian ``data``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A token the last stage picked; ``position`` is its index in the sequence, prompt included."""
+
+    sequence: int
+    position: int
+    token: int
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One entry of a lane's log.
+
+    ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
+    carries edits alone. ``tensors`` is the boundary value that leaves a stage (none towards stage 0); ``samples``
+    and nothing else comes back from the last stage. ``error`` names what went wrong on the stage that gave up.
+    """
+
+    epoch: int
+    lane: int
+    number: int
+    edits: tuple[Edit, ...] = ()
+    step: Step | None = None
+    tensors: tuple[Tensor, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    timings: tuple[StageTiming, ...] = ()
+    error: str = ""

@@ -1,0 +1,79 @@
+"""Every bound, size and deadline, each with its reason. Nothing else in the tree invents a number of this kind."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# Sizes on the wire
+MAX_FRAME_BYTES: Final = 256 * MIB
+"""A prefill chunk of 2,048 tokens x 16,384 wide in bf16 is 64 MiB; three boundary tensors of that fit with room."""
+MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
+"""Token ids of the longest chunk, edits and timings: 2,048 ids are 8 KiB; the rest is small."""
+MAX_TENSORS: Final = 16
+"""Boundary values are one to three arrays in every architecture that mlx-lm has."""
+MAX_TENSOR_RANK: Final = 8
+MAX_STAGES: Final = 64
+MAX_EDITS: Final = 4096
+"""One frame may free every sequence and prefix there is."""
+MAX_ROWS: Final = 256
+"""Sequences in one lane."""
+MAX_CONTROL_BYTES: Final = 4 * MIB
+"""Control and public messages: gRPC's own default, said aloud."""
+
+# What a request may ask for
+MAX_PROMPT_CHARS: Final = 16 * MIB
+MAX_MESSAGES: Final = 4096
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARS: Final = 256
+MAX_LOGIT_BIAS: Final = 1024
+MAX_TOP_LOGPROBS: Final = 20
+MAX_REQUEST_ID_CHARS: Final = 128
+DEFAULT_MAX_TOKENS: Final = 512
+DEFAULT_MAX_CONTEXT: Final = 4096
+"""Promised when --max-context is not given and the model allows as much."""
+
+# Scheduling
+PREFILL_CHUNK: Final = 512
+"""Tokens a prefill frame carries: long enough for matrix-matrix speed, short enough to overlap stages."""
+MAX_QUEUE: Final = 256
+"""Requests that wait; one more is refused with RESOURCE_EXHAUSTED."""
+RETRY_AFTER_S: Final = 2.0
+MAX_UNREAD_EVENTS: Final = 65_536
+"""Token events a client may leave unread before its request is dropped as a slow reader."""
+
+# Deadlines, in seconds
+DISCOVERY_TIMEOUT_S: Final = 30.0
+"""`serve` waits this long for its workers before it says who is missing."""
+CONNECT_TIMEOUT_S: Final = 5.0
+CONTROL_TIMEOUT_S: Final = 10.0
+"""A control call that moves no weights."""
+LOAD_STALL_S: Final = 120.0
+"""A load that reports no progress for this long has failed."""
+FRAME_TIMEOUT_S: Final = 120.0
+"""A frame that no stage answered for this long means a lost stage, until deadlines come from predicted times."""
+CANARY_TIMEOUT_S: Final = 120.0
+"""The first token compiles kernels (42 s on one CUDA machine)."""
+STOP_GRACE_S: Final = 2.0
+"""What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
+ENGINE_START_TIMEOUT_S: Final = 60.0
+ENGINE_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Waits between restarts of an engine that keeps dying; the last one repeats."""
+
+# gRPC keepalive: ping_timeout is what makes a stopped peer noticed in a second instead of a minute.
+KEEPALIVE_MS: Final = 1_000
+KEEPALIVE_TIMEOUT_MS: Final = 2_000
+PING_TIMEOUT_MS: Final = 2_000
+
+# Files and memory
+MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
+"""The format's own limit."""
+MEMORY_MARGIN: Final = 0.05
+"""Share of a stage's memory kept free beside weights and caches, for activations and the allocator."""
+
+# Discovery
+MAX_ROSTER: Final = 64
+"""Workers remembered at once; further announcements are ignored."""

@@ -1,0 +1,277 @@
+"""The nouns that rooms hand to each other. Frozen, without behaviour beyond what their own fields say.
+
+It knows no library but the standard one, so that every room, the client among them, can import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerRange:
+    """The layers ``start .. end - 1`` of a model."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"layer range [{self.start}, {self.end}) is empty or negative")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """Which checkpoint is meant: a name for people, a folder, and what its bytes must hash to.
+
+    ``fingerprint`` is a hex SHA-256 over the config, the tokenizer and the safetensors headers.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeight:
+    """A module outside the layers (embedding, norm, head) and the layers whose stage has to read it.
+
+    A tied embedding names the first and the last layer: both stages hold a copy.
+    """
+
+    name: str
+    nbytes: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What placement needs to know of a model; found without reading a weight. All sizes are bytes.
+
+    ``cut`` e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have
+    an entry a layer. ``unclean`` says why the other cuts are not clean.
+    """
+
+    model: ModelRef
+    layers: int
+    layer_bytes: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
+    shared: tuple[SharedWeight, ...]
+    clean_cuts: tuple[int, ...]
+    unclean: tuple[tuple[int, str], ...]
+    max_context: int
+
+    def stage_bytes(self, layers: LayerRange) -> int:
+        """Bytes of weights that a stage with these layers holds."""
+        mine = range(layers.start, layers.end)
+        shared = sum(w.nbytes for w in self.shared if any(i in mine for i in w.layers))
+        return sum(self.layer_bytes[layers.start : layers.end]) + shared
+
+    def stage_cache_bytes(self, layers: LayerRange) -> int:
+        """Bytes of caches that one full-length sequence takes on that stage."""
+        return sum(self.cache_bytes[layers.start : layers.end])
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """What one worker is asked to hold: stage ``index`` of ``count`` of a plan's epoch."""
+
+    epoch: int
+    index: int
+    count: int
+    model: ModelRef
+    layers: LayerRange
+    max_context: int
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.count - 1
+
+
+class Route(StrEnum):
+    """How activations cross a hop: worker to worker, or by way of the coordinator."""
+
+    DIRECT = "direct"
+    RELAY = "relay"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One line of a plan: who holds what, and how many bytes that is."""
+
+    spec: StageSpec
+    worker: str
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def layers(self) -> LayerRange:
+        return self.spec.layers
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who holds which layers in one epoch, in pipeline order."""
+
+    epoch: int
+    model: ModelRef
+    stages: tuple[PlannedStage, ...]
+    route: Route
+    max_context: int
+    max_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the last stage picks a token; the defaults are greedy decoding without penalties.
+
+    ``repetition_penalty`` looks at the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` look at
+    the answer alone, as OpenAI defines them. ``logit_bias`` holds pairs of token id and bias. ``logprobs`` asks for
+    the chosen token's log-probability, ``top_logprobs`` for that many alternatives too. The draw for a token depends
+    on ``seed`` and the token's position alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended. Only the first three are answers; the others come with an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One alternative at a position, most probable first."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none."""
+
+    index: int
+    token: int
+    text: str
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """Where a request's time went on one stage, summed over its frames, in milliseconds.
+
+    ``wire_ms`` is the ring's time outside the stages, shared evenly over its hops: no two clocks are compared.
+    """
+
+    worker: str
+    layers: LayerRange
+    compute_ms: float
+    wire_ms: float
+    wait_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishEvent:
+    """The end of a complete answer. ``text`` is what was still held back; times are milliseconds."""
+
+    reason: FinishReason
+    text: str
+    usage: Usage
+    ttft_ms: float
+    tpot_ms: float
+    stages: tuple[StageFigures, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of itself. Bytes are bytes; addresses are ``host:port``."""
+
+    id: str
+    name: str
+    version: str
+    cluster: str
+    control_address: str
+    data_address: str
+    chip: str
+    backend: str
+    mlx_version: str
+    memory_total: int
+    memory_limit: int
+    epoch: int = 0
+    layers: LayerRange | None = None
+    model: str = ""
+    memory_used: int = 0
+    sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """What one stage did with one frame, in microseconds: queued before compute, compute, packing and hand-over."""
+
+    stage: int
+    wait_us: int
+    compute_us: int
+    pack_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far one stage's load is; ``state`` says what it is doing in a word."""
+
+    worker: str
+    layers: LayerRange
+    done_bytes: int
+    total_bytes: int
+    state: str = field(default="reading")
