@@ -23,6 +23,12 @@ class MacpipeError(Exception):
         self.field = field
         self.details = details
 
+    @staticmethod
+    def of(reason: str, sentence: str, worker: str = "") -> MacpipeError:
+        """The error with that ``reason``, the root where there is none: how an error crosses a process's border."""
+        kind = _BY_REASON.get(reason, MacpipeError)
+        return kind(sentence, worker=worker) if worker else kind(sentence)
+
 
 class InvalidRequest(MacpipeError):
     """A field of a request is missing, out of range or unknown; ``field`` names it."""
@@ -120,6 +126,12 @@ class Unreachable(MacpipeError):
     reason, grpc_status, http_status = "UNREACHABLE", "UNAVAILABLE", 503
 
 
+class LinkFailed(MacpipeError):
+    """A stage cannot reach the one before it; the coordinator relays that hop instead."""
+
+    reason, grpc_status, http_status = "LINK_FAILED", "FAILED_PRECONDITION", 503
+
+
 class PortInUse(MacpipeError):
     """Another program listens on the address."""
 
@@ -166,3 +178,10 @@ class StaleEpoch(MacpipeError):
     """A frame or stream of another epoch than the one that is loaded."""
 
     reason, grpc_status, http_status = "STALE_EPOCH", "FAILED_PRECONDITION", 409
+
+
+def _tree(root: type[MacpipeError]) -> list[type[MacpipeError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]
+
+
+_BY_REASON = {kind.reason: kind for kind in _tree(MacpipeError)}

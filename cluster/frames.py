@@ -14,6 +14,7 @@ __all__ = [
     "Compute",
     "Drop",
     "Edit",
+    "Failure",
     "Frame",
     "Join",
     "Leave",
@@ -117,12 +118,22 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """What a stage could not do: an error's ``reason`` and sentence, and which stage says so."""
+
+    stage: int
+    reason: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One entry of a lane's log.
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
     carries edits alone. ``tensors`` is the boundary value that leaves a stage (none towards stage 0); ``samples``
-    and nothing else comes back from the last stage. ``error`` names what went wrong on the stage that gave up.
+    and nothing else comes back from the last stage. A frame with an ``error`` goes on to the end of the ring, so that
+    every stage applies its edits, but is computed no further.
     """
 
     epoch: int
@@ -133,4 +144,4 @@ class Frame:
     tensors: tuple[Tensor, ...] = ()
     samples: tuple[Sample, ...] = ()
     timings: tuple[StageTiming, ...] = ()
-    error: str = ""
+    error: Failure | None = None

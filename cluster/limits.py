@@ -77,3 +77,13 @@ MEMORY_MARGIN: Final = 0.05
 # Discovery
 MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""
+MAX_FRAMES_WAITING: Final = 4096
+"""Frames queued towards one reader; the scheduler's window keeps it far below."""
+DATA_THREADS: Final = 16
+"""Streams that one data port serves at once: a feed, a pull, and those of an epoch that is ending."""
+DESCRIBE_TIMEOUT_S: Final = 3.0
+"""A worker that takes longer to say who it is counts as absent for now."""
+SETTLE_S: Final = 1.0
+"""Without --workers, `serve` goes ahead once nobody new was announced for this long."""
+FAREWELL_S: Final = 2.0
+"""What workers get to free their slices when a coordinator stops."""

@@ -156,11 +156,15 @@ class SamplingParams:
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended. Only the first three are answers; the others come with an error."""
+    """Why an answer is complete; whatever ends one early is an error instead."""
 
     STOP = "stop"
     LENGTH = "length"
-    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """First event of an answer: the request has a lane or a place in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +256,10 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """What one stage did with one frame, in microseconds: queued before compute, compute, packing and hand-over."""
+    """What one stage did with one frame, in microseconds: queued before compute, then computed.
+
+    ``pack_us`` is the packing and hand-over of the frame before, since a frame cannot carry its own.
+    """
 
     stage: int
     wait_us: int

@@ -1,0 +1,166 @@
+"""The activation frame as bytes: ``u32 header length | msgpack header | the tensors' own bytes``, little-endian.
+
+It knows the layout and every bound; it refuses to know what a frame means. Each field is checked before anything is
+allocated from it, and whatever is wrong is a ``BadFrame`` with a sentence.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from itertools import chain, pairwise
+from math import prod
+from typing import Any
+
+import msgpack
+
+from cluster.errors import BadFrame
+from cluster.frames import Compute, Failure, Frame, Sample, Step, Tensor
+from cluster.limits import (
+    MAX_EDITS,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_HEADER_BYTES,
+    MAX_ROWS,
+    MAX_STAGES,
+    MAX_TENSOR_RANK,
+    MAX_TENSORS,
+    MAX_TOP_LOGPROBS,
+)
+from cluster.types import StageTiming, TopLogprob
+from cluster.wire.edits import pack_edit, unpack_edit
+from cluster.wire.fields import Fields, packed_ids, unpacked_ids
+
+VERSION = 1
+_PREFIX = struct.Struct("<I")
+_FIELDS = 10
+
+ITEM_BYTES = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "complex64": 8,
+}  # fmt: skip
+"""Bytes of one element, by MLX's name for the type."""
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame as one message, built by a single copy of the tensors' bytes."""
+    header = msgpack.packb(
+        (
+            VERSION,
+            frame.epoch,
+            frame.lane,
+            frame.number,
+            [pack_edit(e) for e in frame.edits],
+            _pack_step(frame.step),
+            [(t.dtype, t.shape) for t in frame.tensors],
+            [_pack_sample(s) for s in frame.samples],
+            list(chain.from_iterable((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in frame.timings)),
+            None if (e := frame.error) is None else (e.stage, e.reason, e.sentence),
+        )
+    )
+    return b"".join((_PREFIX.pack(len(header)), header, *(memoryview(t.data).cast("B") for t in frame.tensors)))
+
+
+def decode(message: bytes) -> Frame:
+    """The frame in a message; tensors are views into it. Raises ``BadFrame``."""
+    view = memoryview(message)
+    end = _header_end(view)
+    f = Fields(_unpack(view[_PREFIX.size : end]), "header", _FIELDS)
+    if f.count(0) != VERSION:
+        raise BadFrame(f"the frame has layout version {f.count(0)}; this program reads {VERSION}")
+    return Frame(
+        epoch=f.count(1),
+        lane=f.count(2),
+        number=f.count(3),
+        edits=tuple(unpack_edit(e) for e in f.rows(4, MAX_EDITS)),
+        step=_unpack_step(f.optional_list(5)),
+        tensors=_tensors(f.rows(6, MAX_TENSORS), view[end:]),
+        samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_FRAME_HEADER_BYTES)),
+        timings=_timings(f.counts(8, 4 * MAX_STAGES)),
+        error=_unpack_failure(f.optional_list(9)),
+    )
+
+
+def _header_end(view: memoryview) -> int:
+    if len(view) > MAX_FRAME_BYTES:
+        raise BadFrame(f"a frame of {len(view)} bytes is above the bound of {MAX_FRAME_BYTES}")
+    if len(view) < _PREFIX.size:
+        raise BadFrame(f"a frame of {len(view)} bytes has no header")
+    length = _PREFIX.unpack_from(view)[0]
+    if length > MAX_FRAME_HEADER_BYTES or _PREFIX.size + length > len(view):
+        raise BadFrame(f"a frame of {len(view)} bytes claims a header of {length}")
+    return int(_PREFIX.size + length)
+
+
+def _unpack(header: memoryview) -> Any:
+    try:
+        return msgpack.unpackb(header, use_list=True, max_ext_len=0, max_map_len=0, max_bin_len=MAX_FRAME_HEADER_BYTES)
+    except (ValueError, RecursionError, msgpack.UnpackException) as e:
+        raise BadFrame(f"the frame's header is not msgpack of ours: {e}") from e
+
+
+def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
+    if step is None:
+        return None
+    width = len(step.tokens[0])
+    return int(step.compute), step.sequences, width, packed_ids(chain.from_iterable(step.tokens))
+
+
+def _unpack_step(value: list[Any] | None) -> Step | None:
+    if value is None:
+        return None
+    f = Fields(value, "step", 4)
+    sequences, width, ids = f.counts(1, MAX_ROWS), f.count(2), unpacked_ids(f.blob(3))
+    if not sequences or not width or len(sequences) * width != len(ids):
+        raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
+    rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
+    return Step(_compute(f.count(0)), sequences, rows)
+
+
+def _compute(code: int) -> Compute:
+    try:
+        return Compute(code)
+    except ValueError as e:
+        raise BadFrame(f"a step of unknown kind {code}") from e
+
+
+def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
+    tensors, start = [], 0
+    for row in rows:
+        f = Fields(row, "tensor", 2)
+        dtype, shape = f.text(0), f.counts(1, MAX_TENSOR_RANK)
+        if dtype not in ITEM_BYTES:
+            raise BadFrame(f"a tensor of unknown type {dtype[:32]!r}")
+        end = start + ITEM_BYTES[dtype] * prod(shape)
+        if end > len(body):
+            raise BadFrame(f"a frame's tensors need {end} bytes, it carries {len(body)}")
+        tensors.append(Tensor(dtype, shape, body[start:end]))
+        start = end
+    if start != len(body):
+        raise BadFrame(f"a frame carries {len(body) - start} bytes that belong to no tensor")
+    return tuple(tensors)
+
+
+def _pack_sample(s: Sample) -> tuple[Any, ...]:
+    return s.sequence, s.position, s.token, s.logprob, [(t.token, t.logprob) for t in s.top]
+
+
+def _unpack_sample(value: Any) -> Sample:
+    f = Fields(value, "sample", 5)
+    logprob = None if value[3] is None else f.number(3)
+    top = [Fields(row, "alternative", 2) for row in f.rows(4, MAX_TOP_LOGPROBS)]
+    return Sample(
+        f.count(0), f.count(1), f.count(2), logprob, tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
+    )
+
+
+def _unpack_failure(value: list[Any] | None) -> Failure | None:
+    if value is None:
+        return None
+    f = Fields(value, "error", 3)
+    return Failure(f.count(0), f.text(1), f.text(2))
+
+
+def _timings(flat: tuple[int, ...]) -> tuple[StageTiming, ...]:
+    if len(flat) % 4:
+        raise BadFrame("a frame's timings are not four numbers a stage")
+    return tuple(StageTiming(*flat[i : i + 4]) for i in range(0, len(flat), 4))

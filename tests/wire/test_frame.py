@@ -1,0 +1,141 @@
+"""Frames survive the wire, and no bytes of a stranger get past the decoder as anything but a ``BadFrame``."""
+
+from __future__ import annotations
+
+import math
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import BadFrame
+from cluster.frames import Compute, Drop, Failure, Frame, Join, Leave, Restore, Sample, Save, Step, Tensor, Trim
+from cluster.limits import MAX_FRAME_HEADER_BYTES
+from cluster.types import SamplingParams, StageTiming, TopLogprob
+from cluster.wire.frame import ITEM_BYTES, decode, encode
+
+counts = st.integers(0, 2**63 - 1)
+small = st.integers(0, 9)
+numbers = st.floats(allow_nan=False)
+ids = st.integers(0, 2**32 - 1)
+
+samplings = st.builds(
+    SamplingParams,
+    temperature=numbers,
+    top_p=numbers,
+    top_k=counts,
+    min_p=numbers,
+    repetition_penalty=numbers,
+    presence_penalty=numbers,
+    frequency_penalty=numbers,
+    logit_bias=st.lists(st.tuples(ids, numbers), max_size=4).map(tuple),
+    seed=st.integers(0, 2**64 - 1),
+    logprobs=st.booleans(),
+    top_logprobs=st.integers(0, 20),
+)
+edits = st.one_of(
+    st.builds(Join, counts, counts, samplings),
+    st.builds(Leave, counts),
+    st.builds(Trim, counts, counts),
+    st.builds(Save, counts, counts),
+    st.builds(Restore, counts, counts),
+    st.builds(Drop, counts),
+)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    row = st.lists(ids, min_size=width, max_size=width).map(tuple)
+    return Step(
+        draw(st.sampled_from(Compute)),
+        tuple(draw(st.lists(counts, min_size=rows, max_size=rows))),
+        tuple(draw(st.lists(row, min_size=rows, max_size=rows))),
+    )
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    dtype, shape = draw(st.sampled_from(sorted(ITEM_BYTES))), tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+    size = ITEM_BYTES[dtype] * math.prod(shape)
+    return Tensor(dtype, shape, draw(st.binary(min_size=size, max_size=size)))
+
+
+alternatives = st.lists(st.builds(TopLogprob, ids, numbers), max_size=3).map(tuple)
+samples = st.builds(Sample, counts, counts, ids, st.none() | numbers, alternatives)
+frames = st.builds(
+    Frame,
+    epoch=counts,
+    lane=counts,
+    number=counts,
+    edits=st.lists(edits, max_size=4).map(tuple),
+    step=st.none() | steps(),
+    tensors=st.lists(tensors(), max_size=3).map(tuple),
+    samples=st.lists(samples, max_size=3).map(tuple),
+    timings=st.lists(st.builds(StageTiming, small, small, small, small), max_size=4).map(tuple),
+    error=st.none() | st.builds(Failure, small, st.text(max_size=9), st.text(max_size=20)),
+)
+
+
+@given(frames)
+def test_a_frame_comes_back_as_it_went(frame: Frame) -> None:
+    assert decode(encode(frame)) == frame
+
+
+@given(st.binary(max_size=300))
+def test_strangers_bytes_are_a_bad_frame(data: bytes) -> None:
+    with pytest.raises(BadFrame):
+        decode(data)
+
+
+@given(frames, st.data())
+def test_damage_is_a_frame_or_a_bad_frame_and_nothing_else(frame: Frame, data: st.DataObject) -> None:
+    message = bytearray(encode(frame))
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decode(bytes(message))
+    except BadFrame as e:
+        assert e.sentence
+
+
+@given(frames, st.integers(1, 400))
+def test_a_cut_frame_is_a_bad_frame(frame: Frame, cut: int) -> None:
+    message = encode(frame)
+    with pytest.raises(BadFrame):
+        decode(message[: max(0, len(message) - cut)])
+
+
+def _with_header(header: object, body: bytes = b"") -> bytes:
+    packed = msgpack.packb(header)
+    return len(packed).to_bytes(4, "little") + packed + body
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ([2, 0, 0, 0, [], None, [], [], [], None], "layout version 2"),
+        ([1, -1, 0, 0, [], None, [], [], [], None], "whole number"),
+        ([1, 0, 0, 0, [[9, 1]], None, [], [], [], None], "unknown code 9"),
+        ([1, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None], "unknown kind 7"),
+        ([1, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None], "carries 1 token ids"),
+        ([1, 0, 0, 0, [], None, [["float128", [1]]], [], [], None], "unknown type"),
+        ([1, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None], "tensors need"),
+        ([1, 0, 0, 0, [], None, [], [], [1, 2, 3], None], "four numbers"),
+        ([1, 0, 0, 0, [], None, [], [], []], "10 fields"),
+    ],
+)
+def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
+    with pytest.raises(BadFrame, match=sentence):
+        decode(_with_header(header))
+
+
+def test_bytes_of_no_tensor_are_refused() -> None:
+    with pytest.raises(BadFrame, match="belong to no tensor"):
+        decode(_with_header([1, 0, 0, 0, [], None, [], [], [], None], b"surplus"))
+
+
+def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:
+    with pytest.raises(BadFrame, match="claims a header"):
+        decode((MAX_FRAME_HEADER_BYTES + 1).to_bytes(4, "little") + bytes(64))
