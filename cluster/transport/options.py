@@ -1,0 +1,79 @@
+"""gRPC options, and the only two places where a port is opened or dialled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from cluster.address import parse_address
+from cluster.errors import PortInUse
+from cluster.limits import (
+    KEEPALIVE_MS,
+    KEEPALIVE_TIMEOUT_MS,
+    MAX_CONTROL_BYTES,
+    MAX_FRAME_BYTES,
+    PING_TIMEOUT_MS,
+)
+from cluster.security.credentials import channel_credentials, server_credentials
+
+Options = list[tuple[str, Any]]
+Channel = TypeVar("Channel")
+
+
+def _options(max_bytes: int) -> Options:
+    return [
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_send_message_length", max_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+CONTROL_OPTIONS: Options = _options(MAX_CONTROL_BYTES)
+DATA_OPTIONS: Options = [
+    *_options(MAX_FRAME_BYTES),
+    # Identical channels would share one connection, and a bulk stream would delay a small one.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+def bind(server: grpc.Server | aio.Server, host: str, port: int) -> int:
+    """Make the server listen on ``host:port``; the port that it got. Raises ``PortInUse``."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    credentials = server_credentials(host)
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as e:
+        raise PortInUse(
+            f"cannot listen on {address}: another program uses the port, or the address is not this machine's; "
+            "choose another with --port and --host"
+        ) from e
+
+
+def data_channel(address: str) -> grpc.Channel:
+    """A connection of its own to a data port. Raises ``InvalidOption`` where the address makes no sense."""
+    return _dial(address, DATA_OPTIONS, grpc.secure_channel, grpc.insecure_channel)
+
+
+def control_channel(address: str) -> aio.Channel:
+    """A channel to a control port. Raises ``InvalidOption`` where the address makes no sense."""
+    return _dial(address, CONTROL_OPTIONS, aio.secure_channel, aio.insecure_channel)
+
+
+def _dial(address: str, options: Options, secure: Callable[..., Channel], insecure: Callable[..., Channel]) -> Channel:
+    host, _ = parse_address(address)
+    credentials = channel_credentials(host)
+    if credentials is None:
+        return insecure(address, options=options)
+    return secure(address, credentials, options=options)

@@ -1,0 +1,91 @@
+"""The data plane's interface: what the coordinator and the engines ask of it, whatever carries the bytes.
+
+``cluster.transport.rings`` carries them over gRPC, ``cluster.transport.memory`` within one process for tests, where it
+can lose, delay and cut.
+
+A stage owns an ``Outbox``: its finished frames, in order, for the one party that pulls them. It takes frames in from a
+feed (the coordinator pushes) or from a pull (of the stage before). Callbacks run on the transport's threads; they
+must only hand the bytes on.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from cluster.limits import MAX_FRAMES_WAITING
+
+Received = Callable[[bytes], None]
+Lost = Callable[[str], None]
+"""Told once, with a sentence, when a stream ends that nobody closed."""
+
+
+class Sender(Protocol):
+    """The coordinator's end of a feed."""
+
+    def send(self, message: bytes) -> None:
+        """Queue a message; never blocks. What cannot be delivered ends in ``Lost``."""
+
+    def close(self) -> None:
+        """End the stream; idempotent."""
+
+
+class Subscription(Protocol):
+    """The end of a pull that receives."""
+
+    def close(self) -> None:
+        """End the stream; idempotent."""
+
+
+class Dialer(Protocol):
+    """Opens streams to data ports, given as ``host:port``. Both calls return once the other end has accepted.
+
+    They raise ``Unreachable`` where nobody answers in time, and ``StaleEpoch`` where that stage is not loaded there.
+    """
+
+    def feed(self, address: str, epoch: int, lost: Lost) -> Sender: ...
+
+    def pull(self, address: str, epoch: int, received: Received, lost: Lost) -> Subscription: ...
+
+
+class Outbox:
+    """Messages of one epoch on their way to one reader. Bounded: a full one ends the stream with a sentence."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_FRAMES_WAITING)
+        self._taken = False
+        self.overflowed = False
+
+    def send(self, message: bytes) -> None:
+        try:
+            self._queue.put_nowait(message)
+        except queue.Full:
+            self.overflowed = True
+            self.close()
+
+    def take(self) -> bool:
+        """Claim the only reader's place; False where it is taken."""
+        taken, self._taken = self._taken, True
+        return not taken
+
+    def close(self) -> None:
+        """Let the reader end, even where the queue is full."""
+        while True:
+            try:
+                self._queue.put_nowait(None)
+                return
+            except queue.Full:
+                self._drop_one()
+
+    def _drop_one(self) -> None:
+        try:
+            self._queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Messages until the outbox closes; blocks between them."""
+        while (message := self._queue.get()) is not None:
+            yield message
