@@ -1,0 +1,1 @@
+"""Who holds which layers, and why. Pure: sizes in, layer ranges out."""
