@@ -1,0 +1,109 @@
+"""The worker's control plane: WorkerService over its supervisor. Thin: it translates, the engine does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+
+from cluster import __version__
+from cluster.errors import MacpipeError
+from cluster.transport.status import abort
+from cluster.v1 import worker_pb2 as pb
+from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
+from cluster.worker.messages import Hello, Link, Load, Report, Reported, Unload
+from cluster.worker.settings import WorkerSettings
+from cluster.worker.supervisor import Supervisor
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_NOTHING = Hello(0, "", "", "", "", 0, 0)
+
+
+@dataclass
+class Control(WorkerServiceServicer):
+    """Answers the coordinator. ``loaded`` is the slice that the living engine holds, None where it holds none."""
+
+    id: str
+    settings: WorkerSettings
+    supervisor: Supervisor
+    loaded: pb.LoadStageRequest | None = None
+    _loaded_by: Hello | None = field(default=None)
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        hello = self.supervisor.hello or _NOTHING
+        held = self._held() or pb.LoadStageRequest()
+        report, problem = await self._report()
+        return pb.DescribeResponse(
+            id=self.id,
+            name=self.settings.name,
+            version=__version__,
+            cluster=self.settings.cluster,
+            data_port=hello.port,
+            chip=hello.chip,
+            backend=hello.backend,
+            mlx_version=f"{hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
+            memory_total=hello.memory_total,
+            memory_limit=hello.memory_limit,
+            memory_used=report.memory_used,
+            epoch=held.epoch,
+            start_layer=held.start_layer,
+            end_layer=held.end_layer,
+            model=held.model,
+            sequences=report.sequences,
+            problem=problem,
+        )
+
+    def _held(self) -> pb.LoadStageRequest | None:
+        """What is loaded, unless the engine that loaded it is gone."""
+        return self.loaded if self._loaded_by is not None and self._loaded_by is self.supervisor.hello else None
+
+    async def _report(self) -> tuple[Reported, str]:
+        try:
+            answer = await self.supervisor.ask(Report)
+        except MacpipeError as e:
+            return Reported(0, 0, 0), e.sentence
+        assert isinstance(answer, Reported)
+        return answer, ""
+
+    async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
+        self.loaded = None
+        try:
+            async for p in self.supervisor.events(lambda call: _load(call, request)):
+                yield pb.LoadStageResponse(done_bytes=p.done_bytes, total_bytes=p.total_bytes)
+        except MacpipeError as e:
+            await abort(context, e)
+        self.loaded, self._loaded_by = request, self.supervisor.hello
+        yield pb.LoadStageResponse(ready=True)
+
+    async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
+        try:
+            await self.supervisor.ask(lambda call: Link(call, request.epoch, request.pull_from))
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.LinkStageResponse()
+
+    async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
+        try:
+            await self.supervisor.ask(lambda call: Unload(call, request.epoch))
+        except MacpipeError as e:
+            await abort(context, e)
+        if self.loaded and self.loaded.epoch <= request.epoch:
+            self.loaded = None
+        return pb.UnloadStageResponse()
+
+
+def _load(call: int, r: pb.LoadStageRequest) -> Load:
+    return Load(
+        call=call,
+        epoch=r.epoch,
+        index=r.index,
+        count=r.count,
+        model=r.model,
+        path=r.path,
+        fingerprint=r.fingerprint,
+        start_layer=r.start_layer,
+        end_layer=r.end_layer,
+        max_context=r.max_context,
+    )

@@ -1,0 +1,143 @@
+"""The engine: the process that holds the slice. Its main thread is the one MLX thread; all others touch only bytes.
+
+It takes commands from its daemon on stdin and answers on stdout; frames come and go on its own data port. It ends
+when stdin does, so an engine never outlives its daemon. It refuses to know the cluster: who its neighbours are is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import BinaryIO
+
+from cluster.model import device
+from cluster.transport.rings import DataServer
+from cluster.worker.messages import (
+    Command,
+    Done,
+    Event,
+    Failed,
+    Hello,
+    Link,
+    Load,
+    Progress,
+    Report,
+    Reported,
+    Unload,
+    message,
+    pack,
+    unpacker,
+)
+from cluster.worker.slot import Slot, sentence_of
+
+Job = Callable[[], None]
+
+
+class Engine:
+    """Runs jobs (commands and frames) one after another on the thread that called ``run``."""
+
+    def __init__(self, host: str, memory_limit: int | None, answers: BinaryIO) -> None:
+        self._answers = answers
+        self._answering = threading.Lock()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        if memory_limit:
+            device.set_memory_limit(memory_limit)
+        self._slot = Slot(self._jobs.put)
+        self._server = DataServer(host, 0, self._slot)
+        self._say_hello(memory_limit)
+
+    def _say_hello(self, memory_limit: int | None) -> None:
+        facts = device.device_facts()
+        self._say(
+            Hello(
+                self._server.port,
+                facts.chip,
+                facts.backend,
+                facts.mlx_version,
+                facts.mlx_lm_version,
+                facts.memory_total,
+                memory_limit or facts.memory_limit,
+            )
+        )
+
+    def run(self) -> None:
+        """Work until ``stop``."""
+        while (job := self._jobs.get()) is not None:
+            job()
+        self._slot.unload()
+        self._server.stop()
+        device.close_thread()
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+    def obey(self, command: Command) -> None:
+        """Queue a command; a report is answered at once, on the caller's thread."""
+        if isinstance(command, Report):
+            self._say(Reported(command.call, device.memory_used(), self._slot.sequences))
+        else:
+            self._jobs.put(lambda: self._carry_out(command))
+
+    def _carry_out(self, command: Load | Link | Unload) -> None:
+        try:
+            self._do(command)
+        except Exception as e:  # the process's edge: the daemon is told, whatever it was
+            reason, sentence = sentence_of(e)
+            self._say(Failed(command.call, reason, sentence))
+        else:
+            self._say(Done(command.call))
+
+    def _do(self, command: Load | Link | Unload) -> None:
+        if isinstance(command, Load):
+            self._slot.load(command.spec, lambda done, total: self._say(Progress(command.call, done, total)))
+        elif isinstance(command, Link):
+            self._slot.link(command.epoch, command.pull_from)
+        elif self._slot.epoch <= command.epoch:
+            self._slot.unload()
+
+    def _say(self, event: Event) -> None:
+        with self._answering, contextlib.suppress(BrokenPipeError):
+            self._answers.write(pack(event))
+            self._answers.flush()
+
+
+def _obey_commands(engine: Engine, commands: BinaryIO) -> None:
+    """Read commands until the daemon closes the pipe or is gone."""
+    stream = unpacker()
+    while data := os.read(commands.fileno(), 65536):
+        stream.feed(data)
+        for item in stream:
+            command = message(item)
+            assert isinstance(command, Command)
+            engine.obey(command)
+    engine.stop()
+
+
+def _own_stdout() -> BinaryIO:
+    """Keep stdout for answers alone: whatever a library prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return answers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The engine of a macpipe worker; started by its daemon.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--memory-limit", type=int)
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
+    engine = Engine(options.host, options.memory_limit, _own_stdout())
+    threading.Thread(target=_obey_commands, args=(engine, sys.stdin.buffer), name="commands", daemon=True).start()
+    engine.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

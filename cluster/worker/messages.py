@@ -1,0 +1,125 @@
+"""What daemon and engine say to each other over a pipe: msgpack lists, a message's name first.
+
+Commands go down and carry a ``call`` number; ``Progress``, ``Done`` and ``Failed`` come back with it. ``Hello`` is the
+engine's first word. Both ends are one version of one program, so nothing here is checked but its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import msgpack
+
+from cluster.types import LayerRange, ModelRef, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Hold this slice; what was held before is dropped."""
+
+    call: int
+    epoch: int
+    index: int
+    count: int
+    model: str
+    path: str
+    fingerprint: str
+    start_layer: int
+    end_layer: int
+    max_context: int
+
+    @property
+    def spec(self) -> StageSpec:
+        return StageSpec(
+            epoch=self.epoch,
+            index=self.index,
+            count=self.count,
+            model=ModelRef(self.model, self.path, self.fingerprint),
+            layers=LayerRange(self.start_layer, self.end_layer),
+            max_context=self.max_context,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Take frames from the stage at ``pull_from``; empty: they are fed."""
+
+    call: int
+    epoch: int
+    pull_from: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Free everything of this epoch or an older one."""
+
+    call: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Say what is held; answered with ``Reported``, also while the model computes."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The engine is up: its data port and what it found of the device. Bytes are bytes."""
+
+    port: int
+    chip: str
+    backend: str
+    mlx_version: str
+    mlx_lm_version: str
+    memory_total: int
+    memory_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    call: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """``reason`` and ``sentence`` are those of a ``MacpipeError``."""
+
+    call: int
+    reason: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    call: int
+    memory_used: int
+    sequences: int
+
+
+Command = Load | Link | Unload | Report
+Event = Hello | Progress | Done | Failed | Reported
+_TYPES = {t.__name__: t for t in (Load, Link, Unload, Report, Hello, Progress, Done, Failed, Reported)}
+
+
+def pack(message: Command | Event) -> bytes:
+    return bytes(msgpack.packb((type(message).__name__, *astuple(message))))
+
+
+def unpacker() -> msgpack.Unpacker:
+    """A stream to feed bytes to, whose items go to ``message``."""
+    return msgpack.Unpacker(max_buffer_size=2**20)
+
+
+def message(item: list[object]) -> Command | Event:
+    name, *fields = item
+    made: Command | Event = _TYPES[str(name)](*fields)  # type: ignore[arg-type]
+    return made

@@ -1,0 +1,153 @@
+"""The supervisor: keeps one engine process alive and carries commands to it.
+
+It knows processes, pipes and back-off. It refuses to know gRPC, and it never imports mlx: an engine that a GPU fault
+aborts takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import anyio
+
+from cluster.errors import MacpipeError, WorkerLost
+from cluster.limits import CONTROL_TIMEOUT_S, ENGINE_BACKOFF_S, ENGINE_START_TIMEOUT_S, LOAD_STALL_S, STOP_GRACE_S
+from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, message, pack, unpacker
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself."""
+
+    def __init__(self, host: str, memory_limit: int | None) -> None:
+        limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
+        self._command = [sys.executable, "-m", "cluster.worker.engine", f"--host={host}", *limit]
+        self._process: Process | None = None
+        self._calls: dict[int, asyncio.Queue[Event | None]] = {}
+        self._numbers = itertools.count(1)
+        self.hello: Hello | None = None
+        self.started = anyio.Event()
+        self.restarts = 0
+        self.problem = "the engine is starting"
+
+    async def run(self) -> None:
+        """Start the engine, restart it with back-off whenever it ends; runs until cancelled, then stops it."""
+        while True:
+            began = time.monotonic()
+            await self._live_once()
+            if time.monotonic() - began > ENGINE_BACKOFF_S[-1]:
+                self.restarts = 0
+            wait = ENGINE_BACKOFF_S[min(self.restarts, len(ENGINE_BACKOFF_S) - 1)]
+            self.restarts += 1
+            log.error("%s; starting it again in %.1f s", self.problem, wait)
+            await anyio.sleep(wait)
+
+    async def _live_once(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
+        try:
+            await self._listen(self._process)
+            self.problem = _cause(await self._process.wait())
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _stop(self._process)
+            self.hello = None
+            self._end_calls()
+
+    async def _listen(self, process: Process) -> None:
+        assert process.stdout
+        stream = unpacker()
+        while data := await process.stdout.read(65536):
+            stream.feed(data)
+            for item in stream:
+                self._hear(message(item))
+
+    def _hear(self, event: Command | Event) -> None:
+        if isinstance(event, Hello):
+            self.hello, self.problem = event, ""
+            self.started.set()
+        elif (waiting := self._calls.get(event.call)) and not isinstance(event, Command):
+            waiting.put_nowait(event)
+
+    def _end_calls(self) -> None:
+        for waiting in self._calls.values():
+            waiting.put_nowait(None)
+
+    @asynccontextmanager
+    async def _call(self, command: Command) -> AsyncIterator[asyncio.Queue[Event | None]]:
+        process = self._process
+        if self.hello is None or process is None or process.stdin is None:
+            raise WorkerLost(self.problem)
+        waiting: asyncio.Queue[Event | None] = asyncio.Queue()  # bounded by the one call's answers
+        self._calls[command.call] = waiting
+        try:
+            with suppress(ConnectionError):
+                process.stdin.write(pack(command))
+            yield waiting
+        finally:
+            del self._calls[command.call]
+
+    async def events(self, make: Callable[[int], Command], stall_s: float = LOAD_STALL_S) -> AsyncIterator[Progress]:
+        """Send a command; yield its progress until it is done. ``make`` gets the call's number.
+
+        Raises the error that the engine reports, and ``WorkerLost`` where it dies or says nothing for ``stall_s``.
+        """
+        async with self._call(make(next(self._numbers))) as waiting:
+            while not isinstance(event := await self._next(waiting, stall_s), Done):
+                if isinstance(event, Progress):
+                    yield event
+
+    async def ask(self, make: Callable[[int], Command]) -> Event:
+        """Send a command that moves no weights; its answer. Raises as ``events`` does."""
+        async with self._call(make(next(self._numbers))) as waiting:
+            return await self._next(waiting, CONTROL_TIMEOUT_S)
+
+    async def _next(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event:
+        try:
+            async with asyncio.timeout(timeout_s):
+                event = await waiting.get()
+        except TimeoutError:
+            raise WorkerLost(f"the engine said nothing for {timeout_s:.0f} s") from None
+        if event is None:
+            raise WorkerLost(self.problem)
+        if isinstance(event, Failed):
+            raise MacpipeError.of(event.reason, event.sentence)
+        return event
+
+    async def wait_started(self) -> None:
+        """Return once an engine has said hello. Raises ``WorkerLost`` where none does in time."""
+        with anyio.move_on_after(ENGINE_START_TIMEOUT_S):
+            await self.started.wait()
+            return
+        raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
+
+
+def _cause(code: int) -> str:
+    """Why a process ended, from its exit code (negative: the signal)."""
+    if code >= 0:
+        return f"the engine ended with exit code {code}"
+    with suppress(ValueError):
+        return f"the engine was ended by {signal.Signals(-code).name}"
+    return f"the engine was ended by signal {-code}"
+
+
+async def _stop(process: Process) -> None:
+    """Close the pipe, which asks the engine to end; kill it where it does not in time."""
+    if process.returncode is not None:
+        return
+    if process.stdin:
+        process.stdin.close()
+    with anyio.move_on_after(STOP_GRACE_S):
+        await process.wait()
+        return
+    with suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
