@@ -9,6 +9,18 @@ from cluster.types import LayerRange, Route
 
 
 @dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Which model to serve and how to lay it out; the fields mean what they mean in ``ServeSettings``."""
+
+    model: str
+    workers: int | None = None
+    layers: tuple[LayerRange, ...] | None = None
+    route: Route = Route.DIRECT
+    max_context: int | None = None
+    wait_s: float = DISCOVERY_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """``workers`` None takes all that are there once one is; ``layers`` None cuts by memory.
 
@@ -26,3 +38,7 @@ class ServeSettings:
     route: Route = Route.DIRECT
     max_context: int | None = None
     wait_s: float = DISCOVERY_TIMEOUT_S
+
+    @property
+    def order(self) -> LoadOrder:
+        return LoadOrder(self.model, self.workers, self.layers, self.route, self.max_context, self.wait_s)

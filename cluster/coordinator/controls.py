@@ -1,0 +1,121 @@
+"""The coordinator's end of one worker's control plane: WorkerService as typed calls with deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import grpc
+
+from cluster.address import parse_address
+from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost
+from cluster.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
+from cluster.transport.options import control_channel
+from cluster.transport.status import from_rpc_error
+from cluster.types import LayerRange, LoadProgress, StageSpec, WorkerFacts
+from cluster.v1 import worker_pb2 as pb
+from cluster.v1.worker_pb2_grpc import WorkerServiceStub
+
+
+class WorkerControl:
+    """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer."""
+
+    def __init__(self, address: str, name: str = "") -> None:
+        self.address, self.name = address, name or address
+        self._channel = control_channel(address)
+        self._stub = WorkerServiceStub(self._channel)
+
+    async def describe(self, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerFacts, str]:
+        """What the worker says of itself, and its problem (empty: none)."""
+        async with self._named():
+            answer = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+        self.name = answer.name
+        return _facts(answer, self.address), answer.problem
+
+    async def load(self, spec: StageSpec) -> AsyncIterator[LoadProgress]:
+        """Load a slice; its progress. Raises what the worker's engine raised."""
+        call = self._stub.LoadStage(_load_request(spec))
+        async with self._named():
+            async for p in _bounded(call):
+                state = "ready" if p.ready else "reading"
+                yield LoadProgress(self.name, spec.layers, p.done_bytes, p.total_bytes, state)
+
+    async def link(self, epoch: int, pull_from: str) -> None:
+        async with self._named():
+            request = pb.LinkStageRequest(epoch=epoch, pull_from=pull_from)
+            await self._stub.LinkStage(request, timeout=CONTROL_TIMEOUT_S)
+
+    async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        async with self._named():
+            await self._stub.UnloadStage(pb.UnloadStageRequest(epoch=epoch), timeout=timeout_s)
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    def _named(self) -> AbstractAsyncContextManager[None]:
+        return _errors_of(self.name, self.address)
+
+
+@asynccontextmanager
+async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
+    """Turn RPC errors into ours, each naming the worker."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as e:
+        error = from_rpc_error(e, address)
+        where = name if name == address else f"{name} ({address})"
+        if isinstance(error, Unreachable | DeadlineExceeded):
+            raise WorkerLost(f"worker {where} does not answer: {e.details() or e.code().name}", worker=name) from e
+        raise type(error)(f"worker {where}: {error.sentence}", worker=name) from e
+
+
+async def _bounded(
+    call: grpc.aio.UnaryStreamCall[pb.LoadStageRequest, pb.LoadStageResponse],
+) -> AsyncIterator[pb.LoadStageResponse]:
+    """The call's messages; a stall ends it."""
+    while True:
+        try:
+            message = await asyncio.wait_for(call.read(), LOAD_STALL_S)
+        except TimeoutError:
+            raise WorkerLost(f"a load made no progress for {LOAD_STALL_S:.0f} s") from None
+        if not isinstance(message, pb.LoadStageResponse):
+            return
+        yield message
+
+
+def _load_request(spec: StageSpec) -> pb.LoadStageRequest:
+    return pb.LoadStageRequest(
+        epoch=spec.epoch,
+        index=spec.index,
+        count=spec.count,
+        model=spec.model.name,
+        path=spec.model.path,
+        fingerprint=spec.model.fingerprint,
+        start_layer=spec.layers.start,
+        end_layer=spec.layers.end,
+        max_context=spec.max_context,
+    )
+
+
+def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
+    host, _ = parse_address(address)
+    data_host = f"[{host}]" if ":" in host else host
+    return WorkerFacts(
+        id=a.id,
+        name=a.name,
+        version=a.version,
+        cluster=a.cluster,
+        control_address=address,
+        data_address=f"{data_host}:{a.data_port}",
+        chip=a.chip,
+        backend=a.backend,
+        mlx_version=a.mlx_version,
+        memory_total=a.memory_total,
+        memory_limit=a.memory_limit,
+        epoch=a.epoch,
+        layers=LayerRange(a.start_layer, a.end_layer) if a.epoch else None,
+        model=a.model,
+        memory_used=a.memory_used,
+        sequences=a.sequences,
+    )

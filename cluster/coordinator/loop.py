@@ -1,0 +1,265 @@
+"""The engine loop: one thread that drives the scheduler and carries out what it decides.
+
+Frames, requests and losses arrive in one inbox, in one order; nothing else touches the scheduler. A frame that came
+back is answered with the next frames first and turned into text afterwards, so detokenizing is off the ring's path.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from cluster.coordinator.answer import Answer
+from cluster.coordinator.ring import Ring
+from cluster.coordinator.tally import Tally
+from cluster.coordinator.text import Decoder, TextStream
+from cluster.errors import MacpipeError, NotServing, RequestNotFound, SlowReader, WorkerLost
+from cluster.limits import FRAME_TIMEOUT_S
+from cluster.scheduler.outcome import Failed, Outcome, Produced
+from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.sequence import Phase
+from cluster.types import Accepted, FinishEvent, FinishReason, Plan, Request, TokenEvent, Usage
+from cluster.wire.frame import decode, encode
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class _Live:
+    """What the loop keeps of a request beside the scheduler's own record."""
+
+    request: Request
+    answer: Answer
+    text: TextStream
+    tally: Tally
+    accepted_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A live request as ``macpipe ps`` shows it."""
+
+    id: str
+    phase: Phase
+    prompt_tokens: int
+    prefilled_tokens: int
+    completion_tokens: int
+    lane: int
+    age_s: float
+
+
+@dataclass(slots=True)
+class Totals:
+    finished: int = 0
+    tokens: int = 0
+
+
+class EngineLoop:
+    """Runs one epoch. ``failed`` is called once, from the loop's thread, when the ring is lost."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        scheduler: Scheduler,
+        decoder: Callable[[], Decoder],
+        failed: Callable[[MacpipeError], None],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._plan, self._scheduler, self._decoder, self._failed, self._clock = plan, scheduler, decoder, failed, clock
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._live: dict[str, _Live] = {}
+        self._ring: Ring | None = None
+        self._over: MacpipeError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self.totals = Totals()
+
+    # Called from other threads
+
+    def start(self, ring: Ring) -> None:
+        self._ring = ring
+        self._thread.start()
+
+    def submit(self, request: Request, answer: Answer) -> None:
+        """Take a request; everything that becomes of it, refusal too, goes to ``answer``."""
+        self._inbox.put(lambda: self._submit(request, answer))
+
+    def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
+        """End a request with an error; the future says whether it was live."""
+        future: Future[bool] = Future()
+        self._inbox.put(lambda: future.set_result(self._end(request_id, error)))
+        return future
+
+    def received(self, message: bytes) -> None:
+        """A frame from the last stage."""
+        self._inbox.put(lambda: self._returned(message))
+
+    def lost(self, worker: str, why: str) -> None:
+        """A stream of the ring broke."""
+        self._inbox.put(lambda: self._lose(WorkerLost(f"{worker}: {why}", worker=worker)))
+
+    def stop(self, error: MacpipeError) -> None:
+        """End what is live with ``error``, then the thread; returns when both are done."""
+        self._inbox.put(lambda: self._lose(error, tell=False))
+        self._inbox.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def views(self) -> Future[tuple[RequestView, ...]]:
+        """Every live request, in order of arrival, as the loop's thread sees it."""
+        future: Future[tuple[RequestView, ...]] = Future()
+        self._inbox.put(lambda: future.set_result(self._views()))
+        return future
+
+    def _views(self) -> tuple[RequestView, ...]:
+        now = self._clock()
+        return tuple(
+            RequestView(
+                s.request.id,
+                s.phase,
+                len(s.request.prompt),
+                s.prefilled,
+                s.produced,
+                s.lane,
+                now - live.accepted_at,
+            )
+            for s in self._scheduler.sequences
+            if (live := self._live.get(s.request.id))
+        )
+
+    # The loop's own thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._inbox.get(timeout=self._patience())
+            except queue.Empty:
+                self._lose(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
+                continue
+            if job is None:
+                return
+            self._do(job)
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as e:  # the thread's edge: a request must end with an error rather than wait for ever
+            log.exception("the engine loop failed")
+            self._lose(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+
+    def _patience(self) -> float | None:
+        """Seconds until the oldest frame is overdue; None where nothing is in the ring."""
+        sent_at = self._scheduler.oldest_sent_at()
+        if sent_at is None or self._over:
+            return None
+        return max(0.0, sent_at + FRAME_TIMEOUT_S - self._clock())
+
+    def _flush(self) -> None:
+        if self._over or not self._ring:
+            return
+        for frame in self._scheduler.next_frames(self._clock()):
+            self._ring.send(encode(frame))
+
+    def _submit(self, request: Request, answer: Answer) -> None:
+        if self._over:
+            answer.put(NotServing(f"the model is not being served: {self._over.sentence}"))
+            return
+        try:
+            self._scheduler.submit(request)
+        except MacpipeError as e:
+            answer.put(e)
+            return
+        self._flush()
+        now = self._clock()
+        text = TextStream(self._decoder(), request.stop)
+        self._live[request.id] = _Live(request, answer, text, Tally(now, self._plan.stages), now)
+        answer.put(Accepted())
+
+    def _end(self, request_id: str, error: MacpipeError) -> bool:
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return False
+        try:
+            self._scheduler.end(request_id)
+        except RequestNotFound:
+            log.debug("request %s had left the schedule", request_id)
+        self._flush()
+        live.answer.put(error)
+        return True
+
+    def _returned(self, message: bytes) -> None:
+        if self._over:
+            return
+        try:
+            outcome = self._scheduler.returned(decode(message))
+        except MacpipeError as e:
+            self._lose(e)
+            return
+        self._flush()
+        live = self._live.get(outcome.request_id)
+        if live:
+            self._account(live, outcome)
+
+    def _account(self, live: _Live, outcome: Outcome) -> None:
+        now = self._clock()
+        live.tally.frame(outcome, now)
+        if isinstance(outcome.event, Produced):
+            live.tally.token(now)
+            self._produced(live, outcome.event)
+        elif isinstance(outcome.event, Failed):
+            failure = outcome.event.failure
+            worker = self._plan.stages[failure.stage].worker if failure.stage < len(self._plan.stages) else "a stage"
+            self._end(live.request.id, MacpipeError.of(failure.reason, f"{worker}: {failure.sentence}", worker=worker))
+
+    def _produced(self, live: _Live, produced: Produced) -> None:
+        finish = produced.finish
+        if produced.counts:
+            self.totals.tokens += 1
+            text = live.text.add(produced.sample.token)
+            sample = produced.sample
+            event = TokenEvent(produced.index, sample.token, text, sample.logprob, sample.top)
+            if not live.answer.put(event):
+                self._end(live.request.id, SlowReader("the client did not read its tokens, so the answer was ended"))
+                return
+        if live.text.stopped and finish is not FinishReason.STOP:
+            finish = FinishReason.STOP
+            self._leave(live)
+        if finish:
+            self._finish(live, finish, produced.index + produced.counts)
+
+    def _leave(self, live: _Live) -> None:
+        """A stop string ended an answer that the scheduler believes alive."""
+        try:
+            self._scheduler.end(live.request.id)
+        except RequestNotFound:
+            return  # its last token was also its longest allowed
+        self._flush()
+
+    def _finish(self, live: _Live, reason: FinishReason, tokens: int) -> None:
+        del self._live[live.request.id]
+        self.totals.finished += 1
+        rest = live.text.flush()
+        if live.text.stopped:
+            reason = FinishReason.STOP
+        usage = Usage(len(live.request.prompt), tokens)
+        tally = live.tally
+        live.answer.put(FinishEvent(reason, rest, usage, tally.ttft_ms, tally.tpot_ms, tally.figures()))
+
+    def _lose(self, error: MacpipeError, *, tell: bool = True) -> None:
+        """The epoch is over: every live request ends, once, with the cause."""
+        if self._over:
+            return
+        self._over = error
+        if self._ring:
+            self._ring.close()
+        for live in self._live.values():
+            live.answer.put(error)
+        self._live.clear()
+        if tell:
+            self._failed(error)

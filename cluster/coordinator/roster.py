@@ -1,0 +1,146 @@
+"""The roster: the workers that answered, not merely the addresses that were announced.
+
+An announcement is a hint; a worker counts once it has described itself over its control port and is of this cluster
+and this version.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import anyio
+
+from cluster import __version__
+from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.report import Report
+from cluster.discovery.sighting import Source
+from cluster.errors import DuplicateName, MacpipeError, NoWorkers, VersionMismatch
+from cluster.limits import DESCRIBE_TIMEOUT_S, SETTLE_S
+from cluster.types import WorkerFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker that was seen: what it says of itself, or why it does not count."""
+
+    facts: WorkerFacts
+    problem: str = ""
+
+
+class Roster:
+    """The workers of one cluster, found through ``source``."""
+
+    def __init__(self, source: Source, cluster: str) -> None:
+        self._source, self._cluster = source, cluster
+        self._controls: dict[str, WorkerControl] = {}
+        self.members: tuple[Member, ...] = ()
+
+    async def refresh(self) -> tuple[Member, ...]:
+        """Ask everybody who is announced, at once, to describe themselves; members by name."""
+        addresses = [s.address for s in self._source.current()]
+        answers: dict[str, Member] = {}
+        async with anyio.create_task_group() as tasks:
+            for address in addresses:
+                tasks.start_soon(self._ask, address, answers)
+        await self._forget(set(self._controls) - set(addresses))
+        unique = {m.facts.id or m.facts.control_address: m for m in answers.values()}
+        self.members = tuple(sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id)))
+        return self.members
+
+    async def _ask(self, address: str, answers: dict[str, Member]) -> None:
+        try:
+            facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
+        except MacpipeError as e:
+            answers[address] = Member(_stranger(address), e.sentence)
+        else:
+            answers[address] = Member(facts, problem or self._objection(facts))
+
+    def _objection(self, facts: WorkerFacts) -> str:
+        """Why a worker that answered cannot be used; empty where it can."""
+        ours, theirs = version("mlx-lm"), facts.mlx_version.rpartition(" ")[2]
+        if facts.cluster != self._cluster:
+            return f"{facts.name} belongs to the cluster {facts.cluster}, not to {self._cluster}"
+        if facts.version != __version__:
+            return _other_version(facts.name, "macpipe", facts.version, __version__)
+        if theirs != ours:
+            return _other_version(facts.name, "mlx-lm", theirs, ours)
+        return ""
+
+    def control(self, address: str) -> WorkerControl:
+        """The control plane of the worker at an address."""
+        if address not in self._controls:
+            self._controls[address] = WorkerControl(address)
+        return self._controls[address]
+
+    async def gather(self, wanted: int | None, wait_s: float, report: Report) -> tuple[WorkerFacts, ...]:
+        """Wait until ``wanted`` usable workers are there; with None, until one is and no more come for a moment.
+
+        Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` at once.
+        """
+        told: tuple[str, ...] | None = None
+        with anyio.move_on_after(wait_s):
+            while True:
+                usable = _usable(await self.refresh())
+                if told != (told := tuple(f.name for f in usable)):
+                    report.waiting(usable, wanted)
+                if (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
+                    return usable[:wanted]
+                await self._source.changed(SETTLE_S)
+        raise self._nobody(wanted, wait_s)
+
+    async def _settled(self) -> bool:
+        return not await self._source.changed(SETTLE_S)
+
+    def _nobody(self, wanted: int | None, wait_s: float) -> MacpipeError:
+        usable = [m.facts.name for m in self.members if not m.problem]
+        others = [m.problem for m in self.members if m.problem]
+        if others and any("runs macpipe" in o or "runs mlx-lm" in o for o in others):
+            return VersionMismatch("; ".join(others))
+        found = f"found {', '.join(usable)}" if usable else "found no worker"
+        return NoWorkers(
+            f"waited {wait_s:.0f} s for {wanted or 1} worker{'s' * ((wanted or 1) != 1)} of cluster {self._cluster}, "
+            f"{found}{''.join(f'; {o}' for o in others)}. Check that `macpipe worker --cluster {self._cluster}` runs "
+            "on each Mac with --host set to its network address, that the Macs share a network that lets multicast "
+            "through, or name the workers with --peer HOST:PORT"
+        )
+
+    async def _forget(self, addresses: set[str]) -> None:
+        for address in addresses:
+            await self._controls.pop(address).close()
+
+    async def close(self) -> None:
+        await self._forget(set(self._controls))
+
+
+def _usable(members: Sequence[Member]) -> tuple[WorkerFacts, ...]:
+    """Members without a problem. Raises ``DuplicateName`` where two of them carry one name."""
+    usable = tuple(m.facts for m in members if not m.problem)
+    twice = [name for name, count in Counter(f.name for f in usable).items() if count > 1]
+    if twice:
+        where = " and ".join(f.control_address for f in usable if f.name == twice[0])
+        raise DuplicateName(f"two workers are named {twice[0]}, at {where}; start one of them with another --name")
+    return usable
+
+
+def _other_version(name: str, what: str, theirs: str, ours: str) -> str:
+    return f"{name} runs {what} {theirs}, this coordinator {ours}; install the same version on both"
+
+
+def _stranger(address: str) -> WorkerFacts:
+    """A worker of which only the address is known."""
+    return WorkerFacts(
+        id="",
+        name=address,
+        version="",
+        cluster="",
+        control_address=address,
+        data_address="",
+        chip="",
+        backend="",
+        mlx_version="",
+        memory_total=0,
+        memory_limit=0,
+    )

@@ -1,0 +1,34 @@
+"""The state of everything at one moment, as ``macpipe status`` and ``macpipe ps`` show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cluster.coordinator.loop import RequestView
+from cluster.coordinator.ring import RingStage
+from cluster.coordinator.roster import Member
+from cluster.types import Plan
+
+
+class ServingState(StrEnum):
+    IDLE = "idle"
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``plan`` is None while nothing is loaded; ``problem`` is a sentence while ``state`` is failed."""
+
+    cluster: str
+    state: ServingState
+    problem: str
+    plan: Plan | None
+    ring: tuple[RingStage, ...]
+    members: tuple[Member, ...]
+    requests: tuple[RequestView, ...]
+    finished: int
+    tokens: int
+    uptime_s: float
