@@ -169,6 +169,7 @@ class Stage(_message.Message):
     END_LAYER_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    INLET_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -177,6 +178,8 @@ class Stage(_message.Message):
     weight_bytes: _builtins.int
     cache_bytes: _builtins.int
     """Caches at the promised context, over all sequences that may live at once."""
+    inlet: Global___Route.ValueType
+    """How its input arrives; the first stage is always fed by the coordinator."""
     def __init__(
         self,
         *,
@@ -186,10 +189,11 @@ class Stage(_message.Message):
         end_layer: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         cache_bytes: _builtins.int = ...,
+        inlet: Global___Route.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "index", b"index", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "index", b"index", "inlet", b"inlet", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""The public surfaces. Thin: they validate, translate, and hand requests to the coordinator."""

@@ -1,0 +1,83 @@
+"""ClusterService: who is there, what is loaded, load and unload."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from cluster.api import replies
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.report import Silent
+from cluster.coordinator.settings import LoadOrder
+from cluster.errors import InvalidRequest, MacpipeError
+from cluster.layers import parse_layers
+from cluster.transport.status import abort
+from cluster.types import LoadProgress, Route
+from cluster.v1 import cluster_pb2 as pb
+from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Cluster(ClusterServiceServicer):
+    """Speaks for one coordinator."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
+        return replies.cluster_state(await self._coordinator.snapshot())
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
+        try:
+            order = _order(request)
+            async for p in self._progress(order):
+                yield pb.LoadModelResponse(progress=replies.progress(p))
+            state = replies.cluster_state(await self._coordinator.snapshot())
+            yield pb.LoadModelResponse(ready=state)
+        except MacpipeError as e:
+            await abort(context, e)
+
+    async def _progress(self, order: LoadOrder) -> AsyncIterator[LoadProgress]:
+        """A load's progress while it runs; a caller that goes away cancels the load."""
+        reports = _Queued()
+        load = asyncio.create_task(self._coordinator.load(order, reports))
+        load.add_done_callback(lambda _: reports.queue.put_nowait(None))
+        try:
+            while (p := await reports.queue.get()) is not None:
+                yield p
+            await load
+        finally:
+            load.cancel()
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
+        try:
+            await self._coordinator.unload()
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.UnloadModelResponse()
+
+
+class _Queued(Silent):
+    """A report whose progress a client reads; bounded by the number of progress steps of one load."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
+
+    def progress(self, progress: LoadProgress) -> None:
+        self.queue.put_nowait(progress)
+
+
+def _order(r: pb.LoadModelRequest) -> LoadOrder:
+    if not r.model:
+        raise InvalidRequest("no model was named", field="model")
+    return LoadOrder(
+        model=r.model,
+        workers=r.workers or None,
+        layers=parse_layers(r.layers) if r.layers else None,
+        route=Route.RELAY if r.route == pb.ROUTE_RELAY else Route.DIRECT,
+        max_context=r.max_context or None,
+    )

@@ -1,0 +1,102 @@
+"""InferenceService: prompts in, tokens out. A call that ends early, for whatever reason, ends its request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+
+from cluster.api import intake, replies
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.coordinator.coordinator import Coordinator
+from cluster.errors import InvalidRequest, MacpipeError
+from cluster.transport.status import abort
+from cluster.types import Accepted, FinishEvent, Request, TokenEvent
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1.inference_pb2_grpc import InferenceServiceServicer
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Reply = TypeVar("Reply", pb.GenerateResponse, pb.ChatResponse)
+
+
+class Inference(InferenceServiceServicer):
+    """Speaks for one coordinator."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        async for reply in self._answered(request, intake.generate_request, pb.GenerateResponse, context):
+            yield reply
+
+    async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
+        async for reply in self._answered(request, intake.chat_request, pb.ChatResponse, context):
+            yield reply
+
+    async def _answered(
+        self,
+        message: pb.GenerateRequest | pb.ChatRequest,
+        take_in: Callable[..., Awaitable[Request]],
+        reply: type[Reply],
+        context: Context,
+    ) -> AsyncIterator[Reply]:
+        try:
+            checkpoint = self._coordinator.checkpoint(message.model)
+            request = await take_in(message, checkpoint)
+            async for answered in self._events(request, checkpoint, reply):
+                yield answered
+        except MacpipeError as e:
+            await abort(context, e)
+
+    async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
+        answer = self._coordinator.submit(request)
+        finished = False
+        try:
+            async for event in answer.events():
+                if isinstance(event, TokenEvent):
+                    yield reply(token=replies.token_event(event, checkpoint.tokenizer))
+                elif isinstance(event, FinishEvent):
+                    finished = True
+                    yield reply(finish=replies.finish_info(event))
+                elif isinstance(event, Accepted):
+                    yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
+        finally:
+            if not finished:
+                answer.abandon()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        try:
+            checkpoint = self._coordinator.checkpoint(request.model)
+            ids = await _tokenized(request, checkpoint)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.TokenizeResponse(ids=ids, texts=[checkpoint.tokenizer.token_text(i) for i in ids])
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        try:
+            shape = self._coordinator.checkpoint("").shape
+        except MacpipeError:
+            return pb.ListModelsResponse()
+        model = pb.Model(
+            id=shape.model.name,
+            layers=shape.layers,
+            max_context=shape.max_context,
+            fingerprint=shape.model.fingerprint,
+        )
+        return pb.ListModelsResponse(models=[model])
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        try:
+            await self._coordinator.abort(request.request_id)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.AbortResponse()
+
+
+async def _tokenized(request: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
+    if request.messages and request.text:
+        raise InvalidRequest("text and messages were given; give one of them", field="messages")
+    if request.messages:
+        return await intake.templated(request.messages, checkpoint)
+    return await intake.encoded(request.text, checkpoint)

@@ -1,0 +1,97 @@
+"""Intake: a client's message becomes a tokenized request that fits the promised context, or a clear error."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import anyio
+
+from cluster.api.sampling import sampling_params, stop_strings
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.errors import InvalidRequest, PromptTooLong
+from cluster.limits import DEFAULT_MAX_TOKENS, MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_REQUEST_ID_CHARS
+from cluster.types import ChatMessage, Request
+from cluster.v1 import inference_pb2 as pb
+
+ROLES = frozenset({"system", "user", "assistant"})
+
+
+async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint) -> Request:
+    """Raises ``InvalidRequest`` or ``PromptTooLong``."""
+    if message.WhichOneof("prompt") == "tokens":
+        prompt = _known(tuple(message.tokens.ids), checkpoint)
+    else:
+        prompt = await encoded(message.text, checkpoint)
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
+    return _request(message, prompt, checkpoint)
+
+
+async def chat_request(message: pb.ChatRequest, checkpoint: Checkpoint) -> Request:
+    """Raises ``InvalidRequest`` or ``PromptTooLong``."""
+    return _request(message, await templated(message.messages, checkpoint), checkpoint)
+
+
+async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Token ids of a text, found off the event loop."""
+    if len(text) > MAX_PROMPT_CHARS:
+        raise InvalidRequest(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARS}", field="prompt")
+    return await anyio.to_thread.run_sync(checkpoint.tokenizer.encode, text)
+
+
+async def templated(messages: Sequence[pb.ChatMessage], checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Token ids of a conversation under the model's chat template."""
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"{len(messages)} messages were given; 1 to {MAX_MESSAGES} are taken", field="messages")
+    for i, m in enumerate(messages):
+        if m.role not in ROLES:
+            raise InvalidRequest(
+                f"message {i} has the role {m.role[:32]!r}; it must be one of {', '.join(sorted(ROLES))}",
+                field="messages",
+            )
+    plain = [ChatMessage(m.role, m.content) for m in messages]
+    return await anyio.to_thread.run_sync(checkpoint.tokenizer.chat, plain)
+
+
+def _known(ids: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
+    size = checkpoint.vocabulary
+    strange = next((i for i in ids if i >= size), None)
+    if strange is not None:
+        raise InvalidRequest(f"the prompt has the token id {strange}; the model has {size} tokens", field="prompt")
+    return ids
+
+
+def _request(message: pb.GenerateRequest | pb.ChatRequest, prompt: tuple[int, ...], checkpoint: Checkpoint) -> Request:
+    if len(message.request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    return Request(
+        id=message.request_id or f"req-{secrets.token_hex(8)}",
+        prompt=prompt,
+        sampling=sampling_params(message.sampling, checkpoint.vocabulary),
+        max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context),
+        stop=stop_strings(message.stop),
+        ignore_eos=message.stop.ignore_eos,
+    )
+
+
+def _max_tokens(stop: pb.StopOptions, prompt: int, context: int) -> int:
+    """How long the answer may be; what was asked for is refused rather than shortened."""
+    room = context - prompt
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "
+            "with a larger --max-context",
+            field="prompt",
+        )
+    if not stop.HasField("max_tokens"):
+        return min(DEFAULT_MAX_TOKENS, room)
+    if stop.max_tokens < 1:
+        raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
+    if stop.max_tokens > room:
+        raise PromptTooLong(
+            f"prompt ({prompt}) and max_tokens ({stop.max_tokens}) need {prompt + stop.max_tokens} tokens, the context "
+            f"has {context}; ask for at most {room}, or serve with a larger --max-context",
+            field="max_tokens",
+        )
+    return int(stop.max_tokens)

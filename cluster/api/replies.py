@@ -1,0 +1,141 @@
+"""The coordinator's nouns as public messages."""
+
+from __future__ import annotations
+
+from cluster import __version__
+from cluster.coordinator.loop import RequestView
+from cluster.coordinator.ring import RingStage
+from cluster.coordinator.roster import Member
+from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.model.tokenizer import Tokenizer
+from cluster.scheduler.sequence import Phase
+from cluster.types import FinishEvent, FinishReason, LoadProgress, PlannedStage, Request, Route, TokenEvent
+from cluster.v1 import cluster_pb2 as cpb
+from cluster.v1 import inference_pb2 as pb
+
+_STATES = {
+    ServingState.IDLE: cpb.SERVING_STATE_IDLE,
+    ServingState.LOADING: cpb.SERVING_STATE_LOADING,
+    ServingState.SERVING: cpb.SERVING_STATE_SERVING,
+    ServingState.FAILED: cpb.SERVING_STATE_FAILED,
+}
+_ROUTES = {Route.DIRECT: cpb.ROUTE_DIRECT, Route.RELAY: cpb.ROUTE_RELAY}
+_PHASES = {
+    Phase.QUEUED: cpb.REQUEST_STATE_QUEUED,
+    Phase.PREFILL: cpb.REQUEST_STATE_PREFILL,
+    Phase.DECODE: cpb.REQUEST_STATE_DECODE,
+}
+_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+
+
+def prompt_info(request: Request, model: str) -> pb.PromptInfo:
+    return pb.PromptInfo(
+        request_id=request.id,
+        model=model,
+        prompt_tokens=len(request.prompt),
+        seed=request.sampling.seed,
+        max_tokens=request.max_tokens,
+    )
+
+
+def token_event(event: TokenEvent, tokenizer: Tokenizer) -> pb.TokenEvent:
+    top = [pb.TopLogprob(token=t.token, text=tokenizer.token_text(t.token), logprob=t.logprob) for t in event.top]
+    return pb.TokenEvent(index=event.index, token=event.token, text=event.text, logprob=event.logprob, top=top)
+
+
+def finish_info(event: FinishEvent) -> pb.FinishInfo:
+    stages = [
+        pb.StageFigures(
+            worker=s.worker,
+            start_layer=s.layers.start,
+            end_layer=s.layers.end,
+            compute_ms=s.compute_ms,
+            wire_ms=s.wire_ms,
+            wait_ms=s.wait_ms,
+        )
+        for s in event.stages
+    ]
+    usage = pb.Usage(
+        prompt_tokens=event.usage.prompt_tokens,
+        completion_tokens=event.usage.completion_tokens,
+        cached_tokens=event.usage.cached_tokens,
+    )
+    rate = 1e3 / event.tpot_ms if event.tpot_ms else 0.0
+    timings = pb.Timings(ttft_ms=event.ttft_ms, tpot_ms=event.tpot_ms, tokens_per_second=rate)
+    return pb.FinishInfo(reason=_REASONS[event.reason], text=event.text, usage=usage, timings=timings, stages=stages)
+
+
+def progress(p: LoadProgress) -> cpb.StageProgress:
+    return cpb.StageProgress(
+        worker=p.worker,
+        start_layer=p.layers.start,
+        end_layer=p.layers.end,
+        done_bytes=p.done_bytes,
+        total_bytes=p.total_bytes,
+        state=p.state,
+    )
+
+
+def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
+    reply = cpb.GetClusterResponse(
+        cluster=s.cluster,
+        version=__version__,
+        state=_STATES[s.state],
+        problem=s.problem,
+        workers=[_worker(m) for m in s.members],
+        requests=[_request(r) for r in s.requests],
+        requests_finished=s.finished,
+        tokens_generated=s.tokens,
+        uptime_seconds=s.uptime_s,
+    )
+    if s.plan:
+        reply.model, reply.epoch = s.plan.model.name, s.plan.epoch
+        reply.layers = s.plan.stages[-1].layers.end
+        reply.max_context, reply.max_sequences = s.plan.max_context, s.plan.max_sequences
+        reply.route = _ROUTES[s.plan.route]
+        reply.stages.extend(_stage(i, p, r) for i, (p, r) in enumerate(zip(s.plan.stages, s.ring, strict=True)))
+    return reply
+
+
+def _worker(m: Member) -> cpb.Worker:
+    f = m.facts
+    return cpb.Worker(
+        id=f.id,
+        name=f.name,
+        version=f.version,
+        control_address=f.control_address,
+        data_address=f.data_address,
+        chip=f.chip,
+        backend=f.backend,
+        mlx_version=f.mlx_version,
+        memory_total=f.memory_total,
+        memory_limit=f.memory_limit,
+        memory_used=f.memory_used,
+        sequences=f.sequences,
+        reachable=bool(f.id),
+        problem=m.problem,
+    )
+
+
+def _stage(index: int, planned: PlannedStage, ring: RingStage) -> cpb.Stage:
+    return cpb.Stage(
+        index=index,
+        worker=planned.worker,
+        start_layer=planned.layers.start,
+        end_layer=planned.layers.end,
+        weight_bytes=planned.weight_bytes,
+        cache_bytes=planned.cache_bytes,
+        inlet=_ROUTES[ring.inlet],
+    )
+
+
+def _request(r: RequestView) -> cpb.LiveRequest:
+    return cpb.LiveRequest(
+        request_id=r.id,
+        state=_PHASES[r.phase],
+        prompt_tokens=r.prompt_tokens,
+        prefilled_tokens=r.prefilled_tokens,
+        completion_tokens=r.completion_tokens,
+        lane=r.lane,
+        age_seconds=r.age_s,
+    )

@@ -1,0 +1,115 @@
+"""`macpipe serve`: one task group that owns discovery, coordinator and the public port, until a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # made by a star import
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from cluster.api.cluster import Cluster
+from cluster.api.inference import Inference
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.load import leaf
+from cluster.coordinator.report import Report
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import ServeSettings
+from cluster.coordinator.snapshot import ServingState
+from cluster.discovery.browse import browse
+from cluster.discovery.static import merged, static
+from cluster.errors import MacpipeError
+from cluster.transport.options import CONTROL_OPTIONS, bind
+from cluster.transport.rings import GrpcDialer
+from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+)
+
+
+def run(settings: ServeSettings, report: Report) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. Raises ``MacpipeError`` where serving cannot begin."""
+    try:
+        anyio.run(_run, settings, report)
+    except* MacpipeError as group:
+        raise leaf(group) from None
+    return 0
+
+
+async def _run(settings: ServeSettings, report: Report) -> None:
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
+        source = await stack.enter_async_context(browse(settings.cluster))
+        peers = static(settings.peers)
+        coordinator = await stack.enter_async_context(
+            _coordinator(settings, Roster(merged(source, peers), settings.cluster))
+        )
+        checks = health.HealthServicer()
+        port = await stack.enter_async_context(_public_port(settings, coordinator, checks))
+        tasks.start_soon(_tell_health, coordinator, checks)
+        await coordinator.load(settings.order, report)
+        plan = (await coordinator.snapshot()).plan
+        assert plan
+        report.serving(f"{settings.host}:{port}", plan)
+        await anyio.sleep_forever()
+
+
+async def _stop_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            scope.cancel()
+
+
+@asynccontextmanager
+async def _coordinator(settings: ServeSettings, roster: Roster) -> AsyncIterator[Coordinator]:
+    coordinator = Coordinator(settings.cluster, roster, GrpcDialer())
+    try:
+        yield coordinator
+    finally:
+        with anyio.CancelScope(shield=True):
+            await coordinator.close()
+
+
+@asynccontextmanager
+async def _public_port(
+    settings: ServeSettings, coordinator: Coordinator, checks: health.HealthServicer
+) -> AsyncIterator[int]:
+    """The public port, which answers status and health while the model still loads."""
+    server = grpc.aio.server(options=CONTROL_OPTIONS)
+    add_InferenceServiceServicer_to_server(Inference(coordinator), server)
+    add_ClusterServiceServicer_to_server(Cluster(coordinator), server)
+    add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
+    port = bind(server, settings.host, settings.port)
+    await server.start()
+    try:
+        yield port
+    finally:
+        with anyio.CancelScope(shield=True):
+            await server.stop(grace=None)
+
+
+async def _tell_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
+    """Keep grpc.health.v1 true: SERVING only while a token has gone through every stage."""
+    while True:
+        serving = coordinator.state is ServingState.SERVING
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await checks.set(service, status)
+        await coordinator.changed.wait()
+        coordinator.changed.clear()
