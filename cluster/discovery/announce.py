@@ -1,0 +1,104 @@
+"""Announces one worker over Zeroconf, and takes it back. Nothing that it says is secret, or proves anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from ipaddress import ip_address
+from typing import Final
+
+from zeroconf import Error
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+from cluster.discovery import txt
+from cluster.discovery.interfaces import Reach, interfaces, reach
+from cluster.discovery.multicast import FOLLOW_S, alongside, close_multicast, follow_interfaces, open_multicast
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_S: Final = 5.0
+"""Probing for the name takes 0.7 s; a network that refuses packets must not hold up a worker's start."""
+TTL_S: Final = 120
+"""Who is gone without a goodbye is forgotten after this; the DNS default of 75 minutes suits printers."""
+
+
+@contextlib.asynccontextmanager
+async def announce(*, id: str, name: str, version: str, cluster: str, host: str, port: int) -> AsyncIterator[None]:  # noqa: A002
+    """Be found as the worker whose control port listens on ``host`` and ``port``, from about a second after the start.
+
+    It says goodbye as the block ends. A loopback host is announced on loopback alone, a wildcard on every other
+    interface, an address on its own. Where multicast does not work this logs a warning and announces nothing. Raises
+    InvalidOption for fields that cannot be announced (see ``txt.Announcement``).
+    """
+    said = txt.Announcement(id=id, name=name, version=version, cluster=cluster)
+    here = await _reach(host)
+    if not here.senders:
+        log.warning("no interface of this machine has the address %s: this worker is not announced", host)
+    zeroconf = open_multicast(here.senders, "announce this worker") if here.senders else None
+    if zeroconf is None:
+        yield
+        return
+    try:
+        async with alongside(_keep_up(zeroconf, said, host, port)):
+            yield
+    finally:
+        await close_multicast(zeroconf)
+
+
+async def _reach(host: str) -> Reach:
+    return reach(await _ip(host), interfaces())
+
+
+async def _ip(host: str) -> str:
+    """``host`` itself if it is an IP address, else what the system resolves it to; loopback where it cannot."""
+    with contextlib.suppress(ValueError):
+        return str(ip_address(host))
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(ANNOUNCE_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return str(found[0][4][0])
+    log.warning("%s does not resolve to an address; this worker is announced on loopback only", host)
+    return "127.0.0.1"
+
+
+def _info(said: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
+    label = txt.instance(said)
+    return AsyncServiceInfo(
+        txt.SERVICE,
+        f"{label}.{txt.SERVICE}",
+        port=port,
+        properties=dict(txt.write(said)),
+        server=f"{label}.local.",
+        parsed_addresses=list(here.addresses),
+        host_ttl=TTL_S,
+        other_ttl=TTL_S,
+    )
+
+
+async def _put_up(zeroconf: AsyncZeroconf, info: AsyncServiceInfo) -> None:
+    """Register; an instance name that is taken gets a number, which readers never see."""
+    try:
+        async with asyncio.timeout(ANNOUNCE_S):
+            await zeroconf.async_register_service(info, allow_name_change=True)
+    except (OSError, Error, TimeoutError) as error:
+        log.warning("could not announce this worker over Zeroconf (%r); name it by --peer HOST:PORT instead", error)
+
+
+async def _keep_up(zeroconf: AsyncZeroconf, said: txt.Announcement, host: str, port: int) -> None:
+    """Announce, and again with the new addresses when the machine's interfaces change."""
+    here = await _reach(host)
+    info = _info(said, here, port)
+    await _put_up(zeroconf, info)
+    while True:
+        await asyncio.sleep(FOLLOW_S)
+        now = await _reach(host)
+        if now != here and now.senders:
+            here = now
+            await follow_interfaces(zeroconf, here.senders)
+            fresh = _info(said, here, port)
+            fresh.name = info.name
+            with contextlib.suppress(OSError, Error):
+                await zeroconf.async_update_service(fresh)

@@ -1,0 +1,51 @@
+"""What every test shares: the seed, the option for long tests, and the namespaces' fixture."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+pytest_plugins = ["netns"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--seed", type=int, default=None, help="repeat the randomness of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The processes of xdist are given this process's options, so they share its seed.
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**32)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed} (again with --seed {config.option.seed})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.all:
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long: runs with --all"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("MACPIPE_CHECKS") == "failed":
+        terminalreporter.write_line("ops/check FAILED: its complaints are above the tests", red=True)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The loop of tests marked ``anyio``."""
+    return "asyncio"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Randomness of this test's own, from the run's seed; the seed stands beside the failure."""
+    seed = request.config.option.seed
+    print(f"seed: {seed}")
+    return random.Random(f"{seed} {request.node.nodeid}")
