@@ -1,0 +1,101 @@
+"""Makes .venv and fills it. ``ops/venv`` calls this, with a Python that it found fit, when the stamp is not as wanted.
+
+It knows the standard library alone, since nothing is installed yet. It holds a lock while it works, so that two started
+at once make one environment; and it marks an environment of its own as unfinished until it is whole, so that one whose
+making was interrupted is thrown away the next time. An environment that it finds whole and unstamped is somebody
+else's: it is filled as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".stamp"
+UNFINISHED = VENV / ".unfinished"
+CONSTRAINTS = ROOT / "ops" / "constraints.txt"
+
+
+class InstallFailed(Exception):
+    """An installer gave up; the argument is what it printed."""
+
+
+def say(sentence: str) -> None:
+    print(f"macpipe: {sentence}", file=sys.stderr, flush=True)
+
+
+def run(*command: str) -> None:
+    """Run quietly; what was printed matters only if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise InstallFailed(f"$ {' '.join(command)}\n{done.stdout}")
+
+
+def up_to_date(extras: str, wanted: str) -> bool:
+    """Whether another process made it while this one waited for the lock."""
+    there = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else []
+    return there[:1] == [wanted] and there[1:] in ([extras], ["dev"])
+
+
+def make() -> None:
+    """Leave an environment of ours, marked unfinished, or the one that somebody else made, as it is."""
+    if VENV.exists() and (UNFINISHED.exists() or not PYTHON.exists()):
+        shutil.rmtree(VENV)
+    if VENV.exists() and not STAMP.exists():
+        return
+    VENV.mkdir(exist_ok=True)
+    UNFINISHED.touch()
+    STAMP.unlink(missing_ok=True)
+    if not PYTHON.exists():
+        # Not sys.executable: where .venv was active, that has just been thrown away.
+        run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--without-pip", str(VENV))
+
+
+def install(extras: str) -> None:
+    """With uv where it is there and can (it does not read pip's configuration), else with pip."""
+    what = ["-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]" if extras == "dev" else str(ROOT)]
+    if shutil.which("uv"):
+        try:
+            run("uv", "pip", "install", "--quiet", "--python", str(PYTHON), *what)
+            return
+        except InstallFailed as failure:
+            say("uv could not install it; trying pip")
+            print(failure, file=sys.stderr)
+    run(str(PYTHON), "-m", "ensurepip", "--upgrade")
+    run(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
+
+
+def finish(extras: str, wanted: str) -> None:
+    """Stamp it whole; the stamp appears at once or not at all."""
+    fresh = STAMP.with_suffix(".new")
+    fresh.write_text(f"{wanted} {extras}\n")
+    UNFINISHED.unlink(missing_ok=True)
+    fresh.replace(STAMP)
+
+
+def main(extras: str, wanted: str) -> None:
+    with CONSTRAINTS.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if up_to_date(extras, wanted):
+            return
+        say(f"installing into .venv with Python {sys.version.split()[0]}; the first time takes a minute or two")
+        start = time.monotonic()
+        try:
+            make()
+            install(extras)
+        except InstallFailed as failure:
+            print(failure, file=sys.stderr)
+            sys.exit("macpipe: the installation failed; above is what the installer said")
+        finish(extras, wanted)
+        say(f".venv is ready after {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

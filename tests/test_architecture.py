@@ -1,0 +1,222 @@
+"""The house's floors, read from the imports: who may know whom. The checker itself is tried on trees that break them.
+
+Imports inside functions and under TYPE_CHECKING count like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS = (
+    {"", "address", "errors", "frames", "layers", "limits", "types", "v1"},
+    {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
+    {"discovery", "transport"},
+    {"coordinator", "worker"},
+    {"api", "client"},
+    {"__main__", "cli"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+CLIENT_MAY = FLOORS[0] | {"transport"}
+MODEL_ALONE = {"mlx", "mlx_lm", "tokenizers", "transformers"}
+PURE = {"membership", "placement", "scheduler", "wire"}
+IMPURE = {
+    *("anyio", "asyncio", "concurrent", "datetime", "fcntl", "grpc", "http", "io", "logging", "multiprocessing", "os"),
+    *("pathlib", "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "ssl", "subprocess"),
+    *("tempfile", "threading", "time", "urllib", "uuid", "zeroconf"),
+}
+HEAVY = {"mlx", "mlx_lm", "numpy", "tokenizers", "torch", "transformers"}
+
+# The brackets keep these lines from matching themselves.
+INDEX = re.compile(r"py[p]i\.org|python[h]osted|--(extra-)?index[-]url|--find[-]links|--trusted[-]host")
+PLACE = re.compile(r"(?<![\w.~$}>-])/(?:[r]oot|[w]ork|[h]ome/\w+|[U]sers/\w+|[o]pt/(wheels|pypi))\b")
+
+
+def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Every imported name, absolute, with its line; ``from x import y`` gives ``x.y``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            start = ".".join((*base, *filter(None, [node.module])))
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and (name := dynamic_import(node)):
+            yield node.lineno, name
+
+
+def dynamic_import(call: ast.Call) -> str:
+    """The name that ``import_module("x")`` or ``__import__("x")`` brings in, else nothing."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    first = call.args[0] if call.args else None
+    if function in {"import_module", "__import__"} and isinstance(first, ast.Constant):
+        return str(first.value)
+    return ""
+
+
+def room_of(module: str) -> str:
+    """``cluster.wire.frame`` is in ``wire``; the package itself is in the room without a name."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def broken_rule(room: str, name: str) -> str:
+    """Why this room may not import this name; nothing when it may."""
+    top = name.split(".")[0]
+    if top in MODEL_ALONE and room != "model":
+        return f"only model imports {top}"
+    if top in IMPURE and room in PURE:
+        return f"{room} is pure and imports {top}"
+    if top == "cluster":
+        return broken_floor(room, room_of(name))
+    return ""
+
+
+def broken_floor(room: str, other: str) -> str:
+    if other not in FLOOR:
+        # `from cluster import __version__` names no room.
+        return "" if other.startswith("__") else f"{other} is on no floor"
+    if other == room or FLOOR[other] < FLOOR[room] or FLOOR[room] == FLOOR[other] == 0:
+        return f"client imports {other}" if room == "client" and other not in CLIENT_MAY | {"client"} else ""
+    return f"{room} (floor {FLOOR[room]}) imports {other} (floor {FLOOR[other]})"
+
+
+def violations(root: Path) -> Iterator[str]:
+    """Each broken rule of the tree under ``root``, as ``file:line: why``."""
+    for path in sorted((root / "cluster").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts).removesuffix(".__init__")
+        if room_of(module) not in FLOOR:
+            yield f"{path.relative_to(root)}: {room_of(module)} is on no floor"
+            continue
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), parts[:-1]):
+            if why := broken_rule(room_of(module), name):
+                yield f"{path.relative_to(root)}:{line}: {why}"
+
+
+def files(root: Path) -> list[Path]:
+    """What is or could be checked in; in a folder without git, everything but dot-entries."""
+    git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, capture_output=True, check=False) if (root / ".git").exists() else None
+    if listed and listed.returncode == 0:
+        return [root / name for name in listed.stdout.decode().split("\0") if name and (root / name).is_file()]
+    found = (p for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+
+
+def places(root: Path) -> Iterator[str]:
+    """Each line of text that names a package index or a folder of one machine."""
+    for path in files(root):
+        text = path.read_bytes()
+        if b"\0" in text[:8192] or path.suffix in {".safetensors", ".json"}:
+            continue
+        for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
+            if INDEX.search(line) or PLACE.search(line):
+                yield f"{path.relative_to(root)}:{number}: {line.strip()[:100]}"
+
+
+PRINT_LOADED = """
+import atexit, json, runpy, sys
+atexit.register(lambda: print("\\n" + json.dumps(sorted({m.split(".")[0] for m in sys.modules})), file=sys.stderr))
+del sys.argv[0]
+if sys.argv[1:]:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    __import__(sys.argv[0])
+"""
+
+
+def loaded_by(*argv: str) -> set[str]:
+    """The top-level modules that a fresh Python holds after an import, or after ``-m`` where there are arguments."""
+    command = [sys.executable, "-c", PRINT_LOADED, *argv]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=50, check=False)
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stderr.strip().rsplit("\n", 1)[-1]))
+
+
+def test_every_import_keeps_to_its_floor() -> None:
+    broken = list(violations(ROOT))
+    assert not broken, "\n".join(broken)
+
+
+def test_no_file_names_a_package_index_or_a_machine() -> None:
+    named = list(places(ROOT))
+    assert not named, "\n".join(named)
+
+
+def test_the_client_starts_without_mlx() -> None:
+    loaded = loaded_by("cluster.client")
+    assert "grpc" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_help_starts_without_mlx() -> None:
+    loaded = loaded_by("cluster.cli.main", "--help")
+    assert "typer" in loaded
+    assert loaded & HEAVY == set()
+
+
+BROKEN = {
+    "types.py": ("import cluster.wire.frame", "(floor 0) imports wire"),
+    "wire/frame.py": ("def f():\n    import asyncio", ":2: wire is pure and imports asyncio"),
+    "placement/solve.py": ("from os.path import join", "placement is pure and imports os"),
+    "scheduler/plan.py": ("from cluster.wire import frame", "scheduler (floor 1) imports wire (floor 1)"),
+    "membership/clock.py": ("import importlib\nimportlib.import_module('time')", "membership is pure and imports time"),
+    "discovery/browse.py": ("from ..transport import channel", "discovery (floor 2) imports transport"),
+    "worker/daemon.py": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import mlx.core as mx",
+        "worker/daemon.py:3: only model imports mlx",
+    ),
+    "coordinator/loop.py": ("from cluster import api", "coordinator (floor 3) imports api"),
+    "client/sync.py": ("from cluster.membership import clock", "client imports membership"),
+    "api/http.py": ("from cluster import utils", "utils is on no floor"),
+    "helpers.py": ("", "helpers is on no floor"),
+}
+SOUND = {
+    "wire/__init__.py": "from cluster import __version__\nfrom . import frame\nfrom cluster.frames import Frame",
+    "worker/engine.py": "from cluster.model import stage\nfrom .daemon import start\nimport asyncio",
+    "client/__init__.py": "from cluster.transport.channel import connect\nfrom cluster.client.sync import Client",
+    "cli/main.py": "import cluster.api.http\nfrom ..coordinator import loop",
+    "model/stage.py": "import mlx.core as mx\nfrom mlx_lm import load",
+}
+
+
+def plant(root: Path, tree: dict[str, str]) -> None:
+    for name, text in tree.items():
+        path = root / "cluster" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_sound_tree_passes(tmp_path: Path) -> None:
+    plant(tmp_path, SOUND)
+    assert list(violations(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_rule_is_found(tmp_path: Path, name: str) -> None:
+    text, why = BROKEN[name]
+    plant(tmp_path, SOUND | {name: text})
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"cluster/{name}:")
+    assert why in found
+
+
+@pytest.mark.parametrize(
+    "line", ["pip install --index{}url x".format("-"), "cd /{}/x".format("root"), "open('/{}/ada/m')".format("Users")]
+)
+def test_a_named_place_is_found(tmp_path: Path, line: str) -> None:
+    (tmp_path / "notes.md").write_text(f"fine: ~/work, a/root/b, https://example.org/work\n{line}\n")
+    assert [found.split(":")[1] for found in places(tmp_path)] == ["2"]
+
+
+def test_what_a_process_loads_is_seen() -> None:
+    assert {"json", "wave"} <= loaded_by("wave")
