@@ -112,7 +112,7 @@ def _worker(m: Member) -> cpb.Worker:
         memory_limit=f.memory_limit,
         memory_used=f.memory_used,
         sequences=f.sequences,
-        reachable=bool(f.id),
+        reachable=m.reachable,
         problem=m.problem,
     )
 

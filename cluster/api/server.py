@@ -56,7 +56,7 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         source = await stack.enter_async_context(browse(settings.cluster))
         peers = static(settings.peers)
         coordinator = await stack.enter_async_context(
-            _coordinator(settings, Roster(merged(source, peers), settings.cluster))
+            _coordinator(settings, Roster(merged(peers, source), settings.cluster))
         )
         checks = health.HealthServicer()
         port = await stack.enter_async_context(_public_port(settings, coordinator, checks))

@@ -13,6 +13,7 @@ import anyio
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, read_checkpoint
+from cluster.coordinator.diagnosis import diagnose
 from cluster.coordinator.epoch import Epoch, Opening
 from cluster.coordinator.loop import RequestView
 from cluster.coordinator.report import Report
@@ -38,6 +39,7 @@ class Coordinator:
         self._epoch: Epoch | None = None
         self._problem: MacpipeError | None = None
         self._report: Report | None = None
+        self._inquest: asyncio.Task[None] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
 
@@ -69,7 +71,8 @@ class Coordinator:
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         workers = await self._roster.gather(wanted, order.wait_s, report)
         controls = [self._roster.control(w.control_address) for w in workers]
-        opening = Opening(self._dialer, report.planned, report.progress, self._failed)
+        self._roster.pin(workers)
+        opening = Opening(self._dialer, report.planned, report.progress, self._broken)
         return await opening.open(checkpoint, workers, controls, order.layers, order.route)
 
     async def unload(self) -> None:
@@ -84,22 +87,32 @@ class Coordinator:
         epoch, self._epoch, self._problem = self._epoch, None, None
         if epoch:
             await epoch.close(error)
+        self._roster.pin(())
 
     async def close(self) -> None:
         """Stop: live requests end, workers are told."""
         await self._close(NotServing("the coordinator is stopping"))
         await self._roster.close()
 
-    def _failed(self, error: MacpipeError) -> None:
+    def _broken(self, cause: MacpipeError) -> None:
         """The ring is lost; called on the engine loop's thread."""
-        self._loop.call_soon_threadsafe(self._note_failure, error)
+        self._loop.call_soon_threadsafe(self._begin_inquest, cause)
 
-    def _note_failure(self, error: MacpipeError) -> None:
-        self._problem = error
-        self.changed.set()
-        log.error("%s", error.sentence)
-        if self._report and not self._loading.locked():
-            self._report.problem(f"{error.sentence}; load the model again when the worker is back")
+    def _begin_inquest(self, cause: MacpipeError) -> None:
+        self._inquest = asyncio.create_task(self._hold_inquest(cause, self._epoch))
+
+    async def _hold_inquest(self, cause: MacpipeError, epoch: Epoch | None) -> None:
+        """Find out who is gone, then end what was live with that."""
+        if epoch is None:
+            return  # it broke while it was being opened: the canary says so
+        error = await diagnose(cause, epoch.plan.stages, epoch.controls)
+        epoch.loop.fail(error)
+        log.info("%s (seen as: %s)", error.sentence, cause.sentence)
+        if epoch is self._epoch:
+            self._problem = error
+            self.changed.set()
+            if self._report:
+                self._report.problem(f"{error.sentence}; load the model again when the worker is back")
 
     # Serving
 

@@ -22,7 +22,7 @@ from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
 from cluster.types import FinishEvent, LayerRange, LoadProgress, Plan, Request, Route, SamplingParams, WorkerFacts
 
-Failed = Callable[[MacpipeError], None]
+Broken = Callable[[MacpipeError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,12 @@ def new_epoch() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How to open an epoch. ``planned`` and ``progress`` are told on the event loop; ``failed`` on another thread."""
+    """How to open an epoch. ``planned`` and ``progress`` are told on the event loop; ``broken`` on another thread."""
 
     dialer: Dialer
     planned: Callable[[Plan], None]
     progress: Progress
-    failed: Failed
+    broken: Broken
 
     async def open(
         self,
@@ -96,7 +96,7 @@ class Opening:
     async def _start(self, plan: Plan, checkpoint: Checkpoint, ring_stages: Sequence[RingStage]) -> EngineLoop:
         tokenizer = checkpoint.tokenizer
         scheduler = Scheduler(plan.epoch, plan.max_sequences, len(plan.stages) + 1, tokenizer.eos)
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, self.failed)
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, self.broken)
 
         def connect() -> Ring:
             return Ring(self.dialer, plan.epoch, ring_stages, loop.received, loop.lost)

@@ -62,20 +62,24 @@ class Totals:
 
 
 class EngineLoop:
-    """Runs one epoch. ``failed`` is called once, from the loop's thread, when the ring is lost."""
+    """Runs one epoch. ``broken`` is told once, on the loop's thread, when the ring is lost.
+
+    Until somebody then calls ``fail`` with the cause, requests wait: nothing is sent, none has ended.
+    """
 
     def __init__(
         self,
         plan: Plan,
         scheduler: Scheduler,
         decoder: Callable[[], Decoder],
-        failed: Callable[[MacpipeError], None],
+        broken: Callable[[MacpipeError], None],
         clock: Clock = time.monotonic,
     ) -> None:
-        self._plan, self._scheduler, self._decoder, self._failed, self._clock = plan, scheduler, decoder, failed, clock
+        self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._ring: Ring | None = None
+        self._suspicion: MacpipeError | None = None
         self._over: MacpipeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.totals = Totals()
@@ -102,11 +106,15 @@ class EngineLoop:
 
     def lost(self, worker: str, why: str) -> None:
         """A stream of the ring broke."""
-        self._inbox.put(lambda: self._lose(WorkerLost(f"{worker}: {why}", worker=worker)))
+        self._inbox.put(lambda: self._suspect(WorkerLost(f"{worker}: {why}", worker=worker)))
+
+    def fail(self, error: MacpipeError) -> None:
+        """The epoch is over: every live request ends with ``error``."""
+        self._inbox.put(lambda: self._fail(error))
 
     def stop(self, error: MacpipeError) -> None:
         """End what is live with ``error``, then the thread; returns when both are done."""
-        self._inbox.put(lambda: self._lose(error, tell=False))
+        self._inbox.put(lambda: self._fail(error))
         self._inbox.put(None)
         if self._thread.ident is not None:
             self._thread.join()
@@ -140,7 +148,7 @@ class EngineLoop:
             try:
                 job = self._inbox.get(timeout=self._patience())
             except queue.Empty:
-                self._lose(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
+                self._suspect(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
                 continue
             if job is None:
                 return
@@ -151,17 +159,17 @@ class EngineLoop:
             job()
         except Exception as e:  # the thread's edge: a request must end with an error rather than wait for ever
             log.exception("the engine loop failed")
-            self._lose(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+            self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
 
     def _patience(self) -> float | None:
         """Seconds until the oldest frame is overdue; None where nothing is in the ring."""
         sent_at = self._scheduler.oldest_sent_at()
-        if sent_at is None or self._over:
+        if sent_at is None or self._suspicion or self._over:
             return None
         return max(0.0, sent_at + FRAME_TIMEOUT_S - self._clock())
 
     def _flush(self) -> None:
-        if self._over or not self._ring:
+        if self._suspicion or self._over or not self._ring:
             return
         for frame in self._scheduler.next_frames(self._clock()):
             self._ring.send(encode(frame))
@@ -194,12 +202,12 @@ class EngineLoop:
         return True
 
     def _returned(self, message: bytes) -> None:
-        if self._over:
+        if self._suspicion or self._over:
             return
         try:
             outcome = self._scheduler.returned(decode(message))
         except MacpipeError as e:
-            self._lose(e)
+            self._suspect(e)
             return
         self._flush()
         live = self._live.get(outcome.request_id)
@@ -251,15 +259,24 @@ class EngineLoop:
         tally = live.tally
         live.answer.put(FinishEvent(reason, rest, usage, tally.ttft_ms, tally.tpot_ms, tally.figures()))
 
-    def _lose(self, error: MacpipeError, *, tell: bool = True) -> None:
+    def _suspect(self, cause: MacpipeError) -> None:
+        """The ring is lost: stop, and have the cause looked into."""
+        if self._suspicion or self._over:
+            return
+        self._suspicion = cause
+        self._close_ring()
+        self._broken(cause)
+
+    def _fail(self, error: MacpipeError) -> None:
         """The epoch is over: every live request ends, once, with the cause."""
         if self._over:
             return
         self._over = error
-        if self._ring:
-            self._ring.close()
+        self._close_ring()
         for live in self._live.values():
             live.answer.put(error)
         self._live.clear()
-        if tell:
-            self._failed(error)
+
+    def _close_ring(self) -> None:
+        if self._ring:
+            self._ring.close()

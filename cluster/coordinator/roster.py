@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -28,6 +29,7 @@ class Member:
 
     facts: WorkerFacts
     problem: str = ""
+    reachable: bool = True
 
 
 class Roster:
@@ -36,16 +38,21 @@ class Roster:
     def __init__(self, source: Source, cluster: str) -> None:
         self._source, self._cluster = source, cluster
         self._controls: dict[str, WorkerControl] = {}
+        self._pinned: dict[str, WorkerFacts] = {}
         self.members: tuple[Member, ...] = ()
+
+    def pin(self, workers: Sequence[WorkerFacts]) -> None:
+        """Keep asking these, who hold a stage, even where they are announced no more; in place of any before."""
+        self._pinned = {w.control_address: w for w in workers}
 
     async def refresh(self) -> tuple[Member, ...]:
         """Ask everybody who is announced, at once, to describe themselves; members by name."""
-        addresses = [s.address for s in self._source.current()]
+        addresses = self._pinned.keys() | {s.address for s in self._source.current()}
         answers: dict[str, Member] = {}
         async with anyio.create_task_group() as tasks:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
-        await self._forget(set(self._controls) - set(addresses))
+        await self._forget(self._controls.keys() - addresses)
         unique = {m.facts.id or m.facts.control_address: m for m in answers.values()}
         self.members = tuple(sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id)))
         return self.members
@@ -54,7 +61,8 @@ class Roster:
         try:
             facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
-            answers[address] = Member(_stranger(address), e.sentence)
+            known = self._pinned.get(address) or _stranger(address)
+            answers[address] = Member(known, e.sentence, reachable=False)
         else:
             answers[address] = Member(facts, problem or self._objection(facts))
 
@@ -107,12 +115,12 @@ class Roster:
             "through, or name the workers with --peer HOST:PORT"
         )
 
-    async def _forget(self, addresses: set[str]) -> None:
-        for address in addresses:
+    async def _forget(self, addresses: AbstractSet[str]) -> None:
+        for address in tuple(addresses):
             await self._controls.pop(address).close()
 
     async def close(self) -> None:
-        await self._forget(set(self._controls))
+        await self._forget(self._controls.keys())
 
 
 def _usable(members: Sequence[Member]) -> tuple[WorkerFacts, ...]:

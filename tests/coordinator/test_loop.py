@@ -1,0 +1,232 @@
+"""The engine loop over the in-memory twin: faults end each request once, with the cause, and nothing waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from cluster.coordinator.answer import Answer
+from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.ring import Ring, RingStage
+from cluster.errors import Aborted, BadFrame, MacpipeError, NotServing, StageFailed, WorkerLost
+from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.scheduler.scheduler import Scheduler
+from cluster.transport.memory import MemoryNetwork
+from cluster.transport.streams import Outbox
+from cluster.types import (
+    FinishEvent,
+    LayerRange,
+    ModelRef,
+    Plan,
+    PlannedStage,
+    Request,
+    Route,
+    SamplingParams,
+    StageSpec,
+    TokenEvent,
+)
+from cluster.wire.frame import decode, encode
+
+EPOCH = 5
+MODEL = ModelRef("m", "", "")
+
+
+class FakeStage:
+    """Counts upwards: the token after n is n + 1. ``fail_at`` makes the step that feeds that token fail."""
+
+    def __init__(self, index: int, last: bool, fail_at: int | None = None) -> None:
+        self._outbox, self._index, self._last, self._fail_at = Outbox(EPOCH), index, last, fail_at
+        self.live: set[int] = set()
+
+    def outbox(self, epoch: int) -> Outbox | None:
+        return self._outbox if epoch == EPOCH else None
+
+    def received(self, message: bytes) -> None:
+        self._outbox.send(encode(self._stepped(decode(message))))
+
+    def _stepped(self, frame: Frame) -> Frame:
+        for edit in frame.edits:
+            if isinstance(edit, Join):
+                self.live.add(edit.sequence)
+            elif isinstance(edit, Leave):
+                self.live.discard(edit.sequence)
+        if frame.step and frame.step.tokens[0][-1] == self._fail_at:
+            frame = replace(frame, error=Failure(self._index, "STAGE_FAILED", "the step failed"))
+        if not self._last:
+            return frame
+        samples: tuple[Sample, ...] = ()
+        if frame.step and frame.step.compute is Compute.DECODE and not frame.error:
+            samples = (Sample(frame.step.sequences[0], 0, frame.step.tokens[0][0] + 1),)
+        return replace(frame, edits=(), step=None, samples=samples)
+
+
+class Numbers:
+    """A decoder that writes each token as a number and a space."""
+
+    def add(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+class Bench:
+    """Two fake stages in a memory network, and the loop that drives them."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.network = MemoryNetwork()
+        self.stages = [FakeStage(0, False), FakeStage(1, True, fail_at)]
+        self.network.ports = {"a:1": self.stages[0], "b:1": self.stages[1]}
+        self.failures: list[MacpipeError] = []
+        specs = [StageSpec(EPOCH, i, 2, MODEL, LayerRange(i, i + 1), 64) for i in range(2)]
+        stages = tuple(PlannedStage(s, name, 1, 1) for s, name in zip(specs, ("mac-a", "mac-b"), strict=True))
+        plan = Plan(EPOCH, MODEL, stages, Route.RELAY, 64, 2)
+        self.loop = EngineLoop(plan, Scheduler(EPOCH, 2, 3, frozenset({0})), Numbers, self.broken)
+        ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
+        self.loop.start(Ring(self.network, EPOCH, ring_stages, self.loop.received, self.loop.lost))
+
+    def broken(self, cause: MacpipeError) -> None:
+        """Stand for the coordinator, which looks into the cause before it ends the epoch."""
+        self.failures.append(cause)
+        self.loop.fail(cause)
+
+    async def emptied(self) -> None:
+        """Return once the edits that free every sequence have gone round."""
+        async with asyncio.timeout(5):
+            while any(s.live for s in self.stages):
+                await asyncio.sleep(0.01)
+
+    def ask(self, name: str, first: int = 1, max_tokens: int = 3, stop: tuple[str, ...] = ()) -> Answer:
+        answer = Answer()
+        self.loop.submit(Request(name, (first,), SamplingParams(), max_tokens, stop), answer)
+        return answer
+
+
+async def read(answer: Answer) -> tuple[list[int], str, FinishEvent]:
+    tokens, text = [], ""
+    async with asyncio.timeout(5):
+        async for event in answer.events():
+            if isinstance(event, TokenEvent):
+                tokens.append(event.token)
+                text += event.text
+            elif isinstance(event, FinishEvent):
+                return tokens, text + event.text, event
+    raise AssertionError("an answer without an end")
+
+
+def run(test: Callable[[Bench], object], **options: int) -> None:
+    async def body() -> None:
+        bench = Bench(**options)
+        try:
+            await test(bench)  # type: ignore[misc]
+        finally:
+            await asyncio.to_thread(bench.loop.stop, NotServing("over"))
+
+    asyncio.run(body())
+
+
+def test_answers_come_whole_and_in_order() -> None:
+    async def body(bench: Bench) -> None:
+        answers = [bench.ask(f"r{i}", first=10 * i + 1) for i in range(5)]
+        for i, answer in enumerate(answers):
+            tokens, text, finish = await read(answer)
+            assert tokens == [10 * i + 2, 10 * i + 3, 10 * i + 4]
+            assert text == "".join(f"{t} " for t in tokens)
+            assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (1, 3)
+        await bench.emptied()
+
+    run(body)
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_stages() -> None:
+    async def body(bench: Bench) -> None:
+        tokens, text, finish = await read(bench.ask("a", max_tokens=50, stop=("5 6",)))
+        assert text == "2 3 4 "
+        assert tokens == [2, 3, 4, 5, 6]
+        assert finish.reason == "stop"
+        await bench.emptied()
+
+    run(body)
+
+
+def test_a_failed_step_ends_one_request_and_names_the_mac() -> None:
+    async def body(bench: Bench) -> None:
+        bad, good = bench.ask("bad", first=41, max_tokens=9), bench.ask("good", first=1)
+        with pytest.raises(StageFailed, match="mac-b: the step failed"):
+            await read(bad)
+        assert (await read(good))[0] == [2, 3, 4]
+        assert not bench.failures
+
+    run(body, fail_at=43)
+
+
+def test_a_cut_stream_ends_every_request_once_and_names_the_mac() -> None:
+    async def body(bench: Bench) -> None:
+        bench.network.faults["b:1"] = lambda message: None
+        waiting = [bench.ask(f"r{i}") for i in range(4)]
+        await asyncio.sleep(0.1)
+        bench.network.cut("b:1")
+        for answer in waiting:
+            with pytest.raises(WorkerLost, match="mac-b"):
+                await read(answer)
+        assert len(bench.failures) == 1
+        with pytest.raises(NotServing, match="mac-b"):
+            await read(bench.ask("late"))
+
+    run(body)
+
+
+def test_a_lost_frame_is_noticed_by_the_next_one() -> None:
+    async def body(bench: Bench) -> None:
+        lost: list[bytes] = []
+
+        def lose_one(message: bytes) -> bytes | None:
+            if lost:
+                return message
+            lost.append(message)
+            return None
+
+        bench.network.faults["b:1"] = lose_one
+        first, second = bench.ask("a"), bench.ask("b")
+        for answer in (first, second):
+            with pytest.raises(BadFrame, match="out of turn"):
+                await read(answer)
+
+    run(body)
+
+
+def test_damage_on_the_wire_ends_requests_with_a_sentence() -> None:
+    async def body(bench: Bench) -> None:
+        bench.network.faults["b:1"] = lambda message: message if decode(message).step else message[:-1]
+        with pytest.raises(BadFrame):
+            await read(bench.ask("a"))
+
+    run(body)
+
+
+def test_an_aborted_request_ends_and_its_lane_is_used_again() -> None:
+    async def body(bench: Bench) -> None:
+        endless = bench.ask("a", max_tokens=10_000)
+        assert await asyncio.wrap_future(bench.loop.end("a", Aborted("enough")))
+        with pytest.raises(Aborted, match="enough"):
+            await read(endless)
+        assert not await asyncio.wrap_future(bench.loop.end("a", Aborted("enough")))
+        for i in range(4):
+            await read(bench.ask(f"next{i}"))
+        await bench.emptied()
+
+    run(body)
+
+
+def test_stopping_ends_what_is_live() -> None:
+    async def body(bench: Bench) -> None:
+        endless = bench.ask("a", max_tokens=10_000)
+        await asyncio.to_thread(bench.loop.stop, NotServing("the coordinator is stopping"))
+        with pytest.raises(NotServing, match="stopping"):
+            await read(endless)
+        assert not bench.failures
+
+    run(body)

@@ -1,0 +1,156 @@
+"""Real daemons as processes: start them as a person would, wait for what they say, and let none outlive the test."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.client import Client
+from cluster.errors import MacpipeError
+
+START_S = 90
+"""Generous: importing mlx takes seconds on a busy machine."""
+Launch = Callable[[Sequence[str], Path], "subprocess.Popen[bytes]"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cluster.cli.main", *arguments]
+
+
+def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """A ``macpipe`` process of this machine in a session of its own, its output in ``log``."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command(*arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+@dataclass
+class Daemon:
+    """One process and its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout_s: float = START_S) -> str:
+        """Wait until the process has said ``text``; everything it said."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.said():
+            code = self.process.poll()
+            assert code is None, f"{self.name} ended with {code} before it said {text!r}:\n{self.said()}"
+            assert time.monotonic() < deadline, f"{self.name} has not said {text!r}:\n{self.said()}"
+            time.sleep(0.05)
+        return self.said()
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 10) -> int:
+        """Send a signal and wait; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+@dataclass
+class Cluster:
+    """Daemons of one cluster name in one folder."""
+
+    folder: Path
+    name: str = field(default_factory=lambda: f"test-{secrets.token_hex(4)}")
+    daemons: list[Daemon] = field(default_factory=list)
+
+    def worker(self, name: str, *options: str, launch: Launch = launch) -> Daemon:
+        """Start a worker; it is ready once it has said ``worker NAME of cluster``."""
+        home = self.folder / "home"
+        return self._start(
+            name, ["worker", "--name", name, "--cluster", self.name, "--home", str(home), *options], launch
+        )
+
+    def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
+        return self._start("serve", ["serve", str(model), "--cluster", self.name, *options], launch)
+
+    def _start(self, name: str, arguments: Sequence[str], launch: Launch) -> Daemon:
+        log = self.folder / f"{name}-{len(self.daemons)}.log"
+        daemon = Daemon(name, launch(arguments, log), log)
+        self.daemons.append(daemon)
+        return daemon
+
+    def close(self) -> None:
+        """End everything, the hard way where it must be."""
+        for daemon in reversed(self.daemons):
+            if daemon.process.poll() is None:
+                daemon.process.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(daemon.process.pid, signal.SIGKILL)
+                daemon.process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def wait_serving(address: str, serve: Daemon, timeout_s: float = START_S) -> None:
+    """Wait until a token has gone through every stage."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        assert serve.process.poll() is None, f"serve ended:\n{serve.said()}"
+        assert time.monotonic() < deadline, f"serve is not serving:\n{serve.said()}"
+        try:
+            with Client(address, timeout_s=5) as client:
+                if client.cluster().state == "serving":
+                    return
+        except MacpipeError:
+            pass
+        time.sleep(0.1)
+
+
+def serve_model(client: Client, model: Path | str, workers: int, **options: object) -> None:
+    """Load a model over that many of the session's workers, and wait until it serves."""
+    for _ in client.load(str(model), workers=workers, **options):  # type: ignore[arg-type]
+        pass
+    state = client.cluster()
+    assert state.state == "serving"
+    assert len(state.stages) == workers
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pid: int, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)

@@ -1,0 +1,19 @@
+"""What mlx-lm says in one process: the answer that any number of stages has to give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+from cluster.limits import PREFILL_CHUNK
+
+
+def greedy(folder: Path, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Greedy token ids, end-of-sequence tokens among them."""
+    model, _ = load_model(folder)
+    steps = generate_step(mx.array(prompt), model, max_tokens=tokens, prefill_step_size=PREFILL_CHUNK)
+    return tuple(int(token) for token, _ in steps)

@@ -1,0 +1,115 @@
+"""Workers come and go: clean stops, no orphans, a stable id, and a crash that takes down one process alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Client
+from cluster.errors import MacpipeError, WorkerLost
+from integration.daemons import Cluster, alive, children, free_port, gone, wait_serving
+
+pytestmark = pytest.mark.timeout(180)
+
+STOP_S = 3.0
+
+
+def engine_of(pid: int) -> int:
+    (engine,) = children(pid)
+    return engine
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_stops_cleanly_and_leaves_no_orphan(cluster: Cluster, number: int) -> None:
+    worker = cluster.worker("solo")
+    worker.wait_for("worker solo of cluster")
+    engine = engine_of(worker.process.pid)
+    began = time.monotonic()
+    assert worker.stop(number) == 0
+    assert gone(engine, max(0.0, began + STOP_S - time.monotonic()))
+    assert "Traceback" not in worker.said()
+
+
+def test_an_engine_ends_with_its_daemon_even_when_that_is_killed(cluster: Cluster) -> None:
+    worker = cluster.worker("solo")
+    worker.wait_for("worker solo of cluster")
+    engine = engine_of(worker.process.pid)
+    worker.stop(signal.SIGKILL)
+    assert gone(engine, STOP_S)
+
+
+def test_a_worker_keeps_its_id_over_restarts(cluster: Cluster) -> None:
+    ids = []
+    for _ in range(2):
+        worker = cluster.worker("solo")
+        worker.wait_for("worker solo of cluster")
+        ids.append((cluster.folder / "home" / "workers" / "solo" / "id").read_text())
+        worker.stop()
+    assert ids[0] == ids[1] != ""
+
+
+def test_a_worker_stops_in_the_middle_of_an_answer(cluster: Cluster, llama: Path) -> None:
+    """The other processes live on; the request ends once, with a sentence that names the Mac."""
+    workers = [cluster.worker(name) for name in ("one", "two")]
+    port = free_port()
+    serve = cluster.serve(llama, "--workers", "2", "--port", str(port), "--wait", "90")
+    wait_serving(f"127.0.0.1:{port}", serve)
+    with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+        stream = client.stream([1, 2, 3], max_tokens=1500, ignore_eos=True)
+        tokens = iter(stream)
+        next(tokens)
+        began = time.monotonic()
+        assert workers[0].stop() == 0
+        assert time.monotonic() - began < STOP_S
+        with pytest.raises(WorkerLost, match="one"):
+            list(tokens)
+        assert client.cluster().state == "failed"
+        assert "one" in client.cluster().problem
+        assert {w.name: w.reachable for w in client.cluster().workers} == {"one": False, "two": True}
+        with pytest.raises(MacpipeError, match="one"):
+            client.generate([1, 2, 3])
+    assert serve.stop(signal.SIGINT) == 0
+    assert "Traceback" not in serve.said() + workers[0].said() + workers[1].said()
+
+
+def test_an_engine_that_crashes_is_reported_restarted_and_can_be_loaded_again(cluster: Cluster, llama: Path) -> None:
+    workers = [cluster.worker(name) for name in ("one", "two")]
+    port = free_port()
+    serve = cluster.serve(llama, "--workers", "2", "--port", str(port), "--wait", "90")
+    wait_serving(f"127.0.0.1:{port}", serve)
+    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        before = client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens
+        crashed = engine_of(workers[1].process.pid)
+        os.kill(crashed, signal.SIGSEGV)
+        workers[1].wait_for("SIGSEGV", 10)
+        deadline = time.monotonic() + 60
+        while client.cluster().state == "serving":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "two" in client.cluster().problem
+        while not all(w.reachable and not w.problem for w in client.cluster().workers):
+            assert time.monotonic() < deadline, client.cluster().workers
+            time.sleep(0.1)
+        assert alive(workers[1].process.pid)
+        assert engine_of(workers[1].process.pid) != crashed
+        for _ in client.load(str(llama), workers=2):
+            pass
+        assert client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens == before
+
+
+def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Path) -> None:
+    worker = cluster.worker("solo")
+    for _ in range(2):
+        port = free_port()
+        serve = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
+        wait_serving(f"127.0.0.1:{port}", serve)
+        with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+            assert client.cluster().workers[0].memory_used > 100_000
+        began = time.monotonic()
+        assert serve.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - began < STOP_S
+    assert worker.process.poll() is None

@@ -1,0 +1,86 @@
+"""Three hosts on one Ethernet, real multicast, no --peer: the coordinator on one, workers on all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from integration.daemons import START_S, Cluster, command
+from integration.reference import greedy
+from netns import Host
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(240)]
+
+PORT = 7700
+
+
+def on(host: Host):  # type: ignore[no-untyped-def]  # a Launch
+    """Start daemons on that host."""
+
+    def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as out:
+            return host.start(  # type: ignore[return-value]  # bytes or text: nothing is read from it
+                *command(*arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    return launch
+
+
+def macpipe(host: Host, *arguments: str) -> dict[str, object]:
+    done = host.run(*command(*arguments, "--json", "--coordinator", f"127.0.0.1:{PORT}"), timeout=60)
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, object] = json.loads(done.stdout)
+    return facts
+
+
+@pytest.fixture
+def names() -> list[str]:
+    return ["north", "south", "west"]
+
+
+def test_three_hosts_find_each_other_and_answer(
+    three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path, names: list[str]
+) -> None:
+    for host, name in zip(three_hosts, names, strict=True):
+        cluster.worker(name, "--host", host.address, launch=on(host))
+    first = three_hosts[0]
+    serve = cluster.serve(llama, "--workers", "3", "--wait", str(START_S), launch=on(first))
+    serve.wait_for("serving")
+    status = macpipe(first, "status")
+    workers = status["workers"]
+    assert isinstance(workers, list)
+    assert sorted(w["name"] for w in workers) == names
+    assert sorted(w["control_address"].split(":")[0] for w in workers) == [h.address for h in three_hosts]
+    stages = status["stages"]
+    assert isinstance(stages, list)
+    assert [s["inlet"] for s in stages] == ["relay", "direct", "direct"]
+    answer = macpipe(first, "generate", "-p", "hello there", "--raw", "--max-tokens", "16", "--ignore-eos")
+    prompt = macpipe(first, "generate", "-p", "hello there", "--raw", "--max-tokens", "1")["usage"]
+    assert isinstance(prompt, dict)
+    from cluster.model.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(llama).encode("hello there")
+    assert prompt["prompt_tokens"] == len(ids)
+    assert tuple(answer["tokens"]) == greedy(llama, ids, 16)  # type: ignore[arg-type]
+
+
+def test_a_pulled_cable_ends_the_answer_with_the_macs_name(
+    three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path, names: list[str]
+) -> None:
+    for host, name in zip(three_hosts, names, strict=True):
+        cluster.worker(name, "--host", host.address, launch=on(host))
+    first = three_hosts[0]
+    serve = cluster.serve(llama, "--workers", "3", "--wait", str(START_S), launch=on(first))
+    serve.wait_for("serving")
+    log = cluster.folder / "answer.log"
+    with log.open("wb") as out:
+        asking = first.start(
+            *command("generate", "-p", "x", "--raw", "--max-tokens", "2000", "--ignore-eos"), stdout=out, stderr=out
+        )
+    three_hosts[1].unplug()
+    assert asking.wait(60) == 1
+    assert names[1] in log.read_text()

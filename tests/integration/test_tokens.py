@@ -1,0 +1,80 @@
+"""The right tokens through real daemons: mlx-lm's, at any number of stages, by either route, for any neighbour."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from checkpoints import SLICEABLE, make
+from cluster.client import Client
+from cluster.types import Route
+from integration.daemons import serve_model
+from integration.reference import greedy
+
+pytestmark = [pytest.mark.xdist_group("session-cluster"), pytest.mark.timeout(180)]
+
+PROMPT = [(i * 37 + 11) % 250 for i in range(600)]
+"""Longer than a prefill chunk."""
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_tokens_are_those_of_one_process(client: Client, llama: Path, stages: int) -> None:
+    serve_model(client, llama, stages)
+    expected = greedy(llama, PROMPT, 24)
+    answer = client.generate(PROMPT, max_tokens=24, ignore_eos=True)
+    assert answer.tokens == expected
+    assert answer.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (600, 24)
+    assert answer.stages[0].layers.start == 0
+    assert len(answer.stages) == stages
+    assert all(s.compute_ms > 0 for s in answer.stages)
+
+
+def test_the_relayed_route_gives_the_same_tokens(client: Client, llama: Path) -> None:
+    serve_model(client, llama, 3, route=Route.RELAY)
+    assert {s.inlet for s in client.cluster().stages} == {Route.RELAY}
+    relayed = client.generate(PROMPT, max_tokens=16, ignore_eos=True).tokens
+    serve_model(client, llama, 3)
+    assert [s.inlet for s in client.cluster().stages] == [Route.RELAY, Route.DIRECT, Route.DIRECT]
+    assert client.generate(PROMPT, max_tokens=16, ignore_eos=True).tokens == relayed == greedy(llama, PROMPT, 16)
+
+
+def test_given_layers_are_kept(client: Client, llama: Path) -> None:
+    serve_model(client, llama, 2, layers="0-2,3")
+    assert [(s.layers.start, s.layers.end) for s in client.cluster().stages] == [(0, 3), (3, 4)]
+    assert client.generate(PROMPT, max_tokens=8, ignore_eos=True).tokens == greedy(llama, PROMPT, 8)
+
+
+@pytest.mark.parametrize("arch", [a for a in SLICEABLE if a != "llama"])
+def test_every_architecture_over_three_daemons(client: Client, models: Path, arch: str) -> None:
+    folder = make(arch, models / arch)
+    serve_model(client, folder, 3)
+    prompt = PROMPT[:80]
+    answer = client.generate(prompt, max_tokens=12, ignore_eos=True)
+    assert answer.tokens == greedy(folder, prompt, 12)
+
+
+def test_a_seed_gives_the_same_text_at_any_number_of_stages(client: Client, llama: Path) -> None:
+    texts = set()
+    for stages in (1, 2, 4):
+        serve_model(client, llama, stages)
+        answer = client.generate(PROMPT[:9], max_tokens=24, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
+        texts.add((answer.text, answer.tokens))
+    assert len(texts) == 1
+    other = client.generate(PROMPT[:9], max_tokens=24, temperature=1.0, top_p=0.95, seed=8, ignore_eos=True)
+    assert other.tokens != texts.pop()[1]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [[(i * 31 + k * 7) % 250 for i in range(3 + 90 * k)] for k in range(8)]
+
+
+def test_nobody_changes_anothers_tokens(client: Client, llama: Path, prompts: list[list[int]]) -> None:
+    serve_model(client, llama, 3)
+    expected = [greedy(llama, p, 20) for p in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda p: client.generate(p, max_tokens=20, ignore_eos=True).tokens, prompts))
+    assert answers == expected

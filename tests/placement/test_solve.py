@@ -1,0 +1,78 @@
+"""The cut by memory is the best there is, and what does not fit is refused with figures."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cluster.errors import DoesNotFit, NoPlan
+from cluster.limits import GIB
+from cluster.placement.solve import Room, check, needed, solve
+from cluster.types import LayerRange, ModelRef, ModelShape, SharedWeight
+
+MODEL = ModelRef("m", "", "")
+
+
+def shape(layer_bytes: list[int], unclean: tuple[int, ...] = (), shared: tuple[SharedWeight, ...] = ()) -> ModelShape:
+    n = len(layer_bytes)
+    return ModelShape(
+        model=MODEL,
+        layers=n,
+        layer_bytes=tuple(layer_bytes),
+        cache_bytes=(1,) * n,
+        shared=shared,
+        clean_cuts=tuple(e for e in range(1, n) if e not in unclean),
+        unclean=tuple((e, "layers 0 feed layers after the cut") for e in unclean),
+        max_context=8,
+    )
+
+
+def fullness(s: ModelShape, rooms: list[Room], ranges: tuple[LayerRange, ...]) -> float:
+    return max(needed(s, r, 1) / room.usable for r, room in zip(ranges, rooms, strict=True))
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    st.lists(st.integers(500, 900), min_size=1, max_size=4),
+    st.sets(st.integers(1, 7), max_size=3),
+)
+def test_no_other_cut_leaves_the_fullest_worker_emptier(layers: list[int], sizes: list[int], bad: set[int]) -> None:
+    tied = SharedWeight("embed", 9, (0, len(layers) - 1))
+    s = shape(layers, tuple(sorted(e for e in bad if e < len(layers))), (tied,))
+    rooms = [Room(f"w{i}", size) for i, size in enumerate(sizes)]
+    assume(len(s.clean_cuts) >= len(rooms) - 1)
+    found = solve(s, rooms, 1)
+    bounds = [(0, *cuts, s.layers) for cuts in combinations(s.clean_cuts, len(rooms) - 1)]
+    every = [tuple(LayerRange(a, b) for a, b in pairwise(c)) for c in bounds]
+    assert found in every
+    assert fullness(s, rooms, found) == min(fullness(s, rooms, other) for other in every)
+
+
+def test_bigger_macs_get_more_layers() -> None:
+    found = solve(shape([100] * 12), [Room("a", 1000), Room("b", 2000)], 1)
+    assert found == (LayerRange(0, 4), LayerRange(4, 12))
+
+
+def test_what_does_not_fit_is_refused_with_the_gib_missing() -> None:
+    with pytest.raises(DoesNotFit, match=r"needs 40 GiB .* offer 19 GiB; a lacks 10.5 GiB; b lacks 10.5 GiB"):
+        solve(shape([GIB] * 40), [Room("a", 10 * GIB), Room("b", 10 * GIB)], 1)
+
+
+def test_too_few_cuts_say_how_many_workers_would_do() -> None:
+    with pytest.raises(NoPlan, match="cut into 2 stages at most, but there are 3 workers; use --workers 2"):
+        solve(shape([1] * 4, unclean=(1, 3)), [Room(n, 1000) for n in "abc"], 1)
+
+
+def test_given_layers_obey_the_same_rules() -> None:
+    rooms = [Room("a", 1000), Room("b", 1000)]
+    s = shape([1] * 4, unclean=(1,))
+    check(s, rooms, (LayerRange(0, 2), LayerRange(2, 4)), 1)
+    with pytest.raises(NoPlan, match=r"cannot be cut before layer 1: layers 0 feed .* before 2, 3"):
+        check(s, rooms, (LayerRange(0, 1), LayerRange(1, 4)), 1)
+    with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at 2"):
+        check(s, rooms, (LayerRange(0, 2), LayerRange(2, 3)), 1)
+    with pytest.raises(NoPlan, match="1 layer ranges were given for 2 workers"):
+        check(s, rooms, (LayerRange(0, 4),), 1)
