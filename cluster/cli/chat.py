@@ -1,0 +1,123 @@
+"""``macpipe chat``: a conversation on the terminal, or one turn a line of standard input."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.options import Coordinator, Json, takes_answer_options
+from cluster.errors import InvalidOption, NotServing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cluster.cli.conversation import Conversation
+    from cluster.client import Client, ClusterState, Options
+
+PROMPT: Final = "> "
+BUNDLED: Final = "faq"
+SUGGESTIONS: Final = ("Who are you?", "What can you do?", "What is a hop?")
+
+
+@takes_answer_options
+def chat(
+    options: Any,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Say this, print the answer, and end.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
+    coordinator: Coordinator = None,
+    json: Json = False,
+) -> None:
+    """Talk with the model.
+
+    It remembers the conversation; /help lists the commands. From a pipe, each line is a turn.
+    """
+    with errors_in_json(json):
+        if json and message is None:
+            raise InvalidOption("--json needs --message", field="json")
+        from cluster.client import Client
+
+        with Client(coordinator) as client:
+            if message is None:
+                converse(client, options, system or "")
+            else:
+                _say_once(client, message, system, options, json=json)
+
+
+def converse(client: Client, options: Options, system: str = "") -> None:
+    """Talk until Ctrl-D, /quit or the end of standard input. Raises NotServing if no model is loaded."""
+    from cluster.cli.conversation import Conversation
+
+    state = client.cluster()
+    if state.state != "serving":
+        raise NotServing(state.problem or f"the coordinator at {client.address} serves no model; see `macpipe status`")
+    talk = Conversation(client, options, system)
+    if sys.stdin.isatty():
+        _greet(state)
+        _talk_on_terminal(talk)
+    else:
+        for line in _piped_lines():
+            if not talk.take(line):
+                return
+
+
+def _greet(state: ClusterState) -> None:
+    from cluster.cli.screen import note
+
+    stages = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
+    note(f"{state.model} on {stages}. /help lists the commands, Ctrl-D ends.")
+    if state.model == BUNDLED:
+        note(f"Try: {'  '.join(SUGGESTIONS)}")
+
+
+def _talk_on_terminal(talk: Conversation) -> None:
+    """Ctrl-C ends an answer, or empties the line; an error ends a turn, not the conversation."""
+    from cluster.cli.screen import note
+    from cluster.errors import MacpipeError
+
+    _edit_lines()
+    while True:
+        try:
+            if not talk.take(input(PROMPT)):
+                return
+        except EOFError:
+            note("")
+            return
+        except KeyboardInterrupt:
+            note("\n(Ctrl-D or /quit ends)")
+        except UnicodeDecodeError:
+            note("macpipe: that was not UTF-8 text")
+        except MacpipeError as error:
+            note(f"macpipe: {error.sentence}")
+
+
+def _edit_lines() -> None:
+    """Let ``input`` edit lines and remember them, where Python was built with readline."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+    except UnicodeDecodeError:
+        raise InvalidOption("standard input is not UTF-8 text", field="message") from None
+
+
+def _say_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
+    from cluster.cli.facts import print_json
+    from cluster.cli.generate import print_stream
+    from cluster.cli.summary import in_facts
+
+    opening = [] if system is None else [("system", system)]
+    with client.stream_chat([*opening, ("user", message)], **options) as stream:
+        if json:
+            print_json(in_facts(stream.completion()))
+        else:
+            print_stream(stream)

@@ -1,0 +1,134 @@
+"""``macpipe demo``: a whole cluster on this machine, with the model that comes along."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from cluster.cli.chat import BUNDLED, converse
+from cluster.limits import CANARY_TIMEOUT_S, CONNECT_TIMEOUT_S, DISCOVERY_TIMEOUT_S, ENGINE_START_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cluster.cli.fleet import Fleet
+    from cluster.client import Client, ClusterState
+
+HOST: Final = "127.0.0.1"
+START_TIMEOUT_S: Final = ENGINE_START_TIMEOUT_S + DISCOVERY_TIMEOUT_S + CANARY_TIMEOUT_S
+"""Engines start, workers are found, a first token goes through: each within its own bound."""
+
+
+def demo(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, print the answer, and end.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=8, help="How many workers; the model has 8 layers.")] = 2,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+) -> None:
+    """Try a whole cluster on this machine.
+
+    Starts workers and a coordinator, loads the small model that comes along, and opens a chat with it. Everything is
+    gone again at the end.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from cluster.cli.fleet import Fleet, ending_on_signals, free_port
+    from cluster.cli.screen import note
+
+    address = f"{HOST}:{free_port(HOST)}"
+    with (
+        ending_on_signals(),
+        tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
+        Fleet(Path(folder)) as fleet,
+    ):
+        note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
+        start(fleet, Path(folder), workers, address)
+        use(fleet, address, prompt, max_tokens)
+
+
+def use(fleet: Fleet, address: str, prompt: str | None, max_tokens: int | None) -> None:
+    """Talk with the coordinator once it serves. (Grpc is imported here: it does not like to fork.)"""
+    from cluster.client import Client
+
+    with Client(address) as client:
+        state = wait_until_serving(fleet, client)
+        if prompt is None:
+            invite(client, max_tokens)
+        else:
+            answer(client, state, prompt, max_tokens)
+
+
+def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
+    """Start every process; the coordinator is told where the workers are, so nothing depends on the network."""
+    import secrets
+
+    from cluster.cli.fleet import free_port
+
+    cluster = f"demo-{secrets.token_hex(4)}"
+    peers: list[str] = []
+    for number in range(1, workers + 1):
+        name, port = f"demo-{number}", free_port(HOST)
+        peers += ["--peer", f"{HOST}:{port}"]
+        own = ["--name", name, "--host", HOST, "--port", str(port), "--home", str(folder / name)]
+        fleet.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
+    port_of_coordinator = address.rpartition(":")[2]
+    own = ["--workers", str(workers), "--host", HOST, "--port", port_of_coordinator, *peers]
+    fleet.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
+
+
+def wait_until_serving(fleet: Fleet, client: Client) -> ClusterState:
+    """Wait for the first model; raises MacpipeError when a process ends, loading fails, or time is up."""
+    import time
+
+    from cluster.cli.fleet import POLL_S
+    from cluster.errors import DeadlineExceeded, MacpipeError
+
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        fleet.check()
+        if listening(client.address):
+            state = client.cluster()
+            if state.state == "serving":
+                return state
+            if state.state == "failed":
+                raise MacpipeError(state.problem)
+        time.sleep(POLL_S)
+    raise DeadlineExceeded(f"the coordinator does not serve after {START_TIMEOUT_S:.0f} s")
+
+
+def listening(address: str) -> bool:
+    """Whether somebody accepts connections at ``address``."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def invite(client: Client, max_tokens: int | None) -> None:
+    """Say where to ask from elsewhere, and open the chat."""
+    from cluster.cli.screen import note
+
+    note(f"from another terminal: MACPIPE_COORDINATOR={client.address} macpipe generate -p 'Who are you?'")
+    converse(client, {"max_tokens": max_tokens})
+
+
+def answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | None) -> None:
+    """Print the answer on stdout, and who gave it on stderr."""
+    from cluster.cli.generate import print_stream
+    from cluster.cli.screen import note
+    from cluster.cli.summary import in_words
+
+    held = ", ".join(f"{stage.worker} layers {stage.layers}" for stage in state.stages)
+    note(f"serving {state.model}: {held}")
+    with client.stream_chat([("user", prompt)], max_tokens=max_tokens) as stream:
+        print_stream(stream)
+        if stream.finish and sys.stderr.isatty():
+            note(in_words(stream.finish))

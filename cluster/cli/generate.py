@@ -1,0 +1,99 @@
+"""``macpipe generate``: one answer, printed as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.options import Coordinator, Json, takes_answer_options
+from cluster.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from cluster.client import Client, Options, Stream
+
+
+@takes_answer_options
+def generate(
+    options: Any,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Read the prompt from a file.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="With --json: log-probabilities, and this many alternatives.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show figures on stderr.")] = False,
+    coordinator: Coordinator = None,
+    json: Json = False,
+) -> None:
+    """Print the answer to a prompt."""
+    with errors_in_json(json):
+        if raw and system is not None:
+            raise InvalidOption("--system needs the chat template, and --raw is without it", field="system")
+        if logprobs is not None and not json:
+            raise InvalidOption("--logprobs needs --json", field="logprobs")
+        text = read_prompt(prompt, file)
+        if logprobs is not None:
+            options |= {"logprobs": True, "top_logprobs": logprobs}
+        _answer(coordinator, text, system, options, raw=raw, json=json, verbose=verbose)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the one place that was named. Raises InvalidOption for none, for two, and for no text."""
+    if (prompt is None) == (file is None):
+        raise InvalidOption("give the prompt with -p TEXT, -p - (standard input) or --file FILE", field="prompt")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        return sys.stdin.buffer.read().decode() if prompt == "-" else prompt or ""
+    except UnicodeDecodeError:
+        raise InvalidOption(f"{file or 'standard input'} is not UTF-8 text", field="prompt") from None
+    except OSError as error:
+        raise InvalidOption(f"{file} cannot be read: {error.strerror}", field="file") from None
+
+
+def _answer(
+    coordinator: str | None, text: str, system: str | None, options: Options, *, raw: bool, json: bool, verbose: bool
+) -> None:
+    from cluster.cli.facts import print_json
+    from cluster.cli.screen import note
+    from cluster.cli.summary import in_facts, in_words
+    from cluster.client import Client
+
+    with Client(coordinator) as client, _ask(client, text, system, options, raw=raw) as stream:
+        if json:
+            print_json(in_facts(stream.completion()))
+            return
+        print_stream(stream)
+        if stream.finish and (verbose or sys.stderr.isatty()):
+            note(in_words(stream.finish))
+
+
+def _ask(client: Client, text: str, system: str | None, options: Options, *, raw: bool) -> Stream:
+    if raw:
+        return client.stream(text, **options)
+    opening = [] if system is None else [("system", system)]
+    return client.stream_chat([*opening, ("user", text)], **options)
+
+
+def print_stream(stream: Stream) -> None:
+    """Print an answer as it comes, ended by a line break.
+
+    The line is ended however the answer ends, so that what follows on the screen starts a line of its own.
+    """
+    from cluster.cli.screen import say
+
+    try:
+        for piece in stream.texts():
+            say(piece)
+    finally:
+        if stream.text and not stream.text.endswith("\n"):
+            say("\n")

@@ -1,0 +1,61 @@
+"""``macpipe load MODEL``: have a running coordinator load a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.options import Coordinator, Json
+from cluster.cli.serve import HowRoute, Layers, MaxContext, Model, Workers
+from cluster.types import Route
+
+if TYPE_CHECKING:
+    from cluster.client import ClusterState, Loading
+
+
+def load(
+    model: Model,
+    workers: Workers = None,
+    layers: Layers = None,
+    route: HowRoute = Route.DIRECT,
+    max_context: MaxContext = None,
+    coordinator: Coordinator = None,
+    json: Json = False,
+) -> None:
+    """Have a running coordinator load MODEL.
+
+    It takes the place of the model that is being served.
+    """
+    from cluster.cli.layers import parse_layers
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator) as client:
+        if layers:
+            parse_layers(layers)
+        loading = client.load(model, workers=workers, layers=layers or "", route=route, max_context=max_context)
+        state = follow(loading)
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json(state)
+        else:
+            held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
+            sys.stdout.write(f"serving {state.model} on {len(state.stages)} workers: {held}\n")
+
+
+def follow(loading: Loading) -> ClusterState:
+    """Show a load's progress on stderr until it is done; returns the cluster's state."""
+    from cluster.cli.report import LoadBars
+    from cluster.client.calls import serving
+    from cluster.types import LoadProgress
+
+    bars = LoadBars(sys.stderr)
+    last: LoadProgress | ClusterState | None = None
+    try:
+        for last in loading:
+            if isinstance(last, LoadProgress):
+                bars.show(last)
+    finally:
+        bars.close()
+    return serving(last)

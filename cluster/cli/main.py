@@ -1,0 +1,78 @@
+"""The command ``macpipe``: its subcommands, and the edge of the process where errors become exit codes.
+
+Nothing heavy is imported here: each command imports what it needs once it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cluster import __version__
+from cluster.cli.chat import chat
+from cluster.cli.demo import demo
+from cluster.cli.edge import process_edge
+from cluster.cli.generate import generate
+from cluster.cli.load import load
+from cluster.cli.ps import ps
+from cluster.cli.serve import serve
+from cluster.cli.status import status
+from cluster.cli.unload import unload
+from cluster.cli.worker import worker
+
+
+class Commands(TyperGroup):
+    """The group of all commands, in the order of a first day with macpipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; Ctrl-C ends it without a word, with 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which they were added, not by alphabet."""
+        return list(self.commands)
+
+
+app = typer.Typer(
+    name="macpipe",
+    cls=Commands,
+    help="Several Macs, one large model. Try `macpipe demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, worker, serve, generate, chat, status, ps, load, unload):
+    app.command()(command)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end, if ``wanted``."""
+    if wanted:
+        typer.echo(f"macpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def begin(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Several Macs, one large model. Try `macpipe demo`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C."""
+    with process_edge():
+        app(args=arguments, prog_name="macpipe")
+
+
+if __name__ == "__main__":
+    main()

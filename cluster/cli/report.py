@@ -1,0 +1,139 @@
+"""How a load looks on a terminal: who is there, the plan as a table, a bar for each worker, then where to ask.
+
+It draws and decides nothing. Where stderr is no terminal, it writes plain lines and fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TextIO
+
+from cluster.cli.screen import bytes_in_words, console, printable, table
+from cluster.client.address import DEFAULT_HOST, DEFAULT_PORT
+from cluster.types import LoadProgress, Plan, Route, WorkerFacts
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PLAIN_STEP: Final = 10
+"""Percent between two plain lines of one worker."""
+
+
+class LoadBars:
+    """Progress of a load, a bar or some lines for each worker."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = console(stream)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, tuple[int, str]] = {}
+
+    def show(self, progress: LoadProgress) -> None:
+        """Draw how far one stage is."""
+        if self._console.is_terminal:
+            self._draw(progress)
+        else:
+            self._write(progress)
+
+    def close(self) -> None:
+        """Leave the bars as they are; what is printed next comes below them."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
+        self._told.clear()
+
+    def _draw(self, progress: LoadProgress) -> None:
+        bars = self._bars = self._bars or self._started()
+        known = self._tasks.get(progress.worker)
+        task = bars.add_task("", start=True, state="", visible=False) if known is None else known
+        self._tasks[progress.worker] = task
+        bars.update(
+            task,
+            description=f"{printable(progress.worker)}  layers {progress.layers}",
+            completed=progress.done_bytes,
+            total=progress.total_bytes or None,
+            state=printable(progress.state),
+            visible=True,
+        )
+
+    def _started(self) -> Progress:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        description = TextColumn("{task.description}", markup=False)
+        state = TextColumn("{task.fields[state]}", markup=False, style="dim")
+        sizes = DownloadColumn(binary_units=True)
+        bars = Progress(description, BarColumn(), sizes, TransferSpeedColumn(), state, console=self._console)
+        bars.start()
+        return bars
+
+    def _write(self, progress: LoadProgress) -> None:
+        percent = 100 * progress.done_bytes // progress.total_bytes if progress.total_bytes else 0
+        told = (percent // PLAIN_STEP, progress.state)
+        if self._told.get(progress.worker) != told:
+            self._told[progress.worker] = told
+            total = bytes_in_words(progress.total_bytes)
+            self._console.print(
+                f"{progress.worker} layers {progress.layers}: {progress.state}, {percent}% of {total}", soft_wrap=True
+            )
+
+
+class TerminalReport:
+    """The ``Report`` of ``macpipe serve``; a context manager, so that bars are taken down however it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = console(stream)
+        self._bars = LoadBars(stream)
+        self._found: tuple[str, ...] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.close()
+
+    def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None:
+        """Say who is there, when that has changed."""
+        names = tuple(sorted(f"{worker.name} ({worker.chip or worker.backend})" for worker in found))
+        if names == self._found:
+            return
+        self._found = names
+        count = f"{len(names)} of {wanted} workers" if wanted else f"{len(names)} worker{'s' * (len(names) != 1)}"
+        self._say(f"{count}: {', '.join(names)}" if names else f"waiting for {_workers_in_words(wanted)}")
+
+    def planned(self, plan: Plan) -> None:
+        """Show who gets what."""
+        self._say(f"{plan.model.name} for {plan.max_sequences} x {plan.max_context} tokens:")
+        shown = table("stage", "worker", "layers", "weights", "caches", right=frozenset({"weights", "caches"}))
+        for stage in plan.stages:
+            weights, caches = bytes_in_words(stage.weight_bytes), bytes_in_words(stage.cache_bytes)
+            shown.add_row(str(stage.spec.index), printable(stage.worker), str(stage.layers), weights, caches)
+        self._console.print(shown)
+        if plan.route is Route.RELAY:
+            self._say("activations go by way of this coordinator")
+
+    def progress(self, progress: LoadProgress) -> None:
+        """Move a worker's bar."""
+        self._bars.show(progress)
+
+    def serving(self, address: str, plan: Plan) -> None:
+        """Say where to ask, and how."""
+        self._bars.close()
+        self._say(f"serving {plan.model.name} on {address}")
+        default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
+        self._say(f"ask it: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
+
+    def problem(self, sentence: str) -> None:
+        """Say what a person should know."""
+        self._bars.close()
+        self._say(f"macpipe: {sentence}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(printable(line), soft_wrap=True)
+
+
+def _workers_in_words(wanted: int | None) -> str:
+    if wanted is None:
+        return "workers (start one with `macpipe worker`)"
+    return f"{wanted} worker{'s' * (wanted != 1)} (start one with `macpipe worker`)"

@@ -1,0 +1,67 @@
+"""``macpipe serve MODEL``: the coordinator."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli.layers import parse_layers
+from cluster.cli.lifeline import end_with_stdin
+from cluster.limits import DISCOVERY_TIMEOUT_S
+from cluster.types import Route
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder, or faq: the bundled model.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="all there are")]
+Layers = Annotated[
+    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="by memory")
+]
+HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
+MaxContext = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of prompt and answer to keep room for.", show_default="4096, or less")
+]
+
+
+def serve(
+    model: Model,
+    workers: Workers = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
+    ] = None,
+    layers: Layers = None,
+    route: HowRoute = Route.DIRECT,
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
+    max_context: MaxContext = None,
+    cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")
+    ] = DISCOVERY_TIMEOUT_S,
+    exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
+) -> None:
+    """Find workers, load MODEL, and answer.
+
+    Lays the model's layers over the workers, loads them, and takes requests. Stays in the foreground; Ctrl-C ends it.
+    """
+    from cluster.api.server import run
+    from cluster.cli.report import TerminalReport
+    from cluster.coordinator.settings import ServeSettings
+
+    settings = ServeSettings(
+        model=model,
+        cluster=cluster,
+        host=host,
+        port=port,
+        workers=workers,
+        peers=tuple(peer or ()),
+        layers=parse_layers(layers) if layers else None,
+        route=route,
+        max_context=max_context,
+        wait_s=wait,
+    )
+    if exit_with_stdin:
+        end_with_stdin()
+    with TerminalReport(sys.stderr) as report:
+        code = run(settings, report)
+    raise typer.Exit(code)

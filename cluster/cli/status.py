@@ -1,0 +1,84 @@
+"""``macpipe status``: who is there, who holds what."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.options import Coordinator, Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cluster.client import ClusterState
+
+RIGHT: Final = frozenset({"weights", "memory used"})
+
+
+def status(coordinator: Coordinator = None, json: Json = False) -> None:
+    """Show workers, the model and its layers."""
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator) as client:
+        state = client.cluster()
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json(state)
+        else:
+            show_state(state)
+
+
+def show_state(state: ClusterState) -> None:
+    """The cluster on stdout, for people."""
+    from cluster.cli.screen import console, printable
+
+    screen = console(sys.stdout)
+    for line in headline(state):
+        screen.print(printable(line), soft_wrap=True)
+    if not state.workers:
+        screen.print("no workers; start one with `macpipe worker`")
+        return
+    screen.print()
+    screen.print(_workers(state))
+    for worker in state.workers:
+        if worker.problem:
+            screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
+
+
+def headline(state: ClusterState) -> list[str]:
+    """What to know first: the state in a sentence, then figures."""
+    from cluster.cli.screen import seconds_in_words
+
+    up = seconds_in_words(state.uptime_seconds)
+    lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
+    if state.problem:
+        lines.append(f"problem: {state.problem}")
+    if state.model:
+        lines.append(
+            f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
+            f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
+        )
+    lines.append(
+        f"{len(state.requests)} live requests, {state.requests_finished} finished,"
+        f" {state.tokens_generated} tokens generated"
+    )
+    return lines
+
+
+def _workers(state: ClusterState) -> Table:
+    from cluster.cli.screen import bytes_in_words, printable, table
+
+    shown = table("worker", "chip", "layers", "weights", "memory used", "state", right=RIGHT)
+    for worker in state.workers:
+        held = [stage for stage in state.stages if stage.worker == worker.name]
+        shown.add_row(
+            printable(worker.name),
+            printable(worker.chip or worker.backend),
+            ", ".join(str(stage.layers) for stage in held) or "-",
+            bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
+            f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}",
+            "reachable" if worker.reachable else "unreachable",
+        )
+    return shown

@@ -1,0 +1,50 @@
+"""The Python client of a running coordinator: ``Client`` blocks, ``AsyncClient`` awaits. It needs no mlx.
+
+    from cluster.client import Client
+
+    with Client() as client:
+        for piece in client.stream_chat([("user", "Who are you?")], max_tokens=64).texts():
+            print(piece, end="", flush=True)
+
+Errors are the classes of ``cluster.errors``.
+"""
+
+from cluster.client.answers import Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.client.async_client import AsyncClient
+from cluster.client.async_stream import AsyncLoading, AsyncStream
+from cluster.client.client import Client
+from cluster.client.options import Options
+from cluster.client.state import ClusterState, LiveRequest, RequestState, ServingState, StageState, WorkerState
+from cluster.client.stream import Loading, Stream
+from cluster.types import ChatMessage, FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+
+__all__ = [
+    "AsyncClient",
+    "AsyncLoading",
+    "AsyncStream",
+    "ChatMessage",
+    "Client",
+    "ClusterState",
+    "Completion",
+    "Finish",
+    "FinishReason",
+    "LayerRange",
+    "LiveRequest",
+    "LoadProgress",
+    "Loading",
+    "Model",
+    "Options",
+    "Prompt",
+    "RequestState",
+    "Route",
+    "ServingState",
+    "StageFigures",
+    "StageState",
+    "Stream",
+    "Timings",
+    "Token",
+    "Tokens",
+    "TopLogprob",
+    "Usage",
+    "WorkerState",
+]

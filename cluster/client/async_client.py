@@ -1,0 +1,136 @@
+"""The asynchronous client: the twin of ``cluster.client.client``, and await where that waits. For asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+from grpc import aio
+
+from cluster.client import replies, requests
+from cluster.client.address import coordinator_address
+from cluster.client.answers import Completion, Model, Tokens
+from cluster.client.async_stream import AsyncLoading, AsyncStream
+from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
+from cluster.client.channel import CHANNEL_OPTIONS
+from cluster.client.options import Options
+from cluster.client.requests import Prompt, Turn
+from cluster.client.state import ClusterState
+from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.types import Route
+from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
+from cluster.v1.inference_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    from cluster.v1.cluster_pb2_grpc import ClusterServiceAsyncStub
+    from cluster.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
+    Q = TypeVar("Q")
+    R = TypeVar("R")
+
+
+class AsyncClient:
+    """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
+
+    It connects at the first call, and again after a break, and belongs to the event loop of its first call; close it,
+    or use ``async with``. ``timeout_s`` bounds every call that brings no bound of its own; without it answers may take
+    as long as they take, and other calls 10 s. Every method raises a MacpipeError of ``cluster.errors``, and nothing
+    of gRPC's.
+    """
+
+    def __init__(self, coordinator: str | None = None, *, timeout_s: float | None = None) -> None:
+        self.address = coordinator_address(coordinator)
+        self._timeout_s = checked_timeout_s(timeout_s)
+        self._opened: aio.Channel | None = None
+
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Continue a text, or token ids, without a chat template. See Options for the keywords."""
+        return await self.stream(prompt, **options).completion()
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """``generate``, token by token. Needs a running event loop, but no await."""
+        request = requests.generate_request(prompt, options)
+        call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
+        return AsyncStream(call, self.address)
+
+    async def chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> Completion:
+        """Answer a conversation as the assistant. See Options for the keywords.
+
+        A message is ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``.
+        """
+        return await self.stream_chat(messages, **options).completion()
+
+    def stream_chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> AsyncStream:
+        """``chat``, token by token. Needs a running event loop, but no await."""
+        request = requests.chat_request(messages, options)
+        call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
+        return AsyncStream(call, self.address)
+
+    async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
+        """The token ids that the model would read for a text, or for messages with the chat template."""
+        return replies.tokens(await self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
+
+    async def models(self) -> tuple[Model, ...]:
+        """The models that are being served: none or one."""
+        return replies.models(await self._ask(self._inference.ListModels, inference_pb2.ListModelsRequest()))
+
+    async def abort(self, request_id: str) -> None:
+        """End a live request, whoever asked for it; raises RequestNotFound."""
+        await self._ask(self._inference.Abort, requests.abort_request(request_id))
+
+    async def cluster(self) -> ClusterState:
+        """The state of everything: workers, stages, live requests."""
+        return replies.cluster_state(await self._ask(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
+
+    def load(
+        self,
+        model: str,
+        *,
+        workers: int | None = None,
+        layers: str = "",
+        route: Route | str = Route.DIRECT,
+        max_context: int | None = None,
+    ) -> AsyncLoading:
+        """Plan, load, link and warm a model; ``await client.load(...).wait()`` waits for the end.
+
+        ``workers`` None takes all that are there; ``layers`` as in ``0-3,4-7``, empty to cut by memory.
+        """
+        request = requests.load_request(model, workers, layers, route, max_context)
+        return AsyncLoading(self._cluster.LoadModel(request), self.address)
+
+    async def unload(self) -> None:
+        """End live requests and free the workers' memory."""
+        await self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run end with Aborted."""
+        if self._opened is not None:
+            await self._opened.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def _channel(self) -> aio.Channel:
+        if self._opened is None:  # not before: a channel belongs to the loop that runs while it is made
+            self._opened = aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        return self._opened
+
+    @property
+    def _inference(self) -> InferenceServiceAsyncStub:
+        return InferenceServiceStub(self._channel)
+
+    @property
+    def _cluster(self) -> ClusterServiceAsyncStub:
+        return ClusterServiceStub(self._channel)
+
+    async def _ask(self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
+        with failures_told(self.address):
+            return await method(request, timeout=self._timeout_s or CONTROL_TIMEOUT_S)

@@ -1,0 +1,166 @@
+"""The asynchronous twins of ``cluster.client.stream``: the same objects, and await where those wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from cluster.client.answers import Completion, Finish, Prompt, Token
+from cluster.client.calls import STALL_TIMEOUT_S, failures_told, serving, stalled
+from cluster.client.replies import load_event
+from cluster.client.state import ClusterState
+from cluster.client.transcript import Transcript
+from cluster.errors import Aborted
+from cluster.types import LoadProgress
+from cluster.v1 import cluster_pb2, inference_pb2
+
+if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
+    from grpc import aio
+
+    AnswerCall = (
+        aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+        | aio.UnaryStreamCall[inference_pb2.ChatRequest, inference_pb2.ChatResponse]
+    )
+    LoadCall = aio.UnaryStreamCall[cluster_pb2.LoadModelRequest, cluster_pb2.LoadModelResponse]
+
+T = TypeVar("T")
+
+
+class AsyncStream:
+    """An answer on its way: iterate over it with ``async for`` for its tokens.
+
+    Leaving the ``async with`` block before the end cancels the call, all the way down to the workers; so does leaving
+    the loop, as soon as the event loop runs again. Iterating raises the MacpipeError that ended the answer early; an
+    answer that ends without one is whole.
+    """
+
+    def __init__(self, call: AnswerCall, address: str) -> None:
+        self._call = call
+        self._address = address
+        self._transcript = Transcript()
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What was accepted; None until the coordinator has said so (see ``wait_accepted``)."""
+        return self._transcript.prompt
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far; all of it once ``finish`` is there."""
+        return self._transcript.text
+
+    @property
+    def finish(self) -> Finish | None:
+        """How the answer ended; None until it has."""
+        return self._transcript.finish
+
+    async def wait_accepted(self) -> Prompt:
+        """Wait for the coordinator to accept the request; raises the MacpipeError with which it refused."""
+        while self._transcript.prompt is None:
+            await self._advance()
+        return self._transcript.prompt
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        """The tokens as they come. The last words may be in ``finish.text``: ``texts`` has them all."""
+        try:
+            while (tokens := await self._advance()) is not None:
+                for token in tokens:
+                    yield token
+        finally:
+            self.cancel()
+
+    async def texts(self) -> AsyncIterator[str]:
+        """The answer's text, piece by piece as it becomes printable; together they are ``completion().text``."""
+        try:
+            async for token in self:
+                if token.text:
+                    yield token.text
+        finally:
+            self.cancel()
+        if self.finish and self.finish.text:
+            yield self.finish.text
+
+    async def completion(self) -> Completion:
+        """Wait for the end; returns the whole answer, with the tokens that were already taken from here."""
+        async for _ in self:
+            pass
+        return self._transcript.completion()
+
+    def cancel(self) -> None:
+        """End the call now; who waits for a token gets Aborted. Does nothing once the answer is complete."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def _advance(self) -> tuple[Token, ...] | None:
+        """The tokens of the next event; None once the stream has ended as it should."""
+        with failures_told(self._address):
+            reply = await _uncancelled(self._call.read(), self._address)
+        if isinstance(reply, (inference_pb2.GenerateResponse, inference_pb2.ChatResponse)):
+            return self._transcript.accept(reply)
+        self._transcript.close()
+        return None
+
+
+class AsyncLoading:
+    """A load on its way: iterate for LoadProgress of each stage and, last, the ClusterState; or ``await wait()``.
+
+    Leaving the loop early cancels the load. Raises DeadlineExceeded when nothing is heard for ``stall_s`` seconds.
+    """
+
+    def __init__(self, call: LoadCall, address: str, stall_s: float = STALL_TIMEOUT_S) -> None:
+        self._call = call
+        self._address = address
+        self._stall_s = stall_s
+
+    async def __aiter__(self) -> AsyncIterator[LoadProgress | ClusterState]:
+        event = None
+        try:
+            while (coming := await self._next_event()) is not None:
+                event = coming
+                yield event
+        finally:
+            self.cancel()
+        serving(event)
+
+    async def wait(self) -> ClusterState:
+        """Wait for the end; returns the cluster's state once it serves."""
+        last = None
+        async for event in self:
+            last = event
+        return serving(last)
+
+    def cancel(self) -> None:
+        """Give the load up. Does nothing once it is done."""
+        self._call.cancel()
+
+    async def _next_event(self) -> LoadProgress | ClusterState | None:
+        try:
+            with failures_told(self._address):
+                async with asyncio.timeout(self._stall_s):
+                    reply = await _uncancelled(self._call.read(), self._address)
+        except TimeoutError:
+            raise stalled(self._stall_s) from None
+        return load_event(reply) if isinstance(reply, cluster_pb2.LoadModelResponse) else None
+
+
+async def _uncancelled(read: Awaitable[T], address: str) -> T:
+    """Await ``read``; raises Aborted where the call was cancelled but this task was not.
+
+    Grpc.aio raises CancelledError for both, and only the second may unwind a task group.
+    """
+    try:
+        return await read
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Aborted(f"the call to the coordinator at {address} was cancelled") from None

@@ -1,0 +1,135 @@
+"""What a caller may ask of an answer, and its place in protobuf.
+
+It checks only what protobuf could not hold (types, signs, sizes); the coordinator checks the rest, so that there is one
+opinion on what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypedDict
+
+from cluster.errors import InvalidRequest
+from cluster.v1 import inference_pb2 as pb
+
+UINT32_MAX: Final = 2**32 - 1
+UINT64_MAX: Final = 2**64 - 1
+
+
+class Options(TypedDict, total=False):
+    """Keywords of every method that asks for an answer; None and left out both mean the coordinator's default.
+
+    ``max_tokens`` of the answer (512); ``stop`` is one string or several; ``ignore_eos`` goes on past the model's own
+    end. ``temperature`` 0 is greedy, the default. ``logprobs`` reports each token's log-probability and
+    ``top_logprobs`` that many alternatives. ``request_id`` is for ``abort``; the coordinator makes one if it is empty.
+    ``timeout_s`` bounds the whole answer; without it, the client's ``timeout_s`` does.
+    """
+
+    model: str
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    request_id: str
+    timeout_s: float | None
+
+
+def sampling_options(options: Options) -> pb.SamplingOptions:
+    """The fields of ``options`` that say how a token is picked. Raises InvalidRequest naming the field."""
+    values: dict[str, Any] = {
+        name: check(name, options[name])  # type: ignore[literal-required]
+        for name, check in SAMPLING_FIELDS.items()
+        if options.get(name) is not None
+    }
+    return pb.SamplingOptions(**values)
+
+
+def stop_options(options: Options) -> pb.StopOptions:
+    """The fields of ``options`` that say when an answer ends. Raises InvalidRequest naming the field."""
+    stop = options.get("stop") or ()
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    bound = options.get("max_tokens")
+    return pb.StopOptions(
+        max_tokens=None if bound is None else whole("max_tokens", bound),
+        stop=[text("stop", one) for one in strings],
+        ignore_eos=switch("ignore_eos", options.get("ignore_eos") or False),
+    )
+
+
+def check_names(options: Options) -> None:
+    """Raise TypeError for a keyword that is no option, as a call with a wrong keyword does."""
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
+
+
+def text(field: str, value: object) -> str:
+    """``value`` if it is text that can be sent: a ``str`` without lone surrogates."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} must be text, not {type(value).__name__}", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{field} holds half a character (a lone surrogate)", field=field) from None
+    return value
+
+
+def whole(field: str, value: object, most: int = UINT32_MAX) -> int:
+    """``value`` if it is a whole number from 0 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{field} must be a whole number, not {value!r}", field=field)
+    if not 0 <= value <= most:
+        raise InvalidRequest(f"{field} must be from 0 to {most}, not {value}", field=field)
+    return value
+
+
+def seed(field: str, value: object) -> int:
+    """``value`` if it is a seed: a whole number of 64 bits, without a sign."""
+    return whole(field, value, UINT64_MAX)
+
+
+def number(field: str, value: object) -> float:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidRequest(f"{field} must be a number, not {value!r}", field=field)
+    return float(value)
+
+
+def switch(field: str, value: object) -> bool:
+    """``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{field} must be True or False, not {value!r}", field=field)
+    return value
+
+
+def biases(field: str, value: object) -> dict[int, float]:
+    """``value`` if it maps token ids to finite numbers."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{field} must map token ids to numbers, not {value!r}", field=field)
+    return {whole(field, token): number(field, bias) for token, bias in value.items()}
+
+
+SAMPLING_FIELDS: Final[Mapping[str, Callable[[str, object], Any]]] = {
+    "temperature": number,
+    "top_p": number,
+    "top_k": whole,
+    "min_p": number,
+    "repetition_penalty": number,
+    "presence_penalty": number,
+    "frequency_penalty": number,
+    "logit_bias": biases,
+    "seed": seed,
+    "logprobs": switch,
+    "top_logprobs": whole,
+}

@@ -1,0 +1,147 @@
+"""What the coordinator says, out of protobuf. Nothing is waited for here, so both clients share it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cluster.client.answers import Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.client.state import ClusterState, LiveRequest, RequestState, ServingState, StageState, WorkerState
+from cluster.errors import MacpipeError, VersionMismatch
+from cluster.types import FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+from cluster.v1 import cluster_pb2, inference_pb2
+
+FINISH_REASONS: Final = {
+    inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+SERVING_STATES: Final = {
+    cluster_pb2.SERVING_STATE_IDLE: ServingState.IDLE,
+    cluster_pb2.SERVING_STATE_LOADING: ServingState.LOADING,
+    cluster_pb2.SERVING_STATE_SERVING: ServingState.SERVING,
+    cluster_pb2.SERVING_STATE_FAILED: ServingState.FAILED,
+}
+REQUEST_STATES: Final = {
+    cluster_pb2.REQUEST_STATE_QUEUED: RequestState.QUEUED,
+    cluster_pb2.REQUEST_STATE_PREFILL: RequestState.PREFILL,
+    cluster_pb2.REQUEST_STATE_DECODE: RequestState.DECODE,
+}
+
+
+def prompt(reply: inference_pb2.PromptInfo) -> Prompt:
+    """The acceptance of a request."""
+    return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens)
+
+
+def token(reply: inference_pb2.TokenEvent) -> Token:
+    """One token of an answer."""
+    logprob = reply.logprob if reply.HasField("logprob") else None
+    top = tuple(TopLogprob(one.token, one.text, one.logprob) for one in reply.top)
+    return Token(reply.index, reply.token, reply.text, logprob, top)
+
+
+def finish(reply: inference_pb2.FinishInfo) -> Finish:
+    """The end of an answer. Raises VersionMismatch for a reason that this version does not know."""
+    reason = FINISH_REASONS.get(reply.reason)
+    if reason is None:
+        raise VersionMismatch(f"the coordinator ended the answer for reason {reply.reason}, unknown to this version")
+    usage = Usage(reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.cached_tokens)
+    timings = Timings(reply.timings.ttft_ms, reply.timings.tpot_ms, reply.timings.tokens_per_second)
+    return Finish(reason, reply.text, usage, timings, tuple(_figures(stage) for stage in reply.stages))
+
+
+def tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
+    """A tokenized text."""
+    return Tokens(tuple(reply.ids), tuple(reply.texts))
+
+
+def models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
+    """The models that are being served."""
+    return tuple(Model(one.id, one.layers, one.max_context, one.fingerprint) for one in reply.models)
+
+
+def load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterState:
+    """Progress of one stage, or the state of the cluster once it serves."""
+    match reply.WhichOneof("event"):
+        case "progress":
+            one = reply.progress
+            layers = layer_range(one.start_layer, one.end_layer)
+            return LoadProgress(one.worker, layers, one.done_bytes, one.total_bytes, one.state)
+        case "ready":
+            return cluster_state(reply.ready)
+        case _:
+            raise VersionMismatch("the coordinator told of a load in a way that is unknown to this version")
+
+
+def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
+    """The whole cluster at one moment."""
+    return ClusterState(
+        cluster=reply.cluster,
+        version=reply.version,
+        state=SERVING_STATES.get(reply.state, ServingState.UNKNOWN),
+        problem=reply.problem,
+        model=reply.model,
+        layers=reply.layers,
+        max_context=reply.max_context,
+        max_sequences=reply.max_sequences,
+        epoch=reply.epoch,
+        route=_route(reply.route),
+        workers=tuple(_worker(worker) for worker in reply.workers),
+        stages=tuple(_stage(stage) for stage in reply.stages),
+        requests=tuple(_live(request) for request in reply.requests),
+        requests_finished=reply.requests_finished,
+        tokens_generated=reply.tokens_generated,
+        uptime_seconds=reply.uptime_seconds,
+    )
+
+
+def layer_range(start: int, end: int) -> LayerRange:
+    """``start .. end - 1``; raises MacpipeError where the coordinator sent no range."""
+    try:
+        return LayerRange(start, end)
+    except ValueError as wrong:
+        raise MacpipeError(f"the coordinator sent a broken answer: {wrong}") from wrong
+
+
+def _figures(reply: inference_pb2.StageFigures) -> StageFigures:
+    layers = layer_range(reply.start_layer, reply.end_layer)
+    return StageFigures(reply.worker, layers, reply.compute_ms, reply.wire_ms, reply.wait_ms)
+
+
+def _worker(reply: cluster_pb2.Worker) -> WorkerState:
+    return WorkerState(
+        id=reply.id,
+        name=reply.name,
+        version=reply.version,
+        control_address=reply.control_address,
+        data_address=reply.data_address,
+        chip=reply.chip,
+        backend=reply.backend,
+        mlx_version=reply.mlx_version,
+        memory_total=reply.memory_total,
+        memory_limit=reply.memory_limit,
+        memory_used=reply.memory_used,
+        sequences=reply.sequences,
+        reachable=reply.reachable,
+        problem=reply.problem,
+    )
+
+
+def _stage(reply: cluster_pb2.Stage) -> StageState:
+    layers = layer_range(reply.start_layer, reply.end_layer)
+    return StageState(reply.index, reply.worker, layers, reply.weight_bytes, reply.cache_bytes, _route(reply.inlet))
+
+
+def _route(reply: cluster_pb2.Route.ValueType) -> Route:
+    return Route.RELAY if reply == cluster_pb2.ROUTE_RELAY else Route.DIRECT
+
+
+def _live(reply: cluster_pb2.LiveRequest) -> LiveRequest:
+    return LiveRequest(
+        request_id=reply.request_id,
+        state=REQUEST_STATES.get(reply.state, RequestState.UNKNOWN),
+        prompt_tokens=reply.prompt_tokens,
+        prefilled_tokens=reply.prefilled_tokens,
+        completion_tokens=reply.completion_tokens,
+        lane=reply.lane if reply.lane >= 0 else None,
+        age_seconds=reply.age_seconds,
+    )

@@ -1,0 +1,129 @@
+"""What a caller says, as protobuf. Nothing is waited for here, so both clients share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, TypeVar
+
+from google.protobuf.message import Message
+
+from cluster.client.options import Options, check_names, sampling_options, stop_options, text, whole
+from cluster.errors import InvalidRequest
+from cluster.limits import MAX_CONTROL_BYTES, MIB
+from cluster.types import ChatMessage, Route
+from cluster.v1 import cluster_pb2, inference_pb2
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Turn = ChatMessage | Mapping[str, str] | tuple[str, str]
+"""One message: ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``."""
+
+ROUTES: Final = {
+    Route.DIRECT: cluster_pb2.ROUTE_DIRECT,
+    Route.RELAY: cluster_pb2.ROUTE_RELAY,
+}
+
+M = TypeVar("M", bound=Message)
+
+
+def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options)
+    request = inference_pb2.GenerateRequest(
+        request_id=text("request_id", options.get("request_id") or ""),
+        model=text("model", options.get("model") or ""),
+        sampling=sampling_options(options),
+        stop=stop_options(options),
+    )
+    if isinstance(prompt, str):
+        request.text = text("prompt", prompt)
+    else:
+        request.tokens.ids.extend(_token_ids(prompt))
+        request.tokens.SetInParent()
+    return _sendable(request, "prompt")
+
+
+def chat_request(messages: Iterable[Turn], options: Options) -> inference_pb2.ChatRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options)
+    request = inference_pb2.ChatRequest(
+        request_id=text("request_id", options.get("request_id") or ""),
+        model=text("model", options.get("model") or ""),
+        messages=_chat_messages(messages),
+        sampling=sampling_options(options),
+        stop=stop_options(options),
+    )
+    return _sendable(request, "messages")
+
+
+def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:
+    """``given`` is a text, or messages to which the chat template is applied."""
+    request = inference_pb2.TokenizeRequest(model=text("model", model))
+    if isinstance(given, str):
+        request.text = text("text", given)
+    else:
+        request.messages.extend(_chat_messages(given))
+    return _sendable(request, "text" if isinstance(given, str) else "messages")
+
+
+def load_request(
+    model: str, workers: int | None, layers: str, route: Route | str, max_context: int | None
+) -> cluster_pb2.LoadModelRequest:
+    """``workers`` None takes all; ``layers`` as in ``0-3,4-7``; ``max_context`` None takes the default."""
+    return cluster_pb2.LoadModelRequest(
+        model=text("model", model),
+        workers=0 if workers is None else whole("workers", workers),
+        layers=text("layers", layers),
+        route=ROUTES[_route(route)],
+        max_context=0 if max_context is None else whole("max_context", max_context),
+    )
+
+
+def abort_request(request_id: str) -> inference_pb2.AbortRequest:
+    """Raises InvalidRequest for an id that cannot be sent."""
+    return inference_pb2.AbortRequest(request_id=text("request_id", request_id))
+
+
+def _chat_messages(messages: Iterable[Turn]) -> list[inference_pb2.ChatMessage]:
+    if isinstance(messages, (str, Mapping, ChatMessage)):
+        raise InvalidRequest("messages must be a sequence of messages, not one alone", field="messages")
+    turns = [chat_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [inference_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
+
+
+def chat_message(given: Turn, field: str = "message") -> ChatMessage:
+    """One message in any of the forms that ``Turn`` allows; raises InvalidRequest naming ``field``."""
+    match given:
+        case ChatMessage(role=role, content=content):
+            pass
+        case {"role": role, "content": content, **rest} if not rest:
+            pass
+        case (role, content):
+            pass
+        case _:
+            raise InvalidRequest(f"{field} must have a role and a content, and nothing else", field=field)
+    return ChatMessage(text(f"{field}.role", role), text(f"{field}.content", content))
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+        raise InvalidRequest(f"prompt must be text or token ids, not {type(prompt).__name__}", field="prompt")
+    return [whole("prompt", token) for token in prompt]
+
+
+def _route(given: Route | str) -> Route:
+    try:
+        return Route(given)
+    except ValueError:
+        raise InvalidRequest(f"route must be direct or relay, not {given!r}", field="route") from None
+
+
+def _sendable(request: M, field: str) -> M:
+    size = request.ByteSize()
+    if size > MAX_CONTROL_BYTES:
+        raise InvalidRequest(
+            f"{field} is too long: the request takes {size / MIB:.1f} MiB, and one message may hold"
+            f" {MAX_CONTROL_BYTES / MIB:.0f} MiB",
+            field=field,
+        )
+    return request

@@ -1,0 +1,98 @@
+"""What a client is told about the cluster itself. Frozen, typed, free of protobuf. Bytes are bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cluster.types import LayerRange, Route
+
+
+class ServingState(StrEnum):
+    """What the coordinator is doing; ``FAILED`` comes with a sentence in ``ClusterState.problem``."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+    """A state that this client's version has no word for."""
+
+
+class RequestState(StrEnum):
+    """Where a live request is."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """One Mac. ``memory_limit`` is what macpipe may use of ``memory_total``; ``sequences`` counts held caches."""
+
+    id: str
+    name: str
+    version: str
+    control_address: str
+    data_address: str
+    chip: str
+    backend: str
+    mlx_version: str
+    memory_total: int
+    memory_limit: int
+    memory_used: int
+    sequences: int
+    reachable: bool
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """Which layers a worker (by its name) holds; ``cache_bytes`` is room for all sequences at the promised context.
+
+    ``inlet`` is how its input arrives; the coordinator itself feeds the first stage.
+    """
+
+    index: int
+    worker: str
+    layers: LayerRange
+    weight_bytes: int
+    cache_bytes: int
+    inlet: Route
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request that has not ended. ``lane`` is None while it waits."""
+
+    request_id: str
+    state: RequestState
+    prompt_tokens: int
+    prefilled_tokens: int
+    completion_tokens: int
+    lane: int | None
+    age_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """Everything at one moment: who is there, who holds what, what runs. Empty ``model``: none is loaded."""
+
+    cluster: str
+    version: str
+    state: ServingState
+    problem: str
+    model: str
+    layers: int
+    max_context: int
+    max_sequences: int
+    epoch: int
+    route: Route
+    workers: tuple[WorkerState, ...]
+    stages: tuple[StageState, ...]
+    requests: tuple[LiveRequest, ...]
+    requests_finished: int
+    tokens_generated: int
+    uptime_seconds: float

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from client.scripted import Coordinator
+
+ROOT = Path(__file__).resolve().parents[2]
+MACPIPE = [sys.executable, "-W", "error", "-m", "cluster.cli.main"]
+Macpipe = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    with Coordinator() as running:
+        yield running
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Without anything that changes what macpipe does or shows."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MACPIPE_", "XDG_", "COLUMNS"))}
+    return kept | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def macpipe(environment: dict[str, str]) -> Macpipe:
+    """Run the command in a process of its own; ``to`` names the coordinator, ``stdin`` is piped."""
+
+    def run(
+        *arguments: str, to: Coordinator | None = None, stdin: str = "", **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        chosen = {"MACPIPE_COORDINATOR": to.address} if to else {}
+        return subprocess.run(
+            [*MACPIPE, *arguments],
+            input=stdin,
+            env=environment | chosen | more,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+
+    return run

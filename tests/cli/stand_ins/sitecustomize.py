@@ -1,0 +1,42 @@
+"""On a demo's PYTHONPATH: a worker that waits, and a coordinator that is scripted, in place of the real daemons.
+
+STAND_IN_FAULT=worker makes workers die at once; =deaf makes everything ignore SIGTERM.
+"""
+
+import os
+import signal
+import sys
+import threading
+import types
+from typing import Any
+
+FAULT = os.environ.get("STAND_IN_FAULT", "")
+
+
+def wait_for_signal() -> int:
+    stopped = threading.Event()
+    handler = signal.SIG_IGN if FAULT == "deaf" else lambda *_: stopped.set()
+    signal.signal(signal.SIGTERM, handler)
+    while not stopped.wait(0.05):
+        pass
+    return 0
+
+
+def worker(settings: Any) -> int:
+    if FAULT == "worker":
+        print("macpipe: no Metal here", file=sys.stderr)
+        return 1
+    return wait_for_signal()
+
+
+def coordinator(settings: Any, report: Any) -> int:
+    from client.scripted import Coordinator
+
+    with Coordinator(settings.port):
+        return wait_for_signal()
+
+
+for name, run in (("cluster.worker.daemon", worker), ("cluster.api.server", coordinator)):
+    module = types.ModuleType(name)
+    module.run = run  # type: ignore[attr-defined]
+    sys.modules[name] = module

@@ -1,0 +1,319 @@
+"""The command as a person or a script meets it: in a process, by its streams and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from client.scripted import Coordinator, answer_of, cluster_reply, finish_event, prompt_event
+from cluster import __version__, errors
+from cluster.v1 import cluster_pb2, inference_pb2
+
+Macpipe = Any
+ANSWER = "Macs pass layers on.\n"
+HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
+
+
+def test_help_is_light(environment: dict[str, str]) -> None:
+    code = f"""
+import sys
+from cluster.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as done:
+    assert done.code == 0
+sys.stderr.write(str([name for name in {HEAVY} if name in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stderr == "[]"
+    commands = ["demo", "worker", "serve", "generate", "chat", "status", "ps", "load", "unload"]
+    assert [command for command in commands if f"\n  {command} " in done.stdout] == commands
+    assert not [line for line in done.stdout.splitlines() if line.endswith("...") and "ARGS" not in line]
+
+
+@pytest.mark.parametrize("command", ["demo", "worker", "serve", "generate", "chat", "status", "ps", "load", "unload"])
+def test_every_command_has_help(macpipe: Macpipe, command: str) -> None:
+    done = macpipe(command, "-h")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: macpipe {command} ")
+    assert "exit-with" not in done.stdout
+
+
+def test_version(macpipe: Macpipe) -> None:
+    done = macpipe("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"macpipe {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "-p", "x", "--temprature", "1"], ["--temprature", "--temperature"]),
+        (["statsu"], ["statsu", "status"]),
+        (["generate", "-p", "x", "--max-tokens", "many"], ["--max-tokens", "integer"]),
+        (["generate", "-p", "x", "--seed", "-1"], ["--seed"]),
+        (["generate"], ["-p TEXT", "--file"]),
+        (["generate", "-p", "x", "--file", __file__], ["-p TEXT", "--file"]),
+        (["generate", "--file", "no such file"], ["no such file"]),
+        (["generate", "-p", "x", "--raw", "--system", "y"], ["--system", "--raw"]),
+        (["generate", "-p", "x", "--logprobs", "2"], ["--logprobs", "--json"]),
+        (["generate", "-p", "x", "--logit-bias", "5"], ["--logit-bias", "TOKEN=BIAS"]),
+        (["generate", "-p", "x", "--coordinator", "http://mac:1"], ["http://mac:1", "host:port"]),
+        (["chat", "--json"], ["--message"]),
+        (["load", "faq", "--layers", "0-3,5-7"], ["--layers", "5-7", "layer 4"]),
+        (["load", "faq", "--route", "pigeon"], ["pigeon", "direct", "relay"]),
+        (["load"], ["MODEL"]),
+        (["worker", "--port", "70000"], ["--port"]),
+        (["worker", "--memory-limit", "lots"], ["--memory-limit", "lots", "24GiB"]),
+        (["demo", "--workers", "9"], ["--workers"]),
+    ],
+)
+def test_wrong_usage_is_2_and_says_what_is_right(macpipe: Macpipe, arguments: list[str], words: list[str]) -> None:
+    done = macpipe(*arguments)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status"], ["ps"], ["generate", "-p", "x"], ["chat"], ["chat", "-m", "x"], ["load", "faq"], ["unload"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_a_coordinator_a_sentence_says_what_to_do(macpipe: Macpipe, arguments: list[str]) -> None:
+    done = macpipe(*arguments, "--coordinator", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("macpipe: no coordinator answers at 127.0.0.1:1 (Connection refused)")
+    assert "macpipe serve MODEL" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_is_json_where_json_was_asked_for(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    coordinator.script.refusal = errors.Busy("256 requests wait", retry_after_s=2.0, queued="256")
+    for arguments in (["status"], ["ps"], ["generate", "-p", "x"], ["chat", "-m", "x"], ["load", "faq"]):
+        done = macpipe(*arguments, "--json", to=coordinator)
+        assert done.returncode == 1
+        assert json.loads(done.stdout) == {
+            "error": {
+                "reason": "BUSY",
+                "message": "256 requests wait",
+                "details": {"queued": "256"},
+                "retry_after_s": 2.0,
+            }
+        }
+        assert done.stderr == ""
+
+
+def test_generate_prints_the_answer_and_nothing_else(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("generate", "-p", "Why?", "--system", "Be short.", to=coordinator)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER, "")
+    (request,) = coordinator.script.seen
+    assert isinstance(request, inference_pb2.ChatRequest)
+    assert [(one.role, one.content) for one in request.messages] == [("system", "Be short."), ("user", "Why?")]
+
+
+def test_generate_sends_every_option(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    sampled = "--temperature 0.5 --top-p 0.25 --top-k 40 --min-p 0.125 --repetition-penalty 1.5 --presence-penalty 1"
+    others = "--frequency-penalty -1 --seed 11 --stop a --stop b --ignore-eos --max-tokens 9 --logit-bias 5=-2"
+    rest = "--logit-bias 6=1.5 --model faq --raw --json --logprobs 2 --timeout 30"
+    options = f"{sampled} {others} {rest}".split()
+    assert macpipe("generate", "-p", "x", *options, to=coordinator).returncode == 0
+    (request,) = coordinator.script.seen
+    sampling = request.sampling
+    assert (request.text, request.model, request.stop.max_tokens) == ("x", "faq", 9)
+    assert (list(request.stop.stop), request.stop.ignore_eos) == (["a", "b"], True)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 40, 0.125)
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, 1, -1)
+    assert (sampling.seed, sampling.logprobs, sampling.top_logprobs) == (11, True, 2)
+    assert dict(sampling.logit_bias) == {5: -2.0, 6: 1.5}
+
+
+def test_generate_reads_files_and_standard_input(macpipe: Macpipe, coordinator: Coordinator, tmp_path: Any) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Wörter\n", encoding="utf-8")
+    assert macpipe("generate", "--raw", "-f", str(file), to=coordinator).stdout == ANSWER
+    assert macpipe("generate", "--raw", "-p", "-", to=coordinator, stdin="von hier").stdout == ANSWER
+    assert [request.text for request in coordinator.script.seen] == ["Wörter\n", "von hier"]
+
+
+def test_generate_json_has_the_promised_shape(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("generate", "-p", "Why?", "--json", to=coordinator)
+    facts = json.loads(done.stdout)
+    assert facts == {
+        "text": ANSWER.rstrip("\n"),
+        "tokens": [100, 101, 102, 103, 104],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 4, "completion_tokens": 5, "cached_tokens": 1},
+        "timings": {"ttft_ms": 12.5, "tpot_ms": 2.5, "tokens_per_second": 400.0},
+        "stages": [
+            {"worker": "mac-a", "layers": [0, 4], "compute_ms": 8.5, "wire_ms": 0.5, "wait_ms": 0.25},
+            {"worker": "mac-b", "layers": [4, 8], "compute_ms": 8.5, "wire_ms": 0.5, "wait_ms": 0.25},
+        ],
+        "seed": 7,
+        "request_id": "r1",
+        "model": "faq",
+    }
+    assert done.stdout.count("\n") == 1
+
+
+def test_figures_are_on_stderr_if_asked_for(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("generate", "-p", "Why?", "-v", to=coordinator)
+    assert done.stdout == ANSWER
+    assert "5 tokens" in done.stderr
+
+
+def test_an_error_in_mid_answer_follows_the_text_on_a_line_of_its_own(
+    macpipe: Macpipe, coordinator: Coordinator
+) -> None:
+    async def answer(request: Any, context: Any) -> Any:
+        for event in answer_of(request)[:3]:
+            yield event
+        coordinator.script.refusal = errors.WorkerLost("mac-b stopped answering")
+        await coordinator.script._meet(request, context)
+
+    coordinator.script.answer = answer
+    done = macpipe("generate", "-p", "Why?", to=coordinator)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "Macs\n", "macpipe: mac-b stopped answering\n")
+
+
+def test_an_empty_answer_prints_nothing(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    async def answer(request: Any, context: Any) -> Any:
+        yield prompt_event(inference_pb2.ChatResponse)
+        yield finish_event(0, kind=inference_pb2.ChatResponse)
+
+    coordinator.script.answer = answer
+    done = macpipe("generate", "-p", "Why?", to=coordinator)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_an_ascii_terminal_is_no_reason_to_fail(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    async def answer(request: Any, context: Any) -> Any:
+        for event in answer_of(request, ("Gr", "ün"), ""):
+            yield event
+
+    coordinator.script.answer = answer
+    done = macpipe("generate", "-p", "Why?", to=coordinator, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "Gr?n\n")
+
+
+def test_a_reader_that_goes_away_is_no_story(environment: dict[str, str], coordinator: Coordinator) -> None:
+    async def answer(request: Any, context: Any) -> Any:
+        for event in answer_of(request, tuple(f"line {i}\n" for i in range(30_000))):
+            yield event
+
+    coordinator.script.answer = answer
+    line = f"'{sys.executable}' -m cluster.cli.main generate -p x | head -n 1"
+    done = subprocess.run(
+        ["/bin/sh", "-c", line],
+        env=environment | {"MACPIPE_COORDINATOR": coordinator.address},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("line 0\n", "")
+
+
+def test_status_shows_everybody(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("status", to=coordinator)
+    assert done.returncode == 0
+    for words in (
+        "serving faq",
+        "mac-a",
+        "Apple M4 Max",
+        "0-3",
+        "20.0 GiB",
+        "48.0 GiB",
+        "no answer for 3 s",
+        "reachable",
+    ):
+        assert words in done.stdout
+    assert done.stderr == ""
+
+
+def test_status_of_an_idle_cluster_says_what_to_do(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    coordinator.script.cluster = cluster_pb2.GetClusterResponse(
+        cluster="default", state=cluster_pb2.SERVING_STATE_FAILED, problem="mac-b stopped answering"
+    )
+    done = macpipe("status", to=coordinator)
+    assert "failed" in done.stdout
+    assert "mac-b stopped answering" in done.stdout
+    assert "macpipe worker" in done.stdout
+
+
+def test_status_json_has_every_field(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    facts = json.loads(macpipe("status", "--json", to=coordinator).stdout)
+    sent = {field.name for field in cluster_pb2.GetClusterResponse.DESCRIPTOR.fields}
+    assert facts.keys() == sent
+    assert facts["state"] == "serving"
+    assert facts["workers"][1]["problem"] == "no answer for 3 s"
+    assert facts["stages"][1]["layers"] == [4, 8]
+    assert facts["workers"][0].keys() == {field.name for field in cluster_pb2.Worker.DESCRIPTOR.fields}
+
+
+def test_ps(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    shown = macpipe("ps", to=coordinator).stdout
+    assert "queued" in shown
+    assert "0 of 9" in shown
+    facts = json.loads(macpipe("ps", "--json", to=coordinator).stdout)
+    assert [(one["request_id"], one["lane"]) for one in facts["requests"]] == [("r1", 1), ("r2", None)]
+    del coordinator.script.cluster.requests[:]
+    assert macpipe("ps", to=coordinator).stdout == "no live requests\n"
+
+
+def test_load_tells_its_progress_in_lines(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("load", "faq", "--workers", "2", "--layers", "0-3,4-7", "--route", "relay", to=coordinator)
+    assert done.stdout == "serving faq on 2 workers: mac-a 0-3, mac-b 4-7\n"
+    assert "mac-a layers 0-3" in done.stderr
+    assert "50% of 100 B" in done.stderr
+    (request,) = coordinator.script.seen
+    assert (request.workers, request.layers, request.route) == (2, "0-3,4-7", cluster_pb2.ROUTE_RELAY)
+    assert json.loads(macpipe("load", "faq", "--json", to=coordinator).stdout)["model"] == "faq"
+
+
+def test_unload(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    assert macpipe("unload", to=coordinator).stdout == "unloaded faq\n"
+
+
+def test_chat_from_a_pipe_remembers(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    lines = "Why?\n\n/system Be short.\nHow?\nWhen?\n/stats\n/what\n/quit\nnever\n"
+    done = macpipe("chat", to=coordinator, stdin=lines)
+    assert (done.returncode, done.stdout) == (0, ANSWER * 3)
+    assert "5 tokens" in done.stderr
+    assert "no command /what" in done.stderr
+    asked = [one for one in coordinator.script.seen if isinstance(one, inference_pb2.ChatRequest)]
+    assert [[(m.role, m.content) for m in one.messages] for one in asked] == [
+        [("user", "Why?")],
+        [("system", "Be short."), ("user", "How?")],
+        [("system", "Be short."), ("user", "How?"), ("assistant", ANSWER.strip()), ("user", "When?")],
+    ]
+
+
+def test_chat_with_one_message(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    assert macpipe("chat", "-m", "Why?", to=coordinator).stdout == ANSWER
+    assert json.loads(macpipe("chat", "-m", "Why?", "--json", to=coordinator).stdout)["text"] == ANSWER.strip()
+
+
+def test_chat_needs_a_model(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    coordinator.script.cluster = cluster_reply(cluster_pb2.SERVING_STATE_IDLE, model="")
+    done = macpipe("chat", to=coordinator, stdin="Why?\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "serves no model" in done.stderr
+
+
+def test_the_unexpected_has_a_sentence_and_a_way_to_more(
+    macpipe: Macpipe, coordinator: Coordinator, tmp_path: Any
+) -> None:
+    module = "import cluster.client.client as c\ndef broken(*a): raise KeyError('oops')\nc.Client.cluster = broken\n"
+    (tmp_path / "sitecustomize.py").write_text(module, encoding="utf-8")
+    path = f"{tmp_path}:."
+    done = macpipe("status", to=coordinator, PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "macpipe: unexpected error: KeyError: 'oops'; set MACPIPE_DEBUG=1 for the traceback\n"
+    assert "Traceback" in macpipe("status", to=coordinator, PYTHONPATH=path, MACPIPE_DEBUG="1").stderr

@@ -1,0 +1,130 @@
+"""The demo with stand-ins for its daemons: what it starts, what it prints, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.terminal import CTRL_C, CTRL_D, Terminal
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEMO = [sys.executable, "-m", "cluster.cli.main", "demo"]
+
+
+@pytest.fixture
+def stand_ins(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    path = os.pathsep.join(map(str, (HERE / "stand_ins", ROOT / "tests", ROOT)))
+    return environment | {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 15
+    while (left := descendants(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def descendants(folder: Path) -> list[int]:
+    """Processes of a demo whose temporary files are in ``folder``."""
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
+    ours = [line.split() for line in listed.stdout.splitlines() if "--exit-with-stdin" in line]
+    clusters = {words[words.index("--cluster") + 1] for words in ours if any(str(folder) in word for word in words)}
+    return [int(words[0]) for words in ours if clusters & set(words)]
+
+
+def run_demo(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*DEMO, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def test_with_a_prompt_it_answers_and_ends(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    done = run_demo(stand_ins, "--prompt", "Why?", "--max-tokens", "9")
+    assert (done.returncode, done.stdout) == (0, "Macs pass layers on.\n"), done
+    assert done.stderr.splitlines() == [
+        "starting 2 workers and a coordinator on this machine ...",
+        "serving faq: mac-a layers 0-3, mac-b layers 4-7",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_dies_is_told_with_its_last_words(stand_ins: dict[str, str]) -> None:
+    done = run_demo(stand_ins | {"STAND_IN_FAULT": "worker"}, "--prompt", "Why?")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "macpipe: the worker demo-" in done.stderr
+    assert "no Metal here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_deaf_processes_are_killed(stand_ins: dict[str, str]) -> None:
+    start = time.monotonic()
+    done = run_demo(stand_ins | {"STAND_IN_FAULT": "deaf"}, "--prompt", "Why?")
+    assert done.returncode == 0
+    assert time.monotonic() - start > 5
+
+
+def test_it_opens_a_chat_in_which_ctrl_c_ends_nothing(stand_ins: dict[str, str]) -> None:
+    with Terminal(DEMO, stand_ins) as demo:
+        demo.wait_for("MACPIPE_COORDINATOR=127.0.0.1:", 30)
+        demo.wait_for("> ")
+        demo.type(CTRL_C)
+        demo.wait_for("Ctrl-D or /quit ends")
+        demo.type("Why?\n")
+        demo.wait_for("Macs pass layers on.")
+        demo.wait_for("> ")
+        demo.type(CTRL_D)
+        assert demo.end()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
+)
+@pytest.mark.parametrize("moment", ["starting", "from another terminal"])
+def test_no_signal_leaves_an_orphan(
+    stand_ins: dict[str, str], tmp_path: Path, number: signal.Signals, code: int, moment: str
+) -> None:
+    read_end, write_end = os.pipe()  # a chat that waits for its first line
+    with subprocess.Popen(DEMO, env=stand_ins, stdin=read_end, stderr=subprocess.PIPE, text=True) as demo:
+        os.close(read_end)
+        assert demo.stderr is not None
+        for line in demo.stderr:
+            if moment in line:
+                break
+        time.sleep(0.3)
+        if moment != "starting":
+            assert len(descendants(tmp_path)) == 3
+        demo.send_signal(number)
+        rest = demo.stderr.read()
+        assert demo.wait(20) == code
+        assert "Traceback" not in rest
+    os.close(write_end)
+
+
+def test_the_hidden_flag_ends_a_process_with_its_standard_input(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    command = [*DEMO[:-1], "worker", "--home", str(tmp_path / "w"), "--exit-with-stdin"]
+    with subprocess.Popen(command, env=stand_ins, stdin=subprocess.PIPE) as worker:
+        time.sleep(1)
+        assert worker.poll() is None
+        assert worker.stdin is not None
+        worker.stdin.close()
+        assert worker.wait(10) == 0

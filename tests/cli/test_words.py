@@ -1,0 +1,135 @@
+"""What people write (sizes, layers) and where things are kept."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.cli.facts import plain
+from cluster.cli.home import state_home
+from cluster.cli.layers import parse_layers
+from cluster.cli.report import TerminalReport
+from cluster.cli.screen import bytes_in_words, printable
+from cluster.cli.sizes import parse_size
+from cluster.errors import InvalidOption
+from cluster.types import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("24GiB", 24 << 30),
+        ("24GB", 24 * 10**9),
+        ("24g", 24 * 10**9),
+        ("24000MiB", 24000 << 20),
+        ("1.5 TiB", 3 << 39),
+        ("123456", 123456),
+        ("512KiB", 512 << 10),
+        ("7b", 7),
+    ],
+)
+def test_sizes(written: str, size: int) -> None:
+    assert parse_size(written, "--memory-limit") == size
+
+
+@pytest.mark.parametrize("wrong", ["", "GiB", "-1GiB", "0", "24XB", "24 GiB of it", "1e9", "nan"])
+def test_no_sizes(wrong: str) -> None:
+    with pytest.raises(InvalidOption, match="24GiB"):
+        parse_size(wrong, "--memory-limit")
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=64))
+def test_layers_come_back_as_they_are_shown(counts: list[int]) -> None:
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    ranges = tuple(LayerRange(end - count, end) for count, end in zip(counts, ends, strict=True))
+    assert parse_layers(",".join(str(one) for one in ranges)) == ranges
+
+
+def test_a_single_layer_needs_no_dash() -> None:
+    assert parse_layers(" 0, 1 - 3 ,4") == (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("written", "part", "why"),
+    [
+        ("", "''", "no range"),
+        ("0-3,", "''", "no range"),
+        ("0-3;4-7", "'0-3;4-7'", "no range"),
+        ("1-3", "'1-3'", "layer 0"),
+        ("0-3,5-7", "'5-7'", "layer 4"),
+        ("0-3,3-7", "'3-7'", "layer 4"),
+        ("0-3,7-4", "'7-4'", "before"),
+        ("0-9999999", "'0-9999999'", "no range"),
+    ],
+)
+def test_wrong_layers_name_the_bad_part(written: str, part: str, why: str) -> None:
+    with pytest.raises(InvalidOption) as wrong:
+        parse_layers(written)
+    assert part in wrong.value.sentence
+    assert why in wrong.value.sentence
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MACPIPE_HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert state_home() == tmp_path / ".local/state/macpipe"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert state_home() == tmp_path / "state/macpipe"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert state_home() == tmp_path / "Library/Application Support/macpipe"
+    monkeypatch.setenv("MACPIPE_HOME", "~/elsewhere")
+    assert state_home() == tmp_path / "elsewhere"
+    assert state_home(Path("/given")) == Path("/given")
+
+
+def test_a_model_cannot_write_elsewhere_on_the_screen() -> None:
+    assert printable("a\x1b[2J\x07\x9b1m\tb\nü👩‍💻") == "a�[2J��1m\tb\nü👩‍💻"
+
+
+def test_sizes_in_words() -> None:
+    assert [bytes_in_words(n) for n in (0, 2048, 3 << 20, 3 << 29)] == ["0 B", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
+
+
+def test_plain_facts() -> None:
+    assert plain({"a": (LayerRange(1, 3), float("nan"), Route.RELAY)}) == {"a": [[1, 3], None, "relay"]}
+
+
+def a_worker(name: str) -> WorkerFacts:
+    return WorkerFacts(name, name, "0.1.0", "default", "h:1", "h:2", "Apple M4", "metal", "0.32.4", 1 << 36, 1 << 35)
+
+
+def a_plan() -> Plan:
+    model = ModelRef("big[bold]model", "/models/big", "ff")
+    specs = [StageSpec(1, i, 2, model, LayerRange(4 * i, 4 * i + 4), 4096) for i in range(2)]
+    stages = tuple(PlannedStage(spec, f"mac-{spec.index}", 9 << 30, 1 << 28) for spec in specs)
+    return Plan(1, model, stages, Route.RELAY, 4096, 8)
+
+
+def test_a_served_model_is_reported_in_plain_lines() -> None:
+    stream = io.StringIO()
+    with TerminalReport(stream) as report:
+        report.waiting([], 2)
+        report.waiting([], 2)
+        report.waiting([a_worker("mac-0")], 2)
+        report.waiting([a_worker("mac-0"), a_worker("mac-1")], 2)
+        report.planned(a_plan())
+        for percent in range(101):
+            report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading"))
+        report.serving("127.0.0.1:7701", a_plan())
+        report.problem("mac-1 stopped answering")
+    said = stream.getvalue()
+    assert said.count("waiting for 2 workers") == 1
+    assert "1 of 2 workers: mac-0 (Apple M4)\n2 of 2 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n" in said
+    assert "big[bold]model" in said
+    assert "9.0 GiB" in said
+    assert "256.0 MiB" in said
+    assert said.count("mac-0 layers 0-3: reading") == 11
+    assert "serving big[bold]model on 127.0.0.1:7701" in said
+    assert "--coordinator 127.0.0.1:7701" in said
+    assert said.endswith("macpipe: mac-1 stopped answering\n")

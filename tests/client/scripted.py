@@ -1,0 +1,199 @@
+"""A coordinator that says what a test wrote: both public services on a real grpc.aio server and a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Self
+
+import grpc
+
+from cluster.errors import MacpipeError
+from cluster.transport.options import CONTROL_OPTIONS
+from cluster.transport.status import abort
+from cluster.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Answer = Callable[[Any, Any], AsyncIterator[Any]]
+WORDS = ("Mac", "s", " pass", " layers", " on")
+
+
+def prompt_event(kind: Any = inference_pb2.GenerateResponse, request_id: str = "r1", seed: int = 7) -> Any:
+    info = inference_pb2.PromptInfo(request_id=request_id, model="faq", prompt_tokens=4, seed=seed, max_tokens=512)
+    return kind(prompt=info)
+
+
+def token_event(index: int, text: str, kind: Any = inference_pb2.GenerateResponse, **more: Any) -> Any:
+    return kind(token=inference_pb2.TokenEvent(index=index, token=100 + index, text=text, **more))
+
+
+def finish_event(
+    tokens: int,
+    text: str = "",
+    kind: Any = inference_pb2.GenerateResponse,
+    reason: int = inference_pb2.FINISH_REASON_STOP,
+) -> Any:
+    stages = [
+        inference_pb2.StageFigures(
+            worker=f"mac-{name}", start_layer=4 * i, end_layer=4 * i + 4, compute_ms=8.5, wire_ms=0.5, wait_ms=0.25
+        )
+        for i, name in enumerate("ab")
+    ]
+    info = inference_pb2.FinishInfo(
+        reason=reason,
+        text=text,
+        usage=inference_pb2.Usage(prompt_tokens=4, completion_tokens=tokens, cached_tokens=1),
+        timings=inference_pb2.Timings(ttft_ms=12.5, tpot_ms=2.5, tokens_per_second=400.0),
+        stages=stages,
+    )
+    return kind(finish=info)
+
+
+def answer_of(request: Any, words: tuple[str, ...] = WORDS, tail: str = ".") -> list[Any]:
+    """The events of a whole answer to a GenerateRequest or a ChatRequest."""
+    chat = isinstance(request, inference_pb2.ChatRequest)
+    kind = inference_pb2.ChatResponse if chat else inference_pb2.GenerateResponse
+    tokens = [token_event(i, word, kind) for i, word in enumerate(words)]
+    return [prompt_event(kind, request.request_id or "r1"), *tokens, finish_event(len(words), tail, kind)]
+
+
+def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -> cluster_pb2.GetClusterResponse:
+    workers = [
+        cluster_pb2.Worker(
+            id=f"id-{name}",
+            name=f"mac-{name}",
+            version="0.1.0",
+            control_address=f"10.0.0.{i}:5000",
+            data_address=f"10.0.0.{i}:5001",
+            chip="Apple M4 Max",
+            backend="metal",
+            mlx_version="0.32.4",
+            memory_total=64 << 30,
+            memory_limit=48 << 30,
+            memory_used=20 << 30,
+            reachable=name == "a",
+            problem="" if name == "a" else "no answer for 3 s",
+        )
+        for i, name in enumerate("ab", 1)
+    ]
+    stages = [
+        cluster_pb2.Stage(index=i, worker=f"mac-{n}", start_layer=4 * i, end_layer=4 * i + 4, weight_bytes=9 << 30)
+        for i, n in enumerate("ab")
+    ]
+    live = [
+        cluster_pb2.LiveRequest(
+            request_id="r1", state=cluster_pb2.REQUEST_STATE_DECODE, prompt_tokens=4, completion_tokens=2, lane=1
+        ),
+        cluster_pb2.LiveRequest(request_id="r2", state=cluster_pb2.REQUEST_STATE_QUEUED, prompt_tokens=9, lane=-1),
+    ]
+    facts: dict[str, Any] = {"model": "faq", "layers": 8, "max_context": 512, "max_sequences": 4, "epoch": 1} | more
+    return cluster_pb2.GetClusterResponse(
+        cluster="default", version="0.1.0", state=state, workers=workers, stages=stages, requests=live, **facts
+    )
+
+
+class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.ClusterServiceServicer):
+    """What the coordinator does; a test replaces ``answer``, ``load`` or ``refusal``. ``seen`` holds the requests."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.refusal: MacpipeError | None = None
+        self.cancelled = threading.Event()
+        self.cluster = cluster_reply()
+
+    async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        for event in answer_of(request):
+            yield event
+
+    async def load(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        for done in (0, 50, 100):
+            for i, name in enumerate("ab"):
+                step = cluster_pb2.StageProgress(
+                    worker=f"mac-{name}", start_layer=4 * i, end_layer=4 * i + 4, done_bytes=done, total_bytes=100
+                )
+                yield cluster_pb2.LoadModelResponse(progress=step)
+        yield cluster_pb2.LoadModelResponse(ready=self.cluster)
+
+    async def _play(self, script: Answer, request: Any, context: Any) -> AsyncIterator[Any]:
+        await self._meet(request, context)
+        try:
+            async for event in script(request, context):
+                yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+    async def _meet(self, request: Any, context: Any) -> None:
+        self.seen.append(request)
+        if self.refusal is not None:
+            await abort(context, self.refusal)
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self._play(self.answer, request, context):
+            yield event
+
+    async def Chat(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self._play(self.answer, request, context):
+            yield event
+
+    async def LoadModel(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self._play(self.load, request, context):
+            yield event
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return inference_pb2.TokenizeResponse(ids=[1, 2], texts=["a", "b"])
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return inference_pb2.ListModelsResponse(models=[inference_pb2.Model(id="faq", layers=8, max_context=512)])
+
+    async def Abort(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return inference_pb2.AbortResponse()
+
+    async def GetCluster(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return self.cluster
+
+    async def UnloadModel(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return cluster_pb2.UnloadModelResponse()
+
+
+class Coordinator:
+    """A server with a Script, in a thread of its own; ``address`` is where it listens."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.script = Script()
+        self.address = ""
+        self._port = port
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._up.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._loop.close()
+
+    def stop(self) -> None:
+        """Stop at once, as a coordinator that is killed does."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(10)
+
+    async def _serve(self) -> None:
+        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.script, server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self.script, server)
+        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{self._port}')}"
+        await server.start()
+        self._up.set()
+        await self._stopping.wait()
+        await server.stop(0)
