@@ -26,8 +26,15 @@ class MacpipeError(Exception):
     @staticmethod
     def of(reason: str, sentence: str, worker: str = "") -> MacpipeError:
         """The error with that ``reason``, the root where there is none: how an error crosses a process's border."""
-        kind = _BY_REASON.get(reason, MacpipeError)
+        kind = MacpipeError.kind(reason) or MacpipeError
         return kind(sentence, worker=worker) if worker else kind(sentence)
+
+    @classmethod
+    def kind(cls, reason: str) -> type[MacpipeError] | None:
+        """The class of this tree with that ``reason``; None where there is none."""
+        if cls.reason == reason:
+            return cls
+        return next((found for child in cls.__subclasses__() if (found := child.kind(reason))), None)
 
 
 class InvalidRequest(MacpipeError):
@@ -178,10 +185,3 @@ class StaleEpoch(MacpipeError):
     """A frame or stream of another epoch than the one that is loaded."""
 
     reason, grpc_status, http_status = "STALE_EPOCH", "FAILED_PRECONDITION", 409
-
-
-def _tree(root: type[MacpipeError]) -> list[type[MacpipeError]]:
-    return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]
-
-
-_BY_REASON = {kind.reason: kind for kind in _tree(MacpipeError)}

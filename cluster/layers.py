@@ -1,31 +1,35 @@
-"""Layer ranges as people write them: ``0-3,4-7``, both ends included."""
+"""Layers as people write them: ``0-3,4-7``, one range a stage, both ends included."""
 
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from cluster.errors import InvalidOption
 from cluster.types import LayerRange
 
-_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RANGE: Final = re.compile(r"\s*(?P<first>\d{1,6})\s*(-\s*(?P<last>\d{1,6})\s*)?")
 
 
-def parse_layers(text: str) -> tuple[LayerRange, ...]:
-    """The ranges, which must begin at 0 and leave no gap. Raises ``InvalidOption`` naming the part that is wrong."""
+def parse_layers(written: str) -> tuple[LayerRange, ...]:
+    """One range a stage, from layer 0 on without a gap. Raises InvalidOption that names the bad part."""
     ranges: list[LayerRange] = []
-    for part in text.split(","):
-        ranges.append(_parsed(part.strip(), text))
-        due = ranges[-2].end if len(ranges) > 1 else 0
-        if ranges[-1].start != due:
-            raise InvalidOption(f"--layers {text}: {part.strip()} should begin at layer {due}", field="layers")
+    for part in written.split(","):
+        ranges.append(_parse_range(part, due=ranges[-1].end if ranges else 0))
     return tuple(ranges)
 
 
-def _parsed(part: str, text: str) -> LayerRange:
+def _parse_range(part: str, due: int) -> LayerRange:
     found = _RANGE.fullmatch(part)
     if not found:
-        raise InvalidOption(f"--layers {text}: {part!r} is not a range such as 0-3", field="layers")
-    first, last = int(found[1]), int(found[2] or found[1])
+        raise _wrong(part, "is no range; write --layers like 0-3,4-7")
+    first, last = int(found["first"]), int(found["last"] or found["first"])
     if last < first:
-        raise InvalidOption(f"--layers {text}: {part} ends before it begins", field="layers")
+        raise _wrong(part, "ends before it begins")
+    if first != due:
+        raise _wrong(part, f"must begin with layer {due}: the ranges start at 0 and leave no gap")
     return LayerRange(first, last + 1)
+
+
+def _wrong(part: str, why: str) -> InvalidOption:
+    return InvalidOption(f"--layers: {part.strip()!r} {why}", field="layers")

@@ -21,11 +21,12 @@ MAX_EDITS: Final = 4096
 """One frame may free every sequence and prefix there is."""
 MAX_ROWS: Final = 256
 """Sequences in one lane."""
-MAX_CONTROL_BYTES: Final = 4 * MIB
-"""Control and public messages: gRPC's own default, said aloud."""
+MAX_CONTROL_BYTES: Final = 16 * MIB
+"""Control and public messages: the longest prompt in four-byte characters."""
 
 # What a request may ask for
-MAX_PROMPT_CHARS: Final = 16 * MIB
+MAX_PROMPT_CHARS: Final = 4 * MIB
+"""A context of a million tokens, about."""
 MAX_MESSAGES: Final = 4096
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256

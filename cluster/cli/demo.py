@@ -63,20 +63,16 @@ def use(fleet: Fleet, address: str, prompt: str | None, max_tokens: int | None) 
 
 
 def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
-    """Start every process; the coordinator is told where the workers are, so nothing depends on the network."""
+    """Start every process; the coordinator finds the workers as it would on a network, by mDNS on loopback."""
     import secrets
 
-    from cluster.cli.fleet import free_port
-
     cluster = f"demo-{secrets.token_hex(4)}"
-    peers: list[str] = []
     for number in range(1, workers + 1):
-        name, port = f"demo-{number}", free_port(HOST)
-        peers += ["--peer", f"{HOST}:{port}"]
-        own = ["--name", name, "--host", HOST, "--port", str(port), "--home", str(folder / name)]
+        name = f"demo-{number}"
+        own = ["--name", name, "--host", HOST, "--home", str(folder / name)]
         fleet.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
-    port_of_coordinator = address.rpartition(":")[2]
-    own = ["--workers", str(workers), "--host", HOST, "--port", port_of_coordinator, *peers]
+    port = address.rpartition(":")[2]
+    own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]
     fleet.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
 
 

@@ -27,8 +27,8 @@ def load(
 
     It takes the place of the model that is being served.
     """
-    from cluster.cli.layers import parse_layers
     from cluster.client import Client
+    from cluster.layers import parse_layers
 
     with errors_in_json(json), Client(coordinator) as client:
         if layers:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.layers import parse_layers
 from cluster.cli.lifeline import end_with_stdin
+from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S
 from cluster.types import Route
 

@@ -15,7 +15,7 @@ from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, read_checkpoint
 from cluster.coordinator.diagnosis import diagnose
 from cluster.coordinator.epoch import Epoch, Opening
-from cluster.coordinator.loop import RequestView
+from cluster.coordinator.loop import RequestView, Totals
 from cluster.coordinator.report import Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
@@ -34,6 +34,7 @@ class Coordinator:
     def __init__(self, cluster: str, roster: Roster, dialer: Dialer) -> None:
         self._cluster, self._roster, self._dialer = cluster, roster, dialer
         self._started = time.monotonic()
+        self._totals = Totals()
         self._loading = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._epoch: Epoch | None = None
@@ -72,7 +73,7 @@ class Coordinator:
         workers = await self._roster.gather(wanted, order.wait_s, report)
         controls = [self._roster.control(w.control_address) for w in workers]
         self._roster.pin(workers)
-        opening = Opening(self._dialer, report.planned, report.progress, self._broken)
+        opening = Opening(self._dialer, report.planned, report.progress, self._broken, self._totals)
         return await opening.open(checkpoint, workers, controls, order.layers, order.route)
 
     async def unload(self) -> None:
@@ -161,8 +162,8 @@ class Coordinator:
             ring=epoch.ring_stages if epoch else (),
             members=members,
             requests=requests,
-            finished=epoch.loop.totals.finished if epoch else 0,
-            tokens=epoch.loop.totals.tokens if epoch else 0,
+            finished=self._totals.finished,
+            tokens=self._totals.tokens,
             uptime_s=time.monotonic() - self._started,
         )
 

@@ -14,7 +14,7 @@ from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
 from cluster.coordinator.layout import lay_out
 from cluster.coordinator.load import Progress, link_stages, load_slices
-from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.loop import EngineLoop, Totals
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.errors import MacpipeError, NotServing, WorkerLost
 from cluster.limits import CANARY_TIMEOUT_S, FAREWELL_S
@@ -69,6 +69,7 @@ class Opening:
     planned: Callable[[Plan], None]
     progress: Progress
     broken: Broken
+    totals: Totals
 
     async def open(
         self,
@@ -104,6 +105,7 @@ class Opening:
         loop.start(await anyio.to_thread.run_sync(connect))
         try:
             await canary(plan, checkpoint, loop)
+            loop.count_into(self.totals)
         except BaseException:
             await anyio.to_thread.run_sync(loop.stop, NotServing("the canary token failed"))
             raise

@@ -57,6 +57,8 @@ class RequestView:
 
 @dataclass(slots=True)
 class Totals:
+    """Complete answers and their tokens, over a coordinator's life."""
+
     finished: int = 0
     tokens: int = 0
 
@@ -82,13 +84,17 @@ class EngineLoop:
         self._suspicion: MacpipeError | None = None
         self._over: MacpipeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
-        self.totals = Totals()
+        self._totals = Totals()
 
     # Called from other threads
 
     def start(self, ring: Ring) -> None:
         self._ring = ring
         self._thread.start()
+
+    def count_into(self, totals: Totals) -> None:
+        """From now on, add to these; what came before (a canary) counts nowhere."""
+        self._totals = totals
 
     def submit(self, request: Request, answer: Answer) -> None:
         """Take a request; everything that becomes of it, refusal too, goes to ``answer``."""
@@ -228,7 +234,7 @@ class EngineLoop:
     def _produced(self, live: _Live, produced: Produced) -> None:
         finish = produced.finish
         if produced.counts:
-            self.totals.tokens += 1
+            self._totals.tokens += 1
             text = live.text.add(produced.sample.token)
             sample = produced.sample
             event = TokenEvent(produced.index, sample.token, text, sample.logprob, sample.top)
@@ -251,7 +257,7 @@ class EngineLoop:
 
     def _finish(self, live: _Live, reason: FinishReason, tokens: int) -> None:
         del self._live[live.request.id]
-        self.totals.finished += 1
+        self._totals.finished += 1
         rest = live.text.flush()
         if live.text.stopped:
             reason = FinishReason.STOP

@@ -6,18 +6,13 @@ peer's name are given. What is sent is bounded, since gRPC replaces an error who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped]
-    BadRequest,
-    ErrorInfo,
-    RetryInfo,
-)
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 
 from cluster.errors import (
     Aborted,
@@ -69,7 +64,7 @@ def from_status(status: Status) -> MacpipeError | None:
             detail.Unpack(known)
     if info.domain != DOMAIN:
         return None
-    kind = error_class(info.reason)
+    kind = MacpipeError.kind(info.reason)
     error = (kind or MacpipeError)(
         status.message,
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
@@ -95,11 +90,6 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MacpipeError
     await context.abort(_code(error), status.message, packed)
 
 
-def error_class(reason: str) -> type[MacpipeError] | None:
-    """The class of the error tree with this reason; None where there is none."""
-    return next((kind for kind in _tree(MacpipeError) if kind.reason == reason), None)
-
-
 def cut(text: str, limit: int) -> str:
     """``text``, or what ``limit`` bytes of UTF-8 hold of it, ended by an ellipsis. Lone surrogates become ``?``."""
     data = text.encode("utf-8", "replace")
@@ -110,12 +100,6 @@ def cut(text: str, limit: int) -> str:
 
 def _code(error: MacpipeError) -> grpc.StatusCode:
     return grpc.StatusCode[error.grpc_status]
-
-
-def _tree(kind: type[MacpipeError]) -> Iterator[type[MacpipeError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _tree(child)
 
 
 def _bounded(details: dict[str, str]) -> dict[str, str]:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from cluster.cli.facts import plain
 from cluster.cli.home import state_home
-from cluster.cli.layers import parse_layers
 from cluster.cli.report import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
+from cluster.layers import parse_layers
 from cluster.types import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
 
 

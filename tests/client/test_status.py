@@ -159,4 +159,4 @@ def test_a_worker_that_does_not_answer_is_not_called_a_coordinator() -> None:
 def test_reasons_are_unique() -> None:
     reasons = [kind.reason for kind in CLASSES]
     assert len(set(reasons)) == len(reasons)
-    assert all(status.error_class(kind.reason) is kind for kind in CLASSES)
+    assert all(errors.MacpipeError.kind(kind.reason) is kind for kind in CLASSES)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import make
 
+from checkpoints import make
 from integration.daemons import Cluster, command, free_port
 
 pytestmark = pytest.mark.timeout(120)

@@ -1,0 +1,157 @@
+"""One contract for data streams, kept by gRPC on real sockets and by the in-memory twin alike."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.errors import StaleEpoch, Unreachable
+from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
+from cluster.transport.memory import MemoryNetwork
+from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.streams import Dialer, Outbox
+
+EPOCH = 7
+WAIT_S = 10
+
+
+class Echo:
+    """A stage that sends on what it is fed, with a mark."""
+
+    def __init__(self) -> None:
+        self.box = Outbox(EPOCH)
+
+    def outbox(self, epoch: int) -> Outbox | None:
+        return self.box if epoch == EPOCH else None
+
+    def received(self, message: bytes) -> None:
+        self.box.send(b"<" + message)
+
+
+@dataclass
+class Port:
+    """A data port with an echo behind it, and the way to reach it."""
+
+    dialer: Dialer
+    address: str
+    stage: Echo
+    cut: Callable[[], None]
+
+
+@dataclass
+class Ear:
+    """Remembers what a stream delivered and how it was lost."""
+
+    heard: queue.Queue[bytes] = field(default_factory=queue.Queue)
+    lost: queue.Queue[str] = field(default_factory=queue.Queue)
+
+    def next(self) -> bytes:
+        return self.heard.get(timeout=WAIT_S)
+
+
+@pytest.fixture(params=["grpc", "memory"])
+def port(request: pytest.FixtureRequest) -> Iterator[Port]:
+    stage = Echo()
+    if request.param == "memory":
+        network = MemoryNetwork({"a:1": stage})
+        yield Port(network, "a:1", stage, lambda: network.cut("a:1"))
+        stage.box.close()
+        return
+    server = DataServer("127.0.0.1", 0, stage)
+    yield Port(GrpcDialer(), f"127.0.0.1:{server.port}", stage, server.stop)
+    stage.box.close()
+    server.stop()
+
+
+def test_messages_arrive_in_order_and_whole(port: Port) -> None:
+    ear = Ear()
+    pull = port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
+    feed = port.dialer.feed(port.address, EPOCH, ear.lost.put)
+    sent = [bytes([i % 251]) * (1 + 977 * i % 40_000) for i in range(300)]
+    for message in sent:
+        feed.send(message)
+    assert [ear.next() for _ in sent] == [b"<" + m for m in sent]
+    big = bytes(20 * MIB)
+    feed.send(big)
+    assert ear.next() == b"<" + big
+    feed.close()
+    pull.close()
+    time.sleep(0.1)
+    assert ear.lost.empty()
+
+
+def test_another_epoch_is_refused(port: Port) -> None:
+    ear = Ear()
+    with pytest.raises(StaleEpoch, match="no stage of epoch 8 is loaded"):
+        port.dialer.pull(port.address, EPOCH + 1, ear.heard.put, ear.lost.put)
+    with pytest.raises(StaleEpoch, match="no stage of epoch 8 is loaded"):
+        port.dialer.feed(port.address, EPOCH + 1, ear.lost.put)
+
+
+def test_a_stages_frames_have_one_reader(port: Port) -> None:
+    ear = Ear()
+    first = port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
+    with pytest.raises(Unreachable, match="somebody else pulls"):
+        port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
+    port.stage.received(b"x")
+    assert ear.next() == b"<x"
+    first.close()
+
+
+def test_a_cut_is_told_once_to_each_end(port: Port) -> None:
+    pulling, feeding = Ear(), Ear()
+    port.dialer.pull(port.address, EPOCH, pulling.heard.put, pulling.lost.put)
+    port.dialer.feed(port.address, EPOCH, feeding.lost.put)
+    port.cut()
+    assert "broke" in pulling.lost.get(timeout=WAIT_S)
+    assert "broke" in feeding.lost.get(timeout=WAIT_S)
+    time.sleep(0.2)
+    assert pulling.lost.empty()
+    assert feeding.lost.empty()
+
+
+def test_nobody_there_is_unreachable_in_time() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    with pytest.raises(Unreachable, match=address):
+        GrpcDialer().feed(address, EPOCH, lambda why: None)
+    with pytest.raises(Unreachable, match="nobody is there"):
+        MemoryNetwork().feed("a:1", EPOCH, lambda why: None)
+
+
+def test_a_message_above_the_bound_ends_the_stream() -> None:
+    stage, ear = Echo(), Ear()
+    server = DataServer("127.0.0.1", 0, stage)
+    feed = GrpcDialer().feed(f"127.0.0.1:{server.port}", EPOCH, ear.lost.put)
+    feed.send(bytes(MAX_FRAME_BYTES + 1))
+    assert "broke" in ear.lost.get(timeout=WAIT_S)
+    feed.close()
+    server.stop()
+
+
+def test_an_outbox_that_nobody_reads_is_bounded_and_says_so() -> None:
+    box = Outbox(EPOCH)
+    for _ in range(MAX_FRAMES_WAITING + 5):
+        box.send(b"x")
+    assert box.overflowed
+    assert sum(1 for _ in box) < MAX_FRAMES_WAITING
+
+
+def test_streams_leave_no_thread_behind(port: Port) -> None:
+    ear = Ear()
+    before = threading.active_count()
+    for _ in range(3):
+        feed = port.dialer.feed(port.address, EPOCH, ear.lost.put)
+        feed.close()
+    deadline = time.monotonic() + WAIT_S
+    while threading.active_count() > before + 4:  # the data port keeps its own pool
+        assert time.monotonic() < deadline, [t.name for t in threading.enumerate()]
+        time.sleep(0.05)
+    assert ear.lost.empty()

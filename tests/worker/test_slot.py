@@ -1,0 +1,109 @@
+"""The slot on one thread with a real one-stage model: frames in, frames out, and nothing a bad frame can break."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checkpoints import make
+from cluster.errors import LinkFailed, ModelDiffers, StaleEpoch
+from cluster.frames import Compute, Frame, Join, Leave, Step
+from cluster.model.checkpoint import model_ref
+from cluster.transport.memory import MemoryNetwork
+from cluster.transport.streams import Outbox
+from cluster.types import LayerRange, SamplingParams, StageSpec
+from cluster.wire.frame import decode, encode
+from cluster.worker.slot import Slot
+
+EPOCH = 11
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> StageSpec:
+    folder = make("llama", tmp_path_factory.mktemp("llama"))
+    return StageSpec(EPOCH, 0, 1, model_ref(str(folder)), LayerRange(0, 4), 64)
+
+
+@pytest.fixture
+def slot(spec: StageSpec) -> Iterator[Slot]:
+    slot = Slot(lambda job: job(), MemoryNetwork())
+    slot.load(spec, lambda done, total: None)
+    yield slot
+    slot.unload()
+
+
+def outbox(slot: Slot) -> Outbox:
+    box = slot.outbox(EPOCH)
+    assert box is not None
+    return box
+
+
+def replies(slot: Slot, *messages: bytes) -> list[Frame]:
+    """What came out for these messages."""
+    box = outbox(slot)
+    for message in messages:
+        slot.received(message)
+    box.close()
+    return [decode(message) for message in box]
+
+
+def decode_step(number: int, sequence: int, token: int, *edits: Join | Leave) -> Frame:
+    return Frame(EPOCH, 0, number, edits, Step(Compute.DECODE, (sequence,), ((token,),)))
+
+
+JOIN = Join(1, 1, SamplingParams())
+
+
+def test_a_frame_comes_back_as_a_token_with_its_timing(slot: Slot) -> None:
+    (reply,) = replies(slot, encode(decode_step(0, 1, 5, JOIN)))
+    assert reply.number == 0
+    assert [(s.sequence, s.position) for s in reply.samples] == [(1, 1)]
+    assert [t.stage for t in reply.timings] == [0]
+    assert reply.timings[0].compute_us > 0
+    assert slot.sequences == 1
+
+
+def test_strangers_bytes_and_stale_frames_are_dropped(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+    stale = replace(decode_step(0, 1, 5, JOIN), epoch=EPOCH - 1)
+    (reply,) = replies(slot, b"nonsense", encode(stale), encode(decode_step(3, 1, 5, JOIN)))
+    assert reply.number == 3
+    assert "frame of epoch 10 came, epoch 11 is loaded" in caplog.text
+
+
+def test_a_step_that_fails_goes_on_as_an_error_and_harms_nobody_else(slot: Slot) -> None:
+    other = Join(2, 1, SamplingParams())
+    failed, fine = replies(slot, encode(decode_step(0, 1, 10**6, JOIN)), encode(decode_step(1, 2, 5, other)))
+    assert failed.error is not None
+    assert (failed.error.stage, failed.error.reason) == (0, "BAD_FRAME")
+    assert "1000000" in failed.error.sentence
+    assert fine.error is None
+    assert len(fine.samples) == 1
+
+
+def test_unloading_frees_everything_and_closes_the_outbox(slot: Slot) -> None:
+    box = outbox(slot)
+    slot.unload()
+    assert list(box) == []
+    assert slot.epoch == 0
+    assert slot.sequences == 0
+    assert slot.outbox(EPOCH) is None
+    slot.received(encode(decode_step(0, 1, 5, JOIN)))
+
+
+def test_links_are_checked(slot: Slot) -> None:
+    with pytest.raises(StaleEpoch, match="epoch 11 is loaded"):
+        slot.link(EPOCH + 1, "")
+    with pytest.raises(LinkFailed, match="nobody is there"):
+        slot.link(EPOCH, "gone:1")
+
+
+def test_a_model_that_is_not_here_is_said_so(spec: StageSpec) -> None:
+    slot = Slot(lambda job: job(), MemoryNetwork())
+    elsewhere = replace(spec.model, name="no/such-model", path=str(Path("no") / "such" / "folder"))
+    with pytest.raises(ModelDiffers, match="no copy of no/such-model"):
+        slot.load(replace(spec, model=elsewhere), lambda done, total: None)
+    with pytest.raises(ModelDiffers):
+        slot.load(replace(spec, model=replace(spec.model, fingerprint="0" * 64)), lambda done, total: None)
