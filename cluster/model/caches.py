@@ -1,0 +1,142 @@
+"""The caches of one sequence on one stage, and the full-length list that the model wants to see.
+
+The caches are mlx-lm's own, made by the model. Entries of layers that live elsewhere alias a local cache of the same
+kind, or a tracker: a cache of one number a token that only follows along, for masks and offsets are read off it. So
+every stage holds a cache of every kind that the model has, and decides alike what can be trimmed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+
+from cluster.errors import ModelUnsupported
+from cluster.model.modules import Module, tree_arrays, tree_bytes
+from cluster.model.trace import Trace
+from cluster.types import LayerRange
+
+__all__ = ["CacheLayout", "SequenceCaches"]
+
+_SIZES = ("max_size", "keep", "chunk_size", "window_size")
+"""Attributes that make two caches of one class behave differently."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Which of the model's caches a stage keeps.
+
+    ``own`` are indices into mlx-lm's list, ``trackers`` the ones kept as trackers; ``view`` says for each entry of
+    that list which of (own + trackers) stands there.
+    """
+
+    own: tuple[int, ...]
+    trackers: tuple[int, ...]
+    view: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Module, traced: Trace, layers: LayerRange) -> CacheLayout:
+        """Lay out the caches of a stage with these layers. Raises ModelUnsupported for a kind it cannot follow."""
+        blank = make_prompt_cache(model)
+        own = _own_caches(traced, layers)
+        held = list(own)
+        first_of_kind: dict[tuple[Any, ...], int] = {}
+        for index in own:
+            first_of_kind.setdefault(_kind(blank[index]), held.index(index))
+        for index, cache in enumerate(blank):
+            if index not in own and _kind(cache) not in first_of_kind:
+                _require_followable(cache)
+                first_of_kind[_kind(cache)] = len(held)
+                held.append(index)
+        view = tuple(held.index(i) if i in own else first_of_kind[_kind(cache)] for i, cache in enumerate(blank))
+        return cls(own, tuple(held[len(own) :]), view)
+
+
+class SequenceCaches:
+    """One sequence's caches on one stage, empty when made."""
+
+    def __init__(self, model: Module, layout: CacheLayout) -> None:
+        self._layout = layout
+        blank = make_prompt_cache(model)
+        self._own = [blank[i] for i in layout.own]
+        self._trackers = [blank[i] for i in layout.trackers]
+
+    def view(self) -> list[Any]:
+        """The list that the model is called with."""
+        held = self._own + self._trackers
+        return [held[i] for i in self._layout.view]
+
+    def follow(self, batch: int, tokens: int) -> None:
+        """Let the trackers know that the model has seen so many more tokens."""
+        for tracker in self._trackers:
+            _follow(tracker, batch, tokens)
+
+    def arrays(self) -> list[mx.array]:
+        """Everything that has to be evaluated after a step."""
+        return tree_arrays([cache.state for cache in self._own + self._trackers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this stage's own caches. Trackers (8 bytes a token) are not counted."""
+        return tree_bytes([cache.state for cache in self._own])
+
+    def copy(self) -> SequenceCaches:
+        """A twin that shares the arrays' memory until one of the two writes.
+
+        Caches write in place (``keys[..., a:b, :] = new``), which gives the written array object a new value and
+        leaves every other object that held the old one alone. A deep copy makes objects of its own for every array,
+        by reference, so what one twin writes the other never sees.
+        """
+        twin: SequenceCaches = copy.copy(self)
+        twin._own, twin._trackers = copy.deepcopy((self._own, self._trackers))
+        return twin
+
+    def trimmed(self, tokens: int) -> SequenceCaches | None:
+        """A copy without the last ``tokens`` tokens, or None where a cache cannot give them back."""
+        twin = self.copy()
+        held = twin._own + twin._trackers
+        if not all(cache.is_trimmable() for cache in held):
+            return None
+        return twin if all(cache.trim(tokens) == tokens for cache in held) else None
+
+
+def _own_caches(traced: Trace, layers: LayerRange) -> tuple[int, ...]:
+    """Caches of the stage's layers; the first and the last stage also keep those that no layer is called with."""
+    own = set[int]().union(*traced.layer_caches[layers.start : layers.end])
+    if layers.start == 0 or layers.end == traced.layers:
+        own |= set(range(traced.caches)).difference(*traced.layer_caches)
+    return tuple(sorted(own))
+
+
+def _kind(cache: Any) -> tuple[Any, ...]:
+    """Two caches of one kind that have seen the same tokens give the same masks and offsets."""
+    if isinstance(cache, CacheList):
+        return ("CacheList", *(_kind(part) for part in cache.caches))
+    return (type(cache).__name__, *(getattr(cache, name, None) for name in _SIZES))
+
+
+def _require_followable(cache: Any) -> None:
+    if isinstance(cache, CacheList):
+        for part in cache.caches:
+            _require_followable(part)
+    elif not (isinstance(cache, ArraysCache) or hasattr(cache, "update_and_fetch") or hasattr(cache, "update_window")):
+        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens.")
+
+
+def _follow(cache: Any, batch: int, tokens: int) -> None:
+    """Advance one tracker as the layers that it stands for would."""
+    if isinstance(cache, CacheList):
+        for part in cache.caches:
+            _follow(part, batch, tokens)
+    elif isinstance(cache, ArraysCache):
+        for i, state in enumerate(cache.cache):
+            cache[i] = mx.zeros((batch, 1)) if state is None else state
+        cache.advance(tokens)  # type: ignore[no-untyped-call]
+    elif hasattr(cache, "update_and_fetch"):
+        one = mx.zeros((batch, 1, tokens, 1))
+        cache.update_and_fetch(one, one)
+    else:  # deepseek_v41's LayerCache
+        cache.update_window(mx.zeros((batch, tokens, 1)))

@@ -1,0 +1,189 @@
+"""A checkpoint folder: where it is, whether it can be served, what it holds, and the fingerprint of all that.
+
+It reads JSON and safetensors headers, never a tensor, and imports no MLX: the coordinator's early checks and the
+command line use it where no model runs. It refuses pickle files, and never runs code that comes with a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from cluster.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
+from cluster.model.safetensors import Shard, TensorInfo, read_shard
+from cluster.types import ModelRef
+
+__all__ = ["Checkpoint", "TensorInfo", "model_ref", "open_checkpoint", "resolve_model"]
+
+BUNDLED: Final = Path(__file__).parent.parent / "bundled"
+PICKLES: Final = ("*.bin", "*.pt", "*.pth")
+WEIGHTS: Final = "model*.safetensors"
+"""The files that mlx-lm reads; others (``consolidated.safetensors``) hold the same weights a second time."""
+INDEX: Final = "model.safetensors.index.json"
+TOKENIZER_FILES: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What can change which tokens a text becomes, or where an answer ends. Sorted: the fingerprint depends on it."""
+FETCHED: Final = ("*.json", "model*.safetensors", "tokenizer.model", "tiktoken.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose every header has been read and checked.
+
+    ``config`` is config.json; ``tensors`` maps each tensor's name to its description; ``fingerprint`` is a hex
+    SHA-256 over config, tokenizer and headers, the same on every machine that holds the same files.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    fingerprint: str
+
+
+def resolve_model(name: str) -> Path:
+    """The folder that ``name`` means: a folder, a bundled model, or a Hugging Face id in the local cache.
+
+    Raises ModelNotFound, with the command that would fetch it. Nothing is downloaded.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if name and Path(name).name == name and (BUNDLED / name).is_dir():
+        return BUNDLED / name
+    if "/" in name and not name.startswith(("/", ".", "~")):
+        return _cached(name)
+    raise ModelNotFound(
+        f"There is no folder {name!r}, and no model of that name comes with macpipe. "
+        "Give a folder, a Hugging Face id (owner/name), or a bundled model's name."
+    )
+
+
+def _cached(repo: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and only this branch needs it
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=list(FETCHED)))
+    except (OSError, ValueError) as error:  # not there, there in part, or not an id at all
+        raise ModelNotFound(
+            f"{repo!r} is neither a folder nor wholly in this machine's Hugging Face cache, and macpipe does not "
+            f"download models yet. Fetch it with: hf download {repo}"
+        ) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and check the headers of the checkpoint in folder ``path``.
+
+    Raises ModelNotFound (no folder, no config.json), BadCheckpoint (pickle files, missing or damaged files) and
+    ModelUnsupported (a model that wants its own Python code to be run).
+    """
+    if not path.is_dir():
+        raise ModelNotFound(f"There is no model folder {str(path)!r} on this machine.")
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelNotFound(f"{str(path)!r} has no config.json: it is not a model folder.")
+    try:
+        return _read(path, config_file)
+    except OSError as error:  # no right to read it, or a link of the cache that leads nowhere
+        raise BadCheckpoint(f"A file of the model cannot be read: {error}") from error
+
+
+def model_ref(name: str) -> ModelRef:
+    """Resolve and open the model ``name``: what a plan needs to speak of it. Raises as those two do."""
+    path = resolve_model(name)
+    return ModelRef(name=name, path=str(path), fingerprint=open_checkpoint(path).fingerprint)
+
+
+def _read(path: Path, config_file: Path) -> Checkpoint:
+    config = _json_object(config_file)
+    _refuse_code(config)
+    shards = [read_shard(path / name) for name in _shard_names(path)]
+    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    return Checkpoint(path, MappingProxyType(config), MappingProxyType(tensors), _fingerprint(path, shards))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path.name} is damaged: it is not JSON ({error}).", file=path.name) from error
+    if not isinstance(content, dict):
+        raise BadCheckpoint(f"{path.name} is damaged: it holds no JSON object.", file=path.name)
+    return content
+
+
+def _refuse_code(config: Mapping[str, Any]) -> None:
+    """``model_file`` asks mlx-lm to run a Python file of the checkpoint's. (``auto_map`` is never looked at.)"""
+    if config.get("model_file") is not None:
+        raise ModelUnsupported(
+            f"This model wants its own Python code to be run (model_file {config['model_file']!r} in config.json). "
+            "macpipe never runs code that comes with a model; use a conversion that mlx-lm supports by itself."
+        )
+
+
+def _shard_names(path: Path) -> list[str]:
+    """Names of the weight files, sorted; every file that an index names is among them."""
+    found = sorted(file.name for file in path.glob(WEIGHTS))
+    if not found:
+        raise _no_weights(path)
+    index = path / INDEX
+    named = _indexed(index) if index.is_file() else set()
+    missing = sorted(named - set(found))
+    if missing:
+        raise BadCheckpoint(
+            f"{INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(named)} files are). "
+            "Copy or fetch the model again.",
+            file=missing[0],
+        )
+    return found
+
+
+def _indexed(index: Path) -> set[str]:
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadCheckpoint(f"{index.name} is damaged: it has no weight_map.", file=index.name)
+    return set(weight_map.values())
+
+
+def _no_weights(path: Path) -> BadCheckpoint:
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        return BadCheckpoint(
+            f"{str(path)!r} has its weights in pickle files only ({pickles[0]}). A pickle can run code as it is "
+            "read, so macpipe refuses it; use a safetensors version of the model.",
+            file=pickles[0],
+        )
+    return BadCheckpoint(f"{str(path)!r} has no weights: no file in it is called {WEIGHTS}.")
+
+
+def _fingerprint(path: Path, shards: Iterable[Shard]) -> str:
+    """Hash names and bytes, each with its length before it, so that no two different folders read alike."""
+    digest = hashlib.sha256()
+
+    def add(name: str, content: bytes) -> None:
+        for part in (name.encode(), content):
+            digest.update(len(part).to_bytes(8, "little") + part)
+
+    add("config.json", (path / "config.json").read_bytes())
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            add(name, (path / name).read_bytes())
+    for shard in shards:
+        add(shard.file, shard.header)
+    return digest.hexdigest()

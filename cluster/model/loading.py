@@ -1,0 +1,61 @@
+"""Reading one stage's weights, piece by piece, and nobody else's.
+
+It knows the order: check the fingerprint, build the skeleton, trace it, cut it, then evaluate what is local. What is
+not local stays lazy on purpose. It knows nothing of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from cluster.errors import BadCheckpoint, ModelDiffers
+from cluster.model.checkpoint import open_checkpoint
+from cluster.model.skeleton import open_skeleton
+from cluster.model.slice import ModelSlice
+from cluster.model.trace import trace
+from cluster.types import StageSpec
+
+__all__ = ["load_slice"]
+
+
+def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> tuple[ModelSlice, int, int]:
+    """-> the slice with its weights in memory, the vocabulary's size, and the bytes of those weights."""
+    found = open_checkpoint(path).fingerprint
+    if found != spec.model.fingerprint:
+        raise ModelDiffers(
+            f"The files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
+            f"{found[:12]}, expected {spec.model.fingerprint[:12]}). Copy the coordinator's folder to this machine."
+        )
+    model = open_skeleton(path)
+    traced = trace(model)
+    part = ModelSlice(model, traced, spec.layers)
+    return part, traced.vocabulary, _read(part, progress)
+
+
+def _read(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
+    total = sum(array.nbytes for piece in _pieces(part) for array in piece)
+    done = 0
+    progress(done, total)
+    for piece in _pieces(part):
+        _evaluate(piece)
+        done += sum(array.nbytes for array in piece)
+        progress(done, total)
+    mx.clear_cache()
+    return total
+
+
+def _evaluate(piece: list[mx.array]) -> None:
+    try:
+        mx.eval(piece)
+    except RuntimeError as error:  # MLX's one exception for files that vanish or shrink while they are read
+        raise BadCheckpoint(f"The model's files could not be read: {error}") from error
+
+
+def _pieces(part: ModelSlice) -> Iterator[list[mx.array]]:
+    """What is evaluated at once: the modules outside the layers, then each layer."""
+    yield part.outside_arrays()
+    for layer in range(part.layers.start, part.layers.end):
+        yield part.layer_arrays(layer)

@@ -1,0 +1,111 @@
+"""The header of a safetensors file: which tensors lie where. Reads no tensor, imports no MLX.
+
+It refuses to trust the file: every length and offset is checked against the file's real size before it is used.
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes.
+Source: https://huggingface.co/docs/safetensors/index#format.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from cluster import limits
+from cluster.errors import BadCheckpoint
+
+__all__ = ["Shard", "TensorInfo", "read_shard"]
+
+BITS: Final = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits an element takes, by the format's name for its type."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its file's header describes it. ``dtype`` is the format's name (``BF16``); ``file`` a bare name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its header as it stands on disk, and the tensors that the header names."""
+
+    file: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of one file. Raises BadCheckpoint naming the file."""
+    size = path.stat().st_size
+    header = _header_bytes(path, size)
+    entries = _header_json(path, header)
+    entries.pop("__metadata__", None)
+    described = [_describe(path, name, entry) for name, entry in entries.items()]
+    data_bytes = max((end for _, _, end in described), default=0)
+    missing = 8 + len(header) + data_bytes - size
+    if missing > 0:
+        raise BadCheckpoint(
+            f"{path.name} is cut short: {missing} bytes are missing. Copy or fetch the file again.",
+            file=path.name,
+            missing_bytes=str(missing),
+        )
+    return Shard(path.name, header, tuple(info for info, _, _ in described))
+
+
+def _header_bytes(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            raise BadCheckpoint(f"{path.name} is cut short: {8 - size} bytes of its header's length are missing.")
+        if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
+            raise _damaged(path, f"it says that it is {length} bytes long")
+        header = file.read(length)
+    if len(header) < length:
+        raise BadCheckpoint(
+            f"{path.name} is cut short: {length - len(header)} bytes of its header are missing. "
+            "Copy or fetch the file again.",
+            file=path.name,
+            missing_bytes=str(length - len(header)),
+        )
+    return header
+
+
+def _header_json(path: Path, header: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "it is not JSON") from error
+    if not isinstance(entries, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return entries
+
+
+def _describe(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """Check one entry. -> the tensor, and where its bytes begin and end after the header."""
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        bits = BITS[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the entry of {name[:200]!r} is not one of a tensor") from error
+    numbers = (*shape, start, end)
+    if not all(type(n) is int and n >= 0 for n in numbers) or (end - start) * 8 != prod(shape) * bits:
+        raise _damaged(path, f"the offsets of {name[:200]!r} do not match its shape")
+    return TensorInfo(name, dtype, shape, path.name, end - start), start, end
+
+
+def _damaged(path: Path, why: str) -> BadCheckpoint:
+    return BadCheckpoint(f"The header of {path.name} is damaged: {why}. Copy or fetch the file again.", file=path.name)

@@ -1,0 +1,146 @@
+"""From logits to a token: bias, penalties, log-probabilities, filters, and the draw.
+
+The arithmetic and its order are mlx-lm's (``generate_step``: processors, minus log-sum-exp, sampler), so that greedy
+tokens and log-probabilities are bit-equal to it. Two things are ours: penalties look at the whole history, kept as
+one vector that grows by a scatter a token; and the draw depends on nothing but (seed, position), so a seed gives the
+same text at any number of stages, any load, and after a recovery. It knows nothing of frames, caches or layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from cluster.types import SamplingParams, TopLogprob
+
+__all__ = ["Picked", "Sampler", "draw_key"]
+
+COLDEST: Final = 1e-5
+"""Below this temperature a draw is the most probable token; dividing by less overflows."""
+
+
+def draw_key(seed: int, position: int) -> mx.array:
+    """The key of the draw for the token at ``position``: uint32[2], from BLAKE2b-64 of (seed, position).
+
+    Both are taken as unsigned 64-bit little-endian integers (modulo 2^64); the digest's two little-endian words are
+    the key. Counter-based: no draw depends on how many were made before it.
+    """
+    counter = b"".join((n % 2**64).to_bytes(8, "little") for n in (seed, position))
+    digest = hashlib.blake2b(counter, digest_size=8, person=b"macpipe.draw").digest()
+    return mx.array([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")], dtype=mx.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """A pick before it is evaluated. ``token`` and ``norm`` (the log-sum-exp) have one element each;
+    ``logprobs`` [vocabulary] is there when somebody asked for it.
+    """
+
+    token: mx.array
+    norm: mx.array
+    logprobs: mx.array | None
+
+    def arrays(self) -> list[mx.array]:
+        return [self.token, self.norm, *([] if self.logprobs is None else [self.logprobs])]
+
+
+class Sampler:
+    """How one sequence's tokens are picked. ``vocabulary`` is the number of logits."""
+
+    def __init__(self, params: SamplingParams, prompt_length: int, vocabulary: int) -> None:
+        self.params = params
+        self._vocabulary = vocabulary
+        self._bias = _columns(params.logit_bias)
+        self._seen = _Counts(vocabulary, 0) if params.repetition_penalty != 1.0 else None
+        penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self._answer = _Counts(vocabulary, prompt_length) if penalised else None
+
+    def forget(self) -> None:
+        """The tokens before are no longer what they were (a trim, a restored prefix): count them anew."""
+        for counts in (self._seen, self._answer):
+            if counts is not None:
+                counts.reset()
+
+    def pick(self, logits: mx.array, tokens: Sequence[int], position: int) -> Picked:
+        """Pick the token at ``position`` from ``logits`` [1, vocabulary], after ``tokens[:position]``; lazily."""
+        logits = self._adjust(logits, tokens, position)
+        norm = mx.logsumexp(logits, keepdims=True)
+        logprobs = logits - norm
+        token = self._draw(logprobs, position)
+        return Picked(token, norm, logprobs.squeeze(0) if self.params.logprobs else None)
+
+    def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
+        """The picked token's log-probability and the best alternatives, where they were asked for."""
+        if picked.logprobs is None:
+            return None, ()
+        own: Any = picked.logprobs[picked.token.item()].item()
+        return own, _best(picked.logprobs, self.params.top_logprobs)
+
+    def _adjust(self, logits: mx.array, tokens: Sequence[int], position: int) -> mx.array:
+        """Bias, then penalties, in mlx-lm's order."""
+        p = self.params
+        if self._bias is not None:
+            ids, biases = self._bias
+            logits = logits.at[:, ids].add(biases)
+        if self._seen is not None:
+            seen = self._seen.after(tokens, position) > 0
+            scaled = mx.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty)
+            logits = mx.where(seen, scaled, logits)
+        if self._answer is not None:
+            counts = self._answer.after(tokens, position)
+            penalty = p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
+            logits = logits - penalty.astype(logits.dtype)
+        return logits
+
+    def _draw(self, logprobs: mx.array, position: int) -> mx.array:
+        p = self.params
+        if p.temperature < COLDEST:
+            return mx.argmax(logprobs, axis=-1)
+        if 0 < p.top_p < 1:
+            logprobs = apply_top_p(logprobs, p.top_p)
+        if p.min_p > 0:
+            logprobs = apply_min_p(logprobs, p.min_p)
+        if 0 < p.top_k < self._vocabulary:
+            logprobs = apply_top_k(logprobs, p.top_k)
+        return mx.random.categorical(logprobs * (1 / p.temperature), key=draw_key(p.seed, position))
+
+
+class _Counts:
+    """How often each token occurs from index ``start`` on: float32 [vocabulary], kept up to date by scatters."""
+
+    def __init__(self, vocabulary: int, start: int) -> None:
+        self._vocabulary = vocabulary
+        self._start = start
+        self.reset()
+
+    def reset(self) -> None:
+        self._counts = mx.zeros((self._vocabulary,))
+        self._end = self._start
+
+    def after(self, tokens: Sequence[int], position: int) -> mx.array:
+        """Counts over ``tokens[start:position]``. Positions never go back but through a reset."""
+        if position > self._end:
+            new = mx.array(list(tokens[self._end : position]))
+            self._counts, self._end = self._counts.at[new].add(1), position
+        return self._counts
+
+
+def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[mx.array, mx.array] | None:
+    return (mx.array([i for i, _ in pairs]), mx.array([bias for _, bias in pairs])) if pairs else None
+
+
+def _best(logprobs: mx.array, count: int) -> tuple[TopLogprob, ...]:
+    """The ``count`` most probable tokens, ties by token id."""
+    if count <= 0:
+        return ()
+    size = logprobs.shape[-1]
+    best = mx.argpartition(-logprobs, kth=count - 1)[:count] if count < size else mx.arange(size)
+    ids: Any = best.tolist()
+    values: Any = logprobs[best].tolist()
+    pairs = zip(ids, values, strict=True)
+    return tuple(TopLogprob(token, value) for token, value in sorted(pairs, key=lambda pair: (-pair[1], pair[0])))

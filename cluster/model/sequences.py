@@ -1,0 +1,139 @@
+"""What a stage remembers between frames: its live sequences and kept prefixes, and the six edits that change them.
+
+Every stage applies the same edits in the same order and so holds the same ids. It knows caches only as something
+that can be made, copied and trimmed, and computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import BadFrame
+from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
+from cluster.model.caches import SequenceCaches
+from cluster.model.sampling import Sampler
+
+__all__ = ["LiveSequence", "SequenceTable"]
+
+
+@dataclass(slots=True)
+class LiveSequence:
+    """``tokens`` are all that were fed so far, prompt and answer. ``broken`` says why no step may use it any more."""
+
+    id: int
+    sampler: Sampler
+    caches: SequenceCaches
+    tokens: list[int] = field(default_factory=list)
+    broken: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A kept copy of a sequence: its tokens and its caches."""
+
+    tokens: tuple[int, ...]
+    caches: SequenceCaches
+
+
+class SequenceTable:
+    """Live sequences and prefixes by id. ``vocabulary`` bounds the ids that a logit bias may name."""
+
+    def __init__(self, new_caches: Callable[[], SequenceCaches], vocabulary: int) -> None:
+        self._new_caches = new_caches
+        self._vocabulary = vocabulary
+        self._live: dict[int, LiveSequence] = {}
+        self._prefixes: dict[int, Prefix] = {}
+
+    @property
+    def sequences(self) -> int:
+        return len(self._live)
+
+    @property
+    def prefixes(self) -> int:
+        return len(self._prefixes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches; memory that a prefix still shares with a sequence is counted for both."""
+        live = sum(sequence.caches.nbytes for sequence in self._live.values())
+        return live + sum(prefix.caches.nbytes for prefix in self._prefixes.values())
+
+    def get(self, sequence: int) -> LiveSequence:
+        """Raises BadFrame for an id that is not live."""
+        if sequence not in self._live:
+            raise BadFrame(f"Sequence {sequence} is not live on this stage.")
+        return self._live[sequence]
+
+    def usable(self, sequence: int) -> LiveSequence:
+        """As ``get``, and raises BadFrame for a sequence that an earlier failure left in pieces."""
+        live = self.get(sequence)
+        if live.broken:
+            raise BadFrame(f"Sequence {sequence} can only leave: {live.broken}")
+        return live
+
+    def mark_broken(self, sequences: Sequence[int], why: str) -> None:
+        """Refuse every further use of these, until they leave. Ids that are not live are passed over."""
+        for sequence in sequences:
+            if sequence in self._live and not self._live[sequence].broken:
+                self._live[sequence].broken = why
+
+    def apply(self, edits: Sequence[Edit]) -> None:
+        """Apply edits in order. One that cannot be done changes nothing; the rest are still applied, since the other
+        stages apply them too. Then the first refusal is raised (BadFrame).
+        """
+        refusals: list[BadFrame] = []
+        for edit in edits:
+            try:
+                self._apply(edit)
+            except BadFrame as refusal:
+                refusals.append(refusal)
+        if refusals:
+            raise refusals[0]
+
+    def _apply(self, edit: Edit) -> None:
+        match edit:
+            case Join():
+                self._join(edit)
+            case Leave():
+                self._live.pop(edit.sequence, None)
+            case Trim():
+                self._trim(self.usable(edit.sequence), edit.length)
+            case Save():
+                live = self.usable(edit.sequence)
+                self._prefixes[edit.prefix] = Prefix(tuple(live.tokens), live.caches.copy())
+            case Restore():
+                self._restore(self.usable(edit.sequence), edit.prefix)
+            case Drop():
+                self._prefixes.pop(edit.prefix, None)
+
+    def _join(self, edit: Join) -> None:
+        if edit.sequence in self._live:
+            raise BadFrame(f"Sequence {edit.sequence} joins a second time.")
+        outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
+        if outside:
+            raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens.")
+        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary)
+        self._live[edit.sequence] = LiveSequence(edit.sequence, sampler, self._new_caches())
+
+    def _trim(self, live: LiveSequence, length: int) -> None:
+        excess = len(live.tokens) - length
+        if not 0 <= length <= len(live.tokens):
+            raise BadFrame(f"Sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}.")
+        if excess == 0:
+            return
+        caches = live.caches.trimmed(excess) if length > 0 else self._new_caches()
+        if caches is None:
+            raise BadFrame(f"Sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs.")
+        live.caches = caches
+        del live.tokens[length:]
+        live.sampler.forget()
+
+    def _restore(self, live: LiveSequence, prefix: int) -> None:
+        if live.tokens:
+            raise BadFrame(f"Sequence {live.id} has {len(live.tokens)} tokens; only a new one can start from a prefix.")
+        if prefix not in self._prefixes:
+            raise BadFrame(f"Prefix {prefix} is not kept on this stage.")
+        kept = self._prefixes[prefix]
+        live.caches, live.tokens = kept.caches.copy(), list(kept.tokens)
+        live.sampler.forget()

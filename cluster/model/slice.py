@@ -1,0 +1,141 @@
+"""A run of a model's layers that answers to the model's own forward: no architecture is written again.
+
+Layers before the slice become ghosts: the same objects with the same attributes, without their arrays, whose call
+returns what came from the stage before. The slice's last layer raises its value out of the forward, so that the
+layers after it, the norm and the head never run. Embedding and masks are built by the model's code and, MLX being
+lazy, never computed where a ghost throws them away.
+
+It knows layers and arrays; it knows nothing of frames, sequences' ids or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from cluster.errors import NoPlan
+from cluster.model.caches import CacheLayout, SequenceCaches
+from cluster.model.modules import Module, module_arrays, named_modules
+from cluster.model.pytree import put_together, take_apart
+from cluster.model.recording import replace_call
+from cluster.model.trace import Boundary, Trace
+from cluster.types import LayerRange
+
+__all__ = ["ModelSlice"]
+
+
+class _Outlet(Exception):
+    """No error: it carries the value out of the model's forward."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+class ModelSlice:
+    """Layers ``layers`` of ``model``, which becomes this slice's own and is changed for good.
+
+    ``inlet`` and ``outlet`` describe what crosses the cuts on either side; None where the model begins or ends.
+    Raises NoPlan when a cut is not clean or the model has no such layers.
+    """
+
+    def __init__(self, model: Module, traced: Trace, layers: LayerRange) -> None:
+        _require_clean(traced, layers)
+        self.layers = layers
+        self.inlet = traced.boundaries[layers.start] if layers.start > 0 else None
+        self.outlet = traced.boundaries[layers.end] if layers.end < traced.layers else None
+        self._model = model
+        self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
+        self._layout = CacheLayout.of(model, traced, layers)
+        self._incoming: Any = None
+        self._drop_other_arrays()
+        self._replace_calls()
+
+    def layer_arrays(self, layer: int) -> list[mx.array]:
+        """Every array that one local layer owns."""
+        return [array for _, module in named_modules(self._model.layers[layer]) for array in module_arrays(module)]
+
+    def outside_arrays(self) -> list[mx.array]:
+        """Every array outside the local layers that this slice reads: embedding, norm, head."""
+        return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
+
+    def new_caches(self) -> SequenceCaches:
+        return SequenceCaches(self._model, self._layout)
+
+    def run(self, tokens: mx.array, caches: SequenceCaches, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
+        """Build the forward of one step; nothing is evaluated.
+
+        ``tokens`` has shape [batch, length]; ``incoming`` are the inlet's arrays. -> the outlet's arrays, or the
+        logits [batch, length, vocabulary] alone on the last slice.
+        """
+        if self.inlet is not None:
+            self._incoming = _whole(self.inlet, incoming)
+        try:
+            outgoing = [_logits(self._model(tokens, cache=caches.view()))]
+        except _Outlet as out:
+            arrays = take_apart(out.value)[1]
+            outgoing = [arrays[i] for i in self.outlet.kept] if self.outlet else []
+        finally:
+            self._incoming = None
+        caches.follow(*tokens.shape)
+        return outgoing
+
+    def _drop_other_arrays(self) -> None:
+        """Remove the arrays of the other layers, but for modules that this slice reads too or shares with them."""
+        layers = list(self._model.layers)
+        local = layers[self.layers.start : self.layers.end]
+        kept = {id(module) for layer in local for _, module in named_modules(layer)}
+        kept |= {id(module) for name, module in named_modules(self._model) if name in self._outside}
+        others = layers[: self.layers.start] + layers[self.layers.end :]
+        for module in (module for layer in others for _, module in named_modules(layer) if id(module) not in kept):
+            for key in [key for key, value in module.items() if isinstance(value, mx.array)]:
+                del module[key]
+
+    def _replace_calls(self) -> None:
+        for i, layer in enumerate(self._model.layers):
+            if i < self.layers.start:
+                replace_call(layer, self._ghost)
+            elif i >= self.layers.end:
+                replace_call(layer, _never)
+        if self.outlet is not None:
+            last = self._model.layers[self.layers.end - 1]
+            own = type(last).__call__
+            replace_call(last, lambda *args, **kwargs: _raise_out(own(*args, **kwargs)))
+
+    def _ghost(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._incoming
+
+
+def _never(*_args: Any, **_kwargs: Any) -> Any:
+    raise RuntimeError("a layer after the slice was called")
+
+
+def _raise_out(value: Any) -> None:
+    raise _Outlet(value)
+
+
+def _whole(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
+    """The value that a ghost returns: the arrays that crossed the cut, put where the template has its holes."""
+    arrays: list[mx.array | None] = [None] * inlet.holes
+    for hole, array in zip(inlet.kept, incoming, strict=True):
+        arrays[hole] = array
+    return put_together(inlet.template, arrays)
+
+
+def _logits(out: Any) -> mx.array:
+    logits: mx.array = out[0] if isinstance(out, tuple) else out
+    return logits
+
+
+def _any_in(readers: frozenset[int], layers: LayerRange) -> bool:
+    return any(layers.start <= layer < layers.end for layer in readers)
+
+
+def _require_clean(traced: Trace, layers: LayerRange) -> None:
+    if layers.end > traced.layers:
+        raise NoPlan(f"Layers {layers} were asked for, but the model has only {traced.layers}.")
+    for cut in (layers.start, layers.end):
+        if cut in traced.unclean:
+            raise NoPlan(f"The model cannot be cut before layer {cut}: {traced.unclean[cut]}.")

@@ -1,0 +1,81 @@
+"""A model's shape, as placement needs it: what each layer weighs, what its cache takes, where it may be cut.
+
+Everything is found on the skeleton: no weight is read. It knows bytes, and nothing of workers or speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cluster import limits
+from cluster.errors import InvalidOption
+from cluster.model.checkpoint import open_checkpoint
+from cluster.model.footprint import cache_bytes
+from cluster.model.modules import Module, module_arrays, named_modules
+from cluster.model.skeleton import open_skeleton
+from cluster.model.trace import Trace, trace
+from cluster.types import ModelRef, ModelShape, SharedWeight
+
+__all__ = ["survey"]
+
+CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+"""What configs call the longest context that a model was made for, the usual name first."""
+
+
+def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
+    """Look at the checkpoint in ``path``, which people call ``name``.
+
+    ``max_context`` is in tokens; None means as much as the model allows, up to limits.DEFAULT_MAX_CONTEXT. Raises
+    InvalidOption for more than the model allows, ModelUnsupported for what cannot be sliced, and what
+    ``open_checkpoint`` raises.
+    """
+    checkpoint = open_checkpoint(path)
+    context = _context(checkpoint.config, max_context)
+    model = open_skeleton(path)
+    traced = trace(model)
+    return ModelShape(
+        model=ModelRef(name, str(path), checkpoint.fingerprint),
+        layers=traced.layers,
+        layer_bytes=tuple(_layer_bytes(layer) for layer in model.layers),
+        cache_bytes=cache_bytes(model, traced, context),
+        shared=_shared(model, traced),
+        clean_cuts=traced.clean,
+        unclean=tuple(sorted(traced.unclean.items())),
+        max_context=context,
+    )
+
+
+def _context(config: Mapping[str, Any], asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise InvalidOption(f"A context of {asked} tokens was asked for; it must be at least 1.", field="max_context")
+    limit = _context_limit(config)
+    if asked is not None and limit is not None and asked > limit:
+        raise InvalidOption(
+            f"A context of {asked} tokens was asked for, but the model allows {limit}.", field="max_context"
+        )
+    wanted = asked or limits.DEFAULT_MAX_CONTEXT
+    return wanted if limit is None else min(wanted, limit)
+
+
+def _context_limit(config: Mapping[str, Any]) -> int | None:
+    """The model's own limit; None for a model that names none (state-space models have none)."""
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        named = [source[key] for key in CONTEXT_KEYS if isinstance(source.get(key), int)]
+        if named:
+            return int(named[0])
+    return None
+
+
+def _layer_bytes(layer: Module) -> int:
+    return sum(array.nbytes for _, module in named_modules(layer) for array in module_arrays(module))
+
+
+def _shared(model: Module, traced: Trace) -> tuple[SharedWeight, ...]:
+    modules = dict(named_modules(model))
+    return tuple(
+        SharedWeight(name, sum(array.nbytes for array in module_arrays(modules[name])), tuple(sorted(layers)))
+        for name, layers in traced.shared.items()
+    )

@@ -1,0 +1,104 @@
+"""The device's facts, and a thread that computes and leaves without a trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from cluster.model import device
+from cluster.types import ModelShape
+
+THREADED = """
+import sys, threading
+from pathlib import Path
+from cluster.model import device
+from cluster.model.stage import load_stage
+from cluster.model.survey import survey
+from cluster.frames import Compute, Frame, Join, Step
+from cluster.types import LayerRange, SamplingParams, StageSpec
+
+def run(path):
+    shape = survey(path, "m", 64)
+    stage = load_stage(StageSpec(1, 0, 1, shape.model, LayerRange(0, shape.layers), 64), path, lambda done, total: None)
+    hot = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=3)
+    reply = stage.step(Frame(1, 0, 0, (Join(1, 2, hot),), Step(Compute.DECODE, (1,), ((1, 2),))))
+    print(len(reply.samples))
+    stage.close()
+    device.close_thread()
+
+thread = threading.Thread(target=run, args=(Path(sys.argv[1]),))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_next"])
+def test_a_thread_of_its_own_computes_and_ends_cleanly(arch: str, checkpoint: Callable[[str], Path]) -> None:
+    """Imported on one thread, run on another, as daemons do."""
+    command = [sys.executable, "-W", "error", "-c", THREADED, str(checkpoint(arch))]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "1\n", "")
+
+
+def test_facts_are_plausible() -> None:
+    facts = device.device_facts()
+    assert facts.backend in ("metal", "cuda", "cpu")
+    assert facts.chip
+    assert facts.mlx_version.split(".")[0].isdigit()
+    assert facts.mlx_lm_version.split(".")[0].isdigit()
+    assert 2**28 < facts.memory_limit <= facts.memory_total < 2**50
+
+
+def test_a_control_group_bounds_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.device_facts().backend != "cpu":
+        pytest.skip("a GPU's memory is no control group's")
+    monkeypatch.setattr(device, "CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    unbounded = device.device_facts().memory_limit
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    assert device.device_facts().memory_limit == int(2**30 * 0.75) < unbounded
+
+
+@pytest.mark.parametrize(
+    ("info", "backend", "limit"),
+    [
+        ({"max_recommended_working_set_size": 7, "memory_size": 10}, "metal", 7),
+        ({"total_memory": 11}, "cuda", 11),
+    ],
+)
+def test_a_gpu_names_its_own_limit(
+    info: dict[str, int], backend: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_info", lambda: {"device_name": "A chip", **info})
+    monkeypatch.setattr(device, "_backend", lambda: backend)
+    facts = device.device_facts()
+    assert (facts.chip, facts.backend, facts.memory_limit) == ("A chip", backend, limit)
+    assert facts.memory_total == info.get("memory_size", info.get("total_memory"))
+
+
+def test_the_memory_limit_reaches_mlx() -> None:
+    before = mx.get_memory_limit()
+    try:
+        device.set_memory_limit(2**30)
+        assert mx.get_memory_limit() == 2**30
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_used_memory_counts_arrays_and_release_gives_spare_buffers_back(shape: Callable[[str], ModelShape]) -> None:
+    device.release()
+    before = device.memory_used()
+    array = mx.zeros((1024, 1024))
+    mx.eval(array)
+    assert device.memory_used() - before == 2**22
+    ring: list[object] = [array]
+    ring.append(ring)
+    del array, ring
+    device.release()
+    assert device.memory_used() == before
+    assert mx.get_cache_memory() == 0

@@ -1,0 +1,77 @@
+"""What layers return, in every shape that mlx-lm's models give it."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import pytest
+
+from cluster.model.pytree import put_together, take_apart
+
+
+class Pair(NamedTuple):
+    hidden: mx.array
+    keys: mx.array
+
+
+@dataclass
+class Blocks:
+    partial: mx.array
+    blocks: list[mx.array] = field(default_factory=list)
+    count: int = 3
+
+
+A, B, C = (mx.array([float(i)]) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("value", "arrays"),
+    [
+        (A, [A]),
+        ((A, B), [A, B]),
+        ([A, (B, C)], [A, B, C]),
+        ({"h": A, "extra": None, "n": 4}, [A]),
+        (Pair(A, B), [A, B]),
+        ((A, Blocks(B, [C])), [A, B, C]),
+        ((A, None, "name", 1.5), [A]),
+        (None, []),
+    ],
+)
+def test_there_and_back(value: Any, arrays: list[mx.array]) -> None:
+    template, found = take_apart(value)
+    assert [id(a) for a in found] == [id(a) for a in arrays]
+    again = put_together(template, list(found))
+    assert type(again) is type(value)
+    assert [id(a) for a in take_apart(again)[1]] == [id(a) for a in arrays]
+
+
+def test_the_value_and_the_template_stay_as_they_are() -> None:
+    value = Blocks(A, [B])
+    template, _ = take_apart((value, C))
+    assert (value.partial, value.blocks) == (A, [B])
+    first, second = (put_together(template, [x, None, None])[0] for x in (B, C))
+    assert (first.partial, second.partial) == (B, C)
+    assert first.count == 3
+
+
+def test_what_did_not_cross_is_none() -> None:
+    template, _ = take_apart({"h": A, "seen": B})
+    assert put_together(template, [C, None]) == {"h": C, "seen": None}
+
+
+def test_no_ring_of_references_holds_the_arrays() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        big = mx.zeros((1000,))
+        mx.eval(big)
+        template, arrays = take_apart((big, [big]))
+        put_together(template, list(arrays))
+        del big, arrays, template
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()
