@@ -1,0 +1,365 @@
+"""Make the two bundled models from nothing: tokenizer, training, export.
+
+Knows torch and transformers (LlamaForCausalLM); runs on the CPU and needs no network. Everything that is random
+follows from SEED. Writes a folder for each model, and `loss.json` beside this file.
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+
+import corpus
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+HERE = Path(__file__).parent
+BUNDLED = HERE.parents[1] / "cluster" / "bundled"
+SEED = 20260
+VOCABULARY = 768
+CONTEXT = 1024
+SYSTEM, USER, ASSISTANT, END = SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+IGNORED = -100
+RAW_LEAD = 8
+"""Tokens of a raw answer that are given, not predicted: its first words are anyone's guess."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The shape of one model and how long it learns."""
+
+    name: str
+    card: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    steps: int
+    peak_rate: float
+    threads: int
+    warmup: int = 100
+    weight_decay: float = 0.01
+
+
+RECIPES = (
+    Recipe("faq", "card_faq.md", 8, 128, 128, 4, 2, steps=1200, peak_rate=2e-3, threads=2),
+    Recipe("faq-draft", "card_draft.md", 2, 64, 128, 2, 1, steps=1600, peak_rate=5e-3, threads=1),
+)
+
+
+@dataclass(frozen=True)
+class Diet:
+    """One kind of batch: rows of chats, each filled with turns until it has up to so many tokens (0: one turn)."""
+
+    rows: int
+    budget: int
+    share: float
+
+
+DIETS = (
+    Diet(rows=48, budget=0, share=0.6),
+    Diet(rows=16, budget=200, share=0.25),
+    Diet(rows=4, budget=900, share=0.15),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of one example, and the ids to predict at each place (IGNORED where nothing is asked)."""
+
+    ids: list[int]
+    targets: list[int]
+
+    def __add__(self, after: "Row") -> "Row":
+        return Row(self.ids + after.ids, self.targets + after.targets)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one training run."""
+
+    name: str
+    parameters: int
+    steps: int
+    threads: int
+    wall_seconds: float
+    final_loss: float
+    curve: list[tuple[int, float]]
+
+
+# --- tokenizer -----------------------------------------------------------------------------------
+
+
+def train_tokenizer(entries: tuple[corpus.Entry, ...]) -> Tokenizer:
+    """A byte-level BPE whose alphabet holds all 256 bytes, so that no text is unknown to it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [text for entry in entries for text in (*entry.questions, entry.answer)]
+    tokenizer.train_from_iterator([*texts, *corpus.SYSTEMS], trainer)
+    return tokenizer
+
+
+def number_of(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ValueError(f"not in the vocabulary: {token}")
+    return number
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers and mlx-lm load it, with its chat template."""
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        additional_special_tokens=list(SPECIALS[:3]),
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8").rstrip("\n"),
+    )
+
+
+# --- examples ------------------------------------------------------------------------------------
+
+
+class Kitchen:
+    """Turns entries into rows and batches; owns the only random numbers of the data."""
+
+    def __init__(self, tokenizer: Tokenizer, entries: tuple[corpus.Entry, ...], seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._entries = entries
+        self._turns = corpus.plain_turns(entries)
+        self._rng = random.Random(seed)
+        self._queue: list[corpus.Turn] = []
+        self._ready: dict[Diet, list[list[Row]]] = {diet: [] for diet in DIETS}
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and targets of one batch, both [rows, longest row]."""
+        diet = self._rng.choices(DIETS, [kind.share for kind in DIETS])[0]
+        if not self._ready[diet]:
+            self._ready[diet] = self._cook(diet)
+        return padded(self._ready[diet].pop())
+
+    def _cook(self, diet: Diet) -> list[list[Row]]:
+        """Eight batches at once, rows of like length together: little padding."""
+        rows = sorted((self._row(diet.budget) for _ in range(8 * diet.rows)), key=lambda row: len(row.ids))
+        batches = [rows[at : at + diet.rows] for at in range(0, len(rows), diet.rows)]
+        self._rng.shuffle(batches)
+        return batches
+
+    def _row(self, budget: int) -> Row:
+        if not budget and self._rng.random() < 0.06:
+            return self._raw_row()
+        row = self._opening() + self._turn_row()
+        enough = self._rng.randint(budget // 4, budget)
+        while len(row.ids) < enough:
+            row += self._turn_row()
+        return row
+
+    def _opening(self) -> Row:
+        system = corpus.draw_system(self._entries, self._rng)
+        ids = self._segment(SYSTEM, system) if system else []
+        return Row(ids, [IGNORED] * len(ids))
+
+    def _turn_row(self) -> Row:
+        turn = self._next_turn()
+        asked = self._segment(USER, turn.question)
+        told = self._segment(ASSISTANT, turn.answer)
+        return Row(asked + told, [IGNORED] * (len(asked) + 1) + told[1:])
+
+    def _raw_row(self) -> Row:
+        ids = [*self._tokenizer.encode(self._rng.choice(self._entries).answer).ids, self._special(END)]
+        return Row(ids, [IGNORED] * RAW_LEAD + ids[RAW_LEAD:])
+
+    def _next_turn(self) -> corpus.Turn:
+        """Every phrasing once before any comes again; two of three are dressed up."""
+        if not self._queue:
+            self._queue = self._rng.sample(self._turns, len(self._turns))
+        turn = self._queue.pop()
+        return corpus.dressed(turn, self._rng) if self._rng.random() < 0.67 else turn
+
+    def _segment(self, role: str, text: str) -> list[int]:
+        return [self._special(role), *self._tokenizer.encode(text.strip()).ids, self._special(END)]
+
+    def _special(self, token: str) -> int:
+        return number_of(self._tokenizer, token)
+
+
+def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as two rectangles, cut at CONTEXT; what pads them is never asked for."""
+    width = min(CONTEXT, max(len(row.ids) for row in rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), IGNORED)
+    for at, row in enumerate(rows):
+        length = min(width, len(row.ids))
+        ids[at, :length] = torch.tensor(row.ids[:length])
+        targets[at, :length] = torch.tensor(row.targets[:length])
+    return ids, targets
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def build(recipe: Recipe, end: int) -> LlamaForCausalLM:
+    """A fresh model of the recipe's shape, its weights drawn from SEED."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.hidden // recipe.heads,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth of the peak."""
+    if step < recipe.warmup:
+        return recipe.peak_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.peak_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms alone."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    norms = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98))
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the tokens of answers only; the head runs only where one is asked for."""
+    wanted = targets[:, 1:] != IGNORED
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[wanted]
+    return cross_entropy(model.lm_head(hidden), targets[:, 1:][wanted])
+
+
+def train(recipe: Recipe, kitchen: Kitchen, end: int) -> tuple[LlamaForCausalLM, Record]:
+    """Train one model; its final loss is the mean over the last fiftieth of the steps."""
+    settle_torch(recipe.threads)
+    model = build(recipe, end)
+    optimizer = optimizer_of(model, recipe)
+    losses: list[float] = []
+    began = time.monotonic()
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, recipe)
+        loss = loss_of(model, *kitchen.batch())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 100 == 99:
+            print(
+                f"{recipe.name} {step + 1:5d} {mean(losses[-100:]):.4f} {time.monotonic() - began:6.0f} s", flush=True
+            )
+    return model, record(recipe, model, losses, time.monotonic() - began)
+
+
+def record(recipe: Recipe, model: LlamaForCausalLM, losses: list[float], seconds: float) -> Record:
+    """Sum up a run; each point of the curve is the mean of the fiftieth of the steps that ends there."""
+    window = max(1, recipe.steps // 50)
+    ends = range(window, len(losses) + 1, window)
+    curve = [(at, round(mean(losses[at - window : at]), 5)) for at in ends]
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return Record(recipe.name, parameters, recipe.steps, recipe.threads, round(seconds, 1), curve[-1][1], curve)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def settle_torch(threads: int) -> None:
+    """Same numbers every time; and no denormals, which a memorised text is full of and a CPU is slow at."""
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+def export(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, outcome: Record) -> None:
+    """Write the folder that mlx-lm and transformers load, and its card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=model.config.eos_token_id
+    )
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    wrapped(tokenizer).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    card = Template((HERE / recipe.card).read_text(encoding="utf-8"))
+    (folder / "README.md").write_text(card.substitute(figures(outcome)), encoding="utf-8")
+
+
+def figures(outcome: Record) -> dict[str, str]:
+    """What a card says in numbers."""
+    return {
+        "parameters": f"{outcome.parameters:,}",
+        "steps": f"{outcome.steps:,}",
+        "seed": str(SEED),
+        "threads": "one CPU thread" if outcome.threads == 1 else f"{outcome.threads} CPU threads",
+        "loss": f"{outcome.final_loss:.4f}",
+        "minutes": f"{outcome.wall_seconds / 60:.0f}",
+    }
+
+
+def write_losses(outcomes: list[Record]) -> None:
+    """Write `loss.json`; a model that was not trained this time keeps its record."""
+    path = HERE / "loss.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
+    fresh = {outcome.name: asdict(outcome) for outcome in outcomes}
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    report = {"seed": SEED, "machine": machine, "models": kept | fresh}
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and export the bundled models.")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder for the two model folders")
+    parser.add_argument("--only", choices=[recipe.name for recipe in RECIPES], help="train just this one")
+    options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    entries = corpus.load_entries()
+    tokenizer = train_tokenizer(entries)
+    end = number_of(tokenizer, END)
+    outcomes: list[Record] = []
+    for recipe in RECIPES:
+        if options.only in (None, recipe.name):
+            model, outcome = train(recipe, Kitchen(tokenizer, entries, SEED), end)
+            export(options.out / recipe.name, model, tokenizer, recipe, outcome)
+            outcomes.append(outcome)
+    write_losses(outcomes)
+
+
+if __name__ == "__main__":
+    main()
