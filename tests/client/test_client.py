@@ -129,7 +129,7 @@ def test_messages_have_three_forms(ask: Ask, coordinator: Coordinator) -> None:
         ("generate", [b"bytes"], {}, "prompt"),
         ("generate", [[1, -2]], {}, "prompt"),
         ("generate", [None], {}, "prompt"),
-        ("generate", ["x" * (5 << 20)], {}, "prompt"),
+        ("generate", ["x" * (17 << 20)], {}, "prompt"),
         ("chat", ["Hi"], {}, "messages"),
         ("chat", [[{"role": "user"}]], {}, "messages[0]"),
         ("chat", [[{"role": "user", "content": "x", "name": "y"}]], {}, "messages[0]"),
