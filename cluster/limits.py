@@ -40,11 +40,20 @@ DEFAULT_MAX_CONTEXT: Final = 4096
 # Scheduling
 PREFILL_CHUNK: Final = 512
 """Tokens a prefill frame carries: long enough for matrix-matrix speed, short enough to overlap stages."""
+MAX_PRIORITY: Final = 9
 MAX_QUEUE: Final = 256
 """Requests that wait; one more is refused with RESOURCE_EXHAUSTED."""
 RETRY_AFTER_S: Final = 2.0
-MAX_UNREAD_EVENTS: Final = 65_536
-"""Token events a client may leave unread before its request is dropped as a slow reader."""
+MAX_UNREAD_EVENTS: Final = 1024
+"""Token events a client may leave unread, beside what gRPC buffers, before its request is dropped as a slow reader."""
+LANE_ROWS: Final = 32
+"""Sequences that one lane decodes together at most; more would make everyone's next token wait longer."""
+PREFIX_SHARE: Final = 0.5
+"""Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
+MAX_STEP_MS: Final = 250.0
+"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given."""
+OCCUPANCY_S: Final = 30.0
+"""Over how long bubble shares are told."""
 
 # Deadlines, in seconds
 DISCOVERY_TIMEOUT_S: Final = 30.0

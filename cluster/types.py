@@ -67,6 +67,12 @@ class ModelShape:
     clean_cuts: tuple[int, ...]
     unclean: tuple[tuple[int, str], ...]
     max_context: int
+    cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Sizes of shorter sequences: (tokens, bytes a layer), ascending, without the one of ``max_context``."""
+    trimmable: bool = False
+    """Whether every cache of the model can give back its last tokens."""
+    batchable: bool = False
+    """Whether sequences may share a step."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Bytes of weights that a stage with these layers holds."""
@@ -74,9 +80,10 @@ class ModelShape:
         shared = sum(w.nbytes for w in self.shared if any(i in mine for i in w.layers))
         return sum(self.layer_bytes[layers.start : layers.end]) + shared
 
-    def stage_cache_bytes(self, layers: LayerRange) -> int:
-        """Bytes of caches that one full-length sequence takes on that stage."""
-        return sum(self.cache_bytes[layers.start : layers.end])
+    def stage_cache_bytes(self, layers: LayerRange, tokens: int | None = None) -> int:
+        """Bytes of caches that one sequence of so many tokens (None: full-length) takes on that stage, at most."""
+        fitting = (sizes for known, sizes in self.cache_curve if tokens is not None and known >= tokens)
+        return sum(next(fitting, self.cache_bytes)[layers.start : layers.end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,7 @@ class PlannedStage:
     worker: str
     weight_bytes: int
     cache_bytes: int
+    """What is left for caches."""
 
     @property
     def layers(self) -> LayerRange:
@@ -122,7 +130,11 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who holds which layers in one epoch, in pipeline order."""
+    """Who holds which layers in one epoch, in pipeline order.
+
+    ``max_sequences`` is how many may be answered at once if each takes the whole ``max_context``; more if they take
+    less, up to ``lanes`` x ``rows``.
+    """
 
     epoch: int
     model: ModelRef
@@ -130,6 +142,8 @@ class Plan:
     route: Route
     max_context: int
     max_sequences: int
+    lanes: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +183,11 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline."""
+    """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline.
+
+    ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
+    priority n counts for 1 / (1 + n) of its cost when turns are shared.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -178,6 +196,8 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     deadline: float | None = None
+    client: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

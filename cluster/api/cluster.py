@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from cluster.coordinator.report import Silent
 from cluster.coordinator.settings import LoadOrder
 from cluster.errors import InvalidRequest, MacpipeError
 from cluster.layers import parse_layers
+from cluster.limits import MAX_STEP_MS
 from cluster.transport.status import abort
 from cluster.types import LoadProgress, Route
 from cluster.v1 import cluster_pb2 as pb
@@ -80,4 +82,12 @@ def _order(r: pb.LoadModelRequest) -> LoadOrder:
         layers=parse_layers(r.layers) if r.layers else None,
         route=Route.RELAY if r.route == pb.ROUTE_RELAY else Route.DIRECT,
         max_context=r.max_context or None,
+        lanes=r.lanes or None,
+        max_step_ms=_max_step_ms(r.max_step_ms),
     )
+
+
+def _max_step_ms(asked: float) -> float:
+    if not math.isfinite(asked) or asked < 0:
+        raise InvalidRequest(f"max_step_ms is {asked:g}; it must be above 0", field="max_step_ms")
+    return asked or MAX_STEP_MS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -43,7 +45,7 @@ class Inference(InferenceServiceServicer):
     ) -> AsyncIterator[Reply]:
         try:
             checkpoint = self._coordinator.checkpoint(message.model)
-            request = await take_in(message, checkpoint)
+            request = await take_in(message, checkpoint, _caller(context))
             async for answered in self._events(request, checkpoint, reply):
                 yield answered
         except MacpipeError as e:
@@ -100,3 +102,12 @@ async def _tokenized(request: pb.TokenizeRequest, checkpoint: Checkpoint) -> tup
     if request.messages:
         return await intake.templated(request.messages, checkpoint)
     return await intake.encoded(request.text, checkpoint)
+
+
+def _caller(context: Context) -> intake.Caller:
+    """By the credential that was sent, as a hash, else by the address without its port."""
+    metadata = dict(context.invocation_metadata() or ())
+    credential = str(metadata.get("authorization", ""))
+    known = hashlib.sha256(credential.encode()).hexdigest() if credential else context.peer().rpartition(":")[0]
+    left = context.time_remaining()
+    return intake.Caller(known, None if left is None else time.monotonic() + left)

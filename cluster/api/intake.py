@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import anyio
 
 from cluster.api.sampling import sampling_params, stop_strings
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import InvalidRequest, PromptTooLong
-from cluster.limits import DEFAULT_MAX_TOKENS, MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_REQUEST_ID_CHARS
+from cluster.limits import DEFAULT_MAX_TOKENS, MAX_MESSAGES, MAX_PRIORITY, MAX_PROMPT_CHARS, MAX_REQUEST_ID_CHARS
 from cluster.types import ChatMessage, Request
 from cluster.v1 import inference_pb2 as pb
 
 ROLES = frozenset({"system", "user", "assistant"})
 
 
-async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint) -> Request:
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as far as turns and kept prefixes go, and until when (monotonic seconds; None: for ever)."""
+
+    client: str
+    deadline: float | None
+
+
+async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if message.WhichOneof("prompt") == "tokens":
         prompt = _known(tuple(message.tokens.ids), checkpoint)
@@ -25,12 +34,12 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint) 
         prompt = await encoded(message.text, checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
-    return _request(message, prompt, checkpoint)
+    return _request(message, prompt, checkpoint, caller)
 
 
-async def chat_request(message: pb.ChatRequest, checkpoint: Checkpoint) -> Request:
+async def chat_request(message: pb.ChatRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    return _request(message, await templated(message.messages, checkpoint), checkpoint)
+    return _request(message, await templated(message.messages, checkpoint), checkpoint, caller)
 
 
 async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -62,9 +71,13 @@ def _known(ids: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
     return ids
 
 
-def _request(message: pb.GenerateRequest | pb.ChatRequest, prompt: tuple[int, ...], checkpoint: Checkpoint) -> Request:
+def _request(
+    message: pb.GenerateRequest | pb.ChatRequest, prompt: tuple[int, ...], checkpoint: Checkpoint, caller: Caller
+) -> Request:
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    if message.priority > MAX_PRIORITY:
+        raise InvalidRequest(f"priority is {message.priority}; it must be from 0 to {MAX_PRIORITY}", field="priority")
     return Request(
         id=message.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
@@ -72,6 +85,9 @@ def _request(message: pb.GenerateRequest | pb.ChatRequest, prompt: tuple[int, ..
         max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context),
         stop=stop_strings(message.stop),
         ignore_eos=message.stop.ignore_eos,
+        deadline=caller.deadline,
+        client=caller.client,
+        priority=message.priority,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster import __version__
-from cluster.coordinator.loop import RequestView
+from cluster.coordinator.loop import LoopView, RequestView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
 from cluster.coordinator.snapshot import ServingState, Snapshot
@@ -83,7 +83,10 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         state=_STATES[s.state],
         problem=s.problem,
         workers=[_worker(m) for m in s.members],
-        requests=[_request(r) for r in s.requests],
+        queued=sum(r.phase is Phase.QUEUED for r in s.loop.requests) if s.loop else 0,
+        requests=[_request(r) for r in s.loop.requests] if s.loop else [],
+        lane_sizes=s.loop.lane_sizes if s.loop else [],
+        prefixes=s.loop.prefixes if s.loop else 0,
         requests_finished=s.finished,
         tokens_generated=s.tokens,
         uptime_seconds=s.uptime_s,
@@ -94,7 +97,15 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         reply.max_context, reply.max_sequences = s.plan.max_context, s.plan.max_sequences
         reply.route = _ROUTES[s.plan.route]
         reply.stages.extend(_stage(i, p, r) for i, (p, r) in enumerate(zip(s.plan.stages, s.ring, strict=True)))
+    if s.loop:
+        _add_load(reply, s.loop)
     return reply
+
+
+def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
+    load = zip(reply.stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=True)
+    for stage, reserved, prefixes, bubble in load:
+        stage.reserved_bytes, stage.prefix_bytes, stage.bubble_share = reserved, prefixes, bubble
 
 
 def _worker(m: Member) -> cpb.Worker:
@@ -135,6 +146,7 @@ def _request(r: RequestView) -> cpb.LiveRequest:
         state=_PHASES[r.phase],
         prompt_tokens=r.prompt_tokens,
         prefilled_tokens=r.prefilled_tokens,
+        cached_tokens=r.cached_tokens,
         completion_tokens=r.completion_tokens,
         lane=r.lane,
         age_seconds=r.age_s,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from cluster.cli.edge import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowRoute, Layers, MaxContext, Model, Workers
+from cluster.cli.serve import HowRoute, Lanes, Layers, MaxContext, MaxStepMs, Model, Workers
+from cluster.limits import MAX_STEP_MS
 from cluster.types import Route
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def load(
     layers: Layers = None,
     route: HowRoute = Route.DIRECT,
     max_context: MaxContext = None,
+    lanes: Lanes = None,
+    max_step_ms: MaxStepMs = MAX_STEP_MS,
     coordinator: Coordinator = None,
     json: Json = False,
 ) -> None:
@@ -33,7 +36,15 @@ def load(
     with errors_in_json(json), Client(coordinator) as client:
         if layers:
             parse_layers(layers)
-        loading = client.load(model, workers=workers, layers=layers or "", route=route, max_context=max_context)
+        loading = client.load(
+            model,
+            workers=workers,
+            layers=layers or "",
+            route=route,
+            max_context=max_context,
+            lanes=lanes,
+            max_step_ms=max_step_ms,
+        )
         state = follow(loading)
         if json:
             from cluster.cli.facts import print_json

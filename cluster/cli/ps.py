@@ -1,4 +1,4 @@
-"""``macpipe ps``: the requests that are live."""
+"""``macpipe ps``: the requests that are live, their lanes, and what they take of the stages."""
 
 from __future__ import annotations
 
@@ -11,39 +11,68 @@ from cluster.cli.options import Coordinator, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import LiveRequest
+    from cluster.client import ClusterState, LiveRequest
 
-RIGHT: Final = frozenset({"prompt", "answer", "lane", "age"})
+RIGHT: Final = frozenset({"prompt", "cached", "answer", "lane", "age"})
+STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
 
 
 def ps(coordinator: Coordinator = None, json: Json = False) -> None:
-    """Show the requests that are live."""
+    """Show the requests that are live, and how busy the stages are."""
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator) as client:
-        requests = client.cluster().requests
+        state = client.cluster()
         if json:
             from cluster.cli.facts import print_json
 
-            print_json({"requests": requests})
-        elif requests:
-            from cluster.cli.screen import console
-
-            console(sys.stdout).print(_table(requests))
+            lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
+            print_json({"requests": state.requests, **lanes, "stages": state.stages})
         else:
-            sys.stdout.write("no live requests\n")
+            _show(state)
+
+
+def _show(state: ClusterState) -> None:
+    from cluster.cli.screen import console
+
+    screen = console(sys.stdout)
+    if not state.requests:
+        screen.print("no live requests")
+    else:
+        screen.print(_table(state.requests))
+    if state.stages:
+        lanes = ", ".join(map(str, state.lane_sizes))
+        screen.print(f"\nlanes of {lanes}; {state.queued} waiting; {state.prefixes} prefixes kept")
+        screen.print(_stages(state))
+
+
+def _stages(state: ClusterState) -> Table:
+    from cluster.cli.screen import bytes_in_words, printable, table
+
+    shown = table("stage", "worker", "caches reserved", "prefixes", "room", "idle", right=STAGE_RIGHT)
+    for stage in state.stages:
+        shown.add_row(
+            str(stage.index),
+            printable(stage.worker),
+            bytes_in_words(stage.reserved_bytes),
+            bytes_in_words(stage.prefix_bytes),
+            bytes_in_words(stage.cache_bytes),
+            f"{stage.bubble_share:.0%}",
+        )
+    return shown
 
 
 def _table(requests: tuple[LiveRequest, ...]) -> Table:
     from cluster.cli.screen import printable, seconds_in_words, table
 
-    shown = table("request", "state", "prompt", "answer", "lane", "age", right=RIGHT)
+    shown = table("request", "state", "prompt", "cached", "answer", "lane", "age", right=RIGHT)
     for one in requests:
         read = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
             printable(one.request_id),
             one.state,
             str(one.prompt_tokens) if read else f"{one.prefilled_tokens} of {one.prompt_tokens}",
+            str(one.cached_tokens),
             str(one.completion_tokens),
             "-" if one.lane is None else str(one.lane),
             seconds_in_words(one.age_seconds),

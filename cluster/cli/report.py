@@ -104,7 +104,7 @@ class TerminalReport:
 
     def planned(self, plan: Plan) -> None:
         """Show who gets what."""
-        self._say(f"{plan.model.name} for {plan.max_sequences} x {plan.max_context} tokens:")
+        self._say(f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:")
         shown = table("stage", "worker", "layers", "weights", "caches", right=frozenset({"weights", "caches"}))
         for stage in plan.stages:
             weights, caches = bytes_in_words(stage.weight_bytes), bytes_in_words(stage.cache_bytes)

@@ -9,7 +9,7 @@ import typer
 
 from cluster.cli.lifeline import end_with_stdin
 from cluster.layers import parse_layers
-from cluster.limits import DISCOVERY_TIMEOUT_S
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
 from cluster.types import Route
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder, or faq: the bundled model.")]
@@ -20,6 +20,14 @@ Layers = Annotated[
 HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
 MaxContext = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to keep room for.", show_default="4096, or less")
+]
+
+Lanes = Annotated[
+    int | None, typer.Option(min=1, help="Batches that overlap in the stages.", show_default="one a stage")
+]
+MaxStepMs = Annotated[
+    float,
+    typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
 ]
 
 
@@ -34,6 +42,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
     max_context: MaxContext = None,
+    lanes: Lanes = None,
+    max_step_ms: MaxStepMs = MAX_STEP_MS,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")
@@ -59,6 +69,8 @@ def serve(
         route=route,
         max_context=max_context,
         wait_s=wait,
+        lanes=lanes,
+        max_step_ms=max_step_ms,
     )
     if exit_with_stdin:
         end_with_stdin()

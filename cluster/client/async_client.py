@@ -14,11 +14,10 @@ from cluster.client.answers import Completion, Model, Tokens
 from cluster.client.async_stream import AsyncLoading, AsyncStream
 from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
 from cluster.client.channel import CHANNEL_OPTIONS
-from cluster.client.options import Options
+from cluster.client.options import LoadOptions, Options
 from cluster.client.requests import Prompt, Turn
 from cluster.client.state import ClusterState
 from cluster.limits import CONTROL_TIMEOUT_S
-from cluster.types import Route
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.v1.inference_pb2_grpc import InferenceServiceStub
@@ -87,17 +86,13 @@ class AsyncClient:
     def load(
         self,
         model: str,
-        *,
-        workers: int | None = None,
-        layers: str = "",
-        route: Route | str = Route.DIRECT,
-        max_context: int | None = None,
+        **options: Unpack[LoadOptions],
     ) -> AsyncLoading:
         """Plan, load, link and warm a model; ``await client.load(...).wait()`` waits for the end.
 
-        ``workers`` None takes all that are there; ``layers`` as in ``0-3,4-7``, empty to cut by memory.
+        Raises TypeError for an unknown option.
         """
-        request = requests.load_request(model, workers, layers, route, max_context)
+        request = requests.load_request(model, options)
         return AsyncLoading(self._cluster.LoadModel(request), self.address)
 
     async def unload(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
 from cluster.errors import InvalidRequest
+from cluster.types import Route
 from cluster.v1 import inference_pb2 as pb
 
 UINT32_MAX: Final = 2**32 - 1
@@ -23,7 +24,8 @@ class Options(TypedDict, total=False):
     ``max_tokens`` of the answer (512); ``stop`` is one string or several; ``ignore_eos`` goes on past the model's own
     end. ``temperature`` 0 is greedy, the default. ``logprobs`` reports each token's log-probability and
     ``top_logprobs`` that many alternatives. ``request_id`` is for ``abort``; the coordinator makes one if it is empty.
-    ``timeout_s`` bounds the whole answer; without it, the client's ``timeout_s`` does.
+    ``priority`` 0 to 9 moves a request ahead when clients take turns. ``timeout_s`` bounds the whole answer; without
+    it, the client's ``timeout_s`` does.
     """
 
     model: str
@@ -43,6 +45,22 @@ class Options(TypedDict, total=False):
     top_logprobs: int | None
     request_id: str
     timeout_s: float | None
+    priority: int
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keywords of ``load``; None and left out both mean the coordinator's default.
+
+    ``workers`` takes all that are there; ``layers`` as in ``0-3,4-7``, else cut by memory; ``lanes`` one a stage.
+    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode.
+    """
+
+    workers: int | None
+    layers: str
+    route: Route | str
+    max_context: int | None
+    lanes: int | None
+    max_step_ms: float | None
 
 
 def sampling_options(options: Options) -> pb.SamplingOptions:
@@ -67,9 +85,9 @@ def stop_options(options: Options) -> pb.StopOptions:
     )
 
 
-def check_names(options: Options) -> None:
+def check_names(options: Mapping[str, object], known: type = Options) -> None:
     """Raise TypeError for a keyword that is no option, as a call with a wrong keyword does."""
-    unknown = options.keys() - Options.__annotations__.keys()
+    unknown = options.keys() - known.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
 

@@ -91,6 +91,9 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         requests_finished=reply.requests_finished,
         tokens_generated=reply.tokens_generated,
         uptime_seconds=reply.uptime_seconds,
+        lane_sizes=tuple(reply.lane_sizes),
+        queued=reply.queued,
+        prefixes=reply.prefixes,
     )
 
 
@@ -128,7 +131,17 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
 
 def _stage(reply: cluster_pb2.Stage) -> StageState:
     layers = layer_range(reply.start_layer, reply.end_layer)
-    return StageState(reply.index, reply.worker, layers, reply.weight_bytes, reply.cache_bytes, _route(reply.inlet))
+    return StageState(
+        index=reply.index,
+        worker=reply.worker,
+        layers=layers,
+        weight_bytes=reply.weight_bytes,
+        cache_bytes=reply.cache_bytes,
+        inlet=_route(reply.inlet),
+        reserved_bytes=reply.reserved_bytes,
+        prefix_bytes=reply.prefix_bytes,
+        bubble_share=reply.bubble_share,
+    )
 
 
 def _route(reply: cluster_pb2.Route.ValueType) -> Route:
@@ -144,4 +157,5 @@ def _live(reply: cluster_pb2.LiveRequest) -> LiveRequest:
         completion_tokens=reply.completion_tokens,
         lane=reply.lane if reply.lane >= 0 else None,
         age_seconds=reply.age_seconds,
+        cached_tokens=reply.cached_tokens,
     )

@@ -7,7 +7,16 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
-from cluster.client.options import Options, check_names, sampling_options, stop_options, text, whole
+from cluster.client.options import (
+    LoadOptions,
+    Options,
+    check_names,
+    number,
+    sampling_options,
+    stop_options,
+    text,
+    whole,
+)
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_CONTROL_BYTES, MIB
 from cluster.types import ChatMessage, Route
@@ -34,6 +43,7 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
         model=text("model", options.get("model") or ""),
         sampling=sampling_options(options),
         stop=stop_options(options),
+        priority=whole("priority", options.get("priority") or 0),
     )
     if isinstance(prompt, str):
         request.text = text("prompt", prompt)
@@ -52,6 +62,7 @@ def chat_request(messages: Iterable[Turn], options: Options) -> inference_pb2.Ch
         messages=_chat_messages(messages),
         sampling=sampling_options(options),
         stop=stop_options(options),
+        priority=whole("priority", options.get("priority") or 0),
     )
     return _sendable(request, "messages")
 
@@ -66,16 +77,17 @@ def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.T
     return _sendable(request, "text" if isinstance(given, str) else "messages")
 
 
-def load_request(
-    model: str, workers: int | None, layers: str, route: Route | str, max_context: int | None
-) -> cluster_pb2.LoadModelRequest:
-    """``workers`` None takes all; ``layers`` as in ``0-3,4-7``; ``max_context`` None takes the default."""
+def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options, LoadOptions)
     return cluster_pb2.LoadModelRequest(
         model=text("model", model),
-        workers=0 if workers is None else whole("workers", workers),
-        layers=text("layers", layers),
-        route=ROUTES[_route(route)],
-        max_context=0 if max_context is None else whole("max_context", max_context),
+        layers=text("layers", options.get("layers") or ""),
+        route=ROUTES[_route(options.get("route") or Route.DIRECT)],
+        max_step_ms=number("max_step_ms", options.get("max_step_ms") or 0.0),
+        workers=whole("workers", options.get("workers") or 0),
+        max_context=whole("max_context", options.get("max_context") or 0),
+        lanes=whole("lanes", options.get("lanes") or 0),
     )
 
 

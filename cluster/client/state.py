@@ -61,6 +61,9 @@ class StageState:
     weight_bytes: int
     cache_bytes: int
     inlet: Route
+    reserved_bytes: int = 0
+    prefix_bytes: int = 0
+    bubble_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class LiveRequest:
     completion_tokens: int
     lane: int | None
     age_seconds: float
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +100,6 @@ class ClusterState:
     requests_finished: int
     tokens_generated: int
     uptime_seconds: float
+    lane_sizes: tuple[int, ...] = ()
+    queued: int = 0
+    prefixes: int = 0

@@ -15,7 +15,7 @@ from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, read_checkpoint
 from cluster.coordinator.diagnosis import diagnose
 from cluster.coordinator.epoch import Epoch, Opening
-from cluster.coordinator.loop import RequestView, Totals
+from cluster.coordinator.loop import LoopView, Totals
 from cluster.coordinator.report import Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
@@ -74,7 +74,7 @@ class Coordinator:
         controls = [self._roster.control(w.control_address) for w in workers]
         self._roster.pin(workers)
         opening = Opening(self._dialer, report.planned, report.progress, self._broken, self._totals)
-        return await opening.open(checkpoint, workers, controls, order.layers, order.route)
+        return await opening.open(checkpoint, workers, controls, order)
 
     async def unload(self) -> None:
         """End live requests and free the workers' memory; nothing happens where nothing is loaded."""
@@ -152,7 +152,7 @@ class Coordinator:
 
     async def snapshot(self) -> Snapshot:
         """Everything, asked afresh."""
-        members, requests = await self._roster.refresh(), await self._requests()
+        members, loop = await self._roster.refresh(), await self._view()
         epoch = self._epoch
         return Snapshot(
             cluster=self._cluster,
@@ -161,15 +161,15 @@ class Coordinator:
             plan=epoch.plan if epoch else None,
             ring=epoch.ring_stages if epoch else (),
             members=members,
-            requests=requests,
+            loop=loop,
             finished=self._totals.finished,
             tokens=self._totals.tokens,
             uptime_s=time.monotonic() - self._started,
         )
 
-    async def _requests(self) -> tuple[RequestView, ...]:
+    async def _view(self) -> LoopView | None:
         if self._epoch is None:
-            return ()
+            return None
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
-            return await asyncio.wrap_future(self._epoch.loop.views())
-        return ()
+            return await asyncio.wrap_future(self._epoch.loop.view())
+        return None

@@ -12,15 +12,16 @@ import anyio
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.layout import lay_out
+from cluster.coordinator.layout import capacity, lay_out
 from cluster.coordinator.load import Progress, link_stages, load_slices
 from cluster.coordinator.loop import EngineLoop, Totals
 from cluster.coordinator.ring import Ring, RingStage
+from cluster.coordinator.settings import LoadOrder
 from cluster.errors import MacpipeError, NotServing, WorkerLost
 from cluster.limits import CANARY_TIMEOUT_S, FAREWELL_S
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
-from cluster.types import FinishEvent, LayerRange, LoadProgress, Plan, Request, Route, SamplingParams, WorkerFacts
+from cluster.types import FinishEvent, LoadProgress, Plan, Request, SamplingParams, WorkerFacts
 
 Broken = Callable[[MacpipeError], None]
 
@@ -76,16 +77,15 @@ class Opening:
         checkpoint: Checkpoint,
         workers: Sequence[WorkerFacts],
         controls: Sequence[WorkerControl],
-        layers: Sequence[LayerRange] | None,
-        route: Route,
+        order: LoadOrder,
     ) -> Epoch:
         """Plan, load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
-        plan = lay_out(new_epoch(), checkpoint.shape, workers, layers, route)
+        plan = lay_out(new_epoch(), checkpoint.shape, workers, order)
         self.planned(plan)
         try:
             await load_slices(plan, controls, self.progress)
             ring_stages = await link_stages(plan, workers, controls)
-            loop = await self._start(plan, checkpoint, ring_stages)
+            loop = await self._start(plan, checkpoint, ring_stages, order.max_step_ms)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
@@ -94,9 +94,11 @@ class Opening:
             self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, "ready"))
         return Epoch(plan, checkpoint, ring_stages, loop, tuple(controls))
 
-    async def _start(self, plan: Plan, checkpoint: Checkpoint, ring_stages: Sequence[RingStage]) -> EngineLoop:
+    async def _start(
+        self, plan: Plan, checkpoint: Checkpoint, ring_stages: Sequence[RingStage], max_step_ms: float
+    ) -> EngineLoop:
         tokenizer = checkpoint.tokenizer
-        scheduler = Scheduler(plan.epoch, plan.max_sequences, len(plan.stages) + 1, tokenizer.eos)
+        scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, max_step_ms), tokenizer.eos)
         loop = EngineLoop(plan, scheduler, tokenizer.decoder, self.broken)
 
         def connect() -> Ring:

@@ -15,14 +15,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cluster.coordinator.answer import Answer
+from cluster.coordinator.occupancy import Occupancy
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.tally import Tally
 from cluster.coordinator.text import Decoder, TextStream
-from cluster.errors import MacpipeError, NotServing, RequestNotFound, SlowReader, WorkerLost
+from cluster.errors import DeadlineExceeded, MacpipeError, NotServing, RequestNotFound, SlowReader, WorkerLost
 from cluster.limits import FRAME_TIMEOUT_S
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.sequence import Phase
+from cluster.scheduler.sequence import Phase, Sequence
 from cluster.types import Accepted, FinishEvent, FinishReason, Plan, Request, TokenEvent, Usage
 from cluster.wire.frame import decode, encode
 
@@ -50,9 +51,22 @@ class RequestView:
     phase: Phase
     prompt_tokens: int
     prefilled_tokens: int
+    cached_tokens: int
     completion_tokens: int
     lane: int
     age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoopView:
+    """What the loop has under way. Bytes and shares have an entry a stage, ``lane_sizes`` one a lane."""
+
+    requests: tuple[RequestView, ...]
+    lane_sizes: tuple[int, ...]
+    reserved_bytes: tuple[int, ...]
+    prefix_bytes: tuple[int, ...]
+    prefixes: int
+    bubbles: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -85,6 +99,7 @@ class EngineLoop:
         self._over: MacpipeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._totals = Totals()
+        self._occupancy = Occupancy(len(plan.stages))
 
     # Called from other threads
 
@@ -125,26 +140,24 @@ class EngineLoop:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def views(self) -> Future[tuple[RequestView, ...]]:
-        """Every live request, in order of arrival, as the loop's thread sees it."""
-        future: Future[tuple[RequestView, ...]] = Future()
-        self._inbox.put(lambda: future.set_result(self._views()))
+    def view(self) -> Future[LoopView]:
+        """Everything under way, as the loop's thread sees it."""
+        future: Future[LoopView] = Future()
+        self._inbox.put(lambda: future.set_result(self._view()))
         return future
 
-    def _views(self) -> tuple[RequestView, ...]:
-        now = self._clock()
-        return tuple(
-            RequestView(
-                s.request.id,
-                s.phase,
-                len(s.request.prompt),
-                s.prefilled,
-                s.produced,
-                s.lane,
-                now - live.accepted_at,
-            )
-            for s in self._scheduler.sequences
-            if (live := self._live.get(s.request.id))
+    def _view(self) -> LoopView:
+        scheduler, now = self._scheduler, self._clock()
+        requests = (
+            _viewed(s, now - live.accepted_at) for s in scheduler.sequences if (live := self._live.get(s.request.id))
+        )
+        return LoopView(
+            requests=tuple(requests),
+            lane_sizes=scheduler.lane_sizes,
+            reserved_bytes=scheduler.reserved,
+            prefix_bytes=scheduler.prefixes.used,
+            prefixes=len(scheduler.prefixes),
+            bubbles=self._occupancy.bubbles(),
         )
 
     # The loop's own thread
@@ -154,7 +167,7 @@ class EngineLoop:
             try:
                 job = self._inbox.get(timeout=self._patience())
             except queue.Empty:
-                self._suspect(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
+                self._do(self._look_at_the_clock)
                 continue
             if job is None:
                 return
@@ -168,11 +181,22 @@ class EngineLoop:
             self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
 
     def _patience(self) -> float | None:
-        """Seconds until the oldest frame is overdue; None where nothing is in the ring."""
-        sent_at = self._scheduler.oldest_sent_at()
-        if sent_at is None or self._suspicion or self._over:
+        """Seconds until a frame or a request is overdue; None where neither can be."""
+        if self._suspicion or self._over:
             return None
-        return max(0.0, sent_at + FRAME_TIMEOUT_S - self._clock())
+        sent_at, deadline = self._scheduler.oldest_sent_at(), self._scheduler.next_deadline()
+        frame_due = None if sent_at is None else sent_at + FRAME_TIMEOUT_S
+        due = min((t for t in (frame_due, deadline) if t is not None), default=None)
+        return None if due is None else max(0.0, due - self._clock())
+
+    def _look_at_the_clock(self) -> None:
+        """End requests whose deadline has passed, and the epoch where a frame is overdue."""
+        now = self._clock()
+        for request_id in self._scheduler.overdue(now):
+            self._end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
+        sent_at = self._scheduler.oldest_sent_at()
+        if sent_at is not None and sent_at + FRAME_TIMEOUT_S <= now:
+            self._suspect(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
 
     def _flush(self) -> None:
         if self._suspicion or self._over or not self._ring:
@@ -216,20 +240,25 @@ class EngineLoop:
             self._suspect(e)
             return
         self._flush()
-        live = self._live.get(outcome.request_id)
-        if live:
-            self._account(live, outcome)
+        self._account(outcome)
 
-    def _account(self, live: _Live, outcome: Outcome) -> None:
+    def _account(self, outcome: Outcome) -> None:
         now = self._clock()
-        live.tally.frame(outcome, now)
-        if isinstance(outcome.event, Produced):
+        self._occupancy.frame(outcome.sent_at, now, outcome.timings)
+        for request_id in outcome.request_ids:
+            if live := self._live.get(request_id):
+                live.tally.frame(outcome, now)
+        for event in outcome.events:
+            if live := self._live.get(event.request_id):
+                self._tell(live, event, now)
+
+    def _tell(self, live: _Live, event: Produced | Failed, now: float) -> None:
+        if isinstance(event, Produced):
             live.tally.token(now)
-            self._produced(live, outcome.event)
-        elif isinstance(outcome.event, Failed):
-            failure = outcome.event.failure
-            worker = self._plan.stages[failure.stage].worker if failure.stage < len(self._plan.stages) else "a stage"
-            self._end(live.request.id, MacpipeError.of(failure.reason, f"{worker}: {failure.sentence}", worker=worker))
+            self._produced(live, event)
+            return
+        worker = self._plan.stages[event.stage].worker if event.stage < len(self._plan.stages) else "a stage"
+        self._end(live.request.id, MacpipeError.of(event.reason, f"{worker}: {event.sentence}", worker=worker))
 
     def _produced(self, live: _Live, produced: Produced) -> None:
         finish = produced.finish
@@ -245,7 +274,9 @@ class EngineLoop:
             finish = FinishReason.STOP
             self._leave(live)
         if finish:
-            self._finish(live, finish, produced.index + produced.counts)
+            self._finish(
+                live, finish, Usage(len(live.request.prompt), produced.index + produced.counts, produced.cached)
+            )
 
     def _leave(self, live: _Live) -> None:
         """A stop string ended an answer that the scheduler believes alive."""
@@ -255,13 +286,12 @@ class EngineLoop:
             return  # its last token was also its longest allowed
         self._flush()
 
-    def _finish(self, live: _Live, reason: FinishReason, tokens: int) -> None:
+    def _finish(self, live: _Live, reason: FinishReason, usage: Usage) -> None:
         del self._live[live.request.id]
         self._totals.finished += 1
         rest = live.text.flush()
         if live.text.stopped:
             reason = FinishReason.STOP
-        usage = Usage(len(live.request.prompt), tokens)
         tally = live.tally
         live.answer.put(FinishEvent(reason, rest, usage, tally.ttft_ms, tally.tpot_ms, tally.figures()))
 
@@ -286,3 +316,16 @@ class EngineLoop:
     def _close_ring(self) -> None:
         if self._ring:
             self._ring.close()
+
+
+def _viewed(s: Sequence, age_s: float) -> RequestView:
+    return RequestView(
+        id=s.request.id,
+        phase=s.phase,
+        prompt_tokens=len(s.request.prompt),
+        prefilled_tokens=s.prefilled,
+        cached_tokens=s.cached,
+        completion_tokens=s.produced,
+        lane=s.lane,
+        age_s=age_s,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.limits import DISCOVERY_TIMEOUT_S
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
 from cluster.types import LayerRange, Route
 
 
@@ -18,6 +18,8 @@ class LoadOrder:
     route: Route = Route.DIRECT
     max_context: int | None = None
     wait_s: float = DISCOVERY_TIMEOUT_S
+    lanes: int | None = None
+    max_step_ms: float = MAX_STEP_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class ServeSettings:
     """``workers`` None takes all that are there once one is; ``layers`` None cuts by memory.
 
     ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
-    default, less where the model allows less. ``wait_s`` bounds the wait for workers.
+    default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
+    stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode.
     """
 
     model: str
@@ -38,7 +41,18 @@ class ServeSettings:
     route: Route = Route.DIRECT
     max_context: int | None = None
     wait_s: float = DISCOVERY_TIMEOUT_S
+    lanes: int | None = None
+    max_step_ms: float = MAX_STEP_MS
 
     @property
     def order(self) -> LoadOrder:
-        return LoadOrder(self.model, self.workers, self.layers, self.route, self.max_context, self.wait_s)
+        return LoadOrder(
+            model=self.model,
+            workers=self.workers,
+            layers=self.layers,
+            route=self.route,
+            max_context=self.max_context,
+            wait_s=self.wait_s,
+            lanes=self.lanes,
+            max_step_ms=self.max_step_ms,
+        )

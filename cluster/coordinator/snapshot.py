@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.coordinator.loop import RequestView
+from cluster.coordinator.loop import LoopView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
 from cluster.types import Plan
@@ -20,7 +20,7 @@ class ServingState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """``plan`` is None while nothing is loaded; ``problem`` is a sentence while ``state`` is failed."""
+    """``plan`` and ``loop`` are None while nothing is loaded; ``problem`` is a sentence while ``state`` is failed."""
 
     cluster: str
     state: ServingState
@@ -28,7 +28,7 @@ class Snapshot:
     plan: Plan | None
     ring: tuple[RingStage, ...]
     members: tuple[Member, ...]
-    requests: tuple[RequestView, ...]
+    loop: LoopView | None
     finished: int
     tokens: int
     uptime_s: float

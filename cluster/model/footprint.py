@@ -6,6 +6,8 @@ that the scheduler's chunks allow. The cost does not depend on that length. It k
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,18 +18,22 @@ from cluster.model.modules import Module, stand_ins, tree_bytes
 from cluster.model.recording import record
 from cluster.model.trace import LENGTHS, Trace
 
-__all__ = ["cache_bytes"]
+__all__ = ["cache_curve"]
 
 
-def cache_bytes(model: Module, traced: Trace, tokens: int) -> tuple[int, ...]:
-    """Bytes for each layer of one sequence of ``tokens`` tokens, at most, however its prompt was chunked.
+def cache_curve(model: Module, traced: Trace, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Bytes for each layer of one sequence of each of ``lengths`` tokens, at most, however its prompt was chunked.
 
     A cache that several layers use is charged to the first of them; one that no layer is called with, to the first
     layer and (it is kept there too) the last.
     """
     with stand_ins(model):
         short, long = (record(model, length).caches for length in LENGTHS)
-    sizes = [_at(tokens, a, b) for a, b in zip(short, long, strict=True)]
+    return [_charged(traced, [_at(n, copy.deepcopy(a), b) for a, b in zip(short, long, strict=True)]) for n in lengths]
+
+
+def _charged(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Each cache's bytes at the layer that is charged for it."""
     charged = [0] * traced.layers
     for cache, size in enumerate(sizes):
         users = [layer for layer, caches in enumerate(traced.layer_caches) if cache in caches]

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+
 from cluster import limits
 from cluster.errors import InvalidOption
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.footprint import cache_bytes
+from cluster.model.footprint import cache_curve
 from cluster.model.modules import Module, module_arrays, named_modules
 from cluster.model.skeleton import open_skeleton
 from cluster.model.trace import Trace, trace
@@ -20,6 +22,7 @@ from cluster.types import ModelRef, ModelShape, SharedWeight
 
 __all__ = ["survey"]
 
+CURVE: Final = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072)
 CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 """What configs call the longest context that a model was made for, the usual name first."""
 
@@ -35,16 +38,30 @@ def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
     context = _context(checkpoint.config, max_context)
     model = open_skeleton(path)
     traced = trace(model)
+    lengths = _lengths(context)
+    *shorter, full = cache_curve(model, traced, lengths)
     return ModelShape(
         model=ModelRef(name, str(path), checkpoint.fingerprint),
         layers=traced.layers,
         layer_bytes=tuple(_layer_bytes(layer) for layer in model.layers),
-        cache_bytes=cache_bytes(model, traced, context),
+        cache_bytes=full,
         shared=_shared(model, traced),
         clean_cuts=traced.clean,
         unclean=tuple(sorted(traced.unclean.items())),
         max_context=context,
+        cache_curve=tuple(zip(lengths, shorter, strict=False)),
+        trimmable=all(map(_trimmable, make_prompt_cache(model))),
     )
+
+
+def _trimmable(cache: Any) -> bool:
+    """Whether a cache can always give tokens back: a rotating one cannot once it has turned, a recurrent one never."""
+    return all(map(_trimmable, cache.caches)) if isinstance(cache, CacheList) else type(cache) is KVCache
+
+
+def _lengths(context: int) -> list[int]:
+    """Where the curve of cache sizes is taken: fine enough to charge a short sequence little, ``context`` the last."""
+    return [*(n for n in CURVE if n < context), context]
 
 
 def _context(config: Mapping[str, Any], asked: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.frames import Failure, Sample
+from cluster.frames import Sample
 from cluster.types import FinishReason, StageTiming
 
 
@@ -18,6 +18,8 @@ class Produced:
     finish: FinishReason | None
     counts: bool
     """False for the end-of-sequence token."""
+    cached: int
+    """Prompt tokens that a kept prefix brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +27,16 @@ class Failed:
     """A stage could not do a step of this request, which has been taken out."""
 
     request_id: str
-    failure: Failure
+    stage: int
+    reason: str
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A frame's way round the ring is over. ``request_id`` is empty where its request had left before."""
+    """A frame's way round the ring is over. ``request_ids`` are the live requests that it computed for."""
 
-    request_id: str
+    request_ids: tuple[str, ...]
     timings: tuple[StageTiming, ...]
     sent_at: float
-    event: Produced | Failed | None = None
+    events: tuple[Produced | Failed, ...] = ()

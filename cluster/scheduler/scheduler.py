@@ -1,8 +1,8 @@
 """The scheduler: requests and lanes in, the next frames out.
 
-A request takes a free lane, or waits in a bounded first-come queue. Its prompt goes out as a row of prefill frames
-that do not wait for each other, at most ``window`` of them in the ring at once; decode frames go before prefill
-frames. Each lane holds one sequence, so lanes overlap in the stages while no token depends on who else is there.
+A request waits its turn, enters the emptiest lane once every stage has room for its worst case, starts from the
+longest kept prefix, and sends the rest of its prompt as a row of prefill frames that do not wait for each other.
+Decode frames, one a lane, go before prefill frames; a prefill frame is no longer than the pace allows.
 
 Frames come back in the order in which they were written. Every frame that is written comes back, or the ring is lost.
 """
@@ -12,43 +12,45 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from cluster.errors import BadFrame, Busy, InvalidRequest, RequestNotFound
-from cluster.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
-from cluster.limits import MAX_QUEUE, PREFILL_CHUNK, RETRY_AFTER_S
+from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Step, Trim
+from cluster.limits import RETRY_AFTER_S
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.lanes import Lanes
+from cluster.scheduler.memory import Cost, fits, lane_cost, total
 from cluster.scheduler.outcome import Failed, Outcome, Produced
+from cluster.scheduler.pacing import Pacing
+from cluster.scheduler.prefixes import Prefixes
 from cluster.scheduler.sequence import Phase, Sequence
+from cluster.scheduler.waiting import Waiting
 from cluster.types import FinishReason, Request
 
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A frame that is in the ring: whose it is, and how many prompt tokens it prefills."""
+    """A frame that is in the ring: what it computes, for whom, and how many prompt tokens it prefills."""
 
     number: int
-    sequence: int
+    lane: int
+    compute: Compute | None
+    sequences: tuple[int, ...]
     prefills: int
     sent_at: float
 
 
 class Scheduler:
-    """One epoch's schedule. ``lanes`` sequences live at once; ``eos`` are the token ids that end an answer."""
+    """One epoch's schedule. ``eos`` are the token ids that end an answer."""
 
-    def __init__(
-        self,
-        epoch: int,
-        lanes: int,
-        window: int,
-        eos: frozenset[int],
-        chunk: int = PREFILL_CHUNK,
-        queue: int = MAX_QUEUE,
-    ) -> None:
-        self._epoch, self._window, self._eos, self._chunk, self._most_waiting = epoch, window, eos, chunk, queue
-        self._free_lanes = deque(range(lanes))
-        self._waiting: deque[Sequence] = deque()
-        self._live: dict[int, Sequence] = {}
+    def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
+        self._epoch, self._capacity, self._eos = epoch, capacity, eos
+        self._waiting = Waiting(capacity.queue)
+        self._lanes = Lanes(capacity.lanes, capacity.rows)
+        self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
+        self._pacing = Pacing(capacity.chunk, capacity.max_step_ms)
+        self._by_id: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
         self._flights: deque[_Flight] = deque()
-        self._edits: deque[Edit] = deque()
+        self._edits: list[Edit] = []
         self._frames_written = 0
         self._sequences_seen = 0
 
@@ -57,42 +59,67 @@ class Scheduler:
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         """Every live request in the order of arrival, the waiting ones last."""
-        return (*self._live.values(), *self._waiting)
+        return (*sorted(self._lanes, key=lambda s: s.id), *self._waiting)
+
+    @property
+    def lane_sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self._lanes.members))
 
     @property
     def in_flight(self) -> int:
         return len(self._flights)
 
+    @property
+    def reserved(self) -> Cost:
+        """Bytes of each stage's caches that live sequences may come to take."""
+        return self._cost(self._lanes.members)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        return self._prefixes
+
     def oldest_sent_at(self) -> float | None:
         """When the frame that has been longest in the ring was written; None where the ring is empty."""
         return self._flights[0].sent_at if self._flights else None
 
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a live request."""
+        return min((d for s in self._by_request.values() if (d := s.request.deadline) is not None), default=None)
+
+    def overdue(self, now: float) -> list[str]:
+        """Requests whose deadline has passed, wherever they are."""
+        return [i for i, s in self._by_request.items() if s.request.deadline is not None and s.request.deadline <= now]
+
     # What can happen
 
     def submit(self, request: Request) -> None:
-        """Accept a request. Raises ``Busy`` where the queue is full, ``InvalidRequest`` for an id that is taken."""
+        """Accept a request. Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit,
+        ``InvalidRequest`` for an id that is taken.
+        """
         if request.id in self._by_request:
             raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-        if not self._free_lanes and len(self._waiting) >= self._most_waiting:
+        if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
+            raise PromptTooLong(why, field="max_tokens")
+        if self._waiting.full:
             raise Busy(
-                f"{len(self._live)} requests are being answered and {len(self._waiting)} wait; try again later",
+                f"{len(self._lanes)} requests are being answered and {len(self._waiting)} wait; try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
         self._sequences_seen += 1
         sequence = Sequence(request, self._sequences_seen)
         self._by_request[request.id] = sequence
-        self._waiting.append(sequence)
-        self._fill_lanes()
+        self._waiting.add(sequence)
+        self._admit()
 
     def end(self, request_id: str) -> Sequence:
-        """Take a request out wherever it is; its caches go with the next frame. Raises ``RequestNotFound``."""
-        sequence = self._by_request.pop(request_id, None)
+        """Take a request out wherever it is; its caches are kept as a prefix or freed with the next frame.
+
+        Raises ``RequestNotFound``.
+        """
+        sequence = self._by_request.get(request_id)
         if sequence is None:
             raise RequestNotFound(f"no live request has the id {request_id}")
-        if sequence.phase is Phase.QUEUED:
-            self._waiting.remove(sequence)
-        else:
-            self._leave(sequence)
+        self._remove(sequence, keep=True)
         return sequence
 
     def returned(self, frame: Frame) -> Outcome:
@@ -100,48 +127,102 @@ class Scheduler:
         if not self._flights or frame.number != self._flights[0].number or frame.epoch != self._epoch:
             raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back out of turn")
         flight = self._flights.popleft()
-        sequence = self._live.get(flight.sequence)
-        if sequence is None:
-            return Outcome("", frame.timings, flight.sent_at)
-        sequence.prefilled += flight.prefills
-        event = self._event(sequence, frame)
-        return Outcome(sequence.request.id, frame.timings, flight.sent_at, event)
+        if flight.compute is Compute.DECODE:
+            self._lanes.end(flight.lane)
+        elif flight.compute is Compute.PREFILL:
+            self._pacing.learn(flight.prefills, frame.timings)
+        live = [s for i in flight.sequences if (s := self._by_id.get(i))]
+        for sequence in live:
+            sequence.prefilled += flight.prefills
+        events = self._events(live, frame)
+        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events)
 
     def next_frames(self, now: float) -> list[Frame]:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
+        self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
         frames = self._decodes(now)
-        while self._prefills_in_flight() < self._window and (sequence := self._neediest()):
+        while self._prefills_in_flight() < self._capacity.window and (sequence := self._neediest()):
             frames.append(self._prefill(sequence, now))
-        frames += self._decodes(now)
+            frames += self._decodes(now)
         if self._edits:
-            frames.append(self._write(0, -1, 0, None, now))
+            frames.append(self._write(-1, (), 0, None, now))
         return frames
 
-    # How it is done
+    # Memory and lanes
 
-    def _fill_lanes(self) -> None:
-        while self._free_lanes and self._waiting:
-            sequence = self._waiting.popleft()
-            sequence.lane = self._free_lanes.popleft()
-            self._live[sequence.id] = sequence
-            request = sequence.request
-            self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
-            if not sequence.unsent:
-                sequence.next_token = request.prompt[-1]
+    def _cost(self, members: list[list[Sequence]]) -> Cost:
+        costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in members if lane)
+        return total(costs, len(self._capacity.budget))
 
-    def _leave(self, sequence: Sequence) -> None:
-        del self._live[sequence.id]
-        self._free_lanes.append(sequence.lane)
-        self._edits.append(Leave(sequence.id))
-        self._fill_lanes()
+    def _room(self) -> Cost:
+        """Bytes that live sequences may take beside what prefixes take."""
+        return tuple(b - p for b, p in zip(self._capacity.budget, self._prefixes.used, strict=True))
 
-    def _event(self, sequence: Sequence, frame: Frame) -> Produced | Failed | None:
-        if frame.error:
-            self.end(sequence.request.id)
-            return Failed(sequence.request.id, frame.error)
-        if not frame.samples:
-            return None
-        return self._produced(sequence, frame.samples[0])
+    def _admit(self) -> None:
+        """Let in whose turn it is, while memory lasts; nobody passes one who waits for memory."""
+        while (sequence := self._waiting.first()) and self._make_room(sequence):
+            self._waiting.take()
+            self._lanes.enter(sequence)
+            self._by_id[sequence.id] = sequence
+            self._join(sequence)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Drop prefixes, the oldest first, as far as a sequence needs; False where even all would not do."""
+        members = self._lanes.with_one_more(sequence)
+        if members is None:
+            return False
+        cost, budget = self._cost(members), self._capacity.budget
+        if not fits(cost, budget):
+            return False
+        room = tuple(b - c for b, c in zip(budget, cost, strict=True))
+        self._edits += map(Drop, self._prefixes.shrink_to(room))
+        return True
+
+    def _join(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
+        if match := self._prefixes.find(request.client, request.prompt):
+            self._edits.append(Restore(sequence.id, match.entry))
+            if not match.whole:
+                self._edits.append(Trim(sequence.id, match.length))
+            sequence.fed.extend(request.prompt[: match.length])
+            sequence.cached = sequence.prefilled = match.length
+        if not sequence.unsent:
+            sequence.next_token = request.prompt[-1]
+
+    def _remove(self, sequence: Sequence, *, keep: bool) -> None:
+        del self._by_request[sequence.request.id]
+        if sequence.phase is Phase.QUEUED:
+            self._waiting.remove(sequence)
+        else:
+            del self._by_id[sequence.id]
+            self._lanes.leave(sequence)
+            if keep:
+                self._keep(sequence)
+            self._edits.append(Leave(sequence.id))
+        self._admit()
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Have the stages keep what they hold of a sequence, where there is room for it."""
+        cost = self._capacity.cost_of(max(len(sequence.fed), 1))
+        if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
+            return
+        prefix, dropped = self._prefixes.keep(sequence.request.client, tuple(sequence.fed), cost)
+        self._edits += map(Drop, dropped)
+        if prefix is not None:
+            self._edits.append(Save(sequence.id, prefix))
+            free = tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
+            self._edits += map(Drop, self._prefixes.shrink_to(free))
+
+    # Events of a frame that came back
+
+    def _events(self, live: list[Sequence], frame: Frame) -> tuple[Produced | Failed, ...]:
+        if error := frame.error:
+            for sequence in live:
+                self._remove(sequence, keep=False)
+            return tuple(Failed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
+        by_id = {s.id: s for s in live}
+        return tuple(self._produced(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence)))
 
     def _produced(self, sequence: Sequence, sample: Sample) -> Produced:
         request, index = sequence.request, sequence.produced
@@ -152,38 +233,47 @@ class Scheduler:
             sequence.next_token = sample.token
             finish = FinishReason.LENGTH if sequence.produced >= request.max_tokens else None
         if finish:
-            self.end(request.id)
-        return Produced(request.id, index, sample, finish, counts=not ended)
+            self._remove(sequence, keep=True)
+        return Produced(request.id, index, sample, finish, not ended, sequence.cached)
+
+    # Frames
 
     def _prefills_in_flight(self) -> int:
-        return sum(1 for f in self._flights if f.prefills)
+        return sum(1 for f in self._flights if f.compute is Compute.PREFILL)
 
     def _decodes(self, now: float) -> list[Frame]:
-        return [self._decode(s, now) for s in self._live.values() if s.next_token is not None]
+        return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
+
+    def _decode(self, lane: int, sequences: list[Sequence], now: float) -> Frame:
+        rows = []
+        for sequence in sequences:
+            assert sequence.next_token is not None
+            rows.append((sequence.next_token,))
+            sequence.fed.append(sequence.next_token)
+            sequence.next_token = None
+        self._lanes.begin(lane, sequences)
+        step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
+        return self._write(lane, step.sequences, 0, step, now)
 
     def _neediest(self) -> Sequence | None:
         """The sequence whose prompt has gone out least: several prompts share prefill by turns."""
-        return min((s for s in self._live.values() if s.unsent), key=lambda s: (s.sent, s.id), default=None)
+        return min((s for s in self._lanes if s.unsent), key=lambda s: (len(s.fed) - s.cached, s.id), default=None)
 
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
-        start = sequence.sent
-        tokens = sequence.request.prompt[start : start + min(self._chunk, sequence.unsent)]
-        sequence.sent += len(tokens)
+        start = len(sequence.fed)
+        others = any(s.phase is Phase.DECODE for s in self._lanes if s is not sequence)
+        count = min(self._pacing.chunk(others_decode=others), sequence.unsent)
+        tokens = sequence.request.prompt[start : start + count]
+        sequence.fed.extend(tokens)
         if not sequence.unsent:
             sequence.next_token = sequence.request.prompt[-1]
-        return self._write(sequence.lane, sequence.id, len(tokens), Compute.PREFILL, now, tokens)
+        step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
+        return self._write(sequence.lane, step.sequences, count, step, now)
 
-    def _decode(self, sequence: Sequence, now: float) -> Frame:
-        assert sequence.next_token is not None
-        token, sequence.next_token = sequence.next_token, None
-        return self._write(sequence.lane, sequence.id, 0, Compute.DECODE, now, (token,))
-
-    def _write(
-        self, lane: int, sequence: int, prefills: int, compute: Compute | None, now: float, tokens: tuple[int, ...] = ()
-    ) -> Frame:
+    def _write(self, lane: int, sequences: tuple[int, ...], prefills: int, step: Step | None, now: float) -> Frame:
         number = self._frames_written
         self._frames_written += 1
-        self._flights.append(_Flight(number, sequence, prefills, now))
-        edits, self._edits = tuple(self._edits), deque()
-        step = Step(compute, (sequence,), (tokens,)) if compute is not None else None
-        return Frame(self._epoch, lane, number, edits, step)
+        compute = step.compute if step else None
+        self._flights.append(_Flight(number, lane, compute, sequences, prefills, now))
+        edits, self._edits = tuple(self._edits), []
+        return Frame(self._epoch, max(lane, 0), number, edits, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.types import Request
@@ -16,20 +16,22 @@ class Phase(StrEnum):
     DECODE = "decode"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """The scheduler's record of a request. Only the scheduler changes it.
 
     All but the last token of the prompt are prefilled; the last one is the first decode step, as in mlx-lm.
-    ``sent`` counts prompt tokens in frames that were written, ``prefilled`` those whose frames came back.
+    ``prefilled`` counts prompt tokens that are on every stage, ``cached`` those of them that a kept prefix brought.
     """
 
     request: Request
     id: int
     lane: int = -1
-    sent: int = 0
     prefilled: int = 0
+    cached: int = 0
     produced: int = 0
+    fed: list[int] = field(default_factory=list)
+    """Every token in a frame that was written, those of a restored prefix too."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while one is under way."""
 
@@ -46,4 +48,9 @@ class Sequence:
     @property
     def unsent(self) -> int:
         """Prompt tokens that still have to go out as prefill."""
-        return self.prefill_length - self.sent
+        return max(self.prefill_length - len(self.fed), 0)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that its caches hold at most."""
+        return len(self.request.prompt) + self.request.max_tokens

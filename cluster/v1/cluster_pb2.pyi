@@ -170,6 +170,9 @@ class Stage(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
     INLET_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_BYTES_FIELD_NUMBER: _builtins.int
+    BUBBLE_SHARE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -177,9 +180,14 @@ class Stage(_message.Message):
     """Exclusive."""
     weight_bytes: _builtins.int
     cache_bytes: _builtins.int
-    """Caches at the promised context, over all sequences that may live at once."""
+    """What is left for caches."""
     inlet: Global___Route.ValueType
     """How its input arrives; the first stage is always fed by the coordinator."""
+    reserved_bytes: _builtins.int
+    """Of cache_bytes: what live requests may come to take, and what kept prefixes take."""
+    prefix_bytes: _builtins.int
+    bubble_share: _builtins.float
+    """Share of the last half minute's busy time in which this stage waited for work."""
     def __init__(
         self,
         *,
@@ -190,10 +198,13 @@ class Stage(_message.Message):
         weight_bytes: _builtins.int = ...,
         cache_bytes: _builtins.int = ...,
         inlet: Global___Route.ValueType = ...,
+        reserved_bytes: _builtins.int = ...,
+        prefix_bytes: _builtins.int = ...,
+        bubble_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "index", b"index", "inlet", b"inlet", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bubble_share", b"bubble_share", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "index", b"index", "inlet", b"inlet", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,6 +221,7 @@ class LiveRequest(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     state: Global___RequestState.ValueType
     prompt_tokens: _builtins.int
@@ -219,6 +231,8 @@ class LiveRequest(_message.Message):
     lane: _builtins.int
     """-1 while it waits."""
     age_seconds: _builtins.float
+    cached_tokens: _builtins.int
+    """Prompt tokens that a kept prefix brought."""
     def __init__(
         self,
         *,
@@ -229,10 +243,11 @@ class LiveRequest(_message.Message):
         completion_tokens: _builtins.int = ...,
         lane: _builtins.int = ...,
         age_seconds: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "completion_tokens", b"completion_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,6 +273,9 @@ class GetClusterResponse(_message.Message):
     REQUESTS_FINISHED_FIELD_NUMBER: _builtins.int
     TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    LANE_SIZES_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
@@ -272,12 +290,19 @@ class GetClusterResponse(_message.Message):
     requests_finished: _builtins.int
     tokens_generated: _builtins.int
     uptime_seconds: _builtins.float
+    queued: _builtins.int
+    prefixes: _builtins.int
+    """Prefixes that are kept for requests to come."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___LiveRequest]: ...
+    @_builtins.property
+    def lane_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Requests in each lane; those that wait are in none."""
+
     def __init__(
         self,
         *,
@@ -297,10 +322,13 @@ class GetClusterResponse(_message.Message):
         requests_finished: _builtins.int = ...,
         tokens_generated: _builtins.int = ...,
         uptime_seconds: _builtins.float = ...,
+        lane_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        queued: _builtins.int = ...,
+        prefixes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "problem", b"problem", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,6 +343,8 @@ class LoadModelRequest(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     ROUTE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    MAX_STEP_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id that is in the workers' caches."""
     workers: _builtins.int
@@ -324,6 +354,10 @@ class LoadModelRequest(_message.Message):
     route: Global___Route.ValueType
     max_context: _builtins.int
     """0: the default."""
+    lanes: _builtins.int
+    """0: one a stage."""
+    max_step_ms: _builtins.float
+    """What a prefill chunk may take of a stage while others decode; 0: the default."""
     def __init__(
         self,
         *,
@@ -332,10 +366,12 @@ class LoadModelRequest(_message.Message):
         layers: _builtins.str = ...,
         route: Global___Route.ValueType = ...,
         max_context: _builtins.int = ...,
+        lanes: _builtins.int = ...,
+        max_step_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "max_context", b"max_context", "model", b"model", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,6 @@ and all), a bare gRPC ring of the same messages, and the same over raw sockets. 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -17,60 +16,13 @@ from pathlib import Path
 import mlx.core as mx
 from bare_rings import WIDTH, GrpcRing, SocketRing
 from figures import Figure, options, print_figures
-from mlx.utils import tree_flatten
+from loopback import make_llama, start_cluster
 from mlx_lm.generate import generate_step
-from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load_model
 
-from cluster.cli.fleet import Fleet
 from cluster.client import Client
-from cluster.errors import MacpipeError
-from cluster.model.checkpoint import resolve_model
-from cluster.model.tokenizer import load_tokenizer
 
 PROMPT = [1, 2, 3, 4]
-
-
-def make_null_model(folder: Path) -> None:
-    """Random fp32 weights; the tokenizer is the one that comes along, which is enough for token ids."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "intermediate_size": WIDTH,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": load_tokenizer(resolve_model("faq")).vocab_size,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    mx.random.seed(0)
-    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((resolve_model("faq") / name).read_bytes())
-
-
-def start_cluster(stack: ExitStack, model: Path, folder: Path) -> Client:
-    """Two workers and a coordinator as processes; a client of it."""
-    fleet = stack.enter_context(Fleet(folder))
-    cluster = f"bench-{folder.name}"
-    for name in ("a", "b"):
-        fleet.start(name, ["worker", "--name", name, "--cluster", cluster, "--home", str(folder)])
-    fleet.start(
-        "serve", ["serve", str(model), "--workers", "2", "--cluster", cluster, "--port", "7791", "--wait", "90"]
-    )
-    client = stack.enter_context(Client("127.0.0.1:7791", timeout_s=120))
-    while True:
-        fleet.check()
-        try:
-            if client.cluster().state == "serving":
-                return client
-        except MacpipeError:
-            pass
-        time.sleep(0.1)
 
 
 def macpipe_run(client: Client) -> Callable[[int], float]:
@@ -120,10 +72,8 @@ def main() -> int:
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-hop-")))
-        model = folder / "null"
-        model.mkdir()
-        make_null_model(model)
-        client = start_cluster(stack, model, folder)
+        model = make_llama(folder / "null", hidden=WIDTH, intermediate=WIDTH, layers=2, heads=2, context=4096)
+        client = start_cluster(stack, model)
         grpc_ring, sockets = GrpcRing(), SocketRing()
         stack.callback(grpc_ring.close)
         stack.callback(sockets.close)

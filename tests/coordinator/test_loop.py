@@ -13,6 +13,7 @@ from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.errors import Aborted, BadFrame, MacpipeError, NotServing, StageFailed, WorkerLost
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.streams import Outbox
@@ -83,8 +84,10 @@ class Bench:
         self.failures: list[MacpipeError] = []
         specs = [StageSpec(EPOCH, i, 2, MODEL, LayerRange(i, i + 1), 64) for i in range(2)]
         stages = tuple(PlannedStage(s, name, 1, 1) for s, name in zip(specs, ("mac-a", "mac-b"), strict=True))
-        plan = Plan(EPOCH, MODEL, stages, Route.RELAY, 64, 2)
-        self.loop = EngineLoop(plan, Scheduler(EPOCH, 2, 3, frozenset({0})), Numbers, self.broken)
+        plan = Plan(EPOCH, MODEL, stages, Route.RELAY, 64, 2, 2, 1)
+        room = (1_000_000, 1_000_000)
+        capacity = Capacity(2, 1, 3, room, (0, 0), lambda tokens: (tokens, tokens))
+        self.loop = EngineLoop(plan, Scheduler(EPOCH, capacity, frozenset({0})), Numbers, self.broken)
         ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
         self.loop.start(Ring(self.network, EPOCH, ring_stages, self.loop.received, self.loop.lost))
 

@@ -1,75 +1,46 @@
-"""The scheduler under every order of events: each request ends once, order holds, lanes and window are kept."""
+"""The scheduler under every order of events: each request ends once, order holds, lanes stay even, budgets are kept."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import random
+from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import BadFrame, Busy, InvalidRequest, RequestNotFound
-from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
 from cluster.scheduler.outcome import Failed, Produced
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase
 from cluster.types import FinishReason, Request, SamplingParams
+from scheduler.stages import EOS, Stages, capacity, continuation
 
-EOS = 0
-
-
-def request(name: str, prompt: int = 5, max_tokens: int = 4, ignore_eos: bool = False) -> Request:
-    return Request(name, tuple(range(1, prompt + 1)), SamplingParams(), max_tokens, ignore_eos=ignore_eos)
+FAILURE = Failure(1, "STAGE_FAILED", "no")
 
 
-class Ring:
-    """Stages that do as told: they keep what each sequence was fed, and answer frames in order."""
-
-    def __init__(self) -> None:
-        self.frames: deque[Frame] = deque()
-        self.fed: dict[int, list[int]] = {}
-        self.lengths: dict[int, int] = {}
-        self.numbers = 0
-
-    def take(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            assert frame.number == self.numbers
-            self.numbers += 1
-            self.frames.append(frame)
-
-    def give(self, token: int = 7, failure: Failure | None = None) -> Frame:
-        frame = self.frames.popleft()
-        for edit in frame.edits:
-            if isinstance(edit, Join):
-                assert edit.sequence not in self.fed
-                self.fed[edit.sequence] = []
-                self.lengths[edit.sequence] = edit.prompt_length
-            elif isinstance(edit, Leave):
-                del self.fed[edit.sequence]
-        samples: tuple[Sample, ...] = ()
-        if frame.step:
-            (sequence,), (tokens,) = frame.step.sequences, frame.step.tokens
-            self.fed[sequence].extend(tokens)
-            if frame.step.compute is Compute.DECODE:
-                samples = (Sample(sequence, len(self.fed[sequence]), token),)
-            else:
-                assert len(self.fed[sequence]) < self.lengths[sequence]
-        return Frame(frame.epoch, frame.lane, frame.number, samples=samples, error=failure)
+def request(
+    name: str, prompt: int | tuple[int, ...] = 5, max_tokens: int = 4, client: str = "", **more: object
+) -> Request:
+    ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
+    return Request(name, ids, SamplingParams(), max_tokens, client=client, **more)  # type: ignore[arg-type]
 
 
-def run_dry(scheduler: Scheduler, ring: Ring, token: int = 7) -> list[Produced]:
-    events = []
-    ring.take(scheduler.next_frames(0.0))
-    while ring.frames:
-        event = scheduler.returned(ring.give(token)).event
-        if isinstance(event, Produced):
-            events.append(event)
-        ring.take(scheduler.next_frames(0.0))
-    return events
+def run_dry(scheduler: Scheduler, stages: Stages) -> dict[str, list[int]]:
+    """Let everything end; the tokens of each request."""
+    said: dict[str, list[int]] = defaultdict(list)
+    stages.take(scheduler.next_frames(0.0))
+    while stages.frames:
+        for event in scheduler.returned(stages.give()).events:
+            if isinstance(event, Produced):
+                said[event.request_id].append(event.sample.token)
+        stages.take(scheduler.next_frames(0.0))
+    return said
 
 
 def test_a_prompt_goes_out_as_chunks_and_its_last_token_as_the_first_decode() -> None:
-    scheduler = Scheduler(epoch=3, lanes=1, window=9, eos=frozenset({EOS}), chunk=4)
+    scheduler = Scheduler(3, capacity(), frozenset({EOS}))
     scheduler.submit(request("a", prompt=10, max_tokens=1))
     frames = scheduler.next_frames(0.0)
     assert [(f.step.compute, f.step.tokens) for f in frames if f.step] == [
@@ -83,31 +54,78 @@ def test_a_prompt_goes_out_as_chunks_and_its_last_token_as_the_first_decode() ->
 
 
 def test_the_window_bounds_prefill_in_the_ring() -> None:
-    scheduler, ring = Scheduler(1, 1, 3, frozenset(), chunk=2), Ring()
+    scheduler, stages = Scheduler(1, capacity(window=3, chunk=2), frozenset()), Stages()
     scheduler.submit(request("a", prompt=21))
-    ring.take(scheduler.next_frames(0.0))
-    assert len(ring.frames) == 3
-    scheduler.returned(ring.give())
-    ring.take(scheduler.next_frames(0.0))
-    assert len(ring.frames) == 3
+    stages.take(scheduler.next_frames(0.0))
+    assert len(stages.frames) == 3
+    scheduler.returned(stages.give())
+    stages.take(scheduler.next_frames(0.0))
+    assert len(stages.frames) == 3
+
+
+def test_sequences_of_a_lane_decode_in_one_frame_and_lanes_are_even() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=3), frozenset()), Stages()
+    for i in range(8):
+        scheduler.submit(request(f"r{i}", prompt=1, max_tokens=3))
+    frames = scheduler.next_frames(0.0)
+    assert sorted(len(f.step.sequences) for f in frames if f.step) == [2, 3, 3]
+    assert len({f.lane for f in frames}) == 3
+    stages.take(frames)
+    said = run_dry(scheduler, stages)
+    assert {name: len(tokens) for name, tokens in said.items()} == {f"r{i}": 3 for i in range(8)}
+
+
+def test_lanes_are_rebalanced_when_they_drift_apart() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2, rows=4), frozenset()), Stages()
+    for i in range(8):
+        scheduler.submit(request(f"r{i}", prompt=1, max_tokens=50))
+    stages.take(scheduler.next_frames(0.0))
+    lane = {s.request.id: s.lane for s in scheduler.sequences}
+    for name in [n for n, at in lane.items() if at == 0]:
+        scheduler.end(name)
+    for _ in range(2):
+        scheduler.returned(stages.give())
+    stages.take(scheduler.next_frames(0.0))
+    assert scheduler.lane_sizes == (2, 2)
+    run_dry(scheduler, stages)
+    assert stages.fed == {}
+
+
+def test_decode_goes_between_the_chunks_of_somebody_elses_prompt() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2, window=2, chunk=8, max_step_ms=5.0), frozenset()), Stages()
+    scheduler.submit(request("talks", prompt=1, max_tokens=40))
+    stages.take(scheduler.next_frames(0.0))
+    scheduler.submit(request("reads", prompt=200, max_tokens=1))
+    stages.take(scheduler.next_frames(0.0))
+    order = []
+    while stages.frames:
+        frame = stages.frames[0]
+        if frame.step:
+            order.append(frame.step.compute)
+        scheduler.returned(stages.give())
+        stages.take(scheduler.next_frames(0.0))
+    longest = max(len(run) for run in "".join("P" if c is Compute.PREFILL else "D" for c in order[:60]).split("D"))
+    assert longest <= 2
 
 
 def test_an_answer_ends_by_length_or_by_end_of_sequence() -> None:
-    scheduler, ring = Scheduler(1, 1, 3, frozenset({EOS})), Ring()
-    scheduler.submit(request("a", max_tokens=3))
-    events = run_dry(scheduler, ring)
-    assert [e.finish for e in events] == [None, None, FinishReason.LENGTH]
-    scheduler.submit(request("b", max_tokens=3))
-    (event,) = run_dry(scheduler, ring, token=EOS)
+    prompt = (3, 4, 5)
+    token = continuation(prompt, 1)[0]
+    scheduler, stages = Scheduler(1, capacity(), frozenset({token})), Stages()
+    scheduler.submit(request("a", prompt=prompt, max_tokens=3))
+    stages.take(scheduler.next_frames(0.0))
+    scheduler.returned(stages.give())
+    (event,) = scheduler.returned(stages.give()).events
+    assert isinstance(event, Produced)
     assert event.finish is FinishReason.STOP
     assert not event.counts
-    scheduler.submit(request("c", max_tokens=2, ignore_eos=True))
-    assert [e.counts for e in run_dry(scheduler, ring, token=EOS)] == [True, True]
-    assert ring.fed == {}
+    scheduler.submit(request("b", prompt=prompt, max_tokens=2, ignore_eos=True))
+    assert len(run_dry(scheduler, stages)["b"]) == 2
+    assert stages.fed == {}
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
-    scheduler = Scheduler(1, 1, 3, frozenset(), queue=2)
+    scheduler = Scheduler(1, capacity(rows=1, queue=2), frozenset())
     for name in "abc":
         scheduler.submit(request(name))
     with pytest.raises(Busy) as refusal:
@@ -115,8 +133,91 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
     assert refusal.value.retry_after_s
 
 
+def test_what_can_never_fit_is_refused_at_once_with_figures() -> None:
+    scheduler = Scheduler(1, capacity(budget=50), frozenset())
+    with pytest.raises(PromptTooLong, match=r"51 tokens of prompt and answer need .* on stage 0"):
+        scheduler.submit(request("a", prompt=47, max_tokens=4))
+    scheduler.submit(request("b", prompt=46, max_tokens=4))
+
+
+def test_a_request_waits_until_every_stage_has_room() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2, budget=30), frozenset()), Stages()
+    scheduler.submit(request("a", prompt=10, max_tokens=10))
+    scheduler.submit(request("b", prompt=5, max_tokens=6))
+    assert [s.phase for s in scheduler.sequences] == [Phase.PREFILL, Phase.QUEUED]
+    assert {n: len(t) for n, t in run_dry(scheduler, stages).items()} == {"a": 10, "b": 6}
+
+
+def test_clients_take_turns() -> None:
+    scheduler = Scheduler(1, capacity(rows=1), frozenset())
+    scheduler.submit(request("first"))
+    for i in range(5):
+        scheduler.submit(request(f"greedy{i}", client="greedy"))
+    scheduler.submit(request("modest", client="modest"))
+    order = []
+    for _ in range(7):
+        live = next(s for s in scheduler.sequences if s.phase is not Phase.QUEUED)
+        order.append(live.request.id)
+        scheduler.end(live.request.id)
+    assert order.index("modest") <= 2
+    assert [n for n in order if n.startswith("greedy")] == [f"greedy{i}" for i in range(5)]
+
+
+def test_a_higher_priority_comes_sooner_but_not_alone() -> None:
+    scheduler = Scheduler(1, capacity(rows=1), frozenset())
+    scheduler.submit(request("first"))
+    for i in range(12):
+        scheduler.submit(request(f"urgent{i}", client="urgent", priority=3))
+        scheduler.submit(request(f"plain{i}", client="plain"))
+    order = []
+    while scheduler.sequences:
+        live = next(s for s in scheduler.sequences if s.phase is not Phase.QUEUED)
+        order.append(live.request.id.rstrip("0123456789"))
+        scheduler.end(live.request.id)
+    early = order[:13]
+    assert early.count("urgent") > 2 * early.count("plain") > 0
+
+
+def test_the_next_turn_of_a_chat_starts_from_what_is_kept() -> None:
+    scheduler, stages = Scheduler(1, capacity(prefixes=500), frozenset()), Stages()
+    first = tuple(range(100, 140))
+    scheduler.submit(request("turn1", prompt=first, max_tokens=10))
+    said = run_dry(scheduler, stages)["turn1"]
+    second = (*first, *said, 7, 8, 9)
+    scheduler.submit(request("turn2", prompt=second, max_tokens=5))
+    (sequence,) = scheduler.sequences
+    assert sequence.cached == len(first) + len(said) - 1
+    assert run_dry(scheduler, stages)["turn2"] == continuation(second, 5)
+    assert stages.fed == {}
+
+
+def test_another_clients_prefix_is_never_used() -> None:
+    scheduler, stages = Scheduler(1, capacity(prefixes=500), frozenset()), Stages()
+    prompt = tuple(range(100, 140))
+    scheduler.submit(request("a", prompt=prompt, client="one"))
+    run_dry(scheduler, stages)
+    scheduler.submit(request("b", prompt=prompt, client="two"))
+    assert [s.cached for s in scheduler.sequences] == [0]
+    scheduler.submit(request("c", prompt=prompt, client="one"))
+    assert [s.cached for s in scheduler.sequences] == [0, 39]
+
+
+def test_caches_that_cannot_be_trimmed_are_used_whole_or_not() -> None:
+    scheduler, stages = Scheduler(1, capacity(prefixes=500, trimmable=False), frozenset()), Stages(trimmable=False)
+    prompt = tuple(range(100, 140))
+    scheduler.submit(request("a", prompt=prompt, max_tokens=6))
+    said = run_dry(scheduler, stages)["a"]
+    scheduler.submit(request("fork", prompt=(*prompt[:20], 1, 2, 3)))
+    assert [s.cached for s in scheduler.sequences] == [0]
+    run_dry(scheduler, stages)
+    longer = (*prompt, *said, 1, 2)
+    scheduler.submit(request("longer", prompt=longer, max_tokens=3))
+    assert [s.cached for s in scheduler.sequences] == [len(prompt) + len(said) - 1]
+    assert run_dry(scheduler, stages)["longer"] == continuation(longer, 3)
+
+
 def test_an_id_that_is_live_is_refused_and_may_come_again_later() -> None:
-    scheduler = Scheduler(1, 1, 3, frozenset())
+    scheduler = Scheduler(1, capacity(), frozenset())
     scheduler.submit(request("a"))
     with pytest.raises(InvalidRequest, match="already live"):
         scheduler.submit(request("a"))
@@ -126,85 +227,160 @@ def test_an_id_that_is_live_is_refused_and_may_come_again_later() -> None:
     scheduler.submit(request("a"))
 
 
-def test_a_failed_step_ends_its_request_alone() -> None:
-    scheduler, ring = Scheduler(1, 2, 3, frozenset()), Ring()
-    scheduler.submit(request("a", prompt=1, max_tokens=2))
-    scheduler.submit(request("b", prompt=1, max_tokens=2))
-    ring.take(scheduler.next_frames(0.0))
-    event = scheduler.returned(ring.give(failure=Failure(1, "STAGE_FAILED", "no"))).event
-    assert isinstance(event, Failed)
-    assert event.request_id == "a"
-    assert [e.request_id for e in run_dry(scheduler, ring)] == ["b", "b"]
-    assert ring.fed == {}
+def test_a_failed_step_ends_the_requests_of_its_lane_alone() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2), frozenset()), Stages()
+    for name in "abc":
+        scheduler.submit(request(name, prompt=1, max_tokens=2))
+    stages.take(scheduler.next_frames(0.0))
+    failed = scheduler.returned(stages.give(FAILURE)).events
+    assert {e.request_id for e in failed if isinstance(e, Failed)} == {"a", "c"}
+    assert set(run_dry(scheduler, stages)) == {"b"}
+    assert stages.fed == {}
+
+
+def test_deadlines_are_seen_in_the_queue_too() -> None:
+    scheduler = Scheduler(1, capacity(rows=1), frozenset())
+    scheduler.submit(request("a", deadline=10.0))
+    scheduler.submit(request("b", deadline=5.0))
+    assert scheduler.next_deadline() == 5.0
+    assert scheduler.overdue(7.0) == ["b"]
+    assert scheduler.overdue(10.0) == ["a", "b"]
 
 
 def test_a_frame_out_of_turn_is_no_frame_of_ours() -> None:
-    scheduler, ring = Scheduler(1, 1, 3, frozenset()), Ring()
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
     scheduler.submit(request("a"))
-    ring.take(scheduler.next_frames(0.0))
+    stages.take(scheduler.next_frames(0.0))
     with pytest.raises(BadFrame, match="out of turn"):
         scheduler.returned(Frame(1, 0, 5))
     with pytest.raises(BadFrame, match="out of turn"):
         scheduler.returned(Frame(2, 0, 0))
 
 
-events = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 6)),
-        st.tuples(st.just("return"), st.integers(0, 9), st.just(0)),
-        st.tuples(st.just("fail"), st.just(0), st.just(0)),
-        st.tuples(st.just("end"), st.integers(0, 30), st.just(0)),
-    ),
-    max_size=60,
-)
+class World:
+    """A scheduler, its stages, and what every request is owed."""
+
+    def __init__(self, rng: random.Random, trimmable: bool) -> None:
+        self.rng = rng
+        self.plan = capacity(
+            lanes=rng.randint(1, 4),
+            rows=rng.randint(1, 4),
+            window=rng.randint(1, 5),
+            budget=rng.choice([60, 200, 1000]),
+            prefixes=rng.choice([0, 50, 150]),
+            chunk=rng.randint(1, 16),
+            queue=rng.choice([3, 50]),
+            trimmable=trimmable,
+            max_step_ms=rng.choice([None, 1.0]),
+        )
+        self.scheduler = Scheduler(1, self.plan, frozenset({EOS}))
+        self.stages = Stages(trimmable)
+        self.prompts: dict[str, Request] = {}
+        self.said: dict[str, list[int]] = defaultdict(list)
+        self.ended: dict[str, int] = defaultdict(int)
+        self.complete: set[str] = set()
+        self.histories: list[tuple[int, ...]] = [()]
+
+    def submit(self) -> None:
+        rng, name = self.rng, f"r{len(self.prompts)}"
+        start = rng.choice(self.histories)
+        prompt = (*start[: rng.randint(0, 30)], *(rng.randint(1, 9) for _ in range(rng.randint(1, 20))))
+        asked = Request(
+            name, prompt, SamplingParams(), rng.randint(1, 9), client=rng.choice("xyz"), priority=rng.choice((0, 2))
+        )
+        try:
+            self.scheduler.submit(asked)
+        except Busy:
+            assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) >= self.plan.queue
+        except PromptTooLong:
+            assert len(prompt) + asked.max_tokens > self.plan.budget[0]
+        else:
+            self.prompts[name] = asked
+
+    def cancel(self) -> None:
+        live = [s.request.id for s in self.scheduler.sequences]
+        if live:
+            name = self.rng.choice(live)
+            self.scheduler.end(name)
+            self.ended[name] += 1
+
+    def turn(self, fail: bool = False) -> None:
+        if not self.stages.frames:
+            return
+        for event in self.scheduler.returned(self.stages.give(FAILURE if fail else None)).events:
+            if isinstance(event, Failed):
+                self.ended[event.request_id] += 1
+                continue
+            assert not self.ended[event.request_id]
+            assert event.index == len(self.said[event.request_id])
+            self.said[event.request_id].append(event.sample.token)
+            if event.finish:
+                self.ended[event.request_id] += 1
+                self.complete.add(event.request_id)
+                self.histories.append((*self.prompts[event.request_id].prompt, *self.said[event.request_id]))
+
+    def check(self) -> None:
+        self.stages.take(self.scheduler.next_frames(0.0))
+        used = zip(self.scheduler.reserved, self.scheduler.prefixes.used, self.plan.budget, strict=True)
+        assert all(reserved + kept <= budget for reserved, kept, budget in used)
+        assert max(self.scheduler.lane_sizes) <= self.plan.rows
+        prefills = [f for f in self.stages.frames if f.step and f.step.compute is Compute.PREFILL]
+        assert len(prefills) <= self.plan.window
+        assert all(len(f.step.tokens[0]) <= self.plan.chunk for f in prefills if f.step)
+
+    def finish(self) -> None:
+        for _ in range(200_000):
+            if not self.stages.frames:
+                break
+            self.turn()
+            self.check()
+        assert {name: self.ended[name] for name in self.prompts} == dict.fromkeys(self.prompts, 1)
+        assert not self.scheduler.sequences
+        assert not self.scheduler.in_flight
+        assert self.stages.fed == {}
+        assert len(self.stages.prefixes) == len(self.scheduler.prefixes)
+        for name in self.complete:
+            assert self.said[name] == continuation(self.prompts[name].prompt, len(self.said[name]))
+            assert len(self.said[name]) == self.prompts[name].max_tokens
 
 
-@given(events, st.integers(1, 4), st.integers(1, 5), st.integers(1, 7))
-def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
-    history: list[tuple[str, int, int]], lanes: int, window: int, chunk: int
-) -> None:
-    scheduler, ring = Scheduler(1, lanes, window, frozenset({EOS}), chunk, queue=4), Ring()
-    ended: dict[str, int] = defaultdict(int)
-    produced: dict[str, int] = defaultdict(int)
-    accepted: list[str] = []
+def simulate(seed: int, requests: int, trimmable: bool) -> World:
+    world = World(random.Random(seed), trimmable)
+    while len(world.prompts) < requests:
+        kind = world.rng.random()
+        if kind < 0.25:
+            world.submit()
+        elif kind < 0.28:
+            world.cancel()
+        else:
+            world.turn(fail=kind > 0.995)
+        world.check()
+    world.finish()
+    return world
 
-    def returned(token: int, failure: Failure | None = None) -> None:
-        event = scheduler.returned(ring.give(token, failure)).event
-        if isinstance(event, Failed):
-            ended[event.request_id] += 1
-        elif event:
-            assert event.index == produced[event.request_id]
-            assert not ended[event.request_id]
-            produced[event.request_id] += event.counts
-            ended[event.request_id] += event.finish is not None
 
-    for kind, number, tokens in history:
-        if kind == "submit":
-            name = f"r{len(accepted)}"
-            try:
-                scheduler.submit(request(name, number, tokens))
-                accepted.append(name)
-            except Busy:
-                assert len(scheduler.sequences) >= lanes + 4
-        elif kind == "end" and number < len(accepted):
-            try:
-                scheduler.end(accepted[number])
-                ended[accepted[number]] += 1
-            except RequestNotFound:
-                assert ended[accepted[number]] == 1
-        elif ring.frames and kind in ("return", "fail"):
-            returned(number, Failure(0, "STAGE_FAILED", "") if kind == "fail" else None)
-        ring.take(scheduler.next_frames(0.0))
-        assert sum(1 for f in ring.frames if f.step and f.step.compute is Compute.PREFILL) <= window
-        live = [s for s in scheduler.sequences if s.phase is not Phase.QUEUED]
-        assert len({s.lane for s in live}) == len(live) <= lanes
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.booleans())
+def test_whatever_happens_each_request_ends_once_and_nothing_is_left(seed: int, trimmable: bool) -> None:
+    simulate(seed, 60, trimmable)
 
-    for _ in range(5000):
-        if not ring.frames:
-            break
-        returned(7)
-        ring.take(scheduler.next_frames(0.0))
-    assert {name: ended[name] for name in accepted} == dict.fromkeys(accepted, 1)
-    assert not scheduler.sequences
-    assert not scheduler.in_flight
-    assert ring.fed == {}
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("trimmable", [True, False])
+def test_ten_thousand_requests(rng: random.Random, trimmable: bool) -> None:
+    world = simulate(rng.randrange(2**32), 10_000, trimmable)
+    assert len(world.complete) > 2_000
+
+
+def test_edits_of_a_keep_come_before_the_leave() -> None:
+    scheduler, stages = Scheduler(1, capacity(prefixes=500), frozenset()), Stages()
+    scheduler.submit(request("a", prompt=12, max_tokens=1))
+    stages.take(scheduler.next_frames(0.0))
+    while len(stages.frames) > 1:
+        scheduler.returned(stages.give())
+    scheduler.returned(stages.give())
+    (frame,) = scheduler.next_frames(0.0)
+    assert [type(e) for e in frame.edits] == [Save, Leave]
+    stages.take([frame])
+    scheduler.submit(request("b", prompt=11, max_tokens=1))
+    assert [type(e) for e in scheduler.next_frames(0.0)[0].edits] == [Join, Restore, Trim]

@@ -1,0 +1,134 @@
+"""What lanes, overlapping prefill and kept prefixes are worth, beside mlx-lm in one process on one core.
+
+Two stages, one core each, a random llama heavy enough that compute and not messages takes the time. Each round runs
+every measurement in turn; figures are medians, the ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from statistics import quantiles
+
+from figures import Figure, options, print_figures
+from loopback import make_llama, start_cluster
+from single_process import SingleProcess
+
+from cluster.client import AsyncClient, Client
+
+USERS = 8
+PROMPT = 16
+STREAMS = 4
+LONG, LONGER = 2048, 4096
+HISTORY = 1000
+MAX_STEP_MS = 12.0
+
+
+def prompt(user: int, length: int) -> list[int]:
+    return [(i * 31 + user * 7) % 250 for i in range(length)]
+
+
+async def _stream(client: AsyncClient, ids: list[int], tokens: int) -> list[float]:
+    """When each token of an answer arrived."""
+    arrivals = []
+    async with client.stream(ids, max_tokens=tokens, ignore_eos=True) as stream:
+        async for _ in stream:
+            arrivals.append(time.perf_counter())
+    return arrivals
+
+
+def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
+    """Tokens a second of all users together, from when the last of them has its first token."""
+
+    async def ask() -> list[list[float]]:
+        async with AsyncClient(address, timeout_s=300) as client:
+            return await asyncio.gather(*(_stream(client, prompt(u + salt, PROMPT), tokens) for u in range(users)))
+
+    answers = asyncio.run(ask())
+    began, ended = max(a[0] for a in answers), max(a[-1] for a in answers)
+    return sum(t > began for a in answers for t in a) / (ended - began)
+
+
+def first_token_s(client: Client, length: int, salt: int) -> float:
+    began = time.perf_counter()
+    client.generate([salt % 250, *prompt(salt, length - 1)], max_tokens=1, ignore_eos=True)
+    return time.perf_counter() - began
+
+
+def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
+    """The p99 time between tokens of four streams, in milliseconds, with or without a long prompt in the middle."""
+
+    async def ask() -> list[list[float]]:
+        async with AsyncClient(address, timeout_s=300) as client:
+            streams = [asyncio.create_task(_stream(client, prompt(u + salt, PROMPT), tokens)) for u in range(STREAMS)]
+            if disturb:
+                await asyncio.sleep(0.5)
+                intruder = [salt % 250, *prompt(salt, LONGER - 1)]
+                await client.generate(intruder, max_tokens=1, ignore_eos=True)
+            return await asyncio.gather(*streams)
+
+    gaps = [b - a for answer in asyncio.run(ask()) for a, b in pairwise(answer)]
+    return quantiles(gaps, n=100)[98] * 1e3
+
+
+def cached_share(client: Client, salt: int) -> float:
+    """How much of a chat's second turn comes from the cache; the tokens must be those of a fresh start."""
+    history = [salt % 250, *prompt(salt, HISTORY - 1)]
+    said = client.generate(history, max_tokens=20, ignore_eos=True).tokens
+    turn = [*history, *said, 3, 1, 4, 1, 5, 9]
+    second = client.generate(turn, max_tokens=8, ignore_eos=True)
+    return second.usage.cached_tokens / second.usage.prompt_tokens
+
+
+def measure(client: Client, single: SingleProcess, model: Path, rounds: int, tokens: int) -> list[Figure]:
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for salt in range(1000, 1000 + 50 * rounds, 50):
+        client.load(str(model), workers=2, lanes=1, max_step_ms=MAX_STEP_MS).wait()
+        note("clump", batch_rate(client.address, USERS, tokens, salt))
+        client.load(str(model), workers=2, max_step_ms=MAX_STEP_MS).wait()
+        note("lanes", batch_rate(client.address, USERS, tokens, salt))
+        note("single", USERS * tokens / single.batch(USERS, PROMPT, tokens))
+        note("prefill", first_token_s(client, LONG, salt + 1))
+        note("single_prefill", single.prefill(LONG))
+        note("undisturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 2, disturb=False))
+        note("disturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 3, disturb=True))
+        note("cached_share", cached_share(client, salt + 4))
+    units = {"prefill": "s", "single_prefill": "s", "undisturbed_p99": "ms", "disturbed_p99": "ms", "cached_share": ""}
+    return [Figure(name, units.get(name, "tokens/s"), values) for name, values in found.items()]
+
+
+def main() -> int:
+    parser = options(str(__doc__))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=40)
+    asked = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
+        model = make_llama(folder / "model", hidden=256, intermediate=512, layers=8, heads=4, context=8192)
+        client = start_cluster(stack, model, pinned=True)
+        single = SingleProcess(model)
+        stack.callback(single.close)
+        figures = measure(client, single, model, asked.rounds, asked.tokens)
+    m = {f.name: f.median for f in figures}
+    ratios = {
+        "lanes_over_single": m["lanes"] / m["single"],
+        "lanes_over_clump": m["lanes"] / m["clump"],
+        "prefill_over_single": m["prefill"] / m["single_prefill"],
+        "itl_p99_over_undisturbed": m["disturbed_p99"] / m["undisturbed_p99"],
+        "cached_share": m["cached_share"],
+    }
+    print_figures("medians", [f for f in figures if f.name != "cached_share"], ratios, asked.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

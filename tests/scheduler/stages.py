@@ -1,0 +1,107 @@
+"""Stages as the scheduler sees them: they obey every edit, remember what each sequence was fed, and check the rules."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from cluster.frames import Compute, Drop, Edit, Failure, Frame, Join, Leave, Restore, Sample, Save, Trim
+from cluster.scheduler.capacity import Capacity
+from cluster.types import StageTiming
+
+EOS = 0
+
+
+def capacity(
+    lanes: int = 1,
+    rows: int = 4,
+    window: int = 9,
+    budget: int = 10_000,
+    prefixes: int = 0,
+    chunk: int = 4,
+    queue: int = 100,
+    trimmable: bool = True,
+    max_step_ms: float | None = None,
+) -> Capacity:
+    """Two stages; a token takes 1 byte on the first and 2 on the second."""
+    return Capacity(
+        lanes=lanes,
+        rows=rows,
+        window=window,
+        budget=(budget, 2 * budget),
+        prefix_budget=(prefixes, 2 * prefixes),
+        cost_of=lambda tokens: (tokens, 2 * tokens),
+        trimmable=trimmable,
+        chunk=chunk,
+        queue=queue,
+        max_step_ms=max_step_ms,
+    )
+
+
+class Stages:
+    """A ring of them. The token after a history depends on all of it, so that a wrong cache gives a wrong token."""
+
+    def __init__(self, trimmable: bool = True) -> None:
+        self.frames: deque[Frame] = deque()
+        self.fed: dict[int, tuple[int, ...]] = {}
+        self.prefixes: dict[int, tuple[int, ...]] = {}
+        self._trimmable = trimmable
+        self._numbers = 0
+
+    def take(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            assert frame.number == self._numbers
+            self._numbers += 1
+            self.frames.append(frame)
+
+    def give(self, failure: Failure | None = None) -> Frame:
+        """The oldest frame's reply."""
+        frame = self.frames.popleft()
+        for edit in frame.edits:
+            self._apply(edit)
+        samples = []
+        for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
+            self.fed[sequence] += tokens
+            if frame.step and frame.step.compute is Compute.DECODE:
+                samples.append(Sample(sequence, len(self.fed[sequence]), next_token(self.fed[sequence])))
+        timings = (StageTiming(0, 0, 1000, 0), StageTiming(1, 0, 1000, 0))
+        said = () if failure else tuple(samples)
+        return Frame(
+            frame.epoch,
+            frame.lane,
+            frame.number,
+            samples=said,
+            timings=timings,
+            error=failure,
+        )
+
+    def _apply(self, edit: Edit) -> None:
+        match edit:
+            case Join():
+                assert edit.sequence not in self.fed
+                self.fed[edit.sequence] = ()
+            case Leave():
+                del self.fed[edit.sequence]
+            case Trim():
+                assert self._trimmable
+                assert edit.length <= len(self.fed[edit.sequence])
+                self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
+            case Save():
+                self.prefixes[edit.prefix] = self.fed[edit.sequence]
+            case Restore():
+                assert self.fed[edit.sequence] == ()
+                self.fed[edit.sequence] = self.prefixes[edit.prefix]
+            case Drop():
+                del self.prefixes[edit.prefix]
+
+
+def next_token(history: tuple[int, ...]) -> int:
+    """1 to 50, by the whole history."""
+    return hash(history) % 50 + 1
+
+
+def continuation(prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """What has to be said after a prompt."""
+    history = prompt
+    for _ in range(tokens):
+        history += (next_token(history),)
+    return list(history[len(prompt) :])
