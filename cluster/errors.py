@@ -115,6 +115,12 @@ class WorkerLost(MacpipeError):
     reason, grpc_status, http_status = "WORKER_LOST", "UNAVAILABLE", 503
 
 
+class WorkerTaken(MacpipeError):
+    """A worker serves another coordinator."""
+
+    reason, grpc_status, http_status = "WORKER_TAKEN", "FAILED_PRECONDITION", 503
+
+
 class StageFailed(MacpipeError):
     """A stage answered that it could not do a step."""
 

@@ -67,7 +67,13 @@ FRAME_TIMEOUT_S: Final = 120.0
 """A frame that no stage answered for this long means a lost stage, until deadlines come from predicted times."""
 CANARY_TIMEOUT_S: Final = 120.0
 """The first token compiles kernels (42 s on one CUDA machine)."""
-STOP_GRACE_S: Final = 2.0
+HEARTBEAT_S: Final = 2.0
+"""How often a coordinator tells its workers that it is there."""
+HOLD_S: Final = 3 * HEARTBEAT_S
+"""A worker whose coordinator has not been heard for this long may be taken by another."""
+REPORT_TIMEOUT_S: Final = 2.0
+"""An engine reports at once, also while it computes. Below DESCRIBE_TIMEOUT_S, so that its daemon can say so."""
+STOP_GRACE_S: Final = 1.5
 """What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
 ENGINE_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -95,5 +101,9 @@ DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0
 """Without --workers, `serve` goes ahead once nobody new was announced for this long."""
+LAST_WORDS_S: Final = 0.5
+"""What calls get, once their requests have ended, to tell their clients so."""
+MIN_CONTEXT: Final = 8
+"""Below this not even the canary fits."""
 FAREWELL_S: Final = 2.0
 """What workers get to free their slices when a coordinator stops."""

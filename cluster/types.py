@@ -272,6 +272,8 @@ class WorkerFacts:
     model: str = ""
     memory_used: int = 0
     sequences: int = 0
+    holder: str = ""
+    """The coordinator whose stage it holds, by id; empty for nobody's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeAlias
 
 import grpc
 
 from cluster.api import replies
 from cluster.coordinator.coordinator import Coordinator
-from cluster.coordinator.report import Silent
 from cluster.coordinator.settings import LoadOrder
 from cluster.errors import InvalidRequest, MacpipeError
 from cluster.layers import parse_layers
 from cluster.limits import MAX_STEP_MS
 from cluster.transport.status import abort
-from cluster.types import LoadProgress, Route
+from cluster.types import LoadProgress, Plan, Route, WorkerFacts
 from cluster.v1 import cluster_pb2 as pb
 from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer
 
@@ -63,11 +62,15 @@ class Cluster(ClusterServiceServicer):
         return pb.UnloadModelResponse()
 
 
-class _Queued(Silent):
+class _Queued:
     """A report whose progress a client reads; bounded by the number of progress steps of one load."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
+
+    def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
 
     def progress(self, progress: LoadProgress) -> None:
         self.queue.put_nowait(progress)

@@ -52,7 +52,7 @@ class Inference(InferenceServiceServicer):
             await abort(context, e)
 
     async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
-        answer = self._coordinator.submit(request)
+        answer = self._coordinator.submit(request, checkpoint)
         finished = False
         try:
             async for event in answer.events():

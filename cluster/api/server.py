@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import signal
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -15,10 +14,10 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  #
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
+from cluster.address import format_address
 from cluster.api.cluster import Cluster
 from cluster.api.inference import Inference
 from cluster.coordinator.coordinator import Coordinator
-from cluster.coordinator.load import leaf
 from cluster.coordinator.report import Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -26,13 +25,13 @@ from cluster.coordinator.snapshot import ServingState
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merged, static
 from cluster.errors import MacpipeError
+from cluster.lifetime import first_error, stop_on_signal
+from cluster.limits import LAST_WORDS_S
 from cluster.transport.options import CONTROL_OPTIONS, bind
 from cluster.transport.rings import GrpcDialer
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-
-log = logging.getLogger(__name__)
 
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -45,51 +44,35 @@ def run(settings: ServeSettings, report: Report) -> int:
     try:
         anyio.run(_run, settings, report)
     except* MacpipeError as group:
-        raise leaf(group) from None
+        raise first_error(group) from None
     return 0
 
 
 async def _run(settings: ServeSettings, report: Report) -> None:
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(anyio.create_task_group())
-        tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
-        source = await stack.enter_async_context(browse(settings.cluster))
-        peers = static(settings.peers)
-        coordinator = await stack.enter_async_context(
-            _coordinator(settings, Roster(merged(peers, source), settings.cluster))
-        )
+        tasks.start_soon(stop_on_signal, tasks.cancel_scope)
+        source = merged(static(settings.peers), await stack.enter_async_context(browse(settings.cluster)))
+        roster = Roster(source, settings.cluster, secrets.token_hex(8))
+        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report)
         checks = health.HealthServicer()
         port = await stack.enter_async_context(_public_port(settings, coordinator, checks))
         tasks.start_soon(_tell_health, coordinator, checks)
-        await coordinator.load(settings.order, report)
+        await coordinator.load(settings.order)
         plan = (await coordinator.snapshot()).plan
-        assert plan
-        report.serving(f"{settings.host}:{port}", plan)
+        if plan:
+            report.serving(format_address(settings.host, port), plan)
         await anyio.sleep_forever()
-
-
-async def _stop_on_signal(scope: anyio.CancelScope) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            scope.cancel()
-
-
-@asynccontextmanager
-async def _coordinator(settings: ServeSettings, roster: Roster) -> AsyncIterator[Coordinator]:
-    coordinator = Coordinator(settings.cluster, roster, GrpcDialer())
-    try:
-        yield coordinator
-    finally:
-        with anyio.CancelScope(shield=True):
-            await coordinator.close()
 
 
 @asynccontextmanager
 async def _public_port(
     settings: ServeSettings, coordinator: Coordinator, checks: health.HealthServicer
 ) -> AsyncIterator[int]:
-    """The public port, which answers status and health while the model still loads."""
+    """The public port, which answers status and health while the model still loads.
+
+    At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
+    """
     server = grpc.aio.server(options=CONTROL_OPTIONS)
     add_InferenceServiceServicer_to_server(Inference(coordinator), server)
     add_ClusterServiceServicer_to_server(Cluster(coordinator), server)
@@ -101,7 +84,8 @@ async def _public_port(
         yield port
     finally:
         with anyio.CancelScope(shield=True):
-            await server.stop(grace=None)
+            await coordinator.close()
+            await server.stop(grace=LAST_WORDS_S)
 
 
 async def _tell_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:

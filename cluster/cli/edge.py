@@ -26,7 +26,8 @@ INTERRUPTED: Final = 130
 @contextmanager
 def process_edge() -> Iterator[None]:
     """Run a command line; whatever escapes from it ends the process with its sentence and its code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines say nothing that our sentences do not
+    for quiet in (("GRPC_VERBOSITY", "NONE"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(*quiet)  # their log lines say nothing that our sentences do not
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def answer_options(
-    max_tokens: Annotated[int | None, typer.Option(min=0, help="Longest answer, in tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")

@@ -33,7 +33,7 @@ def worker(
     from cluster.worker.settings import WorkerSettings
 
     settings = WorkerSettings(
-        name=name or short_host_name(),
+        name=short_host_name() if name is None else name,
         home=state_home(home),
         cluster=cluster,
         host=host,

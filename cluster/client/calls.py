@@ -26,6 +26,10 @@ def failures_told(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, address) from error
+    except ValueError as error:
+        if "channel closed" in str(error).lower() or "closed channel" in str(error).lower():
+            raise MacpipeError("this client is closed; make a new one") from error
+        raise
 
 
 def answer_timeout_s(options: Options, default: float | None) -> float | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-import anyio
-
+from cluster.errors import InvalidOption
+from cluster.limits import MIN_CONTEXT
 from cluster.model.checkpoint import resolve_model
 from cluster.model.device import close_thread
 from cluster.model.survey import survey
@@ -27,20 +27,26 @@ class Checkpoint:
         return self.tokenizer.vocab_size
 
 
-async def read_checkpoint(name: str, max_context: int | None) -> Checkpoint:
-    """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``."""
-    return await anyio.to_thread.run_sync(_read, name, max_context)
+class Reader:
+    """Reads checkpoints on one MLX thread of its own, for as long as the coordinator lives."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
+
+    async def read(self, name: str, max_context: int | None) -> Checkpoint:
+        """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``."""
+        return await asyncio.wrap_future(self._pool.submit(_read, name, max_context))
+
+    def close(self) -> None:
+        """Give the thread's MLX streams back, and end it."""
+        self._pool.submit(close_thread).result()
+        self._pool.shutdown()
 
 
 def _read(name: str, max_context: int | None) -> Checkpoint:
+    if max_context is not None and max_context < MIN_CONTEXT:
+        raise InvalidOption(
+            f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
+        )
     path = resolve_model(name)
-    return Checkpoint(_shape(path, name, max_context), load_tokenizer(path))
-
-
-def _shape(path: Path, name: str, max_context: int | None) -> ModelShape:
-    """Trace on a thread of its own, which gives its MLX streams back before it ends."""
-    with ThreadPoolExecutor(1, thread_name_prefix="survey") as pool:
-        try:
-            return pool.submit(survey, path, name, max_context).result()
-        finally:
-            pool.submit(close_thread).result()
+    return Checkpoint(survey(path, name, max_context), load_tokenizer(path))

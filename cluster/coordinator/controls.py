@@ -21,21 +21,22 @@ from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 class WorkerControl:
     """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer."""
 
-    def __init__(self, address: str, name: str = "") -> None:
-        self.address, self.name = address, name or address
+    def __init__(self, address: str, coordinator: str) -> None:
+        self.address, self.name, self._coordinator = address, address, coordinator
         self._channel = control_channel(address)
         self._stub = WorkerServiceStub(self._channel)
 
     async def describe(self, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerFacts, str]:
-        """What the worker says of itself, and its problem (empty: none)."""
+        """What the worker says of itself, and its problem (empty: none). Also this coordinator's heartbeat."""
         async with self._named():
-            answer = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+            request = pb.DescribeRequest(coordinator=self._coordinator)
+            answer = await self._stub.Describe(request, timeout=timeout_s)
         self.name = answer.name
         return _facts(answer, self.address), answer.problem
 
     async def load(self, spec: StageSpec) -> AsyncIterator[LoadProgress]:
         """Load a slice; its progress. Raises what the worker's engine raised."""
-        call = self._stub.LoadStage(_load_request(spec))
+        call = self._stub.LoadStage(_load_request(spec, self._coordinator))
         async with self._named():
             async for p in _bounded(call):
                 state = "ready" if p.ready else "reading"
@@ -63,11 +64,12 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as e:
-        error = from_rpc_error(e, address)
-        where = name if name == address else f"{name} ({address})"
-        if isinstance(error, Unreachable | DeadlineExceeded):
-            raise WorkerLost(f"worker {where} does not answer: {e.details() or e.code().name}", worker=name) from e
-        raise type(error)(f"worker {where}: {error.sentence}", worker=name) from e
+        error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
+        if isinstance(error, DeadlineExceeded):
+            raise WorkerLost(f"worker {name} at {address} does not answer", worker=name) from e
+        if isinstance(error, Unreachable):
+            raise WorkerLost(error.sentence, worker=name) from e
+        raise type(error)(f"worker {name}: {error.sentence}", worker=name) from e
 
 
 async def _bounded(
@@ -84,7 +86,7 @@ async def _bounded(
         yield message
 
 
-def _load_request(spec: StageSpec) -> pb.LoadStageRequest:
+def _load_request(spec: StageSpec, coordinator: str) -> pb.LoadStageRequest:
     return pb.LoadStageRequest(
         epoch=spec.epoch,
         index=spec.index,
@@ -95,6 +97,7 @@ def _load_request(spec: StageSpec) -> pb.LoadStageRequest:
         start_layer=spec.layers.start,
         end_layer=spec.layers.end,
         max_context=spec.max_context,
+        coordinator=coordinator,
     )
 
 
@@ -118,4 +121,5 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         model=a.model,
         memory_used=a.memory_used,
         sequences=a.sequences,
+        holder=a.holder,
     )

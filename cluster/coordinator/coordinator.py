@@ -6,17 +6,16 @@ It holds the state machine idle -> loading -> serving -> failed and hands each s
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 
 import anyio
 
 from cluster.coordinator.answer import Answer
-from cluster.coordinator.checkpoint import Checkpoint, read_checkpoint
-from cluster.coordinator.diagnosis import diagnose
-from cluster.coordinator.epoch import Epoch, Opening
+from cluster.coordinator.checkpoint import Checkpoint, Reader
+from cluster.coordinator.epoch import Epoch, Opening, new_epoch
+from cluster.coordinator.layout import lay_out
 from cluster.coordinator.loop import LoopView, Totals
-from cluster.coordinator.report import Report
+from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import ServingState, Snapshot
@@ -25,22 +24,18 @@ from cluster.limits import CONTROL_TIMEOUT_S
 from cluster.transport.streams import Dialer
 from cluster.types import Request
 
-log = logging.getLogger(__name__)
-
 
 class Coordinator:
-    """Lives on one event loop; its methods are called there."""
+    """Lives on one event loop; its methods are called there. ``report`` is told of everything, whoever asked for it."""
 
-    def __init__(self, cluster: str, roster: Roster, dialer: Dialer) -> None:
-        self._cluster, self._roster, self._dialer = cluster, roster, dialer
+    def __init__(self, cluster: str, roster: Roster, dialer: Dialer, report: Report) -> None:
+        self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._started = time.monotonic()
         self._totals = Totals()
+        self._reader = Reader()
         self._loading = asyncio.Lock()
-        self._loop = asyncio.get_running_loop()
         self._epoch: Epoch | None = None
-        self._problem: MacpipeError | None = None
-        self._report: Report | None = None
-        self._inquest: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
 
@@ -52,29 +47,49 @@ class Coordinator:
             return ServingState.FAILED
         return ServingState.SERVING if self._epoch else ServingState.IDLE
 
+    @property
+    def _problem(self) -> MacpipeError | None:
+        return self._epoch.inquest.error if self._epoch else None
+
     # Loading
 
-    async def load(self, order: LoadOrder, report: Report) -> None:
-        """Serve a model instead of what is being served. Raises ``MacpipeError``; then nothing is served."""
+    async def load(self, order: LoadOrder, follower: LoadReport | None = None) -> None:
+        """Serve a model instead of what is being served.
+
+        Raises ``MacpipeError``. What is being served stays until there are workers and a plan for the new model; where
+        that then cannot be loaded, nothing is served.
+        """
         if self._loading.locked():
             raise NotServing("another model is being loaded; wait for it to end")
+        report = Both(self._report, follower) if follower else self._report
         async with self._loading:
             self.changed.set()
             try:
-                self._epoch = await self._open(order, report)
+                await self._replace(order, report)
             finally:
                 self.changed.set()
-        self._report = report
 
-    async def _open(self, order: LoadOrder, report: Report) -> Epoch:
-        checkpoint = await read_checkpoint(order.model, order.max_context)
-        await self._close(NotServing("another model is being loaded"))
+    async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
+        checkpoint = await self._reader.read(order.model, order.max_context)
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         workers = await self._roster.gather(wanted, order.wait_s, report)
-        controls = [self._roster.control(w.control_address) for w in workers]
+        plan = lay_out(new_epoch(), checkpoint.shape, workers, order)
+        report.planned(plan)
+        await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
-        opening = Opening(self._dialer, report.planned, report.progress, self._broken, self._totals)
-        return await opening.open(checkpoint, workers, controls, order)
+        controls = [self._roster.control(w.control_address) for w in workers]
+        opening = Opening(self._dialer, report.progress, order.max_step_ms)
+        self._adopt(await opening.open(plan, checkpoint, workers, controls))
+
+    def _adopt(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self._heartbeat = asyncio.create_task(epoch.keep())
+        epoch.loop.count_into(self._totals)
+        epoch.inquest.tell(self._note_failure)
+
+    def _note_failure(self, error: MacpipeError) -> None:
+        self.changed.set()
+        self._report.problem(f"{error.sentence}; load the model again when the worker is back")
 
     async def unload(self) -> None:
         """End live requests and free the workers' memory; nothing happens where nothing is loaded."""
@@ -85,7 +100,9 @@ class Coordinator:
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:
-        epoch, self._epoch, self._problem = self._epoch, None, None
+        epoch, self._epoch = self._epoch, None
+        if self._heartbeat:
+            self._heartbeat.cancel()
         if epoch:
             await epoch.close(error)
         self._roster.pin(())
@@ -94,26 +111,7 @@ class Coordinator:
         """Stop: live requests end, workers are told."""
         await self._close(NotServing("the coordinator is stopping"))
         await self._roster.close()
-
-    def _broken(self, cause: MacpipeError) -> None:
-        """The ring is lost; called on the engine loop's thread."""
-        self._loop.call_soon_threadsafe(self._begin_inquest, cause)
-
-    def _begin_inquest(self, cause: MacpipeError) -> None:
-        self._inquest = asyncio.create_task(self._hold_inquest(cause, self._epoch))
-
-    async def _hold_inquest(self, cause: MacpipeError, epoch: Epoch | None) -> None:
-        """Find out who is gone, then end what was live with that."""
-        if epoch is None:
-            return  # it broke while it was being opened: the canary says so
-        error = await diagnose(cause, epoch.plan.stages, epoch.controls)
-        epoch.loop.fail(error)
-        log.info("%s (seen as: %s)", error.sentence, cause.sentence)
-        if epoch is self._epoch:
-            self._problem = error
-            self.changed.set()
-            if self._report:
-                self._report.problem(f"{error.sentence}; load the model again when the worker is back")
+        await anyio.to_thread.run_sync(self._reader.close)
 
     # Serving
 
@@ -125,27 +123,32 @@ class Coordinator:
         return epoch.checkpoint
 
     def _serving(self) -> Epoch:
-        if self._loading.locked():
-            raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         if self._problem:
             worker = self._problem.details.get("worker", "")
             raise MacpipeError.of(WorkerLost.reason, f"the model is not served: {self._problem.sentence}", worker)
-        if self._epoch is None:
-            raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
-        return self._epoch
+        if self._epoch:
+            return self._epoch
+        if self._loading.locked():
+            raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
+        raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
-    def submit(self, request: Request) -> Answer:
-        """Take a request; its answer begins with ``Accepted`` or is an error. Raises ``NotServing``."""
-        loop = self._serving().loop
-        answer = Answer(lambda: loop.end(request.id, Aborted("the client went away")))
-        loop.submit(request, answer)
+    def submit(self, request: Request, checkpoint: Checkpoint) -> Answer:
+        """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.
+
+        Raises ``NotServing``, also where another model has been loaded since.
+        """
+        epoch = self._serving()
+        if epoch.checkpoint is not checkpoint:
+            raise NotServing("another model was loaded while the prompt was read; send it again")
+        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")))
+        epoch.loop.submit(request, answer)
         return answer
 
     async def abort(self, request_id: str) -> None:
         """End a request wherever it is. Raises ``RequestNotFound``."""
         error = Aborted(f"the request {request_id} was aborted")
-        ended = asyncio.wrap_future(self._serving().loop.end(request_id, error))
-        if not await asyncio.wait_for(ended, CONTROL_TIMEOUT_S):
+        ended = self._serving().loop.end(request_id, error)
+        if not await asyncio.wrap_future(ended):
             raise RequestNotFound(f"no live request has the id {request_id}")
 
     # Looking
@@ -153,11 +156,11 @@ class Coordinator:
     async def snapshot(self) -> Snapshot:
         """Everything, asked afresh."""
         members, loop = await self._roster.refresh(), await self._view()
-        epoch = self._epoch
+        epoch, problem = self._epoch, self._problem
         return Snapshot(
             cluster=self._cluster,
             state=self.state,
-            problem=self._problem.sentence if self._problem else "",
+            problem=problem.sentence if problem else "",
             plan=epoch.plan if epoch else None,
             ring=epoch.ring_stages if epoch else (),
             members=members,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -10,6 +12,53 @@ from cluster.coordinator.controls import WorkerControl
 from cluster.errors import MacpipeError, WorkerLost
 from cluster.limits import DESCRIBE_TIMEOUT_S
 from cluster.types import PlannedStage
+
+log = logging.getLogger(__name__)
+
+Told = Callable[[MacpipeError], None]
+
+
+class Inquest:
+    """Waits for one epoch's ring to break, finds out who is gone, and tells everybody whom it concerns, once.
+
+    ``error`` is what was found; None while nothing broke. Made on the event loop; ``begin`` may be called anywhere.
+    """
+
+    def __init__(self, stages: Sequence[PlannedStage], controls: Sequence[WorkerControl]) -> None:
+        self._stages, self._controls = stages, controls
+        self._loop = asyncio.get_running_loop()
+        self._told: list[Told] = []
+        self._task: asyncio.Task[None] | None = None
+        self.error: MacpipeError | None = None
+
+    def tell(self, told: Told) -> None:
+        """Call ``told`` with what is found; at once, where that has been already."""
+        self._told.append(told)
+        if self.error:
+            told(self.error)
+
+    def begin(self, cause: MacpipeError) -> None:
+        """The ring is lost."""
+        self._loop.call_soon_threadsafe(self._begin, cause)
+
+    async def ended(self) -> None:
+        """Return once everybody has been told; at once where nothing broke."""
+        if self._task:
+            await self._task
+
+    def _begin(self, cause: MacpipeError) -> None:
+        if self._task is None:
+            self._task = self._loop.create_task(self._hold(cause))
+
+    async def _hold(self, cause: MacpipeError) -> None:
+        error = cause
+        try:
+            error = await diagnose(cause, self._stages, self._controls)
+        finally:  # whatever the looking does, requests wait for this
+            log.info("%s (seen as: %s)", error.sentence, cause.sentence)
+            self.error = error
+            for told in self._told:
+                told(error)
 
 
 async def diagnose(
@@ -35,5 +84,7 @@ async def _examine(stage: PlannedStage, control: WorkerControl, found: dict[str,
         return
     if problem:
         found[stage.worker] = f"worker {stage.worker}: {problem}"
+    elif not facts.epoch:
+        found[stage.worker] = f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"
     elif facts.epoch != stage.spec.epoch:
-        found[stage.worker] = f"worker {stage.worker} no longer holds layers {stage.layers}; its engine was restarted"
+        found[stage.worker] = f"worker {stage.worker} was taken over: another coordinator loaded {facts.model} there"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -12,34 +13,50 @@ import anyio
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.layout import capacity, lay_out
+from cluster.coordinator.diagnosis import Inquest, diagnose
+from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress, link_stages, load_slices
-from cluster.coordinator.loop import EngineLoop, Totals
+from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
-from cluster.coordinator.settings import LoadOrder
 from cluster.errors import MacpipeError, NotServing, WorkerLost
-from cluster.limits import CANARY_TIMEOUT_S, FAREWELL_S
+from cluster.limits import CANARY_TIMEOUT_S, DESCRIBE_TIMEOUT_S, FAREWELL_S, HEARTBEAT_S
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
 from cluster.types import FinishEvent, LoadProgress, Plan, Request, SamplingParams, WorkerFacts
 
-Broken = Callable[[MacpipeError], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A model that is loaded and has passed its canary."""
+    """A model that is loaded and has passed its canary. ``inquest`` knows whether its ring has broken since."""
 
     plan: Plan
     checkpoint: Checkpoint
     ring_stages: tuple[RingStage, ...]
     loop: EngineLoop
     controls: tuple[WorkerControl, ...]
+    inquest: Inquest
+
+    async def keep(self) -> None:
+        """Let the workers hear that this coordinator is there, until cancelled."""
+        while True:
+            async with anyio.create_task_group() as tasks:
+                for control in self.controls:
+                    tasks.start_soon(_beat, control)
+                tasks.start_soon(anyio.sleep, HEARTBEAT_S)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
         await anyio.to_thread.run_sync(self.loop.stop, error)
         await farewell(self.plan.epoch, self.controls)
+
+
+async def _beat(control: WorkerControl) -> None:
+    try:
+        await control.describe(DESCRIBE_TIMEOUT_S)
+    except MacpipeError as e:
+        log.info("no heartbeat: %s", e.sentence)
 
 
 async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
@@ -64,65 +81,63 @@ def new_epoch() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How to open an epoch. ``planned`` and ``progress`` are told on the event loop; ``broken`` on another thread."""
+    """How to open an epoch; ``progress`` is told on the event loop."""
 
     dialer: Dialer
-    planned: Callable[[Plan], None]
     progress: Progress
-    broken: Broken
-    totals: Totals
+    max_step_ms: float
 
     async def open(
-        self,
-        checkpoint: Checkpoint,
-        workers: Sequence[WorkerFacts],
-        controls: Sequence[WorkerControl],
-        order: LoadOrder,
+        self, plan: Plan, checkpoint: Checkpoint, workers: Sequence[WorkerFacts], controls: Sequence[WorkerControl]
     ) -> Epoch:
-        """Plan, load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
-        plan = lay_out(new_epoch(), checkpoint.shape, workers, order)
-        self.planned(plan)
+        """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
         try:
             await load_slices(plan, controls, self.progress)
             ring_stages = await link_stages(plan, workers, controls)
-            loop = await self._start(plan, checkpoint, ring_stages, order.max_step_ms)
+            epoch = await self._start(plan, checkpoint, ring_stages, controls)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
             raise
         for stage in plan.stages:
             self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, "ready"))
-        return Epoch(plan, checkpoint, ring_stages, loop, tuple(controls))
+        return epoch
 
     async def _start(
-        self, plan: Plan, checkpoint: Checkpoint, ring_stages: Sequence[RingStage], max_step_ms: float
-    ) -> EngineLoop:
-        tokenizer = checkpoint.tokenizer
-        scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, max_step_ms), tokenizer.eos)
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, self.broken)
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        ring_stages: tuple[RingStage, ...],
+        controls: Sequence[WorkerControl],
+    ) -> Epoch:
+        tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
+        scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin)
+        inquest.tell(loop.fail)
 
         def connect() -> Ring:
             return Ring(self.dialer, plan.epoch, ring_stages, loop.received, loop.lost)
 
         loop.start(await anyio.to_thread.run_sync(connect))
+        epoch = Epoch(plan, checkpoint, ring_stages, loop, tuple(controls), inquest)
         try:
-            await canary(plan, checkpoint, loop)
-            loop.count_into(self.totals)
+            await canary(epoch)
         except BaseException:
             await anyio.to_thread.run_sync(loop.stop, NotServing("the canary token failed"))
             raise
-        return loop
+        return epoch
 
 
-async def canary(plan: Plan, checkpoint: Checkpoint, loop: EngineLoop) -> None:
-    """Send one token through every stage. Raises ``WorkerLost`` where it does not come back."""
-    ids = checkpoint.tokenizer.encode("Hello") or (0,)
+async def canary(epoch: Epoch) -> None:
+    """Send one token through every stage. Raises ``WorkerLost``, naming who is gone, where it does not come back."""
+    ids = (epoch.checkpoint.tokenizer.encode("Hello") or (0,))[:2]
     answer = Answer()
-    loop.submit(Request(f"canary-{plan.epoch}", ids, SamplingParams(), max_tokens=1), answer)
+    epoch.loop.submit(Request(f"canary-{epoch.plan.epoch}", ids, SamplingParams(), max_tokens=1), answer)
     try:
         async with asyncio.timeout(CANARY_TIMEOUT_S):
             async for event in answer.events():
                 if isinstance(event, FinishEvent):
                     return
     except TimeoutError:
-        raise WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s") from None
+        cause = WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s")
+        raise await diagnose(cause, epoch.plan.stages, epoch.controls) from None

@@ -10,6 +10,7 @@ import anyio
 from cluster.coordinator.controls import WorkerControl
 from cluster.coordinator.ring import RingStage
 from cluster.errors import LinkFailed, MacpipeError
+from cluster.lifetime import first_error
 from cluster.types import LoadProgress, Plan, PlannedStage, Route, WorkerFacts
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ async def load_slices(plan: Plan, controls: Sequence[WorkerControl], progress: P
             for stage, control in zip(plan.stages, controls, strict=True):
                 tasks.start_soon(_load, stage, control, progress)
     except* MacpipeError as group:
-        raise leaf(group) from None
+        raise first_error(group) from None
 
 
 async def _load(stage: PlannedStage, control: WorkerControl, progress: Progress) -> None:
@@ -55,9 +56,3 @@ async def _link(control: WorkerControl, epoch: int, before: str) -> Route:
             return Route.DIRECT
     await control.link(epoch, "")
     return Route.RELAY
-
-
-def leaf(group: BaseExceptionGroup[MacpipeError]) -> MacpipeError:
-    """The first of the errors that a task group collected."""
-    error = group.exceptions[0]
-    return leaf(error) if isinstance(error, BaseExceptionGroup) else error

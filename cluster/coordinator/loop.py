@@ -92,6 +92,7 @@ class EngineLoop:
         clock: Clock = time.monotonic,
     ) -> None:
         self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
+        # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._ring: Ring | None = None
@@ -250,7 +251,14 @@ class EngineLoop:
                 live.tally.frame(outcome, now)
         for event in outcome.events:
             if live := self._live.get(event.request_id):
-                self._tell(live, event, now)
+                self._tell_safely(live, event, now)
+
+    def _tell_safely(self, live: _Live, event: Produced | Failed, now: float) -> None:
+        try:
+            self._tell(live, event, now)
+        except Exception as e:  # a tokenizer may raise anything; that ends its own request and nobody else's
+            log.exception("request %s failed", live.request.id)
+            self._end(live.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
 
     def _tell(self, live: _Live, event: Produced | Failed, now: float) -> None:
         if isinstance(event, Produced):

@@ -1,4 +1,4 @@
-"""What a coordinator tells the person who started it, while it finds workers and loads."""
+"""What a coordinator tells people: whoever asked for a load follows it, whoever started it learns of everything."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol
 from cluster.types import LoadProgress, Plan, WorkerFacts
 
 
-class Report(Protocol):
-    """Called on the coordinator's event loop; must not block."""
+class LoadReport(Protocol):
+    """How a load goes. Called on the coordinator's event loop; must not block."""
 
     def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None:
         """Who is there so far; called whenever that changes."""
@@ -18,6 +18,10 @@ class Report(Protocol):
 
     def progress(self, progress: LoadProgress) -> None: ...
 
+
+class Report(LoadReport, Protocol):
+    """Everything that whoever started the coordinator should see."""
+
     def serving(self, address: str, plan: Plan) -> None:
         """A token has gone through every stage; requests are taken at ``address``."""
 
@@ -25,15 +29,20 @@ class Report(Protocol):
         """Something a person should know; serving goes on or is over, as the sentence says."""
 
 
-class Silent:
-    """A report to nobody, for loads that a client asked for and follows itself."""
+class Both:
+    """Two reports of one load."""
 
-    def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None: ...
+    def __init__(self, first: LoadReport, second: LoadReport) -> None:
+        self._reports = (first, second)
 
-    def planned(self, plan: Plan) -> None: ...
+    def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None:
+        for report in self._reports:
+            report.waiting(found, wanted)
 
-    def progress(self, progress: LoadProgress) -> None: ...
+    def planned(self, plan: Plan) -> None:
+        for report in self._reports:
+            report.planned(plan)
 
-    def serving(self, address: str, plan: Plan) -> None: ...
-
-    def problem(self, sentence: str) -> None: ...
+    def progress(self, progress: LoadProgress) -> None:
+        for report in self._reports:
+            report.progress(progress)

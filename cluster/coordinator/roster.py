@@ -16,7 +16,7 @@ import anyio
 
 from cluster import __version__
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.report import Report
+from cluster.coordinator.report import LoadReport
 from cluster.discovery.sighting import Source
 from cluster.errors import DuplicateName, MacpipeError, NoWorkers, VersionMismatch
 from cluster.limits import DESCRIBE_TIMEOUT_S, SETTLE_S
@@ -35,8 +35,9 @@ class Member:
 class Roster:
     """The workers of one cluster, found through ``source``."""
 
-    def __init__(self, source: Source, cluster: str) -> None:
-        self._source, self._cluster = source, cluster
+    def __init__(self, source: Source, cluster: str, coordinator: str) -> None:
+        self._source, self._cluster, self._coordinator = source, cluster, coordinator
+        self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerControl] = {}
         self._pinned: dict[str, WorkerFacts] = {}
         self.members: tuple[Member, ...] = ()
@@ -47,13 +48,18 @@ class Roster:
 
     async def refresh(self) -> tuple[Member, ...]:
         """Ask everybody who is announced, at once, to describe themselves; members by name."""
+        async with self._refreshing:  # another's view of who is announced must not close what this one talks to
+            return await self._refresh()
+
+    async def _refresh(self) -> tuple[Member, ...]:
         addresses = self._pinned.keys() | {s.address for s in self._source.current()}
         answers: dict[str, Member] = {}
         async with anyio.create_task_group() as tasks:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
         await self._forget(self._controls.keys() - addresses)
-        unique = {m.facts.id or m.facts.control_address: m for m in answers.values()}
+        by_worth = sorted(answers.values(), key=lambda m: m.reachable)
+        unique = {m.facts.id or m.facts.control_address: m for m in by_worth}
         self.members = tuple(sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id)))
         return self.members
 
@@ -75,15 +81,17 @@ class Roster:
             return _other_version(facts.name, "macpipe", facts.version, __version__)
         if theirs != ours:
             return _other_version(facts.name, "mlx-lm", theirs, ours)
+        if facts.holder and facts.holder != self._coordinator:
+            return f"{facts.name} serves {facts.model} for another coordinator"
         return ""
 
     def control(self, address: str) -> WorkerControl:
         """The control plane of the worker at an address."""
         if address not in self._controls:
-            self._controls[address] = WorkerControl(address)
+            self._controls[address] = WorkerControl(address, self._coordinator)
         return self._controls[address]
 
-    async def gather(self, wanted: int | None, wait_s: float, report: Report) -> tuple[WorkerFacts, ...]:
+    async def gather(self, wanted: int | None, wait_s: float, report: LoadReport) -> tuple[WorkerFacts, ...]:
         """Wait until ``wanted`` usable workers are there; with None, until one is and no more come for a moment.
 
         Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` at once.
@@ -91,11 +99,11 @@ class Roster:
         told: tuple[str, ...] | None = None
         with anyio.move_on_after(wait_s):
             while True:
-                usable = _usable(await self.refresh())
+                usable = _usable(await self.refresh(), wanted)[:wanted]
                 if told != (told := tuple(f.name for f in usable)):
                     report.waiting(usable, wanted)
                 if (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
-                    return usable[:wanted]
+                    return usable
                 await self._source.changed(SETTLE_S)
         raise self._nobody(wanted, wait_s)
 
@@ -123,14 +131,19 @@ class Roster:
         await self._forget(self._controls.keys())
 
 
-def _usable(members: Sequence[Member]) -> tuple[WorkerFacts, ...]:
-    """Members without a problem. Raises ``DuplicateName`` where two of them carry one name."""
-    usable = tuple(m.facts for m in members if not m.problem)
-    twice = [name for name, count in Counter(f.name for f in usable).items() if count > 1]
-    if twice:
-        where = " and ".join(f.control_address for f in usable if f.name == twice[0])
-        raise DuplicateName(f"two workers are named {twice[0]}, at {where}; start one of them with another --name")
-    return usable
+def _usable(members: Sequence[Member], wanted: int | None) -> tuple[WorkerFacts, ...]:
+    """Members without a problem, namesakes left out where ``wanted`` can be had without them.
+
+    Raises ``DuplicateName`` where it cannot.
+    """
+    fine = tuple(m.facts for m in members if not m.problem)
+    counts = Counter(f.name for f in fine)
+    single = tuple(f for f in fine if counts[f.name] == 1)
+    if len(single) == len(fine) or (wanted and len(single) >= wanted):
+        return single
+    name = next(name for name, count in counts.items() if count > 1)
+    where = " and ".join(f.control_address for f in fine if f.name == name)
+    raise DuplicateName(f"two workers are named {name}, at {where}; start one of them with another --name")
 
 
 def _other_version(name: str, what: str, theirs: str, ours: str) -> str:

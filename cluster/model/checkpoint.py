@@ -63,7 +63,7 @@ def resolve_model(name: str) -> Path:
     Raises ModelNotFound, with the command that would fetch it. Nothing is downloaded.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
     if name and Path(name).name == name and (BUNDLED / name).is_dir():
         return BUNDLED / name

@@ -31,9 +31,9 @@ def open_skeleton(path: Path) -> Module:
 
 
 def _opening_failed(path: Path, error: Exception) -> MacpipeError:
-    what = str(error) or type(error).__name__
+    what = next(iter(str(error).splitlines()), "") or type(error).__name__
     if isinstance(error, ValueError) and what.startswith("Model type "):
         return ModelUnsupported(f"mlx-lm does not know this architecture: {what}")
     if isinstance(error, KeyError) and error.args == ("model_type",):
         return BadCheckpoint("config.json does not say which model_type this is.", file="config.json")
-    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {what[:2000]}")
+    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {what[:500]}")

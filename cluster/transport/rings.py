@@ -79,7 +79,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
         outbox = self._outbox(context)
         if not outbox.take():
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "somebody else pulls this stage's frames")
-        context.add_callback(outbox.close)
+        if not context.add_callback(outbox.close):
+            return
         yield _ACCEPTED
         yield from outbox
         if outbox.overflowed:
@@ -110,6 +111,7 @@ class _Stream:
         self._closed = False
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
+        self._ended_early = False
         self._call = self._open(method, ((_EPOCH, str(epoch)),))
         threading.Thread(target=self._read, name=f"{method} {address}", daemon=True).start()
         self._await_acceptance()
@@ -122,13 +124,14 @@ class _Stream:
         return self._channel.unary_stream(method, None, None)(b"", metadata=metadata, wait_for_ready=True)
 
     def _await_acceptance(self) -> None:
-        accepted = self._accepted.wait(CONNECT_TIMEOUT_S)
-        if accepted and self._refusal is None:
+        answered = self._accepted.wait(CONNECT_TIMEOUT_S)
+        if answered and self._refusal is None and not self._ended_early:
             return
         self.close()
         if self._refusal is not None and self._refusal.code() == grpc.StatusCode.FAILED_PRECONDITION:
             raise StaleEpoch(f"{self._address} refused a stream: {self._refusal.details()}")
-        why = self._refusal.details() if self._refusal else f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
+        silence = "it ended at once" if answered else f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
+        why = self._refusal.details() if self._refusal else silence
         raise Unreachable(f"cannot open a data stream to {self._address}: {why}")
 
     def _read(self) -> None:
@@ -139,7 +142,8 @@ class _Stream:
                 self._received(message)
             self._end("the stream ended")
         except StopIteration:
-            self._end("the stream ended")
+            self._ended_early = True
+            self._accepted.set()
         except grpc.RpcError as e:
             self._refusal = e
             self._end(f"{e.code().name}: {e.details()}")

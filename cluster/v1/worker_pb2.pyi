@@ -24,12 +24,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    coordinator: _builtins.str
+    """A coordinator that holds a stage here says so with its id: that is its heartbeat."""
     def __init__(
         self,
+        *,
+        coordinator: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -56,6 +61,7 @@ class DescribeResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -76,6 +82,8 @@ class DescribeResponse(_message.Message):
     sequences: _builtins.int
     problem: _builtins.str
     """A sentence while the engine is down."""
+    holder: _builtins.str
+    """The coordinator whose heartbeat holds the stage; empty: nobody's does."""
     def __init__(
         self,
         *,
@@ -96,10 +104,11 @@ class DescribeResponse(_message.Message):
         model: _builtins.str = ...,
         sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
+        holder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "holder", b"holder", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,6 +127,7 @@ class LoadStageRequest(_message.Message):
     START_LAYER_FIELD_NUMBER: _builtins.int
     END_LAYER_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -127,6 +137,8 @@ class LoadStageRequest(_message.Message):
     start_layer: _builtins.int
     end_layer: _builtins.int
     max_context: _builtins.int
+    coordinator: _builtins.str
+    """Who asks. Refused while another's heartbeat holds a stage here."""
     def __init__(
         self,
         *,
@@ -139,10 +151,11 @@ class LoadStageRequest(_message.Message):
         start_layer: _builtins.int = ...,
         end_layer: _builtins.int = ...,
         max_context: _builtins.int = ...,
+        coordinator: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

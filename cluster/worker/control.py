@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -9,7 +11,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from cluster import __version__
-from cluster.errors import MacpipeError
+from cluster.errors import MacpipeError, WorkerTaken
+from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
 from cluster.transport.status import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
@@ -18,6 +21,7 @@ from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
 _NOTHING = Hello(0, "", "", "", "", 0, 0)
 
 
@@ -30,8 +34,11 @@ class Control(WorkerServiceServicer):
     supervisor: Supervisor
     loaded: pb.LoadStageRequest | None = None
     _loaded_by: Hello | None = field(default=None)
+    _heard: float = field(default=-math.inf)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        if request.coordinator and self.loaded and request.coordinator == self.loaded.coordinator:
+            self._heard = time.monotonic()
         hello = self.supervisor.hello or _NOTHING
         held = self._held() or pb.LoadStageRequest()
         report, problem = await self._report()
@@ -53,7 +60,13 @@ class Control(WorkerServiceServicer):
             model=held.model,
             sequences=report.sequences,
             problem=problem,
+            holder=self._holder(),
         )
+
+    def _holder(self) -> str:
+        """The coordinator whose heartbeat was heard of late, while its stage is held."""
+        held = self._held()
+        return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
 
     def _held(self) -> pb.LoadStageRequest | None:
         """What is loaded, unless the engine that loaded it is gone."""
@@ -61,20 +74,23 @@ class Control(WorkerServiceServicer):
 
     async def _report(self) -> tuple[Reported, str]:
         try:
-            answer = await self.supervisor.ask(Report)
+            answer = await self.supervisor.ask(Report, REPORT_TIMEOUT_S)
         except MacpipeError as e:
             return Reported(0, 0, 0), e.sentence
         assert isinstance(answer, Reported)
         return answer, ""
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
+        holder = self._holder()
+        if holder and holder != request.coordinator:
+            await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
         self.loaded = None
         try:
             async for p in self.supervisor.events(lambda call: _load(call, request)):
                 yield pb.LoadStageResponse(done_bytes=p.done_bytes, total_bytes=p.total_bytes)
         except MacpipeError as e:
             await abort(context, e)
-        self.loaded, self._loaded_by = request, self.supervisor.hello
+        self.loaded, self._loaded_by, self._heard = request, self.supervisor.hello, time.monotonic()
         yield pb.LoadStageResponse(ready=True)
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,13 @@ import anyio
 
 from cluster import __version__
 from cluster.errors import MacpipeError
+from cluster.lifetime import first_error, stop_on_signal
 from cluster.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    import grpc
+
+    from cluster.worker.control import Control
     from cluster.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -26,58 +29,48 @@ def run(settings: WorkerSettings) -> int:
     try:
         anyio.run(_run, settings)
     except* MacpipeError as group:
-        raise _first(group) from None
+        raise first_error(group) from None
     return 0
 
 
-def _first(group: BaseExceptionGroup[MacpipeError]) -> MacpipeError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
 async def _run(settings: WorkerSettings) -> None:
+    """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
+    import grpc
+
+    from cluster.transport.options import CONTROL_OPTIONS, bind
+    from cluster.worker.control import Control
     from cluster.worker.identity import identity
     from cluster.worker.supervisor import Supervisor
 
     with identity(settings.home, settings.name) as worker_id:
+        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        port = bind(server, settings.host, settings.port)
         supervisor = Supervisor(settings.host, settings.memory_limit)
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop_on_signal, tasks.cancel_scope)
             tasks.start_soon(supervisor.run)
-            tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
             await supervisor.wait_started()
-            await _answer(settings, worker_id, supervisor)
+            await _answer(settings, Control(worker_id, settings, supervisor), server, port)
 
 
-async def _stop_on_signal(scope: anyio.CancelScope) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            scope.cancel()
-
-
-async def _answer(settings: WorkerSettings, worker_id: str, supervisor: Supervisor) -> None:
-    """Open the control port, announce it, and wait to be cancelled."""
-    import grpc
-
+async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.Server, port: int) -> None:
+    """Answer on the control port, announce it, and wait to be cancelled."""
     from cluster.discovery.announce import announce
-    from cluster.transport.options import CONTROL_OPTIONS, bind
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
-    from cluster.worker.control import Control
 
-    server = grpc.aio.server(options=CONTROL_OPTIONS)
-    add_WorkerServiceServicer_to_server(Control(worker_id, settings, supervisor), server)
-    port = bind(server, settings.host, settings.port)
+    add_WorkerServiceServicer_to_server(control, server)
     await server.start()
+    said = announce(
+        id=control.id,
+        name=settings.name,
+        version=__version__,
+        cluster=settings.cluster,
+        host=settings.host,
+        port=port,
+    )
     try:
-        async with announce(
-            id=worker_id,
-            name=settings.name,
-            version=__version__,
-            cluster=settings.cluster,
-            host=settings.host,
-            port=port,
-        ):
-            _say_ready(settings, port, supervisor)
+        async with said:
+            _say_ready(settings, port, control.supervisor)
             await anyio.sleep_forever()
     finally:
         with anyio.CancelScope(shield=True):

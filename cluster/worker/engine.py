@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
+from cluster.errors import MacpipeError
 from cluster.model import device
 from cluster.transport.rings import DataServer
 from cluster.worker.messages import (
@@ -45,6 +46,7 @@ class Engine:
     def __init__(self, host: str, memory_limit: int | None, answers: BinaryIO) -> None:
         self._answers = answers
         self._answering = threading.Lock()
+        # Bounded by what feeds it: frames by the coordinator's window, commands by its open calls.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         if memory_limit:
             device.set_memory_limit(memory_limit)
@@ -133,7 +135,13 @@ def main() -> int:
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
-    engine = Engine(options.host, options.memory_limit, _own_stdout())
+    answers = _own_stdout()
+    try:
+        engine = Engine(options.host, options.memory_limit, answers)
+    except MacpipeError as e:
+        answers.write(pack(Failed(0, e.reason, e.sentence)))
+        answers.flush()
+        return 1
     threading.Thread(target=_obey_commands, args=(engine, sys.stdin.buffer), name="commands", daemon=True).start()
     engine.run()
     return 0

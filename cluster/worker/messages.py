@@ -91,7 +91,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """``reason`` and ``sentence`` are those of a ``MacpipeError``."""
+    """``reason`` and ``sentence`` are those of a ``MacpipeError``. Call 0 is the engine's own start."""
 
     call: int
     reason: str

@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from cluster.errors import LinkFailed, MacpipeError, ModelDiffers, StageFailed, StaleEpoch, Unreachable
+from cluster.errors import BadFrame, LinkFailed, MacpipeError, ModelDiffers, StageFailed, StaleEpoch, Unreachable
 from cluster.frames import Failure, Frame
 from cluster.model import device
 from cluster.model.checkpoint import resolve_model
@@ -58,8 +59,10 @@ class Slot:
             raise StaleEpoch(f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded")
         if not pull_from:
             return
+        if self._inlet:
+            self._inlet.close()
         try:
-            self._inlet = self._dialer.pull(pull_from, epoch, self.received, self._lost_inlet)
+            self._inlet = self._dialer.pull(pull_from, epoch, self.received, partial(self._lost_inlet, epoch))
         except (Unreachable, StaleEpoch) as e:
             raise LinkFailed(e.sentence) from e
 
@@ -82,21 +85,24 @@ class Slot:
         arrived = time.perf_counter_ns()
         self._post(lambda: self._advance(message, arrived))
 
-    def _lost_inlet(self, why: str) -> None:
+    def _lost_inlet(self, epoch: int, why: str) -> None:
         """Pass the loss on: whoever pulls from this stage sees its stream end too, up to the coordinator."""
         log.warning("%s", why)
-        if self._outbox:
-            self._outbox.close()
+        if outbox := self.outbox(epoch):
+            outbox.close()
 
     def _advance(self, message: bytes, arrived: int) -> None:
         """One frame: decode, apply, compute, send on with this stage's timing."""
         started = time.perf_counter_ns()
         try:
             frame = decode(message)
-            if self._stage is None or self._outbox is None or frame.epoch != self.epoch:
-                raise StaleEpoch(f"a frame of epoch {frame.epoch} came, epoch {self.epoch} is loaded")
-        except MacpipeError as e:
-            log.warning("dropped a frame: %s", e.sentence)
+        except BadFrame as e:
+            log.warning("broke the ring off: %s", e.sentence)
+            if self._outbox:
+                self._outbox.close()  # a frame is missing from the log now, so nothing after it can be right
+            return
+        if self._stage is None or self._outbox is None or frame.epoch != self.epoch:
+            log.warning("dropped a frame of epoch %d: epoch %d is loaded", frame.epoch, self.epoch)
             return
         result = _stepped(self._stage, self._index, frame)
         computed = time.perf_counter_ns()

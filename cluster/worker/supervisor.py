@@ -38,12 +38,18 @@ class Supervisor:
         self.started = anyio.Event()
         self.restarts = 0
         self.problem = "the engine is starting"
+        self._refusal: MacpipeError | None = None
 
     async def run(self) -> None:
-        """Start the engine, restart it with back-off whenever it ends; runs until cancelled, then stops it."""
+        """Start the engine, restart it with back-off whenever it ends; runs until cancelled, then stops it.
+
+        Raises what the first engine says that it cannot do, and ``WorkerLost`` where it ends without a word.
+        """
         while True:
             began = time.monotonic()
             await self._live_once()
+            if not self.started.is_set():
+                raise self._refusal or WorkerLost(f"{self.problem} before it was ready")
             if time.monotonic() - began > ENGINE_BACKOFF_S[-1]:
                 self.restarts = 0
             wait = ENGINE_BACKOFF_S[min(self.restarts, len(ENGINE_BACKOFF_S) - 1)]
@@ -74,6 +80,8 @@ class Supervisor:
         if isinstance(event, Hello):
             self.hello, self.problem = event, ""
             self.started.set()
+        elif isinstance(event, Failed) and not event.call:
+            self._refusal = MacpipeError.of(event.reason, event.sentence)
         elif (waiting := self._calls.get(event.call)) and not isinstance(event, Command):
             waiting.put_nowait(event)
 
@@ -105,17 +113,17 @@ class Supervisor:
                 if isinstance(event, Progress):
                     yield event
 
-    async def ask(self, make: Callable[[int], Command]) -> Event:
+    async def ask(self, make: Callable[[int], Command], timeout_s: float = CONTROL_TIMEOUT_S) -> Event:
         """Send a command that moves no weights; its answer. Raises as ``events`` does."""
         async with self._call(make(next(self._numbers))) as waiting:
-            return await self._next(waiting, CONTROL_TIMEOUT_S)
+            return await self._next(waiting, timeout_s)
 
     async def _next(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event:
         try:
             async with asyncio.timeout(timeout_s):
                 event = await waiting.get()
         except TimeoutError:
-            raise WorkerLost(f"the engine said nothing for {timeout_s:.0f} s") from None
+            raise WorkerLost(f"its engine has not answered for {timeout_s:.0f} s") from None
         if event is None:
             raise WorkerLost(self.problem)
         if isinstance(event, Failed):

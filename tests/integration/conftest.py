@@ -34,18 +34,24 @@ def llama(models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[str]:
-    """The coordinator of four workers, found over mDNS on loopback."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four workers of the session's own."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         for name in WORKERS:
-            cluster.worker(name)
-        port = free_port()
-        serve = cluster.serve(llama, "--workers", str(len(WORKERS)), "--port", str(port), "--wait", "90")
-        wait_serving(f"127.0.0.1:{port}", serve)
-        yield f"127.0.0.1:{port}"
+            made.worker(name)
+        yield made
     finally:
-        cluster.close()
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def address(session_cluster: Cluster, llama: Path) -> str:
+    """The coordinator of the session's workers, which it found over mDNS on loopback."""
+    port = free_port()
+    options = ["--workers", str(len(WORKERS)), "--port", str(port), "--wait", "90"]
+    wait_serving(f"127.0.0.1:{port}", session_cluster.serve(llama, *options))
+    return f"127.0.0.1:{port}"
 
 
 @pytest.fixture

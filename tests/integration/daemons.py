@@ -61,6 +61,23 @@ class Daemon:
         return self.process.wait(timeout_s)
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What one process takes: bytes of memory, threads, and open files."""
+
+    resident: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        status = Path(f"/proc/{pid}/status").read_text()
+        (resident,) = (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+        return cls(
+            resident, len(list(Path(f"/proc/{pid}/task").iterdir())), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        )
+
+
 @dataclass
 class Cluster:
     """Daemons of one cluster name in one folder."""
@@ -84,6 +101,11 @@ class Cluster:
         daemon = Daemon(name, launch(arguments, log), log)
         self.daemons.append(daemon)
         return daemon
+
+    def footprints(self) -> list[Footprint]:
+        """Of every daemon and its children, in the order of their start."""
+        pids = [d.process.pid for d in self.daemons]
+        return [Footprint.of(p) for pid in pids for p in (pid, *children(pid))]
 
     def close(self) -> None:
         """End everything, the hard way where it must be."""

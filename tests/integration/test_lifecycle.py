@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from cluster.errors import MacpipeError, WorkerLost
-from integration.daemons import Cluster, alive, children, free_port, gone, wait_serving
+from cluster.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
+from integration.daemons import Cluster, Footprint, alive, children, free_port, gone, wait_serving
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -113,3 +113,53 @@ def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Pat
         assert serve.stop(signal.SIGTERM) == 0
         assert time.monotonic() - began < STOP_S
     assert worker.process.poll() is None
+
+
+def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster, llama: Path) -> None:
+    cluster.worker("solo")
+    port = free_port()
+    first = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
+    wait_serving(f"127.0.0.1:{port}", first)
+    with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+        stream = client.stream([1, 2, 3], max_tokens=1800, ignore_eos=True)
+        tokens = iter(stream)
+        next(tokens)
+        second = cluster.serve(llama, "--workers", "1", "--port", "0", "--wait", "4")
+        assert second.process.wait(60) == 1
+        assert "for another coordinator" in second.said()
+        assert next(tokens).index == 1
+        stream.cancel()
+        assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
+    first.process.send_signal(signal.SIGKILL)
+    third = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "60")
+    wait_serving(f"127.0.0.1:{port}", third)
+
+
+def test_a_load_that_cannot_be_leaves_the_served_model_alone(cluster: Cluster, llama: Path) -> None:
+    cluster.worker("solo")
+    port = free_port()
+    serve = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
+    wait_serving(f"127.0.0.1:{port}", serve)
+    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        stream = client.stream([1, 2, 3], max_tokens=1500, ignore_eos=True)
+        tokens = iter(stream)
+        next(tokens)
+        with pytest.raises(NoPlan, match="layers 0-7"):
+            client.load("faq", workers=1, layers="0-8").wait()
+        with pytest.raises(ModelNotFound):
+            client.load("no-such-model").wait()
+        assert next(tokens).index == 1
+        assert client.cluster().model == str(llama)
+        threads = [Footprint.of(serve.process.pid).threads]
+        for _ in range(6):
+            client.load(str(llama), workers=1).wait()
+            threads.append(Footprint.of(serve.process.pid).threads)
+        assert threads[-1] <= threads[1] + 2, threads
+
+
+def test_a_host_that_is_not_this_machines_is_said_at_once(cluster: Cluster) -> None:
+    for host in ("192.0.2.77", "no-such-host.invalid"):
+        worker = cluster.worker("solo", "--host", host)
+        assert worker.process.wait(60) == 1
+        assert host in worker.said()
+        assert "Traceback" not in worker.said()

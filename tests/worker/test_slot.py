@@ -66,11 +66,20 @@ def test_a_frame_comes_back_as_a_token_with_its_timing(slot: Slot) -> None:
     assert slot.sequences == 1
 
 
-def test_strangers_bytes_and_stale_frames_are_dropped(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+def test_stale_frames_are_dropped(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
     stale = replace(decode_step(0, 1, 5, JOIN), epoch=EPOCH - 1)
-    (reply,) = replies(slot, b"nonsense", encode(stale), encode(decode_step(3, 1, 5, JOIN)))
+    (reply,) = replies(slot, encode(stale), encode(decode_step(3, 1, 5, JOIN)))
     assert reply.number == 3
-    assert "frame of epoch 10 came, epoch 11 is loaded" in caplog.text
+    assert "frame of epoch 10: epoch 11 is loaded" in caplog.text
+
+
+def test_bytes_that_are_no_frame_break_the_ring_off(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+    """A frame is missing then, so nothing after it could be right; the one who pulls sees the end at once."""
+    box = outbox(slot)
+    slot.received(encode(decode_step(0, 1, 5, JOIN)))
+    slot.received(b"nonsense")
+    assert [decode(message).number for message in box] == [0]
+    assert "claims a header" in caplog.text
 
 
 def test_a_step_that_fails_goes_on_as_an_error_and_harms_nobody_else(slot: Slot) -> None:
