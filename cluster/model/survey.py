@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from cluster import limits
 from cluster.errors import InvalidOption
+from cluster.model.abilities import batchable, trimmable
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.footprint import cache_bytes
 from cluster.model.modules import Module, module_arrays, named_modules
@@ -44,6 +45,8 @@ def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
         clean_cuts=traced.clean,
         unclean=tuple(sorted(traced.unclean.items())),
         max_context=context,
+        batchable=batchable(model, traced),
+        trimmable=trimmable(model, context),
     )
 
 
