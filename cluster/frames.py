@@ -21,6 +21,7 @@ __all__ = [
     "Restore",
     "Sample",
     "Save",
+    "SequenceFailure",
     "Step",
     "Tensor",
     "Trim",
@@ -90,7 +91,13 @@ class Compute(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to compute: ``tokens`` has one row of token ids, all of one length, for each of ``sequences``."""
+    """What to compute: ``tokens`` has one row of token ids, all of one length, for each of ``sequences``.
+
+    A step of several sequences makes its lane's batch hold just these, in this order, on every stage: naming a new one
+    is joining the batch, and leaving one out (which need not end it) is leaving. Keep the order from frame to frame and
+    put new ones last: any other order costs a copy of the batch. A step of one leaves the lane's batch as it is, so a
+    prompt can be filled in between.
+    """
 
     compute: Compute
     sequences: tuple[int, ...]
@@ -118,6 +125,15 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceFailure:
+    """One sequence of a step that has no sample, while the others of the step do: an error's reason and sentence."""
+
+    sequence: int
+    reason: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """What a stage could not do: an error's ``reason`` and sentence, and which stage says so."""
 
@@ -131,9 +147,9 @@ class Frame:
     """One entry of a lane's log.
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
-    carries edits alone. ``tensors`` is the boundary value that leaves a stage (none towards stage 0); ``samples``
-    and nothing else comes back from the last stage. A frame with an ``error`` goes on to the end of the ring, so that
-    every stage applies its edits, but is computed no further.
+    carries edits alone. ``tensors`` is the boundary value that leaves a stage (none towards stage 0); ``samples`` and
+    ``failures``, and nothing else, come back from the last stage: a sequence that failed can only leave. A frame with
+    an ``error`` goes on to the end of the ring, so that every stage applies its edits, but is computed no further.
     """
 
     epoch: int
@@ -143,5 +159,6 @@ class Frame:
     step: Step | None = None
     tensors: tuple[Tensor, ...] = ()
     samples: tuple[Sample, ...] = ()
+    failures: tuple[SequenceFailure, ...] = ()
     timings: tuple[StageTiming, ...] = ()
     error: Failure | None = None

@@ -56,7 +56,9 @@ class ModelShape:
     """What placement needs to know of a model; found without reading a weight. All sizes are bytes.
 
     ``cut`` e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have
-    an entry a layer. ``unclean`` says why the other cuts are not clean.
+    an entry a layer. ``unclean`` says why the other cuts are not clean. ``batchable``: sequences can share a lane;
+    where not, each needs a lane of its own. ``trimmable``: a sequence, or a kept prefix, can forget any number of its
+    last tokens.
     """
 
     model: ModelRef
@@ -67,12 +69,10 @@ class ModelShape:
     clean_cuts: tuple[int, ...]
     unclean: tuple[tuple[int, str], ...]
     max_context: int
+    batchable: bool = True
+    trimmable: bool = True
     cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Sizes of shorter sequences: (tokens, bytes a layer), ascending, without the one of ``max_context``."""
-    trimmable: bool = False
-    """Whether every cache of the model can give back its last tokens."""
-    batchable: bool = False
-    """Whether sequences may share a step."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Bytes of weights that a stage with these layers holds."""

@@ -113,6 +113,14 @@ def _configs(layers: int) -> dict[str, dict[str, Any]]:
             **_BASE, "model_type": "llama4_text", "intermediate_size_mlp": 48, "tie_word_embeddings": False,
             "no_rope_layers": [1, 1, 0, 1, 1, 0][:layers], "use_qk_norm": True,
         },
+        "llama4": {
+            **_BASE, "model_type": "llama4", "text_config": {
+                **_BASE, "model_type": "llama4_text", "intermediate_size_mlp": 48, "num_hidden_layers": layers,
+                "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "use_qk_norm": True,
+                "attention_chunk_size": 16, "attention_bias": False, "attn_scale": 0.1, "floor_scale": 8192,
+                "attn_temperature_tuning": False, "rope_scaling": None,
+            },
+        },
         "dbrx": {
             **_BASE, "model_type": "dbrx", "d_model": 32, "n_layers": layers, "n_heads": 4,
             "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
@@ -156,7 +164,8 @@ PECULIAR = (
     "kimi_k3",  # an object that carries arrays does
     "gemma4_text",  # late layers read the keys of early ones: not every cut is clean
     "falcon_h1",  # a layer has two caches in one
-    "llama4_text",  # chunked caches
+    "llama4",  # chunked caches
+    "llama4_text",  # layers without positions
     "deepseek_v41",  # a cache class of its own
     "longcat_flash_ngram",  # a cache that no layer is called with
     "dbrx",  # the forward evaluates on its way

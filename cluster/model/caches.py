@@ -1,4 +1,4 @@
-"""The caches of one sequence on one stage, and the full-length list that the model wants to see.
+"""The caches of one sequence or of a batch on one stage, and the full-length list that the model wants to see.
 
 The caches are mlx-lm's own, made by the model. Entries of layers that live elsewhere alias a local cache of the same
 kind, or a tracker: a cache of one number a token that only follows along, for masks and offsets are read off it. So
@@ -8,8 +8,9 @@ every stage holds a cache of every kind that the model has, and decides alike wh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
@@ -19,7 +20,7 @@ from cluster.model.modules import Module, tree_arrays, tree_bytes
 from cluster.model.trace import Trace
 from cluster.types import LayerRange
 
-__all__ = ["CacheLayout", "SequenceCaches"]
+__all__ = ["BatchCaches", "CacheLayout", "HeldCaches", "SequenceCaches"]
 
 _SIZES = ("max_size", "keep", "chunk_size", "window_size")
 """Attributes that make two caches of one class behave differently."""
@@ -55,33 +56,44 @@ class CacheLayout:
         return cls(own, tuple(held[len(own) :]), view)
 
 
-class SequenceCaches:
-    """One sequence's caches on one stage, empty when made."""
+class HeldCaches:
+    """The caches that a stage holds for what it computes at once: ``held`` are its own, then the trackers."""
 
-    def __init__(self, model: Module, layout: CacheLayout) -> None:
+    def __init__(self, layout: CacheLayout, held: list[Any]) -> None:
         self._layout = layout
-        blank = make_prompt_cache(model)
-        self._own = [blank[i] for i in layout.own]
-        self._trackers = [blank[i] for i in layout.trackers]
+        self._held = held
 
     def view(self) -> list[Any]:
         """The list that the model is called with."""
-        held = self._own + self._trackers
-        return [held[i] for i in self._layout.view]
+        return [self._held[i] for i in self._layout.view]
 
     def follow(self, batch: int, tokens: int) -> None:
         """Let the trackers know that the model has seen so many more tokens."""
-        for tracker in self._trackers:
+        for tracker in self._held[len(self._layout.own) :]:
             _follow(tracker, batch, tokens)
 
     def arrays(self) -> list[mx.array]:
         """Everything that has to be evaluated after a step."""
-        return tree_arrays([cache.state for cache in self._own + self._trackers])
+        return tree_arrays([cache.state for cache in self._held])
+
+    def own_arrays(self) -> list[mx.array]:
+        """The arrays of this stage's own caches. Trackers (8 bytes a token) are left out."""
+        return tree_arrays([cache.state for cache in self._held[: len(self._layout.own)]])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this stage's own caches. Trackers (8 bytes a token) are not counted."""
-        return tree_bytes([cache.state for cache in self._own])
+        """Bytes of those."""
+        return tree_bytes(self.own_arrays())
+
+
+class SequenceCaches(HeldCaches):
+    """One sequence's caches on one stage."""
+
+    @classmethod
+    def new(cls, model: Module, layout: CacheLayout) -> Self:
+        """Empty ones."""
+        blank = make_prompt_cache(model)
+        return cls(layout, [blank[i] for i in (*layout.own, *layout.trackers)])
 
     def copy(self) -> SequenceCaches:
         """A twin that shares the arrays' memory until one of the two writes.
@@ -90,17 +102,52 @@ class SequenceCaches:
         leaves every other object that held the old one alone. A deep copy makes objects of its own for every array,
         by reference, so what one twin writes the other never sees.
         """
-        twin: SequenceCaches = copy.copy(self)
-        twin._own, twin._trackers = copy.deepcopy((self._own, self._trackers))
-        return twin
+        return SequenceCaches(self._layout, copy.deepcopy(self._held))
 
     def trimmed(self, tokens: int) -> SequenceCaches | None:
         """A copy without the last ``tokens`` tokens, or None where a cache cannot give them back."""
         twin = self.copy()
-        held = twin._own + twin._trackers
-        if not all(cache.is_trimmable() for cache in held):
+        if not all(cache.is_trimmable() for cache in twin._held):
             return None
-        return twin if all(cache.trim(tokens) == tokens for cache in held) else None
+        return twin if all(cache.trim(tokens) == tokens for cache in twin._held) else None
+
+
+class BatchCaches(HeldCaches):
+    """The caches of several sequences, a row each, in mlx-lm's own batch kinds: shorter rows are padded on the left.
+
+    Every change is evaluated cache by cache, so that no more than one cache is there twice at a time.
+    """
+
+    @classmethod
+    def merged(cls, parts: Sequence[SequenceCaches]) -> Self:
+        """A row for each of ``parts``, which are used up."""
+        layout, held = parts[0]._layout, []
+        for i in range(len(parts[0]._held)):
+            held.append(parts[0]._held[i].merge([part._held[i] for part in parts]))
+            mx.eval(held[i].state)
+            for part in parts:
+                part._held[i] = None
+        return cls(layout, held)
+
+    def extend(self, parts: Sequence[SequenceCaches]) -> None:
+        """Add a row for each of ``parts``, which are used up."""
+        more = BatchCaches.merged(parts)
+        for i, cache in enumerate(self._held):
+            cache.extend(more._held[i])
+            mx.eval(cache.state)
+            more._held[i] = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Have these rows, in this order, and no others."""
+        for cache in self._held:
+            cache.filter(list(rows))
+            mx.eval(cache.state)
+
+    def extract(self, row: int) -> SequenceCaches:
+        """A copy of one row, as if that sequence had always been alone."""
+        alone = SequenceCaches(self._layout, [_extracted(cache, row) for cache in self._held])
+        mx.eval(alone.arrays())
+        return alone
 
 
 def _own_caches(traced: Trace, layers: LayerRange) -> tuple[int, ...]:
@@ -140,3 +187,14 @@ def _follow(cache: Any, batch: int, tokens: int) -> None:
         cache.update_and_fetch(one, one)
     else:  # deepseek_v41's LayerCache
         cache.update_window(mx.zeros((batch, tokens, 1)))
+
+
+def _extracted(cache: Any, row: int) -> Any:
+    """mlx-lm's ``extract``, which an empty state of an ArraysCache would break."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(_extracted(part, row) for part in cache.caches))  # type: ignore[no-untyped-call]
+    if isinstance(cache, ArraysCache):
+        alone = ArraysCache(len(cache.cache))
+        alone.cache = [None if state is None else mx.contiguous(state[row : row + 1]) for state in cache.cache]
+        return alone
+    return cache.extract(row)

@@ -33,7 +33,7 @@ class LayerCall:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """``caches`` is mlx-lm's list after the run; ``logits`` has shape [1, length, vocabulary]."""
+    """``caches`` is mlx-lm's list after the run; ``logits`` has shape [rows, length, vocabulary]."""
 
     length: int
     calls: list[LayerCall]
@@ -64,9 +64,12 @@ def replace_call(layer: Module, call: Call) -> None:
     layer.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
-def record(model: Module, length: int, warm: int = 0) -> Recording:
-    """Run ``length`` tokens through the model symbolically, after ``warm`` tokens of context."""
-    caches = make_prompt_cache(model)
+def record(model: Module, length: int, warm: int = 0, rows: int = 1, before: Sequence[Any] | None = None) -> Recording:
+    """Run ``rows`` sequences of ``length`` tokens through the model symbolically, after ``warm`` tokens of context.
+
+    ``before`` are the caches to begin with, new ones by default.
+    """
+    caches = make_prompt_cache(model) if before is None else list(before)
     calls: list[LayerCall] = []
     index = {id(cache): i for i, cache in enumerate(caches)}
 
@@ -81,7 +84,7 @@ def record(model: Module, length: int, warm: int = 0) -> Recording:
 
     with calls_replaced(model.layers, recorded):
         if warm:
-            model(mx.zeros((1, warm), mx.int32), cache=caches)
+            model(mx.zeros((rows, warm), mx.int32), cache=caches)
             calls.clear()
-        out = model(mx.zeros((1, length), mx.int32), cache=caches)
+        out = model(mx.zeros((rows, length), mx.int32), cache=caches)
     return Recording(length, calls, caches, out[0] if isinstance(out, tuple) else out)

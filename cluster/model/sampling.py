@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from cluster.types import SamplingParams, TopLogprob
 
-__all__ = ["Picked", "Sampler", "draw_key"]
+__all__ = ["Picked", "Sampler", "draw_key", "greedy"]
 
 COLDEST: Final = 1e-5
 """Below this temperature a draw is the most probable token; dividing by less overflows."""
@@ -37,7 +37,7 @@ def draw_key(seed: int, position: int) -> mx.array:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """A pick before it is evaluated. ``token`` and ``norm`` (the log-sum-exp) have one element each;
+    """A pick before it is evaluated. ``token`` and ``norm`` (the log-sum-exp) have one element a row;
     ``logprobs`` [vocabulary] is there when somebody asked for it.
     """
 
@@ -47,6 +47,12 @@ class Picked:
 
     def arrays(self) -> list[mx.array]:
         return [self.token, self.norm, *([] if self.logprobs is None else [self.logprobs])]
+
+
+def greedy(logits: mx.array) -> Picked:
+    """The most probable token of each row of ``logits`` [rows, vocabulary], as ``Sampler.pick`` finds it."""
+    norm = mx.logsumexp(logits, axis=-1, keepdims=True)
+    return Picked(mx.argmax(logits - norm, axis=-1), norm, None)
 
 
 class Sampler:
@@ -59,6 +65,13 @@ class Sampler:
         self._seen = _Counts(vocabulary, 0) if params.repetition_penalty != 1.0 else None
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._answer = _Counts(vocabulary, prompt_length) if penalised else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the most probable token is asked for: then ``greedy`` does."""
+        p = self.params
+        adjusted = self._bias is not None or self._seen is not None or self._answer is not None
+        return p.temperature < COLDEST and not adjusted and not p.logprobs
 
     def forget(self) -> None:
         """The tokens before are no longer what they were (a trim, a restored prefix): count them anew."""

@@ -1,7 +1,7 @@
 """What a stage remembers between frames: its live sequences and kept prefixes, and the six edits that change them.
 
 Every stage applies the same edits in the same order and so holds the same ids. It knows caches only as something
-that can be made, copied and trimmed, and computes nothing.
+that can be made, copied, trimmed and gathered, and computes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from cluster.errors import BadFrame
 from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
-from cluster.model.caches import SequenceCaches
+from cluster.model.caches import HeldCaches, SequenceCaches
+from cluster.model.lanes import Lanes
 from cluster.model.sampling import Sampler
 
 __all__ = ["LiveSequence", "SequenceTable"]
@@ -23,7 +24,6 @@ class LiveSequence:
 
     id: int
     sampler: Sampler
-    caches: SequenceCaches
     tokens: list[int] = field(default_factory=list)
     broken: str = ""
 
@@ -43,6 +43,7 @@ class SequenceTable:
         self._new_caches = new_caches
         self._vocabulary = vocabulary
         self._live: dict[int, LiveSequence] = {}
+        self._lanes = Lanes()
         self._prefixes: dict[int, Prefix] = {}
 
     @property
@@ -56,8 +57,7 @@ class SequenceTable:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all caches; memory that a prefix still shares with a sequence is counted for both."""
-        live = sum(sequence.caches.nbytes for sequence in self._live.values())
-        return live + sum(prefix.caches.nbytes for prefix in self._prefixes.values())
+        return self._lanes.nbytes + sum(prefix.caches.nbytes for prefix in self._prefixes.values())
 
     def get(self, sequence: int) -> LiveSequence:
         """Raises BadFrame for an id that is not live."""
@@ -72,11 +72,16 @@ class SequenceTable:
             raise BadFrame(f"Sequence {sequence} can only leave: {live.broken}")
         return live
 
+    def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
+        """The caches to compute one step of ``lane`` with; ``Lanes.gather`` says how."""
+        return self._lanes.gather(lane, sequences)
+
     def mark_broken(self, sequences: Sequence[int], why: str) -> None:
-        """Refuse every further use of these, until they leave. Ids that are not live are passed over."""
+        """Refuse every further use of these, until they leave, and free their caches. Unknown ids are passed over."""
         for sequence in sequences:
             if sequence in self._live and not self._live[sequence].broken:
                 self._live[sequence].broken = why
+                self._lanes.remove(sequence)
 
     def apply(self, edits: Sequence[Edit]) -> None:
         """Apply edits in order. One that cannot be done changes nothing; the rest are still applied, since the other
@@ -97,11 +102,12 @@ class SequenceTable:
                 self._join(edit)
             case Leave():
                 self._live.pop(edit.sequence, None)
+                self._lanes.remove(edit.sequence)
             case Trim():
                 self._trim(self.usable(edit.sequence), edit.length)
             case Save():
                 live = self.usable(edit.sequence)
-                self._prefixes[edit.prefix] = Prefix(tuple(live.tokens), live.caches.copy())
+                self._prefixes[edit.prefix] = Prefix(tuple(live.tokens), self._lanes.copy(live.id))
             case Restore():
                 self._restore(self.usable(edit.sequence), edit.prefix)
             case Drop():
@@ -114,7 +120,8 @@ class SequenceTable:
         if outside:
             raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens.")
         sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary)
-        self._live[edit.sequence] = LiveSequence(edit.sequence, sampler, self._new_caches())
+        self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
+        self._lanes.put(edit.sequence, self._new_caches())
 
     def _trim(self, live: LiveSequence, length: int) -> None:
         excess = len(live.tokens) - length
@@ -122,10 +129,10 @@ class SequenceTable:
             raise BadFrame(f"Sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}.")
         if excess == 0:
             return
-        caches = live.caches.trimmed(excess) if length > 0 else self._new_caches()
+        caches = self._lanes.alone(live.id).trimmed(excess) if length > 0 else self._new_caches()
         if caches is None:
             raise BadFrame(f"Sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs.")
-        live.caches = caches
+        self._lanes.put(live.id, caches)
         del live.tokens[length:]
         live.sampler.forget()
 
@@ -135,5 +142,6 @@ class SequenceTable:
         if prefix not in self._prefixes:
             raise BadFrame(f"Prefix {prefix} is not kept on this stage.")
         kept = self._prefixes[prefix]
-        live.caches, live.tokens = kept.caches.copy(), list(kept.tokens)
+        self._lanes.put(live.id, kept.caches.copy())
+        live.tokens = list(kept.tokens)
         live.sampler.forget()

@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from cluster.errors import NoPlan
-from cluster.model.caches import CacheLayout, SequenceCaches
+from cluster.model.abilities import batchable
+from cluster.model.caches import CacheLayout, HeldCaches, SequenceCaches
 from cluster.model.modules import Module, module_arrays, named_modules
 from cluster.model.pytree import put_together, take_apart
 from cluster.model.recording import replace_call
@@ -38,6 +39,7 @@ class ModelSlice:
     """Layers ``layers`` of ``model``, which becomes this slice's own and is changed for good.
 
     ``inlet`` and ``outlet`` describe what crosses the cuts on either side; None where the model begins or ends.
+    ``batchable`` says whether ``run`` takes the caches of a batch.
     Raises NoPlan when a cut is not clean or the model has no such layers.
     """
 
@@ -46,6 +48,7 @@ class ModelSlice:
         self.layers = layers
         self.inlet = traced.boundaries[layers.start] if layers.start > 0 else None
         self.outlet = traced.boundaries[layers.end] if layers.end < traced.layers else None
+        self.batchable = batchable(model, traced)
         self._model = model
         self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
         self._layout = CacheLayout.of(model, traced, layers)
@@ -62,9 +65,9 @@ class ModelSlice:
         return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
 
     def new_caches(self) -> SequenceCaches:
-        return SequenceCaches(self._model, self._layout)
+        return SequenceCaches.new(self._model, self._layout)
 
-    def run(self, tokens: mx.array, caches: SequenceCaches, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
+    def run(self, tokens: mx.array, caches: HeldCaches, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
         """Build the forward of one step; nothing is evaluated.
 
         ``tokens`` has shape [batch, length]; ``incoming`` are the inlet's arrays. -> the outlet's arrays, or the

@@ -7,17 +7,17 @@ no clock, no thread. One thread per process loads it and steps it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import mlx.core as mx
 
 from cluster.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
-from cluster.frames import Compute, Frame, Sample, Step, Tensor
+from cluster.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.model.loading import load_slice
-from cluster.model.sampling import Picked
+from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
@@ -27,6 +27,15 @@ __all__ = ["Stage", "load_stage"]
 
 STEPS_BETWEEN_CLEARS: Final = 256
 """Decode steps after which MLX's buffer cache is emptied, as mlx-lm does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a step made: tensors for the next stage, or the last stage's samples and failures."""
+
+    tensors: tuple[Tensor, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    failures: tuple[SequenceFailure, ...] = ()
 
 
 def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> Stage:
@@ -87,12 +96,13 @@ class Stage:
 
     def step(self, frame: Frame) -> Frame:
         """Apply the frame's edits in order, compute its step, and return the frame for the next stage; the last stage
-        returns the reply (samples, no edits, no step).
+        returns the reply (samples and failures, no edits, no step).
 
         Raises StaleEpoch before anything is applied; BadFrame for a frame that asks the impossible; StageFailed when
         the model's forward fails. Edits have been applied then. A frame that carries an error is passed on with its
         edits applied. Either way the sequences of its step are refused until they leave: some stages have computed
-        it and some have not, and going on would give wrong tokens.
+        it and some have not, and going on would give wrong tokens. A sequence that alone has an output which is not
+        finite is among the failures, and refused likewise; where none has a finite one, that is a StageFailed.
         """
         if frame.epoch != self.spec.epoch:
             raise StaleEpoch(f"A frame of epoch {frame.epoch} came to a stage of epoch {self.spec.epoch}.")
@@ -101,8 +111,8 @@ class Stage:
             if frame.error is not None:
                 self._break(frame.step, frame.error.sentence)
             if frame.error is not None or frame.step is None:
-                return self._onward(frame, (), ())
-            return self._onward(frame, *self._compute(frame.step, frame.tensors))
+                return self._onward(frame, _Result())
+            return self._onward(frame, self._compute(frame.lane, frame.step, frame.tensors))
         except MacpipeError as error:
             self._break(frame.step, error.sentence)
             raise
@@ -111,10 +121,10 @@ class Stage:
         if step is not None:
             self._table.mark_broken(step.sequences, f"a step of it failed: {why}")
 
-    def _onward(self, frame: Frame, tensors: tuple[Tensor, ...], samples: tuple[Sample, ...]) -> Frame:
+    def _onward(self, frame: Frame, result: _Result) -> Frame:
         if self.spec.last:
-            return replace(frame, edits=(), step=None, tensors=(), samples=samples)
-        return replace(frame, tensors=tensors)
+            return replace(frame, edits=(), step=None, tensors=(), samples=result.samples, failures=result.failures)
+        return replace(frame, tensors=result.tensors)
 
     def _apply_edits(self, frame: Frame) -> None:
         before = self._table.sequences + self._table.prefixes
@@ -127,15 +137,17 @@ class Stage:
             if self._table.sequences + self._table.prefixes < before:
                 mx.clear_cache()
 
-    def _compute(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Sample, ...]]:
-        """Check everything that can be checked, then run. -> tensors for the next stage, samples for the reply."""
+    def _compute(self, lane: int, step: Step, tensors: tuple[Tensor, ...]) -> _Result:
+        """Check everything that can be checked, then run."""
         part = self._loaded()
-        live, row = self._checked(step)
-        incoming = unpack(tensors, part.inlet, len(step.sequences), len(row))
+        rows = self._checked(part, step)
+        incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
-            result = self._run(part, live, step, incoming)
-        except Exception as error:  # whatever MLX or the model's code raises: this sequence ends, the stage goes on
-            raise self._failure(live, error) from error
+            result = self._run(part, lane, rows, step, incoming)
+        except Exception as error:  # whatever MLX or the model's code raises: these sequences end, the stage goes on
+            raise self._failure(rows, error) from error
+        for failure in result.failures:
+            self._table.mark_broken([failure.sequence], failure.sentence)
         self._tidy(step)
         return result
 
@@ -144,43 +156,50 @@ class Stage:
             raise StageFailed("This stage has been closed.")
         return self._slice
 
-    def _checked(self, step: Step) -> tuple[LiveSequence, tuple[int, ...]]:
-        """The step's one sequence and its tokens."""
-        if len(step.sequences) != 1 or len(step.tokens) != 1:
-            raise BadFrame(f"A step names {len(step.sequences)} sequences; this version computes one sequence a step.")
-        live, row = self._table.usable(step.sequences[0]), step.tokens[0]
-        if not row:
-            raise BadFrame(f"A step of sequence {live.id} has no tokens.")
-        if min(row) < 0 or max(row) >= self._vocabulary:
-            raise BadFrame(f"A step names tokens {min(row)} to {max(row)}; the model has 0 to {self._vocabulary - 1}.")
-        if len(live.tokens) + len(row) > self.spec.max_context:
-            raise BadFrame(f"Sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan.")
-        return live, row
+    def _checked(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
+        """The step's sequences, row by row."""
+        _require_rows(step)
+        if len(step.sequences) > 1 and not part.batchable:
+            raise BadFrame(f"A step names {len(step.sequences)} sequences; this model's caches cannot share a batch.")
+        low, high = min(map(min, step.tokens)), max(map(max, step.tokens))
+        if low < 0 or high >= self._vocabulary:
+            raise BadFrame(f"A step names tokens {low} to {high}; the model has 0 to {self._vocabulary - 1}.")
+        rows = [self._table.usable(sequence) for sequence in step.sequences]
+        for live in rows:
+            if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
+                raise BadFrame(f"Sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan.")
+        return rows
 
     def _run(
-        self, part: ModelSlice, live: LiveSequence, step: Step, incoming: list[mx.array]
-    ) -> tuple[tuple[Tensor, ...], tuple[Sample, ...]]:
-        outgoing = part.run(mx.array(step.tokens), live.caches, incoming)
-        live.tokens.extend(step.tokens[0])
+        self, part: ModelSlice, lane: int, rows: list[LiveSequence], step: Step, incoming: list[mx.array]
+    ) -> _Result:
+        caches = self._table.gather(lane, step.sequences)
+        outgoing = part.run(mx.array(step.tokens), caches, incoming)
+        for live, tokens in zip(rows, step.tokens, strict=True):
+            live.tokens.extend(tokens)
         if self.spec.last:
-            return (), self._sampled(live, step, outgoing[0])
+            return self._sampled(rows, step, outgoing[0], caches.arrays())
         sent = [mx.contiguous(array) for array in outgoing]
-        mx.eval(sent, live.caches.arrays())
-        return tuple(pack(array) for array in sent), ()
+        mx.eval(sent, caches.arrays())
+        return _Result(tensors=tuple(pack(array) for array in sent))
 
-    def _sampled(self, live: LiveSequence, step: Step, logits: mx.array) -> tuple[Sample, ...]:
+    def _sampled(self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
         """Evaluate the step and pick its tokens; a prefill leaves the head uncomputed."""
-        end, length = len(live.tokens), logits.shape[1]
-        first = {Compute.PREFILL: length, Compute.DECODE: length - 1, Compute.VERIFY: 0}[step.compute]
-        positions = [(i, end - length + i + 1) for i in range(first, length)]
-        picks = [(at, live.sampler.pick(logits[:, i, :], live.tokens, at)) for i, at in positions]
-        mx.eval([pick.arrays() for _, pick in picks], live.caches.arrays())
-        return tuple(_sample(live, pick, at) for at, pick in picks)
+        if step.compute is Compute.PREFILL:
+            mx.eval(states)
+            return _Result()
+        picks = Picks(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
+        mx.eval(picks.arrays(), states)
+        samples, failures = picks.results()
+        if len(failures) == len(rows):
+            raise StageFailed(failures[0].sentence)
+        return _Result(samples=samples, failures=failures)
 
-    def _failure(self, live: LiveSequence, error: Exception) -> StageFailed:
+    def _failure(self, rows: Sequence[LiveSequence], error: Exception) -> StageFailed:
         what = error.sentence if isinstance(error, MacpipeError) else f"{type(error).__name__}: {error}"
         where = f"Stage {self.spec.index} (layers {self.spec.layers})"
-        return StageFailed(f"{where} could not compute a step of sequence {live.id}: {what}")
+        of = ", ".join(str(live.id) for live in rows)
+        return StageFailed(f"{where} could not compute a step of sequence {of}: {what}")
 
     def _tidy(self, step: Step) -> None:
         """Give MLX's spare buffers back after each prefill chunk and every so many steps, as mlx-lm does."""
@@ -189,12 +208,15 @@ class Stage:
             mx.clear_cache()
 
 
-def _sample(live: LiveSequence, pick: Picked, position: int) -> Sample:
-    if not mx.isfinite(pick.norm).item():
-        raise StageFailed(f"the model's output at position {position} is not a number")
-    logprob, top = live.sampler.alternatives(pick)
-    token: Any = pick.token.item()
-    return Sample(live.id, position, token, logprob, top)
+def _require_rows(step: Step) -> None:
+    """Raise BadFrame unless there is a row of tokens, all of one length, for each of different sequences."""
+    if not step.sequences or len(set(step.sequences)) != len(step.sequences):
+        raise BadFrame(f"A step names {len(step.sequences)} sequences; it must name different ones, at least one.")
+    lengths = {len(row) for row in step.tokens}
+    if len(step.tokens) != len(step.sequences) or len(lengths) != 1:
+        raise BadFrame(f"A step of {len(step.sequences)} sequences has {len(step.tokens)} rows of {sorted(lengths)}.")
+    if lengths == {0}:
+        raise BadFrame(f"A step of sequence {step.sequences[0]} has no tokens.")
 
 
 def _no_caches() -> NoReturn:

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
-
 from cluster import limits
 from cluster.errors import InvalidOption
+from cluster.model.abilities import batchable, trimmable
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.footprint import cache_curve
 from cluster.model.modules import Module, module_arrays, named_modules
@@ -50,13 +49,9 @@ def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
         unclean=tuple(sorted(traced.unclean.items())),
         max_context=context,
         cache_curve=tuple(zip(lengths, shorter, strict=False)),
-        trimmable=all(map(_trimmable, make_prompt_cache(model))),
+        batchable=batchable(model, traced),
+        trimmable=trimmable(model, context),
     )
-
-
-def _trimmable(cache: Any) -> bool:
-    """Whether a cache can always give tokens back: a rotating one cannot once it has turned, a recurrent one never."""
-    return all(map(_trimmable, cache.caches)) if isinstance(cache, CacheList) else type(cache) is KVCache
 
 
 def _lengths(context: int) -> list[int]:

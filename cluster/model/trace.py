@@ -82,7 +82,8 @@ def trace(model: Module) -> Trace:
         studies = [_Study(model, length) for length in LENGTHS]
         unclean = {cut: why for study in reversed(studies) for cut, why in study.unclean().items()}
         kept = {cut: sorted(set().union(*(s.kept(cut) for s in studies))) for cut in studies[0].cuts}
-        boundaries = {cut: _boundary(cut, tuple(kept[cut]), studies) for cut in studies[0].cuts}
+        pair = record(model, LENGTHS[0], rows=2)
+        boundaries = {cut: _boundary(cut, tuple(kept[cut]), [*(s.run for s in studies), pair]) for cut in kept}
         clean = [0, *(cut for cut in studies[0].cuts if cut not in unclean), len(model.layers)]
         return Trace(
             vocabulary=studies[0].run.logits.shape[-1],
@@ -180,22 +181,23 @@ def _module(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _boundary(cut: int, kept: tuple[int, ...], studies: list[_Study]) -> Boundary:
-    call = studies[0].run.calls[cut - 1]
-    pairs = [tuple(study.value(cut)[i] for study in studies) for i in kept]
-    return Boundary(call.template, len(call.arrays), kept, tuple(_leaf(a, b) for a, b in pairs))
+def _boundary(cut: int, kept: tuple[int, ...], runs: list[Recording]) -> Boundary:
+    """``runs`` are the short one, the long one, and the short one of two sequences."""
+    calls = [run.calls[cut - 1] for run in runs]
+    crossing = [[call.arrays[i] for call in calls] for i in kept]
+    return Boundary(calls[0].template, len(calls[0].arrays), kept, tuple(_leaf(*arrays) for arrays in crossing))
 
 
-def _leaf(short: mx.array, long: mx.array) -> Leaf:
-    """Read which dims follow the length off the two runs, and take a leading 1 for the batch."""
+def _leaf(short: mx.array, long: mx.array, pair: mx.array) -> Leaf:
+    """Read off the three runs which dims follow the length and which the number of sequences."""
     dims: list[int | str | None] = []
-    for axis, sizes in enumerate(zip(short.shape, long.shape, strict=True)):
-        if sizes == LENGTHS:
+    for one, grown, two in zip(short.shape, long.shape, pair.shape, strict=True):
+        if (one, grown, two) == (*LENGTHS, LENGTHS[0]):
             dims.append("length")
-        elif sizes[0] != sizes[1]:
-            dims.append(None)
+        elif (one, grown, two) == (1, 1, 2):
+            dims.append("batch")
         else:
-            dims.append("batch" if axis == 0 and sizes[0] == 1 else sizes[0])
+            dims.append(one if one == grown == two else None)
     return Leaf(short.dtype, tuple(dims))
 
 

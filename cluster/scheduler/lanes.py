@@ -17,6 +17,7 @@ class Lanes:
         self._rows = rows
         self.members: list[list[Sequence]] = [[] for _ in range(count)]
         self._busy: list[frozenset[int]] = [frozenset()] * count
+        self._turns = 0
 
     def __iter__(self) -> Iterator[Sequence]:
         return (s for lane in self.members for s in lane)
@@ -63,14 +64,21 @@ class Lanes:
         return True
 
     def ready(self) -> Iterator[tuple[int, list[Sequence]]]:
-        """Lanes that are not busy and whose members have a token to feed, with those members."""
+        """Lanes that are not busy and whose members have a token to feed, with those members.
+
+        They come in the order in which they began to decode, so that a batch only ever grows at its end.
+        """
         for lane, members in enumerate(self.members):
             waiting = [s for s in members if s.next_token is not None]
             if waiting and not self._busy[lane]:
-                yield lane, waiting
+                yield lane, sorted(waiting, key=lambda s: s.turn or self._turns + 1)
 
     def begin(self, lane: int, sequences: list[Sequence]) -> None:
         """A decode frame of these went out."""
+        for sequence in sequences:
+            if not sequence.turn:
+                self._turns += 1
+                sequence.turn = self._turns
         self._busy[lane] = frozenset(s.id for s in sequences)
 
     def end(self, lane: int) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Step, Trim
+from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.limits import RETRY_AFTER_S
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.lanes import Lanes
@@ -222,7 +222,13 @@ class Scheduler:
                 self._remove(sequence, keep=False)
             return tuple(Failed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
         by_id = {s.id: s for s in live}
-        return tuple(self._produced(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence)))
+        failed = [self._failed(s, f) for f in frame.failures if (s := by_id.get(f.sequence))]
+        return (*failed, *(self._produced(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))))
+
+    def _failed(self, sequence: Sequence, failure: SequenceFailure) -> Failed:
+        """One row of a lane went wrong on the last stage; the others have their samples."""
+        self._remove(sequence, keep=False)
+        return Failed(sequence.request.id, len(self._capacity.budget) - 1, failure.reason, failure.sentence)
 
     def _produced(self, sequence: Sequence, sample: Sample) -> Produced:
         request, index = sequence.request, sequence.produced

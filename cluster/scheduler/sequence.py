@@ -30,6 +30,8 @@ class Sequence:
     prefilled: int = 0
     cached: int = 0
     produced: int = 0
+    turn: int = 0
+    """When it began to decode, among all sequences; 0 before."""
     fed: list[int] = field(default_factory=list)
     """Every token in a frame that was written, those of a restored prefix too."""
     next_token: int | None = None

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import BadFrame
-from cluster.frames import Compute, Failure, Frame, Sample, Step, Tensor
+from cluster.frames import Compute, Failure, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.limits import (
     MAX_EDITS,
     MAX_FRAME_BYTES,
@@ -30,9 +30,9 @@ from cluster.types import StageTiming, TopLogprob
 from cluster.wire.edits import pack_edit, unpack_edit
 from cluster.wire.fields import Fields, packed_ids, unpacked_ids
 
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<I")
-_FIELDS = 10
+_FIELDS = 11
 
 ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
@@ -55,6 +55,7 @@ def encode(frame: Frame) -> bytes:
             [_pack_sample(s) for s in frame.samples],
             list(chain.from_iterable((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in frame.timings)),
             None if (e := frame.error) is None else (e.stage, e.reason, e.sentence),
+            [(f.sequence, f.reason, f.sentence) for f in frame.failures],
         )
     )
     return b"".join((_PREFIX.pack(len(header)), header, *(memoryview(t.data).cast("B") for t in frame.tensors)))
@@ -77,6 +78,7 @@ def decode(message: bytes) -> Frame:
         samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_FRAME_HEADER_BYTES)),
         timings=_timings(f.counts(8, 4 * MAX_STAGES)),
         error=_unpack_failure(f.optional_list(9)),
+        failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
     )
 
 
@@ -158,6 +160,11 @@ def _unpack_failure(value: list[Any] | None) -> Failure | None:
         return None
     f = Fields(value, "error", 3)
     return Failure(f.count(0), f.text(1), f.text(2))
+
+
+def _unpack_sequence_failure(value: Any) -> SequenceFailure:
+    f = Fields(value, "failure", 3)
+    return SequenceFailure(f.count(0), f.text(1), f.text(2))
 
 
 def _timings(flat: tuple[int, ...]) -> tuple[StageTiming, ...]:

@@ -45,9 +45,9 @@ class Ring:
         self.stages = [open_stage(shape, path, own, i, stages) for i, own in enumerate(layers)]
         self._number = 0
 
-    def send(self, *edits: Edit, step: Step | None = None) -> Frame:
+    def send(self, *edits: Edit, step: Step | None = None, lane: int = 0) -> Frame:
         """One frame around the ring. -> the reply"""
-        frame = Frame(epoch=1, lane=0, number=self._number, edits=edits, step=step)
+        frame = Frame(epoch=1, lane=lane, number=self._number, edits=edits, step=step)
         self._number += 1
         for stage in self.stages:
             frame = stage.step(frame)

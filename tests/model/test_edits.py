@@ -203,8 +203,10 @@ def test_impossible_edits_are_refused(edits: tuple[Edit, ...], words: str, stage
         (prefill(320), "320"),
         (prefill(-1), "tokens -1 to"),
         (prefill(*[1] * 2049), "2048"),
-        (Step(Compute.PREFILL, (1, 2), ((1,), (2,))), "one sequence"),
-        (Step(Compute.PREFILL, (), ()), "one sequence"),
+        (Step(Compute.PREFILL, (1, 1), ((1,), (2,))), "different ones"),
+        (Step(Compute.PREFILL, (1, 2), ((1,), (2, 3))), r"rows of \[1, 2\]"),
+        (Step(Compute.PREFILL, (1, 2), ((1,),)), "has 1 rows"),
+        (Step(Compute.PREFILL, (), ()), "at least one"),
     ],
 )
 def test_impossible_steps_are_refused_with_their_edits_applied(step: Step, words: str, stage: Stage) -> None:

@@ -10,7 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import BadFrame
-from cluster.frames import Compute, Drop, Failure, Frame, Join, Leave, Restore, Sample, Save, Step, Tensor, Trim
+from cluster.frames import (
+    Compute,
+    Drop,
+    Failure,
+    Frame,
+    Join,
+    Leave,
+    Restore,
+    Sample,
+    Save,
+    SequenceFailure,
+    Step,
+    Tensor,
+    Trim,
+)
 from cluster.limits import MAX_FRAME_HEADER_BYTES
 from cluster.types import SamplingParams, StageTiming, TopLogprob
 from cluster.wire.frame import ITEM_BYTES, decode, encode
@@ -73,6 +87,9 @@ frames = st.builds(
     step=st.none() | steps(),
     tensors=st.lists(tensors(), max_size=3).map(tuple),
     samples=st.lists(samples, max_size=3).map(tuple),
+    failures=st.lists(st.builds(SequenceFailure, counts, st.text(max_size=9), st.text(max_size=20)), max_size=3).map(
+        tuple
+    ),
     timings=st.lists(st.builds(StageTiming, small, small, small, small), max_size=4).map(tuple),
     error=st.none() | st.builds(Failure, small, st.text(max_size=9), st.text(max_size=20)),
 )
@@ -115,15 +132,15 @@ def _with_header(header: object, body: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        ([2, 0, 0, 0, [], None, [], [], [], None], "layout version 2"),
-        ([1, -1, 0, 0, [], None, [], [], [], None], "whole number"),
-        ([1, 0, 0, 0, [[9, 1]], None, [], [], [], None], "unknown code 9"),
-        ([1, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None], "unknown kind 7"),
-        ([1, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None], "carries 1 token ids"),
-        ([1, 0, 0, 0, [], None, [["float128", [1]]], [], [], None], "unknown type"),
-        ([1, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None], "tensors need"),
-        ([1, 0, 0, 0, [], None, [], [], [1, 2, 3], None], "four numbers"),
-        ([1, 0, 0, 0, [], None, [], [], []], "10 fields"),
+        ([1, 0, 0, 0, [], None, [], [], [], None, []], "layout version 1"),
+        ([2, -1, 0, 0, [], None, [], [], [], None, []], "whole number"),
+        ([2, 0, 0, 0, [[9, 1]], None, [], [], [], None, []], "unknown code 9"),
+        ([2, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, []], "unknown kind 7"),
+        ([2, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, []], "carries 1 token ids"),
+        ([2, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, []], "unknown type"),
+        ([2, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, []], "tensors need"),
+        ([2, 0, 0, 0, [], None, [], [], [1, 2, 3], None, []], "four numbers"),
+        ([2, 0, 0, 0, [], None, [], [], []], "11 fields"),
     ],
 )
 def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
@@ -133,7 +150,7 @@ def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> Non
 
 def test_bytes_of_no_tensor_are_refused() -> None:
     with pytest.raises(BadFrame, match="belong to no tensor"):
-        decode(_with_header([1, 0, 0, 0, [], None, [], [], [], None], b"surplus"))
+        decode(_with_header([2, 0, 0, 0, [], None, [], [], [], None, []], b"surplus"))
 
 
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:
