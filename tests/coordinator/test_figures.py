@@ -1,0 +1,61 @@
+"""Where time went: a request's tally over its stages, and how idle each stage was."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.coordinator.occupancy import Occupancy
+from cluster.coordinator.tally import Tally
+from cluster.limits import OCCUPANCY_S
+from cluster.scheduler.outcome import Outcome
+from cluster.types import LayerRange, ModelRef, PlannedStage, StageSpec, StageTiming
+
+SPECS = [StageSpec(1, i, 2, ModelRef("m", "", ""), LayerRange(i, i + 1), 64) for i in range(2)]
+STAGES = [PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "ab", strict=True)]
+
+
+def timings(first_us: int, second_us: int, wait_us: int = 0) -> tuple[StageTiming, ...]:
+    return StageTiming(0, wait_us, first_us, 0), StageTiming(1, wait_us, second_us, 0)
+
+
+def test_a_tally_splits_the_rings_time_into_compute_wait_and_wire() -> None:
+    tally = Tally(10.0, STAGES)
+    for i in range(3):
+        sent, back = 10.0 + i * 0.010, 10.008 + i * 0.010
+        tally.frame(Outcome(("r",), timings(2000, 3000, 500), sent), back)
+        tally.token(back)
+    assert tally.ttft_ms == pytest.approx(8.0)
+    assert tally.tpot_ms == pytest.approx(10.0)
+    a, b = tally.figures()
+    assert (a.compute_ms, b.compute_ms) == (6.0, 9.0)
+    assert (a.wait_ms, b.wait_ms) == (1.5, 1.5)
+    assert a.wire_ms + b.wire_ms == pytest.approx(3 * 8.0 - 15.0 - 3.0)
+
+
+def test_one_token_has_no_time_between_tokens() -> None:
+    tally = Tally(0.0, STAGES)
+    tally.token(0.5)
+    assert (tally.ttft_ms, tally.tpot_ms) == (500.0, 0.0)
+
+
+def test_a_stage_is_idle_while_the_ring_works_elsewhere() -> None:
+    occupancy = Occupancy(2)
+    assert occupancy.bubbles() == (0.0, 0.0)
+    for i in range(10):
+        occupancy.frame(i * 0.010, i * 0.010 + 0.010, timings(2500, 7500))
+    assert occupancy.bubbles() == pytest.approx((0.75, 0.25))
+
+
+def test_frames_that_overlap_count_the_rings_time_once() -> None:
+    occupancy = Occupancy(2)
+    occupancy.frame(0.0, 0.010, timings(5000, 5000))
+    occupancy.frame(0.005, 0.015, timings(5000, 5000))
+    assert occupancy.bubbles() == pytest.approx((1 - 10 / 15, 1 - 10 / 15))
+
+
+def test_what_is_long_ago_counts_no_more() -> None:
+    occupancy = Occupancy(2)
+    occupancy.frame(0.0, 1.0, timings(0, 0))
+    later = OCCUPANCY_S + 2
+    occupancy.frame(later, later + 1.0, timings(1_000_000, 500_000))
+    assert occupancy.bubbles() == pytest.approx((0.0, 0.5))

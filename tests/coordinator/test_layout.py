@@ -1,0 +1,65 @@
+"""From a model's shape to a plan and what it can take: lanes, rows, and cache sizes read off the curve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.coordinator.layout import capacity, lay_out
+from cluster.coordinator.settings import LoadOrder
+from cluster.errors import DoesNotFit, InvalidOption, NoPlan
+from cluster.limits import LANE_ROWS, MEMORY_MARGIN, PREFIX_SHARE
+from cluster.types import LayerRange, ModelRef, ModelShape, WorkerFacts
+
+MODEL = ModelRef("m", "/m", "f")
+SHAPE = ModelShape(
+    model=MODEL,
+    layers=4,
+    layer_bytes=(100,) * 4,
+    cache_bytes=(50,) * 4,
+    shared=(),
+    clean_cuts=(1, 2, 3),
+    unclean=(),
+    max_context=1000,
+    cache_curve=((10, (1, 1, 1, 1)), (100, (6, 6, 6, 6))),
+)
+ORDER = LoadOrder("m")
+
+
+def worker(name: str, memory: int) -> WorkerFacts:
+    return WorkerFacts(name, name, "", "", "", "", "", "", "", memory, memory)
+
+
+def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> None:
+    plan = lay_out(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
+    assert [(s.worker, s.layers, s.weight_bytes) for s in plan.stages] == [
+        ("a", LayerRange(0, 2), 200),
+        ("b", LayerRange(2, 4), 200),
+    ]
+    left = int(1000 * (1 - MEMORY_MARGIN)) - 200
+    assert [s.cache_bytes for s in plan.stages] == [left, left]
+    assert (plan.lanes, plan.rows, plan.max_sequences) == (2, LANE_ROWS, left // 100)
+
+
+def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
+    plan = lay_out(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, lanes=3))
+    assert (plan.lanes, plan.rows, plan.max_sequences) == (3, 1, 3)
+
+
+def test_short_sequences_are_charged_little() -> None:
+    plan = lay_out(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
+    limits = capacity(plan, SHAPE, 250.0)
+    assert [limits.cost_of(n) for n in (1, 10, 11, 100, 101, 1000)] == [(2, 2)] * 2 + [(12, 12)] * 2 + [(100, 100)] * 2
+    assert limits.prefix_budget == tuple(int(b * PREFIX_SHARE) for b in limits.budget)
+    assert limits.never_fits(1000) == ""
+
+
+def test_what_cannot_be_is_refused() -> None:
+    two = [worker("a", 1000), worker("b", 1000)]
+    with pytest.raises(NoPlan, match="1 layer ranges were given for 2 workers"):
+        lay_out(7, SHAPE, two, replace(ORDER, layers=(LayerRange(0, 4),)))
+    with pytest.raises(InvalidOption, match="--lanes is 0"):
+        lay_out(7, SHAPE, two, replace(ORDER, lanes=0))
+    with pytest.raises(DoesNotFit, match=r"needs .* with 1 x 1000 tokens"):
+        lay_out(7, SHAPE, [worker("a", 300), worker("b", 300)], ORDER)
