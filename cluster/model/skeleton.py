@@ -7,6 +7,7 @@ This module knows how to open a model and what can go wrong with that; it knows 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from mlx_lm.utils import load_model
 
@@ -14,6 +15,9 @@ from cluster.errors import BadCheckpoint, MacpipeError, ModelUnsupported
 from cluster.model.modules import Module
 
 __all__ = ["open_skeleton"]
+
+LONGEST: Final = 400
+"""Characters of mlx-lm's own words that go into a sentence."""
 
 
 def open_skeleton(path: Path) -> Module:
@@ -31,9 +35,14 @@ def open_skeleton(path: Path) -> Module:
 
 
 def _opening_failed(path: Path, error: Exception) -> MacpipeError:
-    what = next(iter(str(error).splitlines()), "") or type(error).__name__
+    what = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError) and what.startswith("Model type "):
         return ModelUnsupported(f"mlx-lm does not know this architecture: {what}")
     if isinstance(error, KeyError) and error.args == ("model_type",):
         return BadCheckpoint("config.json does not say which model_type this is.", file="config.json")
-    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {what[:500]}")
+    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {shortened(what)}")
+
+
+def shortened(text: str) -> str:
+    """As much of a library's message as a person will read."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -108,7 +108,7 @@ def a_plan() -> Plan:
     model = ModelRef("big[bold]model", "/models/big", "ff")
     specs = [StageSpec(1, i, 2, model, LayerRange(4 * i, 4 * i + 4), 4096) for i in range(2)]
     stages = tuple(PlannedStage(spec, f"mac-{spec.index}", 9 << 30, 1 << 28) for spec in specs)
-    return Plan(1, model, stages, Route.RELAY, 4096, 8)
+    return Plan(1, model, stages, Route.RELAY, 4096, 8, 2, 32)
 
 
 def test_a_served_model_is_reported_in_plain_lines() -> None:
