@@ -21,7 +21,7 @@ from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
-from cluster.types import StageSpec
+from cluster.types import LayerRange, StageSpec
 
 __all__ = ["Stage", "load_stage"]
 
@@ -42,7 +42,7 @@ def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     """Build the stage that ``spec`` describes from the checkpoint in ``path``, reading its own tensors only.
 
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
-    NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint or ModelUnsupported.
+    NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
     return Stage(spec, *load_slice(spec, path, progress))
 
@@ -86,9 +86,9 @@ class Stage:
     def begin_epoch(self, spec: StageSpec) -> None:
         """Serve the same layers under a new plan's epoch: weights stay, sequences and prefixes go.
 
-        Raises StaleEpoch when ``spec`` wants another model or other layers: that is a load.
+        Raises StaleEpoch when ``spec`` wants another model, other layers or other ``kv_bits``: that is a load.
         """
-        if (spec.model.fingerprint, spec.layers) != (self.spec.model.fingerprint, self.spec.layers):
+        if _held(spec) != _held(self.spec):
             raise StaleEpoch(f"This stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew.")
         self.spec = spec
         self._table = SequenceTable(self._loaded().new_caches, self._vocabulary)
@@ -206,6 +206,11 @@ class Stage:
         self._steps += 1
         if step.compute is Compute.PREFILL or self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
+
+
+def _held(spec: StageSpec) -> tuple[str, LayerRange, int]:
+    """What of a spec takes a load to change."""
+    return spec.model.fingerprint, spec.layers, spec.kv_bits
 
 
 def _require_rows(step: Step) -> None:

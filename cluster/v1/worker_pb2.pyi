@@ -118,6 +118,7 @@ class LoadStageRequest(_message.Message):
     START_LAYER_FIELD_NUMBER: _builtins.int
     END_LAYER_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -127,6 +128,8 @@ class LoadStageRequest(_message.Message):
     start_layer: _builtins.int
     end_layer: _builtins.int
     max_context: _builtins.int
+    kv_bits: _builtins.int
+    """4 or 8 keeps keys and values in so many bits; 0 keeps them as the model makes them."""
     def __init__(
         self,
         *,
@@ -139,10 +142,11 @@ class LoadStageRequest(_message.Message):
         start_layer: _builtins.int = ...,
         end_layer: _builtins.int = ...,
         max_context: _builtins.int = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
