@@ -76,6 +76,11 @@ class Stage:
         """Bytes of the caches of sequences and prefixes."""
         return self._table.cache_bytes
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the kept prefixes alone; what two ids keep of one state counts once."""
+        return self._table.prefix_bytes
+
     def close(self) -> None:
         """Free weights and caches. Every later step raises StageFailed."""
         self._slice = None
@@ -176,7 +181,7 @@ class Stage:
         caches = self._table.gather(lane, step.sequences)
         outgoing = part.run(mx.array(step.tokens), caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
-            live.tokens.extend(tokens)
+            live.feed(tokens)
         if self.spec.last:
             return self._sampled(rows, step, outgoing[0], caches.arrays())
         sent = [mx.contiguous(array) for array in outgoing]
