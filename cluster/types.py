@@ -88,7 +88,10 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """What one worker is asked to hold: stage ``index`` of ``count`` of a plan's epoch."""
+    """What one worker is asked to hold: stage ``index`` of ``count`` of a plan's epoch.
+
+    ``kv_bits`` 4 or 8 keeps keys and values in so many bits; 0 keeps them in the model's own type.
+    """
 
     epoch: int
     index: int
@@ -96,6 +99,7 @@ class StageSpec:
     model: ModelRef
     layers: LayerRange
     max_context: int
+    kv_bits: int = 0
 
     @property
     def first(self) -> bool:

@@ -87,6 +87,7 @@ def _order(r: pb.LoadModelRequest) -> LoadOrder:
         max_context=r.max_context or None,
         lanes=r.lanes or None,
         max_step_ms=_max_step_ms(r.max_step_ms),
+        kv_bits=_kv_bits(r.kv_bits),
     )
 
 
@@ -94,3 +95,9 @@ def _max_step_ms(asked: float) -> float:
     if not math.isfinite(asked) or asked < 0:
         raise InvalidRequest(f"max_step_ms is {asked:g}; it must be above 0", field="max_step_ms")
     return asked or MAX_STEP_MS
+
+
+def _kv_bits(asked: int) -> int:
+    if asked not in (0, 4, 8):
+        raise InvalidRequest(f"kv_bits is {asked}; it must be 8 or 4", field="kv_bits")
+    return asked

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.cli.edge import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowRoute, Lanes, Layers, MaxContext, MaxStepMs, Model, Workers
+from cluster.cli.serve import HowRoute, KvBits, Lanes, Layers, MaxContext, MaxStepMs, Model, Workers, checked_kv_bits
 from cluster.limits import MAX_STEP_MS
 from cluster.types import Route
 
@@ -23,6 +23,7 @@ def load(
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
+    kv_bits: KvBits = 0,
     coordinator: Coordinator = None,
     json: Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def load(
             max_context=max_context,
             lanes=lanes,
             max_step_ms=max_step_ms,
+            kv_bits=checked_kv_bits(kv_bits),
         )
         state = follow(loading)
         if json:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.lifeline import end_with_stdin
+from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
 from cluster.types import Route
@@ -30,6 +31,8 @@ MaxStepMs = Annotated[
     typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
 ]
 
+KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
+
 
 def serve(
     model: Model,
@@ -44,6 +47,7 @@ def serve(
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
+    kv_bits: KvBits = 0,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")
@@ -71,9 +75,17 @@ def serve(
         wait_s=wait,
         lanes=lanes,
         max_step_ms=max_step_ms,
+        kv_bits=checked_kv_bits(kv_bits),
     )
     if exit_with_stdin:
         end_with_stdin()
     with TerminalReport(sys.stderr) as report:
         code = run(settings, report)
     raise typer.Exit(code)
+
+
+def checked_kv_bits(bits: int) -> int:
+    """``bits`` if caches can have as many; 0 leaves them as they are."""
+    if bits not in (0, 4, 8):
+        raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")
+    return bits

@@ -52,7 +52,8 @@ class LoadOptions(TypedDict, total=False):
     """Keywords of ``load``; None and left out both mean the coordinator's default.
 
     ``workers`` takes all that are there; ``layers`` as in ``0-3,4-7``, else cut by memory; ``lanes`` one a stage.
-    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode.
+    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode; ``kv_bits`` 8 or 4 quantises
+    caches.
     """
 
     workers: int | None
@@ -61,6 +62,7 @@ class LoadOptions(TypedDict, total=False):
     max_context: int | None
     lanes: int | None
     max_step_ms: float | None
+    kv_bits: int
 
 
 def sampling_options(options: Options) -> pb.SamplingOptions:

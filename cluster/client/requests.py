@@ -88,6 +88,7 @@ def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReque
         workers=whole("workers", options.get("workers") or 0),
         max_context=whole("max_context", options.get("max_context") or 0),
         lanes=whole("lanes", options.get("lanes") or 0),
+        kv_bits=whole("kv_bits", options.get("kv_bits") or 0),
     )
 
 

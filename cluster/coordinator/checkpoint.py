@@ -33,9 +33,9 @@ class Reader:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
 
-    async def read(self, name: str, max_context: int | None) -> Checkpoint:
+    async def read(self, name: str, max_context: int | None, kv_bits: int = 0) -> Checkpoint:
         """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``."""
-        return await asyncio.wrap_future(self._pool.submit(_read, name, max_context))
+        return await asyncio.wrap_future(self._pool.submit(_read, name, max_context, kv_bits))
 
     def close(self) -> None:
         """Give the thread's MLX streams back, and end it."""
@@ -43,10 +43,10 @@ class Reader:
         self._pool.shutdown()
 
 
-def _read(name: str, max_context: int | None) -> Checkpoint:
+def _read(name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
     if max_context is not None and max_context < MIN_CONTEXT:
         raise InvalidOption(
             f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
         )
     path = resolve_model(name)
-    return Checkpoint(survey(path, name, max_context), load_tokenizer(path))
+    return Checkpoint(survey(path, name, max_context, kv_bits=kv_bits), load_tokenizer(path))

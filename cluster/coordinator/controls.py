@@ -97,6 +97,7 @@ def _load_request(spec: StageSpec, coordinator: str) -> pb.LoadStageRequest:
         start_layer=spec.layers.start,
         end_layer=spec.layers.end,
         max_context=spec.max_context,
+        kv_bits=spec.kv_bits,
         coordinator=coordinator,
     )
 

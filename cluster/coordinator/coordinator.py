@@ -70,7 +70,7 @@ class Coordinator:
                 self.changed.set()
 
     async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
-        checkpoint = await self._reader.read(order.model, order.max_context)
+        checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         workers = await self._roster.gather(wanted, order.wait_s, report)
         plan = lay_out(new_epoch(), checkpoint.shape, workers, order)

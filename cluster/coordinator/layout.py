@@ -25,7 +25,7 @@ def lay_out(epoch: int, shape: ModelShape, workers: Sequence[WorkerFacts], order
     ranges = _ranges(shape, rooms, layers)
     stages = tuple(
         PlannedStage(
-            StageSpec(epoch, i, len(ranges), shape.model, ranges[i], shape.max_context),
+            StageSpec(epoch, i, len(ranges), shape.model, ranges[i], shape.max_context, order.kv_bits),
             room.worker,
             used,
             room.usable - used,

@@ -20,6 +20,7 @@ class LoadOrder:
     wait_s: float = DISCOVERY_TIMEOUT_S
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS
+    kv_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class ServeSettings:
 
     ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
     default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
-    stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode.
+    stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4
+    quantises caches; 0 leaves them as they are.
     """
 
     model: str
@@ -43,6 +45,7 @@ class ServeSettings:
     wait_s: float = DISCOVERY_TIMEOUT_S
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS
+    kv_bits: int = 0
 
     @property
     def order(self) -> LoadOrder:
@@ -55,4 +58,5 @@ class ServeSettings:
             wait_s=self.wait_s,
             lanes=self.lanes,
             max_step_ms=self.max_step_ms,
+            kv_bits=self.kv_bits,
         )

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from cluster.errors import ModelUnsupported
 from cluster.model.modules import Module, tree_arrays, tree_bytes
+from cluster.model.quantization import Quantization
 from cluster.model.trace import Trace
 from cluster.types import LayerRange
 
@@ -31,15 +32,18 @@ class CacheLayout:
     """Which of the model's caches a stage keeps.
 
     ``own`` are indices into mlx-lm's list, ``trackers`` the ones kept as trackers; ``view`` says for each entry of
-    that list which of (own + trackers) stands there.
+    that list which of (own + trackers) stands there. ``quantization`` is for its own; trackers hold next to nothing.
     """
 
     own: tuple[int, ...]
     trackers: tuple[int, ...]
     view: tuple[int, ...]
+    quantization: Quantization | None = None
 
     @classmethod
-    def of(cls, model: Module, traced: Trace, layers: LayerRange) -> CacheLayout:
+    def of(
+        cls, model: Module, traced: Trace, layers: LayerRange, quantization: Quantization | None = None
+    ) -> CacheLayout:
         """Lay out the caches of a stage with these layers. Raises ModelUnsupported for a kind it cannot follow."""
         blank = make_prompt_cache(model)
         own = _own_caches(traced, layers)
@@ -53,7 +57,7 @@ class CacheLayout:
                 first_of_kind[_kind(cache)] = len(held)
                 held.append(index)
         view = tuple(held.index(i) if i in own else first_of_kind[_kind(cache)] for i, cache in enumerate(blank))
-        return cls(own, tuple(held[len(own) :]), view)
+        return cls(own, tuple(held[len(own) :]), view, quantization)
 
 
 class HeldCaches:
@@ -68,9 +72,12 @@ class HeldCaches:
         return [self._held[i] for i in self._layout.view]
 
     def follow(self, batch: int, tokens: int) -> None:
-        """Let the trackers know that the model has seen so many more tokens."""
-        for tracker in self._held[len(self._layout.own) :]:
+        """The model has seen so many more tokens: let the trackers know, and quantize what has just begun."""
+        own = len(self._layout.own)
+        for tracker in self._held[own:]:
             _follow(tracker, batch, tokens)
+        if self._layout.quantization is not None:
+            self._held[:own] = [self._layout.quantization.applied(cache) for cache in self._held[:own]]
 
     def arrays(self) -> list[mx.array]:
         """Everything that has to be evaluated after a step."""

@@ -15,13 +15,16 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from cluster import limits
 from cluster.model.modules import Module, stand_ins, tree_bytes
+from cluster.model.quantization import Quantization
 from cluster.model.recording import record
 from cluster.model.trace import LENGTHS, Trace
 
 __all__ = ["cache_curve"]
 
 
-def cache_curve(model: Module, traced: Trace, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+def cache_curve(
+    model: Module, traced: Trace, lengths: Sequence[int], quantization: Quantization | None = None
+) -> list[tuple[int, ...]]:
     """Bytes for each layer of one sequence of each of ``lengths`` tokens, at most, however its prompt was chunked.
 
     A cache that several layers use is charged to the first of them; one that no layer is called with, to the first
@@ -29,7 +32,8 @@ def cache_curve(model: Module, traced: Trace, lengths: Sequence[int]) -> list[tu
     """
     with stand_ins(model):
         short, long = (record(model, length).caches for length in LENGTHS)
-    return [_charged(traced, [_at(n, copy.deepcopy(a), b) for a, b in zip(short, long, strict=True)]) for n in lengths]
+    pairs = list(zip(short, long, strict=True))
+    return [_charged(traced, [_at(n, copy.deepcopy(a), b, quantization) for a, b in pairs]) for n in lengths]
 
 
 def _charged(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -42,19 +46,20 @@ def _charged(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(charged)
 
 
-def _at(tokens: int, short: Any, long: Any) -> int:
+def _at(tokens: int, short: Any, long: Any, quantization: Quantization | None = None) -> int:
     """The size of a cache at ``tokens`` tokens, from its states after the two runs."""
     if isinstance(short, CacheList):
         return sum(_at(tokens, a, b) for a, b in zip(short.caches, long.caches, strict=True))
     if isinstance(getattr(short, "keys", None), mx.array) and hasattr(short, "update_and_fetch"):
-        return _grown(tokens, short)
+        rows = short.keys, short.values
+        return _grown(tokens, short if quantization is None else quantization.applied(short), *rows)
     few, many = (tree_bytes(cache.state) for cache in (short, long))
     a_token = -(-(many - few) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
     return many + max(0, a_token) * max(0, tokens - LENGTHS[1])
 
 
-def _grown(tokens: int, cache: Any) -> int:
-    """Grow a cache of keys and values: all but one chunk at once, then that chunk.
+def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array) -> int:
+    """Grow a cache of rows like ``keys`` and ``values``: all but one chunk at once, then that chunk.
 
     A buffer grows by whole blocks from wherever it ended, so it may be up to a block less one longer than its tokens.
     A rotating cache keeps its window less one and the last chunk whole, until the next token comes.
@@ -65,7 +70,7 @@ def _grown(tokens: int, cache: Any) -> int:
         if part > 0:
             if hasattr(cache, "maybe_trim_front"):
                 cache.maybe_trim_front()
-            cache.update_and_fetch(_blank(cache.keys, part), _blank(cache.values, part))
+            cache.update_and_fetch(_blank(keys, part), _blank(values, part))
     return tree_bytes([cache.keys, cache.values])
 
 

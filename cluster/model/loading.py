@@ -31,7 +31,7 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
         )
     model = open_skeleton(path)
     traced = trace(model)
-    part = ModelSlice(model, traced, spec.layers)
+    part = ModelSlice(model, traced, spec.layers, spec.kv_bits)
     return part, traced.vocabulary, _read(part, progress)
 
 

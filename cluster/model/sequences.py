@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 from cluster.errors import BadFrame
 from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
@@ -20,15 +21,24 @@ __all__ = ["LiveSequence", "SequenceTable"]
 
 @dataclass(slots=True)
 class LiveSequence:
-    """``tokens`` are all that were fed so far, prompt and answer. ``broken`` says why no step may use it any more."""
+    """``tokens`` are all that were fed so far, prompt and answer. ``broken`` says why no step may use it any more.
+
+    ``kept`` is the prefix that holds just what this sequence does, while there is one.
+    """
 
     id: int
     sampler: Sampler
     tokens: list[int] = field(default_factory=list)
     broken: str = ""
+    kept: ReferenceType[Prefix] | None = None
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """A step has put these tokens into its caches."""
+        self.tokens.extend(tokens)
+        self.kept = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Prefix:
     """A kept copy of a sequence: its tokens and its caches."""
 
@@ -57,7 +67,12 @@ class SequenceTable:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all caches; memory that a prefix still shares with a sequence is counted for both."""
-        return self._lanes.nbytes + sum(prefix.caches.nbytes for prefix in self._prefixes.values())
+        return self._lanes.nbytes + self.prefix_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the kept prefixes. One that is kept under two ids, nothing computed in between, counts once."""
+        return sum(prefix.caches.nbytes for prefix in {id(p): p for p in self._prefixes.values()}.values())
 
     def get(self, sequence: int) -> LiveSequence:
         """Raises BadFrame for an id that is not live."""
@@ -106,8 +121,7 @@ class SequenceTable:
             case Trim():
                 self._trim(self.usable(edit.sequence), edit.length)
             case Save():
-                live = self.usable(edit.sequence)
-                self._prefixes[edit.prefix] = Prefix(tuple(live.tokens), self._lanes.copy(live.id))
+                self._save(self.usable(edit.sequence), edit.prefix)
             case Restore():
                 self._restore(self.usable(edit.sequence), edit.prefix)
             case Drop():
@@ -134,7 +148,15 @@ class SequenceTable:
             raise BadFrame(f"Sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs.")
         self._lanes.put(live.id, caches)
         del live.tokens[length:]
+        live.kept = None
         live.sampler.forget()
+
+    def _save(self, live: LiveSequence, prefix: int) -> None:
+        kept = live.kept() if live.kept is not None else None
+        if kept is None:
+            kept = Prefix(tuple(live.tokens), self._lanes.copy(live.id))
+            live.kept = ref(kept)
+        self._prefixes[prefix] = kept
 
     def _restore(self, live: LiveSequence, prefix: int) -> None:
         if live.tokens:
@@ -143,5 +165,5 @@ class SequenceTable:
             raise BadFrame(f"Prefix {prefix} is not kept on this stage.")
         kept = self._prefixes[prefix]
         self._lanes.put(live.id, kept.caches.copy())
-        live.tokens = list(kept.tokens)
+        live.tokens, live.kept = list(kept.tokens), ref(kept)
         live.sampler.forget()

@@ -20,6 +20,7 @@ from cluster.model.abilities import batchable
 from cluster.model.caches import CacheLayout, HeldCaches, SequenceCaches
 from cluster.model.modules import Module, module_arrays, named_modules
 from cluster.model.pytree import put_together, take_apart
+from cluster.model.quantization import choose_quantization
 from cluster.model.recording import replace_call
 from cluster.model.trace import Boundary, Trace
 from cluster.types import LayerRange
@@ -39,19 +40,21 @@ class ModelSlice:
     """Layers ``layers`` of ``model``, which becomes this slice's own and is changed for good.
 
     ``inlet`` and ``outlet`` describe what crosses the cuts on either side; None where the model begins or ends.
-    ``batchable`` says whether ``run`` takes the caches of a batch.
-    Raises NoPlan when a cut is not clean or the model has no such layers.
+    ``batchable`` says whether ``run`` takes the caches of a batch. ``kv_bits`` 4 or 8 quantizes its caches, 0 does not.
+    Raises NoPlan when a cut is not clean or the model has no such layers, and what
+    ``choose_quantization`` raises.
     """
 
-    def __init__(self, model: Module, traced: Trace, layers: LayerRange) -> None:
+    def __init__(self, model: Module, traced: Trace, layers: LayerRange, kv_bits: int = 0) -> None:
         _require_clean(traced, layers)
         self.layers = layers
         self.inlet = traced.boundaries[layers.start] if layers.start > 0 else None
         self.outlet = traced.boundaries[layers.end] if layers.end < traced.layers else None
-        self.batchable = batchable(model, traced)
+        quantization = choose_quantization(model, kv_bits)
+        self.batchable = quantization is None and batchable(model, traced)
         self._model = model
         self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
-        self._layout = CacheLayout.of(model, traced, layers)
+        self._layout = CacheLayout.of(model, traced, layers, quantization)
         self._incoming: Any = None
         self._drop_other_arrays()
         self._replace_calls()

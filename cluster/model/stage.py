@@ -21,7 +21,7 @@ from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
-from cluster.types import StageSpec
+from cluster.types import LayerRange, StageSpec
 
 __all__ = ["Stage", "load_stage"]
 
@@ -42,7 +42,7 @@ def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     """Build the stage that ``spec`` describes from the checkpoint in ``path``, reading its own tensors only.
 
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
-    NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint or ModelUnsupported.
+    NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
     return Stage(spec, *load_slice(spec, path, progress))
 
@@ -76,6 +76,11 @@ class Stage:
         """Bytes of the caches of sequences and prefixes."""
         return self._table.cache_bytes
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the kept prefixes alone; what two ids keep of one state counts once."""
+        return self._table.prefix_bytes
+
     def close(self) -> None:
         """Free weights and caches. Every later step raises StageFailed."""
         self._slice = None
@@ -86,9 +91,9 @@ class Stage:
     def begin_epoch(self, spec: StageSpec) -> None:
         """Serve the same layers under a new plan's epoch: weights stay, sequences and prefixes go.
 
-        Raises StaleEpoch when ``spec`` wants another model or other layers: that is a load.
+        Raises StaleEpoch when ``spec`` wants another model, other layers or other ``kv_bits``: that is a load.
         """
-        if (spec.model.fingerprint, spec.layers) != (self.spec.model.fingerprint, self.spec.layers):
+        if _held(spec) != _held(self.spec):
             raise StaleEpoch(f"This stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew.")
         self.spec = spec
         self._table = SequenceTable(self._loaded().new_caches, self._vocabulary)
@@ -176,7 +181,7 @@ class Stage:
         caches = self._table.gather(lane, step.sequences)
         outgoing = part.run(mx.array(step.tokens), caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
-            live.tokens.extend(tokens)
+            live.feed(tokens)
         if self.spec.last:
             return self._sampled(rows, step, outgoing[0], caches.arrays())
         sent = [mx.contiguous(array) for array in outgoing]
@@ -206,6 +211,11 @@ class Stage:
         self._steps += 1
         if step.compute is Compute.PREFILL or self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
+
+
+def _held(spec: StageSpec) -> tuple[str, LayerRange, int]:
+    """What of a spec takes a load to change."""
+    return spec.model.fingerprint, spec.layers, spec.kv_bits
 
 
 def _require_rows(step: Step) -> None:

@@ -15,6 +15,7 @@ from cluster.model.abilities import batchable, trimmable
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.footprint import cache_curve
 from cluster.model.modules import Module, module_arrays, named_modules
+from cluster.model.quantization import choose_quantization
 from cluster.model.skeleton import open_skeleton
 from cluster.model.trace import Trace, trace
 from cluster.types import ModelRef, ModelShape, SharedWeight
@@ -26,19 +27,20 @@ CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_l
 """What configs call the longest context that a model was made for, the usual name first."""
 
 
-def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
+def survey(path: Path, name: str, max_context: int | None, *, kv_bits: int = 0) -> ModelShape:
     """Look at the checkpoint in ``path``, which people call ``name``.
 
-    ``max_context`` is in tokens; None means as much as the model allows, up to limits.DEFAULT_MAX_CONTEXT. Raises
-    InvalidOption for more than the model allows, ModelUnsupported for what cannot be sliced, and what
-    ``open_checkpoint`` raises.
+    ``max_context`` is in tokens; None means as much as the model allows, up to limits.DEFAULT_MAX_CONTEXT.
+    ``kv_bits`` 4 or 8 keeps keys and values in so many bits. Raises InvalidOption for more than the model allows,
+    ModelUnsupported for what cannot be sliced or quantized, and what ``open_checkpoint`` raises.
     """
     checkpoint = open_checkpoint(path)
     context = _context(checkpoint.config, max_context)
     model = open_skeleton(path)
     traced = trace(model)
+    quantization = choose_quantization(model, kv_bits)
     lengths = _lengths(context)
-    *shorter, full = cache_curve(model, traced, lengths)
+    *shorter, full = cache_curve(model, traced, lengths, quantization)
     return ModelShape(
         model=ModelRef(name, str(path), checkpoint.fingerprint),
         layers=traced.layers,
@@ -49,7 +51,7 @@ def survey(path: Path, name: str, max_context: int | None) -> ModelShape:
         unclean=tuple(sorted(traced.unclean.items())),
         max_context=context,
         cache_curve=tuple(zip(lengths, shorter, strict=False)),
-        batchable=batchable(model, traced),
+        batchable=quantization is None and batchable(model, traced),
         trimmable=trimmable(model, context),
     )
 

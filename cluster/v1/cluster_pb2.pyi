@@ -345,6 +345,7 @@ class LoadModelRequest(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     MAX_STEP_MS_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id that is in the workers' caches."""
     workers: _builtins.int
@@ -358,6 +359,8 @@ class LoadModelRequest(_message.Message):
     """0: one a stage."""
     max_step_ms: _builtins.float
     """What a prefill chunk may take of a stage while others decode; 0: the default."""
+    kv_bits: _builtins.int
+    """8 or 4 quantises caches; 0 leaves them as they are."""
     def __init__(
         self,
         *,
@@ -368,10 +371,11 @@ class LoadModelRequest(_message.Message):
         max_context: _builtins.int = ...,
         lanes: _builtins.int = ...,
         max_step_ms: _builtins.float = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

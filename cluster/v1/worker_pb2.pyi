@@ -128,6 +128,7 @@ class LoadStageRequest(_message.Message):
     END_LAYER_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -139,6 +140,8 @@ class LoadStageRequest(_message.Message):
     max_context: _builtins.int
     coordinator: _builtins.str
     """Who asks. Refused while another's heartbeat holds a stage here."""
+    kv_bits: _builtins.int
+    """4 or 8 keeps keys and values in so many bits; 0 keeps them as the model makes them."""
     def __init__(
         self,
         *,
@@ -152,10 +155,11 @@ class LoadStageRequest(_message.Message):
         end_layer: _builtins.int = ...,
         max_context: _builtins.int = ...,
         coordinator: _builtins.str = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

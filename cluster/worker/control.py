@@ -122,4 +122,5 @@ def _load(call: int, r: pb.LoadStageRequest) -> Load:
         start_layer=r.start_layer,
         end_layer=r.end_layer,
         max_context=r.max_context,
+        kv_bits=r.kv_bits,
     )

@@ -27,6 +27,7 @@ class Load:
     start_layer: int
     end_layer: int
     max_context: int
+    kv_bits: int = 0
 
     @property
     def spec(self) -> StageSpec:
@@ -37,6 +38,7 @@ class Load:
             model=ModelRef(self.model, self.path, self.fingerprint),
             layers=LayerRange(self.start_layer, self.end_layer),
             max_context=self.max_context,
+            kv_bits=self.kv_bits,
         )
 
 

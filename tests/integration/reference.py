@@ -12,8 +12,15 @@ from mlx_lm.utils import load_model
 from cluster.limits import PREFILL_CHUNK
 
 
-def greedy(folder: Path, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
+def greedy(folder: Path, prompt: Sequence[int], tokens: int, kv_bits: int | None = None) -> tuple[int, ...]:
     """Greedy token ids, end-of-sequence tokens among them."""
     model, _ = load_model(folder)
-    steps = generate_step(mx.array(prompt), model, max_tokens=tokens, prefill_step_size=PREFILL_CHUNK)
+    steps = generate_step(
+        mx.array(prompt),
+        model,
+        max_tokens=tokens,
+        prefill_step_size=PREFILL_CHUNK,
+        kv_bits=kv_bits,
+        quantized_kv_start=0,
+    )
     return tuple(int(token) for token, _ in steps)

@@ -78,3 +78,11 @@ def test_nobody_changes_anothers_tokens(client: Client, llama: Path, prompts: li
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(lambda p: client.generate(p, max_tokens=20, ignore_eos=True).tokens, prompts))
     assert answers == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_caches_give_the_tokens_of_one_process(client: Client, models: Path, bits: int) -> None:
+    folder = make("llama", models / "llama-wide", hidden_size=128, head_dim=64, num_attention_heads=2)
+    serve_model(client, folder, 3, kv_bits=bits)
+    answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)
+    assert answer.tokens == greedy(folder, PROMPT[:80], 16, kv_bits=bits)
