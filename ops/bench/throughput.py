@@ -26,6 +26,7 @@ PROMPT = 16
 STREAMS = 4
 LONG, LONGER = 2048, 4096
 HISTORY = 1000
+CONTEXT = 8192
 MAX_STEP_MS = 12.0
 
 
@@ -91,10 +92,13 @@ def measure(client: Client, single: SingleProcess, model: Path, rounds: int, tok
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
+    def load(lanes: int) -> None:
+        client.load(str(model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
+
     for salt in range(1000, 1000 + 50 * rounds, 50):
-        client.load(str(model), workers=2, lanes=1, max_step_ms=MAX_STEP_MS).wait()
+        load(lanes=1)
         note("clump", batch_rate(client.address, USERS, tokens, salt))
-        client.load(str(model), workers=2, max_step_ms=MAX_STEP_MS).wait()
+        load(lanes=2)
         note("lanes", batch_rate(client.address, USERS, tokens, salt))
         note("single", USERS * tokens / single.batch(USERS, PROMPT, tokens))
         note("prefill", first_token_s(client, LONG, salt + 1))
@@ -113,7 +117,7 @@ def main() -> int:
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        model = make_llama(folder / "model", hidden=256, intermediate=512, layers=8, heads=4, context=8192)
+        model = make_llama(folder / "model", hidden=256, intermediate=512, layers=8, heads=4, context=CONTEXT)
         client = start_cluster(stack, model, pinned=True)
         single = SingleProcess(model)
         stack.callback(single.close)
