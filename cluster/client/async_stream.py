@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from cluster.client.answers import Completion, Finish, Prompt, Token
+from cluster.client.answers import Completion, Prompt, Token
 from cluster.client.calls import STALL_TIMEOUT_S, failures_told, serving, stalled
 from cluster.client.replies import load_event
 from cluster.client.state import ClusterState
-from cluster.client.transcript import Transcript
+from cluster.client.transcript import Transcribed
 from cluster.errors import Aborted
 from cluster.types import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
 T = TypeVar("T")
 
 
-class AsyncStream:
+class AsyncStream(Transcribed):
     """An answer on its way: iterate over it with ``async for`` for its tokens.
 
     Leaving the ``async with`` block before the end cancels the call, all the way down to the workers; so does leaving
@@ -37,24 +37,9 @@ class AsyncStream:
     """
 
     def __init__(self, call: AnswerCall, address: str) -> None:
+        super().__init__()
         self._call = call
         self._address = address
-        self._transcript = Transcript()
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """What was accepted; None until the coordinator has said so (see ``wait_accepted``)."""
-        return self._transcript.prompt
-
-    @property
-    def text(self) -> str:
-        """The answer's text so far; all of it once ``finish`` is there."""
-        return self._transcript.text
-
-    @property
-    def finish(self) -> Finish | None:
-        """How the answer ended; None until it has."""
-        return self._transcript.finish
 
     async def wait_accepted(self) -> Prompt:
         """Wait for the coordinator to accept the request; raises the MacpipeError with which it refused."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cluster.client.answers import Completion, Finish, Prompt, Token
+from cluster.client.answers import Completion, Prompt, Token
 from cluster.client.calls import STALL_TIMEOUT_S, failures_told, serving, stalled
 from cluster.client.replies import load_event
 from cluster.client.state import ClusterState
-from cluster.client.transcript import Transcript
+from cluster.client.transcript import Transcribed
 from cluster.errors import MacpipeError
 from cluster.types import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
     AnswerCall = grpc.CallIterator[inference_pb2.GenerateResponse] | grpc.CallIterator[inference_pb2.ChatResponse]
 
 
-class Stream:
+class Stream(Transcribed):
     """An answer on its way: iterate over it for its tokens.
 
     Leaving the loop or the ``with`` block before the end cancels the call, all the way down to the workers. Iterating
@@ -33,24 +33,9 @@ class Stream:
     """
 
     def __init__(self, call: AnswerCall, address: str) -> None:
+        super().__init__()
         self._call = call
         self._address = address
-        self._transcript = Transcript()
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """What was accepted; None until the coordinator has said so (see ``wait_accepted``)."""
-        return self._transcript.prompt
-
-    @property
-    def text(self) -> str:
-        """The answer's text so far; all of it once ``finish`` is there."""
-        return self._transcript.text
-
-    @property
-    def finish(self) -> Finish | None:
-        """How the answer ended; None until it has."""
-        return self._transcript.finish
 
     def wait_accepted(self) -> Prompt:
         """Wait for the coordinator to accept the request; raises the MacpipeError with which it refused."""

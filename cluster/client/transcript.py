@@ -77,3 +77,25 @@ class Transcript:
 
     def _cut_short(self) -> MacpipeError:
         return MacpipeError(f"the coordinator ended the answer after {len(self.tokens)} tokens without saying why")
+
+
+class Transcribed:
+    """What both streams let be seen of their answer while it comes."""
+
+    def __init__(self) -> None:
+        self._transcript = Transcript()
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What was accepted; None until the coordinator has said so (see ``wait_accepted``)."""
+        return self._transcript.prompt
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far; all of it once ``finish`` is there."""
+        return self._transcript.text
+
+    @property
+    def finish(self) -> Finish | None:
+        """How the answer ended; None until it has."""
+        return self._transcript.finish

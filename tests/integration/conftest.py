@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints import make
 from cluster.client import Client
-from integration.daemons import Cluster, free_port, wait_serving
+from integration.daemons import Cluster
 
 WORKERS = ("ada", "bob", "cyd", "dee")
 
@@ -48,10 +48,7 @@ def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
 @pytest.fixture(scope="session")
 def address(session_cluster: Cluster, llama: Path) -> str:
     """The coordinator of the session's workers, which it found over mDNS on loopback."""
-    port = free_port()
-    options = ["--workers", str(len(WORKERS)), "--port", str(port), "--wait", "90"]
-    wait_serving(f"127.0.0.1:{port}", session_cluster.serve(llama, *options))
-    return f"127.0.0.1:{port}"
+    return session_cluster.serving(llama, len(WORKERS))[1]
 
 
 @pytest.fixture

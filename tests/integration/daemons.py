@@ -96,6 +96,14 @@ class Cluster:
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
         return self._start("serve", ["serve", str(model), "--cluster", self.name, *options], launch)
 
+    def serving(self, model: str | Path, workers: int, wait_s: float = START_S) -> tuple[Daemon, str]:
+        """Start a coordinator on a free port and wait until it serves; the daemon and its address."""
+        port = free_port()
+        options = ["--workers", str(workers), "--port", str(port), "--wait", str(wait_s)]
+        daemon, address = self.serve(model, *options), f"127.0.0.1:{port}"
+        wait_serving(address, daemon)
+        return daemon, address
+
     def _start(self, name: str, arguments: Sequence[str], launch: Launch) -> Daemon:
         log = self.folder / f"{name}-{len(self.daemons)}.log"
         daemon = Daemon(name, launch(arguments, log), log)

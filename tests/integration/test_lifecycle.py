@@ -11,7 +11,7 @@ import pytest
 
 from cluster.client import Client
 from cluster.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
-from integration.daemons import Cluster, Footprint, alive, children, free_port, gone, wait_serving
+from integration.daemons import Cluster, Footprint, alive, children, gone
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -55,10 +55,8 @@ def test_a_worker_keeps_its_id_over_restarts(cluster: Cluster) -> None:
 def test_a_worker_stops_in_the_middle_of_an_answer(cluster: Cluster, llama: Path) -> None:
     """The other processes live on; the request ends once, with a sentence that names the Mac."""
     workers = [cluster.worker(name) for name in ("one", "two")]
-    port = free_port()
-    serve = cluster.serve(llama, "--workers", "2", "--port", str(port), "--wait", "90")
-    wait_serving(f"127.0.0.1:{port}", serve)
-    with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+    serve, address = cluster.serving(llama, 2)
+    with Client(address, timeout_s=30) as client:
         stream = client.stream([1, 2, 3], max_tokens=1500, ignore_eos=True)
         tokens = iter(stream)
         next(tokens)
@@ -78,10 +76,8 @@ def test_a_worker_stops_in_the_middle_of_an_answer(cluster: Cluster, llama: Path
 
 def test_an_engine_that_crashes_is_reported_restarted_and_can_be_loaded_again(cluster: Cluster, llama: Path) -> None:
     workers = [cluster.worker(name) for name in ("one", "two")]
-    port = free_port()
-    serve = cluster.serve(llama, "--workers", "2", "--port", str(port), "--wait", "90")
-    wait_serving(f"127.0.0.1:{port}", serve)
-    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+    _, address = cluster.serving(llama, 2)
+    with Client(address, timeout_s=60) as client:
         before = client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens
         crashed = engine_of(workers[1].process.pid)
         os.kill(crashed, signal.SIGSEGV)
@@ -104,10 +100,8 @@ def test_an_engine_that_crashes_is_reported_restarted_and_can_be_loaded_again(cl
 def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Path) -> None:
     worker = cluster.worker("solo")
     for _ in range(2):
-        port = free_port()
-        serve = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
-        wait_serving(f"127.0.0.1:{port}", serve)
-        with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+        serve, address = cluster.serving(llama, 1)
+        with Client(address, timeout_s=30) as client:
             assert client.cluster().workers[0].memory_used > 100_000
         began = time.monotonic()
         assert serve.stop(signal.SIGTERM) == 0
@@ -117,10 +111,8 @@ def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Pat
 
 def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster, llama: Path) -> None:
     cluster.worker("solo")
-    port = free_port()
-    first = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
-    wait_serving(f"127.0.0.1:{port}", first)
-    with Client(f"127.0.0.1:{port}", timeout_s=30) as client:
+    first, address = cluster.serving(llama, 1)
+    with Client(address, timeout_s=30) as client:
         stream = client.stream([1, 2, 3], max_tokens=1800, ignore_eos=True)
         tokens = iter(stream)
         next(tokens)
@@ -131,16 +123,13 @@ def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster,
         stream.cancel()
         assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
     first.process.send_signal(signal.SIGKILL)
-    third = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "60")
-    wait_serving(f"127.0.0.1:{port}", third)
+    cluster.serving(llama, 1)
 
 
 def test_a_load_that_cannot_be_leaves_the_served_model_alone(cluster: Cluster, llama: Path) -> None:
     cluster.worker("solo")
-    port = free_port()
-    serve = cluster.serve(llama, "--workers", "1", "--port", str(port), "--wait", "90")
-    wait_serving(f"127.0.0.1:{port}", serve)
-    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+    serve, address = cluster.serving(llama, 1)
+    with Client(address, timeout_s=60) as client:
         stream = client.stream([1, 2, 3], max_tokens=1500, ignore_eos=True)
         tokens = iter(stream)
         next(tokens)
