@@ -13,6 +13,10 @@ MAX_FRAME_BYTES: Final = 256 * MIB
 """A prefill chunk of 2,048 tokens x 16,384 wide in bf16 is 64 MiB; three boundary tensors of that fit with room."""
 MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
 """Token ids of the longest chunk, edits and timings: 2,048 ids are 8 KiB; the rest is small."""
+BULK_BYTES: Final = 64 * KIB
+"""Tensors of a prefill frame above this travel on the line for bulk; below, two messages cost more than they save."""
+MAX_BODIES_WAITING: Final = 2 * 64
+"""Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
 MAX_TENSORS: Final = 16
 """Boundary values are one to three arrays in every architecture that mlx-lm has."""
 MAX_TENSOR_RANK: Final = 8

@@ -1,7 +1,7 @@
 """The ring: the data streams of one epoch as the coordinator holds them.
 
-It feeds stage 0, pulls from the last stage, and carries the hops that are relayed. Who feeds whom is told; it refuses
-to know what a frame says.
+It feeds stage 0, pulls from the last stage, and carries the hops that are relayed, on both lines: tokens in and samples
+out are small and always urgent. Who feeds whom is told; it refuses to know what a frame says.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
-from cluster.transport.streams import Dialer, Received, Sender, Subscription
+from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 from cluster.types import Route
 
 StageLost = Callable[[str, str], None]
@@ -42,16 +43,21 @@ class Ring:
     def _open(
         self, dialer: Dialer, epoch: int, stages: Sequence[RingStage], received: Received, lost: StageLost
     ) -> Sender:
-        sink = received
-        for i, stage in reversed(list(enumerate(stages))):
-            gone = partial(lost, stage.worker)
-            if i == len(stages) - 1 or stages[i + 1].inlet is Route.RELAY:
-                self._streams.append(dialer.pull(stage.address, epoch, sink, gone))
-            if i == 0 or stage.inlet is Route.RELAY:
-                feed = dialer.feed(stage.address, epoch, gone)
-                self._streams.append(feed)
-                sink = feed.send
+        """The feed of stage 0."""
+        first, last = stages[0], stages[-1]
+        for before, after in pairwise(stages):
+            if after.inlet is Route.RELAY:
+                self._relay(dialer, epoch, before, after, lost)
+        self._streams.append(dialer.pull(last.address, epoch, received, partial(lost, last.worker)))
+        feed = dialer.feed(first.address, epoch, partial(lost, first.worker))
+        self._streams.append(feed)
         return feed
+
+    def _relay(self, dialer: Dialer, epoch: int, before: RingStage, after: RingStage, lost: StageLost) -> None:
+        for line in Line:
+            feed = dialer.feed(after.address, epoch, partial(lost, after.worker), line)
+            self._streams.append(feed)
+            self._streams.append(dialer.pull(before.address, epoch, feed.send, partial(lost, before.worker), line))
 
     def send(self, message: bytes) -> None:
         """Send a frame to stage 0; never blocks."""

@@ -4,18 +4,17 @@ A request waits its turn, enters the emptiest lane once every stage has room for
 longest kept prefix, and sends the rest of its prompt as a row of prefill frames that do not wait for each other.
 Decode frames, one a lane, go before prefill frames; a prefill frame is no longer than the pace allows.
 
-Frames come back in the order in which they were written. Every frame that is written comes back, or the ring is lost.
+Frames of one sequence come back in the order in which they were written; a decode frame may overtake prefill frames of
+others (``cluster.scheduler.turns``). Every frame that is written comes back, or the ring is lost.
 """
 
 from __future__ import annotations
-
-from collections import deque
-from dataclasses import dataclass
 
 from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.limits import RETRY_AFTER_S
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.flights import Flight, Flights
 from cluster.scheduler.lanes import Lanes
 from cluster.scheduler.memory import Cost, fits, lane_cost, total
 from cluster.scheduler.outcome import Failed, Outcome, Produced
@@ -26,18 +25,6 @@ from cluster.scheduler.waiting import Waiting
 from cluster.types import FinishReason, Request
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A frame that is in the ring: what it computes, for whom, and how many prompt tokens it prefills."""
-
-    number: int
-    lane: int
-    compute: Compute | None
-    sequences: tuple[int, ...]
-    prefills: int
-    sent_at: float
-
-
 class Scheduler:
     """One epoch's schedule. ``eos`` are the token ids that end an answer."""
 
@@ -46,10 +33,10 @@ class Scheduler:
         self._waiting = Waiting(capacity.queue)
         self._lanes = Lanes(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
-        self._pacing = Pacing(capacity.chunk, capacity.max_step_ms)
+        self._pacing = Pacing(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
-        self._flights: deque[_Flight] = deque()
+        self._flights = Flights()
         self._edits: list[Edit] = []
         self._frames_written = 0
         self._sequences_seen = 0
@@ -80,7 +67,7 @@ class Scheduler:
 
     def oldest_sent_at(self) -> float | None:
         """When the frame that has been longest in the ring was written; None where the ring is empty."""
-        return self._flights[0].sent_at if self._flights else None
+        return self._flights.oldest_sent_at()
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a live request."""
@@ -123,10 +110,10 @@ class Scheduler:
         return sequence
 
     def returned(self, frame: Frame) -> Outcome:
-        """Account for a frame that the last stage sent back. Raises ``BadFrame`` where it is not the one due."""
-        if not self._flights or frame.number != self._flights[0].number or frame.epoch != self._epoch:
-            raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back out of turn")
-        flight = self._flights.popleft()
+        """Account for a frame that the last stage sent back. Raises ``BadFrame`` where that cannot be."""
+        if frame.epoch != self._epoch:
+            raise BadFrame(f"a frame of epoch {frame.epoch} came back in epoch {self._epoch}")
+        flight = self._flights.land(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
         elif flight.compute is Compute.PREFILL:
@@ -141,7 +128,7 @@ class Scheduler:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
         frames = self._decodes(now)
-        while self._prefills_in_flight() < self._capacity.window and (sequence := self._neediest()):
+        while self._flights.prefills < self._capacity.window and (sequence := self._neediest()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
         if self._edits:
@@ -244,9 +231,6 @@ class Scheduler:
 
     # Frames
 
-    def _prefills_in_flight(self) -> int:
-        return sum(1 for f in self._flights if f.compute is Compute.PREFILL)
-
     def _decodes(self, now: float) -> list[Frame]:
         return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
 
@@ -268,7 +252,8 @@ class Scheduler:
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
         start = len(sequence.fed)
         others = any(s.phase is Phase.DECODE for s in self._lanes if s is not sequence)
-        count = min(self._pacing.chunk(others_decode=others), sequence.unsent)
+        whole = sequence.prefill_length - sequence.cached
+        count = min(self._pacing.chunk(whole, others_decode=others), sequence.unsent)
         tokens = sequence.request.prompt[start : start + count]
         sequence.fed.extend(tokens)
         if not sequence.unsent:
@@ -280,6 +265,6 @@ class Scheduler:
         number = self._frames_written
         self._frames_written += 1
         compute = step.compute if step else None
-        self._flights.append(_Flight(number, lane, compute, sequences, prefills, now))
+        self._flights.add(Flight(number, lane, compute, sequences, prefills, now))
         edits, self._edits = tuple(self._edits), []
         return Frame(self._epoch, max(lane, 0), number, edits, step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.transport.rings import Stages
-from cluster.transport.streams import Lost, Outbox, Received, Sender, Subscription
+from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
 Fault = Callable[[bytes], bytes | None]
 """Sees each message that crosses an address; what it returns is delivered, None is lost."""
@@ -31,20 +31,20 @@ class MemoryNetwork:
         for stream in self._streams.pop(address, []):
             stream.break_off()
 
-    def feed(self, address: str, epoch: int, lost: Lost) -> Sender:
-        stages, _ = self._reach(address, epoch)
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender:
+        stages, _ = self._reach(address, epoch, line)
         return self._keep(address, _MemoryStream(Outbox(epoch), self._faulty(address, stages.received), lost))
 
-    def pull(self, address: str, epoch: int, received: Received, lost: Lost) -> Subscription:
-        _, outbox = self._reach(address, epoch)
+    def pull(self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT) -> Subscription:
+        _, outbox = self._reach(address, epoch, line)
         if not outbox.take():
             raise Unreachable(f"cannot open a data stream to {address}: somebody else pulls this stage's frames")
         return self._keep(address, _MemoryStream(outbox, self._faulty(address, received), lost))
 
-    def _reach(self, address: str, epoch: int) -> tuple[Stages, Outbox]:
+    def _reach(self, address: str, epoch: int, line: Line) -> tuple[Stages, Outbox]:
         if address not in self.ports:
             raise Unreachable(f"cannot open a data stream to {address}: nobody is there")
-        outbox = self.ports[address].outbox(epoch)
+        outbox = self.ports[address].outbox(epoch, line)
         if outbox is None:
             raise StaleEpoch(f"{address} refused a stream: no stage of epoch {epoch} is loaded here")
         return self.ports[address], outbox

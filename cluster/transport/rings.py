@@ -3,7 +3,7 @@
 ``Feed`` carries frames from the coordinator into a stage; ``Pull`` carries a stage's frames to whoever comes next. A
 pull (one thread reads, one yields) was the quickest path that gRPC's public API has: 237 us a hop of 16 KiB, against
 274 us on an asyncio stream and 1,000 us for a unary call. The epoch travels as metadata, so that a stream of another
-epoch is refused before a byte of it is read.
+epoch is refused before a byte of it is read; so does the line.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import grpc
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import CONNECT_TIMEOUT_S, DATA_THREADS
 from cluster.transport.options import DATA_OPTIONS, bind, data_channel
-from cluster.transport.streams import Lost, Outbox, Received, Sender, Subscription
+from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
 FEED = "/cluster.v1.StageService/Feed"
 PULL = "/cluster.v1.StageService/Pull"
 _EPOCH = "macpipe-epoch"
+_LINE = "macpipe-line"
 _ACCEPTED = b""
 """The first message of every stream, from the one who accepts it."""
 
@@ -30,11 +31,11 @@ _ACCEPTED = b""
 class Stages(Protocol):
     """What a data port serves: at most one loaded stage."""
 
-    def outbox(self, epoch: int) -> Outbox | None:
-        """The frames of that epoch's stage, or None where another or none is loaded."""
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        """The frames of that epoch's stage on a line, or None where another or none is loaded."""
 
     def received(self, message: bytes) -> None:
-        """A frame that was fed."""
+        """A message that was fed, on either line."""
 
 
 class DataServer:
@@ -64,7 +65,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
     def _outbox(self, context: grpc.ServicerContext) -> Outbox:
         metadata = dict(context.invocation_metadata())
         epoch = str(metadata.get(_EPOCH, ""))
-        outbox = self._stages.outbox(int(epoch)) if epoch.isdigit() else None
+        line = Line.BULK if metadata.get(_LINE) == Line.BULK else Line.URGENT
+        outbox = self._stages.outbox(int(epoch), line) if epoch.isdigit() else None
         if outbox is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {epoch or '(none)'} is loaded here")
         return outbox
@@ -90,11 +92,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
 class GrpcDialer:
     """Opens streams to data ports over gRPC; a connection of its own for each."""
 
-    def feed(self, address: str, epoch: int, lost: Lost) -> Sender:
-        return _Stream(address, FEED, epoch, _ignored, lost)
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender:
+        return _Stream(address, FEED, epoch, line, _ignored, lost)
 
-    def pull(self, address: str, epoch: int, received: Received, lost: Lost) -> Subscription:
-        return _Stream(address, PULL, epoch, received, lost)
+    def pull(self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT) -> Subscription:
+        return _Stream(address, PULL, epoch, line, received, lost)
 
 
 def _ignored(message: bytes) -> None:
@@ -104,7 +106,7 @@ def _ignored(message: bytes) -> None:
 class _Stream:
     """One stream and the thread that reads it."""
 
-    def __init__(self, address: str, method: str, epoch: int, received: Received, lost: Lost) -> None:
+    def __init__(self, address: str, method: str, epoch: int, line: Line, received: Received, lost: Lost) -> None:
         self._channel = data_channel(address)
         self._address, self._received, self._lost = address, received, lost
         self._outbox = Outbox(epoch)
@@ -112,7 +114,7 @@ class _Stream:
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
         self._ended_early = False
-        self._call = self._open(method, ((_EPOCH, str(epoch)),))
+        self._call = self._open(method, ((_EPOCH, str(epoch)), (_LINE, line.value)))
         threading.Thread(target=self._read, name=f"{method} {address}", daemon=True).start()
         self._await_acceptance()
 

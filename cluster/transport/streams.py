@@ -3,15 +3,17 @@
 ``cluster.transport.rings`` carries them over gRPC, ``cluster.transport.memory`` within one process for tests, where it
 can lose, delay and cut.
 
-A stage owns an ``Outbox``: its finished frames, in order, for the one party that pulls them. It takes frames in from a
-feed (the coordinator pushes) or from a pull (of the stage before). Callbacks run on the transport's threads; they
-must only hand the bytes on.
+A stage owns an ``Outbox`` for each line: its finished frames, in order, for the one party that pulls them. A stream
+belongs to one line and has a connection of its own, so that what is urgent never waits behind bulk. A stage takes
+frames in from a feed (the coordinator pushes) or from a pull (of the stage before). Callbacks run on the transport's
+threads; they must only hand the bytes on.
 """
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import Protocol
 
 from cluster.limits import MAX_FRAMES_WAITING
@@ -19,6 +21,13 @@ from cluster.limits import MAX_FRAMES_WAITING
 Received = Callable[[bytes], None]
 Lost = Callable[[str], None]
 """Told once, with a sentence, when a stream ends that nobody closed."""
+
+
+class Line(StrEnum):
+    """Which messages a stream carries. Each line keeps its own order; between the two there is none."""
+
+    URGENT = "urgent"
+    BULK = "bulk"
 
 
 class Sender(Protocol):
@@ -44,9 +53,11 @@ class Dialer(Protocol):
     They raise ``Unreachable`` where nobody answers in time, and ``StaleEpoch`` where that stage is not loaded there.
     """
 
-    def feed(self, address: str, epoch: int, lost: Lost) -> Sender: ...
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender: ...
 
-    def pull(self, address: str, epoch: int, received: Received, lost: Lost) -> Subscription: ...
+    def pull(
+        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT
+    ) -> Subscription: ...
 
 
 class Outbox:

@@ -1,13 +1,15 @@
 """The activation frame as bytes: ``u32 header length | msgpack header | the tensors' own bytes``, little-endian.
 
-It knows the layout and every bound; it refuses to know what a frame means. Each field is checked before anything is
-allocated from it, and whatever is wrong is a ``BadFrame`` with a sentence.
+The bytes of large tensors may travel apart (``cluster.wire.parcels``); the header says so. It knows the layout and
+every bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
+whatever is wrong is a ``BadFrame`` with a sentence.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, pairwise
 from math import prod
 from typing import Any
@@ -30,9 +32,9 @@ from cluster.types import StageTiming, TopLogprob
 from cluster.wire.edits import pack_edit, unpack_edit
 from cluster.wire.fields import Fields, packed_ids, unpacked_ids
 
-VERSION = 2
+VERSION = 3
 _PREFIX = struct.Struct("<I")
-_FIELDS = 11
+_FIELDS = 12
 
 ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
@@ -43,6 +45,12 @@ ITEM_BYTES = {
 
 def encode(frame: Frame) -> bytes:
     """The frame as one message, built by a single copy of the tensors' bytes."""
+    header = pack_header(frame, apart=False)
+    return b"".join((header, *(memoryview(t.data).cast("B") for t in frame.tensors)))
+
+
+def pack_header(frame: Frame, *, apart: bool) -> bytes:
+    """The frame's length prefix and header. ``apart``: the tensors' bytes do not follow it."""
     header = msgpack.packb(
         (
             VERSION,
@@ -56,30 +64,48 @@ def encode(frame: Frame) -> bytes:
             list(chain.from_iterable((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in frame.timings)),
             None if (e := frame.error) is None else (e.stage, e.reason, e.sentence),
             [(f.sequence, f.reason, f.sentence) for f in frame.failures],
+            apart,
         )
     )
-    return b"".join((_PREFIX.pack(len(header)), header, *(memoryview(t.data).cast("B") for t in frame.tensors)))
+    return bytes(_PREFIX.pack(len(header)) + header)
 
 
 def decode(message: bytes) -> Frame:
     """The frame in a message; tensors are views into it. Raises ``BadFrame``."""
+    frame, apart = decode_head(message)
+    if apart:
+        raise BadFrame(f"the tensors of frame {frame.number} travel apart, where whole frames were expected")
+    return frame
+
+
+def decode_head(message: bytes) -> tuple[Frame, bool]:
+    """The frame in a message, and whether its tensors' bytes travel apart: they are empty then. Raises ``BadFrame``."""
     view = memoryview(message)
     end = _header_end(view)
     f = Fields(_unpack(view[_PREFIX.size : end]), "header", _FIELDS)
     if f.count(0) != VERSION:
         raise BadFrame(f"the frame has layout version {f.count(0)}; this program reads {VERSION}")
-    return Frame(
+    apart = f.flag(11)
+    frame = Frame(
         epoch=f.count(1),
         lane=f.count(2),
         number=f.count(3),
         edits=tuple(unpack_edit(e) for e in f.rows(4, MAX_EDITS)),
         step=_unpack_step(f.optional_list(5)),
-        tensors=_tensors(f.rows(6, MAX_TENSORS), view[end:]),
+        tensors=_apart(f.rows(6, MAX_TENSORS)) if apart else _tensors(f.rows(6, MAX_TENSORS), view[end:]),
         samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_FRAME_HEADER_BYTES)),
         timings=_timings(f.counts(8, 4 * MAX_STAGES)),
         error=_unpack_failure(f.optional_list(9)),
         failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
     )
+    if apart and len(view) > end:
+        raise BadFrame(f"a frame whose tensors travel apart carries {len(view) - end} bytes of them")
+    return frame, apart
+
+
+def with_body(frame: Frame, body: memoryview) -> Frame:
+    """The frame with its tensors' bytes, which came apart. Raises ``BadFrame`` where they do not fit its header."""
+    return replace(frame, tensors=_tensors([[t.dtype, list(t.shape)] for t in frame.tensors], body))
 
 
 def _header_end(view: memoryview) -> int:
@@ -125,13 +151,21 @@ def _compute(code: int) -> Compute:
         raise BadFrame(f"a step of unknown kind {code}") from e
 
 
+def _apart(rows: Iterable[Any]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(dtype, shape, b"") for dtype, shape in map(_described, rows))
+
+
+def _described(row: Any) -> tuple[str, tuple[int, ...]]:
+    f = Fields(row, "tensor", 2)
+    dtype, shape = f.text(0), f.counts(1, MAX_TENSOR_RANK)
+    if dtype not in ITEM_BYTES:
+        raise BadFrame(f"a tensor of unknown type {dtype[:32]!r}")
+    return dtype, shape
+
+
 def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
     tensors, start = [], 0
-    for row in rows:
-        f = Fields(row, "tensor", 2)
-        dtype, shape = f.text(0), f.counts(1, MAX_TENSOR_RANK)
-        if dtype not in ITEM_BYTES:
-            raise BadFrame(f"a tensor of unknown type {dtype[:32]!r}")
+    for dtype, shape in map(_described, rows):
         end = start + ITEM_BYTES[dtype] * prod(shape)
         if end > len(body):
             raise BadFrame(f"a frame's tensors need {end} bytes, it carries {len(body)}")

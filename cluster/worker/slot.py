@@ -1,7 +1,7 @@
 """The slot: the one stage an engine may hold, where its frames come from and where they go.
 
-``received`` and ``outbox`` are called on the data port's threads and only pass bytes on; all else runs on the MLX
-thread, in the order of the engine's jobs.
+``received`` and ``outbox`` are called on the data port's threads and only unpack and pass on; all else runs on the MLX
+thread, jobs in the engine's order and frames as their turn comes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,32 @@ from cluster.model import device
 from cluster.model.checkpoint import resolve_model
 from cluster.model.stage import Stage, load_stage
 from cluster.transport.rings import GrpcDialer
-from cluster.transport.streams import Dialer, Outbox, Subscription
+from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.types import ModelRef, StageSpec, StageTiming
-from cluster.wire.frame import decode, encode
+from cluster.wire.parcels import Parcel, pack
+from cluster.worker.inbox import Arrival, Inbox
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    """Where one epoch's frames wait, coming and going."""
+
+    inbox: Inbox
+    urgent: Outbox
+    bulk: Outbox
+
+    @staticmethod
+    def of(epoch: int) -> _Ports:
+        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch))
+
+    def send(self, parcel: Parcel) -> None:
+        (self.bulk if parcel.bulk else self.urgent).send(parcel.message)
+
+    def close(self) -> None:
+        self.urgent.close()
+        self.bulk.close()
 
 
 class Slot:
@@ -33,15 +54,15 @@ class Slot:
         self._post = post
         self._dialer = dialer or GrpcDialer()
         self._stage: Stage | None = None
-        self._outbox: Outbox | None = None
-        self._inlet: Subscription | None = None
+        self._ports: _Ports | None = None
+        self._inlets: list[Subscription] = []
         self._index = 0
         self._pack_us = 0
 
     @property
     def epoch(self) -> int:
         """The loaded stage's epoch; 0 where nothing is loaded."""
-        return self._outbox.epoch if self._outbox else 0
+        return self._ports.urgent.epoch if self._ports else 0
 
     @property
     def sequences(self) -> int:
@@ -51,7 +72,7 @@ class Slot:
         """Drop what is held and hold this slice. Raises what ``load_stage`` raises."""
         self.unload()
         stage = load_stage(spec, _folder(spec.model), progress)
-        self._stage, self._index, self._outbox = stage, spec.index, Outbox(spec.epoch)
+        self._stage, self._index, self._ports = stage, spec.index, _Ports.of(spec.epoch)
 
     def link(self, epoch: int, pull_from: str) -> None:
         """Take frames from the stage before. Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach."""
@@ -59,55 +80,70 @@ class Slot:
             raise StaleEpoch(f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded")
         if not pull_from:
             return
-        if self._inlet:
-            self._inlet.close()
+        self._close_inlets()
         try:
-            self._inlet = self._dialer.pull(pull_from, epoch, self.received, partial(self._lost_inlet, epoch))
+            for line in Line:
+                lost = partial(self._lost_inlet, epoch)
+                self._inlets.append(self._dialer.pull(pull_from, epoch, self.received, lost, line))
         except (Unreachable, StaleEpoch) as e:
+            self._close_inlets()
             raise LinkFailed(e.sentence) from e
+
+    def _close_inlets(self) -> None:
+        for inlet in self._inlets:
+            inlet.close()
+        self._inlets.clear()
 
     def unload(self) -> None:
         """Free the stage, its caches and its streams; nothing happens where the slot is empty."""
-        if self._inlet:
-            self._inlet.close()
-        if self._outbox:
-            self._outbox.close()
+        self._close_inlets()
+        if self._ports:
+            self._ports.close()
         if self._stage:
             self._stage.close()
-        self._stage = self._outbox = self._inlet = None
+        self._stage = self._ports = None
         device.release()
 
-    def outbox(self, epoch: int) -> Outbox | None:
-        outbox = self._outbox
-        return outbox if outbox and outbox.epoch == epoch else None
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        ports = self._ports
+        if ports is None or ports.urgent.epoch != epoch:
+            return None
+        return ports.bulk if line is Line.BULK else ports.urgent
 
     def received(self, message: bytes) -> None:
-        arrived = time.perf_counter_ns()
-        self._post(lambda: self._advance(message, arrived))
-
-    def _lost_inlet(self, epoch: int, why: str) -> None:
-        """Pass the loss on: whoever pulls from this stage sees its stream end too, up to the coordinator."""
-        log.warning("%s", why)
-        if outbox := self.outbox(epoch):
-            outbox.close()
-
-    def _advance(self, message: bytes, arrived: int) -> None:
-        """One frame: decode, apply, compute, send on with this stage's timing."""
-        started = time.perf_counter_ns()
+        ports = self._ports
+        if ports is None:
+            log.warning("dropped a frame: nothing is loaded")
+            return
         try:
-            frame = decode(message)
+            ports.inbox.put(message)
         except BadFrame as e:
             log.warning("broke the ring off: %s", e.sentence)
-            if self._outbox:
-                self._outbox.close()  # a frame is missing from the log now, so nothing after it can be right
+            ports.close()  # a frame is missing from the log now, so nothing after it can be right
             return
-        if self._stage is None or self._outbox is None or frame.epoch != self.epoch:
-            log.warning("dropped a frame of epoch %d: epoch %d is loaded", frame.epoch, self.epoch)
-            return
-        result = _stepped(self._stage, self._index, frame)
+        self._post(lambda: self._work(ports))
+
+    def _lost_inlet(self, epoch: int, why: str) -> None:
+        """Pass the loss on: whoever pulls from this stage sees its streams end too, up to the coordinator."""
+        log.warning("%s", why)
+        ports = self._ports
+        if ports and ports.urgent.epoch == epoch:
+            ports.close()
+
+    def _work(self, ports: _Ports) -> None:
+        """Run every frame whose turn has come; the message that called may have brought several into theirs."""
+        while self._stage and self._ports is ports and (arrival := ports.inbox.take()):
+            self._advance(self._stage, ports, arrival)
+
+    def _advance(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
+        """One frame: apply, compute, send on with this stage's timing."""
+        started, frame = time.perf_counter_ns(), arrival.frame
+        result = _stepped(stage, self._index, frame)
         computed = time.perf_counter_ns()
-        timing = StageTiming(self._index, (started - arrived) // 1000, (computed - started) // 1000, self._pack_us)
-        self._outbox.send(encode(replace(result, timings=(*frame.timings, timing))))
+        waited, took = (started - arrival.at_ns) // 1000, (computed - started) // 1000
+        timing = StageTiming(self._index, waited, took, self._pack_us)
+        for parcel in pack(replace(result, timings=(*frame.timings, timing))):
+            ports.send(parcel)
         self._pack_us = (time.perf_counter_ns() - computed) // 1000
 
 

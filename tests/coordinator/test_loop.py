@@ -16,7 +16,7 @@ from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.memory import MemoryNetwork
-from cluster.transport.streams import Outbox
+from cluster.transport.streams import Line, Outbox
 from cluster.types import (
     FinishEvent,
     LayerRange,
@@ -40,10 +40,13 @@ class FakeStage:
 
     def __init__(self, index: int, last: bool, fail_at: int | None = None) -> None:
         self._outbox, self._index, self._last, self._fail_at = Outbox(EPOCH), index, last, fail_at
+        self._bulk = Outbox(EPOCH)
         self.live: set[int] = set()
 
-    def outbox(self, epoch: int) -> Outbox | None:
-        return self._outbox if epoch == EPOCH else None
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        if epoch != EPOCH:
+            return None
+        return self._bulk if line is Line.BULK else self._outbox
 
     def received(self, message: bytes) -> None:
         self._outbox.send(encode(self._stepped(decode(message))))
@@ -195,7 +198,7 @@ def test_a_lost_frame_is_noticed_by_the_next_one() -> None:
         bench.network.faults["b:1"] = lose_one
         first, second = bench.ask("a"), bench.ask("b")
         for answer in (first, second):
-            with pytest.raises(BadFrame, match="out of turn"):
+            with pytest.raises(BadFrame, match="must have been lost"):
                 await read(answer)
 
     run(body)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from cluster.frames import Compute, Drop, Edit, Failure, Frame, Join, Leave, Restore, Sample, Save, Trim
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.turns import Turns
 from cluster.types import StageTiming
 
 EOS = 0
@@ -41,7 +40,7 @@ class Stages:
     """A ring of them. The token after a history depends on all of it, so that a wrong cache gives a wrong token."""
 
     def __init__(self, trimmable: bool = True) -> None:
-        self.frames: deque[Frame] = deque()
+        self.frames = Turns()
         self.fed: dict[int, tuple[int, ...]] = {}
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self._trimmable = trimmable
@@ -51,11 +50,12 @@ class Stages:
         for frame in frames:
             assert frame.number == self._numbers
             self._numbers += 1
-            self.frames.append(frame)
+            self.frames.add(frame, ready=True)
 
     def give(self, failure: Failure | None = None) -> Frame:
-        """The oldest frame's reply."""
-        frame = self.frames.popleft()
+        """The reply to the frame whose turn it is."""
+        frame = self.frames.take()
+        assert frame is not None
         for edit in frame.edits:
             self._apply(edit)
         samples = []

@@ -15,7 +15,7 @@ from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.rings import DataServer, GrpcDialer
-from cluster.transport.streams import Dialer, Outbox
+from cluster.transport.streams import Dialer, Line, Outbox
 
 EPOCH = 7
 WAIT_S = 10
@@ -25,10 +25,12 @@ class Echo:
     """A stage that sends on what it is fed, with a mark."""
 
     def __init__(self) -> None:
-        self.box = Outbox(EPOCH)
+        self.box, self.bulk = Outbox(EPOCH), Outbox(EPOCH)
 
-    def outbox(self, epoch: int) -> Outbox | None:
-        return self.box if epoch == EPOCH else None
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        if epoch != EPOCH:
+            return None
+        return self.bulk if line is Line.BULK else self.box
 
     def received(self, message: bytes) -> None:
         self.box.send(b"<" + message)
@@ -102,6 +104,29 @@ def test_a_stages_frames_have_one_reader(port: Port) -> None:
     port.stage.received(b"x")
     assert ear.next() == b"<x"
     first.close()
+
+
+def test_what_is_urgent_does_not_wait_behind_bulk(port: Port) -> None:
+    """The reader of the bulk line is stuck; the urgent line goes on."""
+    urgent, stuck, seen = Ear(), threading.Event(), Ear()
+
+    def slow(message: bytes) -> None:
+        stuck.wait(WAIT_S)
+        seen.heard.put(message)
+
+    pulls = [
+        port.dialer.pull(port.address, EPOCH, urgent.heard.put, urgent.lost.put, Line.URGENT),
+        port.dialer.pull(port.address, EPOCH, slow, seen.lost.put, Line.BULK),
+    ]
+    for i in range(20):
+        port.stage.bulk.send(bytes([i]) * MIB)
+    port.stage.box.send(b"token")
+    assert urgent.next() == b"token"
+    assert seen.heard.empty()
+    stuck.set()
+    assert [seen.next()[0] for _ in range(20)] == list(range(20))
+    for pull in pulls:
+        pull.close()
 
 
 def test_a_cut_is_told_once_to_each_end(port: Port) -> None:

@@ -132,15 +132,15 @@ def _with_header(header: object, body: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        ([1, 0, 0, 0, [], None, [], [], [], None, []], "layout version 1"),
-        ([2, -1, 0, 0, [], None, [], [], [], None, []], "whole number"),
-        ([2, 0, 0, 0, [[9, 1]], None, [], [], [], None, []], "unknown code 9"),
-        ([2, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, []], "unknown kind 7"),
-        ([2, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, []], "carries 1 token ids"),
-        ([2, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, []], "unknown type"),
-        ([2, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, []], "tensors need"),
-        ([2, 0, 0, 0, [], None, [], [], [1, 2, 3], None, []], "four numbers"),
-        ([2, 0, 0, 0, [], None, [], [], []], "11 fields"),
+        ([1, 0, 0, 0, [], None, [], [], [], None, [], False], "layout version 1"),
+        ([3, -1, 0, 0, [], None, [], [], [], None, [], False], "whole number"),
+        ([3, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False], "unknown code 9"),
+        ([3, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, [], False], "unknown kind 7"),
+        ([3, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, [], False], "carries 1 token ids"),
+        ([3, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False], "unknown type"),
+        ([3, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False], "tensors need"),
+        ([3, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False], "four numbers"),
+        ([3, 0, 0, 0, [], None, [], [], []], "12 fields"),
     ],
 )
 def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
@@ -150,7 +150,7 @@ def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> Non
 
 def test_bytes_of_no_tensor_are_refused() -> None:
     with pytest.raises(BadFrame, match="belong to no tensor"):
-        decode(_with_header([2, 0, 0, 0, [], None, [], [], [], None, []], b"surplus"))
+        decode(_with_header([3, 0, 0, 0, [], None, [], [], [], None, [], False], b"surplus"))
 
 
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import pytest
 
 from checkpoints import make
 from cluster.errors import LinkFailed, ModelDiffers, StaleEpoch
-from cluster.frames import Compute, Frame, Join, Leave, Step
+from cluster.frames import Compute, Frame, Join, Leave, Step, Tensor
 from cluster.model.checkpoint import model_ref
 from cluster.transport.memory import MemoryNetwork
-from cluster.transport.streams import Outbox
+from cluster.transport.streams import Line, Outbox
 from cluster.types import LayerRange, SamplingParams, StageSpec
 from cluster.wire.frame import decode, encode
+from cluster.wire.parcels import pack
 from cluster.worker.slot import Slot
 
 EPOCH = 11
@@ -36,7 +37,7 @@ def slot(spec: StageSpec) -> Iterator[Slot]:
 
 
 def outbox(slot: Slot) -> Outbox:
-    box = slot.outbox(EPOCH)
+    box = slot.outbox(EPOCH, Line.URGENT)
     assert box is not None
     return box
 
@@ -92,13 +93,78 @@ def test_a_step_that_fails_goes_on_as_an_error_and_harms_nobody_else(slot: Slot)
     assert len(fine.samples) == 1
 
 
+def prefill(number: int, sequence: int, tokens: int, *edits: Join | Leave) -> Frame:
+    return Frame(EPOCH, 1, number, edits, Step(Compute.PREFILL, (sequence,), (tuple(range(tokens)),)))
+
+
+def test_a_decode_frame_goes_before_prefill_frames_that_wait(spec: StageSpec) -> None:
+    """Both are there before the stage gets to work; each sequence's tokens are what they are without the other."""
+
+    def run(*messages: bytes) -> list[Frame]:
+        jobs: list[Callable[[], None]] = []
+        slot = Slot(jobs.append, MemoryNetwork())
+        slot.load(spec, lambda done, total: None)
+        box = outbox(slot)
+        for message in messages:
+            slot.received(message)
+        for job in jobs:
+            job()
+        slot.unload()
+        return [decode(message) for message in box]
+
+    joins = encode(Frame(EPOCH, 0, 0, (JOIN, Join(2, 9, SamplingParams()))))
+    chunk, more = encode(prefill(1, 2, 4)), encode(prefill(2, 2, 4))
+    token, last = encode(decode_step(3, 1, 5)), encode(decode_step(4, 2, 6))
+    together = run(joins, chunk, more, token, last)
+    assert [f.number for f in together] == [0, 3, 1, 2, 4]
+    alone = {f.number: f.samples for f in (*run(joins, chunk, more, last), *run(joins, token))}
+    assert {f.number: f.samples for f in together} == alone
+
+
+def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) -> None:
+    """Whichever arrives first, head or body; and a small frame that came meanwhile has been answered."""
+    first = Slot(lambda job: job(), MemoryNetwork())
+    long = replace(spec, count=2, max_context=1024)
+    first.load(replace(long, layers=LayerRange(0, 2)), lambda done, total: None)
+    tokens = tuple(i % 50 for i in range(600))
+    urgent, bulk = outbox(first), first.outbox(EPOCH, Line.BULK)
+    assert bulk is not None
+    first.received(encode(Frame(EPOCH, 0, 0, (JOIN, Join(2, 999, SamplingParams())))))
+    first.received(encode(Frame(EPOCH, 1, 1, (), Step(Compute.PREFILL, (2,), (tokens,)))))
+    first.received(encode(decode_step(2, 1, 5)))
+    first.received(encode(decode_step(3, 2, 5)))
+    first.unload()
+    heads, (body,) = list(urgent), list(bulk)
+    assert len(body) >= 600 * 32 * 4 > max(map(len, heads))
+    orders = []
+    for messages in ([body, *heads], [*heads, body]):
+        second = Slot(lambda job: job(), MemoryNetwork())
+        second.load(replace(long, index=1, layers=LayerRange(2, 4)), lambda done, total: None)
+        answers = replies(second, *messages)
+        second.unload()
+        orders.append([f.number for f in answers])
+        assert all(f.error is None for f in answers)
+        assert sorted(orders[-1]) == [0, 1, 2, 3]
+    assert orders == [[0, 1, 2, 3], [0, 2, 1, 3]]
+
+
+def test_a_body_that_fits_no_head_breaks_the_ring_off(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+    box = outbox(slot)
+    frame = replace(prefill(0, 1, 1, JOIN), tensors=(Tensor("float32", (40_000,), bytes(160_000)),))
+    head, body = pack(frame)
+    slot.received(head.message)
+    slot.received(body.message[:-4])
+    assert list(box) == []
+    assert "tensors need" in caplog.text
+
+
 def test_unloading_frees_everything_and_closes_the_outbox(slot: Slot) -> None:
     box = outbox(slot)
     slot.unload()
     assert list(box) == []
     assert slot.epoch == 0
     assert slot.sequences == 0
-    assert slot.outbox(EPOCH) is None
+    assert slot.outbox(EPOCH, Line.URGENT) is None
     slot.received(encode(decode_step(0, 1, 5, JOIN)))
 
 

@@ -1,0 +1,62 @@
+"""Flights: the frames that are in the ring. It knows which may have overtaken which, so a lost one is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import BadFrame
+from cluster.frames import Compute, Frame
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A frame in the ring: what it computes, for whom, and how many prompt tokens it prefills."""
+
+    number: int
+    lane: int
+    compute: Compute | None
+    sequences: tuple[int, ...]
+    prefills: int
+    sent_at: float
+
+
+class Flights:
+    """Frames of one epoch, in the order in which they were written."""
+
+    def __init__(self) -> None:
+        self._flights: dict[int, Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def prefills(self) -> int:
+        """Prefill frames in the ring."""
+        return sum(f.compute is Compute.PREFILL for f in self._flights.values())
+
+    def oldest_sent_at(self) -> float | None:
+        """When the frame that has been longest in the ring was written; None where the ring is empty."""
+        return next((f.sent_at for f in self._flights.values()), None)
+
+    def add(self, flight: Flight) -> None:
+        self._flights[flight.number] = flight
+
+    def land(self, frame: Frame) -> Flight:
+        """Take out the frame that came back. Raises ``BadFrame`` for one that is not there, and where one was lost."""
+        if frame.number not in self._flights:
+            raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back, which is not in the ring")
+        flight = self._flights.pop(frame.number)
+        self._require_none_lost(flight)
+        return flight
+
+    def _require_none_lost(self, back: Flight) -> None:
+        """An older frame may still be out only where ``cluster.scheduler.turns`` lets it be overtaken."""
+        behind_prefill = False
+        for older in self._flights.values():
+            if older.number > back.number:
+                return
+            prefill = older.compute is Compute.PREFILL
+            behind_prefill = behind_prefill or prefill
+            same = not set(older.sequences).isdisjoint(back.sequences)
+            if same or not behind_prefill or (prefill and back.compute is Compute.PREFILL):
+                raise BadFrame(f"frame {back.number} came back before frame {older.number}, which must have been lost")

@@ -1,0 +1,76 @@
+"""The inbox: frames that have arrived at a stage and wait for their turn, made whole from what travels.
+
+Any thread may put messages in; the MLX thread takes frames out. It knows one epoch; frames of another are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from cluster.errors import BadFrame
+from cluster.frames import Frame
+from cluster.limits import MAX_BODIES_WAITING
+from cluster.scheduler.turns import Turns
+from cluster.wire.frame import with_body
+from cluster.wire.parcels import Body, Head, unpack
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A whole frame and when it was whole, in the nanoseconds of ``time.perf_counter_ns``."""
+
+    frame: Frame
+    at_ns: int
+
+
+class Inbox:
+    """Frames of one epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._lock = threading.Lock()
+        self._turns = Turns()
+        self._arrived: dict[int, int] = {}
+        self._bodies: dict[int, Body] = {}
+        """Those that came before their heads."""
+
+    def put(self, message: bytes) -> None:
+        """A message arrived. Raises ``BadFrame``."""
+        parcel = unpack(message)
+        epoch = parcel.frame.epoch if isinstance(parcel, Head) else parcel.epoch
+        if epoch != self._epoch:
+            log.warning("dropped a frame of epoch %d: epoch %d is loaded", epoch, self._epoch)
+            return
+        with self._lock:
+            if isinstance(parcel, Head):
+                self._put_head(parcel)
+            else:
+                self._put_body(parcel)
+
+    def _put_head(self, head: Head) -> None:
+        number = head.frame.number
+        body = None if head.whole else self._bodies.pop(number, None)
+        frame = with_body(head.frame, body.data) if body else head.frame
+        self._turns.add(frame, ready=head.whole or body is not None)
+        self._arrived[number] = time.perf_counter_ns()
+
+    def _put_body(self, body: Body) -> None:
+        frame = self._turns.lacking(body.number)
+        if frame is not None:
+            self._turns.complete(with_body(frame, body.data))
+            self._arrived[body.number] = time.perf_counter_ns()
+        elif len(self._bodies) >= MAX_BODIES_WAITING:
+            raise BadFrame(f"{len(self._bodies)} bodies came whose frames did not")
+        else:
+            self._bodies[body.number] = body
+
+    def take(self) -> Arrival | None:
+        """The frame whose turn it is; None where none can run yet."""
+        with self._lock:
+            frame = self._turns.take()
+            return Arrival(frame, self._arrived.pop(frame.number)) if frame else None
