@@ -54,8 +54,9 @@ LANE_ROWS: Final = 32
 """Sequences that one lane decodes together at most; more would make everyone's next token wait longer."""
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
-MAX_STEP_MS: Final = 250.0
-"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given."""
+MAX_STEP_MS: Final = 100.0
+"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given:
+what a person just notices, and four times what reading a stage's weights takes, which each chunk has to."""
 OCCUPANCY_S: Final = 30.0
 """Over how long bubble shares are told."""
 

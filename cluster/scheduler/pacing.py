@@ -9,7 +9,7 @@ from cluster.types import StageTiming
 _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
 """Before anything was measured, while others decode."""
-_LEAST_CHUNK = 8
+_LEAST_CHUNK = 4
 _FILLS = 4
 """A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
 _LEAST_SPLIT = 128

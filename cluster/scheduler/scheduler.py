@@ -2,7 +2,8 @@
 
 A request waits its turn, enters the emptiest lane once every stage has room for its worst case, starts from the
 longest kept prefix, and sends the rest of its prompt as a row of prefill frames that do not wait for each other.
-Decode frames, one a lane, go before prefill frames; a prefill frame is no longer than the pace allows.
+Decode frames, one a lane, go before prefill frames; while others decode, a prefill frame is no longer than the pace
+allows, and each of their lanes goes once before the next one.
 
 Frames of one sequence come back in the order in which they were written; a decode frame may overtake prefill frames of
 others (``cluster.scheduler.turns``). Every frame that is written comes back, or the ring is lost.
@@ -38,6 +39,7 @@ class Scheduler:
         self._by_request: dict[str, Sequence] = {}
         self._flights = Flights()
         self._edits: list[Edit] = []
+        self._lanes_since_prefill: set[int] = set()
         self._frames_written = 0
         self._sequences_seen = 0
 
@@ -128,7 +130,7 @@ class Scheduler:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
         frames = self._decodes(now)
-        while self._flights.prefills < self._capacity.window and (sequence := self._neediest()):
+        while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
         if self._edits:
@@ -242,6 +244,7 @@ class Scheduler:
             sequence.fed.append(sequence.next_token)
             sequence.next_token = None
         self._lanes.begin(lane, sequences)
+        self._lanes_since_prefill.add(lane)
         step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
         return self._write(lane, step.sequences, 0, step, now)
 
@@ -249,9 +252,22 @@ class Scheduler:
         """The sequence whose prompt has gone out least: several prompts share prefill by turns."""
         return min((s for s in self._lanes if s.unsent), key=lambda s: (len(s.fed) - s.cached, s.id), default=None)
 
+    def _prefillable(self) -> Sequence | None:
+        """Whose prompt goes on, unless a decoding lane is to go first: one chunk at most between two steps."""
+        sequence = self._neediest()
+        paced = self._capacity.max_step_ms is not None
+        if sequence and paced and not self._decoding(sequence) <= self._lanes_since_prefill:
+            return None
+        return sequence
+
+    def _decoding(self, but: Sequence) -> set[int]:
+        """The lanes in which others decode."""
+        return {s.lane for s in self._lanes if s is not but and s.phase is Phase.DECODE}
+
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
         start = len(sequence.fed)
-        others = any(s.phase is Phase.DECODE for s in self._lanes if s is not sequence)
+        others = bool(self._decoding(sequence))
+        self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = min(self._pacing.chunk(whole, others_decode=others), sequence.unsent)
         tokens = sequence.request.prompt[start : start + count]

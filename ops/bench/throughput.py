@@ -27,7 +27,7 @@ STREAMS = 4
 LONG, LONGER = 2048, 4096
 HISTORY = 1000
 CONTEXT = 8192
-MAX_STEP_MS = 12.0
+MAX_STEP_MS = 20.0
 
 
 def prompt(user: int, length: int) -> list[int]:
@@ -117,7 +117,7 @@ def main() -> int:
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        model = make_llama(folder / "model", hidden=256, intermediate=512, layers=8, heads=4, context=CONTEXT)
+        model = make_llama(folder / "model", hidden=512, intermediate=1408, layers=4, heads=8, context=CONTEXT)
         client = start_cluster(stack, model, pinned=True)
         single = SingleProcess(model)
         stack.callback(single.close)

@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.answer import Answer
+from cluster.coordinator.answer import Answer, Event
 from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
-from cluster.errors import Aborted, BadFrame, MacpipeError, NotServing, StageFailed, WorkerLost
+from cluster.errors import Aborted, BadFrame, MacpipeError, NotServing, SlowReader, StageFailed, WorkerLost
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.limits import MAX_UNREAD_EVENTS
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.types import (
     FinishEvent,
+    FinishReason,
     LayerRange,
     ModelRef,
     Plan,
@@ -99,9 +101,9 @@ class Bench:
         self.failures.append(cause)
         self.loop.fail(cause)
 
-    async def emptied(self) -> None:
+    async def emptied(self, within_s: float = 5) -> None:
         """Return once the edits that free every sequence have gone round."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(within_s):
             while any(s.live for s in self.stages):
                 await asyncio.sleep(0.01)
 
@@ -121,6 +123,11 @@ async def read(answer: Answer) -> tuple[list[int], str, FinishEvent]:
             elif isinstance(event, FinishEvent):
                 return tokens, text + event.text, event
     raise AssertionError("an answer without an end")
+
+
+async def collect(answer: Answer, into: list[Event]) -> None:
+    async for event in answer.events():
+        into.append(event)
 
 
 def run(test: Callable[[Bench], object], **options: int) -> None:
@@ -154,6 +161,20 @@ def test_a_stop_string_ends_the_answer_and_frees_the_stages() -> None:
         assert tokens == [2, 3, 4, 5, 6]
         assert finish.reason == "stop"
         await bench.emptied()
+
+    run(body)
+
+
+def test_a_client_that_does_not_read_loses_its_answer_and_slows_nobody() -> None:
+    async def body(bench: Bench) -> None:
+        asleep = bench.ask("asleep", max_tokens=50_000)
+        for i in range(20):
+            assert (await read(bench.ask(f"awake{i}", first=10 * i)))[2].reason is FinishReason.LENGTH
+        await bench.emptied(30)
+        said: list[Event] = []
+        with pytest.raises(SlowReader, match="did not read its tokens"):
+            await asyncio.wait_for(collect(asleep, said), 5)
+        assert 1000 < len(said) <= MAX_UNREAD_EVENTS
 
     run(body)
 
