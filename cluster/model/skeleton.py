@@ -27,6 +27,10 @@ def open_skeleton(path: Path) -> Module:
     """
     try:
         model: Module = load_model(path, lazy=True, trust_remote_code=False)[0]
+    except SystemExit as ended:  # what mlx-lm's olmo does when it has printed which package it misses
+        raise ModelUnsupported(
+            f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed"
+        ) from ended
     except Exception as error:  # model code raises whatever its config makes it raise; all of it means this folder
         raise _opening_failed(path, error) from error
     if not hasattr(model, "layers"):
