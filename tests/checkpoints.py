@@ -154,7 +154,7 @@ def _configs(layers: int) -> dict[str, dict[str, Any]]:
             "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 1, "kv_lora_rank": 16,
             "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
             "routed_scaling_factor": 1.0, "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
-            "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 2, "emb_split_num": 2,
+            "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 3, "emb_split_num": 2,
         },
         "looped": {**_BASE, "model_type": "iquestloopcoder", "loop_num": 2, "loop_window_size": 16},
     }  # fmt: skip

@@ -184,7 +184,7 @@ def _require_followable(cache: Any) -> None:
         for part in cache.caches:
             _require_followable(part)
     elif not (isinstance(cache, ArraysCache) or hasattr(cache, "update_and_fetch") or hasattr(cache, "update_window")):
-        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens.")
+        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens")
 
 
 def _follow(cache: Any, batch: int, tokens: int) -> None:

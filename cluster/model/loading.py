@@ -26,8 +26,8 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     found = open_checkpoint(path).fingerprint
     if found != spec.model.fingerprint:
         raise ModelDiffers(
-            f"The files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
-            f"{found[:12]}, expected {spec.model.fingerprint[:12]}). Copy the coordinator's folder to this machine."
+            f"the files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
+            f"{found[:12]}, expected {spec.model.fingerprint[:12]}); copy the coordinator's folder to this machine"
         )
     model = open_skeleton(path)
     traced = trace(model)
@@ -53,7 +53,7 @@ def _evaluate(array: mx.array) -> None:
     try:
         mx.eval(array)
     except RuntimeError as error:  # MLX's one exception for files that vanish or shrink while they are read
-        raise BadCheckpoint(f"The model's files could not be read: {error}") from error
+        raise BadCheckpoint(f"the model's files could not be read: {error}") from error
 
 
 def _pieces(part: ModelSlice) -> Iterator[list[mx.array]]:

@@ -176,7 +176,7 @@ def _require_order(run: Recording, prefixes: tuple[str, ...], model: Module) -> 
     if [call.layer for call in run.calls] != list(range(len(prefixes))):
         raise ModelUnsupported(
             f"{_kind(model)} models cannot be cut into stages: they do not call each of their {len(prefixes)} layers "
-            f"once, in order, but make {len(run.calls)} layer calls (a looped model)."
+            f"once, in order, but make {len(run.calls)} layer calls (a looped model)"
         )
 
 
