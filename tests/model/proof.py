@@ -18,6 +18,7 @@ from architectures import Architecture
 from checkpoints import mixed_quantization, poison, split_experts, write
 from cluster.errors import BadCheckpoint, BadFrame
 from cluster.frames import Compute, Frame, Join, Leave, Step
+from cluster.model.checkpoint import open_checkpoint
 from cluster.model.modules import layer_prefixes
 from cluster.model.skeleton import open_skeleton
 from cluster.model.stage import Stage
@@ -31,6 +32,7 @@ RAGGED = (PROMPT[:2], PROMPT[5:15], PROMPT[3:30])
 """Shorter than what any model remembers by tokens, shorter than the sliding windows (16), and longer."""
 SAME = "same"
 NO_KERNEL = "no CPU kernel"
+OTHER_LAYOUT = "other layout"
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def _variant(arch: Architecture, path: Path, **how: Any) -> str:
 def _unstacked(arch: Architecture, path: Path) -> str:
     """The same of a checkpoint as its makers publish it, an expert a tensor, in two stages. Changes the checkpoint."""
     if not split_experts(path, arch.stacks):
-        return "no experts"
+        return OTHER_LAYOUT if any("expert" in name for name in open_checkpoint(path).tensors) else "no experts"
     try:
         shape = survey(path, arch.name, None)
     except BadCheckpoint:
-        return "other layout"
+        return OTHER_LAYOUT
     require_same(PoisonedRing(shape, path, cuts(shape, 2)), reference(path, ANSWER))
     return SAME
 

@@ -44,7 +44,8 @@ not-a-number.
 - **Trim**: its caches can forget their last tokens within the context that it was made for.
 - **bf16**, **4+8 bit**: the same proof in two stages with bfloat16 weights, and with 4 bits and an override of 8.
   MLX's CPU backend multiplies experts in float32 only; Metal and CUDA have no such limit.
-- **By expert**: the same of a checkpoint whose experts are a tensor each, as most makers publish them.
+- **By expert**: the same of a checkpoint whose experts are a tensor each, as most makers publish them. Where mlx-lm
+  expects another layout than that, nothing was tried.
 
 """
 UNPROVED = "**not proved**"
