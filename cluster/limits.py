@@ -101,7 +101,9 @@ FETCH_STREAMS: Final = 4
 FETCH_RANGE_BYTES: Final = 64 * MIB
 """Neighbouring tensors are asked for together up to this; a longer tensor is asked for alone."""
 FETCH_COMMIT_BYTES: Final = 8 * MIB
-"""What a kill may cost: ranges are noted in pieces of this size."""
+"""What a kill may cost: ranges are noted in pieces of this size, ..."""
+FETCH_COMMIT_S: Final = 1.0
+"""... or what came in this time, where that is less."""
 FETCH_ATTEMPTS: Final = 5
 """Tries of one range at one source that bring no byte."""
 FETCH_BACKOFF_S: Final = 0.5

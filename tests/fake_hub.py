@@ -33,7 +33,7 @@ class FakeHub:
     token: str = ""
     """Where set, only its bearer may have anything; the others are told that the model is gated."""
     pace_s: float = 0.0
-    """Wait before each piece of 4 KiB."""
+    """Wait before each piece of 4 KiB of what is longer than a header."""
     cut_after: int = 0
     """Break each connection after that many bytes of a weight file; 0: never."""
     spoiled: dict[str, int] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class Answer(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
                 return
-            if name and self.hub.pace_s:
+            if self.hub.pace_s and len(body) > 4096:
                 time.sleep(self.hub.pace_s)
             piece = body[at : at + 4096]
             self.wfile.write(piece)

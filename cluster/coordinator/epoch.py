@@ -95,16 +95,20 @@ class Opening:
         """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
         try:
             async with self.supply.delivery(plan, checkpoint, workers) as delivery:
-                await delivery.check(await load_slices(plan, controls, delivery.orders, self.progress))
+                proofs = await load_slices(plan, controls, delivery.orders, self.progress)
+                await delivery.check(proofs, lambda: self._tell(plan, "hashing"))
             ring_stages = await link_stages(plan, workers, controls)
             epoch = await self._start(plan, checkpoint, ring_stages, controls)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
             raise
-        for stage in plan.stages:
-            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, "ready"))
+        self._tell(plan, "ready")
         return epoch
+
+    def _tell(self, plan: Plan, state: str) -> None:
+        for stage in plan.stages:
+            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
 
     async def _start(
         self,

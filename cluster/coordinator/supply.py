@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from threading import Event
@@ -20,6 +20,7 @@ from cluster.address import format_address, parse_address
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.roster import Roster
 from cluster.errors import ModelDiffers
+from cluster.limits import HEARTBEAT_S
 from cluster.store.digests import digests
 from cluster.store.manifest import Manifest
 from cluster.store.shelf import Shelf
@@ -40,13 +41,19 @@ class Delivery:
     own: asyncio.Task[dict[str, str]]
     """What the coordinator's own folder hashes to; nothing where it has no whole one."""
 
-    async def check(self, proofs: Sequence[StageProof]) -> None:
-        """Raise ModelDiffers, naming worker and tensor, unless all workers hold the tensors of one model."""
+    async def check(self, proofs: Sequence[StageProof], waiting: Callable[[], None]) -> None:
+        """Raise ModelDiffers, naming worker and tensor, unless all workers hold the tensors of one model.
+
+        ``waiting`` is called now and then while the coordinator's own folder is still being hashed.
+        """
         for proof, order in zip(proofs, self.orders, strict=True):
             if missing := set(order.tensors) - {name for name, _ in proof.digests}:
                 raise ModelDiffers(
                     f"worker {proof.worker} did not prove its copy of the tensor {min(missing)}", worker=proof.worker
                 )
+        while not self.own.done():
+            waiting()
+            await asyncio.wait([self.own], timeout=HEARTBEAT_S)
         self.manifest.learn((await self.own).items(), f"{COORDINATOR}'s folder")
         compare(proofs, self.manifest)
         for proof in proofs:
@@ -94,6 +101,7 @@ class Supply:
         orders = _orders(plan, checkpoint)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
+        own.add_done_callback(lambda done: done.cancelled() or done.exception())  # a load that failed asks no more
         async with AsyncExitStack() as stack:
             stack.callback(own.cancel)
             stack.callback(stop.set)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Event, Lock
 
 from cluster.errors import Aborted, Busy, DiskFull, FetchFailed, HubOffline, HubUnreachable, MacpipeError, Unreachable
-from cluster.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES
+from cluster.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES, FETCH_COMMIT_S
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.hub import Hub
 from cluster.store.partial import Partial
@@ -85,6 +86,7 @@ def _worth_a_try(error: MacpipeError) -> bool:
 def _fill(run: Run, start: int, end: int, partial: Partial, counted: Counted, stop: Event) -> None:
     """Write one gap, noting it piece by piece; what came before an error stays."""
     file, noted, at = partial.writer(run.file), start, start
+    due = time.monotonic() + FETCH_COMMIT_S
     try:
         for data in run.read(start, end):
             if stop.is_set() or counted.stopped:
@@ -92,9 +94,9 @@ def _fill(run: Run, start: int, end: int, partial: Partial, counted: Counted, st
             _write(file, data, at, partial)
             at += len(data)
             counted.add(run.source, len(data))
-            if at - noted >= FETCH_COMMIT_BYTES:
+            if at - noted >= FETCH_COMMIT_BYTES or time.monotonic() >= due:
                 partial.note(file, run.file, noted, at)
-                noted = at
+                noted, due = at, time.monotonic() + FETCH_COMMIT_S
     finally:
         if at > noted:
             partial.note(file, run.file, noted, at)

@@ -399,7 +399,7 @@ class StageProgress(_message.Message):
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     state: _builtins.str
-    """fetching, reading, warming or ready."""
+    """fetching, reading, hashing, warming or ready."""
     hub_bytes: _builtins.int
     """What was fetched for this load, from the hub and from other Macs."""
     peer_bytes: _builtins.int

@@ -254,7 +254,7 @@ class LoadStageResponse(_message.Message):
     ready: _builtins.bool
     """The last message says true."""
     state: _builtins.str
-    """fetching or reading; done_bytes and total_bytes are of that."""
+    """fetching, reading or hashing; done_bytes and total_bytes are of that."""
     hub_bytes: _builtins.int
     """What was fetched for this load, from where."""
     peer_bytes: _builtins.int

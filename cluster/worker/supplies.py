@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from typing import TypeVar
 
 from cluster.limits import FETCH_TICK_S, MAX_TENSORS_NAMED
 from cluster.store.digests import digests
@@ -22,6 +23,7 @@ from cluster.types import ModelRef
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker.messages import Progress
 
+Result = TypeVar("Result")
 Read = Callable[[Path], AsyncIterator[Progress]]
 """Have the engine read the slice from a folder."""
 
@@ -39,13 +41,13 @@ class Supplies:
         Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing it ends the fetch.
         """
         job = _Job(self._store, self.shelf, request)
-        task = asyncio.create_task(asyncio.to_thread(job.fetch))
+        task = _background(job.fetch)
         try:
             async for fetched in _watched(task, job):
                 done, total = (fetched.done, fetched.total) if fetched else (0, 0)
                 yield _told("fetching", fetched, done, total)
             found, got = await task, job.progress
-            hashing = asyncio.create_task(asyncio.to_thread(job.prove, found))
+            hashing = _background(lambda: job.prove(found))
             async for p in read(found.folder):
                 yield _told("reading", got, p.done_bytes, p.total_bytes)
             async for _ in _watched(hashing, job):
@@ -101,6 +103,13 @@ class _Job:
             verified = found.partial.verified
             return {name: verified[name] for name in self._request.tensors}
         return digests(self._store.home, found.folder, self._request.tensors, self.stop)
+
+
+def _background(work: Callable[[], Result]) -> asyncio.Task[Result]:
+    """Do it on a thread. Where nobody waits for the end any more, how it ended is of no interest."""
+    task = asyncio.create_task(asyncio.to_thread(work))
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 async def _watched(

@@ -131,7 +131,7 @@ def test_a_worker_that_is_killed_goes_on_where_it_stopped(
     cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon]
 ) -> None:
     solo = started("solo")
-    hub.pace_s = 0.1
+    hub.pace_s = 0.5
     daemon, _ = serve(cluster, hub, NAME, 1)
     half = sum(t.nbytes for t in open_checkpoint(published).tensors.values()) // 2
     deadline = time.monotonic() + 60
@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_goes_on_where_it_stopped(
     started("solo")
     again, address = serve(cluster, hub, NAME, 1)
     wait_serving(address, again)
-    assert hub.weight_bytes - before < 1.3 * half, "what came before the kill was not asked for again"
+    assert hub.weight_bytes - before < 1.5 * half, "what came before the kill was not asked for again"
     with Client(address, timeout_s=60) as client:
         assert answer(client) == greedy(published, PROMPT, 6)
 
