@@ -79,6 +79,36 @@ class ModelDiffers(MacpipeError):
     reason, grpc_status, http_status = "MODEL_DIFFERS", "FAILED_PRECONDITION", 503
 
 
+class ModelForbidden(MacpipeError):
+    """The hub does not give this model to this account: it is gated or private, or the token is wrong."""
+
+    reason, grpc_status, http_status = "MODEL_FORBIDDEN", "PERMISSION_DENIED", 403
+
+
+class HubUnreachable(MacpipeError):
+    """The hub does not answer."""
+
+    reason, grpc_status, http_status = "HUB_UNREACHABLE", "UNAVAILABLE", 503
+
+
+class HubOffline(HubUnreachable):
+    """Offline mode forbids to ask the hub."""
+
+    reason, grpc_status = "HUB_OFFLINE", "FAILED_PRECONDITION"
+
+
+class FetchFailed(MacpipeError):
+    """Bytes of a model could be had from nobody, or only damaged ones."""
+
+    reason, grpc_status, http_status = "FETCH_FAILED", "DATA_LOSS", 502
+
+
+class DiskFull(MacpipeError):
+    """A model's bytes do not fit on a disk; the sentence has the figures."""
+
+    reason, grpc_status, http_status = "DISK_FULL", "RESOURCE_EXHAUSTED", 507
+
+
 class NoPlan(MacpipeError):
     """The layers cannot be laid over these workers as asked."""
 

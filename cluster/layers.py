@@ -15,19 +15,21 @@ def parse_layers(written: str) -> tuple[LayerRange, ...]:
     """One range a stage, from layer 0 on without a gap. Raises InvalidOption that names the bad part."""
     ranges: list[LayerRange] = []
     for part in written.split(","):
-        ranges.append(_parse_range(part, due=ranges[-1].end if ranges else 0))
+        due, found = ranges[-1].end if ranges else 0, parse_range(part)
+        if found.start != due:
+            raise _wrong(part, f"must begin with layer {due}: the ranges start at 0 and leave no gap")
+        ranges.append(found)
     return tuple(ranges)
 
 
-def _parse_range(part: str, due: int) -> LayerRange:
+def parse_range(part: str) -> LayerRange:
+    """One range, anywhere. Raises InvalidOption."""
     found = _RANGE.fullmatch(part)
     if not found:
         raise _wrong(part, "is no range; write --layers like 0-3,4-7")
     first, last = int(found["first"]), int(found["last"] or found["first"])
     if last < first:
         raise _wrong(part, "ends before it begins")
-    if first != due:
-        raise _wrong(part, f"must begin with layer {due}: the ranges start at 0 and leave no gap")
     return LayerRange(first, last + 1)
 
 

@@ -95,6 +95,42 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory kept free beside weights and caches, for activations and the allocator."""
 
+# Fetching
+FETCH_STREAMS: Final = 4
+"""Ranges that one Mac fetches at once: enough to fill a home's line, few enough for the hub's limits."""
+FETCH_RANGE_BYTES: Final = 64 * MIB
+"""Neighbouring tensors are asked for together up to this; a longer tensor is asked for alone."""
+FETCH_COMMIT_BYTES: Final = 8 * MIB
+"""What a kill may cost: ranges are noted in pieces of this size, ..."""
+FETCH_COMMIT_S: Final = 1.0
+"""... or what came in this time, where that is less."""
+FETCH_ATTEMPTS: Final = 5
+"""Tries of one range at one source that bring no byte."""
+FETCH_BACKOFF_S: Final = 0.5
+"""Wait before the second try; doubled for each further one."""
+FETCH_TICK_S: Final = 0.25
+"""How often a fetch tells how far it is."""
+HUB_TIMEOUT_S: Final = 10.0
+"""The hub says nothing for this long: a try has failed, and another begins."""
+HUB_PEEK_BYTES: Final = 64 * KIB
+"""First range of a large file: most headers are shorter."""
+MAX_SMALL_FILE_BYTES: Final = 64 * MIB
+"""Config and tokenizer files; the largest tokenizers have 35 MB."""
+DEFER_S: Final = 15.0
+"""How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
+PEER_CHUNK_BYTES: Final = 1 * MIB
+PEER_CALL_TIMEOUT_S: Final = 300.0
+"""One call for FETCH_RANGE_BYTES from a peer: 2 Mbit/s at least."""
+SHELF_READERS: Final = 8
+"""Calls for bytes that one Mac answers at once; further ones are told to come back."""
+MAX_TENSORS_NAMED: Final = 4096
+"""Tensors in one message about tensors: under 1 MiB."""
+MAX_CHECKPOINT_TENSORS: Final = 1_000_000
+HASH_THREADS: Final = 2
+"""A core hashes 1 to 2 GB/s; the disk is the next limit."""
+DISK_MARGIN_BYTES: Final = 512 * MIB
+"""A disk that is quite full makes a Mac unusable."""
+
 # Discovery
 MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""

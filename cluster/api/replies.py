@@ -73,6 +73,8 @@ def progress(p: LoadProgress) -> cpb.StageProgress:
         done_bytes=p.done_bytes,
         total_bytes=p.total_bytes,
         state=p.state,
+        hub_bytes=p.hub_bytes,
+        peer_bytes=p.peer_bytes,
     )
 
 

@@ -27,6 +27,7 @@ from cluster.discovery.static import merged, static
 from cluster.errors import MacpipeError
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import LAST_WORDS_S
+from cluster.store.store import Store
 from cluster.transport.options import CONTROL_OPTIONS, bind
 from cluster.transport.rings import GrpcDialer
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -54,7 +55,7 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         tasks.start_soon(stop_on_signal, tasks.cancel_scope)
         source = merged(static(settings.peers), await stack.enter_async_context(browse(settings.cluster)))
         roster = Roster(source, settings.cluster, secrets.token_hex(8))
-        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report)
+        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report, Store(settings.home))
         checks = health.HealthServicer()
         port = await stack.enter_async_context(_public_port(settings, coordinator, checks))
         tasks.start_soon(_tell_health, coordinator, checks)

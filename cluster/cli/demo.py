@@ -73,6 +73,7 @@ def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
         fleet.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
     port = address.rpartition(":")[2]
     own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]
+    own += ["--home", str(folder / "coordinator")]
     fleet.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
 
 

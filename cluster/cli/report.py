@@ -16,6 +16,8 @@ from cluster.types import LoadProgress, Plan, Route, WorkerFacts
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from cluster.store.fetch import Fetched
+
 PLAIN_STEP: Final = 10
 """Percent between two plain lines of one worker."""
 
@@ -31,10 +33,19 @@ class LoadBars:
 
     def show(self, progress: LoadProgress) -> None:
         """Draw how far one stage is."""
+        came = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
+        told = ", ".join(f"{bytes_in_words(count)} from {whom}" for count, whom in came if count)
+        what = f"{progress.worker} layers {progress.layers}"
+        self.show_as(
+            what, f"{progress.state} ({told})" if told else progress.state, progress.done_bytes, progress.total_bytes
+        )
+
+    def show_as(self, what: str, state: str, done: int, total: int) -> None:
+        """Draw how far something is. ``state`` says what is being done."""
         if self._console.is_terminal:
-            self._draw(progress)
+            self._draw(what, state, done, total)
         else:
-            self._write(progress)
+            self._write(what, state, done, total)
 
     def close(self) -> None:
         """Leave the bars as they are; what is printed next comes below them."""
@@ -44,19 +55,13 @@ class LoadBars:
         self._tasks.clear()
         self._told.clear()
 
-    def _draw(self, progress: LoadProgress) -> None:
+    def _draw(self, what: str, state: str, done: int, total: int) -> None:
         bars = self._bars = self._bars or self._started()
-        known = self._tasks.get(progress.worker)
+        known = self._tasks.get(what)
         task = bars.add_task("", start=True, state="", visible=False) if known is None else known
-        self._tasks[progress.worker] = task
-        bars.update(
-            task,
-            description=f"{printable(progress.worker)}  layers {progress.layers}",
-            completed=progress.done_bytes,
-            total=progress.total_bytes or None,
-            state=printable(progress.state),
-            visible=True,
-        )
+        self._tasks[what] = task
+        shown = printable(state)
+        bars.update(task, description=printable(what), completed=done, total=total or None, state=shown, visible=True)
 
     def _started(self) -> Progress:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -68,15 +73,28 @@ class LoadBars:
         bars.start()
         return bars
 
-    def _write(self, progress: LoadProgress) -> None:
-        percent = 100 * progress.done_bytes // progress.total_bytes if progress.total_bytes else 0
-        told = (percent // PLAIN_STEP, progress.state)
-        if self._told.get(progress.worker) != told:
-            self._told[progress.worker] = told
-            total = bytes_in_words(progress.total_bytes)
-            self._console.print(
-                f"{progress.worker} layers {progress.layers}: {progress.state}, {percent}% of {total}", soft_wrap=True
-            )
+    def _write(self, what: str, state: str, done: int, total: int) -> None:
+        percent = 100 * done // total if total else 0
+        told = (percent // PLAIN_STEP, state.partition(" ")[0])
+        if self._told.get(what) != told:
+            self._told[what] = told
+            self._console.print(f"{what}: {state}, {percent}% of {bytes_in_words(total)}", soft_wrap=True)
+
+
+class PullBar:
+    """How far one fetch is: a bar, or a line now and then."""
+
+    def __init__(self, stream: TextIO, model: str) -> None:
+        self._model = model
+        self._bars = LoadBars(stream)
+
+    def show(self, fetched: Fetched) -> None:
+        """Draw it."""
+        self._bars.show_as(printable(self._model), "fetching", fetched.done, fetched.total)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bars.close()
 
 
 class TerminalReport:

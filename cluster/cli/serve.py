@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
 from cluster.types import Route
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder, or faq: the bundled model.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="all there are")]
 Layers = Annotated[
     str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="by memory")
@@ -49,6 +56,9 @@ def serve(
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
+    home: Annotated[
+        Path | None, typer.Option(help="Keep parts of models in this folder; else MACPIPE_HOME, else the usual place.")
+    ] = None,
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")
     ] = DISCOVERY_TIMEOUT_S,
@@ -64,6 +74,7 @@ def serve(
 
     settings = ServeSettings(
         model=model,
+        home=state_home(home),
         cluster=cluster,
         host=host,
         port=port,

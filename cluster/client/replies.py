@@ -65,7 +65,8 @@ def load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterSt
         case "progress":
             one = reply.progress
             layers = layer_range(one.start_layer, one.end_layer)
-            return LoadProgress(one.worker, layers, one.done_bytes, one.total_bytes, one.state)
+            sizes = one.done_bytes, one.total_bytes
+            return LoadProgress(one.worker, layers, *sizes, one.state, one.hub_bytes, one.peer_bytes)
         case "ready":
             return cluster_state(reply.ready)
         case _:

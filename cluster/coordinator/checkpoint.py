@@ -1,4 +1,7 @@
-"""A model as the coordinator knows it: its shape and its tokenizer, read from the folder without loading a weight."""
+"""A model as the coordinator knows it: its shape, its tensors and its tokenizer, read without loading a weight.
+
+Of a model of the hub that is not here, only small files and headers are fetched for this.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from dataclasses import dataclass
 
 from cluster.errors import InvalidOption
 from cluster.limits import MIN_CONTEXT
-from cluster.model.checkpoint import resolve_model
 from cluster.model.device import close_thread
+from cluster.model.provenance import TensorMap, tensor_map
 from cluster.model.survey import survey
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.store.store import Found, Store
 from cluster.types import ModelShape
 
 
@@ -21,6 +25,8 @@ class Checkpoint:
 
     shape: ModelShape
     tokenizer: Tokenizer
+    tensors: TensorMap
+    found: Found
 
     @property
     def vocabulary(self) -> int:
@@ -30,12 +36,15 @@ class Checkpoint:
 class Reader:
     """Reads checkpoints on one MLX thread of its own, for as long as the coordinator lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
 
     async def read(self, name: str, max_context: int | None, kv_bits: int = 0) -> Checkpoint:
-        """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``."""
-        return await asyncio.wrap_future(self._pool.submit(_read, name, max_context, kv_bits))
+        """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and
+        for one of the hub ``ModelForbidden`` or ``HubUnreachable``.
+        """
+        return await asyncio.wrap_future(self._pool.submit(_read, self._store, name, max_context, kv_bits))
 
     def close(self) -> None:
         """Give the thread's MLX streams back, and end it."""
@@ -43,10 +52,11 @@ class Reader:
         self._pool.shutdown()
 
 
-def _read(name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
+def _read(store: Store, name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
     if max_context is not None and max_context < MIN_CONTEXT:
         raise InvalidOption(
             f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
         )
-    path = resolve_model(name)
-    return Checkpoint(survey(path, name, max_context, kv_bits=kv_bits), load_tokenizer(path))
+    found = store.named(name)
+    shape = survey(found.folder, name, max_context, kv_bits=kv_bits)
+    return Checkpoint(shape, load_tokenizer(found.folder), tensor_map(found.folder, shape.shared), found)

@@ -13,7 +13,7 @@ from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost
 from cluster.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
 from cluster.transport.options import control_channel
 from cluster.transport.status import from_rpc_error
-from cluster.types import LayerRange, LoadProgress, StageSpec, WorkerFacts
+from cluster.types import FetchOrder, LayerRange, LoadProgress, StageProof, StageSpec, WorkerFacts
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -34,13 +34,18 @@ class WorkerControl:
         self.name = answer.name
         return _facts(answer, self.address), answer.problem
 
-    async def load(self, spec: StageSpec) -> AsyncIterator[LoadProgress]:
-        """Load a slice; its progress. Raises what the worker's engine raised."""
-        call = self._stub.LoadStage(_load_request(spec, self._coordinator))
+    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
+        """Load a slice: its progress, and last what its tensors hash to. Raises what the worker raised."""
+        call = self._stub.LoadStage(_load_request(spec, order, self._coordinator))
+        proof: list[tuple[str, str]] = []
         async with self._named():
             async for p in _bounded(call):
-                state = "ready" if p.ready else "reading"
-                yield LoadProgress(self.name, spec.layers, p.done_bytes, p.total_bytes, state)
+                state = "ready" if p.ready else p.state
+                proof += [(one.name, one.sha256.hex()) for one in p.digests]
+                yield LoadProgress(
+                    self.name, spec.layers, p.done_bytes, p.total_bytes, state, p.hub_bytes, p.peer_bytes
+                )
+        yield StageProof(self.name, tuple(proof))
 
     async def link(self, epoch: int, pull_from: str) -> None:
         async with self._named():
@@ -86,7 +91,7 @@ async def _bounded(
         yield message
 
 
-def _load_request(spec: StageSpec, coordinator: str) -> pb.LoadStageRequest:
+def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str) -> pb.LoadStageRequest:
     return pb.LoadStageRequest(
         epoch=spec.epoch,
         index=spec.index,
@@ -99,6 +104,11 @@ def _load_request(spec: StageSpec, coordinator: str) -> pb.LoadStageRequest:
         max_context=spec.max_context,
         kv_bits=spec.kv_bits,
         coordinator=coordinator,
+        tensors=order.tensors,
+        deferred=order.deferred,
+        peers=[pb.StorePeer(name=name, address=address) for name, address in order.peers],
+        repo=order.repo,
+        commit=order.commit,
     )
 
 

@@ -19,8 +19,10 @@ from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.coordinator.supply import Supply
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
 from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 from cluster.types import Request
 
@@ -28,11 +30,12 @@ from cluster.types import Request
 class Coordinator:
     """Lives on one event loop; its methods are called there. ``report`` is told of everything, whoever asked for it."""
 
-    def __init__(self, cluster: str, roster: Roster, dialer: Dialer, report: Report) -> None:
+    def __init__(self, cluster: str, roster: Roster, dialer: Dialer, report: Report, store: Store) -> None:
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._started = time.monotonic()
         self._totals = Totals()
-        self._reader = Reader()
+        self._reader = Reader(store)
+        self._supply = Supply(store, roster)
         self._loading = asyncio.Lock()
         self._epoch: Epoch | None = None
         self._heartbeat: asyncio.Task[None] | None = None
@@ -78,7 +81,7 @@ class Coordinator:
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         controls = [self._roster.control(w.control_address) for w in workers]
-        opening = Opening(self._dialer, report.progress, order.max_step_ms)
+        opening = Opening(self._dialer, report.progress, order.max_step_ms, self._supply)
         self._adopt(await opening.open(plan, checkpoint, workers, controls))
 
     def _adopt(self, epoch: Epoch) -> None:

@@ -18,6 +18,7 @@ from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress, link_stages, load_slices
 from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
+from cluster.coordinator.supply import Supply
 from cluster.errors import MacpipeError, NotServing, WorkerLost
 from cluster.limits import CANARY_TIMEOUT_S, DESCRIBE_TIMEOUT_S, FAREWELL_S, HEARTBEAT_S
 from cluster.scheduler.scheduler import Scheduler
@@ -86,22 +87,28 @@ class Opening:
     dialer: Dialer
     progress: Progress
     max_step_ms: float
+    supply: Supply
 
     async def open(
         self, plan: Plan, checkpoint: Checkpoint, workers: Sequence[WorkerFacts], controls: Sequence[WorkerControl]
     ) -> Epoch:
         """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
         try:
-            await load_slices(plan, controls, self.progress)
+            async with self.supply.delivery(plan, checkpoint, workers) as delivery:
+                proofs = await load_slices(plan, controls, delivery.orders, self.progress)
+                await delivery.check(proofs, lambda: self._tell(plan, "hashing"))
             ring_stages = await link_stages(plan, workers, controls)
             epoch = await self._start(plan, checkpoint, ring_stages, controls)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
             raise
-        for stage in plan.stages:
-            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, "ready"))
+        self._tell(plan, "ready")
         return epoch
+
+    def _tell(self, plan: Plan, state: str) -> None:
+        for stage in plan.stages:
+            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
 
     async def _start(
         self,

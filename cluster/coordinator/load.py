@@ -11,27 +11,44 @@ from cluster.coordinator.controls import WorkerControl
 from cluster.coordinator.ring import RingStage
 from cluster.errors import LinkFailed, MacpipeError
 from cluster.lifetime import first_error
-from cluster.types import LoadProgress, Plan, PlannedStage, Route, WorkerFacts
+from cluster.types import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageProof, WorkerFacts
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
 
 
-async def load_slices(plan: Plan, controls: Sequence[WorkerControl], progress: Progress) -> None:
-    """Make every worker hold its slice. Raises the first error; the other loads are cancelled."""
+async def load_slices(
+    plan: Plan, controls: Sequence[WorkerControl], orders: Sequence[FetchOrder], progress: Progress
+) -> tuple[StageProof, ...]:
+    """Make every worker hold its slice; what their tensors hash to, stage by stage.
+
+    Raises the first error; the other loads are cancelled.
+    """
+    proofs: dict[int, StageProof] = {}
+
+    async def load(stage: PlannedStage, control: WorkerControl, order: FetchOrder) -> None:
+        proofs[stage.spec.index] = await _load(stage, control, order, progress)
+
     try:
         async with anyio.create_task_group() as tasks:
-            for stage, control in zip(plan.stages, controls, strict=True):
-                tasks.start_soon(_load, stage, control, progress)
+            for one in zip(plan.stages, controls, orders, strict=True):
+                tasks.start_soon(load, *one)
     except* MacpipeError as group:
         raise first_error(group) from None
+    return tuple(proofs[stage.spec.index] for stage in plan.stages)
 
 
-async def _load(stage: PlannedStage, control: WorkerControl, progress: Progress) -> None:
-    async for p in control.load(stage.spec):
-        done = p.total_bytes or stage.weight_bytes if p.state == "ready" else p.done_bytes
-        progress(LoadProgress(stage.worker, stage.layers, done, p.total_bytes or stage.weight_bytes, p.state))
+async def _load(stage: PlannedStage, control: WorkerControl, order: FetchOrder, progress: Progress) -> StageProof:
+    proof = StageProof(stage.worker, ())
+    async for p in control.load(stage.spec, order):
+        if isinstance(p, StageProof):
+            proof = p
+            continue
+        total = p.total_bytes or stage.weight_bytes
+        done = total if p.state in ("hashing", "ready") else p.done_bytes
+        progress(LoadProgress(stage.worker, stage.layers, done, total, p.state, p.hub_bytes, p.peer_bytes))
+    return proof
 
 
 async def link_stages(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
 from cluster.types import LayerRange, Route
@@ -30,10 +31,11 @@ class ServeSettings:
     ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
     default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
     stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4
-    quantises caches; 0 leaves them as they are.
+    quantises caches; 0 leaves them as they are. ``home`` is the folder where parts of models are kept.
     """
 
     model: str
+    home: Path
     cluster: str = "default"
     host: str = "127.0.0.1"
     port: int = 7700

@@ -60,7 +60,7 @@ class Checkpoint:
 def resolve_model(name: str) -> Path:
     """The folder that ``name`` means: a folder, a bundled model, or a Hugging Face id in the local cache.
 
-    Raises ModelNotFound, with the command that would fetch it. Nothing is downloaded.
+    Raises ModelNotFound, with the command that would fetch it. Nothing is fetched here: the store does that.
     """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -78,12 +78,14 @@ def resolve_model(name: str) -> Path:
 def _cached(repo: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only this branch needs it
 
+    name, _, revision = repo.partition("@")
     try:
-        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=list(FETCHED)))
+        found = snapshot_download(name, revision=revision or None, local_files_only=True, allow_patterns=list(FETCHED))
+        return Path(found)
     except (OSError, ValueError) as error:  # not there, there in part, or not an id at all
         raise ModelNotFound(
-            f"{repo!r} is neither a folder nor wholly in this machine's Hugging Face cache, and macpipe does not "
-            f"download models yet; fetch it with: hf download {repo}"
+            f"{repo!r} is neither a folder nor wholly in this machine's Hugging Face cache; "
+            f"fetch it with: macpipe pull {repo}"
         ) from error
 
 

@@ -29,13 +29,21 @@ BITS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its file's header describes it. ``dtype`` is the format's name (``BF16``); ``file`` a bare name."""
+    """One tensor as its file's header describes it. ``dtype`` is the format's name (``BF16``); ``file`` a bare name.
+
+    Its bytes are ``offset .. offset + nbytes - 1`` of the file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     nbytes: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +61,16 @@ def read_shard(path: Path) -> Shard:
     header = _header_bytes(path, size)
     entries = _header_json(path, header)
     entries.pop("__metadata__", None)
-    described = [_describe(path, name, entry) for name, entry in entries.items()]
-    data_bytes = max((end for _, _, end in described), default=0)
-    missing = 8 + len(header) + data_bytes - size
+    data = 8 + len(header)
+    tensors = tuple(_describe(path, data, name, entry) for name, entry in entries.items())
+    missing = max((tensor.end for tensor in tensors), default=data) - size
     if missing > 0:
         raise BadCheckpoint(
             f"{path.name} is cut short: {missing} bytes are missing; copy or fetch the file again",
             file=path.name,
             missing_bytes=str(missing),
         )
-    return Shard(path.name, header, tuple(info for info, _, _ in described))
+    return Shard(path.name, header, tensors)
 
 
 def _header_bytes(path: Path, size: int) -> bytes:
@@ -93,8 +101,8 @@ def _header_json(path: Path, header: bytes) -> dict[str, Any]:
     return entries
 
 
-def _describe(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """Check one entry. -> the tensor, and where its bytes begin and end after the header."""
+def _describe(path: Path, data: int, name: str, entry: Any) -> TensorInfo:
+    """Check one entry of a file whose tensors' bytes begin at ``data``."""
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
@@ -104,7 +112,7 @@ def _describe(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     numbers = (*shape, start, end)
     if not all(type(n) is int and n >= 0 for n in numbers) or (end - start) * 8 != prod(shape) * bits:
         raise _damaged(path, f"the offsets of {name[:200]!r} do not match its shape")
-    return TensorInfo(name, dtype, shape, path.name, end - start), start, end
+    return TensorInfo(name, dtype, shape, path.name, end - start, data + start)
 
 
 def _damaged(path: Path, why: str) -> BadCheckpoint:

@@ -347,7 +347,7 @@ class LoadModelRequest(_message.Message):
     MAX_STEP_MS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """A folder, a bundled model's name, or a Hugging Face id that is in the workers' caches."""
+    """A folder, a bundled model's name, or a Hugging Face id, with @REVISION where it is not the main one."""
     workers: _builtins.int
     """0: all that are there."""
     layers: _builtins.str
@@ -391,13 +391,18 @@ class StageProgress(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    HUB_BYTES_FIELD_NUMBER: _builtins.int
+    PEER_BYTES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     state: _builtins.str
-    """reading, warming or ready."""
+    """fetching, reading, hashing, warming or ready."""
+    hub_bytes: _builtins.int
+    """What was fetched for this load, from the hub and from other Macs."""
+    peer_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -407,10 +412,12 @@ class StageProgress(_message.Message):
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         state: _builtins.str = ...,
+        hub_bytes: _builtins.int = ...,
+        peer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "end_layer", b"end_layer", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "end_layer", b"end_layer", "hub_bytes", b"hub_bytes", "peer_bytes", b"peer_bytes", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,8 +7,10 @@ Activations do not pass here. They travel on /cluster.v1.StageService/Feed and /
 worker's data port whose messages are raw frames, not protobuf; cluster/transport says how.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -129,6 +131,11 @@ class LoadStageRequest(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    DEFERRED_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    REPO_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -142,6 +149,21 @@ class LoadStageRequest(_message.Message):
     """Who asks. Refused while another's heartbeat holds a stage here."""
     kv_bits: _builtins.int
     """4 or 8 keeps keys and values in so many bits; 0 keeps them as the model makes them."""
+    repo: _builtins.str
+    """Where the model is on the hub, by commit; empty: nowhere."""
+    commit: _builtins.str
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tensors of the files that the slice is made of, in the order in which they are wanted."""
+
+    @_builtins.property
+    def deferred(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of them that another worker is asked for too, and fetches first: they come from there."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___StorePeer]:
+        """Where bytes of the model may be had."""
+
     def __init__(
         self,
         *,
@@ -156,14 +178,65 @@ class LoadStageRequest(_message.Message):
         max_context: _builtins.int = ...,
         coordinator: _builtins.str = ...,
         kv_bits: _builtins.int = ...,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+        deferred: _abc.Iterable[_builtins.str] | None = ...,
+        peers: _abc.Iterable[Global___StorePeer] | None = ...,
+        repo: _builtins.str = ...,
+        commit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "count", b"count", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "start_layer", b"start_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadStageRequest: _TypeAlias = LoadStageRequest  # noqa: Y015
+
+@_typing.final
+class StorePeer(_message.Message):
+    """A Mac that answers StoreService."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    address: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorePeer: _TypeAlias = StorePeer  # noqa: Y015
+
+@_typing.final
+class TensorDigest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    sha256: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TensorDigest: _TypeAlias = TensorDigest  # noqa: Y015
 
 @_typing.final
 class LoadStageResponse(_message.Message):
@@ -172,20 +245,37 @@ class LoadStageResponse(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    HUB_BYTES_FIELD_NUMBER: _builtins.int
+    PEER_BYTES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     ready: _builtins.bool
     """The last message says true."""
+    state: _builtins.str
+    """fetching, reading or hashing; done_bytes and total_bytes are of that."""
+    hub_bytes: _builtins.int
+    """What was fetched for this load, from where."""
+    peer_bytes: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorDigest]:
+        """What the slice's tensors hash to; sent in batches before the last message."""
+
     def __init__(
         self,
         *,
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        state: _builtins.str = ...,
+        hub_bytes: _builtins.int = ...,
+        peer_bytes: _builtins.int = ...,
+        digests: _abc.Iterable[Global___TensorDigest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "ready", b"ready", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

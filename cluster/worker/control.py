@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -16,9 +18,10 @@ from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
 from cluster.transport.status import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
-from cluster.worker.messages import Hello, Link, Load, Report, Reported, Unload
+from cluster.worker.messages import Hello, Link, Load, Progress, Report, Reported, Unload
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
+from cluster.worker.supplies import Supplies
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
@@ -32,6 +35,7 @@ class Control(WorkerServiceServicer):
     id: str
     settings: WorkerSettings
     supervisor: Supervisor
+    supplies: Supplies
     loaded: pb.LoadStageRequest | None = None
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
@@ -86,12 +90,16 @@ class Control(WorkerServiceServicer):
             await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
         self.loaded = None
         try:
-            async for p in self.supervisor.events(lambda call: _load(call, request)):
-                yield pb.LoadStageResponse(done_bytes=p.done_bytes, total_bytes=p.total_bytes)
+            async with aclosing(self.supplies.stage(request, lambda path: self._read(request, path))) as events:
+                async for event in events:
+                    yield event
         except MacpipeError as e:
             await abort(context, e)
         self.loaded, self._loaded_by, self._heard = request, self.supervisor.hello, time.monotonic()
         yield pb.LoadStageResponse(ready=True)
+
+    def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
+        return self.supervisor.events(lambda call: _load(call, request, folder))
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
         try:
@@ -110,14 +118,14 @@ class Control(WorkerServiceServicer):
         return pb.UnloadStageResponse()
 
 
-def _load(call: int, r: pb.LoadStageRequest) -> Load:
+def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:
     return Load(
         call=call,
         epoch=r.epoch,
         index=r.index,
         count=r.count,
         model=r.model,
-        path=r.path,
+        path=str(folder),
         fingerprint=r.fingerprint,
         start_layer=r.start_layer,
         end_layer=r.end_layer,

@@ -41,6 +41,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.worker.control import Control
     from cluster.worker.identity import identity
     from cluster.worker.supervisor import Supervisor
+    from cluster.worker.supplies import Supplies
 
     with identity(settings.home, settings.name) as worker_id:
         server = grpc.aio.server(options=CONTROL_OPTIONS)
@@ -50,15 +51,18 @@ async def _run(settings: WorkerSettings) -> None:
             tasks.start_soon(stop_on_signal, tasks.cancel_scope)
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
-            await _answer(settings, Control(worker_id, settings, supervisor), server, port)
+            control = Control(worker_id, settings, supervisor, Supplies(settings.home))
+            await _answer(settings, control, server, port)
 
 
 async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.Server, port: int) -> None:
     """Answer on the control port, announce it, and wait to be cancelled."""
     from cluster.discovery.announce import announce
+    from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 
     add_WorkerServiceServicer_to_server(control, server)
+    add_StoreServiceServicer_to_server(control.supplies.shelf, server)
     await server.start()
     said = announce(
         id=control.id,

@@ -10,7 +10,7 @@ from pathlib import Path
 class WorkerSettings:
     """``port`` 0 takes a free one. ``memory_limit`` is bytes for weights, caches and work; None takes the device's own.
 
-    ``home`` is the folder where this worker's id is kept.
+    ``home`` is the folder where this worker's id and its parts of models are kept.
     """
 
     name: str

@@ -94,7 +94,10 @@ class Cluster:
         )
 
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
-        return self._start("serve", ["serve", str(model), "--cluster", self.name, *options], launch)
+        home = self.folder / "coordinator"
+        return self._start(
+            "serve", ["serve", str(model), "--cluster", self.name, "--home", str(home), *options], launch
+        )
 
     def serving(self, model: str | Path, workers: int, wait_s: float = START_S) -> tuple[Daemon, str]:
         """Start a coordinator on a free port and wait until it serves; the daemon and its address."""

@@ -209,7 +209,7 @@ def test_a_hugging_face_id_is_looked_up_in_the_cache(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ModelNotFound, match="hf download owner/tiny"):
+    with pytest.raises(ModelNotFound, match="macpipe pull owner/tiny"):
         resolve_model("owner/tiny")
     home = tmp_path / "hub" / "models--owner--tiny"
     (home / "refs").mkdir(parents=True)

@@ -1,0 +1,121 @@
+"""``macpipe pull MODEL``: fetch a model of the hub, or the layers that this Mac is to hold, ahead of serving."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.home import state_home
+from cluster.cli.options import Json
+from cluster.layers import parse_range
+from cluster.types import LayerRange
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from cluster.store.fetch import Fetch, Fetched
+    from cluster.store.store import Found
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What is on this Mac now. ``bytes`` are those of the tensors asked for, ``fetched_bytes`` what came for it."""
+
+    model: str
+    folder: str
+    fingerprint: str
+    revision: str
+    layers: LayerRange | None
+    tensors: int
+    bytes: int
+    fetched_bytes: int
+
+
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id: OWNER/NAME[@REVISION].")],
+    layers: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Only what a stage with these layers reads.", show_default="all")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Keep it in this folder; else MACPIPE_HOME, else the usual place.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fetch MODEL, or some layers of it.
+
+    Only the byte ranges that are missing are fetched, and verified. A worker of this Mac finds them. What was
+    interrupted goes on where it stopped.
+    """
+    from cluster.cli.facts import print_json
+    from cluster.cli.screen import bytes_in_words
+    from cluster.store.store import Store
+
+    with errors_in_json(json):
+        wanted = parse_range(layers) if layers else None
+        kept = state_home(home)
+        pulled = fetch(model, Store(kept).named(model), wanted, kept)
+        if json:
+            print_json(pulled)
+        else:
+            part = f"layers {wanted} of {model}" if wanted else model
+            sys.stdout.write(f"{part}: {bytes_in_words(pulled.bytes)} in {pulled.folder}\n")
+
+
+def fetch(model: str, found: Found, layers: LayerRange | None, home: Path) -> Pulled:
+    """Fetch what is missing, with progress on stderr."""
+    from threading import Event
+
+    from cluster.model.checkpoint import open_checkpoint
+    from cluster.store.fetch import Fetch, Wanted
+    from cluster.store.hub import Hub
+    from cluster.store.manifest import Manifest
+
+    checkpoint = open_checkpoint(found.folder)
+    names = _needed(found.folder, model, layers) if layers else tuple(checkpoint.tensors)
+    came, commit = 0, ""
+    if found.partial:
+        origin = found.partial.origin
+        commit, stop = origin.commit, Event()
+        hub = Hub(origin.repo, commit) if origin.repo else None
+        manifest = Manifest(home, checkpoint.fingerprint)
+        job = Fetch(found.partial, manifest, Wanted(names), hub=hub, stop=stop, what=model)
+        came = _followed(job, stop, model).hub
+    size = sum(checkpoint.tensors[name].nbytes for name in names)
+    return Pulled(model, str(found.folder), checkpoint.fingerprint, commit, layers, len(names), size, came)
+
+
+def _needed(folder: Path, model: str, layers: LayerRange) -> tuple[str, ...]:
+    from cluster.errors import InvalidOption
+    from cluster.model.provenance import tensor_map
+    from cluster.model.survey import survey
+
+    shape = survey(folder, model, None)
+    if layers.end > shape.layers:
+        raise InvalidOption(f"--layers {layers}: {model} has layers 0-{shape.layers - 1}", field="layers")
+    return tuple(sorted(tensor_map(folder, shape.shared).of(layers)))
+
+
+def _followed(job: Fetch, stop: Event, model: str) -> Fetched:
+    """Run the fetch on a thread, and show how far it is; Ctrl-C stops it between two pieces."""
+    from concurrent.futures import ThreadPoolExecutor, wait
+
+    from cluster.cli.report import PullBar
+    from cluster.limits import FETCH_TICK_S
+
+    bar = PullBar(sys.stderr, model)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(job.run)
+        try:
+            while wait([running], timeout=FETCH_TICK_S).not_done:
+                bar.show(job.progress)
+            running.result()
+            bar.show(job.progress)
+        finally:
+            stop.set()
+            bar.close()
+    return job.progress

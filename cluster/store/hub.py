@@ -1,0 +1,191 @@
+"""The hub, through huggingface_hub's own session: HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+
+It knows how to ask for a model's files and for ranges of them, and what each refusal means to a person. It keeps
+nothing, and it never asks for more than it was told to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports them without saying so
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from cluster.errors import (
+    BadCheckpoint,
+    FetchFailed,
+    HubOffline,
+    HubUnreachable,
+    MacpipeError,
+    ModelForbidden,
+    ModelNotFound,
+)
+from cluster.limits import HUB_PEEK_BYTES, HUB_TIMEOUT_S, MAX_SAFETENSORS_HEADER_BYTES, MAX_SMALL_FILE_BYTES
+from cluster.store.files import ModelFiles, StoredFile, wanted
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every range at INFO
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """``owner/name`` or ``owner/name@revision``."""
+
+    repo: str
+    revision: str = "main"
+
+    @classmethod
+    def parse(cls, name: str) -> HubName:
+        repo, _, revision = name.partition("@")
+        return cls(repo, revision or "main")
+
+    def __str__(self) -> str:
+        return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"
+
+
+def look_up(name: HubName) -> ModelFiles:
+    """The files of a model as the hub has them now. Raises as ``hub_failures`` does."""
+    with hub_failures(name):
+        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
+    siblings = sorted(info.siblings or (), key=lambda one: one.rfilename)
+    files = tuple(
+        StoredFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else "", one.blob_id or "")
+        for one in siblings
+        if wanted(one.rfilename)
+    )
+    _require_model(name, [one.rfilename for one in siblings], files)
+    return ModelFiles(files, name.repo, info.sha or name.revision)
+
+
+def _require_model(name: HubName, all_names: list[str], files: tuple[StoredFile, ...]) -> None:
+    if "config.json" not in {file.name for file in files}:
+        raise ModelNotFound(f"{name} on the hub has no config.json: it is not a model that mlx-lm could load.")
+    if not any(file.weights for file in files):
+        pickles = [one for one in all_names if one.endswith((".bin", ".pt", ".pth"))]
+        raise BadCheckpoint(
+            f"{name} has its weights in pickle files only ({pickles[0]}), which can run code as they are read; "
+            "use a safetensors version of the model."
+            if pickles
+            else f"{name} on the hub has no weights: no file of it is called model*.safetensors."
+        )
+    for file in files:
+        if not file.weights and file.size > MAX_SMALL_FILE_BYTES:
+            raise BadCheckpoint(f"{file.name} of {name} has {file.size} bytes; no config or tokenizer is so large.")
+
+
+class Hub:
+    """One version of one model on the hub, by commit: a source of byte ranges."""
+
+    label = "the hub"
+
+    def __init__(self, repo: str, commit: str) -> None:
+        self._name = HubName(repo, commit)
+
+    def read(self, file: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes ``start .. end - 1`` of a file, in pieces. Raises FetchFailed where the line is cut."""
+        url = hf_hub_url(self._name.repo, file, revision=self._name.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        left = end - start
+        with (
+            hub_failures(self._name),
+            http_stream_backoff("GET", url, headers=headers, timeout=HUB_TIMEOUT_S, retry_on_exceptions=()) as answer,
+        ):
+            hf_raise_for_status(answer)
+            if answer.status_code != httpx2.codes.PARTIAL_CONTENT and (start or left < _length(answer)):
+                raise FetchFailed(f"{constants.ENDPOINT} does not answer range requests; macpipe needs them.")
+            for data in answer.iter_bytes():
+                left -= len(data)
+                if left < 0:
+                    raise FetchFailed(f"{constants.ENDPOINT} sent more of {file} than was asked for.")
+                yield data
+        if left:
+            raise FetchFailed(f"{constants.ENDPOINT} ended {file} {left} bytes early.")
+
+    def small(self, file: StoredFile) -> bytes:
+        """A small file; of a safetensors file its length field and header. Raises as ``read`` does."""
+        if not file.weights:
+            return b"".join(self.read(file.name, 0, file.size)) if file.size else b""
+        return self._header(file)
+
+    def _header(self, file: StoredFile) -> bytes:
+        first = HUB_PEEK_BYTES if file.size >= 64 * HUB_PEEK_BYTES else min(8, file.size)
+        begun = b"".join(self.read(file.name, 0, first)) if first else b""
+        length = 8 + int.from_bytes(begun[:8], "little")
+        if length > min(MAX_SAFETENSORS_HEADER_BYTES, file.size):
+            raise BadCheckpoint(f"The header of {file.name} on the hub is damaged.", file=file.name)
+        return begun[:length] if length <= first else begun + b"".join(self.read(file.name, first, length))
+
+
+def _length(answer: httpx2.Response) -> int:
+    return int(answer.headers.get("Content-Length") or 0)
+
+
+@contextmanager
+def hub_failures(name: HubName) -> Iterator[None]:
+    """Turn what huggingface_hub raises into our errors, each with its way out.
+
+    Raises ModelForbidden, ModelNotFound, BadCheckpoint, HubUnreachable or FetchFailed.
+    """
+    try:
+        yield
+    except MacpipeError:
+        raise
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError) as error:
+        raise _refused(name, error) from error
+    except OfflineModeIsEnabled as error:
+        raise HubOffline(
+            f"{name} is not wholly on these Macs, and HF_HUB_OFFLINE forbids to fetch the rest; unset it, or fetch the "
+            f"model while online: macpipe pull {name}"
+        ) from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise HubUnreachable(
+            f"{constants.ENDPOINT} cannot be reached for {name} ({_cause(error)}). Check this Mac's network and "
+            "HF_ENDPOINT; what is on disk already is kept, and the fetch goes on from there"
+        ) from error
+
+
+def _refused(name: HubName, error: Exception) -> MacpipeError:
+    endpoint = constants.ENDPOINT
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, GatedRepoError):
+        return ModelForbidden(
+            f"{name} is gated: ask for access on {endpoint}/{name.repo}, and set HF_TOKEN to a token of that account "
+            "(or run `hf auth login`) on every Mac"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFound(
+            f"{name.repo} has no revision {name.revision} on {endpoint}; name one as OWNER/NAME@REVISION"
+        )
+    if isinstance(error, HFValidationError):
+        return ModelNotFound(f"{str(name)!r} is neither a folder nor a Hugging Face id (owner/name).")
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelNotFound(
+            f"there is no model {name.repo} on {endpoint}, or it is private and this Mac's HF_TOKEN does not open it; "
+            "check the name, and set HF_TOKEN where it is private"
+        )
+    if status in (401, 403):
+        return ModelForbidden(f"{endpoint} refuses {name} ({status}); check HF_TOKEN, and that its account may read it")
+    if isinstance(error, EntryNotFoundError):
+        return BadCheckpoint(f"a file of {name} is gone from {endpoint}: {_cause(error)}")
+    return HubUnreachable(f"{endpoint} answers {status or 'with an error'} for {name}; try again in a while")
+
+
+def _cause(error: BaseException) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 200 else f"{said[:200]} ..."

@@ -1,0 +1,196 @@
+"""A partial checkpoint: a folder that mlx-lm opens like any other, of which only some tensors' bytes are there.
+
+The safetensors files have their full length and their real headers; the rest is holes (APFS, ext4 and the like keep no
+blocks for them) until ranges are written. It knows what is there and what was verified, and nothing of sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from threading import RLock
+
+from cluster.errors import BadCheckpoint
+from cluster.limits import MIB
+from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.store.extents import Extents
+from cluster.store.files import RECORDS, ModelFiles, StoredFile
+from cluster.store.journal import Entry, Journal
+
+READ_BYTES = 4 * MIB
+Read = Callable[[StoredFile], bytes]
+
+
+class Partial:
+    """The partial checkpoint in ``folder``. Thread-safe; several processes may fill one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        checkpoint = open_checkpoint(folder)
+        self.fingerprint, self.tensors = checkpoint.fingerprint, checkpoint.tensors
+        self.origin = read_origin(folder)
+        self._journal = Journal(folder / RECORDS / "journal.jsonl")
+        self._lock = RLock()
+        self._extents = {tensor.file: Extents() for tensor in self.tensors.values()}
+        self._noted: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
+        self._stats: dict[str, tuple[int, int]] = {}
+        for entry in self._journal.entries():
+            self._replay(entry)
+        sound = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
+        self._verified = {t: d for t, d in self._noted.items() if t in self.tensors and self.tensors[t].file in sound}
+
+    def _replay(self, entry: Entry) -> None:
+        match entry:
+            case ["got", str(file), int(start), int(end)] if file in self._extents:
+                self._extents[file].add(start, end)
+            case ["lost", str(file), int(start), int(end)] if file in self._extents:
+                self._extents[file].remove(start, end)
+            case ["sum", str(tensor), str(digest)]:
+                self._noted[tensor] = digest
+            case ["whole", str(file), str(digest)]:
+                self._whole[file] = digest
+            case ["stat", str(file), int(size), int(mtime)]:
+                self._stats[file] = (size, mtime)
+
+    @property
+    def verified(self) -> dict[str, str]:
+        """The tensors that are here and were verified, with their digests; a copy."""
+        with self._lock:
+            return dict(self._verified)
+
+    def noted(self, tensor: str) -> str:
+        """What the tensor hashed to when it was verified, perhaps long ago; empty: it never was."""
+        return self._noted.get(tensor, "")
+
+    def gaps(self, file: str, start: int, end: int) -> list[tuple[int, int]]:
+        with self._lock:
+            return self._extents[file].gaps(start, end)
+
+    def missing(self, tensor: TensorInfo) -> int:
+        """Bytes of it that are not here."""
+        return sum(end - start for start, end in self.gaps(tensor.file, tensor.offset, tensor.end))
+
+    def writer(self, file: str) -> int:
+        """A descriptor for ``os.pwrite``; the caller closes it."""
+        return os.open(self.folder / file, os.O_WRONLY)
+
+    def note(self, descriptor: int, file: str, start: int, end: int) -> None:
+        """Make written bytes last, then remember that they are there."""
+        os.fsync(descriptor)
+        with self._lock:
+            self._journal.append([["got", file, start, end]])
+            self._extents[file].add(start, end)
+
+    def digest(self, tensor: TensorInfo) -> str:
+        """SHA-256 of the tensor's bytes as they are on disk, in hex."""
+        return hash_range(self.folder / tensor.file, tensor.offset, tensor.end)
+
+    def accept(self, sums: Iterable[tuple[str, str]]) -> None:
+        """These tensors are here, and hash to that."""
+        with self._lock:
+            sums = list(sums)
+            self._journal.append(["sum", name, digest] for name, digest in sums)
+            self._noted.update(sums)
+            self._verified.update(sums)
+
+    def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
+        """The bytes of this tensor are wrong: they count as not there. ``forget``: so is the digest that was noted."""
+        with self._lock:
+            if forget:
+                self._journal.append([["sum", tensor.name, ""]])
+                self._noted.pop(tensor.name, None)
+            self._journal.append([["lost", tensor.file, tensor.offset, tensor.end]])
+            self._extents[tensor.file].remove(tensor.offset, tensor.end)
+            self._verified.pop(tensor.name, None)
+
+    def seal(self) -> None:
+        """Note the files' sizes and times: while these stay, what was verified needs no second look."""
+        with self._lock:
+            now = {file: self._stat(file) for file in self._extents}
+            self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
+            self._stats = now
+
+    def unproved_files(self) -> list[StoredFile]:
+        """Files all of whose bytes are here, and which nobody has held against the hub's hash yet."""
+        whole = [f for f in self.origin.files if f.sha256 and f.name in self._extents]
+        return [f for f in whole if not self.gaps(f.name, 0, f.size) and self._whole.get(f.name) != f.sha256]
+
+    def prove(self, file: StoredFile) -> bool:
+        """Whether the whole file hashes to what the hub says."""
+        if hash_range(self.folder / file.name, 0, file.size) != file.sha256:
+            return False
+        with self._lock:
+            self._journal.append([["whole", file.name, file.sha256]])
+            self._whole[file.name] = file.sha256
+        return True
+
+    def _stat(self, file: str) -> tuple[int, int]:
+        found = (self.folder / file).stat()
+        return found.st_size, found.st_mtime_ns
+
+
+def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> Path:
+    """Make the partial checkpoint of ``origin`` in the folder ``models``, or find the one that is there.
+
+    ``read`` gives a small file's content, and a safetensors file's length field and header. Raises BadCheckpoint where
+    what it gives does not make a model, or not the one whose fingerprint is ``expected``.
+    """
+    models.mkdir(parents=True, exist_ok=True, mode=0o700)
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=models))
+    try:
+        fingerprint = _fill(made, origin, read)
+        if expected and fingerprint != expected:
+            raise BadCheckpoint(
+                f"The headers that came are not those of this model (fingerprint {fingerprint[:12]}, "
+                f"expected {expected[:12]}). Load it again."
+            )
+        folder = models / fingerprint
+        if not (folder / RECORDS).is_dir():
+            made.rename(folder)
+        return folder
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
+    """Write small files, headers and holes. -> the fingerprint."""
+    journal = Journal(made / RECORDS / "journal.jsonl")
+    for file in origin.files:
+        content = read(file)
+        if not file.weights and not file.matches(content):
+            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
+        (made / file.name).write_bytes(content)
+        if file.weights:
+            os.truncate(made / file.name, file.size)
+            journal.append([["got", file.name, 0, len(content)]])
+    (made / RECORDS).mkdir(exist_ok=True)
+    (made / RECORDS / "origin.json").write_text(json.dumps(asdict(origin)))
+    return open_checkpoint(made).fingerprint
+
+
+def read_origin(folder: Path) -> ModelFiles:
+    """Where a partial checkpoint is from."""
+    noted = json.loads((folder / RECORDS / "origin.json").read_bytes())
+    return ModelFiles(tuple(StoredFile(**file) for file in noted["files"]), noted["repo"], noted["commit"])
+
+
+def is_partial(folder: Path) -> bool:
+    return (folder / RECORDS / "origin.json").is_file()
+
+
+def hash_range(path: Path, start: int, end: int) -> str:
+    """SHA-256 of some bytes of a file, in hex; a file that is too short gives the hash of what is there."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end and (data := file.read(min(READ_BYTES, end - start))):
+            digest.update(data)
+            start += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""Where this Mac has a model: a folder of its own, the Hugging Face cache, or a partial checkpoint in the store.
+
+It finds and makes folders; it fetches headers, never a tensor (``fetch`` does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
+from cluster.store.hub import Hub, HubName, look_up
+from cluster.store.partial import Partial, is_partial, place, read_origin
+from cluster.store.peer import Peer
+from cluster.types import ModelRef
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A folder with a model; ``partial`` None means that all of it is there."""
+
+    folder: Path
+    partial: Partial | None = None
+
+
+class Store:
+    """The store in ``home``."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._models = home / "models"
+
+    def named(self, name: str) -> Found:
+        """What ``name`` means on this Mac: a folder, a bundled model, a cached one, or one of the hub.
+
+        Of the last, small files and headers are fetched where they are not here. Raises ModelNotFound, BadCheckpoint,
+        ModelForbidden or HubUnreachable.
+        """
+        try:
+            folder = resolve_model(name)
+            open_checkpoint(folder)
+        except MacpipeError:
+            if not _is_id(name):
+                raise
+            folder = self._from_hub(HubName.parse(name))
+        return _found(folder)
+
+    def _from_hub(self, name: HubName) -> Path:
+        """The partial checkpoint of a model of the hub: of the version that the hub has now, or, out of its reach, of
+        the one that was seen last.
+        """
+        noted = self._models / "refs" / f"{name.repo.replace('/', '--')}@{name.revision.replace('/', '--')}.json"
+        try:
+            origin = look_up(name)
+        except HubUnreachable:
+            if (folder := self._noted(noted)) is None:
+                raise
+            return folder
+        folder = self._noted(noted)
+        if folder is None or read_origin(folder).commit != origin.commit:
+            folder = place(self._models, origin, Hub(name.repo, origin.commit).small)
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            noted.write_text(json.dumps({"commit": origin.commit, "fingerprint": folder.name}))
+        return folder
+
+    def _noted(self, file: Path) -> Path | None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            folder = self._models / str(json.loads(file.read_bytes())["fingerprint"])
+            return folder if is_partial(folder) else None
+        return None
+
+    def meant(self, model: ModelRef, peers: Sequence[Peer]) -> Found:
+        """Where this worker has, or can have, the coordinator's model: its folder, its name here, else a part of it.
+
+        Raises ModelDiffers where this Mac has another model in that folder, and FetchFailed where it has none and no
+        peer answers.
+        """
+        folder = Path(model.path)
+        if folder.is_dir() and (found := _same(folder, model, strict=not _is_id(model.name))):
+            return found
+        with contextlib.suppress(ModelNotFound):
+            if found := _same(resolve_model(model.name), model, strict=False):
+                return found
+        folder = self._models / model.fingerprint
+        if not is_partial(folder):
+            folder = self._from_peers(model, peers)
+        return Found(folder, Partial(folder))
+
+    def kept(self, fingerprint: str) -> Found | None:
+        """What the store itself has of a model."""
+        folder = self._models / fingerprint
+        return Found(folder, Partial(folder)) if _HEX.fullmatch(fingerprint) and is_partial(folder) else None
+
+    def _from_peers(self, model: ModelRef, peers: Sequence[Peer]) -> Path:
+        """Headers and small files, from the first peer that gives them."""
+        error: MacpipeError = FetchFailed(
+            f"this worker has no copy of {model.name}: neither the folder {model.path} nor a model of that name is "
+            "here, and no other Mac was named that has one; copy the folder to the same place"
+        )
+        for peer in peers:
+            try:
+                return place(self._models, peer.describe(), peer.small, model.fingerprint)
+            except MacpipeError as failure:
+                error = failure
+        raise error
+
+
+def _is_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not (BUNDLED / name).exists()
+
+
+def _found(folder: Path) -> Found:
+    return Found(folder, Partial(folder) if is_partial(folder) else None)
+
+
+def _same(folder: Path, model: ModelRef, *, strict: bool) -> Found | None:
+    """The folder, if it holds that model. Raises ModelDiffers where it holds another one and ``strict`` is set."""
+    try:
+        fingerprint = open_checkpoint(folder).fingerprint
+    except (BadCheckpoint, ModelNotFound):
+        return None
+    if fingerprint == model.fingerprint:
+        return None if is_partial(folder) else Found(folder)  # a part of it is for its own store alone to fill
+    if strict:
+        raise ModelDiffers(
+            f"the files in {str(folder)!r} are not those of the coordinator's {model.name} (fingerprint "
+            f"{fingerprint[:12]}, expected {model.fingerprint[:12]}); copy the coordinator's folder to this machine, "
+            "or move this one away, and the worker takes the bytes from there"
+        )
+    return None

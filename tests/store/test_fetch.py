@@ -1,0 +1,182 @@
+"""From the hub into a partial checkpoint: only what is wanted, whatever the network does on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from threading import Event, Timer
+
+import pytest
+
+from cluster.errors import Aborted, DiskFull, FetchFailed
+from cluster.limits import GIB
+from cluster.model.checkpoint import open_checkpoint
+from cluster.store import run as runs
+from cluster.store.fetch import Fetch, Wanted
+from cluster.store.hub import Hub
+from cluster.store.manifest import Manifest
+from cluster.store.partial import Partial
+from cluster.store.space import free_bytes
+from cluster.store.store import Store
+from fake_hub import FakeHub
+
+LAYER = "model.layers.1."
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "FETCH_BACKOFF_S", 0.01)
+
+
+def opened(home: Path) -> Partial:
+    partial = Store(home).named("owner/tiny").partial
+    assert partial
+    return partial
+
+
+def fetch(home: Path, partial: Partial, names: list[str], **options: object) -> Fetch:
+    made = Fetch(
+        partial,
+        Manifest(home, partial.fingerprint),
+        Wanted(tuple(names)),
+        hub=Hub(partial.origin.repo, partial.origin.commit),
+        stop=options.pop("stop", Event()),  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
+    )
+    made.run()
+    return made
+
+
+def of_layer(partial: Partial) -> list[str]:
+    return [name for name in partial.tensors if name.startswith(LAYER)]
+
+
+def same_bytes(partial: Partial, published: Path, names: list[str]) -> bool:
+    whole = open_checkpoint(published).tensors
+    return all(
+        (partial.folder / t.file).read_bytes()[t.offset : t.end] == (published / t.file).read_bytes()[t.offset : t.end]
+        for t in (whole[name] for name in names)
+    )
+
+
+def test_headers_alone_make_a_folder_like_the_whole_one(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    assert partial.fingerprint == open_checkpoint(published).fingerprint
+    whole = sum(t.nbytes for t in partial.tensors.values())
+    assert 0 < hub.weight_bytes < 0.2 * whole
+    blocks = sum((partial.folder / file).stat().st_blocks * 512 for file in {t.file for t in partial.tensors.values()})
+    assert blocks < whole, "the files are sparse"
+
+
+def test_only_the_wanted_ranges_are_asked_for(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    names, headers = of_layer(partial), hub.weight_bytes
+    told = fetch(tmp_path, partial, names).progress
+    wanted = sum(partial.tensors[name].nbytes for name in names)
+    assert hub.weight_bytes - headers == told.hub == told.done == told.total == wanted
+    assert same_bytes(partial, published, names)
+    asked = len([one for one in hub.ranges if one[1] > 8 and one[0].endswith("safetensors")])
+    assert asked - 3 <= len(names), "neighbours are asked for together"
+    before = hub.weight_bytes
+    fetch(tmp_path, Partial(partial.folder), names)
+    assert hub.weight_bytes == before
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial, headers = opened(tmp_path), hub.weight_bytes
+    hub.cut_after = 8192
+    names = list(partial.tensors)
+    fetch(tmp_path, partial, names)
+    assert same_bytes(partial, published, names)
+    assert hub.weight_bytes - headers == sum(t.nbytes for t in partial.tensors.values())
+    assert not partial.unproved_files(), "whole files were held against the hub's hashes"
+
+
+def test_who_stops_in_the_middle_goes_on_there(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial, stop = opened(tmp_path), Event()
+    hub.pace_s = 0.02
+    timer = Timer(0.2, stop.set)
+    timer.start()
+    names = list(partial.tensors)
+    with pytest.raises(Aborted):
+        fetch(tmp_path, partial, names, stop=stop)
+    timer.join()
+    hub.pace_s = 0
+    again = Partial(partial.folder)
+    had = sum(t.nbytes - again.missing(t) for t in again.tensors.values())
+    assert had > 0
+    told = fetch(tmp_path, again, names).progress
+    assert told.hub == told.total - had < told.total
+    assert same_bytes(again, published, names)
+
+
+def test_wrong_bytes_of_a_known_tensor_are_refused_by_name(
+    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = opened(tmp_path)
+    name = LAYER + "mlp.up_proj.weight"
+    fetch(tmp_path, partial, [name])
+    file = partial.tensors[name].file
+    partial.drop(partial.tensors[name])
+    hub.spoiled[file] = 1
+    with pytest.raises(FetchFailed, match=name), caplog.at_level(logging.WARNING):
+        fetch(tmp_path, partial, [name])
+    assert f"the hub has damaged bytes of the tensor {name}" in caplog.text
+    fetch(tmp_path, partial, [name])
+    assert name in partial.verified
+
+
+def test_wrong_bytes_of_an_unknown_file_are_caught_by_the_hubs_hash(
+    hub: FakeHub, published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = opened(tmp_path)
+    (bad, *_) = (t.file for t in partial.tensors.values())
+    hub.spoiled[bad] = 1
+    with caplog.at_level(logging.WARNING):
+        fetch(tmp_path, partial, list(partial.tensors))
+    assert f"{bad} did not come as the hub has it" in caplog.text
+    assert same_bytes(partial, published, list(partial.tensors))
+    assert not partial.unproved_files()
+    known = Manifest(tmp_path, partial.fingerprint).known
+    assert all(known[name] == partial.digest(tensor) for name, tensor in partial.tensors.items())
+
+
+def test_a_byte_that_flips_on_the_disk_is_fetched_again(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    names = of_layer(partial)
+    fetch(tmp_path, partial, names)
+    tensor = partial.tensors[names[0]]
+    with (partial.folder / tensor.file).open("r+b") as file:
+        file.seek(tensor.offset)
+        old = file.read(1)
+        file.seek(tensor.offset)
+        file.write(bytes([old[0] ^ 1]))
+    before, again = hub.weight_bytes, Partial(partial.folder)
+    fetch(tmp_path, again, names)
+    assert hub.weight_bytes - before == tensor.nbytes
+    assert same_bytes(again, published, names)
+
+
+def test_a_full_disk_is_told_before_the_first_byte(hub: FakeHub, tmp_path: Path) -> None:
+    partial, headers = opened(tmp_path), hub.weight_bytes
+    with pytest.raises(DiskFull, match=r"owner/tiny needs 0\.\d\d MiB more on disk, and 0\.5 GiB are free at ") as told:
+        fetch(tmp_path, partial, list(partial.tensors), free=lambda _: GIB // 2, what="owner/tiny")
+    assert str(partial.folder) in told.value.sentence
+    assert told.value.details["free_bytes"] == str(GIB // 2)
+    assert hub.weight_bytes == headers
+    assert free_bytes(tmp_path / "not" / "there") > 0
+
+
+def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    names = of_layer(partial)
+    fetch(tmp_path, partial, names)
+    journal = partial.folder / ".macpipe" / "journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 7)
+    again = Partial(partial.folder)
+    fetch(tmp_path, again, list(again.tensors))
+    assert same_bytes(again, published, list(again.tensors))
+    digest = hashlib.sha256((published / again.tensors[names[0]].file).read_bytes()).hexdigest()
+    assert digest in {file.sha256 for file in again.origin.files}

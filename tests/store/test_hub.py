@@ -1,0 +1,106 @@
+"""What the hub refuses, in sentences that name the way out; and what is still possible without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from cluster.errors import BadCheckpoint, HubOffline, HubUnreachable, ModelForbidden, ModelNotFound
+from cluster.store import hub as hubs
+from cluster.store.files import git_blob, wanted
+from cluster.store.hub import Hub, HubName
+from cluster.store.partial import Partial
+from cluster.store.store import Store
+from fake_hub import FakeHub
+
+
+def test_a_model_that_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"no model owner/large on http://127.*or it is private.*HF_TOKEN"):
+        Store(tmp_path).named("owner/large")
+    with pytest.raises(ModelNotFound, match=r"owner/tiny has no revision v9.*OWNER/NAME@REVISION"):
+        Store(tmp_path).named("owner/tiny@v9")
+    with pytest.raises(ModelNotFound, match="neither a folder nor"):
+        Store(tmp_path).named("-/-")
+
+
+def test_a_gated_model_and_the_token_that_opens_it(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "hf_right"
+    with pytest.raises(ModelForbidden, match=rf"owner/tiny is gated: ask for access on {hub.address}/owner/tiny"):
+        Store(tmp_path).named("owner/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ModelForbidden, match="set HF_TOKEN"):
+        Store(tmp_path).named("owner/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert Store(tmp_path).named("owner/tiny").partial
+
+
+def test_without_a_network_what_is_known_still_opens(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Store(tmp_path).named("owner/tiny@main").folder
+    gone = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", gone)
+    assert Store(tmp_path).named("owner/tiny").folder == folder
+    with pytest.raises(HubUnreachable, match=rf"{gone} cannot be reached for owner/other.*HF_ENDPOINT"):
+        Store(tmp_path).named("owner/other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert Store(tmp_path).named("owner/tiny").folder == folder
+    with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*macpipe pull owner/other"):
+        Store(tmp_path).named("owner/other")
+
+
+def test_a_new_version_on_the_hub_is_another_model(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    old = Store(tmp_path).named("owner/tiny")
+    new = tmp_path / "new"
+    new.mkdir()
+    for file in published.iterdir():
+        (new / file.name).write_bytes(file.read_bytes())
+    (new / "config.json").write_bytes((published / "config.json").read_bytes() + b" ")
+    hub.folders["owner/tiny"], hub.commit = new, "f" * 40
+    found = Store(tmp_path).named("owner/tiny")
+    assert found.folder != old.folder
+    assert found.partial
+    assert found.partial.origin.commit == hub.commit
+
+
+def test_small_files_that_arrive_damaged_are_refused(hub: FakeHub, tmp_path: Path) -> None:
+    before = hub.folders["owner/tiny"]
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in before.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    files = hubs.look_up(HubName("owner/tiny"))
+    (damaged / "config.json").write_bytes(b"x" + (before / "config.json").read_bytes()[1:])
+    hub.folders["owner/tiny"] = damaged
+    (config,) = (file for file in files.files if file.name == "config.json")
+    assert not config.matches(Hub("owner/tiny", hub.commit).small(config))
+    assert git_blob((before / "config.json").read_bytes()) == config.blob
+
+
+def test_a_pickle_model_is_refused_before_anything_is_fetched(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((published / "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    hub.folders["owner/pickled"] = pickled
+    with pytest.raises(BadCheckpoint, match=r"pickle files only \(pytorch_model.bin\)"):
+        Store(tmp_path).named("owner/pickled")
+    assert not hub.served
+
+
+@pytest.mark.parametrize("name", ["../config.json", "a/model.safetensors", "model.py", "..", "evil.bin", "a\\b.json"])
+def test_no_other_files_are_taken(name: str) -> None:
+    assert not wanted(name)
+
+
+def test_a_partial_checkpoint_knows_where_it_is_from(hub: FakeHub, tmp_path: Path) -> None:
+    partial = Store(tmp_path).named("owner/tiny").partial
+    assert partial
+    assert (partial.origin.repo, partial.origin.commit) == ("owner/tiny", hub.commit)
+    assert Partial(partial.folder).origin == partial.origin
+    assert Store(tmp_path).kept(partial.fingerprint)
+    assert Store(tmp_path).kept("../" + partial.fingerprint) is None

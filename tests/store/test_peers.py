@@ -1,0 +1,174 @@
+"""Bytes from another Mac, over a real gRPC port: whole folders, parts, damaged ones, and names not to be asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+
+import grpc
+import pytest
+
+from cluster.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.model.checkpoint import open_checkpoint
+from cluster.store.digests import digests
+from cluster.store.fetch import Fetch, Wanted
+from cluster.store.files import StoredFile
+from cluster.store.hub import Hub
+from cluster.store.manifest import Manifest
+from cluster.store.partial import Partial, is_partial
+from cluster.store.peer import Peer
+from cluster.store.shelf import Shelf
+from cluster.store.store import Store
+from cluster.transport.options import CONTROL_OPTIONS, bind
+from cluster.types import ModelRef
+from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+from fake_hub import FakeHub
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+Giving = Callable[..., Peer]
+
+
+@pytest.fixture
+def giving(tmp_path: Path) -> Iterator[Giving]:
+    """``giving(name, folder)`` starts a Mac that has the model of a folder; the peer to ask."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    servers: list[grpc.aio.Server] = []
+
+    async def start(home: Path, folder: Path) -> tuple[int, str]:
+        shelf = Shelf(Store(home))
+        item = shelf.put(folder, Partial(folder) if is_partial(folder) else None)
+        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        servers.append(server)
+        add_StoreServiceServicer_to_server(shelf, server)
+        port = bind(server, "127.0.0.1", 0)
+        await server.start()
+        return port, item.checkpoint.fingerprint
+
+    with ExitStack() as stack:
+
+        def give(name: str, folder: Path) -> Peer:
+            begun = asyncio.run_coroutine_threadsafe(start(tmp_path / f"home-{name}", folder), loop)
+            port, fingerprint = begun.result(10)
+            return stack.enter_context(Peer(f"worker {name}", f"127.0.0.1:{port}", fingerprint))
+
+        yield give
+    for server in servers:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def copied(published: Path, to: Path, *flipped: str) -> Path:
+    """The model, with the first byte of some tensors wrong."""
+    shutil.copytree(published, to)
+    for name in flipped:
+        tensor = open_checkpoint(to).tensors[name]
+        content = bytearray((to / tensor.file).read_bytes())
+        content[tensor.offset] ^= 1
+        (to / tensor.file).write_bytes(content)
+    return to
+
+
+def mine(home: Path, peers: list[Peer], fingerprint: str) -> Partial:
+    partial = Store(home).meant(ModelRef("elsewhere", "/nowhere/at/all", fingerprint), peers).partial
+    assert partial
+    return partial
+
+
+def take(home: Path, partial: Partial, peers: list[Peer], names: list[str], hub: Hub | None = None) -> Fetch:
+    manifest = Manifest(home, partial.fingerprint)
+    made = Fetch(partial, manifest, Wanted(tuple(names)), peers=peers, hub=hub, stop=Event())
+    made.run()
+    return made
+
+
+def test_a_whole_folder_is_had_tensor_by_tensor(giving: Giving, published: Path, tmp_path: Path) -> None:
+    whole, home = open_checkpoint(published), tmp_path / "mine"
+    peer = giving("bob", published)
+    partial = mine(home, [peer], whole.fingerprint)
+    told = take(home, partial, [peer], [NAME]).progress
+    assert (told.done, told.hub, told.peers) == (told.total, 0, whole.tensors[NAME].nbytes)
+    take(home, partial, [peer], list(whole.tensors))
+    for file in {t.file for t in whole.tensors.values()}:
+        assert (partial.folder / file).read_bytes() == (published / file).read_bytes()
+    assert partial.verified == digests(home, published, whole.tensors, Event())
+
+
+def test_a_part_gives_what_it_has_and_says_what_it_knows(
+    hub: FakeHub, giving: Giving, published: Path, tmp_path: Path
+) -> None:
+    partial = Store(tmp_path / "home-bob").named("owner/tiny").partial
+    assert partial
+    origin = Hub("owner/tiny", hub.commit)
+    take(tmp_path / "home-bob", partial, [], [NAME], origin)
+    peer = giving("bob", partial.folder)
+    held = peer.holdings([])
+    assert held.here == {NAME}
+    assert held.digests == {NAME: partial.digest(partial.tensors[NAME])}
+    other = next(name for name in partial.tensors if name != NAME)
+    asked = hub.weight_bytes
+    ours = mine(tmp_path / "mine", [peer], partial.fingerprint)
+    told = take(tmp_path / "mine", ours, [peer], [NAME, other], origin).progress
+    assert told.peers == ours.tensors[NAME].nbytes
+    assert told.hub == ours.tensors[other].nbytes == hub.weight_bytes - asked
+    with pytest.raises(FetchFailed, match="nobody has the tensor"):
+        take(tmp_path / "mine", ours, [peer], list(ours.tensors))
+
+
+def test_damaged_bytes_are_taken_from_somebody_else(
+    giving: Giving, published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home, whole = tmp_path / "mine", open_checkpoint(published)
+    bad, good = giving("bob", copied(published, tmp_path / "bad", NAME)), giving("cyd", published)
+    Manifest(home, whole.fingerprint).learn(digests(home, published, [NAME], Event()).items(), "a test")
+    partial = mine(home, [bad], whole.fingerprint)
+    with pytest.raises(FetchFailed, match=f"worker bob has damaged bytes of the tensor {NAME}"):
+        take(home, partial, [bad], [NAME])
+    assert f"worker bob has damaged bytes of the tensor {NAME}" in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+    take(home, partial, [bad, good], [NAME])
+    assert partial.digest(partial.tensors[NAME]) == digests(home, published, [NAME], Event())[NAME]
+
+
+def test_peers_that_know_different_digests_are_both_named(giving: Giving, published: Path, tmp_path: Path) -> None:
+    fingerprint = open_checkpoint(published).fingerprint
+    peers = []
+    for name, flipped in (("bob", ()), ("cyd", (NAME,))):
+        folder = copied(published, tmp_path / name, *flipped)
+        home = tmp_path / f"home-{name}"
+        Manifest(home, fingerprint).learn(digests(home, folder, [NAME], Event()).items(), name)
+        peers.append(giving(name, folder))
+    partial = mine(tmp_path / "mine", peers, fingerprint)
+    with pytest.raises(ModelDiffers, match=f"worker bob and worker cyd have different bytes of {NAME}"):
+        take(tmp_path / "mine", partial, peers, [NAME])
+
+
+def test_nothing_but_the_models_files_can_be_asked_for(giving: Giving, published: Path, tmp_path: Path) -> None:
+    peer = giving("bob", published)
+    (published.parent / "secret.json").write_text("{}")
+    for name in ("../secret.json", str(published.parent / "secret.json"), "secret.json", ""):
+        with pytest.raises(MacpipeError, match="no such file"):
+            peer.small(StoredFile(name, 2))
+    with pytest.raises(ModelNotFound, match="nothing of that model"):
+        Peer("bob", peer.address, "../../" + "0" * 58).describe()
+    stranger = open_checkpoint(copied(published, tmp_path / "copy")).tensors[NAME]
+    with pytest.raises(ModelNotFound, match="is not here"):
+        list(peer.read((type(stranger)("no.such.tensor", "F32", (1,), "x", 4, 0),), 0, 4))
+
+
+def test_a_tensor_that_is_asked_for_from_the_middle_on(giving: Giving, published: Path) -> None:
+    peer, whole = giving("bob", published), open_checkpoint(published)
+    file = whole.tensors[NAME].file
+    two = sorted((t for t in whole.tensors.values() if t.file == file), key=lambda t: t.offset)[:2]
+    start, end = two[0].offset + 100, two[1].end - 50
+    got = b"".join(peer.read(tuple(two), 100, end - start))
+    assert got == (published / file).read_bytes()[start:end]
