@@ -95,6 +95,24 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory kept free beside weights and caches, for activations and the allocator."""
 
+# Placement
+REFERENCE_CONTEXT: Final = 2048
+"""Tokens of context at which a decode speed is told: an ordinary chat."""
+REFERENCE_PROMPT: Final = 2048
+"""Tokens of the prompt whose first token is foretold."""
+MANY_USERS: Final = 8
+RELAYED_HOPS: Final = 2
+"""A hop by way of the coordinator is two."""
+ASSUMED_ROUND_TRIP_S: Final = 0.0006
+"""Of a link that was not measured: 0.24 ms of software each way, as measured on loopback, and a switch."""
+ASSUMED_LINK_BANDWIDTH: Final = 117e6
+"""Of a link that was not measured, in bytes a second: gigabit Ethernet, the least that a wired Mac has."""
+BALANCE_SLACK: Final = 0.02
+"""By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
+MAX_SEARCH: Final = 12_000
+"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: ten different workers.
+Beyond that the order is by speed, and the search is exact in that order."""
+
 # Discovery
 MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""
