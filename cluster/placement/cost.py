@@ -18,7 +18,7 @@ def decode_s(
     """Seconds of one decode step of so many rows, each with a context of so many tokens; 0 for an unknown speed."""
     if not profile.known:
         return 0.0
-    weights = read_bytes(shape, layers, rows) * (1 + profile.row_cost * (rows - 1))
+    weights = read_bytes(shape, layers, rows) + (rows - 1) * profile.row_cost * _dense_bytes(shape, layers)
     caches = rows * shape.stage_cache_bytes(layers, min(context, shape.max_context))
     seconds = fixed_s(profile, len(layers)) + (weights + caches) / profile.bandwidth
     return seconds * profile.correction(shape.model.fingerprint)
@@ -40,6 +40,14 @@ def read_bytes(shape: ModelShape, layers: LayerRange, rows: int = 1) -> float:
     """Bytes of weights that a decode step of so many rows reads on that stage, on average."""
     shared = sum(shared_read(w, layers, shape.layers, rows) for w in shape.shared)
     return shared + sum(_layer_read(shape, i, rows) for i in range(layers.start, layers.end))
+
+
+def _dense_bytes(shape: ModelShape, layers: LayerRange) -> float:
+    """Of those, what every row goes through anew; rows of experts have their bytes counted already."""
+    experts = shape.expert_bytes[layers.start : layers.end]
+    whole, active = shape.layer_bytes, shape.active_bytes or shape.layer_bytes
+    idle = sum(whole[i] - active[i] for i in range(layers.start, layers.end))
+    return read_bytes(shape, layers) - (sum(experts) - idle)
 
 
 def shared_read(weight: SharedWeight, layers: LayerRange, count: int, rows: int) -> int:
