@@ -113,6 +113,31 @@ MAX_SEARCH: Final = 12_000
 """Pairs of (set of workers, next worker) up to which every order of every subset is tried: ten different workers.
 Beyond that the order is by speed, and the search is exact in that order."""
 
+PROFILE_TIMEOUT_S: Final = 60.0
+"""A worker measures itself in two or three seconds; one that takes this long works without a profile."""
+KEPT_CORRECTIONS: Final = 32
+KEPT_LINKS: Final = 64
+CORRECTION_BOUND: Final = 8.0
+"""A correction beyond this, either way, says that something else is wrong."""
+LEARNED_FRAMES: Final = 256
+"""Decode frames, a stage, whose times are remembered: their median is what was measured."""
+LEAST_FRAMES: Final = 16
+"""Below this nothing is said of what frames take, and nothing learned."""
+LEARN_S: Final = 10.0
+"""How often workers are told what their frames took."""
+LEARN_STEP: Final = 0.02
+"""A ratio that moved by less than this is not told again."""
+PLAN_TIMEOUT_S: Final = 60.0
+"""Tracing a large model takes seconds, and so may the links of many workers."""
+PROBES: Final = 12
+"""Empty messages by which a link's round trip is told."""
+PROBE_BYTES: Final = MIB
+PROBE_MESSAGES: Final = 8
+"""By which its bandwidth is: 8 MiB are 70 ms at 1 Gb/s."""
+PROBE_TIMEOUT_S: Final = 5.0
+LINK_KEPT_S: Final = 24 * 3600.0
+"""A link that was measured within a day is not measured again before a load."""
+
 # Discovery
 MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""

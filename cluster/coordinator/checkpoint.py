@@ -37,6 +37,10 @@ class Reader:
         """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``."""
         return await asyncio.wrap_future(self._pool.submit(_read, name, max_context, kv_bits))
 
+    async def survey(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelShape:
+        """A model's shape alone, from its headers: its tokenizer and weights may be elsewhere. Raises likewise."""
+        return await asyncio.wrap_future(self._pool.submit(_survey, name, max_context, kv_bits))
+
     def close(self) -> None:
         """Give the thread's MLX streams back, and end it."""
         self._pool.submit(close_thread).result()
@@ -44,9 +48,12 @@ class Reader:
 
 
 def _read(name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
+    return Checkpoint(_survey(name, max_context, kv_bits), load_tokenizer(resolve_model(name)))
+
+
+def _survey(name: str, max_context: int | None, kv_bits: int) -> ModelShape:
     if max_context is not None and max_context < MIN_CONTEXT:
         raise InvalidOption(
             f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
         )
-    path = resolve_model(name)
-    return Checkpoint(survey(path, name, max_context, kv_bits=kv_bits), load_tokenizer(path))
+    return survey(resolve_model(name), name, max_context, kv_bits=kv_bits)

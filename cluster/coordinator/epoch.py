@@ -17,9 +17,18 @@ from cluster.coordinator.diagnosis import Inquest, diagnose
 from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress, link_stages, load_slices
 from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.pace import Pace
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.errors import MacpipeError, NotServing, WorkerLost
-from cluster.limits import CANARY_TIMEOUT_S, DESCRIBE_TIMEOUT_S, FAREWELL_S, HEARTBEAT_S
+from cluster.limits import (
+    CANARY_TIMEOUT_S,
+    CONTROL_TIMEOUT_S,
+    DESCRIBE_TIMEOUT_S,
+    FAREWELL_S,
+    HEARTBEAT_S,
+    LEARN_S,
+    LEARN_STEP,
+)
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
 from cluster.types import FinishEvent, LoadProgress, Plan, Request, SamplingParams, WorkerFacts
@@ -39,12 +48,29 @@ class Epoch:
     inquest: Inquest
 
     async def keep(self) -> None:
-        """Let the workers hear that this coordinator is there, until cancelled."""
+        """Let the workers hear that this coordinator is there, until cancelled; and what their frames took."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._teach)
+            while True:
+                await self._beat_all()
+
+    async def _beat_all(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for control in self.controls:
+                tasks.start_soon(_beat, control)
+            tasks.start_soon(anyio.sleep, HEARTBEAT_S)
+
+    async def _teach(self) -> None:
+        """Tell workers their ratio when there is one, and again when it has moved noticeably."""
+        told = [0.0] * len(self.controls)
         while True:
-            async with anyio.create_task_group() as tasks:
-                for control in self.controls:
-                    tasks.start_soon(_beat, control)
-                tasks.start_soon(anyio.sleep, HEARTBEAT_S)
+            await anyio.sleep(LEARN_S)
+            with anyio.move_on_after(CONTROL_TIMEOUT_S):
+                view = await asyncio.wrap_future(self.loop.view())
+                for i, (pace, control) in enumerate(zip(view.pace, self.controls, strict=True)):
+                    if pace.ratio and abs(pace.ratio - told[i]) > LEARN_STEP * told[i]:
+                        told[i] = pace.ratio
+                        await _learn(control, self.plan.model.fingerprint, pace.ratio)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
@@ -57,6 +83,13 @@ async def _beat(control: WorkerControl) -> None:
         await control.describe(DESCRIBE_TIMEOUT_S)
     except MacpipeError as e:
         log.info("no heartbeat: %s", e.sentence)
+
+
+async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:
+    try:
+        await control.learn(fingerprint, ratio)
+    except MacpipeError as e:
+        log.info("a ratio was not learned: %s", e.sentence)
 
 
 async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
@@ -94,7 +127,7 @@ class Opening:
         try:
             await load_slices(plan, controls, self.progress)
             ring_stages = await link_stages(plan, workers, controls)
-            epoch = await self._start(plan, checkpoint, ring_stages, controls)
+            epoch = await self._start(plan, checkpoint, ring_stages, workers, controls)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
@@ -108,11 +141,13 @@ class Opening:
         plan: Plan,
         checkpoint: Checkpoint,
         ring_stages: tuple[RingStage, ...],
+        workers: Sequence[WorkerFacts],
         controls: Sequence[WorkerControl],
     ) -> Epoch:
         tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
         scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin)
+        pace = Pace(checkpoint.shape, plan.stages, [w.profile for w in workers])
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, pace=pace)
         inquest.tell(loop.fail)
 
         def connect() -> Ring:

@@ -95,7 +95,9 @@ def _macs(word: str) -> list[tuple[str, Chip, int]]:
     found = _MAC.fullmatch(word)
     if not found or found["chip"] not in CHIPS or not 1 <= int(found["count"] or 1) <= 64:
         known = f"chips are {', '.join(CHIPS)}; links are {', '.join(LINKS)}"
-        raise InvalidOption(f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume")
+        raise InvalidOption(
+            f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume"
+        )
     gb = int(found["gb"])
     return [(f"{found['chip']}-{gb}", CHIPS[found["chip"]], gb)] * int(found["count"] or 1)
 
