@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.limits import GIB
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s, fixed_s
-from cluster.placement.forecast import hops_s, token_s
+from cluster.placement.forecast import forecast, hops_s, token_s
 from cluster.placement.search import Found, Search
 from cluster.placement.solve import needed
 from cluster.placement.table import StageTable
@@ -106,7 +106,9 @@ def _alone(layout: Layout, search: Search | None) -> str:
     if found is None or layout.of(found).token_s >= layout.token_s:
         return ""
     alone = layout.of(found)
-    return f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
+    sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
+    many, now = (forecast(one.shape, one.candidates, one.workers, one.ranges).eight_users for one in (alone, layout))
+    return f"{sentence}; and for eight: {many:.3g} against {now:.3g}" if many > now else sentence
 
 
 def _otherwise(layout: Layout, search: Search | None) -> str:
@@ -114,6 +116,8 @@ def _otherwise(layout: Layout, search: Search | None) -> str:
     found = search.best() if search else None
     if found is None or not layout.gains(layout.of(found)):
         return ""
+    if len(found.workers) == 1 and layout.objective is Objective.LATENCY:
+        return ""  # that one Mac alone is faster has been said
     other = layout.of(found)
     return f"the planner would take {other}: {other.merit} instead of {layout.merit}"
 
