@@ -126,7 +126,7 @@ LEAST_FRAMES: Final = 16
 LEARN_S: Final = 10.0
 """How often workers are told what their frames took."""
 LEARN_STEP: Final = 0.02
-"""A ratio that moved by less than this is not told again."""
+"""A ratio that moved by less than this is not written to disk again."""
 PLAN_TIMEOUT_S: Final = 60.0
 """Tracing a large model takes seconds, and so may the links of many workers."""
 PROBES: Final = 12

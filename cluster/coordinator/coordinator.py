@@ -73,6 +73,8 @@ class Coordinator:
 
     async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
         checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
+        if self._epoch and not self._problem:
+            await self._epoch.teach()  # what is loaded next is planned by what this one showed
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         found = await self._roster.gather(wanted, order.wait_s, report)
         plan = await self._lay_out(new_epoch(), checkpoint.shape, found, order)

@@ -27,7 +27,6 @@ from cluster.limits import (
     FAREWELL_S,
     HEARTBEAT_S,
     LEARN_S,
-    LEARN_STEP,
 )
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
@@ -50,7 +49,7 @@ class Epoch:
     async def keep(self) -> None:
         """Let the workers hear that this coordinator is there, until cancelled; and what their frames took."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._teach)
+            tasks.start_soon(self._teach_now_and_then)
             while True:
                 await self._beat_all()
 
@@ -60,17 +59,19 @@ class Epoch:
                 tasks.start_soon(_beat, control)
             tasks.start_soon(anyio.sleep, HEARTBEAT_S)
 
-    async def _teach(self) -> None:
-        """Tell workers their ratio when there is one, and again when it has moved noticeably."""
-        told = [0.0] * len(self.controls)
+    async def _teach_now_and_then(self) -> None:
         while True:
             await anyio.sleep(LEARN_S)
-            with anyio.move_on_after(CONTROL_TIMEOUT_S):
-                view = await asyncio.wrap_future(self.loop.view())
-                for i, (pace, control) in enumerate(zip(view.pace, self.controls, strict=True)):
-                    if pace.ratio and abs(pace.ratio - told[i]) > LEARN_STEP * told[i]:
-                        told[i] = pace.ratio
-                        await _learn(control, self.plan.model.fingerprint, pace.ratio)
+            await self.teach()
+
+    async def teach(self) -> None:
+        """Tell every worker what its frames took over what its profile predicts, where enough have been seen."""
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            view = await asyncio.wrap_future(self.loop.view())
+            async with anyio.create_task_group() as tasks:
+                for pace, control in zip(view.pace, self.controls, strict=True):
+                    if pace.ratio:
+                        tasks.start_soon(_learn, control, self.plan.model.fingerprint, pace.ratio)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
+from cluster.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LEARN_STEP, LINK_KEPT_S
 from cluster.profiles import Link, Profile
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,9 @@ class ProfileFile:
         if not math.isfinite(ratio) or not self.kept.profile.known:
             return
         bounded = min(max(ratio, 1 / CORRECTION_BOUND), CORRECTION_BOUND)
+        before = dict(self.kept.profile.corrections).get(fingerprint, 0.0)
+        if abs(bounded - before) <= LEARN_STEP * before:
+            return
         others = [pair for pair in self.kept.profile.corrections if pair[0] != fingerprint]
         learned = (*others, (fingerprint, round(bounded, 4)))[-KEPT_CORRECTIONS:]
         self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))
