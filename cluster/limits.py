@@ -109,8 +109,8 @@ ASSUMED_LINK_BANDWIDTH: Final = 117e6
 """Of a link that was not measured, in bytes a second: gigabit Ethernet, the least that a wired Mac has."""
 BALANCE_SLACK: Final = 0.02
 """By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
-MAX_SEARCH: Final = 12_000
-"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: ten different workers.
+MAX_SEARCH: Final = 2_500
+"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
 Beyond that the order is by speed, and the search is exact in that order."""
 
 PROFILE_TIMEOUT_S: Final = 60.0

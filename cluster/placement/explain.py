@@ -129,14 +129,14 @@ def _more_memory(layout: Layout) -> str:
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
-        f"{_gib(needed(layout.shape, r, 1) - w.room.usable)} on {w.name}"
+        f"{_gib(needed(layout.shape, r, 1) - w.room.usable)} more on {w.name}"
         for w, r in zip(found.workers, found.ranges, strict=True)
         if needed(layout.shape, r, 1) > w.room.usable
     ]
     if not missing:
         return ""
     return (
-        f"bound by memory, too: with {' and '.join(missing)} more, {layout.of(found)} would give "
+        f"bound by memory, too: with {' and '.join(missing)}, {layout.of(found)} would give "
         f"{layout.of(found).merit} instead of {layout.merit}"
     )
 

@@ -39,7 +39,7 @@ def search_s(workers: int, layers: int, alike: bool, objective: Objective) -> fl
     shape = ModelShape(
         model=ModelRef("m", "", "f"),
         layers=layers,
-        layer_bytes=(GIB,) * layers,
+        layer_bytes=(GIB // 2,) * layers,
         cache_bytes=(GIB // 100,) * layers,
         shared=(),
         clean_cuts=tuple(range(1, layers)),
@@ -67,12 +67,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print_plans(Path(folder), chosen.objective)
         print("\nseconds of one plan for 128 layers:")
-    cases = [(16, False), (16, True), (10, False)]
+    cases = [(16, False), (16, True), (8, False)]
     figures = [
         Figure(
             f"{n} {'alike' if alike else 'different'}, {objective}",
             "s",
-            [search_s(n, 128 if n == 16 else 100, alike, objective) for _ in range(chosen.rounds)],
+            [search_s(n, 128, alike, objective) for _ in range(chosen.rounds)],
         )
         for n, alike in cases
         for objective in Objective

@@ -75,7 +75,7 @@ def test_throughput_takes_both_and_says_who_would_be_faster_alone() -> None:
 
 def test_what_binds_is_named() -> None:
     tight = Candidates([mac("a", 24), mac("b", 24, SLOW)])
-    assert "bound by memory, too: with 17.8 GiB on a more, a 0-39 would give 18 tokens/s" in told(tight)
+    assert "bound by memory, too: with 17.8 GiB more on a, a 0-39 would give 18 tokens/s" in told(tight)
     far = Candidates([mac("a", 24), mac("b", 24)], link=Link(1.0, 1e6))
     assert "bound by links" in told(far)
     slow_start = Profile(1e15, 0.01, 0.0, 1e13)
