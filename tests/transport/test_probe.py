@@ -11,12 +11,13 @@ from cluster.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
 from cluster.transport.options import data_channel
 from cluster.transport.probe import PROBE, measure_link
 from cluster.transport.rings import DataServer
+from cluster.transport.streams import Line
 
 
 class Nothing:
     """A data port without a stage."""
 
-    def outbox(self, epoch: int) -> None:
+    def outbox(self, epoch: int, line: Line) -> None:
         return None
 
     def received(self, message: bytes) -> None:
