@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cluster.profiles import Forecast, Objective, Profile, Spare
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LayerRange:
@@ -49,6 +51,10 @@ class SharedWeight:
     name: str
     nbytes: int
     layers: tuple[int, ...]
+    lookup_bytes: int | None = None
+    """What one token reads of it where it is only looked up (a row of an embedding); None: always all of it."""
+    head: bool = False
+    """Looked up, but the stage with the last layer multiplies with all of it (a tied embedding)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,14 @@ class ModelShape:
     trimmable: bool = True
     cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Sizes of shorter sequences: (tokens, bytes a layer), ascending, without the one of ``max_context``."""
+    active_bytes: tuple[int, ...] = ()
+    """What one token reads of each layer: of stacked experts only those it is sent to. Empty: all of every layer."""
+    expert_bytes: tuple[int, ...] = ()
+    """Of each layer: its stacked experts, all of them. Empty: there are none."""
+    flops: tuple[float, ...] = ()
+    """Floating-point operations of one token a layer, attention's part that grows with the context aside."""
+    boundary_bytes: tuple[int, ...] = ()
+    """What crosses the cut before each layer, for one token; the first entry is for token ids."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Bytes of weights that a stage with these layers holds."""
@@ -126,6 +140,8 @@ class PlannedStage:
     weight_bytes: int
     cache_bytes: int
     """What is left for caches."""
+    decode_ms: float = 0.0
+    """What a decode step of one row is predicted to take here; 0 where the worker's speed is not known."""
 
     @property
     def layers(self) -> LayerRange:
@@ -148,6 +164,11 @@ class Plan:
     max_sequences: int
     lanes: int
     rows: int
+    objective: Objective = Objective.LATENCY
+    forecast: Forecast | None = None
+    """None where a worker's speed is not known."""
+    spares: tuple[Spare, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +299,12 @@ class WorkerFacts:
     sequences: int = 0
     holder: str = ""
     """The coordinator whose stage it holds, by id; empty for nobody's."""
+    profile: Profile = field(default_factory=Profile)
+    interface: str = ""
+    """The network interface that it listens on, where it is one."""
+    gpu_cores: int = 0
+    memory_pressure: str = ""
+    """The system's own word for it, where it has one: normal, warning or critical."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
+from cluster.profiles import Objective
 from cluster.types import Route
 
 Model = Annotated[
@@ -21,9 +22,9 @@ Model = Annotated[
         metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="all there are")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="as many as are best")]
 Layers = Annotated[
-    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="by memory")
+    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="as planned")
 ]
 HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
 MaxContext = Annotated[
@@ -38,6 +39,7 @@ MaxStepMs = Annotated[
     typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
 ]
 
+HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
 KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
 
 
@@ -55,6 +57,7 @@ def serve(
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
+    objective: HowGood = Objective.LATENCY,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     home: Annotated[
         Path | None, typer.Option(help="Keep parts of models in this folder; else MACPIPE_HOME, else the usual place.")
@@ -87,6 +90,7 @@ def serve(
         lanes=lanes,
         max_step_ms=max_step_ms,
         kv_bits=checked_kv_bits(kv_bits),
+        objective=objective,
     )
     if exit_with_stdin:
         end_with_stdin()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.occupancy import Occupancy
+from cluster.coordinator.pace import Pace, StagePace
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.tally import Tally
 from cluster.coordinator.text import Decoder, TextStream
@@ -67,6 +68,7 @@ class LoopView:
     prefix_bytes: tuple[int, ...]
     prefixes: int
     bubbles: tuple[float, ...]
+    pace: tuple[StagePace, ...] = ()
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class EngineLoop:
         decoder: Callable[[], Decoder],
         broken: Callable[[MacpipeError], None],
         clock: Clock = time.monotonic,
+        pace: Pace | None = None,
     ) -> None:
         self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
         # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
@@ -101,6 +104,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._totals = Totals()
         self._occupancy = Occupancy(len(plan.stages))
+        self._pace = pace
 
     # Called from other threads
 
@@ -159,6 +163,7 @@ class EngineLoop:
             prefix_bytes=scheduler.prefixes.used,
             prefixes=len(scheduler.prefixes),
             bubbles=self._occupancy.bubbles(),
+            pace=self._pace.stages() if self._pace else (),
         )
 
     # The loop's own thread
@@ -246,6 +251,8 @@ class EngineLoop:
     def _account(self, outcome: Outcome) -> None:
         now = self._clock()
         self._occupancy.frame(outcome.sent_at, now, outcome.timings)
+        if self._pace and outcome.rows:
+            self._pace.frame(outcome.timings, outcome.rows, outcome.context)
         for request_id in outcome.request_ids:
             if live := self._live.get(request_id):
                 live.tally.frame(outcome, now)

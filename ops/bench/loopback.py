@@ -53,7 +53,9 @@ def start_cluster(stack: ExitStack, model: Path, *options: str, pinned: bool = F
     fleet = stack.enter_context(Fleet(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
     for name in WORKERS:
-        fleet.start(name, ["worker", "--name", name, "--cluster", cluster, "--home", str(model.parent)])
+        fleet.start(
+            name, ["worker", "--name", name, "--cluster", cluster, "--home", str(model.parent), "--profile", "off"]
+        )
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
     fleet.start("serve", ["serve", str(model), *own])
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))

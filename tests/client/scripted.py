@@ -100,6 +100,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         self.refusal: MacpipeError | None = None
         self.cancelled = threading.Event()
         self.cluster = cluster_reply()
+        self.plan = cluster_pb2.PlanResponse()
 
     async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request):
@@ -155,6 +156,10 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def GetCluster(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
         return self.cluster
+
+    async def Plan(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return self.plan
 
     async def UnloadModel(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
