@@ -1,12 +1,16 @@
 """The nouns that rooms hand to each other. Frozen, without behaviour beyond what their own fields say.
 
-It knows no library but the standard one, so that every room, the client among them, can import it.
+Tools are in ``cluster.chat``, grammars in ``cluster.grammar``. It knows no library but the standard one, so that every
+room, the client among them, can import it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from cluster.chat import Parsing, ToolCall, ToolCallDelta
+from cluster.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -157,7 +161,8 @@ class SamplingParams:
     ``repetition_penalty`` looks at the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` look at
     the answer alone, as OpenAI defines them. ``logit_bias`` holds pairs of token id and bias. ``logprobs`` asks for
     the chosen token's log-probability, ``top_logprobs`` for that many alternatives too. The draw for a token depends
-    on ``seed`` and the token's position alone.
+    on ``seed`` and the token's position alone. A ``grammar`` rules out, before any other filter, every token with
+    which the answer could no longer become what it says; log-probabilities are those among the tokens that are left.
     """
 
     temperature: float = 0.0
@@ -171,6 +176,7 @@ class SamplingParams:
     seed: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
+    grammar: Grammar | None = None
 
 
 class FinishReason(StrEnum):
@@ -178,6 +184,8 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """Whole, and there is a call of a tool in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +198,9 @@ class Request:
     """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline.
 
     ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
-    priority n counts for 1 / (1 + n) of its cost when turns are shared.
+    priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers of one prompt are asked
+    for, each with a seed of its own; sample 0 is the answer that one alone would be. ``parsing`` None leaves the
+    answer's text as it is.
     """
 
     id: str
@@ -202,6 +212,8 @@ class Request:
     deadline: float | None = None
     client: str = ""
     priority: int = 0
+    samples: int = 1
+    parsing: Parsing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +226,20 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none."""
+    """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
+
+    Where the answer is parsed, ``text`` is content alone, and what belongs to the reasoning before it or to a call
+    after it stands beside it.
+    """
 
     index: int
     token: int
     text: str
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +265,10 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a complete answer. ``text`` is what was still held back; times are milliseconds."""
+    """The end of a complete answer, one a sample. ``text``, ``reasoning`` and ``calls`` are what was still held back.
+
+    Times are milliseconds.
+    """
 
     reason: FinishReason
     text: str
@@ -254,6 +276,9 @@ class FinishEvent:
     ttft_ms: float
     tpot_ms: float
     stages: tuple[StageFigures, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +320,17 @@ class StageTiming:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """One message; ``role`` is system, user, assistant or tool.
+
+    An assistant's may hold ``reasoning`` and ``tool_calls`` too; a tool's names the call it answers, and the tool.
+    """
+
     role: str
     content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

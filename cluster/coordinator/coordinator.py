@@ -13,6 +13,7 @@ import anyio
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
 from cluster.coordinator.epoch import Epoch, Opening, new_epoch
+from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.layout import lay_out
 from cluster.coordinator.loop import LoopView, Totals
 from cluster.coordinator.report import Both, LoadReport, Report
@@ -21,7 +22,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import ServingState, Snapshot
 from cluster.coordinator.supply import Supply
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 from cluster.types import Request
@@ -30,12 +31,21 @@ from cluster.types import Request
 class Coordinator:
     """Lives on one event loop; its methods are called there. ``report`` is told of everything, whoever asked for it."""
 
-    def __init__(self, cluster: str, roster: Roster, dialer: Dialer, report: Report, store: Store) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        roster: Roster,
+        dialer: Dialer,
+        report: Report,
+        store: Store,
+        max_schema_bytes: int = MAX_SCHEMA_BYTES,
+    ) -> None:
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._started = time.monotonic()
         self._totals = Totals()
         self._reader = Reader(store)
         self._supply = Supply(store, roster)
+        self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
         self._epoch: Epoch | None = None
         self._heartbeat: asyncio.Task[None] | None = None
@@ -134,6 +144,15 @@ class Coordinator:
         if self._loading.locked():
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
+
+    async def accept(self, request: Request, checkpoint: Checkpoint) -> Answer:
+        """``submit``, after making sure that the request's grammar can be enforced (see ``GrammarCheck``).
+
+        Raises ``InvalidGrammar`` with the compiler's reason, and what ``submit`` raises.
+        """
+        if request.sampling.grammar:
+            await self._grammars.check(request.sampling.grammar, checkpoint)
+        return self.submit(request, checkpoint)
 
     def submit(self, request: Request, checkpoint: Checkpoint) -> Answer:
         """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.
