@@ -23,6 +23,8 @@ MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
+MAX_MARK_TOKENS: Final = 64
+"""Of the mark that ends a model's reasoning; the longest known has five."""
 MAX_EDITS: Final = 4096
 """One frame may free every sequence and prefix there is."""
 MAX_ROWS: Final = 256

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cluster import __version__
 from cluster.chat import ToolCallDelta
-from cluster.coordinator.loop import LoopView, RequestView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
 from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.coordinator.views import LoopView, RequestView
 from cluster.model.tokenizer import Tokenizer
 from cluster.scheduler.sequence import Phase
 from cluster.types import FinishEvent, FinishReason, LoadProgress, PlannedStage, Request, Route, TokenEvent

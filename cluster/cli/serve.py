@@ -12,7 +12,7 @@ from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.types import Route
 
 Model = Annotated[
@@ -38,6 +38,13 @@ MaxStepMs = Annotated[
     typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
 ]
 
+MaxSchemaBytes = Annotated[
+    int,
+    typer.Option(
+        min=1, max=MOST_SCHEMA_BYTES, metavar="BYTES", help="How long a JSON schema, regex or Lark grammar may be."
+    ),
+]
+
 KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
 
 
@@ -55,6 +62,7 @@ def serve(
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
+    max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     home: Annotated[
         Path | None, typer.Option(help="Keep parts of models in this folder; else MACPIPE_HOME, else the usual place.")
@@ -87,6 +95,7 @@ def serve(
         lanes=lanes,
         max_step_ms=max_step_ms,
         kv_bits=checked_kv_bits(kv_bits),
+        max_schema_bytes=max_schema_bytes,
     )
     if exit_with_stdin:
         end_with_stdin()

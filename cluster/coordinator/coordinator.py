@@ -15,12 +15,13 @@ from cluster.coordinator.checkpoint import Checkpoint, Reader
 from cluster.coordinator.epoch import Epoch, Opening, new_epoch
 from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.layout import lay_out
-from cluster.coordinator.loop import LoopView, Totals
+from cluster.coordinator.loop import Totals
 from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import ServingState, Snapshot
 from cluster.coordinator.supply import Supply
+from cluster.coordinator.views import LoopView
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
 from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
 from cluster.store.store import Store
@@ -162,7 +163,7 @@ class Coordinator:
         epoch = self._serving()
         if epoch.checkpoint is not checkpoint:
             raise NotServing("another model was loaded while the prompt was read; send it again")
-        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")))
+        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")), request.samples)
         epoch.loop.submit(request, answer)
         return answer
 

@@ -119,7 +119,7 @@ class Opening:
     ) -> Epoch:
         tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
         scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin)
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, parser=tokenizer.parser)
         inquest.tell(loop.fail)
 
         def connect() -> Ring:

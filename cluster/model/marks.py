@@ -42,13 +42,12 @@ class Marks:
         return not said.strip()
 
     def spelled(self, mark: str) -> str:
-        """``mark`` as it stands in a Lark grammar: special tokens by their ids, everything else as text."""
+        """``mark`` as it stands in a Lark grammar: added tokens by their ids, everything else as text."""
         tokens = self._wrapper.encode(mark, add_special_tokens=False)
         return " ".join(self._token(token) for token in tokens)
 
     def _token(self, token: int) -> str:
-        added = self._wrapper.added_tokens_decoder.get(token)
-        if added is not None and added.special:
+        if token in self._wrapper.added_tokens_decoder:
             return f"<[{token}]>"
         return quoted(self._wrapper.decode([token], skip_special_tokens=False))
 

@@ -56,8 +56,10 @@ class AnswerParser:
         self._in = _In.REASONING if parsing.thinking else _In.CONTENT
         self._held = ""
         """Text that could still become a mark, or blanks that may not count."""
-        self._fresh = parsing.thinking
+        self._fresh = parsing.thinking or bool(marks.think_start)
         """Nothing of the part has been said yet: blanks at its beginning do not count."""
+        self._blanks = ""
+        """Those before a call, which come back where it is none."""
         self._calls = 0
 
     @property
@@ -79,7 +81,7 @@ class AnswerParser:
             body, self._held = self._held, ""
             self._in = _In.CONTENT
             if not (whole and self._call(body, out)):
-                self._say(self._marks.call_start + body, out)
+                self._say(self._blanks + self._marks.call_start + body, out)
         else:
             self._say(self._held, out, last=True)
             self._held = ""
@@ -101,12 +103,14 @@ class AnswerParser:
         if self._in is _In.CALL:
             self._in = _In.CONTENT
             if not self._call(before, out):
-                self._say(self._marks.call_start + before + self._marks.call_end, out)
+                self._say(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
             return
         if mark in self._marks.noise:
             self._held = before + self._held
             return
-        self._say(before.rstrip() if mark != self._marks.think_start or not before.strip() else before, out)
+        said = before.rstrip() if self._blanks_wait() else before
+        self._say(said, out)
+        self._blanks = "" if self._fresh else before[len(said) :]
         self._in = {
             self._marks.think_start: _In.REASONING,
             self._marks.think_end: _In.CONTENT,

@@ -6,6 +6,7 @@ It never runs code that comes with a model. It knows nothing of models' weights,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -25,7 +26,7 @@ from cluster.model.parsing import AnswerParser
 from cluster.model.template import ChatTemplate
 from cluster.types import ChatMessage
 
-__all__ = ["TextDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["TextDecoder", "Tokenizer", "late_grammars", "load_tokenizer"]
 
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 """Files one of which every tokenizer has."""
@@ -44,6 +45,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # transformers raises whatever a damaged or unknown tokenizer makes it raise
         raise _unusable(path, error) from error
     return Tokenizer(wrapper)
+
+
+def late_grammars(path: Path) -> Callable[[], Grammars]:
+    """The compiler for the tokenizer in ``path``, being made in a thread from now on; a call waits for it.
+
+    A call raises what making it raised: BadCheckpoint or InvalidGrammar.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    made = pool.submit(lambda: load_tokenizer(path).grammars())
+    pool.shutdown(wait=False)
+    return made.result
 
 
 def _unusable(path: Path, error: Exception) -> BadCheckpoint:
