@@ -10,6 +10,7 @@ from typing import Any, Final
 from cluster.chat import ChatOptions, Tool, ToolChoice
 from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar, GrammarKind
+from cluster.model.grammars import JSON_STYLE
 from cluster.model.marks import Marks, quoted
 from cluster.model.template import described
 
@@ -41,7 +42,7 @@ def _json_tools(tools: Sequence[Tool], marks: Marks, several: bool) -> str:
         (
             f"start: call{again}",
             f'call: {start} "\\n"? body "\\n"? {end}',
-            f"body: %json {json.dumps({'anyOf': [_call_schema(tool) for tool in tools]})}",
+            f"body: {_json({'anyOf': [_call_schema(tool) for tool in tools]})}",
         )
     )
 
@@ -50,8 +51,7 @@ def _mistral(tools: Sequence[Tool], marks: Marks, several: bool) -> str:
     """``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
     head, middle = marks.spelled(marks.call_start), marks.spelled("[ARGS]")
     rules = [
-        f"tool_{i}: {head} {quoted(tool.name)} {middle} %json {json.dumps(_parameters(tool))}"
-        for i, tool in enumerate(tools)
+        f"tool_{i}: {head} {quoted(tool.name)} {middle} {_json(_parameters(tool))}" for i, tool in enumerate(tools)
     ]
     return "\n".join((_start(len(tools), several), *rules))
 
@@ -64,7 +64,7 @@ def _kimi_k2(tools: Sequence[Tool], marks: Marks, several: bool) -> str:
     )
     rules = [
         f"tool_{i}: {begin} {quoted(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {middle} "
-        f"%json {json.dumps(_parameters(tool))} {close}"
+        f"{_json(_parameters(tool))} {close}"
         for i, tool in enumerate(tools)
     ]
     calls = _start(len(tools), several).removeprefix("start: ")
@@ -79,6 +79,11 @@ WRITERS: Final[Mapping[str, Callable[[Sequence[Tool], Marks, bool], str]]] = Map
 
 def _start(tools: int, several: bool) -> str:
     return f"start: ({' | '.join(f'tool_{i}' for i in range(tools))}){'+' if several else ''}"
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """A rule's part that is a document of ``schema``, laid out as grammars of JSON are here."""
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
 
 
 def _parameters(tool: Tool) -> Any:
