@@ -1,4 +1,4 @@
-"""The nouns of a conversation beyond its messages: tools, calls of them, and how a chat is asked for.
+"""The nouns of a conversation: messages, tools, calls of them, and how a chat is asked for.
 
 JSON stays text between rooms (``parameters``, ``arguments``, ``template``): only what needs its inside parses it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["ChatOptions", "Parsing", "Tool", "ToolCall", "ToolCallDelta", "ToolChoice"]
+__all__ = ["ChatMessage", "ChatOptions", "Parsing", "Tool", "ToolCall", "ToolCallDelta", "ToolChoice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,21 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message; ``role`` is system, user, assistant or tool.
+
+    An assistant's may hold ``reasoning`` and ``tool_calls`` too; a tool's names the call it answers, and the tool.
+    """
+
+    role: str
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.chat import Parsing, ToolCall, ToolCallDelta
+from cluster.chat import ChatMessage as ChatMessage
+from cluster.chat import Parsing, ToolCallDelta
 from cluster.grammar import Grammar
 
 
@@ -185,7 +186,6 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"
-    """Whole, and there is a call of a tool in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +198,8 @@ class Request:
     """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline.
 
     ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
-    priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers of one prompt are asked
-    for, each with a seed of its own; sample 0 is the answer that one alone would be. ``parsing`` None leaves the
-    answer's text as it is.
+    priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers are asked for, each with a
+    seed of its own; sample 0 is what one alone would be. ``parsing`` None leaves the answer's text as it is.
     """
 
     id: str
@@ -228,8 +227,7 @@ class TopLogprob:
 class TokenEvent:
     """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
 
-    Where the answer is parsed, ``text`` is content alone, and what belongs to the reasoning before it or to a call
-    after it stands beside it.
+    Where the answer is parsed, that is content alone; reasoning before it and calls after it stand beside it.
     """
 
     index: int
@@ -265,10 +263,7 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a complete answer, one a sample. ``text``, ``reasoning`` and ``calls`` are what was still held back.
-
-    Times are milliseconds.
-    """
+    """The end of answer ``sample``, with what was still held back of its parts. Times are milliseconds."""
 
     reason: FinishReason
     text: str
@@ -316,21 +311,6 @@ class StageTiming:
     wait_us: int
     compute_us: int
     pack_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One message; ``role`` is system, user, assistant or tool.
-
-    An assistant's may hold ``reasoning`` and ``tool_calls`` too; a tool's names the call it answers, and the tool.
-    """
-
-    role: str
-    content: str
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str = ""
-    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def calling_grammar(options: ChatOptions, marks: Marks) -> Grammar | None:
     write = WRITERS.get(marks.format)
     if write is None:
         raise InvalidRequest(
-            "This model's calls of tools are in a format that no grammar is known for here; use tool_choice auto.",
+            "this model's calls of tools are in a format that no grammar is known for here; use tool_choice auto",
             field="tool_choice",
         )
     return Grammar(GrammarKind.LARK, write(tools, marks, options.parallel_tool_calls))

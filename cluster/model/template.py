@@ -38,7 +38,7 @@ class ChatTemplate:
         """Token ids up to where the answer begins. Raises InvalidRequest; ``Tokenizer.chat`` says when."""
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
-                "This model has no chat template; send it raw text instead (completions, or generate --raw).",
+                "this model has no chat template; send it raw text instead (completions, or generate --raw)",
                 field="messages",
             )
         self._require_tools(messages, options)
@@ -49,7 +49,7 @@ class ChatTemplate:
         try:
             ids: list[int] = self._wrapper.apply_chat_template(written, add_generation_prompt=True, **arguments)  # type: ignore[no-untyped-call]
         except Exception as error:  # a template is a program of the model's: it can raise anything
-            raise InvalidRequest(f"The model's chat template refused them: {error}", field="messages") from error
+            raise InvalidRequest(f"the model's chat template refused them: {error}", field="messages") from error
         return tuple(ids)
 
     def _takes(self, name: str) -> bool:
@@ -57,15 +57,15 @@ class ChatTemplate:
 
     def _require_tools(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
         if options.offered and not self._takes("tools"):
-            raise InvalidRequest("This model's chat template does not take tools; leave them out.", field="tools")
+            raise InvalidRequest("this model's chat template does not take tools; leave them out", field="tools")
         if options.offered and self._marks.parse is None:
             raise InvalidRequest(
-                "How this model writes its calls of tools is not known here, so they could not be told from text; "
-                "leave the tools out.",
+                "how this model writes its calls of tools is not known here, so they could not be told from text; "
+                "leave the tools out",
                 field="tools",
             )
         if any(m.tool_calls for m in messages) and not self._takes("tool_calls"):
-            raise InvalidRequest("This model's chat template does not take calls of tools.", field="messages")
+            raise InvalidRequest("this model's chat template does not take calls of tools", field="messages")
 
     def _thinking(self, options: ChatOptions) -> dict[str, Any]:
         wanted = options.enable_thinking
@@ -75,7 +75,7 @@ class ChatTemplate:
             return {}
         if not self._takes("enable_thinking") and not self._takes("thinking"):
             raise InvalidRequest(
-                f"This model's chat template cannot switch reasoning {'on' if wanted else 'off'}.",
+                f"this model's chat template cannot switch reasoning {'on' if wanted else 'off'}",
                 field="enable_thinking" if options.enable_thinking is not None else "reasoning_effort",
             )
         return {"enable_thinking": wanted}
@@ -86,7 +86,7 @@ class ChatTemplate:
             return {}
         if not self._takes("reasoning_effort"):
             raise InvalidRequest(
-                "This model's chat template does not take reasoning_effort; leave it out.", field="reasoning_effort"
+                "this model's chat template does not take reasoning_effort; leave it out", field="reasoning_effort"
             )
         return {"reasoning_effort": effort}
 

@@ -298,8 +298,8 @@ def test_samples_of_one_prompt_prefill_it_once(trimmable: bool, rows: int, prefi
 def test_the_next_sample_prefills_where_the_first_has_gone() -> None:
     scheduler, stages = Scheduler(1, capacity(lanes=2, window=1), frozenset()), Stages()
     scheduler.submit(*samples("a", 3))
-    stages.take(scheduler.next_frames(0.0))
-    assert [type(e) for e in stages.frames[0].edits] == [Join]
+    stages.take(frames := scheduler.next_frames(0.0))
+    assert [type(e) for e in frames[0].edits] == [Join]
     scheduler.end("a#0")
     said = run_dry(scheduler, stages)
     assert dict(said) == {f"a#{i}": continuation(tuple(range(1, 22)), 4) for i in (1, 2)}
