@@ -49,6 +49,12 @@ class PromptTooLong(InvalidRequest):
     reason = "PROMPT_TOO_LONG"
 
 
+class InvalidGrammar(InvalidRequest):
+    """What an answer is asked to be cannot be enforced; the sentence has the compiler's reason."""
+
+    reason = "INVALID_GRAMMAR"
+
+
 class InvalidOption(MacpipeError):
     """A command-line option makes no sense here; the command exits with 2."""
 

@@ -115,13 +115,17 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A token the last stage picked; ``position`` is its index in the sequence, prompt included."""
+    """A token the last stage picked; ``position`` is its index in the sequence, prompt included.
+
+    ``final``: with it the sequence's grammar is complete, and only an end could follow.
+    """
 
     sequence: int
     position: int
     token: int
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,10 @@ MAX_TENSORS: Final = 16
 """Boundary values are one to three arrays in every architecture that mlx-lm has."""
 MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
+MAX_JOINED_BYTES: Final = 2 * MIB
+"""Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
+MAX_MARK_TOKENS: Final = 64
+"""Of the mark that ends a model's reasoning; the longest known has five."""
 MAX_EDITS: Final = 4096
 """One frame may free every sequence and prefix there is."""
 MAX_ROWS: Final = 256
@@ -37,6 +41,20 @@ MAX_STOP_CHARS: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
 MAX_REQUEST_ID_CHARS: Final = 128
+MAX_SAMPLES: Final = 32
+"""Answers of one prompt in one request: what one lane can decode together."""
+MAX_TOOLS: Final = 256
+MAX_TOOL_NAME_CHARS: Final = 128
+MAX_TEMPLATE_CHARS: Final = 64 * KIB
+"""Further arguments of a chat template, as JSON."""
+MAX_SCHEMA_BYTES: Final = 64 * KIB
+"""A JSON schema, regex or Lark grammar, unless --max-schema-bytes is given; also the tools' parameters together."""
+MOST_SCHEMA_BYTES: Final = MIB
+"""What --max-schema-bytes may be: a join with such a grammar still leaves a frame's header room for the rest."""
+MAX_COMPILES: Final = 2
+"""Grammars compiled at once, beside everything else that the coordinator does."""
+COMPILE_TIMEOUT_S: Final = 5.0
+"""Compiling a grammar, before its request is accepted; the compiler's own bounds end it where this gives up."""
 DEFAULT_MAX_TOKENS: Final = 512
 DEFAULT_MAX_CONTEXT: Final = 4096
 """Promised when --max-context is not given and the model allows as much."""

@@ -1,6 +1,7 @@
 """The nouns that rooms hand to each other. Frozen, without behaviour beyond what their own fields say.
 
-It knows no library but the standard one, so that every room, the client among them, can import it.
+Tools are in ``cluster.chat``, grammars in ``cluster.grammar``. It knows no library but the standard one, so that every
+room, the client among them, can import it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cluster.chat import ChatMessage as ChatMessage
+from cluster.chat import Parsing, ToolCallDelta
+from cluster.grammar import Grammar
 from cluster.profiles import Forecast, Objective, Profile, Spare
 
 
@@ -178,7 +182,8 @@ class SamplingParams:
     ``repetition_penalty`` looks at the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` look at
     the answer alone, as OpenAI defines them. ``logit_bias`` holds pairs of token id and bias. ``logprobs`` asks for
     the chosen token's log-probability, ``top_logprobs`` for that many alternatives too. The draw for a token depends
-    on ``seed`` and the token's position alone.
+    on ``seed`` and the token's position alone. A ``grammar`` rules out, before any other filter, every token with
+    which the answer could no longer become what it says; log-probabilities are those among the tokens that are left.
     """
 
     temperature: float = 0.0
@@ -192,6 +197,7 @@ class SamplingParams:
     seed: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
+    grammar: Grammar | None = None
 
 
 class FinishReason(StrEnum):
@@ -199,6 +205,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +218,8 @@ class Request:
     """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline.
 
     ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
-    priority n counts for 1 / (1 + n) of its cost when turns are shared.
+    priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers are asked for, each with a
+    seed of its own; sample 0 is what one alone would be. ``parsing`` None leaves the answer's text as it is.
     """
 
     id: str
@@ -223,6 +231,8 @@ class Request:
     deadline: float | None = None
     client: str = ""
     priority: int = 0
+    samples: int = 1
+    parsing: Parsing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +245,19 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none."""
+    """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
+
+    Where the answer is parsed, that is content alone; reasoning before it and calls after it stand beside it.
+    """
 
     index: int
     token: int
     text: str
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +283,7 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a complete answer. ``text`` is what was still held back; times are milliseconds."""
+    """The end of answer ``sample``, with what was still held back of its parts. Times are milliseconds."""
 
     reason: FinishReason
     text: str
@@ -275,6 +291,9 @@ class FinishEvent:
     ttft_ms: float
     tpot_ms: float
     stages: tuple[StageFigures, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,12 +337,6 @@ class StageTiming:
     wait_us: int
     compute_us: int
     pack_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)

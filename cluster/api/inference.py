@@ -52,7 +52,7 @@ class Inference(InferenceServiceServicer):
             await abort(context, e)
 
     async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
-        answer = self._coordinator.submit(request, checkpoint)
+        answer = await self._coordinator.accept(request, checkpoint)
         finished = False
         try:
             async for event in answer.events():
@@ -100,7 +100,7 @@ async def _tokenized(request: pb.TokenizeRequest, checkpoint: Checkpoint) -> tup
     if request.messages and request.text:
         raise InvalidRequest("text and messages were given; give one of them", field="messages")
     if request.messages:
-        return await intake.templated(request.messages, checkpoint)
+        return await intake.templated(request, checkpoint)
     return await intake.encoded(request.text, checkpoint)
 
 

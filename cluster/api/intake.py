@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
+from cluster.api.conversation import converse
+from cluster.api.messages import grammar, messages, template_options
 from cluster.api.sampling import sampling_params, stop_strings
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import InvalidRequest, PromptTooLong
-from cluster.limits import DEFAULT_MAX_TOKENS, MAX_MESSAGES, MAX_PRIORITY, MAX_PROMPT_CHARS, MAX_REQUEST_ID_CHARS
-from cluster.types import ChatMessage, Request
+from cluster.grammar import Grammar
+from cluster.limits import (
+    DEFAULT_MAX_TOKENS,
+    MAX_PRIORITY,
+    MAX_PROMPT_CHARS,
+    MAX_REQUEST_ID_CHARS,
+    MAX_SAMPLES,
+)
+from cluster.types import Request
 from cluster.v1 import inference_pb2 as pb
-
-ROLES = frozenset({"system", "user", "assistant"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +40,15 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, 
         prompt = await encoded(message.text, checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
-    return _request(message, prompt, checkpoint, caller)
+    return _request(message, prompt, grammar(message.grammar), checkpoint, caller)
 
 
 async def chat_request(message: pb.ChatRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    return _request(message, await templated(message.messages, checkpoint), checkpoint, caller)
+    said, wanted = messages(message.messages), grammar(message.grammar)
+    conversation = await converse(said, template_options(message.template), wanted, checkpoint)
+    request = _request(message, conversation.prompt, conversation.grammar, checkpoint, caller)
+    return replace(request, parsing=conversation.parsing)
 
 
 async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -49,18 +58,10 @@ async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     return await anyio.to_thread.run_sync(checkpoint.tokenizer.encode, text)
 
 
-async def templated(messages: Sequence[pb.ChatMessage], checkpoint: Checkpoint) -> tuple[int, ...]:
+async def templated(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Token ids of a conversation under the model's chat template."""
-    if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"{len(messages)} messages were given; 1 to {MAX_MESSAGES} are taken", field="messages")
-    for i, m in enumerate(messages):
-        if m.role not in ROLES:
-            raise InvalidRequest(
-                f"message {i} has the role {m.role[:32]!r}; it must be one of {', '.join(sorted(ROLES))}",
-                field="messages",
-            )
-    plain = [ChatMessage(m.role, m.content) for m in messages]
-    return await anyio.to_thread.run_sync(checkpoint.tokenizer.chat, plain)
+    options = template_options(message.template)
+    return (await converse(messages(message.messages), options, None, checkpoint)).prompt
 
 
 def _known(ids: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -72,22 +73,33 @@ def _known(ids: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _request(
-    message: pb.GenerateRequest | pb.ChatRequest, prompt: tuple[int, ...], checkpoint: Checkpoint, caller: Caller
+    message: pb.GenerateRequest | pb.ChatRequest,
+    prompt: tuple[int, ...],
+    bound: Grammar | None,
+    checkpoint: Checkpoint,
+    caller: Caller,
 ) -> Request:
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    if message.samples > MAX_SAMPLES:
+        raise InvalidRequest(f"{message.samples} samples were asked for; at most {MAX_SAMPLES}", field="samples")
+    if bound and message.stop.ignore_eos:
+        raise InvalidRequest(
+            "an answer that is bound to a grammar ends with it; leave ignore_eos out", field="ignore_eos"
+        )
     if message.priority > MAX_PRIORITY:
         raise InvalidRequest(f"priority is {message.priority}; it must be from 0 to {MAX_PRIORITY}", field="priority")
     return Request(
         id=message.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
-        sampling=sampling_params(message.sampling, checkpoint.vocabulary),
+        sampling=sampling_params(message.sampling, checkpoint.vocabulary, bound),
         max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context),
         stop=stop_strings(message.stop),
         ignore_eos=message.stop.ignore_eos,
         deadline=caller.deadline,
         client=caller.client,
         priority=message.priority,
+        samples=max(message.samples, 1),
     )
 
 

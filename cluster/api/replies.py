@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from cluster import __version__
-from cluster.coordinator.loop import LoopView, RequestView
+from cluster.chat import ToolCallDelta
 from cluster.coordinator.roster import Member
 from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.coordinator.views import LoopView, RequestView
 from cluster.model.tokenizer import Tokenizer
 from cluster.profiles import Objective
 from cluster.scheduler.sequence import Phase
@@ -29,7 +30,11 @@ _PHASES = {
     Phase.PREFILL: cpb.REQUEST_STATE_PREFILL,
     Phase.DECODE: cpb.REQUEST_STATE_DECODE,
 }
-_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
+}
 
 
 def prompt_info(request: Request, model: str) -> pb.PromptInfo:
@@ -39,12 +44,26 @@ def prompt_info(request: Request, model: str) -> pb.PromptInfo:
         prompt_tokens=len(request.prompt),
         seed=request.sampling.seed,
         max_tokens=request.max_tokens,
+        samples=request.samples,
     )
 
 
 def token_event(event: TokenEvent, tokenizer: Tokenizer) -> pb.TokenEvent:
     top = [pb.TopLogprob(token=t.token, text=tokenizer.token_text(t.token), logprob=t.logprob) for t in event.top]
-    return pb.TokenEvent(index=event.index, token=event.token, text=event.text, logprob=event.logprob, top=top)
+    return pb.TokenEvent(
+        index=event.index,
+        token=event.token,
+        text=event.text,
+        logprob=event.logprob,
+        top=top,
+        reasoning=event.reasoning,
+        tool_calls=map(_call, event.calls),
+        sample=event.sample,
+    )
+
+
+def _call(delta: ToolCallDelta) -> pb.ToolCallDelta:
+    return pb.ToolCallDelta(index=delta.index, id=delta.id, name=delta.name, arguments=delta.arguments)
 
 
 def finish_info(event: FinishEvent) -> pb.FinishInfo:
@@ -66,7 +85,16 @@ def finish_info(event: FinishEvent) -> pb.FinishInfo:
     )
     rate = 1e3 / event.tpot_ms if event.tpot_ms else 0.0
     timings = pb.Timings(ttft_ms=event.ttft_ms, tpot_ms=event.tpot_ms, tokens_per_second=rate)
-    return pb.FinishInfo(reason=_REASONS[event.reason], text=event.text, usage=usage, timings=timings, stages=stages)
+    return pb.FinishInfo(
+        reason=_REASONS[event.reason],
+        text=event.text,
+        usage=usage,
+        timings=timings,
+        stages=stages,
+        reasoning=event.reasoning,
+        tool_calls=map(_call, event.calls),
+        sample=event.sample,
+    )
 
 
 def progress(p: LoadProgress) -> cpb.StageProgress:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cluster.errors import InvalidRequest
+from cluster.grammar import Grammar
 from cluster.limits import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from cluster.types import SamplingParams
 from cluster.v1 import inference_pb2 as pb
@@ -24,13 +26,15 @@ _POSITIVE = {"top_p", "repetition_penalty"}
 """These must be above zero: zero would leave no token, or divide by it."""
 
 
-def sampling_params(o: pb.SamplingOptions, vocabulary: int) -> SamplingParams:
+def sampling_params(o: pb.SamplingOptions, vocabulary: int, grammar: Grammar | None = None) -> SamplingParams:
     """The options with defaults filled in; a seed that was not given is drawn. Raises ``InvalidRequest``."""
     top_logprobs = o.top_logprobs if o.HasField("top_logprobs") else 0
     if top_logprobs > MAX_TOP_LOGPROBS:
         raise InvalidRequest(f"top_logprobs is {top_logprobs}; at most {MAX_TOP_LOGPROBS}", field="top_logprobs")
-    return SamplingParams(
+    return replace(
+        SamplingParams(),
         **{name: _number(o, name) for name in _RANGES},
+        grammar=grammar,
         top_k=min(o.top_k, vocabulary),
         logit_bias=_logit_bias(o, vocabulary),
         seed=o.seed if o.HasField("seed") else secrets.randbits(63),

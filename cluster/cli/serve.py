@@ -12,7 +12,7 @@ from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
 from cluster.types import Route
 
@@ -40,6 +40,13 @@ MaxStepMs = Annotated[
 ]
 
 HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
+MaxSchemaBytes = Annotated[
+    int,
+    typer.Option(
+        min=1, max=MOST_SCHEMA_BYTES, metavar="BYTES", help="How long a JSON schema, regex or Lark grammar may be."
+    ),
+]
+
 KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
 
 
@@ -58,6 +65,7 @@ def serve(
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
+    max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     home: Annotated[
         Path | None, typer.Option(help="Keep parts of models in this folder; else MACPIPE_HOME, else the usual place.")
@@ -91,6 +99,7 @@ def serve(
         max_step_ms=max_step_ms,
         kv_bits=checked_kv_bits(kv_bits),
         objective=objective,
+        max_schema_bytes=max_schema_bytes,
     )
     if exit_with_stdin:
         end_with_stdin()

@@ -9,11 +9,12 @@
 Errors are the classes of ``cluster.errors``.
 """
 
-from cluster.client.answers import Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.chat import Tool, ToolCall, ToolCallDelta
+from cluster.client.answers import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_stream import AsyncLoading, AsyncStream
 from cluster.client.client import Client
-from cluster.client.options import Options
+from cluster.client.options import ChatKeywords, Options
 from cluster.client.state import (
     ClusterState,
     LiveRequest,
@@ -31,7 +32,9 @@ __all__ = [
     "AsyncClient",
     "AsyncLoading",
     "AsyncStream",
+    "ChatKeywords",
     "ChatMessage",
+    "Choice",
     "Client",
     "ClusterState",
     "Completion",
@@ -57,6 +60,9 @@ __all__ = [
     "Timings",
     "Token",
     "Tokens",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Usage",
     "WorkerState",

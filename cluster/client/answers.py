@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.chat import ToolCall, ToolCallDelta
 from cluster.types import FinishReason, StageFigures, Usage
 
 
@@ -23,7 +24,8 @@ class TopLogprob:
 class Token:
     """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none.
 
-    ``index`` counts from 0. ``logprob`` and ``top`` are there when they were asked for.
+    ``index`` counts from 0 in each ``sample``. ``logprob`` and ``top`` are there when they were asked for. In a chat
+    ``text`` is content; what became known of the reasoning and of calls of tools stands beside it.
     """
 
     index: int
@@ -31,6 +33,9 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class Prompt:
     prompt_tokens: int
     seed: int
     max_tokens: int
+    samples: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,30 @@ class Finish:
     usage: Usage
     timings: Timings
     stages: tuple[StageFigures, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the answers of a prompt, whole. ``tool_calls`` are those that the model wants to be made."""
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    tokens: tuple[int, ...]
+    events: tuple[Token, ...]
+    finish_reason: FinishReason
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer. ``tokens`` are its ids, ``events`` the tokens with their texts and log-probabilities.
 
-    ``text`` ends before a stop string; ``tokens`` may go on to where it was recognised.
+    ``text`` ends before a stop string; ``tokens`` may go on to where it was recognised. Where several samples were
+    asked for, these are of the first, and ``choices`` has all of them.
     """
 
     text: str
@@ -81,6 +104,9 @@ class Completion:
     seed: int
     request_id: str
     model: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         return self.text

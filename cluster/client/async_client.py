@@ -14,8 +14,9 @@ from cluster.client.answers import Completion, Model, Tokens
 from cluster.client.async_stream import AsyncLoading, AsyncStream
 from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
 from cluster.client.channel import CHANNEL_OPTIONS
-from cluster.client.options import LoadOptions, Options
-from cluster.client.requests import Prompt, Turn
+from cluster.client.conversation import Turn
+from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.requests import Prompt
 from cluster.client.state import ClusterState, ModelPlan
 from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -54,14 +55,14 @@ class AsyncClient:
         call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
         return AsyncStream(call, self.address)
 
-    async def chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> Completion:
-        """Answer a conversation as the assistant. See Options for the keywords.
+    async def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
+        """Answer a conversation as the assistant. See ChatKeywords and Options for the keywords.
 
         A message is ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``.
         """
         return await self.stream_chat(messages, **options).completion()
 
-    def stream_chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> AsyncStream:
+    def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> AsyncStream:
         """``chat``, token by token. Needs a running event loop, but no await."""
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))

@@ -60,7 +60,7 @@ class AsyncStream(Transcribed):
         """The answer's text, piece by piece as it becomes printable; together they are ``completion().text``."""
         try:
             async for token in self:
-                if token.text:
+                if token.text and token.sample == 0:
                     yield token.text
         finally:
             self.cancel()

@@ -13,8 +13,9 @@ from cluster.client.address import coordinator_address
 from cluster.client.answers import Completion, Model, Tokens
 from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
 from cluster.client.channel import CHANNEL_OPTIONS
-from cluster.client.options import LoadOptions, Options
-from cluster.client.requests import Prompt, Turn
+from cluster.client.conversation import Turn
+from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.requests import Prompt
 from cluster.client.state import ClusterState, ModelPlan
 from cluster.client.stream import Loading, Stream
 from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
@@ -52,14 +53,14 @@ class Client:
         call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
 
-    def chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> Completion:
-        """Answer a conversation as the assistant. See Options for the keywords.
+    def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
+        """Answer a conversation as the assistant. See ChatKeywords and Options for the keywords.
 
         A message is ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``.
         """
         return self.stream_chat(messages, **options).completion()
 
-    def stream_chat(self, messages: Iterable[Turn], **options: Unpack[Options]) -> Stream:
+    def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
         """``chat``, token by token."""
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))

@@ -6,10 +6,12 @@ opinion on what is allowed.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
+from cluster.chat import Tool
 from cluster.errors import InvalidRequest
 from cluster.profiles import Objective
 from cluster.types import Route
@@ -25,8 +27,9 @@ class Options(TypedDict, total=False):
     ``max_tokens`` of the answer (512); ``stop`` is one string or several; ``ignore_eos`` goes on past the model's own
     end. ``temperature`` 0 is greedy, the default. ``logprobs`` reports each token's log-probability and
     ``top_logprobs`` that many alternatives. ``request_id`` is for ``abort``; the coordinator makes one if it is empty.
-    ``priority`` 0 to 9 moves a request ahead when clients take turns. ``timeout_s`` bounds the whole answer; without
-    it, the client's ``timeout_s`` does.
+    ``samples`` asks for several answers. One of ``json_schema``, ``json_object``, ``regex`` and ``lark`` binds the
+    answer. ``priority`` 0 to 9 moves a request ahead when clients take turns. ``timeout_s`` bounds the whole answer;
+    without it, the client's ``timeout_s`` does.
     """
 
     model: str
@@ -47,6 +50,27 @@ class Options(TypedDict, total=False):
     request_id: str
     timeout_s: float | None
     priority: int
+    samples: int
+    json_schema: Mapping[str, object] | str
+    json_object: bool
+    regex: str
+    lark: str
+
+
+class ChatKeywords(Options, total=False):
+    """Keywords of ``chat`` beside those of Options.
+
+    ``tools`` are what the model may call: Tool, or a mapping as OpenAI's API takes it; ``tool_choice`` is "auto",
+    "none", "required" or a tool's name, and ``parallel_tool_calls`` False allows one call alone. ``enable_thinking``,
+    ``reasoning_effort`` and ``chat_template_kwargs`` are for the model's chat template, where it takes them.
+    """
+
+    tools: Sequence[Tool | Mapping[str, object]]
+    tool_choice: str
+    parallel_tool_calls: bool | None
+    enable_thinking: bool | None
+    reasoning_effort: str
+    chat_template_kwargs: Mapping[str, object] | None
 
 
 class LoadOptions(TypedDict, total=False):
@@ -88,6 +112,36 @@ def stop_options(options: Options) -> pb.StopOptions:
         stop=[text("stop", one) for one in strings],
         ignore_eos=switch("ignore_eos", options.get("ignore_eos") or False),
     )
+
+
+def grammar_option(options: Options) -> pb.Grammar | None:
+    """What ``options`` bind the answer to. Raises InvalidRequest naming the field, also where two are given."""
+    given = [name for name in ("json_schema", "json_object", "regex", "lark") if options.get(name)]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InvalidRequest(f"{' and '.join(given)} were given; an answer is bound to one of them", field=given[1])
+    match given[0]:
+        case "json_object":
+            return pb.Grammar(json_object=switch("json_object", options["json_object"]))
+        case "json_schema":
+            return pb.Grammar(json_schema=json_text("json_schema", options["json_schema"]))
+        case "regex":
+            return pb.Grammar(regex=text("regex", options["regex"]))
+        case _:
+            return pb.Grammar(lark=text("lark", options["lark"]))
+
+
+def json_text(field: str, value: object) -> str:
+    """``value`` as JSON text: a mapping, or what is that text already."""
+    if isinstance(value, str):
+        return text(field, value)
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{field} must be a mapping or JSON text, not {type(value).__name__}", field=field)
+    try:
+        return text(field, json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{field} cannot be written as JSON: {error}", field=field) from error
 
 
 def check_names(options: Mapping[str, object], known: type = Options) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
+from cluster.chat import ToolCallDelta
 from cluster.client.answers import Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
 from cluster.client.state import (
     ClusterState,
@@ -22,6 +24,7 @@ from cluster.v1 import cluster_pb2, inference_pb2
 FINISH_REASONS: Final = {
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    inference_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 SERVING_STATES: Final = {
     cluster_pb2.SERVING_STATE_IDLE: ServingState.IDLE,
@@ -38,14 +41,20 @@ REQUEST_STATES: Final = {
 
 def prompt(reply: inference_pb2.PromptInfo) -> Prompt:
     """The acceptance of a request."""
-    return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens)
+    samples = max(reply.samples, 1)
+    return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
 
 
 def token(reply: inference_pb2.TokenEvent) -> Token:
     """One token of an answer."""
     logprob = reply.logprob if reply.HasField("logprob") else None
     top = tuple(TopLogprob(one.token, one.text, one.logprob) for one in reply.top)
-    return Token(reply.index, reply.token, reply.text, logprob, top)
+    calls = _calls(reply.tool_calls)
+    return Token(reply.index, reply.token, reply.text, logprob, top, reply.reasoning, calls, reply.sample)
+
+
+def _calls(deltas: Iterable[inference_pb2.ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    return tuple(ToolCallDelta(delta.index, delta.id, delta.name, delta.arguments) for delta in deltas)
 
 
 def finish(reply: inference_pb2.FinishInfo) -> Finish:
@@ -55,7 +64,8 @@ def finish(reply: inference_pb2.FinishInfo) -> Finish:
         raise VersionMismatch(f"the coordinator ended the answer for reason {reply.reason}, unknown to this version")
     usage = Usage(reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.cached_tokens)
     timings = Timings(reply.timings.ttft_ms, reply.timings.tpot_ms, reply.timings.tokens_per_second)
-    return Finish(reason, reply.text, usage, timings, tuple(_figures(stage) for stage in reply.stages))
+    stages, calls = tuple(_figures(stage) for stage in reply.stages), _calls(reply.tool_calls)
+    return Finish(reason, reply.text, usage, timings, stages, reply.reasoning, calls, reply.sample)
 
 
 def tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:

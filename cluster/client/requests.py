@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
+from cluster.client.conversation import Turn, chat_messages, template_options
 from cluster.client.options import (
+    ChatKeywords,
     LoadOptions,
     Options,
     check_names,
+    grammar_option,
     number,
     sampling_options,
     stop_options,
@@ -20,14 +23,11 @@ from cluster.client.options import (
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_CONTROL_BYTES, MIB
 from cluster.profiles import Objective
-from cluster.types import ChatMessage, Route
+from cluster.types import Route
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-Turn = ChatMessage | Mapping[str, str] | tuple[str, str]
-"""One message: ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``."""
-
 ROUTES: Final = {
     Route.DIRECT: cluster_pb2.ROUTE_DIRECT,
     Route.RELAY: cluster_pb2.ROUTE_RELAY,
@@ -50,6 +50,8 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
         sampling=sampling_options(options),
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
+        samples=whole("samples", options.get("samples") or 0),
+        grammar=grammar_option(options),
     )
     if isinstance(prompt, str):
         request.text = text("prompt", prompt)
@@ -59,16 +61,19 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
     return _sendable(request, "prompt")
 
 
-def chat_request(messages: Iterable[Turn], options: Options) -> inference_pb2.ChatRequest:
+def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb2.ChatRequest:
     """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
-    check_names(options)
+    check_names(options, ChatKeywords)
     request = inference_pb2.ChatRequest(
         request_id=text("request_id", options.get("request_id") or ""),
         model=text("model", options.get("model") or ""),
-        messages=_chat_messages(messages),
+        messages=chat_messages(messages),
         sampling=sampling_options(options),
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
+        samples=whole("samples", options.get("samples") or 0),
+        grammar=grammar_option(options),
+        template=template_options(options),
     )
     return _sendable(request, "messages")
 
@@ -79,7 +84,7 @@ def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.T
     if isinstance(given, str):
         request.text = text("text", given)
     else:
-        request.messages.extend(_chat_messages(given))
+        request.messages.extend(chat_messages(given))
     return _sendable(request, "text" if isinstance(given, str) else "messages")
 
 
@@ -117,27 +122,6 @@ def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
 def abort_request(request_id: str) -> inference_pb2.AbortRequest:
     """Raises InvalidRequest for an id that cannot be sent."""
     return inference_pb2.AbortRequest(request_id=text("request_id", request_id))
-
-
-def _chat_messages(messages: Iterable[Turn]) -> list[inference_pb2.ChatMessage]:
-    if isinstance(messages, (str, Mapping, ChatMessage)):
-        raise InvalidRequest("messages must be a sequence of messages, not one alone", field="messages")
-    turns = [chat_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    return [inference_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
-
-
-def chat_message(given: Turn, field: str = "message") -> ChatMessage:
-    """One message in any of the forms that ``Turn`` allows; raises InvalidRequest naming ``field``."""
-    match given:
-        case ChatMessage(role=role, content=content):
-            pass
-        case {"role": role, "content": content, **rest} if not rest:
-            pass
-        case (role, content):
-            pass
-        case _:
-            raise InvalidRequest(f"{field} must have a role and a content, and nothing else", field=field)
-    return ChatMessage(text(f"{field}.role", role), text(f"{field}.content", content))
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

@@ -53,7 +53,7 @@ class Stream(Transcribed):
 
     def texts(self) -> Iterator[str]:
         """The answer's text, piece by piece as it becomes printable; together they are ``completion().text``."""
-        yield from (token.text for token in self if token.text)
+        yield from (token.text for token in self if token.text and token.sample == 0)
         if self.finish and self.finish.text:
             yield self.finish.text
 

@@ -6,47 +6,123 @@ error, as is an end that was not announced. It waits for nothing, so both client
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from cluster.chat import ToolCall, ToolCallDelta
 from cluster.client import replies
-from cluster.client.answers import Completion, Finish, Prompt, Token
+from cluster.client.answers import Choice, Completion, Finish, Prompt, Token
 from cluster.errors import MacpipeError, VersionMismatch
 from cluster.v1 import inference_pb2
 
 Reply = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
+class _Answer:
+    """What has come of one sample."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.finish: Finish | None = None
+
+    @property
+    def said(self) -> list[Token | Finish]:
+        return [*self.tokens, *([self.finish] if self.finish else [])]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.said)
+
+    def append(self, token: Token) -> None:
+        if token.index != len(self.tokens) or self.finish:
+            raise MacpipeError(
+                f"the coordinator sent a broken answer: token {token.index} where {len(self.tokens)} was due"
+            )
+        self.tokens.append(token)
+
+    def choice(self, finish: Finish) -> Choice:
+        return Choice(
+            text=self.text,
+            reasoning="".join(event.reasoning for event in self.said),
+            tool_calls=_whole([delta for event in self.said for delta in event.calls]),
+            tokens=tuple(token.token for token in self.tokens),
+            events=tuple(self.tokens),
+            finish_reason=finish.reason,
+            usage=finish.usage,
+        )
+
+
+def _whole(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """The calls that these pieces make up."""
+    calls: dict[int, ToolCall] = {}
+    for piece in deltas:
+        known = calls.get(piece.index, ToolCall("", "", ""))
+        arguments = known.arguments + piece.arguments
+        calls[piece.index] = ToolCall(known.id or piece.id, known.name or piece.name, arguments)
+    return tuple(calls[index] for index in sorted(calls))
+
+
 class Transcript:
-    """What has come of one answer. ``prompt`` is None until it was accepted, ``finish`` until it is complete."""
+    """What has come of an answer. ``prompt`` is None until it was accepted, ``finish`` until all of it is complete.
+
+    Where several samples were asked for, ``text`` and ``finish`` are the first one's.
+    """
 
     def __init__(self) -> None:
         self.prompt: Prompt | None = None
-        self.finish: Finish | None = None
-        self.tokens: list[Token] = []
+        self._answers = [_Answer()]
+
+    @property
+    def finish(self) -> Finish | None:
+        """How the first sample ended, once all have."""
+        return self._answers[0].finish if self.complete else None
+
+    @property
+    def complete(self) -> bool:
+        return all(answer.finish for answer in self._answers)
+
+    @property
+    def tokens(self) -> list[Token]:
+        return self._answers[0].tokens
 
     @property
     def text(self) -> str:
         """The answer's text so far."""
-        return "".join(token.text for token in self.tokens) + (self.finish.text if self.finish else "")
+        return self._answers[0].text
 
     def accept(self, reply: Reply) -> tuple[Token, ...]:
         """Take in one event; returns the tokens it brought, none or one. Raises MacpipeError for one out of order."""
         event = reply.WhichOneof("event")
         opening = self.prompt is None
-        if self.finish is not None or (event == "prompt") is not opening:
+        if self.complete or (event == "prompt") is not opening:
             raise MacpipeError(f"the coordinator sent a broken answer: {event or 'an unknown event'} out of order")
         match event:
             case "prompt":
                 self.prompt = replies.prompt(reply.prompt)
+                self._answers = [_Answer() for _ in range(self.prompt.samples)]
             case "token":
-                return (self._append(replies.token(reply.token)),)
+                token = replies.token(reply.token)
+                self._answer(token.sample).append(token)
+                return (token,)
             case "finish":
-                self.finish = replies.finish(reply.finish)
+                self._end(replies.finish(reply.finish))
             case _:
                 raise VersionMismatch("the coordinator sent an event that is unknown to this version")
         return ()
 
+    def _answer(self, sample: int) -> _Answer:
+        if sample >= len(self._answers):
+            raise MacpipeError(f"the coordinator sent a broken answer: sample {sample} of {len(self._answers)}")
+        return self._answers[sample]
+
+    def _end(self, finish: Finish) -> None:
+        answer = self._answer(finish.sample)
+        if answer.finish:
+            raise MacpipeError("the coordinator sent a broken answer: finish out of order")
+        answer.finish = finish
+
     def close(self) -> None:
         """The stream has ended. Raises MacpipeError if the answer has not."""
-        if self.finish is None:
+        if not self.complete:
             raise self._cut_short()
 
     def completion(self) -> Completion:
@@ -54,29 +130,27 @@ class Transcript:
         prompt, finish = self.prompt, self.finish
         if prompt is None or finish is None:
             raise self._cut_short()
+        choices = tuple(answer.choice(answer.finish) for answer in self._answers if answer.finish)
+        first = choices[0]
         return Completion(
-            text=self.text,
-            tokens=tuple(token.token for token in self.tokens),
-            events=tuple(self.tokens),
-            finish_reason=finish.reason,
-            usage=finish.usage,
+            text=first.text,
+            tokens=first.tokens,
+            events=first.events,
+            finish_reason=first.finish_reason,
+            usage=first.usage,
             timings=finish.timings,
             stages=finish.stages,
             seed=prompt.seed,
             request_id=prompt.request_id,
             model=prompt.model,
+            reasoning=first.reasoning,
+            tool_calls=first.tool_calls,
+            choices=choices,
         )
 
-    def _append(self, token: Token) -> Token:
-        if token.index != len(self.tokens):
-            raise MacpipeError(
-                f"the coordinator sent a broken answer: token {token.index} where {len(self.tokens)} was due"
-            )
-        self.tokens.append(token)
-        return token
-
     def _cut_short(self) -> MacpipeError:
-        return MacpipeError(f"the coordinator ended the answer after {len(self.tokens)} tokens without saying why")
+        told = sum(len(answer.tokens) for answer in self._answers)
+        return MacpipeError(f"the coordinator ended the answer after {told} tokens without saying why")
 
 
 class Transcribed:

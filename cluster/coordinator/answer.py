@@ -16,17 +16,21 @@ Event = Accepted | TokenEvent | FinishEvent
 
 
 class Answer:
-    """Made on the event loop that reads it; written from one other thread. ``abandon`` ends its request early."""
+    """Made on the event loop that reads it; written from one other thread. ``abandon`` ends its request early.
 
-    def __init__(self, abandon: Callable[[], object] = lambda: None) -> None:
+    It is over with the ``FinishEvent`` of each of its ``samples``.
+    """
+
+    def __init__(self, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
         self.abandon = abandon
+        self._samples = samples
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | MacpipeError] = asyncio.Queue()
         self._written = self._read = 0
 
     def put(self, event: Event | MacpipeError) -> bool:
         """Hand an event to the reader; False where the reader is too far behind to take more tokens."""
-        if isinstance(event, TokenEvent) and self._written - self._read >= MAX_UNREAD_EVENTS:
+        if isinstance(event, TokenEvent) and self._written - self._read >= self._samples * MAX_UNREAD_EVENTS:
             return False
         self._written += 1
         if not self._loop.is_closed():
@@ -34,12 +38,12 @@ class Answer:
         return True
 
     async def events(self) -> AsyncIterator[Event]:
-        """Everything up to the ``FinishEvent``. Raises the error that ended the request instead."""
-        while True:
+        """Everything up to the last ``FinishEvent``. Raises the error that ended the request instead."""
+        unfinished = self._samples
+        while unfinished:
             event = await self._events.get()
             self._read += 1
             if isinstance(event, MacpipeError):
                 raise event
+            unfinished -= isinstance(event, FinishEvent)
             yield event
-            if isinstance(event, FinishEvent):
-                return

@@ -14,16 +14,18 @@ import anyio
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
 from cluster.coordinator.epoch import Epoch, Opening, new_epoch
+from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.layout import Links, lay_out
 from cluster.coordinator.links import measured_links
-from cluster.coordinator.loop import LoopView, Totals
+from cluster.coordinator.loop import Totals
 from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import ServingState, Snapshot
 from cluster.coordinator.supply import Supply
+from cluster.coordinator.views import LoopView
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 from cluster.types import ModelShape, Plan, Request, WorkerFacts
@@ -32,12 +34,21 @@ from cluster.types import ModelShape, Plan, Request, WorkerFacts
 class Coordinator:
     """Lives on one event loop; its methods are called there. ``report`` is told of everything, whoever asked for it."""
 
-    def __init__(self, cluster: str, roster: Roster, dialer: Dialer, report: Report, store: Store) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        roster: Roster,
+        dialer: Dialer,
+        report: Report,
+        store: Store,
+        max_schema_bytes: int = MAX_SCHEMA_BYTES,
+    ) -> None:
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._started = time.monotonic()
         self._totals = Totals()
         self._reader = Reader(store)
         self._supply = Supply(store, roster)
+        self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
         self._epoch: Epoch | None = None
         self._heartbeat: asyncio.Task[None] | None = None
@@ -155,6 +166,15 @@ class Coordinator:
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
+    async def accept(self, request: Request, checkpoint: Checkpoint) -> Answer:
+        """``submit``, after making sure that the request's grammar can be enforced (see ``GrammarCheck``).
+
+        Raises ``InvalidGrammar`` with the compiler's reason, and what ``submit`` raises.
+        """
+        if request.sampling.grammar:
+            await self._grammars.check(request.sampling.grammar, checkpoint)
+        return self.submit(request, checkpoint)
+
     def submit(self, request: Request, checkpoint: Checkpoint) -> Answer:
         """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.
 
@@ -163,7 +183,7 @@ class Coordinator:
         epoch = self._serving()
         if epoch.checkpoint is not checkpoint:
             raise NotServing("another model was loaded while the prompt was read; send it again")
-        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")))
+        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")), request.samples)
         epoch.loop.submit(request, answer)
         return answer
 

@@ -155,7 +155,7 @@ class Opening:
         tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
         scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
         pace = Pace(checkpoint.shape, plan.stages, [w.profile for w in workers])
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, pace=pace)
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, pace=pace, parser=tokenizer.parser)
         inquest.tell(loop.fail)
 
         def connect() -> Ring:

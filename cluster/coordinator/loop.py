@@ -14,17 +14,27 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.occupancy import Occupancy
-from cluster.coordinator.pace import Pace, StagePace
+from cluster.coordinator.pace import Pace
 from cluster.coordinator.ring import Ring
+from cluster.coordinator.samples import Asked, requests_of
 from cluster.coordinator.tally import Tally
-from cluster.coordinator.text import Decoder, TextStream
-from cluster.errors import DeadlineExceeded, MacpipeError, NotServing, RequestNotFound, SlowReader, WorkerLost
+from cluster.coordinator.text import Decoder, Parser, Speech, plain
+from cluster.coordinator.views import LoopView, viewed
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MacpipeError,
+    NotServing,
+    RequestNotFound,
+    SlowReader,
+    WorkerLost,
+)
 from cluster.limits import FRAME_TIMEOUT_S
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.sequence import Phase, Sequence
 from cluster.types import Accepted, FinishEvent, FinishReason, Plan, Request, TokenEvent, Usage
 from cluster.wire.frame import decode, encode
 
@@ -37,38 +47,12 @@ Clock = Callable[[], float]
 class _Live:
     """What the loop keeps of a request beside the scheduler's own record."""
 
+    asked: Asked
     request: Request
-    answer: Answer
-    text: TextStream
+    sample: int
+    text: Speech
     tally: Tally
     accepted_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class RequestView:
-    """A live request as ``macpipe ps`` shows it."""
-
-    id: str
-    phase: Phase
-    prompt_tokens: int
-    prefilled_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    lane: int
-    age_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class LoopView:
-    """What the loop has under way. Bytes and shares have an entry a stage, ``lane_sizes`` one a lane."""
-
-    requests: tuple[RequestView, ...]
-    lane_sizes: tuple[int, ...]
-    reserved_bytes: tuple[int, ...]
-    prefix_bytes: tuple[int, ...]
-    prefixes: int
-    bubbles: tuple[float, ...]
-    pace: tuple[StagePace, ...] = ()
 
 
 @dataclass(slots=True)
@@ -93,8 +77,11 @@ class EngineLoop:
         broken: Callable[[MacpipeError], None],
         clock: Clock = time.monotonic,
         pace: Pace | None = None,
+        parser: Callable[[Parsing], Parser] = plain,
     ) -> None:
         self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
+        self._parser = parser
+        self._asked: dict[str, Asked] = {}
         # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
@@ -154,7 +141,7 @@ class EngineLoop:
     def _view(self) -> LoopView:
         scheduler, now = self._scheduler, self._clock()
         requests = (
-            _viewed(s, now - live.accepted_at) for s in scheduler.sequences if (live := self._live.get(s.request.id))
+            viewed(s, now - live.accepted_at) for s in scheduler.sequences if (live := self._live.get(s.request.id))
         )
         return LoopView(
             requests=tuple(requests),
@@ -214,27 +201,38 @@ class EngineLoop:
         if self._over:
             answer.put(NotServing(f"the model is not being served: {self._over.sentence}"))
             return
+        samples, asked = requests_of(request), Asked(request, answer)
         try:
-            self._scheduler.submit(request)
+            if request.id in self._asked:
+                raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
+            self._scheduler.submit(*samples)
         except MacpipeError as e:
             answer.put(e)
             return
         self._flush()
         now = self._clock()
-        text = TextStream(self._decoder(), request.stop)
-        self._live[request.id] = _Live(request, answer, text, Tally(now, self._plan.stages), now)
+        self._asked[request.id] = asked
+        for i, sample in enumerate(samples):
+            asked.live.add(sample.id)
+            text = Speech(request, self._decoder(), self._parser)
+            self._live[sample.id] = _Live(asked, sample, i, text, Tally(now, self._plan.stages), now)
         answer.put(Accepted())
 
     def _end(self, request_id: str, error: MacpipeError) -> bool:
-        live = self._live.pop(request_id, None)
-        if live is None:
+        """End a request, by its own id or one of its samples', with all of its samples."""
+        live = self._live.get(request_id)
+        asked = live.asked if live else self._asked.get(request_id)
+        if asked is None:
             return False
-        try:
-            self._scheduler.end(request_id)
-        except RequestNotFound:
-            log.debug("request %s had left the schedule", request_id)
+        del self._asked[asked.request.id]
+        for sample in sorted(asked.live):
+            del self._live[sample]
+            try:
+                self._scheduler.end(sample)
+            except RequestNotFound:
+                log.debug("request %s had left the schedule", sample)
         self._flush()
-        live.answer.put(error)
+        asked.answer.put(error)
         return True
 
     def _returned(self, message: bytes) -> None:
@@ -279,10 +277,18 @@ class EngineLoop:
         finish = produced.finish
         if produced.counts:
             self._totals.tokens += 1
-            text = live.text.add(produced.sample.token)
-            sample = produced.sample
-            event = TokenEvent(produced.index, sample.token, text, sample.logprob, sample.top)
-            if not live.answer.put(event):
+            said, sample = live.text.add(produced.sample.token), produced.sample
+            event = TokenEvent(
+                produced.index,
+                sample.token,
+                said.text,
+                sample.logprob,
+                sample.top,
+                reasoning=said.reasoning,
+                calls=said.calls,
+                sample=live.sample,
+            )
+            if not live.asked.answer.put(event):
                 self._end(live.request.id, SlowReader("the client did not read its tokens, so the answer was ended"))
                 return
         if live.text.stopped and finish is not FinishReason.STOP:
@@ -302,13 +308,16 @@ class EngineLoop:
         self._flush()
 
     def _finish(self, live: _Live, reason: FinishReason, usage: Usage) -> None:
+        rest, reason = live.text.finish(reason)
         del self._live[live.request.id]
+        live.asked.live.remove(live.request.id)
+        if not live.asked.live:
+            del self._asked[live.asked.request.id]
         self._totals.finished += 1
-        rest = live.text.flush()
-        if live.text.stopped:
-            reason = FinishReason.STOP
-        tally = live.tally
-        live.answer.put(FinishEvent(reason, rest, usage, tally.ttft_ms, tally.tpot_ms, tally.figures()))
+        ttft, tpot, figures = live.tally.ttft_ms, live.tally.tpot_ms, live.tally.figures()
+        live.asked.answer.put(
+            FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, live.sample)
+        )
 
     def _suspect(self, cause: MacpipeError) -> None:
         """The ring is lost: stop, and have the cause looked into."""
@@ -324,23 +333,11 @@ class EngineLoop:
             return
         self._over = error
         self._close_ring()
-        for live in self._live.values():
-            live.answer.put(error)
+        for asked in self._asked.values():
+            asked.answer.put(error)
+        self._asked.clear()
         self._live.clear()
 
     def _close_ring(self) -> None:
         if self._ring:
             self._ring.close()
-
-
-def _viewed(s: Sequence, age_s: float) -> RequestView:
-    return RequestView(
-        id=s.request.id,
-        phase=s.phase,
-        prompt_tokens=len(s.request.prompt),
-        prefilled_tokens=s.prefilled,
-        cached_tokens=s.cached,
-        completion_tokens=s.produced,
-        lane=s.lane,
-        age_s=age_s,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_STEP_MS
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.profiles import Objective
 from cluster.types import LayerRange, Route
 
@@ -35,6 +35,7 @@ class ServeSettings:
     default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
     stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4
     quantises caches; 0 leaves them as they are. ``home`` is the folder where parts of models are kept.
+    ``max_schema_bytes`` bounds the grammar of one answer.
     """
 
     model: str
@@ -52,6 +53,7 @@ class ServeSettings:
     max_step_ms: float = MAX_STEP_MS
     kv_bits: int = 0
     objective: Objective = Objective.LATENCY
+    max_schema_bytes: int = MAX_SCHEMA_BYTES
 
     @property
     def order(self) -> LoadOrder:

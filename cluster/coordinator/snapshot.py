@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.coordinator.loop import LoopView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
+from cluster.coordinator.views import LoopView
 from cluster.types import Plan
 
 

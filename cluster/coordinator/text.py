@@ -1,8 +1,16 @@
-"""Text of an answer from its tokens: whole characters only, and nothing that could still become a stop string."""
+"""Text of an answer from its tokens: whole characters only, and nothing that could still become a stop string.
+
+Where the answer is parsed, its reasoning and calls of tools are told from its content.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+from cluster.chat import Parsing
+from cluster.model.parsing import Parsed
+from cluster.types import FinishReason, Request
 
 
 class Decoder(Protocol):
@@ -11,6 +19,61 @@ class Decoder(Protocol):
     def add(self, token: int) -> str: ...
 
     def flush(self) -> str: ...
+
+
+class Parser(Protocol):
+    """Text in, what it turned out to be out. ``called``: there was a call of a tool in it."""
+
+    @property
+    def called(self) -> bool: ...
+
+    def add(self, text: str) -> Parsed: ...
+
+    def flush(self, *, whole: bool) -> Parsed: ...
+
+
+class Plain:
+    """The parser of answers that are not parsed: all is content."""
+
+    called = False
+
+    def add(self, text: str) -> Parsed:
+        return Parsed(text=text)
+
+    def flush(self, *, whole: bool) -> Parsed:
+        return Parsed()
+
+
+def plain(parsing: Parsing) -> Parser:
+    """What makes a ``Plain``, whatever is asked for."""
+    return Plain()
+
+
+class Speech:
+    """What one answer says, from its tokens."""
+
+    def __init__(self, request: Request, decoder: Decoder, parser: Callable[[Parsing], Parser]) -> None:
+        self._text = TextStream(decoder, request.stop)
+        self._parser: Parser = Plain() if request.parsing is None else parser(request.parsing)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has appeared: nothing more is said."""
+        return self._text.stopped
+
+    def add(self, token: int) -> Parsed:
+        """What became certain with this token."""
+        return self._parser.add(self._text.add(token))
+
+    def finish(self, reason: FinishReason) -> tuple[Parsed, FinishReason]:
+        """What was held back, and why the answer is over, of which ``reason`` is what the schedule knows."""
+        rest = self._parser.add(self._text.flush())
+        if self.stopped:
+            reason = FinishReason.STOP
+        last = self._parser.flush(whole=reason is FinishReason.STOP and not self.stopped)
+        if self._parser.called and reason is FinishReason.STOP:
+            reason = FinishReason.TOOL_CALLS
+        return Parsed(rest.reasoning + last.reasoning, rest.text + last.text, rest.calls + last.calls), reason
 
 
 class TextStream:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from cluster.errors import StageFailed
+from cluster.errors import MacpipeError, StageFailed
 from cluster.frames import Sample, SequenceFailure
 from cluster.model.sampling import Picked, greedy
 from cluster.model.sequences import LiveSequence
@@ -33,11 +33,20 @@ class Picks:
         flat = logits[:, length - sampled :, :].reshape(len(self._asked), vocabulary)
         self._plain = [i for i, (live, _) in enumerate(self._asked) if live.sampler.plain]
         self._shared = greedy(_rows(flat, self._plain)) if self._plain else None
+        self._failures: dict[int, SequenceFailure] = {}
         self._own = {
-            i: live.sampler.pick(flat[i : i + 1], live.tokens, at)
+            i: picked
             for i, (live, at) in enumerate(self._asked)
-            if not live.sampler.plain
+            if not live.sampler.plain and (picked := self._pick(live, flat[i : i + 1], at, guessed=sampled > 1))
         }
+
+    def _pick(self, live: LiveSequence, logits: mx.array, at: int, *, guessed: bool) -> Picked | None:
+        """None, and a failure of this sequence alone, where its grammar cannot be followed."""
+        try:
+            return live.sampler.pick(logits, live.tokens, at, guessed=guessed)
+        except MacpipeError as error:
+            self._failures.setdefault(live.id, SequenceFailure(live.id, error.reason, error.sentence))
+            return None
 
     def arrays(self) -> list[mx.array]:
         shared = [] if self._shared is None else self._shared.arrays()
@@ -47,14 +56,17 @@ class Picks:
         """The samples, row by row, and a failure for each sequence that has an output which is not finite."""
         shared = dict(zip(self._plain, _pairs(self._shared), strict=True))
         samples: list[Sample] = []
-        failures: dict[int, SequenceFailure] = {}
+        failures = dict(self._failures)
         for i, (live, at) in enumerate(self._asked):
+            if live.id in failures:
+                continue
             token, norm = shared[i] if i in shared else _pairs(self._own[i])[0]
             if not isfinite(norm):
-                failures.setdefault(live.id, _failure(live.id, at))
+                failures[live.id] = _failure(live.id, at)
             else:
                 logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
-                samples.append(Sample(live.id, at, token, logprob, top))
+                final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
+                samples.append(Sample(live.id, at, token, logprob, top, final))
         return tuple(s for s in samples if s.sequence not in failures), tuple(failures.values())
 
 

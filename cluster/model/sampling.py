@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
 
+from cluster.errors import InvalidGrammar, StageFailed
+from cluster.grammar import Grammar
+from cluster.model.grammars import Constraint, Grammars
 from cluster.types import SamplingParams, TopLogprob
 
 __all__ = ["Picked", "Sampler", "draw_key", "greedy"]
@@ -59,8 +62,16 @@ def greedy(logits: mx.array) -> Picked:
 class Sampler:
     """How one sequence's tokens are picked. ``vocabulary`` is the number of logits."""
 
-    def __init__(self, params: SamplingParams, prompt_length: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_length: int,
+        vocabulary: int,
+        grammars: Callable[[], Grammars] | None = None,
+    ) -> None:
         self.params = params
+        self._prompt_length, self._grammars = prompt_length, grammars
+        self._constraint: Constraint | None = None
         self._vocabulary = vocabulary
         self._bias = _columns(params.logit_bias)
         self._seen = _Counts(vocabulary, 0) if params.repetition_penalty != 1.0 else None
@@ -72,21 +83,38 @@ class Sampler:
         """Whether nothing but the most probable token is asked for: then ``greedy`` does."""
         p = self.params
         adjusted = self._bias is not None or self._seen is not None or self._answer is not None
-        return p.temperature < COLDEST and not adjusted and not p.logprobs
+        return p.temperature < COLDEST and not adjusted and not p.logprobs and not self.bound
+
+    @property
+    def bound(self) -> bool:
+        """Whether a grammar rules tokens out."""
+        return self.params.grammar is not None
 
     def forget(self) -> None:
         """The tokens before are no longer what they were (a trim, a restored prefix): count them anew."""
         for counts in (self._seen, self._answer):
             if counts is not None:
                 counts.reset()
+        if self._constraint is not None:
+            self._constraint.forget()
 
-    def pick(self, logits: mx.array, tokens: Sequence[int], position: int) -> Picked:
-        """Pick the token at ``position`` from ``logits`` [1, vocabulary], after ``tokens[:position]``; lazily."""
+    def pick(self, logits: mx.array, tokens: Sequence[int], position: int, *, guessed: bool = False) -> Picked:
+        """Pick the token at ``position`` from ``logits`` [1, vocabulary], after ``tokens[:position]``; lazily.
+
+        ``guessed``: some of the tokens may be taken back, so those that a grammar does not allow are no error. Raises
+        InvalidGrammar and StageFailed where a grammar cannot be followed.
+        """
         logits = self._adjust(logits, tokens, position)
+        if self.params.grammar is not None:
+            logits = self._masked(logits, self._bind(self.params.grammar), tokens, position, guessed)
         norm = mx.logsumexp(logits, keepdims=True)
         logprobs = logits - norm
         token = self._draw(logprobs, position)
         return Picked(token, norm, logprobs.squeeze(0) if self.params.logprobs else None)
+
+    def completes(self, tokens: Sequence[int], token: int) -> bool:
+        """Whether ``token``, picked after all of ``tokens``, completes the grammar so that only an end can follow."""
+        return self._constraint is not None and self._constraint.completed(tokens, token)
 
     def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
         """The picked token's log-probability and the best alternatives, where they were asked for."""
@@ -94,6 +122,22 @@ class Sampler:
             return None, ()
         own: Any = picked.logprobs[picked.token.item()].item()
         return own, _best(picked.logprobs, self.params.top_logprobs)
+
+    def _bind(self, grammar: Grammar) -> Constraint:
+        if self._constraint is None:
+            if self._grammars is None:
+                raise InvalidGrammar("this stage has no tokenizer to bind answers with")
+            self._constraint = self._grammars().constraint(grammar, self._prompt_length)
+        return self._constraint
+
+    def _masked(
+        self, logits: mx.array, constraint: Constraint, tokens: Sequence[int], position: int, guessed: bool
+    ) -> mx.array:
+        """After bias and penalties, so that nothing brings back what the grammar rules out."""
+        allowed = constraint.allowed(tokens, position, self._vocabulary)
+        if allowed is None and not guessed:
+            raise StageFailed(f"the answer up to position {position} is none that its grammar allows")
+        return logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _adjust(self, logits: mx.array, tokens: Sequence[int], position: int) -> mx.array:
         """Bias, then penalties, in mlx-lm's order."""
@@ -171,7 +215,7 @@ def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[mx.array, mx.array] 
 
 
 def _best(logprobs: mx.array, count: int) -> tuple[TopLogprob, ...]:
-    """The ``count`` most probable tokens, ties by token id."""
+    """The ``count`` most probable tokens, ties by token id; fewer where a grammar leaves fewer."""
     if count <= 0:
         return ()
     size = logprobs.shape[-1]
@@ -179,4 +223,5 @@ def _best(logprobs: mx.array, count: int) -> tuple[TopLogprob, ...]:
     ids: Any = best.tolist()
     values: Any = logprobs[best].tolist()
     pairs = zip(ids, values, strict=True)
-    return tuple(TopLogprob(token, value) for token, value in sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+    ordered = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+    return tuple(TopLogprob(token, value) for token, value in ordered if math.isfinite(value))

@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 from cluster.errors import BadFrame
 from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
 from cluster.model.caches import HeldCaches, SequenceCaches
+from cluster.model.grammars import Grammars
 from cluster.model.lanes import Lanes
 from cluster.model.sampling import Sampler
 
@@ -47,11 +48,20 @@ class Prefix:
 
 
 class SequenceTable:
-    """Live sequences and prefixes by id. ``vocabulary`` bounds the ids that a logit bias may name."""
+    """Live sequences and prefixes by id. ``vocabulary`` bounds the ids that a logit bias may name.
 
-    def __init__(self, new_caches: Callable[[], SequenceCaches], vocabulary: int) -> None:
+    ``grammars`` gives the compiler for those that are bound to a grammar; only a stage that samples needs one.
+    """
+
+    def __init__(
+        self,
+        new_caches: Callable[[], SequenceCaches],
+        vocabulary: int,
+        grammars: Callable[[], Grammars] | None = None,
+    ) -> None:
         self._new_caches = new_caches
         self._vocabulary = vocabulary
+        self._grammars = grammars
         self._live: dict[int, LiveSequence] = {}
         self._lanes = Lanes()
         self._prefixes: dict[int, Prefix] = {}
@@ -133,7 +143,7 @@ class SequenceTable:
         outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
         if outside:
             raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens")
-        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary)
+        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary, self._grammars)
         self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
         self._lanes.put(edit.sequence, self._new_caches())
 

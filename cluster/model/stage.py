@@ -16,11 +16,13 @@ import mlx.core as mx
 
 from cluster.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
+from cluster.model.grammars import Grammars
 from cluster.model.loading import load_slice
 from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
+from cluster.model.tokenizer import late_grammars
 from cluster.types import LayerRange, StageSpec
 
 __all__ = ["Stage", "load_stage"]
@@ -44,21 +46,30 @@ def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
     NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
-    return Stage(spec, *load_slice(spec, path, progress))
+    grammars = late_grammars(path) if spec.last else None
+    return Stage(spec, *load_slice(spec, path, progress), grammars)
 
 
 class Stage:
     """A loaded stage. Not thread-safe: only the thread that loaded it may use it.
 
-    ``weight_bytes`` is what its weights take.
+    ``weight_bytes`` is what its weights take. ``grammars`` gives the last stage what it binds answers with.
     """
 
-    def __init__(self, spec: StageSpec, part: ModelSlice, vocabulary: int, weight_bytes: int) -> None:
+    def __init__(
+        self,
+        spec: StageSpec,
+        part: ModelSlice,
+        vocabulary: int,
+        weight_bytes: int,
+        grammars: Callable[[], Grammars] | None = None,
+    ) -> None:
         self.spec = spec
+        self._grammars = grammars
         self.weight_bytes = weight_bytes
         self._slice: ModelSlice | None = part
         self._vocabulary = vocabulary
-        self._table = SequenceTable(part.new_caches, vocabulary)
+        self._table = SequenceTable(part.new_caches, vocabulary, grammars)
         self._steps = 0
 
     @property
@@ -96,7 +107,7 @@ class Stage:
         if _held(spec) != _held(self.spec):
             raise StaleEpoch(f"this stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew")
         self.spec = spec
-        self._table = SequenceTable(self._loaded().new_caches, self._vocabulary)
+        self._table = SequenceTable(self._loaded().new_caches, self._vocabulary, self._grammars)
         mx.clear_cache()
 
     def step(self, frame: Frame) -> Frame:
@@ -193,6 +204,8 @@ class Stage:
         if step.compute is Compute.PREFILL:
             mx.eval(states)
             return _Result()
+        if any(live.sampler.bound for live in rows):
+            mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # so that the model computes meanwhile
         picks = Picks(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
         mx.eval(picks.arrays(), states)
         samples, failures = picks.results()

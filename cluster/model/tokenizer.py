@@ -6,20 +6,31 @@ It never runs code that comes with a model. It knows nothing of models' weights,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config
 from mlx_lm.utils import load_tokenizer as load_wrapper
 
-from cluster.errors import BadCheckpoint, InvalidRequest
+from cluster.chat import ChatOptions, Parsing
+from cluster.errors import BadCheckpoint
+from cluster.grammar import Grammar
+from cluster.model.calling import calling_grammar
+from cluster.model.grammars import Grammars
+from cluster.model.marks import Marks
+from cluster.model.parsing import AnswerParser
+from cluster.model.template import ChatTemplate
 from cluster.types import ChatMessage
 
-__all__ = ["TextDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["TextDecoder", "Tokenizer", "late_grammars", "load_tokenizer"]
 
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 """Files one of which every tokenizer has."""
+PLAIN: Final = ChatOptions()
 REPLACEMENT: Final = "\ufffd"
 
 
@@ -34,6 +45,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # transformers raises whatever a damaged or unknown tokenizer makes it raise
         raise _unusable(path, error) from error
     return Tokenizer(wrapper)
+
+
+def late_grammars(path: Path) -> Callable[[], Grammars]:
+    """The compiler for the tokenizer in ``path``, being made in a thread from now on; a call waits for it.
+
+    A call raises what making it raised: BadCheckpoint or InvalidGrammar.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    made = pool.submit(lambda: load_tokenizer(path).grammars())
+    pool.shutdown(wait=False)
+    return made.result
 
 
 def _unusable(path: Path, error: Exception) -> BadCheckpoint:
@@ -62,30 +84,52 @@ class Tokenizer:
         self._wrapper = wrapper
         self.eos: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.vocab_size: int = len(wrapper)
+        self._marks = Marks(wrapper)
+        self._template = ChatTemplate(wrapper, self._marks)
+        self._grammars: Grammars | None = None
+        self._lock = Lock()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of ``text``, with what the tokenizer puts around a text (a BOS) unless told not to."""
         return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
 
-    def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> tuple[int, ...]:
         """Token ids of the messages in the model's own template, up to where the answer begins.
 
-        Raises InvalidRequest for a model without a template, and for messages that the template refuses.
+        Raises InvalidRequest for a model without a template, for messages that the template refuses, and naming the
+        option that it does not know (``tools``, ``enable_thinking``, ``reasoning_effort``, ``chat_template_kwargs``).
         """
-        if not self._wrapper.has_chat_template:
-            raise InvalidRequest(
-                "this model has no chat template; send it raw text instead (completions, or generate --raw)",
-                field="messages",
-            )
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return tuple(self._templated(plain))
-        except Exception as error:  # a template is a program of the model's: it can raise anything
-            raise InvalidRequest(f"the model's chat template refused them: {error}", field="messages") from error
+        return self._template.render(messages, options)
 
-    def _templated(self, messages: list[dict[str, str]]) -> list[int]:
-        ids: list[int] = self._wrapper.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-untyped-call]
-        return ids
+    def parsing(self, prompt: Sequence[int], options: ChatOptions = PLAIN) -> Parsing:
+        """What an answer to ``prompt``, which ``chat`` made with the same options, is to be parsed for."""
+        return Parsing(options.offered, self._marks.opens_reasoning(prompt))
+
+    def calling(self, options: ChatOptions) -> Grammar | None:
+        """The grammar of an answer that must call a tool, in the model's own format; None where it need not.
+
+        Raises InvalidRequest where the tool is none of those given, or the model's format is not one that we can write.
+        """
+        return calling_grammar(options, self._marks)
+
+    def bound(self, grammar: Grammar, parsing: Parsing) -> Grammar:
+        """``grammar`` for an answer that begins inside the reasoning: it binds what comes after that."""
+        return replace(grammar, free_until=self._marks.reasoning_end) if parsing.thinking else grammar
+
+    def parser(self, parsing: Parsing) -> AnswerParser:
+        """A parser for one answer's text; see there."""
+        return AnswerParser(self._marks, parsing)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile ``grammar`` and forget it; in a thread, since it can take a second. Raises InvalidGrammar."""
+        self.grammars().check(grammar)
+
+    def grammars(self) -> Grammars:
+        """The compiler for this vocabulary, made at the first call (about 1 s). Raises InvalidGrammar: none can be."""
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self._wrapper, self.eos)
+            return self._grammars
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, special tokens as they are written."""

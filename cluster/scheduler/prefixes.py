@@ -70,6 +70,11 @@ class Prefixes:
             dropped += [self._drop(entry) for entry in tree.beginnings(tokens)]
         return self._made, dropped
 
+    def passing(self) -> int:
+        """An id for a prefix that is dropped in the frame in which it is saved: it takes no memory of its own."""
+        self._made += 1
+        return self._made
+
     def shrink_to(self, room: Cost) -> list[int]:
         """Drop the least recently used until no stage holds more than ``room``; the ids that went."""
         dropped = []

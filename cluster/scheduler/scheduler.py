@@ -21,6 +21,7 @@ from cluster.scheduler.memory import Cost, fits, lane_cost, total
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.pacing import Pacing
 from cluster.scheduler.prefixes import Prefixes
+from cluster.scheduler.samples import copies, first_load
 from cluster.scheduler.sequence import Phase, Sequence
 from cluster.scheduler.waiting import Waiting
 from cluster.types import FinishReason, Request
@@ -81,23 +82,29 @@ class Scheduler:
 
     # What can happen
 
-    def submit(self, request: Request) -> None:
-        """Accept a request. Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit,
-        ``InvalidRequest`` for an id that is taken.
+    def submit(self, *requests: Request) -> None:
+        """Accept requests, all or none. Several are samples of one prompt, which the first of them prefills for all.
+
+        Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit, ``InvalidRequest`` for an
+        id that is taken.
         """
-        if request.id in self._by_request:
-            raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-        if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
-            raise PromptTooLong(why, field="max_tokens")
-        if self._waiting.full:
+        for request in requests:
+            if request.id in self._by_request:
+                raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
+            if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
+                raise PromptTooLong(why, field="max_tokens")
+        if not self._waiting.has_room(len(requests)):
             raise Busy(
                 f"{len(self._lanes)} requests are being answered and {len(self._waiting)} wait; try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
-        self._sequences_seen += 1
-        sequence = Sequence(request, self._sequences_seen)
-        self._by_request[request.id] = sequence
-        self._waiting.add(sequence)
+        leader: Sequence | None = None
+        for request in requests:
+            self._sequences_seen += 1
+            sequence = Sequence(request, self._sequences_seen, leader=leader)
+            leader = leader or sequence
+            self._by_request[request.id] = sequence
+            self._waiting.add(sequence)
         self._admit()
 
     def end(self, request_id: str) -> Sequence:
@@ -131,7 +138,7 @@ class Scheduler:
     def next_frames(self, now: float) -> list[Frame]:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
-        frames = self._decodes(now)
+        frames = [*self._heavy_edits(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
@@ -170,7 +177,9 @@ class Scheduler:
         return True
 
     def _join(self, sequence: Sequence) -> None:
-        request = sequence.request
+        if sequence.follows:
+            return
+        request, sequence.joined = sequence.request, True
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
         if match := self._prefixes.find(request.client, request.prompt):
             self._edits.append(Restore(sequence.id, match.entry))
@@ -178,8 +187,29 @@ class Scheduler:
                 self._edits.append(Trim(sequence.id, match.length))
             sequence.fed.extend(request.prompt[: match.length])
             sequence.cached = sequence.prefilled = match.length
-        if not sequence.unsent:
-            sequence.next_token = request.prompt[-1]
+        self._prompted(sequence)
+
+    def _prompted(self, leader: Sequence) -> None:
+        """Once all of a prompt is on its way, its decode may follow, and other samples of it start from a copy."""
+        if leader.unsent:
+            return
+        leader.next_token = leader.request.prompt[-1]
+        followers = [s for s in self._lanes if s.leader is leader and not s.joined]
+        if followers:
+            self._edits += copies(leader, followers, self._prefixes.passing())
+        if leader.request.samples > 1 and any(s.leader is leader for s in self._waiting):
+            self._keep(leader)
+
+    def _hand_over(self, leader: Sequence) -> None:
+        """A sample has gone: the next one that still waits for its prompt prefills it for the others."""
+        heirs = [s for s in self._by_request.values() if s.leader is leader and not s.joined]
+        if not heirs:
+            return
+        heir, heirs[0].leader = heirs[0], None
+        for other in heirs[1:]:
+            other.leader = heir
+        if heir.phase is not Phase.QUEUED:
+            self._join(heir)
 
     def _remove(self, sequence: Sequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
@@ -190,7 +220,10 @@ class Scheduler:
             self._lanes.leave(sequence)
             if keep:
                 self._keep(sequence)
-            self._edits.append(Leave(sequence.id))
+            if sequence.joined:
+                self._edits.append(Leave(sequence.id))
+        if sequence.request.samples > 1:
+            self._hand_over(sequence)
         self._admit()
 
     def _keep(self, sequence: Sequence) -> None:
@@ -229,11 +262,21 @@ class Scheduler:
             sequence.produced += 1
             sequence.next_token = sample.token
             finish = FinishReason.LENGTH if sequence.produced >= request.max_tokens else None
+            finish = FinishReason.STOP if sample.final else finish
         if finish:
             self._remove(sequence, keep=True)
         return Produced(request.id, index, sample, finish, not ended, sequence.cached)
 
     # Frames
+
+    def _heavy_edits(self, now: float) -> list[Frame]:
+        """Frames of edits alone, as long as the grammars of those that wait are too long for one frame's header."""
+        frames = []
+        while count := first_load(self._edits):
+            rest, self._edits = self._edits[count:], self._edits[:count]
+            frames.append(self._write(-1, (), 0, None, now))
+            self._edits = rest
+        return frames
 
     def _decodes(self, now: float) -> list[Frame]:
         return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
@@ -252,7 +295,9 @@ class Scheduler:
 
     def _neediest(self) -> Sequence | None:
         """The sequence whose prompt has gone out least: several prompts share prefill by turns."""
-        return min((s for s in self._lanes if s.unsent), key=lambda s: (len(s.fed) - s.cached, s.id), default=None)
+        return min(
+            (s for s in self._lanes if s.unsent and s.joined), key=lambda s: (len(s.fed) - s.cached, s.id), default=None
+        )
 
     def _prefillable(self) -> Sequence | None:
         """Whose prompt goes on, unless a decoding lane is to go first: one chunk at most between two steps."""
@@ -274,10 +319,10 @@ class Scheduler:
         count = min(self._pacing.chunk(whole, others_decode=others), sequence.unsent)
         tokens = sequence.request.prompt[start : start + count]
         sequence.fed.extend(tokens)
-        if not sequence.unsent:
-            sequence.next_token = sequence.request.prompt[-1]
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
-        return self._write(sequence.lane, step.sequences, count, step, now)
+        frame = self._write(sequence.lane, step.sequences, count, step, now)
+        self._prompted(sequence)
+        return frame
 
     def _write(self, lane: int, sequences: tuple[int, ...], prefills: int, step: Step | None, now: float) -> Frame:
         number = self._frames_written

@@ -34,6 +34,10 @@ class Sequence:
     """When it began to decode, among all sequences; 0 before."""
     fed: list[int] = field(default_factory=list)
     """Every token in a frame that was written, those of a restored prefix too."""
+    leader: Sequence | None = None
+    """Another sample of the same prompt, which prefills it for this one."""
+    joined: bool = False
+    """The stages have been told of it."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while one is under way."""
 
@@ -46,6 +50,11 @@ class Sequence:
     @property
     def prefill_length(self) -> int:
         return len(self.request.prompt) - 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether it waits for its leader's prompt, to start from a copy of it."""
+        return self.leader is not None and self.leader.unsent > 0
 
     @property
     def unsent(self) -> int:

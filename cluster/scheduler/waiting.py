@@ -29,9 +29,8 @@ class Waiting:
         """All of them, in order of arrival."""
         return iter(sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id))
 
-    @property
-    def full(self) -> bool:
-        return len(self) >= self._most
+    def has_room(self, count: int) -> bool:
+        return len(self) + count <= self._most
 
     def add(self, sequence: Sequence) -> None:
         client = sequence.request.client

@@ -7,7 +7,8 @@ from typing import Any
 
 from cluster.errors import BadFrame
 from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
-from cluster.limits import MAX_LOGIT_BIAS
+from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import MAX_LOGIT_BIAS, MAX_MARK_TOKENS
 from cluster.types import SamplingParams
 from cluster.wire.fields import Fields
 
@@ -17,6 +18,7 @@ _PLAIN: dict[int, tuple[Callable[..., Edit], int]] = {
 }  # fmt: skip
 """Edits whose fields are all whole numbers: code to type and number of fields."""
 
+_GRAMMARS = frozenset(kind.value for kind in GrammarKind)
 _CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
 
 
@@ -53,11 +55,12 @@ def _pack_sampling(p: SamplingParams) -> list[Any]:
         p.seed,
         p.logprobs,
         p.top_logprobs,
+        None if (g := p.grammar) is None else (g.kind.value, g.source, g.free_until),
     ]
 
 
 def _unpack_sampling(value: Any) -> SamplingParams:
-    f = Fields(value, "sampling", 11)
+    f = Fields(value, "sampling", 12)
     bias = [Fields(row, "bias", 2) for row in f.rows(7, MAX_LOGIT_BIAS)]
     return SamplingParams(
         temperature=f.number(0),
@@ -71,4 +74,14 @@ def _unpack_sampling(value: Any) -> SamplingParams:
         seed=f.seed(8),
         logprobs=f.flag(9),
         top_logprobs=f.count(10),
+        grammar=_unpack_grammar(f.optional_list(11)),
     )
+
+
+def _unpack_grammar(value: list[Any] | None) -> Grammar | None:
+    if value is None:
+        return None
+    f = Fields(value, "grammar", 3)
+    if f.text(0) not in _GRAMMARS:
+        raise BadFrame(f"a grammar of unknown kind {f.text(0)[:32]!r}")
+    return Grammar(GrammarKind(f.text(0)), f.text(1), f.counts(2, MAX_MARK_TOKENS))

@@ -32,7 +32,7 @@ from cluster.types import StageTiming, TopLogprob
 from cluster.wire.edits import pack_edit, unpack_edit
 from cluster.wire.fields import Fields, packed_ids, unpacked_ids
 
-VERSION = 3
+VERSION = 4
 _PREFIX = struct.Struct("<I")
 _FIELDS = 12
 
@@ -177,16 +177,15 @@ def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
 
 
 def _pack_sample(s: Sample) -> tuple[Any, ...]:
-    return s.sequence, s.position, s.token, s.logprob, [(t.token, t.logprob) for t in s.top]
+    return s.sequence, s.position, s.token, s.logprob, [(t.token, t.logprob) for t in s.top], s.final
 
 
 def _unpack_sample(value: Any) -> Sample:
-    f = Fields(value, "sample", 5)
+    f = Fields(value, "sample", 6)
     logprob = None if value[3] is None else f.number(3)
     top = [Fields(row, "alternative", 2) for row in f.rows(4, MAX_TOP_LOGPROBS)]
-    return Sample(
-        f.count(0), f.count(1), f.count(2), logprob, tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
-    )
+    alternatives = tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
+    return Sample(f.count(0), f.count(1), f.count(2), logprob, alternatives, f.flag(5))
 
 
 def _unpack_failure(value: list[Any] | None) -> Failure | None:

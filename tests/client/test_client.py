@@ -132,7 +132,7 @@ def test_messages_have_three_forms(ask: Ask, coordinator: Coordinator) -> None:
         ("generate", ["x" * (17 << 20)], {}, "prompt"),
         ("chat", ["Hi"], {}, "messages"),
         ("chat", [[{"role": "user"}]], {}, "messages[0]"),
-        ("chat", [[{"role": "user", "content": "x", "name": "y"}]], {}, "messages[0]"),
+        ("chat", [[{"role": "user", "content": "x", "shoe": "y"}]], {}, "messages[0]"),
         ("chat", [[("user", None)]], {}, "messages[0].content"),
         ("load", ["faq"], {"route": "pigeon"}, "route"),
         ("load", ["faq"], {"workers": -1}, "workers"),

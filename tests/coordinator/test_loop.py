@@ -257,3 +257,27 @@ def test_stopping_ends_what_is_live() -> None:
         assert not bench.failures
 
     run(body)
+
+
+def test_samples_end_each_by_itself_and_fail_together() -> None:
+    async def body(bench: Bench) -> None:
+        answer = Answer(samples=3)
+        bench.loop.submit(Request("a", (1,), SamplingParams(), 3, samples=3), answer)
+        said: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        ends = []
+        async with asyncio.timeout(5):
+            async for event in answer.events():
+                if isinstance(event, TokenEvent):
+                    said[event.sample].append(event.token)
+                elif isinstance(event, FinishEvent):
+                    ends.append(event.sample)
+        assert said == {i: [2, 3, 4] for i in range(3)}
+        assert sorted(ends) == [0, 1, 2]
+        endless = Answer(samples=2)
+        bench.loop.submit(Request("b", (1,), SamplingParams(), 10_000, samples=2), endless)
+        assert await asyncio.wrap_future(bench.loop.end("b#1", Aborted("enough")))
+        with pytest.raises(Aborted, match="enough"):
+            await read(endless)
+        await bench.emptied()
+
+    run(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
+from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import MAX_JOINED_BYTES
 from cluster.scheduler.outcome import Failed, Produced
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase
@@ -266,6 +269,77 @@ def test_a_lost_frame_is_noticed_by_the_next_that_cannot_have_overtaken_it() -> 
         scheduler.returned(stages.give())
 
 
+def samples(name: str, count: int, prompt: int = 21, max_tokens: int = 4) -> list[Request]:
+    one = request(name, prompt, max_tokens, samples=count)
+    return [replace(one, id=f"{name}#{i}") for i in range(count)]
+
+
+@pytest.mark.parametrize("trimmable", [True, False])
+@pytest.mark.parametrize(("rows", "prefixes"), [(4, 0), (1, 500)])
+def test_samples_of_one_prompt_prefill_it_once(trimmable: bool, rows: int, prefixes: int) -> None:
+    plan = capacity(lanes=2, rows=rows, prefixes=prefixes, trimmable=trimmable)
+    scheduler, stages = Scheduler(1, plan, frozenset()), Stages(trimmable)
+    scheduler.submit(*samples("a", 5))
+    read = 0
+    said: dict[str, list[int]] = defaultdict(list)
+    stages.take(frames := scheduler.next_frames(0.0))
+    while stages.frames:
+        read += sum(len(f.step.tokens[0]) for f in frames if f.step and f.step.compute is Compute.PREFILL)
+        for event in scheduler.returned(stages.give()).events:
+            assert isinstance(event, Produced)
+            said[event.request_id].append(event.sample.token)
+        stages.take(frames := scheduler.next_frames(0.0))
+    assert read == 20
+    assert dict(said) == {f"a#{i}": continuation(tuple(range(1, 22)), 4) for i in range(5)}
+    assert stages.fed == {}
+    assert len(stages.prefixes) == len(scheduler.prefixes)
+
+
+def test_the_next_sample_prefills_where_the_first_has_gone() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2, window=1), frozenset()), Stages()
+    scheduler.submit(*samples("a", 3))
+    stages.take(frames := scheduler.next_frames(0.0))
+    assert [type(e) for e in frames[0].edits] == [Join]
+    scheduler.end("a#0")
+    said = run_dry(scheduler, stages)
+    assert dict(said) == {f"a#{i}": continuation(tuple(range(1, 22)), 4) for i in (1, 2)}
+    assert stages.fed == {}
+
+
+def test_samples_are_taken_all_or_none() -> None:
+    scheduler = Scheduler(1, capacity(rows=1, queue=4), frozenset())
+    scheduler.submit(*samples("a", 3))
+    with pytest.raises(Busy):
+        scheduler.submit(*samples("b", 3))
+    assert [s.request.id for s in scheduler.sequences] == ["a#0", "a#1", "a#2"]
+    scheduler.submit(*samples("c", 2))
+
+
+def test_a_complete_grammar_ends_an_answer_even_at_its_longest() -> None:
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
+    scheduler.submit(request("a", prompt=1, max_tokens=1))
+    stages.take(scheduler.next_frames(0.0))
+    reply = stages.give()
+    (event,) = scheduler.returned(replace(reply, samples=(replace(reply.samples[0], final=True),))).events
+    assert isinstance(event, Produced)
+    assert event.finish is FinishReason.STOP
+    assert event.counts
+
+
+def test_long_grammars_are_spread_over_frames_before_the_first_step() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=4, rows=4, prefixes=0), frozenset()), Stages()
+    grammar = Grammar(GrammarKind.REGEX, "x" * (MAX_JOINED_BYTES // 3))
+    for i in range(10):
+        asked = request(f"r{i}", prompt=2, max_tokens=1)
+        scheduler.submit(replace(asked, sampling=SamplingParams(grammar=grammar)))
+    stages.take(scheduler.next_frames(0.0))
+    sizes = [sum(isinstance(e, Join) for e in f.edits) for f in stages.frames]
+    assert sum(sizes) == 10
+    assert max(sizes) <= 3
+    assert all(f.step is None for f in list(stages.frames)[:3])
+    assert len(run_dry(scheduler, stages)) == 10
+
+
 class World:
     """A scheduler, its stages, and what every request is owed."""
 
@@ -294,17 +368,25 @@ class World:
         rng, name = self.rng, f"r{len(self.prompts)}"
         start = rng.choice(self.histories)
         prompt = (*start[: rng.randint(0, 30)], *(rng.randint(1, 9) for _ in range(rng.randint(1, 20))))
+        samples = rng.choice((1, 1, 1, 2, 5))
         asked = Request(
-            name, prompt, SamplingParams(), rng.randint(1, 9), client=rng.choice("xyz"), priority=rng.choice((0, 2))
+            name,
+            prompt,
+            SamplingParams(),
+            rng.randint(1, 9),
+            client=rng.choice("xyz"),
+            priority=rng.choice((0, 2)),
+            samples=samples,
         )
+        all_asked = [replace(asked, id=f"{name}#{i}" if i else name) for i in range(samples)]
         try:
-            self.scheduler.submit(asked)
+            self.scheduler.submit(*all_asked)
         except Busy:
-            assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) >= self.plan.queue
+            assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) + samples > self.plan.queue
         except PromptTooLong:
             assert len(prompt) + asked.max_tokens > self.plan.budget[0]
         else:
-            self.prompts[name] = asked
+            self.prompts.update((one.id, one) for one in all_asked)
 
     def cancel(self) -> None:
         live = [s.request.id for s in self.scheduler.sequences]

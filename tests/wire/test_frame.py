@@ -25,15 +25,17 @@ from cluster.frames import (
     Tensor,
     Trim,
 )
+from cluster.grammar import Grammar, GrammarKind
 from cluster.limits import MAX_FRAME_HEADER_BYTES
 from cluster.types import SamplingParams, StageTiming, TopLogprob
-from cluster.wire.frame import ITEM_BYTES, decode, encode
+from cluster.wire.frame import ITEM_BYTES, VERSION, decode, encode
 
 counts = st.integers(0, 2**63 - 1)
 small = st.integers(0, 9)
 numbers = st.floats(allow_nan=False)
 ids = st.integers(0, 2**32 - 1)
 
+grammars = st.builds(Grammar, st.sampled_from(GrammarKind), st.text(max_size=20), st.lists(ids, max_size=3).map(tuple))
 samplings = st.builds(
     SamplingParams,
     temperature=numbers,
@@ -47,6 +49,7 @@ samplings = st.builds(
     seed=st.integers(0, 2**64 - 1),
     logprobs=st.booleans(),
     top_logprobs=st.integers(0, 20),
+    grammar=st.none() | grammars,
 )
 edits = st.one_of(
     st.builds(Join, counts, counts, samplings),
@@ -77,7 +80,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 alternatives = st.lists(st.builds(TopLogprob, ids, numbers), max_size=3).map(tuple)
-samples = st.builds(Sample, counts, counts, ids, st.none() | numbers, alternatives)
+samples = st.builds(Sample, counts, counts, ids, st.none() | numbers, alternatives, st.booleans())
 frames = st.builds(
     Frame,
     epoch=counts,
@@ -133,14 +136,14 @@ def _with_header(header: object, body: bytes = b"") -> bytes:
     ("header", "sentence"),
     [
         ([1, 0, 0, 0, [], None, [], [], [], None, [], False], "layout version 1"),
-        ([3, -1, 0, 0, [], None, [], [], [], None, [], False], "whole number"),
-        ([3, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False], "unknown code 9"),
-        ([3, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, [], False], "unknown kind 7"),
-        ([3, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, [], False], "carries 1 token ids"),
-        ([3, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False], "unknown type"),
-        ([3, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False], "tensors need"),
-        ([3, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False], "four numbers"),
-        ([3, 0, 0, 0, [], None, [], [], []], "12 fields"),
+        ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False], "whole number"),
+        ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False], "unknown code 9"),
+        ([VERSION, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, [], False], "unknown kind 7"),
+        ([VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, [], False], "carries 1 token ids"),
+        ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False], "unknown type"),
+        ([VERSION, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False], "tensors need"),
+        ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False], "four numbers"),
+        ([VERSION, 0, 0, 0, [], None, [], [], []], "12 fields"),
     ],
 )
 def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
@@ -150,7 +153,7 @@ def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> Non
 
 def test_bytes_of_no_tensor_are_refused() -> None:
     with pytest.raises(BadFrame, match="belong to no tensor"):
-        decode(_with_header([3, 0, 0, 0, [], None, [], [], [], None, [], False], b"surplus"))
+        decode(_with_header([VERSION, 0, 0, 0, [], None, [], [], [], None, [], False], b"surplus"))
 
 
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:

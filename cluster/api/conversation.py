@@ -1,0 +1,87 @@
+"""A conversation, as every surface takes it in: messages and options become a prompt, a grammar, and a way to parse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio
+
+from cluster.chat import ChatOptions, Parsing
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.errors import InvalidRequest
+from cluster.grammar import Grammar
+from cluster.limits import MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_TEMPLATE_CHARS, MAX_TOOL_NAME_CHARS, MAX_TOOLS
+from cluster.types import ChatMessage
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a ``Request`` takes of a conversation: ``prompt`` and ``parsing``, and ``grammar`` in its sampling."""
+
+    prompt: tuple[int, ...]
+    parsing: Parsing
+    grammar: Grammar | None
+
+
+async def converse(
+    messages: Sequence[ChatMessage], options: ChatOptions, grammar: Grammar | None, checkpoint: Checkpoint
+) -> Conversation:
+    """The conversation under the model's chat template. ``grammar`` is what the answer's content must be, if anything.
+
+    Raises ``InvalidRequest`` naming the field: bounds, roles, what the model's template does not know, tools that are
+    asked for by name and not given, and a grammar beside tools that must be called.
+    """
+    check_messages(messages)
+    check_options(options)
+    return await anyio.to_thread.run_sync(_conversation, tuple(messages), options, grammar, checkpoint)
+
+
+def _conversation(
+    messages: tuple[ChatMessage, ...], options: ChatOptions, grammar: Grammar | None, checkpoint: Checkpoint
+) -> Conversation:
+    tokenizer = checkpoint.tokenizer
+    calling = tokenizer.calling(options)
+    if calling and grammar:
+        raise InvalidRequest(
+            f"the answer cannot be bound to a {grammar.kind.value} and have to call a tool; leave one of them out",
+            field="tool_choice",
+        )
+    prompt = tokenizer.chat(messages, options)
+    parsing, wanted = tokenizer.parsing(prompt, options), calling or grammar
+    return Conversation(prompt, parsing, tokenizer.bound(wanted, parsing) if wanted else None)
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises ``InvalidRequest`` where there are none, too many, or one of an unknown role."""
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"{len(messages)} messages were given; 1 to {MAX_MESSAGES} are taken", field="messages")
+    for i, m in enumerate(messages):
+        if m.role not in ROLES:
+            raise InvalidRequest(
+                f"message {i} has the role {m.role[:32]!r}; it must be one of {', '.join(sorted(ROLES))}",
+                field="messages",
+            )
+        if m.role != "assistant" and (m.tool_calls or m.reasoning):
+            raise InvalidRequest(f"message {i} is no assistant's and has tool calls or reasoning", field="messages")
+    length = sum(len(m.content) + len(m.reasoning) + sum(len(c.arguments) for c in m.tool_calls) for m in messages)
+    if length > MAX_PROMPT_CHARS:
+        raise InvalidRequest(f"the messages have {length} characters; at most {MAX_PROMPT_CHARS}", field="messages")
+
+
+def check_options(options: ChatOptions) -> None:
+    """Raises ``InvalidRequest`` for too many tools, names that are none or come twice, and too long an argument."""
+    if len(options.tools) > MAX_TOOLS:
+        raise InvalidRequest(f"{len(options.tools)} tools were given; at most {MAX_TOOLS}", field="tools")
+    names = [tool.name for tool in options.tools]
+    if len(set(names)) != len(names):
+        raise InvalidRequest("two tools have the same name", field="tools")
+    if not all(0 < len(name) <= MAX_TOOL_NAME_CHARS for name in names):
+        raise InvalidRequest(f"a tool's name must have 1 to {MAX_TOOL_NAME_CHARS} characters", field="tools")
+    if len(options.template) > MAX_TEMPLATE_CHARS:
+        raise InvalidRequest(
+            f"chat_template_kwargs has {len(options.template)} characters; at most {MAX_TEMPLATE_CHARS}",
+            field="chat_template_kwargs",
+        )

@@ -1,0 +1,153 @@
+"""Grammars: from what an answer must be to the tokens that may come next, through llguidance.
+
+It knows token ids and a tokenizer; it refuses to know logits, sequences and frames. Compiling is bounded by
+llguidance's own limits, the same here and on the last stage, so that what the coordinator took a stage can do.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from numpy.typing import NDArray
+
+from cluster.errors import InvalidGrammar, StageFailed
+from cluster.grammar import Grammar, GrammarKind
+
+if TYPE_CHECKING:  # a type of the stubs alone
+    from llguidance._lib import JsonCompileOptions
+
+__all__ = ["Constraint", "Grammars"]
+
+COMPILED_KEPT: Final = 64
+"""Compiled grammars that are kept: many requests bring the same one, and samples of one prompt always do."""
+JSON_STYLE: Final[JsonCompileOptions] = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,20}"}
+"""Any usual layout, but no endless run of blanks: models that are bound to JSON like to get lost in one."""
+
+
+class Grammars:
+    """The compiler for one tokenizer. ``eos`` are the ids that end an answer. Not thread-safe but for ``check``."""
+
+    def __init__(self, wrapper: TokenizerWrapper, eos: frozenset[int]) -> None:
+        """Takes about 1 s for a large vocabulary. Raises InvalidGrammar for a tokenizer that cannot be used."""
+        try:
+            self._tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
+        except Exception as error:  # llguidance raises whatever an unknown kind of tokenizer makes it raise
+            raise InvalidGrammar(f"this model's tokenizer cannot be bound to a grammar: {error}") from error
+        self.eos = tuple(sorted(eos))
+        self._compiled: OrderedDict[tuple[GrammarKind, str], LLMatcher] = OrderedDict()
+
+    def check(self, grammar: Grammar) -> None:
+        """Compile and forget. Raises InvalidGrammar with the reason."""
+        source = _source(grammar)
+        failed, said = LLMatcher.validate_grammar_with_warnings(source, self._tokenizer, limits=LLParserLimits())
+        if failed:
+            raise _refused(grammar, said[0] if said else "")
+
+    def constraint(self, grammar: Grammar, start: int) -> Constraint:
+        """What binds a sequence whose answer begins at token ``start``. Raises InvalidGrammar."""
+        key = (grammar.kind, grammar.source)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(grammar)
+            if len(self._compiled) > COMPILED_KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return Constraint(self._compiled[key].deep_copy(), self.eos, start, grammar.free_until)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=LLParserLimits())
+        if matcher.is_error():
+            raise _refused(grammar, matcher.get_error())
+        return matcher
+
+
+class Constraint:
+    """One sequence's place in its grammar, found from its tokens alone: whatever they become, it follows.
+
+    The tokens from ``start`` on are the answer. The grammar begins after the first occurrence of ``free_until`` there;
+    before it, everything but the end of the answer is allowed.
+    """
+
+    def __init__(self, matcher: LLMatcher, eos: tuple[int, ...], start: int, free_until: tuple[int, ...]) -> None:
+        self._matcher, self._eos, self._start, self._free_until = matcher, eos, start, free_until
+        self.forget()
+
+    def forget(self) -> None:
+        """The tokens before are no longer what they were (a trim, a restored prefix): follow them anew."""
+        self._matcher.reset()
+        self._begun: int | None = None if self._free_until else self._start
+        self._end = self._start
+
+    def allowed(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
+        """Which of ``vocabulary`` ids may stand at ``position``, after ``tokens[:position]``: bool [vocabulary].
+
+        None where those tokens are none that the grammar allows: a guess that is about to be taken back. Raises
+        StageFailed where the grammar has become too much work.
+        """
+        if not self._follow(tokens, position):
+            return None
+        mask = np.ones(vocabulary, dtype=np.bool_)
+        if self._begun is not None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            known = np.unpackbits(bits, bitorder="little", count=min(vocabulary, 8 * len(bits)))
+            mask[: len(known)], mask[len(known) :] = known, False
+        mask[[i for i in self._eos if i < vocabulary]] = self._begun is not None and self._matcher.is_accepting()
+        if self._matcher.is_error():
+            raise StageFailed(f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}")
+        return mask
+
+    def completed(self, tokens: Sequence[int], token: int) -> bool:
+        """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it."""
+        if self._begun is None or token in self._eos or self._end != len(tokens):
+            return False
+        if not self._matcher.consume_token(token):
+            raise StageFailed(f"the grammar does not allow token {token}, which was picked under it")
+        done: bool = self._matcher.is_stopped()
+        self._matcher.rollback(1)
+        return done
+
+    def _follow(self, tokens: Sequence[int], position: int) -> bool:
+        """Advance over what came since. False where the grammar does not allow it; then it stays where that begins."""
+        if self._begun is None:
+            self._begun = self._after_free(tokens, position)
+            self._end = position if self._begun is None else self._begun
+        if self._begun is None:
+            return True
+        new = list(tokens[self._end : position])
+        self._end += self._matcher.try_consume_tokens(new)
+        return self._end >= position
+
+    def _after_free(self, tokens: Sequence[int], position: int) -> int | None:
+        """Where the grammar begins, if the part before it has ended."""
+        mark = list(self._free_until)
+        first = max(self._start, self._end - len(mark) + 1)
+        places = range(first, position - len(mark) + 1)
+        return next((i + len(mark) for i in places if list(tokens[i : i + len(mark)]) == mark), None)
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar as llguidance reads it. Raises InvalidGrammar."""
+    match grammar.kind:
+        case GrammarKind.REGEX:
+            return str(LLMatcher.grammar_from_regex(grammar.source))
+        case GrammarKind.LARK:
+            return str(LLMatcher.grammar_from_lark(grammar.source))
+    schema: Any = '{"type": "object"}' if grammar.kind is GrammarKind.JSON_OBJECT else grammar.source
+    try:
+        return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
+    except ValueError as error:
+        raise _refused(grammar, str(error)) from error
+
+
+def _refused(grammar: Grammar, why: str) -> InvalidGrammar:
+    sentence = f"the {grammar.kind.value} cannot be compiled: {why.strip()[:1000] or 'llguidance gave no reason'}"
+    return InvalidGrammar(sentence, field=grammar.kind.value)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.splitlines()), "")[:300]

@@ -1,0 +1,211 @@
+"""Grammars on the last stage: each row follows its own, whatever else its sequence asks for or goes through."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from checkpoints import make
+from cluster.errors import InvalidGrammar
+from cluster.frames import Compute, Join, Leave, Restore, Sample, Save, Step, Trim
+from cluster.grammar import Grammar, GrammarKind
+from cluster.model.survey import survey
+from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.types import SamplingParams
+from model.ring import PROMPT, Ring, tokens
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+JSON = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA))
+REGEX = Grammar(GrammarKind.REGEX, r"[a-f]{3}-[0-9]{4}")
+LARK = Grammar(GrammarKind.LARK, 'start: item ("," item){2}\nitem: "<" NAME ">"\nNAME: /[a-z]{1,4}/')
+SHAPE = {
+    REGEX: re.compile(r"[a-f]{3}-[0-9]{4}"),
+    LARK: re.compile(r"<[a-z]{1,4}>,<[a-z]{1,4}>,<[a-z]{1,4}>"),
+}
+HOT = SamplingParams(temperature=1.0, seed=3, grammar=JSON)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("grammars") / "llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def ring(folder: Path) -> Ring:
+    return Ring(survey(folder, "llama", 512), folder, 2)
+
+
+def document(ring: Ring, sampling: SamplingParams, most: int = 200) -> list[Sample]:
+    """One answer up to its end of sequence or its grammar's end."""
+    ring.send(Join(1, len(PROMPT), sampling))
+    ring.prefill(1, PROMPT[:-1])
+    samples = [ring.decode(1, PROMPT[-1])]
+    while not samples[-1].final and samples[-1].token not in END and len(samples) < most:
+        samples.append(ring.decode(1, samples[-1].token))
+    ring.send(Leave(1))
+    return samples
+
+
+END = frozenset({259, 262})
+"""Of these checkpoints: the tokenizer's own and the config's."""
+
+
+def text_of(tokenizer: Tokenizer, samples: list[Sample]) -> str:
+    return tokenizer.decode([t for t in tokens(samples) if t not in tokenizer.eos])
+
+
+def valid(text: str, grammar: Grammar) -> bool:
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        return bool(Draft202012Validator(json.loads(grammar.source)).is_valid(json.loads(text)))
+    return SHAPE[grammar].fullmatch(text) is not None
+
+
+def test_the_end_is_where_the_tokenizer_says(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos == END
+
+
+@pytest.mark.parametrize("grammar", [JSON, REGEX, LARK], ids=lambda g: g.kind.value)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_an_answer_is_what_its_grammar_says(
+    ring: Ring, tokenizer: Tokenizer, grammar: Grammar, temperature: float
+) -> None:
+    for seed in range(3):
+        samples = document(ring, SamplingParams(temperature=temperature, seed=seed, grammar=grammar))
+        assert samples[-1].final, text_of(tokenizer, samples)
+        assert not any(s.final for s in samples[:-1])
+        assert valid(text_of(tokenizer, samples), grammar)
+
+
+def test_nothing_that_a_request_asks_for_brings_back_what_is_ruled_out(ring: Ring, tokenizer: Tokenizer) -> None:
+    def token(letter: str) -> int:
+        return tokenizer.encode(letter, add_special_tokens=False)[0]
+
+    wild = SamplingParams(
+        temperature=1.5,
+        seed=5,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.5,
+        presence_penalty=1.0,
+        frequency_penalty=0.5,
+        logit_bias=((token("!"), 100.0), (259, 100.0), (token("{"), -100.0)),
+        logprobs=True,
+        top_logprobs=20,
+        grammar=JSON,
+    )
+    samples = document(ring, wild)
+    assert valid(text_of(tokenizer, samples), JSON)
+    assert all(s.logprob is not None and s.logprob <= 0 for s in samples)
+    assert all(t.logprob > -float("inf") for s in samples for t in s.top)
+    assert samples[0].top[0].token == samples[0].token
+    assert len(samples[0].top) < 20, "only few tokens can begin an object"
+
+
+def test_rows_of_a_batch_follow_each_its_own(ring: Ring, tokenizer: Tokenizer) -> None:
+    asked = [SamplingParams(temperature=1.0, seed=i, grammar=g) for i, g in enumerate((JSON, None, REGEX, LARK, JSON))]
+    alone = [tokens(document(ring, s, 24)) for s in asked]
+    for i, sampling in enumerate(asked):
+        ring.send(Join(i, len(PROMPT), sampling))
+        ring.prefill(i, PROMPT[:-1])
+    said: list[list[int]] = [[] for _ in asked]
+    live = dict.fromkeys(range(len(asked)), PROMPT[-1])
+    for _ in range(24):
+        step = Step(Compute.DECODE, tuple(live), tuple((token,) for token in live.values()))
+        for sample in ring.send(step=step).samples:
+            said[sample.sequence].append(sample.token)
+            live[sample.sequence] = sample.token
+            if sample.final or sample.token in tokenizer.eos:
+                del live[sample.sequence]
+                ring.send(Leave(sample.sequence))
+        if not live:
+            break
+    assert said == alone
+
+
+def test_a_sequence_that_joins_again_with_its_answer_so_far_goes_on_the_same(ring: Ring) -> None:
+    whole = tokens(document(ring, HOT))
+    for cut in (1, len(whole) // 2, len(whole) - 1):
+        again = (*PROMPT, *whole[:cut])
+        ring.send(Join(1, len(PROMPT), HOT))
+        ring.prefill(1, again[:-1])
+        rest = [ring.decode(1, again[-1])]
+        while not rest[-1].final:
+            rest.append(ring.decode(1, rest[-1].token))
+        ring.send(Leave(1))
+        assert whole[:cut] + tokens(rest) == whole
+
+
+def test_prefixes_and_trims_leave_the_grammar_where_the_tokens_are(ring: Ring) -> None:
+    whole = tokens(document(ring, HOT))
+    ring.send(Join(2, len(PROMPT), HOT))
+    ring.prefill(2, (*PROMPT, *whole[:4]))
+    ring.send(Save(2, 9), Leave(2))
+    ring.send(Join(1, len(PROMPT), HOT), Restore(1, 9), Trim(1, len(PROMPT) + 2))
+    samples = [ring.decode(1, whole[2])]
+    samples.append(ring.decode(1, samples[-1].token))
+    ring.send(Trim(1, len(PROMPT) + 3))
+    samples.append(ring.decode(1, whole[3]))
+    assert tokens(samples) == [whole[3], whole[4], whole[4]]
+
+
+def test_guesses_that_the_grammar_forbids_are_answered_up_to_where_they_go_wrong(ring: Ring) -> None:
+    whole = tokens(document(ring, HOT))
+    ring.send(Join(1, len(PROMPT), HOT))
+    ring.prefill(1, PROMPT[:-1])
+    guesses = (PROMPT[-1], whole[0], 259, 5)
+    reply = ring.send(step=Step(Compute.VERIFY, (1,), (guesses,)))
+    assert tokens(reply.samples)[:2] == whole[:2]
+    ring.send(Trim(1, len(PROMPT) + 1))
+    assert tokens(ring.go_on(1, whole[1], 3)) == whole[2:5]
+
+
+def test_the_part_before_the_grammar_is_free_but_does_not_end(ring: Ring, tokenizer: Tokenizer) -> None:
+    mark = tokenizer.encode("th", add_special_tokens=False)
+    free = Grammar(GrammarKind.REGEX, REGEX.source, mark)
+    asked = SamplingParams(temperature=1.0, seed=1, logit_bias=((259, 100.0), (mark[0], 2.0)), grammar=free)
+    text = text_of(tokenizer, document(ring, asked, 400))
+    before, _, after = text.partition("th")
+    assert before
+    assert valid(after, REGEX)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        (Grammar(GrammarKind.REGEX, "a("), "unclosed group"),
+        (Grammar(GrammarKind.LARK, "start: nobody"), "unknown name"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "wat"}'), "wat"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"type": '), "json_schema"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"not": {"type": "object"}}'), "not"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "https://example.org/x"}'), "json_schema"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(tokenizer: Tokenizer, grammar: Grammar, why: str) -> None:
+    with pytest.raises(InvalidGrammar, match=re.escape(why)) as refusal:
+        tokenizer.check_grammar(grammar)
+    assert refusal.value.field == grammar.kind.value
+
+
+def test_a_grammar_that_fails_on_the_stage_ends_its_own_row_alone(ring: Ring) -> None:
+    bad = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a("))
+    for i, sampling in enumerate((bad, SamplingParams())):
+        ring.send(Join(i, len(PROMPT), sampling))
+        ring.prefill(i, PROMPT[:-1])
+    reply = ring.send(step=Step(Compute.DECODE, (0, 1), ((PROMPT[-1],), (PROMPT[-1],))))
+    assert [s.sequence for s in reply.samples] == [1]
+    assert [(f.sequence, f.reason) for f in reply.failures] == [(0, "INVALID_GRAMMAR")]

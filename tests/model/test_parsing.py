@@ -1,0 +1,227 @@
+"""Answers told apart: every way of cutting the text gives the same, broken calls are content, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import make_tokenizer
+from cluster.chat import ChatOptions, Parsing, Tool, ToolCall, ToolChoice
+from cluster.errors import InvalidRequest
+from cluster.grammar import Grammar
+from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.types import ChatMessage
+
+WEATHER = Tool(
+    "weather",
+    "What the sky does",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 5}, "days": {"type": "integer"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+    ),
+)
+CLOCK = Tool("clock")
+TOOLS = (WEATHER, CLOCK)
+TEMPLATE = (
+    "{% if tools %}{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if m.reasoning_content %}(why: {{ m.reasoning_content }}){% endif %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.city }}"
+    "{% set tool_call = c.function %}{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}"
+    "<assistant>{% if enable_thinking %}<think>\n{% endif %}{{ mood }}"
+)
+ONE = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+
+
+def tokenizer_with(folder: Path, template: str, *added: str) -> Tokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder, template)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    next_id = 1 + max(t["id"] for t in content["added_tokens"])
+    for i, text in enumerate(added):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        content["added_tokens"].append({"id": next_id + i, "content": text, **flags})
+    path.write_text(json.dumps(content))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("parsing")
+    return tokenizer_with(folder, TEMPLATE, "<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def parsed(
+    tokenizer: Tokenizer, pieces: Sequence[str], parsing: Parsing, *, whole: bool = True
+) -> tuple[str, str, list[tuple[str, str]], list[str]]:
+    """Reasoning, content, the calls as (name, arguments), and their ids."""
+    parser = tokenizer.parser(parsing)
+    said = [*map(parser.add, pieces), parser.flush(whole=whole)]
+    names: dict[int, str] = {}
+    arguments: dict[int, str] = {}
+    ids: dict[int, str] = {}
+    for delta in (d for p in said for d in p.calls):
+        if delta.name:
+            assert delta.index not in names
+            assert delta.index == len(names)
+            names[delta.index], ids[delta.index], arguments[delta.index] = delta.name, delta.id, ""
+        arguments[delta.index] += delta.arguments
+    assert parser.called == bool(names)
+    calls = [(names[i], arguments[i]) for i in names]
+    return "".join(p.reasoning for p in said), "".join(p.text for p in said), calls, list(ids.values())
+
+
+def test_reasoning_content_and_calls_are_told_apart(tokenizer: Tokenizer) -> None:
+    text = f"<think>\nHm, the sky.\n</think>\n\nLet me look.\n\n{ONE}\n{OTHER}"
+    reasoning, content, calls, ids = parsed(tokenizer, [text], Parsing(TOOLS))
+    assert (reasoning, content) == ("Hm, the sky.", "Let me look.")
+    assert calls == [("weather", '{"city": "Oslo", "days": 2}'), ("clock", "{}")]
+    assert len(set(ids)) == 2
+    assert all(i.startswith("call_") for i in ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [ONE, OTHER, "<think>", "</think>", "<tool_call>", "</tool_call>", "a < b", " ", "\n\n", "é", "<", "{}"]
+        ),
+        max_size=8,
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_how_the_text_is_cut_makes_no_difference(
+    tokenizer: Tokenizer, parts: list[str], thinking: bool, whole: bool, data: st.DataObject
+) -> None:
+    text, parsing = "".join(parts), Parsing(TOOLS, thinking)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    at_once, cut = (parsed(tokenizer, p, parsing, whole=whole)[:3] for p in ([text], pieces))
+    letters = parsed(tokenizer, list(text), parsing, whole=whole)[:3]
+    assert at_once == cut == letters
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": \n</tool_call>',
+        '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>',
+        "<tool_call>[1, 2]</tool_call>",
+        "<tool_call></tool_call>",
+        '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+    ],
+)
+def test_a_broken_call_is_content_all_of_it(tokenizer: Tokenizer, broken: str) -> None:
+    _, content, calls, _ = parsed(tokenizer, list(f"So: {broken} and on"), Parsing(TOOLS))
+    assert content == f"So: {broken} and on"
+    assert not calls
+
+
+def test_a_call_that_was_cut_off_is_content_and_one_that_the_model_ended_is_a_call(tokenizer: Tokenizer) -> None:
+    begun = ONE.removesuffix("</tool_call>")
+    assert parsed(tokenizer, [begun], Parsing(TOOLS), whole=False)[1:3] == (begun, [])
+    assert parsed(tokenizer, [begun], Parsing(TOOLS), whole=True)[2] == [("weather", '{"city": "Oslo", "days": 2}')]
+
+
+def test_without_tools_marks_of_calls_are_text(tokenizer: Tokenizer) -> None:
+    assert parsed(tokenizer, [ONE], Parsing())[1:3] == (ONE, [])
+
+
+def test_an_answer_that_begins_inside_the_reasoning(tokenizer: Tokenizer) -> None:
+    options = ChatOptions(enable_thinking=True)
+    prompt = tokenizer.chat([ChatMessage("user", "hi")], options)
+    assert tokenizer.parsing(prompt, options).thinking
+    assert parsed(tokenizer, ["So.\n</think>\nYes"], Parsing(thinking=True))[:2] == ("So.", "Yes")
+    off = ChatOptions(enable_thinking=False)
+    assert not tokenizer.parsing(tokenizer.chat([ChatMessage("user", "<think>")], off), off).thinking
+
+
+def test_tools_calls_and_reasoning_reach_the_template(tokenizer: Tokenizer) -> None:
+    messages = [
+        ChatMessage("user", "sky?"),
+        ChatMessage("assistant", "", "hm", (ToolCall("c1", "weather", '{"city": "Oslo"}'),)),
+        ChatMessage("tool", "rain", tool_call_id="c1", name="weather"),
+    ]
+    options = ChatOptions(TOOLS, enable_thinking=False, template='{"mood": "calm"}')
+    text = tokenizer.decode(tokenizer.chat(messages, options))
+    assert text == (
+        "[weather][clock]<user>sky?<assistant>(why: hm)<tool_call>Osloweather</tool_call><tool>rain<assistant>calm"
+    )
+    none = ChatOptions(TOOLS, ToolChoice.NONE, enable_thinking=False)
+    assert "[weather]" not in tokenizer.decode(tokenizer.chat(messages[:1], none))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (ChatOptions(reasoning_effort="high"), "reasoning_effort"),
+        (ChatOptions(template="[1]"), "chat_template_kwargs"),
+        (ChatOptions(template="{"), "chat_template_kwargs"),
+        (ChatOptions(template='{"chat_template": "x"}'), "chat_template_kwargs"),
+        (ChatOptions(template='{"humour": 1}'), "chat_template_kwargs"),
+        (ChatOptions((Tool("a", parameters="[]"),)), "tools"),
+    ],
+)
+def test_what_the_template_does_not_take_is_refused(tokenizer: Tokenizer, options: ChatOptions, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        tokenizer.chat([ChatMessage("user", "hi")], options)
+    assert refusal.value.field == field
+
+
+def test_a_model_without_tools_says_so(tmp_path: Path) -> None:
+    plain = tokenizer_with(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(InvalidRequest, match="does not take tools"):
+        plain.chat([ChatMessage("user", "hi")], ChatOptions(TOOLS))
+    with pytest.raises(InvalidRequest, match="no grammar is known"):
+        plain.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+
+
+def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
+    constraint = tokenizer.grammars().constraint(grammar, 0)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    mask = constraint.allowed(ids, len(ids), tokenizer.vocab_size)
+    return mask is not None and bool(mask[min(tokenizer.eos)])
+
+
+def test_a_call_that_must_be_is_in_the_models_own_format(tokenizer: Tokenizer) -> None:
+    required = tokenizer.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+    assert required is not None
+    tokenizer.check_grammar(required)
+    assert accepts(tokenizer, required, ONE)
+    assert accepts(tokenizer, required, f"{ONE}\n{OTHER}")
+    assert not accepts(tokenizer, required, "Hello")
+    one = tokenizer.calling(ChatOptions(TOOLS, ToolChoice.NAMED, "clock", parallel_tool_calls=False))
+    assert one is not None
+    assert accepts(tokenizer, one, OTHER)
+    assert not accepts(tokenizer, one, ONE)
+    assert not accepts(tokenizer, one, f"{OTHER}{OTHER}")
+    assert tokenizer.calling(ChatOptions(TOOLS)) is None
+    with pytest.raises(InvalidRequest, match="'nobody', which was not given"):
+        tokenizer.calling(ChatOptions(TOOLS, ToolChoice.NAMED, "nobody"))
+
+
+MISTRAL = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}"
+
+
+def test_the_format_without_an_end_mark(tmp_path: Path) -> None:
+    mistral = tokenizer_with(tmp_path, MISTRAL, "[TOOL_CALLS]", "[ARGS]")
+    required = mistral.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+    assert required is not None
+    text = '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}'
+    assert accepts(mistral, required, text)
+    assert parsed(mistral, list(text), Parsing(TOOLS))[2] == [("weather", '{"city": "Oslo"}')]
+    assert parsed(mistral, list(text), Parsing(TOOLS), whole=False)[1:3] == (text, [])
