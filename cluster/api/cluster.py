@@ -15,9 +15,10 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.errors import InvalidRequest, MacpipeError
 from cluster.layers import parse_layers
 from cluster.limits import MAX_STEP_MS
+from cluster.loads import LoadProgress
 from cluster.profiles import Objective
 from cluster.transport.status import abort
-from cluster.types import LoadProgress, Plan, Route, WorkerFacts
+from cluster.types import Plan, Route, WorkerFacts
 from cluster.v1 import cluster_pb2 as pb
 from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer
 

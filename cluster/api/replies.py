@@ -7,10 +7,11 @@ from cluster.chat import ToolCallDelta
 from cluster.coordinator.roster import Member
 from cluster.coordinator.snapshot import ServingState, Snapshot
 from cluster.coordinator.views import LoopView, RequestView
+from cluster.loads import LoadProgress
 from cluster.model.tokenizer import Tokenizer
 from cluster.profiles import Objective
 from cluster.scheduler.sequence import Phase
-from cluster.types import FinishEvent, FinishReason, LoadProgress, Plan, PlannedStage, Request, Route, TokenEvent
+from cluster.types import FinishEvent, FinishReason, Plan, PlannedStage, Request, Route, TokenEvent
 from cluster.v1 import cluster_pb2 as cpb
 from cluster.v1 import inference_pb2 as pb
 

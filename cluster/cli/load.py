@@ -77,7 +77,7 @@ def follow(loading: Loading) -> ClusterState:
     """Show a load's progress on stderr until it is done; returns the cluster's state."""
     from cluster.cli.report import LoadBars
     from cluster.client.calls import serving
-    from cluster.types import LoadProgress
+    from cluster.loads import LoadProgress
 
     bars = LoadBars(sys.stderr)
     last: LoadProgress | ClusterState | None = None

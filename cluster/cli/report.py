@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final, Self, TextIO
 from cluster.cli.screen import bytes_in_words, console, printable, table
 from cluster.client.address import DEFAULT_HOST, DEFAULT_PORT
 from cluster.limits import REFERENCE_PROMPT
+from cluster.loads import LoadProgress
 from cluster.profiles import Forecast, Spare
-from cluster.types import LayerRange, LoadProgress, Plan, Route, WorkerFacts
+from cluster.types import LayerRange, Plan, Route, WorkerFacts
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

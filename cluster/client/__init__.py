@@ -25,8 +25,9 @@ from cluster.client.state import (
     WorkerState,
 )
 from cluster.client.stream import Loading, Stream
+from cluster.loads import LoadProgress
 from cluster.profiles import Forecast, Objective, Spare
-from cluster.types import ChatMessage, FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+from cluster.types import ChatMessage, FinishReason, LayerRange, Route, StageFigures, Usage
 
 __all__ = [
     "AsyncClient",

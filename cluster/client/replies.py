@@ -17,8 +17,9 @@ from cluster.client.state import (
     WorkerState,
 )
 from cluster.errors import MacpipeError, VersionMismatch
+from cluster.loads import LoadProgress
 from cluster.profiles import Forecast, Objective, Spare
-from cluster.types import FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+from cluster.types import FinishReason, LayerRange, Route, StageFigures, Usage
 from cluster.v1 import cluster_pb2, inference_pb2
 
 FINISH_REASONS: Final = {

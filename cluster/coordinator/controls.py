@@ -12,10 +12,11 @@ import grpc
 from cluster.address import parse_address
 from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost
 from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S
+from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
 from cluster.transport.options import control_channel
 from cluster.transport.status import from_rpc_error
-from cluster.types import FetchOrder, LayerRange, LoadProgress, StageProof, StageSpec, WorkerFacts
+from cluster.types import LayerRange, StageSpec, WorkerFacts
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 

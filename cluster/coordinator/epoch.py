@@ -29,9 +29,10 @@ from cluster.limits import (
     HEARTBEAT_S,
     LEARN_S,
 )
+from cluster.loads import LoadProgress
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
-from cluster.types import FinishEvent, LoadProgress, Plan, Request, SamplingParams, WorkerFacts
+from cluster.types import FinishEvent, Plan, Request, SamplingParams, WorkerFacts
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merged, static
+from cluster.loads import LoadProgress
 from cluster.model.device import close_thread
 from cluster.model.survey import survey
 from cluster.placement.chips import assumed
 from cluster.store.store import Store
 from cluster.transport.rings import GrpcDialer
-from cluster.types import LoadProgress, Plan, Route, WorkerFacts
+from cluster.types import Plan, Route, WorkerFacts
 
 __all__ = ["plan_for", "plan_over_found"]
 
