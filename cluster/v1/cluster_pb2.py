@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/cluster.proto\x12\ncluster.v1\"\x13\n\x11GetClusterRequest\"\x8e\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x17\n\x0f\x63ontrol_address\x18\x04 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\x11\n\tsequences\x18\x0c \x01(\r\x12\x11\n\treachable\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\"\xdf\x01\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bstart_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x06 \x01(\x04\x12 \n\x05inlet\x18\x07 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x16\n\x0ereserved_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cprefix_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ubble_share\x18\n \x01(\x01\"\xd0\x01\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.RequestState\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0c\n\x04lane\x18\x06 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\"\xe2\x03\n\x12GetClusterResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.cluster.v1.ServingState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12 \n\x05route\x18\n \x01(\x0e\x32\x11.cluster.v1.Route\x12#\n\x07workers\x18\x0b \x03(\x0b\x32\x12.cluster.v1.Worker\x12!\n\x06stages\x18\x0c \x03(\x0b\x32\x11.cluster.v1.Stage\x12)\n\x08requests\x18\r \x03(\x0b\x32\x17.cluster.v1.LiveRequest\x12\x19\n\x11requests_finished\x18\x0e \x01(\x04\x12\x18\n\x10tokens_generated\x18\x0f \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x12\n\nlane_sizes\x18\x11 \x03(\r\x12\x0e\n\x06queued\x18\x12 \x01(\r\x12\x10\n\x08prefixes\x18\x13 \x01(\r\"\xae\x01\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\t\x12 \n\x05route\x18\x04 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\r\n\x05lanes\x18\x06 \x01(\r\x12\x13\n\x0bmax_step_ms\x18\x07 \x01(\x01\x12\x0f\n\x07kv_bits\x18\x08 \x01(\r\"\x7f\n\rStageProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05state\x18\x06 \x01(\t\"|\n\x11LoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.cluster.v1.StageProgressH\x00\x12/\n\x05ready\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.GetClusterResponseH\x00\x42\x07\n\x05\x65vent\"\x14\n\x12UnloadModelRequest\"\x15\n\x13UnloadModelResponse*\x95\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SERVING_STATE_IDLE\x10\x01\x12\x19\n\x15SERVING_STATE_LOADING\x10\x02\x12\x19\n\x15SERVING_STATE_SERVING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04*A\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTE_DIRECT\x10\x01\x12\x0f\n\x0bROUTE_RELAY\x10\x02*|\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STATE_DECODE\x10\x03\x32\xf9\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.cluster.v1.GetClusterRequest\x1a\x1e.cluster.v1.GetClusterResponse\x12J\n\tLoadModel\x12\x1c.cluster.v1.LoadModelRequest\x1a\x1d.cluster.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.cluster.v1.UnloadModelRequest\x1a\x1f.cluster.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/cluster.proto\x12\ncluster.v1\"\x13\n\x11GetClusterRequest\"\xa3\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x17\n\x0f\x63ontrol_address\x18\x04 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\x11\n\tsequences\x18\x0c \x01(\r\x12\x11\n\treachable\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12\x13\n\x0bmemory_peak\x18\x32 \x01(\x04\"\xdf\x01\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bstart_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x06 \x01(\x04\x12 \n\x05inlet\x18\x07 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x16\n\x0ereserved_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cprefix_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ubble_share\x18\n \x01(\x01\"\xd0\x01\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.RequestState\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0c\n\x04lane\x18\x06 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\"\xe2\x03\n\x12GetClusterResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.cluster.v1.ServingState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12 \n\x05route\x18\n \x01(\x0e\x32\x11.cluster.v1.Route\x12#\n\x07workers\x18\x0b \x03(\x0b\x32\x12.cluster.v1.Worker\x12!\n\x06stages\x18\x0c \x03(\x0b\x32\x11.cluster.v1.Stage\x12)\n\x08requests\x18\r \x03(\x0b\x32\x17.cluster.v1.LiveRequest\x12\x19\n\x11requests_finished\x18\x0e \x01(\x04\x12\x18\n\x10tokens_generated\x18\x0f \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x12\n\nlane_sizes\x18\x11 \x03(\r\x12\x0e\n\x06queued\x18\x12 \x01(\r\x12\x10\n\x08prefixes\x18\x13 \x01(\r\"\xae\x01\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\t\x12 \n\x05route\x18\x04 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\r\n\x05lanes\x18\x06 \x01(\r\x12\x13\n\x0bmax_step_ms\x18\x07 \x01(\x01\x12\x0f\n\x07kv_bits\x18\x08 \x01(\r\"\x7f\n\rStageProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05state\x18\x06 \x01(\t\"|\n\x11LoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.cluster.v1.StageProgressH\x00\x12/\n\x05ready\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.GetClusterResponseH\x00\x42\x07\n\x05\x65vent\"\x14\n\x12UnloadModelRequest\"\x15\n\x13UnloadModelResponse*\x95\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SERVING_STATE_IDLE\x10\x01\x12\x19\n\x15SERVING_STATE_LOADING\x10\x02\x12\x19\n\x15SERVING_STATE_SERVING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04*A\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTE_DIRECT\x10\x01\x12\x0f\n\x0bROUTE_RELAY\x10\x02*|\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STATE_DECODE\x10\x03\x32\xf9\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.cluster.v1.GetClusterRequest\x1a\x1e.cluster.v1.GetClusterResponse\x12J\n\tLoadModel\x12\x1c.cluster.v1.LoadModelRequest\x1a\x1d.cluster.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.cluster.v1.UnloadModelRequest\x1a\x1f.cluster.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVINGSTATE']._serialized_start=1734
-  _globals['_SERVINGSTATE']._serialized_end=1883
-  _globals['_ROUTE']._serialized_start=1885
-  _globals['_ROUTE']._serialized_end=1950
-  _globals['_REQUESTSTATE']._serialized_start=1952
-  _globals['_REQUESTSTATE']._serialized_end=2076
+  _globals['_SERVINGSTATE']._serialized_start=1755
+  _globals['_SERVINGSTATE']._serialized_end=1904
+  _globals['_ROUTE']._serialized_start=1906
+  _globals['_ROUTE']._serialized_end=1971
+  _globals['_REQUESTSTATE']._serialized_start=1973
+  _globals['_REQUESTSTATE']._serialized_end=2097
   _globals['_GETCLUSTERREQUEST']._serialized_start=40
   _globals['_GETCLUSTERREQUEST']._serialized_end=59
   _globals['_WORKER']._serialized_start=62
-  _globals['_WORKER']._serialized_end=332
-  _globals['_STAGE']._serialized_start=335
-  _globals['_STAGE']._serialized_end=558
-  _globals['_LIVEREQUEST']._serialized_start=561
-  _globals['_LIVEREQUEST']._serialized_end=769
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=772
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=1254
-  _globals['_LOADMODELREQUEST']._serialized_start=1257
-  _globals['_LOADMODELREQUEST']._serialized_end=1431
-  _globals['_STAGEPROGRESS']._serialized_start=1433
-  _globals['_STAGEPROGRESS']._serialized_end=1560
-  _globals['_LOADMODELRESPONSE']._serialized_start=1562
-  _globals['_LOADMODELRESPONSE']._serialized_end=1686
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1688
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1708
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1710
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1731
-  _globals['_CLUSTERSERVICE']._serialized_start=2079
-  _globals['_CLUSTERSERVICE']._serialized_end=2328
+  _globals['_WORKER']._serialized_end=353
+  _globals['_STAGE']._serialized_start=356
+  _globals['_STAGE']._serialized_end=579
+  _globals['_LIVEREQUEST']._serialized_start=582
+  _globals['_LIVEREQUEST']._serialized_end=790
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=793
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=1275
+  _globals['_LOADMODELREQUEST']._serialized_start=1278
+  _globals['_LOADMODELREQUEST']._serialized_end=1452
+  _globals['_STAGEPROGRESS']._serialized_start=1454
+  _globals['_STAGEPROGRESS']._serialized_end=1581
+  _globals['_LOADMODELRESPONSE']._serialized_start=1583
+  _globals['_LOADMODELRESPONSE']._serialized_end=1707
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1709
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1729
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1731
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1752
+  _globals['_CLUSTERSERVICE']._serialized_start=2100
+  _globals['_CLUSTERSERVICE']._serialized_end=2349
 # @@protoc_insertion_point(module_scope)

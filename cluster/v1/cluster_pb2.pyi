@@ -117,6 +117,7 @@ class Worker(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -133,6 +134,8 @@ class Worker(_message.Message):
     reachable: _builtins.bool
     """False once a call to it failed; `problem` says why."""
     problem: _builtins.str
+    memory_peak: _builtins.int
+    """The most that was used at once since the worker's engine started."""
     def __init__(
         self,
         *,
@@ -150,10 +153,11 @@ class Worker(_message.Message):
         sequences: _builtins.int = ...,
         reachable: _builtins.bool = ...,
         problem: _builtins.str = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "id", b"id", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/worker.proto\x12\ncluster.v1\"&\n\x0f\x44\x65scribeRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\"\xd0\x02\n\x10\x44\x65scribeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\r\n\x05\x65poch\x18\x0c \x01(\x04\x12\x13\n\x0bstart_layer\x18\r \x01(\r\x12\x11\n\tend_layer\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x12\x11\n\tsequences\x18\x10 \x01(\r\x12\x0f\n\x07problem\x18\x11 \x01(\t\x12\x0e\n\x06holder\x18\x12 \x01(\t\"\xd4\x01\n\x10LoadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bstart_layer\x18\x07 \x01(\r\x12\x11\n\tend_layer\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x13\n\x0b\x63oordinator\x18\n \x01(\t\x12\x0f\n\x07kv_bits\x18\x0b \x01(\r\"K\n\x11LoadStageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\"4\n\x10LinkStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tpull_from\x18\x02 \x01(\t\"\x13\n\x11LinkStageResponse\"#\n\x12UnloadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13UnloadStageResponse2\xbc\x02\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12J\n\tLoadStage\x12\x1c.cluster.v1.LoadStageRequest\x1a\x1d.cluster.v1.LoadStageResponse0\x01\x12H\n\tLinkStage\x12\x1c.cluster.v1.LinkStageRequest\x1a\x1d.cluster.v1.LinkStageResponse\x12N\n\x0bUnloadStage\x12\x1e.cluster.v1.UnloadStageRequest\x1a\x1f.cluster.v1.UnloadStageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/worker.proto\x12\ncluster.v1\"&\n\x0f\x44\x65scribeRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\"\xe5\x02\n\x10\x44\x65scribeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\r\n\x05\x65poch\x18\x0c \x01(\x04\x12\x13\n\x0bstart_layer\x18\r \x01(\r\x12\x11\n\tend_layer\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x12\x11\n\tsequences\x18\x10 \x01(\r\x12\x0f\n\x07problem\x18\x11 \x01(\t\x12\x0e\n\x06holder\x18\x12 \x01(\t\x12\x13\n\x0bmemory_peak\x18\x32 \x01(\x04\"\xd4\x01\n\x10LoadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bstart_layer\x18\x07 \x01(\r\x12\x11\n\tend_layer\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x13\n\x0b\x63oordinator\x18\n \x01(\t\x12\x0f\n\x07kv_bits\x18\x0b \x01(\r\"K\n\x11LoadStageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\"4\n\x10LinkStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tpull_from\x18\x02 \x01(\t\"\x13\n\x11LinkStageResponse\"#\n\x12UnloadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13UnloadStageResponse2\xbc\x02\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12J\n\tLoadStage\x12\x1c.cluster.v1.LoadStageRequest\x1a\x1d.cluster.v1.LoadStageResponse0\x01\x12H\n\tLinkStage\x12\x1c.cluster.v1.LinkStageRequest\x1a\x1d.cluster.v1.LinkStageResponse\x12N\n\x0bUnloadStage\x12\x1e.cluster.v1.UnloadStageRequest\x1a\x1f.cluster.v1.UnloadStageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=39
   _globals['_DESCRIBEREQUEST']._serialized_end=77
   _globals['_DESCRIBERESPONSE']._serialized_start=80
-  _globals['_DESCRIBERESPONSE']._serialized_end=416
-  _globals['_LOADSTAGEREQUEST']._serialized_start=419
-  _globals['_LOADSTAGEREQUEST']._serialized_end=631
-  _globals['_LOADSTAGERESPONSE']._serialized_start=633
-  _globals['_LOADSTAGERESPONSE']._serialized_end=708
-  _globals['_LINKSTAGEREQUEST']._serialized_start=710
-  _globals['_LINKSTAGEREQUEST']._serialized_end=762
-  _globals['_LINKSTAGERESPONSE']._serialized_start=764
-  _globals['_LINKSTAGERESPONSE']._serialized_end=783
-  _globals['_UNLOADSTAGEREQUEST']._serialized_start=785
-  _globals['_UNLOADSTAGEREQUEST']._serialized_end=820
-  _globals['_UNLOADSTAGERESPONSE']._serialized_start=822
-  _globals['_UNLOADSTAGERESPONSE']._serialized_end=843
-  _globals['_WORKERSERVICE']._serialized_start=846
-  _globals['_WORKERSERVICE']._serialized_end=1162
+  _globals['_DESCRIBERESPONSE']._serialized_end=437
+  _globals['_LOADSTAGEREQUEST']._serialized_start=440
+  _globals['_LOADSTAGEREQUEST']._serialized_end=652
+  _globals['_LOADSTAGERESPONSE']._serialized_start=654
+  _globals['_LOADSTAGERESPONSE']._serialized_end=729
+  _globals['_LINKSTAGEREQUEST']._serialized_start=731
+  _globals['_LINKSTAGEREQUEST']._serialized_end=783
+  _globals['_LINKSTAGERESPONSE']._serialized_start=785
+  _globals['_LINKSTAGERESPONSE']._serialized_end=804
+  _globals['_UNLOADSTAGEREQUEST']._serialized_start=806
+  _globals['_UNLOADSTAGEREQUEST']._serialized_end=841
+  _globals['_UNLOADSTAGERESPONSE']._serialized_start=843
+  _globals['_UNLOADSTAGERESPONSE']._serialized_end=864
+  _globals['_WORKERSERVICE']._serialized_start=867
+  _globals['_WORKERSERVICE']._serialized_end=1183
 # @@protoc_insertion_point(module_scope)

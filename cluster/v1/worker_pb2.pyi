@@ -62,6 +62,7 @@ class DescribeResponse(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -84,6 +85,8 @@ class DescribeResponse(_message.Message):
     """A sentence while the engine is down."""
     holder: _builtins.str
     """The coordinator whose heartbeat holds the stage; empty: nobody's does."""
+    memory_peak: _builtins.int
+    """The most that was used at once since the engine started."""
     def __init__(
         self,
         *,
@@ -105,10 +108,11 @@ class DescribeResponse(_message.Message):
         sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
         holder: _builtins.str = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "holder", b"holder", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "holder", b"holder", "id", b"id", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
