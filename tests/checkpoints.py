@@ -6,16 +6,21 @@ other expert matmuls, and random from ``seed``. No file is fetched from anywhere
 
 from __future__ import annotations
 
+import copy
 import importlib
+import io
 import json
-import struct
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm.utils import quantize_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIALS = ("<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -149,7 +154,7 @@ def _configs(layers: int) -> dict[str, dict[str, Any]]:
             "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 1, "kv_lora_rank": 16,
             "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
             "routed_scaling_factor": 1.0, "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
-            "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 2, "emb_split_num": 2,
+            "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 3, "emb_split_num": 2,
         },
         "looped": {**_BASE, "model_type": "iquestloopcoder", "loop_num": 2, "loop_window_size": 16},
     }  # fmt: skip
@@ -182,9 +187,26 @@ def make(
 
     ``dtype`` is the weights'; ``overrides`` replace entries of its config.
     """
+    return write({**_configs(layers)[arch], **overrides}, folder, seed, dtype, _quantize if "4bit" in arch else None)
+
+
+def write(
+    config: dict[str, Any],
+    folder: Path,
+    seed: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    quantize: Callable[[nn.Module, dict[str, Any]], None] | None = None,
+) -> Path:
+    """Write a checkpoint of the model that ``config`` describes into ``folder`` (made if need be) and return it.
+
+    ``quantize`` may change the model and its config before they are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**_configs(layers)[arch], **overrides}
-    weights = {name: _as(array, dtype) for name, array in _weights(arch, config, seed).items()}
+    config = copy.deepcopy(config)
+    model = _model(config, seed, dtype)
+    if quantize is not None:
+        quantize(model, config)
+    weights = dict(tree_flatten(model.parameters()))
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -192,14 +214,15 @@ def make(
     return folder
 
 
-def _weights(arch: str, config: dict[str, Any], seed: int) -> dict[str, mx.array]:
+def _model(config: dict[str, Any], seed: int, dtype: mx.Dtype) -> nn.Module:
+    """A model with random weights; what it wants in float32 whatever the checkpoint's type stays so."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     model.update(tree_map(lambda a: _random(a, next(keys)), model.parameters()))
-    if arch == "llama_4bit":
-        _quantize(model, config)
-    return dict(tree_flatten(model.parameters()))
+    casts = getattr(model, "cast_predicate", lambda _: True)
+    model.update(tree_map_with_path(lambda p, a: _as(a, dtype) if casts(p) else a, model.parameters()))
+    return model
 
 
 def _as(array: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -208,8 +231,10 @@ def _as(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _random(array: mx.array, key: mx.array) -> mx.array:
     """Vectors (norms, biases) near one, matrices so that activations keep their size and tokens differ."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
     noise = mx.random.normal(array.shape, mx.float32, key=key)
-    return 1 + 0.1 * noise if array.ndim == 1 else noise * (2.0 / array.shape[-1] ** 0.5)
+    return 1 + 0.1 * noise if array.ndim < 2 else noise * (2.0 / array.shape[-1] ** 0.5)
 
 
 def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
@@ -224,6 +249,53 @@ def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
         return chosen
 
     nn.quantize(model, class_predicate=choose)
+
+
+def hollow(
+    config: dict[str, Any],
+    folder: Path,
+    dtype: mx.Dtype = mx.float32,
+    quantize: Callable[[nn.Module, dict[str, Any]], None] | None = None,
+    names: dict[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint of any size that takes no room: headers, and a hole where the numbers would be (zeros).
+
+    A shard for each top-level part and each layer. ``names`` splits stacked experts, as ``split_experts`` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    model = _model(config, 0, dtype)
+    if quantize is not None:
+        quantize(model, config)
+    shards: dict[str, dict[str, tuple[str, list[int], int]]] = {}
+    for name, array in tree_flatten(model.parameters()):
+        stack = next((stack for stack in names or {} if stack in name), None)
+        shape = list(array.shape[1:] if stack else array.shape)
+        for i in range(array.shape[0] if stack else 1):
+            own = name.replace(stack, names[stack].format(i=i)) if stack and names else name
+            entry = DTYPES[array.dtype], shape, prod(shape) * array.dtype.size
+            shards.setdefault("-".join(re.findall(r"\.(\d+)\.", name)[:1]) or "rest", {})[own] = entry
+    for shard, entries in shards.items():
+        _write_hole(folder / f"model-{shard}.safetensors", entries)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    make_tokenizer(folder)
+    return folder
+
+
+DTYPES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32", mx.uint8: "U8", mx.int32: "I32"}
+
+
+def _write_hole(file: Path, entries: dict[str, tuple[str, list[int], int]]) -> None:
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, (dtype, shape, nbytes) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as out:
+        out.write(len(raw).to_bytes(8, "little") + raw)
+        out.truncate(8 + len(raw) + end)
 
 
 def make_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
@@ -244,15 +316,17 @@ def make_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
 
 
 def poison(folder: Path, chosen: Callable[[str], bool]) -> None:
-    """Overwrite the chosen float32 tensors of the folder's one shard with not-a-number; the header stays as it is."""
+    """Overwrite the chosen tensors of the folder's one shard with bits that are not-a-number in every float type.
+
+    The header stays as it is.
+    """
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__" and chosen(name):
-            assert entry["dtype"] == "F32", name
             a, b = (start + offset for offset in entry["data_offsets"])
-            content[a:b] = struct.pack("<f", float("nan")) * ((b - a) // 4)
+            content[a:b] = b"\xff" * (b - a)
     file.write_bytes(content)
 
 
@@ -269,15 +343,38 @@ def split(folder: Path, parts: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def split_experts(folder: Path) -> None:
-    """Undo mlx-lm's stacking of experts: a tensor for each, by the name that its makers gave it."""
+EXPERTS = {".switch_mlp.": ".experts.{i}."}
+"""What mlx-lm calls most models' stacked experts, and what their makers call one of them."""
+
+
+def split_experts(folder: Path, names: dict[str, str] = EXPERTS) -> int:
+    """Undo mlx-lm's stacking of experts: a tensor for each, by the name that its makers gave it. -> how many stacks"""
     file = folder / "model.safetensors"
     split: dict[str, mx.array] = {}
-    for name, array in mx.load(str(file)).items():
-        before, stacked, after = name.partition(".switch_mlp.")
-        for i in range(array.shape[0]) if stacked else ():
-            split[f"{before}.experts.{i}.{after}"] = array[i]
-        if not stacked:
+    weights = mx.load(str(file))
+    for name, array in weights.items():
+        stack = next((stack for stack in names if stack in name), None)
+        for i in range(array.shape[0]) if stack else ():
+            split[name.replace(stack, names[stack].format(i=i))] = array[i]
+        if not stack:
             split[name] = array
     mx.eval(split)
     mx.save_safetensors(str(file), split)
+    return sum(name not in split for name in weights)
+
+
+def mixed_quantization(model: nn.Module, config: dict[str, Any]) -> None:
+    """4 bits everywhere but in one matrix of layer 1, which gets 8, and where the model itself wants more: as converted
+    checkpoints are. ``config`` is told.
+    """
+    own = getattr(model, "quant_predicate", None) or (lambda _path, _module: True)
+    paths = {id(module): path for path, module in model.named_modules()}
+    fit = [m for m in model.layers[1].modules() if hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0]
+    special = next(m for m in fit if own(paths[id(m)], m))
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, int]:
+        wanted = own(path, module)
+        return {"group_size": 32, "bits": 8} if module is special or isinstance(wanted, dict) else bool(wanted)
+
+    with redirect_stdout(io.StringIO()):  # it prints how many bits a weight has
+        config.update(quantize_model(model, config, 32, 4, quant_predicate=choose)[1])

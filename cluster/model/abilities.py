@@ -5,9 +5,11 @@ A trial is symbolic, so it reads no weight. It knows mlx-lm's caches; it knows n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
+import mlx.core as mx
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from cluster.model.modules import Module, stand_ins
@@ -16,8 +18,11 @@ from cluster.model.trace import Boundary, Trace
 
 __all__ = ["batchable", "trimmable"]
 
-RAGGED: Final = (5, 9)
-"""Tokens of the two sequences that try to share a batch: longer than what any model remembers by tokens (n-grams)."""
+RAGGED: Final = ((5, 9), (5, 9, 7))
+"""Tokens of the sequences that try to share a batch, longer than what any model remembers by tokens (n-grams).
+
+Two trials: a mask that is wrongly shaped for a batch (gemma2) goes through where there are as many rows as heads.
+"""
 BATCH_METHODS: Final = ("extend", "filter", "extract")
 WINDOWS: Final = ("max_size", "chunk_size")
 """What caches call the tokens that they keep, where they do not keep all."""
@@ -27,7 +32,7 @@ def batchable(model: Module, traced: Trace) -> bool:
     """Whether sequences of different lengths can be rows of one batch, in every cache and at every clean cut."""
     with stand_ins(model):
         try:
-            return _shares(model, traced)
+            return all(_shares(model, traced, lengths) for lengths in RAGGED)
         except Exception:  # model code raises whatever an array of offsets makes it raise: it cannot do this
             return False
 
@@ -37,17 +42,42 @@ def trimmable(model: Module, context: int) -> bool:
     return all(_forgets(cache, context) for cache in make_prompt_cache(model))
 
 
-def _shares(model: Module, traced: Trace) -> bool:
-    alone = [record(model, length).caches for length in RAGGED]
+def _shares(model: Module, traced: Trace, lengths: Sequence[int]) -> bool:
+    rows = len(lengths)
+    alone = [record(model, length).caches for length in lengths]
     if not all(_merges(cache) for cache in alone[0]):
         return False
     together = [caches[0].merge(list(caches)) for caches in zip(*alone, strict=True)]
     if not all(_changes(cache) for cache in together):
         return False
-    run = record(model, 1, rows=len(RAGGED), before=together)
-    return run.logits.shape == (len(RAGGED), 1, traced.vocabulary) and all(
-        _fits(run, cut, traced.boundaries[cut]) for cut in traced.clean
+    with _rotations() as offsets:
+        run = record(model, 1, rows=rows, before=together)
+    if not all(isinstance(offset, mx.array) and offset.size == rows for offset in offsets):
+        return False
+    return run.logits.shape == (rows, 1, traced.vocabulary) and all(
+        _fits(run, rows, cut, traced.boundaries[cut]) for cut in traced.clean
     )
+
+
+@contextmanager
+def _rotations() -> Iterator[list[Any]]:
+    """The offsets of all rotary embeddings meanwhile.
+
+    A model may take one from the size of a buffer (afm7's last layers do), which is the same for rows of unequal
+    length: it runs, and is wrong.
+    """
+    offsets: list[Any] = []
+    rope = mx.fast.rope
+
+    def noted(*args: Any, offset: Any, **kwargs: Any) -> mx.array:
+        offsets.append(offset)
+        return rope(*args, offset=offset, **kwargs)
+
+    mx.fast.rope = noted
+    try:
+        yield offsets
+    finally:
+        mx.fast.rope = rope
 
 
 def _merges(cache: Any) -> bool:
@@ -62,14 +92,14 @@ def _changes(batch: Any) -> bool:
     return all(hasattr(batch, method) for method in BATCH_METHODS)
 
 
-def _fits(run: Recording, cut: int, boundary: Boundary) -> bool:
+def _fits(run: Recording, rows: int, cut: int, boundary: Boundary) -> bool:
     """Whether what crosses the cut has a row for each sequence."""
     crossing = [run.calls[cut - 1].arrays[i].shape for i in boundary.kept]
-    return all(_rows(shape, leaf.dims) for shape, leaf in zip(crossing, boundary.leaves, strict=True))
+    return all(_rows(shape, rows, leaf.dims) for shape, leaf in zip(crossing, boundary.leaves, strict=True))
 
 
-def _rows(shape: Sequence[int], dims: Sequence[int | str | None]) -> bool:
-    known = {"batch": len(RAGGED), "length": 1}
+def _rows(shape: Sequence[int], rows: int, dims: Sequence[int | str | None]) -> bool:
+    known = {"batch": rows, "length": 1}
     expected = [known.get(dim) if isinstance(dim, str) else dim for dim in dims]
     return len(shape) == len(dims) and all(e in (None, size) for e, size in zip(expected, shape, strict=True))
 

@@ -31,8 +31,9 @@ _SIZES = ("max_size", "keep", "chunk_size", "window_size")
 class CacheLayout:
     """Which of the model's caches a stage keeps.
 
-    ``own`` are indices into mlx-lm's list, ``trackers`` the ones kept as trackers; ``view`` says for each entry of
-    that list which of (own + trackers) stands there. ``quantization`` is for its own; trackers hold next to nothing.
+    ``own`` are indices into mlx-lm's list: its layers', and one of each kind that stays empty. ``trackers`` are the
+    ones kept as trackers; ``view`` says for each entry of that list which of (own + trackers) stands there.
+    ``quantization`` is for its own; trackers hold next to nothing.
     """
 
     own: tuple[int, ...]
@@ -46,18 +47,21 @@ class CacheLayout:
     ) -> CacheLayout:
         """Lay out the caches of a stage with these layers. Raises ModelUnsupported for a kind it cannot follow."""
         blank = make_prompt_cache(model)
+        kinds = [(i in traced.idle, *_kind(cache)) for i, cache in enumerate(blank)]
         own = _own_caches(traced, layers)
-        held = list(own)
-        first_of_kind: dict[tuple[Any, ...], int] = {}
-        for index in own:
-            first_of_kind.setdefault(_kind(blank[index]), held.index(index))
-        for index, cache in enumerate(blank):
-            if index not in own and _kind(cache) not in first_of_kind:
-                _require_followable(cache)
-                first_of_kind[_kind(cache)] = len(held)
-                held.append(index)
-        view = tuple(held.index(i) if i in own else first_of_kind[_kind(cache)] for i, cache in enumerate(blank))
-        return cls(own, tuple(held[len(own) :]), view, quantization)
+        stands = {kinds[i]: i for i in reversed(own)}
+        more = []
+        for i, kind in enumerate(kinds):
+            if kind not in stands:
+                stands[kind] = i
+                more.append(i)
+        own += tuple(i for i in more if i in traced.idle)
+        trackers = tuple(i for i in more if i not in traced.idle)
+        for i in trackers:
+            _require_followable(blank[i])
+        held = own + trackers
+        view = tuple(held.index(i if i in own else stands[kind]) for i, kind in enumerate(kinds))
+        return cls(own, trackers, view, quantization)
 
 
 class HeldCaches:
@@ -130,7 +134,9 @@ class BatchCaches(HeldCaches):
         """A row for each of ``parts``, which are used up."""
         layout, held = parts[0]._layout, []
         for i in range(len(parts[0]._held)):
-            held.append(parts[0]._held[i].merge([part._held[i] for part in parts]))
+            caches = [part._held[i] for part in parts]
+            _level(caches)
+            held.append(caches[0].merge(caches))
             mx.eval(held[i].state)
             for part in parts:
                 part._held[i] = None
@@ -140,6 +146,7 @@ class BatchCaches(HeldCaches):
         """Add a row for each of ``parts``, which are used up."""
         more = BatchCaches.merged(parts)
         for i, cache in enumerate(self._held):
+            _level([cache, more._held[i]])
             cache.extend(more._held[i])
             mx.eval(cache.state)
             more._held[i] = None
@@ -177,7 +184,7 @@ def _require_followable(cache: Any) -> None:
         for part in cache.caches:
             _require_followable(part)
     elif not (isinstance(cache, ArraysCache) or hasattr(cache, "update_and_fetch") or hasattr(cache, "update_window")):
-        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens.")
+        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens")
 
 
 def _follow(cache: Any, batch: int, tokens: int) -> None:
@@ -194,6 +201,22 @@ def _follow(cache: Any, batch: int, tokens: int) -> None:
         cache.update_and_fetch(one, one)
     else:  # deepseek_v41's LayerCache
         cache.update_window(mx.zeros((batch, tokens, 1)))
+
+
+def _level(caches: Sequence[Any]) -> None:
+    """Give remembered tokens (int [rows, tokens]) of short sequences as many columns as the longest has, zeros first.
+
+    A model that reads the last n tokens takes zeros for those before the beginning (longcat_flash_ngram).
+    """
+    if not isinstance(caches[0], ArraysCache):
+        return
+    for i, states in enumerate(zip(*(cache.cache for cache in caches), strict=True)):
+        known = [state for state in states if state is not None]
+        if known and known[0].ndim == 2 and mx.issubdtype(known[0].dtype, mx.integer):
+            longest = max(state.shape[1] for state in known)
+            for cache, state in zip(caches, states, strict=True):
+                if state is not None:
+                    cache[i] = mx.pad(state, [(0, 0), (longest - state.shape[1], 0)])
 
 
 def _extracted(cache: Any, row: int) -> Any:

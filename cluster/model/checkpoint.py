@@ -70,8 +70,8 @@ def resolve_model(name: str) -> Path:
     if "/" in name and not name.startswith(("/", ".", "~")):
         return _cached(name)
     raise ModelNotFound(
-        f"There is no folder {name!r}, and no model of that name comes with macpipe. "
-        "Give a folder, a Hugging Face id (owner/name), or a bundled model's name."
+        f"there is no folder {name!r}, and no model of that name comes with macpipe; "
+        "give a folder, a Hugging Face id (owner/name), or a bundled model's name"
     )
 
 
@@ -83,7 +83,7 @@ def _cached(repo: str) -> Path:
     except (OSError, ValueError) as error:  # not there, there in part, or not an id at all
         raise ModelNotFound(
             f"{repo!r} is neither a folder nor wholly in this machine's Hugging Face cache, and macpipe does not "
-            f"download models yet. Fetch it with: hf download {repo}"
+            f"download models yet; fetch it with: hf download {repo}"
         ) from error
 
 
@@ -94,14 +94,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     ModelUnsupported (a model that wants its own Python code to be run).
     """
     if not path.is_dir():
-        raise ModelNotFound(f"There is no model folder {str(path)!r} on this machine.")
+        raise ModelNotFound(f"there is no model folder {str(path)!r} on this machine")
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise ModelNotFound(f"{str(path)!r} has no config.json: it is not a model folder.")
+        raise ModelNotFound(f"{str(path)!r} has no config.json: it is not a model folder")
     try:
         return _read(path, config_file)
     except OSError as error:  # no right to read it, or a link of the cache that leads nowhere
-        raise BadCheckpoint(f"A file of the model cannot be read: {error}") from error
+        raise BadCheckpoint(f"a file of the model cannot be read: {error}") from error
 
 
 def model_ref(name: str) -> ModelRef:
@@ -122,9 +122,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path.name} is damaged: it is not JSON ({error}).", file=path.name) from error
+        raise BadCheckpoint(f"{path.name} is damaged: it is not JSON ({error})", file=path.name) from error
     if not isinstance(content, dict):
-        raise BadCheckpoint(f"{path.name} is damaged: it holds no JSON object.", file=path.name)
+        raise BadCheckpoint(f"{path.name} is damaged: it holds no JSON object", file=path.name)
     return content
 
 
@@ -132,8 +132,8 @@ def _refuse_code(config: Mapping[str, Any]) -> None:
     """``model_file`` asks mlx-lm to run a Python file of the checkpoint's. (``auto_map`` is never looked at.)"""
     if config.get("model_file") is not None:
         raise ModelUnsupported(
-            f"This model wants its own Python code to be run (model_file {config['model_file']!r} in config.json). "
-            "macpipe never runs code that comes with a model; use a conversion that mlx-lm supports by itself."
+            f"this model wants its own Python code to be run (model_file {config['model_file']!r} in config.json); "
+            "macpipe never runs code that comes with a model; use a conversion that mlx-lm supports by itself"
         )
 
 
@@ -147,8 +147,8 @@ def _shard_names(path: Path) -> list[str]:
     missing = sorted(named - set(found))
     if missing:
         raise BadCheckpoint(
-            f"{INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(named)} files are). "
-            "Copy or fetch the model again.",
+            f"{INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(named)} files are); "
+            "copy or fetch the model again",
             file=missing[0],
         )
     return found
@@ -157,7 +157,7 @@ def _shard_names(path: Path) -> list[str]:
 def _indexed(index: Path) -> set[str]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadCheckpoint(f"{index.name} is damaged: it has no weight_map.", file=index.name)
+        raise BadCheckpoint(f"{index.name} is damaged: it has no weight_map", file=index.name)
     return set(weight_map.values())
 
 
@@ -165,11 +165,11 @@ def _no_weights(path: Path) -> BadCheckpoint:
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         return BadCheckpoint(
-            f"{str(path)!r} has its weights in pickle files only ({pickles[0]}). A pickle can run code as it is "
-            "read, so macpipe refuses it; use a safetensors version of the model.",
+            f"{str(path)!r} has its weights in pickle files only ({pickles[0]}); a pickle can run code as it is "
+            "read, so macpipe refuses it; use a safetensors version of the model",
             file=pickles[0],
         )
-    return BadCheckpoint(f"{str(path)!r} has no weights: no file in it is called {WEIGHTS}.")
+    return BadCheckpoint(f"{str(path)!r} has no weights: no file in it is called {WEIGHTS}")
 
 
 def _fingerprint(path: Path, shards: Iterable[Shard]) -> str:

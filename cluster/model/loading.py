@@ -26,8 +26,8 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     found = open_checkpoint(path).fingerprint
     if found != spec.model.fingerprint:
         raise ModelDiffers(
-            f"The files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
-            f"{found[:12]}, expected {spec.model.fingerprint[:12]}). Copy the coordinator's folder to this machine."
+            f"the files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
+            f"{found[:12]}, expected {spec.model.fingerprint[:12]}); copy the coordinator's folder to this machine"
         )
     model = open_skeleton(path)
     traced = trace(model)
@@ -36,26 +36,28 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
 
 
 def _read(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
+    """Evaluate array by array: one that is put together on the way (stacked experts) is there twice, no more is."""
     total = sum(array.nbytes for piece in _pieces(part) for array in piece)
     done = 0
     progress(done, total)
     for piece in _pieces(part):
-        _evaluate(piece)
+        for array in piece:
+            _evaluate(array)
+        mx.clear_cache()
         done += sum(array.nbytes for array in piece)
         progress(done, total)
-    mx.clear_cache()
     return total
 
 
-def _evaluate(piece: list[mx.array]) -> None:
+def _evaluate(array: mx.array) -> None:
     try:
-        mx.eval(piece)
+        mx.eval(array)
     except RuntimeError as error:  # MLX's one exception for files that vanish or shrink while they are read
-        raise BadCheckpoint(f"The model's files could not be read: {error}") from error
+        raise BadCheckpoint(f"the model's files could not be read: {error}") from error
 
 
 def _pieces(part: ModelSlice) -> Iterator[list[mx.array]]:
-    """What is evaluated at once: the modules outside the layers, then each layer."""
+    """What progress is told of: the modules outside the layers, then each layer."""
     yield part.outside_arrays()
     for layer in range(part.layers.start, part.layers.end):
         yield part.layer_arrays(layer)

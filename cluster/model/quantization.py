@@ -48,7 +48,7 @@ def choose_quantization(model: Module, kv_bits: int) -> Quantization | None:
     if kv_bits == 0:
         return None
     if kv_bits not in BITS:
-        raise InvalidOption(f"Keys and values can be kept in 4 or 8 bits, not in {kv_bits}.", field="kv_bits")
+        raise InvalidOption(f"keys and values can be kept in 4 or 8 bits, not in {kv_bits}", field="kv_bits")
     with stand_ins(model):
         caches = record(model, CONTEXT).caches
         _require_plain(caches)
@@ -64,11 +64,11 @@ def _require_plain(caches: Sequence[Any]) -> None:
     for cache in growing:
         if not hasattr(cache, "to_quantized") or hasattr(cache, "max_size"):
             raise ModelUnsupported(
-                f"Keys and values of this model cannot be quantized: it uses a {type(cache).__name__}, for which "
-                "mlx-lm has no quantized form. Load it without kv_bits."
+                f"keys and values of this model cannot be quantized: it uses a {type(cache).__name__}, for which "
+                "mlx-lm has no quantized form; load it without kv_bits"
             )
     if not growing:
-        raise ModelUnsupported("This model keeps no keys and values that could be quantized. Load it without kv_bits.")
+        raise ModelUnsupported("this model keeps no keys and values that could be quantized; load it without kv_bits")
 
 
 def _group_size(caches: Sequence[Any]) -> int:
@@ -79,8 +79,8 @@ def _group_size(caches: Sequence[Any]) -> int:
         if all(width % group == 0 for width in widths):
             return group
     raise ModelUnsupported(
-        f"Keys and values of this model cannot be quantized: its heads are {' and '.join(map(str, widths))} wide, and "
-        f"only multiples of {GROUPS[-1]} can be. Load it without kv_bits."
+        f"keys and values of this model cannot be quantized: its heads are {' and '.join(map(str, widths))} wide, and "
+        f"only multiples of {GROUPS[-1]} can be; load it without kv_bits"
     )
 
 
@@ -90,6 +90,6 @@ def _try(model: Module, length: int, chosen: Quantization) -> None:
         record(model, length, before=before)
     except Exception as error:  # model code raises whatever quantized keys make it raise
         raise ModelUnsupported(
-            f"The attention of this model cannot read quantized keys and values ({type(error).__name__}: "
-            f"{str(error)[:200]}). Load it without kv_bits."
+            f"the attention of this model cannot read quantized keys and values ({type(error).__name__}: "
+            f"{str(error)[:200]}); load it without kv_bits"
         ) from error

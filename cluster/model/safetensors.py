@@ -58,7 +58,7 @@ def read_shard(path: Path) -> Shard:
     missing = 8 + len(header) + data_bytes - size
     if missing > 0:
         raise BadCheckpoint(
-            f"{path.name} is cut short: {missing} bytes are missing. Copy or fetch the file again.",
+            f"{path.name} is cut short: {missing} bytes are missing; copy or fetch the file again",
             file=path.name,
             missing_bytes=str(missing),
         )
@@ -69,14 +69,14 @@ def _header_bytes(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8:
-            raise BadCheckpoint(f"{path.name} is cut short: {8 - size} bytes of its header's length are missing.")
+            raise BadCheckpoint(f"{path.name} is cut short: {8 - size} bytes of its header's length are missing")
         if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
             raise _damaged(path, f"it says that it is {length} bytes long")
         header = file.read(length)
     if len(header) < length:
         raise BadCheckpoint(
-            f"{path.name} is cut short: {length - len(header)} bytes of its header are missing. "
-            "Copy or fetch the file again.",
+            f"{path.name} is cut short: {length - len(header)} bytes of its header are missing; "
+            "copy or fetch the file again",
             file=path.name,
             missing_bytes=str(length - len(header)),
         )
@@ -108,4 +108,4 @@ def _describe(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
 
 
 def _damaged(path: Path, why: str) -> BadCheckpoint:
-    return BadCheckpoint(f"The header of {path.name} is damaged: {why}. Copy or fetch the file again.", file=path.name)
+    return BadCheckpoint(f"the header of {path.name} is damaged: {why}; copy or fetch the file again", file=path.name)

@@ -1,20 +1,21 @@
 """From logits to a token: bias, penalties, log-probabilities, filters, and the draw.
 
 The arithmetic and its order are mlx-lm's (``generate_step``: processors, minus log-sum-exp, sampler), so that greedy
-tokens and log-probabilities are bit-equal to it. Two things are ours: penalties look at the whole history, kept as
-one vector that grows by a scatter a token; and the draw depends on nothing but (seed, position), so a seed gives the
-same text at any number of stages, any load, and after a recovery. It knows nothing of frames, caches or layers.
+tokens and log-probabilities are bit-equal to it. Three things are ours: penalties look at the whole history, kept as
+one vector that grows by a scatter a token; the filters are not compiled, since mlx-lm's are compiled anew for every
+value that a client sends, and all of them kept; and the draw depends on nothing but (seed, position), so a seed gives
+the same text at any number of stages, any load, and after a recovery. It knows nothing of frames, caches or layers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from cluster.types import SamplingParams, TopLogprob
 
@@ -115,12 +116,34 @@ class Sampler:
         if p.temperature < COLDEST:
             return mx.argmax(logprobs, axis=-1)
         if 0 < p.top_p < 1:
-            logprobs = apply_top_p(logprobs, p.top_p)
+            logprobs = _top_p(logprobs, p.top_p)
         if p.min_p > 0:
-            logprobs = apply_min_p(logprobs, p.min_p)
+            logprobs = _min_p(logprobs, p.min_p)
         if 0 < p.top_k < self._vocabulary:
-            logprobs = apply_top_k(logprobs, p.top_k)
+            logprobs = _top_k(logprobs, p.top_k)
         return mx.random.categorical(logprobs * (1 / p.temperature), key=draw_key(p.seed, position))
+
+
+def _top_p(logprobs: mx.array, mass: float) -> mx.array:
+    """Only the most probable tokens whose predecessors hold less than ``mass`` of the probability."""
+    best = -mx.sort(-logprobs, axis=-1)
+    probabilities = mx.exp(best.astype(mx.float32))
+    before = mx.cumsum(probabilities, axis=-1, inclusive=False)
+    total = before[..., -1:] + probabilities[..., -1:]
+    least = mx.where(before < mass * total, best, float("inf")).min(axis=-1, keepdims=True)
+    return mx.where(logprobs < least, -float("inf"), logprobs)
+
+
+def _min_p(logprobs: mx.array, share: float) -> mx.array:
+    """Only tokens at least ``share`` times as probable as the best."""
+    least = mx.max(logprobs, axis=-1, keepdims=True) + math.log(share)
+    return mx.where(logprobs < least, -float("inf"), logprobs)
+
+
+def _top_k(logprobs: mx.array, count: int) -> mx.array:
+    """Only the ``count`` most probable tokens; equal ones at the end are taken as argpartition has them."""
+    others = mx.argpartition(-logprobs, kth=count - 1, axis=-1)[..., count:]
+    return mx.put_along_axis(logprobs, others, mx.array(-float("inf"), logprobs.dtype), axis=-1)
 
 
 class _Counts:

@@ -77,14 +77,14 @@ class SequenceTable:
     def get(self, sequence: int) -> LiveSequence:
         """Raises BadFrame for an id that is not live."""
         if sequence not in self._live:
-            raise BadFrame(f"Sequence {sequence} is not live on this stage.")
+            raise BadFrame(f"sequence {sequence} is not live on this stage")
         return self._live[sequence]
 
     def usable(self, sequence: int) -> LiveSequence:
         """As ``get``, and raises BadFrame for a sequence that an earlier failure left in pieces."""
         live = self.get(sequence)
         if live.broken:
-            raise BadFrame(f"Sequence {sequence} can only leave: {live.broken}")
+            raise BadFrame(f"sequence {sequence} can only leave: {live.broken}")
         return live
 
     def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
@@ -129,10 +129,10 @@ class SequenceTable:
 
     def _join(self, edit: Join) -> None:
         if edit.sequence in self._live:
-            raise BadFrame(f"Sequence {edit.sequence} joins a second time.")
+            raise BadFrame(f"sequence {edit.sequence} joins a second time")
         outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
         if outside:
-            raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens.")
+            raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens")
         sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary)
         self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
         self._lanes.put(edit.sequence, self._new_caches())
@@ -140,12 +140,12 @@ class SequenceTable:
     def _trim(self, live: LiveSequence, length: int) -> None:
         excess = len(live.tokens) - length
         if not 0 <= length <= len(live.tokens):
-            raise BadFrame(f"Sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}.")
+            raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}")
         if excess == 0:
             return
         caches = self._lanes.alone(live.id).trimmed(excess) if length > 0 else self._new_caches()
         if caches is None:
-            raise BadFrame(f"Sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs.")
+            raise BadFrame(f"sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs")
         self._lanes.put(live.id, caches)
         del live.tokens[length:]
         live.kept = None
@@ -160,9 +160,9 @@ class SequenceTable:
 
     def _restore(self, live: LiveSequence, prefix: int) -> None:
         if live.tokens:
-            raise BadFrame(f"Sequence {live.id} has {len(live.tokens)} tokens; only a new one can start from a prefix.")
+            raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only a new one can start from a prefix")
         if prefix not in self._prefixes:
-            raise BadFrame(f"Prefix {prefix} is not kept on this stage.")
+            raise BadFrame(f"prefix {prefix} is not kept on this stage")
         kept = self._prefixes[prefix]
         self._lanes.put(live.id, kept.caches.copy())
         live.tokens, live.kept = list(kept.tokens), ref(kept)

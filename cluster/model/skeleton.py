@@ -27,10 +27,14 @@ def open_skeleton(path: Path) -> Module:
     """
     try:
         model: Module = load_model(path, lazy=True, trust_remote_code=False)[0]
+    except SystemExit as ended:  # what mlx-lm's olmo does when it has printed which package it misses
+        raise ModelUnsupported(
+            f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed"
+        ) from ended
     except Exception as error:  # model code raises whatever its config makes it raise; all of it means this folder
         raise _opening_failed(path, error) from error
     if not hasattr(model, "layers"):
-        raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to cut between.")
+        raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to cut between")
     return model
 
 
@@ -39,7 +43,7 @@ def _opening_failed(path: Path, error: Exception) -> MacpipeError:
     if isinstance(error, ValueError) and what.startswith("Model type "):
         return ModelUnsupported(f"mlx-lm does not know this architecture: {what}")
     if isinstance(error, KeyError) and error.args == ("model_type",):
-        return BadCheckpoint("config.json does not say which model_type this is.", file="config.json")
+        return BadCheckpoint("config.json does not say which model_type this is", file="config.json")
     return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {shortened(what)}")
 
 

@@ -141,7 +141,7 @@ def _any_in(readers: frozenset[int], layers: LayerRange) -> bool:
 
 def _require_clean(traced: Trace, layers: LayerRange) -> None:
     if layers.end > traced.layers:
-        raise NoPlan(f"Layers {layers} were asked for, but the model has only {traced.layers}.")
+        raise NoPlan(f"layers {layers} were asked for, but the model has only {traced.layers}")
     for cut in (layers.start, layers.end):
         if cut in traced.unclean:
-            raise NoPlan(f"The model cannot be cut before layer {cut}: {traced.unclean[cut]}.")
+            raise NoPlan(f"the model cannot be cut before layer {cut}: {traced.unclean[cut]}")

@@ -94,7 +94,7 @@ class Stage:
         Raises StaleEpoch when ``spec`` wants another model, other layers or other ``kv_bits``: that is a load.
         """
         if _held(spec) != _held(self.spec):
-            raise StaleEpoch(f"This stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew.")
+            raise StaleEpoch(f"this stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew")
         self.spec = spec
         self._table = SequenceTable(self._loaded().new_caches, self._vocabulary)
         mx.clear_cache()
@@ -110,7 +110,7 @@ class Stage:
         finite is among the failures, and refused likewise; where none has a finite one, that is a StageFailed.
         """
         if frame.epoch != self.spec.epoch:
-            raise StaleEpoch(f"A frame of epoch {frame.epoch} came to a stage of epoch {self.spec.epoch}.")
+            raise StaleEpoch(f"a frame of epoch {frame.epoch} came to a stage of epoch {self.spec.epoch}")
         try:
             self._apply_edits(frame)
             if frame.error is not None:
@@ -158,21 +158,21 @@ class Stage:
 
     def _loaded(self) -> ModelSlice:
         if self._slice is None:
-            raise StageFailed("This stage has been closed.")
+            raise StageFailed("this stage has been closed")
         return self._slice
 
     def _checked(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
         """The step's sequences, row by row."""
         _require_rows(step)
         if len(step.sequences) > 1 and not part.batchable:
-            raise BadFrame(f"A step names {len(step.sequences)} sequences; this model's caches cannot share a batch.")
+            raise BadFrame(f"a step names {len(step.sequences)} sequences; this model's caches cannot share a batch")
         low, high = min(map(min, step.tokens)), max(map(max, step.tokens))
         if low < 0 or high >= self._vocabulary:
-            raise BadFrame(f"A step names tokens {low} to {high}; the model has 0 to {self._vocabulary - 1}.")
+            raise BadFrame(f"a step names tokens {low} to {high}; the model has 0 to {self._vocabulary - 1}")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
-                raise BadFrame(f"Sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan.")
+                raise BadFrame(f"sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan")
         return rows
 
     def _run(
@@ -202,7 +202,7 @@ class Stage:
 
     def _failure(self, rows: Sequence[LiveSequence], error: Exception) -> StageFailed:
         what = error.sentence if isinstance(error, MacpipeError) else f"{type(error).__name__}: {error}"
-        where = f"Stage {self.spec.index} (layers {self.spec.layers})"
+        where = f"stage {self.spec.index} (layers {self.spec.layers})"
         of = ", ".join(str(live.id) for live in rows)
         return StageFailed(f"{where} could not compute a step of sequence {of}: {what}")
 
@@ -221,13 +221,13 @@ def _held(spec: StageSpec) -> tuple[str, LayerRange, int]:
 def _require_rows(step: Step) -> None:
     """Raise BadFrame unless there is a row of tokens, all of one length, for each of different sequences."""
     if not step.sequences or len(set(step.sequences)) != len(step.sequences):
-        raise BadFrame(f"A step names {len(step.sequences)} sequences; it must name different ones, at least one.")
+        raise BadFrame(f"a step names {len(step.sequences)} sequences; it must name different ones, at least one")
     lengths = {len(row) for row in step.tokens}
     if len(step.tokens) != len(step.sequences) or len(lengths) != 1:
-        raise BadFrame(f"A step of {len(step.sequences)} sequences has {len(step.tokens)} rows of {sorted(lengths)}.")
+        raise BadFrame(f"a step of {len(step.sequences)} sequences has {len(step.tokens)} rows of {sorted(lengths)}")
     if lengths == {0}:
-        raise BadFrame(f"A step of sequence {step.sequences[0]} has no tokens.")
+        raise BadFrame(f"a step of sequence {step.sequences[0]} has no tokens")
 
 
 def _no_caches() -> NoReturn:
-    raise StageFailed("This stage has been closed.")
+    raise StageFailed("this stage has been closed")

@@ -63,11 +63,11 @@ def _lengths(context: int) -> list[int]:
 
 def _context(config: Mapping[str, Any], asked: int | None) -> int:
     if asked is not None and asked < 1:
-        raise InvalidOption(f"A context of {asked} tokens was asked for; it must be at least 1.", field="max_context")
+        raise InvalidOption(f"a context of {asked} tokens was asked for; it must be at least 1", field="max_context")
     limit = _context_limit(config)
     if asked is not None and limit is not None and asked > limit:
         raise InvalidOption(
-            f"A context of {asked} tokens was asked for, but the model allows {limit}.", field="max_context"
+            f"a context of {asked} tokens was asked for, but the model allows {limit}", field="max_context"
         )
     wanted = asked or limits.DEFAULT_MAX_CONTEXT
     return wanted if limit is None else min(wanted, limit)

@@ -33,7 +33,7 @@ def unpack(tensors: Sequence[Tensor], boundary: Boundary | None, batch: int, len
     """
     leaves = boundary.leaves if boundary else ()
     if len(tensors) != len(leaves):
-        raise BadFrame(f"A frame carries {len(tensors)} tensors where {len(leaves)} cross the cut.")
+        raise BadFrame(f"a frame carries {len(tensors)} tensors where {len(leaves)} cross the cut")
     return [_array(tensor, leaf, batch, length) for tensor, leaf in zip(tensors, leaves, strict=True)]
 
 
@@ -45,13 +45,13 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def _array(tensor: Tensor, leaf: Leaf, batch: int, length: int) -> mx.array:
     expected = dtype_name(leaf.dtype)
     if tensor.dtype != expected:
-        raise BadFrame(f"A tensor is {tensor.dtype!r} where {expected} crosses the cut.")
+        raise BadFrame(f"a tensor is {tensor.dtype!r} where {expected} crosses the cut")
     known = {"batch": batch, "length": length}
     dims = [known.get(dim) if isinstance(dim, str) else dim for dim in leaf.dims]
     if len(dims) != len(tensor.shape) or any(d not in (None, size) for d, size in zip(dims, tensor.shape, strict=True)):
-        raise BadFrame(f"A tensor has shape {list(tensor.shape)} where {dims} crosses the cut (null: any size).")
+        raise BadFrame(f"a tensor has shape {list(tensor.shape)} where {dims} crosses the cut (null: any size)")
     data = memoryview(tensor.data)
     if data.nbytes != prod(tensor.shape) * leaf.dtype.size:
-        raise BadFrame(f"A tensor of shape {list(tensor.shape)} and dtype {expected} has {data.nbytes} bytes.")
+        raise BadFrame(f"a tensor of shape {list(tensor.shape)} and dtype {expected} has {data.nbytes} bytes")
     raw: Any = data.cast("B")
     return mx.array(raw).view(leaf.dtype).reshape(tensor.shape)

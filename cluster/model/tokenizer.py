@@ -26,7 +26,7 @@ REPLACEMENT: Final = "\ufffd"
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the checkpoint in ``path``. Raises BadCheckpoint when there is none that can be used."""
     if not any((path / name).is_file() for name in VOCABULARIES):
-        raise BadCheckpoint(f"{str(path)!r} has no tokenizer: none of {', '.join(VOCABULARIES)} is there.")
+        raise BadCheckpoint(f"{str(path)!r} has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         eos = _eos_ids(load_config(path))
         extra = {"trust_remote_code": False, "local_files_only": True}
@@ -39,10 +39,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _unusable(path: Path, error: Exception) -> BadCheckpoint:
     if "contains custom code" in str(error):
         return BadCheckpoint(
-            f"The tokenizer in {str(path)!r} wants its own Python code to be run. macpipe never runs code that comes "
-            "with a model; use a conversion with a tokenizer.json."
+            f"the tokenizer in {str(path)!r} wants its own Python code to be run; macpipe never runs code that comes "
+            "with a model; use a conversion with a tokenizer.json"
         )
-    return BadCheckpoint(f"The tokenizer in {str(path)!r} cannot be used: {type(error).__name__}: {str(error)[:2000]}")
+    return BadCheckpoint(f"the tokenizer in {str(path)!r} cannot be used: {type(error).__name__}: {str(error)[:2000]}")
 
 
 def _eos_ids(config: dict[str, Any]) -> list[int] | None:
@@ -74,14 +74,14 @@ class Tokenizer:
         """
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
-                "This model has no chat template; send it raw text instead (completions, or generate --raw).",
+                "this model has no chat template; send it raw text instead (completions, or generate --raw)",
                 field="messages",
             )
         plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return tuple(self._templated(plain))
         except Exception as error:  # a template is a program of the model's: it can raise anything
-            raise InvalidRequest(f"The model's chat template refused them: {error}", field="messages") from error
+            raise InvalidRequest(f"the model's chat template refused them: {error}", field="messages") from error
 
     def _templated(self, messages: list[dict[str, str]]) -> list[int]:
         ids: list[int] = self._wrapper.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from cluster.errors import ModelUnsupported
+from cluster.errors import MacpipeError, ModelUnsupported
 from cluster.model.graph import LazyGraph
 from cluster.model.modules import Module, layer_prefixes, parameters, stand_ins, tree_arrays
 from cluster.model.recording import Recording, record
@@ -53,13 +53,15 @@ class Trace:
     """A model's map. ``cut`` e lies before layer e; ``unclean`` gives a reason for each cut that must not be used.
 
     ``layer_caches`` has the indices of mlx-lm's caches that each layer is called with; ``caches`` is how many there
-    are. ``shared`` maps the path of each module outside the layers to the layers whose stage reads its weights.
+    are, ``idle`` those that stay empty (a layer without attention may be called with one). ``shared`` maps the path of
+    each module outside the layers to the layers whose stage reads its weights.
     """
 
     vocabulary: int
     prefixes: tuple[str, ...]
     caches: int
     layer_caches: tuple[frozenset[int], ...]
+    idle: frozenset[int]
     unclean: Mapping[int, str]
     boundaries: Mapping[int, Boundary]
     shared: Mapping[str, frozenset[int]]
@@ -76,24 +78,37 @@ class Trace:
 def trace(model: Module) -> Trace:
     """Trace ``model``, whose parameters are stand-ins while it runs and are put back afterwards.
 
-    Raises ModelUnsupported when the model does not call each of its layers once, in order.
+    Raises ModelUnsupported when the model does not call each of its layers once, in order, or cannot run here at all.
     """
+    try:
+        studies = [_study(model, length) for length in LENGTHS]
+        with stand_ins(model):
+            pair = record(model, LENGTHS[0], rows=2)
+    except MacpipeError:
+        raise
+    except Exception as error:  # model code raises whatever this device makes it raise (a kernel that only Macs have)
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelUnsupported(f"{_kind(model)} models cannot run on this machine: {why}") from error
+    unclean = {cut: why for study in reversed(studies) for cut, why in study.unclean().items()}
+    kept = {cut: sorted(set().union(*(s.kept(cut) for s in studies))) for cut in studies[0].cuts}
+    boundaries = {cut: _boundary(cut, tuple(kept[cut]), [*(s.run for s in studies), pair]) for cut in kept}
+    clean = [0, *(cut for cut in studies[0].cuts if cut not in unclean), len(model.layers)]
+    return Trace(
+        vocabulary=studies[0].run.logits.shape[-1],
+        prefixes=studies[0].prefixes,
+        caches=len(studies[0].run.caches),
+        layer_caches=tuple(call.caches for call in studies[0].run.calls),
+        idle=frozenset(i for i, cache in enumerate(studies[-1].run.caches) if not tree_arrays(cache.state)),
+        unclean=unclean,
+        boundaries=boundaries,
+        shared=_shared(clean, kept, studies),
+    )
+
+
+def _study(model: Module, length: int) -> _Study:
+    """Each has stand-ins of its own: some models (gemma3n) put what they computed in a weight's place as they run."""
     with stand_ins(model):
-        studies = [_Study(model, length) for length in LENGTHS]
-        unclean = {cut: why for study in reversed(studies) for cut, why in study.unclean().items()}
-        kept = {cut: sorted(set().union(*(s.kept(cut) for s in studies))) for cut in studies[0].cuts}
-        pair = record(model, LENGTHS[0], rows=2)
-        boundaries = {cut: _boundary(cut, tuple(kept[cut]), [*(s.run for s in studies), pair]) for cut in kept}
-        clean = [0, *(cut for cut in studies[0].cuts if cut not in unclean), len(model.layers)]
-        return Trace(
-            vocabulary=studies[0].run.logits.shape[-1],
-            prefixes=studies[0].prefixes,
-            caches=len(studies[0].run.caches),
-            layer_caches=tuple(call.caches for call in studies[0].run.calls),
-            unclean=unclean,
-            boundaries=boundaries,
-            shared=_shared(clean, kept, studies),
-        )
+        return _Study(model, length)
 
 
 class _Study:
@@ -159,11 +174,14 @@ class _Study:
 
 def _require_order(run: Recording, prefixes: tuple[str, ...], model: Module) -> None:
     if [call.layer for call in run.calls] != list(range(len(prefixes))):
-        kind = getattr(model, "model_type", type(model).__module__.rpartition(".")[2])
         raise ModelUnsupported(
-            f"{kind} models cannot be cut into stages: they do not call each of their {len(prefixes)} layers once, "
-            f"in order, but make {len(run.calls)} layer calls (a looped model)."
+            f"{_kind(model)} models cannot be cut into stages: they do not call each of their {len(prefixes)} layers "
+            f"once, in order, but make {len(run.calls)} layer calls (a looped model)"
         )
+
+
+def _kind(model: Module) -> str:
+    return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
 
 
 def _joined(states: list[Any]) -> mx.array:

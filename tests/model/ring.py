@@ -12,9 +12,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from cluster.frames import Compute, Edit, Frame, Join, Leave, Sample, Step, Tensor
+from cluster.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
 from cluster.model.stage import Stage, load_stage
 from cluster.types import LayerRange, ModelShape, SamplingParams, StageSpec
+from cluster.wire.frame import decode, encode
 
 PROMPT = tuple((i * 37 + 11) % 250 for i in range(41))
 CHUNKS = (7, 19, 14)
@@ -50,9 +51,16 @@ class Ring:
         frame = Frame(epoch=1, lane=lane, number=self._number, edits=edits, step=step)
         self._number += 1
         for stage in self.stages:
-            frame = stage.step(frame)
-            frame = replace(frame, tensors=tuple(Tensor(t.dtype, t.shape, bytes(t.data)) for t in frame.tensors))
+            frame = self.passed(stage.step(frame))
         return frame
+
+    def passed(self, frame: Frame) -> Frame:
+        """What the next stage gets: the frame from a peer's bytes, but for its edits, which may ask for more
+        alternatives than the wire allows.
+        """
+        if not frame.tensors:
+            return frame
+        return replace(decode(encode(replace(frame, edits=()))), edits=frame.edits)
 
     def prefill(self, sequence: int, tokens: Sequence[int], chunks: Iterable[int] = CHUNKS) -> None:
         """Feed ``tokens`` in chunks of these sizes, the rest at once."""

@@ -184,7 +184,7 @@ def test_leave_and_drop_of_unknown_ids_do_nothing(stage: Stage) -> None:
         ((Trim(5, 1),), "not live"),
         ((Save(5, 1),), "not live"),
         ((Restore(1, 1),), "only a new one"),
-        ((Join(2, 3, GREEDY), Restore(2, 1)), "Prefix 1 is not kept"),
+        ((Join(2, 3, GREEDY), Restore(2, 1)), "prefix 1 is not kept"),
     ],
 )
 def test_impossible_edits_are_refused(edits: tuple[Edit, ...], words: str, stage: Stage) -> None:
@@ -295,7 +295,7 @@ def test_the_first_refusal_of_an_edit_is_the_one_that_is_told(ring: Rings) -> No
     twice = frame(Join(1, 2, GREEDY), Join(2, 2, GREEDY), step=prefill(1, 2, sequence=2))
     with pytest.raises(BadFrame, match="second time"):
         r.stages[0].step(twice)
-    told = Failure(0, "BAD_FRAME", "Sequence 1 joins a second time.")
+    told = Failure(0, "BAD_FRAME", "sequence 1 joins a second time")
     assert r.stages[1].step(replace(twice, error=told)) == Frame(1, 0, 0, error=told)
     assert [one.sequences for one in r.stages] == [2, 2]
 
@@ -304,7 +304,7 @@ def test_a_forward_that_fails_breaks_its_sequence_alone(stage: Stage, monkeypatc
     stage.step(frame(Join(1, 2, GREEDY), Join(2, 2, GREEDY)))
     with monkeypatch.context() as patch:
         patch.setattr("cluster.model.stage.mx.eval", _out_of_memory)
-        with pytest.raises(StageFailed, match=r"Stage 0 \(layers 0-2\).*no memory"):
+        with pytest.raises(StageFailed, match=r"stage 0 \(layers 0-2\).*no memory"):
             stage.step(frame(step=prefill(1, 2)))
     with pytest.raises(BadFrame, match="can only leave"):
         stage.step(frame(step=prefill(1, 2)))

@@ -63,8 +63,8 @@ class Talk:
 
 
 def talks(rng: random.Random) -> list[Talk]:
-    """Prompts shorter and longer than the sliding windows (16), and one of a single token more than n-grams need."""
-    lengths = rng.sample([4, 9, 15, 16, 17, 23, 40, 61], len(MIXED))
+    """Prompts shorter and longer than the sliding windows (16) and than what a model remembers by tokens (2)."""
+    lengths = rng.sample([1, 2, 9, 15, 16, 17, 23, 40, 61], len(MIXED))
     return [
         Talk(i, tuple(rng.randrange(250) for _ in range(length)), sampling, rng.randint(4, 9))
         for i, (length, sampling) in enumerate(zip(lengths, MIXED, strict=True), start=1)
@@ -224,7 +224,7 @@ def test_a_row_that_is_not_a_number_fails_alone(rings: Rings) -> None:
     assert [s.sequence for s in reply.samples] == [1, 3]
     trio[0].hear(reply.samples[0])
     trio[2].hear(reply.samples[1])
-    with pytest.raises(BadFrame, match=r"Sequence 2 can only leave"):
+    with pytest.raises(BadFrame, match=r"sequence 2 can only leave"):
         ring.send(Save(2, 1))
     ring.send(Leave(2))
     for _ in range(4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
-from cluster.model.sampling import Sampler, draw_key
+from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key
 from cluster.types import ModelShape, SamplingParams, TopLogprob
 from model.ring import PROMPT, Ring, tokens
 
@@ -104,6 +105,16 @@ def test_filters_leave_the_most_probable(params: SamplingParams, allowed: int) -
     best = sorted(range(V), key=lambda i: -LOGITS[i])[:allowed]
     drawn = {pick(replace(params, temperature=20.0, seed=seed)) for seed in range(600)}
     assert drawn == set(best)
+
+
+def test_filters_are_those_of_mlx_lm(rng: random.Random) -> None:
+    """Bit for bit. Ours are not compiled: mlx-lm keeps a compiled variant for every value that it was ever given."""
+    for _ in range(40):
+        logprobs = mx.array([log_softmax([rng.gauss(0, 3) for _ in range(V)])])
+        share, count = rng.choice((0.1, 0.5, 0.9)), rng.choice((1, 5))
+        assert mx.array_equal(_top_p(logprobs, share), apply_top_p(logprobs, share)).item()
+        assert mx.array_equal(_min_p(logprobs, share), apply_min_p(logprobs, share)).item()
+        assert mx.array_equal(_top_k(logprobs, count), apply_top_k(logprobs, count)).item()
 
 
 def test_temperature_zero_and_next_to_it_take_the_best() -> None:

@@ -1,0 +1,110 @@
+"""``ops/docs/MODELS.md``: what was proved of each architecture, a row each, and what cannot be served and why.
+
+The rows are the record of the last full proof; all else is written anew from the installed mlx-lm and the tables of
+``architectures``. So a file is stale when writing it anew from its own rows gives another file. It proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
+
+from architectures import Architecture, architectures, not_models, refused
+from model.proof import Row
+
+FILE = Path(__file__).parents[2] / "ops" / "docs" / "MODELS.md"
+HEAD = """\
+# Models
+
+What a cluster can serve, module by module of mlx-lm. Written by `ops/models`; do not edit it by hand.
+
+To move to another mlx-lm: change the pin in `pyproject.toml` and `ops/constraints.txt`, run `ops/models`, and read the
+diff of this file. A new module that no table in `tests/model/architectures/` has stops it, and names itself: give it a
+tiny configuration there, or say what it is instead.
+
+Proved with mlx-lm {mlx_lm} and MLX {mlx}: {served} of {models} modules are served, {refused} are not, on a CPU.
+`./ops/test` proves each of them again, cut in two, and `./ops/test --all` proves everything and compares it with
+this table.
+
+## Served
+
+Each is a tiny model with random weights, cut in 2, in 3 and at every clean cut. A prompt goes through in uneven chunks
+and an answer is decoded, over the bytes of real frames. Every log-probability of every token is bit for bit that of
+mlx-lm in one process (float32, CPU). Each stage is loaded from a copy in which every tensor that it must not read is
+not-a-number.
+
+- **Cuts**: how many of the model's cuts are clean. Where layers read what earlier ones computed, the cuts between them
+  are not, and the planner leaves them alone.
+- **Across**: arrays that cross a cut; two numbers where it depends on the cut.
+- **Lane**: three sequences of unequal lengths decode in one batch, and each says what it says alone. Where mlx-lm's
+  code cannot do that rightly, a request has its lane to itself.
+- **Trim**: its caches can forget their last tokens within the context that it was made for.
+- **bf16**, **4+8 bit**: the same proof in two stages with bfloat16 weights, and with 4 bits and an override of 8.
+  MLX's CPU backend multiplies experts in float32 only; Metal and CUDA have no such limit.
+- **By expert**: the same of a checkpoint whose experts are a tensor each, as most makers publish them. Where mlx-lm
+  expects another layout than that, nothing was tried.
+
+"""
+UNPROVED = "**not proved**"
+COLUMNS = ("Module", "Family", "Cuts", "Across", "Lane", "Trim", "bf16", "4+8 bit", "By expert")
+
+
+def line(arch: Architecture, row: Row) -> str:
+    """The table's line for one architecture."""
+    total = row.layers - 1
+    clean = f"all {total}" if len(row.cuts) == total else f"{len(row.cuts)} of {total}"
+    crossing = " or ".join(map(str, row.crossing))
+    caches = ("yes" if can else "no" for can in (row.lane, row.trim))
+    return _cells(arch.name, arch.family, clean, crossing, *caches, row.bfloat16, row.mixed, row.unstacked)
+
+
+def recorded() -> dict[str, str]:
+    """Module -> its line, as the file stands."""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    return {name: text for text in lines if (name := text.removeprefix("| ").partition(" |")[0]) in architectures()}
+
+
+def text(lines: Mapping[str, str]) -> str:
+    """The whole file. Raises KeyError naming a module that has no line."""
+    served = [lines[name] for name in architectures()]
+    names = {arch.name for arch in refused().values()}
+    head = HEAD.format(
+        mlx_lm=version("mlx-lm"),
+        mlx=version("mlx"),
+        served=len(served),
+        models=len(names.union(architectures())),
+        refused=len(names.difference(architectures())),
+    )
+    parts = [
+        head + _table(COLUMNS, served),
+        "## Not served\n\n" + _table(("Module", "Why", "What one sees"), _refusals()),
+        "## Other names\n\nCheckpoints of these types are read by another type's module.\n\n"
+        + _table(("Type", "Module"), _remappings()),
+        "## No models\n\n" + _table(("Module", "What it is"), (_cells(*pair) for pair in not_models().items())),
+    ]
+    return "\n".join(parts)
+
+
+def _refusals() -> Iterable[str]:
+    for name, arch in refused().items():
+        on = " (on a CPU)" if arch.cpu else ""
+        yield _cells(name, arch.why + on, "the engine ends" if arch.refusal == "crash" else f"`{arch.refusal}`")
+
+
+def _remappings() -> Iterable[str]:
+    for name, module in MODEL_REMAPPING.items():
+        yield _cells(name, module)
+    for (name, architecture), module in MODEL_ARCHITECTURE_REMAPPING.items():
+        yield _cells(f"{name} ({architecture})", module)
+
+
+def _table(columns: Iterable[str], lines: Iterable[str]) -> str:
+    names = tuple(columns)
+    return "\n".join([_cells(*names), "|" + "---|" * len(names), *lines]) + "\n"
+
+
+def _cells(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
