@@ -315,6 +315,8 @@ class WorkerFacts:
     layers: LayerRange | None = None
     model: str = ""
     memory_used: int = 0
+    memory_peak: int = 0
+    """The most that was used at once since the engine started."""
     sequences: int = 0
     holder: str = ""
     """The coordinator whose stage it holds, by id; empty for nobody's."""

@@ -183,6 +183,7 @@ def _worker(m: Member) -> cpb.Worker:
         memory_total=f.memory_total,
         memory_limit=f.memory_limit,
         memory_used=f.memory_used,
+        memory_peak=f.memory_peak,
         sequences=f.sequences,
         reachable=m.reachable,
         problem=m.problem,

@@ -177,6 +177,7 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
         memory_total=reply.memory_total,
         memory_limit=reply.memory_limit,
         memory_used=reply.memory_used,
+        memory_peak=reply.memory_peak,
         sequences=reply.sequences,
         reachable=reply.reachable,
         problem=reply.problem,

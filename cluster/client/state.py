@@ -44,6 +44,7 @@ class WorkerState:
     memory_total: int
     memory_limit: int
     memory_used: int
+    memory_peak: int
     sequences: int
     reachable: bool
     problem: str

@@ -147,6 +147,7 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         layers=LayerRange(a.start_layer, a.end_layer) if a.epoch else None,
         model=a.model,
         memory_used=a.memory_used,
+        memory_peak=a.memory_peak,
         sequences=a.sequences,
         holder=a.holder,
         profile=_profile(a.profile),

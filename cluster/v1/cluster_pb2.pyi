@@ -144,6 +144,7 @@ class Worker(_message.Message):
     GPU_CORES_FIELD_NUMBER: _builtins.int
     MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -167,6 +168,8 @@ class Worker(_message.Message):
     """normal, warning or critical, where the system says so."""
     bandwidth: _builtins.float
     """Bytes of weights a second in decode, as measured; 0: not measured."""
+    memory_peak: _builtins.int
+    """The most that was used at once since the worker's engine started."""
     def __init__(
         self,
         *,
@@ -188,10 +191,11 @@ class Worker(_message.Message):
         gpu_cores: _builtins.int = ...,
         memory_pressure: _builtins.str = ...,
         bandwidth: _builtins.float = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,6 +68,7 @@ class DescribeResponse(_message.Message):
     INTERFACE_FIELD_NUMBER: _builtins.int
     GPU_CORES_FIELD_NUMBER: _builtins.int
     MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -95,6 +96,8 @@ class DescribeResponse(_message.Message):
     gpu_cores: _builtins.int
     memory_pressure: _builtins.str
     """normal, warning or critical, where the system says so."""
+    memory_peak: _builtins.int
+    """The most that was used at once since the engine started."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """What its engine was measured to do; absent where that is not known."""
@@ -124,10 +127,11 @@ class DescribeResponse(_message.Message):
         interface: _builtins.str = ...,
         gpu_cores: _builtins.int = ...,
         memory_pressure: _builtins.str = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -67,6 +67,7 @@ class Control(WorkerServiceServicer):
             memory_total=hello.memory_total,
             memory_limit=hello.memory_limit,
             memory_used=report.memory_used,
+            memory_peak=report.memory_peak,
             epoch=held.epoch,
             start_layer=held.start_layer,
             end_layer=held.end_layer,

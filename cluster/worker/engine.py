@@ -54,8 +54,8 @@ class Engine:
         self._answering = threading.Lock()
         # Bounded by what feeds it: frames by the coordinator's window, commands by its open calls.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        if memory_limit:
-            device.set_memory_limit(memory_limit)
+        device.choose()
+        device.set_limits(memory_limit or device.device_facts().memory_limit)
         self._slot = Slot(self._jobs.put, throttle=self._throttle)
         self._server = DataServer(host, 0, self._slot)
         self._say_hello(memory_limit)
@@ -88,7 +88,7 @@ class Engine:
     def obey(self, command: Command) -> None:
         """Queue a command; a report is answered at once, on the caller's thread."""
         if isinstance(command, Report):
-            self._say(Reported(command.call, device.memory_used(), self._slot.sequences))
+            self._say(Reported(command.call, device.memory_used(), self._slot.sequences, device.memory_peak()))
         else:
             self._jobs.put(lambda: self._carry_out(command))
 

@@ -124,6 +124,7 @@ class Reported:
     call: int
     memory_used: int
     sequences: int
+    memory_peak: int = 0
 
 
 Command = Load | Link | Unload | Report | Measure

@@ -71,6 +71,7 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
             memory_total=64 << 30,
             memory_limit=48 << 30,
             memory_used=20 << 30,
+            memory_peak=21 << 30,
             reachable=name == "a",
             problem="" if name == "a" else "no answer for 3 s",
         )
