@@ -21,6 +21,7 @@ __all__ = [
     "DeviceFacts",
     "choose",
     "close_thread",
+    "compiles",
     "device_facts",
     "memory_peak",
     "memory_used",
@@ -75,6 +76,11 @@ def device_facts() -> DeviceFacts:
         memory_total=total,
         memory_limit=_memory_limit(backend, info, total),
     )
+
+
+def compiles() -> bool:
+    """Whether kernels are compiled for a shape when it first comes, and not with MLX: on GPUs."""
+    return _backend() != "cpu"
 
 
 def memory_used() -> int:

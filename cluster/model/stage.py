@@ -23,12 +23,14 @@ from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
 from cluster.model.tokenizer import late_grammars
+from cluster.model.trace import Boundary
 from cluster.types import LayerRange, StageSpec
 
 __all__ = ["Stage", "load_stage"]
 
 STEPS_BETWEEN_CLEARS: Final = 256
-"""Decode steps after which MLX's buffer cache is emptied, as mlx-lm does."""
+"""Steps after which MLX's buffer cache is emptied, as mlx-lm does. After each prefill chunk too would cost a GPU the
+time to free, and to ask again for, what the next chunk needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,16 @@ class Stage:
         self._vocabulary = vocabulary
         self._table = SequenceTable(part.new_caches, vocabulary, grammars)
         self._steps = 0
+
+    @property
+    def inlet(self) -> Boundary | None:
+        """What comes in; None where the model begins."""
+        return self._loaded().inlet
+
+    @property
+    def batchable(self) -> bool:
+        """Whether a step may have several sequences."""
+        return self._loaded().batchable
 
     @property
     def sequences(self) -> int:
@@ -143,15 +155,11 @@ class Stage:
         return replace(frame, tensors=result.tensors)
 
     def _apply_edits(self, frame: Frame) -> None:
-        before = self._table.sequences + self._table.prefixes
         try:
             self._table.apply(frame.edits)
         except BadFrame:
             if frame.error is None:  # else the stage that gave up has refused the same edit, and said so
                 raise
-        finally:
-            if self._table.sequences + self._table.prefixes < before:
-                mx.clear_cache()
 
     def _compute(self, lane: int, step: Step, tensors: tuple[Tensor, ...]) -> _Result:
         """Check everything that can be checked, then run."""
@@ -164,7 +172,7 @@ class Stage:
             raise self._failure(rows, error) from error
         for failure in result.failures:
             self._table.mark_broken([failure.sequence], failure.sentence)
-        self._tidy(step)
+        self._tidy()
         return result
 
     def _loaded(self) -> ModelSlice:
@@ -219,10 +227,10 @@ class Stage:
         of = ", ".join(str(live.id) for live in rows)
         return StageFailed(f"{where} could not compute a step of sequence {of}: {what}")
 
-    def _tidy(self, step: Step) -> None:
-        """Give MLX's spare buffers back after each prefill chunk and every so many steps, as mlx-lm does."""
+    def _tidy(self) -> None:
+        """Give MLX's spare buffers back every so many steps; between, the device's cache limit bounds them."""
         self._steps += 1
-        if step.compute is Compute.PREFILL or self._steps % STEPS_BETWEEN_CLEARS == 0:
+        if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
 
 

@@ -18,6 +18,7 @@ from cluster.frames import Failure, Frame
 from cluster.model import device
 from cluster.model.checkpoint import resolve_model
 from cluster.model.stage import Stage, load_stage
+from cluster.model.warmup import warm
 from cluster.transport.rings import GrpcDialer
 from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.types import ModelRef, StageSpec, StageTiming
@@ -76,6 +77,8 @@ class Slot:
         """Drop what is held and hold this slice. Raises what ``load_stage`` raises."""
         self.unload()
         stage = load_stage(spec, _folder(spec.model), progress)
+        if device.compiles():
+            warm(stage)
         self._stage, self._index, self._ports = stage, spec.index, _Ports.of(spec.epoch)
 
     def link(self, epoch: int, pull_from: str) -> None:

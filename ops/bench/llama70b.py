@@ -28,6 +28,21 @@ USERS = (8, 16)
 CONTEXT = 4096
 
 
+def where_time_goes(client: Client, prompt: int, tokens: int, salt: int) -> list[dict[str, object]]:
+    """Of one request: what each stage computed, waited and sent, in milliseconds a token (or in all, for one token)."""
+    ids = [salt % 250, *prompt_ids(salt, prompt - 1)]
+    answer = client.generate(ids, max_tokens=tokens, ignore_eos=True)
+    return [
+        {
+            "worker": s.worker,
+            "compute_ms": round(s.compute_ms / tokens, 2),
+            "wire_ms": round(s.wire_ms / tokens, 2),
+            "wait_ms": round(s.wait_ms / tokens, 2),
+        }
+        for s in answer.stages
+    ]
+
+
 def decode_rate(client: Client, prompt: int, tokens: int, salt: int) -> float:
     """Tokens a second of one user, from its first token on."""
     ids = [salt % 250, *prompt_ids(0, prompt - 1)]
@@ -73,7 +88,7 @@ def first_difference(client: Client, single: SingleProcess, tokens: int) -> dict
 
 
 def memory(client: Client) -> list[dict[str, float]]:
-    """What each worker's GPU came to hold at most, beside its slice and the caches that were promised."""
+    """What each worker's GPU came to hold at most, beside its slice and the caches that it keeps."""
     state = client.cluster()
     peaks = {w.name: w.memory_peak for w in state.workers}
     return [
@@ -81,8 +96,9 @@ def memory(client: Client) -> list[dict[str, float]]:
             "worker": s.worker,
             "layers": [s.layers.start, s.layers.end],
             "slice": s.weight_bytes,
+            "kept_prefixes": s.prefix_bytes,
             "peak": peaks[s.worker],
-            "peak_over_slice": round(peaks[s.worker] / s.weight_bytes, 4),
+            "peak_over_slice": round(peaks[s.worker] / (s.weight_bytes + s.prefix_bytes), 4),
         }
         for s in state.stages
     ]
@@ -111,12 +127,15 @@ def run(asked: Namespace, stack: ExitStack) -> tuple[list[Figure], dict[str, obj
     single.greedy(PROMPT, 1)
     difference = first_difference(client, single, asked.tokens)
     figures = measure(client, single, asked)
+    long = min(LONG, asked.context // 2)
+    stages = {"decode1": where_time_goes(client, 2, 2 * asked.tokens, 91), "ttft": where_time_goes(client, long, 1, 92)}
     slices = sum(s.weight_bytes for s in client.cluster().stages)
     return figures, {
         "shape": asked.shape,
         "write_s": round(wrote, 1),
         "serve_s": round(loaded, 1),
         "slice_bytes": slices,
+        "stages": stages,
         "memory": memory(client),
         "first_difference": difference,
     }
