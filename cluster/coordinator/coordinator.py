@@ -26,7 +26,7 @@ from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, Req
 from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
-from cluster.types import Request
+from cluster.types import Plan, Request
 
 
 class Coordinator:
@@ -192,6 +192,11 @@ class Coordinator:
             tokens=self._totals.tokens,
             uptime_s=time.monotonic() - self._started,
         )
+
+    async def under_way(self) -> tuple[Plan | None, LoopView | None]:
+        """The plan that is served and what its loop has to do, without asking any worker."""
+        plan, loop = self._epoch.plan if self._epoch else None, await self._view()
+        return plan, loop
 
     async def _view(self) -> LoopView | None:
         if self._epoch is None:
