@@ -166,6 +166,48 @@ HASH_THREADS: Final = 2
 """A core hashes 1 to 2 GB/s; the disk is the next limit."""
 DISK_MARGIN_BYTES: Final = 512 * MIB
 """A disk that is quite full makes a Mac unusable."""
+# Placement
+REFERENCE_CONTEXT: Final = 2048
+"""Tokens of context at which a decode speed is told: an ordinary chat."""
+REFERENCE_PROMPT: Final = 2048
+"""Tokens of the prompt whose first token is foretold."""
+MANY_USERS: Final = 8
+RELAYED_HOPS: Final = 2
+"""A hop by way of the coordinator is two."""
+ASSUMED_ROUND_TRIP_S: Final = 0.0006
+"""Of a link that was not measured: 0.24 ms of software each way, as measured on loopback, and a switch."""
+ASSUMED_LINK_BANDWIDTH: Final = 117e6
+"""Of a link that was not measured, in bytes a second: gigabit Ethernet, the least that a wired Mac has."""
+BALANCE_SLACK: Final = 0.02
+"""By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
+MAX_SEARCH: Final = 2_500
+"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
+Beyond that the order is by speed, and the search is exact in that order."""
+
+PROFILE_TIMEOUT_S: Final = 60.0
+"""A worker measures itself in two or three seconds; one that takes this long works without a profile."""
+KEPT_CORRECTIONS: Final = 32
+KEPT_LINKS: Final = 64
+CORRECTION_BOUND: Final = 8.0
+"""A correction beyond this, either way, says that something else is wrong."""
+LEARNED_FRAMES: Final = 256
+"""Decode frames, a stage, whose times are remembered: their median is what was measured."""
+LEAST_FRAMES: Final = 16
+"""Below this nothing is said of what frames take, and nothing learned."""
+LEARN_S: Final = 10.0
+"""How often workers are told what their frames took."""
+LEARN_STEP: Final = 0.02
+"""A ratio that moved by less than this is not written to disk again."""
+PLAN_TIMEOUT_S: Final = 60.0
+"""Tracing a large model takes seconds, and so may the links of many workers."""
+PROBES: Final = 12
+"""Empty messages by which a link's round trip is told."""
+PROBE_BYTES: Final = MIB
+PROBE_MESSAGES: Final = 8
+"""By which its bandwidth is: 8 MiB are 70 ms at 1 Gb/s."""
+PROBE_TIMEOUT_S: Final = 5.0
+LINK_KEPT_S: Final = 24 * 3600.0
+"""A link that was measured within a day is not measured again before a load."""
 
 # Discovery
 MAX_ROSTER: Final = 64

@@ -11,6 +11,7 @@ from enum import StrEnum
 from cluster.chat import ChatMessage as ChatMessage
 from cluster.chat import Parsing, ToolCallDelta
 from cluster.grammar import Grammar
+from cluster.profiles import Forecast, Objective, Profile, Spare
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,6 +54,10 @@ class SharedWeight:
     name: str
     nbytes: int
     layers: tuple[int, ...]
+    lookup_bytes: int | None = None
+    """What one token reads of it where it is only looked up (a row of an embedding); None: always all of it."""
+    head: bool = False
+    """Looked up, but the stage with the last layer multiplies with all of it (a tied embedding)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,14 @@ class ModelShape:
     trimmable: bool = True
     cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Sizes of shorter sequences: (tokens, bytes a layer), ascending, without the one of ``max_context``."""
+    active_bytes: tuple[int, ...] = ()
+    """What one token reads of each layer: of stacked experts only those it is sent to. Empty: all of every layer."""
+    expert_bytes: tuple[int, ...] = ()
+    """Of each layer: its stacked experts, all of them. Empty: there are none."""
+    flops: tuple[float, ...] = ()
+    """Floating-point operations of one token a layer, attention's part that grows with the context aside."""
+    boundary_bytes: tuple[int, ...] = ()
+    """What crosses the cut before each layer, for one token; the first entry is for token ids."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Bytes of weights that a stage with these layers holds."""
@@ -130,6 +143,8 @@ class PlannedStage:
     weight_bytes: int
     cache_bytes: int
     """What is left for caches."""
+    decode_ms: float = 0.0
+    """What a decode step of one row is predicted to take here; 0 where the worker's speed is not known."""
 
     @property
     def layers(self) -> LayerRange:
@@ -152,6 +167,11 @@ class Plan:
     max_sequences: int
     lanes: int
     rows: int
+    objective: Objective = Objective.LATENCY
+    forecast: Forecast | None = None
+    """None where a worker's speed is not known."""
+    spares: tuple[Spare, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,9 +315,17 @@ class WorkerFacts:
     layers: LayerRange | None = None
     model: str = ""
     memory_used: int = 0
+    memory_peak: int = 0
+    """The most that was used at once since the engine started."""
     sequences: int = 0
     holder: str = ""
     """The coordinator whose stage it holds, by id; empty for nobody's."""
+    profile: Profile = field(default_factory=Profile)
+    interface: str = ""
+    """The network interface that it listens on, where it is one."""
+    gpu_cores: int = 0
+    memory_pressure: str = ""
+    """The system's own word for it, where it has one: normal, warning or critical."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,40 +339,3 @@ class StageTiming:
     wait_us: int
     compute_us: int
     pack_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadProgress:
-    """How far one stage's load is; ``state`` says what it is doing in a word."""
-
-    worker: str
-    layers: LayerRange
-    done_bytes: int
-    total_bytes: int
-    state: str = field(default="reading")
-    hub_bytes: int = 0
-    peer_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FetchOrder:
-    """What a stage needs of the model's files, and who has it.
-
-    ``tensors`` are names, in the order in which they are wanted; those in ``deferred`` come from another worker that
-    fetches them first. ``peers`` are Macs that answer StoreService, by name and address. ``repo`` and ``commit`` say
-    where on the hub the model is; empty: nowhere.
-    """
-
-    tensors: tuple[str, ...]
-    deferred: tuple[str, ...] = ()
-    peers: tuple[tuple[str, str], ...] = ()
-    repo: str = ""
-    commit: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StageProof:
-    """What a stage's tensors hash to on its worker: pairs of name and SHA-256 in hex."""
-
-    worker: str
-    digests: tuple[tuple[str, str], ...]

@@ -15,8 +15,10 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.errors import InvalidRequest, MacpipeError
 from cluster.layers import parse_layers
 from cluster.limits import MAX_STEP_MS
+from cluster.loads import LoadProgress
+from cluster.profiles import Objective
 from cluster.transport.status import abort
-from cluster.types import LoadProgress, Plan, Route, WorkerFacts
+from cluster.types import Plan, Route, WorkerFacts
 from cluster.v1 import cluster_pb2 as pb
 from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer
 
@@ -54,6 +56,13 @@ class Cluster(ClusterServiceServicer):
         finally:
             load.cancel()
 
+    async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
+        try:
+            return replies.plan_reply(await self._coordinator.plan(_order(request)))
+        except MacpipeError as e:
+            await abort(context, e)
+            raise
+
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         try:
             await self._coordinator.unload()
@@ -76,7 +85,7 @@ class _Queued:
         self.queue.put_nowait(progress)
 
 
-def _order(r: pb.LoadModelRequest) -> LoadOrder:
+def _order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
     if not r.model:
         raise InvalidRequest("no model was named", field="model")
     return LoadOrder(
@@ -86,8 +95,9 @@ def _order(r: pb.LoadModelRequest) -> LoadOrder:
         route=Route.RELAY if r.route == pb.ROUTE_RELAY else Route.DIRECT,
         max_context=r.max_context or None,
         lanes=r.lanes or None,
-        max_step_ms=_max_step_ms(r.max_step_ms),
+        max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
         kv_bits=_kv_bits(r.kv_bits),
+        objective=Objective.THROUGHPUT if r.objective == pb.OBJECTIVE_THROUGHPUT else Objective.LATENCY,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from cluster import __version__
 from cluster.chat import ToolCallDelta
-from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
 from cluster.coordinator.snapshot import ServingState, Snapshot
 from cluster.coordinator.views import LoopView, RequestView
+from cluster.loads import LoadProgress
 from cluster.model.tokenizer import Tokenizer
+from cluster.profiles import Objective
 from cluster.scheduler.sequence import Phase
-from cluster.types import FinishEvent, FinishReason, LoadProgress, PlannedStage, Request, Route, TokenEvent
+from cluster.types import FinishEvent, FinishReason, Plan, PlannedStage, Request, Route, TokenEvent
 from cluster.v1 import cluster_pb2 as cpb
 from cluster.v1 import inference_pb2 as pb
 
@@ -21,6 +22,10 @@ _STATES = {
     ServingState.FAILED: cpb.SERVING_STATE_FAILED,
 }
 _ROUTES = {Route.DIRECT: cpb.ROUTE_DIRECT, Route.RELAY: cpb.ROUTE_RELAY}
+_OBJECTIVES = {
+    Objective.LATENCY: cpb.OBJECTIVE_LATENCY,
+    Objective.THROUGHPUT: cpb.OBJECTIVE_THROUGHPUT,
+}
 _PHASES = {
     Phase.QUEUED: cpb.REQUEST_STATE_QUEUED,
     Phase.PREFILL: cpb.REQUEST_STATE_PREFILL,
@@ -126,16 +131,42 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         reply.layers = s.plan.stages[-1].layers.end
         reply.max_context, reply.max_sequences = s.plan.max_context, s.plan.max_sequences
         reply.route = _ROUTES[s.plan.route]
-        reply.stages.extend(_stage(i, p, r) for i, (p, r) in enumerate(zip(s.plan.stages, s.ring, strict=True)))
+        reply.stages.extend(_stage(p, r.inlet) for p, r in zip(s.plan.stages, s.ring, strict=True))
+        _add_reasons(reply, s.plan)
     if s.loop:
         _add_load(reply, s.loop)
     return reply
+
+
+def plan_reply(plan: Plan) -> cpb.PlanResponse:
+    reply = cpb.PlanResponse(
+        model=plan.model.name,
+        layers=plan.stages[-1].layers.end,
+        max_context=plan.max_context,
+        max_sequences=plan.max_sequences,
+        route=_ROUTES[plan.route],
+        stages=[_stage(stage, plan.route) for stage in plan.stages],
+    )
+    _add_reasons(reply, plan)
+    return reply
+
+
+def _add_reasons(reply: cpb.GetClusterResponse | cpb.PlanResponse, plan: Plan) -> None:
+    reply.objective = _OBJECTIVES[plan.objective]
+    reply.spares.extend(cpb.SpareWorker(worker=spare.worker, why=spare.why) for spare in plan.spares)
+    reply.reasons.extend(plan.reasons)
+    if f := plan.forecast:
+        told = cpb.Forecast(one_user=f.one_user, eight_users=f.eight_users, first_token_seconds=f.first_token_s)
+        reply.forecast.CopyFrom(told)
 
 
 def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
     load = zip(reply.stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=True)
     for stage, reserved, prefixes, bubble in load:
         stage.reserved_bytes, stage.prefix_bytes, stage.bubble_share = reserved, prefixes, bubble
+    for stage, pace in zip(reply.stages, loop.pace, strict=False):
+        stage.measured_ms, stage.expected_ms = pace.measured_ms, pace.expected_ms
+        stage.measured_frames = pace.frames
 
 
 def _worker(m: Member) -> cpb.Worker:
@@ -152,21 +183,27 @@ def _worker(m: Member) -> cpb.Worker:
         memory_total=f.memory_total,
         memory_limit=f.memory_limit,
         memory_used=f.memory_used,
+        memory_peak=f.memory_peak,
         sequences=f.sequences,
         reachable=m.reachable,
         problem=m.problem,
+        interface=f.interface,
+        gpu_cores=f.gpu_cores,
+        memory_pressure=f.memory_pressure,
+        bandwidth=f.profile.bandwidth,
     )
 
 
-def _stage(index: int, planned: PlannedStage, ring: RingStage) -> cpb.Stage:
+def _stage(planned: PlannedStage, inlet: Route) -> cpb.Stage:
     return cpb.Stage(
-        index=index,
+        index=planned.spec.index,
         worker=planned.worker,
         start_layer=planned.layers.start,
         end_layer=planned.layers.end,
         weight_bytes=planned.weight_bytes,
         cache_bytes=planned.cache_bytes,
-        inlet=_ROUTES[ring.inlet],
+        inlet=_ROUTES[inlet],
+        predicted_ms=planned.decode_ms,
     )
 
 

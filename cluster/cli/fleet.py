@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,11 @@ class Fleet:
         self._folder = folder
         self._members: list[Member] = []
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Start ``macpipe ARGUMENTS --exit-with-stdin``, in a session of its own: Ctrl-C here is not for it."""
+    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start ``macpipe ARGUMENTS --exit-with-stdin``, in a session of its own: Ctrl-C here is not for it.
+
+        ``environment`` is added to this process's own.
+        """
         log = self._folder / f"{name}.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -54,6 +57,7 @@ class Fleet:
                 stdout=stderr,
                 stderr=stderr,
                 start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
         self._members.append(Member(name, process, log))
 

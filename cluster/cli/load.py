@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING
 
 from cluster.cli.edge import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowRoute, KvBits, Lanes, Layers, MaxContext, MaxStepMs, Model, Workers, checked_kv_bits
+from cluster.cli.serve import (
+    HowGood,
+    HowRoute,
+    KvBits,
+    Lanes,
+    Layers,
+    MaxContext,
+    MaxStepMs,
+    Model,
+    Workers,
+    checked_kv_bits,
+)
 from cluster.limits import MAX_STEP_MS
+from cluster.profiles import Objective
 from cluster.types import Route
 
 if TYPE_CHECKING:
@@ -24,6 +36,7 @@ def load(
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
+    objective: HowGood = Objective.LATENCY,
     coordinator: Coordinator = None,
     json: Json = False,
 ) -> None:
@@ -46,6 +59,7 @@ def load(
             lanes=lanes,
             max_step_ms=max_step_ms,
             kv_bits=checked_kv_bits(kv_bits),
+            objective=objective,
         )
         state = follow(loading)
         if json:
@@ -55,13 +69,15 @@ def load(
         else:
             held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
             sys.stdout.write(f"serving {state.model} on {len(state.stages)} workers: {held}\n")
+            for spare in state.spares:
+                sys.stdout.write(f"spare: {spare.worker} ({spare.why})\n")
 
 
 def follow(loading: Loading) -> ClusterState:
     """Show a load's progress on stderr until it is done; returns the cluster's state."""
     from cluster.cli.report import LoadBars
     from cluster.client.calls import serving
-    from cluster.types import LoadProgress
+    from cluster.loads import LoadProgress
 
     bars = LoadBars(sys.stderr)
     last: LoadProgress | ClusterState | None = None

@@ -18,6 +18,7 @@ from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
 from cluster.cli.launch import launch
 from cluster.cli.load import load
+from cluster.cli.plan import plan
 from cluster.cli.ps import ps
 from cluster.cli.pull import pull
 from cluster.cli.serve import serve
@@ -50,7 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, worker, serve, pull, generate, chat, status, ps, load, unload):
+for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)
 

@@ -5,16 +5,20 @@ It draws and decides nothing. Where stderr is no terminal, it writes plain lines
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from cluster.cli.screen import bytes_in_words, console, printable, table
 from cluster.client.address import DEFAULT_HOST, DEFAULT_PORT
-from cluster.types import LoadProgress, Plan, Route, WorkerFacts
+from cluster.limits import REFERENCE_PROMPT
+from cluster.loads import LoadProgress
+from cluster.profiles import Forecast, Spare
+from cluster.types import LayerRange, Plan, Route, WorkerFacts
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from rich.table import Table
 
     from cluster.store.fetch import Fetched
 
@@ -117,17 +121,17 @@ class TerminalReport:
         if names == self._found:
             return
         self._found = names
-        count = f"{len(names)} of {wanted} workers" if wanted else f"{len(names)} worker{'s' * (len(names) != 1)}"
+        some = f"{len(names)} worker{'s' * (len(names) != 1)}"
+        count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
         self._say(f"{count}: {', '.join(names)}" if names else f"waiting for {_workers_in_words(wanted)}")
 
     def planned(self, plan: Plan) -> None:
         """Show who gets what."""
         self._say(f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:")
-        shown = table("stage", "worker", "layers", "weights", "caches", right=frozenset({"weights", "caches"}))
-        for stage in plan.stages:
-            weights, caches = bytes_in_words(stage.weight_bytes), bytes_in_words(stage.cache_bytes)
-            shown.add_row(str(stage.spec.index), printable(stage.worker), str(stage.layers), weights, caches)
-        self._console.print(shown)
+        stages = [(s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.decode_ms) for s in plan.stages]
+        self._console.print(stage_table(stages))
+        for line in prospects(plan.forecast, plan.spares, plan.reasons):
+            self._say(line)
         if plan.route is Route.RELAY:
             self._say("activations go by way of this coordinator")
 
@@ -149,6 +153,27 @@ class TerminalReport:
 
     def _say(self, line: str) -> None:
         self._console.print(printable(line), soft_wrap=True)
+
+
+def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Table:
+    """A plan's stages: worker, layers, bytes of weights, bytes left beside them, a step's milliseconds (0: unknown)."""
+    numbers = frozenset({"weights", "left for caches", "ms a token"})
+    shown = table("stage", "worker", "layers", "weights", "left for caches", "ms a token", right=numbers)
+    for i, (worker, layers, weights, left, ms) in enumerate(stages):
+        figures = (bytes_in_words(weights), bytes_in_words(left), f"{ms:.1f}" if ms else "-")
+        shown.add_row(str(i), printable(worker), str(layers), *figures)
+    return shown
+
+
+def prospects(forecast: Forecast | None, spares: Iterable[Spare], reasons: Iterable[str]) -> Iterator[str]:
+    """What a plan promises, and why it is as it is: a line each."""
+    if forecast:
+        yield (
+            f"predicted: {forecast.one_user:.3g} tokens/s for one user, {forecast.eight_users:.3g} for eight together;"
+            f" {REFERENCE_PROMPT} tokens of prompt take {forecast.first_token_s:.2g} s to the first token"
+        )
+    yield from (f"spare: {spare.worker}: {spare.why}" for spare in spares)
+    yield from reasons
 
 
 def _workers_in_words(wanted: int | None) -> str:

@@ -14,6 +14,7 @@ from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.profiles import Objective
 from cluster.types import Route
 
 DEFAULT_HTTP = "127.0.0.1:8080"
@@ -23,9 +24,9 @@ Model = Annotated[
         metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="all there are")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="as many as are best")]
 Layers = Annotated[
-    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="by memory")
+    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="as planned")
 ]
 HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
 MaxContext = Annotated[
@@ -47,6 +48,7 @@ Http = Annotated[
 ServedNames = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="A further name of the model over HTTP. Repeatable.")
 ]
+HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -73,6 +75,7 @@ def serve(
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
+    objective: HowGood = Objective.LATENCY,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
     home: Annotated[
@@ -109,13 +112,13 @@ def serve(
         lanes=lanes,
         max_step_ms=max_step_ms,
         kv_bits=checked_kv_bits(kv_bits),
+        objective=objective,
         max_schema_bytes=max_schema_bytes,
     )
     if exit_with_stdin:
         end_with_stdin()
     with TerminalReport(sys.stderr) as report:
-        code = run(settings, report)
-    raise typer.Exit(code)
+        raise typer.Exit(run(settings, report))
 
 
 def http_address(given: str) -> tuple[str, int] | None:

@@ -11,9 +11,9 @@ from cluster.cli.options import Coordinator, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import ClusterState
+    from cluster.client import ClusterState, StageState
 
-RIGHT: Final = frozenset({"weights", "memory used"})
+RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
 
 def status(coordinator: Coordinator = None, json: Json = False) -> None:
@@ -42,7 +42,12 @@ def show_state(state: ClusterState) -> None:
         return
     screen.print()
     screen.print(_workers(state))
+    screen.print()
+    for spare in state.spares:
+        screen.print(printable(f"spare: {spare.worker}: {spare.why}"), soft_wrap=True)
     for worker in state.workers:
+        if worker.memory_pressure in ("warning", "critical"):
+            screen.print(printable(f"{worker.name}: memory pressure is {worker.memory_pressure}"), soft_wrap=True)
         if worker.problem:
             screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
 
@@ -70,7 +75,8 @@ def headline(state: ClusterState) -> list[str]:
 def _workers(state: ClusterState) -> Table:
     from cluster.cli.screen import bytes_in_words, printable, table
 
-    shown = table("worker", "chip", "layers", "weights", "memory used", "state", right=RIGHT)
+    columns = ("worker", "chip", "layers", "weights", "memory used", "predicted", "measured", "state")
+    shown = table(*columns, right=RIGHT)
     for worker in state.workers:
         held = [stage for stage in state.stages if stage.worker == worker.name]
         shown.add_row(
@@ -79,6 +85,16 @@ def _workers(state: ClusterState) -> Table:
             ", ".join(str(stage.layers) for stage in held) or "-",
             bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}",
+            *_decode_ms(held),
             "reachable" if worker.reachable else "unreachable",
         )
     return shown
+
+
+def _decode_ms(held: list[StageState]) -> tuple[str, str]:
+    """A decode step's milliseconds: as predicted (for the frames that were measured, once they are), as measured."""
+    if not held:
+        return "-", "-"
+    measured = sum(stage.measured_ms for stage in held)
+    predicted = sum((stage.expected_ms if measured else 0) or stage.predicted_ms for stage in held)
+    return f"{predicted:.2f} ms" if predicted else "-", f"{measured:.2f} ms" if measured else "-"

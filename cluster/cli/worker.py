@@ -10,6 +10,8 @@ import typer
 from cluster.cli.home import short_host_name, state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.cli.sizes import parse_size
+from cluster.errors import InvalidOption
+from cluster.worker.settings import Profiling, WorkerSettings
 
 
 def worker(
@@ -20,8 +22,16 @@ def worker(
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, like 24GiB.")
     ] = None,
+    interface: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Listen on this network interface, like en0, instead of --host.")
+    ] = None,
+    profile: Annotated[
+        Profiling, typer.Option(help="This Mac's speed: as kept from the first start, measured anew, or left unknown.")
+    ] = Profiling.KEPT,
+    throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
     home: Annotated[
-        Path | None, typer.Option(help="Keep this worker's id in this folder; else MACPIPE_HOME, else the usual place.")
+        Path | None,
+        typer.Option(help="Keep this worker's state in this folder; else MACPIPE_HOME, else the usual place."),
     ] = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
@@ -30,16 +40,29 @@ def worker(
     Holds the layers that a coordinator gives it, and runs them. Stays in the foreground; Ctrl-C ends it.
     """
     from cluster.worker.daemon import run
-    from cluster.worker.settings import WorkerSettings
 
     settings = WorkerSettings(
         name=short_host_name() if name is None else name,
         home=state_home(home),
         cluster=cluster,
-        host=host,
+        host=_host(host, interface),
         port=port,
         memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit else None,
+        profile=profile,
+        interface=interface or "",
+        throttle=throttle,
     )
     if exit_with_stdin:
         end_with_stdin()
     raise typer.Exit(run(settings))
+
+
+def _host(host: str, interface: str | None) -> str:
+    """The address to listen on: the interface's, where one is named."""
+    if interface is None:
+        return host
+    if host != "127.0.0.1":
+        raise InvalidOption("give --host or --interface, not both", field="interface")
+    from cluster.discovery.interfaces import address_on, interfaces
+
+    return address_on(interface, interfaces())

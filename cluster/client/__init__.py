@@ -15,9 +15,19 @@ from cluster.client.async_client import AsyncClient
 from cluster.client.async_stream import AsyncLoading, AsyncStream
 from cluster.client.client import Client
 from cluster.client.options import ChatKeywords, Options
-from cluster.client.state import ClusterState, LiveRequest, RequestState, ServingState, StageState, WorkerState
+from cluster.client.state import (
+    ClusterState,
+    LiveRequest,
+    ModelPlan,
+    RequestState,
+    ServingState,
+    StageState,
+    WorkerState,
+)
 from cluster.client.stream import Loading, Stream
-from cluster.types import ChatMessage, FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+from cluster.loads import LoadProgress
+from cluster.profiles import Forecast, Objective, Spare
+from cluster.types import ChatMessage, FinishReason, LayerRange, Route, StageFigures, Usage
 
 __all__ = [
     "AsyncClient",
@@ -31,16 +41,20 @@ __all__ = [
     "Completion",
     "Finish",
     "FinishReason",
+    "Forecast",
     "LayerRange",
     "LiveRequest",
     "LoadProgress",
     "Loading",
     "Model",
+    "ModelPlan",
+    "Objective",
     "Options",
     "Prompt",
     "RequestState",
     "Route",
     "ServingState",
+    "Spare",
     "StageFigures",
     "StageState",
     "Stream",

@@ -17,8 +17,8 @@ from cluster.client.channel import CHANNEL_OPTIONS
 from cluster.client.conversation import Turn
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.requests import Prompt
-from cluster.client.state import ClusterState
-from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.client.state import ClusterState, ModelPlan
+from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.v1.inference_pb2_grpc import InferenceServiceStub
@@ -96,6 +96,11 @@ class AsyncClient:
         request = requests.load_request(model, options)
         return AsyncLoading(self._cluster.LoadModel(request), self.address)
 
+    async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
+        """Who would hold what of a model, and how fast that would be; nothing is loaded. Options as for ``load``."""
+        request = requests.plan_request(model, options)
+        return replies.plan(await self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
+
     async def unload(self) -> None:
         """End live requests and free the workers' memory."""
         await self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
@@ -127,6 +132,8 @@ class AsyncClient:
     def _cluster(self) -> ClusterServiceAsyncStub:
         return ClusterServiceStub(self._channel)
 
-    async def _ask(self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
+    async def _ask(
+        self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S
+    ) -> R:
         with failures_told(self.address):
-            return await method(request, timeout=self._timeout_s or CONTROL_TIMEOUT_S)
+            return await method(request, timeout=self._timeout_s or usual_s)

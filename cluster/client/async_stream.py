@@ -13,7 +13,7 @@ from cluster.client.replies import load_event
 from cluster.client.state import ClusterState
 from cluster.client.transcript import Transcribed
 from cluster.errors import Aborted
-from cluster.types import LoadProgress
+from cluster.loads import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone

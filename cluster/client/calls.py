@@ -12,8 +12,8 @@ from cluster.client.options import Options, number
 from cluster.client.state import ClusterState
 from cluster.errors import DeadlineExceeded, InvalidRequest, MacpipeError
 from cluster.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
+from cluster.loads import LoadProgress
 from cluster.transport.status import from_rpc_error
-from cluster.types import LoadProgress
 
 STALL_TIMEOUT_S: Final = LOAD_STALL_S + CONTROL_TIMEOUT_S
 """A load that says nothing for this long: the coordinator's own bound and the time to tell of it."""

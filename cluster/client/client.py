@@ -16,9 +16,9 @@ from cluster.client.channel import CHANNEL_OPTIONS
 from cluster.client.conversation import Turn
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.requests import Prompt
-from cluster.client.state import ClusterState
+from cluster.client.state import ClusterState, ModelPlan
 from cluster.client.stream import Loading, Stream
-from cluster.limits import CONTROL_TIMEOUT_S
+from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.v1.inference_pb2_grpc import InferenceServiceStub
@@ -94,6 +94,11 @@ class Client:
         request = requests.load_request(model, options)
         return Loading(self._cluster.LoadModel(request), self.address)
 
+    def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
+        """Who would hold what of a model, and how fast that would be; nothing is loaded. Options as for ``load``."""
+        request = requests.plan_request(model, options)
+        return replies.plan(self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
+
     def unload(self) -> None:
         """End live requests and free the workers' memory."""
         self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
@@ -108,6 +113,6 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
+    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
         with failures_told(self.address):
-            return method(request, timeout=self._timeout_s or CONTROL_TIMEOUT_S)
+            return method(request, timeout=self._timeout_s or usual_s)

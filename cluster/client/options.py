@@ -13,6 +13,7 @@ from typing import Any, Final, TypedDict
 
 from cluster.chat import Tool
 from cluster.errors import InvalidRequest
+from cluster.profiles import Objective
 from cluster.types import Route
 from cluster.v1 import inference_pb2 as pb
 
@@ -75,7 +76,8 @@ class ChatKeywords(Options, total=False):
 class LoadOptions(TypedDict, total=False):
     """Keywords of ``load``; None and left out both mean the coordinator's default.
 
-    ``workers`` takes all that are there; ``layers`` as in ``0-3,4-7``, else cut by memory; ``lanes`` one a stage.
+    ``workers`` takes those that are best for ``objective`` (``latency`` or ``throughput``); ``layers`` as in
+    ``0-3,4-7``, else as planned; ``lanes`` one a stage.
     ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode; ``kv_bits`` 8 or 4 quantises
     caches.
     """
@@ -87,6 +89,7 @@ class LoadOptions(TypedDict, total=False):
     lanes: int | None
     max_step_ms: float | None
     kv_bits: int
+    objective: Objective | str
 
 
 def sampling_options(options: Options) -> pb.SamplingOptions:

@@ -7,9 +7,19 @@ from typing import Final
 
 from cluster.chat import ToolCallDelta
 from cluster.client.answers import Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
-from cluster.client.state import ClusterState, LiveRequest, RequestState, ServingState, StageState, WorkerState
+from cluster.client.state import (
+    ClusterState,
+    LiveRequest,
+    ModelPlan,
+    RequestState,
+    ServingState,
+    StageState,
+    WorkerState,
+)
 from cluster.errors import MacpipeError, VersionMismatch
-from cluster.types import FinishReason, LayerRange, LoadProgress, Route, StageFigures, Usage
+from cluster.loads import LoadProgress
+from cluster.profiles import Forecast, Objective, Spare
+from cluster.types import FinishReason, LayerRange, Route, StageFigures, Usage
 from cluster.v1 import cluster_pb2, inference_pb2
 
 FINISH_REASONS: Final = {
@@ -105,7 +115,40 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         lane_sizes=tuple(reply.lane_sizes),
         queued=reply.queued,
         prefixes=reply.prefixes,
+        objective=_objective(reply.objective),
+        forecast=_forecast(reply),
+        spares=_spares(reply),
+        reasons=tuple(reply.reasons),
     )
+
+
+def plan(reply: cluster_pb2.PlanResponse) -> ModelPlan:
+    """Who would hold what."""
+    return ModelPlan(
+        model=reply.model,
+        layers=reply.layers,
+        max_context=reply.max_context,
+        max_sequences=reply.max_sequences,
+        route=_route(reply.route),
+        objective=_objective(reply.objective),
+        stages=tuple(_stage(stage) for stage in reply.stages),
+        forecast=_forecast(reply),
+        spares=_spares(reply),
+        reasons=tuple(reply.reasons),
+    )
+
+
+def _spares(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) -> tuple[Spare, ...]:
+    return tuple(Spare(spare.worker, spare.why) for spare in reply.spares)
+
+
+def _forecast(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) -> Forecast | None:
+    told = reply.forecast
+    return Forecast(told.one_user, told.eight_users, told.first_token_seconds) if reply.HasField("forecast") else None
+
+
+def _objective(reply: cluster_pb2.Objective.ValueType) -> Objective:
+    return Objective.THROUGHPUT if reply == cluster_pb2.OBJECTIVE_THROUGHPUT else Objective.LATENCY
 
 
 def layer_range(start: int, end: int) -> LayerRange:
@@ -134,9 +177,14 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
         memory_total=reply.memory_total,
         memory_limit=reply.memory_limit,
         memory_used=reply.memory_used,
+        memory_peak=reply.memory_peak,
         sequences=reply.sequences,
         reachable=reply.reachable,
         problem=reply.problem,
+        interface=reply.interface,
+        gpu_cores=reply.gpu_cores,
+        memory_pressure=reply.memory_pressure,
+        bandwidth=reply.bandwidth,
     )
 
 
@@ -152,6 +200,10 @@ def _stage(reply: cluster_pb2.Stage) -> StageState:
         reserved_bytes=reply.reserved_bytes,
         prefix_bytes=reply.prefix_bytes,
         bubble_share=reply.bubble_share,
+        predicted_ms=reply.predicted_ms,
+        measured_ms=reply.measured_ms,
+        expected_ms=reply.expected_ms,
+        measured_frames=reply.measured_frames,
     )
 
 

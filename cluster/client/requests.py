@@ -22,6 +22,7 @@ from cluster.client.options import (
 )
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_CONTROL_BYTES, MIB
+from cluster.profiles import Objective
 from cluster.types import Route
 from cluster.v1 import cluster_pb2, inference_pb2
 
@@ -30,6 +31,11 @@ Prompt = str | Sequence[int]
 ROUTES: Final = {
     Route.DIRECT: cluster_pb2.ROUTE_DIRECT,
     Route.RELAY: cluster_pb2.ROUTE_RELAY,
+}
+
+OBJECTIVES: Final = {
+    Objective.LATENCY: cluster_pb2.OBJECTIVE_LATENCY,
+    Objective.THROUGHPUT: cluster_pb2.OBJECTIVE_THROUGHPUT,
 }
 
 M = TypeVar("M", bound=Message)
@@ -94,6 +100,22 @@ def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReque
         max_context=whole("max_context", options.get("max_context") or 0),
         lanes=whole("lanes", options.get("lanes") or 0),
         kv_bits=whole("kv_bits", options.get("kv_bits") or 0),
+        objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
+    )
+
+
+def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
+    """``max_step_ms`` plays no part in a plan. Raises as ``load_request`` does."""
+    load = load_request(model, options)
+    return cluster_pb2.PlanRequest(
+        model=load.model,
+        workers=load.workers,
+        layers=load.layers,
+        route=load.route,
+        max_context=load.max_context,
+        lanes=load.lanes,
+        kv_bits=load.kv_bits,
+        objective=load.objective,
     )
 
 
@@ -113,6 +135,13 @@ def _route(given: Route | str) -> Route:
         return Route(given)
     except ValueError:
         raise InvalidRequest(f"route must be direct or relay, not {given!r}", field="route") from None
+
+
+def _objective(given: Objective | str) -> Objective:
+    try:
+        return Objective(given)
+    except ValueError:
+        raise InvalidRequest(f"objective must be latency or throughput, not {given!r}", field="objective") from None
 
 
 def _sendable(request: M, field: str) -> M:

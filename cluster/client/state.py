@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.profiles import Forecast, Objective, Spare
 from cluster.types import LayerRange, Route
 
 
@@ -43,9 +44,14 @@ class WorkerState:
     memory_total: int
     memory_limit: int
     memory_used: int
+    memory_peak: int
     sequences: int
     reachable: bool
     problem: str
+    interface: str = ""
+    gpu_cores: int = 0
+    memory_pressure: str = ""
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,13 @@ class StageState:
     reserved_bytes: int = 0
     prefix_bytes: int = 0
     bubble_share: float = 0.0
+    predicted_ms: float = 0.0
+    """A decode step of one row, as predicted when it was planned; 0: the worker's speed was not known."""
+    measured_ms: float = 0.0
+    """What the last decode frames took (the median); 0: too few yet."""
+    expected_ms: float = 0.0
+    """What was predicted for the very same frames."""
+    measured_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +116,23 @@ class ClusterState:
     lane_sizes: tuple[int, ...] = ()
     queued: int = 0
     prefixes: int = 0
+    objective: Objective = Objective.LATENCY
+    forecast: Forecast | None = None
+    spares: tuple[Spare, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """Who would hold what of a model. ``forecast`` is None where a worker's speed is not known."""
+
+    model: str
+    layers: int
+    max_context: int
+    max_sequences: int
+    route: Route
+    objective: Objective
+    stages: tuple[StageState, ...]
+    forecast: Forecast | None
+    spares: tuple[Spare, ...]
+    reasons: tuple[str, ...]

@@ -46,6 +46,10 @@ class Reader:
         """
         return await asyncio.wrap_future(self._pool.submit(_read, self._store, name, max_context, kv_bits))
 
+    async def survey(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelShape:
+        """A model's shape alone, from its headers: its tokenizer and weights may be elsewhere. Raises likewise."""
+        return await asyncio.wrap_future(self._pool.submit(_surveyed, self._store, name, max_context, kv_bits))
+
     def close(self) -> None:
         """Give the thread's MLX streams back, and end it."""
         self._pool.submit(close_thread).result()
@@ -53,10 +57,18 @@ class Reader:
 
 
 def _read(store: Store, name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
+    found = store.named(name)
+    shape = _survey(found, name, max_context, kv_bits)
+    return Checkpoint(shape, load_tokenizer(found.folder), tensor_map(found.folder, shape.shared), found)
+
+
+def _surveyed(store: Store, name: str, max_context: int | None, kv_bits: int) -> ModelShape:
+    return _survey(store.named(name), name, max_context, kv_bits)
+
+
+def _survey(found: Found, name: str, max_context: int | None, kv_bits: int) -> ModelShape:
     if max_context is not None and max_context < MIN_CONTEXT:
         raise InvalidOption(
             f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
         )
-    found = store.named(name)
-    shape = survey(found.folder, name, max_context, kv_bits=kv_bits)
-    return Checkpoint(shape, load_tokenizer(found.folder), tensor_map(found.folder, shape.shared), found)
+    return survey(found.folder, name, max_context, kv_bits=kv_bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -10,10 +11,12 @@ import grpc
 
 from cluster.address import parse_address
 from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
+from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S
+from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.profiles import Link, Profile
 from cluster.transport.options import control_channel
 from cluster.transport.status import from_rpc_error
-from cluster.types import FetchOrder, LayerRange, LoadProgress, StageProof, StageSpec, WorkerFacts
+from cluster.types import LayerRange, StageSpec, WorkerFacts
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -55,6 +58,19 @@ class WorkerControl:
     async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         async with self._named():
             await self._stub.UnloadStage(pb.UnloadStageRequest(epoch=epoch), timeout=timeout_s)
+
+    async def measure_link(self, source: WorkerFacts) -> Link:
+        """The way from ``source`` to this worker, as measured of late or now. Raises ``Unreachable`` likewise."""
+        async with self._named():
+            request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address)
+            answer = await self._stub.MeasureLink(request, timeout=CONTROL_TIMEOUT_S)
+        return Link(answer.round_trip_s, answer.bandwidth)
+
+    async def learn(self, fingerprint: str, ratio: float) -> None:
+        """Tell the worker what a model's frames took there over what its profile predicts."""
+        async with self._named():
+            request = pb.LearnRatioRequest(fingerprint=fingerprint, ratio=ratio)
+            await self._stub.LearnRatio(request, timeout=CONTROL_TIMEOUT_S)
 
     async def close(self) -> None:
         await self._channel.close(None)
@@ -131,6 +147,20 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         layers=LayerRange(a.start_layer, a.end_layer) if a.epoch else None,
         model=a.model,
         memory_used=a.memory_used,
+        memory_peak=a.memory_peak,
         sequences=a.sequences,
         holder=a.holder,
+        profile=_profile(a.profile),
+        interface=a.interface,
+        gpu_cores=a.gpu_cores,
+        memory_pressure=a.memory_pressure,
     )
+
+
+def _profile(p: pb.Profile) -> Profile:
+    """What a worker says of its speed; figures that make no sense count as unknown."""
+    figures = (p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, *(c.ratio for c in p.corrections))
+    if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
+        return Profile()
+    learned = tuple((c.fingerprint, c.ratio) for c in p.corrections[:KEPT_CORRECTIONS])
+    return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned)

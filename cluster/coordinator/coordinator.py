@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import anyio
 
@@ -14,7 +15,8 @@ from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
 from cluster.coordinator.epoch import Epoch, Opening, new_epoch
 from cluster.coordinator.grammars import GrammarCheck
-from cluster.coordinator.layout import lay_out
+from cluster.coordinator.layout import Links, lay_out
+from cluster.coordinator.links import measured_links
 from cluster.coordinator.loop import Totals
 from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Roster
@@ -26,7 +28,7 @@ from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, Req
 from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
-from cluster.types import Plan, Request
+from cluster.types import ModelShape, Plan, Request, WorkerFacts
 
 
 class Coordinator:
@@ -85,15 +87,33 @@ class Coordinator:
 
     async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
         checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
+        if self._epoch and not self._problem:
+            await self._epoch.teach()  # what is loaded next is planned by what this one showed
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
-        workers = await self._roster.gather(wanted, order.wait_s, report)
-        plan = lay_out(new_epoch(), checkpoint.shape, workers, order)
+        found = await self._roster.gather(wanted, order.wait_s, report)
+        plan = await self._lay_out(new_epoch(), checkpoint.shape, found, order)
         report.planned(plan)
+        by_name = {w.name: w for w in found}
+        workers = tuple(by_name[stage.worker] for stage in plan.stages)
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         controls = [self._roster.control(w.control_address) for w in workers]
         opening = Opening(self._dialer, report.progress, order.max_step_ms, self._supply)
         self._adopt(await opening.open(plan, checkpoint, workers, controls))
+
+    async def plan(self, order: LoadOrder) -> Plan:
+        """What ``load`` would do with the workers that are there now; nothing changes. Raises ``MacpipeError``."""
+        shape = await self._reader.survey(order.model, order.max_context, order.kv_bits)
+        found = await self._roster.present(order.workers)
+        return await self._lay_out(0, shape, found, order)
+
+    async def _lay_out(self, number: int, shape: ModelShape, found: Sequence[WorkerFacts], order: LoadOrder) -> Plan:
+        """The plan over some of these workers, their links measured where speeds are known at all."""
+        workers = found[: len(order.layers)] if order.layers else found
+        links: Links = {}
+        if len(workers) > 1 and all(w.profile.known for w in workers):
+            links = await measured_links(workers, [self._roster.control(w.control_address) for w in workers])
+        return await anyio.to_thread.run_sync(lay_out, number, shape, workers, order, links)
 
     def _adopt(self, epoch: Epoch) -> None:
         self._epoch = epoch

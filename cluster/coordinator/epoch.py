@@ -17,13 +17,22 @@ from cluster.coordinator.diagnosis import Inquest, diagnose
 from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress, link_stages, load_slices
 from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.pace import Pace
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.coordinator.supply import Supply
 from cluster.errors import MacpipeError, NotServing, WorkerLost
-from cluster.limits import CANARY_TIMEOUT_S, DESCRIBE_TIMEOUT_S, FAREWELL_S, HEARTBEAT_S
+from cluster.limits import (
+    CANARY_TIMEOUT_S,
+    CONTROL_TIMEOUT_S,
+    DESCRIBE_TIMEOUT_S,
+    FAREWELL_S,
+    HEARTBEAT_S,
+    LEARN_S,
+)
+from cluster.loads import LoadProgress
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.streams import Dialer
-from cluster.types import FinishEvent, LoadProgress, Plan, Request, SamplingParams, WorkerFacts
+from cluster.types import FinishEvent, Plan, Request, SamplingParams, WorkerFacts
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +49,31 @@ class Epoch:
     inquest: Inquest
 
     async def keep(self) -> None:
-        """Let the workers hear that this coordinator is there, until cancelled."""
+        """Let the workers hear that this coordinator is there, until cancelled; and what their frames took."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._teach_now_and_then)
+            while True:
+                await self._beat_all()
+
+    async def _beat_all(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for control in self.controls:
+                tasks.start_soon(_beat, control)
+            tasks.start_soon(anyio.sleep, HEARTBEAT_S)
+
+    async def _teach_now_and_then(self) -> None:
         while True:
+            await anyio.sleep(LEARN_S)
+            await self.teach()
+
+    async def teach(self) -> None:
+        """Tell every worker what its frames took over what its profile predicts, where enough have been seen."""
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            view = await asyncio.wrap_future(self.loop.view())
             async with anyio.create_task_group() as tasks:
-                for control in self.controls:
-                    tasks.start_soon(_beat, control)
-                tasks.start_soon(anyio.sleep, HEARTBEAT_S)
+                for pace, control in zip(view.pace, self.controls, strict=True):
+                    if pace.ratio:
+                        tasks.start_soon(_learn, control, self.plan.model.fingerprint, pace.ratio)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
@@ -58,6 +86,13 @@ async def _beat(control: WorkerControl) -> None:
         await control.describe(DESCRIBE_TIMEOUT_S)
     except MacpipeError as e:
         log.info("no heartbeat: %s", e.sentence)
+
+
+async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:
+    try:
+        await control.learn(fingerprint, ratio)
+    except MacpipeError as e:
+        log.info("a ratio was not learned: %s", e.sentence)
 
 
 async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
@@ -98,7 +133,7 @@ class Opening:
                 proofs = await load_slices(plan, controls, delivery.orders, self.progress)
                 await delivery.check(proofs, lambda: self._tell(plan, "hashing"))
             ring_stages = await link_stages(plan, workers, controls)
-            epoch = await self._start(plan, checkpoint, ring_stages, controls)
+            epoch = await self._start(plan, checkpoint, ring_stages, workers, controls)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await farewell(plan.epoch, controls)
@@ -115,11 +150,13 @@ class Opening:
         plan: Plan,
         checkpoint: Checkpoint,
         ring_stages: tuple[RingStage, ...],
+        workers: Sequence[WorkerFacts],
         controls: Sequence[WorkerControl],
     ) -> Epoch:
         tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
         scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, parser=tokenizer.parser)
+        pace = Pace(checkpoint.shape, plan.stages, [w.profile for w in workers])
+        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, pace=pace, parser=tokenizer.parser)
         inquest.tell(loop.fail)
 
         def connect() -> Ring:

@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from cluster.coordinator.settings import LoadOrder
-from cluster.errors import InvalidOption, NoPlan
+from cluster.errors import InvalidOption
 from cluster.limits import LANE_ROWS, MAX_STAGES, PREFIX_SHARE
-from cluster.placement.solve import Room, check, solve
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.propose import Proposal, Wish, propose
+from cluster.placement.solve import Room
+from cluster.profiles import Link
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.memory import Cost
-from cluster.types import LayerRange, ModelShape, Plan, PlannedStage, StageSpec, WorkerFacts
+from cluster.types import ModelShape, Plan, PlannedStage, Route, StageSpec, WorkerFacts
+
+Links = Mapping[tuple[str, str], Link]
 
 
-def lay_out(epoch: int, shape: ModelShape, workers: Sequence[WorkerFacts], order: LoadOrder) -> Plan:
-    """The plan for these workers, in their order. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
-    layers = order.layers
-    if layers and len(layers) != len(workers):
-        raise NoPlan(f"{len(layers)} layer ranges were given for {len(workers)} workers; give one range for each")
+def lay_out(
+    epoch: int, shape: ModelShape, workers: Sequence[WorkerFacts], order: LoadOrder, links: Links | None = None
+) -> Plan:
+    """The plan for some of these workers. ``links`` are by the names (from, to). Raises as ``plan_over`` does."""
+    macs = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
+    return plan_over(epoch, shape, Candidates(macs, links or {}, relay=order.route is Route.RELAY), order)
+
+
+def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
+    """The plan as the order wants it. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
     if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
         raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
-    rooms = [Room(w.name, w.memory_limit) for w in workers]
-    ranges = _ranges(shape, rooms, layers)
-    stages = tuple(
-        PlannedStage(
-            StageSpec(epoch, i, len(ranges), shape.model, ranges[i], shape.max_context, order.kv_bits),
-            room.worker,
-            used,
-            room.usable - used,
-        )
-        for i, (room, used) in enumerate(zip(rooms, map(shape.stage_bytes, ranges), strict=True))
-    )
+    wish = Wish(order.objective, order.workers, order.layers, order.lanes)
+    proposal = propose(shape, candidates, wish)
+    stages = _stages(epoch, shape, proposal, order.kv_bits)
     lanes, rows = order.lanes or len(stages), LANE_ROWS if shape.batchable else 1
     full = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
-    return Plan(epoch, shape.model, stages, order.route, shape.max_context, min(full, lanes * rows), lanes, rows)
+    return Plan(
+        epoch=epoch,
+        model=shape.model,
+        stages=stages,
+        route=order.route,
+        max_context=shape.max_context,
+        max_sequences=min(full, lanes * rows),
+        lanes=lanes,
+        rows=rows,
+        objective=order.objective,
+        forecast=proposal.forecast,
+        spares=proposal.spares,
+        reasons=proposal.reasons,
+    )
 
 
-def _ranges(shape: ModelShape, rooms: Sequence[Room], layers: Sequence[LayerRange] | None) -> tuple[LayerRange, ...]:
-    if layers is None:
-        return solve(shape, rooms, 1)
-    check(shape, rooms, layers, 1)
-    return tuple(layers)
+def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> tuple[PlannedStage, ...]:
+    count, stages = len(proposal.ranges), []
+    for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
+        spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, kv_bits)
+        used = shape.stage_bytes(layers)
+        left = worker.room.usable - used
+        stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
+    return tuple(stages)
 
 
 def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:

@@ -11,7 +11,8 @@ from cluster.coordinator.controls import WorkerControl
 from cluster.coordinator.ring import RingStage
 from cluster.errors import LinkFailed, MacpipeError
 from cluster.lifetime import first_error
-from cluster.types import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageProof, WorkerFacts
+from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.types import Plan, PlannedStage, Route, WorkerFacts
 
 log = logging.getLogger(__name__)
 

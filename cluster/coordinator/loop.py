@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.occupancy import Occupancy
+from cluster.coordinator.pace import Pace
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.samples import Asked, requests_of
 from cluster.coordinator.tally import Tally
@@ -75,6 +76,7 @@ class EngineLoop:
         decoder: Callable[[], Decoder],
         broken: Callable[[MacpipeError], None],
         clock: Clock = time.monotonic,
+        pace: Pace | None = None,
         parser: Callable[[Parsing], Parser] = plain,
     ) -> None:
         self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
@@ -89,6 +91,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._totals = Totals()
         self._occupancy = Occupancy(len(plan.stages))
+        self._pace = pace
 
     # Called from other threads
 
@@ -147,6 +150,7 @@ class EngineLoop:
             prefix_bytes=scheduler.prefixes.used,
             prefixes=len(scheduler.prefixes),
             bubbles=self._occupancy.bubbles(),
+            pace=self._pace.stages() if self._pace else (),
         )
 
     # The loop's own thread
@@ -245,6 +249,8 @@ class EngineLoop:
     def _account(self, outcome: Outcome) -> None:
         now = self._clock()
         self._occupancy.frame(outcome.sent_at, now, outcome.timings)
+        if self._pace and outcome.rows:
+            self._pace.frame(outcome.timings, outcome.rows, outcome.context)
         for request_id in outcome.request_ids:
             if live := self._live.get(request_id):
                 live.tally.frame(outcome, now)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cluster.types import LoadProgress, Plan, WorkerFacts
+from cluster.loads import LoadProgress
+from cluster.types import Plan, WorkerFacts
 
 
 class LoadReport(Protocol):

@@ -92,20 +92,28 @@ class Roster:
         return self._controls[address]
 
     async def gather(self, wanted: int | None, wait_s: float, report: LoadReport) -> tuple[WorkerFacts, ...]:
-        """Wait until ``wanted`` usable workers are there; with None, until one is and no more come for a moment.
+        """Wait until ``wanted`` usable workers are there, or more; with None, until one is and no more come for a
+        moment. All that are there are returned: who of them is best, the plan says.
 
         Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` at once.
         """
         told: tuple[str, ...] | None = None
         with anyio.move_on_after(wait_s):
             while True:
-                usable = _usable(await self.refresh(), wanted)[:wanted]
+                usable = _usable(await self.refresh(), wanted)
                 if told != (told := tuple(f.name for f in usable)):
                     report.waiting(usable, wanted)
                 if (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
                     return usable
                 await self._source.changed(SETTLE_S)
         raise self._nobody(wanted, wait_s)
+
+    async def present(self, wanted: int | None) -> tuple[WorkerFacts, ...]:
+        """The usable workers that are there now. Raises as ``gather`` does, without its wait."""
+        usable = _usable(await self.refresh(), wanted)
+        if len(usable) < (wanted or 1):
+            raise self._nobody(wanted, 0.0)
+        return usable
 
     async def _settled(self) -> bool:
         return not await self._source.changed(SETTLE_S)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.profiles import Objective
 from cluster.types import LayerRange, Route
 
 
@@ -22,11 +23,13 @@ class LoadOrder:
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS
     kv_bits: int = 0
+    objective: Objective = Objective.LATENCY
 
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """``workers`` None takes all that are there once one is; ``layers`` None cuts by memory.
+    """``workers`` None takes as many as are best for ``objective``, of those that are there once one is; ``layers``
+    None leaves the cuts to the planner.
 
     ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
     default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
@@ -55,6 +58,7 @@ class ServeSettings:
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS
     kv_bits: int = 0
+    objective: Objective = Objective.LATENCY
     max_schema_bytes: int = MAX_SCHEMA_BYTES
 
     @property
@@ -69,4 +73,5 @@ class ServeSettings:
             lanes=self.lanes,
             max_step_ms=self.max_step_ms,
             kv_bits=self.kv_bits,
+            objective=self.objective,
         )

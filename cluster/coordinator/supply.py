@@ -21,12 +21,13 @@ from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.roster import Roster
 from cluster.errors import ModelDiffers
 from cluster.limits import HEARTBEAT_S
+from cluster.loads import FetchOrder, StageProof
 from cluster.store.digests import digests
 from cluster.store.manifest import Manifest
 from cluster.store.shelf import Shelf
 from cluster.store.store import Found, Store
 from cluster.transport.options import CONTROL_OPTIONS, bind
-from cluster.types import FetchOrder, Plan, StageProof, WorkerFacts
+from cluster.types import Plan, WorkerFacts
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 
 COORDINATOR = "the coordinator"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.coordinator.pace import StagePace
 from cluster.scheduler.sequence import Phase, Sequence
 
 
@@ -31,6 +32,7 @@ class LoopView:
     prefix_bytes: tuple[int, ...]
     prefixes: int
     bubbles: tuple[float, ...]
+    pace: tuple[StagePace, ...] = ()
 
 
 def viewed(s: Sequence, age_s: float) -> RequestView:

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface
 
 import ifaddr
 
+from cluster.errors import InvalidOption
+from cluster.macos import hardware_ports
+
 LOOPBACK = "127.0.0.1"
+_VPN = ("utun", "tun", "tap", "wg", "ppp", "ipsec", "tailscale", "zt", "nordlynx")
+"""How interfaces of tunnels are called, on macOS and Linux."""
+_WIFI = ("wl", "awdl", "llw", "ath")
+
+
+class Medium(IntEnum):
+    """What carries an interface's packets, the best first. A tunnel is taken only by those who name it."""
+
+    WIRED = 0
+    WIFI = 1
+    VPN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +36,14 @@ class Interface:
 
     name: str
     addresses: tuple[IPv4Interface | IPv6Interface, ...]
+    port: str = ""
+    """The hardware behind it, where the system names it (macOS calls Ethernet and Wi-Fi alike ``en``)."""
+
+    @property
+    def medium(self) -> Medium:
+        if self.name.startswith(_VPN):
+            return Medium.VPN
+        return Medium.WIFI if self.port == "Wi-Fi" or self.name.startswith(_WIFI) else Medium.WIRED
 
     @property
     def loopback(self) -> bool:
@@ -47,7 +70,26 @@ def interfaces() -> tuple[Interface, ...]:
 def _interface(adapter: ifaddr.Adapter) -> Interface:
     ips = (ip.ip if isinstance(ip.ip, str) else ip.ip[0] for ip in adapter.ips)
     pairs = zip(ips, adapter.ips, strict=True)
-    return Interface(adapter.nice_name, tuple(ip_interface(f"{text}/{ip.network_prefix}") for text, ip in pairs))
+    addresses = tuple(ip_interface(f"{text}/{ip.network_prefix}") for text, ip in pairs)
+    return Interface(adapter.nice_name, addresses, hardware_ports().get(adapter.nice_name, ""))
+
+
+def interface_of(host: str) -> str:
+    """The interface that has this address; empty for a wildcard, and where none has it."""
+    return next((i.name for i in interfaces() if any(str(a.ip) == host for a in i.addresses)), "")
+
+
+def address_on(name: str, local: Iterable[Interface]) -> str:
+    """The address to listen on for a person who names an interface; raises InvalidOption with those there are."""
+    known = {i.name: i for i in local}
+    if name not in known:
+        named = ", ".join(sorted(known)) or "none"
+        raise InvalidOption(f"--interface {name}: there is no such interface; there are {named}", field="interface")
+    ips = [a.ip for a in known[name].addresses]
+    usable = sorted((ip for ip in ips if _usable(ip)), key=lambda ip: (ip.version, ip.is_link_local))
+    if not usable:
+        raise InvalidOption(f"--interface {name} has no address now", field="interface")
+    return str(usable[0])
 
 
 def reach(host: str, local: Iterable[Interface]) -> Reach:
@@ -60,7 +102,7 @@ def reach(host: str, local: Iterable[Interface]) -> Reach:
     if ip.is_loopback:
         return Reach((LOOPBACK,), (host,))
     if ip.is_unspecified:
-        return _everywhere(ip, [i for i in local if not i.loopback])
+        return _everywhere(ip, [i for i in local if not i.loopback and i.medium is not Medium.VPN])
     own = [i for i in local if any(a.ip == ip for a in i.addresses)]
     if not own:
         return Reach((), ())
@@ -81,17 +123,23 @@ def _senders(chosen: Iterable[Interface]) -> tuple[str, ...]:
 
 
 def preferred(addresses: Iterable[str], local: Iterable[Interface]) -> str:
-    """The address to try: IPv4 of a subnet of ours, then IPv6, then any IPv4; loopback if that is all; else nothing."""
-    networks = [a.network for i in local for a in i.addresses]
+    """The address to try: IPv4 of a subnet of ours, then IPv6, then any IPv4; loopback if that is all; else nothing.
 
-    def rank(ip: IPv4Address | IPv6Address) -> tuple[int, bool, int]:
-        near = any(ip.version == n.version and ip in n for n in networks)
+    Of several subnets a wired one's goes before Wi-Fi's, and that before a tunnel's.
+    """
+    networks = [(a.network, i.medium) for i in local for a in i.addresses]
+
+    def rank(ip: IPv4Address | IPv6Address) -> tuple[int, int, bool, int]:
+        media = [medium for n, medium in networks if ip.version == n.version and ip in n]
+        near, medium = bool(media), min(media, default=Medium.WIRED)
         if ip.is_loopback:
-            return 3, False, int(ip)
+            return 4, 0, False, int(ip)
+        if medium is Medium.VPN:
+            return 3, 0, False, int(ip)
         if ip.version == 6:
-            return 1, not near, int(ip)
+            return 1, medium, not near, int(ip)
         # Self-assigned addresses are the same subnet on every cable, so a configured one is the safer bet.
-        return 0 if near else 2, ip.is_link_local, int(ip)
+        return 0 if near else 2, medium, ip.is_link_local, int(ip)
 
     usable = [ip for ip in map(ip_address, addresses) if _usable(ip)]
     return str(min(usable, key=rank)) if usable else ""

@@ -15,11 +15,39 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-__all__ = ["DeviceFacts", "close_thread", "device_facts", "memory_used", "release", "set_memory_limit"]
+from cluster.errors import InvalidOption
+
+__all__ = [
+    "DeviceFacts",
+    "choose",
+    "close_thread",
+    "device_facts",
+    "memory_peak",
+    "memory_used",
+    "release",
+    "set_limits",
+]
 
 CPU_SHARE: Final = 0.75
 """Of RAM: what a CPU worker takes by default, about what Metal recommends of a Mac's unified memory."""
 CGROUPS: Final = Path("/sys/fs/cgroup")
+VARIABLE: Final = "MACPIPE_DEVICE"
+SPARE_SHARE: Final = 0.05
+"""Of the limit: what MLX may keep of buffers that nothing uses, so that steps need not ask the driver for memory."""
+
+
+def choose() -> None:
+    """Compute on the device that MACPIPE_DEVICE names, ``cpu`` or ``gpu``; unset, on the best that is there.
+
+    Raises InvalidOption. Call first: what has been computed stays where it was.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "cpu", "gpu"):
+        raise InvalidOption(f"{VARIABLE} is {asked!r}; it must be cpu or gpu", field=VARIABLE)
+    if asked == "gpu" and not mx.is_available(mx.gpu):
+        raise InvalidOption(f"{VARIABLE} is gpu, but MLX finds no GPU here; unset it", field=VARIABLE)
+    if asked:
+        mx.set_default_device(mx.cpu if asked == "cpu" else mx.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +82,15 @@ def memory_used() -> int:
     return mx.get_active_memory()
 
 
-def set_memory_limit(limit: int) -> None:
-    """Let MLX take at most ``limit`` bytes; on a Mac also keep that much resident: no paging."""
+def memory_peak() -> int:
+    """The most bytes that live arrays of this process took at once."""
+    return mx.get_peak_memory()
+
+
+def set_limits(limit: int) -> None:
+    """Let MLX take at most ``limit`` bytes, few of them spare buffers; on a Mac also keep it resident: no paging."""
     mx.set_memory_limit(limit)
+    mx.set_cache_limit(int(limit * SPARE_SHARE))
     if _backend() == "metal":
         mx.set_wired_limit(min(limit, int(_info()["max_recommended_working_set_size"])))
 

@@ -5,13 +5,14 @@ Everything is found on the skeleton: no weight is read. It knows bytes, and noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from cluster import limits
 from cluster.errors import InvalidOption
 from cluster.model.abilities import batchable, trimmable
+from cluster.model.activity import Activity, watch
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.footprint import cache_curve
 from cluster.model.modules import Module, module_arrays, named_modules
@@ -39,6 +40,8 @@ def survey(path: Path, name: str, max_context: int | None, *, kv_bits: int = 0) 
     model = open_skeleton(path)
     traced = trace(model)
     quantization = choose_quantization(model, kv_bits)
+    activity = watch(model, {cut: boundary.kept for cut, boundary in traced.boundaries.items()})
+    layers = _layers(model, traced)
     lengths = _lengths(context)
     *shorter, full = cache_curve(model, traced, lengths, quantization)
     return ModelShape(
@@ -46,13 +49,17 @@ def survey(path: Path, name: str, max_context: int | None, *, kv_bits: int = 0) 
         layers=traced.layers,
         layer_bytes=tuple(_layer_bytes(layer) for layer in model.layers),
         cache_bytes=full,
-        shared=_shared(model, traced),
+        shared=_shared(model, traced, activity),
         clean_cuts=traced.clean,
         unclean=tuple(sorted(traced.unclean.items())),
         max_context=context,
         cache_curve=tuple(zip(lengths, shorter, strict=False)),
         batchable=quantization is None and batchable(model, traced),
         trimmable=trimmable(model, context),
+        active_bytes=tuple(round(_sum(layer, activity.read_bytes)) for layer in layers),
+        expert_bytes=tuple(round(_sum(layer, activity.expert_bytes)) for layer in layers),
+        flops=tuple(_sum(layer, activity.flops) for layer in layers),
+        boundary_bytes=(0, *activity.crossing[:-1]),
     )
 
 
@@ -87,9 +94,27 @@ def _layer_bytes(layer: Module) -> int:
     return sum(array.nbytes for _, module in named_modules(layer) for array in module_arrays(module))
 
 
-def _shared(model: Module, traced: Trace) -> tuple[SharedWeight, ...]:
+def _layers(model: Module, traced: Trace) -> list[list[tuple[str, Module]]]:
+    """The modules of each layer with their paths from the model."""
+    return [
+        [(".".join(filter(None, (prefix, path))), module) for path, module in named_modules(layer)]
+        for prefix, layer in zip(traced.prefixes, model.layers, strict=True)
+    ]
+
+
+def _sum(layer: list[tuple[str, Module]], of: Callable[[str, Module], float]) -> float:
+    return sum(of(path, module) for path, module in layer)
+
+
+def _shared(model: Module, traced: Trace, activity: Activity) -> tuple[SharedWeight, ...]:
     modules = dict(named_modules(model))
     return tuple(
-        SharedWeight(name, sum(array.nbytes for array in module_arrays(modules[name])), tuple(sorted(layers)))
+        SharedWeight(
+            name,
+            sum(array.nbytes for array in module_arrays(modules[name])),
+            tuple(sorted(layers)),
+            activity.lookup_bytes(modules[name]),
+            name in activity.heads,
+        )
         for name, layers in traced.shared.items()
     )

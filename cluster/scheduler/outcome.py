@@ -40,3 +40,7 @@ class Outcome:
     timings: tuple[StageTiming, ...]
     sent_at: float
     events: tuple[Produced | Failed, ...] = ()
+    rows: int = 0
+    """Sequences that decoded together; 0 for any other frame."""
+    context: int = 0
+    """Tokens that each of them has, on average."""

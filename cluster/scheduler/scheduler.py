@@ -131,7 +131,9 @@ class Scheduler:
         for sequence in live:
             sequence.prefilled += flight.prefills
         events = self._events(live, frame)
-        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events)
+        rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
+        context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
+        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events, rows, context)
 
     def next_frames(self, now: float) -> list[Frame]:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""

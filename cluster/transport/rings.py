@@ -18,6 +18,7 @@ import grpc
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import CONNECT_TIMEOUT_S, DATA_THREADS
 from cluster.transport.options import DATA_OPTIONS, bind, data_channel
+from cluster.transport.probe import ProbeHandlers
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
 FEED = "/cluster.v1.StageService/Feed"
@@ -43,7 +44,7 @@ class DataServer:
 
     def __init__(self, host: str, port: int, stages: Stages) -> None:
         self._server = grpc.server(ThreadPoolExecutor(DATA_THREADS, thread_name_prefix="data"), options=DATA_OPTIONS)
-        self._server.add_generic_rpc_handlers((_Handlers(stages),))
+        self._server.add_generic_rpc_handlers((_Handlers(stages), ProbeHandlers()))
         self.port = bind(self._server, host, port)
         self._server.start()
 

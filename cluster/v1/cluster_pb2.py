@@ -24,39 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/cluster.proto\x12\ncluster.v1\"\x13\n\x11GetClusterRequest\"\x8e\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x17\n\x0f\x63ontrol_address\x18\x04 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\x11\n\tsequences\x18\x0c \x01(\r\x12\x11\n\treachable\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\"\xdf\x01\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bstart_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x06 \x01(\x04\x12 \n\x05inlet\x18\x07 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x16\n\x0ereserved_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cprefix_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ubble_share\x18\n \x01(\x01\"\xd0\x01\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.RequestState\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0c\n\x04lane\x18\x06 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\"\xe2\x03\n\x12GetClusterResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.cluster.v1.ServingState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12 \n\x05route\x18\n \x01(\x0e\x32\x11.cluster.v1.Route\x12#\n\x07workers\x18\x0b \x03(\x0b\x32\x12.cluster.v1.Worker\x12!\n\x06stages\x18\x0c \x03(\x0b\x32\x11.cluster.v1.Stage\x12)\n\x08requests\x18\r \x03(\x0b\x32\x17.cluster.v1.LiveRequest\x12\x19\n\x11requests_finished\x18\x0e \x01(\x04\x12\x18\n\x10tokens_generated\x18\x0f \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x12\n\nlane_sizes\x18\x11 \x03(\r\x12\x0e\n\x06queued\x18\x12 \x01(\r\x12\x10\n\x08prefixes\x18\x13 \x01(\r\"\xae\x01\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\t\x12 \n\x05route\x18\x04 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\r\n\x05lanes\x18\x06 \x01(\r\x12\x13\n\x0bmax_step_ms\x18\x07 \x01(\x01\x12\x0f\n\x07kv_bits\x18\x08 \x01(\r\"\xa6\x01\n\rStageProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05state\x18\x06 \x01(\t\x12\x11\n\thub_bytes\x18\x07 \x01(\x04\x12\x12\n\npeer_bytes\x18\x08 \x01(\x04\"|\n\x11LoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.cluster.v1.StageProgressH\x00\x12/\n\x05ready\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.GetClusterResponseH\x00\x42\x07\n\x05\x65vent\"\x14\n\x12UnloadModelRequest\"\x15\n\x13UnloadModelResponse*\x95\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SERVING_STATE_IDLE\x10\x01\x12\x19\n\x15SERVING_STATE_LOADING\x10\x02\x12\x19\n\x15SERVING_STATE_SERVING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04*A\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTE_DIRECT\x10\x01\x12\x0f\n\x0bROUTE_RELAY\x10\x02*|\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STATE_DECODE\x10\x03\x32\xf9\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.cluster.v1.GetClusterRequest\x1a\x1e.cluster.v1.GetClusterResponse\x12J\n\tLoadModel\x12\x1c.cluster.v1.LoadModelRequest\x1a\x1d.cluster.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.cluster.v1.UnloadModelRequest\x1a\x1f.cluster.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/cluster.proto\x12\ncluster.v1\"\x13\n\x11GetClusterRequest\"\xf5\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x17\n\x0f\x63ontrol_address\x18\x04 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\x11\n\tsequences\x18\x0c \x01(\r\x12\x11\n\treachable\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12\x11\n\tinterface\x18\x0f \x01(\t\x12\x11\n\tgpu_cores\x18\x10 \x01(\r\x12\x17\n\x0fmemory_pressure\x18\x11 \x01(\t\x12\x11\n\tbandwidth\x18\x12 \x01(\x01\x12\x13\n\x0bmemory_peak\x18\x13 \x01(\x04\"*\n\x0bSpareWorker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\"N\n\x08\x46orecast\x12\x10\n\x08one_user\x18\x01 \x01(\x01\x12\x13\n\x0b\x65ight_users\x18\x02 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x03 \x01(\x01\"\xb8\x02\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bstart_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x06 \x01(\x04\x12 \n\x05inlet\x18\x07 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x16\n\x0ereserved_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cprefix_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ubble_share\x18\n \x01(\x01\x12\x14\n\x0cpredicted_ms\x18\x0b \x01(\x01\x12\x13\n\x0bmeasured_ms\x18\x0c \x01(\x01\x12\x13\n\x0b\x65xpected_ms\x18\r \x01(\x01\x12\x17\n\x0fmeasured_frames\x18\x0e \x01(\r\"\xd0\x01\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.RequestState\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0c\n\x04lane\x18\x06 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\"\xee\x04\n\x12GetClusterResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.cluster.v1.ServingState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12 \n\x05route\x18\n \x01(\x0e\x32\x11.cluster.v1.Route\x12#\n\x07workers\x18\x0b \x03(\x0b\x32\x12.cluster.v1.Worker\x12!\n\x06stages\x18\x0c \x03(\x0b\x32\x11.cluster.v1.Stage\x12)\n\x08requests\x18\r \x03(\x0b\x32\x17.cluster.v1.LiveRequest\x12\x19\n\x11requests_finished\x18\x0e \x01(\x04\x12\x18\n\x10tokens_generated\x18\x0f \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x12\n\nlane_sizes\x18\x11 \x03(\r\x12\x0e\n\x06queued\x18\x12 \x01(\r\x12\x10\n\x08prefixes\x18\x13 \x01(\r\x12(\n\tobjective\x18\x14 \x01(\x0e\x32\x15.cluster.v1.Objective\x12\'\n\x06spares\x18\x15 \x03(\x0b\x32\x17.cluster.v1.SpareWorker\x12\x0f\n\x07reasons\x18\x16 \x03(\t\x12&\n\x08\x66orecast\x18\x17 \x01(\x0b\x32\x14.cluster.v1.Forecast\"\xd8\x01\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\t\x12 \n\x05route\x18\x04 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\r\n\x05lanes\x18\x06 \x01(\r\x12\x13\n\x0bmax_step_ms\x18\x07 \x01(\x01\x12\x0f\n\x07kv_bits\x18\x08 \x01(\r\x12(\n\tobjective\x18\t \x01(\x0e\x32\x15.cluster.v1.Objective\"\xbe\x01\n\x0bPlanRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\t\x12 \n\x05route\x18\x04 \x01(\x0e\x32\x11.cluster.v1.Route\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\r\n\x05lanes\x18\x06 \x01(\r\x12\x0f\n\x07kv_bits\x18\x07 \x01(\r\x12(\n\tobjective\x18\x08 \x01(\x0e\x32\x15.cluster.v1.Objective\"\xaa\x02\n\x0cPlanResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12 \n\x05route\x18\x05 \x01(\x0e\x32\x11.cluster.v1.Route\x12(\n\tobjective\x18\x06 \x01(\x0e\x32\x15.cluster.v1.Objective\x12!\n\x06stages\x18\x07 \x03(\x0b\x32\x11.cluster.v1.Stage\x12\'\n\x06spares\x18\x08 \x03(\x0b\x32\x17.cluster.v1.SpareWorker\x12\x0f\n\x07reasons\x18\t \x03(\t\x12&\n\x08\x66orecast\x18\n \x01(\x0b\x32\x14.cluster.v1.Forecast\"\xa6\x01\n\rStageProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05state\x18\x06 \x01(\t\x12\x11\n\thub_bytes\x18\x07 \x01(\x04\x12\x12\n\npeer_bytes\x18\x08 \x01(\x04\"|\n\x11LoadModelResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.cluster.v1.StageProgressH\x00\x12/\n\x05ready\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.GetClusterResponseH\x00\x42\x07\n\x05\x65vent\"\x14\n\x12UnloadModelRequest\"\x15\n\x13UnloadModelResponse*\x95\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SERVING_STATE_IDLE\x10\x01\x12\x19\n\x15SERVING_STATE_LOADING\x10\x02\x12\x19\n\x15SERVING_STATE_SERVING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04*A\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTE_DIRECT\x10\x01\x12\x0f\n\x0bROUTE_RELAY\x10\x02*W\n\tObjective\x12\x19\n\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x15\n\x11OBJECTIVE_LATENCY\x10\x01\x12\x18\n\x14OBJECTIVE_THROUGHPUT\x10\x02*|\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STATE_DECODE\x10\x03\x32\xb4\x02\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.cluster.v1.GetClusterRequest\x1a\x1e.cluster.v1.GetClusterResponse\x12J\n\tLoadModel\x12\x1c.cluster.v1.LoadModelRequest\x1a\x1d.cluster.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.cluster.v1.UnloadModelRequest\x1a\x1f.cluster.v1.UnloadModelResponse\x12\x39\n\x04Plan\x12\x17.cluster.v1.PlanRequest\x1a\x18.cluster.v1.PlanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVINGSTATE']._serialized_start=1774
-  _globals['_SERVINGSTATE']._serialized_end=1923
-  _globals['_ROUTE']._serialized_start=1925
-  _globals['_ROUTE']._serialized_end=1990
-  _globals['_REQUESTSTATE']._serialized_start=1992
-  _globals['_REQUESTSTATE']._serialized_end=2116
+  _globals['_SERVINGSTATE']._serialized_start=2766
+  _globals['_SERVINGSTATE']._serialized_end=2915
+  _globals['_ROUTE']._serialized_start=2917
+  _globals['_ROUTE']._serialized_end=2982
+  _globals['_OBJECTIVE']._serialized_start=2984
+  _globals['_OBJECTIVE']._serialized_end=3071
+  _globals['_REQUESTSTATE']._serialized_start=3073
+  _globals['_REQUESTSTATE']._serialized_end=3197
   _globals['_GETCLUSTERREQUEST']._serialized_start=40
   _globals['_GETCLUSTERREQUEST']._serialized_end=59
   _globals['_WORKER']._serialized_start=62
-  _globals['_WORKER']._serialized_end=332
-  _globals['_STAGE']._serialized_start=335
-  _globals['_STAGE']._serialized_end=558
-  _globals['_LIVEREQUEST']._serialized_start=561
-  _globals['_LIVEREQUEST']._serialized_end=769
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=772
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=1254
-  _globals['_LOADMODELREQUEST']._serialized_start=1257
-  _globals['_LOADMODELREQUEST']._serialized_end=1431
-  _globals['_STAGEPROGRESS']._serialized_start=1434
-  _globals['_STAGEPROGRESS']._serialized_end=1600
-  _globals['_LOADMODELRESPONSE']._serialized_start=1602
-  _globals['_LOADMODELRESPONSE']._serialized_end=1726
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1728
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1748
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1750
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1771
-  _globals['_CLUSTERSERVICE']._serialized_start=2119
-  _globals['_CLUSTERSERVICE']._serialized_end=2368
+  _globals['_WORKER']._serialized_end=435
+  _globals['_SPAREWORKER']._serialized_start=437
+  _globals['_SPAREWORKER']._serialized_end=479
+  _globals['_FORECAST']._serialized_start=481
+  _globals['_FORECAST']._serialized_end=559
+  _globals['_STAGE']._serialized_start=562
+  _globals['_STAGE']._serialized_end=874
+  _globals['_LIVEREQUEST']._serialized_start=877
+  _globals['_LIVEREQUEST']._serialized_end=1085
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=1088
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=1710
+  _globals['_LOADMODELREQUEST']._serialized_start=1713
+  _globals['_LOADMODELREQUEST']._serialized_end=1929
+  _globals['_PLANREQUEST']._serialized_start=1932
+  _globals['_PLANREQUEST']._serialized_end=2122
+  _globals['_PLANRESPONSE']._serialized_start=2125
+  _globals['_PLANRESPONSE']._serialized_end=2423
+  _globals['_STAGEPROGRESS']._serialized_start=2426
+  _globals['_STAGEPROGRESS']._serialized_end=2592
+  _globals['_LOADMODELRESPONSE']._serialized_start=2594
+  _globals['_LOADMODELRESPONSE']._serialized_end=2718
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2720
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2740
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2742
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2763
+  _globals['_CLUSTERSERVICE']._serialized_start=3200
+  _globals['_CLUSTERSERVICE']._serialized_end=3508
 # @@protoc_insertion_point(module_scope)

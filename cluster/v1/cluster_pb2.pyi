@@ -65,6 +65,29 @@ ROUTE_RELAY: Route.ValueType  # 2
 """By way of the coordinator."""
 Global___Route: _TypeAlias = Route  # noqa: Y015
 
+class _Objective:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ObjectiveEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Objective.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OBJECTIVE_UNSPECIFIED: _Objective.ValueType  # 0
+    """The default, which is LATENCY."""
+    OBJECTIVE_LATENCY: _Objective.ValueType  # 1
+    """The quickest next token for one user: the fewest, fastest workers that fit."""
+    OBJECTIVE_THROUGHPUT: _Objective.ValueType  # 2
+    """The most tokens for many users: the quickest slowest stage."""
+
+class Objective(_Objective, metaclass=_ObjectiveEnumTypeWrapper): ...
+
+OBJECTIVE_UNSPECIFIED: Objective.ValueType  # 0
+"""The default, which is LATENCY."""
+OBJECTIVE_LATENCY: Objective.ValueType  # 1
+"""The quickest next token for one user: the fewest, fastest workers that fit."""
+OBJECTIVE_THROUGHPUT: Objective.ValueType  # 2
+"""The most tokens for many users: the quickest slowest stage."""
+Global___Objective: _TypeAlias = Objective  # noqa: Y015
+
 class _RequestState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -117,6 +140,11 @@ class Worker(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    GPU_CORES_FIELD_NUMBER: _builtins.int
+    MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -133,6 +161,15 @@ class Worker(_message.Message):
     reachable: _builtins.bool
     """False once a call to it failed; `problem` says why."""
     problem: _builtins.str
+    interface: _builtins.str
+    """The network interface that it listens on, where it is one."""
+    gpu_cores: _builtins.int
+    memory_pressure: _builtins.str
+    """normal, warning or critical, where the system says so."""
+    bandwidth: _builtins.float
+    """Bytes of weights a second in decode, as measured; 0: not measured."""
+    memory_peak: _builtins.int
+    """The most that was used at once since the worker's engine started."""
     def __init__(
         self,
         *,
@@ -150,14 +187,70 @@ class Worker(_message.Message):
         sequences: _builtins.int = ...,
         reachable: _builtins.bool = ...,
         problem: _builtins.str = ...,
+        interface: _builtins.str = ...,
+        gpu_cores: _builtins.int = ...,
+        memory_pressure: _builtins.str = ...,
+        bandwidth: _builtins.float = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class SpareWorker(_message.Message):
+    """A worker that the plan leaves out, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpareWorker: _TypeAlias = SpareWorker  # noqa: Y015
+
+@_typing.final
+class Forecast(_message.Message):
+    """Tokens a second for one user and, together, for eight; seconds to the first token of a prompt of 2,048."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ONE_USER_FIELD_NUMBER: _builtins.int
+    EIGHT_USERS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    one_user: _builtins.float
+    eight_users: _builtins.float
+    first_token_seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        one_user: _builtins.float = ...,
+        eight_users: _builtins.float = ...,
+        first_token_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eight_users", b"eight_users", "first_token_seconds", b"first_token_seconds", "one_user", b"one_user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forecast: _TypeAlias = Forecast  # noqa: Y015
 
 @_typing.final
 class Stage(_message.Message):
@@ -173,6 +266,10 @@ class Stage(_message.Message):
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_BYTES_FIELD_NUMBER: _builtins.int
     BUBBLE_SHARE_FIELD_NUMBER: _builtins.int
+    PREDICTED_MS_FIELD_NUMBER: _builtins.int
+    MEASURED_MS_FIELD_NUMBER: _builtins.int
+    EXPECTED_MS_FIELD_NUMBER: _builtins.int
+    MEASURED_FRAMES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -188,6 +285,12 @@ class Stage(_message.Message):
     prefix_bytes: _builtins.int
     bubble_share: _builtins.float
     """Share of the last half minute's busy time in which this stage waited for work."""
+    predicted_ms: _builtins.float
+    """A decode step of one row, as predicted when it was planned; 0: the worker's speed was not known."""
+    measured_ms: _builtins.float
+    """What the last decode frames took (the median), and what was predicted for the very same frames; 0: too few yet."""
+    expected_ms: _builtins.float
+    measured_frames: _builtins.int
     def __init__(
         self,
         *,
@@ -201,10 +304,14 @@ class Stage(_message.Message):
         reserved_bytes: _builtins.int = ...,
         prefix_bytes: _builtins.int = ...,
         bubble_share: _builtins.float = ...,
+        predicted_ms: _builtins.float = ...,
+        measured_ms: _builtins.float = ...,
+        expected_ms: _builtins.float = ...,
+        measured_frames: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bubble_share", b"bubble_share", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "index", b"index", "inlet", b"inlet", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bubble_share", b"bubble_share", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +383,10 @@ class GetClusterResponse(_message.Message):
     LANE_SIZES_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     PREFIXES_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
@@ -293,6 +404,7 @@ class GetClusterResponse(_message.Message):
     queued: _builtins.int
     prefixes: _builtins.int
     """Prefixes that are kept for requests to come."""
+    objective: Global___Objective.ValueType
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
@@ -302,6 +414,16 @@ class GetClusterResponse(_message.Message):
     @_builtins.property
     def lane_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Requests in each lane; those that wait are in none."""
+
+    @_builtins.property
+    def spares(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpareWorker]: ...
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the plan is as it is, a sentence each."""
+
+    @_builtins.property
+    def forecast(self) -> Global___Forecast:
+        """Absent where a worker's speed was not known."""
 
     def __init__(
         self,
@@ -325,10 +447,14 @@ class GetClusterResponse(_message.Message):
         lane_sizes: _abc.Iterable[_builtins.int] | None = ...,
         queued: _builtins.int = ...,
         prefixes: _builtins.int = ...,
+        objective: Global___Objective.ValueType = ...,
+        spares: _abc.Iterable[Global___SpareWorker] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        forecast: Global___Forecast | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +472,7 @@ class LoadModelRequest(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     MAX_STEP_MS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION where it is not the main one."""
     workers: _builtins.int
@@ -361,6 +488,7 @@ class LoadModelRequest(_message.Message):
     """What a prefill chunk may take of a stage while others decode; 0: the default."""
     kv_bits: _builtins.int
     """8 or 4 quantises caches; 0 leaves them as they are."""
+    objective: Global___Objective.ValueType
     def __init__(
         self,
         *,
@@ -372,14 +500,107 @@ class LoadModelRequest(_message.Message):
         lanes: _builtins.int = ...,
         max_step_ms: _builtins.float = ...,
         kv_bits: _builtins.int = ...,
+        objective: Global___Objective.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    """Its fields mean what they mean in LoadModelRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ROUTE_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    workers: _builtins.int
+    layers: _builtins.str
+    route: Global___Route.ValueType
+    max_context: _builtins.int
+    lanes: _builtins.int
+    kv_bits: _builtins.int
+    objective: Global___Objective.ValueType
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        layers: _builtins.str = ...,
+        route: Global___Route.ValueType = ...,
+        max_context: _builtins.int = ...,
+        lanes: _builtins.int = ...,
+        kv_bits: _builtins.int = ...,
+        objective: Global___Objective.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    ROUTE_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    layers: _builtins.int
+    max_context: _builtins.int
+    max_sequences: _builtins.int
+    route: Global___Route.ValueType
+    objective: Global___Objective.ValueType
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
+    @_builtins.property
+    def spares(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpareWorker]: ...
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def forecast(self) -> Global___Forecast: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        layers: _builtins.int = ...,
+        max_context: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
+        route: Global___Route.ValueType = ...,
+        objective: Global___Objective.ValueType = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        spares: _abc.Iterable[Global___SpareWorker] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        forecast: Global___Forecast | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "objective", b"objective", "reasons", b"reasons", "route", b"route", "spares", b"spares", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanResponse: _TypeAlias = PlanResponse  # noqa: Y015
 
 @_typing.final
 class StageProgress(_message.Message):

@@ -49,6 +49,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/cluster.v1.ClusterService/Plan',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -75,6 +80,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """Plan says who would hold what of a model and how fast that would be; nothing is loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.UnloadModelRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/UnloadModel',
             cluster_dot_v1_dot_cluster__pb2.UnloadModelRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/Plan',
+            cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

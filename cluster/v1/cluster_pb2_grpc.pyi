@@ -37,6 +37,8 @@ class ClusterServiceStub:
     """LoadModel plans, loads, links and warms a model; the stream ends once a token went through every stage."""
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UnloadModelRequest, _cluster_pb2.UnloadModelResponse]
     """UnloadModel ends live requests and frees the workers' memory."""
+    Plan: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]
+    """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -47,6 +49,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """LoadModel plans, loads, links and warms a model; the stream ends once a token went through every stage."""
     UnloadModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UnloadModelRequest, _cluster_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """UnloadModel ends live requests and frees the workers' memory."""
+    Plan: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]  # type: ignore[assignment]
+    """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -72,5 +76,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.UnloadModelResponse, _abc.Awaitable[_cluster_pb2.UnloadModelResponse]]:
         """UnloadModel ends live requests and frees the workers' memory."""
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _cluster_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PlanResponse, _abc.Awaitable[_cluster_pb2.PlanResponse]]:
+        """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/worker.proto\x12\ncluster.v1\"&\n\x0f\x44\x65scribeRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\"\xd0\x02\n\x10\x44\x65scribeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\r\n\x05\x65poch\x18\x0c \x01(\x04\x12\x13\n\x0bstart_layer\x18\r \x01(\r\x12\x11\n\tend_layer\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x12\x11\n\tsequences\x18\x10 \x01(\r\x12\x0f\n\x07problem\x18\x11 \x01(\t\x12\x0e\n\x06holder\x18\x12 \x01(\t\"\xbb\x02\n\x10LoadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bstart_layer\x18\x07 \x01(\r\x12\x11\n\tend_layer\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x13\n\x0b\x63oordinator\x18\n \x01(\t\x12\x0f\n\x07kv_bits\x18\x0b \x01(\r\x12\x0f\n\x07tensors\x18\x0c \x03(\t\x12\x10\n\x08\x64\x65\x66\x65rred\x18\r \x03(\t\x12$\n\x05peers\x18\x0e \x03(\x0b\x32\x15.cluster.v1.StorePeer\x12\x0c\n\x04repo\x18\x0f \x01(\t\x12\x0e\n\x06\x63ommit\x18\x10 \x01(\t\"*\n\tStorePeer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\",\n\x0cTensorDigest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\xac\x01\n\x11LoadStageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\thub_bytes\x18\x05 \x01(\x04\x12\x12\n\npeer_bytes\x18\x06 \x01(\x04\x12)\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x18.cluster.v1.TensorDigest\"4\n\x10LinkStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tpull_from\x18\x02 \x01(\t\"\x13\n\x11LinkStageResponse\"#\n\x12UnloadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13UnloadStageResponse2\xbc\x02\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12J\n\tLoadStage\x12\x1c.cluster.v1.LoadStageRequest\x1a\x1d.cluster.v1.LoadStageResponse0\x01\x12H\n\tLinkStage\x12\x1c.cluster.v1.LinkStageRequest\x1a\x1d.cluster.v1.LinkStageResponse\x12N\n\x0bUnloadStage\x12\x1e.cluster.v1.UnloadStageRequest\x1a\x1f.cluster.v1.UnloadStageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/worker.proto\x12\ncluster.v1\"&\n\x0f\x44\x65scribeRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\"\xca\x03\n\x10\x44\x65scribeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x0c\n\x04\x63hip\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x13\n\x0bmlx_version\x18\x08 \x01(\t\x12\x14\n\x0cmemory_total\x18\t \x01(\x04\x12\x14\n\x0cmemory_limit\x18\n \x01(\x04\x12\x13\n\x0bmemory_used\x18\x0b \x01(\x04\x12\r\n\x05\x65poch\x18\x0c \x01(\x04\x12\x13\n\x0bstart_layer\x18\r \x01(\r\x12\x11\n\tend_layer\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x12\x11\n\tsequences\x18\x10 \x01(\r\x12\x0f\n\x07problem\x18\x11 \x01(\t\x12\x0e\n\x06holder\x18\x12 \x01(\t\x12$\n\x07profile\x18\x13 \x01(\x0b\x32\x13.cluster.v1.Profile\x12\x11\n\tinterface\x18\x14 \x01(\t\x12\x11\n\tgpu_cores\x18\x15 \x01(\r\x12\x17\n\x0fmemory_pressure\x18\x16 \x01(\t\x12\x13\n\x0bmemory_peak\x18\x17 \x01(\x04\"\x86\x01\n\x07Profile\x12\x11\n\tbandwidth\x18\x01 \x01(\x01\x12\x0f\n\x07layer_s\x18\x02 \x01(\x01\x12\x0e\n\x06step_s\x18\x03 \x01(\x01\x12\r\n\x05\x66lops\x18\x04 \x01(\x01\x12\x10\n\x08row_cost\x18\x05 \x01(\x01\x12&\n\x0b\x63orrections\x18\x06 \x03(\x0b\x32\x11.cluster.v1.Ratio\"+\n\x05Ratio\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\r\n\x05ratio\x18\x02 \x01(\x01\"E\n\x12MeasureLinkRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x66resh\x18\x03 \x01(\x08\">\n\x13MeasureLinkResponse\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x11\n\tbandwidth\x18\x02 \x01(\x01\"7\n\x11LearnRatioRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\r\n\x05ratio\x18\x02 \x01(\x01\"\x14\n\x12LearnRatioResponse\"\xbb\x02\n\x10LoadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bstart_layer\x18\x07 \x01(\r\x12\x11\n\tend_layer\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x13\n\x0b\x63oordinator\x18\n \x01(\t\x12\x0f\n\x07kv_bits\x18\x0b \x01(\r\x12\x0f\n\x07tensors\x18\x0c \x03(\t\x12\x10\n\x08\x64\x65\x66\x65rred\x18\r \x03(\t\x12$\n\x05peers\x18\x0e \x03(\x0b\x32\x15.cluster.v1.StorePeer\x12\x0c\n\x04repo\x18\x0f \x01(\t\x12\x0e\n\x06\x63ommit\x18\x10 \x01(\t\"*\n\tStorePeer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\",\n\x0cTensorDigest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\xac\x01\n\x11LoadStageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\thub_bytes\x18\x05 \x01(\x04\x12\x12\n\npeer_bytes\x18\x06 \x01(\x04\x12)\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x18.cluster.v1.TensorDigest\"4\n\x10LinkStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tpull_from\x18\x02 \x01(\t\"\x13\n\x11LinkStageResponse\"#\n\x12UnloadStageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13UnloadStageResponse2\xd9\x03\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12J\n\tLoadStage\x12\x1c.cluster.v1.LoadStageRequest\x1a\x1d.cluster.v1.LoadStageResponse0\x01\x12H\n\tLinkStage\x12\x1c.cluster.v1.LinkStageRequest\x1a\x1d.cluster.v1.LinkStageResponse\x12N\n\x0bUnloadStage\x12\x1e.cluster.v1.UnloadStageRequest\x1a\x1f.cluster.v1.UnloadStageResponse\x12N\n\x0bMeasureLink\x12\x1e.cluster.v1.MeasureLinkRequest\x1a\x1f.cluster.v1.MeasureLinkResponse\x12K\n\nLearnRatio\x12\x1d.cluster.v1.LearnRatioRequest\x1a\x1e.cluster.v1.LearnRatioResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=39
   _globals['_DESCRIBEREQUEST']._serialized_end=77
   _globals['_DESCRIBERESPONSE']._serialized_start=80
-  _globals['_DESCRIBERESPONSE']._serialized_end=416
-  _globals['_LOADSTAGEREQUEST']._serialized_start=419
-  _globals['_LOADSTAGEREQUEST']._serialized_end=734
-  _globals['_STOREPEER']._serialized_start=736
-  _globals['_STOREPEER']._serialized_end=778
-  _globals['_TENSORDIGEST']._serialized_start=780
-  _globals['_TENSORDIGEST']._serialized_end=824
-  _globals['_LOADSTAGERESPONSE']._serialized_start=827
-  _globals['_LOADSTAGERESPONSE']._serialized_end=999
-  _globals['_LINKSTAGEREQUEST']._serialized_start=1001
-  _globals['_LINKSTAGEREQUEST']._serialized_end=1053
-  _globals['_LINKSTAGERESPONSE']._serialized_start=1055
-  _globals['_LINKSTAGERESPONSE']._serialized_end=1074
-  _globals['_UNLOADSTAGEREQUEST']._serialized_start=1076
-  _globals['_UNLOADSTAGEREQUEST']._serialized_end=1111
-  _globals['_UNLOADSTAGERESPONSE']._serialized_start=1113
-  _globals['_UNLOADSTAGERESPONSE']._serialized_end=1134
-  _globals['_WORKERSERVICE']._serialized_start=1137
-  _globals['_WORKERSERVICE']._serialized_end=1453
+  _globals['_DESCRIBERESPONSE']._serialized_end=538
+  _globals['_PROFILE']._serialized_start=541
+  _globals['_PROFILE']._serialized_end=675
+  _globals['_RATIO']._serialized_start=677
+  _globals['_RATIO']._serialized_end=720
+  _globals['_MEASURELINKREQUEST']._serialized_start=722
+  _globals['_MEASURELINKREQUEST']._serialized_end=791
+  _globals['_MEASURELINKRESPONSE']._serialized_start=793
+  _globals['_MEASURELINKRESPONSE']._serialized_end=855
+  _globals['_LEARNRATIOREQUEST']._serialized_start=857
+  _globals['_LEARNRATIOREQUEST']._serialized_end=912
+  _globals['_LEARNRATIORESPONSE']._serialized_start=914
+  _globals['_LEARNRATIORESPONSE']._serialized_end=934
+  _globals['_LOADSTAGEREQUEST']._serialized_start=937
+  _globals['_LOADSTAGEREQUEST']._serialized_end=1252
+  _globals['_STOREPEER']._serialized_start=1254
+  _globals['_STOREPEER']._serialized_end=1296
+  _globals['_TENSORDIGEST']._serialized_start=1298
+  _globals['_TENSORDIGEST']._serialized_end=1342
+  _globals['_LOADSTAGERESPONSE']._serialized_start=1345
+  _globals['_LOADSTAGERESPONSE']._serialized_end=1517
+  _globals['_LINKSTAGEREQUEST']._serialized_start=1519
+  _globals['_LINKSTAGEREQUEST']._serialized_end=1571
+  _globals['_LINKSTAGERESPONSE']._serialized_start=1573
+  _globals['_LINKSTAGERESPONSE']._serialized_end=1592
+  _globals['_UNLOADSTAGEREQUEST']._serialized_start=1594
+  _globals['_UNLOADSTAGEREQUEST']._serialized_end=1629
+  _globals['_UNLOADSTAGERESPONSE']._serialized_start=1631
+  _globals['_UNLOADSTAGERESPONSE']._serialized_end=1652
+  _globals['_WORKERSERVICE']._serialized_start=1655
+  _globals['_WORKERSERVICE']._serialized_end=2128
 # @@protoc_insertion_point(module_scope)

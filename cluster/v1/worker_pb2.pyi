@@ -64,6 +64,11 @@ class DescribeResponse(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    GPU_CORES_FIELD_NUMBER: _builtins.int
+    MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
+    MEMORY_PEAK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -86,6 +91,17 @@ class DescribeResponse(_message.Message):
     """A sentence while the engine is down."""
     holder: _builtins.str
     """The coordinator whose heartbeat holds the stage; empty: nobody's does."""
+    interface: _builtins.str
+    """The network interface that it listens on, where it is one."""
+    gpu_cores: _builtins.int
+    memory_pressure: _builtins.str
+    """normal, warning or critical, where the system says so."""
+    memory_peak: _builtins.int
+    """The most that was used at once since the engine started."""
+    @_builtins.property
+    def profile(self) -> Global___Profile:
+        """What its engine was measured to do; absent where that is not known."""
+
     def __init__(
         self,
         *,
@@ -107,14 +123,167 @@ class DescribeResponse(_message.Message):
         sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
         holder: _builtins.str = ...,
+        profile: Global___Profile | None = ...,
+        interface: _builtins.str = ...,
+        gpu_cores: _builtins.int = ...,
+        memory_pressure: _builtins.str = ...,
+        memory_peak: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "holder", b"holder", "id", b"id", "memory_limit", b"memory_limit", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class Profile(_message.Message):
+    """Bytes and floating-point operations a second; seconds. cluster/profiles.py says how a step's time follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    LAYER_S_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
+    ROW_COST_FIELD_NUMBER: _builtins.int
+    CORRECTIONS_FIELD_NUMBER: _builtins.int
+    bandwidth: _builtins.float
+    layer_s: _builtins.float
+    step_s: _builtins.float
+    flops: _builtins.float
+    row_cost: _builtins.float
+    @_builtins.property
+    def corrections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ratio]:
+        """What frames taught, by the model's fingerprint: measured over predicted. The last learned last."""
+
+    def __init__(
+        self,
+        *,
+        bandwidth: _builtins.float = ...,
+        layer_s: _builtins.float = ...,
+        step_s: _builtins.float = ...,
+        flops: _builtins.float = ...,
+        row_cost: _builtins.float = ...,
+        corrections: _abc.Iterable[Global___Ratio] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "corrections", b"corrections", "flops", b"flops", "layer_s", b"layer_s", "row_cost", b"row_cost", "step_s", b"step_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class Ratio(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    ratio: _builtins.float
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ratio: _TypeAlias = Ratio  # noqa: Y015
+
+@_typing.final
+class MeasureLinkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    AFRESH_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The other worker's id and data address."""
+    address: _builtins.str
+    afresh: _builtins.bool
+    """Measure even where a recent figure is kept."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+        afresh: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "afresh", b"afresh", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinkRequest: _TypeAlias = MeasureLinkRequest  # noqa: Y015
+
+@_typing.final
+class MeasureLinkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    round_trip_s: _builtins.float
+    bandwidth: _builtins.float
+    """Bytes a second."""
+    def __init__(
+        self,
+        *,
+        round_trip_s: _builtins.float = ...,
+        bandwidth: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "round_trip_s", b"round_trip_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinkResponse: _TypeAlias = MeasureLinkResponse  # noqa: Y015
+
+@_typing.final
+class LearnRatioRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    ratio: _builtins.float
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnRatioRequest: _TypeAlias = LearnRatioRequest  # noqa: Y015
+
+@_typing.final
+class LearnRatioResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnRatioResponse: _TypeAlias = LearnRatioResponse  # noqa: Y015
 
 @_typing.final
 class LoadStageRequest(_message.Message):

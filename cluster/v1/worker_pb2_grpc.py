@@ -54,6 +54,16 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.FromString,
                 _registered_method=True)
+        self.MeasureLink = channel.unary_unary(
+                '/cluster.v1.WorkerService/MeasureLink',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.FromString,
+                _registered_method=True)
+        self.LearnRatio = channel.unary_unary(
+                '/cluster.v1.WorkerService/LearnRatio',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -87,6 +97,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLink(self, request, context):
+        """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LearnRatio(self, request, context):
+        """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +133,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.UnloadStage,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.SerializeToString,
+            ),
+            'MeasureLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.SerializeToString,
+            ),
+            'LearnRatio': grpc.unary_unary_rpc_method_handler(
+                    servicer.LearnRatio,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +253,60 @@ class WorkerService:
             '/cluster.v1.WorkerService/UnloadStage',
             cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/MeasureLink',
+            cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LearnRatio(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/LearnRatio',
+            cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class WorkerServiceStub:
     """LinkStage connects a loaded stage to what comes before it."""
     UnloadStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]
     """UnloadStage frees everything of the epoch. Of an older epoch: nothing happens."""
+    MeasureLink: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]
+    """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept."""
+    LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
+    """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -55,6 +59,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """LinkStage connects a loaded stage to what comes before it."""
     UnloadStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]  # type: ignore[assignment]
     """UnloadStage frees everything of the epoch. Of an older epoch: nothing happens."""
+    MeasureLink: _aio.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]  # type: ignore[assignment]
+    """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept."""
+    LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
+    """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -88,5 +96,21 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UnloadStageResponse, _abc.Awaitable[_worker_pb2.UnloadStageResponse]]:
         """UnloadStage frees everything of the epoch. Of an older epoch: nothing happens."""
+
+    @_abc_1.abstractmethod
+    def MeasureLink(
+        self,
+        request: _worker_pb2.MeasureLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.MeasureLinkResponse, _abc.Awaitable[_worker_pb2.MeasureLinkResponse]]:
+        """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept."""
+
+    @_abc_1.abstractmethod
+    def LearnRatio(
+        self,
+        request: _worker_pb2.LearnRatioRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.LearnRatioResponse, _abc.Awaitable[_worker_pb2.LearnRatioResponse]]:
+        """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

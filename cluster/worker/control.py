@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -10,15 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import anyio
 import grpc
 
 from cluster import __version__
+from cluster.discovery.interfaces import interface_of
 from cluster.errors import MacpipeError, WorkerTaken
 from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
+from cluster.macos import MachineFacts, memory_pressure
+from cluster.profiles import Profile
+from cluster.transport.probe import measure_link
 from cluster.transport.status import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
 from cluster.worker.messages import Hello, Link, Load, Progress, Report, Reported, Unload
+from cluster.worker.profiles import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
 from cluster.worker.supplies import Supplies
@@ -36,6 +43,8 @@ class Control(WorkerServiceServicer):
     settings: WorkerSettings
     supervisor: Supervisor
     supplies: Supplies
+    file: ProfileFile
+    machine: MachineFacts
     loaded: pb.LoadStageRequest | None = None
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
@@ -58,6 +67,7 @@ class Control(WorkerServiceServicer):
             memory_total=hello.memory_total,
             memory_limit=hello.memory_limit,
             memory_used=report.memory_used,
+            memory_peak=report.memory_peak,
             epoch=held.epoch,
             start_layer=held.start_layer,
             end_layer=held.end_layer,
@@ -65,6 +75,10 @@ class Control(WorkerServiceServicer):
             sequences=report.sequences,
             problem=problem,
             holder=self._holder(),
+            profile=_profile(self.file.kept.profile),
+            interface=self.settings.interface or interface_of(self.settings.host),
+            gpu_cores=self.machine.gpu_cores,
+            memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
         )
 
     def _holder(self) -> str:
@@ -116,6 +130,31 @@ class Control(WorkerServiceServicer):
         if self.loaded and self.loaded.epoch <= request.epoch:
             self.loaded = None
         return pb.UnloadStageResponse()
+
+    async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
+        link = None if request.afresh else self.file.link(request.worker, request.address)
+        if link is None:
+            try:
+                link = await anyio.to_thread.run_sync(measure_link, request.address)
+            except MacpipeError as e:
+                await abort(context, e)
+            self.file.put_link(request.worker, request.address, link)
+        return pb.MeasureLinkResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth)
+
+    async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
+        self.file.learn(request.fingerprint, request.ratio)
+        return pb.LearnRatioResponse()
+
+
+def _profile(p: Profile) -> pb.Profile:
+    return pb.Profile(
+        bandwidth=p.bandwidth,
+        layer_s=p.layer_s,
+        step_s=p.step_s,
+        flops=p.flops,
+        row_cost=p.row_cost,
+        corrections=[pb.Ratio(fingerprint=model, ratio=ratio) for model, ratio in p.corrections],
+    )
 
 
 def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:

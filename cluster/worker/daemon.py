@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import grpc
 
     from cluster.worker.control import Control
-    from cluster.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +36,25 @@ async def _run(settings: WorkerSettings) -> None:
     """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
     import grpc
 
+    from cluster.macos import machine_facts
     from cluster.transport.options import CONTROL_OPTIONS, bind
     from cluster.worker.control import Control
     from cluster.worker.identity import identity
+    from cluster.worker.profiler import profiled
     from cluster.worker.supervisor import Supervisor
     from cluster.worker.supplies import Supplies
 
     with identity(settings.home, settings.name) as worker_id:
         server = grpc.aio.server(options=CONTROL_OPTIONS)
         port = bind(server, settings.host, settings.port)
-        supervisor = Supervisor(settings.host, settings.memory_limit)
+        machine = machine_facts()
+        supervisor = Supervisor(settings.host, settings.memory_limit or machine.wired_limit or None, settings.throttle)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stop_on_signal, tasks.cancel_scope)
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
-            control = Control(worker_id, settings, supervisor, Supplies(settings.home))
+            profile = await profiled(settings, supervisor)
+            control = Control(worker_id, settings, supervisor, Supplies(settings.home), profile, machine)
             await _answer(settings, control, server, port)
 
 
@@ -74,19 +77,20 @@ async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.S
     )
     try:
         async with said:
-            _say_ready(settings, port, control.supervisor)
+            _say_ready(settings, port, control)
             await anyio.sleep_forever()
     finally:
         with anyio.CancelScope(shield=True):
             await server.stop(grace=None)
 
 
-def _say_ready(settings: WorkerSettings, port: int, supervisor: Supervisor) -> None:
-    hello = supervisor.hello
+def _say_ready(settings: WorkerSettings, port: int, control: Control) -> None:
+    hello = control.supervisor.hello
     assert hello
-    limit = hello.memory_limit / 2**30
+    limit, profile = hello.memory_limit / 2**30, control.file.kept.profile
+    speed = f", {profile.bandwidth / 1e9:.3g} GB/s in decode" if profile.known else ""
     sys.stderr.write(
         f"worker {settings.name} of cluster {settings.cluster} on {settings.host}:{port}: "
-        f"{hello.chip}, mlx {hello.mlx_version} ({hello.backend}), up to {limit:.1f} GiB\n"
+        f"{hello.chip}, mlx {hello.mlx_version} ({hello.backend}), up to {limit:.1f} GiB{speed}\n"
     )
     sys.stderr.flush()

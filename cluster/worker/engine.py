@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from cluster.errors import MacpipeError
-from cluster.model import device
+from cluster.model import device, speed
 from cluster.transport.rings import DataServer
 from cluster.worker.messages import (
     Command,
@@ -27,6 +27,8 @@ from cluster.worker.messages import (
     Hello,
     Link,
     Load,
+    Measure,
+    Measured,
     Progress,
     Report,
     Reported,
@@ -36,6 +38,7 @@ from cluster.worker.messages import (
     unpacker,
 )
 from cluster.worker.slot import Slot, sentence_of
+from cluster.worker.throttle import Throttle
 
 Job = Callable[[], None]
 
@@ -43,14 +46,17 @@ Job = Callable[[], None]
 class Engine:
     """Runs jobs (commands and frames) one after another on the thread that called ``run``."""
 
-    def __init__(self, host: str, memory_limit: int | None, answers: BinaryIO) -> None:
+    def __init__(
+        self, host: str, memory_limit: int | None, answers: BinaryIO, throttle: Throttle | None = None
+    ) -> None:
         self._answers = answers
+        self._throttle = throttle or Throttle()
         self._answering = threading.Lock()
         # Bounded by what feeds it: frames by the coordinator's window, commands by its open calls.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        if memory_limit:
-            device.set_memory_limit(memory_limit)
-        self._slot = Slot(self._jobs.put)
+        device.choose()
+        device.set_limits(memory_limit or device.device_facts().memory_limit)
+        self._slot = Slot(self._jobs.put, throttle=self._throttle)
         self._server = DataServer(host, 0, self._slot)
         self._say_hello(memory_limit)
 
@@ -82,21 +88,25 @@ class Engine:
     def obey(self, command: Command) -> None:
         """Queue a command; a report is answered at once, on the caller's thread."""
         if isinstance(command, Report):
-            self._say(Reported(command.call, device.memory_used(), self._slot.sequences))
+            self._say(Reported(command.call, device.memory_used(), self._slot.sequences, device.memory_peak()))
         else:
             self._jobs.put(lambda: self._carry_out(command))
 
-    def _carry_out(self, command: Load | Link | Unload) -> None:
+    def _carry_out(self, command: Load | Link | Unload | Measure) -> None:
         try:
             self._do(command)
         except Exception as e:  # the process's edge: the daemon is told, whatever it was
             reason, sentence = sentence_of(e)
             self._say(Failed(command.call, reason, sentence))
         else:
-            self._say(Done(command.call))
+            if not isinstance(command, Measure):
+                self._say(Done(command.call))
 
-    def _do(self, command: Load | Link | Unload) -> None:
-        if isinstance(command, Load):
+    def _do(self, command: Load | Link | Unload | Measure) -> None:
+        if isinstance(command, Measure):
+            p = speed.measure(self._throttle.stretch)
+            self._say(Measured(command.call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost))
+        elif isinstance(command, Load):
             self._slot.load(command.spec, lambda done, total: self._say(Progress(command.call, done, total)))
         elif isinstance(command, Link):
             self._slot.link(command.epoch, command.pull_from)
@@ -132,12 +142,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The engine of a macpipe worker; started by its daemon.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--memory-limit", type=int)
+    parser.add_argument("--throttle", type=float, default=1.0)
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
     answers = _own_stdout()
     try:
-        engine = Engine(options.host, options.memory_limit, answers)
+        engine = Engine(options.host, options.memory_limit, answers, Throttle(options.throttle))
     except MacpipeError as e:
         answers.write(pack(Failed(0, e.reason, e.sentence)))
         answers.flush()

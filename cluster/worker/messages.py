@@ -67,6 +67,25 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Time the device; answered with ``Measured``."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures of a ``Profile``."""
+
+    call: int
+    bandwidth: float
+    layer_s: float
+    step_s: float
+    flops: float
+    row_cost: float
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """The engine is up: its data port and what it found of the device. Bytes are bytes."""
 
@@ -105,11 +124,13 @@ class Reported:
     call: int
     memory_used: int
     sequences: int
+    memory_peak: int = 0
 
 
-Command = Load | Link | Unload | Report
-Event = Hello | Progress | Done | Failed | Reported
-_TYPES = {t.__name__: t for t in (Load, Link, Unload, Report, Hello, Progress, Done, Failed, Reported)}
+Command = Load | Link | Unload | Report | Measure
+Event = Hello | Progress | Done | Failed | Reported | Measured
+_KINDS = (Load, Link, Unload, Report, Measure, Hello, Progress, Done, Failed, Reported, Measured)
+_TYPES = {t.__name__: t for t in _KINDS}
 
 
 def pack(message: Command | Event) -> bytes:

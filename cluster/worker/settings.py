@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+
+
+class Profiling(StrEnum):
+    """When a worker measures itself: where nothing is kept, always at its start, or never (its speed is unknown)."""
+
+    KEPT = "kept"
+    NEW = "new"
+    OFF = "off"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """``port`` 0 takes a free one. ``memory_limit`` is bytes for weights, caches and work; None takes the device's own.
 
-    ``home`` is the folder where this worker's id and its parts of models are kept.
+    ``home`` is the folder where this worker's id, profile and parts of models are kept. ``interface`` is the one that
+    ``host`` is an address of, where a person named it. ``throttle`` makes it slower by a factor, for tests.
     """
 
     name: str
@@ -19,3 +29,6 @@ class WorkerSettings:
     host: str = "127.0.0.1"
     port: int = 0
     memory_limit: int | None = None
+    profile: Profiling = Profiling.KEPT
+    interface: str = ""
+    throttle: float = 1.0

@@ -23,6 +23,7 @@ from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.types import ModelRef, StageSpec, StageTiming
 from cluster.wire.parcels import Parcel, pack
 from cluster.worker.inbox import Arrival, Inbox
+from cluster.worker.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ class _Ports:
 class Slot:
     """Empty, or one loaded stage. ``post`` hands a job to the MLX thread."""
 
-    def __init__(self, post: Callable[[Callable[[], None]], None], dialer: Dialer | None = None) -> None:
+    def __init__(
+        self, post: Callable[[Callable[[], None]], None], dialer: Dialer | None = None, throttle: Throttle | None = None
+    ) -> None:
         self._post = post
+        self._throttle = throttle or Throttle()
         self._dialer = dialer or GrpcDialer()
         self._stage: Stage | None = None
         self._ports: _Ports | None = None
@@ -139,6 +143,7 @@ class Slot:
         """One frame: apply, compute, send on with this stage's timing."""
         started, frame = time.perf_counter_ns(), arrival.frame
         result = _stepped(stage, self._index, frame)
+        self._throttle.stretch((time.perf_counter_ns() - started) / 1e9)
         computed = time.perf_counter_ns()
         waited, took = (started - arrival.at_ns) // 1000, (computed - started) // 1000
         timing = StageTiming(self._index, waited, took, self._pack_us)

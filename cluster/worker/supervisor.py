@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself."""
 
-    def __init__(self, host: str, memory_limit: int | None) -> None:
+    def __init__(self, host: str, memory_limit: int | None, throttle: float = 1.0) -> None:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
-        self._command = [sys.executable, "-m", "cluster.worker.engine", f"--host={host}", *limit]
+        slower = [f"--throttle={throttle}"] if throttle != 1.0 else []
+        self._command = [sys.executable, "-m", "cluster.worker.engine", f"--host={host}", *limit, *slower]
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)

@@ -44,12 +44,19 @@ def machine() -> dict[str, object]:
     }
 
 
-def print_figures(key: str, figures: Sequence[Figure], ratios: Mapping[str, float], as_json: bool) -> None:
-    """``key`` names the medians in the JSON object; each ratio stands beside it under its own name."""
+def print_figures(
+    key: str,
+    figures: Sequence[Figure],
+    ratios: Mapping[str, float],
+    as_json: bool,
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """``key`` names the medians in the JSON object; each ratio, and what is ``more``, stands under its own name."""
     if as_json:
         facts = {
             key: {f.name: round(f.median, 4) for f in figures},
             **{name: round(ratio, 4) for name, ratio in ratios.items()},
+            **(more or {}),
             "rounds": {f.name: [round(r, 4) for r in f.rounds] for f in figures},
             "machine": machine(),
             "versions": {name: version(name) for name in PACKAGES},
@@ -60,3 +67,5 @@ def print_figures(key: str, figures: Sequence[Figure], ratios: Mapping[str, floa
         print(f"{f.name:24} {f.median:9.3f} {f.unit}   ({min(f.rounds):.3f} to {max(f.rounds):.3f})")
     for name, ratio in ratios.items():
         print(f"{name:24} {ratio:9.3f}")
+    for name, fact in (more or {}).items():
+        print(f"{name:24} {fact}")

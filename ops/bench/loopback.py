@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,22 @@ def make_llama(folder: Path, hidden: int, intermediate: int, layers: int, heads:
     return folder
 
 
-def start_cluster(stack: ExitStack, model: Path, *options: str, pinned: bool = False) -> Client:
-    """Two workers and a coordinator as processes; a client of it once it serves. ``pinned``: worker i on core i."""
+def start_cluster(
+    stack: ExitStack,
+    model: Path,
+    *options: str,
+    pinned: bool = False,
+    environments: Sequence[Mapping[str, str]] = ({}, {}),
+) -> Client:
+    """Two workers, each with its environment, and a coordinator as processes; a client of it once it serves.
+
+    ``pinned``: worker i on core i.
+    """
     fleet = stack.enter_context(Fleet(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
-    for name in WORKERS:
-        fleet.start(name, ["worker", "--name", name, "--cluster", cluster, "--home", str(model.parent)])
+    for name, environment in zip(WORKERS, environments, strict=True):
+        own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
+        fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
     fleet.start("serve", ["serve", str(model), *own])
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))

@@ -1,50 +1,66 @@
-"""mlx-lm in one process on one core: what a pipeline has to beat. Commands come on stdin, seconds go to stdout."""
+"""mlx-lm in one process: what a pipeline has to beat. Commands come on stdin, JSON goes to stdout, a line each."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class SingleProcess:
-    """A child that holds the model, pinned to core 0. ``batch`` and ``prefill`` return seconds."""
+    """A child that holds the model, pinned to core 0 unless ``pinned`` is False. Times are seconds."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, pinned: bool = True, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(model), "pinned" if pinned else "free"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
 
     def batch(self, users: int, prompt: int, tokens: int) -> float:
         """Decode ``tokens`` for each of so many users with mlx-lm's BatchGenerator; without their prefill."""
-        return self._ask(f"batch {users} {prompt} {tokens}")
+        return float(self._ask(f"batch {users} {prompt} {tokens}"))
 
     def prefill(self, prompt: int) -> float:
         """From a prompt to its first token."""
-        return self._ask(f"prefill 1 {prompt} 1")
+        return float(self._ask(f"prefill 1 {prompt} 1"))
 
-    def _ask(self, command: str) -> float:
+    def decode(self, prompt: int, tokens: int) -> float:
+        """Decode so many tokens for one user with mlx-lm's ``generate_step``; without the first."""
+        return float(self._ask(f"decode 1 {prompt} {tokens}"))
+
+    def greedy(self, prompt: int, tokens: int) -> list[tuple[int, float]]:
+        """Greedy tokens, each with how far the second best logit lies below it."""
+        return [(int(token), float(gap)) for token, gap in self._ask(f"greedy 1 {prompt} {tokens}")]
+
+    def _ask(self, command: str) -> Any:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=30)
 
 
-def _prompt(user: int, length: int) -> list[int]:
+def prompt_ids(user: int, length: int) -> list[int]:
+    """A prompt that differs from user to user from its first token on."""
     return [(i * 31 + user * 7) % 250 for i in range(length)]
 
 
-def _batch(model: object, users: int, prompt: int, tokens: int) -> float:
+def _batch(model: Any, users: int, prompt: int, tokens: int) -> float:
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(model, max_tokens=tokens + 1, completion_batch_size=users, prefill_batch_size=users)
-    generator.insert([_prompt(user, prompt) for user in range(users)])
+    generator.insert([prompt_ids(user, prompt) for user in range(users)])
     counts, began = 0, 0.0
     while counts < users * (tokens + 1):
         responses = generator.next_generated()
@@ -53,26 +69,54 @@ def _batch(model: object, users: int, prompt: int, tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def _prefill(model: object, prompt: int) -> float:
+def _steps(model: Any, prompt: int, tokens: int) -> Any:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
+    return generate_step(mx.array(prompt_ids(0, prompt)), model, max_tokens=tokens, prefill_step_size=512)
+
+
+def _prefill(model: Any, users: int, prompt: int, tokens: int) -> float:
     began = time.perf_counter()
-    next(iter(generate_step(mx.array(_prompt(0, prompt)), model, max_tokens=1, prefill_step_size=512)))
+    next(iter(_steps(model, prompt, tokens)))
     return time.perf_counter() - began
 
 
-def main(model_folder: str) -> None:
-    if hasattr(os, "sched_setaffinity"):
+def _decode(model: Any, users: int, prompt: int, tokens: int) -> float:
+    steps = iter(_steps(model, prompt, tokens + 1))
+    next(steps)
+    began = time.perf_counter()
+    for _ in steps:
+        pass
+    return time.perf_counter() - began
+
+
+def _greedy(model: Any, users: int, prompt: int, tokens: int) -> list[tuple[int, float]]:
+    import mlx.core as mx
+
+    said = []
+    for token, logprobs in _steps(model, prompt, tokens):
+        best = mx.topk(logprobs.astype(mx.float32), 2)
+        said.append((int(token), abs(float(best[0] - best[1]))))
+    return said
+
+
+COMMANDS = {"batch": _batch, "prefill": _prefill, "decode": _decode, "greedy": _greedy}
+
+
+def main(model_folder: str, where: str) -> None:
+    if where == "pinned" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
+    import mlx.core as mx
     from mlx_lm.utils import load_model
 
+    if os.environ.get("MACPIPE_DEVICE") == "cpu":
+        mx.set_default_device(mx.cpu)
     model, _ = load_model(Path(model_folder))
     for line in sys.stdin:
         kind, users, prompt, tokens = line.split()
-        took = _batch(model, int(users), int(prompt), int(tokens)) if kind == "batch" else _prefill(model, int(prompt))
-        print(took, flush=True)
+        print(json.dumps(COMMANDS[kind](model, int(users), int(prompt), int(tokens))), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

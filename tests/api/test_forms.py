@@ -75,6 +75,7 @@ def test_every_sampling_field_arrives() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
+        ({"tool_choice": {"type": "function", "function": {"name": ""}}}, "tool_choice.function.name", "at least 1"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),

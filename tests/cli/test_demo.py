@@ -122,9 +122,9 @@ def test_no_signal_leaves_an_orphan(
 
 def test_the_hidden_flag_ends_a_process_with_its_standard_input(stand_ins: dict[str, str], tmp_path: Path) -> None:
     command = [*DEMO[:-1], "worker", "--home", str(tmp_path / "w"), "--exit-with-stdin"]
-    with subprocess.Popen(command, env=stand_ins, stdin=subprocess.PIPE) as worker:
-        time.sleep(1)
-        assert worker.poll() is None
+    with subprocess.Popen(command, env=stand_ins, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
         assert worker.stdin is not None
+        assert worker.stderr is not None
+        assert worker.stderr.readline() == b"waiting for a signal\n"
         worker.stdin.close()
         assert worker.wait(10) == 0

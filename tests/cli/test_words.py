@@ -16,7 +16,8 @@ from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.types import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
+from cluster.loads import LoadProgress
+from cluster.types import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
 
 
 @pytest.mark.parametrize(

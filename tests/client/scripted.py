@@ -71,6 +71,7 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
             memory_total=64 << 30,
             memory_limit=48 << 30,
             memory_used=20 << 30,
+            memory_peak=21 << 30,
             reachable=name == "a",
             problem="" if name == "a" else "no answer for 3 s",
         )
@@ -100,6 +101,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         self.refusal: MacpipeError | None = None
         self.cancelled = threading.Event()
         self.cluster = cluster_reply()
+        self.plan = cluster_pb2.PlanResponse()
 
     async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request):
@@ -155,6 +157,10 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def GetCluster(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
         return self.cluster
+
+    async def Plan(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return self.plan
 
     async def UnloadModel(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)

@@ -67,9 +67,10 @@ def transcript(served: Served, path: str, body: dict[str, Any]) -> str:
 
 
 def anonymous(said: str) -> str:
-    """Without what differs each time: ids, times, and what was kept of the prompt from before."""
+    """Without what differs each time: ids, times, lengths, and what was kept of the prompt."""
     said = re.sub(r'"(chatcmpl-|cmpl-|resp_|msg_|rs_|fc_|call_)[0-9a-f]{24}"', r'"\1ID"', said)
     said = re.sub(r'"(created|created_at)":\d+', r'"\1":0', said)
+    said = re.sub(r'"output_tokens":\d+', '"output_tokens":0', said)  # blanks between JSON's signs are drawn
     said = re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', said)
     kept = r'"input_tokens":\d+,"cache_creation_input_tokens":0,"cache_read_input_tokens":\d+'
     said = re.sub(kept, '"input_tokens":0,"cache_creation_input_tokens":0,"cache_read_input_tokens":0', said)

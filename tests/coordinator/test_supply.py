@@ -8,8 +8,8 @@ import pytest
 
 from cluster.coordinator.supply import compare
 from cluster.errors import ModelDiffers
+from cluster.loads import StageProof
 from cluster.store.manifest import Manifest
-from cluster.types import StageProof
 
 A, B = "a" * 64, "b" * 64
 

@@ -90,7 +90,9 @@ class Cluster:
         """Start a worker; it is ready once it has said ``worker NAME of cluster``."""
         home = self.folder / "home"
         return self._start(
-            name, ["worker", "--name", name, "--cluster", self.name, "--home", str(home), *options], launch
+            name,
+            ["worker", "--name", name, "--cluster", self.name, "--home", str(home), "--profile", "off", *options],
+            launch,
         )
 
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from cluster.errors import InvalidOption
 from cluster.model import device
 from cluster.types import ModelShape
 
@@ -81,13 +82,34 @@ def test_a_gpu_names_its_own_limit(
     assert facts.memory_total == info.get("memory_size", info.get("total_memory"))
 
 
-def test_the_memory_limit_reaches_mlx() -> None:
-    before = mx.get_memory_limit()
+def test_the_limits_reach_mlx() -> None:
+    before, spare = mx.get_memory_limit(), mx.set_cache_limit(2**40)
     try:
-        device.set_memory_limit(2**30)
+        device.set_limits(2**30)
         assert mx.get_memory_limit() == 2**30
+        assert mx.set_cache_limit(spare) == int(2**30 * device.SPARE_SHARE)
     finally:
         mx.set_memory_limit(before)
+        mx.set_cache_limit(spare)
+
+
+def test_the_device_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, sentence in (("tpu", "must be cpu or gpu"), ("gpu", "finds no GPU here")):
+        if asked == "gpu" and mx.is_available(mx.gpu):
+            continue
+        monkeypatch.setenv(device.VARIABLE, asked)
+        with pytest.raises(InvalidOption, match=sentence):
+            device.choose()
+    monkeypatch.setenv(device.VARIABLE, "cpu")
+    device.choose()
+    assert mx.default_device().type == mx.cpu
+
+
+def test_the_peak_is_what_was_held_at_most() -> None:
+    array = mx.zeros((1024, 1024))
+    mx.eval(array)
+    del array
+    assert device.memory_peak() >= device.memory_used() + 2**22
 
 
 def test_used_memory_counts_arrays_and_release_gives_spare_buffers_back(shape: Callable[[str], ModelShape]) -> None:

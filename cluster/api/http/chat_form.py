@@ -68,7 +68,7 @@ class FunctionTool(Form):
 
 
 class NamedFunction(Form):
-    name: str
+    name: Annotated[str, Field(min_length=1)]
 
 
 class NamedTool(Form):

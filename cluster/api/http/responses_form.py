@@ -64,7 +64,7 @@ class ToolForm(FunctionSpec):
 
 class NamedTool(Form):
     type: Literal["function"]
-    name: str
+    name: Annotated[str, Field(min_length=1)]
 
 
 class Format(Form):

@@ -17,6 +17,7 @@ def wait_for_signal() -> int:
     stopped = threading.Event()
     handler = signal.SIG_IGN if FAULT == "deaf" else lambda *_: stopped.set()
     signal.signal(signal.SIGTERM, handler)
+    print("waiting for a signal", file=sys.stderr, flush=True)
     while not stopped.wait(0.05):
         pass
     return 0

@@ -1,0 +1,150 @@
+"""``macpipe plan MODEL``: who would hold what, how fast that would be, and why. Nothing is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.home import state_home
+from cluster.cli.options import Coordinator, Json
+from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, checked_kv_bits
+from cluster.errors import Unreachable
+from cluster.limits import SETTLE_S
+from cluster.profiles import Objective
+from cluster.types import Route
+
+if TYPE_CHECKING:
+    from cluster.client import ModelPlan
+    from cluster.coordinator.settings import LoadOrder
+
+WAIT_S = 5.0
+
+
+def plan(
+    model: Model,
+    assume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MACS", help="Plan for these, not for those that are here: m2-ultra-192,m4-pro-48x2,10gbe."
+        ),
+    ] = None,
+    objective: HowGood = Objective.LATENCY,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", "--max-context", min=1, help="Tokens of prompt and answer.", show_default="4096"),
+    ] = None,
+    workers: Workers = None,
+    layers: Layers = None,
+    route: HowRoute = Route.DIRECT,
+    lanes: Lanes = None,
+    kv_bits: KvBits = 0,
+    coordinator: Coordinator = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="Without a coordinator: look for workers of this cluster.")] = "default",
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Look for them this long.")] = WAIT_S,
+    json: Json = False,
+) -> None:
+    """Show who would hold what of MODEL, and how fast that would be.
+
+    Reads MODEL's headers and loads nothing. Asks the coordinator where one runs, else the workers that it finds.
+    """
+    from cluster.coordinator.settings import LoadOrder
+    from cluster.layers import parse_layers
+
+    with errors_in_json(json):
+        order = LoadOrder(
+            model=model,
+            workers=workers,
+            layers=parse_layers(layers) if layers else None,
+            route=route,
+            max_context=context,
+            wait_s=max(wait, SETTLE_S),
+            lanes=lanes,
+            kv_bits=checked_kv_bits(kv_bits),
+            objective=objective,
+        )
+        if assume is not None:
+            made = assumed_plan(order, assume)
+        else:
+            made = coordinators_plan(order, layers or "", coordinator) or found_plan(order, cluster, tuple(peer or ()))
+        show(made, json)
+
+
+def assumed_plan(order: LoadOrder, assume: str) -> ModelPlan:
+    """For Macs that are known by their chips alone."""
+    from cluster.coordinator.planning import plan_for
+
+    return _told(plan_for(order, assume, state_home()))
+
+
+def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None) -> ModelPlan | None:
+    """A running coordinator's; None where none was named and none runs at the usual address."""
+    from cluster.client import Client
+
+    with Client(coordinator) as client:
+        try:
+            return client.plan(
+                order.model,
+                workers=order.workers,
+                layers=layers,
+                route=order.route,
+                max_context=order.max_context,
+                lanes=order.lanes,
+                kv_bits=order.kv_bits,
+                objective=order.objective,
+            )
+        except Unreachable:
+            if coordinator or os.environ.get("MACPIPE_COORDINATOR"):
+                raise
+            return None
+
+
+def found_plan(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:
+    """For the workers that this process finds."""
+    import anyio
+
+    from cluster.coordinator.planning import plan_over_found
+
+    return _told(anyio.run(plan_over_found, order, cluster, peers, state_home()))
+
+
+def _told(made: object) -> ModelPlan:
+    """A plan as a coordinator would tell it, so that both look alike."""
+    from cluster.api.replies import plan_reply
+    from cluster.client.replies import plan
+    from cluster.types import Plan
+
+    assert isinstance(made, Plan)
+    return plan(plan_reply(made))
+
+
+def show(made: ModelPlan, json: bool) -> None:
+    """On stdout: one JSON object, or a table and its reasons."""
+    if json:
+        from cluster.cli.facts import print_json
+
+        print_json(made)
+        return
+    from cluster.cli.report import prospects, stage_table
+    from cluster.cli.screen import console, printable
+
+    screen = console(sys.stdout)
+    stages = len(made.stages)
+    screen.print(
+        printable(
+            f"{made.model}: {made.layers} layers in {stages} stage{'s' * (stages != 1)}, planned for {made.objective};"
+            f" room for {made.max_sequences} x {made.max_context} tokens of context"
+        ),
+        soft_wrap=True,
+    )
+    screen.print()
+    screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
+    screen.print()
+    for line in prospects(made.forecast, made.spares, made.reasons):
+        screen.print(printable(line), soft_wrap=True)

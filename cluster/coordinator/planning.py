@@ -1,0 +1,62 @@
+"""Plans without a coordinator: for Macs that are only assumed, or for the workers that are found. Loads nothing."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.layout import plan_over
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import LoadOrder
+from cluster.discovery.browse import browse
+from cluster.discovery.static import merged, static
+from cluster.loads import LoadProgress
+from cluster.model.device import close_thread
+from cluster.model.survey import survey
+from cluster.placement.chips import assumed
+from cluster.store.store import Store
+from cluster.transport.rings import GrpcDialer
+from cluster.types import Plan, Route, WorkerFacts
+
+__all__ = ["plan_for", "plan_over_found"]
+
+
+def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
+    """The plan for Macs that are written as for ``placement.chips.assumed``. Call on a thread that ends with it.
+
+    Of a model of the hub, small files and headers are fetched, and kept in ``home``.
+    """
+    candidates = assumed(macs, relay=order.route is Route.RELAY)
+    try:
+        shape = survey(Store(home).named(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits)
+    finally:
+        close_thread()
+    return plan_over(0, shape, candidates, order)
+
+
+async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], home: Path) -> Plan:
+    """The plan for the workers of a cluster that answer now. Raises ``NoWorkers`` where none does."""
+    async with browse(cluster) as source:
+        roster = Roster(merged(static(peers), source), cluster, secrets.token_hex(8))
+        coordinator = Coordinator(cluster, roster, GrpcDialer(), _Silence(), Store(home))
+        try:
+            await roster.gather(order.workers, order.wait_s, _Silence())
+            return await coordinator.plan(order)
+        finally:
+            await coordinator.close()
+
+
+class _Silence:
+    """A report that nobody reads."""
+
+    def waiting(self, found: Sequence[WorkerFacts], wanted: int | None) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def progress(self, progress: LoadProgress) -> None: ...
+
+    def serving(self, address: str, plan: Plan, http: str) -> None: ...
+
+    def problem(self, sentence: str) -> None: ...

@@ -1,0 +1,112 @@
+"""Macs that are not here: what ``--assume`` takes a chip's name for. Labels, never used for a Mac that was measured.
+
+Bandwidths are those on Apple's technical specifications pages (support.apple.com/specs) and, for the M1 and M2
+families, GPU speeds in FP32 are those of Apple's announcements (2.6, 5.2, 10.4 and 21; 3.6, 6.8, 13.6 and 27.2
+TFLOPS). Apple gives no such figure since: those of the M3 to M5 families are the published count of GPU cores times
+256 operations a cycle at the clocks that people measure (1.4 to 1.6 GHz).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.errors import InvalidOption
+from cluster.limits import ASSUMED_ROUND_TRIP_S, GIB
+from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
+from cluster.placement.solve import Room
+from cluster.profiles import Link, Profile
+
+__all__ = ["CHIPS", "LINKS", "Chip", "assumed"]
+
+REACHED: Final = 0.8
+"""Of the published bandwidth: what a 4-bit decode commonly gets on one die."""
+REACHED_ULTRA: Final = 0.65
+"""The same over two dies."""
+REACHED_FLOPS: Final = 0.6
+"""Of the published operations: what a long prompt commonly gets."""
+LAYER_S: Final = 60e-6
+STEP_S: Final = 300e-6
+ROW_COST: Final = 0.2
+"""8 rows cost 2.4 times one: between the 1.7 and the 6 that 4-bit kernels were seen to take."""
+LARGE: Final = 36
+"""GB above which Metal recommends three quarters of the memory, and up to which two thirds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """``bandwidth`` in GB/s, ``tflops`` of the largest GPU. ``smaller``: memory sizes sold with the smaller GPU, and
+    that one's two figures.
+    """
+
+    bandwidth: float
+    tflops: float
+    smaller: tuple[tuple[int, ...], float, float] | None = None
+
+
+CHIPS: Final = {
+    "m1": Chip(68, 2.6),
+    "m1-pro": Chip(200, 5.2),
+    "m1-max": Chip(400, 10.4),
+    "m1-ultra": Chip(800, 21.0),
+    "m2": Chip(100, 3.6),
+    "m2-pro": Chip(200, 6.8),
+    "m2-max": Chip(400, 13.6),
+    "m2-ultra": Chip(800, 27.2),
+    "m3": Chip(100, 3.5),
+    "m3-pro": Chip(150, 6.4),
+    "m3-max": Chip(400, 14.2, ((36, 96), 300, 10.6)),
+    "m3-ultra": Chip(819, 28.4),
+    "m4": Chip(120, 4.0),
+    "m4-pro": Chip(273, 8.1),
+    "m4-max": Chip(546, 16.2, ((36,), 410, 12.9)),
+    "m5": Chip(153, 4.1),
+}
+LINKS: Final = {
+    "1gbe": ASSUMED_LINK,
+    "2.5gbe": Link(ASSUMED_ROUND_TRIP_S, 290e6),
+    "10gbe": Link(ASSUMED_ROUND_TRIP_S, 1.15e9),
+    "tb4": Link(ASSUMED_ROUND_TRIP_S, 2e9),
+    "tb5": Link(ASSUMED_ROUND_TRIP_S, 5e9),
+    "wifi": Link(5e-3, 40e6),
+}
+_MAC: Final = re.compile(r"(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
+
+
+def assumed(written: str, *, relay: bool = False) -> Candidates:
+    """``m2-ultra-192,m4-pro-48x2,10gbe``: Macs by chip and GB of memory, how many, and one link between them all.
+
+    Raises InvalidOption with what can be written.
+    """
+    words = [word.strip().lower() for word in written.split(",") if word.strip()]
+    links = [LINKS[word] for word in words if word in LINKS]
+    if len(links) > 1:
+        raise InvalidOption("--assume names more than one link; one is taken for all hops", field="assume")
+    macs = [mac for word in words if word not in LINKS for mac in _macs(word)]
+    if not macs:
+        raise InvalidOption(f"--assume {written!r} names no Mac; write it like m4-pro-48x2,10gbe", field="assume")
+    names = [name for name, _, _ in macs]
+    workers = [_candidate(*mac, i, names) for i, mac in enumerate(macs)]
+    return Candidates(workers, link=links[0] if links else ASSUMED_LINK, relay=relay)
+
+
+def _macs(word: str) -> list[tuple[str, Chip, int]]:
+    found = _MAC.fullmatch(word)
+    if not found or found["chip"] not in CHIPS or not 1 <= int(found["count"] or 1) <= 64:
+        known = f"chips are {', '.join(CHIPS)}; links are {', '.join(LINKS)}"
+        raise InvalidOption(
+            f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume"
+        )
+    gb = int(found["gb"])
+    return [(f"{found['chip']}-{gb}", CHIPS[found["chip"]], gb)] * int(found["count"] or 1)
+
+
+def _candidate(label: str, chip: Chip, gb: int, index: int, names: list[str]) -> Candidate:
+    name = label if names.count(label) == 1 else f"{label}#{names[: index + 1].count(label)}"
+    bandwidth, tflops = chip.bandwidth, chip.tflops
+    if chip.smaller and gb in chip.smaller[0]:
+        _, bandwidth, tflops = chip.smaller
+    reached = REACHED_ULTRA if "ultra" in label else REACHED
+    profile = Profile(bandwidth * 1e9 * reached, LAYER_S, STEP_S, tflops * 1e12 * REACHED_FLOPS, ROW_COST)
+    return Candidate(Room(name, gb * GIB * (3 if gb > LARGE else 2) // (4 if gb > LARGE else 3)), profile)

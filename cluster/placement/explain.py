@@ -1,0 +1,188 @@
+"""Why a plan is as it is, in sentences: what bounds its speed, what more memory would give, why a Mac is spare.
+
+It finds its reasons by asking the same search other questions; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.limits import GIB
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.cost import decode_s, fixed_s
+from cluster.placement.forecast import forecast, hops_s, token_s
+from cluster.placement.search import Found, Search
+from cluster.placement.solve import needed
+from cluster.placement.table import StageTable
+from cluster.profiles import Objective, Spare
+from cluster.types import LayerRange, ModelShape
+
+__all__ = ["Layout", "reasons", "spares", "unknown"]
+
+NOTICEABLE = 1.02
+"""A difference below this is not worth a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout to be explained, in pipeline order."""
+
+    shape: ModelShape
+    candidates: Candidates
+    workers: tuple[Candidate, ...]
+    ranges: tuple[LayerRange, ...]
+    objective: Objective
+
+    @property
+    def token_s(self) -> float:
+        return token_s(self.shape, self.candidates, self.workers, self.ranges)
+
+    @property
+    def slowest_s(self) -> float:
+        return max(decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True))
+
+    def of(self, found: Found) -> Layout:
+        """The same question answered by another layout."""
+        return Layout(self.shape, self.candidates, found.workers, found.ranges, self.objective)
+
+    def gains(self, other: Layout) -> bool:
+        """Whether the other is noticeably better by the objective."""
+        if self.objective is Objective.THROUGHPUT:
+            return other.slowest_s * NOTICEABLE < self.slowest_s
+        return other.token_s * NOTICEABLE < self.token_s
+
+    @property
+    def merit(self) -> str:
+        """What the objective is about, in words."""
+        if self.objective is Objective.THROUGHPUT:
+            return f"a slowest stage of {_ms(self.slowest_s)}"
+        return _rate(self)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{w.name} {r}" for w, r in zip(self.workers, self.ranges, strict=True))
+
+
+def unknown(candidates: Candidates) -> str:
+    """Why a plan has no forecast."""
+    names = ", ".join(w.name for w in candidates.workers if not w.profile.known)
+    return f"cut by memory, every worker as full as the others: the speed of {names} has not been measured"
+
+
+def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
+    """What bounds the plan, the most telling first."""
+    return tuple(
+        sentence
+        for sentence in (
+            _bound(layout),
+            *(_alone(layout, search), _otherwise(layout, search)) * (search is not None),
+            _more_memory(layout),
+            *_corrections(layout),
+            "" if search is None or search.every_order else _in_order_of_speed(layout),
+        )
+        if sentence
+    )
+
+
+def _bound(layout: Layout) -> str:
+    """Where a token's time goes."""
+    pairs = list(zip(layout.workers, layout.ranges, strict=True))
+    reading = sum(decode_s(layout.shape, w.profile, r) for w, r in pairs)
+    starting = sum(fixed_s(w.profile, len(r)) * w.profile.correction(layout.shape.model.fingerprint) for w, r in pairs)
+    hops = hops_s(layout.shape, layout.candidates, layout.workers, layout.ranges)
+    shares = [
+        (reading - starting, "memory bandwidth", "go to reading weights and caches"),
+        (starting, "the start of layers, not by their size", "to starting layers"),
+        (hops, "links", f"to {len(pairs) + 1} hops"),
+    ]
+    _, by, _ = max(shares)
+    spent = ", ".join(f"{_ms(seconds)} {what}" for seconds, _, what in shares)
+    return f"bound by {by}: of {_ms(layout.token_s)} a token, {spent}"
+
+
+def _alone(layout: Layout, search: Search | None) -> str:
+    """One Mac that holds everything and is quicker for one user."""
+    found = search.best(stages=1) if search and len(layout.workers) > 1 else None
+    if found is None or layout.of(found).token_s >= layout.token_s:
+        return ""
+    alone = layout.of(found)
+    sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
+    many, now = (forecast(one.shape, one.candidates, one.workers, one.ranges).eight_users for one in (alone, layout))
+    return f"{sentence}; and for eight: {many:.3g} against {now:.3g}" if many > now else sentence
+
+
+def _otherwise(layout: Layout, search: Search | None) -> str:
+    """A better layout than the one that was asked for."""
+    found = search.best() if search else None
+    if found is None or not layout.gains(layout.of(found)):
+        return ""
+    if len(found.workers) == 1 and layout.objective is Objective.LATENCY:
+        return ""  # that one Mac alone is faster has been said
+    other = layout.of(found)
+    return f"the planner would take {other}: {other.merit} instead of {layout.merit}"
+
+
+def _more_memory(layout: Layout) -> str:
+    """The best layout if every Mac had as much memory as it takes, where that is noticeably better."""
+    table = StageTable(layout.shape, 1)
+    found = Search(table, layout.candidates, layout.objective, unbounded=True).best()
+    if found is None or not layout.gains(layout.of(found)):
+        return ""
+    missing = [
+        f"{_gib(needed(layout.shape, r, 1) - w.room.usable)} more on {w.name}"
+        for w, r in zip(found.workers, found.ranges, strict=True)
+        if needed(layout.shape, r, 1) > w.room.usable
+    ]
+    if not missing:
+        return ""
+    return (
+        f"bound by memory, too: with {' and '.join(missing)}, {layout.of(found)} would give "
+        f"{layout.of(found).merit} instead of {layout.merit}"
+    )
+
+
+def _corrections(layout: Layout) -> Iterator[str]:
+    """Workers whose profile has learned from frames."""
+    for worker in layout.workers:
+        ratio = worker.profile.correction(layout.shape.model.fingerprint)
+        if not 1 / NOTICEABLE < ratio < NOTICEABLE:
+            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as its frames have taught"
+
+
+def _in_order_of_speed(layout: Layout) -> str:
+    count = len(layout.candidates.workers)
+    return f"{count} different workers have too many orders to try: the best was found in order of speed"
+
+
+def spares(layout: Layout, search: Search | None, stages: int | None) -> tuple[Spare, ...]:
+    """The workers that the layout leaves out, each with its reason."""
+    idle = [w for w in layout.candidates.workers if w not in layout.workers]
+    return tuple(Spare(w.name, _why_spare(layout, search, stages, w)) for w in idle)
+
+
+def _why_spare(layout: Layout, search: Search | None, stages: int | None, worker: Candidate) -> str:
+    if stages is not None:
+        return f"{stages} worker{'s were' if stages != 1 else ' was'} asked for"
+    if search is None or not search.every_order:
+        return "the others hold the model, and are faster or larger"
+    found = search.best(including=worker)
+    if found is None:
+        return f"its {_gib(worker.room.usable)} hold no part of the model together with any others"
+    other = layout.of(found)
+    if layout.objective is Objective.THROUGHPUT:
+        return f"it would only slow the others down: {other.merit} instead of {layout.merit}"
+    if other.token_s < layout.token_s * NOTICEABLE:
+        return "the others are enough, and it would make no token faster"
+    return f"the others are enough; with it a token would take {_ms(other.token_s)} instead of {_ms(layout.token_s)}"
+
+
+def _rate(layout: Layout) -> str:
+    return f"{1 / layout.token_s:.3g} tokens/s"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.3g} GiB"

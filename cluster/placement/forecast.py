@@ -1,0 +1,84 @@
+"""What a layout is predicted to do for people: tokens a second for one and for many, and the wait for the first.
+
+It knows stages and hops in seconds. It leaves out sampling, detokenizing and queues, which cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from cluster.limits import LANE_ROWS, MANY_USERS, PREFILL_CHUNK, REFERENCE_PROMPT
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.cost import boundary_bytes, decode_s, prefill_s
+from cluster.profiles import Forecast
+from cluster.types import LayerRange, ModelShape
+
+__all__ = ["forecast", "hops_s", "token_s"]
+
+
+def forecast(
+    shape: ModelShape,
+    candidates: Candidates,
+    workers: Sequence[Candidate],
+    ranges: Sequence[LayerRange],
+    lanes: int | None = None,
+) -> Forecast:
+    """``lanes`` None is one a stage."""
+    many = _cycle(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
+    return Forecast(
+        one_user=1 / token_s(shape, candidates, workers, ranges),
+        eight_users=many,
+        first_token_s=_first_token_s(shape, candidates, workers, ranges),
+    )
+
+
+def token_s(
+    shape: ModelShape,
+    candidates: Candidates,
+    workers: Sequence[Candidate],
+    ranges: Sequence[LayerRange],
+    rows: int = 1,
+) -> float:
+    """Seconds of a step's whole way round the ring."""
+    stages = sum(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
+    return stages + hops_s(shape, candidates, workers, ranges, rows)
+
+
+def hops_s(
+    shape: ModelShape,
+    candidates: Candidates,
+    workers: Sequence[Candidate],
+    ranges: Sequence[LayerRange],
+    tokens: int = 1,
+) -> float:
+    """Seconds between stages, and to and from the coordinator, for so many tokens in one frame."""
+    crossing = (tokens * boundary_bytes(shape, r.start) for r in ranges[1:])
+    hops = sum(candidates.hop_s(a, b, n) for (a, b), n in zip(pairwise(workers), crossing, strict=True))
+    return hops + candidates.ends_s()
+
+
+def _cycle(
+    shape: ModelShape,
+    candidates: Candidates,
+    workers: Sequence[Candidate],
+    ranges: Sequence[LayerRange],
+    users: int,
+    lanes: int,
+) -> float:
+    """Tokens a second of so many users: lanes overlap until the slowest stage is never idle."""
+    lanes = min(lanes, users)
+    rows = min(-(-users // lanes), LANE_ROWS if shape.batchable else 1)
+    slowest = max(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
+    return min(users, lanes * rows) / max(token_s(shape, candidates, workers, ranges, rows), lanes * slowest)
+
+
+def _first_token_s(
+    shape: ModelShape, candidates: Candidates, workers: Sequence[Candidate], ranges: Sequence[LayerRange]
+) -> float:
+    """The first chunk passes all stages, the others follow at the slowest one's pace; then a step makes the token."""
+    prompt = min(REFERENCE_PROMPT, shape.max_context)
+    chunk = min(PREFILL_CHUNK, prompt)
+    stages = [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
+    first = sum(stages) + hops_s(shape, candidates, workers, ranges, chunk)
+    return first + (-(-prompt // chunk) - 1) * max(stages) + token_s(shape, candidates, workers, ranges)

@@ -1,0 +1,228 @@
+"""The best layout there is, by dynamic programming over sets of workers, the last of them, and clean cuts.
+
+A state is a set of workers and which of them comes last; its value is, for every cut, the least that the layers before
+it can cost. One step adds a stage: a minimum over all its beginnings. So every order of every subset is compared
+without being listed. Where workers are too many for that, they are taken in order of speed, and any may be left out.
+
+``LATENCY`` minimises the sum of stages and hops; then, over the same workers in the same order, the slowest stage, as
+long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum. It knows
+seconds; it refuses to know bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import inf, prod
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.limits import BALANCE_SLACK, MAX_SEARCH
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.table import Matrix, StageTable
+from cluster.profiles import Objective
+from cluster.types import LayerRange
+
+__all__ = ["Found", "Search"]
+
+Indices: TypeAlias = npt.NDArray[np.intp]
+Key: TypeAlias = tuple[int, ...]
+"""A set of workers: how many of each kind; in order of speed: the last one, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A layout in pipeline order; ``seconds`` is the sum of stages and hops, ``slowest`` the slowest stage."""
+
+    workers: tuple[Candidate, ...]
+    ranges: tuple[LayerRange, ...]
+    seconds: float
+    slowest: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Adding a stage on a worker of ``kind`` leads to the set ``key`` from any of the sets ``after``."""
+
+    key: Key
+    kind: int
+    after: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """For every position: the least cost up to it, where the last stage begins, and which of ``origins`` is before."""
+
+    cost: Matrix
+    begin: Indices
+    before: Indices
+    origins: tuple[tuple[Key, int], ...]
+
+
+_States: TypeAlias = dict[Key, dict[int, _State]]
+
+
+class Search:
+    """All layouts of one model over some workers. ``visited`` counts the additions of a stage that were tried."""
+
+    def __init__(
+        self, table: StageTable, candidates: Candidates, objective: Objective, *, unbounded: bool = False
+    ) -> None:
+        self._table, self._candidates, self._objective = table, candidates, objective
+        self._kinds = _kinds(candidates)
+        self.every_order = _pairs(self._kinds) <= MAX_SEARCH
+        if not self.every_order:
+            self._kinds = [[w] for w in sorted(candidates.workers, key=lambda w: -w.profile.bandwidth)]
+        self._stages = [table.seconds(kind[0], unbounded=unbounded) for kind in self._kinds]
+        self._hops = [[self._hop(a[0], b[-1]) for b in self._kinds] for a in self._kinds]
+        self._runs: dict[float | None, _States] = {}
+        self.visited = 0
+
+    def _hop(self, one: Candidate, other: Candidate) -> Matrix:
+        """The seconds of a hop at every position."""
+        return np.array([self._candidates.hop_s(one, other, n) for n in self._table.boundary])
+
+    def best(
+        self, *, stages: int | None = None, including: Candidate | None = None, slack: float = BALANCE_SLACK
+    ) -> Found | None:
+        """The best of all layouts, of those with so many stages, or of those that use that worker; None: none fits.
+
+        Where not every order is compared, ``including`` finds nothing.
+        """
+        limit = inf
+        if self._objective is Objective.THROUGHPUT:
+            limit = self._least(None, stages, including)[0]
+        cost, key, last = self._least(limit, stages, including)
+        if cost == inf:
+            return None
+        steps = self._traced(limit, key, last)
+        if self._objective is Objective.LATENCY:
+            steps = self._balanced([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
+        return self._found(steps)
+
+    def _least(self, limit: float | None, stages: int | None, including: Candidate | None) -> tuple[float, Key, int]:
+        """The cheapest end; fewer stages win where costs are equal."""
+        ends = [
+            (float(state.cost[-1]), self._count(key), key, last)
+            for key, lasts in self._states(limit).items()
+            if self._wanted(key, stages, including)
+            for last, state in lasts.items()
+        ]
+        cost, _, key, last = min(ends, default=(inf, 0, (), 0))
+        return cost, key, last
+
+    def _wanted(self, key: Key, stages: int | None, including: Candidate | None) -> bool:
+        if self._count(key) != stages if stages is not None else self._count(key) == 0:
+            return False
+        if including is None:
+            return True
+        return self.every_order and all(key[i] for i, kind in enumerate(self._kinds) if including in kind)
+
+    def _count(self, key: Key) -> int:
+        return sum(key) if self.every_order else key[1]
+
+    def _states(self, limit: float | None) -> _States:
+        """Every reachable state: by sum, over stages no slower than ``limit``; by slowest stage where that is None."""
+        if limit not in self._runs:
+            self._runs[limit] = self._run(limit)
+        return self._runs[limit]
+
+    def _run(self, limit: float | None) -> _States:
+        stages = self._stages if limit is None else [np.where(s > limit, inf, s) for s in self._stages]
+        start = np.full(len(self._table.positions), inf)
+        start[0] = 0.0
+        nowhere = np.zeros(len(start), np.intp)
+        empty = (0,) * len(self._kinds) if self.every_order else (-1, 0)
+        states: _States = {empty: {-1: _State(start, nowhere, nowhere, ())}}
+        for step in self._subsets() if self.every_order else self._chains():
+            self.visited += 1
+            states.setdefault(step.key, {})[step.kind] = self._extended(states, step, stages[step.kind], limit is None)
+        return states
+
+    def _subsets(self) -> Iterator[_Step]:
+        """Every set of workers, after all sets that it contains, with each that may come last."""
+        sizes = [range(len(kind) + 1) for kind in self._kinds]
+        for key in sorted(product(*sizes), key=sum):
+            for kind, count in enumerate(key):
+                if count:
+                    yield _Step(key, kind, ((*key[:kind], count - 1, *key[kind + 1 :]),))
+
+    def _chains(self) -> Iterator[_Step]:
+        """In order of speed: each worker after any that come before it."""
+        for kind in range(len(self._kinds)):
+            yield _Step((kind, 1), kind, ((-1, 0),))
+            for count in range(2, kind + 2):
+                yield _Step((kind, count), kind, tuple((i, count - 1) for i in range(count - 2, kind)))
+
+    def _extended(self, states: _States, step: _Step, stage: Matrix, slowest: bool) -> _State:
+        """Add a stage: at every position take the best of those who may come before, then the best beginning."""
+        origins = tuple((key, last) for key in step.after for last in states[key])
+        costs = np.array([self._arriving(states, key, last, step.kind, slowest) for key, last in origins])
+        before, cost = costs.argmin(axis=0), costs.min(axis=0)
+        totals = np.maximum(cost[:, None], stage) if slowest else cost[:, None] + stage
+        begin = totals.argmin(axis=0)
+        return _State(totals[begin, np.arange(len(cost))], begin, before[begin], origins)
+
+    def _arriving(self, states: _States, key: Key, last: int, kind: int, slowest: bool) -> Matrix:
+        cost = states[key][last].cost
+        return cost if last < 0 or slowest else cost + self._hops[last][kind]
+
+    def _traced(self, limit: float, key: Key, last: int) -> list[tuple[int, int, int]]:
+        """Back from the end: each stage's kind, and the positions where it begins and ends."""
+        states, at, steps = self._states(limit), len(self._table.positions) - 1, []
+        while at > 0:
+            state = states[key][last]
+            steps.append((last, int(state.begin[at]), at))
+            (key, last), at = state.origins[int(state.before[at])], int(state.begin[at])
+        return steps[::-1]
+
+    def _balanced(self, order: Sequence[int], bound: float) -> list[tuple[int, int, int]] | None:
+        """Of the layouts over that order whose sum is within ``bound``, the one with the quickest slowest stage."""
+        every = np.unique(np.concatenate([self._stages[kind].ravel() for kind in order]))
+        limits = every[np.isfinite(every)]
+        bound *= 1 + 1e-12  # sums of the same numbers in another order
+        i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, limits[i])[0] <= bound)
+        return self._chain(order, limits[i])[1] if i < len(limits) else None
+
+    def _chain(self, order: Sequence[int], limit: float) -> tuple[float, list[tuple[int, int, int]]]:
+        """The least sum over that order with no stage slower than ``limit``, and its stages."""
+        cost, begins = np.full(len(self._table.positions), inf), []
+        cost[0] = 0.0
+        for before, kind in pairwise((-1, *order)):
+            arriving = cost if before < 0 else cost + self._hops[before][kind]
+            totals = arriving[:, None] + np.where(self._stages[kind] > limit, inf, self._stages[kind])
+            begins.append(totals.argmin(axis=0))
+            cost = totals.min(axis=0)
+        steps, at = [], len(cost) - 1
+        for kind, begin in zip(reversed(order), reversed(begins), strict=True):
+            steps.append((kind, int(begin[at]), at))
+            at = int(begin[at])
+        return float(cost[-1]), steps[::-1]
+
+    def _found(self, steps: Sequence[tuple[int, int, int]]) -> Found:
+        free = [list(kind) for kind in self._kinds]
+        seconds = [float(self._stages[kind][a, b]) for kind, a, b in steps]
+        hops = [float(self._hops[one[0]][other[0]][other[1]]) for one, other in pairwise(steps)]
+        cuts = self._table.positions
+        return Found(
+            tuple(free[kind].pop(0) for kind, _, _ in steps),
+            tuple(LayerRange(cuts[a], cuts[b]) for _, a, b in steps),
+            sum(seconds) + sum(hops),
+            max(seconds),
+        )
+
+
+def _kinds(candidates: Candidates) -> list[list[Candidate]]:
+    """Workers that are alike, together: which of them is taken makes no difference. Measured links tell all apart."""
+    found: dict[object, list[Candidate]] = {}
+    for worker in candidates.workers:
+        found.setdefault(worker.name if candidates.links else worker.kind, []).append(worker)
+    return list(found.values())
+
+
+def _pairs(kinds: Sequence[Sequence[Candidate]]) -> int:
+    return prod(len(kind) + 1 for kind in kinds) * len(kinds)

@@ -1,0 +1,130 @@
+"""Predicted against measured: decode times of each stage of tiny models, on workers that are throttled unequally.
+
+Three 4-bit models on 2 and on 3 workers. Each is loaded and decodes, which teaches its workers what frames take (the
+profile's correction), is loaded again and decodes anew: both rounds' predictions are held against what the same frames
+took. The first round shows the profile alone, the second the profile corrected by the first. All workers share this
+machine, so figures are medians, and the sum over the stages is what counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from figures import Figure, options, print_figures
+from loopback import wait_serving
+from mlx.utils import tree_flatten
+
+from cluster.cli.fleet import Fleet, free_port
+from cluster.client import Client, ClusterState
+from cluster.model.checkpoint import resolve_model
+from cluster.model.tokenizer import load_tokenizer
+
+THROTTLES = {"a": 1.0, "b": 2.0, "c": 3.0}
+TOKENS = 100
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+BASE = {"rms_norm_eps": 1e-5, "max_position_embeddings": 512, "num_hidden_layers": 6, "tie_word_embeddings": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **BASE, **WIDE},
+    "qwen3": {"model_type": "qwen3", **BASE, **WIDE, "head_dim": 64, "rope_theta": 1e6},
+    "gemma3": {
+        "model_type": "gemma3_text", **BASE, **WIDE, "head_dim": 64, "sliding_window": 128,
+        "num_key_value_heads": 2, "query_pre_attn_scalar": 64, "sliding_window_pattern": 6,
+    },
+}  # fmt: skip
+
+
+def make(name: str, folder: Path) -> Path:
+    """Random 4-bit weights; the tokenizer is the one that comes along."""
+    import importlib
+
+    target = folder / name
+    target.mkdir()
+    config = MODELS[name] | {"vocab_size": load_tokenizer(resolve_model("faq")).vocab_size}
+    config["quantization"] = {"group_size": 64, "bits": 4}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    nn.quantize(model, 64, 4)
+    mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (target / "config.json").write_text(json.dumps(config))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (target / file).write_bytes((resolve_model("faq") / file).read_bytes())
+    return target
+
+
+def decoded(client: Client) -> ClusterState:
+    """The cluster's state once one user has decoded enough frames alone."""
+    client.generate(list(range(5, 13)), max_tokens=TOKENS, ignore_eos=True)
+    return client.cluster()
+
+
+def errors(state: ClusterState) -> tuple[float, list[str]]:
+    """How far the stages' sum is off, as a share of what was measured; and each stage in words."""
+    expected, measured = (sum(getattr(s, f) for s in state.stages) for f in ("expected_ms", "measured_ms"))
+    words = [f"{s.worker} {s.layers}: {s.expected_ms:.1f} / {s.measured_ms:.1f} ms" for s in state.stages]
+    return (expected - measured) / measured, words
+
+
+def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float]]:
+    """(model, first error, corrected error) over so many workers."""
+    names = list(THROTTLES)[-workers:] if workers == 2 else list(THROTTLES)
+    found = []
+    with ExitStack() as stack:
+        fleet = stack.enter_context(Fleet(folder))
+        cluster, port = f"predicted-{folder.name}-{workers}", free_port("127.0.0.1")
+        for name in names:  # one after another: they must not disturb each other's measurement
+            own = ["--cluster", cluster, "--home", str(folder / f"home{workers}"), "--throttle", str(THROTTLES[name])]
+            fleet.start(name, ["worker", "--name", name, *own])
+            wait_said(folder / f"{name}.log", f"worker {name} of cluster", fleet)
+        first = folder / next(iter(MODELS))
+        options = ["--workers", str(workers), "--cluster", cluster, "--port", str(port), "--wait", "90"]
+        fleet.start("serve", ["serve", str(first), *options, "--objective", "throughput"])
+        client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
+        wait_serving(fleet, client)
+        for model in MODELS:
+            rounds = []
+            for again in (False, True):
+                load = client.load(str(folder / model), workers=workers, objective="throughput", max_context=512)
+                load.wait()
+                error, words = errors(decoded(client))
+                rounds.append(error)
+                if not quiet:
+                    print(f"{workers} workers, {model}, {'corrected' if again else 'profile'}: {'; '.join(words)}")
+            found.append((f"{model} on {workers}", rounds[0], rounds[1]))
+    return found
+
+
+def wait_said(log: Path, text: str, fleet: Fleet) -> None:
+    while text not in (log.read_text() if log.exists() else ""):
+        fleet.check()
+        time.sleep(0.1)
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 3], choices=[2, 3])
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="macpipe-") as name:
+        folder = Path(name)
+        for model in MODELS:
+            make(model, folder)
+        found = [one for count in chosen.workers for one in run(folder, count, chosen.json)]
+    figures = [
+        Figure(f"{name}, {kind}", "% off", [100 * error])
+        for name, first, second in found
+        for kind, error in (("profile", first), ("corrected", second))
+    ]
+    worst = {f"worst_{k}": max(abs(one[i]) for one in found) for i, k in ((1, "profile"), (2, "corrected"))}
+    print_figures("percent_off", figures, worst, chosen.json)
+    sys.exit(0 if worst["worst_corrected"] <= 0.15 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""``macpipe plan`` as a person or a script meets it: for Macs by name, for a coordinator's, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import make
+from client.scripted import Coordinator
+from cluster.v1 import cluster_pb2
+
+Macpipe = Any
+
+
+def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
+    """The folder has no tokenizer and no weights behind its headers: neither is needed."""
+    folder = make("qwen3_moe", tmp_path / "moe")
+    (folder / "tokenizer.json").unlink()
+    done = macpipe("plan", str(folder), "--assume", "m4-pro-24x2,10gbe", "--context", "128")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 layers in 1 stage, planned for latency; room for" in done.stdout
+    assert "m4-pro-24#1" in done.stdout
+    assert "tokens/s for one user" in done.stdout
+    assert "spare: m4-pro-24#2: the others are enough" in done.stdout
+    facts = json.loads(macpipe("plan", str(folder), "--assume", "m4-pro-24x2", "--workers", "2", "--json").stdout)
+    assert [stage["worker"] for stage in facts["stages"]] == ["m4-pro-24#1", "m4-pro-24#2"]
+    assert facts["forecast"]["one_user"] > 0
+    assert [stage["layers"][1] for stage in facts["stages"]][-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["faq", "--assume", "macbook"], 2, ["macbook", "m4-pro-48x2,10gbe"]),
+        (["faq", "--assume", "m4-pro-48", "--layers", "0-3,4-7"], 1, ["2 layer ranges", "1 workers"]),
+        (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
+        (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
+        (["faq", "--wait", "0", "--cluster", "nobody-is-in-this-one"], 1, ["found no worker"]),
+        (["faq", "--coordinator", "127.0.0.1:1"], 1, ["no coordinator answers"]),
+    ],
+)
+def test_what_cannot_be_planned_is_said(macpipe: Macpipe, arguments: list[str], code: int, words: list[str]) -> None:
+    done = macpipe("plan", *arguments)
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    stage = cluster_pb2.Stage(worker="mac-a", end_layer=8, weight_bytes=9 << 30, cache_bytes=1 << 30, predicted_ms=12.5)
+    coordinator.script.plan = cluster_pb2.PlanResponse(
+        model="faq",
+        layers=8,
+        max_context=512,
+        max_sequences=4,
+        objective=cluster_pb2.OBJECTIVE_THROUGHPUT,
+        stages=[stage],
+        spares=[cluster_pb2.SpareWorker(worker="mac-b", why="it would only slow the others down")],
+        reasons=["bound by memory bandwidth"],
+        forecast=cluster_pb2.Forecast(one_user=12.5, eight_users=70, first_token_seconds=3),
+    )
+
+    done = macpipe("plan", "faq", "--objective", "throughput", "--context", "512", "--kv-bits", "8", to=coordinator)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "planned for throughput" in done.stdout
+    assert "12.5" in done.stdout
+    assert "spare: mac-b: it would only slow the others down" in done.stdout
+    (request,) = coordinator.script.seen
+    assert (request.model, request.max_context, request.kv_bits) == ("faq", 512, 8)
+    assert request.objective == cluster_pb2.OBJECTIVE_THROUGHPUT

@@ -1,0 +1,57 @@
+"""Which interface is taken: wired before Wi-Fi, and a tunnel only by those who name it."""
+
+from __future__ import annotations
+
+from ipaddress import ip_interface
+
+import pytest
+
+from cluster.discovery.interfaces import Interface, Medium, address_on, preferred, reach
+from cluster.errors import InvalidOption
+
+
+def interface(name: str, *addresses: str, port: str = "") -> Interface:
+    return Interface(name, tuple(ip_interface(a) for a in addresses), port)
+
+
+WIFI = interface("en1", "192.168.1.5/24", port="Wi-Fi")
+CABLE = interface("bridge0", "192.168.7.5/24", port="Thunderbolt Bridge")
+VPN = interface("utun3", "100.100.0.5/16")
+
+
+@pytest.mark.parametrize(
+    ("made", "medium"),
+    [
+        (WIFI, Medium.WIFI),
+        (CABLE, Medium.WIRED),
+        (VPN, Medium.VPN),
+        (interface("wlp3s0"), Medium.WIFI),
+        (interface("enp0s31f6"), Medium.WIRED),
+        (interface("wg0"), Medium.VPN),
+        (interface("tailscale0"), Medium.VPN),
+        (interface("awdl0"), Medium.WIFI),
+    ],
+)
+def test_what_carries_an_interface(made: Interface, medium: Medium) -> None:
+    assert made.medium is medium
+
+
+def test_wired_goes_before_wifi_and_a_tunnel_comes_last() -> None:
+    local = [WIFI, CABLE, VPN]
+    assert preferred(["192.168.1.9", "192.168.7.9", "100.100.0.9"], local) == "192.168.7.9"
+    assert preferred(["192.168.1.9", "100.100.0.9"], local) == "192.168.1.9"
+    assert preferred(["10.9.9.9", "100.100.0.9"], local) == "10.9.9.9"
+    assert preferred(["100.100.0.9"], local) == "100.100.0.9", "somebody named it, or it would not be announced"
+
+
+def test_a_wildcard_is_not_announced_on_a_tunnel() -> None:
+    assert reach("0.0.0.0", [WIFI, CABLE, VPN]).addresses == ("192.168.1.5", "192.168.7.5")  # noqa: S104
+    assert reach("100.100.0.5", [WIFI, VPN]).addresses == ("100.100.0.5",)
+
+
+def test_an_interface_by_name() -> None:
+    assert address_on("utun3", [WIFI, VPN]) == "100.100.0.5"
+    with pytest.raises(InvalidOption, match="no such interface; there are en1, utun3"):
+        address_on("en9", [WIFI, VPN])
+    with pytest.raises(InvalidOption, match="no address now"):
+        address_on("en7", [interface("en7")])

@@ -1,0 +1,60 @@
+"""Real workers measure themselves, are planned by what they found, and learn from their frames."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import make
+from cluster.client import Client, ModelPlan
+from cluster.limits import LEARN_S
+from integration.daemons import Cluster, free_port, wait_serving
+
+
+def kept(cluster: Cluster, worker: str) -> Any:
+    return json.loads((cluster.folder / "home" / "workers" / worker / "profile.json").read_text())
+
+
+@pytest.mark.timeout(180)
+def test_the_faster_worker_is_taken_and_its_frames_teach_it(cluster: Cluster, tmp_path: Path) -> None:
+    for name, throttle in (("hare", "1"), ("tortoise", "8")):
+        worker = cluster.worker(name, "--profile", "kept", "--throttle", throttle)
+        worker.wait_for(f"worker {name} of cluster")  # one after another: they share this machine
+    assert kept(cluster, "hare")["profile"]["bandwidth"] > 2 * kept(cluster, "tortoise")["profile"]["bandwidth"]
+    port = free_port()
+    serve = cluster.serve(make("llama_4bit", tmp_path / "llama"), "--port", str(port), "--wait", "60")
+    wait_serving(f"127.0.0.1:{port}", serve)
+    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        state = client.cluster()
+        assert [s.worker for s in state.stages] == ["hare"]
+        assert [s.worker for s in state.spares] == ["tortoise"]
+        assert state.stages[0].predicted_ms > 0
+        assert state.stages[0].measured_ms == 0, "nothing has been decoded yet"
+        client.generate([5, 6, 7], max_tokens=40, ignore_eos=True)
+        (stage,) = client.cluster().stages
+        assert stage.measured_frames >= 40
+        assert stage.measured_ms > 0
+        assert stage.expected_ms > 0
+        both = client.plan(state.model, workers=2)
+        assert {s.worker for s in both.stages} == {"hare", "tortoise"}
+        assert len(kept(cluster, "hare")["links"]) == 1, "a plan over two measures the links between them"
+        corrected = learned(client, state.model, stage.predicted_ms)
+        assert corrected.stages[0].worker == "hare"
+    ((_, ratio),) = kept(cluster, "hare")["profile"]["corrections"]
+    assert ratio == pytest.approx(stage.measured_ms / stage.expected_ms, rel=0.5)
+    assert "spare: tortoise" in serve.said()
+
+
+def learned(client: Client, model: str, before_ms: float) -> ModelPlan:
+    """The plan once the worker has been told what its frames took."""
+    deadline = time.monotonic() + 3 * LEARN_S
+    while True:
+        plan = client.plan(model)
+        if plan.stages[0].predicted_ms != before_ms:
+            return plan
+        assert time.monotonic() < deadline, "nothing was learned"
+        time.sleep(0.5)

@@ -1,0 +1,164 @@
+"""What a plan says of itself: forecasts, spares and reasons; and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import DoesNotFit, InvalidOption, NoPlan
+from cluster.limits import GIB
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.chips import CHIPS, assumed
+from cluster.placement.cost import decode_s, read_bytes
+from cluster.placement.propose import Wish, propose
+from cluster.placement.solve import Room
+from cluster.profiles import Link, Objective, Profile
+from cluster.types import LayerRange, ModelRef, ModelShape, SharedWeight
+
+FAST, SLOW = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
+
+
+def shape(layers: int = 40, gib: int = 1, **more: object) -> ModelShape:
+    made = ModelShape(
+        model=ModelRef("m", "", "f"),
+        layers=layers,
+        layer_bytes=(gib * GIB,) * layers,
+        cache_bytes=(GIB // 64,) * layers,
+        shared=(),
+        clean_cuts=tuple(range(1, layers)),
+        unclean=(),
+        max_context=4096,
+        flops=(2e9,) * layers,
+        boundary_bytes=(16384,) * layers,
+    )
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def mac(name: str, gib: int, profile: Profile = FAST) -> Candidate:
+    return Candidate(Room(name, gib * GIB), profile)
+
+
+def told(candidates: Candidates, wish: Wish | None = None, model: ModelShape | None = None) -> str:
+    made = propose(model or shape(), candidates, wish or Wish())
+    return "\n".join((*made.reasons, *(f"{s.worker}: {s.why}" for s in made.spares)))
+
+
+def test_one_mac_that_holds_it_all_is_enough() -> None:
+    candidates = Candidates([mac("slow", 100, SLOW), mac("fast", 100), mac("twin", 100)])
+    made = propose(shape(), candidates, Wish())
+    assert [w.name for w in made.workers] == ["fast"]
+    assert {s.worker for s in made.spares} == {"slow", "twin"}
+    said = told(candidates)
+    assert "slow: the others are enough; with it a token would take" in said
+    assert "twin: the others are enough, and it would make no token faster" in said
+    assert "bound by memory bandwidth" in said
+    assert made.forecast
+    assert made.forecast.one_user == pytest.approx(1 / (made.decode_s[0] + candidates.ends_s()))
+
+
+def test_throughput_takes_both_and_says_who_would_be_faster_alone() -> None:
+    candidates = Candidates([mac("fast", 100), mac("slow", 100, replace(SLOW, bandwidth=4e11))])
+    made = propose(shape(), candidates, Wish(Objective.THROUGHPUT))
+    assert len(made.workers) == 2
+    said = told(candidates, Wish(Objective.THROUGHPUT))
+    assert "fast alone would be faster for one user" in said
+    assert "and for eight" not in said
+    little = Candidates([mac("fast", 100), mac("slow", 100, SLOW)])
+    assert "; and for eight: 58.5 against 49.5" in told(little, Wish(Objective.THROUGHPUT))
+    latency = propose(shape(), candidates, Wish())
+    assert made.forecast
+    assert latency.forecast
+    assert made.forecast.eight_users > latency.forecast.eight_users
+    assert made.forecast.one_user < latency.forecast.one_user
+
+
+def test_what_binds_is_named() -> None:
+    tight = Candidates([mac("a", 24), mac("b", 24, SLOW)])
+    assert "bound by memory, too: with 17.8 GiB more on a, a 0-39 would give 18 tokens/s" in told(tight)
+    far = Candidates([mac("a", 24), mac("b", 24)], link=Link(1.0, 1e6))
+    assert "bound by links" in told(far)
+    slow_start = Profile(1e15, 0.01, 0.0, 1e13)
+    assert "bound by the start of layers" in told(Candidates([mac("a", 100, slow_start)]))
+
+
+def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
+    candidates = Candidates([mac("fast", 100), mac("slow", 100, SLOW)])
+    wish = Wish(layers=(LayerRange(0, 5), LayerRange(5, 40)))
+    assert [r.end for r in propose(shape(), candidates, wish).ranges] == [5, 40]
+    assert "fast alone would be faster" in told(candidates, wish)
+    with pytest.raises(DoesNotFit, match=r"slow lacks 16.5 GiB"):
+        propose(shape(), Candidates([mac("fast", 100), mac("slow", 20, SLOW)]), wish)
+    tied = shape(clean_cuts=tuple(c for c in range(1, 40) if c != 5), unclean=((5, "tied"),))
+    with pytest.raises(NoPlan, match="cannot be cut before layer 5"):
+        propose(tied, candidates, wish)
+    with pytest.raises(NoPlan, match="2 layer ranges were given for 1 workers"):
+        propose(shape(), Candidates([mac("fast", 100)]), wish)
+
+
+def test_what_fits_nowhere_is_refused_with_the_gib_missing() -> None:
+    with pytest.raises(DoesNotFit, match=r"needs 40.6 GiB .* the workers offer 19 GiB; a lacks .* GiB; b lacks"):
+        propose(shape(), Candidates([mac("a", 10), mac("b", 10)]), Wish())
+    with pytest.raises(NoPlan, match="3 workers"):
+        propose(shape(clean_cuts=(20,)), Candidates([mac(n, 100) for n in "abc"]), Wish(stages=3))
+
+
+def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
+    candidates = Candidates([mac("a", 30), mac("b", 60, Profile())])
+    made = propose(shape(), candidates, Wish())
+    assert [(w.name, len(r)) for w, r in zip(made.workers, made.ranges, strict=True)] == [("a", 13), ("b", 27)]
+    assert made.forecast is None
+    assert made.reasons == ("cut by memory, every worker as full as the others: the speed of b has not been measured",)
+
+
+def test_a_number_of_workers_is_as_asked() -> None:
+    candidates = Candidates([mac("a", 100, SLOW), mac("b", 100), mac("c", 100)])
+    made = propose(shape(), candidates, Wish(stages=2))
+    assert [w.name for w in made.workers] == ["b", "c"]
+    assert made.spares[0].why == "2 workers were asked for"
+
+
+def test_lessons_are_told() -> None:
+    taught = replace(FAST, corrections=(("f", 1.4),))
+    assert "a's times are multiplied by 1.40, as its frames have taught" in told(Candidates([mac("a", 100, taught)]))
+
+
+def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
+    embed = SharedWeight("embed", 1000, (0, 1), lookup_bytes=10, head=True)
+    model = shape(2, layer_bytes=(100, 100), active_bytes=(30, 100), expert_bytes=(80, 0), shared=(embed,))
+    assert read_bytes(model, LayerRange(0, 1)) == 40
+    assert read_bytes(model, LayerRange(1, 2)) == 1100
+    assert read_bytes(model, LayerRange(0, 2)) == 1130
+    assert read_bytes(model, LayerRange(0, 1), rows=2) == pytest.approx(20 + 80 * (1 - (1 - 10 / 80) ** 2) + 20)
+    free = Profile(1.0, row_cost=1.0)
+    caches = 2 * model.stage_cache_bytes(LayerRange(0, 1))
+    grown = read_bytes(model, LayerRange(0, 1), rows=2) + 30
+    assert decode_s(model, free, LayerRange(0, 1), rows=2) == pytest.approx(grown + caches)
+
+
+def test_macs_are_assumed_by_name() -> None:
+    made = assumed("m2-ultra-192, m4-pro-48x2,10GbE")
+    assert [w.name for w in made.workers] == ["m2-ultra-192", "m4-pro-48#1", "m4-pro-48#2"]
+    assert made.workers[0].room.nbytes == 144 * GIB
+    assert made.workers[1].profile == made.workers[2].profile
+    assert made.link.bandwidth == 1.15e9
+    small, large = (assumed(w).workers[0].profile.bandwidth for w in ("m3-max-36", "m3-max-64"))
+    assert small < large
+    assert all(assumed(f"{chip}-32").workers for chip in CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("", "names no Mac"),
+        ("10gbe", "names no Mac"),
+        ("m9-48", "m4-pro"),
+        ("m4-pro", "m4-pro-48x2,10gbe"),
+        ("m4-48x0", "does not know"),
+        ("m4-48x65", "does not know"),
+        ("m4-48,wifi,10gbe", "more than one link"),
+    ],
+)
+def test_what_cannot_be_assumed_is_said(written: str, words: str) -> None:
+    with pytest.raises(InvalidOption, match=words):
+        assumed(written)

@@ -1,0 +1,132 @@
+"""The search finds what trying everything finds, for both objectives, and its work is bounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from cluster.limits import BALANCE_SLACK, GIB
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.search import Found, Search
+from cluster.placement.solve import Room
+from cluster.placement.table import StageTable
+from cluster.profiles import Objective, Profile
+from cluster.types import LayerRange, ModelRef, ModelShape
+from placement.instances import clusters, layouts, shapes, stages_s, total_s
+
+close = pytest.approx
+
+
+def search(shape: ModelShape, candidates: Candidates, objective: Objective) -> Search:
+    return Search(StageTable(shape, 1), candidates, objective)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(shapes(), clusters())
+def test_latency_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
+    every = list(layouts(shape, candidates))
+    found = search(shape, candidates, Objective.LATENCY).best(slack=0.0)
+    if found is None:
+        assert every == []
+        return
+    least = min(total_s(shape, candidates, one) for one in every)
+    assert (found.workers, found.ranges) in every
+    assert found.seconds == close(least, rel=1e-9)
+    assert found.seconds == close(total_s(shape, candidates, (found.workers, found.ranges)), rel=1e-9)
+    evened(shape, candidates, search(shape, candidates, Objective.LATENCY).best(), least)
+
+
+def evened(shape: ModelShape, candidates: Candidates, found: Found | None, least: float) -> None:
+    """The default slack buys the quickest slowest stage that those workers in that order can have."""
+    assert found
+    bound = least * (1 + BALANCE_SLACK)
+    same = [one for one in layouts(shape, candidates) if one[0] == found.workers]
+    allowed = [one for one in same if total_s(shape, candidates, one) <= bound * (1 + 1e-9)]
+    assert found.seconds <= bound * (1 + 1e-9)
+    assert found.slowest <= min(max(stages_s(shape, one)) for one in allowed) * (1 + 1e-9)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(shapes(), clusters())
+def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
+    every = list(layouts(shape, candidates))
+    found = search(shape, candidates, Objective.THROUGHPUT).best()
+    if found is None:
+        assert every == []
+        return
+    slowest = min(max(stages_s(shape, one)) for one in every)
+    assert found.slowest == close(slowest, rel=1e-9)
+    as_quick = [one for one in every if max(stages_s(shape, one)) <= slowest * (1 + 1e-12)]
+    assert found.seconds == close(min(total_s(shape, candidates, one) for one in as_quick), rel=1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes(), clusters())
+def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, candidates: Candidates) -> None:
+    every, asked = list(layouts(shape, candidates)), search(shape, candidates, Objective.LATENCY)
+    for count in range(1, len(candidates.workers) + 1):
+        of_that = [total_s(shape, candidates, one) for one in every if len(one[0]) == count]
+        found = asked.best(stages=count, slack=0.0)
+        assert (found.seconds if found else None) == (close(min(of_that), rel=1e-9) if of_that else None)
+    chosen = candidates.workers[0]
+    with_it = [total_s(shape, candidates, one) for one in every if chosen in one[0]]
+    found = asked.best(including=chosen, slack=0.0)
+    assert (found.seconds if found else None) == (close(min(with_it), rel=1e-9) if with_it else None)
+
+
+def big(layers: int) -> ModelShape:
+    return ModelShape(
+        model=ModelRef("m", "", "f"),
+        layers=layers,
+        layer_bytes=(GIB,) * layers,
+        cache_bytes=(GIB // 100,) * layers,
+        shared=(),
+        clean_cuts=tuple(range(1, layers)),
+        unclean=(),
+        max_context=4096,
+        boundary_bytes=(16384,) * layers,
+    )
+
+
+def mac(i: int, gib: int, bandwidth: float) -> Candidate:
+    return Candidate(Room(f"w{i}", gib * GIB), Profile(bandwidth, 1e-4, 1e-4))
+
+
+def test_sixteen_different_workers_and_128_layers_are_a_bounded_search() -> None:
+    workers = [mac(i, 20 + i, 2e11 + 1e10 * i) for i in range(16)]
+    for objective in Objective:
+        asked = search(big(128), Candidates(workers), objective)
+        found = asked.best()
+        assert found
+        assert not asked.every_order
+        assert asked.visited <= 2 * 16 * 17 // 2
+        assert found.ranges[-1].end == 128
+
+
+def test_sixteen_alike_are_compared_in_every_order() -> None:
+    asked = search(big(128), Candidates([mac(i, 24, 3e11) for i in range(16)]), Objective.THROUGHPUT)
+    found = asked.best()
+    assert found
+    assert asked.every_order
+    assert [len(r) for r in found.ranges] == [8] * 16
+    assert asked.visited <= 32
+
+
+def test_equal_macs_share_evenly_and_the_fewest_are_used() -> None:
+    workers = [mac(i, 40, 3e11) for i in range(4)]
+    found = search(big(64), Candidates(workers), Objective.LATENCY).best()
+    assert found
+    assert found.ranges == (LayerRange(0, 32), LayerRange(32, 64))
+
+
+def test_a_slower_mac_is_used_only_where_it_must_be() -> None:
+    shape = big(64)
+    workers = [mac(0, 100, 8e11), mac(1, 100, 1e11)]
+    found = search(shape, Candidates(workers), Objective.LATENCY).best()
+    assert found
+    assert [w.name for w in found.workers] == ["w0"]
+    two = search(replace(shape), Candidates(workers), Objective.THROUGHPUT).best()
+    assert two
+    assert sorted(len(r) for r in two.ranges) == [7, 57]

@@ -1,0 +1,80 @@
+"""What macOS prints, read. The texts are written after Apple's documented forms, with the values of real models.
+
+They were not recorded on a Mac by us; a Mac that prints something else gives "not known", never an error.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cluster import macos
+
+DISPLAYS = json.dumps(
+    {
+        "SPDisplaysDataType": [
+            {
+                "_name": "kHW_AppleM2UltraItem",
+                "sppci_bus": "spdisplays_builtin",
+                "sppci_cores": "76",
+                "sppci_device_type": "spdisplays_gpu",
+                "sppci_model": "Apple M2 Ultra",
+                "spdisplays_mtlgpufamilysupport": "spdisplays_metal3",
+            }
+        ]
+    }
+)
+PORTS = """
+Hardware Port: Ethernet
+Device: en0
+Ethernet Address: 00:00:5e:00:53:01
+
+Hardware Port: Thunderbolt Bridge
+Device: bridge0
+Ethernet Address: 00:00:5e:00:53:02
+
+Hardware Port: Wi-Fi
+Device: en1
+Ethernet Address: 00:00:5e:00:53:03
+
+VLAN Configurations
+===================
+"""
+
+
+def test_gpu_cores() -> None:
+    assert macos.gpu_cores(DISPLAYS) == 76
+    for strange in ("", "no JSON", "[]", "{}", '{"SPDisplaysDataType": [{}]}', '{"SPDisplaysDataType": [1]}'):
+        assert macos.gpu_cores(strange) == 0
+
+
+@pytest.mark.parametrize(("said", "limit"), [("0\n", 0), ("180224\n", 180224 << 20), ("", 0), ("unknown oid", 0)])
+def test_wired_limit(said: str, limit: int) -> None:
+    assert macos.wired_limit(said) == limit
+
+
+@pytest.mark.parametrize(
+    ("said", "word"), [("1\n", "normal"), ("2", "warning"), ("4\n", "critical"), ("", ""), ("x", "")]
+)
+def test_memory_pressure(said: str, word: str) -> None:
+    assert macos.pressure_word(said) == word
+
+
+def test_hardware_ports() -> None:
+    assert macos.ports_named(PORTS) == {"en0": "Ethernet", "bridge0": "Thunderbolt Bridge", "en1": "Wi-Fi"}
+    assert macos.ports_named("") == {}
+
+
+def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    macos.machine_facts.cache_clear()
+    assert macos.machine_facts() == macos.MachineFacts()
+    assert macos.memory_pressure() == ""
+
+
+def test_a_command_that_is_not_there_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert macos._said("no-such-command-anywhere") == ""
+    assert macos._said("false") == ""
+    assert macos._said("echo", "7") == "7\n"

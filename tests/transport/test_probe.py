@@ -1,0 +1,50 @@
+"""A link is timed against a real data port, and what is asked of that port is bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.errors import Unreachable
+from cluster.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
+from cluster.transport.options import data_channel
+from cluster.transport.probe import PROBE, measure_link
+from cluster.transport.rings import DataServer
+from cluster.transport.streams import Line
+
+
+class Nothing:
+    """A data port without a stage."""
+
+    def outbox(self, epoch: int, line: Line) -> None:
+        return None
+
+    def received(self, message: bytes) -> None:
+        raise AssertionError(message)
+
+
+@pytest.fixture
+def port() -> Any:
+    server = DataServer("127.0.0.1", 0, Nothing())
+    yield server.port
+    server.stop()
+
+
+def test_a_link_has_a_round_trip_and_a_bandwidth(port: int) -> None:
+    link = measure_link(f"127.0.0.1:{port}")
+    assert 0 < link.round_trip_s < 1
+    assert link.bandwidth > 1e6
+    assert link.hop_s(0) == link.round_trip_s / 2
+
+
+def test_a_port_gives_no_more_than_the_bound(port: int) -> None:
+    most = (2**32 - 1).to_bytes(4, "little")
+    with data_channel(f"127.0.0.1:{port}") as channel:
+        sizes = [len(m) for m in channel.stream_stream(PROBE, None, None)(iter([most] * 100), timeout=20)]
+    assert sizes == [PROBE_BYTES] * (PROBES + PROBE_MESSAGES + 1)
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(Unreachable, match="could not be measured"):
+        measure_link("127.0.0.1:1")

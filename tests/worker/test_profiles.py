@@ -1,0 +1,93 @@
+"""What a worker keeps of its measurements: by version and chip, bounded, and never trusted where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
+from cluster.profiles import Link, Profile
+from cluster.worker.profiles import ProfileFile
+from cluster.worker.throttle import Throttle
+
+PROFILE = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "profile.json"
+
+
+def test_a_profile_is_kept_for_its_versions_and_chip_alone(path: Path) -> None:
+    ProfileFile(path, "mlx 1").put(PROFILE)
+    assert ProfileFile(path, "mlx 1").kept.profile == PROFILE
+    assert not ProfileFile(path, "mlx 2").kept.profile.known
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "nonsense",
+        "[]",
+        '{"key": "k"}',
+        '{"key": "k", "profile": {"bandwidth": -1, "corrections": []}, "links": []}',
+        '{"key": "k", "profile": {"bandwidth": NaN, "corrections": []}, "links": []}',
+        '{"key": "k", "profile": {"corrections": []}, "links": [["w h", {"round_trip_s": 1, "bandwidth": 0}, 1]]}',
+        '{"key": "k", "profile": {"speed": 1, "corrections": []}, "links": []}',
+    ],
+)
+def test_a_damaged_file_means_measuring_again(path: Path, damage: str) -> None:
+    path.write_text(damage)
+    file = ProfileFile(path, "k")
+    assert not file.kept.profile.known
+    file.put(PROFILE)
+    assert ProfileFile(path, "k").kept.profile == PROFILE
+
+
+def test_ratios_are_learned_by_model_bounded_and_forgotten_with_a_new_measurement(path: Path) -> None:
+    file = ProfileFile(path, "k")
+    file.learn("early", 2.0)
+    assert file.kept.profile.corrections == (), "there is no profile yet that it could correct"
+    file.put(PROFILE)
+    for i in range(KEPT_CORRECTIONS + 3):
+        file.learn(f"m{i}", 1.5)
+    file.learn("m9", 1000.0)
+    file.learn("bad", float("nan"))
+    profile = ProfileFile(path, "k").kept.profile
+    assert len(profile.corrections) == KEPT_CORRECTIONS
+    assert profile.corrections[-1] == ("m9", CORRECTION_BOUND)
+    assert (profile.correction("m10"), profile.correction("m0")) == (1.5, 1.5), "unknown models get the median"
+    file.put(PROFILE)
+    assert ProfileFile(path, "k").kept.profile.correction("m10") == 1.0
+
+
+def test_links_are_kept_for_a_day_by_worker_and_host(path: Path) -> None:
+    now = 1e9
+    file = ProfileFile(path, "k", lambda: now)
+    link = Link(0.001, 1e9)
+    file.put_link("w", "10.0.0.1:5000", link)
+    assert ProfileFile(path, "k", lambda: now).link("w", "10.0.0.1:6000") == link, "a restart takes another port"
+    assert file.link("w", "10.0.0.2:5000") is None
+    assert ProfileFile(path, "k", lambda: now + LINK_KEPT_S + 1).link("w", "10.0.0.1:5000") is None
+    for i in range(KEPT_LINKS + 1):
+        file.put_link(f"w{i}", "h:1", link)
+    assert len(json.loads(path.read_text())["links"]) == KEPT_LINKS
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = ProfileFile(tmp_path / "gone" / "profile.json", "k")
+    file.put(PROFILE)
+    assert file.kept.profile == PROFILE
+    assert "cannot keep" in caplog.text
+
+
+def test_a_throttle_sleeps_in_proportion() -> None:
+    began = time.perf_counter()
+    Throttle().stretch(10.0)
+    assert time.perf_counter() - began < 5
+    Throttle(3.0).stretch(0.05)
+    assert time.perf_counter() - began >= 0.1
