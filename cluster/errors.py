@@ -49,6 +49,18 @@ class PromptTooLong(InvalidRequest):
     reason = "PROMPT_TOO_LONG"
 
 
+class TooLarge(InvalidRequest):
+    """A request's body is longer than we take."""
+
+    reason, grpc_status, http_status = "TOO_LARGE", "RESOURCE_EXHAUSTED", 413
+
+
+class Forbidden(MacpipeError):
+    """A web page of another site asks, or one that pretends to be this machine."""
+
+    reason, grpc_status, http_status = "FORBIDDEN", "PERMISSION_DENIED", 403
+
+
 class InvalidGrammar(InvalidRequest):
     """What an answer is asked to be cannot be enforced; the sentence has the compiler's reason."""
 

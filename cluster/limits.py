@@ -107,6 +107,24 @@ KEEPALIVE_MS: Final = 1_000
 KEEPALIVE_TIMEOUT_MS: Final = 2_000
 PING_TIMEOUT_MS: Final = 2_000
 
+# HTTP
+MAX_BODY_BYTES: Final = 16 * MIB
+"""As long as a gRPC message may be."""
+BODY_TIMEOUT_S: Final = 30.0
+"""What a client gets to send its request's body."""
+MAX_PROMPTS: Final = 64
+"""Prompts in one completions request."""
+MAX_ANSWERS: Final = 64
+"""Answers that one request may ask for, over all its prompts."""
+STREAM_WRITE_TIMEOUT_S: Final = 30.0
+"""A client whose connection takes no more bytes for this long has gone away."""
+STREAM_COMMENT_S: Final = 5.0
+"""A stream with nothing to say says so this often: proxies and clients drop silent ones, after 10 s the hastiest."""
+IDLE_CONNECTION_S: Final = 75.0
+"""How long a connection may wait for its next request; above what SDKs keep one in their pools."""
+MAX_CONNECTIONS: Final = 2048
+"""Open HTTP connections; more than requests can wait, below the usual limit of open files."""
+
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""

@@ -1,7 +1,6 @@
 """The nouns that rooms hand to each other. Frozen, without behaviour beyond what their own fields say.
 
-Tools are in ``cluster.chat``, grammars in ``cluster.grammar``. It knows no library but the standard one, so that every
-room, the client among them, can import it.
+Tools are in ``cluster.chat``, grammars in ``cluster.grammar``. It knows the standard library alone: all can import it.
 """
 
 from __future__ import annotations
@@ -283,7 +282,7 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of answer ``sample``, with what was still held back of its parts. Times are milliseconds."""
+    """The end of a complete answer, one a sample. ``stop`` is the stop string that ended it, if one did."""
 
     reason: FinishReason
     text: str
@@ -294,6 +293,7 @@ class FinishEvent:
     reasoning: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
     sample: int = 0
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
 from cluster.api import intake, replies
+from cluster.api.desk import Desk
 from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.coordinator import Coordinator
-from cluster.errors import InvalidRequest, MacpipeError
+from cluster.errors import MacpipeError
 from cluster.transport.status import abort
-from cluster.types import Accepted, FinishEvent, Request, TokenEvent
+from cluster.types import Request, TokenEvent
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceServiceServicer
 
@@ -23,10 +24,10 @@ Reply = TypeVar("Reply", pb.GenerateResponse, pb.ChatResponse)
 
 
 class Inference(InferenceServiceServicer):
-    """Speaks for one coordinator."""
+    """Speaks for one coordinator, by way of its desk."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, desk: Desk) -> None:
+        self._desk, self._coordinator = desk, desk.coordinator
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async for reply in self._answered(request, intake.generate_request, pb.GenerateResponse, context):
@@ -52,25 +53,19 @@ class Inference(InferenceServiceServicer):
             await abort(context, e)
 
     async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
-        answer = await self._coordinator.accept(request, checkpoint)
-        finished = False
-        try:
-            async for event in answer.events():
+        asked = await self._desk.ask(request, checkpoint)
+        async with aclosing(asked.events) as events:
+            yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
+            async for event in events:
                 if isinstance(event, TokenEvent):
                     yield reply(token=replies.token_event(event, checkpoint.tokenizer))
-                elif isinstance(event, FinishEvent):
-                    finished = True
+                else:
                     yield reply(finish=replies.finish_info(event))
-                elif isinstance(event, Accepted):
-                    yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
-        finally:
-            if not finished:
-                answer.abandon()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             checkpoint = self._coordinator.checkpoint(request.model)
-            ids = await _tokenized(request, checkpoint)
+            ids = await intake.tokenized(request, checkpoint)
         except MacpipeError as e:
             await abort(context, e)
         return pb.TokenizeResponse(ids=ids, texts=[checkpoint.tokenizer.token_text(i) for i in ids])
@@ -94,14 +89,6 @@ class Inference(InferenceServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.AbortResponse()
-
-
-async def _tokenized(request: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
-    if request.messages and request.text:
-        raise InvalidRequest("text and messages were given; give one of them", field="messages")
-    if request.messages:
-        return await intake.templated(request, checkpoint)
-    return await intake.encoded(request.text, checkpoint)
 
 
 def _caller(context: Context) -> intake.Caller:

@@ -26,10 +26,14 @@ from cluster.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, as far as turns and kept prefixes go, and until when (monotonic seconds; None: for ever)."""
+    """Who asks, as far as turns and kept prefixes go, and until when (monotonic seconds; None: for ever).
+
+    ``default_max_tokens`` is how long an answer may be where the request does not say; None: as the context allows.
+    """
 
     client: str
     deadline: float | None
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
 
 
 async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
@@ -56,6 +60,15 @@ async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     if len(text) > MAX_PROMPT_CHARS:
         raise InvalidRequest(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARS}", field="prompt")
     return await anyio.to_thread.run_sync(checkpoint.tokenizer.encode, text)
+
+
+async def tokenized(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Token ids of a text, or of a conversation under the model's chat template."""
+    if message.messages and message.text:
+        raise InvalidRequest("text and messages were given; give one of them", field="messages")
+    if message.messages:
+        return await templated(message, checkpoint)
+    return await encoded(message.text, checkpoint)
 
 
 async def templated(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -93,7 +106,7 @@ def _request(
         id=message.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
         sampling=sampling_params(message.sampling, checkpoint.vocabulary, bound),
-        max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context),
+        max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context, caller.default_max_tokens),
         stop=stop_strings(message.stop),
         ignore_eos=message.stop.ignore_eos,
         deadline=caller.deadline,
@@ -103,7 +116,7 @@ def _request(
     )
 
 
-def _max_tokens(stop: pb.StopOptions, prompt: int, context: int) -> int:
+def _max_tokens(stop: pb.StopOptions, prompt: int, context: int, default: int | None) -> int:
     """How long the answer may be; what was asked for is refused rather than shortened."""
     room = context - prompt
     if room < 1:
@@ -113,7 +126,7 @@ def _max_tokens(stop: pb.StopOptions, prompt: int, context: int) -> int:
             field="prompt",
         )
     if not stop.HasField("max_tokens"):
-        return min(DEFAULT_MAX_TOKENS, room)
+        return min(default or room, room)
     if stop.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
     if stop.max_tokens > room:

@@ -16,7 +16,11 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.address import format_address
 from cluster.api.cluster import Cluster
+from cluster.api.desk import Desk
+from cluster.api.http.app import application
+from cluster.api.http.server import listen, serving
 from cluster.api.inference import Inference
+from cluster.api.metrics import Metrics
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.report import Report
 from cluster.coordinator.roster import Roster
@@ -24,7 +28,7 @@ from cluster.coordinator.settings import ServeSettings
 from cluster.coordinator.snapshot import ServingState
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merged, static
-from cluster.errors import MacpipeError
+from cluster.errors import MacpipeError, PortInUse
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import LAST_WORDS_S
 from cluster.store.store import Store
@@ -57,26 +61,43 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         roster = Roster(source, settings.cluster, secrets.token_hex(8))
         store = Store(settings.home)
         coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report, store, settings.max_schema_bytes)
-        checks = health.HealthServicer()
-        port = await stack.enter_async_context(_public_port(settings, coordinator, checks))
+        desk, checks = Desk(coordinator, Metrics()), health.HealthServicer()
+        http = await stack.enter_async_context(_http_port(settings, desk, report))
+        port = await stack.enter_async_context(_public_port(settings, desk, checks))
         tasks.start_soon(_tell_health, coordinator, checks)
         await coordinator.load(settings.order)
         plan = (await coordinator.snapshot()).plan
         if plan:
-            report.serving(format_address(settings.host, port), plan)
+            report.serving(format_address(settings.host, port), plan, http)
         await anyio.sleep_forever()
 
 
 @asynccontextmanager
-async def _public_port(
-    settings: ServeSettings, coordinator: Coordinator, checks: health.HealthServicer
-) -> AsyncIterator[int]:
+async def _http_port(settings: ServeSettings, desk: Desk, report: Report) -> AsyncIterator[str]:
+    """The address where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
+    if settings.http is None:
+        yield ""
+        return
+    try:
+        listener = listen(*settings.http)
+    except PortInUse as e:
+        if settings.http_wanted:
+            raise
+        report.problem(f"no HTTP: {e.sentence}")
+        yield ""
+        return
+    async with serving(application(desk, settings.served_names), listener) as address:
+        yield address
+
+
+@asynccontextmanager
+async def _public_port(settings: ServeSettings, desk: Desk, checks: health.HealthServicer) -> AsyncIterator[int]:
     """The public port, which answers status and health while the model still loads.
 
     At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
     """
-    server = grpc.aio.server(options=CONTROL_OPTIONS)
-    add_InferenceServiceServicer_to_server(Inference(coordinator), server)
+    server, coordinator = grpc.aio.server(options=CONTROL_OPTIONS), desk.coordinator
+    add_InferenceServiceServicer_to_server(Inference(desk), server)
     add_ClusterServiceServicer_to_server(Cluster(coordinator), server)
     add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)

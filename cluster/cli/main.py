@@ -16,6 +16,7 @@ from cluster.cli.chat import chat
 from cluster.cli.demo import demo
 from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
+from cluster.cli.launch import launch
 from cluster.cli.load import load
 from cluster.cli.plan import plan
 from cluster.cli.ps import ps
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True})(launch)
 
 
 def show_version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.address import parse_address
 from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.errors import InvalidOption
@@ -16,6 +17,7 @@ from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, M
 from cluster.profiles import Objective
 from cluster.types import Route
 
+DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
     str,
     typer.Argument(
@@ -39,6 +41,13 @@ MaxStepMs = Annotated[
     typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
 ]
 
+Http = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Answer HTTP here, or off.", show_default="127.0.0.1:8080")
+]
+
+ServedNames = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A further name of the model over HTTP. Repeatable.")
+]
 HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
 MaxSchemaBytes = Annotated[
     int,
@@ -60,6 +69,8 @@ def serve(
     route: HowRoute = Route.DIRECT,
     host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
+    http: Http = "",
+    served_model_name: ServedNames = None,
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
@@ -89,6 +100,9 @@ def serve(
         cluster=cluster,
         host=host,
         port=port,
+        http=http_address(http),
+        http_wanted=bool(http),
+        served_names=tuple(served_model_name or ()),
         workers=workers,
         peers=tuple(peer or ()),
         layers=parse_layers(layers) if layers else None,
@@ -104,8 +118,15 @@ def serve(
     if exit_with_stdin:
         end_with_stdin()
     with TerminalReport(sys.stderr) as report:
-        code = run(settings, report)
-    raise typer.Exit(code)
+        raise typer.Exit(run(settings, report))
+
+
+def http_address(given: str) -> tuple[str, int] | None:
+    """Where HTTP is answered; None for ``off``. Port 0 takes a free one. Raises InvalidOption."""
+    if given == "off":
+        return None
+    host, _, port = given.rpartition(":")
+    return (host.strip("[]"), 0) if host and port == "0" else parse_address(given or DEFAULT_HTTP)
 
 
 def checked_kv_bits(bits: int) -> int:

@@ -213,6 +213,11 @@ class Coordinator:
             uptime_s=time.monotonic() - self._started,
         )
 
+    async def under_way(self) -> tuple[Plan | None, LoopView | None]:
+        """The plan that is served and what its loop has to do, without asking any worker."""
+        plan, loop = self._epoch.plan if self._epoch else None, await self._view()
+        return plan, loop
+
     async def _view(self) -> LoopView | None:
         if self._epoch is None:
             return None

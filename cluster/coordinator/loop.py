@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer
@@ -315,9 +315,8 @@ class EngineLoop:
             del self._asked[live.asked.request.id]
         self._totals.finished += 1
         ttft, tpot, figures = live.tally.ttft_ms, live.tally.tpot_ms, live.tally.figures()
-        live.asked.answer.put(
-            FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, live.sample)
-        )
+        finish = FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, live.sample)
+        live.asked.answer.put(replace(finish, stop=live.text.stopped_by))
 
     def _suspect(self, cause: MacpipeError) -> None:
         """The ring is lost: stop, and have the cause looked into."""

@@ -36,6 +36,9 @@ class ServeSettings:
     stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4
     quantises caches; 0 leaves them as they are. ``home`` is the folder where parts of models are kept.
     ``max_schema_bytes`` bounds the grammar of one answer.
+
+    ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
+    port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients.
     """
 
     model: str
@@ -43,6 +46,9 @@ class ServeSettings:
     cluster: str = "default"
     host: str = "127.0.0.1"
     port: int = 7700
+    http: tuple[str, int] | None = None
+    http_wanted: bool = True
+    served_names: tuple[str, ...] = ()
     workers: int | None = None
     peers: tuple[str, ...] = ()
     layers: tuple[LayerRange, ...] | None = None

@@ -57,6 +57,11 @@ class Speech:
         self._parser: Parser = Plain() if request.parsing is None else parser(request.parsing)
 
     @property
+    def stopped_by(self) -> str:
+        """The stop string that came up; empty where none did."""
+        return self._text.stopped_by
+
+    @property
     def stopped(self) -> bool:
         """A stop string has appeared: nothing more is said."""
         return self._text.stopped
@@ -77,12 +82,13 @@ class Speech:
 
 
 class TextStream:
-    """The text of one answer. Once a stop string has appeared, ``stopped`` is true and nothing more comes out."""
+    """The text of one answer. Once a stop string has appeared, ``stopped_by`` is it and nothing more comes out."""
 
     def __init__(self, decoder: Decoder, stop: tuple[str, ...]) -> None:
         self._decoder, self._stop = decoder, stop
         self._held = ""
         self.stopped = False
+        self.stopped_by = ""
 
     def add(self, token: int) -> str:
         """The text that became certain with this token, perhaps none."""
@@ -96,10 +102,11 @@ class TextStream:
         if self.stopped:
             return ""
         held = self._held + text
-        found = [i for i in (held.find(s) for s in self._stop) if i >= 0]
+        found = [(i, s) for s in self._stop if (i := held.find(s)) >= 0]
         if found:
+            first, self.stopped_by = min(found)
             self.stopped, self._held = True, ""
-            return held[: min(found)]
+            return held[:first]
         keep = 0 if last else _possible_start(held, self._stop)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -97,14 +97,14 @@ class Cluster:
 
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
         home = self.folder / "coordinator"
-        return self._start(
-            "serve", ["serve", str(model), "--cluster", self.name, "--home", str(home), *options], launch
-        )
+        http = () if "--http" in options else ("--http", "off")  # two of one machine cannot have the default port
+        own = ["--cluster", self.name, "--home", str(home), *http]
+        return self._start("serve", ["serve", str(model), *own, *options], launch)
 
-    def serving(self, model: str | Path, workers: int, wait_s: float = START_S) -> tuple[Daemon, str]:
+    def serving(self, model: str | Path, workers: int, *more: str, wait_s: float = START_S) -> tuple[Daemon, str]:
         """Start a coordinator on a free port and wait until it serves; the daemon and its address."""
         port = free_port()
-        options = ["--workers", str(workers), "--port", str(port), "--wait", str(wait_s)]
+        options = ["--workers", str(workers), "--port", str(port), "--wait", str(wait_s), *more]
         daemon, address = self.serve(model, *options), f"127.0.0.1:{port}"
         wait_serving(address, daemon)
         return daemon, address

@@ -1,0 +1,85 @@
+"""Every route and what answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cluster.api.desk import Desk
+from cluster.api.http.chat import Chat
+from cluster.api.http.completions import Completions
+from cluster.api.http.errors import HANDLERS
+from cluster.api.http.guard import Guard
+from cluster.api.http.health import Health
+from cluster.api.http.jsons import Json
+from cluster.api.http.messages import Messages
+from cluster.api.http.models import Models
+from cluster.api.http.names import Names
+from cluster.api.http.openapi import description
+from cluster.api.http.responses import Responses
+from cluster.api.http.sse import EventStream
+from cluster.api.http.tokenize import Tokenize
+
+Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
+UNKNOWN: Final = "unknown"
+
+
+def application(desk: Desk, aliases: tuple[str, ...] = ()) -> ASGIApp:
+    """The whole surface over one coordinator; ``aliases`` are further names of the served model."""
+    names = Names(desk.coordinator, aliases)
+    health, models, tokenize = Health(desk, names), Models(names), Tokenize(names)
+    document = description()
+
+    async def openapi(request: Request) -> Response:
+        return Json(document)
+
+    routes = [
+        *_get("/", health.root),
+        *_get("/health", health.ready),
+        *_get("/ready", health.ready),
+        *_get("/live", health.live),
+        *_get("/metrics", health.metrics),
+        *_get("/openapi.json", openapi),
+        *_get("/v1/models", models.all),
+        *_get("/v1/models/{model:path}", models.one),
+        *_post("/v1/chat/completions", Chat(desk, names)),
+        *_post("/v1/completions", Completions(desk, names)),
+        *_post("/v1/responses", Responses(desk, names)),
+        *_post("/v1/messages", Messages(desk, names)),
+        *_post("/v1/messages/count_tokens", tokenize.count),
+        *_post("/tokenize", tokenize.tokens),
+    ]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS)
+    known = frozenset(route.path for route in routes)
+
+    def observe(method: str, path: str, status: int, seconds: float) -> None:
+        route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
+        desk.metrics.responded(route, status)
+
+    return Guard(app, observe)
+
+
+def _get(path: str, answer: Endpoint) -> list[Route]:
+    """GET and HEAD, and what OPTIONS says of them."""
+    return _routes(path, answer, ("GET", "HEAD"))
+
+
+def _post(path: str, answer: Endpoint) -> list[Route]:
+    return _routes(path, answer, ("POST",))
+
+
+def _routes(path: str, answer: Endpoint, methods: tuple[str, ...]) -> list[Route]:
+    allow = ", ".join((*methods, "OPTIONS"))
+
+    async def endpoint(request: Request) -> Response | EventStream:
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": allow})
+        return await answer(request)
+
+    return [Route(path, endpoint, methods=[*methods, "OPTIONS"])]

@@ -1,0 +1,40 @@
+"""Who calls, and until when: by the credential that was sent, as a hash, else by address; a header for a deadline."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from typing import Final
+
+from starlette.requests import Request
+
+from cluster.api.intake import Caller
+from cluster.errors import InvalidRequest
+
+TIMEOUT_HEADER: Final = "x-request-timeout"
+"""Seconds that the whole answer may take; without it there is no deadline."""
+MAX_TIMEOUT_S: Final = 86_400.0
+
+
+def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
+    """``default_max_tokens`` None: as long as the context allows. Raises ``InvalidRequest`` for a bad deadline."""
+    credential = request.headers.get("authorization") or request.headers.get("x-api-key")
+    address = request.client.host if request.client else ""
+    client = hashlib.sha256(credential.encode()).hexdigest() if credential else f"http:{address}"
+    return Caller(client, _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+
+
+def _deadline(given: str | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"the header {TIMEOUT_HEADER} is {given[:32]!r}; it takes seconds, up to {MAX_TIMEOUT_S:.0f}",
+            field=TIMEOUT_HEADER,
+        )
+    return time.monotonic() + seconds

@@ -1,0 +1,163 @@
+"""POST /v1/chat/completions: one answer or several, whole or as a stream of chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from cluster.api import intake
+from cluster.api.desk import Asked, Desk
+from cluster.api.http.answers import (
+    Whole,
+    fields_named,
+    gathered,
+    grammar_fields,
+    is_content,
+    is_reasoning,
+    openai_usage,
+    total,
+)
+from cluster.api.http.body import read
+from cluster.api.http.caller import caller_of
+from cluster.api.http.chat_form import ChatForm
+from cluster.api.http.errors import openai_error, sentence_of
+from cluster.api.http.identity import new_id
+from cluster.api.http.jsons import Json
+from cluster.api.http.logprobs import chat_logprobs
+from cluster.api.http.names import Names
+from cluster.api.http.sse import DONE, EventStream, event, while_connected
+from cluster.chat import ToolCallDelta
+from cluster.types import FinishEvent, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The route."""
+
+    desk: Desk
+    names: Names
+
+    async def __call__(self, request: Request) -> Json | EventStream:
+        form = await read(request, ChatForm)
+        checkpoint = self.names.checkpoint(form.model)
+        head = Head(new_id("chatcmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
+        with fields_named(_fields(form)):
+            taken = await intake.chat_request(form.message(head.id), checkpoint, caller_of(request, None))
+            asked = await self.desk.ask(taken, checkpoint)
+        if form.stream:
+            usage = bool(form.stream_options and form.stream_options.include_usage)
+            return EventStream(Chunks(head, asked, bool(form.logprobs), usage).events())
+        return Json(await while_connected(request, lambda: _completion(head, asked, bool(form.logprobs))))
+
+
+def _fields(form: ChatForm) -> dict[str, str]:
+    """What the intake's fields are called here. Where no format was asked for, the grammar is that of the tools."""
+    length = "max_tokens" if form.max_tokens else "max_completion_tokens"
+    bound = grammar_fields("response_format" if form.response_format else "tools")
+    return {"max_tokens": length, "samples": "n", "enable_thinking": "reasoning_effort", **bound}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one answer says alike."""
+
+    id: str
+    created: int
+    model: str
+
+    def of(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+async def _completion(head: Head, asked: Asked, logprobs: bool) -> dict[str, Any]:
+    wholes = await gathered(asked)
+    usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned for w in wholes))
+    choices = [_choice(i, whole, asked, logprobs) for i, whole in enumerate(wholes)]
+    return {**head.of("chat.completion"), "choices": choices, "usage": usage}
+
+
+def _choice(index: int, whole: Whole, asked: Asked, logprobs: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": whole.text or (None if whole.calls else "")}
+    message["refusal"] = None
+    if whole.reasoning:
+        message |= {"reasoning_content": whole.reasoning, "reasoning": whole.reasoning}
+    if whole.calls:
+        message["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in whole.calls
+        ]
+    shown = chat_logprobs(whole.tokens, asked) if logprobs else None
+    reason = whole.finish.reason.value if whole.finish else None
+    return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A streamed answer: the role first, then what each token brought, then the reason, usage where asked, [DONE]."""
+
+    head: Head
+    asked: Asked
+    logprobs: bool
+    usage: bool
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The stream's events. An error that ends the answer is the last of them."""
+        finishes: list[FinishEvent] = []
+        reasoned = 0
+        try:
+            async with aclosing(self.asked.events) as events:
+                for i in range(self.asked.request.samples):
+                    yield self._chunk(i, {"role": "assistant", "content": ""})
+                async for e in events:
+                    if isinstance(e, FinishEvent):
+                        finishes.append(e)
+                    reasoned += is_reasoning(e)
+                    for piece in self._pieces(e):
+                        yield piece
+        except Exception as error:  # headers are out: the stream is the only place left to say it
+            yield event(openai_error(sentence_of(error, self.head.id)))
+            return
+        if self.usage:
+            finishes.sort(key=lambda finish: finish.sample)
+            usage = openai_usage(total(finishes), reasoned)
+            yield event({**self.head.of("chat.completion.chunk"), "choices": [], "usage": usage})
+        yield DONE
+
+    def _pieces(self, e: TokenEvent | FinishEvent) -> list[bytes]:
+        """The chunks of one event, most often one: each piece of a call has its own. Nothing to show makes none."""
+        delta: dict[str, Any] = {}
+        if e.reasoning:
+            delta |= {"reasoning_content": e.reasoning, "reasoning": e.reasoning}
+        if e.text:
+            delta["content"] = e.text
+        shown = isinstance(e, TokenEvent) and self.logprobs and is_content(e)
+        pieces = []
+        if delta or shown:
+            logprobs = chat_logprobs([e], self.asked) if shown else None  # type: ignore[list-item]  # shown: a token
+            pieces.append(self._chunk(e.sample, delta, logprobs))
+        pieces += [self._chunk(e.sample, {"tool_calls": [_call(c)]}) for c in e.calls]
+        if isinstance(e, FinishEvent):
+            pieces.append(self._chunk(e.sample, {}, None, e.reason.value))
+        return pieces
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
+        if self.logprobs:
+            choice["logprobs"] = logprobs
+        chunk = {**self.head.of("chat.completion.chunk"), "choices": [choice]}
+        return event({**chunk, "usage": None} if self.usage else chunk)
+
+
+def _call(delta: ToolCallDelta) -> dict[str, Any]:
+    """A call's first piece has id, type and name; all have the index."""
+    function: dict[str, Any] = {"arguments": delta.arguments}
+    if not delta.id and not delta.name:
+        return {"index": delta.index, "function": function}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": {"name": delta.name, **function}}

@@ -1,0 +1,203 @@
+"""POST /v1/chat/completions as clients send it, and its translation into the request that gRPC takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cluster.api.http.body import Form, Ignored, Unsupported
+from cluster.api.http.formats import FunctionSpec, ResponseFormat, arguments_text, choice_of, grammar_of, tool_of
+from cluster.api.http.jsons import compact
+from cluster.api.http.sampling_form import Count, Positive, SamplingForm
+from cluster.errors import InvalidRequest
+from cluster.limits import MAX_SAMPLES, MAX_TOP_LOGPROBS
+from cluster.v1 import inference_pb2 as pb
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Part(Form):
+    """A part of a message's content. Text alone can be read; the rest is known so that it can be refused by name."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    cache_control: Ignored = None
+
+
+class CalledFunction(Form):
+    name: str
+    arguments: str = "{}"
+
+
+class Call(Form):
+    """A call that an assistant made. ``index`` comes back from clients that kept it from a stream."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Ignored = None
+
+
+class Message(Form):
+    """One message; what belongs to one role alone is checked in ``message_of``.
+
+    An assistant's reasoning is taken back under either of its names.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    annotations: Ignored = None
+
+
+class FunctionTool(Form):
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Form):
+    name: Annotated[str, Field(min_length=1)]
+
+
+class NamedTool(Form):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StreamOptions(Form):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatForm(SamplingForm):
+    """The body. Beside OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    priority: Annotated[Count, Field(le=9)] = 0
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: Ignored = None
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    functions: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def longest(self) -> int | None:
+        """Under whichever name it was given. Raises ``InvalidRequest`` where the two differ."""
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old and new and old != new:
+            raise InvalidRequest(
+                f"max_tokens is {old} and max_completion_tokens {new}; give one of them", field="max_completion_tokens"
+            )
+        return new or old
+
+    def message(self, request_id: str) -> pb.ChatRequest:
+        """The request. Raises ``InvalidRequest``, naming the field."""
+        if self.stream_options and not self.stream:
+            raise InvalidRequest("stream_options were given without stream", field="stream_options")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
+        sampling = self.sampling()
+        sampling.logprobs, sampling.top_logprobs = bool(self.logprobs), self.top_logprobs or 0
+        return pb.ChatRequest(
+            request_id=request_id,
+            messages=[message_of(m, f"messages[{i}]") for i, m in enumerate(self.messages)],
+            sampling=sampling,
+            stop=self.stopping(self.longest),
+            priority=self.priority,
+            samples=self.samples,
+            grammar=grammar_of(self.response_format),
+            template=self._template(),
+        )
+
+    def _template(self) -> pb.TemplateOptions:
+        effort = self.reasoning_effort
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return pb.TemplateOptions(
+            tools=[tool_of(t.function) for t in self.tools or ()],
+            tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
+            parallel_tool_calls=self.parallel_tool_calls,
+            enable_thinking=False if effort == "none" else None,
+            reasoning_effort="" if effort in (None, "none") else effort,
+            chat_template_kwargs=compact(self.chat_template_kwargs) if self.chat_template_kwargs else "",
+        )
+
+
+def message_of(m: Message, field: str) -> pb.ChatMessage:
+    """One message. Raises ``InvalidRequest`` for what its role does not have."""
+    if m.role != "assistant" and m.content is None:
+        raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
+    if m.role != "assistant" and m.tool_calls:
+        raise InvalidRequest(f"{field} has tool_calls and is no assistant's", field=f"{field}.tool_calls")
+    if m.role == "tool" and not m.tool_call_id:
+        raise InvalidRequest(f"{field} does not say which call it answers", field=f"{field}.tool_call_id")
+    if m.role != "tool" and (m.tool_call_id or m.name):
+        which = "tool_call_id" if m.tool_call_id else "name"
+        raise InvalidRequest(f"{field}.{which} is for tools' messages alone", field=f"{field}.{which}")
+    return pb.ChatMessage(
+        role="system" if m.role == "developer" else m.role,
+        content=text_of(m.content, f"{field}.content"),
+        reasoning=m.reasoning_content or m.reasoning or "",
+        tool_calls=[_call(c, f"{field}.tool_calls[{i}]") for i, c in enumerate(m.tool_calls or ())],
+        tool_call_id=m.tool_call_id or "",
+        name=m.name or "",
+    )
+
+
+def _call(call: Call, field: str) -> pb.ToolCall:
+    text = arguments_text(call.function.arguments, f"{field}.function.arguments")
+    return pb.ToolCall(id=call.id, name=call.function.name, arguments=text)
+
+
+def text_of(content: str | list[Part] | None, field: str) -> str:
+    """The text of a message's content. Raises ``InvalidRequest`` for parts that are not text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    for i, part in enumerate(content):
+        if part.type not in ("text", "refusal"):
+            raise InvalidRequest(
+                f"{field}[{i}] is of type {part.type[:32]}; this model reads text alone", field=f"{field}[{i}]"
+            )
+        if part.text is None and part.refusal is None:
+            raise InvalidRequest(f"{field}[{i}] has no text", field=f"{field}[{i}].text")
+    return "".join(part.text or part.refusal or "" for part in content)

@@ -1,0 +1,169 @@
+"""POST /v1/completions: text that goes on where prompts end; several prompts in one request are answered at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from starlette.requests import Request
+
+from cluster.api import intake
+from cluster.api.desk import Asked, Desk
+from cluster.api.http.answers import Whole, fields_named, gathered, grammar_fields, openai_usage, plus, total
+from cluster.api.http.body import read
+from cluster.api.http.caller import caller_of
+from cluster.api.http.chat import Head
+from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
+from cluster.api.http.errors import openai_error, sentence_of
+from cluster.api.http.identity import new_id
+from cluster.api.http.jsons import Json
+from cluster.api.http.logprobs import columns
+from cluster.api.http.names import Names
+from cluster.api.http.sse import DONE, EventStream, event, while_connected
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.types import FinishEvent, TokenEvent, Usage
+
+KIND = "text_completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """The route."""
+
+    desk: Desk
+    names: Names
+
+    async def __call__(self, request: Request) -> Json | EventStream:
+        form = await read(request, CompletionsForm)
+        checkpoint = self.names.checkpoint(form.model)
+        head = Head(new_id("cmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
+        all_asked = await self._ask(form, head.id, checkpoint, caller_of(request, DEFAULT_MAX_TOKENS))
+        answer = _Answer(head, form, all_asked)
+        if form.stream:
+            return EventStream(answer.chunks())
+        return Json(await while_connected(request, answer.whole))
+
+    async def _ask(
+        self, form: CompletionsForm, request_id: str, checkpoint: Checkpoint, caller: intake.Caller
+    ) -> list[Asked]:
+        """Every prompt handed in, or none."""
+        with fields_named({"samples": "n", "top_logprobs": "logprobs", **grammar_fields("response_format")}):
+            taken = [await intake.generate_request(m, checkpoint, caller) for m in form.messages(request_id)]
+            async with AsyncExitStack() as undo:
+                all_asked = []
+                for each in taken:
+                    asked = await self.desk.ask(each, checkpoint)
+                    undo.push_async_callback(asked.events.aclose)
+                    all_asked.append(asked)
+                undo.pop_all()
+        return all_asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The answers to all prompts; choice ``p * n + i`` is sample i of prompt p."""
+
+    head: Head
+    form: CompletionsForm
+    all_asked: Sequence[Asked]
+
+    async def whole(self) -> dict[str, Any]:
+        """The response's body."""
+        async with asyncio.TaskGroup() as tasks:
+            gatherings = [tasks.create_task(gathered(asked)) for asked in self.all_asked]
+        answers = [g.result() for g in gatherings]
+        choices = [
+            self._choice(p, i, whole, asked)
+            for p, (asked, wholes) in enumerate(zip(self.all_asked, answers, strict=True))
+            for i, whole in enumerate(wholes)
+        ]
+        usage = openai_usage(reduce(plus, (total(w.finish for w in wholes) for wholes in answers)))
+        return {**self.head.of(KIND), "choices": choices, "usage": usage}
+
+    def _choice(self, prompt: int, sample: int, whole: Whole, asked: Asked) -> dict[str, Any]:
+        echoed = self._echo(asked)
+        logprobs = None if self.form.logprobs is None else columns(whole.tokens, asked, 0)
+        return {
+            "index": prompt * self.form.samples + sample,
+            "text": echoed + whole.text,
+            "logprobs": logprobs,
+            "finish_reason": whole.finish.reason.value if whole.finish else None,
+        }
+
+    def _echo(self, asked: Asked) -> str:
+        """The prompt as text, where it was asked for."""
+        return asked.checkpoint.tokenizer.decode(asked.request.prompt) if self.form.echo else ""
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The stream's events, of all prompts as they come."""
+        usage, offsets = Usage(0, 0), dict[int, int]()
+        try:
+            async with _merged(self.all_asked) as events:
+                if self.form.echo:
+                    for p, asked in enumerate(self.all_asked):
+                        for i in range(self.form.samples):
+                            yield self._chunk(p * self.form.samples + i, self._echo(asked))
+                async for prompt, e in events:
+                    asked, index = self.all_asked[prompt], prompt * self.form.samples + e.sample
+                    logprobs = None
+                    if isinstance(e, FinishEvent):
+                        prompted = e.usage if e.sample == 0 else Usage(0, e.usage.completion_tokens)
+                        usage = plus(usage, prompted)
+                    elif self.form.logprobs is not None:
+                        logprobs = columns([e], asked, offsets.get(index, 0))
+                        offsets[index] = offsets.get(index, 0) + len(e.text)
+                    reason = e.reason.value if isinstance(e, FinishEvent) else None
+                    if e.text or logprobs or reason:
+                        yield self._chunk(index, e.text, logprobs, reason)
+        except Exception as error:  # headers are out: the stream is the only place left to say it
+            yield event(openai_error(sentence_of(error, self.head.id)))
+            return
+        if self.form.stream_options and self.form.stream_options.include_usage:
+            yield event({**self.head.of(KIND), "choices": [], "usage": openai_usage(usage)})
+        yield DONE
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return event({**self.head.of(KIND), "choices": [choice]})
+
+
+@asynccontextmanager
+async def _merged(
+    all_asked: Sequence[Asked],
+) -> AsyncIterator[AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]]:
+    """The events of all, each with its prompt's number, in the order in which they come. The first error ends all."""
+    # One event of each is held at most: a reader that is slow makes the answers' own bounds hold.
+    coming: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_asked))
+
+    async def pump(number: int, asked: Asked) -> None:
+        try:
+            async with aclosing(asked.events) as events:
+                async for e in events:
+                    await coming.put((number, e))
+            await coming.put((number, None))
+        except Exception as e:  # told to the reader, who ends the others
+            await coming.put((number, e))
+
+    async def events() -> AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]:
+        left = len(all_asked)
+        while left:
+            number, e = await coming.get()
+            if isinstance(e, Exception):
+                raise e
+            if e is None:
+                left -= 1
+                continue
+            yield number, e
+
+    pumps = [asyncio.create_task(pump(i, asked)) for i, asked in enumerate(all_asked)]
+    try:
+        yield events()
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

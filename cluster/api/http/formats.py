@@ -1,0 +1,93 @@
+"""Tools and answer formats in OpenAI's notation, as the intake takes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from cluster.api.http.body import Form, Ignored
+from cluster.api.http.jsons import compact
+from cluster.errors import InvalidRequest
+from cluster.v1 import inference_pb2 as pb
+
+_MODES = {
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+class FunctionSpec(Form):
+    """A function that the model may call. Calls that must be made always keep to the schema, ``strict`` or not."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Form):
+    """A named schema. Answers always keep to it, ``strict`` or not."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    name: str | None = None
+    description: Ignored = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Form):
+    """What an answer must be; ``regex`` and ``lark`` are ours."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    lark: str | None = None
+
+
+def grammar_of(asked: ResponseFormat | None, field: str = "response_format") -> pb.Grammar | None:
+    """The grammar of a format. Raises ``InvalidRequest`` where it lacks what its type needs."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return pb.Grammar(json_object=True)
+    if asked.type == "json_schema":
+        if asked.json_schema is None or asked.json_schema.schema_ is None:
+            raise InvalidRequest(f"{field} has no schema", field=f"{field}.json_schema")
+        return schema_grammar(asked.json_schema.schema_)
+    source = asked.regex if asked.type == "regex" else asked.lark
+    if source is None:
+        raise InvalidRequest(f"{field} has no {asked.type}", field=f"{field}.{asked.type}")
+    return pb.Grammar(regex=source) if asked.type == "regex" else pb.Grammar(lark=source)
+
+
+def schema_grammar(schema: dict[str, Any]) -> pb.Grammar:
+    """The grammar of a JSON schema."""
+    return pb.Grammar(json_schema=compact(schema))
+
+
+def tool_of(spec: FunctionSpec) -> pb.Tool:
+    """A tool for the model's template."""
+    schema = compact(spec.parameters) if spec.parameters else ""
+    return pb.Tool(name=spec.name, description=spec.description or "", parameters=schema)
+
+
+def choice_of(choice: str, *, named: bool) -> pb.ToolChoice:
+    """``choice`` is auto, none or required, or the name of the tool that must be called."""
+    if named:
+        return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=choice)
+    return pb.ToolChoice(mode=_MODES[choice])
+
+
+def arguments_text(arguments: str, field: str) -> str:
+    """Arguments of an earlier call, as they came; a JSON object. Raises ``InvalidRequest``."""
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{field} is not a JSON object", field=field)
+    return arguments or "{}"

@@ -1,0 +1,60 @@
+"""GET /health, /ready, /live and /metrics: whether a token goes through every stage, and what is under way.
+
+It asks no worker: what it tells is what the coordinator knows already, so that probes cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster import __version__
+from cluster.api.desk import Desk
+from cluster.api.http.jsons import Json
+from cluster.api.http.names import Names, model_id
+from cluster.coordinator.snapshot import ServingState
+from cluster.errors import MacpipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The routes."""
+
+    desk: Desk
+    names: Names
+
+    async def ready(self, request: Request) -> Json:
+        """200 while a token goes through every stage, else 503 and why."""
+        state = self.desk.coordinator.state
+        facts: dict[str, Any] = {"status": state.value, "version": __version__}
+        try:
+            checkpoint = self.names.checkpoint(None)
+        except MacpipeError as e:
+            facts["message"] = e.sentence
+        else:
+            facts |= {"model": model_id(checkpoint), "context_length": checkpoint.shape.max_context}
+        serving = state is ServingState.SERVING
+        return Json(facts, 200 if serving else 503, None if serving else {"retry-after": "5"})
+
+    async def live(self, request: Request) -> Json:
+        """200 as long as this process answers at all."""
+        return Json({"status": "live", "version": __version__})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text."""
+        coordinator = self.desk.coordinator
+        plan, loop = await coordinator.under_way()
+        text = self.desk.metrics.exposition(coordinator.state, plan, loop)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def root(self, request: Request) -> Response:
+        """For people who open the address in a browser, and clients that knock first."""
+        return Response(
+            f"macpipe {__version__}: {self.desk.coordinator.state.value}.\n"
+            "OpenAI clients use /v1, Anthropic clients this address itself. See /health, /v1/models, /openapi.json.\n",
+            media_type="text/plain",
+        )

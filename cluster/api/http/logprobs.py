@@ -1,0 +1,45 @@
+"""Log-probabilities in OpenAI's two notations: chat's list of tokens, and the columns of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from cluster.api.desk import Asked
+from cluster.types import TokenEvent
+
+_REPLACEMENT: Final = "\ufffd"
+_LEAST: Final = -9999.0
+"""What OpenAI says for a token that could not come: JSON has no infinity."""
+
+
+def chat_logprobs(tokens: Sequence[TokenEvent], asked: Asked) -> dict[str, Any]:
+    """``{"content": [...], "refusal": null}``."""
+    return {"content": [entry(t, asked) for t in tokens], "refusal": None}
+
+
+def entry(token: TokenEvent, asked: Asked) -> dict[str, Any]:
+    """One token with its alternatives. ``bytes`` is null where the token is a part of a character."""
+    text = asked.checkpoint.tokenizer.token_text
+    top = [_one(text(t.token), t.logprob) for t in token.top]
+    return {**_one(text(token.token), token.logprob or 0.0), "top_logprobs": top}
+
+
+def _one(text: str, logprob: float) -> dict[str, Any]:
+    whole = None if _REPLACEMENT in text else list(text.encode())
+    return {"token": text, "logprob": max(logprob, _LEAST), "bytes": whole}
+
+
+def columns(tokens: Sequence[TokenEvent], asked: Asked, offset: int) -> dict[str, Any]:
+    """``logprobs`` of completions; ``offset`` is where the first token's text begins."""
+    text = asked.checkpoint.tokenizer.token_text
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [text(t.token) for t in tokens],
+        "token_logprobs": [max(t.logprob or 0.0, _LEAST) for t in tokens],
+        "top_logprobs": [{text(o.token): max(o.logprob, _LEAST) for o in t.top} for t in tokens],
+        "text_offset": offsets,
+    }

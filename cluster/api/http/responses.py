@@ -1,0 +1,70 @@
+"""POST /v1/responses: the route, and the response object as it stands at any moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.requests import Request
+
+from cluster.api import intake
+from cluster.api.desk import Desk
+from cluster.api.http.answers import Whole, fields_named, gathered, grammar_fields
+from cluster.api.http.body import read
+from cluster.api.http.caller import caller_of
+from cluster.api.http.identity import new_id
+from cluster.api.http.jsons import Json
+from cluster.api.http.logprobs import entry
+from cluster.api.http.names import Names
+from cluster.api.http.responses_form import ResponsesForm
+from cluster.api.http.responses_object import Reply
+from cluster.api.http.responses_stream import Stream
+from cluster.api.http.sse import EventStream, while_connected
+
+FIELDS: Final = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "enable_thinking": "reasoning.effort",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """The route."""
+
+    desk: Desk
+    names: Names
+
+    async def __call__(self, request: Request) -> Json | EventStream:
+        form = await read(request, ResponsesForm)
+        checkpoint = self.names.checkpoint(form.model)
+        request_id = new_id("resp_")
+        with fields_named({**FIELDS, **grammar_fields("text.format" if form.text else "tools")}):
+            taken = await intake.chat_request(form.message(request_id), checkpoint, caller_of(request, None))
+            asked = await self.desk.ask(taken, checkpoint)
+        reply = Reply(form, asked, self.names.shown(form.model, checkpoint), int(time.time()))
+        if form.stream:
+            return EventStream(Stream(reply).events())
+        return Json(await while_connected(request, lambda: _whole(reply)))
+
+
+async def _whole(reply: Reply) -> dict[str, Any]:
+    (whole,) = await gathered(reply.asked)
+    assert whole.finish
+    return reply.finished(items_of(reply, whole), whole.finish, whole.reasoned)
+
+
+def items_of(reply: Reply, whole: Whole) -> Sequence[dict[str, Any]]:
+    """What came out: reasoning, the message, calls, in this order."""
+    items = []
+    if whole.reasoning:
+        items.append(reply.reasoning(new_id("rs_"), whole.reasoning))
+    if whole.text or not whole.calls:
+        logprobs = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
+        items.append(reply.message(new_id("msg_"), whole.text, logprobs))
+    items += [reply.call(new_id("fc_"), c.id, c.name, c.arguments) for c in whole.calls]
+    return items

@@ -1,0 +1,245 @@
+"""POST /v1/responses as clients send it, and its translation into the request that gRPC takes.
+
+Nothing is stored: a conversation comes whole with each request, reasoning and calls among its items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cluster.api.http.body import Form, Ignored, Unsupported
+from cluster.api.http.chat_form import Effort
+from cluster.api.http.formats import FunctionSpec, arguments_text, choice_of, schema_grammar, tool_of
+from cluster.api.http.jsons import compact
+from cluster.api.http.sampling_form import Positive
+from cluster.errors import InvalidRequest
+from cluster.limits import MAX_TOP_LOGPROBS
+from cluster.v1 import inference_pb2 as pb
+
+LOGPROBS = "message.output_text.logprobs"
+TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+
+
+class Part(Form):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    image_url: Any = None
+    file_id: Any = None
+    file_data: Any = None
+    file_url: Any = None
+    filename: Any = None
+    detail: Any = None
+    annotations: Ignored = None
+    logprobs: Ignored = None
+
+
+class Item(Form):
+    """One item of the input. Which fields it has, its type says; a type left out means a message."""
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[Part] | None = None
+    id: Ignored = None
+    status: Ignored = None
+    phase: Ignored = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+    summary: list[Part] | None = None
+    encrypted_content: Ignored = None
+    namespace: Ignored = None
+
+
+class ToolForm(FunctionSpec):
+    """A function. The server's own tools (web_search and others) are refused by their type."""
+
+    type: Literal["function"]
+    defer_loading: Literal[False] | None = None
+
+
+class NamedTool(Form):
+    type: Literal["function"]
+    name: Annotated[str, Field(min_length=1)]
+
+
+class Format(Form):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: Ignored = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class Text(Form):
+    format: Format | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(Form):
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class StreamOptions(Form):
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesForm(Form):
+    """The body. Beside OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Positive | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: list[ToolForm] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    reasoning: Reasoning | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    store: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: dict[str, str] | None = None
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    client_metadata: Ignored = None
+    previous_response_id: Unsupported = None
+    access_programs: Unsupported = None
+    background_options: Unsupported = None
+    conversation: Unsupported = None
+    image: Unsupported = None
+    moderation: Unsupported = None
+    prompt: Unsupported = None
+    max_tool_calls: Unsupported = None
+    context_management: Unsupported = None
+
+    @property
+    def logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    def message(self, request_id: str) -> pb.ChatRequest:
+        """The request. Raises ``InvalidRequest``, naming the field."""
+        sampling = pb.SamplingOptions(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs or 0,
+        )
+        return pb.ChatRequest(
+            request_id=request_id,
+            messages=[*self._instructed(), *self._turns()],
+            sampling=sampling,
+            stop=pb.StopOptions(max_tokens=self.max_output_tokens),
+            grammar=self._grammar(),
+            template=self._template(),
+        )
+
+    def _instructed(self) -> Iterator[pb.ChatMessage]:
+        if self.instructions:
+            yield pb.ChatMessage(role="system", content=self.instructions)
+
+    def _turns(self) -> list[pb.ChatMessage]:
+        if isinstance(self.input, str):
+            return [pb.ChatMessage(role="user", content=self.input)]
+        turns: list[pb.ChatMessage] = []
+        for i, item in enumerate(self.input):
+            _add(turns, item, f"input[{i}]")
+        return turns
+
+    def _grammar(self) -> pb.Grammar | None:
+        asked = self.text.format if self.text else None
+        if asked is None or asked.type == "text":
+            return None
+        if asked.type == "json_object":
+            return pb.Grammar(json_object=True)
+        if asked.json_schema is None:
+            raise InvalidRequest("text.format has no schema", field="text.format.schema")
+        return schema_grammar(asked.json_schema)
+
+    def _template(self) -> pb.TemplateOptions:
+        effort = self.reasoning.effort if self.reasoning else None
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
+        return pb.TemplateOptions(
+            tools=[tool_of(t) for t in self.tools or ()],
+            tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
+            parallel_tool_calls=self.parallel_tool_calls,
+            enable_thinking=False if effort == "none" else None,
+            reasoning_effort="" if effort in (None, "none") else effort,
+            chat_template_kwargs=compact(self.chat_template_kwargs) if self.chat_template_kwargs else "",
+        )
+
+
+def _add(turns: list[pb.ChatMessage], item: Item, field: str) -> None:
+    """Put one item behind the turns. What an assistant thought, said and called makes one turn of it."""
+    if item.type == "message":
+        _add_message(turns, item, field)
+    elif item.type == "reasoning":
+        _assistant(turns).reasoning += _text(item.content or item.summary or "", f"{field}.content")
+    elif item.type == "function_call":
+        arguments = arguments_text(_has(item.arguments, f"{field}.arguments"), f"{field}.arguments")
+        call_id, name = _has(item.call_id, f"{field}.call_id"), _has(item.name, f"{field}.name")
+        _assistant(turns).tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
+    elif item.type == "function_call_output":
+        if item.output is None:
+            raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
+        told = _text(item.output, f"{field}.output")
+        turns.append(pb.ChatMessage(role="tool", content=told, tool_call_id=_has(item.call_id, f"{field}.call_id")))
+    else:
+        raise InvalidRequest(f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type")
+
+
+def _add_message(turns: list[pb.ChatMessage], item: Item, field: str) -> None:
+    if item.content is None:
+        raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
+    text, role = _text(item.content, f"{field}.content"), _has(item.role, f"{field}.role")
+    if role == "assistant":
+        _assistant(turns).content += text
+    else:
+        turns.append(pb.ChatMessage(role="system" if role == "developer" else role, content=text))
+
+
+def _assistant(turns: list[pb.ChatMessage]) -> pb.ChatMessage:
+    """The assistant's turn that the last item began, or a new one."""
+    if not turns or turns[-1].role != "assistant":
+        turns.append(pb.ChatMessage(role="assistant"))
+    return turns[-1]
+
+
+def _text(content: str | list[Part], field: str) -> str:
+    if isinstance(content, str):
+        return content
+    for i, part in enumerate(content):
+        if part.type not in TEXTS:
+            raise InvalidRequest(
+                f"{field}[{i}] is of type {part.type[:32]}; this model reads text alone", field=f"{field}[{i}]"
+            )
+    return "".join(part.text or part.refusal or "" for part in content)
+
+
+def _has(value: str | None, field: str) -> str:
+    if value is None:
+        raise InvalidRequest(f"{field} is missing", field=field)
+    return value

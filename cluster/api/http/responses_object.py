@@ -1,0 +1,115 @@
+"""The response object of /v1/responses and its items, as they stand at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.api.desk import Asked
+from cluster.api.http.errors import openai_error
+from cluster.api.http.responses_form import NamedTool, ResponsesForm
+from cluster.errors import MacpipeError
+from cluster.types import FinishEvent, FinishReason, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One response: what was asked for, and what everything in it says alike."""
+
+    form: ResponsesForm
+    asked: Asked
+    model: str
+    created_at: int
+
+    def begun(self, status: str = "in_progress") -> dict[str, Any]:
+        """The object before anything came."""
+        return self._object(status, [], None)
+
+    def finished(self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoned: int) -> dict[str, Any]:
+        """The object at the end: completed, or incomplete where the length ended it."""
+        usage = usage_of(finish.usage, reasoned)
+        if finish.reason is FinishReason.LENGTH:
+            cut = self._object("incomplete", items, usage)
+            return cut | {"incomplete_details": {"reason": "max_output_tokens"}}
+        return self._object("completed", items, usage)
+
+    def failed(self, items: Sequence[dict[str, Any]], error: MacpipeError) -> dict[str, Any]:
+        """The object where an error ended it."""
+        told = openai_error(error)["error"]
+        return self._object("failed", items, None) | {"error": {"code": told["code"], "message": told["message"]}}
+
+    def _object(self, status: str, items: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        form, request = self.form, self.asked.request
+        effort = form.reasoning.effort if form.reasoning else None
+        return {
+            "id": request.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "status": status,
+            "model": self.model,
+            "output": list(items),
+            "usage": usage,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": form.instructions,
+            "max_output_tokens": form.max_output_tokens,
+            "metadata": form.metadata or {},
+            "parallel_tool_calls": form.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": effort, "summary": None},
+            "store": False,
+            "temperature": request.sampling.temperature,
+            "top_p": request.sampling.top_p,
+            "text": {"format": self._format()},
+            "tool_choice": self._choice(),
+            "tools": [t.model_dump(exclude_none=True) for t in form.tools or ()],
+            "truncation": "disabled",
+        }
+
+    def _format(self) -> dict[str, Any]:
+        asked = self.form.text.format if self.form.text else None
+        return asked.model_dump(by_alias=True, exclude_none=True) if asked else {"type": "text"}
+
+    def _choice(self) -> object:
+        choice = self.form.tool_choice
+        return choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto"
+
+    def reasoning(self, item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
+        """An item of reasoning. It comes back with the next request as it is: nothing of it is encrypted."""
+        content = [{"type": "reasoning_text", "text": text}] if status == "completed" else []
+        return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
+
+    def message(
+        self, item_id: str, text: str, logprobs: Sequence[dict[str, Any]] = (), status: str = "completed"
+    ) -> dict[str, Any]:
+        """The item of what the assistant says."""
+        content = [output_text(text, logprobs)] if status == "completed" else []
+        return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def call(self, item_id: str, call_id: str, name: str, text: str, status: str = "completed") -> dict[str, Any]:
+        """An item of a call; ``text`` is its arguments."""
+        return {
+            "id": item_id,
+            "type": "function_call",
+            "call_id": call_id,
+            "name": name,
+            "arguments": text,
+            "status": status,
+        }
+
+
+def output_text(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """A part of a message."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def usage_of(usage: Usage, reasoned: int) -> dict[str, Any]:
+    """Under the names that this endpoint has for it."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": reasoned},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

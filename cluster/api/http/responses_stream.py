@@ -1,0 +1,147 @@
+"""The events of a streamed response: every item is added, grows, is done; every event has its number."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.api.http.answers import is_content, is_reasoning
+from cluster.api.http.errors import sentence_of
+from cluster.api.http.identity import new_id
+from cluster.api.http.logprobs import entry
+from cluster.api.http.responses_object import Reply, output_text
+from cluster.api.http.sse import event
+from cluster.types import FinishEvent, TokenEvent
+
+Pieces = Iterator[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Item:
+    """The item that grows. ``kind`` is message, reasoning, or a call by its number."""
+
+    kind: str
+    id: str
+    index: int
+    call_id: str = ""
+    name: str = ""
+    text: str = ""
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where an event of it belongs."""
+        return {"item_id": self.id, "output_index": self.index}
+
+
+@dataclass(slots=True)
+class Stream:
+    """One streamed response."""
+
+    reply: Reply
+    _number: int = 0
+    _reasoned: int = 0
+    _open: Item | None = None
+    _done: list[dict[str, Any]] = field(default_factory=list)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The stream's events. An error that ends the answer makes ``response.failed`` the last of them."""
+        try:
+            async with aclosing(self.reply.asked.events) as events:
+                yield self._event({"type": "response.created", "response": self.reply.begun()})
+                yield self._event({"type": "response.in_progress", "response": self.reply.begun()})
+                async for e in events:
+                    self._reasoned += is_reasoning(e)
+                    for piece in self._grown(e):
+                        yield self._event(piece)
+                    if isinstance(e, FinishEvent):
+                        for piece in self._finished(e):
+                            yield self._event(piece)
+        except Exception as error:  # headers are out: the stream is the only place left to say it
+            failed = self.reply.failed(self._done, sentence_of(error, self.reply.asked.request.id))
+            yield self._event({"type": "response.failed", "response": failed})
+
+    def _event(self, data: dict[str, Any]) -> bytes:
+        numbered = {"type": data["type"], "sequence_number": self._number, **data}
+        self._number += 1
+        return event(numbered, data["type"])
+
+    def _finished(self, finish: FinishEvent) -> Pieces:
+        if not self._open and not self._done:
+            yield from self._opened("message")  # an answer of no words is a message, too
+        yield from self._closed()
+        response = self.reply.finished(self._done, finish, self._reasoned)
+        yield {"type": f"response.{response['status']}", "response": response}
+
+    def _grown(self, e: TokenEvent | FinishEvent) -> Pieces:
+        if e.reasoning:
+            yield from self._opened("reasoning")
+            yield from self._added(e.reasoning, "response.reasoning_text.delta", {"content_index": 0})
+        if e.text:
+            logprobs = []
+            if self.reply.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
+                logprobs = [entry(e, self.reply.asked)]
+            yield from self._opened("message")
+            assert self._open
+            self._open.logprobs += logprobs
+            yield from self._added(e.text, "response.output_text.delta", {"content_index": 0, "logprobs": logprobs})
+        for call in e.calls:
+            yield from self._opened(f"call {call.index}", call.id, call.name)
+            if call.arguments:
+                yield from self._added(call.arguments, "response.function_call_arguments.delta", {})
+
+    def _added(self, text: str, kind: str, more: dict[str, Any]) -> Pieces:
+        assert self._open
+        self._open.text += text
+        yield {"type": kind, **self._open.place, **more, "delta": text}
+
+    def _opened(self, kind: str, call_id: str = "", name: str = "") -> Pieces:
+        """The events that make this the open item; none where it is."""
+        if self._open and self._open.kind == kind:
+            return
+        yield from self._closed()
+        prefix = {"message": "msg_", "reasoning": "rs_"}.get(kind, "fc_")
+        item = self._open = Item(kind, new_id(prefix), len(self._done), call_id, name)
+        added = {"output_index": item.index, "item": self._object("in_progress")}
+        yield {"type": "response.output_item.added", **added}
+        if part := self._part(""):
+            yield {"type": "response.content_part.added", **item.place, "content_index": 0, "part": part}
+
+    def _closed(self) -> Pieces:
+        """The events that close the open item, if one is."""
+        item = self._open
+        if not item:
+            return
+        yield from self._text_done(item)
+        if part := self._part(item.text):
+            yield {"type": "response.content_part.done", **item.place, "content_index": 0, "part": part}
+        self._done.append(self._object("completed"))
+        self._open = None
+        yield {"type": "response.output_item.done", "output_index": item.index, "item": self._done[-1]}
+
+    def _text_done(self, item: Item) -> Pieces:
+        if item.kind == "message":
+            done = {"content_index": 0, "text": item.text, "logprobs": item.logprobs}
+            yield {"type": "response.output_text.done", **item.place, **done}
+        elif item.kind == "reasoning":
+            yield {"type": "response.reasoning_text.done", **item.place, "content_index": 0, "text": item.text}
+        else:
+            done = {"name": item.name, "arguments": item.text}
+            yield {"type": "response.function_call_arguments.done", **item.place, **done}
+
+    def _part(self, text: str) -> dict[str, Any] | None:
+        assert self._open
+        if self._open.kind == "message":
+            return output_text(text, self._open.logprobs)
+        return {"type": "reasoning_text", "text": text} if self._open.kind == "reasoning" else None
+
+    def _object(self, status: str) -> dict[str, Any]:
+        item = self._open
+        assert item
+        if item.kind == "message":
+            return self.reply.message(item.id, item.text, item.logprobs, status)
+        if item.kind == "reasoning":
+            return self.reply.reasoning(item.id, item.text, status)
+        return self.reply.call(item.id, item.call_id, item.name, item.text, status)

@@ -1,0 +1,66 @@
+"""How a token is picked and when an answer ends, as JSON bodies say it. What a value may be, the intake says."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from cluster.api.http.body import Form
+from cluster.errors import InvalidRequest
+from cluster.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from cluster.v1 import inference_pb2 as pb
+
+Count: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+
+
+class SamplingForm(Form):
+    """The fields that chat and completions share. ``top_k`` 0 or -1 is off."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Seed | None = None
+    stop: StopString | StopStrings | None = None
+    ignore_eos: bool = False
+
+    def sampling(self) -> pb.SamplingOptions:
+        """The options for the intake. Temperature is 1 where it was not given, as OpenAI has it."""
+        return pb.SamplingOptions(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=_biases(self.logit_bias or {}),
+            seed=None if self.seed is None else self.seed % 2**64,
+        )
+
+    def stopping(self, max_tokens: int | None) -> pb.StopOptions:
+        """When the answer ends."""
+        return pb.StopOptions(max_tokens=max_tokens, stop=stop_list(self.stop), ignore_eos=self.ignore_eos)
+
+
+def stop_list(stop: str | list[str] | None) -> list[str]:
+    """One stop string or several, as several."""
+    return [stop] if isinstance(stop, str) else stop or []
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    biases = {}
+    for token, bias in given.items():
+        if not (token.isascii() and token.isdigit() and int(token) < 2**32):
+            raise InvalidRequest(f"logit_bias has the key {token[:32]!r}; it must be a token id", field="logit_bias")
+        biases[int(token)] = bias
+    return biases

@@ -1,0 +1,100 @@
+"""Server-sent events: written as they come, with a comment where nothing does, until the end or until nobody reads.
+
+Whatever ends a stream, the iterator behind it is closed, which frees its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from cluster.api.http.jsons import compact
+from cluster.errors import Aborted
+from cluster.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
+
+T = TypeVar("T")
+DONE: Final = b"data: [DONE]\n\n"
+COMMENT: Final = b": still working\n\n"
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+def event(data: object, name: str = "") -> bytes:
+    """One event; ``name`` where the API names its events."""
+    return (f"event: {name}\n" if name else "").encode() + f"data: {compact(data)}\n\n".encode()
+
+
+class EventStream:
+    """A response whose body is the events of ``events``. ``idle`` is sent whenever nothing came for a while."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], idle: bytes = COMMENT) -> None:
+        self._events, self._idle = events, idle
+        self._wrote = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await _until_gone(receive, lambda: self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        comments = asyncio.ensure_future(self._comment(send))
+        try:
+            async for piece in self._events:
+                if not piece:
+                    continue
+                self._wrote = True
+                async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            comments.cancel()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _comment(self, send: Send) -> None:
+        """Break every silence; an event is written whole before this can speak."""
+        while True:
+            self._wrote = False
+            await asyncio.sleep(STREAM_COMMENT_S)
+            if not self._wrote:
+                await send({"type": "http.response.body", "body": self._idle, "more_body": True})
+
+
+async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` returns. It is cancelled, and ``Aborted`` raised, when the client goes away."""
+    done: list[T] = []
+
+    async def run() -> None:
+        done.append(await work())
+
+    await _until_gone(request.receive, run)
+    if not done:
+        raise Aborted("the client went away")
+    return done[0]
+
+
+async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work`` to its end, or until the client goes away, or takes nothing any more."""
+    working = asyncio.ensure_future(work())
+    watching = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+    except (TimeoutError, OSError):
+        return  # a connection that takes no bytes is as good as closed
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,78 @@
+"""POST /tokenize and /v1/messages/count_tokens: what the model would read, without having it read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from starlette.requests import Request
+
+from cluster.api import intake
+from cluster.api.http.answers import fields_named
+from cluster.api.http.body import Form, read
+from cluster.api.http.chat_form import FunctionTool, Message, message_of
+from cluster.api.http.formats import tool_of
+from cluster.api.http.jsons import Json
+from cluster.api.http.messages_form import CountForm
+from cluster.api.http.names import Names, model_id
+from cluster.errors import InvalidRequest
+from cluster.v1 import inference_pb2 as pb
+
+
+class TokenizeForm(Form):
+    """A text, or a conversation as chat completions take it; not both."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[FunctionTool] | None = None
+
+    def message(self) -> pb.TokenizeRequest:
+        """The request. Raises ``InvalidRequest``, naming the field."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give prompt or messages, and not both", field="prompt")
+        if self.tools and not self.messages:
+            raise InvalidRequest("tools need messages", field="tools")
+        return pb.TokenizeRequest(
+            text=self.prompt or "",
+            messages=[message_of(m, f"messages[{i}]") for i, m in enumerate(self.messages or ())],
+            template=pb.TemplateOptions(tools=[tool_of(t.function) for t in self.tools or ()]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """The two routes."""
+
+    names: Names
+
+    async def tokens(self, request: Request) -> Json:
+        """Ids, and each as text."""
+        form = await read(request, TokenizeForm)
+        checkpoint = self.names.checkpoint(form.model)
+        with fields_named({"text": "prompt"}):
+            message = form.message()
+            taking = (
+                intake.templated(message, checkpoint) if message.messages else intake.encoded(message.text, checkpoint)
+            )
+            ids = await taking
+        return Json(
+            {
+                "model": model_id(checkpoint),
+                "count": len(ids),
+                "context_length": checkpoint.shape.max_context,
+                "tokens": list(ids),
+                "texts": [checkpoint.tokenizer.token_text(i) for i in ids],
+            }
+        )
+
+    async def count(self, request: Request) -> Json:
+        """Anthropic's: how long a prompt would be."""
+        form = await read(request, CountForm)
+        checkpoint = self.names.checkpoint(form.model)
+        with fields_named({"template": "thinking"}):
+            chat = form.conversation()
+            message = pb.TokenizeRequest(messages=chat.messages, template=chat.template)
+            ids = await intake.tokenized(message, checkpoint)
+        return Json({"input_tokens": len(ids)})

@@ -1,0 +1,111 @@
+"""What Prometheus reads: counts and times of requests, and what is under way. Counts, never a word of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster import __version__
+from cluster.coordinator.snapshot import ServingState
+from cluster.coordinator.views import LoopView
+from cluster.errors import Aborted, MacpipeError
+from cluster.scheduler.sequence import Phase
+from cluster.types import FinishEvent, Plan
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """The counters of one coordinator, over every surface."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a line for each count that says when it began: nobody reads them
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("macpipe_requests", "Answers that ended, by outcome.", ["outcome"], registry=registry)
+        self._tokens = Counter("macpipe_tokens", "Tokens of whole answers, by kind.", ["kind"], registry=registry)
+        self._responses = Counter(
+            "macpipe_http_responses", "HTTP responses, by route and status.", ["route", "status"], registry=registry
+        )
+        self._ttft = Histogram(
+            "macpipe_time_to_first_token_seconds", "From acceptance.", buckets=_TTFT_S, registry=registry
+        )
+        self._tpot = Histogram(
+            "macpipe_time_per_output_token_seconds", "Mean of each answer.", buckets=_TPOT_S, registry=registry
+        )
+
+    def finished(self, event: FinishEvent) -> None:
+        """A whole answer."""
+        self._requests.labels(event.reason.value).inc()
+        usage = event.usage
+        if event.sample == 0:  # the prompt is read once for all samples
+            self._tokens.labels("prompt").inc(usage.prompt_tokens)
+            self._tokens.labels("cached").inc(usage.cached_tokens)
+        self._tokens.labels("completion").inc(usage.completion_tokens)
+        self._ttft.observe(event.ttft_ms / 1e3)
+        if usage.completion_tokens > 1:
+            self._tpot.observe(event.tpot_ms / 1e3)
+
+    def ended(self, error: MacpipeError) -> None:
+        """A request that was refused, or ended early."""
+        self._requests.labels(error.reason.lower()).inc()
+
+    def abandoned(self) -> None:
+        """A request whose client went away."""
+        self._requests.labels(Aborted.reason.lower()).inc()
+
+    def responded(self, route: str, status: int) -> None:
+        """An HTTP response; ``route`` is the pattern, so that labels stay few. Status 0: the client had gone."""
+        self._responses.labels(route, str(status or 499)).inc()
+
+    def exposition(self, state: ServingState, plan: Plan | None, loop: LoopView | None) -> bytes:
+        """Everything in Prometheus' text format, with the state of this moment."""
+        now = CollectorRegistry()
+        now.register(_Now(state, plan, loop))
+        return generate_latest(self._registry) + generate_latest(now)
+
+
+class _Now(Collector):
+    """The gauges, from one look at the coordinator."""
+
+    def __init__(self, state: ServingState, plan: Plan | None, loop: LoopView | None) -> None:
+        self._state, self._plan, self._loop = state, plan, loop
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge("macpipe_info", "Which macpipe.", ["version"], [([__version__], 1)])
+        states = [([s.value], float(s is self._state)) for s in ServingState]
+        yield _gauge("macpipe_state", "1 for what the coordinator is doing.", ["state"], states)
+        if self._plan and self._loop:
+            yield from self._requests(self._loop)
+            yield from self._stages(self._plan, self._loop)
+
+    def _requests(self, loop: LoopView) -> Iterator[Metric]:
+        phases = [([p.value], float(sum(r.phase is p for r in loop.requests))) for p in Phase]
+        yield _gauge("macpipe_requests_live", "Requests under way, by phase.", ["phase"], phases)
+        lanes = [([str(i)], float(size)) for i, size in enumerate(loop.lane_sizes)]
+        yield _gauge("macpipe_lane_sequences", "Sequences that decode in each lane.", ["lane"], lanes)
+        yield _gauge("macpipe_kept_prefixes", "Prefixes kept for later requests.", [], [([], float(loop.prefixes))])
+
+    def _stages(self, plan: Plan, loop: LoopView) -> Iterator[Metric]:
+        def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
+            return [([str(i), s.worker], v) for i, (s, v) in enumerate(zip(plan.stages, values, strict=True))]
+
+        labels = ["stage", "worker"]
+        yield _gauge(
+            "macpipe_kv_reserved_bytes", "Caches promised to live requests.", labels, by_stage(loop.reserved_bytes)
+        )
+        yield _gauge("macpipe_kv_prefix_bytes", "Caches of kept prefixes.", labels, by_stage(loop.prefix_bytes))
+        room = by_stage(s.cache_bytes for s in plan.stages)
+        yield _gauge("macpipe_kv_capacity_bytes", "Room for caches.", labels, room)
+        bubbles = by_stage(loop.bubbles)
+        yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
+
+
+def _gauge(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:
+    gauge = GaugeMetricFamily(name, text, labels=labels)
+    for names, value in values:
+        gauge.add_metric(names, value)
+    return gauge

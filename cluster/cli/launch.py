@@ -1,0 +1,172 @@
+"""``macpipe launch CLIENT``: the environment in which a known client talks to this coordinator, printed or run with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, Final
+
+import typer
+
+from cluster.cli.options import Json
+from cluster.errors import InvalidOption, MacpipeError, Unreachable
+from cluster.limits import CONNECT_TIMEOUT_S
+
+ADDRESS_VARIABLE: Final = "MACPIPE_HTTP"
+DEFAULT_HTTP: Final = "127.0.0.1:8080"
+KEY: Final = "macpipe"
+"""Clients insist on a key; nothing checks it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a client is started with; nothing to start where it is whatever the user runs next."""
+
+    environment: Mapping[str, str]
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the coordinator says of itself."""
+
+    base: str
+    model: str
+    context: int
+
+    @property
+    def openai(self) -> str:
+        return f"{self.base}/v1"
+
+
+def launch(
+    ctx: typer.Context,
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="claude, codex, aider and others; see below.")],
+    http: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="The coordinator's HTTP; else MACPIPE_HTTP, else 127.0.0.1:8080."),
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Start the client. Arguments after -- do so too.")] = False,
+    json_wanted: Json = False,
+) -> None:
+    """Print the environment for a client, or start it with -- ARGS.
+
+    Known are claude, codex, aider, goose, opencode, qwen; openai and anthropic are for everything made with
+    their SDKs. `eval "$(macpipe launch claude)"` sets a shell up.
+    """
+    if client not in CLIENTS:
+        raise InvalidOption(f"no client {client} is known; there is {', '.join(CLIENTS)}", field="client")
+    found = CLIENTS[client](ask(http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP))
+    if run or ctx.args:
+        start(found, client, ctx.args)
+    elif json_wanted:
+        typer.echo(json.dumps({"environment": dict(found.environment), "command": list(found.command)}))
+    else:
+        typer.echo(shown(found))
+
+
+def ask(address: str) -> Served:
+    """The served model. Raises Unreachable, and NotServing's sentence where nothing is served."""
+    from http.client import HTTPConnection, HTTPException
+
+    from cluster.address import parse_address
+
+    host, port = parse_address(address)
+    connection = HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+    try:
+        connection.request("GET", "/health")
+        facts: dict[str, Any] = json.loads(connection.getresponse().read(65_536))
+    except (OSError, HTTPException, ValueError) as error:
+        raise Unreachable(
+            f"no coordinator answers HTTP at {address}; start one with `macpipe serve MODEL`, or name it with --http"
+        ) from error
+    finally:
+        connection.close()
+    if "model" not in facts:
+        raise MacpipeError(str(facts.get("message", f"what answers at {address} is no coordinator")))
+    return Served(f"http://{address}", str(facts["model"]), int(facts["context_length"]))
+
+
+def shown(found: Launch) -> str:
+    """Lines for a shell."""
+    from shlex import join, quote
+
+    lines = [f"export {name}={quote(value)}" for name, value in found.environment.items()]
+    return "\n".join([*lines, f"# then: {join(found.command)}"] if found.command else lines)
+
+
+def start(found: Launch, client: str, arguments: list[str]) -> None:
+    """Become the client. Raises MacpipeError where it is not installed."""
+    command = [*(found.command or arguments[:1]), *(arguments if found.command else arguments[1:])]
+    if not command:
+        raise InvalidOption(f"{client} is no program; name one after --", field="client")
+    try:
+        os.execvpe(command[0], command, {**os.environ, **found.environment})  # noqa: S606  # the user's own program
+    except FileNotFoundError:
+        raise MacpipeError(f"{command[0]} is not installed, or not on the PATH") from None
+
+
+def _openai(s: Served) -> dict[str, str]:
+    return {"OPENAI_BASE_URL": s.openai, "OPENAI_API_KEY": KEY}
+
+
+def _claude(s: Served) -> Launch:
+    models = ("MODEL", "DEFAULT_OPUS_MODEL", "DEFAULT_SONNET_MODEL", "DEFAULT_HAIKU_MODEL")
+    environment = {
+        "ANTHROPIC_BASE_URL": s.base,
+        "ANTHROPIC_AUTH_TOKEN": KEY,
+        **{f"ANTHROPIC_{name}": s.model for name in models},
+        "CLAUDE_CODE_SUBAGENT_MODEL": s.model,
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(1, s.context // 4)),
+        "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    return Launch(environment, ("claude",))
+
+
+def _codex(s: Served) -> Launch:
+    """Codex reads no environment for this: its options name a provider."""
+    provider = f'{{name="macpipe",base_url="{s.openai}",env_key="MACPIPE_KEY",wire_api="responses"}}'
+    options = {
+        "model_provider": "macpipe",
+        "model_providers.macpipe": provider,
+        "model_context_window": str(s.context),
+        "web_search": "disabled",
+        "features.multi_agent": "false",  # it offers tools of a kind that no server but OpenAI's knows
+    }
+    settings = (part for name, value in options.items() for part in ("-c", f"{name}={value}"))
+    return Launch({"MACPIPE_KEY": KEY}, ("codex", "-m", s.model, *settings))
+
+
+def _opencode(s: Served) -> Launch:
+    limit = {"context": s.context, "output": max(1, s.context // 4)}
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "macpipe",
+        "options": {"baseURL": s.openai, "apiKey": KEY},
+        "models": {s.model: {"name": s.model, "limit": limit}},
+    }
+    config = {"provider": {"macpipe": provider}, "model": f"macpipe/{s.model}"}
+    return Launch({"OPENCODE_CONFIG_CONTENT": json.dumps(config)}, ("opencode",))
+
+
+CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
+    {
+        "claude": _claude,
+        "codex": _codex,
+        "aider": lambda s: Launch(
+            {"OPENAI_API_BASE": s.openai, "OPENAI_API_KEY": KEY}, ("aider", "--model", f"openai/{s.model}")
+        ),
+        "goose": lambda s: Launch(
+            {"GOOSE_PROVIDER": "openai", "GOOSE_MODEL": s.model, "OPENAI_HOST": s.base, "OPENAI_API_KEY": KEY},
+            ("goose",),
+        ),
+        "opencode": _opencode,
+        "qwen": lambda s: Launch({**_openai(s), "OPENAI_MODEL": s.model}, ("qwen",)),
+        "openai": lambda s: Launch(_openai(s)),
+        "anthropic": lambda s: Launch({"ANTHROPIC_BASE_URL": s.base, "ANTHROPIC_API_KEY": KEY}),
+    }
+)

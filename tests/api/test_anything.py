@@ -1,0 +1,42 @@
+"""Forms against generated bodies: whatever is sent becomes a request, or a refusal that has a sentence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from cluster.api.http.body import parse
+from cluster.api.http.openapi import BODIES, description
+from cluster.errors import InvalidRequest
+from compat.test_fuzz import bodies
+
+DOCUMENT = description()
+
+
+@pytest.mark.parametrize("path", [path for path, _, _ in BODIES])
+def test_no_body_breaks_a_form(path: str) -> None:
+    form = next(form for each, form, _ in BODIES if each == path)
+    taken = []
+
+    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(bodies(DOCUMENT, path))
+    def take_in(body: Any) -> None:
+        try:
+            parsed: Any = parse(json.dumps(body).encode("utf-8", "surrogatepass"), form)
+            if hasattr(parsed, "conversation") and not hasattr(parsed, "message"):
+                parsed.conversation()
+            elif hasattr(parsed, "messages") and callable(parsed.messages):
+                parsed.messages("id")
+            elif path == "/tokenize":
+                parsed.message()
+            else:
+                parsed.message("id")
+            taken.append(body)
+        except InvalidRequest as e:
+            assert e.sentence
+
+    take_in()
+    assert taken

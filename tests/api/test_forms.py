@@ -1,0 +1,212 @@
+"""Bodies as clients send them: what becomes of them, and the sentence and field of every refusal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cluster.api.http.body import Form, field_name, parse
+from cluster.api.http.chat_form import ChatForm
+from cluster.api.http.completions_form import CompletionsForm
+from cluster.api.http.messages_form import MessagesForm
+from cluster.api.http.openapi import BODIES, description
+from cluster.api.http.responses_form import ResponsesForm
+from cluster.errors import InvalidRequest
+from cluster.v1 import inference_pb2 as pb
+
+TURN = {"role": "user", "content": "hi"}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def chat(**more: Any) -> pb.ChatRequest:
+    return parse(json.dumps({"messages": [TURN], **more}).encode(), ChatForm).message("id")
+
+
+def refused(form: type[Form], body: object) -> InvalidRequest:
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def take_in() -> None:
+        parsed = parse(sent, form)
+        parsed.messages("id") if isinstance(parsed, CompletionsForm) else parsed.message("id")  # type: ignore[attr-defined]
+
+    with pytest.raises(InvalidRequest) as caught:
+        take_in()
+    return caught.value
+
+
+def test_defaults_are_openais() -> None:
+    asked = chat()
+    assert asked.sampling.temperature == 1
+    assert not asked.stop.HasField("max_tokens")
+    assert asked.samples == 1
+
+
+def test_every_sampling_field_arrives() -> None:
+    asked = chat(
+        temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.1, presence_penalty=-1,
+        frequency_penalty=1, logit_bias={"7": -3}, seed=-1, logprobs=True, top_logprobs=2, stop=["a"], max_tokens=9,
+    )  # fmt: skip
+    s = asked.sampling
+    assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.5, 0.9, 40, 0.1, 1.1)
+    assert (s.presence_penalty, s.frequency_penalty, dict(s.logit_bias)) == (-1, 1, {7: -3})
+    assert (s.seed, s.logprobs, s.top_logprobs) == (2**64 - 1, True, 2)
+    assert (list(asked.stop.stop), asked.stop.max_tokens) == (["a"], 9)
+
+
+@pytest.mark.parametrize(
+    ("more", "field", "word"),
+    [
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"temperature": 2.5}, "temperature", "less than"),
+        ({"top_p": 0}, "top_p", "greater"),
+        ({"n": 0}, "n", "greater"),
+        ({"n": True}, "n", "integer"),
+        ({"made_up": 1}, "made_up", "not a parameter"),
+        ({"functions": []}, "functions", "not supported"),
+        ({"audio": {}}, "audio", "not supported"),
+        ({"store": True}, "store", ""),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
+        ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "one of them"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
+        ({"tool_choice": "any"}, "tool_choice", "required"),
+        ({"tool_choice": {"type": "function", "function": {"name": ""}}}, "tool_choice.function.name", "at least 1"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", "developer"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "text alone"),
+        ({"messages": [{"role": "user", "content": "", "name": "x"}]}, "messages[0].name", "tools"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "which call"),
+        ({"messages": [{**TURN, "tool_calls": [CALL]}]}, "messages[0].tool_calls", "no assistant's"),
+    ],
+)
+def test_a_refusal_names_its_field(more: dict[str, Any], field: str, word: str) -> None:
+    error = refused(ChatForm, {"messages": [TURN], **more})
+    assert error.field == field
+    assert word in error.sentence
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [(b"", "no body"), (b"{", "not JSON"), (b"[]", "JSON object"), (b'"x"', "JSON object"), (b"\xff", "not JSON"),
+     (b'{"a":' * 500, "not JSON"), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON")],
+)  # fmt: skip
+def test_what_is_no_json_object_is_told_so(body: bytes, word: str) -> None:
+    assert word in refused(ChatForm, body).sentence
+
+
+def test_our_own_answer_comes_back_whole() -> None:
+    answer = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL], "reasoning": "hm",
+              "reasoning_content": "hm", "audio": None, "function_call": None, "annotations": None}  # fmt: skip
+    told = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "4"}]}
+    asked = chat(messages=[TURN, answer, told])
+    _, assistant, tool = asked.messages
+    assert (assistant.reasoning, assistant.tool_calls[0].arguments) == ("hm", '{"a": 1}')
+    assert (tool.role, tool.tool_call_id, tool.content) == ("tool", "call_1", "4")
+
+
+def test_tools_and_choices() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
+    named = chat(tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}).template
+    assert (named.tool_choice.mode, named.tool_choice.name) == (pb.TOOL_CHOICE_MODE_NAMED, "f")
+    assert named.tools[0].parameters == '{"type":"object"}'
+    assert not named.HasField("parallel_tool_calls")
+    assert chat(tools=[tool], tool_choice="none").template.tool_choice.mode == pb.TOOL_CHOICE_MODE_NONE
+    assert chat(tools=[tool], parallel_tool_calls=False).template.parallel_tool_calls is False
+
+
+def test_no_reasoning_is_no_thinking() -> None:
+    assert chat(reasoning_effort="none").template.enable_thinking is False
+    assert chat(reasoning_effort="low").template.reasoning_effort == "low"
+    assert chat(chat_template_kwargs={"x": 1}).template.chat_template_kwargs == '{"x":1}'
+
+
+def completions(**more: Any) -> list[pb.GenerateRequest]:
+    return parse(json.dumps({"prompt": "x", **more}).encode(), CompletionsForm).messages("id")
+
+
+def test_prompts_of_every_kind() -> None:
+    assert [m.text for m in completions(prompt=["a", "b"])] == ["a", "b"]
+    assert [list(m.tokens.ids) for m in completions(prompt=[1, 2])] == [[1, 2]]
+    assert [list(m.tokens.ids) for m in completions(prompt=[[1], [2]])] == [[1], [2]]
+    assert [m.request_id for m in completions(prompt=["a", "b"])] == ["id-0", "id-1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1}, "echo"),
+     ({"prompt": ["x"] * 64, "n": 2}, "n")],
+)  # fmt: skip
+def test_completions_refuse(more: dict[str, Any], field: str) -> None:
+    assert refused(CompletionsForm, {"prompt": "x", **more}).field == field
+
+
+def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "4"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "four"}]},
+    ]
+    asked = parse(json.dumps({"input": items, "instructions": "be brief"}).encode(), ResponsesForm).message("id")
+    assert [m.role for m in asked.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert (asked.messages[2].reasoning, asked.messages[2].tool_calls[0].name) == ("hm", "f")
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
+     ({"background": True}, "background"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+     ({"truncation": "auto"}, "truncation")],
+)  # fmt: skip
+def test_responses_refuse(more: dict[str, Any], field: str) -> None:
+    assert refused(ResponsesForm, {"input": "x", **more}).field == field
+
+
+def test_results_of_tools_come_before_what_the_user_says() -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "4", "is_error": True}
+    turns = [
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""},
+                                          {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "text", "text": "so?"}, result]},
+    ]  # fmt: skip
+    body = {"model": "m", "max_tokens": 5, "system": "be brief", "messages": turns}
+    asked = parse(json.dumps(body).encode(), MessagesForm).message("id")
+    assert [m.role for m in asked.messages] == ["system", "assistant", "tool", "user"]
+    assert (asked.messages[1].reasoning, asked.messages[1].tool_calls[0].arguments) == ("hm", '{"a":1}')
+    assert asked.messages[2].content == "Error: 4"
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [({"max_tokens": None}, "max_tokens"), ({"temperature": 1.5}, "temperature"), ({"mcp_servers": []}, "mcp_servers"),
+     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+     ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id")],
+)  # fmt: skip
+def test_messages_refuse(more: dict[str, Any], field: str) -> None:
+    assert refused(MessagesForm, {"model": "m", "max_tokens": 5, "messages": [TURN], **more}).field == field
+
+
+def test_names_of_places() -> None:
+    assert field_name(("messages", 0, "content", "list[Part]", 1, "text")) == "messages[0].content[1].text"
+    assert field_name(("stop", "str")) == "stop"
+
+
+def test_the_description_holds_every_form() -> None:
+    document = description()
+    json.dumps(document)
+    assert {path for path, _, _ in BODIES} < set(document["paths"])
+    assert document["components"]["schemas"]["ChatForm"]["additionalProperties"] is False
+    assert document["components"]["schemas"]["ChatForm"]["properties"]["functions"] == {"default": None, "title": "Functions", "type": "null"}  # fmt: skip  # noqa: E501

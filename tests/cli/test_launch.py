@@ -1,0 +1,65 @@
+"""The environments of known clients, made from what a coordinator says of itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from cluster.cli.launch import CLIENTS, Served, ask, shown
+from cluster.errors import MacpipeError, Unreachable
+from integration.daemons import free_port
+
+SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_what_is_printed_is_shell(name: str) -> None:
+    found = CLIENTS[name](SERVED)
+    words = shlex.split(shown(found), comments=True)
+    assert words[0::2] == ["export"] * len(found.environment)
+    assert [w.partition("=")[0] for w in words[1::2]] == list(found.environment)
+    assert any("127.0.0.1:8080" in v for v in (*found.environment.values(), *found.command))
+
+
+def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
+    claude = CLIENTS["claude"](SERVED).environment
+    assert (claude["ANTHROPIC_BASE_URL"], claude["ANTHROPIC_MODEL"]) == ("http://127.0.0.1:8080", "my model")
+    assert "model_context_window=8192" in CLIENTS["codex"](SERVED).command
+    config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
+    assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
+
+
+class Health(BaseHTTPRequestHandler):
+    """A coordinator that loads, or serves."""
+
+    def do_GET(self) -> None:
+        body = json.dumps(self.server.facts).encode()  # type: ignore[attr-defined]
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def health() -> Iterator[HTTPServer]:
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_coordinator_is_asked(health: HTTPServer) -> None:
+    address = f"127.0.0.1:{health.server_port}"
+    health.facts = {"status": "serving", "model": "faq", "context_length": 1024}  # type: ignore[attr-defined]
+    assert ask(address) == Served(f"http://{address}", "faq", 1024)
+    health.facts = {"status": "loading", "message": "a model is being loaded"}  # type: ignore[attr-defined]
+    with pytest.raises(MacpipeError, match="being loaded"):
+        ask(address)
+    with pytest.raises(Unreachable, match="macpipe serve"):
+        ask(f"127.0.0.1:{free_port()}")
