@@ -70,6 +70,8 @@ MAX_UNREAD_EVENTS: Final = 1024
 """Token events a client may leave unread, beside what gRPC buffers, before its request is dropped as a slow reader."""
 LANE_ROWS: Final = 32
 """Sequences that one lane decodes together at most; more would make everyone's next token wait longer."""
+MAX_PREFIXES: Final = 1024
+"""Kept prefixes, however small: dropping them all still fits the edits of one frame."""
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
 MAX_STEP_MS: Final = 100.0
