@@ -199,7 +199,8 @@ MAX_ROSTER: Final = 64
 MAX_FRAMES_WAITING: Final = 4096
 """Frames queued towards one reader; the scheduler's window keeps it far below."""
 DATA_THREADS: Final = 16
-"""Streams that one data port serves at once: a feed, a pull, and those of an epoch that is ending."""
+"""Streams that one data port serves at once: a feed and a pull on each of two lines, and those of an epoch
+that is ending, twice over. Each holds a thread while it is open, so one more would wait for ever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0
