@@ -1,4 +1,7 @@
-"""The frame: one step of one lane, an entry of the log that every stage applies in the same order.
+"""The frame: one step of one lane, an entry of the log that every stage applies.
+
+A stage keeps the order of what touches the same sequence or prefix; the rest may overtake
+(``cluster.scheduler.turns``).
 
 These are the nouns; ``cluster.wire.frame`` turns them into bytes and back, ``cluster.model.stage`` obeys them.
 """

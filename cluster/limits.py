@@ -70,6 +70,8 @@ MAX_UNREAD_EVENTS: Final = 1024
 """Token events a client may leave unread, beside what gRPC buffers, before its request is dropped as a slow reader."""
 LANE_ROWS: Final = 32
 """Sequences that one lane decodes together at most; more would make everyone's next token wait longer."""
+MAX_PREFIXES: Final = 1024
+"""Kept prefixes, however small: dropping them all still fits the edits of one frame."""
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
 MAX_STEP_MS: Final = 100.0
@@ -215,7 +217,8 @@ MAX_ROSTER: Final = 64
 MAX_FRAMES_WAITING: Final = 4096
 """Frames queued towards one reader; the scheduler's window keeps it far below."""
 DATA_THREADS: Final = 16
-"""Streams that one data port serves at once: a feed, a pull, and those of an epoch that is ending."""
+"""Streams that one data port serves at once: a feed and a pull on each of two lines, and those of an epoch
+that is ending, twice over. Each holds a thread while it is open, so one more would wait for ever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0

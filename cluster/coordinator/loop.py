@@ -157,10 +157,13 @@ class EngineLoop:
 
     def _run(self) -> None:
         while True:
-            try:
-                job = self._inbox.get(timeout=self._patience())
-            except queue.Empty:
+            patience = self._patience()
+            if patience == 0.0:  # looked at between any two jobs: a busy loop's inbox is never empty
                 self._do(self._look_at_the_clock)
+                patience = self._patience()
+            try:
+                job = self._inbox.get(timeout=patience)
+            except queue.Empty:
                 continue
             if job is None:
                 return

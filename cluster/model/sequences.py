@@ -108,16 +108,21 @@ class SequenceTable:
                 self._live[sequence].broken = why
                 self._lanes.remove(sequence)
 
-    def apply(self, edits: Sequence[Edit]) -> None:
+    def apply(self, edits: Sequence[Edit], step: Sequence[int] = ()) -> None:
         """Apply edits in order. One that cannot be done changes nothing; the rest are still applied, since the other
-        stages apply them too. Then the first refusal is raised (BadFrame).
+        stages apply them too. Then the first refusal is raised (BadFrame), unless there is a step of others: it goes
+        on then, and the sequence of the refused edit can only leave.
         """
+        elsewhere = {e.sequence for e in edits if not isinstance(e, Drop)} - set(step) if step else set()
         refusals: list[BadFrame] = []
         for edit in edits:
             try:
                 self._apply(edit)
             except BadFrame as refusal:
-                refusals.append(refusal)
+                if isinstance(edit, Trim | Save | Restore) and edit.sequence in elsewhere:
+                    self.mark_broken([edit.sequence], refusal.sentence)
+                else:
+                    refusals.append(refusal)
         if refusals:
             raise refusals[0]
 
@@ -172,7 +177,9 @@ class SequenceTable:
         if live.tokens:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only a new one can start from a prefix")
         if prefix not in self._prefixes:
-            raise BadFrame(f"prefix {prefix} is not kept on this stage")
+            why = f"prefix {prefix} is not kept on this stage"
+            self.mark_broken([live.id], why)  # it holds nothing here: a step of it would give wrong tokens
+            raise BadFrame(why)
         kept = self._prefixes[prefix]
         self._lanes.put(live.id, kept.caches.copy())
         live.tokens, live.kept = list(kept.tokens), ref(kept)

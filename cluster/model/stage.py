@@ -156,7 +156,7 @@ class Stage:
 
     def _apply_edits(self, frame: Frame) -> None:
         try:
-            self._table.apply(frame.edits)
+            self._table.apply(frame.edits, frame.step.sequences if frame.step else ())
         except BadFrame:
             if frame.error is None:  # else the stage that gave up has refused the same edit, and said so
                 raise

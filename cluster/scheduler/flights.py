@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from cluster.errors import BadFrame
 from cluster.frames import Compute, Frame
+from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.turns import Touched
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A frame in the ring: what it computes, for whom, and how many prompt tokens it prefills."""
+    """A frame in the ring: what it computes, for whom, how many prompt tokens it prefills, and all that it touches."""
 
     number: int
     lane: int
@@ -18,6 +20,7 @@ class Flight:
     sequences: tuple[int, ...]
     prefills: int
     sent_at: float
+    touched: Touched = frozenset()
 
 
 class Flights:
@@ -25,6 +28,8 @@ class Flights:
 
     def __init__(self) -> None:
         self._flights: dict[int, Flight] = {}
+        self._leaving: dict[int, Sequence] = {}
+        """Over, but a frame of theirs is in the ring: their rows and caches are still taken."""
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -37,6 +42,32 @@ class Flights:
     def oldest_sent_at(self) -> float | None:
         """When the frame that has been longest in the ring was written; None where the ring is empty."""
         return next((f.sent_at for f in self._flights.values()), None)
+
+    @property
+    def bare(self) -> bool:
+        """Whether a frame of edits alone is in the ring."""
+        return any(f.compute is None for f in self._flights.values())
+
+    def meet(self, touched: Touched) -> bool:
+        """Whether a frame in the ring touches any of these."""
+        return any(not touched.isdisjoint(f.touched) for f in self._flights.values())
+
+    def hold(self, sequence: Sequence) -> bool:
+        """Whether a frame in the ring is about a sequence; it is remembered then, for ``left`` to return."""
+        if held := self.meet(frozenset([("sequence", sequence.id)])):
+            self._leaving[sequence.id] = sequence
+        return held
+
+    @property
+    def leaving(self) -> tuple[Sequence, ...]:
+        return tuple(self._leaving.values())
+
+    def left(self) -> list[Sequence]:
+        """Take out those of ``leaving`` whose last frame is back."""
+        back = [s for s in self._leaving.values() if not self.meet(frozenset([("sequence", s.id)]))]
+        for sequence in back:
+            del self._leaving[sequence.id]
+        return back
 
     def add(self, flight: Flight) -> None:
         self._flights[flight.number] = flight

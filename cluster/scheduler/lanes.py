@@ -46,13 +46,14 @@ class Lanes:
             pass
 
     def _move_one(self, allowed: Allowed) -> bool:
-        fullest = max(range(len(self.members)), key=lambda i: len(self.members[i]))
         emptiest = self._emptiest()
-        if len(self.members[fullest]) - len(self.members[emptiest]) < 2:
+        most = max(map(len, self.members))
+        if most - len(self.members[emptiest]) < 2:
             return False
-        for sequence in reversed(self.members[fullest]):
-            if sequence.id not in self._busy[fullest] and self._move(sequence, emptiest, allowed):
-                return True
+        for lane in [i for i, members in enumerate(self.members) if len(members) == most]:
+            for sequence in reversed(self.members[lane]):
+                if sequence.id not in self._busy[lane] and self._move(sequence, emptiest, allowed):
+                    return True
         return False
 
     def _move(self, sequence: Sequence, lane: int, allowed: Allowed) -> bool:

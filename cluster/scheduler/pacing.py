@@ -14,32 +14,55 @@ _FILLS = 4
 """A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
 _LEAST_SPLIT = 128
 """A shorter chunk would lose more to thin matrices than overlap wins."""
+_LEAST_SPREAD = 0.1
+"""Chunks whose lengths differ by less, of their mean, do not tell a frame's cost from a token's."""
+_LEAST_SLOPE = 0.01
+"""A token costs at least this share of what it does on average, whatever noise says."""
 
 
 class Pacing:
-    """Learns the slowest stage's microseconds a token from the frames that come back."""
+    """Learns what a chunk costs the slowest stage, so much a frame and so much a token, from the frames that come back.
+
+    A frame weighs by its tokens: a hundred short prompts say little of what a long chunk takes.
+    """
 
     def __init__(self, chunk: int, stages: int, max_step_ms: float | None) -> None:
         self._chunk, self._stages, self._max_step_ms = chunk, stages, max_step_ms
-        self._us_a_token: float | None = None
+        self._frames = self._tokens = self._us = self._tokens_squared = self._tokens_by_us = 0.0
 
     def learn(self, tokens: int, timings: Sequence[StageTiming]) -> None:
-        """A prefill frame of so many tokens came back."""
+        """A prefill frame of so many tokens came back, computed by every stage."""
         if not timings or tokens < _LEAST_CHUNK:
             return
-        measured = max(t.compute_us for t in timings) / tokens
-        known = self._us_a_token if self._us_a_token is not None else measured
-        self._us_a_token = known + _SMOOTHING * (measured - known)
+        us, kept = max(t.compute_us for t in timings), (1 - _SMOOTHING) ** (tokens / self._chunk)
+        self._frames = kept * self._frames + 1
+        self._tokens = kept * self._tokens + tokens
+        self._us = kept * self._us + us
+        self._tokens_squared = kept * self._tokens_squared + tokens * tokens
+        self._tokens_by_us = kept * self._tokens_by_us + tokens * us
 
     def chunk(self, whole: int, *, others_decode: bool) -> int:
         """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled."""
         chunk = self._overlapping(whole)
         if not others_decode or self._max_step_ms is None:
             return chunk
-        if self._us_a_token is None:
+        if not self._frames:
             return min(_UNKNOWN_CHUNK, chunk)
-        affordable = int(self._max_step_ms * 1e3 / max(self._us_a_token, 1e-3))
+        fixed_us, us_a_token = self._cost()
+        affordable = int((self._max_step_ms * 1e3 - fixed_us) / max(us_a_token, 1e-3))
         return max(_LEAST_CHUNK, min(chunk, affordable))
+
+    def _cost(self) -> tuple[float, float]:
+        """Microseconds a frame and a token: a line through what was measured, or all by tokens where lengths differ
+        too little to tell the two apart.
+        """
+        tokens, us = self._tokens / self._frames, self._us / self._frames
+        spread = self._tokens_squared / self._frames - tokens * tokens
+        if spread < (_LEAST_SPREAD * tokens) ** 2:
+            return 0.0, us / tokens
+        slope = (self._tokens_by_us / self._frames - tokens * us) / spread
+        slope = min(max(slope, _LEAST_SLOPE * us / tokens), us / tokens)
+        return us - slope * tokens, slope
 
     def _overlapping(self, whole: int) -> int:
         if self._stages == 1:

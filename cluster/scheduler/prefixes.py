@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.limits import MAX_PREFIXES
 from cluster.scheduler.memory import Cost
 from cluster.scheduler.radix import Match, RadixTree
 
@@ -21,6 +22,8 @@ MIN_HIT = 8
 class _Kept:
     owner: str
     cost: Cost
+    source: int
+    """The sequence that it is a copy of."""
 
 
 class Prefixes:
@@ -53,18 +56,20 @@ class Prefixes:
         self._kept.move_to_end(match.entry)
         return match
 
-    def keep(self, owner: str, tokens: tuple[int, ...], cost: Cost) -> tuple[int | None, list[int]]:
+    def keep(self, owner: str, tokens: tuple[int, ...], cost: Cost, source: int = 0) -> tuple[int | None, list[int]]:
         """Make room for a prefix: its id (None where it is too large to keep) and the ids to drop before it."""
         if len(tokens) < MIN_HIT or any(c > b for c, b in zip(cost, self._budget, strict=True)):
             return None, []
         dropped = self.shrink_to(tuple(b - c for b, c in zip(self._budget, cost, strict=True)))
+        while len(self._kept) >= MAX_PREFIXES:
+            dropped.append(self._drop(next(iter(self._kept))))
         self._made += 1
         tree = self._trees.setdefault(owner, RadixTree())
         replaced = tree.insert(tokens, self._made)
         if replaced is not None:
             self._forget(replaced)
             dropped.append(replaced)
-        self._kept[self._made] = _Kept(owner, cost)
+        self._kept[self._made] = _Kept(owner, cost, source)
         self._add(cost, 1)
         if self._trimmable:
             dropped += [self._drop(entry) for entry in tree.beginnings(tokens)]
@@ -81,6 +86,10 @@ class Prefixes:
         while self._kept and any(used > r for used, r in zip(self._used, room, strict=True)):
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
+
+    def forget(self, sources: Sequence[int]) -> list[int]:
+        """Drop what was copied from these, since a step of them failed; the ids that went."""
+        return [self._drop(entry) for entry, kept in list(self._kept.items()) if kept.source in sources]
 
     def _drop(self, entry: int) -> int:
         owner = self._kept[entry].owner

@@ -12,16 +12,17 @@ others (``cluster.scheduler.turns``). Every frame that is written comes back, or
 from __future__ import annotations
 
 from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
+from cluster.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.limits import RETRY_AFTER_S
 from cluster.scheduler.capacity import Capacity
-from cluster.scheduler.flights import Flight, Flights
+from cluster.scheduler.flights import Flight
 from cluster.scheduler.lanes import Lanes
+from cluster.scheduler.log import Log
 from cluster.scheduler.memory import Cost, fits, lane_cost, total
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.pacing import Pacing
 from cluster.scheduler.prefixes import Prefixes
-from cluster.scheduler.samples import copies, first_load
+from cluster.scheduler.samples import copies
 from cluster.scheduler.sequence import Phase, Sequence
 from cluster.scheduler.waiting import Waiting
 from cluster.types import FinishReason, Request
@@ -38,10 +39,9 @@ class Scheduler:
         self._pacing = Pacing(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
-        self._flights = Flights()
-        self._edits: list[Edit] = []
+        self._log = Log(epoch)
+        self._flights, self._edits = self._log.flights, self._log.edits
         self._lanes_since_prefill: set[int] = set()
-        self._frames_written = 0
         self._sequences_seen = 0
 
     # What can be asked
@@ -125,12 +125,13 @@ class Scheduler:
         flight = self._flights.land(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
-        elif flight.compute is Compute.PREFILL:
+        elif flight.compute is Compute.PREFILL and not frame.error:
             self._pacing.learn(flight.prefills, frame.timings)
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
         for sequence in live:
             sequence.prefilled += flight.prefills
         events = self._events(live, frame)
+        self._let_go(flight, frame)
         rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events, rows, context)
@@ -138,18 +139,17 @@ class Scheduler:
     def next_frames(self, now: float) -> list[Frame]:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
-        frames = [*self._heavy_edits(now), *self._decodes(now)]
+        frames = [*self._log.heavy(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
-        if self._edits:
-            frames.append(self._write(-1, (), 0, None, now))
-        return frames
+        return frames + self._log.rest(now)
 
     # Memory and lanes
 
     def _cost(self, members: list[list[Sequence]]) -> Cost:
-        costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in members if lane)
+        lanes = [*members, *([s] for s in self._flights.leaving)]
+        costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane)
         return total(costs, len(self._capacity.budget))
 
     def _room(self) -> Cost:
@@ -173,13 +173,14 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
+        self._prefixes.find(sequence.request.client, sequence.request.prompt)  # what it will start from goes last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
         return True
 
     def _join(self, sequence: Sequence) -> None:
         if sequence.follows:
             return
-        request, sequence.joined = sequence.request, True
+        request, sequence.joined, sequence.served = sequence.request, True, self._log.written
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
         if match := self._prefixes.find(request.client, request.prompt):
             self._edits.append(Restore(sequence.id, match.entry))
@@ -218,20 +219,37 @@ class Scheduler:
         else:
             del self._by_id[sequence.id]
             self._lanes.leave(sequence)
-            if keep:
-                self._keep(sequence)
-            if sequence.joined:
-                self._edits.append(Leave(sequence.id))
+            sequence.broken = not keep
+            if not self._flights.hold(sequence):
+                self._leave(sequence)
         if sequence.request.samples > 1:
             self._hand_over(sequence)
         self._admit()
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Nothing of it is in the ring: the stages hold the same of it, unless a step of it failed."""
+        if len(sequence.fed) > sequence.cached and not sequence.broken:
+            self._keep(sequence)
+        if sequence.joined:
+            self._edits.append(Leave(sequence.id))
+
+    def _let_go(self, flight: Flight, frame: Frame) -> None:
+        """Free the sequences whose last frame came back, and what was copied from one whose step failed."""
+        failed = flight.sequences if frame.error else tuple(f.sequence for f in frame.failures)
+        self._edits += map(Drop, self._prefixes.forget(failed) if failed else ())
+        for sequence in self._flights.leaving:
+            sequence.broken = sequence.broken or sequence.id in failed
+        if left := self._flights.left():
+            for sequence in left:
+                self._leave(sequence)
+            self._admit()
 
     def _keep(self, sequence: Sequence) -> None:
         """Have the stages keep what they hold of a sequence, where there is room for it."""
         cost = self._capacity.cost_of(max(len(sequence.fed), 1))
         if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
             return
-        prefix, dropped = self._prefixes.keep(sequence.request.client, tuple(sequence.fed), cost)
+        prefix, dropped = self._prefixes.keep(sequence.request.client, tuple(sequence.fed), cost, sequence.id)
         self._edits += map(Drop, dropped)
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))
@@ -269,15 +287,6 @@ class Scheduler:
 
     # Frames
 
-    def _heavy_edits(self, now: float) -> list[Frame]:
-        """Frames of edits alone, as long as the grammars of those that wait are too long for one frame's header."""
-        frames = []
-        while count := first_load(self._edits):
-            rest, self._edits = self._edits[count:], self._edits[:count]
-            frames.append(self._write(-1, (), 0, None, now))
-            self._edits = rest
-        return frames
-
     def _decodes(self, now: float) -> list[Frame]:
         return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
 
@@ -291,13 +300,11 @@ class Scheduler:
         self._lanes.begin(lane, sequences)
         self._lanes_since_prefill.add(lane)
         step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
-        return self._write(lane, step.sequences, 0, step, now)
+        return self._log.write(lane, step, 0, now)
 
     def _neediest(self) -> Sequence | None:
-        """The sequence whose prompt has gone out least: several prompts share prefill by turns."""
-        return min(
-            (s for s in self._lanes if s.unsent and s.joined), key=lambda s: (len(s.fed) - s.cached, s.id), default=None
-        )
+        """Whose prompt has waited longest for its turn. Who comes new waits behind those that wait already."""
+        return min((s for s in self._lanes if s.unsent and s.joined), key=lambda s: (s.served, s.id), default=None)
 
     def _prefillable(self) -> Sequence | None:
         """Whose prompt goes on, unless a decoding lane is to go first: one chunk at most between two steps."""
@@ -320,14 +327,7 @@ class Scheduler:
         tokens = sequence.request.prompt[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
-        frame = self._write(sequence.lane, step.sequences, count, step, now)
+        frame = self._log.write(sequence.lane, step, count, now)
+        sequence.served = self._log.written
         self._prompted(sequence)
         return frame
-
-    def _write(self, lane: int, sequences: tuple[int, ...], prefills: int, step: Step | None, now: float) -> Frame:
-        number = self._frames_written
-        self._frames_written += 1
-        compute = step.compute if step else None
-        self._flights.add(Flight(number, lane, compute, sequences, prefills, now))
-        edits, self._edits = tuple(self._edits), []
-        return Frame(self._epoch, max(lane, 0), number, edits, step)

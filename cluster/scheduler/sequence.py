@@ -38,6 +38,10 @@ class Sequence:
     """Another sample of the same prompt, which prefills it for this one."""
     joined: bool = False
     """The stages have been told of it."""
+    broken: bool = False
+    """A step of it failed: stages do not hold the same of it any more."""
+    served: int = 0
+    """How many frames had been written when its prompt last had its turn, or when it joined."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while one is under way."""
 

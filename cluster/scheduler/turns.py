@@ -8,7 +8,7 @@ for more than one chunk a stage, and no prompt starves behind lanes that never p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cluster.errors import BadFrame
@@ -89,7 +89,12 @@ class Turns:
 def touched(frame: Frame) -> Touched:
     """Everything whose state a frame reads or changes."""
     rows = frame.step.sequences if frame.step else ()
-    return frozenset([*(("sequence", s) for s in rows), *(t for e in frame.edits for t in _of_edit(e))])
+    return touched_by(rows, frame.edits)
+
+
+def touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
+    """What a step of ``sequences`` and these edits touch."""
+    return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _of_edit(e))])
 
 
 def _of_edit(edit: Edit) -> tuple[tuple[str, int], ...]:

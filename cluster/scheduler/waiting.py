@@ -62,9 +62,11 @@ class Waiting:
         return min(waiting, key=lambda item: (self._clocks[item[0]], item[1][0].id), default=(None, None))[0]
 
     def _tidy(self, client: str) -> None:
-        """Forget empty queues, and the clocks of clients that are not behind anybody."""
+        """Forget empty queues, and the clocks that say nothing: who comes back starts from now at the earliest."""
         if not self._queues[client]:
             del self._queues[client]
+        for passed in [c for c, t in self._clocks.items() if t <= self._now and c not in self._queues]:
+            del self._clocks[passed]
         if not self._queues:
             self._clocks.clear()
             self._now = 0.0

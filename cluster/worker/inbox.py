@@ -38,19 +38,23 @@ class Inbox:
         self._arrived: dict[int, int] = {}
         self._bodies: dict[int, Body] = {}
         """Those that came before their heads."""
+        self._watched = False
+        """A job that takes frames out is on its way."""
 
-    def put(self, message: bytes) -> None:
-        """A message arrived. Raises ``BadFrame``."""
+    def put(self, message: bytes) -> bool:
+        """A message arrived; True where a job has to be posted that takes frames out. Raises ``BadFrame``."""
         parcel = unpack(message)
         epoch = parcel.frame.epoch if isinstance(parcel, Head) else parcel.epoch
         if epoch != self._epoch:
             log.warning("dropped a frame of epoch %d: epoch %d is loaded", epoch, self._epoch)
-            return
+            return False
         with self._lock:
             if isinstance(parcel, Head):
                 self._put_head(parcel)
             else:
                 self._put_body(parcel)
+            watched, self._watched = self._watched, True
+            return not watched
 
     def _put_head(self, head: Head) -> None:
         number = head.frame.number
@@ -70,7 +74,8 @@ class Inbox:
             self._bodies[body.number] = body
 
     def take(self) -> Arrival | None:
-        """The frame whose turn it is; None where none can run yet."""
+        """The frame whose turn it is; None where none can run yet, and the next message needs a job of its own."""
         with self._lock:
             frame = self._turns.take()
+            self._watched = frame is not None
             return Arrival(frame, self._arrived.pop(frame.number)) if frame else None

@@ -123,12 +123,13 @@ class Slot:
             log.warning("dropped a frame: nothing is loaded")
             return
         try:
-            ports.inbox.put(message)
+            needs_job = ports.inbox.put(message)
         except BadFrame as e:
             log.warning("broke the ring off: %s", e.sentence)
             ports.close()  # a frame is missing from the log now, so nothing after it can be right
             return
-        self._post(lambda: self._work(ports))
+        if needs_job:
+            self._post(lambda: self._work(ports))
 
     def _lost_inlet(self, epoch: int, why: str) -> None:
         """Pass the loss on: whoever pulls from this stage sees its streams end too, up to the coordinator."""
@@ -138,9 +139,10 @@ class Slot:
             ports.close()
 
     def _work(self, ports: _Ports) -> None:
-        """Run every frame whose turn has come; the message that called may have brought several into theirs."""
-        while self._stage and self._ports is ports and (arrival := ports.inbox.take()):
+        """Run the frame whose turn has come, one a job: a command waits for one frame, not until none is left."""
+        if self._stage and self._ports is ports and (arrival := ports.inbox.take()):
             self._advance(self._stage, ports, arrival)
+            self._post(lambda: self._work(ports))
 
     def _advance(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
         """One frame: apply, compute, send on with this stage's timing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,16 @@ import pytest
 from cluster.coordinator.answer import Answer, Event
 from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
-from cluster.errors import Aborted, BadFrame, MacpipeError, NotServing, SlowReader, StageFailed, WorkerLost
+from cluster.errors import (
+    Aborted,
+    BadFrame,
+    DeadlineExceeded,
+    MacpipeError,
+    NotServing,
+    SlowReader,
+    StageFailed,
+    WorkerLost,
+)
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
 from cluster.limits import MAX_UNREAD_EVENTS
 from cluster.scheduler.capacity import Capacity
@@ -244,6 +254,29 @@ def test_an_aborted_request_ends_and_its_lane_is_used_again() -> None:
         for i in range(4):
             await read(bench.ask(f"next{i}"))
         await bench.emptied()
+
+    run(body)
+
+
+def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
+    """The inbox is never empty here: each job posts the next, as a busy ring does."""
+
+    async def body(bench: Bench) -> None:
+        def again() -> None:
+            if not over:
+                bench.loop._inbox.put(again)
+
+        over: list[bool] = []
+        bench.loop._inbox.put(again)
+        answer = Answer()
+        due = time.monotonic() + 0.2
+        bench.loop.submit(Request("late", (1,), SamplingParams(), 500_000, deadline=due), answer)
+        said: list[Event] = []
+        try:
+            with pytest.raises(DeadlineExceeded, match="deadline of request late"):
+                await asyncio.wait_for(collect(answer, said), 20)
+        finally:
+            over.append(True)
 
     run(body)
 

@@ -339,3 +339,12 @@ def test_bfloat16_crosses_cuts_as_it_is(stages: int, tmp_path: Path) -> None:
     sent = r.stages[0].step(frame(Join(8, 2, GREEDY), step=prefill(1, 2, sequence=8))).tensors
     assert [t.dtype for t in sent] == ["bfloat16"] * (stages > 1)
     assert same(r.answer(ALL, 6), Ring(shape, path, 1).answer(ALL, 6))
+
+
+def test_a_refused_edit_ends_its_own_sequence_and_not_the_step_it_rides_on(stage: Stage) -> None:
+    stage.step(frame(Join(1, 3, GREEDY), Join(2, 3, GREEDY), step=prefill(1, 2)))
+    stage.step(frame(Restore(2, 77), step=prefill(3)))
+    with pytest.raises(BadFrame, match="can only leave: prefix 77 is not kept"):
+        stage.step(frame(step=prefill(3, sequence=2)))
+    stage.step(frame(Leave(2), step=prefill(4)))
+    assert stage.sequences == 1

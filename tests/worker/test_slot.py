@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,32 @@ def test_a_decode_frame_goes_before_prefill_frames_that_wait(spec: StageSpec) ->
     assert [f.number for f in together] == [0, 3, 1, 2, 4]
     alone = {f.number: f.samples for f in (*run(joins, chunk, more, last), *run(joins, token))}
     assert {f.number: f.samples for f in together} == alone
+
+
+def test_a_command_waits_for_one_frame_however_many_come(spec: StageSpec) -> None:
+    """A saturated stage: for every frame that goes out another two come in. There is one job for all of them."""
+    jobs: deque[Callable[[], None]] = deque()
+    slot = Slot(jobs.append, MemoryNetwork())
+    slot.load(spec, lambda done, total: None)
+    number, most = 0, 0
+    carried_out: list[int] = []
+    for turn in range(20):
+        for _ in range(2):
+            slot.received(encode(decode_step(number, 1, 5, *([] if number else [JOIN]))))
+            number += 1
+        if turn == 10:
+            jobs.append(lambda: carried_out.append(1))
+        most = max(most, len(jobs))
+        jobs.popleft()()
+        if turn == 11:
+            assert carried_out
+    slot.unload()
+    assert most <= 2
+
+
+def test_every_frame_is_run_whatever_came_between(slot: Slot) -> None:
+    frames = [decode_step(i, 1, 5, *([] if i else [JOIN])) for i in range(9)]
+    assert [f.number for f in replies(slot, *map(encode, frames))] == list(range(9))
 
 
 def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) -> None:

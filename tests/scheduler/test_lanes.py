@@ -1,0 +1,19 @@
+"""Lanes are evened out wherever one can be."""
+
+from __future__ import annotations
+
+from cluster.scheduler.lanes import Lanes
+from cluster.scheduler.sequence import Sequence
+from cluster.types import Request, SamplingParams
+
+
+def test_a_busy_lane_does_not_keep_another_as_full_from_giving() -> None:
+    lanes = Lanes(3, 4)
+    members = [Sequence(Request(f"r{i}", (1,), SamplingParams(), 8), i) for i in range(9)]
+    for member in members:
+        lanes.enter(member)
+    for member in [m for m in members if m.lane == 2]:
+        lanes.leave(member)
+    lanes.begin(0, list(lanes.members[0]))
+    lanes.rebalance(lambda after: True)
+    assert sorted(map(len, lanes.members)) == [1, 2, 3]

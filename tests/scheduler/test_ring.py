@@ -1,0 +1,298 @@
+"""Several stages in a row that hold state of their own, as real ones do: a step may fail on any of them in mid-ring."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import Busy, PromptTooLong
+from cluster.frames import (
+    Compute,
+    Drop,
+    Edit,
+    Failure,
+    Frame,
+    Join,
+    Leave,
+    Restore,
+    Sample,
+    Save,
+    Trim,
+)
+from cluster.limits import MAX_EDITS, MAX_PREFIXES
+from cluster.scheduler.outcome import Failed, Produced
+from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.turns import Turns
+from cluster.types import Request, SamplingParams, StageTiming
+from scheduler.stages import Stages, capacity, continuation, next_token
+
+
+class OneStage:
+    """Breaks the sequences of a step that failed, refuses what touches them, and passes failures on."""
+
+    def __init__(self, index: int, last: bool) -> None:
+        self.turns, self.index, self.last = Turns(), index, last
+        self.fed: dict[int, tuple[int, ...]] = {}
+        self.prefixes: dict[int, tuple[int, ...]] = {}
+        self.broken: set[int] = set()
+
+    def step(self, frame: Frame, fail: bool) -> Frame:
+        for edit in frame.edits:
+            self._apply(edit)
+        rows = frame.step.sequences if frame.step else ()
+        tokens = frame.step.tokens if frame.step else ()
+        if not frame.error and (fail or not self.broken.isdisjoint(rows)):
+            reason = "STAGE_FAILED" if fail else "BROKEN"
+            frame = replace(frame, error=Failure(self.index, reason, f"no: {rows}"))
+        if frame.error:
+            self.broken |= set(rows) & set(self.fed)
+            return frame
+        for sequence, row in zip(rows, tokens, strict=True):
+            self.fed[sequence] += row
+        decodes = self.last and frame.step is not None and frame.step.compute is Compute.DECODE
+        picks = [Sample(s, len(self.fed[s]), next_token(self.fed[s])) for s in rows] if decodes else []
+        return replace(frame, samples=tuple(picks))
+
+    def _apply(self, edit: Edit) -> None:
+        match edit:
+            case Join():
+                self.fed[edit.sequence] = ()
+            case Leave():
+                del self.fed[edit.sequence]
+                self.broken.discard(edit.sequence)
+            case Drop():
+                self.prefixes.pop(edit.prefix, None)
+            case Trim() if edit.sequence not in self.broken:
+                self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
+            case Save() if edit.sequence not in self.broken:
+                self.prefixes[edit.prefix] = self.fed[edit.sequence]
+            case Restore() if edit.prefix in self.prefixes and edit.sequence not in self.broken:
+                self.fed[edit.sequence] = self.prefixes[edit.prefix]
+            case _:
+                self.broken.add(edit.sequence)
+
+
+class Row:
+    """A scheduler and its stages, which work in any order that their turns allow."""
+
+    def __init__(self, rng: random.Random, count: int, **options: int | float | None) -> None:
+        self.rng = rng
+        self.scheduler = Scheduler(1, capacity(window=count + 1, **options), frozenset())  # type: ignore[arg-type]
+        self.stages = [OneStage(i, i == count - 1) for i in range(count)]
+        self.lines: list[deque[Frame]] = [deque() for _ in range(count + 1)]
+        self.said: dict[str, list[int]] = defaultdict(list)
+        self.ended: dict[str, str] = {}
+        self.done: set[str] = set()
+
+    def write(self) -> None:
+        self.lines[0].extend(self.scheduler.next_frames(0.0))
+
+    def advance(self, at: int, fail: bool = False) -> None:
+        """Let a stage, or the coordinator behind the last, take what has arrived and do one thing."""
+        if at == len(self.stages):
+            if self.lines[at]:
+                self._back(self.lines[at].popleft())
+            return
+        stage = self.stages[at]
+        while self.lines[at]:
+            stage.turns.add(self.lines[at].popleft(), ready=True)
+        if frame := stage.turns.take():
+            frame = stage.step(frame, fail and frame.step is not None)
+            self.lines[at + 1].append(frame)
+
+    def _back(self, frame: Frame) -> None:
+        timings = (StageTiming(0, 0, 1000, 0),)
+        reply = Frame(1, frame.lane, frame.number, samples=frame.samples, timings=timings, error=frame.error)
+        for event in self.scheduler.returned(reply).events:
+            assert event.request_id not in self.ended
+            if isinstance(event, Produced):
+                self.said[event.request_id].append(event.sample.token)
+                if event.finish:
+                    self.ended[event.request_id] = "finished"
+            else:
+                assert isinstance(event, Failed)
+                self.ended[event.request_id] = event.reason
+        self.write()
+
+    def settle(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.in_flight:
+                return
+            for at in range(len(self.stages) + 1):
+                self.advance(at)
+        raise AssertionError("the ring never came to rest")
+
+
+def ask(name: str, prompt: tuple[int, ...], max_tokens: int = 3, **more: object) -> Request:
+    return Request(name, prompt, SamplingParams(), max_tokens, **more)  # type: ignore[arg-type]
+
+
+def test_an_abort_during_a_failed_step_leaves_no_poisoned_prefix(rng: random.Random) -> None:
+    row = Row(rng, 2, lanes=2, budget=10_000, prefixes=5_000, chunk=8)
+    prompt = tuple(range(1, 40))
+    row.scheduler.submit(ask("talks", (5,), 30))
+    row.scheduler.submit(ask("gone", prompt))
+    row.write()
+    for _ in range(4):
+        row.advance(0)
+    for _ in range(4):  # all that came to the second stage fails there
+        row.advance(1, fail=bool(row.stages[1].fed))
+    row.scheduler.end("gone")
+    row.write()
+    row.settle()
+    row.scheduler.submit(ask("next", (*prompt, 50, 51)))
+    row.write()
+    row.settle()
+    assert row.ended["next"] == "finished"
+    assert row.said["next"] == continuation((*prompt, 50, 51), 3)
+    assert all(len(s.prefixes) == len(row.scheduler.prefixes) for s in row.stages)
+    assert all(not s.fed for s in row.stages)
+
+
+@pytest.mark.parametrize("fails", [0.0, 0.01])
+def test_a_failure_in_mid_ring_poisons_nothing(rng: random.Random, fails: float) -> None:
+    """Aborts, failures, prefixes and overtaking, in any order. Only who shares a step with a sequence that an earlier
+    failure broke may fail of it; no prefix is poisoned, and nothing is left.
+    """
+    for _ in range(40):
+        row = _world(rng, fails)
+        assert set(row.ended.values()) <= {"finished", "aborted", "STAGE_FAILED", "BROKEN"}
+        assert fails or set(row.ended.values()) <= {"finished", "aborted"}
+        for stage in row.stages:
+            assert not stage.fed
+            assert len(stage.prefixes) == len(row.scheduler.prefixes)
+
+
+def _world(rng: random.Random, fails: float) -> Row:
+    count = rng.randint(2, 4)
+    row = Row(
+        rng,
+        count,
+        lanes=rng.randint(1, count),
+        rows=rng.randint(1, 4),
+        budget=rng.choice([80, 200, 1000]),
+        prefixes=rng.choice([0, 50, 150]),
+        chunk=rng.randint(1, 16),
+        max_step_ms=rng.choice([None, 1.0]),
+    )
+    prompts: dict[str, tuple[int, ...]] = {}
+    for _ in range(4000):
+        kind = rng.random()
+        if kind < 0.02 and len(prompts) < 50:
+            start = rng.choice([(), *prompts.values()])[: rng.randint(0, 30)]
+            prompt = (*start, *(rng.randint(1, 9) for _ in range(rng.randint(1, 25))))
+            try:
+                row.scheduler.submit(ask(name := f"r{len(prompts)}", prompt, rng.randint(1, 9)))
+                prompts[name] = prompt
+            except (Busy, PromptTooLong):
+                continue
+            row.write()
+        elif kind < 0.025 and row.scheduler.sequences:
+            name = rng.choice(row.scheduler.sequences).request.id
+            row.scheduler.end(name)
+            row.ended[name] = "aborted"
+            row.write()
+        else:
+            row.advance(rng.randint(0, count), fail=rng.random() < fails)
+    row.settle()
+    assert set(row.ended) == set(prompts)
+    for name, tokens in row.said.items():
+        assert tokens == continuation(prompts[name], len(tokens))
+    return row
+
+
+def test_a_long_prompt_ends_beside_an_endless_supply_of_short_ones() -> None:
+    plan = capacity(lanes=2, rows=4, window=3, chunk=8, budget=100_000, max_step_ms=100.0)
+    scheduler, stages = Scheduler(1, plan, frozenset()), Stages()
+    scheduler.submit(ask("long", tuple(range(1, 401)), 1))
+    shorts = 0
+    for _ in range(3000):
+        while len(scheduler.sequences) < 9:
+            scheduler.submit(ask(f"s{shorts}", (shorts % 50 + 1,) * 41, 1))
+            shorts += 1
+        stages.take(scheduler.next_frames(0.0))
+        scheduler.returned(stages.give())
+        if all(s.request.id != "long" for s in scheduler.sequences):
+            break
+    assert all(s.request.id != "long" for s in scheduler.sequences)
+    assert shorts > 40
+
+
+def test_an_abort_in_prefill_stops_nobodys_token() -> None:
+    def order(abort: bool) -> str:
+        plan = capacity(lanes=2, window=3, chunk=8, budget=100_000)
+        scheduler, stages = Scheduler(1, plan, frozenset()), Stages()
+        scheduler.submit(ask("long", tuple(range(1, 401)), 1))
+        stages.take(scheduler.next_frames(0.0))
+        scheduler.submit(ask("talks", (5,), 30))
+        stages.take(scheduler.next_frames(0.0))
+        went = ""
+        for i in range(5):
+            reply = stages.give()
+            went += "D" if reply.samples else "-"
+            scheduler.returned(reply)
+            if i == 1 and abort:
+                scheduler.end("long")
+            stages.take(scheduler.next_frames(0.0))
+        return went
+
+    assert order(abort=True).count("D") >= order(abort=False).count("D")
+
+
+def test_edits_gather_while_the_ring_is_slow() -> None:
+    """Five thousand requests come and go within one slow chunk; few frames wait, and none is too large."""
+    plan = capacity(lanes=2, rows=32, window=3, chunk=512, budget=10**7, max_step_ms=100.0)
+    scheduler, stages = Scheduler(1, plan, frozenset()), Stages()
+    scheduler.submit(ask("long", tuple(range(1, 4001)), 1))
+    stages.take(scheduler.next_frames(0.0))
+    for i in range(5000):
+        scheduler.submit(ask(f"r{i}", tuple(range(1, 50)), 1))
+        stages.take(scheduler.next_frames(0.0))
+        scheduler.end(f"r{i}")
+        stages.take(scheduler.next_frames(0.0))
+    assert len(stages.frames) <= 5
+    while stages.frames:
+        scheduler.returned(stages.give())
+        stages.take(frames := scheduler.next_frames(0.0))
+        assert all(len(f.edits) < 100 for f in frames)
+    assert stages.fed == {}
+
+
+def test_prefixes_are_bounded_in_number_and_dropping_all_fits_a_frame() -> None:
+    scheduler = Scheduler(1, capacity(rows=4, budget=60_000, prefixes=60_000, chunk=512), frozenset())
+    stages = Stages()
+    for i in range(MAX_PREFIXES + 200):
+        scheduler.submit(ask(f"p{i}", (i % 251 + 1, i // 251 + 1, *range(1, 8)), 1))
+        stages.take(scheduler.next_frames(0.0))
+        while stages.frames:
+            scheduler.returned(stages.give())
+            stages.take(scheduler.next_frames(0.0))
+    assert len(stages.prefixes) == len(scheduler.prefixes) == MAX_PREFIXES
+    scheduler.submit(ask("big", tuple(range(1, 59_000)), 900))
+    stages.take(frames := scheduler.next_frames(0.0))
+    assert max(len(f.edits) for f in frames) <= MAX_EDITS
+    while stages.frames:
+        scheduler.returned(stages.give())
+        stages.take(scheduler.next_frames(0.0))
+    assert len(stages.prefixes) == len(scheduler.prefixes)
+
+
+def test_room_is_not_made_of_the_prefix_that_a_request_starts_from() -> None:
+    scheduler, stages = Scheduler(1, capacity(budget=150, prefixes=100), frozenset()), Stages()
+
+    def run(name: str, prompt: tuple[int, ...]) -> None:
+        scheduler.submit(ask(name, prompt))
+        stages.take(scheduler.next_frames(0.0))
+        while stages.frames:
+            scheduler.returned(stages.give())
+            stages.take(scheduler.next_frames(0.0))
+
+    first, other = tuple(range(100, 140)), tuple(range(200, 240))
+    run("first", first)
+    run("other", other)
+    scheduler.submit(ask("again", (*first, *range(1, 21)), 10))
+    (sequence,) = scheduler.sequences
+    assert sequence.cached >= 39

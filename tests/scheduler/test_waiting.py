@@ -1,0 +1,24 @@
+"""The queue's clocks: kept for who is ahead of the others, and for nobody else."""
+
+from __future__ import annotations
+
+from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.waiting import Waiting
+from cluster.types import Request, SamplingParams
+
+
+def sequence(number: int, client: str) -> Sequence:
+    return Sequence(Request(f"r{number}", (1, 2), SamplingParams(), 8, client=client), number)
+
+
+def test_clients_that_come_once_are_forgotten_under_constant_load() -> None:
+    waiting = Waiting(100)
+    for i in range(3):
+        waiting.add(sequence(i, "stays"))
+    for i in range(1000):
+        waiting.add(sequence(10 + 2 * i, f"client {i}"))
+        waiting.add(sequence(11 + 2 * i, "stays"))
+        waiting.take()
+        waiting.take()
+    assert len(waiting) == 3
+    assert len(waiting._clocks) < 10
