@@ -82,10 +82,10 @@ def _served(client: Client) -> ClusterState:
 
 def _fitting(prompt: int | None, tokens: int, context: int) -> int:
     """Tokens of a prompt that leaves room for both turns. Raises InvalidOption where what was asked for does not."""
-    room = context - 2 * tokens - 1
+    room = context - 2 * tokens
     wanted = prompt or LEAST_PROMPT
     if room < wanted:
-        way = f"--prompt {room}" if room >= LEAST_PROMPT else f"--tokens {max((context - LEAST_PROMPT - 1) // 2, 0)}"
+        way = f"--prompt {room}" if room >= LEAST_PROMPT else f"--tokens {max((context - LEAST_PROMPT) // 2, 0)}"
         raise InvalidOption(
             f"a prompt of {wanted} tokens and two answers of {tokens} do not fit the context of {context}; at most"
             f" {way} does, or serve with a larger --max-context",

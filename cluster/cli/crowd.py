@@ -1,8 +1,8 @@
 """Users who ask a running coordinator at the same time, over the public client API, and what came of it.
 
-Prompts are random tokens, so that no kept prefix serves them. Each user then takes a second turn: its prompt, the
-answer, and one more random token. That one the stages have kept but for its last words, so the second turn is decoding
-and nothing else, at the same length of context.
+Prompts are random tokens, so that no kept prefix serves them. Each user then takes a second turn: its prompt and the
+answer. The stages have kept all of that but its last token, so the second turn has one frame a token, and is decoding
+and nothing else, at the length of context that the prompt made.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Crowd:
             said = await self.ask_all(prompts, self._trial.tokens)
             first.append([answer for answer, _ in said])
             before = activities(await self._client.cluster())
-            turns = [[*p, *tokens, *self.prompt(1)] for p, (_, tokens) in zip(prompts, said, strict=True)]
+            turns = [[*p, *tokens] for p, (_, tokens) in zip(prompts, said, strict=True)]
             second.append([answer for answer, _ in await self.ask_all(turns, self._trial.tokens)])
             activity.append((before, activities(await self._client.cluster())))
         return Level(users, turn(first), turn(second), stage_times(second, activity))

@@ -74,7 +74,7 @@ def test_bench_prints_tables_on_stdout_and_progress_on_stderr(client: Client) ->
 
 def test_bench_refuses_what_does_not_fit_the_context(client: Client) -> None:
     serve_model(client, "faq", 2)
-    room = client.cluster().max_context - 2 * TOKENS - 1
+    room = client.cluster().max_context - 2 * TOKENS
     arguments = ["bench", "--prompt", str(room + 1), "--tokens", str(TOKENS), "--coordinator", client.address]
     done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
