@@ -167,6 +167,8 @@ def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
     for stage, pace in zip(reply.stages, loop.pace, strict=False):
         stage.measured_ms, stage.expected_ms = pace.measured_ms, pace.expected_ms
         stage.measured_frames = pace.frames
+    for stage, busy_s in zip(reply.stages, loop.busy_s, strict=False):
+        stage.busy_seconds, stage.active_seconds = busy_s, loop.active_s
 
 
 def _worker(m: Member) -> cpb.Worker:

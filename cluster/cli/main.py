@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster import __version__
+from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.demo import demo
 from cluster.cli.edge import process_edge
@@ -51,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload):
+for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, bench):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)
 

@@ -204,6 +204,8 @@ def _stage(reply: cluster_pb2.Stage) -> StageState:
         measured_ms=reply.measured_ms,
         expected_ms=reply.expected_ms,
         measured_frames=reply.measured_frames,
+        busy_seconds=reply.busy_seconds,
+        active_seconds=reply.active_seconds,
     )
 
 

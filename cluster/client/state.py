@@ -77,6 +77,9 @@ class StageState:
     expected_ms: float = 0.0
     """What was predicted for the very same frames."""
     measured_frames: int = 0
+    busy_seconds: float = 0.0
+    """That it computed since the model was loaded, and ``active_seconds`` in which the ring held anything at all."""
+    active_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ class EngineLoop:
             prefixes=len(scheduler.prefixes),
             bubbles=self._occupancy.bubbles(),
             pace=self._pace.stages() if self._pace else (),
+            busy_s=self._occupancy.busy_s,
+            active_s=self._occupancy.active_s,
         )
 
     # The loop's own thread

@@ -16,15 +16,29 @@ class Occupancy:
         self._stages = stages
         self._frames: deque[tuple[float, float, tuple[int, ...]]] = deque()
         self._last = 0.0
+        self._active_s = 0.0
+        self._busy_s = [0.0] * stages
+
+    @property
+    def active_s(self) -> float:
+        """Seconds in which the ring held anything at all, from the beginning."""
+        return self._active_s
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds that each stage computed, from the beginning."""
+        return tuple(self._busy_s)
 
     def frame(self, sent_at: float, now: float, timings: Sequence[StageTiming]) -> None:
         """A frame came back. The ring was in use since it went out, or since the frame before came back."""
         active = now - max(sent_at, self._last)
         self._last = now
+        self._active_s += active
         compute = [0] * self._stages
         for timing in timings:
             if timing.stage < self._stages:
                 compute[timing.stage] = timing.compute_us
+                self._busy_s[timing.stage] += timing.compute_us / 1e6
         self._frames.append((now, active, tuple(compute)))
         while self._frames[0][0] < now - OCCUPANCY_S:
             self._frames.popleft()

@@ -33,6 +33,8 @@ class LoopView:
     prefixes: int
     bubbles: tuple[float, ...]
     pace: tuple[StagePace, ...] = ()
+    busy_s: tuple[float, ...] = ()
+    active_s: float = 0.0
 
 
 def viewed(s: Sequence, age_s: float) -> RequestView:

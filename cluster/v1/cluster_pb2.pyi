@@ -270,6 +270,8 @@ class Stage(_message.Message):
     MEASURED_MS_FIELD_NUMBER: _builtins.int
     EXPECTED_MS_FIELD_NUMBER: _builtins.int
     MEASURED_FRAMES_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    ACTIVE_SECONDS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -291,6 +293,11 @@ class Stage(_message.Message):
     """What the last decode frames took (the median), and what was predicted for the very same frames; 0: too few yet."""
     expected_ms: _builtins.float
     measured_frames: _builtins.int
+    busy_seconds: _builtins.float
+    """Since the model was loaded: seconds that it computed, and seconds in which the ring held anything at all. Whoever
+    asks twice knows how idle it was between.
+    """
+    active_seconds: _builtins.float
     def __init__(
         self,
         *,
@@ -308,10 +315,12 @@ class Stage(_message.Message):
         measured_ms: _builtins.float = ...,
         expected_ms: _builtins.float = ...,
         measured_frames: _builtins.int = ...,
+        busy_seconds: _builtins.float = ...,
+        active_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bubble_share", b"bubble_share", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

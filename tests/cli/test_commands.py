@@ -15,6 +15,7 @@ from cluster.v1 import cluster_pb2, inference_pb2
 
 Macpipe = Any
 ANSWER = "Macs pass layers on.\n"
+COMMANDS = ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "launch", "bench"]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 
 
@@ -32,14 +33,11 @@ sys.stderr.write(str([name for name in {HEAVY} if name in sys.modules]))
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stderr == "[]"
-    commands = ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "launch"]
-    assert [command for command in commands if f"\n  {command} " in done.stdout] == commands
+    assert [command for command in COMMANDS if f"\n  {command} " in done.stdout] == COMMANDS
     assert not [line for line in done.stdout.splitlines() if line.endswith("...") and "ARGS" not in line]
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "launch"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(macpipe: Macpipe, command: str) -> None:
     done = macpipe(command, "-h")
     assert done.returncode == 0
@@ -73,6 +71,11 @@ def test_version(macpipe: Macpipe) -> None:
         (["worker", "--port", "70000"], ["--port"]),
         (["worker", "--memory-limit", "lots"], ["--memory-limit", "lots", "24GiB"]),
         (["demo", "--workers", "9"], ["--workers"]),
+        (["bench", "--users", "1,two"], ["--users", "1,two", "1,2,4"]),
+        (["bench", "--users", "0,1"], ["--users", "from 1 to"]),
+        (["bench", "--tokens", "1"], ["--tokens"]),
+        (["bench", "--prompt", "3"], ["--prompt"]),
+        (["bench", "--rounds", "0"], ["--rounds"]),
     ],
 )
 def test_wrong_usage_is_2_and_says_what_is_right(macpipe: Macpipe, arguments: list[str], words: list[str]) -> None:
@@ -85,7 +88,7 @@ def test_wrong_usage_is_2_and_says_what_is_right(macpipe: Macpipe, arguments: li
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["ps"], ["generate", "-p", "x"], ["chat"], ["chat", "-m", "x"], ["load", "faq"], ["unload"]],
+    [line.split() for line in ("status", "ps", "generate -p x", "chat", "chat -m x", "load faq", "unload", "bench")],
     ids=lambda arguments: arguments[0],
 )
 def test_without_a_coordinator_a_sentence_says_what_to_do(macpipe: Macpipe, arguments: list[str]) -> None:

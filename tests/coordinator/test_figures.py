@@ -51,6 +51,7 @@ def test_frames_that_overlap_count_the_rings_time_once() -> None:
     occupancy.frame(0.0, 0.010, timings(5000, 5000))
     occupancy.frame(0.005, 0.015, timings(5000, 5000))
     assert occupancy.bubbles() == pytest.approx((1 - 10 / 15, 1 - 10 / 15))
+    assert (occupancy.active_s, *occupancy.busy_s) == pytest.approx((0.015, 0.010, 0.010))
 
 
 def test_what_is_long_ago_counts_no_more() -> None:
@@ -59,3 +60,4 @@ def test_what_is_long_ago_counts_no_more() -> None:
     later = OCCUPANCY_S + 2
     occupancy.frame(later, later + 1.0, timings(1_000_000, 500_000))
     assert occupancy.bubbles() == pytest.approx((0.0, 0.5))
+    assert (occupancy.active_s, *occupancy.busy_s) == pytest.approx((2.0, 1.0, 0.5))
