@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from cluster.api import intake, replies
+from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.coordinator import Coordinator
 from cluster.errors import InvalidRequest, MacpipeError
@@ -53,6 +54,12 @@ class Inference(InferenceServiceServicer):
 
     async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
         answer = await self._coordinator.accept(request, checkpoint)
+        async for told in self._told(request, answer, checkpoint, reply):
+            yield told
+
+    async def _told(
+        self, request: Request, answer: Answer, checkpoint: Checkpoint, reply: type[Reply]
+    ) -> AsyncIterator[Reply]:
         finished = False
         try:
             async for event in answer.events():
@@ -66,6 +73,15 @@ class Inference(InferenceServiceServicer):
         finally:
             if not finished:
                 answer.abandon()
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            checkpoint = self._coordinator.checkpoint("")
+            taken, answer = self._coordinator.resume(request.request_id, request.offset, _caller(context).client)
+            async for reply in self._told(taken, answer, checkpoint, pb.GenerateResponse):
+                yield reply
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:

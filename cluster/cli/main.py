@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from cluster import __version__
 from cluster.cli.chat import chat
 from cluster.cli.demo import demo
+from cluster.cli.drain import drain
 from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
 from cluster.cli.load import load
@@ -50,7 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload):
+for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain):
     app.command()(command)
 
 

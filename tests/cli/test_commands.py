@@ -32,13 +32,13 @@ sys.stderr.write(str([name for name in {HEAVY} if name in sys.modules]))
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stderr == "[]"
-    commands = ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload"]
+    commands = ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "drain"]
     assert [command for command in commands if f"\n  {command} " in done.stdout] == commands
     assert not [line for line in done.stdout.splitlines() if line.endswith("...") and "ARGS" not in line]
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload"]
+    "command", ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "drain"]
 )
 def test_every_command_has_help(macpipe: Macpipe, command: str) -> None:
     done = macpipe(command, "-h")
