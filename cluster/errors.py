@@ -163,6 +163,18 @@ class WorkerLost(MacpipeError):
     reason, grpc_status, http_status = "WORKER_LOST", "UNAVAILABLE", 503
 
 
+class WorkerRefused(WorkerLost):
+    """Nobody listens where the worker should be: its machine answers, its process is gone."""
+
+    reason = "WORKER_REFUSED"
+
+
+class FrameOverdue(WorkerLost):
+    """Nothing came through the stages for longer than they can need: one of them hangs."""
+
+    reason = "FRAME_OVERDUE"
+
+
 class WorkerTaken(MacpipeError):
     """A worker serves another coordinator."""
 

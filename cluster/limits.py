@@ -89,25 +89,69 @@ CONTROL_TIMEOUT_S: Final = 10.0
 LOAD_STALL_S: Final = 120.0
 """A load that reports no progress for this long has failed."""
 FRAME_TIMEOUT_S: Final = 120.0
-"""A frame that no stage answered for this long means a lost stage, until deadlines come from predicted times."""
+"""A frame may take this long while nothing is known of the stages' speed: kernels are compiled first."""
+FRAME_FLOOR_S: Final = 15.0
+"""No frame is overdue sooner, however fast the ones before were: a Mac that swaps or is busy is slow, not dead."""
+FRAME_SLACK: Final = 10.0
+"""A frame may take so many times as long as the slowest of late."""
 CANARY_TIMEOUT_S: Final = 120.0
 """The first token compiles kernels (42 s on one CUDA machine)."""
-HEARTBEAT_S: Final = 2.0
-"""How often a coordinator tells its workers that it is there."""
-HOLD_S: Final = 3 * HEARTBEAT_S
+HEARTBEAT_S: Final = 0.5
+"""How often a coordinator asks its workers how they are, which also tells them that it is there."""
+SUSPECT_S: Final = 1.25
+"""Silence after which a worker is suspect: two heartbeats that were not answered."""
+GONE_S: Final = 2.5
+"""Silence after which a worker is gone. An answer takes 0.1 s over a slow link, so this is no link's doing."""
+HOLD_S: Final = 6.0
 """A worker whose coordinator has not been heard for this long may be taken by another."""
+ENGINE_SILENCE_S: Final = 10.0
+"""An engine that does not even say what it holds for this long is killed and started again."""
+RETURN_S: Final = 5.0
+"""How long recovery waits for a crashed engine, which starts in one or two, before it turns to a spare."""
+RECOVERY_WAIT_S: Final = 20.0
+"""How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
+ENGINE_STEADY_S: Final = 5.0
+"""An engine that has lived this long is started again at once: it does not crash in a loop."""
+ENGINE_CRASHES: Final = 3
+CRASHES_S: Final = 60.0
+"""A worker that was lost so often in so short a time is not waited for: a spare takes over at once."""
+JOURNAL_BYTES: Final = 16 * MIB
+"""A journal this long is written anew without what has ended; one full of live requests takes no more of them."""
+JOURNAL_FSYNC_S: Final = 1.0
+RESUME_S: Final = 600.0
+"""How long a client of a coordinator that died may take to come back for the rest of its answer."""
+ADOPTION_LOOKS: Final = 5
+"""How often a coordinator that was started again looks for the rest of the workers that hold its model."""
+STEADY_S: Final = 3.0
+"""A worker that is back counts as back for good after this long."""
+DRAIN_RETRY_S: Final = 5.0
+"""Between two looks whether the layers of a worker that wants to leave can go elsewhere."""
+MAX_REPLAYS: Final = 8
+"""A request that loses so many rings without a token in between ends: it may be what kills them."""
+RECOVERY_TRIES: Final = 8
+"""A recovery that has failed so often, and for that long, ends what waits for it; it goes on trying without."""
+RECOVERY_PAUSE_S: Final = 0.25
+"""Between two tries at a recovery."""
+DRAIN_S: Final = 15.0
+"""What a worker that was told to stop gives its coordinator to move its layers away, or its requests to end."""
 REPORT_TIMEOUT_S: Final = 2.0
 """An engine reports at once, also while it computes. Below DESCRIBE_TIMEOUT_S, so that its daemon can say so."""
 STOP_GRACE_S: Final = 1.5
 """What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
-ENGINE_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+ENGINE_BACKOFF_S: Final = (0.1, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between restarts of an engine that keeps dying; the last one repeats."""
 
-# gRPC keepalive: ping_timeout is what makes a stopped peer noticed in a second instead of a minute.
-KEEPALIVE_MS: Final = 1_000
-KEEPALIVE_TIMEOUT_MS: Final = 2_000
-PING_TIMEOUT_MS: Final = 2_000
+# gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
+KEEPALIVE_MS: Final = 500
+KEEPALIVE_TIMEOUT_MS: Final = 1_500
+BULK_KEEPALIVE_MS: Final = 10_000
+BULK_TIMEOUT_MS: Final = 60_000
+"""Where megabytes travel, a ping waits behind them: 8 MiB take 7 s at 10 Mbit/s. A pulse beside them sees cuts."""
+RECONNECT_MS: Final = 1_000
+"""A worker that is back is tried again this soon; gRPC's own pauses grow to two minutes."""
+CONNECT_ATTEMPT_MS: Final = 3_000
+"""One try to connect: a cut network swallows it, and gRPC would wait for 20 s."""
 
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
@@ -216,9 +260,9 @@ MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""
 MAX_FRAMES_WAITING: Final = 4096
 """Frames queued towards one reader; the scheduler's window keeps it far below."""
-DATA_THREADS: Final = 16
-"""Streams that one data port serves at once: a feed and a pull on each of two lines, and those of an epoch
-that is ending, twice over. Each holds a thread while it is open, so one more would wait for ever."""
+DATA_THREADS: Final = 32
+"""Streams that one data port serves at once: a feed and a pull on each of two lines, the pulse of each, and those of
+epochs that are ending. Each holds a thread while it is open, so one more would wait for ever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0

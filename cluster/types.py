@@ -326,6 +326,14 @@ class WorkerFacts:
     gpu_cores: int = 0
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
+    busy_ms: int = 0
+    """How long its engine has been at its present step."""
+    owner: str = ""
+    """Whose stage it is, also where that coordinator has not been heard of late."""
+    fingerprint: str = ""
+    kv_bits: int = 0
+    draining: bool = False
+    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,13 @@ class Cluster(ClusterServiceServicer):
             await abort(context, e)
         return pb.UnloadModelResponse()
 
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        try:
+            await self._coordinator.drain(request.worker, undo=request.undo)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.DrainResponse(cluster=replies.cluster_state(await self._coordinator.snapshot()))
+
 
 class _Queued:
     """A report whose progress a client reads; bounded by the number of progress steps of one load."""
@@ -98,6 +105,7 @@ def _order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
         kv_bits=_kv_bits(r.kv_bits),
         objective=Objective.THROUGHPUT if r.objective == pb.OBJECTIVE_THROUGHPUT else Objective.LATENCY,
+        take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
     )
 
 

@@ -40,6 +40,18 @@ class Desk:
         except MacpipeError as e:
             self.metrics.ended(e)
             raise
+        return await self._accepted(request, answer, checkpoint)
+
+    async def resume(self, request_id: str, offset: int, client: str, checkpoint: Checkpoint) -> Asked:
+        """Go on with an answer from the journal. Raises ``RequestNotFound``, and what refuses it."""
+        try:
+            request, answer = self.coordinator.resume(request_id, offset, client)
+        except MacpipeError as e:
+            self.metrics.ended(e)
+            raise
+        return await self._accepted(request, answer, checkpoint)
+
+    async def _accepted(self, request: Request, answer: Answer, checkpoint: Checkpoint) -> Asked:
         events = self._events(answer)
         try:
             first = await anext(events)

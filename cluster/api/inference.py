@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from cluster.api import intake, replies
-from cluster.api.desk import Desk
+from cluster.api.desk import Asked, Desk
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import MacpipeError
 from cluster.transport.status import abort
@@ -54,6 +54,11 @@ class Inference(InferenceServiceServicer):
 
     async def _events(self, request: Request, checkpoint: Checkpoint, reply: type[Reply]) -> AsyncIterator[Reply]:
         asked = await self._desk.ask(request, checkpoint)
+        async for told in self._told(asked, reply):
+            yield told
+
+    async def _told(self, asked: Asked, reply: type[Reply]) -> AsyncIterator[Reply]:
+        request, checkpoint = asked.request, asked.checkpoint
         async with aclosing(asked.events) as events:
             yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
             async for event in events:
@@ -61,6 +66,15 @@ class Inference(InferenceServiceServicer):
                     yield reply(token=replies.token_event(event, checkpoint.tokenizer))
                 else:
                     yield reply(finish=replies.finish_info(event))
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            checkpoint = self._coordinator.checkpoint("")
+            asked = await self._desk.resume(request.request_id, request.offset, _caller(context).client, checkpoint)
+            async for reply in self._told(asked, pb.GenerateResponse):
+                yield reply
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 from cluster import __version__
 from cluster.chat import ToolCallDelta
 from cluster.coordinator.roster import Member
-from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.coordinator.snapshot import Repair, ServingState, Snapshot
 from cluster.coordinator.views import LoopView, RequestView
 from cluster.loads import LoadProgress
+from cluster.membership.suspicion import Belief, Standing
 from cluster.model.tokenizer import Tokenizer
 from cluster.profiles import Objective
 from cluster.scheduler.sequence import Phase
@@ -19,6 +22,7 @@ _STATES = {
     ServingState.IDLE: cpb.SERVING_STATE_IDLE,
     ServingState.LOADING: cpb.SERVING_STATE_LOADING,
     ServingState.SERVING: cpb.SERVING_STATE_SERVING,
+    ServingState.RECOVERING: cpb.SERVING_STATE_RECOVERING,
     ServingState.FAILED: cpb.SERVING_STATE_FAILED,
 }
 _ROUTES = {Route.DIRECT: cpb.ROUTE_DIRECT, Route.RELAY: cpb.ROUTE_RELAY}
@@ -112,12 +116,14 @@ def progress(p: LoadProgress) -> cpb.StageProgress:
 
 
 def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
+    beliefs = {b.worker: b for b in s.beliefs}
     reply = cpb.GetClusterResponse(
         cluster=s.cluster,
         version=__version__,
         state=_STATES[s.state],
         problem=s.problem,
-        workers=[_worker(m) for m in s.members],
+        workers=[_worker(m, beliefs.get(m.facts.name)) for m in s.members],
+        recoveries=s.recoveries,
         queued=sum(r.phase is Phase.QUEUED for r in s.loop.requests) if s.loop else 0,
         requests=[_request(r) for r in s.loop.requests] if s.loop else [],
         lane_sizes=s.loop.lane_sizes if s.loop else [],
@@ -126,6 +132,8 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         tokens_generated=s.tokens,
         uptime_seconds=s.uptime_s,
     )
+    if s.repair:
+        reply.repair.CopyFrom(_repair(s.repair))
     if s.plan:
         reply.model, reply.epoch = s.plan.model.name, s.plan.epoch
         reply.layers = s.plan.stages[-1].layers.end
@@ -161,7 +169,8 @@ def _add_reasons(reply: cpb.GetClusterResponse | cpb.PlanResponse, plan: Plan) -
 
 
 def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
-    load = zip(reply.stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=True)
+    # Not strict: a recovery with another number of stages may lie between the two looks.
+    load = zip(reply.stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=False)
     for stage, reserved, prefixes, bubble in load:
         stage.reserved_bytes, stage.prefix_bytes, stage.bubble_share = reserved, prefixes, bubble
     for stage, pace in zip(reply.stages, loop.pace, strict=False):
@@ -171,7 +180,18 @@ def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
         stage.busy_seconds, stage.active_seconds = busy_s, loop.active_s
 
 
-def _worker(m: Member) -> cpb.Worker:
+def _repair(r: Repair) -> cpb.Repair:
+    return cpb.Repair(
+        worker=r.worker,
+        cause=r.cause,
+        since_seconds=r.since_s,
+        doing=r.doing,
+        expected_seconds=r.expected_s,
+        attempts=r.attempts,
+    )
+
+
+def _worker(m: Member, belief: Belief | None) -> cpb.Worker:
     f = m.facts
     return cpb.Worker(
         id=f.id,
@@ -193,6 +213,10 @@ def _worker(m: Member) -> cpb.Worker:
         gpu_cores=f.gpu_cores,
         memory_pressure=f.memory_pressure,
         bandwidth=f.profile.bandwidth,
+        standing=belief.standing if belief else Standing.UP,
+        silent_seconds=time.monotonic() - belief.heard if belief else 0.0,
+        losses=belief.losses if belief else 0,
+        draining=f.draining,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -22,6 +21,8 @@ from cluster.api.http.server import listen, serving
 from cluster.api.inference import Inference
 from cluster.api.metrics import Metrics
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.identity import identity, state_folder
+from cluster.coordinator.journal import Journal
 from cluster.coordinator.report import Report
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -57,10 +58,13 @@ async def _run(settings: ServeSettings, report: Report) -> None:
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(stop_on_signal, tasks.cancel_scope)
-        source = merged(static(settings.peers), await stack.enter_async_context(browse(settings.cluster)))
-        roster = Roster(source, settings.cluster, secrets.token_hex(8))
+        source = static(settings.peers)
+        if not settings.peers_only:
+            source = merged(source, await stack.enter_async_context(browse(settings.cluster)))
+        roster = Roster(source, settings.cluster, stack.enter_context(identity(settings.home, settings.cluster)))
         store = Store(settings.home)
         coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report, store, settings.max_schema_bytes)
+        coordinator.journal = _journal(settings)
         desk, checks = Desk(coordinator, Metrics()), health.HealthServicer()
         http = await stack.enter_async_context(_http_port(settings, desk, report))
         port = await stack.enter_async_context(_public_port(settings, desk, checks))
@@ -70,6 +74,13 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         if plan:
             report.serving(format_address(settings.host, port), plan, http)
         await anyio.sleep_forever()
+
+
+def _journal(settings: ServeSettings) -> Journal | None:
+    """The journal, where one was asked for and there is a place to keep it."""
+    if settings.journal is None or settings.home is None:
+        return None
+    return Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from cluster.cli.serve import (
     MaxContext,
     MaxStepMs,
     Model,
+    TakeBack,
     Workers,
     checked_kv_bits,
 )
@@ -37,6 +38,7 @@ def load(
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
+    take_back: TakeBack = False,
     coordinator: Coordinator = None,
     json: Json = False,
 ) -> None:
@@ -60,6 +62,7 @@ def load(
             max_step_ms=max_step_ms,
             kv_bits=checked_kv_bits(kv_bits),
             objective=objective,
+            take_back=take_back,
         )
         state = follow(loading)
         if json:

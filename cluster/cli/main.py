@@ -15,6 +15,7 @@ from cluster import __version__
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.demo import demo
+from cluster.cli.drain import drain
 from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
 from cluster.cli.launch import launch
@@ -52,7 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, bench):
+for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)
 

@@ -11,6 +11,7 @@ import typer
 from cluster.address import parse_address
 from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
+from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
@@ -56,15 +57,29 @@ MaxSchemaBytes = Annotated[
     ),
 ]
 
+Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
+Home = Annotated[
+    Path | None, typer.Option(help="Keep state and parts of models here; else MACPIPE_HOME, else the usual place.")
+]
+KeepJournal = Annotated[
+    Fsync | None,
+    typer.Option(help="Keep live requests on disk, synced this often, so that answers outlive the coordinator."),
+]
+TakeBack = Annotated[
+    bool,
+    typer.Option("--take-back", help="Give lost workers their layers back when they return; else they are spares."),
+]
+Peers = Annotated[
+    list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
+]
 KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
 
 
 def serve(
     model: Model,
     workers: Workers = None,
-    peer: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
-    ] = None,
+    peer: Peers = None,
+    peers_only: Annotated[bool, typer.Option("--peers-only", help="Look for no other workers than --peer's.")] = False,
     layers: Layers = None,
     route: HowRoute = Route.DIRECT,
     host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
@@ -77,13 +92,11 @@ def serve(
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
+    take_back: TakeBack = False,
     cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
-    home: Annotated[
-        Path | None, typer.Option(help="Keep parts of models in this folder; else MACPIPE_HOME, else the usual place.")
-    ] = None,
-    wait: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")
-    ] = DISCOVERY_TIMEOUT_S,
+    wait: Wait = DISCOVERY_TIMEOUT_S,
+    home: Home = None,
+    journal: KeepJournal = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Find workers, load MODEL, and answer.
@@ -105,6 +118,8 @@ def serve(
         served_names=tuple(served_model_name or ()),
         workers=workers,
         peers=tuple(peer or ()),
+        peers_only=peers_only,
+        journal=journal,
         layers=parse_layers(layers) if layers else None,
         route=route,
         max_context=max_context,
@@ -114,6 +129,7 @@ def serve(
         kv_bits=checked_kv_bits(kv_bits),
         objective=objective,
         max_schema_bytes=max_schema_bytes,
+        take_back=take_back,
     )
     if exit_with_stdin:
         end_with_stdin()

@@ -11,7 +11,7 @@ from cluster.cli.options import Coordinator, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import ClusterState, StageState
+    from cluster.client import ClusterState, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
@@ -60,6 +60,8 @@ def headline(state: ClusterState) -> list[str]:
     lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
     if state.problem:
         lines.append(f"problem: {state.problem}")
+    if state.repair:
+        lines.append(repair_in_words(state.repair))
     if state.model:
         lines.append(
             f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
@@ -70,6 +72,20 @@ def headline(state: ClusterState) -> list[str]:
         f" {state.tokens_generated} tokens generated"
     )
     return lines
+
+
+def repair_in_words(repair: Repair) -> str:
+    """What is being done about a loss, since when, and how long it should take."""
+    expected = f", {repair.expected_seconds:.0f} s expected" if repair.expected_seconds else ""
+    return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
+
+
+def _standing(worker: WorkerState) -> str:
+    if worker.standing in ("suspect", "gone"):
+        return f"{worker.standing} for {worker.silent_seconds:.0f} s"
+    if not worker.reachable:
+        return "unreachable"
+    return "drained" if worker.draining else "reachable"
 
 
 def _workers(state: ClusterState) -> Table:
@@ -86,7 +102,7 @@ def _workers(state: ClusterState) -> Table:
             bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}",
             *_decode_ms(held),
-            "reachable" if worker.reachable else "unreachable",
+            _standing(worker),
         )
     return shown
 

@@ -18,6 +18,9 @@ def worker(
     name: Annotated[str | None, typer.Option(help="This worker's name.", show_default="the host's name")] = None,
     host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 0,
+    data_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Take activations on this port; 0 takes a free one.")
+    ] = 0,
     cluster: Annotated[str, typer.Option(help="Be seen by coordinators of this cluster.")] = "default",
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, like 24GiB.")
@@ -47,6 +50,7 @@ def worker(
         cluster=cluster,
         host=_host(host, interface),
         port=port,
+        data_port=data_port,
         memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit else None,
         profile=profile,
         interface=interface or "",

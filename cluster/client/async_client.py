@@ -105,6 +105,16 @@ class AsyncClient:
         """End live requests and free the workers' memory."""
         await self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
 
+    async def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
+        """Move a worker's layers to others while requests go on, and give it none until that is undone.
+
+        Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
+        worker answers.
+        """
+        with failures_told(self.address):
+            reply = await self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
+        return replies.cluster_state(reply.cluster)
+
     async def close(self) -> None:
         """Close the connection; calls that still run end with Aborted."""
         if self._opened is not None:

@@ -9,7 +9,6 @@ from cluster.limits import (
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
     MAX_CONTROL_BYTES,
-    PING_TIMEOUT_MS,
 )
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
@@ -17,7 +16,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),  # also the longest wait for one connect
     ("grpc.initial_reconnect_backoff_ms", 200),

@@ -66,6 +66,14 @@ class Client:
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
 
+    def resume(self, request_id: str, offset: int = 0) -> Stream:
+        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again.
+
+        Raises RequestNotFound, also where the coordinator keeps no journal.
+        """
+        request = inference_pb2.ResumeRequest(request_id=request_id, offset=offset)
+        return Stream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
+
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """The token ids that the model would read for a text, or for messages with the chat template."""
         return replies.tokens(self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
@@ -102,6 +110,16 @@ class Client:
     def unload(self) -> None:
         """End live requests and free the workers' memory."""
         self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+
+    def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
+        """Move a worker's layers to others while requests go on, and give it none until that is undone.
+
+        Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
+        worker answers.
+        """
+        with failures_told(self.address):
+            reply = self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
+        return replies.cluster_state(reply.cluster)
 
     def close(self) -> None:
         """Close the connection; calls that still run end with Aborted."""

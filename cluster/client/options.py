@@ -79,7 +79,7 @@ class LoadOptions(TypedDict, total=False):
     ``workers`` takes those that are best for ``objective`` (``latency`` or ``throughput``); ``layers`` as in
     ``0-3,4-7``, else as planned; ``lanes`` one a stage.
     ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode; ``kv_bits`` 8 or 4 quantises
-    caches.
+    caches; with ``take_back`` workers that were lost get their layers back once they return.
     """
 
     workers: int | None
@@ -90,6 +90,7 @@ class LoadOptions(TypedDict, total=False):
     max_step_ms: float | None
     kv_bits: int
     objective: Objective | str
+    take_back: bool
 
 
 def sampling_options(options: Options) -> pb.SamplingOptions:

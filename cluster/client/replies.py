@@ -11,6 +11,7 @@ from cluster.client.state import (
     ClusterState,
     LiveRequest,
     ModelPlan,
+    Repair,
     RequestState,
     ServingState,
     StageState,
@@ -32,6 +33,7 @@ SERVING_STATES: Final = {
     cluster_pb2.SERVING_STATE_LOADING: ServingState.LOADING,
     cluster_pb2.SERVING_STATE_SERVING: ServingState.SERVING,
     cluster_pb2.SERVING_STATE_FAILED: ServingState.FAILED,
+    cluster_pb2.SERVING_STATE_RECOVERING: ServingState.RECOVERING,
 }
 REQUEST_STATES: Final = {
     cluster_pb2.REQUEST_STATE_QUEUED: RequestState.QUEUED,
@@ -119,6 +121,8 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         forecast=_forecast(reply),
         spares=_spares(reply),
         reasons=tuple(reply.reasons),
+        repair=_repair(reply.repair) if reply.HasField("repair") else None,
+        recoveries=reply.recoveries,
     )
 
 
@@ -185,6 +189,21 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
         gpu_cores=reply.gpu_cores,
         memory_pressure=reply.memory_pressure,
         bandwidth=reply.bandwidth,
+        standing=reply.standing,
+        silent_seconds=reply.silent_seconds,
+        losses=reply.losses,
+        draining=reply.draining,
+    )
+
+
+def _repair(reply: cluster_pb2.Repair) -> Repair:
+    return Repair(
+        worker=reply.worker,
+        cause=reply.cause,
+        since_seconds=reply.since_seconds,
+        doing=reply.doing,
+        expected_seconds=reply.expected_seconds,
+        attempts=reply.attempts,
     )
 
 

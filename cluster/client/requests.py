@@ -100,6 +100,7 @@ def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReque
         max_context=whole("max_context", options.get("max_context") or 0),
         lanes=whole("lanes", options.get("lanes") or 0),
         kv_bits=whole("kv_bits", options.get("kv_bits") or 0),
+        take_back=bool(options.get("take_back")),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
     )
 

@@ -15,6 +15,7 @@ class ServingState(StrEnum):
     IDLE = "idle"
     LOADING = "loading"
     SERVING = "serving"
+    RECOVERING = "recovering"
     FAILED = "failed"
     UNKNOWN = "unknown"
     """A state that this client's version has no word for."""
@@ -52,6 +53,22 @@ class WorkerState:
     gpu_cores: int = 0
     memory_pressure: str = ""
     bandwidth: float = 0.0
+    standing: str = "up"
+    silent_seconds: float = 0.0
+    losses: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What is being done about a loss. ``expected_seconds`` counts from its beginning; 0: it waits for a Mac."""
+
+    worker: str
+    cause: str
+    since_seconds: float
+    doing: str
+    expected_seconds: float
+    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,8 @@ class ClusterState:
     lane_sizes: tuple[int, ...] = ()
     queued: int = 0
     prefixes: int = 0
+    repair: Repair | None = None
+    recoveries: int = 0
     objective: Objective = Objective.LATENCY
     forecast: Forecast | None = None
     spares: tuple[Spare, ...] = ()

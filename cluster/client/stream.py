@@ -32,8 +32,8 @@ class Stream(Transcribed):
     raises the MacpipeError that ended the answer early; an answer that ends without one is whole.
     """
 
-    def __init__(self, call: AnswerCall, address: str) -> None:
-        super().__init__()
+    def __init__(self, call: AnswerCall, address: str, offset: int = 0) -> None:
+        super().__init__(offset)
         self._call = call
         self._address = address
 

@@ -20,7 +20,8 @@ Reply = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 class _Answer:
     """What has come of one sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, offset: int = 0) -> None:
+        self._offset = offset
         self.tokens: list[Token] = []
         self.finish: Finish | None = None
 
@@ -33,10 +34,9 @@ class _Answer:
         return "".join(event.text for event in self.said)
 
     def append(self, token: Token) -> None:
-        if token.index != len(self.tokens) or self.finish:
-            raise MacpipeError(
-                f"the coordinator sent a broken answer: token {token.index} where {len(self.tokens)} was due"
-            )
+        due = self._offset + len(self.tokens)
+        if token.index != due or self.finish:
+            raise MacpipeError(f"the coordinator sent a broken answer: token {token.index} where {due} was due")
         self.tokens.append(token)
 
     def choice(self, finish: Finish) -> Choice:
@@ -67,9 +67,9 @@ class Transcript:
     Where several samples were asked for, ``text`` and ``finish`` are the first one's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offset: int = 0) -> None:
         self.prompt: Prompt | None = None
-        self._answers = [_Answer()]
+        self._answers = [_Answer(offset)]
 
     @property
     def finish(self) -> Finish | None:
@@ -156,8 +156,8 @@ class Transcript:
 class Transcribed:
     """What both streams let be seen of their answer while it comes."""
 
-    def __init__(self) -> None:
-        self._transcript = Transcript()
+    def __init__(self, offset: int = 0) -> None:
+        self._transcript = Transcript(offset)
 
     @property
     def prompt(self) -> Prompt | None:

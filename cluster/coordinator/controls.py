@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import grpc
 
 from cluster.address import parse_address
-from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost
+from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost, WorkerRefused
 from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
@@ -72,6 +72,18 @@ class WorkerControl:
             request = pb.LearnRatioRequest(fingerprint=fingerprint, ratio=ratio)
             await self._stub.LearnRatio(request, timeout=CONTROL_TIMEOUT_S)
 
+    async def drain(self, *, undo: bool = False) -> None:
+        """Have the worker want to hold nothing; ``undo`` takes that back."""
+        async with self._named():
+            request = pb.DrainWorkerRequest(coordinator=self._coordinator, undo=undo)
+            await self._stub.DrainWorker(request, timeout=CONTROL_TIMEOUT_S)
+
+    async def reset(self, why: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Have the worker kill its engine, which starts again and holds nothing then."""
+        async with self._named():
+            request = pb.ResetEngineRequest(coordinator=self._coordinator, why=why)
+            await self._stub.ResetEngine(request, timeout=timeout_s)
+
     async def close(self) -> None:
         await self._channel.close(None)
 
@@ -89,7 +101,7 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
         if isinstance(error, DeadlineExceeded):
             raise WorkerLost(f"worker {name} at {address} does not answer", worker=name) from e
         if isinstance(error, Unreachable):
-            raise WorkerLost(error.sentence, worker=name) from e
+            raise (WorkerRefused if "refused" in error.sentence else WorkerLost)(error.sentence, worker=name) from e
         raise type(error)(f"worker {name}: {error.sentence}", worker=name) from e
 
 
@@ -154,6 +166,12 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         interface=a.interface,
         gpu_cores=a.gpu_cores,
         memory_pressure=a.memory_pressure,
+        busy_ms=a.busy_ms,
+        owner=a.owner,
+        fingerprint=a.fingerprint,
+        kv_bits=a.kv_bits,
+        draining=a.draining,
+        stopping=a.stopping,
     )
 
 

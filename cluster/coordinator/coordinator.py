@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import anyio
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
-from cluster.coordinator.epoch import Epoch, Opening, new_epoch
+from cluster.coordinator.epoch import new_epoch
 from cluster.coordinator.grammars import GrammarCheck
+from cluster.coordinator.journal import Journal
 from cluster.coordinator.layout import Links, lay_out
 from cluster.coordinator.links import measured_links
-from cluster.coordinator.loop import Totals
+from cluster.coordinator.recovery import Means
 from cluster.coordinator.report import Both, LoadReport, Report
-from cluster.coordinator.roster import Roster
+from cluster.coordinator.roster import Member, Roster
+from cluster.coordinator.service import Service
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import ServingState, Snapshot
+from cluster.coordinator.snapshot import Repair, ServingState, Snapshot
+from cluster.coordinator.succession import Heirs, standing
 from cluster.coordinator.supply import Supply
+from cluster.coordinator.tally import Totals
 from cluster.coordinator.views import LoopView
+from cluster.coordinator.watch import Watch
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES
+from cluster.limits import ADOPTION_LOOKS, CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES, SETTLE_S
+from cluster.membership.suspicion import Belief, Standing
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 from cluster.types import ModelShape, Plan, Request, WorkerFacts
@@ -43,6 +49,8 @@ class Coordinator:
         store: Store,
         max_schema_bytes: int = MAX_SCHEMA_BYTES,
     ) -> None:
+        self.journal: Journal | None = None
+        """Where live requests are kept for a coordinator to come; set before anything is loaded."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._started = time.monotonic()
         self._totals = Totals()
@@ -50,8 +58,8 @@ class Coordinator:
         self._supply = Supply(store, roster)
         self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
-        self._epoch: Epoch | None = None
-        self._heartbeat: asyncio.Task[None] | None = None
+        self._service: Service | None = None
+        self._watch = Watch(roster, self._believed, self._alive)
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
 
@@ -59,13 +67,22 @@ class Coordinator:
     def state(self) -> ServingState:
         if self._loading.locked():
             return ServingState.LOADING
-        if self._problem:
-            return ServingState.FAILED
-        return ServingState.SERVING if self._epoch else ServingState.IDLE
+        if self._service is None:
+            return ServingState.IDLE
+        if (recovery := self._service.recovery) is None:
+            return ServingState.SERVING
+        return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
 
-    @property
-    def _problem(self) -> MacpipeError | None:
-        return self._epoch.inquest.error if self._epoch else None
+    def _believed(self, belief: Belief) -> None:
+        self.changed.set()
+        if belief.losses and belief.standing is Standing.UP:
+            away = time.monotonic() - belief.lost_at[-1]
+            self._report.problem(f"worker {belief.worker} is back after {away:.0f} s")
+        if self._service:
+            self._service.believed(belief)
+
+    def _alive(self) -> Collection[str]:
+        return self._service.alive() if self._service else ()
 
     # Loading
 
@@ -87,19 +104,24 @@ class Coordinator:
 
     async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
         checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
-        if self._epoch and not self._problem:
-            await self._epoch.teach()  # what is loaded next is planned by what this one showed
+        if self._service:
+            await self._service.teach()  # what is loaded next is planned by what this one showed
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         found = await self._roster.gather(wanted, order.wait_s, report)
+        found, order = await self._standing(checkpoint, order, found)
         plan = await self._lay_out(new_epoch(), checkpoint.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
-        controls = [self._roster.control(w.control_address) for w in workers]
-        opening = Opening(self._dialer, report.progress, order.max_step_ms, self._supply)
-        self._adopt(await opening.open(plan, checkpoint, workers, controls))
+        self._watch.start()
+        means = Means(self._roster, self._watch, self._dialer, self._supply)
+        service = Service(means, checkpoint, order, Heirs(plan, workers), self._say)
+        await service.open(report.progress)
+        service.loop.totals = self._totals
+        service.loop.journal = self.journal
+        self._service = service
 
     async def plan(self, order: LoadOrder) -> Plan:
         """What ``load`` would do with the workers that are there now; nothing changes. Raises ``MacpipeError``."""
@@ -115,15 +137,22 @@ class Coordinator:
             links = await measured_links(workers, [self._roster.control(w.control_address) for w in workers])
         return await anyio.to_thread.run_sync(lay_out, number, shape, workers, order, links)
 
-    def _adopt(self, epoch: Epoch) -> None:
-        self._epoch = epoch
-        self._heartbeat = asyncio.create_task(epoch.keep())
-        epoch.loop.count_into(self._totals)
-        epoch.inquest.tell(self._note_failure)
+    async def _standing(
+        self, checkpoint: Checkpoint, order: LoadOrder, workers: tuple[WorkerFacts, ...]
+    ) -> tuple[tuple[WorkerFacts, ...], LoadOrder]:
+        """Prefer slices that workers hold for this coordinator since before it was started again, once all are seen."""
+        for _ in range(ADOPTION_LOOKS):
+            members = [m.facts for m in self._roster.members if not m.problem]
+            adopted = standing(checkpoint.shape, order, members)
+            if adopted or not any(self._roster.owns(f) for f in members):
+                return adopted or (workers, order)
+            await anyio.sleep(SETTLE_S)
+            await self._roster.refresh()
+        return workers, order
 
-    def _note_failure(self, error: MacpipeError) -> None:
+    def _say(self, sentence: str) -> None:
         self.changed.set()
-        self._report.problem(f"{error.sentence}; load the model again when the worker is back")
+        self._report.problem(sentence)
 
     async def unload(self) -> None:
         """End live requests and free the workers' memory; nothing happens where nothing is loaded."""
@@ -134,16 +163,15 @@ class Coordinator:
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:
-        epoch, self._epoch = self._epoch, None
-        if self._heartbeat:
-            self._heartbeat.cancel()
-        if epoch:
-            await epoch.close(error)
+        service, self._service = self._service, None
+        if service:
+            await service.close(error)
         self._roster.pin(())
 
     async def close(self) -> None:
         """Stop: live requests end, workers are told."""
         await self._close(NotServing("the coordinator is stopping"))
+        await self._watch.close()
         await self._roster.close()
         await anyio.to_thread.run_sync(self._reader.close)
 
@@ -151,17 +179,15 @@ class Coordinator:
 
     def checkpoint(self, model: str) -> Checkpoint:
         """The served model. Raises ``NotServing``, and ``ModelNotFound`` where another name is asked for."""
-        epoch = self._serving()
-        if model and model != epoch.plan.model.name:
-            raise ModelNotFound(f"no model {model} is served here; {epoch.plan.model.name} is", field="model")
-        return epoch.checkpoint
+        service = self._serving()
+        name = service.plan.model.name
+        if model and model != name:
+            raise ModelNotFound(f"no model {model} is served here; {name} is", field="model")
+        return service.checkpoint
 
-    def _serving(self) -> Epoch:
-        if self._problem:
-            worker = self._problem.details.get("worker", "")
-            raise MacpipeError.of(WorkerLost.reason, f"the model is not served: {self._problem.sentence}", worker)
-        if self._epoch:
-            return self._epoch
+    def _serving(self) -> Service:
+        if self._service:
+            return self._service
         if self._loading.locked():
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
@@ -180,12 +206,28 @@ class Coordinator:
 
         Raises ``NotServing``, also where another model has been loaded since.
         """
-        epoch = self._serving()
-        if epoch.checkpoint is not checkpoint:
+        service = self._serving()
+        if service.checkpoint is not checkpoint:
             raise NotServing("another model was loaded while the prompt was read; send it again")
-        answer = Answer(lambda: epoch.loop.end(request.id, Aborted("the client went away")), request.samples)
-        epoch.loop.submit(request, answer)
+        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")), request.samples)
+        service.loop.submit(request, answer)
         return answer
+
+    def resume(self, request_id: str, offset: int, client: str) -> tuple[Request, Answer]:
+        """Go on with an answer that a coordinator before this one had begun, from its token ``offset`` on.
+
+        Raises ``RequestNotFound`` where the journal has no such request of that client.
+        """
+        service = self._serving()
+        kept = self.journal.take(request_id, client) if self.journal else None
+        if kept is None:
+            why = "" if self.journal else ": this coordinator keeps no journal; serve with --journal"
+            raise RequestNotFound(f"there is no answer to {request_id} to go on with{why}")
+        request = kept.request
+        said = tuple(kept.said[: request.max_tokens - 1])  # the last token is computed anew: it ends the answer
+        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")))
+        service.loop.submit(request, answer, said, offset)
+        return request, answer
 
     async def abort(self, request_id: str) -> None:
         """End a request wherever it is. Raises ``RequestNotFound``."""
@@ -194,33 +236,68 @@ class Coordinator:
         if not await asyncio.wrap_future(ended):
             raise RequestNotFound(f"no live request has the id {request_id}")
 
+    async def drain(self, worker: str, *, undo: bool = False) -> None:
+        """Move a worker's layers to others and give it none; ``undo`` takes it back into use.
+
+        Raises ``WorkerLost`` where there is no such worker, ``NoPlan`` where its layers cannot go elsewhere: then it
+        stays in use.
+        """
+        member = next((m for m in await self._members() if m.facts.name == worker), None)
+        if member is None or not member.reachable:
+            raise WorkerLost(f"no worker named {worker} answers; `macpipe status` shows who is there", worker=worker)
+        control = self._roster.control(member.facts.control_address)
+        await control.drain(undo=undo)
+        if undo or not self._service:
+            return
+        try:
+            await self._service.moved_away(worker)
+        except MacpipeError:
+            await control.drain(undo=True)
+            raise
+
     # Looking
 
     async def snapshot(self) -> Snapshot:
         """Everything, asked afresh."""
-        members, loop = await self._roster.refresh(), await self._view()
-        epoch, problem = self._epoch, self._problem
+        members, loop = await self._members(), await self._view()
+        service, repair = self._service, self._repair()
+        epoch = service.epoch if service else None
         return Snapshot(
             cluster=self._cluster,
             state=self.state,
-            problem=problem.sentence if problem else "",
+            problem=repair.cause if repair else "",
             plan=epoch.plan if epoch else None,
-            ring=epoch.ring_stages if epoch else (),
+            ring=epoch.stages if epoch else (),
             members=members,
-            loop=loop,
+            loop=loop if epoch else None,
             finished=self._totals.finished,
             tokens=self._totals.tokens,
             uptime_s=time.monotonic() - self._started,
+            repair=repair,
+            recoveries=service.recoveries if service else 0,
+            beliefs=self._watch.beliefs(),
         )
 
     async def under_way(self) -> tuple[Plan | None, LoopView | None]:
         """The plan that is served and what its loop has to do, without asking any worker."""
-        plan, loop = self._epoch.plan if self._epoch else None, await self._view()
+        plan, loop = self._service.plan if self._service else None, await self._view()
         return plan, loop
 
+    async def _members(self) -> tuple[Member, ...]:
+        """What the watch knows, while it watches: nobody waits for a worker that is gone."""
+        return await self._watch.everybody() if self._service else await self._roster.refresh()
+
+    def _repair(self) -> Repair | None:
+        recovery = self._service.recovery if self._service else None
+        if recovery is None:
+            return None
+        cause, since = recovery.cause, time.monotonic() - recovery.began
+        worker = cause.details.get("worker", "")
+        return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)
+
     async def _view(self) -> LoopView | None:
-        if self._epoch is None:
+        if self._service is None:
             return None
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
-            return await asyncio.wrap_future(self._epoch.loop.view())
+            return await asyncio.wrap_future(self._service.loop.view())
         return None

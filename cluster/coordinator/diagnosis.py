@@ -1,90 +1,58 @@
-"""Who is to blame when the ring breaks: a stream that ends tells which neighbour saw it, not which Mac is gone."""
+"""Who is to blame when a ring breaks: a stream that ends tells which neighbour saw it, not which Mac is gone.
+
+Pure: what workers say of themselves goes in, names and sentences come out.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 
-import anyio
-
-from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.roster import Member
 from cluster.errors import MacpipeError, WorkerLost
-from cluster.limits import DESCRIBE_TIMEOUT_S
-from cluster.types import PlannedStage
-
-log = logging.getLogger(__name__)
-
-Told = Callable[[MacpipeError], None]
+from cluster.types import Plan, PlannedStage
 
 
-class Inquest:
-    """Waits for one epoch's ring to break, finds out who is gone, and tells everybody whom it concerns, once.
-
-    ``error`` is what was found; None while nothing broke. Made on the event loop; ``begin`` may be called anywhere.
-    """
-
-    def __init__(self, stages: Sequence[PlannedStage], controls: Sequence[WorkerControl]) -> None:
-        self._stages, self._controls = stages, controls
-        self._loop = asyncio.get_running_loop()
-        self._told: list[Told] = []
-        self._task: asyncio.Task[None] | None = None
-        self.error: MacpipeError | None = None
-
-    def tell(self, told: Told) -> None:
-        """Call ``told`` with what is found; at once, where that has been already."""
-        self._told.append(told)
-        if self.error:
-            told(self.error)
-
-    def begin(self, cause: MacpipeError) -> None:
-        """The ring is lost."""
-        self._loop.call_soon_threadsafe(self._begin, cause)
-
-    async def ended(self) -> None:
-        """Return once everybody has been told; at once where nothing broke."""
-        if self._task:
-            await self._task
-
-    def _begin(self, cause: MacpipeError) -> None:
-        if self._task is None:
-            self._task = self._loop.create_task(self._hold(cause))
-
-    async def _hold(self, cause: MacpipeError) -> None:
-        error = cause
-        try:
-            error = await diagnose(cause, self._stages, self._controls)
-        finally:  # whatever the looking does, requests wait for this
-            log.info("%s (seen as: %s)", error.sentence, cause.sentence)
-            self.error = error
-            for told in self._told:
-                told(error)
-
-
-async def diagnose(
-    cause: MacpipeError, stages: Sequence[PlannedStage], controls: Sequence[WorkerControl]
-) -> MacpipeError:
+def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[Member]) -> MacpipeError:
     """The loss, with the workers named that no longer hold their stage; ``cause`` itself where all of them do."""
-    found: dict[str, str] = {}
-    async with anyio.create_task_group() as tasks:
-        for stage, control in zip(stages, controls, strict=True):
-            tasks.start_soon(_examine, stage, control, found)
-    guilty = [s.worker for s in stages if s.worker in found]
-    if not guilty:
+    found = verdicts(plan, members)
+    if not found:
         return cause
-    return WorkerLost("; ".join(found[name] for name in guilty), worker=guilty[0])
+    return WorkerLost("; ".join(found.values()), worker=next(iter(found)))
 
 
-async def _examine(stage: PlannedStage, control: WorkerControl, found: dict[str, str]) -> None:
-    """Note what is wrong with a worker, if anything is."""
-    try:
-        facts, problem = await control.describe(DESCRIBE_TIMEOUT_S)
-    except MacpipeError as e:
-        found[stage.worker] = e.sentence
-        return
-    if problem:
-        found[stage.worker] = f"worker {stage.worker}: {problem}"
-    elif not facts.epoch:
-        found[stage.worker] = f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"
-    elif facts.epoch != stage.spec.epoch:
-        found[stage.worker] = f"worker {stage.worker} was taken over: another coordinator loaded {facts.model} there"
+def verdicts(plan: Plan, members: Iterable[Member]) -> dict[str, str]:
+    """What is wrong with each worker of a plan that no longer holds its stage, by name; empty where all do."""
+    known = {m.facts.name: m for m in members}
+    found = ((s.worker, _verdict(s, known.get(s.worker))) for s in plan.stages)
+    return {worker: why for worker, why in found if why}
+
+
+def _verdict(stage: PlannedStage, member: Member | None) -> str:
+    if member is None:
+        return f"worker {stage.worker} is not there"
+    if member.problem:
+        named = stage.worker in member.problem
+        return member.problem if named else f"worker {stage.worker}: {member.problem}"
+    facts = member.facts
+    if not facts.epoch:
+        return f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"
+    if facts.epoch > stage.spec.epoch:
+        return f"worker {stage.worker} was taken over: another coordinator loaded {facts.model} there"
+    return ""
+
+
+def hanging(plan: Plan, members: Iterable[Member], busy_ms: float) -> str | None:
+    """The worker of the plan whose engine has been at one step for longest, where that is too long."""
+    mine = {s.worker for s in plan.stages}
+    busy = [(m.facts.busy_ms, m.facts.name) for m in members if m.facts.name in mine and not m.problem]
+    longest, worker = max(busy, default=(0, ""))
+    return worker if longest >= busy_ms else None
+
+
+def unservable(cause: MacpipeError, why: MacpipeError) -> WorkerLost:
+    """For requests that end because nothing fits: whose loss it was, and what is missing."""
+    worker, missing = cause.details.get("worker", ""), why.details.get("missing_bytes", "")
+    sentence = f"{cause.sentence}; what is left cannot serve: {why.sentence}"
+    return (
+        WorkerLost(sentence, worker=worker, missing_bytes=missing) if missing else WorkerLost(sentence, worker=worker)
+    )

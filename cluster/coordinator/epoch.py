@@ -1,102 +1,99 @@
-"""One loaded model from first byte to last token: plan, ring, engine loop, and the way to take it all down."""
+"""One epoch: a plan, the workers that hold its slices, and the streams between them. How it is opened and let go."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import anyio
 
-from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.diagnosis import Inquest, diagnose
-from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress, link_stages, load_slices
-from cluster.coordinator.loop import EngineLoop
-from cluster.coordinator.pace import Pace
-from cluster.coordinator.ring import Ring, RingStage
+from cluster.coordinator.ring import Ring, RingStage, StageLost
+from cluster.coordinator.succession import holds
 from cluster.coordinator.supply import Supply
-from cluster.errors import MacpipeError, NotServing, WorkerLost
-from cluster.limits import (
-    CANARY_TIMEOUT_S,
-    CONTROL_TIMEOUT_S,
-    DESCRIBE_TIMEOUT_S,
-    FAREWELL_S,
-    HEARTBEAT_S,
-    LEARN_S,
-)
-from cluster.loads import LoadProgress
-from cluster.scheduler.scheduler import Scheduler
-from cluster.transport.streams import Dialer
-from cluster.types import FinishEvent, Plan, Request, SamplingParams, WorkerFacts
+from cluster.errors import MacpipeError
+from cluster.limits import FAREWELL_S
+from cluster.loads import FetchOrder, LoadProgress
+from cluster.transport.streams import Dialer, Received
+from cluster.types import Plan, WorkerFacts
 
 log = logging.getLogger(__name__)
+
+_NOTHING = FetchOrder((), (), (), "", "")
+ControlOf = Callable[[str], WorkerControl]
+"""The control plane of the worker at an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A model that is loaded and has passed its canary. ``inquest`` knows whether its ring has broken since."""
+    """Slices that are loaded and linked. ``controls`` are those of ``workers``, in the plan's order."""
 
     plan: Plan
-    checkpoint: Checkpoint
-    ring_stages: tuple[RingStage, ...]
-    loop: EngineLoop
+    workers: tuple[WorkerFacts, ...]
+    stages: tuple[RingStage, ...]
     controls: tuple[WorkerControl, ...]
-    inquest: Inquest
-
-    async def keep(self) -> None:
-        """Let the workers hear that this coordinator is there, until cancelled; and what their frames took."""
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._teach_now_and_then)
-            while True:
-                await self._beat_all()
-
-    async def _beat_all(self) -> None:
-        async with anyio.create_task_group() as tasks:
-            for control in self.controls:
-                tasks.start_soon(_beat, control)
-            tasks.start_soon(anyio.sleep, HEARTBEAT_S)
-
-    async def _teach_now_and_then(self) -> None:
-        while True:
-            await anyio.sleep(LEARN_S)
-            await self.teach()
-
-    async def teach(self) -> None:
-        """Tell every worker what its frames took over what its profile predicts, where enough have been seen."""
-        with anyio.move_on_after(CONTROL_TIMEOUT_S):
-            view = await asyncio.wrap_future(self.loop.view())
-            async with anyio.create_task_group() as tasks:
-                for pace, control in zip(view.pace, self.controls, strict=True):
-                    if pace.ratio:
-                        tasks.start_soon(_learn, control, self.plan.model.fingerprint, pace.ratio)
-
-    async def close(self, error: MacpipeError) -> None:
-        """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
-        await anyio.to_thread.run_sync(self.loop.stop, error)
-        await farewell(self.plan.epoch, self.controls)
 
 
-async def _beat(control: WorkerControl) -> None:
-    try:
-        await control.describe(DESCRIBE_TIMEOUT_S)
-    except MacpipeError as e:
-        log.info("no heartbeat: %s", e.sentence)
+@dataclass(slots=True)
+class Opening:
+    """How epochs are opened; ``progress`` is told on the event loop, ``received`` and ``lost`` on streams' threads."""
 
+    dialer: Dialer
+    supply: Supply
+    checkpoint: Checkpoint
+    control: ControlOf
+    progress: Progress
+    received: Received
+    lost: StageLost
+    rate: float = 0.0
+    """Bytes a second that the last load of weights read, over all workers; 0 before any."""
 
-async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:
-    try:
-        await control.learn(fingerprint, ratio)
-    except MacpipeError as e:
-        log.info("a ratio was not learned: %s", e.sentence)
+    async def load(self, plan: Plan, workers: Sequence[WorkerFacts], only: Collection[str] | None = None) -> None:
+        """Make every worker, or ``only`` some, hold its slice; one that holds it already reads and proves nothing.
+
+        Raises ``MacpipeError``.
+        """
+        began, controls = time.monotonic(), self._controls(workers)
+        asked = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
+        missing = [i for i in asked if not holds(workers[i], plan.stages[i])]
+        async with self.supply.delivery(plan, self.checkpoint, workers) as delivery:
+            orders = [delivery.orders[i] if i in missing else _NOTHING for i in asked]
+            stages = [plan.stages[i] for i in asked]
+            proofs = await load_slices(stages, [controls[i] for i in asked], orders, self.progress)
+            due = [p for i, p in zip(asked, proofs, strict=True) if i in missing]
+            news = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
+            await news.check(due, lambda: self._tell(plan, "hashing"))
+        read = sum(plan.stages[i].weight_bytes for i in missing)
+        if read:
+            self.rate = read / max(time.monotonic() - began, 1e-3)
+
+    def _tell(self, plan: Plan, state: str) -> None:
+        for stage in plan.stages:
+            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
+
+    async def link(self, plan: Plan, workers: Sequence[WorkerFacts]) -> Epoch:
+        """Connect stages that are loaded with each other. Raises ``MacpipeError``."""
+        controls = self._controls(workers)
+        return Epoch(plan, tuple(workers), await link_stages(plan, workers, controls), controls)
+
+    async def connect(self, epoch: Epoch) -> Ring:
+        """Open the coordinator's own streams. Raises ``Unreachable`` or ``StaleEpoch``."""
+        ring = await anyio.to_thread.run_sync(
+            lambda: Ring(self.dialer, epoch.plan.epoch, epoch.stages, self.received, self.lost)
+        )
+        self._tell(epoch.plan, "ready")
+        return ring
+
+    def _controls(self, workers: Sequence[WorkerFacts]) -> tuple[WorkerControl, ...]:
+        return tuple(self.control(w.control_address) for w in workers)
 
 
 async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
-    """Ask workers to free an epoch's slices; one that does not answer is left alone."""
+    """Ask workers to free the slices of an epoch or an older one; one that does not answer is left alone."""
     with anyio.move_on_after(FAREWELL_S):
         async with anyio.create_task_group() as tasks:
             for control in controls:
@@ -110,78 +107,6 @@ async def _unload(control: WorkerControl, epoch: int) -> None:
         return  # a worker that is gone holds nothing
 
 
-def new_epoch() -> int:
+def new_epoch(after: int = 0) -> int:
     """A number that grows over restarts of the coordinator: milliseconds of the wall clock."""
-    return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """How to open an epoch; ``progress`` is told on the event loop."""
-
-    dialer: Dialer
-    progress: Progress
-    max_step_ms: float
-    supply: Supply
-
-    async def open(
-        self, plan: Plan, checkpoint: Checkpoint, workers: Sequence[WorkerFacts], controls: Sequence[WorkerControl]
-    ) -> Epoch:
-        """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
-        try:
-            async with self.supply.delivery(plan, checkpoint, workers) as delivery:
-                proofs = await load_slices(plan, controls, delivery.orders, self.progress)
-                await delivery.check(proofs, lambda: self._tell(plan, "hashing"))
-            ring_stages = await link_stages(plan, workers, controls)
-            epoch = await self._start(plan, checkpoint, ring_stages, workers, controls)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await farewell(plan.epoch, controls)
-            raise
-        self._tell(plan, "ready")
-        return epoch
-
-    def _tell(self, plan: Plan, state: str) -> None:
-        for stage in plan.stages:
-            self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
-
-    async def _start(
-        self,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        ring_stages: tuple[RingStage, ...],
-        workers: Sequence[WorkerFacts],
-        controls: Sequence[WorkerControl],
-    ) -> Epoch:
-        tokenizer, inquest = checkpoint.tokenizer, Inquest(plan.stages, controls)
-        scheduler = Scheduler(plan.epoch, capacity(plan, checkpoint.shape, self.max_step_ms), tokenizer.eos)
-        pace = Pace(checkpoint.shape, plan.stages, [w.profile for w in workers])
-        loop = EngineLoop(plan, scheduler, tokenizer.decoder, inquest.begin, pace=pace, parser=tokenizer.parser)
-        inquest.tell(loop.fail)
-
-        def connect() -> Ring:
-            return Ring(self.dialer, plan.epoch, ring_stages, loop.received, loop.lost)
-
-        loop.start(await anyio.to_thread.run_sync(connect))
-        epoch = Epoch(plan, checkpoint, ring_stages, loop, tuple(controls), inquest)
-        try:
-            await canary(epoch)
-        except BaseException:
-            await anyio.to_thread.run_sync(loop.stop, NotServing("the canary token failed"))
-            raise
-        return epoch
-
-
-async def canary(epoch: Epoch) -> None:
-    """Send one token through every stage. Raises ``WorkerLost``, naming who is gone, where it does not come back."""
-    ids = (epoch.checkpoint.tokenizer.encode("Hello") or (0,))[:2]
-    answer = Answer()
-    epoch.loop.submit(Request(f"canary-{epoch.plan.epoch}", ids, SamplingParams(), max_tokens=1), answer)
-    try:
-        async with asyncio.timeout(CANARY_TIMEOUT_S):
-            async for event in answer.events():
-                if isinstance(event, FinishEvent):
-                    return
-    except TimeoutError:
-        cause = WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s")
-        raise await diagnose(cause, epoch.plan.stages, epoch.controls) from None
+    return max(time.time_ns() // 1_000_000, after + 1)

@@ -20,7 +20,10 @@ Progress = Callable[[LoadProgress], None]
 
 
 async def load_slices(
-    plan: Plan, controls: Sequence[WorkerControl], orders: Sequence[FetchOrder], progress: Progress
+    stages: Sequence[PlannedStage],
+    controls: Sequence[WorkerControl],
+    orders: Sequence[FetchOrder],
+    progress: Progress,
 ) -> tuple[StageProof, ...]:
     """Make every worker hold its slice; what their tensors hash to, stage by stage.
 
@@ -33,11 +36,11 @@ async def load_slices(
 
     try:
         async with anyio.create_task_group() as tasks:
-            for one in zip(plan.stages, controls, orders, strict=True):
+            for one in zip(stages, controls, orders, strict=True):
                 tasks.start_soon(load, *one)
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(proofs[stage.spec.index] for stage in plan.stages)
+    return tuple(proofs[stage.spec.index] for stage in stages)
 
 
 async def _load(stage: PlannedStage, control: WorkerControl, order: FetchOrder, progress: Progress) -> StageProof:

@@ -12,61 +12,44 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 
 from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer
+from cluster.coordinator.journal import Journal
+from cluster.coordinator.live import Live
 from cluster.coordinator.occupancy import Occupancy
 from cluster.coordinator.pace import Pace
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.samples import Asked, requests_of
-from cluster.coordinator.tally import Tally
+from cluster.coordinator.tally import Tally, Totals
 from cluster.coordinator.text import Decoder, Parser, Speech, plain
-from cluster.coordinator.views import LoopView, viewed
+from cluster.coordinator.views import LoopView
 from cluster.errors import (
     DeadlineExceeded,
+    FrameOverdue,
     InvalidRequest,
     MacpipeError,
-    NotServing,
     RequestNotFound,
     SlowReader,
     WorkerLost,
 )
-from cluster.limits import FRAME_TIMEOUT_S
+from cluster.frames import Sample
+from cluster.limits import MAX_REPLAYS
+from cluster.membership.patience import Patience
+from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.scheduler import Scheduler
-from cluster.types import Accepted, FinishEvent, FinishReason, Plan, Request, TokenEvent, Usage
+from cluster.types import Accepted, FinishReason, Plan, Request, Usage
 from cluster.wire.frame import decode, encode
 
 log = logging.getLogger(__name__)
 
-Clock = Callable[[], float]
-
-
-@dataclass(slots=True)
-class _Live:
-    """What the loop keeps of a request beside the scheduler's own record."""
-
-    asked: Asked
-    request: Request
-    sample: int
-    text: Speech
-    tally: Tally
-    accepted_at: float
-
-
-@dataclass(slots=True)
-class Totals:
-    """Complete answers and their tokens, over a coordinator's life."""
-
-    finished: int = 0
-    tokens: int = 0
-
 
 class EngineLoop:
-    """Runs one epoch. ``broken`` is told once, on the loop's thread, when the ring is lost.
+    """Runs one model over as many epochs as it takes. ``broken`` is told, on the loop's thread, when a ring is lost.
 
-    Until somebody then calls ``fail`` with the cause, requests wait: nothing is sent, none has ended.
+    From then on requests wait: nothing is sent, none has ended, new ones are taken. ``resume`` goes on with another
+    ring, where every answer was; ``refuse`` ends what is live and takes nothing, until somebody resumes after all.
     """
 
     def __init__(
@@ -75,7 +58,7 @@ class EngineLoop:
         scheduler: Scheduler,
         decoder: Callable[[], Decoder],
         broken: Callable[[MacpipeError], None],
-        clock: Clock = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
         pace: Pace | None = None,
         parser: Callable[[Parsing], Parser] = plain,
     ) -> None:
@@ -84,28 +67,40 @@ class EngineLoop:
         self._asked: dict[str, Asked] = {}
         # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._ring: Ring | None = None
-        self._suspicion: MacpipeError | None = None
-        self._over: MacpipeError | None = None
+        self._loss: tuple[int, WorkerLost] | None = None
+        self._refusal: MacpipeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
-        self._totals = Totals()
-        self._occupancy = Occupancy(len(plan.stages))
-        self._pace = pace
+        self.totals = Totals()  # what a canary adds to nobody reads: others are put here later
+        self.journal: Journal | None = None  # only this loop's thread writes to it
+        self.proven = 0  # the epoch through whose stages a token has gone
+        self._begin(plan, pace)
+
+    def _begin(self, plan: Plan, pace: Pace | None) -> None:
+        self._plan, self._pace = plan, pace
+        self._occupancy, self.patience = Occupancy(len(plan.stages)), Patience(self._clock())
 
     # Called from other threads
 
     def start(self, ring: Ring) -> None:
+        """Begin with the first epoch's ring."""
         self._ring = ring
         self._thread.start()
 
-    def count_into(self, totals: Totals) -> None:
-        """From now on, add to these; what came before (a canary) counts nowhere."""
-        self._totals = totals
+    def resume(self, plan: Plan, capacity: Capacity, ring: Ring, pace: Pace | None = None) -> None:
+        """Go on with a new epoch's ring, whose stages hold nothing yet."""
+        self._inbox.put(lambda: self._resume(plan, capacity, ring, pace))
 
-    def submit(self, request: Request, answer: Answer) -> None:
-        """Take a request; everything that becomes of it, refusal too, goes to ``answer``."""
-        self._inbox.put(lambda: self._submit(request, answer))
+    def hold(self) -> None:
+        """Let requests wait from now on: the ring is about to be taken down."""
+        self._inbox.put(self._close_ring)
+
+    def submit(self, request: Request, answer: Answer, said: tuple[int, ...] = (), skip: int = 0) -> None:
+        """Take a request; everything that becomes of it, refusal too, goes to ``answer``. One that is resumed has
+        ``said`` some of its answer, and its reader has the first ``skip`` tokens already.
+        """
+        self._inbox.put(lambda: self._submit(request, answer, said, skip))
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error; the future says whether it was live."""
@@ -117,17 +112,21 @@ class EngineLoop:
         """A frame from the last stage."""
         self._inbox.put(lambda: self._returned(message))
 
-    def lost(self, worker: str, why: str) -> None:
-        """A stream of the ring broke."""
-        self._inbox.put(lambda: self._suspect(WorkerLost(f"{worker}: {why}", worker=worker)))
+    def lost(self, epoch: int, worker: str, why: str) -> None:
+        """A stream of an epoch's ring broke."""
+        self._inbox.put(lambda: self._lost(epoch, WorkerLost(f"{worker}: {why}", worker=worker)))
 
-    def fail(self, error: MacpipeError) -> None:
-        """The epoch is over: every live request ends with ``error``."""
-        self._inbox.put(lambda: self._fail(error))
+    def suspect(self, cause: MacpipeError) -> None:
+        """The ring that is in use is no good, whatever its streams say."""
+        self._inbox.put(lambda: self._suspect(cause))
+
+    def refuse(self, error: MacpipeError) -> None:
+        """Every live request ends with ``error``, and so does every new one until the loop resumes."""
+        self._inbox.put(lambda: self._refuse(error))
 
     def stop(self, error: MacpipeError) -> None:
         """End what is live with ``error``, then the thread; returns when both are done."""
-        self._inbox.put(lambda: self._fail(error))
+        self._inbox.put(lambda: self._refuse(error))
         self._inbox.put(None)
         if self._thread.ident is not None:
             self._thread.join()
@@ -139,30 +138,17 @@ class EngineLoop:
         return future
 
     def _view(self) -> LoopView:
-        scheduler, now = self._scheduler, self._clock()
-        requests = (
-            viewed(s, now - live.accepted_at) for s in scheduler.sequences if (live := self._live.get(s.request.id))
-        )
-        return LoopView(
-            requests=tuple(requests),
-            lane_sizes=scheduler.lane_sizes,
-            reserved_bytes=scheduler.reserved,
-            prefix_bytes=scheduler.prefixes.used,
-            prefixes=len(scheduler.prefixes),
-            bubbles=self._occupancy.bubbles(),
-            pace=self._pace.stages() if self._pace else (),
-            busy_s=self._occupancy.busy_s,
-            active_s=self._occupancy.active_s,
-        )
+        ages = {request_id: self._clock() - live.accepted_at for request_id, live in self._live.items()}
+        return LoopView.of(self._scheduler, ages, self._occupancy, self._pace)
 
     # The loop's own thread
 
     def _run(self) -> None:
         while True:
-            patience = self._patience()
+            patience = self._wait_s()
             if patience == 0.0:  # looked at between any two jobs: a busy loop's inbox is never empty
                 self._do(self._look_at_the_clock)
-                patience = self._patience()
+                patience = self._wait_s()
             try:
                 job = self._inbox.get(timeout=patience)
             except queue.Empty:
@@ -178,39 +164,39 @@ class EngineLoop:
             log.exception("the engine loop failed")
             self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
 
-    def _patience(self) -> float | None:
+    def _wait_s(self) -> float | None:
         """Seconds until a frame or a request is overdue; None where neither can be."""
-        if self._suspicion or self._over:
-            return None
-        sent_at, deadline = self._scheduler.oldest_sent_at(), self._scheduler.next_deadline()
-        frame_due = None if sent_at is None else sent_at + FRAME_TIMEOUT_S
-        due = min((t for t in (frame_due, deadline) if t is not None), default=None)
+        due = min((t for t in (self._frame_due(), self._scheduler.next_deadline()) if t is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
+    def _frame_due(self) -> float | None:
+        """When the oldest frame in the ring has to be back; None where the ring is empty."""
+        oldest = self._scheduler.oldest() if self._ring else None
+        return self.patience.due(*oldest) if oldest else None
+
     def _look_at_the_clock(self) -> None:
-        """End requests whose deadline has passed, and the epoch where a frame is overdue."""
+        """End requests whose deadline has passed, and give the ring up where a frame is overdue."""
         now = self._clock()
         for request_id in self._scheduler.overdue(now):
             self._end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
-        sent_at = self._scheduler.oldest_sent_at()
-        if sent_at is not None and sent_at + FRAME_TIMEOUT_S <= now:
-            self._suspect(WorkerLost(f"no stage answered a frame within {FRAME_TIMEOUT_S:.0f} s"))
+        if (due := self._frame_due()) is not None and due <= now:
+            self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.patience.alive_at:.0f} s"))
 
     def _flush(self) -> None:
-        if self._suspicion or self._over or not self._ring:
+        if not self._ring:
             return
         for frame in self._scheduler.next_frames(self._clock()):
             self._ring.send(encode(frame))
 
-    def _submit(self, request: Request, answer: Answer) -> None:
-        if self._over:
-            answer.put(NotServing(f"the model is not being served: {self._over.sentence}"))
+    def _submit(self, request: Request, answer: Answer, said: tuple[int, ...], skip: int) -> None:
+        if self._refusal:
+            answer.put(self._refusal)
             return
         samples, asked = requests_of(request), Asked(request, answer)
         try:
             if request.id in self._asked:
                 raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-            self._scheduler.submit(*samples)
+            self._scheduler.submit(*samples, said=said)
         except MacpipeError as e:
             answer.put(e)
             return
@@ -220,8 +206,12 @@ class EngineLoop:
         for i, sample in enumerate(samples):
             asked.live.add(sample.id)
             text = Speech(request, self._decoder(), self._parser)
-            self._live[sample.id] = _Live(asked, sample, i, text, Tally(now, self._plan.stages), now)
+            self._live[sample.id] = Live(asked, sample, i, text, Tally(now, self._plan.stages), now, skip)
         answer.put(Accepted())
+        if self.journal:
+            self.journal.opened(request, said)
+        for index, token in enumerate(said):
+            self._live[request.id].say(index, Sample(0, 0, token))
 
     def _end(self, request_id: str, error: MacpipeError) -> bool:
         """End a request, by its own id or one of its samples', with all of its samples."""
@@ -230,6 +220,8 @@ class EngineLoop:
         if asked is None:
             return False
         del self._asked[asked.request.id]
+        if self.journal:
+            self.journal.ended(asked.request.id)
         for sample in sorted(asked.live):
             del self._live[sample]
             try:
@@ -241,13 +233,17 @@ class EngineLoop:
         return True
 
     def _returned(self, message: bytes) -> None:
-        if self._suspicion or self._over:
+        if not self._ring:
             return
         try:
-            outcome = self._scheduler.returned(decode(message))
+            frame = decode(message)
+            if frame.epoch < self._plan.epoch:
+                return  # a stage that has not heard of the new epoch
+            outcome = self._scheduler.returned(frame)
         except MacpipeError as e:
             self._suspect(e)
             return
+        self.patience.learn(outcome.prefills, outcome.sent_at, self._clock())
         self._flush()
         self._account(outcome)
 
@@ -263,85 +259,91 @@ class EngineLoop:
             if live := self._live.get(event.request_id):
                 self._tell_safely(live, event, now)
 
-    def _tell_safely(self, live: _Live, event: Produced | Failed, now: float) -> None:
+    def _tell_safely(self, live: Live, event: Produced | Failed, now: float) -> None:
         try:
             self._tell(live, event, now)
         except Exception as e:  # a tokenizer may raise anything; that ends its own request and nobody else's
             log.exception("request %s failed", live.request.id)
             self._end(live.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
 
-    def _tell(self, live: _Live, event: Produced | Failed, now: float) -> None:
+    def _tell(self, live: Live, event: Produced | Failed, now: float) -> None:
         if isinstance(event, Produced):
+            self.proven = self._plan.epoch
             live.tally.token(now)
             self._produced(live, event)
             return
         worker = self._plan.stages[event.stage].worker if event.stage < len(self._plan.stages) else "a stage"
         self._end(live.request.id, MacpipeError.of(event.reason, f"{worker}: {event.sentence}", worker=worker))
 
-    def _produced(self, live: _Live, produced: Produced) -> None:
-        finish = produced.finish
+    def _produced(self, live: Live, produced: Produced) -> None:
+        finish, live.replays = produced.finish, 0
         if produced.counts:
-            self._totals.tokens += 1
-            said, sample = live.text.add(produced.sample.token), produced.sample
-            event = TokenEvent(
-                produced.index,
-                sample.token,
-                said.text,
-                sample.logprob,
-                sample.top,
-                reasoning=said.reasoning,
-                calls=said.calls,
-                sample=live.sample,
-            )
-            if not live.asked.answer.put(event):
+            self.totals.tokens += 1
+            if self.journal:
+                self.journal.said(live.request.id, produced.sample.token)
+            if not live.say(produced.index, produced.sample):
                 self._end(live.request.id, SlowReader("the client did not read its tokens, so the answer was ended"))
                 return
         if live.text.stopped and finish is not FinishReason.STOP:
             finish = FinishReason.STOP
             self._leave(live)
         if finish:
-            self._finish(
-                live, finish, Usage(len(live.request.prompt), produced.index + produced.counts, produced.cached)
-            )
+            said = produced.index + produced.counts
+            self._finish(live, finish, Usage(len(live.request.prompt), said, produced.cached))
 
-    def _leave(self, live: _Live) -> None:
-        """A stop string ended an answer that the scheduler believes alive."""
+    def _leave(self, live: Live) -> None:
         try:
             self._scheduler.end(live.request.id)
         except RequestNotFound:
             return  # its last token was also its longest allowed
         self._flush()
 
-    def _finish(self, live: _Live, reason: FinishReason, usage: Usage) -> None:
-        rest, reason = live.text.finish(reason)
+    def _finish(self, live: Live, reason: FinishReason, usage: Usage) -> None:
+        last = live.finished(reason, usage)
         del self._live[live.request.id]
         live.asked.live.remove(live.request.id)
         if not live.asked.live:
             del self._asked[live.asked.request.id]
-        self._totals.finished += 1
-        ttft, tpot, figures = live.tally.ttft_ms, live.tally.tpot_ms, live.tally.figures()
-        finish = FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, live.sample)
-        live.asked.answer.put(replace(finish, stop=live.text.stopped_by))
+            if self.journal:
+                self.journal.ended(live.asked.request.id)
+        self.totals.finished += 1
+        live.asked.answer.put(last)
+
+    # Rings come and go
+
+    def _lost(self, epoch: int, loss: WorkerLost) -> None:
+        self._loss = (epoch, loss)  # of a ring that has been opened but not taken up yet, perhaps
+        if epoch == self._plan.epoch:
+            self._suspect(loss)
 
     def _suspect(self, cause: MacpipeError) -> None:
         """The ring is lost: stop, and have the cause looked into."""
-        if self._suspicion or self._over:
-            return
-        self._suspicion = cause
-        self._close_ring()
-        self._broken(cause)
+        if self._ring:
+            self._close_ring()
+            self._broken(cause)
 
-    def _fail(self, error: MacpipeError) -> None:
-        """The epoch is over: every live request ends, once, with the cause."""
-        if self._over:
-            return
-        self._over = error
+    def _resume(self, plan: Plan, capacity: Capacity, ring: Ring, pace: Pace | None) -> None:
         self._close_ring()
-        for asked in self._asked.values():
-            asked.answer.put(error)
-        self._asked.clear()
-        self._live.clear()
+        self._ring, self._refusal = ring, None
+        self._begin(plan, pace)
+        for refused in self._scheduler.begin_epoch(plan.epoch, capacity):
+            self._end(refused.request_id, WorkerLost(f"the Macs that are left cannot hold it: {refused.sentence}"))
+        for live in tuple(self._live.values()):
+            live.tally.go_on(plan.stages)
+            live.replays += 1
+            if live.replays > MAX_REPLAYS:
+                self._end(live.request.id, WorkerLost(f"{MAX_REPLAYS} times a stage was lost over this request"))
+        if self._loss and self._loss[0] == plan.epoch:
+            self._suspect(self._loss[1])
+        self._flush()
+
+    def _refuse(self, error: MacpipeError) -> None:
+        self._refusal = error
+        self._close_ring()
+        for request_id in tuple(self._asked):
+            self._end(request_id, error)
 
     def _close_ring(self) -> None:
         if self._ring:
             self._ring.close()
+        self._ring = None

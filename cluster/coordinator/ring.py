@@ -14,8 +14,8 @@ from itertools import pairwise
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 from cluster.types import Route
 
-StageLost = Callable[[str, str], None]
-"""Told a worker's name and a sentence when one of the coordinator's streams with it breaks."""
+StageLost = Callable[[int, str, str], None]
+"""Told the epoch, a worker's name and a sentence when one of the coordinator's streams with it breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +48,18 @@ class Ring:
         for before, after in pairwise(stages):
             if after.inlet is Route.RELAY:
                 self._relay(dialer, epoch, before, after, lost)
-        self._streams.append(dialer.pull(last.address, epoch, received, partial(lost, last.worker)))
-        feed = dialer.feed(first.address, epoch, partial(lost, first.worker))
+        self._streams.append(dialer.pull(last.address, epoch, received, partial(lost, epoch, last.worker)))
+        feed = dialer.feed(first.address, epoch, partial(lost, epoch, first.worker))
         self._streams.append(feed)
         return feed
 
     def _relay(self, dialer: Dialer, epoch: int, before: RingStage, after: RingStage, lost: StageLost) -> None:
         for line in Line:
-            feed = dialer.feed(after.address, epoch, partial(lost, after.worker), line)
+            feed = dialer.feed(after.address, epoch, partial(lost, epoch, after.worker), line)
             self._streams.append(feed)
-            self._streams.append(dialer.pull(before.address, epoch, feed.send, partial(lost, before.worker), line))
+            self._streams.append(
+                dialer.pull(before.address, epoch, feed.send, partial(lost, epoch, before.worker), line)
+            )
 
     def send(self, message: bytes) -> None:
         """Send a frame to stage 0; never blocks."""

@@ -52,7 +52,7 @@ class Roster:
             return await self._refresh()
 
     async def _refresh(self) -> tuple[Member, ...]:
-        addresses = self._pinned.keys() | {s.address for s in self._source.current()}
+        addresses = self.addresses()
         answers: dict[str, Member] = {}
         async with anyio.create_task_group() as tasks:
             for address in addresses:
@@ -63,6 +63,10 @@ class Roster:
         self.members = tuple(sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id)))
         return self.members
 
+    def addresses(self) -> set[str]:
+        """Where workers may be: what is announced, and who holds a stage."""
+        return self._pinned.keys() | {s.address for s in self._source.current()}
+
     async def _ask(self, address: str, answers: dict[str, Member]) -> None:
         try:
             facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
@@ -70,9 +74,9 @@ class Roster:
             known = self._pinned.get(address) or _stranger(address)
             answers[address] = Member(known, e.sentence, reachable=False)
         else:
-            answers[address] = Member(facts, problem or self._objection(facts))
+            answers[address] = Member(facts, problem or self.objection(facts))
 
-    def _objection(self, facts: WorkerFacts) -> str:
+    def objection(self, facts: WorkerFacts) -> str:
         """Why a worker that answered cannot be used; empty where it can."""
         ours, theirs = version("mlx-lm"), facts.mlx_version.rpartition(" ")[2]
         if facts.cluster != self._cluster:
@@ -84,6 +88,10 @@ class Roster:
         if facts.holder and facts.holder != self._coordinator:
             return f"{facts.name} serves {facts.model} for another coordinator"
         return ""
+
+    def owns(self, facts: WorkerFacts) -> bool:
+        """Whether the worker holds a slice that this coordinator, or one before it of the same id, has given it."""
+        return bool(facts.epoch) and facts.owner == self._coordinator
 
     def control(self, address: str) -> WorkerControl:
         """The control plane of the worker at an address."""
@@ -121,6 +129,7 @@ class Roster:
     def _nobody(self, wanted: int | None, wait_s: float) -> MacpipeError:
         usable = [m.facts.name for m in self.members if not m.problem]
         others = [m.problem for m in self.members if m.problem]
+        others += [f"{m.facts.name} is drained" for m in self.members if m.facts.draining]
         if others and any("runs macpipe" in o or "runs mlx-lm" in o for o in others):
             return VersionMismatch("; ".join(others))
         found = f"found {', '.join(usable)}" if usable else "found no worker"
@@ -144,7 +153,7 @@ def _usable(members: Sequence[Member], wanted: int | None) -> tuple[WorkerFacts,
 
     Raises ``DuplicateName`` where it cannot.
     """
-    fine = tuple(m.facts for m in members if not m.problem)
+    fine = tuple(m.facts for m in members if not m.problem and not m.facts.draining)
     counts = Counter(f.name for f in fine)
     single = tuple(f for f in fine if counts[f.name] == 1)
     if len(single) == len(fine) or (wanted and len(single) >= wanted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.coordinator.journal import Fsync
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.profiles import Objective
 from cluster.types import LayerRange, Route
@@ -24,6 +25,7 @@ class LoadOrder:
     max_step_ms: float = MAX_STEP_MS
     kv_bits: int = 0
     objective: Objective = Objective.LATENCY
+    take_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,13 @@ class ServeSettings:
     """``workers`` None takes as many as are best for ``objective``, of those that are there once one is; ``layers``
     None leaves the cuts to the planner.
 
-    ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see. ``max_context`` None takes the
-    default, less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a
-    stage. ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4
-    quantises caches; 0 leaves them as they are. ``home`` is the folder where parts of models are kept.
-    ``max_schema_bytes`` bounds the grammar of one answer.
+    ``home`` is the folder where parts of models are kept, the coordinator's id, and the journal where there is one:
+    ``journal`` says how it reaches the disk, None keeps none. ``peers`` are ``host:port`` control addresses of workers
+    that Zeroconf cannot see; with ``peers_only`` nobody else is looked for. ``max_context`` None takes the default,
+    less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a stage.
+    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4 quantises
+    caches; 0 leaves them as they are. ``max_schema_bytes`` bounds the grammar of one answer. With ``take_back`` workers
+    that were lost get their layers back once they are there again; without, they are spares.
 
     ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
     port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients.
@@ -51,6 +55,8 @@ class ServeSettings:
     served_names: tuple[str, ...] = ()
     workers: int | None = None
     peers: tuple[str, ...] = ()
+    peers_only: bool = False
+    journal: Fsync | None = None
     layers: tuple[LayerRange, ...] | None = None
     route: Route = Route.DIRECT
     max_context: int | None = None
@@ -60,6 +66,7 @@ class ServeSettings:
     kv_bits: int = 0
     objective: Objective = Objective.LATENCY
     max_schema_bytes: int = MAX_SCHEMA_BYTES
+    take_back: bool = False
 
     @property
     def order(self) -> LoadOrder:
@@ -74,4 +81,5 @@ class ServeSettings:
             max_step_ms=self.max_step_ms,
             kv_bits=self.kv_bits,
             objective=self.objective,
+            take_back=self.take_back,
         )

@@ -8,6 +8,7 @@ from enum import StrEnum
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import Member
 from cluster.coordinator.views import LoopView
+from cluster.membership.suspicion import Belief
 from cluster.types import Plan
 
 
@@ -15,12 +16,28 @@ class ServingState(StrEnum):
     IDLE = "idle"
     LOADING = "loading"
     SERVING = "serving"
+    RECOVERING = "recovering"
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """What is being done about a loss. ``expected_s`` counts from its beginning; 0: it waits for a Mac."""
+
+    worker: str
+    cause: str
+    since_s: float
+    doing: str
+    expected_s: float
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """``plan`` and ``loop`` are None while nothing is loaded; ``problem`` is a sentence while ``state`` is failed."""
+    """``plan`` and ``loop`` are None while nothing is loaded.
+
+    ``problem`` is a sentence, and ``repair`` there, while ``state`` is recovering or failed.
+    """
 
     cluster: str
     state: ServingState
@@ -32,3 +49,6 @@ class Snapshot:
     finished: int
     tokens: int
     uptime_s: float
+    repair: Repair | None = None
+    recoveries: int = 0
+    beliefs: tuple[Belief, ...] = ()

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.scheduler.outcome import Outcome
-from cluster.types import PlannedStage, StageFigures
+from cluster.types import LayerRange, PlannedStage, StageFigures
+
+
+@dataclass(slots=True)
+class _Spent:
+    compute_us: int = 0
+    wait_us: int = 0
 
 
 class Tally:
     """Sums a request's frames. Times given are the engine loop's clock, in seconds."""
 
     def __init__(self, accepted_at: float, stages: Sequence[PlannedStage]) -> None:
-        self._accepted_at, self._stages = accepted_at, stages
+        self._accepted_at = accepted_at
         self._first_token_at = self._last_token_at = accepted_at
         self._tokens = 0
         self._ring_us = 0.0
-        self._compute_us = [0] * len(stages)
-        self._wait_us = [0] * len(stages)
+        self._spent: dict[tuple[str, LayerRange], _Spent] = {}
+        self.go_on(stages)
+
+    def go_on(self, stages: Sequence[PlannedStage]) -> None:
+        """From now on the frames are computed by these; what others have done still counts."""
+        self._stages = [self._spent.setdefault((s.worker, s.layers), _Spent()) for s in stages]
 
     def frame(self, outcome: Outcome, now: float) -> None:
         self._ring_us += (now - outcome.sent_at) * 1e6
         for timing in outcome.timings:
-            self._compute_us[timing.stage] += timing.compute_us
-            self._wait_us[timing.stage] += timing.wait_us
+            spent = self._stages[timing.stage]
+            spent.compute_us += timing.compute_us
+            spent.wait_us += timing.wait_us
 
     def token(self, now: float) -> None:
         if not self._tokens:
@@ -41,9 +53,17 @@ class Tally:
         return (self._last_token_at - self._first_token_at) * 1e3 / max(self._tokens - 1, 1)
 
     def figures(self) -> tuple[StageFigures, ...]:
-        inside = sum(self._compute_us) + sum(self._wait_us)
-        wire_us = max(self._ring_us - inside, 0.0) / len(self._stages)
+        inside = sum(s.compute_us + s.wait_us for s in self._spent.values())
+        wire_us = max(self._ring_us - inside, 0.0) / len(self._spent)
         return tuple(
-            StageFigures(s.worker, s.layers, compute / 1e3, wire_us / 1e3, wait / 1e3)
-            for s, compute, wait in zip(self._stages, self._compute_us, self._wait_us, strict=True)
+            StageFigures(worker, layers, s.compute_us / 1e3, wire_us / 1e3, s.wait_us / 1e3)
+            for (worker, layers), s in self._spent.items()
         )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Complete answers and their tokens, over a coordinator's life."""
+
+    finished: int = 0
+    tokens: int = 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.coordinator.pace import StagePace
+from cluster.coordinator.occupancy import Occupancy
+from cluster.coordinator.pace import Pace, StagePace
+from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase, Sequence
 
 
@@ -21,6 +24,19 @@ class RequestView:
     lane: int
     age_s: float
 
+    @classmethod
+    def of(cls, s: Sequence, age_s: float) -> RequestView:
+        return cls(
+            id=s.request.id,
+            phase=s.phase,
+            prompt_tokens=len(s.request.prompt),
+            prefilled_tokens=min(s.prefilled, len(s.request.prompt)),
+            cached_tokens=s.cached,
+            completion_tokens=s.produced,
+            lane=s.lane,
+            age_s=age_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LoopView:
@@ -36,15 +52,18 @@ class LoopView:
     busy_s: tuple[float, ...] = ()
     active_s: float = 0.0
 
-
-def viewed(s: Sequence, age_s: float) -> RequestView:
-    return RequestView(
-        id=s.request.id,
-        phase=s.phase,
-        prompt_tokens=len(s.request.prompt),
-        prefilled_tokens=s.prefilled,
-        cached_tokens=s.cached,
-        completion_tokens=s.produced,
-        lane=s.lane,
-        age_s=age_s,
-    )
+    @classmethod
+    def of(cls, scheduler: Scheduler, ages: Mapping[str, float], occupancy: Occupancy, pace: Pace | None) -> LoopView:
+        """``ages`` are seconds since a request was accepted, by its id; one without is not shown."""
+        live = ((s, ages.get(s.request.id)) for s in scheduler.sequences)
+        return cls(
+            requests=tuple(RequestView.of(s, age) for s, age in live if age is not None),
+            lane_sizes=scheduler.lane_sizes,
+            reserved_bytes=scheduler.reserved,
+            prefix_bytes=scheduler.prefixes.used,
+            prefixes=len(scheduler.prefixes),
+            bubbles=occupancy.bubbles(),
+            pace=pace.stages() if pace else (),
+            busy_s=occupancy.busy_s,
+            active_s=occupancy.active_s,
+        )

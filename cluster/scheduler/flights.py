@@ -39,9 +39,9 @@ class Flights:
         """Prefill frames in the ring."""
         return sum(f.compute is Compute.PREFILL for f in self._flights.values())
 
-    def oldest_sent_at(self) -> float | None:
-        """When the frame that has been longest in the ring was written; None where the ring is empty."""
-        return next((f.sent_at for f in self._flights.values()), None)
+    def oldest(self) -> tuple[float, int] | None:
+        """When the frame longest in the ring was written, and what it prefills; None where the ring is empty."""
+        return next(((f.sent_at, f.prefills) for f in self._flights.values()), None)
 
     @property
     def bare(self) -> bool:

@@ -33,6 +33,14 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """The stages of a new epoch can never hold this request, which has been taken out."""
+
+    request_id: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """A frame's way round the ring is over. ``request_ids`` are the live requests that it computed for."""
 
@@ -44,3 +52,5 @@ class Outcome:
     """Sequences that decoded together; 0 for any other frame."""
     context: int = 0
     """Tokens that each of them has, on average."""
+    prefills: int = 0
+    """Tokens that the frame prefilled."""

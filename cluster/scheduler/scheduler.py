@@ -19,7 +19,7 @@ from cluster.scheduler.flights import Flight
 from cluster.scheduler.lanes import Lanes
 from cluster.scheduler.log import Log
 from cluster.scheduler.memory import Cost, fits, lane_cost, total
-from cluster.scheduler.outcome import Failed, Outcome, Produced
+from cluster.scheduler.outcome import Failed, Outcome, Produced, Refused
 from cluster.scheduler.pacing import Pacing
 from cluster.scheduler.prefixes import Prefixes
 from cluster.scheduler.samples import copies
@@ -29,20 +29,24 @@ from cluster.types import FinishReason, Request
 
 
 class Scheduler:
-    """One epoch's schedule. ``eos`` are the token ids that end an answer."""
+    """The schedule of one model, over as many epochs as it takes. ``eos`` are the token ids that end an answer."""
 
     def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
-        self._epoch, self._capacity, self._eos = epoch, capacity, eos
+        self._eos = eos
         self._waiting = Waiting(capacity.queue)
+        self._by_request: dict[str, Sequence] = {}
+        self._sequences_seen = 0
+        self._open(epoch, capacity)
+
+    def _open(self, epoch: int, capacity: Capacity) -> None:
+        self._epoch, self._capacity = epoch, capacity
         self._lanes = Lanes(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
         self._pacing = Pacing(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
-        self._by_request: dict[str, Sequence] = {}
         self._log = Log(epoch)
         self._flights, self._edits = self._log.flights, self._log.edits
         self._lanes_since_prefill: set[int] = set()
-        self._sequences_seen = 0
 
     # What can be asked
 
@@ -68,9 +72,8 @@ class Scheduler:
     def prefixes(self) -> Prefixes:
         return self._prefixes
 
-    def oldest_sent_at(self) -> float | None:
-        """When the frame that has been longest in the ring was written; None where the ring is empty."""
-        return self._flights.oldest_sent_at()
+    def oldest(self) -> tuple[float, int] | None:
+        return self._flights.oldest()
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a live request."""
@@ -82,11 +85,11 @@ class Scheduler:
 
     # What can happen
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: Request, said: tuple[int, ...] = ()) -> None:
         """Accept requests, all or none. Several are samples of one prompt, which the first of them prefills for all.
 
-        Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit, ``InvalidRequest`` for an
-        id that is taken.
+        The answer of one begins with ``said`` already. Raises ``Busy`` where the queue is full, ``PromptTooLong`` for
+        one that can never fit, ``InvalidRequest`` for an id that is taken.
         """
         for request in requests:
             if request.id in self._by_request:
@@ -101,17 +104,29 @@ class Scheduler:
         leader: Sequence | None = None
         for request in requests:
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, leader=leader)
+            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(said))
             leader = leader or sequence
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
 
-    def end(self, request_id: str) -> Sequence:
-        """Take a request out wherever it is; its caches are kept as a prefix or freed with the next frame.
-
-        Raises ``RequestNotFound``.
+    def begin_epoch(self, epoch: int, capacity: Capacity) -> tuple[Refused, ...]:
+        """Other stages are ready, which hold nothing: whoever had a lane is prefilled anew with all it has said, before
+        those that wait. Requests that these stages can never hold are taken out and returned.
         """
+        lost = sorted(self._lanes, key=lambda s: s.id)
+        for sequence in self._by_request.values():
+            sequence.begin_anew()
+        self._waiting.put_back(lost)
+        self._open(epoch, capacity)
+        refused = [Refused(s.request.id, why) for s in self._waiting if (why := capacity.never_fits(s.reserved))]
+        for refusal in refused:
+            self._waiting.remove(self._by_request.pop(refusal.request_id))
+        self._admit()
+        return tuple(refused)
+
+    def end(self, request_id: str) -> Sequence:
+        """Take a request out, if it is there; its caches are kept or freed. Raises ``RequestNotFound``."""
         sequence = self._by_request.get(request_id)
         if sequence is None:
             raise RequestNotFound(f"no live request has the id {request_id}")
@@ -134,7 +149,8 @@ class Scheduler:
         self._let_go(flight, frame)
         rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
-        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events, rows, context)
+        took = rows, context, flight.prefills
+        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events, *took)
 
     def next_frames(self, now: float) -> list[Frame]:
         """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
@@ -182,11 +198,11 @@ class Scheduler:
             return
         request, sequence.joined, sequence.served = sequence.request, True, self._log.written
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
-        if match := self._prefixes.find(request.client, request.prompt):
+        if match := self._prefixes.find(request.client, sequence.base):
             self._edits.append(Restore(sequence.id, match.entry))
             if not match.whole:
                 self._edits.append(Trim(sequence.id, match.length))
-            sequence.fed.extend(request.prompt[: match.length])
+            sequence.fed.extend(sequence.base[: match.length])
             sequence.cached = sequence.prefilled = match.length
         self._prompted(sequence)
 
@@ -194,7 +210,7 @@ class Scheduler:
         """Once all of a prompt is on its way, its decode may follow, and other samples of it start from a copy."""
         if leader.unsent:
             return
-        leader.next_token = leader.request.prompt[-1]
+        leader.next_token = leader.base[-1]
         followers = [s for s in self._lanes if s.leader is leader and not s.joined]
         if followers:
             self._edits += copies(leader, followers, self._prefixes.passing())
@@ -277,7 +293,7 @@ class Scheduler:
         ended = sample.token in self._eos and not request.ignore_eos
         finish = FinishReason.STOP if ended else None
         if not ended:
-            sequence.produced += 1
+            sequence.said.append(sample.token)
             sequence.next_token = sample.token
             finish = FinishReason.LENGTH if sequence.produced >= request.max_tokens else None
             finish = FinishReason.STOP if sample.final else finish
@@ -324,7 +340,7 @@ class Scheduler:
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = min(self._pacing.chunk(whole, others_decode=others), sequence.unsent)
-        tokens = sequence.request.prompt[start : start + count]
+        tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
         frame = self._log.write(sequence.lane, step, count, now)

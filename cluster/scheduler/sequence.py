@@ -20,8 +20,9 @@ class Phase(StrEnum):
 class Sequence:
     """The scheduler's record of a request. Only the scheduler changes it.
 
-    All but the last token of the prompt are prefilled; the last one is the first decode step, as in mlx-lm.
-    ``prefilled`` counts prompt tokens that are on every stage, ``cached`` those of them that a kept prefix brought.
+    All but the last token of ``base`` are prefilled; the last one is the first decode step, as in mlx-lm. The base is
+    the prompt, and after a recovery the prompt and what was said until then. ``prefilled`` counts tokens of it that
+    are on every stage, ``cached`` those of them that a kept prefix brought.
     """
 
     request: Request
@@ -29,7 +30,6 @@ class Sequence:
     lane: int = -1
     prefilled: int = 0
     cached: int = 0
-    produced: int = 0
     turn: int = 0
     """When it began to decode, among all sequences; 0 before."""
     fed: list[int] = field(default_factory=list)
@@ -44,6 +44,26 @@ class Sequence:
     """How many frames had been written when its prompt last had its turn, or when it joined."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while one is under way."""
+    said: list[int] = field(default_factory=list)
+    """The answer so far."""
+    base: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = (*self.request.prompt, *self.said)
+
+    def begin_anew(self) -> None:
+        """The stages have forgotten it: all that was said has to be prefilled again, and it needs a lane.
+
+        Samples of one prompt have parted by now, so none follows another.
+        """
+        self.base = (*self.request.prompt, *self.said)
+        self.lane, self.prefilled, self.cached, self.turn = -1, 0, 0, 0
+        self.fed, self.next_token, self.joined, self.leader = [], None, False, None
+
+    @property
+    def produced(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.said)
 
     @property
     def phase(self) -> Phase:
@@ -53,7 +73,7 @@ class Sequence:
 
     @property
     def prefill_length(self) -> int:
-        return len(self.request.prompt) - 1
+        return len(self.base) - 1
 
     @property
     def follows(self) -> bool:
@@ -62,7 +82,7 @@ class Sequence:
 
     @property
     def unsent(self) -> int:
-        """Prompt tokens that still have to go out as prefill."""
+        """Tokens of the base that still have to go out as prefill."""
         return max(self.prefill_length - len(self.fed), 0)
 
     @property

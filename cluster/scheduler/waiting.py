@@ -8,7 +8,7 @@ sends a hundred requests waits for itself, not the others for it, and nobody sta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from cluster.scheduler.sequence import Sequence
 
@@ -18,16 +18,18 @@ class Waiting:
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._returning: deque[Sequence] = deque()
         self._queues: dict[str, deque[Sequence]] = {}
         self._clocks: dict[str, float] = {}
         self._now = 0.0
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return len(self._returning) + sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All of them, in order of arrival."""
-        return iter(sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id))
+        """All of them, in order of arrival; those that were put back first."""
+        arrived = sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id)
+        return iter((*self._returning, *arrived))
 
     def has_room(self, count: int) -> bool:
         return len(self) + count <= self._most
@@ -37,13 +39,21 @@ class Waiting:
         self._clocks[client] = max(self._clocks.get(client, 0.0), self._now)
         self._queues.setdefault(client, deque()).append(sequence)
 
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """These had their turn already, and lost their place through no fault of theirs: they go first."""
+        self._returning = deque((*sequences, *self._returning))
+
     def first(self) -> Sequence | None:
         """Whose turn it is."""
+        if self._returning:
+            return self._returning[0]
         client = self._turn()
         return self._queues[client][0] if client is not None else None
 
     def take(self) -> Sequence:
-        """Take out whose turn it is; its client's clock advances."""
+        """Take out whose turn it is; its client's clock advances, unless it was put back."""
+        if self._returning:
+            return self._returning.popleft()
         client = self._turn()
         assert client is not None, "nobody waits"
         sequence = self._queues[client].popleft()
@@ -54,6 +64,9 @@ class Waiting:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
+        if sequence in self._returning:
+            self._returning.remove(sequence)
+            return
         self._queues[sequence.request.client].remove(sequence)
         self._tidy(sequence.request.client)
 

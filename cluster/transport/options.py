@@ -11,11 +11,14 @@ from grpc import aio
 from cluster.address import parse_address
 from cluster.errors import PortInUse
 from cluster.limits import (
+    BULK_KEEPALIVE_MS,
+    BULK_TIMEOUT_MS,
+    CONNECT_ATTEMPT_MS,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
-    PING_TIMEOUT_MS,
+    RECONNECT_MS,
 )
 from cluster.security.credentials import channel_credentials, server_credentials
 
@@ -23,24 +26,29 @@ Options = list[tuple[str, Any]]
 Channel = TypeVar("Channel")
 
 
-def _options(max_bytes: int) -> Options:
+def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int = KEEPALIVE_TIMEOUT_MS) -> Options:
+    """``timeout_ms`` bounds a ping's answer too: keepalive's own bound alone noticed a stopped peer after a minute."""
     return [
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS // 10),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.so_reuseport", 0),
     ]
 
 
 CONTROL_OPTIONS: Options = _options(MAX_CONTROL_BYTES)
+PULSE_OPTIONS: Options = [*CONTROL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 DATA_OPTIONS: Options = [
-    *_options(MAX_FRAME_BYTES),
+    *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS),
     # Identical channels would share one connection, and a bulk stream would delay a small one.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -64,6 +72,11 @@ def bind(server: grpc.Server | aio.Server, host: str, port: int) -> int:
 def data_channel(address: str) -> grpc.Channel:
     """A connection of its own to a data port. Raises ``InvalidOption`` where the address makes no sense."""
     return _dial(address, DATA_OPTIONS, grpc.secure_channel, grpc.insecure_channel)
+
+
+def pulse_channel(address: str) -> grpc.Channel:
+    """A connection of its own to a data port on which nothing but pings travel."""
+    return _dial(address, PULSE_OPTIONS, grpc.secure_channel, grpc.insecure_channel)
 
 
 def control_channel(address: str) -> aio.Channel:

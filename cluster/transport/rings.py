@@ -19,6 +19,7 @@ from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import CONNECT_TIMEOUT_S, DATA_THREADS
 from cluster.transport.options import DATA_OPTIONS, bind, data_channel
 from cluster.transport.probe import ProbeHandlers
+from cluster.transport.pulse import PULSE, Pulse, beat
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
 FEED = "/cluster.v1.StageService/Feed"
@@ -61,6 +62,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
             return grpc.stream_stream_rpc_method_handler(self._feed)
         if handler_call_details.method == PULL:
             return grpc.unary_stream_rpc_method_handler(self._pull)
+        if handler_call_details.method == PULSE:
+            return grpc.unary_stream_rpc_method_handler(beat)
         return None
 
     def _outbox(self, context: grpc.ServicerContext) -> Outbox:
@@ -111,13 +114,17 @@ class _Stream:
         self._channel = data_channel(address)
         self._address, self._received, self._lost = address, received, lost
         self._outbox = Outbox(epoch)
-        self._closed = False
+        self._closed = self._ended = False
+        self._ending = threading.Lock()
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
         self._ended_early = False
         self._call = self._open(method, ((_EPOCH, str(epoch)), (_LINE, line.value)))
         threading.Thread(target=self._read, name=f"{method} {address}", daemon=True).start()
+        self._pulse: Pulse | None = None
         self._await_acceptance()
+        if line is Line.URGENT:  # one pulse sees a cut for both lines
+            self._pulse = Pulse(address, self._end)
 
     def _open(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Any:
         if method == FEED:
@@ -152,9 +159,12 @@ class _Stream:
             self._end(f"{e.code().name}: {e.details()}")
 
     def _end(self, why: str) -> None:
-        opened, closed = self._accepted.is_set(), self._closed
-        self._accepted.set()
-        if opened and not closed:
+        """The stream or its pulse is over; whichever comes first is told."""
+        with self._ending:
+            opened, told = self._accepted.is_set(), self._closed or self._ended
+            self._accepted.set()
+            self._ended = opened
+        if opened and not told:
             self._lost(f"the data stream with {self._address} broke ({why})")
 
     def send(self, message: bytes) -> None:
@@ -162,6 +172,8 @@ class _Stream:
 
     def close(self) -> None:
         self._closed = True
+        if self._pulse:
+            self._pulse.close()
         self._outbox.close()
         self._call.cancel()
         self._channel.close()

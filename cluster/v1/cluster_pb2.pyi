@@ -31,7 +31,9 @@ class _ServingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServingS
     SERVING_STATE_LOADING: _ServingState.ValueType  # 2
     SERVING_STATE_SERVING: _ServingState.ValueType  # 3
     SERVING_STATE_FAILED: _ServingState.ValueType  # 4
-    """A stage was lost; `problem` says which and why."""
+    """A stage was lost and nothing can take its place yet; requests are refused, and `repair` says what is missing."""
+    SERVING_STATE_RECOVERING: _ServingState.ValueType  # 5
+    """A stage was lost and is being replaced; requests wait, and `repair` says what is done."""
 
 class ServingState(_ServingState, metaclass=_ServingStateEnumTypeWrapper): ...
 
@@ -41,7 +43,9 @@ SERVING_STATE_IDLE: ServingState.ValueType  # 1
 SERVING_STATE_LOADING: ServingState.ValueType  # 2
 SERVING_STATE_SERVING: ServingState.ValueType  # 3
 SERVING_STATE_FAILED: ServingState.ValueType  # 4
-"""A stage was lost; `problem` says which and why."""
+"""A stage was lost and nothing can take its place yet; requests are refused, and `repair` says what is missing."""
+SERVING_STATE_RECOVERING: ServingState.ValueType  # 5
+"""A stage was lost and is being replaced; requests wait, and `repair` says what is done."""
 Global___ServingState: _TypeAlias = ServingState  # noqa: Y015
 
 class _Route:
@@ -145,6 +149,10 @@ class Worker(_message.Message):
     MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
     MEMORY_PEAK_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    SILENT_SECONDS_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -170,6 +178,14 @@ class Worker(_message.Message):
     """Bytes of weights a second in decode, as measured; 0: not measured."""
     memory_peak: _builtins.int
     """The most that was used at once since the worker's engine started."""
+    standing: _builtins.str
+    """up, suspect or gone."""
+    silent_seconds: _builtins.float
+    """Since it was last heard."""
+    losses: _builtins.int
+    """How often it was found gone."""
+    draining: _builtins.bool
+    """It wants to hold nothing, and is given nothing."""
     def __init__(
         self,
         *,
@@ -192,10 +208,14 @@ class Worker(_message.Message):
         memory_pressure: _builtins.str = ...,
         bandwidth: _builtins.float = ...,
         memory_peak: _builtins.int = ...,
+        standing: _builtins.str = ...,
+        silent_seconds: _builtins.float = ...,
+        losses: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "losses", b"losses", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,6 +390,44 @@ class LiveRequest(_message.Message):
 Global___LiveRequest: _TypeAlias = LiveRequest  # noqa: Y015
 
 @_typing.final
+class Repair(_message.Message):
+    """What is being done about a loss."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    SINCE_SECONDS_FIELD_NUMBER: _builtins.int
+    DOING_FIELD_NUMBER: _builtins.int
+    EXPECTED_SECONDS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Whose loss it was; empty where none can be blamed."""
+    cause: _builtins.str
+    since_seconds: _builtins.float
+    doing: _builtins.str
+    expected_seconds: _builtins.float
+    """From the beginning; 0: it waits for a Mac."""
+    attempts: _builtins.int
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        since_seconds: _builtins.float = ...,
+        doing: _builtins.str = ...,
+        expected_seconds: _builtins.float = ...,
+        attempts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cause", b"cause", "doing", b"doing", "expected_seconds", b"expected_seconds", "since_seconds", b"since_seconds", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Repair: _TypeAlias = Repair  # noqa: Y015
+
+@_typing.final
 class GetClusterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -396,11 +454,13 @@ class GetClusterResponse(_message.Message):
     SPARES_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     FORECAST_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
     problem: _builtins.str
-    """A sentence where `state` is FAILED."""
+    """A sentence where `state` is FAILED or RECOVERING."""
     model: _builtins.str
     layers: _builtins.int
     max_context: _builtins.int
@@ -414,6 +474,8 @@ class GetClusterResponse(_message.Message):
     prefixes: _builtins.int
     """Prefixes that are kept for requests to come."""
     objective: Global___Objective.ValueType
+    recoveries: _builtins.int
+    """Losses that serving has survived since the model was loaded."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
@@ -433,6 +495,10 @@ class GetClusterResponse(_message.Message):
     @_builtins.property
     def forecast(self) -> Global___Forecast:
         """Absent where a worker's speed was not known."""
+
+    @_builtins.property
+    def repair(self) -> Global___Repair:
+        """While `state` is FAILED or RECOVERING."""
 
     def __init__(
         self,
@@ -460,10 +526,12 @@ class GetClusterResponse(_message.Message):
         spares: _abc.Iterable[Global___SpareWorker] | None = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         forecast: Global___Forecast | None = ...,
+        repair: Global___Repair | None = ...,
+        recoveries: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -482,6 +550,7 @@ class LoadModelRequest(_message.Message):
     MAX_STEP_MS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    TAKE_BACK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION where it is not the main one."""
     workers: _builtins.int
@@ -498,6 +567,8 @@ class LoadModelRequest(_message.Message):
     kv_bits: _builtins.int
     """8 or 4 quantises caches; 0 leaves them as they are."""
     objective: Global___Objective.ValueType
+    take_back: _builtins.bool
+    """Workers that were lost get their layers back once they are there again; else they are spares."""
     def __init__(
         self,
         *,
@@ -510,10 +581,11 @@ class LoadModelRequest(_message.Message):
         max_step_ms: _builtins.float = ...,
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
+        take_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -678,6 +750,51 @@ class LoadModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    undo: _builtins.bool
+    """True: take the worker back into use."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["undo", b"undo", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cluster(self) -> Global___GetClusterResponse:
+        """Who holds what now."""
+
+    def __init__(
+        self,
+        *,
+        cluster: Global___GetClusterResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class UnloadModelRequest(_message.Message):

@@ -54,6 +54,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/cluster.v1.ClusterService/Drain',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -87,6 +92,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/Plan',
             cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/Drain',
+            cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class ClusterServiceStub:
     """UnloadModel ends live requests and frees the workers' memory."""
     Plan: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]
     """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
+    """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -51,6 +53,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """UnloadModel ends live requests and frees the workers' memory."""
     Plan: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]  # type: ignore[assignment]
     """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
+    Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +88,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.PlanResponse, _abc.Awaitable[_cluster_pb2.PlanResponse]]:
         """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _cluster_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]:
+        """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,6 +54,11 @@ class InferenceServiceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/cluster.v1.InferenceService/Resume',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/cluster.v1.InferenceService/Abort',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
@@ -93,6 +98,14 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
+        `prompt`, the `token`s from `offset` on, and one `finish`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Abort ends a live request by its id, wherever it is: queue, prefill or decode.
         """
@@ -122,6 +135,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -237,6 +255,33 @@ class InferenceService:
             '/cluster.v1.InferenceService/ListModels',
             cluster_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Resume',
+            cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

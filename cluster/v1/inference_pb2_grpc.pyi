@@ -41,6 +41,10 @@ class InferenceServiceStub:
     """Tokenize turns text or messages into the token ids that the model would read."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """ListModels names what is being served."""
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
+    `prompt`, the `token`s from `offset` on, and one `finish`.
+    """
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
     """Abort ends a live request by its id, wherever it is: queue, prefill or decode."""
 
@@ -57,6 +61,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Tokenize turns text or messages into the token ids that the model would read."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """ListModels names what is being served."""
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
+    `prompt`, the `token`s from `offset` on, and one `finish`.
+    """
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
     """Abort ends a live request by its id, wherever it is: queue, prefill or decode."""
 
@@ -94,6 +102,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
         """ListModels names what is being served."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
+        `prompt`, the `token`s from `offset` on, and one `finish`.
+        """
 
     @_abc_1.abstractmethod
     def Abort(

@@ -69,6 +69,12 @@ class DescribeResponse(_message.Message):
     GPU_CORES_FIELD_NUMBER: _builtins.int
     MEMORY_PRESSURE_FIELD_NUMBER: _builtins.int
     MEMORY_PEAK_FIELD_NUMBER: _builtins.int
+    BUSY_MS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -98,6 +104,17 @@ class DescribeResponse(_message.Message):
     """normal, warning or critical, where the system says so."""
     memory_peak: _builtins.int
     """The most that was used at once since the engine started."""
+    busy_ms: _builtins.int
+    """How long the engine has been at its present step; 0 while it waits for one."""
+    owner: _builtins.str
+    """Whose stage it is, by the coordinator's id, whether that was heard of late or not."""
+    fingerprint: _builtins.str
+    """Of the model whose stage it holds."""
+    kv_bits: _builtins.int
+    draining: _builtins.bool
+    """It wants to hold nothing: it is being drained, or was told to stop and waits for its layers to be moved away."""
+    stopping: _builtins.bool
+    """It was told to stop, and will."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """What its engine was measured to do; absent where that is not known."""
@@ -128,10 +145,16 @@ class DescribeResponse(_message.Message):
         gpu_cores: _builtins.int = ...,
         memory_pressure: _builtins.str = ...,
         memory_peak: _builtins.int = ...,
+        busy_ms: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        kv_bits: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+        stopping: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "chip", b"chip", "cluster", b"cluster", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -521,3 +544,81 @@ class UnloadStageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadStageResponse: _TypeAlias = UnloadStageResponse  # noqa: Y015
+
+@_typing.final
+class DrainWorkerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    coordinator: _builtins.str
+    """Who asks."""
+    undo: _builtins.bool
+    """True: take the worker back into use."""
+    def __init__(
+        self,
+        *,
+        coordinator: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
+
+@_typing.final
+class DrainWorkerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerResponse: _TypeAlias = DrainWorkerResponse  # noqa: Y015
+
+@_typing.final
+class ResetEngineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    coordinator: _builtins.str
+    """Who asks. Refused while another's heartbeat holds a stage here."""
+    why: _builtins.str
+    """A sentence: why."""
+    def __init__(
+        self,
+        *,
+        coordinator: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetEngineRequest: _TypeAlias = ResetEngineRequest  # noqa: Y015
+
+@_typing.final
+class ResetEngineResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetEngineResponse: _TypeAlias = ResetEngineResponse  # noqa: Y015

@@ -64,6 +64,16 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.FromString,
                 _registered_method=True)
+        self.ResetEngine = channel.unary_unary(
+                '/cluster.v1.WorkerService/ResetEngine',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.ResetEngineRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.ResetEngineResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/cluster.v1.WorkerService/DrainWorker',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -111,6 +121,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetEngine(self, request, context):
+        """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +167,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.LearnRatio,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.SerializeToString,
+            ),
+            'ResetEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetEngine,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.ResetEngineRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.ResetEngineResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +341,60 @@ class WorkerService:
             '/cluster.v1.WorkerService/LearnRatio',
             cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.LearnRatioResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/ResetEngine',
+            cluster_dot_v1_dot_worker__pb2.ResetEngineRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.ResetEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/DrainWorker',
+            cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class WorkerServiceStub:
     """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept."""
     LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
     """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
+    ResetEngine: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]
+    """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing."""
+    DrainWorker: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]
+    """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -63,6 +67,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept."""
     LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
     """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
+    ResetEngine: _aio.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]  # type: ignore[assignment]
+    """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing."""
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]  # type: ignore[assignment]
+    """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -112,5 +120,21 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.LearnRatioResponse, _abc.Awaitable[_worker_pb2.LearnRatioResponse]]:
         """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile."""
+
+    @_abc_1.abstractmethod
+    def ResetEngine(
+        self,
+        request: _worker_pb2.ResetEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ResetEngineResponse, _abc.Awaitable[_worker_pb2.ResetEngineResponse]]:
+        """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing."""
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _worker_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainWorkerResponse, _abc.Awaitable[_worker_pb2.DrainWorkerResponse]]:
+        """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

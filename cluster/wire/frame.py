@@ -1,4 +1,7 @@
-"""The activation frame as bytes: ``u32 header length | msgpack header | the tensors' own bytes``, little-endian.
+"""The activation frame as bytes: ``u32 header length | u32 CRC-32 of all that follows | msgpack header | tensors``.
+
+Numbers are little-endian, tensors are their own bytes. TCP's checksum lets some damage through, and a flipped bit of an
+activation would be a wrong token that nobody notices: a damaged frame is refused instead.
 
 The bytes of large tensors may travel apart (``cluster.wire.parcels``); the header says so. It knows the layout and
 every bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
@@ -8,6 +11,7 @@ whatever is wrong is a ``BadFrame`` with a sentence.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -32,8 +36,8 @@ from cluster.types import StageTiming, TopLogprob
 from cluster.wire.edits import pack_edit, unpack_edit
 from cluster.wire.fields import Fields, packed_ids, unpacked_ids
 
-VERSION = 4
-_PREFIX = struct.Struct("<I")
+VERSION = 5
+_PREFIX = struct.Struct("<II")
 _FIELDS = 12
 
 ITEM_BYTES = {
@@ -46,7 +50,7 @@ ITEM_BYTES = {
 def encode(frame: Frame) -> bytes:
     """The frame as one message, built by a single copy of the tensors' bytes."""
     header = pack_header(frame, apart=False)
-    return b"".join((header, *(memoryview(t.data).cast("B") for t in frame.tensors)))
+    return b"".join((header, *_bodies(frame)))
 
 
 def pack_header(frame: Frame, *, apart: bool) -> bytes:
@@ -67,7 +71,26 @@ def pack_header(frame: Frame, *, apart: bool) -> bytes:
             apart,
         )
     )
-    return bytes(_PREFIX.pack(len(header)) + header)
+    body = [] if apart else _bodies(frame)
+    return bytes(_PREFIX.pack(len(header), checksum(header, *body)) + header)
+
+
+def _bodies(frame: Frame) -> list[memoryview]:
+    return [memoryview(t.data).cast("B") for t in frame.tensors]
+
+
+def checksum(*parts: bytes | memoryview) -> int:
+    """CRC-32 of the parts one after another: 7 us for 16 KiB, 4 ms for 8 MiB."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found
+
+
+def require_checksum(message: memoryview, start: int, stated: int) -> None:
+    """Raise ``BadFrame`` unless the message's bytes from ``start`` on have that checksum."""
+    if checksum(message[start:]) != stated:
+        raise BadFrame(f"a frame of {len(message)} bytes was damaged on its way: its checksum is another")
 
 
 def decode(message: bytes) -> Frame:
@@ -113,9 +136,10 @@ def _header_end(view: memoryview) -> int:
         raise BadFrame(f"a frame of {len(view)} bytes is above the bound of {MAX_FRAME_BYTES}")
     if len(view) < _PREFIX.size:
         raise BadFrame(f"a frame of {len(view)} bytes has no header")
-    length = _PREFIX.unpack_from(view)[0]
+    length, stated = _PREFIX.unpack_from(view)
     if length > MAX_FRAME_HEADER_BYTES or _PREFIX.size + length > len(view):
         raise BadFrame(f"a frame of {len(view)} bytes claims a header of {length}")
+    require_checksum(view, _PREFIX.size, stated)
     return int(_PREFIX.size + length)
 
 

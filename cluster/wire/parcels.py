@@ -2,8 +2,8 @@
 
 The bytes of a prefill chunk are large and may take their time; everything else is small and may not wait behind them
 (a chunk of 8 MiB delays the frame after it by 63 ms at 1 Gb/s). So a prefill frame with large tensors is cut in two:
-its head, which says what is coming, and ``u32 0 | u64 epoch | u64 number | the tensors' bytes``, its body. They may
-arrive in either order. It knows kinds and sizes; it refuses to know what carries them.
+its head, which says what is coming, and its body, ``u32 0 | u32 CRC-32 of the rest | u64 epoch | u64 number | the
+tensors' bytes``. They may arrive in either order. It knows kinds and sizes; it refuses to know what carries them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from cluster.errors import BadFrame
 from cluster.frames import Compute, Frame
 from cluster.limits import BULK_BYTES, MAX_FRAME_BYTES
-from cluster.wire.frame import decode_head, encode, pack_header
+from cluster.wire.frame import checksum, decode_head, encode, pack_header, require_checksum
 
-_BODY = struct.Struct("<IQQ")
+_MARK = struct.Struct("<II")
+_NAME = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +49,22 @@ def pack(frame: Frame) -> tuple[Parcel, ...]:
     """The frame's messages, the head first."""
     if not _is_bulk(frame):
         return (Parcel(encode(frame)),)
-    body = (memoryview(t.data).cast("B") for t in frame.tensors)
-    head = _BODY.pack(0, frame.epoch, frame.number)
-    return Parcel(pack_header(frame, apart=True)), Parcel(b"".join((head, *body)), bulk=True)
+    name = _NAME.pack(frame.epoch, frame.number)
+    body: list[bytes | memoryview] = [name, *(memoryview(t.data).cast("B") for t in frame.tensors)]
+    sealed = b"".join((_MARK.pack(0, checksum(*body)), *body))
+    return Parcel(pack_header(frame, apart=True)), Parcel(sealed, bulk=True)
 
 
 def unpack(message: bytes) -> Head | Body:
     """What a message is. Raises ``BadFrame``."""
     if len(message) > MAX_FRAME_BYTES:
         raise BadFrame(f"a frame of {len(message)} bytes is above the bound of {MAX_FRAME_BYTES}")
-    if len(message) >= _BODY.size and message[:4] == bytes(4):
-        _, epoch, number = _BODY.unpack_from(message)
-        return Body(epoch, number, memoryview(message)[_BODY.size :])
+    start = _MARK.size + _NAME.size
+    if len(message) >= start and message[:4] == bytes(4):
+        view = memoryview(message)
+        require_checksum(view, _MARK.size, _MARK.unpack_from(view)[1])
+        epoch, number = _NAME.unpack_from(view, _MARK.size)
+        return Body(epoch, number, view[start:])
     frame, apart = decode_head(message)
     return Head(frame, not apart)
 

@@ -32,6 +32,7 @@ from cluster.worker.supplies import Supplies
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
+RELEASE_LOOK_S = 0.05
 _NOTHING = Hello(0, "", "", "", "", 0, 0)
 
 
@@ -46,15 +47,17 @@ class Control(WorkerServiceServicer):
     file: ProfileFile
     machine: MachineFacts
     loaded: pb.LoadStageRequest | None = None
+    draining: bool = False
+    stopping: bool = False
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         if request.coordinator and self.loaded and request.coordinator == self.loaded.coordinator:
             self._heard = time.monotonic()
-        hello = self.supervisor.hello or _NOTHING
-        held = self._held() or pb.LoadStageRequest()
         report, problem = await self._report()
+        hello = self.supervisor.hello or _NOTHING
+        held = self._held() or pb.LoadStageRequest()  # after the report: an engine that is gone holds nothing
         return pb.DescribeResponse(
             id=self.id,
             name=self.settings.name,
@@ -79,6 +82,12 @@ class Control(WorkerServiceServicer):
             interface=self.settings.interface or interface_of(self.settings.host),
             gpu_cores=self.machine.gpu_cores,
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
+            busy_ms=report.busy_ms,
+            owner=held.coordinator,
+            fingerprint=held.fingerprint,
+            kv_bits=held.kv_bits,
+            draining=self.draining or self.stopping,
+            stopping=self.stopping,
         )
 
     def _holder(self) -> str:
@@ -94,14 +103,12 @@ class Control(WorkerServiceServicer):
         try:
             answer = await self.supervisor.ask(Report, REPORT_TIMEOUT_S)
         except MacpipeError as e:
-            return Reported(0, 0, 0), e.sentence
+            return Reported(0, 0, 0), e.sentence or "the engine is ending"
         assert isinstance(answer, Reported)
         return answer, ""
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
-        holder = self._holder()
-        if holder and holder != request.coordinator:
-            await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
+        await self._refuse_others(request.coordinator, context)
         self.loaded = None
         try:
             async with aclosing(self.supplies.stage(request, lambda path: self._read(request, path))) as events:
@@ -140,6 +147,30 @@ class Control(WorkerServiceServicer):
                 await abort(context, e)
             self.file.put_link(request.worker, request.address, link)
         return pb.MeasureLinkResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth)
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
+        await self._refuse_others(request.coordinator, context)
+        self.draining = not request.undo
+        return pb.DrainWorkerResponse()
+
+    async def released(self) -> None:
+        """Say from now on that this worker stops; return once no coordinator needs it any more."""
+        self.stopping = True
+        while True:
+            if not self._holder():
+                return
+            await anyio.sleep(RELEASE_LOOK_S)
+
+    async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
+        await self._refuse_others(request.coordinator, context)
+        self.loaded = None
+        self.supervisor.reset(request.why)
+        return pb.ResetEngineResponse()
+
+    async def _refuse_others(self, coordinator: str, context: Context) -> None:
+        holder = self._holder()
+        if holder and holder != coordinator:
+            await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         self.file.learn(request.fingerprint, request.ratio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ import anyio
 
 from cluster import __version__
 from cluster.errors import MacpipeError
-from cluster.lifetime import first_error, stop_on_signal
+from cluster.lifetime import first_error
+from cluster.limits import DRAIN_S
 from cluster.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -48,14 +50,35 @@ async def _run(settings: WorkerSettings) -> None:
         server = grpc.aio.server(options=CONTROL_OPTIONS)
         port = bind(server, settings.host, settings.port)
         machine = machine_facts()
-        supervisor = Supervisor(settings.host, settings.memory_limit or machine.wired_limit or None, settings.throttle)
+        limit = settings.memory_limit or machine.wired_limit or None
+        supervisor = Supervisor(settings.host, limit, settings.throttle, settings.data_port)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(stop_on_signal, tasks.cancel_scope)
+            answering: list[Control] = []
+            tasks.start_soon(_stop_on_signal, tasks.cancel_scope, answering)
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
             profile = await profiled(settings, supervisor)
             control = Control(worker_id, settings, supervisor, Supplies(settings.home), profile, machine)
+            answering.append(control)
             await _answer(settings, control, server, port)
+
+
+async def _stop_on_signal(scope: anyio.CancelScope, answering: list[Control]) -> None:
+    """The first signal is a drain with a time limit; a second, or one before it answers, ends it at once."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            async for _ in signals:
+                if not answering or answering[0].stopping:
+                    scope.cancel()
+                else:
+                    tasks.start_soon(_leave, scope, answering[0])
+
+
+async def _leave(scope: anyio.CancelScope, control: Control) -> None:
+    """Wait until the coordinator has moved this worker's layers away, but not for ever."""
+    with anyio.move_on_after(DRAIN_S):
+        await control.released()
+    scope.cancel()
 
 
 async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.Server, port: int) -> None:

@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -47,7 +48,7 @@ class Engine:
     """Runs jobs (commands and frames) one after another on the thread that called ``run``."""
 
     def __init__(
-        self, host: str, memory_limit: int | None, answers: BinaryIO, throttle: Throttle | None = None
+        self, host: str, port: int, memory_limit: int | None, answers: BinaryIO, throttle: Throttle | None = None
     ) -> None:
         self._answers = answers
         self._throttle = throttle or Throttle()
@@ -56,8 +57,9 @@ class Engine:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         device.choose()
         device.set_limits(memory_limit or device.device_facts().memory_limit)
+        self._began: float | None = None
         self._slot = Slot(self._jobs.put, throttle=self._throttle)
-        self._server = DataServer(host, 0, self._slot)
+        self._server = DataServer(host, port, self._slot)
         self._say_hello(memory_limit)
 
     def _say_hello(self, memory_limit: int | None) -> None:
@@ -77,7 +79,9 @@ class Engine:
     def run(self) -> None:
         """Work until ``stop``."""
         while (job := self._jobs.get()) is not None:
+            self._began = time.monotonic()
             job()
+            self._began = None
         self._slot.unload()
         self._server.stop()
         device.close_thread()
@@ -88,7 +92,10 @@ class Engine:
     def obey(self, command: Command) -> None:
         """Queue a command; a report is answered at once, on the caller's thread."""
         if isinstance(command, Report):
-            self._say(Reported(command.call, device.memory_used(), self._slot.sequences, device.memory_peak()))
+            began = self._began
+            busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
+            used, peak = device.memory_used(), device.memory_peak()
+            self._say(Reported(command.call, used, self._slot.sequences, peak, busy_ms))
         else:
             self._jobs.put(lambda: self._carry_out(command))
 
@@ -141,6 +148,7 @@ def _own_stdout() -> BinaryIO:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The engine of a macpipe worker; started by its daemon.")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--memory-limit", type=int)
     parser.add_argument("--throttle", type=float, default=1.0)
     options = parser.parse_args()
@@ -148,7 +156,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
     answers = _own_stdout()
     try:
-        engine = Engine(options.host, options.memory_limit, answers, Throttle(options.throttle))
+        engine = Engine(options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
     except MacpipeError as e:
         answers.write(pack(Failed(0, e.reason, e.sentence)))
         answers.flush()

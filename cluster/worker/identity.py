@@ -1,16 +1,14 @@
-"""A worker's identity: an id that stays the same over restarts, kept in a file that only one daemon may hold."""
+"""A worker's identity: a name that makes sense, and an id that stays the same over restarts of its one daemon."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster.errors import DuplicateName, InvalidOption
+from cluster.idfile import held_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -27,27 +25,13 @@ def identity(home: Path, name: str) -> Iterator[str]:
             f"{name[:64]!r} cannot be a worker's name; use letters, digits, '.', '_' and '-', at most 63"
         )
     folder = home / "workers" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = os.open(folder / "id", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as e:
-        raise InvalidOption(f"cannot keep this worker's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
-    try:
-        yield _locked_id(file, name)
-    finally:
-        os.close(file)
-
-
-def _locked_id(file: int, name: str) -> str:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DuplicateName(
-            f"a worker named {name} already runs on this machine; give this one another name with --name"
-        ) from None
-    known = os.read(file, 64).decode("ascii", "replace").strip()
-    if known:
-        return known
-    made = secrets.token_hex(8)
-    os.write(file, f"{made}\n".encode())
-    return made
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(held_id(folder))
+        except BlockingIOError:
+            raise DuplicateName(
+                f"a worker named {name} already runs on this machine; give this one another name with --name"
+            ) from None
+        except OSError as e:
+            raise InvalidOption(f"cannot keep this worker's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
+        yield found

@@ -121,10 +121,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
+    """``busy_ms`` is how long the MLX thread has been at its present job; 0 where it waits for one."""
+
     call: int
     memory_used: int
     sequences: int
     memory_peak: int = 0
+    busy_ms: int = 0
 
 
 Command = Load | Link | Unload | Report | Measure

@@ -17,7 +17,8 @@ class Profiling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """``port`` 0 takes a free one. ``memory_limit`` is bytes for weights, caches and work; None takes the device's own.
+    """``port`` and ``data_port`` 0 take free ones. ``memory_limit`` is bytes for weights, caches and work; None takes
+    the device's own.
 
     ``home`` is the folder where this worker's id, profile and parts of models are kept. ``interface`` is the one that
     ``host`` is an address of, where a person named it. ``throttle`` makes it slower by a factor, for tests.
@@ -32,3 +33,4 @@ class WorkerSettings:
     profile: Profiling = Profiling.KEPT
     interface: str = ""
     throttle: float = 1.0
+    data_port: int = 0

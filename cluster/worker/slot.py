@@ -74,12 +74,31 @@ class Slot:
         return self._stage.sequences if self._stage else 0
 
     def load(self, spec: StageSpec, progress: Callable[[int, int], None]) -> None:
-        """Drop what is held and hold this slice. Raises what ``load_stage`` raises."""
-        self.unload()
-        stage = load_stage(spec, _folder(spec.model), progress)
-        if device.compiles():
-            warm(stage)
-        self._stage, self._index, self._ports = stage, spec.index, _Ports.of(spec.epoch)
+        """Hold this slice: where it is held already, for another epoch, no weight is read; else it replaces what is.
+
+        Raises what ``load_stage`` raises, and ``StaleEpoch`` for an epoch that is over.
+        """
+        if spec.epoch < self.epoch:
+            raise StaleEpoch(f"asked to load epoch {spec.epoch}, but epoch {self.epoch} is loaded")
+        self._unlink()
+        if not self._begun(spec, progress):
+            self.unload()
+            stage = load_stage(spec, _folder(spec.model), progress)
+            if device.compiles():
+                warm(stage)
+            self._stage = stage
+        self._index, self._ports = spec.index, _Ports.of(spec.epoch)
+
+    def _begun(self, spec: StageSpec, progress: Callable[[int, int], None]) -> bool:
+        """Have the stage that is held serve ``spec``; False where it cannot."""
+        if self._stage is None:
+            return False
+        try:
+            self._stage.begin_epoch(spec)
+        except StaleEpoch:
+            return False
+        progress(self._stage.weight_bytes, self._stage.weight_bytes)
+        return True
 
     def link(self, epoch: int, pull_from: str) -> None:
         """Take frames from the stage before. Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach."""
@@ -103,13 +122,18 @@ class Slot:
 
     def unload(self) -> None:
         """Free the stage, its caches and its streams; nothing happens where the slot is empty."""
+        self._unlink()
+        if self._stage:
+            self._stage.close()
+        self._stage = None
+        device.release()
+
+    def _unlink(self) -> None:
+        """End the epoch's streams; the stage stays as it is."""
         self._close_inlets()
         if self._ports:
             self._ports.close()
-        if self._stage:
-            self._stage.close()
-        self._stage = self._ports = None
-        device.release()
+        self._ports = None
 
     def outbox(self, epoch: int, line: Line) -> Outbox | None:
         ports = self._ports

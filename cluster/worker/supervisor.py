@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -19,8 +18,19 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 
 from cluster.errors import MacpipeError, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, ENGINE_BACKOFF_S, ENGINE_START_TIMEOUT_S, LOAD_STALL_S, STOP_GRACE_S
-from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, message, pack, unpacker
+from cluster.limits import (
+    CONTROL_TIMEOUT_S,
+    ENGINE_BACKOFF_S,
+    ENGINE_SILENCE_S,
+    ENGINE_START_TIMEOUT_S,
+    ENGINE_STEADY_S,
+    HEARTBEAT_S,
+    LOAD_STALL_S,
+    REPORT_TIMEOUT_S,
+    STOP_GRACE_S,
+)
+from cluster.worker.autopsy import LastWords, cause, out_of_memory_kills
+from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, Report, message, pack, unpacker
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +38,11 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself."""
 
-    def __init__(self, host: str, memory_limit: int | None, throttle: float = 1.0) -> None:
+    def __init__(self, host: str, memory_limit: int | None, throttle: float = 1.0, port: int = 0) -> None:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
         slower = [f"--throttle={throttle}"] if throttle != 1.0 else []
-        self._command = [sys.executable, "-m", "cluster.worker.engine", f"--host={host}", *limit, *slower]
+        where = [f"--host={host}", f"--port={port}"]
+        self._command = [sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower]
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)
@@ -39,6 +50,8 @@ class Supervisor:
         self.started = anyio.Event()
         self.restarts = 0
         self.problem = "the engine is starting"
+        self._last_words = LastWords(sys.stderr.buffer)
+        self._verdict = ""
         self._refusal: MacpipeError | None = None
 
     async def run(self) -> None:
@@ -51,7 +64,7 @@ class Supervisor:
             await self._live_once()
             if not self.started.is_set():
                 raise self._refusal or WorkerLost(f"{self.problem} before it was ready")
-            if time.monotonic() - began > ENGINE_BACKOFF_S[-1]:
+            if time.monotonic() - began > ENGINE_STEADY_S:
                 self.restarts = 0
             wait = ENGINE_BACKOFF_S[min(self.restarts, len(ENGINE_BACKOFF_S) - 1)]
             self.restarts += 1
@@ -59,15 +72,47 @@ class Supervisor:
             await anyio.sleep(wait)
 
     async def _live_once(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
+        self._verdict = ""
+        kills = out_of_memory_kills()
+        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
         try:
-            await self._listen(self._process)
-            self.problem = _cause(await self._process.wait())
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._last_words.follow, self._process)
+                tasks.start_soon(self._watch, self._process)
+                await self._listen(self._process)
+                code = await self._process.wait()
+                await self._last_words.heard_out()
+                tasks.cancel_scope.cancel()
+            self.problem = self._verdict or cause(code, self._last_words.line, out_of_memory_kills() - kills)
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(self._process)
+            self.problem = self.problem or "the engine is stopping"
             self.hello = None
             self._end_calls()
+
+    async def _watch(self, process: Process) -> None:
+        """Kill an engine that does not even say what it holds any more: it hangs, or somebody stopped it."""
+        await self.started.wait()
+        missed = 0
+        while missed * REPORT_TIMEOUT_S < ENGINE_SILENCE_S:
+            await anyio.sleep(HEARTBEAT_S)
+            try:
+                await self.ask(Report, REPORT_TIMEOUT_S)
+                missed = 0
+            except MacpipeError:
+                missed += self.hello is not None
+        self._kill(process, f"the engine hung for {ENGINE_SILENCE_S:.0f} s and was killed")
+
+    def reset(self, why: str) -> None:
+        """Kill the engine, which starts again by itself; nothing happens where there is none."""
+        if self._process and self._process.returncode is None:
+            self._kill(self._process, f"the engine was killed: {why}")
+
+    def _kill(self, process: Process, verdict: str) -> None:
+        self._verdict = verdict
+        with suppress(ProcessLookupError):
+            process.kill()
 
     async def _listen(self, process: Process) -> None:
         assert process.stdout
@@ -137,15 +182,6 @@ class Supervisor:
             await self.started.wait()
             return
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
-
-
-def _cause(code: int) -> str:
-    """Why a process ended, from its exit code (negative: the signal)."""
-    if code >= 0:
-        return f"the engine ended with exit code {code}"
-    with suppress(ValueError):
-        return f"the engine was ended by {signal.Signals(-code).name}"
-    return f"the engine was ended by signal {-code}"
 
 
 async def _stop(process: Process) -> None:

@@ -15,7 +15,21 @@ from cluster.v1 import cluster_pb2, inference_pb2
 
 Macpipe = Any
 ANSWER = "Macs pass layers on.\n"
-COMMANDS = ["demo", "worker", "plan", "serve", "generate", "chat", "status", "ps", "load", "unload", "launch", "bench"]
+COMMANDS = [
+    "demo",
+    "worker",
+    "plan",
+    "serve",
+    "generate",
+    "chat",
+    "status",
+    "ps",
+    "load",
+    "unload",
+    "drain",
+    "launch",
+    "bench",
+]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 
 

@@ -16,6 +16,7 @@ from cluster.errors import (
     Aborted,
     BadFrame,
     DeadlineExceeded,
+    FrameOverdue,
     MacpipeError,
     NotServing,
     SlowReader,
@@ -23,7 +24,8 @@ from cluster.errors import (
     WorkerLost,
 )
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
-from cluster.limits import MAX_UNREAD_EVENTS
+from cluster.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
+from cluster.membership.patience import Patience
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.memory import MemoryNetwork
@@ -50,13 +52,13 @@ MODEL = ModelRef("m", "", "")
 class FakeStage:
     """Counts upwards: the token after n is n + 1. ``fail_at`` makes the step that feeds that token fail."""
 
-    def __init__(self, index: int, last: bool, fail_at: int | None = None) -> None:
-        self._outbox, self._index, self._last, self._fail_at = Outbox(EPOCH), index, last, fail_at
-        self._bulk = Outbox(EPOCH)
+    def __init__(self, index: int, last: bool, fail_at: int | None = None, epoch: int = EPOCH) -> None:
+        self._outbox, self._index, self._last, self._fail_at = Outbox(epoch), index, last, fail_at
+        self._bulk = Outbox(epoch)
         self.live: set[int] = set()
 
     def outbox(self, epoch: int, line: Line) -> Outbox | None:
-        if epoch != EPOCH:
+        if epoch != self._outbox.epoch:
             return None
         return self._bulk if line is Line.BULK else self._outbox
 
@@ -99,17 +101,33 @@ class Bench:
         self.failures: list[MacpipeError] = []
         specs = [StageSpec(EPOCH, i, 2, MODEL, LayerRange(i, i + 1), 64) for i in range(2)]
         stages = tuple(PlannedStage(s, name, 1, 1) for s, name in zip(specs, ("mac-a", "mac-b"), strict=True))
-        plan = Plan(EPOCH, MODEL, stages, Route.RELAY, 64, 2, 2, 1)
+        self.plan = Plan(EPOCH, MODEL, stages, Route.RELAY, 64, 2, 2, 1)
         room = (1_000_000, 1_000_000)
-        capacity = Capacity(2, 1, 3, room, (0, 0), lambda tokens: (tokens, tokens))
-        self.loop = EngineLoop(plan, Scheduler(EPOCH, capacity, frozenset({0})), Numbers, self.broken)
-        ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
-        self.loop.start(Ring(self.network, EPOCH, ring_stages, self.loop.received, self.loop.lost))
+        self.capacity = Capacity(2, 1, 3, room, (0, 0), lambda tokens: (tokens, tokens))
+        self.epoch, self.keep_waiting = EPOCH, False
+        self.loop = EngineLoop(self.plan, Scheduler(EPOCH, self.capacity, frozenset({0})), Numbers, self.broken)
+        self.ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
+        self.loop.start(Ring(self.network, EPOCH, self.ring_stages, self.loop.received, self.loop.lost))
 
     def broken(self, cause: MacpipeError) -> None:
-        """Stand for the coordinator, which looks into the cause before it ends the epoch."""
+        """Stand for the coordinator, which looks into the cause before it gives up, or not."""
         self.failures.append(cause)
-        self.loop.fail(cause)
+        if not self.keep_waiting:
+            self.loop.refuse(cause)
+
+    def ring_is_whole(self) -> bool:
+        return not self.failures
+
+    def replace_ring(self, *, mend: bool = True) -> None:
+        """Two fresh stages, one epoch on, behind a network that delivers again or not."""
+        self.epoch += 1
+        self.stages = [FakeStage(0, False, epoch=self.epoch), FakeStage(1, True, epoch=self.epoch)]
+        self.network.ports = {"a:1": self.stages[0], "b:1": self.stages[1]}
+        if mend:
+            self.network.faults = {}
+        plan = replace(self.plan, epoch=self.epoch)
+        ring = Ring(self.network, self.epoch, self.ring_stages, self.loop.received, self.loop.lost)
+        self.loop.resume(plan, self.capacity, ring)
 
     async def emptied(self, within_s: float = 5) -> None:
         """Return once the edits that free every sequence have gone round."""
@@ -210,8 +228,76 @@ def test_a_cut_stream_ends_every_request_once_and_names_the_mac() -> None:
             with pytest.raises(WorkerLost, match="mac-b"):
                 await read(answer)
         assert len(bench.failures) == 1
-        with pytest.raises(NotServing, match="mac-b"):
+        with pytest.raises(WorkerLost, match="mac-b"):
             await read(bench.ask("late"))
+
+    run(body)
+
+
+def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
+    """Nothing broke and nobody is gone: a stage hangs."""
+
+    async def body(bench: Bench) -> None:
+        bench.keep_waiting = True
+        bench.loop.patience = Patience(0.0, floor_s=0.3, most_s=5.0)
+        bench.network.faults["b:1"] = lambda message: None if decode(message).number > 6 else message
+        answer = bench.ask("a", max_tokens=50)
+        async with asyncio.timeout(10):
+            while not bench.failures:
+                await asyncio.sleep(0.01)
+        assert isinstance(bench.failures[0], FrameOverdue)
+        bench.replace_ring()
+        assert (await read(answer))[0] == list(range(2, 52))
+
+    run(body)
+
+
+def test_a_new_ring_goes_on_where_every_answer_was() -> None:
+    async def body(bench: Bench) -> None:
+        answers = [bench.ask(f"r{i}", first=10 * i + 1, max_tokens=9) for i in range(4)]
+        bench.network.faults["b:1"] = lambda message: None if decode(message).number > 12 else message
+        bench.keep_waiting = True
+        async with asyncio.timeout(5):
+            while bench.ring_is_whole():
+                bench.network.cut("b:1")
+                await asyncio.sleep(0.01)
+        late = bench.ask("late")
+        bench.replace_ring()
+        for i, answer in enumerate(answers):
+            assert (await read(answer))[0] == list(range(10 * i + 2, 10 * i + 11))
+        assert (await read(late))[0] == [2, 3, 4]
+        assert len(bench.failures) == 1
+        await bench.emptied()
+
+    run(body)
+
+
+def test_a_ring_that_breaks_before_it_is_taken_up_is_noticed_too() -> None:
+    async def body(bench: Bench) -> None:
+        bench.keep_waiting = True
+        endless = bench.ask("a", max_tokens=10_000)
+        bench.loop.lost(EPOCH + 1, "mac-b", "it broke while it was opened")
+        bench.replace_ring()
+        async with asyncio.timeout(5):
+            while not bench.failures:
+                await asyncio.sleep(0.01)
+        assert "mac-b" in bench.failures[0].sentence
+        bench.loop.refuse(bench.failures[0])
+        with pytest.raises(WorkerLost, match="opened"):
+            await read(endless)
+
+    run(body)
+
+
+def test_a_request_that_loses_every_ring_ends() -> None:
+    async def body(bench: Bench) -> None:
+        bench.keep_waiting = True
+        bench.network.faults["b:1"] = lambda message: None
+        poison = bench.ask("a", max_tokens=10_000)
+        for _ in range(MAX_REPLAYS + 1):
+            bench.replace_ring(mend=False)
+        with pytest.raises(WorkerLost, match="over this request"):
+            await read(poison)
 
     run(body)
 

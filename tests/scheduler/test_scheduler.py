@@ -14,6 +14,7 @@ from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, Reques
 from cluster.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
 from cluster.grammar import Grammar, GrammarKind
 from cluster.limits import MAX_JOINED_BYTES
+from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.outcome import Failed, Produced
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase
@@ -345,17 +346,9 @@ class World:
 
     def __init__(self, rng: random.Random, trimmable: bool) -> None:
         self.rng = rng
-        self.plan = capacity(
-            lanes=rng.randint(1, 4),
-            rows=rng.randint(1, 4),
-            window=rng.randint(1, 5),
-            budget=rng.choice([60, 200, 1000]),
-            prefixes=rng.choice([0, 50, 150]),
-            chunk=rng.randint(1, 16),
-            queue=rng.choice([3, 50]),
-            trimmable=trimmable,
-            max_step_ms=rng.choice([None, 1.0]),
-        )
+        self.queue = rng.choice([3, 50])
+        self.plan = self.any_plan(trimmable)
+        self.trimmable, self.epoch = trimmable, 1
         self.scheduler = Scheduler(1, self.plan, frozenset({EOS}))
         self.stages = Stages(trimmable)
         self.prompts: dict[str, Request] = {}
@@ -363,6 +356,30 @@ class World:
         self.ended: dict[str, int] = defaultdict(int)
         self.complete: set[str] = set()
         self.histories: list[tuple[int, ...]] = [()]
+
+    def any_plan(self, trimmable: bool) -> Capacity:
+        rng = self.rng
+        return capacity(
+            lanes=rng.randint(1, 4),
+            rows=rng.randint(1, 4),
+            window=rng.randint(1, 5),
+            budget=rng.choice([60, 200, 1000]),
+            prefixes=rng.choice([0, 50, 150]),
+            chunk=rng.randint(1, 16),
+            queue=self.queue,
+            trimmable=trimmable,
+            max_step_ms=rng.choice([None, 1.0]),
+        )
+
+    def lose_the_ring(self) -> None:
+        """Frames and stages are gone; other stages take over, with another plan perhaps."""
+        self.epoch += 1
+        self.plan = self.any_plan(self.trimmable)
+        self.stages = Stages(self.trimmable)
+        for refused in self.scheduler.begin_epoch(self.epoch, self.plan):
+            self.ended[refused.request_id] += 1
+            asked = self.prompts[refused.request_id]
+            assert len(asked.prompt) + asked.max_tokens > self.plan.budget[0]
 
     def submit(self) -> None:
         rng, name = self.rng, f"r{len(self.prompts)}"
@@ -382,7 +399,7 @@ class World:
         try:
             self.scheduler.submit(*all_asked)
         except Busy:
-            assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) + samples > self.plan.queue
+            assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) + samples > self.queue
         except PromptTooLong:
             assert len(prompt) + asked.max_tokens > self.plan.budget[0]
         else:
@@ -443,6 +460,8 @@ def simulate(seed: int, requests: int, trimmable: bool) -> World:
             world.submit()
         elif kind < 0.28:
             world.cancel()
+        elif kind < 0.285:
+            world.lose_the_ring()
         else:
             world.turn(fail=kind > 0.995)
         world.check()
@@ -475,3 +494,47 @@ def test_edits_of_a_keep_come_before_the_leave() -> None:
     stages.take([frame])
     scheduler.submit(request("b", prompt=11, max_tokens=1))
     assert [type(e) for e in scheduler.next_frames(0.0)[0].edits] == [Join, Restore, Trim]
+
+
+def test_a_new_epoch_goes_on_where_every_answer_was() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2), frozenset()), Stages()
+    prompts = {name: tuple(range(i, i + 9)) for i, name in enumerate("abc", 1)}
+    for name, prompt in prompts.items():
+        scheduler.submit(request(name, prompt=prompt, max_tokens=12))
+    said: dict[str, list[int]] = defaultdict(list)
+    stages.take(scheduler.next_frames(0.0))
+    for _ in range(20):
+        for event in scheduler.returned(stages.give()).events:
+            assert isinstance(event, Produced)
+            said[event.request_id].append(event.sample.token)
+        stages.take(scheduler.next_frames(0.0))
+    assert scheduler.in_flight
+    stages = Stages()
+    assert scheduler.begin_epoch(2, capacity(lanes=1, chunk=100)) == ()
+    frames = scheduler.next_frames(0.0)
+    assert {f.epoch for f in frames} == {2}
+    joins = [e for f in frames for e in f.edits if isinstance(e, Join)]
+    assert [j.prompt_length for j in joins] == [9, 9, 9]
+    stages.take(frames)
+    for name, more in run_dry(scheduler, stages).items():
+        assert said[name] + more == continuation(prompts[name], 12)
+    assert stages.fed == {}
+
+
+def test_who_had_a_lane_goes_before_who_waited_and_what_can_never_fit_is_told() -> None:
+    scheduler = Scheduler(1, capacity(lanes=2, rows=1), frozenset())
+    for name in ("first", "large", "waiting"):
+        scheduler.submit(request(name, prompt=40 if name == "large" else 5))
+    scheduler.end("first")
+    assert [s.request.id for s in scheduler.sequences] == ["large", "waiting"]
+    scheduler.submit(request("late"))
+    (refused,) = scheduler.begin_epoch(2, capacity(lanes=1, rows=1, budget=20))
+    assert refused.request_id == "large"
+    assert "44 tokens of prompt and answer" in refused.sentence
+    assert [(s.request.id, s.phase) for s in scheduler.sequences] == [
+        ("waiting", Phase.PREFILL),
+        ("late", Phase.QUEUED),
+    ]
+    scheduler.end("waiting")
+    scheduler.end("late")
+    assert not scheduler.sequences

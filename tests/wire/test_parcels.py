@@ -43,8 +43,17 @@ def test_a_cut_frame_comes_together_again() -> None:
         with_body(head.frame, body.data[:-1])
     with pytest.raises(BadFrame, match="belong to no tensor"):
         with_body(head.frame, memoryview(bytes(body.data) + b"x"))
-    with pytest.raises(BadFrame, match="carries 1 bytes of them"):
+    with pytest.raises(BadFrame, match="damaged on its way"):
         unpack(first.message + b"x")
+
+
+def test_a_damaged_body_is_refused() -> None:
+    _, second = pack(frame(Compute.PREFILL, 2 * BULK_BYTES))
+    for at in (5, 9, 20, len(second.message) - 1):
+        damaged = bytearray(second.message)
+        damaged[at] ^= 16
+        with pytest.raises(BadFrame, match="damaged on its way"):
+            unpack(bytes(damaged))
 
 
 def test_what_is_too_large_is_refused() -> None:

@@ -18,6 +18,7 @@ from cluster.transport.streams import Line, Outbox
 from cluster.types import LayerRange, SamplingParams, StageSpec
 from cluster.wire.frame import decode, encode
 from cluster.wire.parcels import pack
+from cluster.worker import slot as slot_module
 from cluster.worker.slot import Slot
 
 EPOCH = 11
@@ -178,9 +179,10 @@ def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) 
 def test_a_body_that_fits_no_head_breaks_the_ring_off(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
     box = outbox(slot)
     frame = replace(prefill(0, 1, 1, JOIN), tensors=(Tensor("float32", (40_000,), bytes(160_000)),))
-    head, body = pack(frame)
+    head, _ = pack(frame)
+    _, body = pack(replace(frame, tensors=(Tensor("float32", (39_999,), bytes(159_996)),)))
     slot.received(head.message)
-    slot.received(body.message[:-4])
+    slot.received(body.message)
     assert list(box) == []
     assert "tensors need" in caplog.text
 
@@ -193,6 +195,22 @@ def test_unloading_frees_everything_and_closes_the_outbox(slot: Slot) -> None:
     assert slot.sequences == 0
     assert slot.outbox(EPOCH, Line.URGENT) is None
     slot.received(encode(decode_step(0, 1, 5, JOIN)))
+
+
+def test_another_epoch_of_the_same_slice_reads_no_weight_and_forgets_every_sequence(
+    slot: Slot, spec: StageSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = outbox(slot)
+    slot.received(encode(decode_step(0, 1, 5, JOIN)))
+    monkeypatch.setattr(slot_module, "load_stage", None)
+    steps: list[tuple[int, int]] = []
+    slot.load(replace(spec, epoch=EPOCH + 1), lambda done, total: steps.append((done, total)))
+    assert steps
+    assert steps[0][0] == steps[0][1] > 0
+    assert [decode(message).number for message in first] == [0]
+    assert (slot.epoch, slot.sequences) == (EPOCH + 1, 0)
+    with pytest.raises(StaleEpoch, match="epoch 12 is loaded"):
+        slot.load(spec, lambda done, total: None)
 
 
 def test_links_are_checked(slot: Slot) -> None:

@@ -1,0 +1,35 @@
+"""``macpipe drain NAME``: have a worker's layers moved away, so that its Mac can be taken."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli.edge import errors_in_json
+from cluster.cli.options import Coordinator, Json
+
+
+def drain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The worker, as `macpipe status` calls it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take the worker back into use.")] = False,
+    coordinator: Coordinator = None,
+    json: Json = False,
+) -> None:
+    """Move a worker's layers to others.
+
+    Answers that are under way go on. The worker is given no layers until it is undone or the worker starts again.
+    """
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator) as client:
+        state = client.drain(name, undo=undo)
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json(state)
+            return
+        held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
+        done = "is in use again" if undo else "holds nothing"
+        sys.stdout.write(f"{name} {done}{f'; {held}' if held else ''}\n")

@@ -1,0 +1,185 @@
+"""The journal: what a coordinator that died had accepted and said, so that its successor can go on.
+
+A file of msgpack records, appended to as tokens come: a request, a token of it, its end. It holds token ids, which are
+as good as text: so there is one only where a person asked for it, nobody else may read it, and what has ended is gone
+from it at the next compaction. It knows requests; it refuses to know who serves them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, RESUME_S
+from cluster.types import Request, SamplingParams
+
+log = logging.getLogger(__name__)
+
+_OPENED, _SAID, _ENDED = range(3)
+
+
+class Fsync(StrEnum):
+    """When records reach the disk itself: a process that dies loses nothing in any case, a power cut does."""
+
+    NEVER = "never"
+    SECOND = "second"
+    ALWAYS = "always"
+
+
+@dataclass(slots=True)
+class Kept:
+    """A request that has not ended, and its answer so far. ``at`` is the wall clock's seconds when it came."""
+
+    request: Request
+    at: float
+    said: list[int] = field(default_factory=list)
+
+
+class Journal:
+    """The journal in ``path``, for one coordinator. Only the engine loop's thread writes to it."""
+
+    def __init__(self, path: Path, fsync: Fsync = Fsync.SECOND, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._fsync, self._clock = path, fsync, clock
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        since = clock() - RESUME_S
+        self._before = {i: k for i, k in _read(path).items() if k.at >= since}
+        self._live: dict[str, Kept] = {}
+        self._synced = 0.0
+        self._file = -1
+        self._compact()
+
+    # What a coordinator before this one left
+
+    def take(self, request_id: str, client: str) -> Kept | None:
+        """A request that was not ended when the coordinator before this one died; None where there is none.
+
+        It is its client's alone, and can be taken once.
+        """
+        kept = self._before.get(request_id)
+        if kept is None or kept.request.client != client:
+            return None
+        return self._before.pop(request_id)
+
+    # What this one does
+
+    def opened(self, request: Request, said: tuple[int, ...]) -> None:
+        """A request was accepted; ``said`` is what its answer begins with already."""
+        kept = Kept(replace(request, deadline=None), self._clock(), list(said))
+        if self._size + len(request.prompt) * 5 > JOURNAL_BYTES:
+            self._compact()
+        if self._size > JOURNAL_BYTES:
+            return  # full of live requests: this one cannot be resumed
+        try:
+            record = _opened(kept)
+            if _request(*msgpack.unpackb(record, strict_map_key=False)[3]) != kept.request:
+                raise TypeError("it asks for more than the journal keeps")
+        except (TypeError, ValueError) as e:
+            log.info("request %s is not kept in the journal: %s", request.id, e)
+            return
+        self._live[request.id] = kept
+        self._write(record)
+
+    def said(self, request_id: str, token: int) -> None:
+        if kept := self._live.get(request_id):
+            kept.said.append(token)
+            self._write(_packed(_SAID, request_id, token))
+
+    def ended(self, request_id: str) -> None:
+        if self._live.pop(request_id, None):
+            self._write(_packed(_ENDED, request_id))
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._file)
+
+    def _write(self, record: bytes) -> None:
+        self._size += os.write(self._file, record)
+        now = self._clock()
+        if self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S):
+            os.fsync(self._file)
+            self._synced = now
+
+    def _compact(self) -> None:
+        """Write the file anew with what has not ended, and put it in the old one's place."""
+        fresh = self._path.with_suffix(".new")
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        records = [_opened(k) for k in (*self._before.values(), *self._live.values())]
+        self._size = os.write(file, b"".join(records)) if records else 0
+        os.fsync(file)
+        fresh.replace(self._path)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = file
+
+
+def _packed(*record: Any) -> bytes:
+    return bytes(msgpack.packb(record))
+
+
+def _opened(kept: Kept) -> bytes:
+    """The record of a request and all that it has said; raises TypeError where a field is more than data."""
+    r = kept.request
+    plain = (r.id, r.prompt, astuple(r.sampling), r.max_tokens, r.stop, r.ignore_eos, r.client, r.priority)
+    return _packed(_OPENED, r.id, kept.at, plain, kept.said)
+
+
+def _read(path: Path) -> dict[str, Kept]:
+    """Requests that have not ended; a file that is cut off or damaged counts up to there."""
+    found: dict[str, Kept] = {}
+    for record in _records(path):
+        try:
+            _apply(found, *record)
+        except (TypeError, ValueError, KeyError) as e:
+            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            break
+    return found
+
+
+def _records(path: Path) -> Iterator[list[Any]]:
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
+        except (ValueError, msgpack.UnpackException) as e:
+            log.warning("the journal is damaged, what follows is ignored: %s", e)
+
+
+def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:
+    if kind == _OPENED:
+        at, plain, said = facts
+        found[request_id] = Kept(_request(*plain), at, list(said))
+    elif kind == _SAID:
+        found[request_id].said.append(facts[0])
+    else:
+        found.pop(request_id, None)
+
+
+def _request(
+    request_id: str,
+    prompt: list[int],
+    sampling: list[Any],
+    max_tokens: int,
+    stop: list[str],
+    ignore_eos: bool,
+    client: str,
+    priority: int,
+) -> Request:
+    values: Any = [tuple(map(tuple, v)) if isinstance(v, list) else v for v in sampling]
+    return Request(
+        id=request_id,
+        prompt=tuple(prompt),
+        sampling=SamplingParams(*values),
+        max_tokens=max_tokens,
+        stop=tuple(stop),
+        ignore_eos=ignore_eos,
+        client=client,
+        priority=priority,
+    )

@@ -1,0 +1,249 @@
+"""One model being served, from its load until it is unloaded, through as many epochs as that takes.
+
+Its one task waits for trouble (a ring that broke, a worker that fell silent) and for workers that want to leave, and
+answers each with a new epoch, in which every live request goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import anyio
+
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.epoch import Epoch, Opening, farewell, new_epoch
+from cluster.coordinator.layout import capacity
+from cluster.coordinator.load import Progress
+from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.pace import Pace
+from cluster.coordinator.proof import prove
+from cluster.coordinator.recovery import Means, Recovery, Site, Troubles
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.succession import Heirs, homecoming
+from cluster.errors import MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
+from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, STEADY_S
+from cluster.membership.suspicion import Belief, Standing
+from cluster.scheduler.scheduler import Scheduler
+from cluster.types import Plan, WorkerFacts
+
+log = logging.getLogger(__name__)
+
+Said = Callable[[str], None]
+
+
+class Service:
+    """``said`` is told a sentence whenever something happens that a person should know.
+
+    ``recovery`` is what is being done about a loss; None while the model is served.
+    """
+
+    def __init__(self, means: Means, checkpoint: Checkpoint, order: LoadOrder, first: Heirs, said: Said) -> None:
+        self._means, self._said, self._first = means, said, first
+        self.checkpoint = checkpoint
+        self._events = asyncio.get_running_loop()
+        self._troubles: Troubles = asyncio.Queue()  # bounded by one for each ring and each change of belief
+        self._tasks: list[asyncio.Task[None]] = []
+        self._refused_leave: dict[str, float] = {}
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._touched: set[str] = set()
+        limits = capacity(first.plan, checkpoint.shape, order.max_step_ms)
+        scheduler = Scheduler(first.plan.epoch, limits, checkpoint.tokenizer.eos)
+        tokenizer = checkpoint.tokenizer
+        pace = Pace(checkpoint.shape, first.plan.stages, [w.profile for w in first.workers])
+        self.loop = EngineLoop(
+            first.plan, scheduler, tokenizer.decoder, self._broken, pace=pace, parser=tokenizer.parser
+        )
+        self._order = order
+        self._epoch: Epoch | None = None
+        self.recovery: Recovery | None = None
+        self.recoveries = 0
+
+    @property
+    def plan(self) -> Plan:
+        return self._epoch.plan if self._epoch else self._first.plan
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return self._epoch
+
+    async def open(self, progress: Progress) -> None:
+        """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
+        opening = Opening(
+            self._means.dialer,
+            self._means.supply,
+            self.checkpoint,
+            self._control,
+            progress,
+            self.loop.received,
+            self.loop.lost,
+        )
+        self._site = Site(self._means, self.checkpoint, self._order, opening, self.loop, self._troubles)
+        plan, workers = self._first.plan, self._first.workers
+        try:
+            await opening.load(plan, workers)
+            self._epoch = await opening.link(plan, workers)
+            self.loop.start(await opening.connect(self._epoch))
+            await prove(self.loop, plan, self.checkpoint, self._troubles)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.close(NotServing("the load failed"))
+            raise
+        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._teach_now_and_then())]
+
+    async def close(self, error: MacpipeError) -> None:
+        """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await anyio.to_thread.run_sync(self.loop.stop, error)
+        await farewell(new_epoch(self.plan.epoch), [self._means.roster.control(a) for a in self._touched])
+
+    def _control(self, address: str) -> WorkerControl:
+        self._touched.add(address)
+        return self._means.roster.control(address)
+
+    # What can go wrong
+
+    def _broken(self, cause: MacpipeError) -> None:
+        """The loop's thread has lost its ring."""
+        self._events.call_soon_threadsafe(self._troubles.put_nowait, cause)
+
+    def believed(self, belief: Belief) -> None:
+        """A worker's standing has changed."""
+        if belief.worker in self._holders() and belief.standing is Standing.GONE:
+            cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
+            self.loop.suspect(cause)
+
+    def alive(self) -> set[str]:
+        """Workers through whom a frame went a moment ago."""
+        lately = time.monotonic() - self.loop.patience.alive_at < HEARTBEAT_S and self.recovery is None
+        return self._holders() if lately else set()
+
+    async def teach(self) -> None:
+        """Tell every worker what its frames took over what its profile predicts, where enough have been seen."""
+        epoch = self._epoch
+        if epoch is None or self.recovery:
+            return
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            view = await asyncio.wrap_future(self.loop.view())
+            async with anyio.create_task_group() as tasks:
+                for pace, control in zip(view.pace, epoch.controls, strict=False):
+                    if pace.ratio:
+                        tasks.start_soon(_learn, control, epoch.plan.model.fingerprint, pace.ratio)
+
+    async def _teach_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(LEARN_S)
+            await self.teach()
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    cause = await self._troubles.get()
+            except TimeoutError:
+                await self._let_leave()
+                await self._let_return()
+                continue
+            await self._recover(cause)
+
+    async def _recover(self, cause: MacpipeError) -> None:
+        assert self._epoch
+        self.recovery = recovery = Recovery(self._site, self._epoch, cause)
+        self._said(f"{cause.sentence}; recovering")
+        self._epoch = await recovery.run()
+        self._served_again(recovery)
+
+    def _served_again(self, recovery: Recovery) -> None:
+        self.recovery = None
+        self.recoveries += 1
+        took = time.monotonic() - recovery.began
+        held = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
+        self._said(f"serving again after {took:.1f} s ({recovery.cause.sentence}): {held}")
+
+    # Workers that want to leave
+
+    async def moved_away(self, name: str) -> None:
+        """Return once a drained worker holds nothing. Raises ``NoPlan`` where its layers cannot go elsewhere."""
+        if name not in self._holders():
+            return
+        leaving = self._leaving.setdefault(name, self._events.create_future())
+        await asyncio.shield(leaving)
+
+    def _holders(self) -> set[str]:
+        return {s.worker for s in self.plan.stages}
+
+    async def _let_leave(self) -> None:
+        """Move the layers of a worker that wants to hold nothing."""
+        for member in self._means.watch.members():
+            name, facts = member.facts.name, member.facts
+            if facts.draining and not member.problem and name in self._holders() and self._may_leave(name):
+                await self._move_from(facts)
+                return
+
+    def _may_leave(self, name: str) -> bool:
+        return time.monotonic() - self._refused_leave.get(name, -DRAIN_RETRY_S) >= DRAIN_RETRY_S
+
+    async def _move_from(self, leaver: WorkerFacts) -> None:
+        assert self._epoch
+        name = leaver.name
+        cause = WorkerLost(f"worker {name} is being drained", worker=name)
+        move = Recovery(self._site, self._epoch, cause, without=(name,))
+        try:
+            self._epoch = await move.move()
+        except (NoPlan, NoWorkers) as e:
+            await self._cannot_leave(leaver, e)
+            return
+        except MacpipeError as e:
+            await self._recover(e)
+        else:
+            self._served_again(move)
+        if name not in self._holders():
+            await self._release(leaver)
+
+    async def _cannot_leave(self, leaver: WorkerFacts, why: MacpipeError) -> None:
+        """Nobody else can hold its layers. One that stops in any case goes once nobody waits for an answer."""
+        name = leaver.name
+        self._refused_leave[name] = time.monotonic()
+        self._said(f"worker {name} wants to leave, but its layers cannot go elsewhere: {why.sentence}")
+        if leaving := self._leaving.pop(name, None):
+            leaving.set_exception(why)
+        if leaver.stopping and not (await asyncio.wrap_future(self.loop.view())).requests:
+            await self._release(leaver)
+
+    async def _let_return(self) -> None:
+        """Where that is wished, give those who were lost their layers back, once they have been there for a while."""
+        if not self._order.take_back:
+            return
+        since, watch = time.monotonic() - STEADY_S, self._means.watch
+        steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
+        epoch = new_epoch(self.plan.epoch)
+        if home := homecoming(epoch, self._first, self.plan, self.checkpoint.shape, self._order, steady):
+            await self._move(home)
+
+    async def _move(self, home: Heirs) -> None:
+        assert self._epoch
+        back = WorkerLost("workers that were lost take their layers back")
+        move = Recovery(self._site, self._epoch, back)
+        try:
+            self._epoch = await move.move(home)
+        except MacpipeError as e:
+            await self._recover(e)
+        else:
+            self._served_again(move)
+
+    async def _release(self, leaver: WorkerFacts) -> None:
+        await farewell(new_epoch(self.plan.epoch), [self._control(leaver.control_address)])
+        if (leaving := self._leaving.pop(leaver.name, None)) and not leaving.done():
+            leaving.set_result(None)
+
+
+async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:
+    try:
+        await control.learn(fingerprint, ratio)
+    except MacpipeError as e:
+        log.info("a ratio was not learned: %s", e.sentence)

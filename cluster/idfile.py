@@ -1,0 +1,34 @@
+"""An id that stays the same over restarts, kept in a file that only one process may hold."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def held_id(folder: Path) -> Iterator[str]:
+    """The id in ``folder``, made at the first start; held until the context ends.
+
+    Raises ``BlockingIOError`` where another process holds it, another ``OSError`` where the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = os.open(folder / "id", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _known(file)
+    finally:
+        os.close(file)
+
+
+def _known(file: int) -> str:
+    known = os.read(file, 64).decode("ascii", "replace").strip()
+    if known:
+        return known
+    made = secrets.token_hex(8)
+    os.write(file, f"{made}\n".encode())
+    return made

@@ -1,0 +1,50 @@
+"""Patience: how long a frame may take before the ring counts as stuck, from how long frames took.
+
+A stopped machine is seen by its silence; this is for one that answers pings while its GPU hangs. It learns two things
+from frames that come back: seconds between one and the next while the ring is busy, and seconds a prefill token. What
+it grants is many times what is usual, and never less than a floor: slow is not dead.
+"""
+
+from __future__ import annotations
+
+from cluster.limits import FRAME_FLOOR_S, FRAME_SLACK, FRAME_TIMEOUT_S
+
+_FORGETS = 0.98
+"""A slow step counts less with every later frame: a thousand frames after one stall, patience is what it was."""
+
+
+class Patience:
+    """Fed with every frame that comes back. Times are seconds of the injected clock, from ``now`` on.
+
+    ``alive_at`` is when the ring last gave a sign of life, or began.
+    """
+
+    def __init__(self, now: float, floor_s: float = FRAME_FLOOR_S, most_s: float = FRAME_TIMEOUT_S) -> None:
+        self.alive_at = now
+        self._floor_s, self._most_s = floor_s, most_s
+        self._step_s: float | None = None
+        self._token_s = 0.0
+
+    def learn(self, tokens: int, sent_at: float, now: float) -> None:
+        """A frame came back that prefilled ``tokens``; 0 for a decode step.
+
+        It took from the one before it, or from when it was sent into an empty ring.
+        """
+        took_s, self.alive_at = now - max(sent_at, self.alive_at), now
+        if tokens:
+            self._token_s = max(self._token_s * _FORGETS, took_s / tokens)
+        step = 0.0 if tokens else took_s
+        self._step_s = step if self._step_s is None else max(self._step_s * _FORGETS, step)
+
+    def due(self, sent_at: float, tokens: int) -> float:
+        """When the oldest frame in the ring, which prefills ``tokens``, has to be back."""
+        return max(sent_at, self.alive_at) + self.granted(tokens)
+
+    def granted(self, tokens: int) -> float:
+        """Seconds from the ring's last sign of life in which a frame that prefills ``tokens`` has to come back.
+
+        Before anything came back kernels are compiled and nothing can be predicted: then it is the most there is.
+        """
+        if self._step_s is None or (tokens and not self._token_s):
+            return self._most_s
+        return min(self._most_s, max(self._floor_s, FRAME_SLACK * (self._step_s + tokens * self._token_s)))

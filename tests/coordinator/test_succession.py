@@ -1,0 +1,136 @@
+"""Who takes over, who is to blame, and whose slices are adopted: decisions alone, without a process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.coordinator.diagnosis import diagnose, hanging, unservable, verdicts
+from cluster.coordinator.layout import lay_out
+from cluster.coordinator.roster import Member
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.succession import Heirs, heirs, homecoming, standing
+from cluster.errors import DoesNotFit, NoWorkers, WorkerLost
+from cluster.limits import MIB
+from cluster.types import LayerRange, ModelRef, ModelShape, Plan, WorkerFacts
+
+MODEL = ModelRef("m", "", "f" * 64)
+SHAPE = ModelShape(MODEL, 6, (10 * MIB,) * 6, (MIB,) * 6, (), (1, 2, 3, 4, 5), (), 64)
+ORDER = LoadOrder("m", workers=3)
+EPOCH = 7
+CAUSE = WorkerLost("cyd: the data stream broke", worker="cyd")
+
+
+def worker(name: str, megabytes: int = 40, **more: object) -> WorkerFacts:
+    facts = WorkerFacts(f"id-{name}", name, "", "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
+    return replace(facts, **more)  # type: ignore[arg-type]
+
+
+def holding(name: str, start: int, end: int, **more: object) -> WorkerFacts:
+    held = {"epoch": EPOCH, "layers": LayerRange(start, end), "fingerprint": MODEL.fingerprint, **more}
+    return worker(name, **held)  # type: ignore[arg-type]
+
+
+STAGES = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6))
+PLAN = lay_out(EPOCH, SHAPE, STAGES, ORDER)
+
+
+def members(*facts: WorkerFacts, **problems: str) -> list[Member]:
+    return [Member(f, problems.get(f.name, ""), f.name not in problems) for f in facts]
+
+
+def chosen(*facts: WorkerFacts, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
+    found = heirs(EPOCH + 1, PLAN, SHAPE, ORDER, members(*facts, **problems), without)
+    assert [w.name for w in found.workers] == [s.worker for s in found.plan.stages]
+    assert found.plan.epoch == EPOCH + 1
+    return [(s.worker, str(s.layers)) for s in found.plan.stages]
+
+
+def test_the_same_workers_come_first_then_a_spare_then_a_new_cut() -> None:
+    dee = worker("dee")
+    assert chosen(*STAGES, dee) == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
+    assert chosen(*STAGES, dee, bob="gone") == [("ada", "0-1"), ("dee", "2-3"), ("cyd", "4-5")]
+    assert chosen(*STAGES, bob="gone") == [("ada", "0-2"), ("cyd", "3-5")]
+    assert chosen(*STAGES, without=("ada",)) == [("bob", "0-2"), ("cyd", "3-5")]
+
+
+def test_the_spare_that_has_the_layers_already_is_taken_before_a_larger_one() -> None:
+    had = holding("dee", 2, 4, epoch=EPOCH - 3)
+    assert chosen(*STAGES, worker("eve", 80), had, bob="gone")[1] == ("dee", "2-3")
+    assert chosen(*STAGES, worker("eve", 80), worker("dee"), bob="gone")[1] == ("eve", "2-3")
+
+
+def test_a_spare_that_is_too_small_leads_to_a_new_cut() -> None:
+    assert (
+        chosen(*STAGES, worker("dee", 12), bob="gone") == [("ada", "0-2"), ("cyd", "3-5")]
+        or len(chosen(*STAGES, worker("dee", 12), bob="gone")) == 3
+    )
+
+
+def test_who_is_drained_is_given_nothing() -> None:
+    drained = (*STAGES[:2], replace(STAGES[2], draining=True))
+    assert [name for name, _ in chosen(*drained, worker("dee"))] == ["ada", "bob", "dee"]
+
+
+def test_what_fits_nowhere_says_whose_loss_it_was_and_what_is_missing() -> None:
+    with pytest.raises(DoesNotFit) as refusal:
+        chosen(STAGES[0])
+    error = unservable(CAUSE, refusal.value)
+    assert error.grpc_status == "UNAVAILABLE"
+    assert error.details["worker"] == "cyd"
+    assert int(error.details["missing_bytes"]) > 20 * MIB
+    assert "cyd: the data stream broke" in error.sentence
+    assert "ada lacks" in error.sentence
+    with pytest.raises(NoWorkers):
+        chosen(*STAGES, ada="gone", bob="gone", cyd="gone")
+
+
+def test_the_guilty_are_named_and_not_their_neighbours() -> None:
+    assert diagnose(CAUSE, PLAN, members(*STAGES)) is CAUSE
+    found = diagnose(CAUSE, PLAN, members(*STAGES, ada="worker ada at x does not answer"))
+    assert found.details == {"worker": "ada"}
+    assert found.sentence == "worker ada at x does not answer"
+    assert verdicts(PLAN, members(*STAGES, bob="the engine was ended by SIGKILL")) == {
+        "bob": "worker bob: the engine was ended by SIGKILL"
+    }
+    restarted = (STAGES[0], replace(STAGES[1], epoch=0), STAGES[2])
+    assert "lost layers 2-3" in verdicts(PLAN, members(*restarted))["bob"]
+    taken = (STAGES[0], replace(STAGES[1], epoch=EPOCH + 5, model="other"), STAGES[2])
+    assert "another coordinator loaded other there" in verdicts(PLAN, members(*taken))["bob"]
+    assert verdicts(PLAN, members(*STAGES[:2])) == {"cyd": "worker cyd is not there"}
+
+
+def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
+    busy = members(STAGES[0], replace(STAGES[1], busy_ms=9000), replace(STAGES[2], busy_ms=400))
+    assert hanging(PLAN, busy, 7500) == "bob"
+    assert hanging(PLAN, busy, 10_000) is None
+
+
+def adopted(*facts: WorkerFacts, order: LoadOrder = ORDER) -> list[str] | None:
+    found = standing(SHAPE, order, facts)
+    return [f"{w.name} {r}" for w, r in zip(found[0], found[1].layers or (), strict=True)] if found else None
+
+
+def test_slices_that_are_held_are_adopted_where_they_are_the_whole_model() -> None:
+    assert adopted(*reversed(STAGES), worker("dee")) == ["ada 0-1", "bob 2-3", "cyd 4-5"]
+    assert adopted(*STAGES, order=replace(ORDER, workers=None)) is not None
+    assert adopted(*STAGES[:2]) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, epoch=EPOCH - 1)) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, fingerprint="other")) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, draining=True)) is None
+    assert adopted(*STAGES, order=replace(ORDER, workers=2)) is None
+    assert adopted(*STAGES, order=replace(ORDER, kv_bits=4)) is None
+    asked = (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 6))
+    assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None
+
+
+def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:
+    first = Heirs(PLAN, STAGES)
+    now: Plan = heirs(EPOCH + 1, PLAN, SHAPE, ORDER, members(*STAGES, bob="gone")).plan
+    assert homecoming(EPOCH + 2, first, PLAN, SHAPE, ORDER, STAGES) is None
+    assert homecoming(EPOCH + 2, first, now, SHAPE, ORDER, STAGES[:2]) is None
+    back = homecoming(EPOCH + 2, first, now, SHAPE, ORDER, STAGES)
+    assert back
+    assert [(s.worker, str(s.layers)) for s in back.plan.stages] == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
+    assert back.plan.epoch == EPOCH + 2

@@ -1,0 +1,211 @@
+"""Runs seeds on one fleet: asks, breaks, waits for the ends, and has the checker judge what was seen."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.client import Client
+from cluster.errors import MacpipeError
+from faults.checker import SLACK_S, Verdict, check
+from faults.fleet import Fleet
+from faults.history import History
+from faults.scenario import HARMLESS, Asked, Fault, Moment, Scenario, pool, scenario
+
+DEADLINE_S = 60.0
+VOCABULARY = 700
+
+
+@dataclass
+class Outcome:
+    """One seed: what the checker says, and how long detection and the way back took (ms; None: nothing was lost)."""
+
+    seed: int
+    verdict: Verdict
+    detect_ms: float | None
+    resume_ms: float | None
+    evicted: bool
+    """A recovery where nothing worse than slowness was done."""
+    history: History
+
+    @property
+    def kept(self) -> bool:
+        return self.verdict.kept and not self.evicted
+
+
+class Campaign:
+    """``expected`` tokens are asked of the undisturbed fleet first."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.asked = pool(VOCABULARY)
+        self.expected = [self._ask(a) for a in self.asked]
+
+    def _ask(self, asked: Asked) -> tuple[int, ...]:
+        return self.fleet.client.generate(
+            list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, **dict(asked.sampling)
+        ).tokens
+
+    def run(self, seed: int) -> Outcome:
+        """Play a seed."""
+        self.fleet.mend()
+        return _Run(self, scenario(seed, self.asked, self.fleet.stages)).play()
+
+    def play(self, played: Scenario) -> Outcome:
+        """Play a scenario that somebody wrote."""
+        self.fleet.mend()
+        return _Run(self, played).play()
+
+
+class _Run:
+    def __init__(self, campaign: Campaign, played: Scenario) -> None:
+        self._fleet, self._asked, self._expected = campaign.fleet, campaign.asked, campaign.expected
+        self._scenario, self._history = played, History()
+        self._plan = campaign.fleet.plan()
+        self._struck = threading.Event()
+
+    def play(self) -> Outcome:
+        s, history = self._scenario, self._history
+        history.note("seed", seed=s.seed, plan=self._plan, faults=[f"{f.kind} {f.stage} {f.moment}" for f in s.faults])
+        end_watch = self._fleet.watching(history)
+        threads = [threading.Thread(target=self._request, args=(i,), daemon=True) for i in range(len(s.requests))]
+        threads += [threading.Thread(target=self._second, args=(f,), daemon=True) for f in s.faults[1:]]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + DEADLINE_S + 2 * SLACK_S
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        time.sleep(0.05)
+        end_watch()
+        return self._judged()
+
+    def _judged(self) -> Outcome:
+        expected = {f"s{self._scenario.seed}-{i}": self._expected[r] for i, r in enumerate(self._scenario.requests)}
+        verdict = check(self._history, expected, DEADLINE_S)
+        struck = next((e["t"] for e in self._history.of("fault")), None)
+        down = next(
+            (e["t"] for e in self._history.of("health") if struck and not e["serving"] and e["t"] > struck), None
+        )
+        back = next((e["t"] for e in self._history.of("token") if down and e["t"] > down), None)
+        evicted = down is not None and all(f.kind in HARMLESS for f in self._scenario.faults)
+        detect = None if down is None or struck is None else (down - struck) * 1e3
+        resume = None if back is None or struck is None else (back - struck) * 1e3
+        return Outcome(self._scenario.seed, verdict, detect, resume, evicted, self._history)
+
+    def _request(self, i: int) -> None:
+        asked = self._asked[self._scenario.requests[i]]
+        name = f"s{self._scenario.seed}-{i}"
+        time.sleep(self._scenario.starts[i])
+        self._history.note("sent", request=name)
+        try:
+            with Client(self._fleet.address, timeout_s=DEADLINE_S) as client:
+                self._follow(client, name, asked, first=i == 0)
+        except MacpipeError as e:
+            self._history.note("error", request=name, reason=e.reason, sentence=e.sentence)
+        if i == 0:
+            self._strike_at(-1)
+
+    def _follow(self, client: Client, name: str, asked: Asked, *, first: bool) -> None:
+        stream = client.stream(
+            list(asked.prompt),
+            max_tokens=asked.max_tokens,
+            ignore_eos=True,
+            request_id=name,
+            **dict(asked.sampling),
+        )
+        stream.wait_accepted()
+        self._history.note("accepted", request=name)
+        if first and self._scenario.faults[0].moment is Moment.PREFILL:
+            self._strike_at(-1)
+        for token in stream:
+            self._history.note("token", request=name, index=token.index, token=token.token)
+            if first:
+                self._strike_at(token.index)
+        assert stream.finish
+        self._history.note("finish", request=name, reason=str(stream.finish.reason))
+
+    def _strike_at(self, token: int) -> None:
+        """Fire the first fault if its time has come; -1: whatever its token is."""
+        fault = self._scenario.faults[0]
+        if not self._struck.is_set() and (token < 0 or token >= fault.token):
+            self._struck.set()
+            self._strike(fault)
+
+    def _strike(self, fault: Fault) -> None:
+        self._history.note("fault", kind=str(fault.kind), what=self._fleet.strike(fault, self._plan))
+
+    def _second(self, fault: Fault) -> None:
+        """Strike once the first loss has been noticed."""
+        self._struck.wait(DEADLINE_S)
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until:
+            if any(not e["serving"] for e in self._history.of("health")):
+                time.sleep(0.05 * (self._scenario.seed % 8))
+                self._strike(fault)
+                return
+            time.sleep(0.01)
+
+
+@dataclass
+class Summary:
+    """What ``ops/chaos`` prints. Times are milliseconds, over the seeds in which something was lost."""
+
+    seeds: int = 0
+    requests: int = 0
+    lost: int = 0
+    hung: int = 0
+    differing: int = 0
+    evicted: int = 0
+    failed: list[int] = field(default_factory=list)
+    detect: list[float] = field(default_factory=list)
+    resume: list[float] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        v = outcome.verdict
+        self.seeds += 1
+        self.requests += v.requests
+        self.lost += len(v.lost)
+        self.hung += len(v.hung)
+        self.differing += len(v.differing)
+        self.evicted += outcome.evicted
+        if not outcome.kept:
+            self.failed.append(outcome.seed)
+        self.detect += [outcome.detect_ms] if outcome.detect_ms is not None else []
+        self.resume += [outcome.resume_ms] if outcome.resume_ms is not None else []
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "seeds": self.seeds,
+            "requests": self.requests,
+            "lost": self.lost,
+            "hung": self.hung,
+            "differing": self.differing,
+            "evicted": self.evicted,
+            "detect_ms": quantiles(self.detect),
+            "resume_ms": quantiles(self.resume),
+            "failed_seeds": self.failed,
+        }
+
+
+def quantiles(values: Iterable[float]) -> dict[str, float]:
+    """Median and 99th percentile, rounded; empty where there is nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    return {"p50": round(statistics.median(ordered), 1), "p99": round(p99, 1), "n": len(ordered)}
+
+
+def complaint(outcome: Outcome, folder: Path) -> str:
+    """What to read when a seed has failed; its history is kept in ``folder``."""
+    path = folder / f"seed-{outcome.seed}.jsonl"
+    outcome.history.save(path)
+    v = outcome.verdict
+    said = json.dumps({"lost": v.lost, "hung": v.hung, "differing": v.differing, "evicted": outcome.evicted})
+    faults = [e["what"] for e in outcome.history.of("fault")]
+    return f"seed {outcome.seed} ({'; '.join(faults)}): {said}; history in {path}"

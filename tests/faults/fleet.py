@@ -1,0 +1,211 @@
+"""Real daemons behind proxies: three stages and a spare, whose processes and links a scenario breaks, and mends."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.client import Client, ClusterState
+from cluster.errors import MacpipeError
+from faults.history import History
+from faults.proxy import Proxy, owner
+from faults.scenario import Fault, Kind
+from integration.daemons import Cluster, Daemon, children, free_port, wait_serving
+
+NAMES = ("ada", "bob", "cyd", "dee")
+MODEL = "faq"
+MEND_S = 60.0
+
+
+@dataclass
+class Party:
+    """One worker: where it listens, under which address the others know it."""
+
+    name: str
+    host: str
+    control: int
+    data: int
+    daemon: Daemon | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """The daemon's and its engine's."""
+        if self.daemon is None or self.daemon.process.poll() is not None:
+            return []
+        return [self.daemon.process.pid, *children(self.daemon.process.pid)]
+
+    @property
+    def engine(self) -> int | None:
+        return next(iter(self.pids[1:]), None)
+
+
+@dataclass
+class Fleet:
+    """``stages`` of the parties hold the model; the others are spares."""
+
+    folder: Path
+    stages: int = 3
+    names: tuple[str, ...] = NAMES
+    options: tuple[str, ...] = ()
+    cluster: Cluster = field(init=False)
+    parties: dict[str, Party] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cluster = Cluster(self.folder)
+        self.proxy = Proxy(self._who, random.Random(0))
+        block = f"127.{os.getpid() >> 8 & 0xFF}.{os.getpid() & 0xFF}"
+        for i, name in enumerate(self.names, 10):
+            party = self.parties[name] = Party(name, f"{block}.{i}", free_port(), free_port())
+            self.proxy.listen(party.host, party.control, name, data=False)
+            self.proxy.listen(party.host, party.data, name, data=True)
+            self.start_worker(name)
+        for party in self.parties.values():
+            assert party.daemon
+            party.daemon.wait_for("of cluster")
+        self.start_coordinator()
+
+    def start_worker(self, name: str) -> None:
+        party = self.parties[name]
+        ports = ("--port", str(party.control), "--data-port", str(party.data))
+        party.daemon = self.cluster.worker(name, *ports)
+
+    def start_coordinator(self, port: int = 0) -> None:
+        port = port or free_port()
+        peers = [o for p in self.parties.values() for o in ("--peer", f"{p.host}:{p.control}")]
+        options = ["--workers", str(self.stages), "--port", str(port), "--peers-only", "--wait", "60", *peers]
+        self.serve = self.cluster.serve(MODEL, *options, *self.options)
+        self.address = f"127.0.0.1:{port}"
+        wait_serving(self.address, self.serve)
+        self.client = Client(self.address, timeout_s=60)
+
+    def close(self) -> None:
+        self.mend_processes(restart=False)
+        self.client.close()
+        self.cluster.close()
+        self.proxy.close()
+
+    def _who(self, port: int) -> str:
+        pids = {pid: p.name for p in self.parties.values() for pid in p.pids}
+        if hasattr(self, "serve"):
+            pids[self.serve.process.pid] = "serve"
+        return owner(port, pids) or "serve"
+
+    # Breaking
+
+    def strike(self, fault: Fault, plan: tuple[str, ...]) -> str:
+        """Make it go wrong; in words."""
+        at = min(fault.stage, len(plan) - 1)
+        name = plan[at]
+        before = plan[at - 1] if at and fault.data else "serve"
+        return self._strike_process(fault.kind, name) or self._strike_link(fault.kind, before, name)
+
+    def _strike_process(self, kind: Kind, name: str) -> str:
+        party = self.parties[name]
+        signals = {
+            Kind.KILL_ENGINE: signal.SIGKILL,
+            Kind.CRASH_ENGINE: signal.SIGSEGV,
+            Kind.ABORT_ENGINE: signal.SIGABRT,
+            Kind.STOP_ENGINE: signal.SIGSTOP,
+            Kind.KILL_WORKER: signal.SIGKILL,
+            Kind.STOP_WORKER: signal.SIGSTOP,
+        }
+        if kind not in signals:
+            return ""
+        whole = kind in (Kind.KILL_WORKER, Kind.STOP_WORKER)
+        for pid in party.pids if whole else [party.engine]:
+            with suppress(ProcessLookupError, TypeError):
+                os.kill(pid, signals[kind])  # type: ignore[arg-type]
+        return f"{kind} {name}"
+
+    def _strike_link(self, kind: Kind, a: str, b: str) -> str:
+        link = self.proxy.link(a, b)
+        match kind:
+            case Kind.CUT:
+                link.blocked |= {a, b}
+            case Kind.CUT_ONE_WAY:
+                link.blocked.add(b)
+            case Kind.DELAY:
+                link.delay_s = 0.1
+            case Kind.THROTTLE:
+                link.rate = 10e6 / 8
+            case Kind.CORRUPT:
+                link.corrupt = 1
+            case _:
+                self.proxy.reset(a, b)
+        return f"{kind} {a}-{b}"
+
+    # Mending
+
+    def mend(self) -> None:
+        """Heal links, start what is dead, wait until everybody is there and every stage has a worker."""
+        self.proxy.heal()
+        self.mend_processes()
+        deadline = time.monotonic() + MEND_S
+        while not self._whole(state := self.client.cluster()):
+            assert time.monotonic() < deadline, f"the fleet does not mend: {state}\n{self.serve.said()[-4000:]}"
+            assert self.serve.process.poll() is None, self.serve.said()[-4000:]
+            if state.state == "serving" and len(state.stages) < self.stages and self._all_there(state):
+                with suppress(MacpipeError):
+                    self.client.load(MODEL, workers=self.stages).wait()
+            time.sleep(0.05)
+
+    def _whole(self, state: ClusterState) -> bool:
+        return state.state == "serving" and len(state.stages) == self.stages and self._all_there(state)
+
+    def _all_there(self, state: ClusterState) -> bool:
+        usable = [w for w in state.workers if w.standing == "up" and not w.problem]
+        return len(usable) == len(self.parties)
+
+    def mend_processes(self, *, restart: bool = True) -> None:
+        for party in self.parties.values():
+            for pid in party.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            if restart and not party.pids:
+                self.start_worker(party.name)
+
+    # Looking
+
+    def plan(self) -> tuple[str, ...]:
+        """Who holds a stage, in order."""
+        return tuple(s.worker for s in self.client.cluster().stages)
+
+    def watching(self, history: History) -> Callable[[], None]:
+        """Note every change of health from now on; call what is returned to end that."""
+        channel = grpc.insecure_channel(self.address)
+        request = health_pb2.HealthCheckRequest(service="")
+        call = health_pb2_grpc.HealthStub(channel).Watch(request)
+
+        def follow() -> None:
+            with suppress(grpc.RpcError):
+                for reply in call:
+                    history.note("health", serving=reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+        thread = threading.Thread(target=follow, name="health", daemon=True)
+        thread.start()
+
+        def end() -> None:
+            call.cancel()
+            thread.join(5)
+            channel.close()
+
+        return end
+
+
+def fleet(folder: Path) -> Iterator[Fleet]:
+    """A fixture's body."""
+    made = Fleet(folder)
+    try:
+        yield made
+    finally:
+        made.close()

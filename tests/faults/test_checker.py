@@ -1,0 +1,80 @@
+"""The checker itself: it sees every way in which the promise can be broken, and nothing where it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.checker import SLACK_S, check
+from faults.history import History
+from faults.scenario import HARMLESS, Kind, Moment, pool, scenario
+
+EXPECTED = {"r": (5, 6, 7)}
+DEADLINE_S = 10.0
+
+
+def history(*events: tuple[Any, ...]) -> History:
+    made = History()
+    for t, event, *facts in events:
+        made.events.append({"t": t, "event": event, "request": "r", **(facts[0] if facts else {})})
+    return made
+
+
+SENT, ACCEPTED = (0.0, "sent"), (0.1, "accepted")
+
+
+def token(index: int, token: int, t: float = 1.0) -> tuple[Any, ...]:
+    return (t, "token", {"index": index, "token": token})
+
+
+WHOLE = (SENT, ACCEPTED, token(0, 5), token(1, 6), token(2, 7), (2.0, "finish", {"reason": "length"}))
+
+
+def test_a_kept_promise() -> None:
+    verdict = check(history(*WHOLE), EXPECTED, DEADLINE_S)
+    assert verdict.kept
+    assert verdict.requests == 1
+
+
+def test_a_refusal_with_a_type_is_no_broken_promise() -> None:
+    refused = history(SENT, (0.2, "error", {"reason": "BUSY"}))
+    assert check(refused, EXPECTED, DEADLINE_S).kept
+    assert not check(history(SENT), EXPECTED, DEADLINE_S).kept
+
+
+@pytest.mark.parametrize(
+    ("events", "broken"),
+    [
+        ((*WHOLE[:3], WHOLE[4]), "differing"),
+        ((*WHOLE[:3], WHOLE[2], *WHOLE[3:]), "differing"),
+        ((*WHOLE[:2], WHOLE[3], WHOLE[2], *WHOLE[4:]), "differing"),
+        ((*WHOLE[:3], token(1, 9), *WHOLE[4:]), "differing"),
+        ((*WHOLE[:4], WHOLE[5]), "differing"),
+        ((*WHOLE, WHOLE[5]), "differing"),
+        ((*WHOLE, token(3, 8)), "differing"),
+        (WHOLE[:4], "hung"),
+        ((*WHOLE[:5], (DEADLINE_S + SLACK_S + 1, "finish")), "hung"),
+        ((*WHOLE[:4], (2.0, "error", {"reason": "WORKER_LOST", "sentence": "gone"})), "lost"),
+    ],
+)
+def test_a_broken_promise(events: tuple[tuple[Any, ...], ...], broken: str) -> None:
+    verdict = check(history(*events), EXPECTED, DEADLINE_S)
+    assert getattr(verdict, broken), verdict
+
+
+def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    made = history(*WHOLE)
+    made.save(tmp_path / "deep" / "h.jsonl")
+    assert History.load(tmp_path / "deep" / "h.jsonl").events == made.events
+
+
+def test_a_seed_gives_one_scenario_and_many_seeds_give_every_kind() -> None:
+    asked = pool(500)
+    made = [scenario(seed, asked) for seed in range(600)]
+    assert made == [scenario(seed, pool(500)) for seed in range(600)]
+    faults = [f for s in made for f in s.faults]
+    assert {f.kind for f in faults} == set(Kind)
+    assert {f.moment for f in faults} == set(Moment)
+    assert all(s.faults[0].kind not in HARMLESS for s in made if len(s.faults) > 1)

@@ -1,0 +1,80 @@
+"""Data streams over bad links: a cut is seen in seconds though nothing says so, a slow one is never taken for dead."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.streams import Line, Outbox
+from faults.proxy import Proxy
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="needs loopback addresses beside 127.0.0.1"),
+    pytest.mark.xdist_group("faults"),
+]
+HOST = "127.9.8.7"
+MIB = 2**20
+
+
+class Stage:
+    """One stage's ports."""
+
+    def __init__(self) -> None:
+        self.boxes = {line: Outbox(1) for line in Line}
+        self.fed: list[int] = []
+
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        return self.boxes[line]
+
+    def received(self, message: bytes) -> None:
+        self.fed.append(len(message))
+
+
+@pytest.fixture
+def linked() -> Iterator[tuple[Proxy, Stage, str]]:
+    stage = Stage()
+    server = DataServer("127.0.0.1", 0, stage)
+    proxy = Proxy(lambda port: "caller", random.Random(1))
+    proxy.listen(HOST, server.port, "stage", data=True)
+    yield proxy, stage, f"{HOST}:{server.port}"
+    for box in stage.boxes.values():
+        box.close()
+    server.stop()
+    proxy.close()
+
+
+@pytest.mark.parametrize("blocked", [{"stage"}, {"caller"}, {"stage", "caller"}])
+def test_a_cut_is_seen_though_nothing_is_sent(linked: tuple[Proxy, Stage, str], blocked: set[str]) -> None:
+    proxy, _, address = linked
+    lost = threading.Event()
+    stream = GrpcDialer().pull(address, 1, lambda message: None, lambda why: lost.set())
+    time.sleep(0.3)
+    proxy.link("caller", "stage").blocked |= blocked
+    assert lost.wait(15)
+    stream.close()
+
+
+def test_megabytes_over_a_slow_link_are_no_cut(linked: tuple[Proxy, Stage, str]) -> None:
+    """4 MiB at 10 Mbit/s and 100 ms hold every ping of their own connection back for more than three seconds."""
+    proxy, stage, address = linked
+    link = proxy.link("caller", "stage")
+    link.rate, link.delay_s = 10e6 / 8, 0.1
+    lost: list[str] = []
+    pulled = threading.Event()
+    stream = GrpcDialer().pull(address, 1, lambda message: pulled.set(), lost.append, Line.BULK)
+    feed = GrpcDialer().feed(address, 1, lost.append)
+    stage.boxes[Line.BULK].send(bytes(4 * MIB))
+    feed.send(bytes(4 * MIB))
+    assert pulled.wait(30)
+    while not stage.fed:
+        assert not lost
+        time.sleep(0.05)
+    assert not lost
+    stream.close()
+    feed.close()
