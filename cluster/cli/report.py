@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from cluster.store.fetch import Fetched
 
+BAR_WIDTH: Final = 16
+"""So that a line with a worker's name, sizes, speed and state fits 80 columns."""
 PLAIN_STEP: Final = 10
 """Percent between two plain lines of one worker."""
 
@@ -73,7 +75,7 @@ class LoadBars:
         description = TextColumn("{task.description}", markup=False)
         state = TextColumn("{task.fields[state]}", markup=False, style="dim")
         sizes = DownloadColumn(binary_units=True)
-        bars = Progress(description, BarColumn(), sizes, TransferSpeedColumn(), state, console=self._console)
+        bars = Progress(description, BarColumn(BAR_WIDTH), sizes, TransferSpeedColumn(), state, console=self._console)
         bars.start()
         return bars
 

@@ -108,10 +108,11 @@ def main(model_folder: str, where: str) -> None:
     if where == "pinned" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
     import mlx.core as mx
-    from mlx_lm.utils import load_model
 
     if os.environ.get("MACPIPE_DEVICE") == "cpu":
-        mx.set_default_device(mx.cpu)
+        mx.set_default_device(mx.cpu)  # before mlx-lm makes its stream, which stays where it was made
+    from mlx_lm.utils import load_model
+
     model, _ = load_model(Path(model_folder))
     for line in sys.stdin:
         kind, users, prompt, tokens = line.split()

@@ -114,10 +114,12 @@ def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        model = make_llama(folder / "model", hidden=512, intermediate=1408, layers=4, heads=8, context=CONTEXT)
+        wide = asked.hidden
+        model = make_llama(folder / "model", wide, wide * 11 // 4, layers=4, heads=wide // 64, context=CONTEXT)
         client = start_cluster(stack, model, pinned=True)
         single = SingleProcess(model)
         stack.callback(single.close)

@@ -107,7 +107,7 @@ def test_a_terminal_sees_figures_and_no_control_characters(terminal: Open, coord
 def test_a_load_has_bars(terminal: Open) -> None:
     code, shown = terminal("load", "faq").end()
     assert code == 0
-    assert "mac-a  layers 0-3" in shown
+    assert "mac-a layers 0-3" in shown
     assert "100/100 bytes" in shown
     assert "serving faq on 2 workers" in shown
 
