@@ -111,7 +111,7 @@ class Fetch:
 
     def _missing(self) -> list[TensorInfo]:
         verified = self._partial.verified
-        return [tensor for tensor in self._tensors if tensor.name not in verified]
+        return [t for t in self._tensors if t.name not in verified or self._partial.missing(t)]
 
     def _pause(self) -> None:
         if self._stop.wait(FETCH_TICK_S):
