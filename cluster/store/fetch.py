@@ -48,6 +48,11 @@ class Fetched:
     hub: int
     peers: int
 
+    @property
+    def state(self) -> str:
+        """What is being done, for people: where all is here, it is only looked at."""
+        return "fetching" if self.hub or self.peers or self.done < self.total else "checking"
+
 
 class Fetch:
     """Makes every wanted tensor of ``partial`` be there, verified. ``stop`` ends it between two pieces."""
