@@ -21,7 +21,7 @@ class Profile:
     """What a worker's engine was measured to do, in bytes, seconds and operations; ``bandwidth`` 0: not measured.
 
     A decode step of one row takes ``step_s``, ``layer_s`` a layer, and its weights' and caches' bytes at
-    ``bandwidth``; each further row adds ``row_cost`` of the weights' time. ``flops`` is the rate of prompts.
+    ``bandwidth``; each further row adds ``row_cost`` (0 to 1) of the weights' time. ``flops`` is the rate of prompts.
     ``corrections`` are (model fingerprint, measured over predicted), the last learned last.
     """
 
@@ -67,8 +67,11 @@ class Spare:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a plan is predicted to do: tokens a second for one and for eight users, seconds to a long prompt's first."""
+    """What a plan is predicted to do: tokens a second for one and for eight users, seconds to the first one of a prompt
+    of ``prompt_tokens``, which are as many as the context has room for, up to 2,048.
+    """
 
     one_user: float
     eight_users: float
     first_token_s: float
+    prompt_tokens: int

@@ -164,8 +164,8 @@ def _add_reasons(reply: cpb.GetClusterResponse | cpb.PlanResponse, plan: Plan) -
     reply.spares.extend(cpb.SpareWorker(worker=spare.worker, why=spare.why) for spare in plan.spares)
     reply.reasons.extend(plan.reasons)
     if f := plan.forecast:
-        told = cpb.Forecast(one_user=f.one_user, eight_users=f.eight_users, first_token_seconds=f.first_token_s)
-        reply.forecast.CopyFrom(told)
+        reply.forecast.one_user, reply.forecast.eight_users = f.one_user, f.eight_users
+        reply.forecast.first_token_seconds, reply.forecast.prompt_tokens = f.first_token_s, f.prompt_tokens
 
 
 def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:

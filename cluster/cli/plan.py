@@ -12,7 +12,7 @@ from cluster.cli.edge import errors_in_json
 from cluster.cli.home import state_home
 from cluster.cli.options import Coordinator, Json
 from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, checked_kv_bits
-from cluster.errors import Unreachable
+from cluster.errors import InvalidOption, Unreachable
 from cluster.limits import SETTLE_S
 from cluster.profiles import Objective
 from cluster.types import Route
@@ -69,6 +69,8 @@ def plan(
             kv_bits=checked_kv_bits(kv_bits),
             objective=objective,
         )
+        if assume is not None and (coordinator or peer):
+            raise InvalidOption("give --assume, or --coordinator or --peer, not both", field="assume")
         if assume is not None:
             made = assumed_plan(order, assume)
         else:

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from cluster.cli.screen import bytes_in_words, console, printable, table
+from cluster.cli.screen import bytes_in_words, console, figure, printable, table
 from cluster.client.address import DEFAULT_HOST, DEFAULT_PORT
-from cluster.limits import REFERENCE_PROMPT
 from cluster.loads import LoadProgress
 from cluster.profiles import Forecast, Spare
 from cluster.types import LayerRange, Plan, Route, WorkerFacts
@@ -84,7 +83,8 @@ class LoadBars:
         told = (percent // PLAIN_STEP, state.partition(" ")[0])
         if self._told.get(what) != told:
             self._told[what] = told
-            self._console.print(f"{what}: {state}, {percent}% of {bytes_in_words(total)}", soft_wrap=True)
+            far = f", {percent}% of {bytes_in_words(total)}" if total else ""
+            self._console.print(f"{what}: {state}{far}", soft_wrap=True)
 
 
 class PullBar:
@@ -96,7 +96,7 @@ class PullBar:
 
     def show(self, fetched: Fetched) -> None:
         """Draw it."""
-        self._bars.show_as(printable(self._model), "fetching", fetched.done, fetched.total)
+        self._bars.show_as(printable(self._model), fetched.state, fetched.done, fetched.total)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -171,8 +171,9 @@ def prospects(forecast: Forecast | None, spares: Iterable[Spare], reasons: Itera
     """What a plan promises, and why it is as it is: a line each."""
     if forecast:
         yield (
-            f"predicted: {forecast.one_user:.3g} tokens/s for one user, {forecast.eight_users:.3g} for eight together;"
-            f" {REFERENCE_PROMPT} tokens of prompt take {forecast.first_token_s:.2g} s to the first token"
+            f"predicted: {figure(forecast.one_user)} tokens/s for one user, {figure(forecast.eight_users)} for eight"
+            f" together; {forecast.prompt_tokens} tokens of prompt take {forecast.first_token_s:.2g} s"
+            " to the first token"
         )
     yield from (f"spare: {spare.worker}: {spare.why}" for spare in spares)
     yield from reasons

@@ -36,6 +36,11 @@ def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
     return made
 
 
+def figure(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
 def bytes_in_words(count: int) -> str:
     """``1.5 GiB``: three digits are enough for people."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

@@ -94,13 +94,14 @@ def _workers(state: ClusterState) -> Table:
     columns = ("worker", "chip", "layers", "weights", "memory used", "predicted", "measured", "state")
     shown = table(*columns, right=RIGHT)
     for worker in state.workers:
+        used = f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}"
         held = [stage for stage in state.stages if stage.worker == worker.name]
         shown.add_row(
             printable(worker.name),
             printable(worker.chip or worker.backend),
             ", ".join(str(stage.layers) for stage in held) or "-",
             bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
-            f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}",
+            used if worker.reachable else "-",
             *_decode_ms(held),
             _standing(worker),
         )

@@ -13,10 +13,12 @@ from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
 from cluster.worker.settings import Profiling, WorkerSettings
 
+LOOPBACK = "127.0.0.1"
+
 
 def worker(
     name: Annotated[str | None, typer.Option(help="This worker's name.", show_default="the host's name")] = None,
-    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
+    host: Annotated[str | None, typer.Option(help="Listen on this address.", show_default=LOOPBACK)] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 0,
     data_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Take activations on this port; 0 takes a free one.")
@@ -61,11 +63,11 @@ def worker(
     raise typer.Exit(run(settings))
 
 
-def _host(host: str, interface: str | None) -> str:
+def _host(host: str | None, interface: str | None) -> str:
     """The address to listen on: the interface's, where one is named."""
     if interface is None:
-        return host
-    if host != "127.0.0.1":
+        return LOOPBACK if host is None else host
+    if host is not None:
         raise InvalidOption("give --host or --interface, not both", field="interface")
     from cluster.discovery.interfaces import address_on, interfaces
 

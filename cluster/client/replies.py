@@ -147,8 +147,10 @@ def _spares(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) ->
 
 
 def _forecast(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) -> Forecast | None:
+    if not reply.HasField("forecast"):
+        return None
     told = reply.forecast
-    return Forecast(told.one_user, told.eight_users, told.first_token_seconds) if reply.HasField("forecast") else None
+    return Forecast(told.one_user, told.eight_users, told.first_token_seconds, told.prompt_tokens)
 
 
 def _objective(reply: cluster_pb2.Objective.ValueType) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.coordinator.coordinator import Coordinator
@@ -12,10 +13,11 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merged, static
+from cluster.errors import NoPlan
 from cluster.loads import LoadProgress
 from cluster.model.device import close_thread
 from cluster.model.survey import survey
-from cluster.placement.chips import assumed
+from cluster.placement.chips import assumed, assumption
 from cluster.store.store import Store
 from cluster.transport.rings import GrpcDialer
 from cluster.types import Plan, Route, WorkerFacts
@@ -26,14 +28,18 @@ __all__ = ["plan_for", "plan_over_found"]
 def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     """The plan for Macs that are written as for ``placement.chips.assumed``. Call on a thread that ends with it.
 
-    Of a model of the hub, small files and headers are fetched, and kept in ``home``.
+    Raises ``NoPlan`` where fewer are named than the order wants. Of a model of the hub, small files and headers are
+    fetched, and kept in ``home``.
     """
     candidates = assumed(macs, relay=order.route is Route.RELAY)
+    if order.workers and order.workers > len(candidates.workers):
+        raise NoPlan(f"{order.workers} workers were asked for, --assume names {len(candidates.workers)}")
     try:
         shape = survey(Store(home).named(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits)
     finally:
         close_thread()
-    return plan_over(0, shape, candidates, order)
+    made = plan_over(0, shape, candidates, order)
+    return replace(made, reasons=(assumption(candidates), *made.reasons))
 
 
 async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], home: Path) -> Plan:

@@ -82,7 +82,7 @@ def measure(stretch: Stretch) -> Profile:
         layer_s=layer_s,
         step_s=step_s,
         flops=2 * scale.tokens * _numbers(scale) / max(prompt - one + reading, 1e-9),
-        row_cost=max((many - one) / reading / (ROWS - 1), 0.0),
+        row_cost=min(max((many - one) / reading / (ROWS - 1), 0.0), 1.0),  # rows can be run one after another
     )
 
 

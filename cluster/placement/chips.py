@@ -18,7 +18,7 @@ from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
 from cluster.placement.solve import Room
 from cluster.profiles import Link, Profile
 
-__all__ = ["CHIPS", "LINKS", "Chip", "assumed"]
+__all__ = ["CHIPS", "LINKS", "Chip", "assumed", "assumption"]
 
 REACHED: Final = 0.8
 """Of the published bandwidth: what a 4-bit decode commonly gets on one die."""
@@ -32,6 +32,11 @@ ROW_COST: Final = 0.2
 """8 rows cost 2.4 times one: between the 1.7 and the 6 that 4-bit kernels were seen to take."""
 LARGE: Final = 36
 """GB above which Metal recommends three quarters of the memory, and up to which two thirds."""
+SMALLEST: Final = 8
+LARGEST: Final = 1024
+"""GB that a Mac may be assumed to have."""
+MOST: Final = 64
+"""Macs of one kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +76,13 @@ LINKS: Final = {
     "tb5": Link(ASSUMED_ROUND_TRIP_S, 5e9),
     "wifi": Link(5e-3, 40e6),
 }
-_MAC: Final = re.compile(r"(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
+_MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
 
 
 def assumed(written: str, *, relay: bool = False) -> Candidates:
     """``m2-ultra-192,m4-pro-48x2,10gbe``: Macs by chip and GB of memory, how many, and one link between them all.
+
+    ``2x m4-pro-48`` is the same as ``m4-pro-48x2``.
 
     Raises InvalidOption with what can be written.
     """
@@ -93,13 +100,26 @@ def assumed(written: str, *, relay: bool = False) -> Candidates:
 
 def _macs(word: str) -> list[tuple[str, Chip, int]]:
     found = _MAC.fullmatch(word)
-    if not found or found["chip"] not in CHIPS or not 1 <= int(found["count"] or 1) <= 64:
+    count = int((found["times"] or found["count"] or 1) if found else 0)
+    twice = found and found["times"] and found["count"]
+    if not found or twice or found["chip"] not in CHIPS or not 1 <= count <= MOST:
         known = f"chips are {', '.join(CHIPS)}; links are {', '.join(LINKS)}"
         raise InvalidOption(
             f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume"
         )
     gb = int(found["gb"])
-    return [(f"{found['chip']}-{gb}", CHIPS[found["chip"]], gb)] * int(found["count"] or 1)
+    if not SMALLEST <= gb <= LARGEST:
+        raise InvalidOption(
+            f"--assume {word!r}: a Mac's memory is from {SMALLEST} to {LARGEST} GB here, and {gb} was given",
+            field="assume",
+        )
+    return [(f"{found['chip']}-{gb}", CHIPS[found["chip"]], gb)] * count
+
+
+def assumption(candidates: Candidates) -> str:
+    """What a plan for assumed Macs rests on, in words."""
+    link = next(name for name, one in LINKS.items() if one == candidates.link)
+    return f"assumed: published figures of the chips; links of {link}"
 
 
 def _candidate(label: str, chip: Chip, gb: int, index: int, names: list[str]) -> Candidate:
@@ -109,4 +129,5 @@ def _candidate(label: str, chip: Chip, gb: int, index: int, names: list[str]) ->
         _, bandwidth, tflops = chip.smaller
     reached = REACHED_ULTRA if "ultra" in label else REACHED
     profile = Profile(bandwidth * 1e9 * reached, LAYER_S, STEP_S, tflops * 1e12 * REACHED_FLOPS, ROW_COST)
-    return Candidate(Room(name, gb * GIB * (3 if gb > LARGE else 2) // (4 if gb > LARGE else 3)), profile)
+    nbytes = gb * GIB * (3 if gb > LARGE else 2) // (4 if gb > LARGE else 3)
+    return Candidate(Room(name, nbytes, adjustable=False), profile)

@@ -18,7 +18,8 @@ def decode_s(
     """Seconds of one decode step of so many rows, each with a context of so many tokens; 0 for an unknown speed."""
     if not profile.known:
         return 0.0
-    weights = read_bytes(shape, layers, rows) + (rows - 1) * profile.row_cost * _dense_bytes(shape, layers)
+    more = (rows - 1) * min(profile.row_cost, 1.0)  # rows can be run one after another, whatever was measured once
+    weights = read_bytes(shape, layers, rows) + more * _dense_bytes(shape, layers)
     caches = rows * shape.stage_cache_bytes(layers, min(context, shape.max_context))
     seconds = fixed_s(profile, len(layers)) + (weights + caches) / profile.bandwidth
     return seconds * profile.correction(shape.model.fingerprint)

@@ -108,7 +108,7 @@ def _alone(layout: Layout, search: Search | None) -> str:
     alone = layout.of(found)
     sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
     many, now = (forecast(one.shape, one.candidates, one.workers, one.ranges).eight_users for one in (alone, layout))
-    return f"{sentence}; and for eight: {many:.3g} against {now:.3g}" if many > now else sentence
+    return f"{sentence}; and for eight: {_figure(many)} against {_figure(now)}" if many > now else sentence
 
 
 def _otherwise(layout: Layout, search: Search | None) -> str:
@@ -164,20 +164,30 @@ def _why_spare(layout: Layout, search: Search | None, stages: int | None, worker
     if stages is not None:
         return f"{stages} worker{'s were' if stages != 1 else ' was'} asked for"
     if search is None or not search.every_order:
-        return "the others hold the model, and are faster or larger"
+        some = len(layout.workers) > 1
+        return f"{_others(layout)} hold{'' if some else 's'} the model, and {'are' if some else 'is'} faster or larger"
     found = search.best(including=worker)
     if found is None:
         return f"its {_gib(worker.room.usable)} hold no part of the model together with any others"
     other = layout.of(found)
     if layout.objective is Objective.THROUGHPUT:
         return f"it would only slow the others down: {other.merit} instead of {layout.merit}"
+    enough = f"{_others(layout)} {'are' if len(layout.workers) > 1 else 'is'} enough"
     if other.token_s < layout.token_s * NOTICEABLE:
-        return "the others are enough, and it would make no token faster"
-    return f"the others are enough; with it a token would take {_ms(other.token_s)} instead of {_ms(layout.token_s)}"
+        return f"{enough}, and it would make no token faster"
+    return f"{enough}; with it a token would take {_ms(other.token_s)} instead of {_ms(layout.token_s)}"
+
+
+def _others(layout: Layout) -> str:
+    return "the others" if len(layout.workers) > 1 else layout.workers[0].name
 
 
 def _rate(layout: Layout) -> str:
-    return f"{1 / layout.token_s:.3g} tokens/s"
+    return f"{_figure(1 / layout.token_s)} tokens/s"
+
+
+def _figure(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 def _ms(seconds: float) -> str:

@@ -25,11 +25,14 @@ def forecast(
     lanes: int | None = None,
 ) -> Forecast:
     """``lanes`` None is one a stage."""
+    one = 1 / token_s(shape, candidates, workers, ranges)
     many = _cycle(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
+    prompt = min(REFERENCE_PROMPT, shape.max_context)
     return Forecast(
-        one_user=1 / token_s(shape, candidates, workers, ranges),
-        eight_users=many,
-        first_token_s=_first_token_s(shape, candidates, workers, ranges),
+        one_user=one,
+        eight_users=max(one, many),  # they can always take turns
+        first_token_s=_first_token_s(shape, candidates, workers, ranges, prompt),
+        prompt_tokens=prompt,
     )
 
 
@@ -74,10 +77,13 @@ def _cycle(
 
 
 def _first_token_s(
-    shape: ModelShape, candidates: Candidates, workers: Sequence[Candidate], ranges: Sequence[LayerRange]
+    shape: ModelShape,
+    candidates: Candidates,
+    workers: Sequence[Candidate],
+    ranges: Sequence[LayerRange],
+    prompt: int,
 ) -> float:
     """The first chunk passes all stages, the others follow at the slowest one's pace; then a step makes the token."""
-    prompt = min(REFERENCE_PROMPT, shape.max_context)
     chunk = min(PREFILL_CHUNK, prompt)
     stages = [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
     first = sum(stages) + hops_s(shape, candidates, workers, ranges, chunk)

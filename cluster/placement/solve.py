@@ -15,10 +15,11 @@ from cluster.types import LayerRange, ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A worker by name, and the bytes it offers for weights, caches and work."""
+    """A worker by name, and the bytes it offers for weights, caches and work; an ``adjustable`` one may offer more."""
 
     worker: str
     nbytes: int
+    adjustable: bool = True
 
     @property
     def usable(self) -> int:
@@ -116,10 +117,11 @@ def _does_not_fit(
 ) -> str:
     total = sum(needed(shape, layers, sequences) for layers in ranges)
     names = "; ".join(f"{room.worker} lacks {_gib(missing)}" for room, missing in short)
+    raised = "raise --memory-limit, " if any(room.adjustable for room in rooms) else ""
     return (
         f"{shape.model.name} does not fit: it needs {_gib(total)} with {sequences} x {shape.max_context} tokens of "
         f"context, the workers offer {_gib(sum(r.usable for r in rooms))}; {names}; "
-        "add a worker, raise --memory-limit, or lower --max-context"
+        f"add a worker, {raised}or lower --max-context"
     )
 
 

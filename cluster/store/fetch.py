@@ -48,6 +48,11 @@ class Fetched:
     hub: int
     peers: int
 
+    @property
+    def state(self) -> str:
+        """What is being done, for people: where all is here, it is only looked at."""
+        return "fetching" if self.hub or self.peers or self.done < self.total else "checking"
+
 
 class Fetch:
     """Makes every wanted tensor of ``partial`` be there, verified. ``stop`` ends it between two pieces."""
@@ -111,7 +116,7 @@ class Fetch:
 
     def _missing(self) -> list[TensorInfo]:
         verified = self._partial.verified
-        return [tensor for tensor in self._tensors if tensor.name not in verified]
+        return [t for t in self._tensors if t.name not in verified or self._partial.missing(t)]
 
     def _pause(self) -> None:
         if self._stop.wait(FETCH_TICK_S):

@@ -44,7 +44,7 @@ class Partial:
         for entry in self._journal.entries():
             self._replay(entry)
         sound = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
-        self._verified = {t: d for t, d in self._noted.items() if t in self.tensors and self.tensors[t].file in sound}
+        self._verified = {t: d for t, d in self._noted.items() if self._complete(t) and self.tensors[t].file in sound}
 
     def _replay(self, entry: Entry) -> None:
         match entry:
@@ -52,6 +52,8 @@ class Partial:
                 self._extents[file].add(start, end)
             case ["lost", str(file), int(start), int(end)] if file in self._extents:
                 self._extents[file].remove(start, end)
+            case ["sum", str(tensor), ""]:
+                self._noted.pop(tensor, None)
             case ["sum", str(tensor), str(digest)]:
                 self._noted[tensor] = digest
             case ["whole", str(file), str(digest)]:
@@ -111,11 +113,15 @@ class Partial:
             self._verified.pop(tensor.name, None)
 
     def seal(self) -> None:
-        """Note the files' sizes and times: while these stay, what was verified needs no second look."""
+        """Note the files' sizes and times: while these stay, what was verified needs no second look.
+
+        A file with a tensor that was verified once, but not since the file changed, keeps what was noted before.
+        """
         with self._lock:
-            now = {file: self._stat(file) for file in self._extents}
+            doubtful = {self.tensors[t].file for t in self._noted if self._complete(t) and t not in self._verified}
+            now = {file: self._stat(file) for file in self._extents if file not in doubtful}
             self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
-            self._stats = now
+            self._stats |= now
 
     def unproved_files(self) -> list[StoredFile]:
         """Files all of whose bytes are here, and which nobody has held against the hub's hash yet."""
@@ -130,6 +136,9 @@ class Partial:
             self._journal.append([["whole", file.name, file.sha256]])
             self._whole[file.name] = file.sha256
         return True
+
+    def _complete(self, tensor: str) -> bool:
+        return tensor in self.tensors and not self.missing(self.tensors[tensor])
 
     def _stat(self, file: str) -> tuple[int, int]:
         found = (self.folder / file).stat()
@@ -152,11 +161,20 @@ def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> P
                 f"expected {expected[:12]}). Load it again."
             )
         folder = models / fingerprint
-        if not (folder / RECORDS).is_dir():
-            made.rename(folder)
+        if not is_partial(folder):
+            _move(made, folder)
         return folder
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Give the complete folder ``made`` its name; one that another process has given that name meanwhile is as good."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not is_partial(folder):
+            raise
 
 
 def _fill(made: Path, origin: ModelFiles, read: Read) -> str:

@@ -247,26 +247,29 @@ Global___SpareWorker: _TypeAlias = SpareWorker  # noqa: Y015
 
 @_typing.final
 class Forecast(_message.Message):
-    """Tokens a second for one user and, together, for eight; seconds to the first token of a prompt of 2,048."""
+    """Tokens a second for one user and, together, for eight; seconds to the first token of a prompt of so many."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ONE_USER_FIELD_NUMBER: _builtins.int
     EIGHT_USERS_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     one_user: _builtins.float
     eight_users: _builtins.float
     first_token_seconds: _builtins.float
+    prompt_tokens: _builtins.int
     def __init__(
         self,
         *,
         one_user: _builtins.float = ...,
         eight_users: _builtins.float = ...,
         first_token_seconds: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eight_users", b"eight_users", "first_token_seconds", b"first_token_seconds", "one_user", b"one_user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eight_users", b"eight_users", "first_token_seconds", b"first_token_seconds", "one_user", b"one_user", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

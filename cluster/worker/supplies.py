@@ -45,7 +45,7 @@ class Supplies:
         try:
             async for fetched in _watched(task, job):
                 done, total = (fetched.done, fetched.total) if fetched else (0, 0)
-                yield _told("fetching", fetched, done, total)
+                yield _told(fetched.state if fetched else "checking", fetched, done, total)
             found, got = await task, job.progress
             hashing = _background(lambda: job.prove(found))
             async for p in read(found.folder):

@@ -256,6 +256,20 @@ def test_status_shows_everybody(macpipe: Macpipe, coordinator: Coordinator) -> N
     assert done.stderr == ""
 
 
+def test_status_knows_no_memory_of_who_is_gone(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    rows = macpipe("status", to=coordinator).stdout.splitlines()
+    there, gone = (next(row for row in rows if row.startswith(name)) for name in ("mac-a", "mac-b"))
+    assert "20.0 GiB of 48.0 GiB" in there
+    assert "unreachable" in gone
+    assert "20.0 GiB" not in gone
+
+
+def test_a_worker_takes_an_address_or_an_interface(macpipe: Macpipe) -> None:
+    done = macpipe("worker", "--interface", "lo", "--host", "127.0.0.1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give --host or --interface, not both" in done.stderr
+
+
 def test_status_of_an_idle_cluster_says_what_to_do(macpipe: Macpipe, coordinator: Coordinator) -> None:
     coordinator.script.cluster = cluster_pb2.GetClusterResponse(
         cluster="default", state=cluster_pb2.SERVING_STATE_FAILED, problem="mac-b stopped answering"

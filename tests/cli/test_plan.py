@@ -24,10 +24,15 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
     assert "4 layers in 1 stage, planned for latency; room for" in done.stdout
     assert "m4-pro-24#1" in done.stdout
     assert "tokens/s for one user" in done.stdout
-    assert "spare: m4-pro-24#2: the others are enough" in done.stdout
+    assert "spare: m4-pro-24#2: m4-pro-24#1 is enough" in done.stdout
+    assert "; 128 tokens of prompt take " in done.stdout
+    assert "assumed: published figures of the chips; links of 10gbe" in done.stdout
+    assert "e+0" not in done.stdout
     facts = json.loads(macpipe("plan", str(folder), "--assume", "m4-pro-24x2", "--workers", "2", "--json").stdout)
     assert [stage["worker"] for stage in facts["stages"]] == ["m4-pro-24#1", "m4-pro-24#2"]
     assert facts["forecast"]["one_user"] > 0
+    assert facts["forecast"]["prompt_tokens"] == 2048
+    assert facts["reasons"][0] == "assumed: published figures of the chips; links of 1gbe"
     assert [stage["layers"][1] for stage in facts["stages"]][-1] == 4
 
 
@@ -36,6 +41,13 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
     [
         (["faq", "--assume", "macbook"], 2, ["macbook", "m4-pro-48x2,10gbe"]),
         (["faq", "--assume", "m4-pro-48", "--layers", "0-3,4-7"], 1, ["2 layer ranges", "1 workers"]),
+        (["faq", "--assume", "m4-pro-48x2", "--workers", "3"], 1, ["3 workers were asked for, --assume names 2"]),
+        (["faq", "--assume", "m4-pro-48x2", "--workers", "3", "--layers", "0-3,4-7"], 1, ["--assume names 2"]),
+        (
+            ["faq", "--assume", "m4-pro-48", "--coordinator", "127.0.0.1:1"],
+            2,
+            ["--assume", "--coordinator", "not both"],
+        ),
         (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
         (["faq", "--wait", "0", "--cluster", "nobody-is-in-this-one"], 1, ["found no worker"]),
@@ -59,13 +71,14 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
         stages=[stage],
         spares=[cluster_pb2.SpareWorker(worker="mac-b", why="it would only slow the others down")],
         reasons=["bound by memory bandwidth"],
-        forecast=cluster_pb2.Forecast(one_user=12.5, eight_users=70, first_token_seconds=3),
+        forecast=cluster_pb2.Forecast(one_user=12.5, eight_users=70, first_token_seconds=3, prompt_tokens=512),
     )
 
     done = macpipe("plan", "faq", "--objective", "throughput", "--context", "512", "--kv-bits", "8", to=coordinator)
     assert (done.returncode, done.stderr) == (0, "")
     assert "planned for throughput" in done.stdout
     assert "12.5" in done.stdout
+    assert "70 for eight together; 512 tokens of prompt take 3 s to the first token" in done.stdout
     assert "spare: mac-b: it would only slow the others down" in done.stdout
     (request,) = coordinator.script.seen
     assert (request.model, request.max_context, request.kv_bits) == ("faq", 512, 8)

@@ -54,11 +54,27 @@ COLUMNS = ("Module", "Family", "Cuts", "Across", "Lane", "Trim", "bf16", "4+8 bi
 
 def line(arch: Architecture, row: Row) -> str:
     """The table's line for one architecture."""
-    total = row.layers - 1
-    clean = f"all {total}" if len(row.cuts) == total else f"{len(row.cuts)} of {total}"
     crossing = " or ".join(map(str, row.crossing))
-    caches = ("yes" if can else "no" for can in (row.lane, row.trim))
-    return _cells(arch.name, arch.family, clean, crossing, *caches, row.bfloat16, row.mixed, row.unstacked)
+    cheap = surveyed(arch, row.layers, len(row.cuts), lane=row.lane, trim=row.trim)
+    proved = {"Across": crossing, "bf16": row.bfloat16, "4+8 bit": row.mixed, "By expert": row.unstacked}
+    return _cells(*({**cheap, **proved}[column] for column in COLUMNS))
+
+
+def surveyed(arch: Architecture, layers: int, cuts: int, *, lane: bool, trim: bool) -> dict[str, str]:
+    """Column -> cell, for the columns that a survey fills."""
+    clean = f"all {layers - 1}" if cuts == layers - 1 else f"{cuts} of {layers - 1}"
+    caches = {"Lane": "yes" if lane else "no", "Trim": "yes" if trim else "no"}
+    return {"Module": arch.name, "Family": arch.family, "Cuts": clean, **caches}
+
+
+def cells(name: str) -> dict[str, str]:
+    """Column -> cell of a module's line, as the file stands."""
+    return dict(zip(COLUMNS, recorded()[name].strip("| ").split(" | "), strict=True))
+
+
+def not_served() -> set[str]:
+    """Modules of which nothing is served; a refused setting of a served one is not among them."""
+    return {arch.name for arch in refused().values()}.difference(architectures())
 
 
 def recorded() -> dict[str, str]:
@@ -70,13 +86,12 @@ def recorded() -> dict[str, str]:
 def text(lines: Mapping[str, str]) -> str:
     """The whole file. Raises KeyError naming a module that has no line."""
     served = [lines[name] for name in architectures()]
-    names = {arch.name for arch in refused().values()}
     head = HEAD.format(
         mlx_lm=version("mlx-lm"),
         mlx=version("mlx"),
         served=len(served),
-        models=len(names.union(architectures())),
-        refused=len(names.difference(architectures())),
+        models=len(served) + len(not_served()),
+        refused=len(not_served()),
     )
     parts = [
         head + _table(COLUMNS, served),

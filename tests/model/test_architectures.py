@@ -38,9 +38,21 @@ def test_the_table_belongs_to_this_mlx_lm() -> None:
     assert table.text(table.recorded()) == table.FILE.read_text()
 
 
+@pytest.mark.parametrize("wrong", ["lama", "--chek"])
+def test_who_asks_for_no_module_is_told(wrong: str) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, root / "ops" / "coverage.py", wrong], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"ops/models takes --check, or names of served modules; {wrong} is none\n"
+
+
 @pytest.mark.parametrize("name", architectures())
 def test_two_stages_say_what_mlx_lm_says(name: str, tmp_path: Path) -> None:
-    prove_quickly(architectures()[name], tmp_path)
+    arch = architectures()[name]
+    shape = prove_quickly(arch, tmp_path)
+    cuts, lane, trim = len(shape.clean_cuts), shape.batchable, shape.trimmable
+    said = table.surveyed(arch, shape.layers, cuts, lane=lane, trim=trim)
+    assert said.items() <= table.cells(name).items()
 
 
 @pytest.mark.long

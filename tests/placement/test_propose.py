@@ -50,8 +50,8 @@ def test_one_mac_that_holds_it_all_is_enough() -> None:
     assert [w.name for w in made.workers] == ["fast"]
     assert {s.worker for s in made.spares} == {"slow", "twin"}
     said = told(candidates)
-    assert "slow: the others are enough; with it a token would take" in said
-    assert "twin: the others are enough, and it would make no token faster" in said
+    assert "slow: fast is enough; with it a token would take" in said
+    assert "twin: fast is enough, and it would make no token faster" in said
     assert "bound by memory bandwidth" in said
     assert made.forecast
     assert made.forecast.one_user == pytest.approx(1 / (made.decode_s[0] + candidates.ends_s()))
@@ -136,6 +136,37 @@ def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
     assert decode_s(model, free, LayerRange(0, 1), rows=2) == pytest.approx(grown + caches)
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("row_cost", [0.0, 1.0, 2.7])
+def test_many_users_are_never_predicted_to_be_slower_than_one(lanes: int, row_cost: float) -> None:
+    noisy = replace(FAST, row_cost=row_cost)
+    made = propose(shape(), Candidates([mac("a", 30, noisy), mac("b", 30, noisy)]), Wish(lanes=lanes)).forecast
+    assert made
+    assert made.eight_users >= made.one_user
+    stage = LayerRange(0, 20)
+    assert decode_s(shape(), noisy, stage, rows=8) <= 8 * decode_s(shape(), noisy, stage)
+
+
+def test_a_prompt_is_as_long_as_the_context_allows() -> None:
+    roomy, tight = (propose(shape(max_context=n), Candidates([mac("a", 60)]), Wish()).forecast for n in (4096, 300))
+    assert roomy
+    assert tight
+    assert (roomy.prompt_tokens, tight.prompt_tokens) == (2048, 300)
+    assert tight.first_token_s < roomy.first_token_s
+
+
+def test_an_assumed_mac_has_no_limit_to_be_raised() -> None:
+    with pytest.raises(DoesNotFit, match="add a worker, or lower --max-context"):
+        propose(shape(), assumed("m4-24"), Wish())
+    with pytest.raises(DoesNotFit, match="add a worker, raise --memory-limit, or lower --max-context"):
+        propose(shape(), Candidates([mac("a", 16)]), Wish())
+
+
+@pytest.mark.parametrize("written", ["2x m2-ultra-192", "2xm2-ultra-192", "m2-ultra-192x2"])
+def test_a_number_of_macs_goes_before_or_behind(written: str) -> None:
+    assert [w.name for w in assumed(written).workers] == ["m2-ultra-192#1", "m2-ultra-192#2"]
+
+
 def test_macs_are_assumed_by_name() -> None:
     made = assumed("m2-ultra-192, m4-pro-48x2,10GbE")
     assert [w.name for w in made.workers] == ["m2-ultra-192", "m4-pro-48#1", "m4-pro-48#2"]
@@ -156,6 +187,10 @@ def test_macs_are_assumed_by_name() -> None:
         ("m4-pro", "m4-pro-48x2,10gbe"),
         ("m4-48x0", "does not know"),
         ("m4-48x65", "does not know"),
+        ("2xm4-48x2", "does not know"),
+        ("0x m4-48", "does not know"),
+        ("m4-pro-0", "from 8 to 1024 GB here, and 0 was given"),
+        ("m4-pro-4800", "from 8 to 1024 GB"),
         ("m4-48,wifi,10gbe", "more than one link"),
     ],
 )

@@ -12,12 +12,12 @@ import pytest
 
 from cluster.errors import Aborted, DiskFull, FetchFailed
 from cluster.limits import GIB
-from cluster.model.checkpoint import open_checkpoint
+from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store import run as runs
 from cluster.store.fetch import Fetch, Wanted
 from cluster.store.hub import Hub
 from cluster.store.manifest import Manifest
-from cluster.store.partial import Partial
+from cluster.store.partial import Partial, place
 from cluster.store.space import free_bytes
 from cluster.store.store import Store
 from fake_hub import FakeHub
@@ -41,7 +41,7 @@ def fetch(home: Path, partial: Partial, names: list[str], **options: object) -> 
         partial,
         Manifest(home, partial.fingerprint),
         Wanted(tuple(names)),
-        hub=Hub(partial.origin.repo, partial.origin.commit),
+        hub=options.pop("hub", Hub(partial.origin.repo, partial.origin.commit)),  # type: ignore[arg-type]
         stop=options.pop("stop", Event()),  # type: ignore[arg-type]
         **options,  # type: ignore[arg-type]
     )
@@ -49,8 +49,26 @@ def fetch(home: Path, partial: Partial, names: list[str], **options: object) -> 
     return made
 
 
-def of_layer(partial: Partial) -> list[str]:
-    return [name for name in partial.tensors if name.startswith(LAYER)]
+def of_layer(partial: Partial, layer: str = LAYER) -> list[str]:
+    return [name for name in partial.tensors if name.startswith(layer)]
+
+
+def flip(partial: Partial, tensor: TensorInfo) -> None:
+    """Damage its first byte on the disk."""
+    with (partial.folder / tensor.file).open("r+b") as file:
+        file.seek(tensor.offset)
+        old = file.read(1)
+        file.seek(tensor.offset)
+        file.write(bytes([old[0] ^ 1]))
+
+
+def neighbours(partial: Partial) -> tuple[list[str], list[str]]:
+    """Tensors of two slices that lie in one file, and are not all that it has."""
+    own = of_layer(partial)
+    file = partial.tensors[own[0]].file
+    others = [name for name, tensor in partial.tensors.items() if tensor.file == file and name not in own][1:]
+    assert others
+    return own, others
 
 
 def same_bytes(partial: Partial, published: Path, names: list[str]) -> bool:
@@ -148,15 +166,66 @@ def test_a_byte_that_flips_on_the_disk_is_fetched_again(hub: FakeHub, published:
     names = of_layer(partial)
     fetch(tmp_path, partial, names)
     tensor = partial.tensors[names[0]]
-    with (partial.folder / tensor.file).open("r+b") as file:
-        file.seek(tensor.offset)
-        old = file.read(1)
-        file.seek(tensor.offset)
-        file.write(bytes([old[0] ^ 1]))
+    flip(partial, tensor)
     before, again = hub.weight_bytes, Partial(partial.folder)
     fetch(tmp_path, again, names)
     assert hub.weight_bytes - before == tensor.nbytes
     assert same_bytes(again, published, names)
+
+
+def test_another_slice_does_not_vouch_for_damaged_bytes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    own, others = neighbours(partial)
+    fetch(tmp_path, partial, own)
+    flip(partial, partial.tensors[own[0]])
+    fetch(tmp_path, Partial(partial.folder), others)
+    again = Partial(partial.folder)
+    assert own[0] not in again.verified
+    told = fetch(tmp_path, again, own).progress
+    assert told.hub == partial.tensors[own[0]].nbytes
+    assert same_bytes(again, published, own + others)
+    fetch(tmp_path, Partial(partial.folder), own + others, hub=None)
+    assert set(own + others) <= set(Partial(partial.folder).verified), "all is proved, and sealed"
+
+
+def test_another_slice_does_not_vouch_for_missing_bytes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    own, others = neighbours(partial)
+    fetch(tmp_path, partial, own)
+    flip(partial, partial.tensors[own[0]])
+    with pytest.raises(FetchFailed, match=own[0]):
+        fetch(tmp_path, Partial(partial.folder), own, hub=None)
+    fetch(tmp_path, Partial(partial.folder), others)
+    for _ in range(2):
+        again = Partial(partial.folder)
+        assert own[0] not in again.verified
+        with pytest.raises(FetchFailed, match=own[0]):
+            fetch(tmp_path, again, own, hub=None)
+    fetch(tmp_path, again, own)
+    assert same_bytes(again, published, own + others)
+
+
+def test_a_digest_that_was_forgotten_verifies_nothing(hub: FakeHub, tmp_path: Path) -> None:
+    partial = opened(tmp_path)
+    names = of_layer(partial)
+    fetch(tmp_path, partial, names)
+    partial.drop(partial.tensors[names[0]], forget=True)
+    partial.seal()
+    assert sorted(Partial(partial.folder).verified) == sorted(names[1:])
+
+
+def test_who_comes_second_takes_the_folder_of_the_first(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = opened(tmp_path)
+    looks = iter((False, True))
+    monkeypatch.setattr("cluster.store.partial.is_partial", lambda _: next(looks))
+    small = Hub(partial.origin.repo, partial.origin.commit).small
+    assert place(tmp_path / "models", partial.origin, small) == partial.folder
+    looks = iter((False, False))
+    with pytest.raises(OSError, match=partial.folder.name):
+        place(tmp_path / "models", partial.origin, small)
+    assert not list((tmp_path / "models").glob(".new-*"))
 
 
 def test_a_full_disk_is_told_before_the_first_byte(hub: FakeHub, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_layers_first_and_then_the_rest(hub: FakeHub, published: Path, tmp_path:
     again = pull(hub, tmp_path, "owner/tiny", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "owner/tiny: " in again.stdout
+    assert "checking, 100%" in again.stderr
+    assert "fetching" not in again.stderr
 
 
 def test_refusals_are_one_sentence(hub: FakeHub, tmp_path: Path) -> None:
