@@ -69,6 +69,7 @@ class Transcript:
 
     def __init__(self, offset: int = 0) -> None:
         self.prompt: Prompt | None = None
+        self._offset = offset
         self._answers = [_Answer(offset)]
 
     @property
@@ -98,7 +99,7 @@ class Transcript:
         match event:
             case "prompt":
                 self.prompt = replies.prompt(reply.prompt)
-                self._answers = [_Answer() for _ in range(self.prompt.samples)]
+                self._answers = [_Answer(self._offset) for _ in range(self.prompt.samples)]
             case "token":
                 token = replies.token(reply.token)
                 self._answer(token.sample).append(token)

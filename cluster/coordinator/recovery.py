@@ -214,8 +214,12 @@ class Recovery:
             self._site.loop.refuse(unservable(self.cause, why))
 
 
-class _EngineReturns(WorkerLost):
-    """A crashed engine is being started again."""
+class _EngineReturns(Exception):
+    """A crashed engine is being started again: nothing else is tried meanwhile. ``sentence`` says so."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
 
 
 def _forget(troubles: Troubles) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from faults.campaign import Campaign, complaint
 
-SEEDS = 25
+SEEDS = 10
 EACH = 5
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("faults")]

@@ -68,7 +68,7 @@ def test_three_hosts_find_each_other_and_answer(
     assert tuple(answer["tokens"]) == greedy(llama, ids, 16)  # type: ignore[arg-type]
 
 
-def test_a_pulled_cable_ends_the_answer_with_the_macs_name(
+def test_a_pulled_cable_does_not_end_the_answer(
     three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path, names: list[str]
 ) -> None:
     for host, name in zip(three_hosts, names, strict=True):
@@ -82,5 +82,7 @@ def test_a_pulled_cable_ends_the_answer_with_the_macs_name(
             *command("generate", "-p", "x", "--raw", "--max-tokens", "2000", "--ignore-eos"), stdout=out, stderr=out
         )
     three_hosts[1].unplug()
-    assert asking.wait(60) == 1
-    assert names[1] in log.read_text()
+    assert asking.wait(100) == 0, log.read_text()
+    stages = macpipe(first, "status")["stages"]
+    assert isinstance(stages, list)
+    assert sorted(stage["worker"] for stage in stages) == [names[0], names[2]]
