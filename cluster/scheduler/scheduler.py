@@ -189,7 +189,7 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.find(sequence.request.client, sequence.request.prompt)  # what it will start from goes last
+        self._prefixes.find(sequence.request.client, sequence.base)  # what it will start from goes last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
         return True
 
