@@ -15,12 +15,12 @@ MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
 """Token ids of the longest chunk, edits and timings: 2,048 ids are 8 KiB; the rest is small."""
 BULK_BYTES: Final = 64 * KIB
 """Tensors of a prefill frame above this travel on the line for bulk; below, two messages cost more than they save."""
-MAX_BODIES_WAITING: Final = 2 * 64
-"""Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
 MAX_TENSORS: Final = 16
 """Boundary values are one to three arrays in every architecture that mlx-lm has."""
 MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
+MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
+"""Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
 MAX_MARK_TOKENS: Final = 64

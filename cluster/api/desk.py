@@ -5,7 +5,8 @@ A request whose events nobody reads any more is ended.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.api.metrics import Metrics
@@ -35,21 +36,23 @@ class Desk:
 
     async def ask(self, request: Request, checkpoint: Checkpoint) -> Asked:
         """Hand in a request; returns once it has a lane or a place in the queue. Raises what refuses it."""
-        try:
+        with self._refusals_counted():
             answer = await self.coordinator.accept(request, checkpoint)
-        except MacpipeError as e:
-            self.metrics.ended(e)
-            raise
         return await self._accepted(request, answer, checkpoint)
 
     async def resume(self, request_id: str, offset: int, client: str, checkpoint: Checkpoint) -> Asked:
         """Go on with an answer from the journal. Raises ``RequestNotFound``, and what refuses it."""
-        try:
+        with self._refusals_counted():
             request, answer = self.coordinator.resume(request_id, offset, client)
+        return await self._accepted(request, answer, checkpoint)
+
+    @contextmanager
+    def _refusals_counted(self) -> Iterator[None]:
+        try:
+            yield
         except MacpipeError as e:
             self.metrics.ended(e)
             raise
-        return await self._accepted(request, answer, checkpoint)
 
     async def _accepted(self, request: Request, answer: Answer, checkpoint: Checkpoint) -> Asked:
         events = self._events(answer)

@@ -56,14 +56,15 @@ class Engine:
         # Bounded by what feeds it: frames by the coordinator's window, commands by its open calls.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         device.choose()
-        device.set_limits(memory_limit or device.device_facts().memory_limit)
+        facts = device.device_facts()
+        limit = memory_limit or facts.memory_limit
+        device.set_limits(limit)
         self._began: float | None = None
         self._slot = Slot(self._jobs.put, throttle=self._throttle)
         self._server = DataServer(host, port, self._slot)
-        self._say_hello(memory_limit)
+        self._say_hello(facts, limit)
 
-    def _say_hello(self, memory_limit: int | None) -> None:
-        facts = device.device_facts()
+    def _say_hello(self, facts: device.DeviceFacts, limit: int) -> None:
         self._say(
             Hello(
                 self._server.port,
@@ -72,7 +73,7 @@ class Engine:
                 facts.mlx_version,
                 facts.mlx_lm_version,
                 facts.memory_total,
-                memory_limit or facts.memory_limit,
+                limit,
             )
         )
 

@@ -19,7 +19,7 @@ from figures import Figure, options, print_figures
 from loopback import WORKERS, start_cluster
 from random_llama import SHAPES, write
 from single_process import SingleProcess, prompt_ids
-from throughput import batch_rate
+from throughput import batch_rate, first_token_s
 
 from cluster.client import Client
 
@@ -51,12 +51,6 @@ def decode_rate(client: Client, prompt: int, tokens: int, salt: int) -> float:
         for _ in stream:
             arrivals.append(time.perf_counter())
     return tokens / (arrivals[-1] - arrivals[0])
-
-
-def first_token_s(client: Client, length: int, salt: int) -> float:
-    began = time.perf_counter()
-    client.generate([salt % 250, *prompt_ids(salt, length - 1)], max_tokens=1, ignore_eos=True)
-    return time.perf_counter() - began
 
 
 def measure(client: Client, single: SingleProcess, asked: Namespace) -> list[Figure]:
@@ -105,9 +99,9 @@ def memory(client: Client) -> list[dict[str, float]]:
 
 
 def devices(asked: Namespace) -> list[Mapping[str, str]]:
-    """The environment of each worker: a GPU of its own, or none."""
+    """What sets each worker apart: a GPU of its own, or nothing."""
     if asked.cpu:
-        return [{"MACPIPE_DEVICE": "cpu"}] * len(WORKERS)
+        return [{}] * len(WORKERS)
     return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(len(WORKERS))]
 
 

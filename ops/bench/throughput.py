@@ -17,7 +17,7 @@ from statistics import quantiles
 
 from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
-from single_process import SingleProcess
+from single_process import SingleProcess, prompt_ids
 
 from cluster.client import AsyncClient, Client
 
@@ -28,10 +28,6 @@ LONG, LONGER = 2048, 4096
 HISTORY = 1000
 CONTEXT = 8192
 MAX_STEP_MS = 20.0
-
-
-def prompt(user: int, length: int) -> list[int]:
-    return [(i * 31 + user * 7) % 250 for i in range(length)]
 
 
 async def _stream(client: AsyncClient, ids: list[int], tokens: int) -> list[float]:
@@ -48,7 +44,7 @@ def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
 
     async def ask() -> list[list[float]]:
         async with AsyncClient(address, timeout_s=300) as client:
-            return await asyncio.gather(*(_stream(client, prompt(u + salt, PROMPT), tokens) for u in range(users)))
+            return await asyncio.gather(*(_stream(client, prompt_ids(u + salt, PROMPT), tokens) for u in range(users)))
 
     answers = asyncio.run(ask())
     began, ended = max(a[0] for a in answers), max(a[-1] for a in answers)
@@ -57,7 +53,7 @@ def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
 
 def first_token_s(client: Client, length: int, salt: int) -> float:
     began = time.perf_counter()
-    client.generate([salt % 250, *prompt(salt, length - 1)], max_tokens=1, ignore_eos=True)
+    client.generate([salt % 250, *prompt_ids(salt, length - 1)], max_tokens=1, ignore_eos=True)
     return time.perf_counter() - began
 
 
@@ -66,10 +62,12 @@ def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
 
     async def ask() -> list[list[float]]:
         async with AsyncClient(address, timeout_s=300) as client:
-            streams = [asyncio.create_task(_stream(client, prompt(u + salt, PROMPT), tokens)) for u in range(STREAMS)]
+            streams = [
+                asyncio.create_task(_stream(client, prompt_ids(u + salt, PROMPT), tokens)) for u in range(STREAMS)
+            ]
             if disturb:
                 await asyncio.sleep(0.5)
-                intruder = [salt % 250, *prompt(salt, LONGER - 1)]
+                intruder = [salt % 250, *prompt_ids(salt, LONGER - 1)]
                 await client.generate(intruder, max_tokens=1, ignore_eos=True)
             return await asyncio.gather(*streams)
 
@@ -79,7 +77,7 @@ def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
 
 def cached_share(client: Client, salt: int) -> float:
     """How much of a chat's second turn comes from the cache; the tokens must be those of a fresh start."""
-    history = [salt % 250, *prompt(salt, HISTORY - 1)]
+    history = [salt % 250, *prompt_ids(salt, HISTORY - 1)]
     said = client.generate(history, max_tokens=20, ignore_eos=True).tokens
     turn = [*history, *said, 3, 1, 4, 1, 5, 9]
     second = client.generate(turn, max_tokens=8, ignore_eos=True)
