@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from cluster.address import parse_address
+from cluster.cli.admit import JoinPort
 from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
 from cluster.types import Route
 
@@ -86,6 +87,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
     http: Http = "",
     served_model_name: ServedNames = None,
+    join_port: JoinPort = None,
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
@@ -116,6 +118,8 @@ def serve(
         http=http_address(http),
         http_wanted=bool(http),
         served_names=tuple(served_model_name or ()),
+        join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
+        join_wanted=join_port is not None,
         workers=workers,
         peers=tuple(peer or ()),
         peers_only=peers_only,
