@@ -40,6 +40,9 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+LEAST_REPETITION_PENALTY: Final = 0.01
+"""Logits are divided by it: next to zero they would be no numbers any more. Nobody asks for less than a half."""
+MOST_REPETITION_PENALTY: Final = 10.0
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_SAMPLES: Final = 32
 """Answers of one prompt in one request: what one lane can decode together."""

@@ -9,7 +9,14 @@ from dataclasses import replace
 
 from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar
-from cluster.limits import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from cluster.limits import (
+    LEAST_REPETITION_PENALTY,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    MOST_REPETITION_PENALTY,
+)
 from cluster.types import SamplingParams
 from cluster.v1 import inference_pb2 as pb
 
@@ -18,12 +25,12 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 10.0),
+    "repetition_penalty": (LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-_POSITIVE = {"top_p", "repetition_penalty"}
-"""These must be above zero: zero would leave no token, or divide by it."""
+_POSITIVE = {"top_p"}
+"""This must be above zero, which would leave no token."""
 
 
 def sampling_params(o: pb.SamplingOptions, vocabulary: int, grammar: Grammar | None = None) -> SamplingParams:

@@ -141,18 +141,18 @@ class Sampler:
 
     def _adjust(self, logits: mx.array, tokens: Sequence[int], position: int) -> mx.array:
         """Bias, then penalties, in mlx-lm's order."""
-        p = self.params
+        p, own = self.params, logits
         if self._bias is not None:
             ids, biases = self._bias
-            logits = logits.at[:, ids].add(biases)
+            logits = _bounded(logits.at[:, ids].add(biases), own)
         if self._seen is not None:
             seen = self._seen.after(tokens, position) > 0
             scaled = mx.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty)
-            logits = mx.where(seen, scaled, logits)
+            logits = _bounded(mx.where(seen, scaled, logits), own)
         if self._answer is not None:
             counts = self._answer.after(tokens, position)
             penalty = p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
-            logits = logits - penalty.astype(logits.dtype)
+            logits = _bounded(logits - penalty.astype(logits.dtype), own)
         return logits
 
     def _draw(self, logprobs: mx.array, position: int) -> mx.array:
@@ -165,7 +165,18 @@ class Sampler:
             logprobs = _min_p(logprobs, p.min_p)
         if 0 < p.top_k < self._vocabulary:
             logprobs = _top_k(logprobs, p.top_k)
-        return mx.random.categorical(logprobs * (1 / p.temperature), key=draw_key(p.seed, position))
+        # The best is moved to 0 first: else a low temperature takes all of a flat distribution to minus infinity.
+        above = (logprobs - mx.max(logprobs, axis=-1, keepdims=True)).astype(mx.float32)
+        return mx.random.categorical(above * (1 / p.temperature), key=draw_key(p.seed, position))
+
+
+def _bounded(logits: mx.array, own: mx.array) -> mx.array:
+    """``logits`` within what their type holds, so that no penalty makes an infinity of a number.
+
+    What is none in the model's ``own`` stays: a token that the model rules out, or an output that is not a number.
+    """
+    most = mx.finfo(logits.dtype).max
+    return mx.where(mx.isfinite(own), mx.clip(logits, -most, most), own)
 
 
 def _top_p(logprobs: mx.array, mass: float) -> mx.array:
@@ -174,7 +185,7 @@ def _top_p(logprobs: mx.array, mass: float) -> mx.array:
     probabilities = mx.exp(best.astype(mx.float32))
     before = mx.cumsum(probabilities, axis=-1, inclusive=False)
     total = before[..., -1:] + probabilities[..., -1:]
-    least = mx.where(before < mass * total, best, float("inf")).min(axis=-1, keepdims=True)
+    least = mx.where(before < mass * total, best, best[..., :1]).min(axis=-1, keepdims=True)
     return mx.where(logprobs < least, -float("inf"), logprobs)
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.chunking import overlapping_chunk
 from cluster.types import StageTiming
 
 _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
 """Before anything was measured, while others decode."""
 _LEAST_CHUNK = 4
-_FILLS = 4
-"""A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
-_LEAST_SPLIT = 128
-"""A shorter chunk would lose more to thin matrices than overlap wins."""
 _LEAST_SPREAD = 0.1
 """Chunks whose lengths differ by less, of their mean, do not tell a frame's cost from a token's."""
 _LEAST_SLOPE = 0.01
@@ -43,7 +40,7 @@ class Pacing:
 
     def chunk(self, whole: int, *, others_decode: bool) -> int:
         """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled."""
-        chunk = self._overlapping(whole)
+        chunk = overlapping_chunk(whole, self._stages, self._chunk)
         if not others_decode or self._max_step_ms is None:
             return chunk
         if not self._frames:
@@ -63,8 +60,3 @@ class Pacing:
         slope = (self._tokens_by_us / self._frames - tokens * us) / spread
         slope = min(max(slope, _LEAST_SLOPE * us / tokens), us / tokens)
         return us - slope * tokens, slope
-
-    def _overlapping(self, whole: int) -> int:
-        if self._stages == 1:
-            return self._chunk
-        return min(self._chunk, max(_LEAST_SPLIT, whole // (_FILLS * self._stages)))

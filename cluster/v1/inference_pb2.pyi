@@ -117,7 +117,7 @@ class SamplingOptions(_message.Message):
     min_p: _builtins.float
     """In [0, 1]; default 0."""
     repetition_penalty: _builtins.float
-    """Over prompt and answer; > 0; default 1."""
+    """Over prompt and answer; in [0.01, 10]; default 1."""
     presence_penalty: _builtins.float
     """Over the answer; in [-2, 2]; default 0."""
     frequency_penalty: _builtins.float

@@ -61,6 +61,8 @@ def test_every_sampling_field_arrives() -> None:
         ({"temperature": "1"}, "temperature", "number"),
         ({"temperature": 2.5}, "temperature", "less than"),
         ({"top_p": 0}, "top_p", "greater"),
+        ({"repetition_penalty": 1.401298464324817e-45}, "repetition_penalty", "0.01"),
+        ({"logit_bias": {"1": 1e38}}, "logit_bias.1", "100"),
         ({"n": 0}, "n", "greater"),
         ({"n": True}, "n", "integer"),
         ({"made_up": 1}, "made_up", "not a parameter"),

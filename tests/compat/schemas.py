@@ -50,9 +50,7 @@ def allowed(schema: Mapping[str, Any], schemas: Mapping[str, Any], depth: int = 
 def number(schema: Mapping[str, Any]) -> st.SearchStrategy[float]:
     least = schema.get("minimum", schema.get("exclusiveMinimum"))
     most = schema.get("maximum", schema.get("exclusiveMaximum"))
-    return st.floats(
-        least, most, exclude_min="exclusiveMinimum" in schema, exclude_max="exclusiveMaximum" in schema, width=32
-    )
+    return st.floats(least, most, exclude_min="exclusiveMinimum" in schema, exclude_max="exclusiveMaximum" in schema)
 
 
 def record(schema: Mapping[str, Any], schemas: Mapping[str, Any], depth: int) -> st.SearchStrategy[dict[str, Any]]:

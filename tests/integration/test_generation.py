@@ -112,7 +112,7 @@ def test_a_seed_that_was_not_given_is_drawn_and_told(client: Client) -> None:
         ({"temperature": 3.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1.4e-45}, "repetition_penalty"),
         ({"presence_penalty": -3.0}, "presence_penalty"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias"),

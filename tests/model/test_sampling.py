@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+from cluster.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
 from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key
 from cluster.types import ModelShape, SamplingParams, TopLogprob
 from model.ring import PROMPT, Ring, tokens
@@ -164,6 +166,50 @@ def test_penalties_follow_a_history_that_grows_and_one_that_changes() -> None:
     logprobs = grown.pick(mx.array([LOGITS]), changed, len(changed)).logprobs
     assert logprobs is not None
     assert mx.array_equal(logprobs, at_once(changed)).item()
+
+
+EXTREMES = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 5e-324, 1e-45, 1.1e-5, 1e-3, 1.0, 2.0]),
+        "top_p": st.sampled_from([5e-324, 1e-45, 1e-38, 1e-7, 0.5, 1.0 - 1e-16, 1.0]),
+        "min_p": st.sampled_from([0.0, 5e-324, 1e-45, 1e-38, 0.5, 1.0]),
+        "top_k": st.sampled_from([0, 1, V - 1, V]),
+        "repetition_penalty": st.sampled_from([LEAST_REPETITION_PENALTY, 1.0, MOST_REPETITION_PENALTY]),
+        "presence_penalty": st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
+        "frequency_penalty": st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
+        "logit_bias": st.sampled_from([(), tuple((i, 100.0) for i in range(V)), ((0, -100.0), (5, 100.0))]),
+        "seed": st.integers(0, 2**64 - 1),
+    }
+)
+"""The ends of what the intake takes, and numbers that are zero in single precision."""
+LONG = [5] * 40_000 + [0, 1]
+ROWS = {
+    "usual": LOGITS,
+    "flat": [0.0] * V,
+    "wide": [(-1.0) ** i * 6e4 for i in range(V)],
+    "ruled out": [-math.inf if i % 3 else 60.0 * i for i in range(V)],
+}
+
+
+@given(EXTREMES, st.sampled_from(sorted(ROWS)), st.sampled_from([mx.float32, mx.float16, mx.bfloat16]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_setting_makes_a_number_none(given: dict[str, Any], row: str, dtype: mx.Dtype) -> None:
+    """Also where a half-precision model's logits are next to the most that they can be, and a token was said often."""
+    sampler = Sampler(SamplingParams(**given, logprobs=True), 1, V)
+    picked = sampler.pick(mx.array([ROWS[row]], dtype=dtype), LONG, len(LONG))
+    assert math.isfinite(float(picked.norm.item()))
+    logprob, _ = sampler.alternatives(picked)
+    assert logprob is not None
+    assert math.isfinite(logprob)
+    assert math.isfinite(ROWS[row][int(picked.token.item())])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", [[math.nan] * V, [math.inf, *LOGITS[1:]], [-math.inf] * V])
+def test_what_the_model_says_that_is_no_number_stays_one(row: list[float]) -> None:
+    """A fault of the model's is told as one, and not hidden by a penalty."""
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((3, 1.0),))
+    picked = Sampler(params, PROMPT_LENGTH, V).pick(mx.array([row]), HISTORY, len(HISTORY))
+    assert not math.isfinite(float(picked.norm.item()))
 
 
 def test_logit_bias_forbids_and_forces() -> None:

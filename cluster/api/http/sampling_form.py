@@ -8,7 +8,12 @@ from pydantic import Field
 
 from cluster.api.http.body import Form
 from cluster.errors import InvalidRequest
-from cluster.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from cluster.limits import (
+    LEAST_REPETITION_PENALTY,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MOST_REPETITION_PENALTY,
+)
 from cluster.v1 import inference_pb2 as pb
 
 Count: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -25,7 +30,7 @@ class SamplingForm(Form):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION_PENALTY, le=MOST_REPETITION_PENALTY)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
