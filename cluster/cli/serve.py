@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from cluster.layers import parse_layers
 from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
 from cluster.types import Route
+
+if TYPE_CHECKING:
+    from cluster.coordinator.settings import ServeSettings
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -105,8 +108,6 @@ def serve(
 
     Lays the model's layers over the workers, loads them, and takes requests. Stays in the foreground; Ctrl-C ends it.
     """
-    from cluster.api.server import run
-    from cluster.cli.report import TerminalReport
     from cluster.coordinator.settings import ServeSettings
 
     settings = ServeSettings(
@@ -137,8 +138,15 @@ def serve(
     )
     if exit_with_stdin:
         end_with_stdin()
+    raise typer.Exit(_run(settings))
+
+
+def _run(settings: ServeSettings) -> int:
+    from cluster.api.server import run
+    from cluster.cli.report import TerminalReport
+
     with TerminalReport(sys.stderr) as report:
-        raise typer.Exit(run(settings, report))
+        return run(settings, report)
 
 
 def http_address(given: str) -> tuple[str, int] | None:
