@@ -20,9 +20,10 @@ def remove(
     json: Json = False,
     home: Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")] = None,
 ) -> None:
-    """Throw a member out of the cluster: its certificates are refused from now on.
+    """Throw a member out of the cluster.
 
-    A running coordinator takes note within seconds; answers go on without it. It can come back by a new token alone.
+    Its certificates are refused from now on. A running coordinator takes note within seconds, and answers go on
+    without it. It can come back by a new token alone.
     """
     from cluster.security.authority import Authority
     from cluster.security.folder import ClusterFolder

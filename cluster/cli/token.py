@@ -62,7 +62,10 @@ def create(
 
 @token.command(name="list")
 def show(cluster: Cluster = "default", json: Json = False, home: Home = None) -> None:
-    """Show join tokens, without their secrets, until a day after their end."""
+    """Show join tokens, without their secrets.
+
+    Until a day after their end.
+    """
     from cluster.security.authority import Authority
     from cluster.security.folder import ClusterFolder
     from cluster.security.tokens import Tokens
