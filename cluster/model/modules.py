@@ -39,7 +39,7 @@ def parameters(model: Module) -> dict[str, mx.array]:
 
 
 def tree_arrays(tree: Any) -> list[mx.array]:
-    """The arrays in nested lists, tuples and dicts. Every step asks this of every cache: MLX's own names each leaf too."""
+    """The arrays in nested lists, tuples and dicts; each step asks for every cache's. MLX's own names each leaf too."""
     if isinstance(tree, mx.array):
         return [tree]
     if isinstance(tree, dict):

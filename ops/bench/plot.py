@@ -47,13 +47,16 @@ def newest(bench: str) -> dict[str, Any] | None:
 
 
 def bar(axes: Axes, at: float, width: float, colour: str, rounds: Sequence[float], label: str | None = None) -> None:
-    """A median with its figure in it, and its rounds as dots."""
+    """A median, and its rounds as dots."""
     top = median(rounds)
     axes.bar(at, top, width, color=colour, label=label, zorder=2)
     spread = [at + width * 0.5 * (i / max(len(rounds) - 1, 1) - 0.5) for i in range(len(rounds))]
     axes.scatter(spread, rounds, s=9, color="#222222", linewidths=0, zorder=3)
-    ink = "white" if colour == OURS else "black"
-    axes.text(at, top / 2, f"{top:.{1 if top >= 10 else 2}f}", ha="center", va="center", color=ink, zorder=4)
+
+
+def figure(rounds: Sequence[float]) -> str:
+    """Their median, in three figures or so."""
+    return f"{median(rounds):.{1 if median(rounds) >= 10 else 2}f}"
 
 
 def tidy(axes: Axes, title: str, unit: str) -> None:
@@ -67,7 +70,7 @@ def tidy(axes: Axes, title: str, unit: str) -> None:
 def bars(axes: Axes, what: Bars) -> None:
     for at, (_, colour, rounds) in enumerate(what):
         bar(axes, at, 0.62, colour, rounds)
-    axes.set_xticks(range(len(what)), [label for label, _, _ in what])
+    axes.set_xticks(range(len(what)), [f"{figure(rounds)}\n{label}" for label, _, rounds in what])
 
 
 def two_gpus(found: dict[str, Any]) -> None:
@@ -78,7 +81,11 @@ def two_gpus(found: dict[str, Any]) -> None:
         once = at == 0
         bar(rate, at - 0.2, 0.36, OURS, rounds[f"decode{n}"], "macpipe, two GPUs" if once else None)
         bar(rate, at + 0.2, 0.36, THEIRS, rounds[f"single_decode{n}"], "mlx-lm, one GPU" if once else None)
-    rate.set_xticks(range(len(users)), [f"{n} user{'s' * (n > 1)}" for n in users])
+        for side, key in ((-0.2, "decode"), (0.2, "single_decode")):
+            rate.annotate(
+                figure(rounds[f"{key}{n}"]), (at + side, 0), (0, -12), textcoords="offset points", ha="center"
+            )
+    rate.set_xticks(range(len(users)), [f"\n{n} user{'s' * (n > 1)}" for n in users])
     rate.legend(loc="upper left")
     tidy(rate, "Llama 3.3 70B's shapes in 4 bits: decoding, all users together", "tokens/s")
     bars(first, [("macpipe,\ntwo GPUs", OURS, rounds["ttft"]), ("mlx-lm,\none GPU", THEIRS, rounds["single_ttft"])])
