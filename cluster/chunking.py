@@ -15,7 +15,10 @@ _LEAST_SPLIT: Final = 128
 
 
 def overlapping_chunk(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> int:
-    """Tokens a chunk of a prompt of so many tokens, over so many stages; at most ``most``."""
+    """Tokens a chunk of a prompt of so many tokens, over so many stages; at most ``most``.
+
+    Rounded up: what is left over would be a chunk of its own, which reads all weights for a few tokens.
+    """
     if stages == 1:
         return most
-    return min(most, max(_LEAST_SPLIT, prompt // (_FILLS * stages)))
+    return min(most, max(_LEAST_SPLIT, -(-prompt // (_FILLS * stages))))

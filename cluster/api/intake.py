@@ -113,6 +113,7 @@ def _request(
         client=caller.client,
         priority=message.priority,
         samples=max(message.samples, 1),
+        stage_timings=message.stage_timings,
     )
 
 

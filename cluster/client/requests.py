@@ -51,6 +51,7 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
         samples=whole("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
         grammar=grammar_option(options),
     )
     if isinstance(prompt, str):
@@ -72,6 +73,7 @@ def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_p
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
         samples=whole("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
         grammar=grammar_option(options),
         template=template_options(options),
     )

@@ -38,6 +38,7 @@ class Live:
             reasoning=said.reasoning,
             calls=said.calls,
             sample=self.sample,
+            stages=self.tally.lap() if self.request.stage_timings else (),
         )
         return index < self.skip or self.asked.answer.put(event)
 

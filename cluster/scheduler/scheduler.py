@@ -140,8 +140,8 @@ class Scheduler:
         flight = self._flights.land(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
-        elif flight.compute is Compute.PREFILL and not frame.error:
-            self._pacing.learn(flight.prefills, frame.timings)
+        if not frame.error:
+            self._pacing.learn(flight.compute, flight.prefills, frame.timings)
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
         for sequence in live:
             sequence.prefilled += flight.prefills

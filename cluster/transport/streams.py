@@ -65,16 +65,19 @@ class Outbox:
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_FRAMES_WAITING)
-        self._taken = False
+        # A SimpleQueue wakes its reader in half of a Queue's time; its bound is kept by whoever sends.
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._taken = self._closed = False
         self.overflowed = False
 
     def send(self, message: bytes) -> None:
-        try:
-            self._queue.put_nowait(message)
-        except queue.Full:
+        if self._closed:
+            return
+        if self._queue.qsize() >= MAX_FRAMES_WAITING:
             self.overflowed = True
             self.close()
+        else:
+            self._queue.put(message)
 
     def take(self) -> bool:
         """Claim the only reader's place; False where it is taken."""
@@ -82,21 +85,11 @@ class Outbox:
         return not taken
 
     def close(self) -> None:
-        """Let the reader end, even where the queue is full."""
-        while True:
-            try:
-                self._queue.put_nowait(None)
-                return
-            except queue.Full:
-                self._drop_one()
-
-    def _drop_one(self) -> None:
-        try:
-            self._queue.get_nowait()
-        except queue.Empty:
-            return
+        """Let the reader end after what is waiting, or at once where that is too much."""
+        self._closed = True
+        self._queue.put(None)
 
     def __iter__(self) -> Iterator[bytes]:
         """Messages until the outbox closes; blocks between them."""
-        while (message := self._queue.get()) is not None:
+        while (message := self._queue.get()) is not None and not self.overflowed:
             yield message

@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A whole frame and when it was whole, in the nanoseconds of ``time.perf_counter_ns``."""
+    """A whole frame and when it was whole, in the nanoseconds of ``time.perf_counter_ns``.
+
+    Where there are ``more`` behind it, a job has to be posted that takes the next one.
+    """
 
     frame: Frame
     at_ns: int
+    more: bool
 
 
 class Inbox:
@@ -74,8 +78,10 @@ class Inbox:
             self._bodies[body.number] = body
 
     def take(self) -> Arrival | None:
-        """The frame whose turn it is; None where none can run yet, and the next message needs a job of its own."""
+        """The frame whose turn it is; None where none can run yet. Where none waits behind it either, the next message
+        needs a job of its own.
+        """
         with self._lock:
             frame = self._turns.take()
-            self._watched = frame is not None
-            return Arrival(frame, self._arrived.pop(frame.number)) if frame else None
+            self._watched = frame is not None and len(self._turns) > 0
+            return Arrival(frame, self._arrived.pop(frame.number), self._watched) if frame else None
