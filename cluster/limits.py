@@ -268,6 +268,24 @@ HASH_THREADS: Final = 2
 """A core hashes 1 to 2 GB/s; the disk is the next limit."""
 DISK_MARGIN_BYTES: Final = 512 * MIB
 """A disk that is quite full makes a Mac unusable."""
+
+# Trust between the parties of a cluster
+REVOCATION_LOOK_S: Final = 1.0
+"""How often open streams are looked over for parties that were removed meanwhile: three such looks, at the coordinator,
+on the way and at a stage, are within the five seconds that a removal may take."""
+CLOCKS_DIFFER_S: Final = 120.0
+"""Two Macs whose clocks differ by more are told so; certificates bear a day."""
+RENEWAL_SHARE: Final = 2 / 3
+"""Of a certificate's life, after which it is renewed: a Mac may be off for a month and is let in still."""
+RENEWAL_LOOK_S: Final = 10.0
+"""How often a coordinator looks whose certificates are due."""
+MAX_LEAVES_VALID: Final = 8
+"""Certificates of one member that are valid at once, below MAX_SERIALS: none is forgotten that could be revoked."""
+MAX_REVOKED: Final = 4096
+"""Serials in one heartbeat; those of certificates that have ended by themselves are left out."""
+MAX_PARTIES_KNOWN: Final = 1024
+"""Certificates whose names a server has read and need not read again."""
+
 # Placement
 REFERENCE_CONTEXT: Final = 2048
 """Tokens of context at which a decode speed is told: an ordinary chat."""

@@ -299,7 +299,7 @@ class FinishEvent:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What a worker says of itself. Bytes are bytes; addresses are ``host:port``."""
+    """What a worker says of itself: sizes in bytes, addresses ``host:port``, ``certificate`` from when to when."""
 
     id: str
     name: str
@@ -323,7 +323,6 @@ class WorkerFacts:
     """The coordinator whose stage it holds, by id; empty for nobody's."""
     profile: Profile = field(default_factory=Profile)
     interface: str = ""
-    """The network interface that it listens on, where it is one."""
     gpu_cores: int = 0
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
@@ -335,6 +334,8 @@ class WorkerFacts:
     kv_bits: int = 0
     draining: bool = False
     stopping: bool = False
+    clock_ahead_s: float = 0.0
+    certificate: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

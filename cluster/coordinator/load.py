@@ -12,6 +12,7 @@ from cluster.coordinator.ring import RingStage
 from cluster.errors import LinkFailed, MacpipeError
 from cluster.lifetime import first_error
 from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.security.trust import worker_of
 from cluster.types import Plan, PlannedStage, Route, WorkerFacts
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ async def link_stages(
     """Connect each stage to the one before it, or leave the hop to the coordinator where that cannot be."""
     stages = []
     for i, (worker, control) in enumerate(zip(workers, controls, strict=True)):
-        before = workers[i - 1].data_address if i and plan.route is Route.DIRECT else ""
+        before = workers[i - 1] if i and plan.route is Route.DIRECT else None
         inlet = await _link(control, plan.epoch, before)
-        stages.append(RingStage(worker.name, worker.data_address, inlet if i else Route.RELAY))
+        stages.append(RingStage(worker.name, worker.data_address, inlet if i else Route.RELAY, worker_of(worker.id)))
     return tuple(stages)
 
 
-async def _link(control: WorkerControl, epoch: int, before: str) -> Route:
+async def _link(control: WorkerControl, epoch: int, before: WorkerFacts | None) -> Route:
     if before:
         try:
             await control.link(epoch, before)
@@ -75,5 +76,5 @@ async def _link(control: WorkerControl, epoch: int, before: str) -> Route:
             log.warning("%s; the coordinator relays this hop", e.sentence)
         else:
             return Route.DIRECT
-    await control.link(epoch, "")
+    await control.link(epoch, None)
     return Route.RELAY

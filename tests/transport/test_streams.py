@@ -13,6 +13,7 @@ import pytest
 
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
+from cluster.security.trust import LocalTrust
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.transport.streams import Dialer, Line, Outbox
@@ -65,8 +66,8 @@ def port(request: pytest.FixtureRequest) -> Iterator[Port]:
         yield Port(network, "a:1", stage, lambda: network.cut("a:1"))
         stage.box.close()
         return
-    server = DataServer("127.0.0.1", 0, stage)
-    yield Port(GrpcDialer(), f"127.0.0.1:{server.port}", stage, server.stop)
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
+    yield Port(GrpcDialer(LocalTrust()), f"127.0.0.1:{server.port}", stage, server.stop)
     stage.box.close()
     server.stop()
 
@@ -146,15 +147,15 @@ def test_nobody_there_is_unreachable_in_time() -> None:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     with pytest.raises(Unreachable, match=address):
-        GrpcDialer().feed(address, EPOCH, lambda why: None)
+        GrpcDialer(LocalTrust()).feed(address, EPOCH, lambda why: None)
     with pytest.raises(Unreachable, match="nobody is there"):
         MemoryNetwork().feed("a:1", EPOCH, lambda why: None)
 
 
 def test_a_message_above_the_bound_ends_the_stream() -> None:
     stage, ear = Echo(), Ear()
-    server = DataServer("127.0.0.1", 0, stage)
-    feed = GrpcDialer().feed(f"127.0.0.1:{server.port}", EPOCH, ear.lost.put)
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
+    feed = GrpcDialer(LocalTrust()).feed(f"127.0.0.1:{server.port}", EPOCH, ear.lost.put)
     feed.send(bytes(MAX_FRAME_BYTES + 1))
     assert "broke" in ear.lost.get(timeout=WAIT_S)
     feed.close()

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.address import is_loopback
 from cluster.api.http.errors import error_response, internal_error
 from cluster.errors import Forbidden, MacpipeError
-from cluster.security.credentials import is_loopback
 
 _ID: Final = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Observe = Callable[[str, str, int, float], None]

@@ -11,10 +11,9 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.address import format_address
+from cluster.address import format_address, is_loopback
 from cluster.errors import InvalidOption, PortInUse
 from cluster.limits import IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
-from cluster.security.credentials import is_loopback
 
 
 class _Server(uvicorn.Server):
