@@ -327,7 +327,6 @@ class WorkerFacts:
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
     busy_ms: int = 0
-    """How long its engine has been at its present step."""
     owner: str = ""
     """Whose stage it is, also where that coordinator has not been heard of late."""
     fingerprint: str = ""
