@@ -112,6 +112,8 @@ RECOVERY_WAIT_S: Final = 20.0
 """How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
 """An engine that has lived this long is started again at once: it does not crash in a loop."""
+STANDBY_AFTER_S: Final = 2.0
+"""After a worker's start, or after its standby was needed, the next one is started: what loads now goes first."""
 ENGINE_CRASHES: Final = 3
 CRASHES_S: Final = 60.0
 """A worker that was lost so often in so short a time is not waited for: a spare takes over at once."""

@@ -39,7 +39,7 @@ class Party:
 
     @property
     def pids(self) -> list[int]:
-        """The daemon's and its engine's."""
+        """The daemon's, its engine's and its standby's."""
         if self.daemon is None or self.daemon.process.poll() is not None:
             return []
         return [self.daemon.process.pid, *children(self.daemon.process.pid)]
@@ -76,7 +76,7 @@ class Fleet:
 
     def start_worker(self, name: str) -> None:
         party = self.parties[name]
-        ports = ("--port", str(party.control), "--data-port", str(party.data))
+        ports = ("--port", str(party.control), "--data-port", str(party.data), "--standby")
         party.daemon = self.cluster.worker(name, *ports)
 
     def start_coordinator(self, port: int = 0) -> None:
