@@ -7,6 +7,8 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from faults.campaign import Campaign, Summary, complaint
@@ -17,19 +19,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ops/chaos", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them")
+    parser.add_argument(
+        "--fleets", type=int, default=1, help="how many fleets play at once, each every so manieth seed"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
-    parser.add_argument("--keep", type=Path, help="keep logs and the histories of failed seeds in this folder")
+    parser.add_argument("--keep", type=Path, help="keep logs, outcomes.jsonl and failed seeds' histories here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="macpipe-chaos-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        summary = run(folder, range(options.first_seed, options.first_seed + options.seeds), options.minutes)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        summary = fleets(options.fleets, folder, seeds, options.minutes)
     print(json.dumps(summary.facts()) if options.json else table(summary))
     return 1 if summary.failed else 0
 
 
+def fleets(count: int, folder: Path, seeds: range, minutes: float | None) -> Summary:
+    """Play on several fleets, each in a process of its own; more than one keep a folder each."""
+    if count == 1:
+        return run(folder, seeds, minutes)
+    whole = Summary()
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        shares = [pool.submit(run, folder / f"fleet-{i}", seeds[i::count], minutes) for i in range(count)]
+        for share in shares:
+            whole.merge(share.result())
+    return whole
+
+
 def run(folder: Path, seeds: range, minutes: float | None = None) -> Summary:
+    folder.mkdir(parents=True, exist_ok=True)
     fleet, summary, began = Fleet(folder), Summary(), time.monotonic()
     try:
         campaign = Campaign(fleet)
@@ -38,6 +57,8 @@ def run(folder: Path, seeds: range, minutes: float | None = None) -> Summary:
                 break
             outcome = campaign.run(seed)
             summary.add(outcome)
+            with (folder / "outcomes.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(outcome.facts()) + "\n")
             if not outcome.kept:
                 print(complaint(outcome, folder), file=sys.stderr, flush=True)
             if done % 25 == 0:

@@ -66,8 +66,6 @@ class Fleet:
         block = f"127.{os.getpid() >> 8 & 0xFF}.{os.getpid() & 0xFF}"
         for i, name in enumerate(self.names, 10):
             party = self.parties[name] = Party(name, f"{block}.{i}", free_port(), free_port())
-            self.proxy.listen(party.host, party.control, name, data=False)
-            self.proxy.listen(party.host, party.data, name, data=True)
             self.start_worker(name)
         for party in self.parties.values():
             assert party.daemon
@@ -76,6 +74,8 @@ class Fleet:
 
     def start_worker(self, name: str) -> None:
         party = self.parties[name]
+        self.proxy.listen(party.host, party.control, name, data=False)
+        self.proxy.listen(party.host, party.data, name, data=True)
         ports = ("--port", str(party.control), "--data-port", str(party.data), "--standby")
         party.daemon = self.cluster.worker(name, *ports)
 
@@ -125,6 +125,9 @@ class Fleet:
         for pid in party.pids if whole else [party.engine]:
             with suppress(ProcessLookupError, TypeError):
                 os.kill(pid, signals[kind])  # type: ignore[arg-type]
+        if kind is Kind.KILL_WORKER:
+            self.proxy.refuse(party.host, party.control)
+            self.proxy.refuse(party.host, party.data)
         return f"{kind} {name}"
 
     def _strike_link(self, kind: Kind, a: str, b: str) -> str:
