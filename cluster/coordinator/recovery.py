@@ -186,6 +186,7 @@ class Recovery:
         """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed."""
         names = {w.name for w in chosen.workers}
         task = asyncio.create_task(load)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a loss that was seen first is told
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)

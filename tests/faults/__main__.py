@@ -13,26 +13,43 @@ from pathlib import Path
 
 from faults.campaign import Campaign, Summary, complaint
 from faults.fleet import Fleet
+from faults.soak import Soak
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="ops/chaos", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them")
-    parser.add_argument(
-        "--fleets", type=int, default=1, help="how many fleets play at once, each every so manieth seed"
-    )
+    parser.add_argument("--fleets", type=int, default=1, help="how many fleets play at once, each its share")
     parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long instead"
+    )
+    parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often instead")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
     parser.add_argument("--keep", type=Path, help="keep logs, outcomes.jsonl and failed seeds' histories here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="macpipe-chaos-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if options.soak or options.cycles:
+            return soak(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         summary = fleets(options.fleets, folder, seeds, options.minutes)
     print(json.dumps(summary.facts()) if options.json else table(summary))
     return 1 if summary.failed else 0
+
+
+def soak(folder: Path, options: argparse.Namespace) -> int:
+    """What every process takes while clients come and go. 1 where it grows, or an answer differs."""
+    made = Soak(folder)
+    try:
+        found = made.cycles(options.cycles) if options.cycles else made.minutes(options.soak)
+    finally:
+        made.close()
+    facts = found.facts()
+    print(json.dumps(facts) if options.json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+    return 0 if found.flat and not found.differing else 1
 
 
 def fleets(count: int, folder: Path, seeds: range, minutes: float | None) -> Summary:
