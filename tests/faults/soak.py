@@ -1,4 +1,4 @@
-"""No faults, but clients that come and go, for long: what every process takes of memory, files and threads stays flat."""
+"""No faults, but clients that come and go, for long: what every process takes of memory and files stays flat."""
 
 from __future__ import annotations
 
