@@ -23,9 +23,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them")
     parser.add_argument("--fleets", type=int, default=1, help="how many fleets play at once, each its share")
-    parser.add_argument(
-        "--kills", action="store_true", help=f"seeds 0 to {KILLS - 1} of SIGKILL at every token instead"
-    )
+    parser.add_argument("--kills", action="store_true", help=f"SIGKILL at every token instead: seeds 0 to {KILLS - 1}")
     parser.add_argument("--no-spare", action="store_true", help="as many workers as stages")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")

@@ -143,6 +143,8 @@ class Mac:
         self.address = self._data = f"{name}:1"
         self._caches: Caches | None = None
         self._problem, self._dead, self._silent = "", False, False
+        self.draining, self.loading = False, asyncio.Event()
+        self.loading.set()  # unless a test holds loads back
         network.ports[self._data] = self
 
     # The data port
@@ -195,6 +197,7 @@ class Mac:
             layers=held.layers if held else None,
             fingerprint=held.model.fingerprint if held else "",
             owner="me",
+            draining=self.draining,
         )
 
     async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
@@ -203,6 +206,7 @@ class Mac:
             raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
         yield LoadProgress(self.name, spec.layers, 0, 1)
         await asyncio.sleep(0.005)
+        await self.loading.wait()
         await self._reached()
         if self._problem:
             raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
@@ -347,7 +351,7 @@ class Simulation:
         self._struck = asyncio.Event()
 
     async def play(self) -> Verdict:
-        await self._open()
+        await self.open()
         try:
             async with asyncio.timeout(DEADLINE_S):
                 tasks = [self._request(i) for i in range(len(self.played.requests))]
@@ -355,36 +359,40 @@ class Simulation:
         except TimeoutError:
             self.history.note("over")  # whoever has not ended by now hangs
         finally:
-            await self._watch.close()
-            await self._service.close(NotServing("the simulation is over"))
+            await self.close()
         expected = {
             f"r{i}": continuation(self.asked[r].prompt, self.asked[r].max_tokens)
             for i, r in enumerate(self.played.requests)
         }
         return check(self.history, expected, DEADLINE_S)
 
-    async def _open(self) -> None:
+    async def close(self) -> None:
+        await self._watch.close()
+        await self.service.close(NotServing("the simulation is over"))
+
+    async def open(self) -> None:
+        """Until a token has gone through every stage."""
         roster, order = _Macs(self.macs), LoadOrder("sim", workers=STAGES)
-        self._watch = Watch(roster, self._believed, lambda: self._service.alive())
+        self._watch = Watch(roster, self._believed, lambda: self.service.alive())
         self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
         first = Heirs(lay_out(new_epoch(), SHAPE, workers, order), workers)
         checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None))
         means = Means(roster, self._watch, self._network, _NoBytes())
-        self._service = Service(means, checkpoint, order, first, lambda said: None)
+        self.service = Service(means, checkpoint, order, first, lambda said: None)
         self._watch.start()
-        await self._service.open(lambda progress: None)
-        self._homes = [s.worker for s in self._service.plan.stages]
+        await self.service.open(lambda progress: None)
+        self._homes = [s.worker for s in self.service.plan.stages]
 
     def _believed(self, belief: Belief) -> None:
-        self._service.believed(belief)
+        self.service.believed(belief)
 
     async def _request(self, i: int) -> None:
         asked, name = self.asked[self.played.requests[i]], f"r{i}"
         await asyncio.sleep(self.played.starts[i] / 10)
         self.history.note("sent", request=name)
         answer = Answer()
-        self._service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
+        self.service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
         try:
             async for event in answer.events():
                 self._seen(name, event, first=i == 0)
@@ -421,7 +429,7 @@ class Simulation:
         await self._struck.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                while self._service.recovery is None:
+                while self.service.recovery is None:
                     await asyncio.sleep(0.002)
                 await asyncio.sleep(0.004 * (self.played.seed % 8))
                 self._strike(fault)
