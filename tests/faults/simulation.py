@@ -7,6 +7,7 @@ what stands in for bytes of models and for gRPC is nothing else. Times are a ten
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -436,12 +437,17 @@ class Simulation:
 
 
 async def simulated(seeds: Sequence[int], at_once: int = 8) -> dict[int, tuple[Verdict, History]]:
-    """What the checker says of each seed."""
+    """What the checker says of each seed. Raises AssertionError where an error on the event loop was lost."""
     asked, turns = pool(700), asyncio.Semaphore(at_once)
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
 
     async def one(seed: int) -> tuple[int, tuple[Verdict, History]]:
         async with turns:
             simulation = Simulation(scenario(seed, asked, STAGES), asked)
             return seed, (await simulation.play(), simulation.history)
 
-    return dict(await asyncio.gather(*map(one, seeds)))
+    outcomes = dict(await asyncio.gather(*map(one, seeds)))
+    gc.collect()  # tasks tell of an error that nobody looked at when they are let go
+    assert not unheard, unheard
+    return outcomes
