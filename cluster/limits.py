@@ -110,11 +110,14 @@ HOLD_S: Final = 6.0
 ENGINE_SILENCE_S: Final = 10.0
 """An engine that does not even say what it holds for this long is killed and started again."""
 RETURN_S: Final = 5.0
-"""How long recovery waits for a crashed engine, which starts in one or two, before it turns to a spare."""
+"""How long recovery waits for a crashed engine before it turns to a spare: one that stood by is there at once, one
+that has to be started takes one or two."""
 RECOVERY_WAIT_S: Final = 20.0
 """How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
 """An engine that has lived this long is started again at once: it does not crash in a loop."""
+STANDBY_AFTER_S: Final = 2.0
+"""After a worker's start, or after its standby was needed, the next one is started: what loads now goes first."""
 ENGINE_CRASHES: Final = 3
 CRASHES_S: Final = 60.0
 """A worker that was lost so often in so short a time is not waited for: a spare takes over at once."""
@@ -133,8 +136,8 @@ MAX_REPLAYS: Final = 8
 """A request that loses so many rings without a token in between ends: it may be what kills them."""
 RECOVERY_TRIES: Final = 8
 """A recovery that has failed so often, and for that long, ends what waits for it; it goes on trying without."""
-RECOVERY_PAUSE_S: Final = 0.25
-"""Between two tries at a recovery."""
+RECOVERY_PAUSE_S: Final = 0.1
+"""Between two tries at a recovery, which ask everybody anew; an engine that stood by is there after as long."""
 DRAIN_S: Final = 15.0
 """What a worker that was told to stop gives its coordinator to move its layers away, or its requests to end."""
 REPORT_TIMEOUT_S: Final = 2.0
@@ -142,7 +145,7 @@ REPORT_TIMEOUT_S: Final = 2.0
 STOP_GRACE_S: Final = 1.5
 """What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
-ENGINE_BACKOFF_S: Final = (0.1, 1.0, 2.0, 5.0, 10.0, 30.0)
+ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between restarts of an engine that keeps dying; the last one repeats."""
 
 # gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.

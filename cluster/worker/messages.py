@@ -1,7 +1,8 @@
 """What daemon and engine say to each other over a pipe: msgpack lists, a message's name first.
 
 Commands go down and carry a ``call`` number; ``Progress``, ``Done`` and ``Failed`` come back with it. ``Hello`` is the
-engine's first word. Both ends are one version of one program, so nothing here is checked but its shape.
+engine's first word, and its answer to ``Begin``. Both ends are one version of one program, so nothing here is checked
+but its shape.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from dataclasses import astuple, dataclass
 import msgpack
 
 from cluster.types import LayerRange, ModelRef, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Take the device and the data port, and say hello. An engine is told this first: until then it may stand by."""
+
+    call: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +140,11 @@ class Reported:
 
 Command = Load | Link | Unload | Report | Measure
 Event = Hello | Progress | Done | Failed | Reported | Measured
-_KINDS = (Load, Link, Unload, Report, Measure, Hello, Progress, Done, Failed, Reported, Measured)
+_KINDS = (Begin, Load, Link, Unload, Report, Measure, Hello, Progress, Done, Failed, Reported, Measured)
 _TYPES = {t.__name__: t for t in _KINDS}
 
 
-def pack(message: Command | Event) -> bytes:
+def pack(message: Begin | Command | Event) -> bytes:
     return bytes(msgpack.packb((type(message).__name__, *astuple(message))))
 
 
@@ -145,7 +153,7 @@ def unpacker() -> msgpack.Unpacker:
     return msgpack.Unpacker(max_buffer_size=2**20)
 
 
-def message(item: list[object]) -> Command | Event:
+def message(item: list[object]) -> Begin | Command | Event:
     name, *fields = item
-    made: Command | Event = _TYPES[str(name)](*fields)  # type: ignore[arg-type]
+    made: Begin | Command | Event = _TYPES[str(name)](*fields)  # type: ignore[arg-type]
     return made
