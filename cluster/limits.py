@@ -31,6 +31,12 @@ MAX_ROWS: Final = 256
 """Sequences in one lane."""
 MAX_CONTROL_BYTES: Final = 16 * MIB
 """Control and public messages: the longest prompt in four-byte characters."""
+MAX_FACT_CHARS: Final = 256
+"""A name, a version or a chip, as a worker tells them of itself."""
+MAX_SENTENCE_CHARS: Final = 4096
+"""Of a worker's problem, which is shown to people."""
+MAX_ENGINE_MESSAGE_BYTES: Final = MIB
+"""Between a daemon and its engine: paths and an error's sentence are the longest there is."""
 
 # What a request may ask for
 MAX_PROMPT_CHARS: Final = 4 * MIB
@@ -201,6 +207,12 @@ HUB_PEEK_BYTES: Final = 64 * KIB
 """First range of a large file: most headers are shorter."""
 MAX_SMALL_FILE_BYTES: Final = 64 * MIB
 """Config and tokenizer files; the largest tokenizers have 35 MB."""
+MAX_MODEL_FILES: Final = 4096
+"""In one model; the largest have a few hundred."""
+MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
+"""Of all files of one model together; holes of that size are still within what file systems take."""
+MAX_MODEL_READ_BYTES: Final = GIB
+"""Small files and headers of one model together, which are read before anything is known of it."""
 DEFER_S: Final = 15.0
 """How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
 PEER_CHUNK_BYTES: Final = 1 * MIB

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cluster.types import Request, SamplingParams
 log = logging.getLogger(__name__)
 
 _OPENED, _SAID, _ENDED = range(3)
+_PLAIN = SamplingParams()
 
 
 class Fsync(StrEnum):
@@ -139,7 +140,7 @@ def _read(path: Path) -> dict[str, Kept]:
         try:
             _apply(found, *record)
         except (TypeError, ValueError, KeyError) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
             break
     return found
 
@@ -149,17 +150,48 @@ def _records(path: Path) -> Iterator[list[Any]]:
         try:
             yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
         except (ValueError, msgpack.UnpackException) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
 
 
 def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:
     if kind == _OPENED:
         at, plain, said = facts
-        found[request_id] = Kept(_request(*plain), at, list(said))
+        found[request_id] = _require(Kept(_request(*plain), at, list(said)), request_id)
     elif kind == _SAID:
-        found[request_id].said.append(facts[0])
+        found[request_id].said.extend(_ids(facts[:1]))
     else:
         found.pop(request_id, None)
+
+
+def _require(kept: Kept, request_id: object) -> Kept:
+    """What was read, where each field has the type that it was written with. Raises TypeError."""
+    r, p = kept.request, kept.request.sampling
+    texts = (r.id, r.client, *r.stop)
+    numbers = (kept.at, r.max_tokens, r.priority)
+    sound = (
+        r.id == request_id
+        and all(type(text) is str for text in texts)
+        and all(type(number) in (int, float) for number in numbers)
+        and type(r.ignore_eos) is bool
+        and all(_alike(getattr(p, f.name), getattr(_PLAIN, f.name)) for f in fields(p))
+        and all(len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float) for pair in p.logit_bias)
+    )
+    if not sound:
+        raise TypeError("a field of a request has another type than it was written with")
+    _ids(r.prompt), _ids(kept.said)
+    return kept
+
+
+def _alike(value: object, plain: object) -> bool:
+    return type(value) is type(plain) or (type(value) is int and type(plain) is float)
+
+
+def _ids(tokens: Iterable[Any]) -> list[int]:
+    """Token ids. Raises TypeError for what is none."""
+    ids = list(tokens)
+    if not all(type(token) is int and 0 <= token < 2**32 for token in ids):
+        raise TypeError("a token id is none")
+    return ids
 
 
 def _request(

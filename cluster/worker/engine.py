@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from cluster.errors import MacpipeError
+from cluster.errors import BadFrame, MacpipeError
 from cluster.model import device, speed
 from cluster.transport.rings import DataServer
 from cluster.worker.messages import (
@@ -34,8 +34,8 @@ from cluster.worker.messages import (
     Report,
     Reported,
     Unload,
-    message,
     pack,
+    read,
     unpacker,
 )
 from cluster.worker.slot import Slot, sentence_of
@@ -130,12 +130,13 @@ class Engine:
 def _obey_commands(engine: Engine, commands: BinaryIO) -> None:
     """Read commands until the daemon closes the pipe or is gone."""
     stream = unpacker()
-    while data := os.read(commands.fileno(), 65536):
-        stream.feed(data)
-        for item in stream:
-            command = message(item)
-            assert isinstance(command, Command)
-            engine.obey(command)
+    try:
+        while data := os.read(commands.fileno(), 65536):
+            for command in read(stream, data):
+                if isinstance(command, Command):
+                    engine.obey(command)
+    except BadFrame as e:
+        sys.stderr.write(f"the engine ends: {e.sentence}\n")
     engine.stop()
 
 

@@ -58,6 +58,8 @@ class Inbox:
 
     def _put_head(self, head: Head) -> None:
         number = head.frame.number
+        if number in self._arrived:
+            raise BadFrame(f"two frames that wait on one stage have the number {number}")
         body = None if head.whole else self._bodies.pop(number, None)
         frame = with_body(head.frame, body.data) if body else head.frame
         self._turns.add(frame, ready=head.whole or body is not None)

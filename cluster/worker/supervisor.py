@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 
-from cluster.errors import MacpipeError, WorkerLost
+from cluster.errors import BadFrame, MacpipeError, WorkerLost
 from cluster.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
@@ -30,7 +30,7 @@ from cluster.limits import (
     STOP_GRACE_S,
 )
 from cluster.worker.autopsy import LastWords, cause, out_of_memory_kills
-from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, Report, message, pack, unpacker
+from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, Report, pack, read, unpacker
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +117,12 @@ class Supervisor:
     async def _listen(self, process: Process) -> None:
         assert process.stdout
         stream = unpacker()
-        while data := await process.stdout.read(65536):
-            stream.feed(data)
-            for item in stream:
-                self._hear(message(item))
+        try:
+            while data := await process.stdout.read(65536):
+                for event in read(stream, data):
+                    self._hear(event)
+        except BadFrame as e:
+            self._kill(process, f"the engine was killed: {e.sentence}")
 
     def _hear(self, event: Command | Event) -> None:
         if isinstance(event, Hello):

@@ -45,7 +45,10 @@ async def read(request: Request, form: type[F]) -> F:
 
 
 async def _bytes(request: Request) -> bytes:
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+    stated = request.headers.get("content-length", "0")
+    if not (stated.isascii() and stated.isdigit()):
+        raise InvalidRequest("the header content-length is no number", field="content-length")
+    if len(stated) > len(str(MAX_BODY_BYTES)) or int(stated) > MAX_BODY_BYTES:
         raise _too_large()
     parts, size = [], 0
     try:
