@@ -64,7 +64,10 @@ class WorkerControl:
         async with self._named():
             request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address)
             answer = await self._stub.MeasureLink(request, timeout=CONTROL_TIMEOUT_S)
-        return Link(answer.round_trip_s, answer.bandwidth)
+        figures = answer.round_trip_s, answer.bandwidth
+        if not all(map(math.isfinite, figures)) or answer.round_trip_s < 0 or answer.bandwidth <= 0:
+            raise WorkerLost(f"worker {self.name} measured a link that cannot be", worker=self.name)
+        return Link(*figures)
 
     async def learn(self, fingerprint: str, ratio: float) -> None:
         """Tell the worker what a model's frames took there over what its profile predicts."""

@@ -96,7 +96,7 @@ def _read(path: Path, key: str) -> Kept:
 
 
 def _link(round_trip_s: float, bandwidth: float) -> Link:
-    if not (math.isfinite(round_trip_s) and math.isfinite(bandwidth) and bandwidth > 0):
+    if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError("a link is no link")
     return Link(float(round_trip_s), float(bandwidth))
 

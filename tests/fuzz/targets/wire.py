@@ -62,9 +62,8 @@ SMALL_BULK = tuple(parcel.message for parcel in pack(BULKY))
 
 
 def _frame(data: bytes) -> None:
-    frame = decode(data)
-    again = decode(encode(frame))
-    assert again == frame or frame != frame, "a frame is not what it was, written and read again"
+    written = encode(decode(data))
+    assert encode(decode(written)) == written, "a frame is not what it was, written and read again"
 
 
 def _parcel(data: bytes) -> object:
