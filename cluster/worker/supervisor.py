@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -18,6 +19,7 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 
 from cluster.errors import BadFrame, MacpipeError, WorkerLost
+from cluster.lifetime import own_code_alone
 from cluster.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
@@ -74,7 +76,9 @@ class Supervisor:
     async def _live_once(self) -> None:
         self._verdict = ""
         kills = out_of_memory_kills()
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=own_code_alone(os.environ)
+        )
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._last_words.follow, self._process)
