@@ -21,6 +21,9 @@ MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
 MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
 """Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
+MAX_WAITING_BYTES: Final = GIB
+"""Frames in one queue of the data plane together. A reader that is so far behind is lost, and its memory matters more:
+the window of 64 stages with chunks of 16 MiB is as much."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
 MAX_MARK_TOKENS: Final = 64
@@ -177,6 +180,12 @@ STREAM_COMMENT_S: Final = 5.0
 """A stream with nothing to say says so this often: proxies and clients drop silent ones, after 10 s the hastiest."""
 IDLE_CONNECTION_S: Final = 75.0
 """How long a connection may wait for its next request; above what SDKs keep one in their pools."""
+HEAD_TIMEOUT_S: Final = 15.0
+"""What a client gets to send a request's head, once its first byte is there or the connection is open."""
+CONTROL_IDLE_MS: Final = 600_000
+"""A gRPC connection on which nothing is called for this long is closed; clients open another when they need it."""
+MAX_CALLS: Final = 1024
+"""Calls at once on one gRPC connection: as many as may wait and run, several times."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, below the usual limit of open files."""
 

@@ -157,7 +157,9 @@ def _without_source(why: str, source: str) -> str:
     """The compiler's words without the excerpts that it shows: errors carry names and places, no text of a client's."""
     said = _QUOTED.sub('"..."', why)
     lines = (line.strip() for line in said.splitlines())
-    return "; ".join(line for line in lines if line and not _EXCERPT.match(line) and line not in source).replace(":;", ":")
+    return "; ".join(line for line in lines if line and not _EXCERPT.match(line) and line not in source).replace(
+        ":;", ":"
+    )
 
 
 def _first_line(text: str) -> str:

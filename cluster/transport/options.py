@@ -14,8 +14,10 @@ from cluster.limits import (
     BULK_KEEPALIVE_MS,
     BULK_TIMEOUT_MS,
     CONNECT_ATTEMPT_MS,
+    CONTROL_IDLE_MS,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
+    MAX_CALLS,
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
     RECONNECT_MS,
@@ -42,10 +44,11 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
         ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", MAX_CALLS),
     ]
 
 
-CONTROL_OPTIONS: Options = _options(MAX_CONTROL_BYTES)
+CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES), ("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
 PULSE_OPTIONS: Options = [*CONTROL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 DATA_OPTIONS: Options = [
     *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS),

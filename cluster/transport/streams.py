@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Protocol
 
-from cluster.limits import MAX_FRAMES_WAITING
+from cluster.limits import MAX_FRAMES_WAITING, MAX_WAITING_BYTES
 
 Received = Callable[[bytes], None]
 Lost = Callable[[str], None]
@@ -61,16 +61,31 @@ class Dialer(Protocol):
 
 
 class Outbox:
-    """Messages of one epoch on their way to one reader. Bounded: a full one ends the stream with a sentence."""
+    """Messages of one epoch on their way to one reader. Bounded in number and in bytes (one message may always wait):
+    a full one ends the stream with a sentence. Once closed it takes none.
+    """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_FRAMES_WAITING)
-        self._taken = False
+        self._sent = self._read = 0
+        """Bytes; each is written by one thread alone."""
+        self._taken = self._closed = False
         self.overflowed = False
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of messages that nobody has read yet."""
+        return max(0, self._sent - self._read)
+
     def send(self, message: bytes) -> None:
+        if self._closed:
+            return
+        waiting = self.waiting_bytes
         try:
+            if waiting and waiting + len(message) > MAX_WAITING_BYTES:
+                raise queue.Full
+            self._sent += len(message)
             self._queue.put_nowait(message)
         except queue.Full:
             self.overflowed = True
@@ -82,7 +97,10 @@ class Outbox:
         return not taken
 
     def close(self) -> None:
-        """Let the reader end, even where the queue is full."""
+        """Let the reader end, even where the queue is full; one that overflowed keeps nothing for it."""
+        self._closed = True
+        while self.overflowed and not self._queue.empty():
+            self._drop_one()
         while True:
             try:
                 self._queue.put_nowait(None)
@@ -99,4 +117,5 @@ class Outbox:
     def __iter__(self) -> Iterator[bytes]:
         """Messages until the outbox closes; blocks between them."""
         while (message := self._queue.get()) is not None:
+            self._read += len(message)
             yield message

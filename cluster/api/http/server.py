@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cluster.address import format_address
+from cluster.api.http.patience import Impatient
 from cluster.errors import InvalidOption, PortInUse
 from cluster.limits import IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
 from cluster.security.credentials import is_loopback
@@ -54,7 +55,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[str]:
     """Answer on ``listener`` until the block is left; its address. Requests under way get a moment to end."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Impatient,
         loop="none",
         ws="none",
         lifespan="off",
