@@ -23,8 +23,8 @@ MODULES = {
 }
 NAMES = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {
-    ("os", "system"), ("os", "popen"), ("torch", "load"), ("asyncio", "create_subprocess_shell"), ("subprocess", "getoutput"),
-    ("subprocess", "getstatusoutput"), ("builtins", "eval"), ("builtins", "exec"),
+    ("os", "system"), ("os", "popen"), ("torch", "load"), ("asyncio", "create_subprocess_shell"),
+    ("subprocess", "getoutput"), ("subprocess", "getstatusoutput"), ("builtins", "eval"), ("builtins", "exec"),
 }  # fmt: skip
 FLAGS = {"shell", "trust_remote_code", "allow_pickle"}
 

@@ -20,7 +20,7 @@ from cluster.discovery.browse import browse
 from cluster.errors import MacpipeError
 from integration.daemons import Cluster, children, command, free_port
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 LOUD = "import logging, sys\nlogging.basicConfig(level=logging.DEBUG, stream=sys.stderr)\n"
 """What every process runs as it begins: all loggers, those of libraries too, say all that they have to say."""
 
@@ -48,7 +48,7 @@ def loudly(folder: Path) -> Any:
 
 
 def bodies(word: str) -> Iterator[tuple[str, Any]]:
-    """Requests that say the word: such as are answered, and such as are refused, in every place where it could stand."""
+    """Requests that say the word, in every place where it could stand: some are answered, most are refused."""
     said = [{"role": "user", "content": f"say {word}"}]
     short: dict[str, Any] = {"max_tokens": 2}
     yield "/v1/completions", {"prompt": f"{word} and", **short}
@@ -123,7 +123,7 @@ def ask_over_http(base: str, word: str) -> list[str]:
 
 
 def ask_over_grpc(client: Client, word: str, worker: int) -> list[str]:
-    """An answer, refusals, an answer that nobody waits for, and one whose stage is killed under it; the errors' words."""
+    """Answers, refusals, an answer that nobody waits for, one whose stage is killed under it; the errors' words."""
     client.generate(f"{word} and", max_tokens=2)
     client.chat([("user", word)], max_tokens=2)
     refused = []
