@@ -164,6 +164,10 @@ RECONNECT_MS: Final = 1_000
 """A worker that is back is tried again this soon; gRPC's own pauses grow to two minutes."""
 CONNECT_ATTEMPT_MS: Final = 3_000
 """One try to connect: a cut network swallows it, and gRPC would wait for 20 s."""
+CONTROL_IDLE_MS: Final = 600_000
+"""A gRPC connection on which nothing is called for this long is closed; clients open another when they need it."""
+MAX_CALLS: Final = 1024
+"""Calls at once on one gRPC connection: as many as may wait and run, several times."""
 
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
@@ -180,12 +184,6 @@ STREAM_COMMENT_S: Final = 5.0
 """A stream with nothing to say says so this often: proxies and clients drop silent ones, after 10 s the hastiest."""
 IDLE_CONNECTION_S: Final = 75.0
 """How long a connection may wait for its next request; above what SDKs keep one in their pools."""
-HEAD_TIMEOUT_S: Final = 15.0
-"""What a client gets to send a request's head, once its first byte is there or the connection is open."""
-CONTROL_IDLE_MS: Final = 600_000
-"""A gRPC connection on which nothing is called for this long is closed; clients open another when they need it."""
-MAX_CALLS: Final = 1024
-"""Calls at once on one gRPC connection: as many as may wait and run, several times."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, below the usual limit of open files."""
 

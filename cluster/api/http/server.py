@@ -12,7 +12,6 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cluster.address import format_address
-from cluster.api.http.patience import Impatient
 from cluster.errors import InvalidOption, PortInUse
 from cluster.limits import IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
 from cluster.security.credentials import is_loopback
@@ -55,7 +54,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[str]:
     """Answer on ``listener`` until the block is left; its address. Requests under way get a moment to end."""
     config = uvicorn.Config(
         app,
-        http=Impatient,
+        http="h11",
         loop="none",
         ws="none",
         lifespan="off",

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from fuzz.targets import asked, kept, models, network, wire
 from fuzz.targets.target import Prepared, Target
 
 __all__ = ["TARGETS", "Prepared", "Target"]
 
-TARGETS = {t.name: t for room in (wire, kept, asked, models, network) for t in room.TARGETS}
+_ROOMS = [wire, kept, asked, models, network]
+if find_spec("cluster.security.tokens"):
+    from fuzz.targets import security
+
+    _ROOMS.append(security)
+TARGETS = {t.name: t for room in _ROOMS for t in room.TARGETS}

@@ -174,6 +174,7 @@ class _Nobody:
 class _Desk:
     """Every request that passes the intake is refused."""
 
+    accounts = None
     coordinator = _Nobody()
     metrics = Metrics()
 
