@@ -6,6 +6,7 @@ own memory is looked at after a tenth of its inputs and at the end.
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 import traceback
@@ -66,6 +67,7 @@ class Runner:
         """Decode one input, which never raises here but for what ends the process."""
         self.ran.inputs += 1
         began = time.thread_time()
+        logging.disable()  # what is wrong with an input is told to logs at will
         try:
             self.prepared.decode(data)
             self.ran.taken += 1
@@ -75,6 +77,8 @@ class Runner:
             raise
         except BaseException as error:  # a panic of Rust's is none of Exception's
             self._found(error, data)
+        finally:
+            logging.disable(logging.NOTSET)
         took = time.thread_time() - began
         self.ran.slowest_s = max(self.ran.slowest_s, took)
         if took > SLOW_S:

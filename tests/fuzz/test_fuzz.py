@@ -9,6 +9,7 @@ import pytest
 from fuzz.run import Runner, corpus, run
 from fuzz.targets import TARGETS
 
+pytestmark = pytest.mark.xdist_group("fuzz")
 INPUTS = 6_000
 LONG_INPUTS = 200_000
 SHARES = sum(target.share for target in TARGETS.values())

@@ -6,7 +6,6 @@ A spoiled file is never an error: it counts as far as it can be read.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from pathlib import Path
 import msgpack
 
 from cluster.coordinator import journal as coordinator_journal
-from cluster.grammar import Grammar, GrammarKind
 from cluster.profiles import Link, Profile
 from cluster.store.manifest import Manifest
 from cluster.store.partial import Partial, place
@@ -63,13 +61,10 @@ def engine_messages() -> Prepared:
 
 
 def coordinator_journals() -> Prepared:
-    logging.getLogger("cluster.coordinator.journal").setLevel(logging.CRITICAL)
-    grammar = Grammar(GrammarKind.REGEX, "[a-z]+")
     plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
     kept = [coordinator_journal.Kept(plain, 1e9, [4, 5])]
     records = [coordinator_journal._opened(one) for one in kept]
     records += [msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
-    assert grammar
     path = scratch("journal")
 
     def read(path: Path) -> None:
@@ -82,7 +77,6 @@ def coordinator_journals() -> Prepared:
 
 
 def worker_profiles() -> Prepared:
-    logging.getLogger("cluster.worker.profiles").setLevel(logging.CRITICAL)
     known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),))
     kept = profiles.Kept("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
 

@@ -111,6 +111,7 @@ def _tokenized(folder: Path) -> None:
 def hub_answers() -> Prepared:
     """What the hub says of a model, then its small files."""
     from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
 
     answers: list[tuple[int, bytes]] = []
 
@@ -118,15 +119,16 @@ def hub_answers() -> Prepared:
         status, body = answers.pop(0) if answers else (404, b"")
         return httpx2.Response(status, content=body, headers={"content-type": "application/json"})
 
-    set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
     models = scratch("models")
 
     def run(data: bytes) -> None:
         answers[:] = [(200 + part[0] if part[:1] < b"\x08" else 206, part[1:]) for part in apart(data) if part]
+        set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
         try:
             origin = look_up(HubName("owner/name"))
             place(models, origin, Hub("owner/name", origin.commit).small)
         finally:
+            set_client_factory(default_client_factory)
             shutil.rmtree(models, ignore_errors=True)
 
     config, header = b'{"model_type":"llama"}', _header()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from cluster.errors import MacpipeError
@@ -81,7 +80,6 @@ def parcels() -> Prepared:
 
 def inboxes() -> Prepared:
     """Messages in a row, as a stage gets them; the frames whose turn came are taken out between."""
-    logging.getLogger("cluster.worker.inbox").setLevel(logging.ERROR)
 
     def run(data: bytes) -> None:
         inbox = Inbox(EPOCH)
