@@ -29,6 +29,8 @@ COMPILED_KEPT: Final = 64
 """Compiled grammars that are kept: many requests bring the same one, and samples of one prompt always do."""
 _EXCERPT: Final = re.compile(r"\d+ \||\^+$")
 """A line of the source with its number, and what points into it."""
+_TOO_LOW: Final = re.compile(r"-0*[1-9][0-9]{18}")
+"""Near the lowest number of 64 bits, as a constant, llguidance 1.9 ends the process."""
 _QUOTED: Final = re.compile(r'(?<=invalid regex )"[^\n]*"(?= \()|"[^"\n]{33,}"')
 JSON_STYLE: Final[JsonCompileOptions] = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,20}"}
 """Any usual layout, but no endless run of blanks: models that are bound to JSON like to get lost in one."""
@@ -136,6 +138,8 @@ class Constraint:
 
 def _source(grammar: Grammar) -> str:
     """The grammar as llguidance reads it. Raises InvalidGrammar."""
+    if grammar.kind is not GrammarKind.REGEX and _TOO_LOW.search(grammar.source):
+        raise _refused(grammar, "it has a whole number of more than 18 digits below zero")
     match grammar.kind:
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.source))

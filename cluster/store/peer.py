@@ -68,8 +68,9 @@ class Peer:
             raise BadCheckpoint(
                 f"{self.label} names {len(files)} files of one model; at most {MAX_MODEL_FILES} are taken."
             )
-        if strange := next((file.name for file in files if not wanted(file.name)), None):
-            raise BadCheckpoint(f"{self.label} offers {strange[:200]!r}, which is no file of a model.")
+        strange = [file.name for file in files if not wanted(file.name)]
+        if strange:
+            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
         return ModelFiles(files, answer.repo, answer.commit)
 
     def small(self, file: StoredFile) -> bytes:
