@@ -267,5 +267,5 @@ TARGETS = (
     Target("schema", 8, _grammar(GrammarKind.JSON_SCHEMA, SCHEMA)),
     Target("regex", 8, _grammar(GrammarKind.REGEX, "(a|b)+[0-9]{2,5}x?")),
     Target("lark", 4, _grammar(GrammarKind.LARK, LARK)),
-    Target("answer", 30, answers),
+    Target("answer", 6, answers),
 )
