@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from cluster.coordinator.records import as_data, from_data
+from cluster.coordinator.records import as_data, from_data, token_ids
 from cluster.errors import InvalidRequest
 from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, RESUME_S
 from cluster.types import Request
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Kept]:
         try:
             _apply(found, *record)
         except (TypeError, ValueError, KeyError, IndexError) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
             break
     return found
 
@@ -167,15 +167,24 @@ def _records(path: Path) -> Iterator[list[Any]]:
         try:
             yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
         except (ValueError, msgpack.UnpackException) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
 
 
 def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:
     if kind == _OPENED:
         at, request, said = facts
-        found[request_id] = Kept(from_data(request), at, said)
+        found[request_id] = _require(Kept(from_data(request), at, said), request_id)
     elif kind == _SAID:
         token, sample = facts
-        found[request_id].said[sample].append(token)
+        found[request_id].said[sample].append(*token_ids([token]))
     else:
         found.pop(request_id, None)
+
+
+def _require(kept: Kept, request_id: object) -> Kept:
+    """What was read, where each field has the type that it was written with. Raises TypeError."""
+    if kept.request.id != request_id or type(kept.at) not in (int, float) or type(kept.said) is not list:
+        raise TypeError("a record is about another request, or of another type, than it was written with")
+    for tokens in kept.said:
+        token_ids(tokens)
+    return kept

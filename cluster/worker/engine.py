@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from cluster.errors import MacpipeError
+from cluster.errors import BadFrame, MacpipeError
 from cluster.model import device, speed
 from cluster.transport.rings import DataServer
 from cluster.worker.messages import (
@@ -36,8 +36,8 @@ from cluster.worker.messages import (
     Report,
     Reported,
     Unload,
-    message,
     pack,
+    read,
     unpacker,
 )
 from cluster.worker.slot import Slot, sentence_of
@@ -131,20 +131,19 @@ class Engine:
 
 def _told_to_begin(commands: BinaryIO) -> bool:
     """Wait for the daemon's first word, after which it waits for hello; False where it ends without one."""
-    stream = unpacker()
-    stream.feed(os.read(commands.fileno(), 65536))
-    return any(isinstance(message(item), Begin) for item in stream)
+    return any(isinstance(first, Begin) for first in read(unpacker(), os.read(commands.fileno(), 65536)))
 
 
 def _obey_commands(engine: Engine, commands: BinaryIO) -> None:
     """Read commands until the daemon closes the pipe or is gone."""
     stream = unpacker()
-    while data := os.read(commands.fileno(), 65536):
-        stream.feed(data)
-        for item in stream:
-            command = message(item)
-            assert isinstance(command, Command)
-            engine.obey(command)
+    try:
+        while data := os.read(commands.fileno(), 65536):
+            for command in read(stream, data):
+                if isinstance(command, Command):
+                    engine.obey(command)
+    except BadFrame as e:
+        sys.stderr.write(f"the engine ends: {e.sentence}\n")
     engine.stop()
 
 

@@ -7,12 +7,14 @@ It knows processes. What an engine is told, the supervisor knows.
 from __future__ import annotations
 
 import asyncio
+import os
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
 
 import anyio
 
+from cluster.lifetime import own_code_alone
 from cluster.limits import STANDBY_AFTER_S
 
 
@@ -54,4 +56,7 @@ class Standby:
                     await process.wait()
 
     async def _launched(self) -> Process:
-        return await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        environment = own_code_alone(os.environ)
+        return await asyncio.create_subprocess_exec(
+            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+        )

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 
-from cluster.errors import MacpipeError, WorkerLost
+from cluster.errors import BadFrame, MacpipeError, WorkerLost
 from cluster.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
@@ -39,8 +39,8 @@ from cluster.worker.messages import (
     Hello,
     Progress,
     Report,
-    message,
     pack,
+    read,
     unpacker,
 )
 from cluster.worker.standby import Standby
@@ -131,10 +131,12 @@ class Supervisor:
     async def _listen(self, process: Process) -> None:
         assert process.stdout
         stream = unpacker()
-        while data := await process.stdout.read(65536):
-            stream.feed(data)
-            for item in stream:
-                self._hear(message(item))
+        try:
+            while data := await process.stdout.read(65536):
+                for event in read(stream, data):
+                    self._hear(event)
+        except BadFrame as e:
+            self._kill(process, f"the engine was killed: {e.sentence}")
 
     def _hear(self, event: Begin | Command | Event) -> None:
         if isinstance(event, Hello):
