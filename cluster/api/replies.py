@@ -135,6 +135,8 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
     )
     if s.repair:
         reply.repair.CopyFrom(_repair(s.repair))
+    if s.move:
+        reply.move.CopyFrom(_repair(s.move))
     if s.plan:
         reply.model, reply.epoch = s.plan.model.name, s.plan.epoch
         reply.layers = s.plan.stages[-1].layers.end

@@ -122,6 +122,7 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         spares=_spares(reply),
         reasons=tuple(reply.reasons),
         repair=_repair(reply.repair) if reply.HasField("repair") else None,
+        move=_repair(reply.move) if reply.HasField("move") else None,
         recoveries=reply.recoveries,
     )
 

@@ -122,6 +122,16 @@ def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
     )
 
 
+def resume_request(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
+    """Raises InvalidRequest for what cannot be sent."""
+    name = text("request_id", request_id)
+    if isinstance(offset, Sequence) and not offset:
+        raise InvalidRequest("offset is empty; give one number, or one a sample", field="offset")
+    if isinstance(offset, Sequence):
+        return inference_pb2.ResumeRequest(request_id=name, offsets=[whole("offset", n) for n in offset])
+    return inference_pb2.ResumeRequest(request_id=name, offset=whole("offset", offset))
+
+
 def abort_request(request_id: str) -> inference_pb2.AbortRequest:
     """Raises InvalidRequest for an id that cannot be sent."""
     return inference_pb2.AbortRequest(request_id=text("request_id", request_id))

@@ -12,7 +12,7 @@ import anyio
 
 from cluster.coordinator.roster import Member, Roster
 from cluster.errors import MacpipeError
-from cluster.limits import RENEWAL_LOOK_S, REVOCATION_LOOK_S
+from cluster.security.bounds import RENEWAL_LOOK_S, REVOCATION_LOOK_S
 from cluster.types import WorkerFacts
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import grpc
 from grpc import aio
 
 from cluster.errors import MacpipeError
-from cluster.limits import REVOCATION_LOOK_S
+from cluster.security.bounds import REVOCATION_LOOK_S
 from cluster.security.roles import Party
 from cluster.security.rules import RULES, allowed
 from cluster.security.trust import Shown, Trust

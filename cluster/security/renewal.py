@@ -10,8 +10,8 @@ from threading import Lock
 from cryptography import x509
 
 from cluster.errors import Busy, InvalidRequest, MemberNotFound
-from cluster.limits import MAX_LEAVES_VALID, RENEWAL_SHARE
 from cluster.security.authority import Authority
+from cluster.security.bounds import MAX_LEAVES_VALID, RENEWAL_SHARE
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.members import Members

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.limits import MAX_REVOKED
+from cluster.security.bounds import MAX_REVOKED
 from cluster.security.folder import ClusterFolder
 from cluster.security.statefile import StateFile
 

@@ -16,9 +16,11 @@ from cluster.limits import (
     BULK_KEEPALIVE_MS,
     BULK_TIMEOUT_MS,
     CONNECT_ATTEMPT_MS,
+    CONTROL_IDLE_MS,
     DATA_THREADS,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
+    MAX_CALLS,
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
     RECONNECT_MS,
@@ -44,10 +46,11 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
         ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", MAX_CALLS),
     ]
 
 
-CONTROL_OPTIONS: Options = _options(MAX_CONTROL_BYTES)
+CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES), ("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
 """Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
 reader: half of a hop's wake-ups, and a quarter of its time."""

@@ -17,9 +17,10 @@ import grpc
 from cluster import __version__
 from cluster.discovery.interfaces import interface_of
 from cluster.errors import InvalidRequest, MacpipeError, WorkerTaken
-from cluster.limits import HOLD_S, MAX_REVOKED, REPORT_TIMEOUT_S
+from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
 from cluster.macos import MachineFacts, memory_pressure
 from cluster.profiles import Profile
+from cluster.security.bounds import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
 from cluster.transport.probe import measure_link
 from cluster.transport.status import abort

@@ -61,6 +61,8 @@ async def _run(settings: WorkerSettings) -> None:
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
             profile = await profiled(settings, supervisor)
+            if settings.standby:
+                tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
             supplies = Supplies(settings.home, trust)
             control = Control(worker_id, settings, trust, supervisor, supplies, profile, machine)
             answering.append(control)

@@ -12,7 +12,7 @@ from cluster.coordinator.belonging import Belonging
 from cluster.coordinator.roster import Member, Roster
 from cluster.discovery.static import static
 from cluster.errors import Busy, InvalidRequest, MemberNotFound
-from cluster.limits import MAX_LEAVES_VALID
+from cluster.security.bounds import MAX_LEAVES_VALID
 from cluster.security.keyring import make_request
 from cluster.security.renewal import is_due, renewed
 from cluster.security.roles import Role
