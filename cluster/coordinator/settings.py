@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.profiles import Objective
 from cluster.types import LayerRange, Route
 
@@ -42,7 +42,8 @@ class ServeSettings:
     that were lost get their layers back once they are there again; without, they are spares.
 
     ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
-    port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients.
+    port is no reason to give up. ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says the
+    same of it. ``served_names`` are further names of the model for HTTP's clients.
     """
 
     model: str
@@ -53,6 +54,8 @@ class ServeSettings:
     http: tuple[str, int] | None = None
     http_wanted: bool = True
     served_names: tuple[str, ...] = ()
+    join_port: int | None = DEFAULT_JOIN_PORT
+    join_wanted: bool = False
     workers: int | None = None
     peers: tuple[str, ...] = ()
     peers_only: bool = False

@@ -17,6 +17,8 @@ Macpipe = Any
 ANSWER = "Macs pass layers on.\n"
 COMMANDS = [
     "demo",
+    "init",
+    "join",
     "worker",
     "plan",
     "serve",
@@ -27,8 +29,11 @@ COMMANDS = [
     "load",
     "unload",
     "drain",
-    "launch",
     "bench",
+    "token",
+    "members",
+    "remove",
+    "launch",
 ]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 
