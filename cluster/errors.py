@@ -61,6 +61,48 @@ class Forbidden(MacpipeError):
     reason, grpc_status, http_status = "FORBIDDEN", "PERMISSION_DENIED", 403
 
 
+class Unauthenticated(MacpipeError):
+    """Who asks has not shown who it is: no certificate of this cluster, or none that says anything."""
+
+    reason, grpc_status, http_status = "UNAUTHENTICATED", "UNAUTHENTICATED", 401
+
+
+class TokenRefused(MacpipeError):
+    """A join token is unknown, expired, revoked, or was used by another Mac."""
+
+    reason, grpc_status, http_status = "TOKEN_REFUSED", "PERMISSION_DENIED", 403
+
+
+class NoCluster(MacpipeError):
+    """Here is no cluster of that name, or not the machine that leads it."""
+
+    reason, grpc_status, http_status = "NO_CLUSTER", "FAILED_PRECONDITION", 503
+
+
+class ClusterDamaged(MacpipeError):
+    """A file of a cluster's folder cannot be read, or is not what it was written as; the sentence names it."""
+
+    reason, grpc_status, http_status = "CLUSTER_DAMAGED", "FAILED_PRECONDITION", 503
+
+
+class ForeignAuthority(MacpipeError):
+    """Who answers is of another cluster than the one that was asked for."""
+
+    reason, grpc_status, http_status = "FOREIGN_AUTHORITY", "UNAUTHENTICATED", 401
+
+
+class ClockWrong(MacpipeError):
+    """A certificate is not valid at this time: somebody's clock is wrong, or it was not renewed."""
+
+    reason, grpc_status, http_status = "CLOCK_WRONG", "FAILED_PRECONDITION", 503
+
+
+class MemberNotFound(MacpipeError):
+    """No member of the cluster, or no token, has this name."""
+
+    reason, grpc_status, http_status = "MEMBER_NOT_FOUND", "NOT_FOUND", 404
+
+
 class InvalidGrammar(InvalidRequest):
     """What an answer is asked to be cannot be enforced; the sentence has the compiler's reason."""
 

@@ -174,6 +174,26 @@ IDLE_CONNECTION_S: Final = 75.0
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, below the usual limit of open files."""
 
+# Who belongs to a cluster
+AUTHORITY_S: Final = 10 * 365 * 86_400.0
+"""A cluster's authority outlives its Macs; it cannot be renewed without joining anew."""
+LEAF_S: Final = 90 * 86_400.0
+"""A certificate that was lost sight of ends by itself in a season; those in use are renewed long before."""
+BACKDATED_S: Final = 86_400.0
+"""Certificates begin this long before they are made, so that a clock that is behind does not refuse them."""
+MAX_MEMBERS: Final = 1024
+"""Certificates' holders that a roster keeps: MAX_ROSTER workers many times over, removed ones included."""
+MAX_SERIALS: Final = 64
+"""Certificates of one member that may be valid at a time; it has one or two."""
+MAX_NAME_CHARS: Final = 63
+"""Of a cluster or a member: they name folders, and a certificate's common name has at most 64."""
+MAX_STATE_BYTES: Final = 4 * MIB
+"""A cluster's roster, tokens or keys on disk; the longest allowed ones have about 1 MiB."""
+MAX_PEM_BYTES: Final = 16 * KIB
+"""A certificate, a key or a request for one; ours have under 1 KiB."""
+STATE_LOCK_S: Final = 10.0
+"""How long a command waits for another that edits the cluster's files; an edit takes milliseconds."""
+
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""

@@ -1,0 +1,209 @@
+"""The cluster's certificate authority: an EC P-256 key on the coordinator's machine that signs who belongs.
+
+Of a request it believes the public key alone; role, id and name are the caller's word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cluster.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
+from cluster.limits import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
+from cluster.security.folder import ClusterFolder
+from cluster.security.keyring import private_bytes, public_bytes
+from cluster.security.roles import ID, Role, checked_name, name_of
+
+_BOTH: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+_COMMON_NAME_CHARS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """The authority's certificate (PEM) and key. ``fingerprint`` is what join tokens pin."""
+
+    certificate: bytes
+    _key: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @classmethod
+    def make(cls, folder: ClusterFolder, now: float) -> Authority:
+        """A new authority, kept in ``folder``; raises ``InvalidOption`` where the folder has one."""
+        if folder.exists:
+            raise InvalidOption(f"this Mac is in a cluster named {folder.cluster} already ({folder.path})")
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"macpipe {folder.cluster}"[:_COMMON_NAME_CHARS])])
+        certificate = (
+            _begun(subject, subject, key.public_key(), now, now + AUTHORITY_S)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(sign_certificates=True), critical=True)
+            .sign(key, SHA256())
+        )
+        made = cls(certificate.public_bytes(Encoding.PEM), key)
+        folder.write(folder.authority_key, private_bytes(key))
+        folder.write(folder.authority, made.certificate)
+        return made
+
+    @classmethod
+    def load(cls, folder: ClusterFolder) -> Authority:
+        """The authority of ``folder``; raises ``NoCluster`` where this machine does not hold it."""
+        if not folder.leads:
+            raise NoCluster(
+                f"this Mac does not admit others to a cluster named {folder.cluster}: make one with `macpipe init`, or"
+                " ask on the Mac where that was done"
+            )
+        try:
+            certificate, key = folder.authority.read_bytes(), folder.authority_key.read_bytes()
+            private = load_pem_private_key(key, None)
+            if not isinstance(private, ec.EllipticCurvePrivateKey):
+                raise ValueError("not an EC key")
+            own = x509.load_pem_x509_certificate(certificate)
+            if public_bytes(own.public_key()) != public_bytes(private.public_key()):
+                raise ValueError("the key is another authority's")
+        except (OSError, ValueError, TypeError) as e:
+            raise ClusterDamaged(f"the authority in {folder.path} cannot be used: {e}") from e
+        return cls(certificate, private)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the authority's public key (SubjectPublicKeyInfo)."""
+        return hashlib.sha256(public_bytes(self._key.public_key())).digest()
+
+    @property
+    def cluster_id(self) -> str:
+        return cluster_id_of(self.fingerprint)
+
+    def sign(self, csr_pem: bytes, role: Role, id: str, name: str, now: float) -> bytes:  # noqa: A002
+        """A party's certificate (PEM) for the public key of a request; raises ``InvalidRequest``."""
+        if not ID.fullmatch(id):
+            raise InvalidRequest(f"{id[:32]!r} is not an id: 16 hex digits are", field="id")
+        checked_name(name, "a member's")
+        hosts = [x509.DNSName(name_of(role, self.cluster_id, id)), x509.DNSName(name_of(role, self.cluster_id))]
+        return self._leaf(requested_key(csr_pem), name, hosts, _BOTH, now)
+
+    def sign_http(self, csr_pem: bytes, hosts: Sequence[str], now: float) -> bytes:
+        """A certificate (PEM) for an HTTPS port that is called by these host names and addresses.
+
+        It names no role, and so is no party to any gRPC server. Raises ``InvalidRequest``.
+        """
+        names = [_general_name(host) for host in hosts]
+        if not names or any(host.endswith(f".{self.cluster_id}") for host in hosts):
+            raise InvalidRequest("a certificate for HTTP needs the names by which this Mac is called", field="hosts")
+        return self._leaf(requested_key(csr_pem), hosts[0], names, (ExtendedKeyUsageOID.SERVER_AUTH,), now)
+
+    def _leaf(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        names: Sequence[x509.GeneralName],
+        usages: Sequence[x509.ObjectIdentifier],
+        now: float,
+    ) -> bytes:
+        own = x509.load_pem_x509_certificate(self.certificate)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:_COMMON_NAME_CHARS])])
+        ends = min(now + LEAF_S, own.not_valid_after_utc.timestamp())
+        issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        leaf = (
+            _begun(subject, own.subject, key, now, ends)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(sign_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(list(usages)), critical=False)
+            .add_extension(x509.SubjectAlternativeName(list(names)), critical=False)
+            .add_extension(issuer_key, critical=False)
+            .sign(self._key, SHA256())
+        )
+        return leaf.public_bytes(Encoding.PEM)
+
+
+def cluster_id_of(fingerprint: bytes) -> str:
+    """A cluster's id is the beginning of its authority's fingerprint."""
+    return fingerprint.hex()[:16]
+
+
+def authority_of(pem: bytes) -> tuple[bytes, bytes]:
+    """A stranger's authority: its certificate, written anew, and its fingerprint. Raises ``ValueError``.
+
+    One certificate, which its own key has signed, and nothing else that came along with it.
+    """
+    if len(pem) > MAX_PEM_BYTES:
+        raise ValueError("too long for a certificate")
+    certificate = x509.load_pem_x509_certificate(pem)
+    try:
+        certificate.verify_directly_issued_by(certificate)
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as e:
+        raise ValueError("not an authority's certificate") from e
+    if not constraints.ca:
+        raise ValueError("not an authority's certificate")
+    return certificate.public_bytes(Encoding.PEM), hashlib.sha256(public_bytes(certificate.public_key())).digest()
+
+
+def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """The public key of a request (PEM), whose signature proves that the sender holds its private half.
+
+    Raises ``InvalidRequest``.
+    """
+    try:
+        if len(csr_pem) > MAX_PEM_BYTES:
+            raise ValueError("it is too long")
+        csr = x509.load_pem_x509_csr(csr_pem)
+        public_bytes(csr.public_key())
+        if not csr.is_signature_valid:
+            raise ValueError("its signature is wrong")
+    except Exception as e:  # a stranger's bytes: cryptography raises errors of many kinds
+        raise InvalidRequest(f"this is not a certificate request for an EC P-256 key: {e}"[:200], field="csr") from e
+    key = csr.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    return key
+
+
+def _begun(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: float, ends: float
+) -> x509.CertificateBuilder:
+    """What every certificate has: names, key, a random serial and its time, from a day ago on."""
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.fromtimestamp(now - BACKDATED_S, UTC))
+        .not_valid_after(datetime.fromtimestamp(ends, UTC))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    """A certificate signs either certificates or handshakes, and nothing else."""
+    return x509.KeyUsage(
+        digital_signature=not sign_certificates,
+        key_cert_sign=sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host)
+    except ValueError as e:
+        raise InvalidRequest(f"{host[:64]!r} is not a host's name", field="hosts") from e

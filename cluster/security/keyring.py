@@ -1,0 +1,138 @@
+"""What one party holds: the authority's certificate, its own, and its key, which never leaves the machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from cluster.errors import ClockWrong, ClusterDamaged, MacpipeError
+from cluster.limits import MAX_PEM_BYTES
+from cluster.security.roles import Party, party_in
+
+_LOOKS: Final = 20
+_LOOK_S: Final = 0.05
+"""A renewal replaces two files, one after the other; who reads in between looks again, for a second in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """PEM files of one party, which belong together. Times are seconds since the epoch, UTC."""
+
+    authority: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+    party: Party
+    not_before: float
+    not_after: float
+
+    @classmethod
+    def load(cls, folder: Path, authority: Path) -> Keyring:
+        """Read ``key.pem`` and ``certificate.pem`` of ``folder``, and the ``authority``'s certificate.
+
+        Raises ``ClusterDamaged`` where one is missing, or they do not belong together.
+        """
+        for look in range(_LOOKS):
+            if look:
+                time.sleep(_LOOK_S)
+            try:
+                files = (authority, folder / "certificate.pem", folder / "key.pem")
+                return cls.of(*(_read(file) for file in files))
+            except ValueError as e:
+                why = e
+        raise ClusterDamaged(
+            f"the certificate in {folder} cannot be used ({why}); remove the folder and join again"
+        ) from why
+
+    @classmethod
+    def of(cls, authority: bytes, certificate: bytes, key: bytes) -> Keyring:
+        """The keyring of these PEM texts; raises ``ValueError`` where they do not belong together."""
+        leaf = x509.load_pem_x509_certificate(certificate)
+        if public_bytes(leaf.public_key()) != public_bytes(_private_key(key).public_key()):
+            raise ValueError("the key is another certificate's")
+        try:
+            leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+            party = party_in(leaf)
+        except Exception as e:  # cryptography's own errors have no common root
+            raise ValueError("the certificate is of another cluster") from e
+        begins, ends = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
+        return cls(authority, certificate, key, party, begins, ends)
+
+    def check_clock(self, now: float) -> None:
+        """Raise ``ClockWrong`` where the certificate is not valid at ``now``, by this machine's clock."""
+        clock = f"this Mac's clock says {date_in_words(now)}"
+        if now < self.not_before:
+            raise ClockWrong(f"{clock}, and its certificate begins {date_in_words(self.not_before)}: set the clock")
+        if now > self.not_after:
+            raise ClockWrong(
+                f"{clock}, and its certificate ended {date_in_words(self.not_after)}: set the clock if it is wrong,"
+                " else join again with a new token (`macpipe token create` on the coordinator's Mac)"
+            )
+
+
+def make_request(key: bytes | None = None) -> tuple[bytes, bytes]:
+    """A private key and a request to certify it, both PEM; ``key`` (PEM) is used where one is given.
+
+    The request says nothing but the public key: who asks is not asked who it is. Raises ``ValueError`` for a ``key``
+    that is none.
+    """
+    private = ec.generate_private_key(ec.SECP256R1()) if key is None else _private_key(key)
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(private, SHA256())
+    return private_bytes(private), request.public_bytes(Encoding.PEM)
+
+
+def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A key as the PEM text that goes into a file that nobody else may read."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_bytes(key: object) -> bytes:
+    """The DER of a public key with its algorithm (SubjectPublicKeyInfo); raises ``ValueError`` but for EC P-256."""
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("the key is not an EC P-256 key")
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def date_in_words(seconds: float) -> str:
+    """``2026-11-23 10:04 UTC``; a time beyond the calendar is told in seconds."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:.0f} s"
+
+
+def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(pem, None)
+    except TypeError as e:
+        raise ValueError("the key is encrypted") from e
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("the key is not an EC P-256 key")
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_PEM_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except OSError as e:
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: OSError) -> MacpipeError:
+    return ClusterDamaged(f"cannot read {path}: {e.strerror}")

@@ -1,0 +1,144 @@
+"""The roster of a cluster: who was admitted, with which certificates, and who was removed.
+
+It lives on the coordinator's machine. It signs nothing; it says who may be signed for, and whose serials are revoked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
+from cluster.limits import MAX_MEMBERS, MAX_SERIALS
+from cluster.security.folder import ClusterFolder
+from cluster.security.roles import Party, Role, checked_name
+from cluster.security.statefile import StateFile
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """One certificate of a member: its serial, and until when it would be valid (seconds since the epoch)."""
+
+    serial: int
+    not_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Who was admitted ``since``; ``removed`` says when it was thrown out, None while it belongs."""
+
+    id: str
+    role: Role
+    name: str
+    since: float
+    issued: tuple[Issued, ...] = ()
+    removed: float | None = None
+
+
+class Members:
+    """The roster in ``folder``, shared with every other process that edits it."""
+
+    def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._file = StateFile(folder, folder.members, _pack, _unpack)
+
+    def everyone(self) -> tuple[Member, ...]:
+        """All that the roster knows, in the order of their admission; removed ones until their certificates end."""
+        return self._file.rows()
+
+    def current(self) -> tuple[Member, ...]:
+        """Those who belong now."""
+        return tuple(member for member in self.everyone() if member.removed is None)
+
+    def revoked(self) -> frozenset[int]:
+        """The serials of removed members' certificates that would be valid still."""
+        now = self._clock()
+        gone = (member for member in self.everyone() if member.removed is not None)
+        return frozenset(one.serial for member in gone for one in member.issued if one.not_after > now)
+
+    def admits(self, party: Party) -> bool:
+        """Whether ``party`` is in the roster with this certificate, and was not removed."""
+        return any(
+            member.id == party.id and member.role is party.role and one.serial == party.serial
+            for member in self.current()
+            for one in member.issued
+        )
+
+    def check_room(self, role: Role, id: str, name: str) -> None:  # noqa: A002
+        """Raise where nobody new can be ``name`` with this id: ``DuplicateName``, or ``Busy`` where all is full."""
+        _check_room(self._kept(self.everyone()), role, id, checked_name(name, "a member's"))
+
+    def admit(self, party: Party, not_after: float) -> None:
+        """Enter who got a first certificate; once more the same one is no news. Raises as ``check_room`` does."""
+        with self._file.edit() as edit:
+            rows = self._kept(edit.rows)
+            if any(one.serial == party.serial for member in rows for one in member.issued):
+                return
+            _check_room(rows, party.role, party.id, party.name)
+            issued = (Issued(party.serial, not_after),)
+            edit.rows = (*rows, Member(party.id, party.role, party.name, self._clock(), issued))
+
+    def renew(self, party: Party, not_after: float) -> None:
+        """Enter a further certificate of a member; raises ``MemberNotFound`` where it belongs no more."""
+        with self._file.edit() as edit:
+            rows = self._kept(edit.rows)
+            at = _position(rows, lambda m: m.removed is None and (m.id, m.role) == (party.id, party.role))
+            if at is None:
+                raise MemberNotFound(f"{party.name} is not a member of this cluster")
+            now = self._clock()
+            valid = [one for one in rows[at].issued if one.not_after > now][-MAX_SERIALS + 1 :]
+            fresh = replace(rows[at], issued=(*valid, Issued(party.serial, not_after)))
+            edit.rows = (*rows[:at], fresh, *rows[at + 1 :])
+
+    def remove(self, name: str) -> Member:
+        """Throw out the member ``name``; who that was. Raises ``MemberNotFound``, ``InvalidOption`` for a coordinator.
+
+        Certificates that it has are revoked from now on.
+        """
+        with self._file.edit() as edit:
+            rows = self._kept(edit.rows)
+            at = _position(rows, lambda m: m.removed is None and m.name == name)
+            if at is None:
+                raise MemberNotFound(f"no member of this cluster is named {name}; `macpipe members` shows them")
+            if rows[at].role is Role.COORDINATOR:
+                raise InvalidOption(f"{name} is the cluster's coordinator, which cannot be removed")
+            gone = replace(rows[at], removed=self._clock())
+            edit.rows = (*rows[:at], gone, *rows[at + 1 :])
+            return gone
+
+    def _kept(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
+        """Without the removed whose last certificate has ended: nothing of theirs needs to be refused any more."""
+        now = self._clock()
+        return tuple(m for m in rows if m.removed is None or any(one.not_after > now for one in m.issued))
+
+
+def _check_room(rows: tuple[Member, ...], role: Role, id: str, name: str) -> None:  # noqa: A002
+    for member in rows:
+        if member.removed is None and member.name == name:
+            raise DuplicateName(
+                f"the cluster has a member named {name} ({member.role}); join with another --name, or say"
+                f" `macpipe remove {name}` on the coordinator's Mac first"
+            )
+        if member.removed is None and (member.id, member.role) == (id, role):
+            raise DuplicateName(
+                f"this {role} is a member already, as {member.name}; say `macpipe remove {member.name}` on the"
+                " coordinator's Mac, and join again"
+            )
+    if len(rows) >= MAX_MEMBERS:
+        raise Busy(f"the cluster has {MAX_MEMBERS} members, removed ones included; no more are kept")
+
+
+def _position(rows: tuple[Member, ...], fits: Callable[[Member], bool]) -> int | None:
+    return next((at for at, member in enumerate(rows) if fits(member)), None)
+
+
+def _pack(member: Member) -> list[Any]:
+    issued = [[f"{one.serial:x}", one.not_after] for one in member.issued]
+    return [member.id, member.role.value, member.name, member.since, issued, member.removed]
+
+
+def _unpack(id: str, role: str, name: str, since: float, issued: list[Any], removed: float | None) -> Member:  # noqa: A002
+    known = tuple(Issued(int(serial, 16), float(ends)) for serial, ends in issued)
+    return Member(str(id), Role(role), str(name), float(since), known, None if removed is None else float(removed))
