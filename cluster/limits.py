@@ -191,6 +191,8 @@ MAX_STATE_BYTES: Final = 4 * MIB
 """A cluster's roster, tokens or keys on disk; the longest allowed ones have about 1 MiB."""
 MAX_PEM_BYTES: Final = 16 * KIB
 """A certificate, a key or a request for one; ours have under 1 KiB."""
+MAX_KEYS: Final = 1024
+"""API keys that are kept, revoked ones included."""
 STATE_LOCK_S: Final = 10.0
 """How long a command waits for another that edits the cluster's files; an edit takes milliseconds."""
 

@@ -18,6 +18,7 @@ from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
+from cluster.cli.key import key
 from cluster.cli.launch import launch
 from cluster.cli.load import load
 from cluster.cli.plan import plan
@@ -56,6 +57,7 @@ app = typer.Typer(
 for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)
+app.add_typer(key)
 
 
 def show_version(wanted: bool) -> None:

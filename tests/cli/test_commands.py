@@ -29,6 +29,7 @@ COMMANDS = [
     "drain",
     "launch",
     "bench",
+    "key",
 ]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 
