@@ -119,7 +119,8 @@ def keys_of(cluster: str, home: Path | None) -> Keys:
     if not folder.leads:
         raise NoCluster(
             f"this Mac does not lead a cluster named {cluster}, so it has no keys to give: make one with `macpipe"
-            " init`, or ask on the Mac where that was done. Without a cluster HTTP needs no key, and is for this Mac alone"
+            " init`, or ask on the Mac where that was done. Without a cluster HTTP needs no key, but is for this Mac"
+            " alone"
         )
     return Keys(folder)
 

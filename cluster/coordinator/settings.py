@@ -42,7 +42,9 @@ class ServeSettings:
     that were lost get their layers back once they are there again; without, they are spares.
 
     ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
-    port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients.
+    port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients. ``http_hosts`` and
+    ``http_origins`` are by which names, beside this machine's own, and from whose pages it may be called;
+    ``http_certificate`` are PEM files of a chain and its key, None takes the cluster's own.
     """
 
     model: str
@@ -53,6 +55,9 @@ class ServeSettings:
     http: tuple[str, int] | None = None
     http_wanted: bool = True
     served_names: tuple[str, ...] = ()
+    http_hosts: tuple[str, ...] = ()
+    http_origins: tuple[str, ...] = ()
+    http_certificate: tuple[Path, Path] | None = None
     workers: int | None = None
     peers: tuple[str, ...] = ()
     peers_only: bool = False
