@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cluster.errors import InvalidOption
 
-_HIGHEST_PORT = 65_535
+HIGHEST_PORT = 65_535
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -34,8 +34,8 @@ def _parse_host(host: str, text: str) -> str:
 
 
 def _parse_port(port: str, text: str) -> int:
-    if not (port.isascii() and port.isdigit()) or len(port) > 5 or not 1 <= int(port) <= _HIGHEST_PORT:
-        raise InvalidOption(f"{text!r} has no usable port: {port!r} is not a number from 1 to {_HIGHEST_PORT}")
+    if not (port.isascii() and port.isdigit()) or len(port) > 5 or not 1 <= int(port) <= HIGHEST_PORT:
+        raise InvalidOption(f"{text!r} has no usable port: {port!r} is not a number from 1 to {HIGHEST_PORT}")
     return int(port)
 
 

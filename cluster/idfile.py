@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+_ID: Final = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
 @contextmanager
@@ -26,9 +30,11 @@ def held_id(folder: Path) -> Iterator[str]:
 
 
 def _known(file: int) -> str:
-    known = os.read(file, 64).decode("ascii", "replace").strip()
-    if known:
+    """What the file holds; where that is no id, as after a crash, a new one."""
+    known = os.read(file, 65).decode("ascii", "replace").strip()
+    if _ID.fullmatch(known):
         return known
     made = secrets.token_hex(8)
-    os.write(file, f"{made}\n".encode())
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{made}\n".encode(), 0)
     return made

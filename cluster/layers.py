@@ -6,13 +6,16 @@ import re
 from typing import Final
 
 from cluster.errors import InvalidOption
+from cluster.limits import MAX_STAGES
 from cluster.types import LayerRange
 
-_RANGE: Final = re.compile(r"\s*(?P<first>\d{1,6})\s*(-\s*(?P<last>\d{1,6})\s*)?")
+_RANGE: Final = re.compile(r"\s*(?P<first>[0-9]{1,6})\s*(-\s*(?P<last>[0-9]{1,6})\s*)?")
 
 
 def parse_layers(written: str) -> tuple[LayerRange, ...]:
     """One range a stage, from layer 0 on without a gap. Raises InvalidOption that names the bad part."""
+    if written.count(",") >= MAX_STAGES:
+        raise InvalidOption(f"--layers names more than {MAX_STAGES} stages", field="layers")
     ranges: list[LayerRange] = []
     for part in written.split(","):
         due, found = ranges[-1].end if ranges else 0, parse_range(part)
@@ -34,4 +37,4 @@ def parse_range(part: str) -> LayerRange:
 
 
 def _wrong(part: str, why: str) -> InvalidOption:
-    return InvalidOption(f"--layers: {part.strip()!r} {why}", field="layers")
+    return InvalidOption(f"--layers: {part.strip()[:64]!r} {why}", field="layers")

@@ -1,12 +1,24 @@
-"""How a daemon ends: on a signal, or with the first error that one of its tasks raised."""
+"""How a daemon's own processes begin, and how it ends: on a signal, or with the first error of one of its tasks."""
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Mapping
+from pathlib import Path
 
 import anyio
 
 from cluster.errors import MacpipeError
+
+
+def own_code_alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python imports nothing from the folder where a person has started the daemon.
+
+    That folder may be a model's, and have modules of its own. This program is found where it is.
+    """
+    places = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 async def stop_on_signal(scope: anyio.CancelScope) -> None:

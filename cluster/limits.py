@@ -21,6 +21,9 @@ MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
 MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
 """Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
+MAX_WAITING_BYTES: Final = GIB
+"""Frames in one queue of the data plane together. A reader that is so far behind is lost, and its memory matters more:
+the window of 64 stages with chunks of 16 MiB is as much."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
 MAX_MARK_TOKENS: Final = 64
@@ -31,6 +34,12 @@ MAX_ROWS: Final = 256
 """Sequences in one lane."""
 MAX_CONTROL_BYTES: Final = 16 * MIB
 """Control and public messages: the longest prompt in four-byte characters."""
+MAX_FACT_CHARS: Final = 256
+"""A name, a version or a chip, as a worker tells them of itself."""
+MAX_SENTENCE_CHARS: Final = 4096
+"""Of a worker's problem, which is shown to people."""
+MAX_ENGINE_MESSAGE_BYTES: Final = MIB
+"""Between a daemon and its engine: paths and an error's sentence are the longest there is."""
 
 # What a request may ask for
 MAX_PROMPT_CHARS: Final = 4 * MIB
@@ -110,11 +119,14 @@ HOLD_S: Final = 6.0
 ENGINE_SILENCE_S: Final = 10.0
 """An engine that does not even say what it holds for this long is killed and started again."""
 RETURN_S: Final = 5.0
-"""How long recovery waits for a crashed engine, which starts in one or two, before it turns to a spare."""
+"""How long recovery waits for a crashed engine before it turns to a spare: one that stood by is there at once, one
+that has to be started takes one or two."""
 RECOVERY_WAIT_S: Final = 20.0
 """How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
 """An engine that has lived this long is started again at once: it does not crash in a loop."""
+STANDBY_AFTER_S: Final = 2.0
+"""After a worker's start, or after its standby was needed, the next one is started: what loads now goes first."""
 ENGINE_CRASHES: Final = 3
 CRASHES_S: Final = 60.0
 """A worker that was lost so often in so short a time is not waited for: a spare takes over at once."""
@@ -133,8 +145,8 @@ MAX_REPLAYS: Final = 8
 """A request that loses so many rings without a token in between ends: it may be what kills them."""
 RECOVERY_TRIES: Final = 8
 """A recovery that has failed so often, and for that long, ends what waits for it; it goes on trying without."""
-RECOVERY_PAUSE_S: Final = 0.25
-"""Between two tries at a recovery."""
+RECOVERY_PAUSE_S: Final = 0.1
+"""Between two tries at a recovery, which ask everybody anew; an engine that stood by is there after as long."""
 DRAIN_S: Final = 15.0
 """What a worker that was told to stop gives its coordinator to move its layers away, or its requests to end."""
 REPORT_TIMEOUT_S: Final = 2.0
@@ -142,7 +154,7 @@ REPORT_TIMEOUT_S: Final = 2.0
 STOP_GRACE_S: Final = 1.5
 """What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
-ENGINE_BACKOFF_S: Final = (0.1, 1.0, 2.0, 5.0, 10.0, 30.0)
+ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between restarts of an engine that keeps dying; the last one repeats."""
 
 # gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
@@ -155,6 +167,10 @@ RECONNECT_MS: Final = 1_000
 """A worker that is back is tried again this soon; gRPC's own pauses grow to two minutes."""
 CONNECT_ATTEMPT_MS: Final = 3_000
 """One try to connect: a cut network swallows it, and gRPC would wait for 20 s."""
+CONTROL_IDLE_MS: Final = 600_000
+"""A gRPC connection on which nothing is called for this long is closed; clients open another when they need it."""
+MAX_CALLS: Final = 1024
+"""Calls at once on one gRPC connection: as many as may wait and run, several times."""
 
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
@@ -234,6 +250,12 @@ HUB_PEEK_BYTES: Final = 64 * KIB
 """First range of a large file: most headers are shorter."""
 MAX_SMALL_FILE_BYTES: Final = 64 * MIB
 """Config and tokenizer files; the largest tokenizers have 35 MB."""
+MAX_MODEL_FILES: Final = 4096
+"""In one model; the largest have a few hundred."""
+MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
+"""Of all files of one model together; holes of that size are still within what file systems take."""
+MAX_MODEL_READ_BYTES: Final = GIB
+"""Small files and headers of one model together, which are read before anything is known of it."""
 DEFER_S: Final = 15.0
 """How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
 PEER_CHUNK_BYTES: Final = 1 * MIB

@@ -218,7 +218,8 @@ class Request:
 
     ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
     priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers are asked for, each with a
-    seed of its own; sample 0 is what one alone would be. ``parsing`` None leaves the answer's text as it is.
+    seed of its own; sample 0 is what one alone would be. ``parsing`` None leaves the answer's text as it is; with
+    ``stage_timings`` every token tells where its time went.
     """
 
     id: str
@@ -232,6 +233,7 @@ class Request:
     priority: int = 0
     samples: int = 1
     parsing: Parsing | None = None
+    stage_timings: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +245,22 @@ class TopLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class StageFigures:
+    """Milliseconds of a request, or of a token, on one stage; ``wire_ms`` is its share of the ring's outside stages."""
+
+    worker: str
+    layers: LayerRange
+    compute_ms: float
+    wire_ms: float
+    wait_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
 
     Where the answer is parsed, that is content alone; reasoning before it and calls after it stand beside it.
+    ``stages``: the frames since the token before, where its request asked for ``stage_timings``.
     """
 
     index: int
@@ -257,6 +271,7 @@ class TokenEvent:
     reasoning: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
     sample: int = 0
+    stages: tuple[StageFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,20 +279,6 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StageFigures:
-    """Where a request's time went on one stage, summed over its frames, in milliseconds.
-
-    ``wire_ms`` is the ring's time outside the stages, shared evenly over its hops: no two clocks are compared.
-    """
-
-    worker: str
-    layers: LayerRange
-    compute_ms: float
-    wire_ms: float
-    wait_ms: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,25 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+from effort import QUICK
 
 pytest_plugins = ["netns"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked long, too")
-    parser.addoption("--seed", type=int, default=None, help="repeat the randomness of an earlier run")
+    parser.addoption("--seed", type=int, default=None, help="the run's randomness; 0, and anew each time with --all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """The quick run says the same of the same tree each time; --all looks for what nobody has seen yet."""
+    settings.register_profile(QUICK, derandomize=True)
+    settings.load_profile("default" if config.option.all else QUICK)
     # The processes of xdist are given this process's options, so they share its seed.
     if config.option.seed is None:
-        config.option.seed = random.SystemRandom().randrange(2**32)
+        config.option.seed = random.SystemRandom().randrange(2**32) if config.option.all else 0
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
     {
-        *("", "address", "chat", "errors", "frames", "grammar", "idfile", "layers", "lifetime", "limits"),
+        *("", "address", "chat", "chunking", "errors", "frames", "grammar", "idfile", "layers", "lifetime", "limits"),
         *("loads", "macos", "profiles", "types", "v1"),
     },
     {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},

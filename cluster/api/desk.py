@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -48,10 +48,10 @@ class Desk:
             answer = await self.coordinator.accept(request, checkpoint)
         return await self._accepted(request, answer, checkpoint)
 
-    async def resume(self, request_id: str, offset: int, client: str, checkpoint: Checkpoint) -> Asked:
-        """Go on with an answer from the journal. Raises ``RequestNotFound``, and what refuses it."""
+    async def resume(self, request_id: str, offsets: Sequence[int], client: str, checkpoint: Checkpoint) -> Asked:
+        """Go on with an answer from the journal. Raises what the coordinator does, and what refuses it."""
         with self._refusals_counted():
-            request, answer = self.coordinator.resume(request_id, offset, client)
+            request, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._accepted(request, answer, checkpoint)
 
     async def end_revoked(self) -> None:

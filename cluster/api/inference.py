@@ -70,7 +70,8 @@ class Inference(InferenceServiceServicer):
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
             checkpoint = self._coordinator.checkpoint("")
-            asked = await self._desk.resume(request.request_id, request.offset, _caller(context).client, checkpoint)
+            offsets = tuple(request.offsets) or (request.offset,)
+            asked = await self._desk.resume(request.request_id, offsets, _caller(context).client, checkpoint)
             async for reply in self._told(asked, pb.GenerateResponse):
                 yield reply
         except MacpipeError as e:

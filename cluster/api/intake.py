@@ -94,6 +94,8 @@ def _request(
 ) -> Request:
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    if not message.request_id.isprintable():  # it stands in logs, where a line's end would begin a line of its own
+        raise InvalidRequest("the request id has characters that cannot be printed", field="request_id")
     if message.samples > MAX_SAMPLES:
         raise InvalidRequest(f"{message.samples} samples were asked for; at most {MAX_SAMPLES}", field="samples")
     if bound and message.stop.ignore_eos:
@@ -113,6 +115,7 @@ def _request(
         client=caller.client,
         priority=message.priority,
         samples=max(message.samples, 1),
+        stage_timings=message.stage_timings,
     )
 
 

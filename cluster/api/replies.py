@@ -14,7 +14,7 @@ from cluster.membership.suspicion import Belief, Standing
 from cluster.model.tokenizer import Tokenizer
 from cluster.profiles import Objective
 from cluster.scheduler.sequence import Phase
-from cluster.types import FinishEvent, FinishReason, Plan, PlannedStage, Request, Route, TokenEvent
+from cluster.types import FinishEvent, FinishReason, Plan, PlannedStage, Request, Route, StageFigures, TokenEvent
 from cluster.v1 import cluster_pb2 as cpb
 from cluster.v1 import inference_pb2 as pb
 
@@ -64,6 +64,18 @@ def token_event(event: TokenEvent, tokenizer: Tokenizer) -> pb.TokenEvent:
         reasoning=event.reasoning,
         tool_calls=map(_call, event.calls),
         sample=event.sample,
+        stages=map(_figures, event.stages),
+    )
+
+
+def _figures(s: StageFigures) -> pb.StageFigures:
+    return pb.StageFigures(
+        worker=s.worker,
+        start_layer=s.layers.start,
+        end_layer=s.layers.end,
+        compute_ms=s.compute_ms,
+        wire_ms=s.wire_ms,
+        wait_ms=s.wait_ms,
     )
 
 
@@ -72,17 +84,6 @@ def _call(delta: ToolCallDelta) -> pb.ToolCallDelta:
 
 
 def finish_info(event: FinishEvent) -> pb.FinishInfo:
-    stages = [
-        pb.StageFigures(
-            worker=s.worker,
-            start_layer=s.layers.start,
-            end_layer=s.layers.end,
-            compute_ms=s.compute_ms,
-            wire_ms=s.wire_ms,
-            wait_ms=s.wait_ms,
-        )
-        for s in event.stages
-    ]
     usage = pb.Usage(
         prompt_tokens=event.usage.prompt_tokens,
         completion_tokens=event.usage.completion_tokens,
@@ -95,7 +96,7 @@ def finish_info(event: FinishEvent) -> pb.FinishInfo:
         text=event.text,
         usage=usage,
         timings=timings,
-        stages=stages,
+        stages=map(_figures, event.stages),
         reasoning=event.reasoning,
         tool_calls=map(_call, event.calls),
         sample=event.sample,
@@ -134,6 +135,8 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
     )
     if s.repair:
         reply.repair.CopyFrom(_repair(s.repair))
+    if s.move:
+        reply.move.CopyFrom(_repair(s.move))
     if s.plan:
         reply.model, reply.epoch = s.plan.model.name, s.plan.epoch
         reply.layers = s.plan.stages[-1].layers.end

@@ -69,7 +69,7 @@ def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
     cluster = f"demo-{secrets.token_hex(4)}"
     for number in range(1, workers + 1):
         name = f"demo-{number}"
-        own = ["--name", name, "--host", HOST, "--home", str(folder / name), "--profile", "off"]
+        own = ["--name", name, "--host", HOST, "--home", str(folder / name), "--profile", "off", "--no-standby"]
         fleet.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
     port = address.rpartition(":")[2]
     own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]

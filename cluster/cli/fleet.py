@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Final, Self
 
 from cluster.errors import MacpipeError
+from cluster.lifetime import own_code_alone
 
 GRACE_S: Final = 5.0
 """What all processes together get between SIGTERM and SIGKILL."""
@@ -57,7 +58,7 @@ class Fleet:
                 stdout=stderr,
                 stderr=stderr,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**own_code_alone(os.environ), **(environment or {})},
             )
         self._members.append(Member(name, process, log))
 

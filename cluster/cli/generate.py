@@ -30,6 +30,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="With --json: log-probabilities, and this many alternatives.")
     ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="With --json: where the time of each token went.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show figures on stderr.")] = False,
     coordinator: Coordinator = None,
     json: Json = False,
@@ -40,9 +41,13 @@ def generate(
             raise InvalidOption("--system needs the chat template, and --raw is without it", field="system")
         if logprobs is not None and not json:
             raise InvalidOption("--logprobs needs --json", field="logprobs")
+        if trace and not json:
+            raise InvalidOption("--trace needs --json", field="trace")
         text = read_prompt(prompt, file)
         if logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": logprobs}
+        if trace:
+            options |= {"stage_timings": True}
         _answer(coordinator, text, system, options, raw=raw, json=json, verbose=verbose)
 
 

@@ -62,6 +62,8 @@ def headline(state: ClusterState) -> list[str]:
         lines.append(f"problem: {state.problem}")
     if state.repair:
         lines.append(repair_in_words(state.repair))
+    if state.move:
+        lines.append(move_in_words(state.move))
     if state.model:
         lines.append(
             f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
@@ -74,9 +76,18 @@ def headline(state: ClusterState) -> list[str]:
     return lines
 
 
+def move_in_words(move: Repair) -> str:
+    """Why layers are moved while requests go on, since when, and how long it should take."""
+    return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_expected(move)}"
+
+
+def _expected(repair: Repair) -> str:
+    return f", {repair.expected_seconds:.0f} s expected" if repair.expected_seconds else ""
+
+
 def repair_in_words(repair: Repair) -> str:
     """What is being done about a loss, since when, and how long it should take."""
-    expected = f", {repair.expected_seconds:.0f} s expected" if repair.expected_seconds else ""
+    expected = _expected(repair)
     return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
 
 

@@ -23,7 +23,7 @@ def in_words(finish: Finish) -> str:
 
 
 def in_facts(completion: Completion) -> dict[str, Any]:
-    """What ``--json`` prints; ``logprobs`` is there if log-probabilities were asked for."""
+    """What ``--json`` prints; ``logprobs`` and ``trace`` are there if they were asked for."""
     facts = {
         "text": completion.text,
         "tokens": completion.tokens,
@@ -35,8 +35,11 @@ def in_facts(completion: Completion) -> dict[str, Any]:
         "request_id": completion.request_id,
         "model": completion.model,
     }
-    asked = any(token.logprob is not None for token in completion.events)
-    return facts | ({"logprobs": [_logprobs(token) for token in completion.events]} if asked else {})
+    if any(token.logprob is not None for token in completion.events):
+        facts["logprobs"] = [_logprobs(token) for token in completion.events]
+    if any(token.stages for token in completion.events):
+        facts["trace"] = [{"token": token.token, "stages": token.stages} for token in completion.events]
+    return facts
 
 
 def _logprobs(token: Token) -> dict[str, Any]:

@@ -33,6 +33,9 @@ def worker(
     profile: Annotated[
         Profiling, typer.Option(help="This Mac's speed: as kept from the first start, measured anew, or left unknown.")
     ] = Profiling.KEPT,
+    standby: Annotated[
+        bool, typer.Option(help="Keep a second engine ready (100 MB), so that one that dies is replaced at once.")
+    ] = True,
     throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
     home: Annotated[
         Path | None,
@@ -57,6 +60,7 @@ def worker(
         profile=profile,
         interface=interface or "",
         throttle=throttle,
+        standby=standby,
     )
     if exit_with_stdin:
         end_with_stdin()

@@ -25,7 +25,8 @@ class Token:
     """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none.
 
     ``index`` counts from 0 in each ``sample``. ``logprob`` and ``top`` are there when they were asked for. In a chat
-    ``text`` is content; what became known of the reasoning and of calls of tools stands beside it.
+    ``text`` is content; what became known of the reasoning and of calls of tools stands beside it. ``stages`` are there
+    where ``stage_timings`` asked for them: what the frames since the token before took.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Token:
     reasoning: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
     sample: int = 0
+    stages: tuple[StageFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

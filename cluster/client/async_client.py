@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -67,6 +67,15 @@ class AsyncClient:
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return AsyncStream(call, self.address)
+
+    def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> AsyncStream:
+        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again; one offset
+        a sample where several were asked for. Needs a running event loop, but no await.
+
+        Iterating raises RequestNotFound, also where the coordinator keeps no journal.
+        """
+        request = requests.resume_request(request_id, offset)
+        return AsyncStream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """The token ids that the model would read for a text, or for messages with the chat template."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
     AnswerCall = (
         aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
         | aio.UnaryStreamCall[inference_pb2.ChatRequest, inference_pb2.ChatResponse]
+        | aio.UnaryStreamCall[inference_pb2.ResumeRequest, inference_pb2.GenerateResponse]
     )
     LoadCall = aio.UnaryStreamCall[cluster_pb2.LoadModelRequest, cluster_pb2.LoadModelResponse]
 
@@ -36,8 +37,8 @@ class AsyncStream(Transcribed):
     answer that ends without one is whole.
     """
 
-    def __init__(self, call: AnswerCall, address: str) -> None:
-        super().__init__()
+    def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
+        super().__init__(offset)
         self._call = call
         self._address = address
 

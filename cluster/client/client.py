@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -66,12 +66,13 @@ class Client:
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
 
-    def resume(self, request_id: str, offset: int = 0) -> Stream:
-        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again.
+    def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> Stream:
+        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again; one offset
+        a sample where several were asked for.
 
         Raises RequestNotFound, also where the coordinator keeps no journal.
         """
-        request = inference_pb2.ResumeRequest(request_id=request_id, offset=offset)
+        request = requests.resume_request(request_id, offset)
         return Stream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:

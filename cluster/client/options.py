@@ -28,7 +28,8 @@ class Options(TypedDict, total=False):
     end. ``temperature`` 0 is greedy, the default. ``logprobs`` reports each token's log-probability and
     ``top_logprobs`` that many alternatives. ``request_id`` is for ``abort``; the coordinator makes one if it is empty.
     ``samples`` asks for several answers. One of ``json_schema``, ``json_object``, ``regex`` and ``lark`` binds the
-    answer. ``priority`` 0 to 9 moves a request ahead when clients take turns. ``timeout_s`` bounds the whole answer;
+    answer. ``priority`` 0 to 9 moves a request ahead when clients take turns. ``stage_timings`` has every token tell
+    where its time went. ``timeout_s`` bounds the whole answer;
     without it, the client's ``timeout_s`` does.
     """
 
@@ -55,6 +56,7 @@ class Options(TypedDict, total=False):
     json_object: bool
     regex: str
     lark: str
+    stage_timings: bool
 
 
 class ChatKeywords(Options, total=False):

@@ -52,8 +52,8 @@ def token(reply: inference_pb2.TokenEvent) -> Token:
     """One token of an answer."""
     logprob = reply.logprob if reply.HasField("logprob") else None
     top = tuple(TopLogprob(one.token, one.text, one.logprob) for one in reply.top)
-    calls = _calls(reply.tool_calls)
-    return Token(reply.index, reply.token, reply.text, logprob, top, reply.reasoning, calls, reply.sample)
+    calls, stages = _calls(reply.tool_calls), tuple(map(_figures, reply.stages))
+    return Token(reply.index, reply.token, reply.text, logprob, top, reply.reasoning, calls, reply.sample, stages)
 
 
 def _calls(deltas: Iterable[inference_pb2.ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
@@ -122,6 +122,7 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         spares=_spares(reply),
         reasons=tuple(reply.reasons),
         repair=_repair(reply.repair) if reply.HasField("repair") else None,
+        move=_repair(reply.move) if reply.HasField("move") else None,
         recoveries=reply.recoveries,
     )
 

@@ -51,6 +51,7 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
         samples=whole("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
         grammar=grammar_option(options),
     )
     if isinstance(prompt, str):
@@ -72,6 +73,7 @@ def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_p
         stop=stop_options(options),
         priority=whole("priority", options.get("priority") or 0),
         samples=whole("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
         grammar=grammar_option(options),
         template=template_options(options),
     )
@@ -118,6 +120,16 @@ def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         kv_bits=load.kv_bits,
         objective=load.objective,
     )
+
+
+def resume_request(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
+    """Raises InvalidRequest for what cannot be sent."""
+    name = text("request_id", request_id)
+    if isinstance(offset, Sequence) and not offset:
+        raise InvalidRequest("offset is empty; give one number, or one a sample", field="offset")
+    if isinstance(offset, Sequence):
+        return inference_pb2.ResumeRequest(request_id=name, offsets=[whole("offset", n) for n in offset])
+    return inference_pb2.ResumeRequest(request_id=name, offset=whole("offset", offset))
 
 
 def abort_request(request_id: str) -> inference_pb2.AbortRequest:

@@ -61,7 +61,9 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What is being done about a loss. ``expected_seconds`` counts from its beginning; 0: it waits for a Mac."""
+    """What is being done about a loss, or to move layers as planned. ``expected_seconds`` counts from its beginning; 0:
+    it waits for a Mac.
+    """
 
     worker: str
     cause: str
@@ -137,6 +139,7 @@ class ClusterState:
     queued: int = 0
     prefixes: int = 0
     repair: Repair | None = None
+    move: Repair | None = None
     recoveries: int = 0
     objective: Objective = Objective.LATENCY
     forecast: Forecast | None = None

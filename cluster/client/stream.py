@@ -6,7 +6,7 @@ Each owns one call. Whoever stops listening cancels it, so that no Mac computes 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -32,7 +32,7 @@ class Stream(Transcribed):
     raises the MacpipeError that ended the answer early; an answer that ends without one is whole.
     """
 
-    def __init__(self, call: AnswerCall, address: str, offset: int = 0) -> None:
+    def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
         super().__init__(offset)
         self._call = call
         self._address = address

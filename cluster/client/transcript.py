@@ -67,10 +67,10 @@ class Transcript:
     Where several samples were asked for, ``text`` and ``finish`` are the first one's.
     """
 
-    def __init__(self, offset: int = 0) -> None:
+    def __init__(self, offset: int | Sequence[int] = 0) -> None:
         self.prompt: Prompt | None = None
         self._offset = offset
-        self._answers = [_Answer(offset)]
+        self._answers = [_Answer(self._begins_at(0))]
 
     @property
     def finish(self) -> Finish | None:
@@ -99,7 +99,7 @@ class Transcript:
         match event:
             case "prompt":
                 self.prompt = replies.prompt(reply.prompt)
-                self._answers = [_Answer(self._offset) for _ in range(self.prompt.samples)]
+                self._answers = [_Answer(self._begins_at(i)) for i in range(self.prompt.samples)]
             case "token":
                 token = replies.token(reply.token)
                 self._answer(token.sample).append(token)
@@ -109,6 +109,11 @@ class Transcript:
             case _:
                 raise VersionMismatch("the coordinator sent an event that is unknown to this version")
         return ()
+
+    def _begins_at(self, sample: int) -> int:
+        if isinstance(self._offset, Sequence):
+            return self._offset[min(sample, len(self._offset) - 1)]
+        return self._offset
 
     def _answer(self, sample: int) -> _Answer:
         if sample >= len(self._answers):
@@ -157,7 +162,7 @@ class Transcript:
 class Transcribed:
     """What both streams let be seen of their answer while it comes."""
 
-    def __init__(self, offset: int = 0) -> None:
+    def __init__(self, offset: int | Sequence[int] = 0) -> None:
         self._transcript = Transcript(offset)
 
     @property

@@ -9,9 +9,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import grpc
 
-from cluster.address import parse_address
+from cluster.address import HIGHEST_PORT, parse_address
 from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost, WorkerRefused
-from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S
+from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S, MAX_FACT_CHARS, MAX_SENTENCE_CHARS
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
 from cluster.transport.options import control_channel
@@ -64,7 +64,10 @@ class WorkerControl:
         async with self._named():
             request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address)
             answer = await self._stub.MeasureLink(request, timeout=CONTROL_TIMEOUT_S)
-        return Link(answer.round_trip_s, answer.bandwidth)
+        figures = answer.round_trip_s, answer.bandwidth
+        if not all(map(math.isfinite, figures)) or answer.round_trip_s < 0 or answer.bandwidth <= 0:
+            raise WorkerLost(f"worker {self.name} measured a link that cannot be", worker=self.name)
+        return Link(*figures)
 
     async def learn(self, fingerprint: str, ratio: float) -> None:
         """Tell the worker what a model's frames took there over what its profile predicts."""
@@ -140,7 +143,16 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str) -> pb.Lo
     )
 
 
+def _require_sense(a: pb.DescribeResponse, address: str) -> None:
+    """Raise ``WorkerLost`` for a description that no worker gives: what is in it goes to terminals and into plans."""
+    texts = (a.id, a.name, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface, a.holder, a.owner)
+    sound = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
+    if not sound or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
+        raise WorkerLost(f"what answers at {address} describes itself as no worker does; is it macpipe?")
+
+
 def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
+    _require_sense(a, address)
     host, _ = parse_address(address)
     data_host = f"[{host}]" if ":" in host else host
     return WorkerFacts(

@@ -15,10 +15,10 @@ from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
 from cluster.coordinator.epoch import new_epoch
 from cluster.coordinator.grammars import GrammarCheck
-from cluster.coordinator.journal import Journal
+from cluster.coordinator.journal import Journal, continued
 from cluster.coordinator.layout import Links, lay_out
 from cluster.coordinator.links import measured_links
-from cluster.coordinator.recovery import Means
+from cluster.coordinator.recovery import Means, Recovery
 from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Member, Roster
 from cluster.coordinator.service import Service
@@ -213,20 +213,22 @@ class Coordinator:
         service.loop.submit(request, answer)
         return answer
 
-    def resume(self, request_id: str, offset: int, client: str) -> tuple[Request, Answer]:
-        """Go on with an answer that a coordinator before this one had begun, from its token ``offset`` on.
+    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, Answer]:
+        """Go on with an answer that a coordinator before this one had begun, from a token on: one for each sample, or
+        one for all.
 
-        Raises ``RequestNotFound`` where the journal has no such request of that client.
+        Raises ``RequestNotFound`` where the journal has no such request of that client, ``InvalidRequest`` for another
+        number of offsets than there are samples.
         """
         service = self._serving()
         kept = self.journal.take(request_id, client) if self.journal else None
         if kept is None:
             why = "" if self.journal else ": this coordinator keeps no journal; serve with --journal"
             raise RequestNotFound(f"there is no answer to {request_id} to go on with{why}")
+        said, skip = continued(kept, offsets)
         request = kept.request
-        said = tuple(kept.said[: request.max_tokens - 1])  # the last token is computed anew: it ends the answer
-        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")))
-        service.loop.submit(request, answer, said, offset)
+        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")), request.samples)
+        service.loop.submit(request, answer, said, skip)
         return request, answer
 
     async def abort(self, request_id: str) -> None:
@@ -260,7 +262,8 @@ class Coordinator:
     async def snapshot(self) -> Snapshot:
         """Everything, asked afresh."""
         members, loop = await self._members(), await self._view()
-        service, repair = self._service, self._repair()
+        service = self._service
+        repair, move = (_repair(service.recovery), _repair(service.move)) if service else (None, None)
         epoch = service.epoch if service else None
         return Snapshot(
             cluster=self._cluster,
@@ -274,6 +277,7 @@ class Coordinator:
             tokens=self._totals.tokens,
             uptime_s=time.monotonic() - self._started,
             repair=repair,
+            move=move,
             recoveries=service.recoveries if service else 0,
             beliefs=self._watch.beliefs(),
         )
@@ -287,17 +291,17 @@ class Coordinator:
         """What the watch knows, while it watches: nobody waits for a worker that is gone."""
         return await self._watch.everybody() if self._service else await self._roster.refresh()
 
-    def _repair(self) -> Repair | None:
-        recovery = self._service.recovery if self._service else None
-        if recovery is None:
-            return None
-        cause, since = recovery.cause, time.monotonic() - recovery.began
-        worker = cause.details.get("worker", "")
-        return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)
-
     async def _view(self) -> LoopView | None:
         if self._service is None:
             return None
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
             return await asyncio.wrap_future(self._service.loop.view())
         return None
+
+
+def _repair(recovery: Recovery | None) -> Repair | None:
+    if recovery is None:
+        return None
+    cause, since = recovery.cause, time.monotonic() - recovery.began
+    worker = cause.details.get("worker", "")
+    return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)

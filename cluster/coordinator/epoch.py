@@ -60,16 +60,18 @@ class Opening:
         began, controls = time.monotonic(), self._controls(workers)
         asked = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
         missing = [i for i in asked if not holds(workers[i], plan.stages[i])]
+        stages, called = [plan.stages[i] for i in asked], [controls[i] for i in asked]
+        if not missing:
+            await load_slices(stages, called, [_NOTHING] * len(asked), self.progress)
+            return
         async with self.supply.delivery(plan, self.checkpoint, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in asked]
-            stages = [plan.stages[i] for i in asked]
-            proofs = await load_slices(stages, [controls[i] for i in asked], orders, self.progress)
+            proofs = await load_slices(stages, called, orders, self.progress)
             due = [p for i, p in zip(asked, proofs, strict=True) if i in missing]
             news = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await news.check(due, lambda: self._tell(plan, "hashing"))
         read = sum(plan.stages[i].weight_bytes for i in missing)
-        if read:
-            self.rate = read / max(time.monotonic() - began, 1e-3)
+        self.rate = read / max(time.monotonic() - began, 1e-3)
 
     def _tell(self, plan: Plan, state: str) -> None:
         for stage in plan.stages:

@@ -10,21 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from cluster.coordinator.records import as_data, from_data, token_ids
+from cluster.errors import InvalidRequest
 from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, RESUME_S
-from cluster.types import Request, SamplingParams
+from cluster.types import Request
 
 log = logging.getLogger(__name__)
 
 _OPENED, _SAID, _ENDED = range(3)
+Said = tuple[tuple[int, ...], ...]
+"""Tokens of each sample of an answer; () stands for none of any."""
 
 
 class Fsync(StrEnum):
@@ -37,11 +41,13 @@ class Fsync(StrEnum):
 
 @dataclass(slots=True)
 class Kept:
-    """A request that has not ended, and its answer so far. ``at`` is the wall clock's seconds when it came."""
+    """A request that has not ended, and its answer so far, a list a sample: also of those that are complete, since the
+    request is live until all are. ``at`` is the wall clock's seconds when it came.
+    """
 
     request: Request
     at: float
-    said: list[int] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)
 
 
 class Journal:
@@ -71,16 +77,16 @@ class Journal:
 
     # What this one does
 
-    def opened(self, request: Request, said: tuple[int, ...]) -> None:
-        """A request was accepted; ``said`` is what its answer begins with already."""
-        kept = Kept(replace(request, deadline=None), self._clock(), list(said))
+    def opened(self, request: Request, said: Said) -> None:
+        """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
+        kept = Kept(replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples])
         if self._size + len(request.prompt) * 5 > JOURNAL_BYTES:
             self._compact()
         if self._size > JOURNAL_BYTES:
             return  # full of live requests: this one cannot be resumed
         try:
             record = _opened(kept)
-            if _request(*msgpack.unpackb(record, strict_map_key=False)[3]) != kept.request:
+            if from_data(msgpack.unpackb(record, strict_map_key=False)[3]) != kept.request:
                 raise TypeError("it asks for more than the journal keeps")
         except (TypeError, ValueError) as e:
             log.info("request %s is not kept in the journal: %s", request.id, e)
@@ -88,10 +94,10 @@ class Journal:
         self._live[request.id] = kept
         self._write(record)
 
-    def said(self, request_id: str, token: int) -> None:
+    def said(self, request_id: str, token: int, sample: int = 0) -> None:
         if kept := self._live.get(request_id):
-            kept.said.append(token)
-            self._write(_packed(_SAID, request_id, token))
+            kept.said[sample].append(token)
+            self._write(_packed(_SAID, request_id, token, sample))
 
     def ended(self, request_id: str) -> None:
         if self._live.pop(request_id, None):
@@ -121,15 +127,27 @@ class Journal:
         self._file = file
 
 
+def continued(kept: Kept, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
+    """With what the answers of a request go on, and how many tokens of each its reader has.
+
+    A token that may have ended its answer is computed anew, and so are those whose log-probabilities are yet to be
+    told. Raises ``InvalidRequest`` for another number of offsets than one, or one a sample.
+    """
+    request = kept.request
+    skip = tuple(offsets) * (request.samples if len(offsets) == 1 else 1)
+    if len(skip) != request.samples:
+        raise InvalidRequest(f"{len(skip)} offsets were given for {request.samples} samples", field="offsets")
+    ends = [min(request.max_tokens - 1, n) if request.sampling.logprobs else request.max_tokens - 1 for n in skip]
+    return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
+
+
 def _packed(*record: Any) -> bytes:
     return bytes(msgpack.packb(record))
 
 
 def _opened(kept: Kept) -> bytes:
     """The record of a request and all that it has said; raises TypeError where a field is more than data."""
-    r = kept.request
-    plain = (r.id, r.prompt, astuple(r.sampling), r.max_tokens, r.stop, r.ignore_eos, r.client, r.priority)
-    return _packed(_OPENED, r.id, kept.at, plain, kept.said)
+    return _packed(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
 
 def _read(path: Path) -> dict[str, Kept]:
@@ -138,8 +156,8 @@ def _read(path: Path) -> dict[str, Kept]:
     for record in _records(path):
         try:
             _apply(found, *record)
-        except (TypeError, ValueError, KeyError) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+        except (TypeError, ValueError, KeyError, IndexError) as e:
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
             break
     return found
 
@@ -149,37 +167,24 @@ def _records(path: Path) -> Iterator[list[Any]]:
         try:
             yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
         except (ValueError, msgpack.UnpackException) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", e)
+            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
 
 
 def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:
     if kind == _OPENED:
-        at, plain, said = facts
-        found[request_id] = Kept(_request(*plain), at, list(said))
+        at, request, said = facts
+        found[request_id] = _require(Kept(from_data(request), at, said), request_id)
     elif kind == _SAID:
-        found[request_id].said.append(facts[0])
+        token, sample = facts
+        found[request_id].said[sample].append(*token_ids([token]))
     else:
         found.pop(request_id, None)
 
 
-def _request(
-    request_id: str,
-    prompt: list[int],
-    sampling: list[Any],
-    max_tokens: int,
-    stop: list[str],
-    ignore_eos: bool,
-    client: str,
-    priority: int,
-) -> Request:
-    values: Any = [tuple(map(tuple, v)) if isinstance(v, list) else v for v in sampling]
-    return Request(
-        id=request_id,
-        prompt=tuple(prompt),
-        sampling=SamplingParams(*values),
-        max_tokens=max_tokens,
-        stop=tuple(stop),
-        ignore_eos=ignore_eos,
-        client=client,
-        priority=priority,
-    )
+def _require(kept: Kept, request_id: object) -> Kept:
+    """What was read, where each field has the type that it was written with. Raises TypeError."""
+    if kept.request.id != request_id or type(kept.at) not in (int, float) or type(kept.said) is not list:
+        raise TypeError("a record is about another request, or of another type, than it was written with")
+    for tokens in kept.said:
+        token_ids(tokens)
+    return kept

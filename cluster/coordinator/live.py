@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cluster.coordinator.samples import Asked
@@ -38,8 +39,14 @@ class Live:
             reasoning=said.reasoning,
             calls=said.calls,
             sample=self.sample,
+            stages=self.tally.lap() if self.request.stage_timings else (),
         )
         return index < self.skip or self.asked.answer.put(event)
+
+    def say_again(self, tokens: Iterable[int]) -> None:
+        """Tell the reader what a coordinator before this one had said, as far as it has not heard it."""
+        for index, token in enumerate(tokens):
+            self.say(index, Sample(0, 0, token))
 
     def finished(self, reason: FinishReason, usage: Usage) -> FinishEvent:
         """The answer's end, with what was still held back."""

@@ -58,13 +58,23 @@ async def _load(stage: PlannedStage, control: WorkerControl, order: FetchOrder, 
 async def link_stages(
     plan: Plan, workers: Sequence[WorkerFacts], controls: Sequence[WorkerControl]
 ) -> tuple[RingStage, ...]:
-    """Connect each stage to the one before it, or leave the hop to the coordinator where that cannot be."""
-    stages = []
-    for i, (worker, control) in enumerate(zip(workers, controls, strict=True)):
+    """Connect each stage to the one before it, all at once, or leave the hop to the coordinator where that cannot be.
+
+    Raises the first error; the other links are given up.
+    """
+    inlets: dict[int, Route] = {}
+
+    async def link(i: int, control: WorkerControl) -> None:
         before = workers[i - 1].data_address if i and plan.route is Route.DIRECT else ""
-        inlet = await _link(control, plan.epoch, before)
-        stages.append(RingStage(worker.name, worker.data_address, inlet if i else Route.RELAY))
-    return tuple(stages)
+        inlets[i] = await _link(control, plan.epoch, before)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for i, control in enumerate(controls):
+                tasks.start_soon(link, i, control)
+    except* MacpipeError as group:
+        raise first_error(group) from None
+    return tuple(RingStage(w.name, w.data_address, inlets[i]) for i, w in enumerate(workers))
 
 
 async def _link(control: WorkerControl, epoch: int, before: str) -> Route:

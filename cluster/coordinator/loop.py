@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer
-from cluster.coordinator.journal import Journal
+from cluster.coordinator.journal import Journal, Said
 from cluster.coordinator.live import Live
 from cluster.coordinator.occupancy import Occupancy
 from cluster.coordinator.pace import Pace
@@ -33,7 +33,6 @@ from cluster.errors import (
     SlowReader,
     WorkerLost,
 )
-from cluster.frames import Sample
 from cluster.limits import MAX_REPLAYS
 from cluster.membership.patience import Patience
 from cluster.scheduler.capacity import Capacity
@@ -96,9 +95,9 @@ class EngineLoop:
         """Let requests wait from now on: the ring is about to be taken down."""
         self._inbox.put(self._close_ring)
 
-    def submit(self, request: Request, answer: Answer, said: tuple[int, ...] = (), skip: int = 0) -> None:
+    def submit(self, request: Request, answer: Answer, said: Said = (), skip: tuple[int, ...] = ()) -> None:
         """Take a request; everything that becomes of it, refusal too, goes to ``answer``. One that is resumed has
-        ``said`` some of its answer, and its reader has the first ``skip`` tokens already.
+        ``said`` some of its answers, and its reader has the first ``skip`` tokens of each already.
         """
         self._inbox.put(lambda: self._submit(request, answer, said, skip))
 
@@ -188,7 +187,7 @@ class EngineLoop:
         for frame in self._scheduler.next_frames(self._clock()):
             self._ring.send(encode(frame))
 
-    def _submit(self, request: Request, answer: Answer, said: tuple[int, ...], skip: int) -> None:
+    def _submit(self, request: Request, answer: Answer, said: Said, skip: tuple[int, ...]) -> None:
         if self._refusal:
             answer.put(self._refusal)
             return
@@ -206,12 +205,13 @@ class EngineLoop:
         for i, sample in enumerate(samples):
             asked.live.add(sample.id)
             text = Speech(request, self._decoder(), self._parser)
-            self._live[sample.id] = Live(asked, sample, i, text, Tally(now, self._plan.stages), now, skip)
+            tally = Tally(now, self._plan.stages)
+            self._live[sample.id] = Live(asked, sample, i, text, tally, now, skip[i] if skip else 0)
         answer.put(Accepted())
         if self.journal:
             self.journal.opened(request, said)
-        for index, token in enumerate(said):
-            self._live[request.id].say(index, Sample(0, 0, token))
+        for sample, begun in zip(samples, said, strict=False):
+            self._live[sample.id].say_again(begun)
 
     def _end(self, request_id: str, error: MacpipeError) -> bool:
         """End a request, by its own id or one of its samples', with all of its samples."""
@@ -280,7 +280,7 @@ class EngineLoop:
         if produced.counts:
             self.totals.tokens += 1
             if self.journal:
-                self.journal.said(live.request.id, produced.sample.token)
+                self.journal.said(live.asked.request.id, produced.sample.token, live.sample)
             if not live.say(produced.index, produced.sample):
                 self._end(live.request.id, SlowReader("the client did not read its tokens, so the answer was ended"))
                 return

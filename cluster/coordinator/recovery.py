@@ -109,6 +109,8 @@ class Recovery:
         """
         chosen = chosen or self._chosen(self._site.means.watch.members())
         strangers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
+        pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
+        self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
         self.doing = f"moving layers to {', '.join(sorted(strangers)) or 'those who stay'}"
         await self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
         self._site.loop.hold()
@@ -184,6 +186,7 @@ class Recovery:
         """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed."""
         names = {w.name for w in chosen.workers}
         task = asyncio.create_task(load)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a loss that was seen first is told
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)

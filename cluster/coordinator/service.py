@@ -38,7 +38,8 @@ Said = Callable[[str], None]
 class Service:
     """``said`` is told a sentence whenever something happens that a person should know.
 
-    ``recovery`` is what is being done about a loss; None while the model is served.
+    ``recovery`` is what is being done about a loss; None while the model is served. ``move`` is one that was planned,
+    for a worker that leaves or comes home, during which requests go on.
     """
 
     def __init__(self, means: Means, checkpoint: Checkpoint, order: LoadOrder, first: Heirs, said: Said) -> None:
@@ -60,6 +61,7 @@ class Service:
         self._order = order
         self._epoch: Epoch | None = None
         self.recovery: Recovery | None = None
+        self.move: Recovery | None = None
         self.recoveries = 0
 
     @property
@@ -156,14 +158,32 @@ class Service:
         self.recovery = recovery = Recovery(self._site, self._epoch, cause)
         self._said(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
-        self._served_again(recovery)
-
-    def _served_again(self, recovery: Recovery) -> None:
         self.recovery = None
         self.recoveries += 1
+        self._tell("serving again", recovery)
+
+    def _tell(self, what: str, recovery: Recovery) -> None:
         took = time.monotonic() - recovery.began
         held = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
-        self._said(f"serving again after {took:.1f} s ({recovery.cause.sentence}): {held}")
+        self._said(f"{what} after {took:.1f} s ({recovery.cause.sentence}): {held}")
+
+    async def _carry_out(self, move: Recovery, chosen: Heirs | None = None) -> None:
+        """Move layers while requests go on; what goes wrong after the switch is a loss like any other.
+
+        Raises ``NoPlan`` or ``NoWorkers`` where they cannot go elsewhere.
+        """
+        self.move = move
+        try:
+            self._epoch = await move.move(chosen)
+        except (NoPlan, NoWorkers):
+            raise
+        except MacpipeError as e:
+            self.move = None
+            await self._recover(e)
+        else:
+            self._tell("layers moved", move)
+        finally:
+            self.move = None
 
     # Workers that want to leave
 
@@ -194,14 +214,10 @@ class Service:
         cause = WorkerLost(f"worker {name} is being drained", worker=name)
         move = Recovery(self._site, self._epoch, cause, without=(name,))
         try:
-            self._epoch = await move.move()
+            await self._carry_out(move)
         except (NoPlan, NoWorkers) as e:
             await self._cannot_leave(leaver, e)
             return
-        except MacpipeError as e:
-            await self._recover(e)
-        else:
-            self._served_again(move)
         if name not in self._holders():
             await self._release(leaver)
 
@@ -223,18 +239,9 @@ class Service:
         steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
         epoch = new_epoch(self.plan.epoch)
         if home := homecoming(epoch, self._first, self.plan, self.checkpoint.shape, self._order, steady):
-            await self._move(home)
-
-    async def _move(self, home: Heirs) -> None:
-        assert self._epoch
-        back = WorkerLost("workers that were lost take their layers back")
-        move = Recovery(self._site, self._epoch, back)
-        try:
-            self._epoch = await move.move(home)
-        except MacpipeError as e:
-            await self._recover(e)
-        else:
-            self._served_again(move)
+            assert self._epoch
+            back = WorkerLost("workers that were lost take their layers back")
+            await self._carry_out(Recovery(self._site, self._epoch, back), home)
 
     async def _release(self, leaver: WorkerFacts) -> None:
         await farewell(new_epoch(self.plan.epoch), [self._control(leaver.control_address)])

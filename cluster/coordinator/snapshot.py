@@ -22,7 +22,9 @@ class ServingState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What is being done about a loss. ``expected_s`` counts from its beginning; 0: it waits for a Mac."""
+    """What is being done about a loss, or to move layers as planned. ``expected_s`` counts from its beginning; 0: it
+    waits for a Mac.
+    """
 
     worker: str
     cause: str
@@ -36,7 +38,8 @@ class Repair:
 class Snapshot:
     """``plan`` and ``loop`` are None while nothing is loaded.
 
-    ``problem`` is a sentence, and ``repair`` there, while ``state`` is recovering or failed.
+    ``problem`` is a sentence, and ``repair`` there, while ``state`` is recovering or failed; ``move`` is there while
+    layers are moved as planned.
     """
 
     cluster: str
@@ -50,5 +53,6 @@ class Snapshot:
     tokens: int
     uptime_s: float
     repair: Repair | None = None
+    move: Repair | None = None
     recoveries: int = 0
     beliefs: tuple[Belief, ...] = ()

@@ -24,6 +24,7 @@ class Tally:
         self._tokens = 0
         self._ring_us = 0.0
         self._spent: dict[tuple[str, LayerRange], _Spent] = {}
+        self._lap: dict[tuple[str, LayerRange], StageFigures] = {}
         self.go_on(stages)
 
     def go_on(self, stages: Sequence[PlannedStage]) -> None:
@@ -59,6 +60,20 @@ class Tally:
             StageFigures(worker, layers, s.compute_us / 1e3, wire_us / 1e3, s.wait_us / 1e3)
             for (worker, layers), s in self._spent.items()
         )
+
+    def lap(self) -> tuple[StageFigures, ...]:
+        """The figures of the frames since the lap before."""
+        before, now = self._lap, self.figures()
+        self._lap = {(f.worker, f.layers): f for f in now}
+        return tuple(_since(f, before.get((f.worker, f.layers))) for f in now)
+
+
+def _since(now: StageFigures, before: StageFigures | None) -> StageFigures:
+    """Not below 0: after a recovery, what was on the wire before is shared by more stages."""
+    if before is None:
+        return now
+    compute, wait = now.compute_ms - before.compute_ms, now.wait_ms - before.wait_ms
+    return StageFigures(now.worker, now.layers, compute, max(now.wire_ms - before.wire_ms, 0.0), wait)
 
 
 @dataclass(slots=True)

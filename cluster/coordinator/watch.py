@@ -70,15 +70,19 @@ class Watch:
         return self._suspicion.gone(worker)
 
     async def asked(self, workers: Collection[str], since: float) -> tuple[Member, ...]:
-        """Ask these now; ``members`` once each has answered after ``since`` or counts as gone."""
+        """Ask these now; ``members`` once each has answered after ``since`` or counts as gone.
+
+        One whose engine has crashed counts as gone too, but it still answers, and may have a new one to tell of.
+        """
         for hurry in self._hurry.values():
             hurry.set()
-        while any(not self._suspicion.gone(w) and self._heard(w) < since for w in workers if w in self._seen):
+        while any(self._owes_a_word(w, since) for w in workers if w in self._seen):
             await self._news.wait()
         return self.members()
 
-    def _heard(self, worker: str) -> float:
-        return self._seen[worker][1]
+    def _owes_a_word(self, worker: str, since: float) -> bool:
+        member, heard = self._seen[worker]
+        return heard < since and (member.reachable or not self._suspicion.gone(worker))
 
     def _judged(self, name: str) -> Member:
         member = self._seen[name][0]
@@ -146,6 +150,7 @@ class Watch:
                 self._seen[name] = (Member(member.facts, error.sentence, reachable=False), heard)
                 if isinstance(error, WorkerRefused):
                     self._tell(self._suspicion.refused(name, error.sentence, time.monotonic()))
+        self._wake()
 
     def _wake(self) -> None:
         """Let those look again who wait for news."""

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from cluster.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
+from cluster.limits import MAX_SMALL_FILE_BYTES
 from cluster.model.safetensors import Shard, TensorInfo, read_shard
 from cluster.types import ModelRef
 
@@ -40,6 +41,7 @@ TOKENIZER_FILES: Final = (
     "vocab.txt",
 )
 """What can change which tokens a text becomes, or where an answer ends. Sorted: the fingerprint depends on it."""
+LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 FETCHED: Final = ("*.json", "model*.safetensors", "tokenizer.model", "tiktoken.model", "*.txt", "*.jinja")
 
 
@@ -113,16 +115,55 @@ def model_ref(name: str) -> ModelRef:
 
 
 def _read(path: Path, config_file: Path) -> Checkpoint:
+    _refuse_links(path)
     config = _json_object(config_file)
     _refuse_code(config)
     shards = [read_shard(path / name) for name in _shard_names(path)]
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    _require_layers(config, len(tensors))
     return Checkpoint(path, MappingProxyType(config), MappingProxyType(tensors), _fingerprint(path, shards))
+
+
+def _refuse_links(path: Path) -> None:
+    """Small files are given to other Macs, so one may not be a link to something else of this machine's.
+
+    The Hugging Face cache is made of links, to the folder ``blobs`` beside the one of its snapshots.
+    """
+    homes = (path.resolve(), (path.parent.parent / "blobs").resolve())
+    for name in ("config.json", INDEX, *TOKENIZER_FILES):
+        file = path / name
+        if file.is_symlink() and not any(file.resolve().is_relative_to(home) for home in homes):
+            raise BadCheckpoint(
+                f"{name} in {str(path)!r} is a link that leads out of the model's folder; put the file itself there",
+                file=name,
+            )
+
+
+def _require_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """A model is built layer by layer before a weight is missed, so there may not be more layers than tensors."""
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        for key in LAYER_KEYS:
+            layers = source.get(key)
+            if isinstance(layers, int) and layers > tensors:
+                raise BadCheckpoint(
+                    f"config.json speaks of {layers} layers ({key}), the files have {tensors} tensors: they are not of "
+                    "one model; copy or fetch the model again",
+                    file="config.json",
+                )
+
+
+def _small_file(path: Path) -> bytes:
+    """The content of a config or tokenizer file. Raises BadCheckpoint for one that is larger than any."""
+    size = path.stat().st_size
+    if size > MAX_SMALL_FILE_BYTES or not path.is_file():
+        raise BadCheckpoint(f"{path.name} has {size} bytes; no config or tokenizer file has so many", file=path.name)
+    return path.read_bytes()
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_small_file(path))
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path.name} is damaged: it is not JSON ({error})", file=path.name) from error
     if not isinstance(content, dict):
@@ -182,10 +223,10 @@ def _fingerprint(path: Path, shards: Iterable[Shard]) -> str:
         for part in (name.encode(), content):
             digest.update(len(part).to_bytes(8, "little") + part)
 
-    add("config.json", (path / "config.json").read_bytes())
+    add("config.json", _small_file(path / "config.json"))
     for name in TOKENIZER_FILES:
         if (path / name).is_file():
-            add(name, (path / name).read_bytes())
+            add(name, _small_file(path / name))
     for shard in shards:
         add(shard.file, shard.header)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ llguidance's own limits, the same here and on the last stage, so that what the c
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
@@ -29,6 +30,11 @@ __all__ = ["Constraint", "Grammars"]
 
 COMPILED_KEPT: Final = 64
 """Compiled grammars that are kept: many requests bring the same one, and samples of one prompt always do."""
+_EXCERPT: Final = re.compile(r"\d+ \||\^+$")
+"""A line of the source with its number, and what points into it."""
+_TOO_LOW: Final = re.compile(r"-0*[1-9][0-9]{18}")
+"""Near the lowest number of 64 bits, as a constant, llguidance 1.9 ends the process."""
+_QUOTED: Final = re.compile(r'(?<=invalid regex )"[^\n]*"(?= \()|"[^"\n]{33,}"')
 JSON_STYLE: Final[JsonCompileOptions] = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,20}"}
 """Any usual layout, but no endless run of blanks: models that are bound to JSON like to get lost in one."""
 
@@ -169,6 +175,8 @@ class Constraint:
 
 def _source(grammar: Grammar) -> str:
     """The grammar as llguidance reads it. Raises InvalidGrammar."""
+    if grammar.kind is not GrammarKind.REGEX and _TOO_LOW.search(grammar.source):
+        raise _refused(grammar, "it has a whole number of more than 18 digits below zero")
     match grammar.kind:
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.source))
@@ -182,8 +190,17 @@ def _source(grammar: Grammar) -> str:
 
 
 def _refused(grammar: Grammar, why: str) -> InvalidGrammar:
-    sentence = f"the {grammar.kind.value} cannot be compiled: {why.strip()[:1000] or 'llguidance gave no reason'}"
-    return InvalidGrammar(sentence, field=grammar.kind.value)
+    reason = _without_source(why, grammar.source)[:1000] or "llguidance gave no reason"
+    return InvalidGrammar(f"the {grammar.kind.value} cannot be compiled: {reason}", field=grammar.kind.value)
+
+
+def _without_source(why: str, source: str) -> str:
+    """The compiler's words without the excerpts that it shows: errors carry names and places, no text of a client's."""
+    said = _QUOTED.sub('"..."', why)
+    lines = (line.strip() for line in said.splitlines())
+    return "; ".join(line for line in lines if line and not _EXCERPT.match(line) and line not in source).replace(
+        ":;", ":"
+    )
 
 
 def _first_line(text: str) -> str:

@@ -82,6 +82,6 @@ def _pairs(picked: Picked | None) -> list[tuple[int, float]]:
     """Token and log-sum-exp of each row of an evaluated pick."""
     if picked is None:
         return []
-    tokens: Any = picked.token.reshape(-1).tolist()
-    norms: Any = picked.norm.reshape(-1).tolist()
-    return list(zip(tokens, norms, strict=True))
+    tokens: Any = picked.token.tolist()  # a reshape here would be another evaluation, and another wait for the device
+    norms: Any = picked.norm.tolist()
+    return [(token, norm) for token, (norm,) in zip(tokens, norms, strict=True)]

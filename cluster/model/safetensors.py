@@ -57,6 +57,8 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Read and check the header of one file. Raises BadCheckpoint naming the file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BadCheckpoint(f"{path.name} is no file; copy or fetch it again", file=path.name)
     size = path.stat().st_size
     header = _header_bytes(path, size)
     entries = _header_json(path, header)

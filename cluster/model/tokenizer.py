@@ -30,6 +30,7 @@ __all__ = ["TextDecoder", "Tokenizer", "late_grammars", "load_tokenizer"]
 
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 """Files one of which every tokenizer has."""
+PROBE: Final = "Hello"
 PLAIN: Final = ChatOptions()
 REPLACEMENT: Final = "\ufffd"
 
@@ -42,9 +43,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         eos = _eos_ids(load_config(path))
         extra = {"trust_remote_code": False, "local_files_only": True}
         wrapper = load_wrapper(path, extra, eos_token_ids=eos)  # type: ignore[no-untyped-call]
+        tokenizer = Tokenizer(wrapper)
+        tokenizer.decode(tokenizer.encode(PROBE))  # some settings that make no sense are looked at only now
+        return tokenizer
     except Exception as error:  # transformers raises whatever a damaged or unknown tokenizer makes it raise
         raise _unusable(path, error) from error
-    return Tokenizer(wrapper)
 
 
 def late_grammars(path: Path) -> Callable[[], Grammars]:
@@ -72,7 +75,10 @@ def _eos_ids(config: dict[str, Any]) -> list[int] | None:
     ids = config.get("eos_token_id")
     if ids is None:
         ids = (config.get("text_config") or {}).get("eos_token_id")
-    return [ids] if isinstance(ids, int) else ids
+    found = [ids] if isinstance(ids, int) else ids
+    if found is not None and not (isinstance(found, list) and all(type(one) is int for one in found)):
+        raise ValueError("eos_token_id is neither a token id nor a list of them")
+    return found
 
 
 class Tokenizer:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cluster.limits import LANE_ROWS, MANY_USERS, PREFILL_CHUNK, REFERENCE_PROMPT
+from cluster.chunking import overlapping_chunk
+from cluster.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import boundary_bytes, decode_s, prefill_s
 from cluster.profiles import Forecast
@@ -84,7 +85,7 @@ def _first_token_s(
     prompt: int,
 ) -> float:
     """The first chunk passes all stages, the others follow at the slowest one's pace; then a step makes the token."""
-    chunk = min(PREFILL_CHUNK, prompt)
+    chunk = min(overlapping_chunk(prompt, len(workers)), prompt)
     stages = [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
     first = sum(stages) + hops_s(shape, candidates, workers, ranges, chunk)
     return first + (-(-prompt // chunk) - 1) * max(stages) + token_s(shape, candidates, workers, ranges)

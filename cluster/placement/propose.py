@@ -65,6 +65,8 @@ def propose(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
 
 def _as_told(shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequence[LayerRange]) -> Proposal:
     """The given ranges, held to the same rules; what the search would do instead is said."""
+    if wish.stages not in (None, len(layers)):
+        raise NoPlan(f"{len(layers)} layer ranges were given and --workers {wish.stages}; leave one of them out")
     if len(layers) != len(candidates.workers):
         raise NoPlan(
             f"{len(layers)} layer ranges were given for {len(candidates.workers)} workers; give one range for each"

@@ -77,6 +77,9 @@ class Flights:
         if frame.number not in self._flights:
             raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back, which is not in the ring")
         flight = self._flights.pop(frame.number)
+        told = [*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)]
+        if len(set(told)) < len(told):
+            raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back with two answers for one sequence")
         self._require_none_lost(flight)
         return flight
 

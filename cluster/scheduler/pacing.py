@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.chunking import overlapping_chunk
+from cluster.frames import Compute
 from cluster.types import StageTiming
 
 _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
 """Before anything was measured, while others decode."""
 _LEAST_CHUNK = 4
-_FILLS = 4
-"""A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
-_LEAST_SPLIT = 128
-"""A shorter chunk would lose more to thin matrices than overlap wins."""
 _LEAST_SPREAD = 0.1
 """Chunks whose lengths differ by less, of their mean, do not tell a frame's cost from a token's."""
 _LEAST_SLOPE = 0.01
-"""A token costs at least this share of what it does on average, whatever noise says."""
+"""A token costs at least this share of what it does on average; less is noise."""
+_MOST_GROWTH = 4
+"""A chunk is at most so many times as long as the longest of late: how far a line through short ones can be trusted."""
+_LEAST_FRAMES = 2.0
+"""A chunk may cost so many times what a frame does without any token: half of its time is work then."""
 
 
 class Pacing:
@@ -29,12 +31,21 @@ class Pacing:
     def __init__(self, chunk: int, stages: int, max_step_ms: float | None) -> None:
         self._chunk, self._stages, self._max_step_ms = chunk, stages, max_step_ms
         self._frames = self._tokens = self._us = self._tokens_squared = self._tokens_by_us = 0.0
+        self._step_us = self._longest = 0.0
 
-    def learn(self, tokens: int, timings: Sequence[StageTiming]) -> None:
-        """A prefill frame of so many tokens came back, computed by every stage."""
+    def learn(self, compute: Compute | None, tokens: int, timings: Sequence[StageTiming]) -> None:
+        """A frame came back, computed by every stage: a decode step, or a chunk of so many tokens of a prompt."""
+        if compute is Compute.DECODE:
+            us = sum(t.compute_us for t in timings)
+            self._step_us += (us - self._step_us) * (_SMOOTHING if self._step_us else 1.0)
+        elif compute is Compute.PREFILL:
+            self._learn_chunk(tokens, timings)
+
+    def _learn_chunk(self, tokens: int, timings: Sequence[StageTiming]) -> None:
         if not timings or tokens < _LEAST_CHUNK:
             return
         us, kept = max(t.compute_us for t in timings), (1 - _SMOOTHING) ** (tokens / self._chunk)
+        self._longest = max(kept * self._longest, tokens)
         self._frames = kept * self._frames + 1
         self._tokens = kept * self._tokens + tokens
         self._us = kept * self._us + us
@@ -42,29 +53,33 @@ class Pacing:
         self._tokens_by_us = kept * self._tokens_by_us + tokens * us
 
     def chunk(self, whole: int, *, others_decode: bool) -> int:
-        """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled."""
-        chunk = self._overlapping(whole)
+        """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled.
+
+        While others decode it takes a stage no longer than the budget, nor longer than a decode step takes all of them:
+        the time between two tokens of theirs doubles at most.
+        """
+        chunk = overlapping_chunk(whole, self._stages, self._chunk)
         if not others_decode or self._max_step_ms is None:
             return chunk
         if not self._frames:
             return min(_UNKNOWN_CHUNK, chunk)
         fixed_us, us_a_token = self._cost()
-        affordable = int((self._max_step_ms * 1e3 - fixed_us) / max(us_a_token, 1e-3))
-        return max(_LEAST_CHUNK, min(chunk, affordable))
+        budget_us = self._max_step_ms * 1e3
+        if self._step_us:
+            budget_us = min(budget_us, max(self._step_us, _LEAST_FRAMES * fixed_us))
+        affordable = int((budget_us - fixed_us) / max(us_a_token, 1e-3))
+        return max(_LEAST_CHUNK, min(chunk, affordable, int(_MOST_GROWTH * self._longest)))
 
     def _cost(self) -> tuple[float, float]:
         """Microseconds a frame and a token: a line through what was measured, or all by tokens where lengths differ
-        too little to tell the two apart.
+        too little to tell the two apart, or where longer frames took less: a long context's, once chunks got shorter.
         """
         tokens, us = self._tokens / self._frames, self._us / self._frames
         spread = self._tokens_squared / self._frames - tokens * tokens
         if spread < (_LEAST_SPREAD * tokens) ** 2:
             return 0.0, us / tokens
         slope = (self._tokens_by_us / self._frames - tokens * us) / spread
-        slope = min(max(slope, _LEAST_SLOPE * us / tokens), us / tokens)
+        if slope < _LEAST_SLOPE * us / tokens:
+            return 0.0, us / tokens
+        slope = min(slope, us / tokens)
         return us - slope * tokens, slope
-
-    def _overlapping(self, whole: int) -> int:
-        if self._stages == 1:
-            return self._chunk
-        return min(self._chunk, max(_LEAST_SPLIT, whole // (_FILLS * self._stages)))

@@ -85,11 +85,12 @@ class Scheduler:
 
     # What can happen
 
-    def submit(self, *requests: Request, said: tuple[int, ...] = ()) -> None:
-        """Accept requests, all or none. Several are samples of one prompt, which the first of them prefills for all.
+    def submit(self, *requests: Request, said: tuple[tuple[int, ...], ...] = ()) -> None:
+        """Accept requests, all or none. Several are samples of one prompt, which the first of them prefills for all,
+        unless the answers have begun with what they have ``said`` already.
 
-        The answer of one begins with ``said`` already. Raises ``Busy`` where the queue is full, ``PromptTooLong`` for
-        one that can never fit, ``InvalidRequest`` for an id that is taken.
+        Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit, ``InvalidRequest`` for
+        an id that is taken.
         """
         for request in requests:
             if request.id in self._by_request:
@@ -102,10 +103,10 @@ class Scheduler:
                 retry_after_s=RETRY_AFTER_S,
             )
         leader: Sequence | None = None
-        for request in requests:
+        for request, begun in zip(requests, said or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(said))
-            leader = leader or sequence
+            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(begun))
+            leader = leader or (None if said else sequence)
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
@@ -140,8 +141,8 @@ class Scheduler:
         flight = self._flights.land(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
-        elif flight.compute is Compute.PREFILL and not frame.error:
-            self._pacing.learn(flight.prefills, frame.timings)
+        if not frame.error:
+            self._pacing.learn(flight.compute, flight.prefills, frame.timings)
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
         for sequence in live:
             sequence.prefilled += flight.prefills

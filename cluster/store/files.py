@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from dataclasses import dataclass
 
 from cluster.model.checkpoint import FETCHED, WEIGHTS
 
 RECORDS = ".macpipe"
 """The folder inside a partial checkpoint where its records are."""
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,31 @@ class ModelFiles:
     commit: str = ""
 
 
+def origin_of(noted: object) -> ModelFiles:
+    """What was noted of a model as plain data, checked. Raises ValueError."""
+    match noted:
+        case {"files": [*files], "repo": str(repo), "commit": str(commit)}:
+            return ModelFiles(tuple(map(_stored, files)), repo, commit)
+    raise ValueError("no record of a model's files")
+
+
+def _stored(noted: object) -> StoredFile:
+    match noted:
+        case {"name": str(name), "size": int(size), "sha256": str(sha256), "blob": str(blob)} if (
+            wanted(name) and size >= 0
+        ):
+            return StoredFile(name, size, sha256, blob)
+    raise ValueError("no record of a file")
+
+
 def wanted(name: str) -> bool:
-    """Whether a file is one that a model is served from. Names with a folder in them never are."""
-    return "/" not in name and "\\" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
+    """Whether a file is one that a model is served from: no name with a folder in it, hidden, or odd ever is."""
+    return bool(_PLAIN.fullmatch(name)) and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
+
+
+def is_digest(text: str) -> bool:
+    """Whether it is a SHA-256 in hex, as a fingerprint is."""
+    return bool(_DIGEST.fullmatch(text))
 
 
 def git_blob(content: bytes) -> str:

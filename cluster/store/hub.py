@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports them without saying so
     build_hf_headers,
     hf_raise_for_status,
@@ -37,7 +38,13 @@ from cluster.errors import (
     ModelForbidden,
     ModelNotFound,
 )
-from cluster.limits import HUB_PEEK_BYTES, HUB_TIMEOUT_S, MAX_SAFETENSORS_HEADER_BYTES, MAX_SMALL_FILE_BYTES
+from cluster.limits import (
+    HUB_PEEK_BYTES,
+    HUB_TIMEOUT_S,
+    MAX_MODEL_FILES,
+    MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_SMALL_FILE_BYTES,
+)
 from cluster.store.files import ModelFiles, StoredFile, wanted
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every range at INFO
@@ -62,8 +69,10 @@ class HubName:
 def look_up(name: HubName) -> ModelFiles:
     """The files of a model as the hub has them now. Raises as ``hub_failures`` does."""
     with hub_failures(name):
-        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
+        info = _model_info(name)
     siblings = sorted(info.siblings or (), key=lambda one: one.rfilename)
+    if len(siblings) > MAX_MODEL_FILES:
+        raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are looked at.")
     files = tuple(
         StoredFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else "", one.blob_id or "")
         for one in siblings
@@ -71,6 +80,39 @@ def look_up(name: HubName) -> ModelFiles:
     )
     _require_model(name, [one.rfilename for one in siblings], files)
     return ModelFiles(files, name.repo, info.sha or name.revision)
+
+
+def _model_info(name: HubName) -> ModelInfo:
+    """What the hub says of a model. Raises HubUnreachable for an answer that is none."""
+    try:
+        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
+        sound = all(_is_sound(one) for one in info.siblings or ()) and isinstance(info.sha or "", str)
+    except (HFValidationError, OfflineModeIsEnabled):
+        raise
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # another service, or a proxy's page
+        raise _no_hub(name) from error
+    if not sound:
+        raise _no_hub(name)
+    return info
+
+
+def _is_sound(one: RepoSibling) -> bool:
+    numbers = [size for size in (one.size, one.lfs.size if one.lfs else None) if size is not None]
+    texts = [one.rfilename, one.blob_id or "", one.lfs.sha256 if one.lfs else ""]
+    return all(type(n) is int and 0 <= n < 2**63 for n in numbers) and all(isinstance(text, str) for text in texts)
+
+
+def _no_hub(name: HubName) -> HubUnreachable:
+    return HubUnreachable(
+        f"what answers at {constants.ENDPOINT} for {name} is not the hub: its answer is no description of a model; "
+        "check HF_ENDPOINT and this Mac's network"
+    )
 
 
 def _require_model(name: HubName, all_names: list[str], files: tuple[StoredFile, ...]) -> None:

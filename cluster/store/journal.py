@@ -26,7 +26,7 @@ class Journal:
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, list) and entry and all(isinstance(field, str | int) for field in entry):
                 yield entry

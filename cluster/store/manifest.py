@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from cluster.errors import ModelDiffers
+from cluster.store.files import is_digest
 from cluster.store.journal import Journal
 
 
@@ -25,7 +26,7 @@ class Manifest:
             match entry:
                 case [str(name), ""]:
                     self._known.pop(name, None)
-                case [str(name), str(digest)]:
+                case [str(name), str(digest)] if is_digest(digest):
                     self._known.setdefault(name, digest)
 
     @property

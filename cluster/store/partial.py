@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import RLock
 
 from cluster.errors import BadCheckpoint
-from cluster.limits import MIB
+from cluster.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store.extents import Extents
-from cluster.store.files import RECORDS, ModelFiles, StoredFile
+from cluster.store.files import RECORDS, ModelFiles, StoredFile, is_digest, origin_of
 from cluster.store.journal import Entry, Journal
 
 READ_BYTES = 4 * MIB
@@ -48,13 +48,13 @@ class Partial:
 
     def _replay(self, entry: Entry) -> None:
         match entry:
-            case ["got", str(file), int(start), int(end)] if file in self._extents:
+            case ["got", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
                 self._extents[file].add(start, end)
-            case ["lost", str(file), int(start), int(end)] if file in self._extents:
+            case ["lost", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
                 self._extents[file].remove(start, end)
             case ["sum", str(tensor), ""]:
                 self._noted.pop(tensor, None)
-            case ["sum", str(tensor), str(digest)]:
+            case ["sum", str(tensor), str(digest)] if is_digest(digest):
                 self._noted[tensor] = digest
             case ["whole", str(file), str(digest)]:
                 self._whole[file] = digest
@@ -180,8 +180,13 @@ def _move(made: Path, folder: Path) -> None:
 def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
     """Write small files, headers and holes. -> the fingerprint."""
     journal = Journal(made / RECORDS / "journal.jsonl")
+    _require_bounds(origin)
+    total = 0
     for file in origin.files:
         content = read(file)
+        total += len(content)
+        if total > MAX_MODEL_READ_BYTES or len(content) > file.size:
+            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
         if not file.weights and not file.matches(content):
             raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
         (made / file.name).write_bytes(content)
@@ -193,10 +198,21 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
     return open_checkpoint(made).fingerprint
 
 
+def _require_bounds(origin: ModelFiles) -> None:
+    """Raise BadCheckpoint for more bytes than a disk could ever have, before a file is made."""
+    claimed = sum(file.size for file in origin.files)
+    if claimed > MAX_MODEL_BYTES:
+        raise BadCheckpoint(f"The model's files are said to have {claimed} bytes; at most {MAX_MODEL_BYTES} are taken.")
+
+
 def read_origin(folder: Path) -> ModelFiles:
-    """Where a partial checkpoint is from."""
-    noted = json.loads((folder / RECORDS / "origin.json").read_bytes())
-    return ModelFiles(tuple(StoredFile(**file) for file in noted["files"]), noted["repo"], noted["commit"])
+    """Where a partial checkpoint is from. Raises BadCheckpoint where that cannot be read any more."""
+    try:
+        return origin_of(json.loads((folder / RECORDS / "origin.json").read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(
+            f"the records of the model in {str(folder)!r} are damaged; remove that folder and load the model again"
+        ) from error
 
 
 def is_partial(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from cluster.limits import (
     CONTROL_TIMEOUT_S,
     FETCH_RANGE_BYTES,
     MAX_CHECKPOINT_TENSORS,
+    MAX_MODEL_FILES,
     MAX_SAFETENSORS_HEADER_BYTES,
     MAX_SMALL_FILE_BYTES,
     MAX_TENSORS_NAMED,
@@ -63,8 +64,13 @@ class Peer:
         with self._failures():
             answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
         files = tuple(StoredFile(file.name, file.size, file.sha256) for file in answer.files)
-        if strange := next((file.name for file in files if not wanted(file.name)), None):
-            raise BadCheckpoint(f"{self.label} offers {strange[:200]!r}, which is no file of a model.")
+        if len(files) > MAX_MODEL_FILES:
+            raise BadCheckpoint(
+                f"{self.label} names {len(files)} files of one model; at most {MAX_MODEL_FILES} are taken."
+            )
+        strange = [file.name for file in files if not wanted(file.name)]
+        if strange:
+            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
         return ModelFiles(files, answer.repo, answer.commit)
 
     def small(self, file: StoredFile) -> bytes:

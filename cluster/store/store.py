@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
+from cluster.store.files import is_digest
 from cluster.store.hub import Hub, HubName, look_up
 from cluster.store.partial import Partial, is_partial, place, read_origin
 from cluster.store.peer import Peer
 from cluster.types import ModelRef
-
-_HEX = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +86,8 @@ class Store:
         with contextlib.suppress(ModelNotFound):
             if found := _same(resolve_model(model.name), model, strict=False):
                 return found
+        if not is_digest(model.fingerprint):
+            raise BadCheckpoint(f"the model's fingerprint {model.fingerprint[:80]!r} is none")
         folder = self._models / model.fingerprint
         if not is_partial(folder):
             folder = self._from_peers(model, peers)
@@ -96,7 +96,7 @@ class Store:
     def kept(self, fingerprint: str) -> Found | None:
         """What the store itself has of a model."""
         folder = self._models / fingerprint
-        return Found(folder, Partial(folder)) if _HEX.fullmatch(fingerprint) and is_partial(folder) else None
+        return Found(folder, Partial(folder)) if is_digest(fingerprint) and is_partial(folder) else None
 
     def _from_peers(self, model: ModelRef, peers: Sequence[Peer]) -> Path:
         """Headers and small files, from the first peer that gives them."""

@@ -25,6 +25,8 @@ from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subs
 FEED = "/cluster.v1.StageService/Feed"
 PULL = "/cluster.v1.StageService/Pull"
 _EPOCH = "macpipe-epoch"
+_EPOCH_DIGITS = 19
+"""Of a number of 63 bits, as a frame's epoch is."""
 _LINE = "macpipe-line"
 _ACCEPTED = b""
 """The first message of every stream, from the one who accepts it."""
@@ -70,9 +72,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
         metadata = dict(context.invocation_metadata())
         epoch = str(metadata.get(_EPOCH, ""))
         line = Line.BULK if metadata.get(_LINE) == Line.BULK else Line.URGENT
-        outbox = self._stages.outbox(int(epoch), line) if epoch.isdigit() else None
+        known = epoch.isascii() and epoch.isdigit() and len(epoch) <= _EPOCH_DIGITS
+        outbox = self._stages.outbox(int(epoch), line) if known else None
         if outbox is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {epoch or '(none)'} is loaded here")
+            told = epoch if known else "(none)"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {told} is loaded here")
         return outbox
 
     def _feed(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Protocol
 
-from cluster.limits import MAX_FRAMES_WAITING
+from cluster.limits import MAX_FRAMES_WAITING, MAX_WAITING_BYTES
 
 Received = Callable[[bytes], None]
 Lost = Callable[[str], None]
@@ -61,20 +61,35 @@ class Dialer(Protocol):
 
 
 class Outbox:
-    """Messages of one epoch on their way to one reader. Bounded: a full one ends the stream with a sentence."""
+    """Messages of one epoch on their way to one reader. Bounded in number and in bytes (one message may always wait):
+    a full one ends the stream with a sentence. Once closed it takes none.
+    """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_FRAMES_WAITING)
-        self._taken = False
+        # A SimpleQueue wakes its reader in half of a Queue's time; its bounds are kept by whoever sends.
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._sent = self._read = 0
+        """Bytes; each is written by one thread alone."""
+        self._taken = self._closed = False
         self.overflowed = False
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of messages that nobody has read yet."""
+        return max(0, self._sent - self._read)
+
     def send(self, message: bytes) -> None:
-        try:
-            self._queue.put_nowait(message)
-        except queue.Full:
+        if self._closed:
+            return
+        waiting = self.waiting_bytes
+        too_much = waiting and waiting + len(message) > MAX_WAITING_BYTES
+        if too_much or self._queue.qsize() >= MAX_FRAMES_WAITING:
             self.overflowed = True
             self.close()
+        else:
+            self._sent += len(message)
+            self._queue.put(message)
 
     def take(self) -> bool:
         """Claim the only reader's place; False where it is taken."""
@@ -82,13 +97,11 @@ class Outbox:
         return not taken
 
     def close(self) -> None:
-        """Let the reader end, even where the queue is full."""
-        while True:
-            try:
-                self._queue.put_nowait(None)
-                return
-            except queue.Full:
-                self._drop_one()
+        """Let the reader end after what is waiting, or at once where that is too much."""
+        self._closed = True
+        while self.overflowed and not self._queue.empty():
+            self._drop_one()
+        self._queue.put(None)
 
     def _drop_one(self) -> None:
         try:
@@ -98,5 +111,6 @@ class Outbox:
 
     def __iter__(self) -> Iterator[bytes]:
         """Messages until the outbox closes; blocks between them."""
-        while (message := self._queue.get()) is not None:
+        while (message := self._queue.get()) is not None and not self.overflowed:
+            self._read += len(message)
             yield message

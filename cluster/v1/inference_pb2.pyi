@@ -295,6 +295,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client for Abort; empty: the server makes one."""
     model: _builtins.str
@@ -304,6 +305,8 @@ class GenerateRequest(_message.Message):
     """0 to 9: a request of priority n counts for 1 / (1 + n) of its tokens when clients take turns."""
     samples: _builtins.int
     """Answers of this prompt, which is read once; 0 means 1. Each has a seed of its own, derived from the request's."""
+    stage_timings: _builtins.bool
+    """Have every token tell where its time went."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -324,10 +327,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         grammar: Global___Grammar | None = ...,
         samples: _builtins.int = ...,
+        stage_timings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stage_timings", b"stage_timings", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -575,10 +579,12 @@ class ChatRequest(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
+    STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     priority: _builtins.int
     samples: _builtins.int
+    stage_timings: _builtins.bool
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @_builtins.property
@@ -603,10 +609,11 @@ class ChatRequest(_message.Message):
         grammar: Global___Grammar | None = ...,
         samples: _builtins.int = ...,
         template: Global___TemplateOptions | None = ...,
+        stage_timings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "sampling", b"sampling", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "messages", b"messages", "model", b"model", "priority", b"priority", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stop", b"stop", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "messages", b"messages", "model", b"model", "priority", b"priority", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stage_timings", b"stage_timings", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -717,6 +724,7 @@ class TokenEvent(_message.Message):
     REASONING_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0 for the first token of the answer."""
     token: _builtins.int
@@ -731,6 +739,12 @@ class TokenEvent(_message.Message):
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]: ...
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]: ...
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageFigures]:
+        """What its frames took, one entry a stage, where `stage_timings` asked for it: those since the token before, so the
+        first token's hold the prompt's.
+        """
+
     def __init__(
         self,
         *,
@@ -742,10 +756,11 @@ class TokenEvent(_message.Message):
         reasoning: _builtins.str = ...,
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
         sample: _builtins.int = ...,
+        stages: _abc.Iterable[Global___StageFigures] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "index", b"index", "logprob", b"logprob", "reasoning", b"reasoning", "sample", b"sample", "text", b"text", "token", b"token", "tool_calls", b"tool_calls", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "index", b"index", "logprob", b"logprob", "reasoning", b"reasoning", "sample", b"sample", "stages", b"stages", "text", b"text", "token", b"token", "tool_calls", b"tool_calls", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
@@ -807,7 +822,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class StageFigures(_message.Message):
-    """What one stage did for this request, summed over its frames."""
+    """What one stage did for a request or for one of its tokens, summed over the frames."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1016,18 +1031,24 @@ class ResumeRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     offset: _builtins.int
     """Tokens that the client has already."""
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where several samples were asked for: the same of each, in place of `offset`."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         offset: _builtins.int = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "offsets", b"offsets", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,7 +100,7 @@ class InferenceServiceServicer:
 
     def Resume(self, request, context):
         """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
-        `prompt`, the `token`s from `offset` on, and one `finish`.
+        `prompt`, the `token`s from `offset` on, and one `finish` a sample. Of a chat, its reasoning and calls too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

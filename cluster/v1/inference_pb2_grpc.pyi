@@ -43,7 +43,7 @@ class InferenceServiceStub:
     """ListModels names what is being served."""
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
     """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
-    `prompt`, the `token`s from `offset` on, and one `finish`.
+    `prompt`, the `token`s from `offset` on, and one `finish` a sample. Of a chat, its reasoning and calls too.
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
     """Abort ends a live request by its id, wherever it is: queue, prefill or decode."""
@@ -63,7 +63,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """ListModels names what is being served."""
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
-    `prompt`, the `token`s from `offset` on, and one `finish`.
+    `prompt`, the `token`s from `offset` on, and one `finish` a sample. Of a chat, its reasoning and calls too.
     """
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
     """Abort ends a live request by its id, wherever it is: queue, prefill or decode."""
@@ -110,7 +110,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
-        `prompt`, the `token`s from `offset` on, and one `finish`.
+        `prompt`, the `token`s from `offset` on, and one `finish` a sample. Of a chat, its reasoning and calls too.
         """
 
     @_abc_1.abstractmethod

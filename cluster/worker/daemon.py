@@ -58,6 +58,8 @@ async def _run(settings: WorkerSettings) -> None:
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
             profile = await profiled(settings, supervisor)
+            if settings.standby:
+                tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
             control = Control(worker_id, settings, supervisor, Supplies(settings.home), profile, machine)
             answering.append(control)
             await _answer(settings, control, server, port)

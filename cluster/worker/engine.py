@@ -1,6 +1,7 @@
 """The engine: the process that holds the slice. Its main thread is the one MLX thread; all others touch only bytes.
 
-It takes commands from its daemon on stdin and answers on stdout; frames come and go on its own data port. It ends
+It takes commands from its daemon on stdin and answers on stdout; frames come and go on its own data port. Until it is
+told to begin it has imported everything and touched neither device nor port: so it can stand by for another. It ends
 when stdin does, so an engine never outlives its daemon. It refuses to know the cluster: who its neighbours are is told.
 """
 
@@ -17,10 +18,11 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from cluster.errors import MacpipeError
+from cluster.errors import BadFrame, MacpipeError
 from cluster.model import device, speed
 from cluster.transport.rings import DataServer
 from cluster.worker.messages import (
+    Begin,
     Command,
     Done,
     Event,
@@ -34,8 +36,8 @@ from cluster.worker.messages import (
     Report,
     Reported,
     Unload,
-    message,
     pack,
+    read,
     unpacker,
 )
 from cluster.worker.slot import Slot, sentence_of
@@ -127,15 +129,21 @@ class Engine:
             self._answers.flush()
 
 
+def _told_to_begin(commands: BinaryIO) -> bool:
+    """Wait for the daemon's first word, after which it waits for hello; False where it ends without one."""
+    return any(isinstance(first, Begin) for first in read(unpacker(), os.read(commands.fileno(), 65536)))
+
+
 def _obey_commands(engine: Engine, commands: BinaryIO) -> None:
     """Read commands until the daemon closes the pipe or is gone."""
     stream = unpacker()
-    while data := os.read(commands.fileno(), 65536):
-        stream.feed(data)
-        for item in stream:
-            command = message(item)
-            assert isinstance(command, Command)
-            engine.obey(command)
+    try:
+        while data := os.read(commands.fileno(), 65536):
+            for command in read(stream, data):
+                if isinstance(command, Command):
+                    engine.obey(command)
+    except BadFrame as e:
+        sys.stderr.write(f"the engine ends: {e.sentence}\n")
     engine.stop()
 
 
@@ -156,6 +164,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
     answers = _own_stdout()
+    if not _told_to_begin(sys.stdin.buffer):
+        return 0  # it stood by, and was not needed
     try:
         engine = Engine(options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
     except MacpipeError as e:

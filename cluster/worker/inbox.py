@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cluster.errors import BadFrame
 from cluster.frames import Frame
-from cluster.limits import MAX_BODIES_WAITING
+from cluster.limits import MAX_BODIES_WAITING, MAX_WAITING_BYTES
 from cluster.scheduler.turns import Turns
 from cluster.wire.frame import with_body
 from cluster.wire.parcels import Body, Head, unpack
@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A whole frame and when it was whole, in the nanoseconds of ``time.perf_counter_ns``."""
+    """A whole frame and when it was whole, in the nanoseconds of ``time.perf_counter_ns``.
+
+    Where there are ``more`` behind it, a job has to be posted that takes the next one.
+    """
 
     frame: Frame
     at_ns: int
+    more: bool
 
 
 class Inbox:
@@ -38,6 +42,9 @@ class Inbox:
         self._arrived: dict[int, int] = {}
         self._bodies: dict[int, Body] = {}
         """Those that came before their heads."""
+        self._bytes = 0
+        self._sizes: dict[int, int] = {}
+        """Bytes that wait, in all and of each frame."""
         self._watched = False
         """A job that takes frames out is on its way."""
 
@@ -49,6 +56,8 @@ class Inbox:
             log.warning("dropped a frame of epoch %d: epoch %d is loaded", epoch, self._epoch)
             return False
         with self._lock:
+            number = parcel.frame.number if isinstance(parcel, Head) else parcel.number
+            self._require_room(number, len(message))
             if isinstance(parcel, Head):
                 self._put_head(parcel)
             else:
@@ -56,8 +65,17 @@ class Inbox:
             watched, self._watched = self._watched, True
             return not watched
 
+    def _require_room(self, number: int, size: int) -> None:
+        """Count a message in; ``take`` counts its frame out. Raises ``BadFrame`` where too many bytes wait."""
+        if self._bytes and self._bytes + size > MAX_WAITING_BYTES:
+            raise BadFrame(f"frames of {self._bytes} bytes wait on one stage")
+        self._bytes += size
+        self._sizes[number] = self._sizes.get(number, 0) + size
+
     def _put_head(self, head: Head) -> None:
         number = head.frame.number
+        if number in self._arrived:
+            raise BadFrame(f"two frames that wait on one stage have the number {number}")
         body = None if head.whole else self._bodies.pop(number, None)
         frame = with_body(head.frame, body.data) if body else head.frame
         self._turns.add(frame, ready=head.whole or body is not None)
@@ -74,8 +92,13 @@ class Inbox:
             self._bodies[body.number] = body
 
     def take(self) -> Arrival | None:
-        """The frame whose turn it is; None where none can run yet, and the next message needs a job of its own."""
+        """The frame whose turn it is; None where none can run yet. Where none waits behind it either, the next message
+        needs a job of its own.
+        """
         with self._lock:
             frame = self._turns.take()
-            self._watched = frame is not None
-            return Arrival(frame, self._arrived.pop(frame.number)) if frame else None
+            self._watched = frame is not None and len(self._turns) > 0
+            if frame is None:
+                return None
+            self._bytes -= self._sizes.pop(frame.number, 0)
+            return Arrival(frame, self._arrived.pop(frame.number), self._watched)

@@ -1,16 +1,27 @@
 """What daemon and engine say to each other over a pipe: msgpack lists, a message's name first.
 
 Commands go down and carry a ``call`` number; ``Progress``, ``Done`` and ``Failed`` come back with it. ``Hello`` is the
-engine's first word. Both ends are one version of one program, so nothing here is checked but its shape.
+engine's first word, and its answer to ``Begin``. Both ends are one version of one program, but an engine that a fault
+has spoiled may say anything: each message's shape and types are checked.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, fields
 
 import msgpack
 
+from cluster.errors import BadFrame
+from cluster.limits import MAX_ENGINE_MESSAGE_BYTES
 from cluster.types import LayerRange, ModelRef, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Take the device and the data port, and say hello. An engine is told this first: until then it may stand by."""
+
+    call: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +143,38 @@ class Reported:
 
 Command = Load | Link | Unload | Report | Measure
 Event = Hello | Progress | Done | Failed | Reported | Measured
-_KINDS = (Load, Link, Unload, Report, Measure, Hello, Progress, Done, Failed, Reported, Measured)
+_KINDS = (Begin, Load, Link, Unload, Report, Measure, Hello, Progress, Done, Failed, Reported, Measured)
 _TYPES = {t.__name__: t for t in _KINDS}
+_PLAIN: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
+"""What the fields' annotations stand for."""
 
 
-def pack(message: Command | Event) -> bytes:
+def pack(message: Begin | Command | Event) -> bytes:
     return bytes(msgpack.packb((type(message).__name__, *astuple(message))))
 
 
 def unpacker() -> msgpack.Unpacker:
-    """A stream to feed bytes to, whose items go to ``message``."""
-    return msgpack.Unpacker(max_buffer_size=2**20)
+    """A stream for ``read``."""
+    return msgpack.Unpacker(max_buffer_size=MAX_ENGINE_MESSAGE_BYTES)
 
 
-def message(item: list[object]) -> Command | Event:
-    name, *fields = item
-    made: Command | Event = _TYPES[str(name)](*fields)  # type: ignore[arg-type]
+def read(stream: msgpack.Unpacker, data: bytes) -> Iterator[Begin | Command | Event]:
+    """The messages that became whole with ``data``. Raises ``BadFrame`` for what is none; the stream ends with that."""
+    try:
+        stream.feed(data)
+        for item in stream:
+            yield _message(item)
+    except (ValueError, msgpack.UnpackException) as e:
+        raise BadFrame(f"what came over the engine's pipe is no message: {type(e).__name__}") from e
+
+
+def _message(item: object) -> Begin | Command | Event:
+    name, *values = item if isinstance(item, list) and item else [None]
+    kind = _TYPES.get(name) if isinstance(name, str) else None
+    wanted = [str(field.type) for field in fields(kind)] if kind else []
+    if kind is None or len(wanted) != len(values):
+        raise BadFrame("what came over the engine's pipe is no message that this version knows")
+    if not all(type(value) in _PLAIN[plain] for plain, value in zip(wanted, values, strict=True)):
+        raise BadFrame(f"a message {name} over the engine's pipe has a field of another type")
+    made: Begin | Command | Event = kind(*values)
     return made

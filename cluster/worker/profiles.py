@@ -83,13 +83,20 @@ def _way(worker: str, address: str) -> str:
 def _read(path: Path, key: str) -> Kept:
     try:
         kept = _kept(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, damaged, or of another form
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # not there, damaged, or of another form
         return Kept(key)
     return kept if kept.key == key else Kept(key)
 
 
 def _link(round_trip_s: float, bandwidth: float) -> Link:
-    if not (math.isfinite(round_trip_s) and math.isfinite(bandwidth) and bandwidth > 0):
+    if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError("a link is no link")
     return Link(float(round_trip_s), float(bandwidth))
 
@@ -98,7 +105,8 @@ def _kept(facts: Any) -> Kept:
     profile = facts["profile"]
     learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections"))
     figures = {name: float(value) for name, value in profile.items()}
-    if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *dict(learned).values())):
+    ratios = dict(learned).values()
+    if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *ratios)) or not all(r > 0 for r in ratios):
         raise ValueError("a figure is no figure")
     links = tuple((str(way), _link(**link), float(at)) for way, link, at in facts["links"])
     return Kept(str(facts["key"]), Profile(**figures, corrections=learned), links)

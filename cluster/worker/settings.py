@@ -34,3 +34,5 @@ class WorkerSettings:
     interface: str = ""
     throttle: float = 1.0
     data_port: int = 0
+    standby: bool = True
+    """Keep a second engine process in waiting, so that one that dies is replaced at once."""

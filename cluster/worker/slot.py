@@ -166,7 +166,8 @@ class Slot:
         """Run the frame whose turn has come, one a job: a command waits for one frame, not until none is left."""
         if self._stage and self._ports is ports and (arrival := ports.inbox.take()):
             self._advance(self._stage, ports, arrival)
-            self._post(lambda: self._work(ports))
+            if arrival.more:
+                self._post(lambda: self._work(ports))
 
     def _advance(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
         """One frame: apply, compute, send on with this stage's timing."""

@@ -11,13 +11,13 @@ import itertools
 import logging
 import sys
 import time
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import anyio
 
-from cluster.errors import MacpipeError, WorkerLost
+from cluster.errors import BadFrame, MacpipeError, WorkerLost
 from cluster.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
@@ -30,7 +30,20 @@ from cluster.limits import (
     STOP_GRACE_S,
 )
 from cluster.worker.autopsy import LastWords, cause, out_of_memory_kills
-from cluster.worker.messages import Command, Done, Event, Failed, Hello, Progress, Report, message, pack, unpacker
+from cluster.worker.messages import (
+    Begin,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Hello,
+    Progress,
+    Report,
+    pack,
+    read,
+    unpacker,
+)
+from cluster.worker.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +55,7 @@ class Supervisor:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
         slower = [f"--throttle={throttle}"] if throttle != 1.0 else []
         where = [f"--host={host}", f"--port={port}"]
-        self._command = [sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower]
+        self.standby = Standby([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower])
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)
@@ -74,7 +87,8 @@ class Supervisor:
     async def _live_once(self) -> None:
         self._verdict = ""
         kills = out_of_memory_kills()
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        self._process = await self.standby.take()
+        _begin(self._process)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._last_words.follow, self._process)
@@ -117,18 +131,20 @@ class Supervisor:
     async def _listen(self, process: Process) -> None:
         assert process.stdout
         stream = unpacker()
-        while data := await process.stdout.read(65536):
-            stream.feed(data)
-            for item in stream:
-                self._hear(message(item))
+        try:
+            while data := await process.stdout.read(65536):
+                for event in read(stream, data):
+                    self._hear(event)
+        except BadFrame as e:
+            self._kill(process, f"the engine was killed: {e.sentence}")
 
-    def _hear(self, event: Command | Event) -> None:
+    def _hear(self, event: Begin | Command | Event) -> None:
         if isinstance(event, Hello):
             self.hello, self.problem = event, ""
             self.started.set()
         elif isinstance(event, Failed) and not event.call:
             self._refusal = MacpipeError.of(event.reason, event.sentence)
-        elif (waiting := self._calls.get(event.call)) and not isinstance(event, Command):
+        elif (waiting := self._calls.get(event.call)) and not isinstance(event, Begin | Command):
             waiting.put_nowait(event)
 
     def _end_calls(self) -> None:
@@ -182,6 +198,12 @@ class Supervisor:
             await self.started.wait()
             return
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
+
+
+def _begin(process: Process) -> None:
+    assert process.stdin
+    with suppress(ConnectionError):  # it has ended already, which is seen as the end of any other is
+        process.stdin.write(pack(Begin()))
 
 
 async def _stop(process: Process) -> None:

@@ -340,7 +340,9 @@ async def test_names_that_were_given_are_taken(keys: Keys, sited: ASGIApp) -> No
             assert (await client.get("/live", headers={"host": host})).status_code == status, host
 
 
-@pytest.mark.parametrize("wrong", ["", "*", "http://", "chat.example", "https://chat.example/", "ftp://x", "null"])
+@pytest.mark.parametrize(
+    "wrong", ["", "*", "http://", "chat.example", "https://chat.example/", "ftp://x", "null", "https://["]
+)
 def test_an_origin_is_named_whole(wrong: str) -> None:
     with pytest.raises(InvalidOption, match="http-allow-origin"):
         checked_origin(wrong)

@@ -77,6 +77,7 @@ def test_version(macpipe: Macpipe) -> None:
         (["generate", "--file", "no such file"], ["no such file"]),
         (["generate", "-p", "x", "--raw", "--system", "y"], ["--system", "--raw"]),
         (["generate", "-p", "x", "--logprobs", "2"], ["--logprobs", "--json"]),
+        (["generate", "-p", "x", "--trace"], ["--trace", "--json"]),
         (["generate", "-p", "x", "--logit-bias", "5"], ["--logit-bias", "TOKEN=BIAS"]),
         (["generate", "-p", "x", "--coordinator", "http://mac:1"], ["http://mac:1", "host:port"]),
         (["chat", "--json"], ["--message"]),
@@ -180,6 +181,22 @@ def test_generate_json_has_the_promised_shape(macpipe: Macpipe, coordinator: Coo
         "model": "faq",
     }
     assert done.stdout.count("\n") == 1
+
+
+def test_generate_traces_each_token(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    told = inference_pb2.StageFigures(worker="mac-a", end_layer=4, compute_ms=2.5, wire_ms=0.5, wait_ms=0.25)
+
+    async def answer(request: Any, context: Any) -> Any:
+        for event in answer_of(request):
+            if event.HasField("token") and request.stage_timings:
+                event.token.stages.append(told)
+            yield event
+
+    coordinator.script.answer = answer
+    facts = json.loads(macpipe("generate", "-p", "Why?", "--json", "--trace", to=coordinator).stdout)
+    stage = {"worker": "mac-a", "layers": [0, 4], "compute_ms": 2.5, "wire_ms": 0.5, "wait_ms": 0.25}
+    assert facts["trace"] == [{"token": token, "stages": [stage]} for token in facts["tokens"]]
+    assert "trace" not in json.loads(macpipe("generate", "-p", "Why?", "--json", to=coordinator).stdout)
 
 
 def test_figures_are_on_stderr_if_asked_for(macpipe: Macpipe, coordinator: Coordinator) -> None:

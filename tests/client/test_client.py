@@ -26,6 +26,7 @@ from cluster.client import (
     Stream,
     Token,
 )
+from cluster.types import StageFigures
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Ask = Callable[..., Any]
@@ -88,9 +89,11 @@ def test_every_option_is_sent(ask: Ask, coordinator: Coordinator) -> None:
         stop=["a", "b"],
         ignore_eos=True,
         logit_bias={5: -1},
+        stage_timings=True,
         **sampling,
     )
     (request,) = coordinator.script.seen
+    assert request.stage_timings
     assert {name: getattr(request.sampling, name) for name in sampling} == sampling
     assert dict(request.sampling.logit_bias) == {5: -1.0}
     assert (request.model, list(request.tokens.ids), request.WhichOneof("prompt")) == ("faq", [1, 2, 3], "tokens")
@@ -102,6 +105,7 @@ def test_what_is_not_given_is_not_sent(ask: Ask, coordinator: Coordinator) -> No
     (request,) = coordinator.script.seen
     assert not request.sampling.ListFields()
     assert not request.stop.HasField("max_tokens")
+    assert not request.stage_timings
     assert request.WhichOneof("prompt") == "text"
 
 
@@ -185,6 +189,19 @@ def test_logprobs_come_through(ask: Ask, coordinator: Coordinator) -> None:
     first, second = ask("stream", "Why?", logprobs=True)
     assert (first.logprob, first.top[0].token, first.top[0].text) == (-0.5, 5, "a")
     assert second.logprob is None
+
+
+def test_stage_timings_come_through(ask: Ask, coordinator: Coordinator) -> None:
+    told = inference_pb2.StageFigures(worker="mac-a", end_layer=4, compute_ms=2.5, wire_ms=0.5, wait_ms=0.25)
+
+    async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield prompt_event()
+        yield token_event(0, "a", stages=[told])
+        yield finish_event(1)
+
+    coordinator.script.answer = answer
+    (token,) = ask("stream", "Why?", stage_timings=True)
+    assert token.stages == (StageFigures("mac-a", LayerRange(0, 4), 2.5, 0.5, 0.25),)
 
 
 BROKEN = {

@@ -32,6 +32,29 @@ def test_a_tally_splits_the_rings_time_into_compute_wait_and_wire() -> None:
     assert a.wire_ms + b.wire_ms == pytest.approx(3 * 8.0 - 15.0 - 3.0)
 
 
+def test_a_lap_holds_the_frames_since_the_one_before() -> None:
+    tally = Tally(0.0, STAGES)
+    for sent, back, compute in ((0.0, 0.010, 3000), (0.010, 0.030, 7000), (0.030, 0.034, 1000)):
+        tally.frame(Outcome(("r",), timings(compute, compute), sent), back)
+        if back > 0.010:  # the first frame is a prompt's
+            a, b = tally.lap()
+            assert (a.worker, a.layers) == ("a", LayerRange(0, 1))
+            assert a.compute_ms == b.compute_ms == pytest.approx({0.030: 10.0, 0.034: 1.0}[back])
+            assert a.wire_ms + b.wire_ms == pytest.approx({0.030: 30 - 20, 0.034: 4 - 2}[back])
+    assert [(f.compute_ms, f.wire_ms, f.wait_ms) for f in tally.lap()] == [(0, 0, 0)] * 2
+
+
+def test_a_lap_over_a_recovery_takes_no_time_back() -> None:
+    tally = Tally(0.0, STAGES)
+    tally.frame(Outcome(("r",), timings(1000, 1000), 0.0), 0.010)
+    tally.lap()
+    tally.go_on([PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "cd", strict=True)])
+    tally.frame(Outcome(("r",), timings(2000, 2000), 0.010), 0.014)
+    laps = {f.worker: (f.compute_ms, f.wire_ms) for f in tally.lap()}
+    assert {worker: compute for worker, (compute, _) in laps.items()} == {"a": 0, "b": 0, "c": 2, "d": 2}
+    assert all(wire >= 0 for _, wire in laps.values())
+
+
 def test_one_token_has_no_time_between_tokens() -> None:
     tally = Tally(0.0, STAGES)
     tally.token(0.5)

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from cluster.client import Client
@@ -36,6 +36,19 @@ class Outcome:
     @property
     def kept(self) -> bool:
         return self.verdict.kept and not self.evicted
+
+    def facts(self) -> dict[str, object]:
+        """One line of ``outcomes.jsonl``."""
+        v = self.verdict
+        broken = {"lost": v.lost, "hung": v.hung, "differing": v.differing, "evicted": self.evicted}
+        return {
+            "seed": self.seed,
+            "faults": [e["what"] for e in self.history.of("fault")],
+            "requests": v.requests,
+            "detect_ms": self.detect_ms,
+            "resume_ms": self.resume_ms,
+            **{name: found for name, found in broken.items() if found},
+        }
 
 
 class Campaign:
@@ -178,6 +191,11 @@ class Summary:
         self.detect += [outcome.detect_ms] if outcome.detect_ms is not None else []
         self.resume += [outcome.resume_ms] if outcome.resume_ms is not None else []
 
+    def merge(self, other: Summary) -> None:
+        """Count what another fleet has played too."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
     def facts(self) -> dict[str, object]:
         return {
             "seeds": self.seeds,
@@ -188,7 +206,7 @@ class Summary:
             "evicted": self.evicted,
             "detect_ms": quantiles(self.detect),
             "resume_ms": quantiles(self.resume),
-            "failed_seeds": self.failed,
+            "failed_seeds": sorted(self.failed),
         }
 
 

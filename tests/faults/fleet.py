@@ -39,7 +39,7 @@ class Party:
 
     @property
     def pids(self) -> list[int]:
-        """The daemon's and its engine's."""
+        """The daemon's, its engine's and its standby's."""
         if self.daemon is None or self.daemon.process.poll() is not None:
             return []
         return [self.daemon.process.pid, *children(self.daemon.process.pid)]
@@ -66,8 +66,6 @@ class Fleet:
         block = f"127.{os.getpid() >> 8 & 0xFF}.{os.getpid() & 0xFF}"
         for i, name in enumerate(self.names, 10):
             party = self.parties[name] = Party(name, f"{block}.{i}", free_port(), free_port())
-            self.proxy.listen(party.host, party.control, name, data=False)
-            self.proxy.listen(party.host, party.data, name, data=True)
             self.start_worker(name)
         for party in self.parties.values():
             assert party.daemon
@@ -76,7 +74,9 @@ class Fleet:
 
     def start_worker(self, name: str) -> None:
         party = self.parties[name]
-        ports = ("--port", str(party.control), "--data-port", str(party.data))
+        self.proxy.listen(party.host, party.control, name, data=False)
+        self.proxy.listen(party.host, party.data, name, data=True)
+        ports = ("--port", str(party.control), "--data-port", str(party.data), "--standby")
         party.daemon = self.cluster.worker(name, *ports)
 
     def start_coordinator(self, port: int = 0) -> None:
@@ -125,6 +125,9 @@ class Fleet:
         for pid in party.pids if whole else [party.engine]:
             with suppress(ProcessLookupError, TypeError):
                 os.kill(pid, signals[kind])  # type: ignore[arg-type]
+        if kind is Kind.KILL_WORKER:
+            self.proxy.refuse(party.host, party.control)
+            self.proxy.refuse(party.host, party.data)
         return f"{kind} {name}"
 
     def _strike_link(self, kind: Kind, a: str, b: str) -> str:

@@ -64,7 +64,7 @@ class Proxy:
         self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._servers: list[asyncio.Server] = []
+        self._servers: dict[tuple[str, int], asyncio.Server] = {}
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
 
@@ -74,6 +74,10 @@ class Proxy:
     def listen(self, host: str, port: int, party: str, *, data: bool) -> None:
         """Pass on what comes to ``host:port`` to the same port of 127.0.0.1, where ``party`` listens."""
         self._run(self._listen(host, port, party, data))
+
+    def refuse(self, host: str, port: int) -> None:
+        """Take nothing there any more, as a system does whose process has ended, until ``listen`` is called again."""
+        self._run(self._refuse(host, port))
 
     def reset(self, a: str, b: str) -> int:
         """Reset every connection between two parties; how many there were."""
@@ -98,7 +102,12 @@ class Proxy:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-        self._servers.append(await asyncio.start_server(accepted, host, port))
+        if (host, port) not in self._servers:
+            self._servers[host, port] = await asyncio.start_server(accepted, host, port)
+
+    async def _refuse(self, host: str, port: int) -> None:
+        if server := self._servers.pop((host, port), None):
+            server.close()
 
     async def _reset(self, parties: frozenset[str]) -> int:
         hit = [c for c in self._connections if c.parties == parties]
@@ -107,7 +116,7 @@ class Proxy:
         return len(hit)
 
     async def _close(self) -> None:
-        for server in self._servers:
+        for server in self._servers.values():
             server.close()
         for task in self._tasks:
             task.cancel()

@@ -97,6 +97,22 @@ def pool(vocabulary: int) -> tuple[Asked, ...]:
     return tuple(asked)
 
 
+TOKENS = 50
+KILLS = 2 * 3 * TOKENS
+
+
+def kill(number: int, asked: tuple[Asked, ...], stages: int = 3) -> Scenario:
+    """Of ``KILLS`` scenarios: SIGKILL of each stage at each of 50 tokens, with one stream and with eight as long as it.
+
+    At even tokens an engine is killed, at odd ones the whole worker.
+    """
+    at, stage, streams = number % TOKENS, number // TOKENS % stages, (1, 8)[number // (TOKENS * stages) % 2]
+    longest = [i for i, a in enumerate(asked) if a.max_tokens > TOKENS]
+    requests = tuple(longest[(number + i) % len(longest)] for i in range(streams))
+    kind = Kind.KILL_WORKER if at % 2 else Kind.KILL_ENGINE
+    return Scenario(number, requests, (0.0,) * streams, (Fault(kind, stage, Moment.TOKEN, at, True),))
+
+
 def scenario(seed: int, asked: tuple[Asked, ...], stages: int = 3) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(seed)

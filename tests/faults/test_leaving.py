@@ -1,4 +1,4 @@
-"""Workers that leave in good order, and coordinators that die: streams go on, and no weight is read again."""
+"""Workers that leave in good order: streams go on, and who was lost comes home where that is wished."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.client import Client
-from cluster.errors import MacpipeError, RequestNotFound
+from cluster.errors import MacpipeError
 from faults.campaign import Campaign
 from faults.fleet import MODEL, Fleet
 from faults.scenario import Asked
@@ -86,47 +84,6 @@ def test_who_was_lost_takes_its_layers_back_where_that_is_wished(campaign: Campa
         time.sleep(0.1)
     assert streamed(campaign, 5, threading.Thread()) == longest(campaign)[1]
     client.load(MODEL, workers=len(home)).wait()
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
-    """Two workers without a spare, and a coordinator with a journal."""
-    fleet = Fleet(tmp_path_factory.mktemp("small"), stages=2, names=("eve", "fay"), options=("--journal", "never"))
-    try:
-        yield Campaign(fleet)
-    finally:
-        fleet.close()
-
-
-ROUNDS = 4
-
-
-def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(small: Campaign) -> None:
-    fleet = small.fleet
-    engines = [p.engine for p in fleet.parties.values()]
-    port = int(fleet.address.rpartition(":")[2])
-    asked, expected = longest(small)
-    for i in range(ROUNDS):
-        name, said = f"resumed-{i}", []
-        stream = fleet.client.stream(
-            list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, request_id=name, **dict(asked.sampling)
-        )
-        with suppress(MacpipeError):
-            for token in stream:
-                said.append(token.token)
-                if len(said) == 3 + 9 * i:
-                    fleet.serve.process.kill()
-        assert stream.finish is None
-        fleet.serve.process.wait(10)
-        fleet.client.close()
-        fleet.start_coordinator(port)
-        offset = max(0, len(said) - i)  # a client may have lost its last tokens, too
-        rest = [t.token for t in fleet.client.resume(name, offset)]
-        assert (*said[:offset], *rest) == expected
-        assert "reading, 0%" not in fleet.serve.said()
-        assert [p.engine for p in fleet.parties.values()] == engines
-        with pytest.raises(RequestNotFound, match=name):
-            list(fleet.client.resume(name, 0))
 
 
 def test_what_cannot_go_elsewhere_is_not_drained(tmp_path: Path) -> None:

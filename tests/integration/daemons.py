@@ -89,11 +89,9 @@ class Cluster:
     def worker(self, name: str, *options: str, launch: Launch = launch) -> Daemon:
         """Start a worker; it is ready once it has said ``worker NAME of cluster``."""
         home = self.folder / "home"
-        return self._start(
-            name,
-            ["worker", "--name", name, "--cluster", self.name, "--home", str(home), "--profile", "off", *options],
-            launch,
-        )
+        lean = () if "--standby" in options else ("--no-standby",)  # its imports would take two seconds of every test's
+        own = ["--name", name, "--cluster", self.name, "--home", str(home), "--profile", "off", *lean]
+        return self._start(name, ["worker", *own, *options], launch)
 
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
         home = self.folder / "coordinator"
@@ -164,16 +162,16 @@ def serve_model(client: Client, model: Path | str, workers: int, **options: obje
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent is ``pid``."""
+    """Processes whose parent is ``pid``, the oldest first: a worker's engine before its standby."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append((int(fields[19]), int(stat.parent.name)))
+    return [child for _, child in sorted(found)]
 
 
 def alive(pid: int) -> bool:

@@ -70,6 +70,19 @@ def test_log_probabilities_rank_the_chosen_token_first(client: Client) -> None:
         assert [t.logprob for t in event.top] == sorted((t.logprob for t in event.top), reverse=True)
 
 
+def test_every_token_tells_where_its_time_went(client: Client) -> None:
+    """What the tokens tell adds up to what the answer tells, and only those that asked are told."""
+    answer = client.chat([("user", QUESTION)], max_tokens=6, stage_timings=True)
+    assert answer.finish_reason == "length"
+    assert [[s.worker for s in event.stages] for event in answer.events] == [[s.worker for s in answer.stages]] * 6
+    for i, whole in enumerate(answer.stages):
+        shares = [event.stages[i] for event in answer.events]
+        assert all(s.compute_ms > 0 and s.wire_ms >= 0 and s.wait_ms >= 0 for s in shares)
+        for name in ("compute_ms", "wire_ms", "wait_ms"):
+            assert sum(getattr(s, name) for s in shares) == pytest.approx(getattr(whole, name), abs=1e-6)
+    assert not any(event.stages for event in client.chat([("user", QUESTION)], max_tokens=2).events)
+
+
 def test_a_bias_forbids_a_token(client: Client) -> None:
     first = client.chat([("user", QUESTION)], max_tokens=1).tokens[0]
     other = client.chat([("user", QUESTION)], max_tokens=1, logit_bias={first: -100.0}).tokens[0]

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.client import Client
 from cluster.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
-from integration.daemons import Cluster, Footprint, alive, children, gone, wait_serving
+from integration.daemons import START_S, Cluster, Footprint, alive, children, gone, wait_serving
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -23,6 +23,15 @@ TIGHT = "1MiB"
 def engine_of(pid: int) -> int:
     (engine,) = children(pid)
     return engine
+
+
+def with_standby(pid: int) -> list[int]:
+    """A daemon's engine and its standby, once that is there."""
+    deadline = time.monotonic() + START_S
+    while len(found := children(pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -81,11 +90,11 @@ def test_a_model_that_fits_no_more_is_served_again_once_the_worker_is_back(clust
 
 
 def test_an_engine_that_crashes_is_reported_and_restarted_and_the_answer_goes_on(cluster: Cluster, llama: Path) -> None:
-    workers = [cluster.worker(name) for name in ("one", "two")]
+    workers = [cluster.worker("one"), cluster.worker("two", "--standby")]
     _, address = cluster.serving(llama, 2)
     with Client(address, timeout_s=60) as client:
         before = client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens
-        crashed = engine_of(workers[1].process.pid)
+        crashed, standby = with_standby(workers[1].process.pid)
         os.kill(crashed, signal.SIGSEGV)
         workers[1].wait_for("SIGSEGV", 10)
         assert client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens == before
@@ -94,7 +103,10 @@ def test_an_engine_that_crashes_is_reported_and_restarted_and_the_answer_goes_on
         assert [s.worker for s in state.stages] in (["one", "two"], ["one"])  # a slow machine's engine comes too late
         assert {w.name: w.losses for w in state.workers} == {"one": 0, "two": 1}
         assert alive(workers[1].process.pid)
-        assert engine_of(workers[1].process.pid) != crashed
+        assert children(workers[1].process.pid)[0] == standby != crashed
+        last = with_standby(workers[1].process.pid)
+    workers[1].stop(signal.SIGKILL)
+    assert all(gone(pid, 5 * STOP_S) for pid in last)  # one at its imports ends after them
 
 
 def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Path) -> None:

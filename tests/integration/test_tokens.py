@@ -10,6 +10,7 @@ import pytest
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
 from cluster.types import Route
+from effort import chosen
 from integration.daemons import serve_model
 from integration.reference import greedy
 
@@ -19,7 +20,7 @@ PROMPT = [(i * 37 + 11) % 250 for i in range(600)]
 """Longer than a prefill chunk."""
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("stages", chosen([1, 2, 3, 4], 2, 4))
 def test_tokens_are_those_of_one_process(client: Client, llama: Path, stages: int) -> None:
     serve_model(client, llama, stages)
     expected = greedy(llama, PROMPT, 24)
@@ -47,7 +48,7 @@ def test_given_layers_are_kept(client: Client, llama: Path) -> None:
     assert client.generate(PROMPT, max_tokens=8, ignore_eos=True).tokens == greedy(llama, PROMPT, 8)
 
 
-@pytest.mark.parametrize("arch", [a for a in SLICEABLE if a != "llama"])
+@pytest.mark.parametrize("arch", chosen(SLICEABLE, "llama_sliding", "llama_4bit", "gpt_oss", "qwen3_next"))
 def test_every_architecture_over_three_daemons(client: Client, models: Path, arch: str) -> None:
     folder = make(arch, models / arch)
     serve_model(client, folder, 3)
@@ -80,7 +81,7 @@ def test_nobody_changes_anothers_tokens(client: Client, llama: Path, prompts: li
     assert answers == expected
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", chosen([8, 4], 4))
 def test_quantised_caches_give_the_tokens_of_one_process(client: Client, models: Path, bits: int) -> None:
     folder = make("llama", models / "llama-wide", hidden_size=128, head_dim=64, num_attention_heads=2)
     serve_model(client, folder, 3, kv_bits=bits)

@@ -17,6 +17,7 @@ from cluster.errors import BadFrame, StageFailed
 from cluster.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.model.survey import survey
 from cluster.types import ModelShape, SamplingParams
+from effort import chosen
 from model.ring import PROMPT, Ring, tokens
 
 Checkpoints = Callable[[str], Path]
@@ -25,6 +26,7 @@ Rings = Callable[[str, int], Ring]
 
 GREEDY = SamplingParams()
 LANES = 2
+PLAIN = ("llama", "llama_sliding", "qwen3_next")
 SHARING = [*SLICEABLE, "rwkv7", "hunyuan", "kimi_k3", "gemma4_text", "falcon_h1", "longcat_flash_ngram", "dbrx"]
 MIXED = (
     GREEDY,
@@ -115,8 +117,8 @@ def run_schedule(ring: Ring, all_talks: list[Talk], rng: random.Random) -> None:
             ring.send(Leave(talk.id))
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("arch", SHARING)
+@pytest.mark.parametrize("stages", chosen([1, 3], 3))
+@pytest.mark.parametrize("arch", chosen(SHARING, *PLAIN, "kimi_k3", "falcon_h1", "longcat_flash_ngram"))
 def test_a_sequence_in_a_lane_says_what_it_says_alone(arch: str, stages: int, rings: Rings) -> None:
     seed = zlib.crc32(f"{arch} {stages}".encode())
     print("seed", seed)

@@ -13,12 +13,14 @@ import pytest
 from checkpoints import SLICEABLE
 from cluster.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
 from cluster.types import ModelShape, SamplingParams
+from effort import chosen
 from model.ring import ALL, CHUNKS, PROMPT, Ring, logprobs, tokens
 
 GREEDY = SamplingParams()
 OTHER = tuple((i * 53 + 29) % 250 for i in range(60))
 """What the donor says after the border: nothing that the prompt holds there."""
 TRIMMABLE = ("llama", "llama_untied", "llama_4bit", "qwen3", "qwen3_moe", "deepseek_v3")
+PLAIN = ("llama_sliding", "gemma3_text", "qwen3_next", "rwkv7")
 ANSWER = 6
 Rings = Callable[[str], Ring]
 
@@ -34,7 +36,7 @@ def emptied(ring: Ring) -> bool:
 
 
 @pytest.mark.parametrize("donor_decodes", [False, True])
-@pytest.mark.parametrize("arch", [*SLICEABLE, "rwkv7", "falcon_h1", "deepseek_v41"])
+@pytest.mark.parametrize("arch", chosen([*SLICEABLE, "rwkv7", "falcon_h1", "deepseek_v41"], *PLAIN))
 def test_a_prefix_from_a_chunks_border_goes_on_as_a_fresh_run(arch: str, donor_decodes: bool, rings: Rings) -> None:
     """Borders before and behind the sliding windows' end (16); the donor then runs far past it, or not at all."""
     ring = rings(arch)
@@ -60,7 +62,7 @@ def test_a_prefix_from_a_chunks_border_goes_on_as_a_fresh_run(arch: str, donor_d
 
 
 @pytest.mark.parametrize("in_a_lane", [False, True])
-@pytest.mark.parametrize("arch", TRIMMABLE)
+@pytest.mark.parametrize("arch", chosen(TRIMMABLE, "llama_4bit", "deepseek_v3"))
 def test_a_restored_prefix_can_be_trimmed(arch: str, in_a_lane: bool, rings: Rings) -> None:
     """The prefix is a whole turn, kept while its sequence decodes (perhaps beside another); only its start is used."""
     ring = rings(arch)

@@ -17,6 +17,7 @@ from cluster.errors import BadFrame, InvalidOption, ModelUnsupported
 from cluster.frames import Compute, Join, Leave, Restore, Save, Step, Trim
 from cluster.model.survey import survey
 from cluster.types import LayerRange
+from effort import chosen
 from model.ring import ALL, PROMPT, Ring, logprobs, open_stage, tokens
 
 ANSWER = 10
@@ -59,7 +60,7 @@ def answer(ring: Ring) -> list[Any]:
     return samples
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", chosen([4, 8], 4))
 @pytest.mark.parametrize("arch", WIDE)
 def test_stages_say_what_mlx_lm_says_with_quantized_caches(arch: str, bits: int, wide: Callable[[str], Path]) -> None:
     want_tokens, want = expected(wide(arch), bits, min(64, WIDE[arch]["head_dim"]))

@@ -14,13 +14,14 @@ from cluster.errors import InvalidOption
 from cluster.frames import Compute, Join, Step
 from cluster.model.survey import survey
 from cluster.types import LayerRange, ModelShape, SamplingParams
+from effort import chosen
 from model.ring import Ring, tokens
 
 Checkpoints = Callable[[str], Path]
 Shapes = Callable[[str], ModelShape]
 
 
-@pytest.mark.parametrize("arch", SLICEABLE)
+@pytest.mark.parametrize("arch", chosen(SLICEABLE, "llama_4bit", "qwen3_moe", "qwen3_next"))
 def test_a_survey_reads_no_weight(arch: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(arch)
     gc.collect()

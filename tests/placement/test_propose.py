@@ -94,6 +94,8 @@ def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
         propose(tied, candidates, wish)
     with pytest.raises(NoPlan, match="2 layer ranges were given for 1 workers"):
         propose(shape(), Candidates([mac("fast", 100)]), wish)
+    with pytest.raises(NoPlan, match="2 layer ranges were given and --workers 1; leave one of them out"):
+        propose(shape(), candidates, replace(wish, stages=1))
 
 
 def test_what_fits_nowhere_is_refused_with_the_gib_missing() -> None:

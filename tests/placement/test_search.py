@@ -14,6 +14,7 @@ from cluster.placement.solve import Room
 from cluster.placement.table import StageTable
 from cluster.profiles import Objective, Profile
 from cluster.types import LayerRange, ModelRef, ModelShape
+from effort import effort
 from placement.instances import clusters, layouts, shapes, stages_s, total_s
 
 close = pytest.approx
@@ -23,7 +24,8 @@ def search(shape: ModelShape, candidates: Candidates, objective: Objective) -> S
     return Search(StageTable(shape, 1), candidates, objective)
 
 
-@settings(max_examples=1000, deadline=None)
+@pytest.mark.timeout(300)
+@settings(max_examples=effort(100, 1000), deadline=None)
 @given(shapes(), clusters())
 def test_latency_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
     every = list(layouts(shape, candidates))
@@ -48,7 +50,8 @@ def evened(shape: ModelShape, candidates: Candidates, found: Found | None, least
     assert found.slowest <= min(max(stages_s(shape, one)) for one in allowed) * (1 + 1e-9)
 
 
-@settings(max_examples=1000, deadline=None)
+@pytest.mark.timeout(300)
+@settings(max_examples=effort(100, 1000), deadline=None)
 @given(shapes(), clusters())
 def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
     every = list(layouts(shape, candidates))
@@ -62,7 +65,7 @@ def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidate
     assert found.seconds == close(min(total_s(shape, candidates, one) for one in as_quick), rel=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=effort(40, 150), deadline=None)
 @given(shapes(), clusters())
 def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, candidates: Candidates) -> None:
     every, asked = list(layouts(shape, candidates)), search(shape, candidates, Objective.LATENCY)

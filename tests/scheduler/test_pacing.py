@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.frames import Compute
 from cluster.scheduler.pacing import Pacing
 from cluster.types import StageTiming
 
@@ -12,7 +13,7 @@ IDEAL = 500
 
 def learn(pacing: Pacing, *lengths: int) -> None:
     for tokens in lengths:
-        pacing.learn(tokens, (StageTiming(0, 0, 25_000 + 150 * tokens, 0), StageTiming(1, 0, 9, 0)))
+        pacing.learn(Compute.PREFILL, tokens, (StageTiming(0, 0, 25_000 + 150 * tokens, 0), StageTiming(1, 0, 9, 0)))
 
 
 def chunk(pacing: Pacing) -> int:
@@ -42,3 +43,21 @@ def test_chunks_of_one_length_settle_at_the_budget() -> None:
     for _ in range(60):
         learn(pacing, chunk(pacing))
     assert IDEAL * 0.9 < chunk(pacing) < IDEAL * 1.1
+
+
+def test_a_chunk_takes_a_stage_no_longer_than_a_decode_step_takes_them_all() -> None:
+    pacing = Pacing(2048, 2, BUDGET_MS)
+    learn(pacing, 512, 64, 512, 64)
+    for _ in range(20):
+        pacing.learn(Compute.DECODE, 0, (StageTiming(0, 0, 30_000, 0), StageTiming(1, 0, 30_000, 0)))
+    assert chunk(pacing) == (60 - 25) / 0.15 // 1
+    for _ in range(20):
+        pacing.learn(Compute.DECODE, 0, (StageTiming(0, 0, 9_000, 0), StageTiming(1, 0, 1_000, 0)))
+    assert chunk(pacing) == 25 / 0.15 // 1, "half of a chunk's time is work at least"
+
+
+def test_nothing_is_left_over_for_a_chunk_of_its_own() -> None:
+    pacing = Pacing(512, 2, None)
+    assert pacing.chunk(2047, others_decode=False) == 256
+    assert pacing.chunk(2048, others_decode=False) == 256
+    assert pacing.chunk(2049, others_decode=False) == 257

@@ -27,6 +27,7 @@ from cluster.scheduler.outcome import Failed, Produced
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.turns import Turns
 from cluster.types import Request, SamplingParams, StageTiming
+from effort import effort
 from scheduler.stages import Stages, capacity, continuation, next_token
 
 
@@ -157,7 +158,7 @@ def test_a_failure_in_mid_ring_poisons_nothing(rng: random.Random, fails: float)
     """Aborts, failures, prefixes and overtaking, in any order. Only who shares a step with a sequence that an earlier
     failure broke may fail of it; no prefix is poisoned, and nothing is left.
     """
-    for _ in range(40):
+    for _ in range(effort(12, 40)):
         row = _world(rng, fails)
         assert set(row.ended.values()) <= {"finished", "aborted", "STAGE_FAILED", "BROKEN"}
         assert fails or set(row.ended.values()) <= {"finished", "aborted"}

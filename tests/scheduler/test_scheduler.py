@@ -19,6 +19,7 @@ from cluster.scheduler.outcome import Failed, Produced
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase
 from cluster.types import FinishReason, Request, SamplingParams
+from effort import effort
 from scheduler.stages import EOS, Stages, capacity, continuation
 
 FAILURE = Failure(1, "STAGE_FAILED", "no")
@@ -469,7 +470,7 @@ def simulate(seed: int, requests: int, trimmable: bool) -> World:
     return world
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=effort(20, 60), deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
 def test_whatever_happens_each_request_ends_once_and_nothing_is_left(seed: int, trimmable: bool) -> None:
     simulate(seed, 60, trimmable)
@@ -477,9 +478,10 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(seed: int, 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("trimmable", [True, False])
-def test_ten_thousand_requests(rng: random.Random, trimmable: bool) -> None:
-    world = simulate(rng.randrange(2**32), 10_000, trimmable)
-    assert len(world.complete) > 2_000
+def test_thousands_of_requests(rng: random.Random, trimmable: bool) -> None:
+    requests = effort(1_500, 10_000)
+    world = simulate(rng.randrange(2**32), requests, trimmable)
+    assert len(world.complete) > requests // 5
 
 
 def test_edits_of_a_keep_come_before_the_leave() -> None:

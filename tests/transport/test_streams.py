@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import grpc
 import pytest
 
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
+from cluster.transport import streams
 from cluster.transport.memory import MemoryNetwork
-from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.rings import PULL, DataServer, GrpcDialer
 from cluster.transport.streams import Dialer, Line, Outbox
 
 EPOCH = 7
@@ -167,6 +169,67 @@ def test_an_outbox_that_nobody_reads_is_bounded_and_says_so() -> None:
         box.send(b"x")
     assert box.overflowed
     assert sum(1 for _ in box) < MAX_FRAMES_WAITING
+
+
+def test_an_outbox_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_WAITING_BYTES", 100)
+    box = Outbox(EPOCH)
+    box.send(bytes(150))  # one may always wait, or a frame that is allowed could not travel
+    assert not box.overflowed
+    box.send(b"x")
+    assert box.overflowed
+    assert list(box) == []  # what waited is let go at once
+    box.send(b"x")
+    assert box.waiting_bytes <= 151
+
+
+def test_what_is_read_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_WAITING_BYTES", 100)
+    box, got = Outbox(EPOCH), []
+    reader = threading.Thread(target=lambda: got.extend(box))
+    reader.start()
+    for number in range(30):
+        box.send(bytes(60))
+        deadline = time.monotonic() + WAIT_S
+        while len(got) <= number and not box.overflowed:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    box.close()
+    reader.join(WAIT_S)
+    assert not box.overflowed
+    assert len(got) == 30
+
+
+def test_a_reader_that_takes_nothing_loses_its_stream_before_memory_goes(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_WAITING_BYTES", 64 * MIB)
+    ear, hold = Ear(), threading.Event()
+
+    def slow(message: bytes) -> None:
+        hold.wait(WAIT_S)
+
+    pull = port.dialer.pull(port.address, EPOCH, slow, ear.lost.put)
+    box, piece, sent = port.stage.box, bytes(8 * MIB), 0
+    while not box.overflowed and sent < 100:
+        box.send(piece)
+        sent += 1
+    assert box.overflowed
+    assert box.waiting_bytes <= 80 * MIB
+    hold.set()
+    assert "broke" in ear.lost.get(timeout=WAIT_S)
+    pull.close()
+
+
+@pytest.mark.parametrize("epoch", ["9" * 5000, "-1", "", "x", "1e3"])
+def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
+    server = DataServer("127.0.0.1", 0, Echo())
+    with grpc.secure_channel(f"127.0.0.1:{server.port}", grpc.local_channel_credentials()) as channel:
+        call = channel.unary_stream(PULL, None, None)(b"", metadata=(("macpipe-epoch", epoch),))
+        with pytest.raises(grpc.RpcError) as refused:
+            next(call)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    server.stop()
 
 
 def test_streams_leave_no_thread_behind(port: Port) -> None:

@@ -45,7 +45,10 @@ async def read(request: Request, form: type[F]) -> F:
 
 
 async def _bytes(request: Request) -> bytes:
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+    stated = request.headers.get("content-length", "0")
+    if not (stated.isascii() and stated.isdigit()):
+        raise InvalidRequest("the header content-length is no number", field="content-length")
+    if len(stated) > len(str(MAX_BODY_BYTES)) or int(stated) > MAX_BODY_BYTES:
         raise _too_large()
     parts, size = [], 0
     try:
@@ -88,14 +91,14 @@ def _refusal(error: ErrorDetails) -> InvalidRequest:
     field = field_name(error["loc"])
     if not field:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
-    sentence, code = _SENTENCES.get(kind, (f"{field}: {_lower(error['msg'])}", "invalid_value"))
-    return InvalidRequest(sentence.format(field=field), field=field, code=code)
+    told, code = _SENTENCES.get(kind, (f": {_lower(error['msg'])}", "invalid_value"))
+    return InvalidRequest(f"{field}{told}", field=field, code=code)
 
 
 _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
-    "extra_forbidden": ("{field} is not a parameter of this request", "unknown_parameter"),
-    "missing": ("{field} is missing", "missing_required_parameter"),
-    "unsupported": ("{field} is not supported here; leave it out", "unsupported_parameter"),
+    "extra_forbidden": (" is not a parameter of this request", "unknown_parameter"),
+    "missing": (" is missing", "missing_required_parameter"),
+    "unsupported": (" is not supported here; leave it out", "unsupported_parameter"),
 }
 
 

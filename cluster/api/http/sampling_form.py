@@ -65,7 +65,7 @@ def stop_list(stop: str | list[str] | None) -> list[str]:
 def _biases(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for token, bias in given.items():
-        if not (token.isascii() and token.isdigit() and int(token) < 2**32):
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < 2**32):
             raise InvalidRequest(f"logit_bias has the key {token[:32]!r}; it must be a token id", field="logit_bias")
         biases[int(token)] = bias
     return biases

@@ -18,6 +18,7 @@ from cluster.limits import MAX_CORS_HEADER_CHARS, PREFLIGHT_S
 from cluster.security.credentials import is_loopback
 
 _METHOD: Final = re.compile(r"[A-Z]{1,16}")
+_ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 _HEADERS: Final = re.compile(r"[A-Za-z0-9_-]+(, ?[A-Za-z0-9_-]+)*")
 _RATES: Final = (
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
@@ -76,7 +77,10 @@ class Sites:
 
     @staticmethod
     def _own(origin: str, host: str) -> bool:
-        return urlsplit(origin).netloc.lower() == host.lower()
+        try:
+            return urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:
+            return False
 
 
 def checked_host(given: str) -> str:
@@ -92,12 +96,7 @@ def checked_host(given: str) -> str:
 
 def checked_origin(given: str) -> str:
     """A name for ``Sites.origins``. Raises ``InvalidOption``: any is none, since pages would use it unasked."""
-    parts = urlsplit(given.lower())
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or given.lower() != f"{parts.scheme}://{parts.netloc}"
-    ):
+    if not _ORIGIN.fullmatch(given.lower()):
         raise InvalidOption(
             f"--http-allow-origin is {given[:64]}; it takes an origin, such as https://chat.example:8443; there is no "
             "wildcard, since any page that somebody visits could then use this API",

@@ -1,0 +1,62 @@
+"""The standby: a second engine process that has imported everything and touched nothing, for when the first one dies.
+
+Importing mlx and mlx-lm takes seconds, in which a crashed engine's requests would wait; one in waiting begins at once.
+It knows processes. What an engine is told, the supervisor knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
+from contextlib import suppress
+
+import anyio
+
+from cluster.lifetime import own_code_alone
+from cluster.limits import STANDBY_AFTER_S
+
+
+class Standby:
+    """Hands out engine processes, which wait for their ``Begin``: the one that ``keep`` has ready, else a new one."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._waiting: Process | None = None
+        self._taken = anyio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether one is in waiting, perhaps still at its imports."""
+        return self._waiting is not None and self._waiting.returncode is None
+
+    async def take(self) -> Process:
+        """An engine process. One in waiting that has died in the meantime, as memory ran out, is let go."""
+        process, self._waiting = self._waiting, None
+        if process is not None:
+            self._taken.set()
+            if process.returncode is None:
+                return process
+        return await self._launched()
+
+    async def keep(self) -> None:
+        """Have one in waiting, until cancelled; the next one once who was taken has had time to load its stage."""
+        try:
+            while True:
+                taken = self._taken = anyio.Event()
+                await anyio.sleep(STANDBY_AFTER_S)
+                self._waiting = await self._launched()
+                await taken.wait()
+        finally:
+            process, self._waiting = self._waiting, None
+            if process is not None:
+                with anyio.CancelScope(shield=True), suppress(ProcessLookupError):
+                    process.kill()
+                    await process.wait()
+
+    async def _launched(self) -> Process:
+        environment = own_code_alone(os.environ)
+        return await asyncio.create_subprocess_exec(
+            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+        )

@@ -1,0 +1,156 @@
+"""The pictures that the README and PERFORMANCE.md show, drawn from the raw figures in ``ops/bench/results``.
+
+    python -m pip install matplotlib && python ops/bench/plot.py
+
+A result is what a bench printed with ``--json``, kept as ``BENCH-WHERE-DATE.json``; the newest of a bench is drawn. A
+bar is the median of the rounds and each dot is one round, so that a picture shows what its figures' noise is. No
+product code and no test needs this or matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
+OURS, THEIRS, BARE = "#1f5fa8", "#9aa5b1", "#cfd6dd"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "savefig.facecolor": "white",
+}
+Bars = Sequence[tuple[str, str, Sequence[float]]]
+"""A label, a colour, and the rounds."""
+
+
+def newest(bench: str) -> dict[str, Any] | None:
+    """The newest result of a bench; dates are at the end of names and sort as text."""
+    found = sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda path: path.stem[-10:])
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+
+def bar(axes: Axes, at: float, width: float, colour: str, rounds: Sequence[float], label: str | None = None) -> None:
+    """A median, and its rounds as dots."""
+    top = median(rounds)
+    axes.bar(at, top, width, color=colour, label=label, zorder=2)
+    spread = [at + width * 0.5 * (i / max(len(rounds) - 1, 1) - 0.5) for i in range(len(rounds))]
+    axes.scatter(spread, rounds, s=9, color="#222222", linewidths=0, zorder=3)
+
+
+def figure(rounds: Sequence[float]) -> str:
+    """Their median, in three figures or so."""
+    return f"{median(rounds):.{1 if median(rounds) >= 10 else 2}f}"
+
+
+def tidy(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, pad=12)
+    axes.set_ylabel(unit)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
+    axes.yaxis.grid(visible=True, color="#e6e6e6", zorder=0)
+    axes.tick_params(axis="x", length=0)
+
+
+def bars(axes: Axes, what: Bars) -> None:
+    for at, (_, colour, rounds) in enumerate(what):
+        bar(axes, at, 0.62, colour, rounds)
+    axes.set_xticks(range(len(what)), [f"{figure(rounds)}\n{label}" for label, _, rounds in what])
+
+
+def two_gpus(found: dict[str, Any]) -> None:
+    """tokens/s for 1, 8 and 16 users, and the time to the first token."""
+    rounds, users = found["rounds"], (1, 8, 16)
+    _, (rate, first) = plt.subplots(1, 2, figsize=(8.6, 3.6), width_ratios=(2.4, 1.2), layout="constrained")
+    for at, n in enumerate(users):
+        once = at == 0
+        bar(rate, at - 0.2, 0.36, OURS, rounds[f"decode{n}"], "macpipe, two GPUs" if once else None)
+        bar(rate, at + 0.2, 0.36, THEIRS, rounds[f"single_decode{n}"], "mlx-lm, one GPU" if once else None)
+        for side, key in ((-0.2, "decode"), (0.2, "single_decode")):
+            rate.annotate(
+                figure(rounds[f"{key}{n}"]), (at + side, 0), (0, -12), textcoords="offset points", ha="center"
+            )
+    rate.set_xticks(range(len(users)), [f"\n{n} user{'s' * (n > 1)}" for n in users])
+    rate.legend(loc="upper left")
+    tidy(rate, "Llama 3.3 70B's shapes in 4 bits: decoding, all users together", "tokens/s")
+    bars(first, [("macpipe,\ntwo GPUs", OURS, rounds["ttft"]), ("mlx-lm,\none GPU", THEIRS, rounds["single_ttft"])])
+    tidy(first, "Prompt of 2,048 tokens:\nfirst token", "seconds")
+
+
+def lanes(found: dict[str, Any]) -> None:
+    """tokens/s of eight users, the time to read a prompt, and what a long prompt does to others."""
+    rounds = found["rounds"]
+    _, (rate, prompt, gap) = plt.subplots(1, 3, figsize=(9.6, 3.7), width_ratios=(2.6, 2, 2), layout="constrained")
+    bars(
+        rate,
+        [
+            ("two lanes\nof four", OURS, rounds["lanes"]),
+            ("one batch\nof eight", BARE, rounds["clump"]),
+            ("mlx-lm,\none core", THEIRS, rounds["single"]),
+        ],
+    )
+    tidy(rate, "Eight users together,\ntwo stages on a core each", "tokens/s")
+    bars(prompt, [("two stages", OURS, rounds["prefill"]), ("mlx-lm,\none core", THEIRS, rounds["single_prefill"])])
+    tidy(prompt, "Prompt of 2,048 tokens:\nfirst token", "seconds")
+    bars(gap, [("with the\nprompt", OURS, rounds["disturbed_p99"]), ("without", BARE, rounds["undisturbed_p99"])])
+    tidy(gap, "Four streams beside a prompt of\n4,096: time between tokens, p99", "milliseconds")
+
+
+def hop(found: dict[str, Any]) -> None:
+    """What a token of a model that computes next to nothing takes."""
+    rounds = found["rounds"]
+    _, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    bars(
+        axes,
+        [
+            ("raw sockets,\nthree hops", BARE, rounds["sockets"]),
+            ("bare gRPC,\nthree hops", BARE, rounds["grpc_ring"]),
+            ("mlx-lm,\none process", THEIRS, rounds["mlx_lm"]),
+            ("macpipe,\ntwo stages", OURS, rounds["macpipe"]),
+        ],
+    )
+    tidy(axes, "A token of a near-null model on loopback", "milliseconds")
+
+
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+    "two-gpus": ("llama70b", two_gpus),
+    "lanes": ("throughput", lanes),
+    "hop": ("hop", hop),
+}
+
+
+def main() -> int:
+    parser = ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=PICTURES, help="where the PNG files go")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name, (bench, draw) in PLOTS.items():
+            found = newest(bench)
+            if found is None:
+                print(f"{name}: there is no result of {bench} in {RESULTS}", file=sys.stderr)
+                continue
+            draw(found)
+            plt.savefig(folder / f"{name}.png")
+            plt.close()
+            print(folder / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

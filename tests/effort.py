@@ -1,0 +1,33 @@
+"""How much of a test's work to do: a sample in the quick run, all of it with ``--all``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
+T = TypeVar("T")
+
+QUICK = "quick"
+"""The profile that conftest loads for the quick run."""
+
+
+def effort(quick: int, whole: int) -> int:
+    """``quick``, or ``whole`` where the run has ``--all``. To be asked when a test module is imported, or later."""
+    return quick if settings.get_current_profile_name() == QUICK else whole
+
+
+def chosen(values: Iterable[T], *quick: T) -> list[ParameterSet | T]:
+    """``values`` as a test's parameters; all but the ``quick`` ones run with ``--all`` alone."""
+    known = list(values)
+    assert all(one in known for one in quick), f"not among {known}"
+    return [one if one in quick else _rare(one) for one in known]
+
+
+def _rare(one: object) -> ParameterSet:
+    return pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.long)

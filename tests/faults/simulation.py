@@ -1,0 +1,453 @@
+"""Seeds in one process: the coordinator's own service, watch, recovery and engine loop over Macs that are simulated.
+
+The Macs obey the frames they get over the in-memory network, describe themselves, load, crash, hang and come back;
+what stands in for bytes of models and for gRPC is nothing else. Times are a tenth of the real ones and less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, cast
+
+from cluster import __version__
+from cluster.coordinator.answer import Answer
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.epoch import new_epoch
+from cluster.coordinator.layout import lay_out
+from cluster.coordinator.recovery import Means
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.service import Service
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.succession import Heirs
+from cluster.coordinator.supply import Delivery, Supply
+from cluster.coordinator.text import plain
+from cluster.coordinator.watch import Watch
+from cluster.discovery.static import static
+from cluster.errors import (
+    BadFrame,
+    LinkFailed,
+    MacpipeError,
+    NotServing,
+    StaleEpoch,
+    Unreachable,
+    WorkerLost,
+    WorkerRefused,
+)
+from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
+from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.membership.suspicion import Belief, Suspicion
+from cluster.transport.memory import MemoryNetwork
+from cluster.transport.streams import Line, Outbox
+from cluster.types import (
+    Accepted,
+    FinishEvent,
+    ModelRef,
+    ModelShape,
+    Plan,
+    Request,
+    SamplingParams,
+    StageSpec,
+    TokenEvent,
+    WorkerFacts,
+)
+from cluster.wire.frame import decode, encode
+from faults.checker import Verdict, check
+from faults.history import History
+from faults.scenario import Asked, Fault, Kind, Moment, Scenario, pool, scenario
+from scheduler.stages import continuation, next_token
+
+NAMES = ("ada", "bob", "cyd", "dee")
+STAGES = 3
+DEADLINE_S = 30.0
+BACK_S = 0.2
+"""After which a worker that was killed or stopped is there again."""
+ENGINE_S = 0.03
+SPEED = {
+    "cluster.coordinator.watch.HEARTBEAT_S": 0.05,
+    "cluster.coordinator.watch.LOOK_S": 0.02,
+    "cluster.coordinator.watch.GONE_S": 0.25,
+    "cluster.coordinator.service.HEARTBEAT_S": 0.05,
+    "cluster.coordinator.recovery.RECOVERY_PAUSE_S": 0.01,
+    "cluster.coordinator.recovery.RETURN_S": 0.5,
+}
+"""What a test sets before it plays: waits, shortened."""
+SHAPE = ModelShape(
+    model=ModelRef("sim", "", "f" * 64),
+    layers=6,
+    layer_bytes=(1000,) * 6,
+    cache_bytes=(1000,) * 6,
+    shared=(),
+    clean_cuts=(1, 2, 3, 4, 5),
+    unclean=(),
+    max_context=512,
+)
+
+
+class Caches:
+    """What one stage holds: of every sequence all that it was fed, of which the next token is a function."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+        self.boxes = {line: Outbox(spec.epoch) for line in Line}
+        self._fed: dict[int, tuple[int, ...]] = {}
+        self._prefixes: dict[int, tuple[int, ...]] = {}
+
+    def stepped(self, frame: Frame) -> Frame:
+        for edit in frame.edits:
+            self._apply(edit)
+        rows = []
+        for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
+            self._fed[sequence] += tokens
+            rows.append(self._fed[sequence])
+        mine = Tensor("int64", (1,), hash(tuple(rows)).to_bytes(8, "little", signed=True))
+        agreed = self.spec.first or not rows or bytes(frame.tensors[0].data) == bytes(mine.data)
+        if not self.spec.last:
+            return replace(frame, tensors=(mine,) if rows and agreed else ())
+        samples: tuple[Sample, ...] = ()
+        if frame.step and frame.step.compute is Compute.DECODE:
+            said = [next_token(row) if agreed else 99 for row in rows]  # 99: the stages do not hold the same
+            samples = tuple(Sample(s, 0, t) for s, t in zip(frame.step.sequences, said, strict=True))
+        return replace(frame, edits=(), step=None, tensors=(), samples=samples)
+
+    def _apply(self, edit: Edit) -> None:
+        match edit:
+            case Join():
+                self._fed[edit.sequence] = ()
+            case Leave():
+                del self._fed[edit.sequence]
+            case Trim():
+                self._fed[edit.sequence] = self._fed[edit.sequence][: edit.length]
+            case Save():
+                self._prefixes[edit.prefix] = self._fed[edit.sequence]
+            case Restore():
+                self._fed[edit.sequence] = self._prefixes[edit.prefix]
+            case Drop():
+                del self._prefixes[edit.prefix]
+
+    def close(self) -> None:
+        for box in self.boxes.values():
+            box.close()
+
+
+class Mac:
+    """A worker as the coordinator's side meets it: ``WorkerControl``'s calls, and a data port in the network."""
+
+    def __init__(self, name: str, network: MemoryNetwork) -> None:
+        self.name, self._network = name, network
+        self.address = self._data = f"{name}:1"
+        self._caches: Caches | None = None
+        self._problem, self._dead, self._silent = "", False, False
+        self.draining, self.loading = False, asyncio.Event()
+        self.loading.set()  # unless a test holds loads back
+        network.ports[self._data] = self
+
+    # The data port
+
+    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+        caches = self._caches
+        return caches.boxes[line] if caches and caches.spec.epoch == epoch else None
+
+    def received(self, message: bytes) -> None:
+        caches = self._caches
+        if caches is None:
+            return
+        try:
+            frame = decode(message)
+        except BadFrame:
+            caches.close()
+            return
+        if frame.epoch == caches.spec.epoch:
+            caches.boxes[Line.URGENT].send(encode(caches.stepped(frame)))
+
+    # The control port
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+        await self._reached(timeout_s)
+        return self.facts(), self._problem
+
+    async def _reached(self, timeout_s: float = 1.0) -> None:
+        if self._dead:
+            raise WorkerRefused(f"worker {self.name} refused", worker=self.name)
+        if self._silent:
+            await asyncio.sleep(timeout_s)
+            raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
+        await asyncio.sleep(0)
+
+    def facts(self) -> WorkerFacts:
+        held = self._caches.spec if self._caches else None
+        return WorkerFacts(
+            id=self.name,
+            name=self.name,
+            version=__version__,
+            cluster="sim",
+            control_address=self.address,
+            data_address=self._data,
+            chip="",
+            backend="",
+            mlx_version=f"0 mlx-lm {version('mlx-lm')}",
+            memory_total=10**6,
+            memory_limit=10**6,
+            epoch=held.epoch if held else 0,
+            layers=held.layers if held else None,
+            fingerprint=held.model.fingerprint if held else "",
+            owner="me",
+            draining=self.draining,
+        )
+
+    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
+        await self._reached()
+        if self._problem:
+            raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
+        yield LoadProgress(self.name, spec.layers, 0, 1)
+        await asyncio.sleep(0.005)
+        await self.loading.wait()
+        await self._reached()
+        if self._problem:
+            raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
+        if self._caches:
+            self._caches.close()
+        self._caches = Caches(spec)
+        yield StageProof(self.name, ())
+
+    async def link(self, epoch: int, pull_from: str) -> None:
+        await self._reached()
+        caches = self._caches
+        if caches is None or caches.spec.epoch != epoch:
+            raise StaleEpoch(f"worker {self.name} holds no stage of epoch {epoch}")
+        try:
+            for line in Line if pull_from else ():
+                self._network.pull(pull_from, epoch, self.received, lambda why: caches.close(), line)
+        except (Unreachable, StaleEpoch) as e:
+            raise LinkFailed(e.sentence) from e
+
+    async def unload(self, epoch: int, timeout_s: float = 1.0) -> None:
+        await self._reached()
+        self._drop()
+
+    async def learn(self, fingerprint: str, ratio: float) -> None:
+        await self._reached()
+
+    async def reset(self, why: str, timeout_s: float = 1.0) -> None:
+        await self._reached()
+        self.crash()
+
+    def _drop(self) -> None:
+        caches, self._caches = self._caches, None
+        if caches:
+            caches.close()
+
+    # What can happen to it
+
+    def strike(self, kind: Kind) -> None:
+        match kind:
+            case Kind.KILL_ENGINE | Kind.CRASH_ENGINE | Kind.ABORT_ENGINE:
+                self.crash()
+            case Kind.STOP_ENGINE:
+                self._problem = "its engine has not answered"
+                self._swallow()
+            case Kind.KILL_WORKER:
+                self._dead = True
+                self._drop()
+                self._later(BACK_S, self.revive)
+            case Kind.STOP_WORKER | Kind.CUT | Kind.CUT_ONE_WAY:
+                self._silent = True
+                self._swallow()
+                self._later(0.1, lambda: self._network.cut(self._data))  # keepalive finds it
+                self._later(2 * BACK_S, self.revive)
+            case Kind.DELAY | Kind.THROTTLE:
+                self._network.faults[self._data] = _late
+                self._later(BACK_S, self.revive)
+            case Kind.CORRUPT:
+                self._network.faults[self._data] = self._damaged
+            case Kind.RESET:
+                self._network.cut(self._data)
+
+    def crash(self) -> None:
+        self._problem = "the engine was ended by SIGKILL"
+        self._network.faults.pop(self._data, None)
+        self._drop()
+        self._later(ENGINE_S, self._engine_back)
+
+    def _engine_back(self) -> None:
+        self._problem = ""
+
+    def revive(self) -> None:
+        """It is there again; whoever was stopped goes on with what it holds."""
+        self._dead = self._silent = False
+        self._network.faults.pop(self._data, None)
+
+    def _swallow(self) -> None:
+        self._network.faults[self._data] = lambda message: None
+
+    def _damaged(self, message: bytes) -> bytes:
+        self._network.faults.pop(self._data, None)
+        return message[:-1] + bytes([message[-1] ^ 4])
+
+    def _later(self, after_s: float, what: Any) -> None:
+        asyncio.get_running_loop().call_later(after_s, what)
+
+
+def _late(message: bytes) -> bytes:
+    time.sleep(0.002)
+    return message
+
+
+class _Macs(Roster):
+    def __init__(self, macs: dict[str, Mac]) -> None:
+        super().__init__(static([m.address for m in macs.values()]), "sim", "me")
+        self._by_address = {m.address: m for m in macs.values()}
+
+    def control(self, address: str) -> WorkerControl:
+        return cast(WorkerControl, self._by_address[address])
+
+
+class _Unchecked(Delivery):
+    async def check(self, proofs: Sequence[StageProof], waiting: Any) -> None:
+        """There are no bytes to compare."""
+
+
+class _NoBytes(Supply):
+    def __init__(self) -> None:
+        """There is no store."""
+
+    @asynccontextmanager
+    async def delivery(self, plan: Plan, checkpoint: Checkpoint, workers: Sequence[WorkerFacts]) -> Any:
+        yield _Unchecked((FetchOrder(()),) * len(plan.stages), cast(Any, None), cast(Any, None))
+
+
+class _Words:
+    eos: frozenset[int] = frozenset()
+    parser = staticmethod(plain)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return (1, 2)
+
+    def decoder(self) -> _Words:
+        return self
+
+    def add(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass
+class Simulation:
+    """One fleet, which plays one scenario."""
+
+    played: Scenario
+    asked: tuple[Asked, ...]
+
+    def __post_init__(self) -> None:
+        self.history, self._network = History(), MemoryNetwork()
+        self.macs = {name: Mac(name, self._network) for name in NAMES}
+        self._struck = asyncio.Event()
+
+    async def play(self) -> Verdict:
+        await self.open()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                tasks = [self._request(i) for i in range(len(self.played.requests))]
+                await asyncio.gather(*tasks, *map(self._second, self.played.faults[1:]))
+        except TimeoutError:
+            self.history.note("over")  # whoever has not ended by now hangs
+        finally:
+            await self.close()
+        expected = {
+            f"r{i}": continuation(self.asked[r].prompt, self.asked[r].max_tokens)
+            for i, r in enumerate(self.played.requests)
+        }
+        return check(self.history, expected, DEADLINE_S)
+
+    async def close(self) -> None:
+        await self._watch.close()
+        await self.service.close(NotServing("the simulation is over"))
+
+    async def open(self) -> None:
+        """Until a token has gone through every stage."""
+        roster, order = _Macs(self.macs), LoadOrder("sim", workers=STAGES)
+        self._watch = Watch(roster, self._believed, lambda: self.service.alive())
+        self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
+        workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
+        first = Heirs(lay_out(new_epoch(), SHAPE, workers, order), workers)
+        checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None))
+        means = Means(roster, self._watch, self._network, _NoBytes())
+        self.service = Service(means, checkpoint, order, first, lambda said: None)
+        self._watch.start()
+        await self.service.open(lambda progress: None)
+        self._homes = [s.worker for s in self.service.plan.stages]
+
+    def _believed(self, belief: Belief) -> None:
+        self.service.believed(belief)
+
+    async def _request(self, i: int) -> None:
+        asked, name = self.asked[self.played.requests[i]], f"r{i}"
+        await asyncio.sleep(self.played.starts[i] / 10)
+        self.history.note("sent", request=name)
+        answer = Answer()
+        self.service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
+        try:
+            async for event in answer.events():
+                self._seen(name, event, first=i == 0)
+        except MacpipeError as e:
+            self.history.note("error", request=name, reason=e.reason, sentence=e.sentence)
+        if i == 0:
+            self._strike_first()
+
+    def _seen(self, name: str, event: Accepted | TokenEvent | FinishEvent, *, first: bool) -> None:
+        fault = self.played.faults[0]
+        if isinstance(event, Accepted):
+            self.history.note("accepted", request=name)
+            if first and fault.moment is Moment.PREFILL:
+                self._strike_first()
+        elif isinstance(event, TokenEvent):
+            self.history.note("token", request=name, index=event.index, token=event.token)
+            if first and event.index >= fault.token:
+                self._strike_first()
+        else:
+            self.history.note("finish", request=name, reason=str(event.reason))
+
+    def _strike_first(self) -> None:
+        if not self._struck.is_set():
+            self._struck.set()
+            self._strike(self.played.faults[0])
+
+    def _strike(self, fault: Fault) -> None:
+        mac = self._homes[min(fault.stage, STAGES - 1)]
+        self.history.note("fault", what=f"{fault.kind} {mac}")
+        self.macs[mac].strike(fault.kind)
+
+    async def _second(self, fault: Fault) -> None:
+        """Strike in the middle of the recovery from the first loss."""
+        await self._struck.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while self.service.recovery is None:
+                    await asyncio.sleep(0.002)
+                await asyncio.sleep(0.004 * (self.played.seed % 8))
+                self._strike(fault)
+
+
+async def simulated(seeds: Sequence[int], at_once: int = 8) -> dict[int, tuple[Verdict, History]]:
+    """What the checker says of each seed. Raises AssertionError where an error on the event loop was lost."""
+    asked, turns = pool(700), asyncio.Semaphore(at_once)
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+
+    async def one(seed: int) -> tuple[int, tuple[Verdict, History]]:
+        async with turns:
+            simulation = Simulation(scenario(seed, asked, STAGES), asked)
+            return seed, (await simulation.play(), simulation.history)
+
+    outcomes = dict(await asyncio.gather(*map(one, seeds)))
+    gc.collect()  # tasks tell of an error that nobody looked at when they are let go
+    assert not unheard, unheard
+    return outcomes

@@ -1,0 +1,128 @@
+"""Coordinators that die: their successor reads no weight, and goes on with every kind of answer where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from cluster.client import AsyncClient, Client
+from cluster.client.stream import Stream
+from cluster.errors import MacpipeError, RequestNotFound
+from faults.campaign import Campaign
+from faults.fleet import Fleet
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+ROUNDS = 2
+KINDS: dict[str, Callable[[Client, str], Stream]] = {
+    "greedy": lambda client, name: client.stream([5, 6, 7], max_tokens=60, ignore_eos=True, request_id=name),
+    "samples": lambda client, name: client.stream(
+        [8, 9], max_tokens=60, ignore_eos=True, samples=3, temperature=0.8, seed=4, request_id=name
+    ),
+    "grammar": lambda client, name: client.stream(
+        "Once", max_tokens=60, regex="[a-z ]{150,200}", temperature=0.8, seed=5, request_id=name
+    ),
+    "chat": lambda client, name: client.stream_chat(
+        [("user", "What is a pipeline?")], max_tokens=60, ignore_eos=True, logprobs=True, request_id=name
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
+    """Two workers without a spare, and a coordinator with a journal."""
+    fleet = Fleet(tmp_path_factory.mktemp("small"), stages=2, names=("eve", "fay"), options=("--journal", "never"))
+    try:
+        yield Campaign(fleet)
+    finally:
+        fleet.close()
+
+
+class Answer:
+    """What came of one request: the tokens of each sample, and their text."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.said: dict[int, list[int]] = {}
+        self.texts: dict[int, str] = {}
+
+    def follow(self, each: Callable[[int], None] = lambda count: None) -> Answer:
+        """Read to the end, or until the coordinator is gone."""
+        with suppress(MacpipeError):
+            for token in self.stream:
+                self.said.setdefault(token.sample, []).append(token.token)
+                self.texts[token.sample] = self.texts.get(token.sample, "") + token.text
+                each(len(self.said[0]) if 0 in self.said else 0)
+        return self
+
+    @property
+    def whole(self) -> list[list[int]]:
+        return [self.said[sample] for sample in sorted(self.said)]
+
+
+def resumed(address: str, name: str, offsets: list[int]) -> list[list[int]]:
+    """The rest of an answer by the asynchronous client, a list a sample."""
+    rest: list[list[int]] = [[] for _ in offsets]
+
+    async def read() -> None:
+        async with AsyncClient(address, timeout_s=60) as client:
+            async for token in client.resume(name, offsets if len(offsets) > 1 else offsets[0]):
+                rest[token.sample].append(token.token)
+
+    asyncio.run(read())
+    return rest
+
+
+def survives(small: Campaign, number: int, expected: dict[str, list[list[int]]]) -> None:
+    """Kill the coordinator while an answer of every kind is under way, start it again, and resume them all."""
+    fleet, kill_at = small.fleet, 3 + (9 * number) % 50
+    port = int(fleet.address.rpartition(":")[2])
+    answers = {kind: Answer(ask(fleet.client, f"{kind}-{number}")) for kind, ask in KINDS.items()}
+
+    def struck(count: int) -> None:
+        if count == kill_at:
+            fleet.serve.process.kill()
+
+    readers = [threading.Thread(target=a.follow) for kind, a in answers.items() if kind != "greedy"]
+    for reader in readers:
+        reader.start()
+    answers["greedy"].follow(struck)
+    for reader in readers:
+        reader.join(60)
+    fleet.serve.process.wait(10)
+    fleet.client.close()
+    fleet.start_coordinator(port)
+    assert "reading, 0%" not in fleet.serve.said()
+    for kind, answer in answers.items():
+        if answer.stream.finish:
+            assert answer.whole == expected[kind]
+            continue
+        said = [answer.said.get(sample, []) for sample in range(len(expected[kind]))]
+        offsets = [max(0, len(s) - number % 3) for s in said]  # a client may have lost its last tokens, too
+        rest = resumed(fleet.address, f"{kind}-{number}", offsets)
+        assert [s[:n] + r for s, n, r in zip(said, offsets, rest, strict=True)] == expected[kind], kind
+        with pytest.raises(RequestNotFound, match=kind):
+            list(fleet.client.resume(f"{kind}-{number}", offsets))
+
+
+def undisturbed(small: Campaign) -> dict[str, list[list[int]]]:
+    return {kind: Answer(ask(small.fleet.client, f"{kind}-undisturbed")).follow().whole for kind, ask in KINDS.items()}
+
+
+def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(small: Campaign) -> None:
+    engines, expected = [p.engine for p in small.fleet.parties.values()], undisturbed(small)
+    for number in range(ROUNDS):
+        survives(small, number, expected)
+    assert [p.engine for p in small.fleet.parties.values()] == engines
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_twenty_coordinators_die_and_no_answer_is_lost(small: Campaign) -> None:
+    engines, expected = [p.engine for p in small.fleet.parties.values()], undisturbed(small)
+    for number in range(ROUNDS, ROUNDS + 20):
+        survives(small, number, expected)
+    assert [p.engine for p in small.fleet.parties.values()] == engines

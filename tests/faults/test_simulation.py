@@ -1,0 +1,62 @@
+"""Faults from seeds on simulated Macs, beside those of real daemons: recovery keeps the promise."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from faults.scenario import pool, scenario
+from faults.simulation import SPEED, Simulation, simulated
+
+pytestmark = pytest.mark.timeout(240)
+FIRST, SEEDS = 5, 55
+
+
+def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in SPEED.items():
+        monkeypatch.setattr(name, seconds)
+    outcomes = asyncio.run(simulated(range(FIRST, FIRST + SEEDS)))
+    broken = []
+    for seed, (verdict, history) in outcomes.items():
+        if not verdict.kept:
+            history.save(tmp_path / f"seed-{seed}.jsonl")
+            broken.append(f"seed {seed}: {verdict}; history in {tmp_path}")
+    assert not broken, "\n".join(broken)
+    assert sum(verdict.requests for verdict, _ in outcomes.values()) >= SEEDS
+
+
+async def drained(simulation: Simulation) -> None:
+    """Drain the Mac of stage 1, and look while its layers are loaded elsewhere."""
+    await simulation.open()
+    service, spare = simulation.service, simulation.macs["dee"]
+    try:
+        spare.loading.clear()
+        simulation.macs["bob"].draining = True
+        async with asyncio.timeout(10):
+            while service.move is None:
+                await asyncio.sleep(0.01)
+        assert (service.move.doing, service.move.expected_s > 0) == ("moving layers to dee", True)
+        assert "bob is being drained" in service.move.cause.sentence
+        assert service.recovery is None
+        spare.loading.set()
+        async with asyncio.timeout(10):
+            while service.move:
+                await asyncio.sleep(0.01)
+        assert ([s.worker for s in service.plan.stages], service.recoveries) == (["ada", "dee", "cyd"], 0)
+    finally:
+        await simulation.close()
+
+
+def test_a_planned_move_says_what_it_does_and_counts_as_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in SPEED.items():
+        monkeypatch.setattr(name, seconds)
+
+    async def play() -> None:
+        asked = pool(700)
+        await drained(Simulation(scenario(0, asked), asked))
+
+    asyncio.run(play())

@@ -1,0 +1,165 @@
+"""Files that a crash, a full disk or a person may have spoiled, and what an engine says over its pipe.
+
+A spoiled file is never an error: it counts as far as it can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import msgpack
+
+from cluster.coordinator import journal as coordinator_journal
+from cluster.profiles import Link, Profile
+from cluster.store.manifest import Manifest
+from cluster.store.partial import Partial, place
+from cluster.types import Request, SamplingParams
+from cluster.worker import messages, profiles
+from fuzz.mutation import spoil_bytes, spoil_json, spoil_lines, spoil_records
+from fuzz.targets.target import Prepared, Target
+
+
+def scratch(name: str) -> Path:
+    """A place for a file in memory, where there is one."""
+    fast = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="macpipe-fuzz-", dir=fast if fast.is_dir() else None)) / name
+
+
+def _of_file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    def run(data: bytes) -> object:
+        path.write_bytes(data)
+        return read(path)
+
+    return run
+
+
+def engine_messages() -> Prepared:
+    def run(data: bytes) -> None:
+        stream = messages.unpacker()
+        for at in range(0, len(data), 4096):
+            for message in messages.read(stream, data[at : at + 4096]):
+                assert messages.pack(message)
+
+    said = (
+        messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
+        messages.Link(2, 7, "127.0.0.1:7000"),
+        messages.Unload(3, 7),
+        messages.Report(4),
+        messages.Measure(5),
+        messages.Hello(7000, "M3", "metal", "0.32", "0.32", 2**36, 2**35),
+        messages.Progress(1, 5, 10),
+        messages.Done(1),
+        messages.Failed(1, "BAD_CHECKPOINT", "no"),
+        messages.Reported(4, 1, 2, 3, 4),
+        messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1),
+    )
+    return Prepared(run, (b"".join(map(messages.pack, said)), *map(messages.pack, said)), spoil_records)
+
+
+def coordinator_journals() -> Prepared:
+    plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
+    kept = [coordinator_journal.Kept(plain, 1e9, [4, 5])]
+    records = [coordinator_journal._opened(one) for one in kept]
+    records += [msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
+    path = scratch("journal")
+
+    def read(path: Path) -> None:
+        now = 1e9 + 1
+        journal = coordinator_journal.Journal(path, coordinator_journal.Fsync.NEVER, lambda: now)
+        journal.take("a", "c")
+        journal.close()
+
+    return Prepared(_of_file(path, read), (b"".join(records), records[0], b"".join(records[:2])), spoil_records, ())
+
+
+def worker_profiles() -> Prepared:
+    known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),))
+    kept = profiles.Kept("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
+
+    def read(path: Path) -> None:
+        file = profiles.ProfileFile(path, "k", lambda: 1e9 + 1)
+        link = file.link("w", "10.0.0.1:7000")
+        assert link is None or link.hop_s(1) >= 0
+        assert file.kept.profile.correction("none") > 0
+
+    return Prepared(_of_file(scratch("profile.json"), read), (json.dumps(asdict(kept)).encode(),), spoil_json, ())
+
+
+def manifests() -> Prepared:
+    path = scratch("home") / "manifests" / "ab.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = b'["t.weight","' + b"ab" * 32 + b'"]\n["u.weight","' + b"cd" * 32 + b'"]\n["u.weight",""]\n'
+
+    def read(path: Path) -> None:
+        for digest in Manifest(path.parent.parent, "ab").known.values():
+            bytes.fromhex(digest)  # what the shelf makes of it
+
+    return Prepared(_of_file(path, read), (lines,), spoil_lines, ())
+
+
+def partials() -> Prepared:
+    """The records of a partial checkpoint: its journal, and where it is from."""
+    from cluster.model.checkpoint import BUNDLED
+    from cluster.store.files import RECORDS, ModelFiles, StoredFile
+
+    source = BUNDLED / "faq-draft"
+    files = tuple(
+        StoredFile(f.name, f.stat().st_size) for f in sorted(source.iterdir()) if f.suffix in (".json", ".safetensors")
+    )
+
+    def read_small(file: StoredFile) -> bytes:
+        data = (source / file.name).read_bytes()
+        return data[: 8 + int.from_bytes(data[:8], "little")] if file.weights else data
+
+    folder = place(scratch("models"), ModelFiles(files, "o/n", "c0ffee"), read_small)
+    journal, origin = folder / RECORDS / "journal.jsonl", folder / RECORDS / "origin.json"
+    tensor = next(iter(Partial(folder).tensors.values()))
+    sizes = (folder / tensor.file).stat()
+    lines = [
+        ["got", tensor.file, 0, sizes.st_size],
+        ["lost", tensor.file, tensor.offset, tensor.end],
+        ["sum", tensor.name, "ab" * 32],
+        ["whole", tensor.file, "cd" * 32],
+        ["stat", tensor.file, sizes.st_size, sizes.st_mtime_ns],
+    ]
+    kept_journal, kept_origin = journal.read_bytes(), origin.read_bytes()
+
+    def run(data: bytes) -> None:
+        about_origin, _, rest = data.partition(b"\n\n")
+        journal.write_bytes(rest or kept_journal)
+        origin.write_bytes(about_origin or kept_origin)
+        part = Partial(folder)
+        part.missing(tensor)
+        part.unproved_files()
+        assert all(bytes.fromhex(digest) for digest in part.verified.values())
+
+    text = b"\n".join(json.dumps(line).encode() for line in lines)
+    return Prepared(run, (b"\n\n" + text, kept_origin + b"\n\n", kept_origin + b"\n\n" + text), spoil_bytes)
+
+
+def held_ids() -> Prepared:
+    from cluster.idfile import held_id
+
+    folder = scratch("id")
+    folder.mkdir()
+
+    def read(path: Path) -> None:
+        with held_id(path.parent) as known:
+            assert known.isalnum()
+            assert known.isascii()
+
+    return Prepared(_of_file(folder / "id", read), (b"0123456789abcdef\n", b""), spoil_bytes, ())
+
+
+TARGETS = (
+    Target("engine", 200, engine_messages),
+    Target("journal", 30, coordinator_journals),
+    Target("profile", 100, worker_profiles),
+    Target("manifest", 80, manifests),
+    Target("partial", 4, partials),
+    Target("id", 30, held_ids),
+)

@@ -1,0 +1,92 @@
+"""Announcements of strangers, and what people and peers write as addresses, layers and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ipaddress import ip_interface
+
+from zeroconf.asyncio import AsyncServiceInfo
+
+from cluster.address import format_address, parse_address
+from cluster.cli.sizes import parse_size
+from cluster.client.replies import cluster_state, finish, load_event, plan, prompt, token
+from cluster.discovery import txt
+from cluster.discovery.browse import sighting_of
+from cluster.discovery.interfaces import Interface
+from cluster.errors import MacpipeError
+from cluster.layers import parse_layers
+from cluster.v1 import cluster_pb2, inference_pb2
+from fuzz.mutation import spoil_bytes, spoil_proto
+from fuzz.targets.target import Prepared, Target
+
+
+def announcements() -> Prepared:
+    """A TXT record with its port and addresses."""
+    local = (Interface("en0", (ip_interface("10.0.0.5/24"),)),)
+    said = txt.write(txt.Announcement("ab" * 8, "mac-1", "1", "home"))
+    record = b"".join(bytes((len(pair),)) + pair for pair in (k + b"=" + v for k, v in said.items()))
+
+    def run(data: bytes) -> None:
+        addresses = [data[at : at + 4] for at in range(2, min(len(data), 10), 4) if len(data) >= at + 4]
+        info = AsyncServiceInfo(
+            txt.SERVICE, f"x.{txt.SERVICE}", int.from_bytes(data[:2], "big"), 0, 0, data[10:], addresses=addresses
+        )
+        found = sighting_of(info, local)
+        if found:
+            parse_address(found.address)
+            assert found.name.isprintable()
+
+    return Prepared(run, ((7000).to_bytes(2, "big") + bytes((10, 0, 0, 9, 127, 0, 0, 1)) + record,), spoil_bytes, ())
+
+
+def _text(parse: Callable[[str], object], *seeds: str) -> Callable[[], Prepared]:
+    return lambda: Prepared(
+        lambda data: parse(data.decode("utf-8", "surrogateescape")), tuple(s.encode() for s in seeds), spoil_bytes
+    )
+
+
+def _address(text: str) -> None:
+    host, port = parse_address(text)
+    assert parse_address(format_address(host, port)) == (host, port)
+
+
+def _size(text: str) -> None:
+    assert parse_size(text, "--memory-limit") > 0
+
+
+def replies() -> Prepared:
+    """What a coordinator says to its client."""
+    from google.protobuf.message import DecodeError
+
+    def run(data: bytes) -> None:
+        answer = inference_pb2.GenerateResponse.FromString(data)
+        for name, read in (("prompt", prompt), ("token", token), ("finish", finish)):
+            if answer.WhichOneof("event") == name:
+                read(getattr(answer, name))
+        load_event(cluster_pb2.LoadModelResponse.FromString(data))
+        cluster_state(cluster_pb2.GetClusterResponse.FromString(data))
+        plan(cluster_pb2.PlanResponse.FromString(data))
+
+    figures = inference_pb2.StageFigures(worker="a", start_layer=0, end_layer=2)
+    ended = inference_pb2.FinishInfo(reason=inference_pb2.FINISH_REASON_STOP, stages=[figures])
+    state = cluster_pb2.GetClusterResponse(
+        cluster="c",
+        workers=[cluster_pb2.Worker(id="i", name="n")],
+        stages=[cluster_pb2.Stage(worker="n", start_layer=0, end_layer=2)],
+    )
+    seeds = (
+        inference_pb2.GenerateResponse(token=inference_pb2.TokenEvent(index=1, token=2, text="a", logprob=-0.5)),
+        inference_pb2.GenerateResponse(finish=ended),
+        cluster_pb2.LoadModelResponse(ready=state),
+        state,
+    )
+    return Prepared(run, tuple(s.SerializeToString() for s in seeds), spoil_proto, (MacpipeError, DecodeError))
+
+
+TARGETS = (
+    Target("txt", 120, announcements),
+    Target("address", 150, _text(_address, "mac-1.local:7000", "[fd00::5%en0]:7000", "10.0.0.5:65535")),
+    Target("layers", 150, _text(parse_layers, "0-3,4-7", "0", " 0 - 1 , 2-3")),
+    Target("size", 80, _text(_size, "24GiB", "1.5 T", "24000MiB", "7")),
+    Target("reply", 50, replies),
+)

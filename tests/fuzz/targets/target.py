@@ -1,0 +1,28 @@
+"""What a target is: a decoder of foreign bytes, inputs that it takes, and the errors that it may raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.errors import MacpipeError
+from fuzz.mutation import Mutate, spoil_bytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A target that is ready to run. ``decode`` raises nothing but ``allowed``; what it returns does not matter."""
+
+    decode: Callable[[bytes], object]
+    seeds: tuple[bytes, ...]
+    spoil: Mutate = spoil_bytes
+    allowed: tuple[type[BaseException], ...] = (MacpipeError,)
+
+
+@dataclass(frozen=True)
+class Target:
+    """``share`` is its part of a run's inputs, against the other targets': what takes long gets fewer."""
+
+    name: str
+    share: int
+    prepare: Callable[[], Prepared]

@@ -1,0 +1,164 @@
+"""The data plane: frames, parcels, and the inbox that makes frames whole from what arrives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.errors import MacpipeError
+from cluster.frames import (
+    Compute,
+    Drop,
+    Failure,
+    Frame,
+    Join,
+    Leave,
+    Restore,
+    Sample,
+    Save,
+    SequenceFailure,
+    Step,
+    Tensor,
+    Trim,
+)
+from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import BULK_BYTES
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.scheduler import Scheduler
+from cluster.transport.status import from_status, to_status
+from cluster.types import Request, SamplingParams, StageTiming, TopLogprob
+from cluster.wire.frame import decode, encode
+from cluster.wire.parcels import pack, unpack
+from cluster.worker.inbox import Inbox
+from fuzz.mutation import apart, joined, spoil_frame, spoil_parts, spoil_proto
+from fuzz.targets.target import Prepared, Target
+
+EPOCH = 7
+BOUND = SamplingParams(
+    temperature=0.7,
+    top_k=40,
+    logit_bias=((3, -1.5), (9, 2.0)),
+    seed=2**63 + 5,
+    logprobs=True,
+    top_logprobs=2,
+    grammar=Grammar(GrammarKind.REGEX, "[a-z]+", (5, 6)),
+)
+TENSOR = Tensor("bfloat16", (1, 3, 4), bytes(range(24)))
+OTHER_TENSOR = Tensor("float32", (2,), bytes(8))
+DECODE = Step(Compute.DECODE, (1, 2), ((11,), (12,)))
+PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
+FRAMES = (
+    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND), Restore(1, 9)), PREFILL, (TENSOR,)),
+    Frame(EPOCH, 1, 2, (Leave(3), Trim(1, 2), Save(1, 4), Drop(4)), DECODE, (TENSOR, OTHER_TENSOR)),
+    Frame(
+        EPOCH, 1, 3, (), None, (),
+        (Sample(1, 3, 42, -0.25, (TopLogprob(42, -0.25), TopLogprob(7, -2.0)), final=True), Sample(2, 1, 5)),
+        (SequenceFailure(2, "STAGE_FAILED", "no"),), (StageTiming(0, 1, 2, 3), StageTiming(1, 4, 5, 6)),
+    ),
+    Frame(EPOCH, 0, 4, error=Failure(1, "STAGE_FAILED", "it broke")),
+)  # fmt: skip
+BULKY = Frame(EPOCH, 0, 5, (), PREFILL, (Tensor("uint8", (BULK_BYTES + 4,), bytes(BULK_BYTES + 4)),))
+SMALL_BULK = tuple(parcel.message for parcel in pack(BULKY))
+
+
+def _frame(data: bytes) -> None:
+    written = encode(decode(data))
+    assert encode(decode(written)) == written, "a frame is not what it was, written and read again"
+
+
+def _parcel(data: bytes) -> object:
+    return unpack(data)
+
+
+def frames() -> Prepared:
+    return Prepared(_frame, tuple(map(encode, FRAMES)), spoil_frame)
+
+
+def parcels() -> Prepared:
+    heads = tuple(parcel.message for frame in FRAMES for parcel in pack(frame))
+    return Prepared(_parcel, (*heads, SMALL_BULK[0], SMALL_BULK[1][:200]), spoil_frame)
+
+
+def inboxes() -> Prepared:
+    """Messages in a row, as a stage gets them; the frames whose turn came are taken out between."""
+
+    def run(data: bytes) -> None:
+        inbox = Inbox(EPOCH)
+        for message in apart(data):
+            inbox.put(message)
+            while inbox.take():
+                pass
+
+    head, body = _apart()
+    whole = [encode(frame) for frame in FRAMES]
+    return Prepared(
+        run, (joined([*whole, head, body]), joined([body, head]), joined(whole[::-1])), spoil_parts(spoil_frame)
+    )
+
+
+def _apart() -> tuple[bytes, bytes]:
+    """A head and a body that are small, though large ones alone travel apart."""
+    from cluster.wire.frame import pack_header
+    from cluster.wire.parcels import _MARK, _NAME, checksum
+
+    frame = replace(BULKY, tensors=(TENSOR,))
+    name = _NAME.pack(frame.epoch, frame.number)
+    data = bytes(TENSOR.data)
+    return pack_header(frame, apart=True), _MARK.pack(0, checksum(name, data)) + name + data
+
+
+def returns() -> Prepared:
+    """What the last stage says, into the schedule: a frame that is well made can still be nonsense."""
+    room = Capacity(2, 4, 3, (2**40, 2**40), (2**30, 2**30), lambda tokens: (tokens, tokens))
+
+    def begun() -> Scheduler:
+        schedule = Scheduler(EPOCH, room, frozenset({0}))
+        schedule.submit(Request("a", (1, 2, 3), SamplingParams(), max_tokens=4))
+        return schedule
+
+    def run(data: bytes) -> None:
+        schedule = begun()
+        for message in apart(data):
+            schedule.next_frames(0.0)
+            schedule.returned(decode(message))
+
+    return Prepared(run, (joined(list(map(encode, _answered(begun())))),), spoil_parts(spoil_frame))
+
+
+def _answered(schedule: Scheduler) -> list[Frame]:
+    """What the last stage says to the first frames of a schedule."""
+    said: list[Frame] = []
+    for position in range(3):
+        for frame in schedule.next_frames(0.0):
+            decodes = frame.step is not None and frame.step.compute is Compute.DECODE
+            rows = frame.step.sequences if frame.step and decodes else ()
+            samples = tuple(Sample(row, 2 + position, 42) for row in rows)
+            said.append(Frame(EPOCH, frame.lane, frame.number, samples=samples, timings=(StageTiming(0, 1, 2, 3),)))
+            schedule.returned(said[-1])
+    return said
+
+
+def statuses() -> Prepared:
+    """The details of a failed call."""
+    from google.protobuf.message import DecodeError
+    from google.rpc.status_pb2 import Status
+
+    def run(data: bytes) -> None:
+        error = from_status(Status.FromString(data))
+        if error:
+            to_status(error)
+
+    errors = (
+        MacpipeError("it broke", retry_after_s=2.5, field="prompt", worker="mac-1"),
+        MacpipeError.of("PROMPT_TOO_LONG", "too long"),
+    )
+    seeds = tuple(to_status(error).SerializeToString() for error in errors)
+    return Prepared(run, seeds, spoil_proto, (DecodeError,))
+
+
+TARGETS = (
+    Target("frame", 400, frames),
+    Target("parcel", 300, parcels),
+    Target("inbox", 60, inboxes),
+    Target("returned", 60, returns),
+    Target("status", 60, statuses),
+)

@@ -1,0 +1,60 @@
+"""The engine's process: what it is begun with, and what becomes of one that says nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import BadFrame, WorkerLost
+from cluster.worker.messages import Done, Load, pack, read, unpacker
+from cluster.worker.supervisor import Supervisor
+
+EVIL = "open({!r}, 'w').close()\nraise SystemExit(3)\n"
+
+
+def test_an_engine_imports_nothing_from_where_the_daemon_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "msgpack.py").write_text(EVIL.format(str(tmp_path / "it-ran")))
+    monkeypatch.chdir(tmp_path)
+
+    async def body() -> None:
+        supervisor = Supervisor("127.0.0.1", None)
+        running = asyncio.create_task(supervisor.run())
+        await asyncio.wait([running, asyncio.create_task(supervisor.wait_started())], return_when="FIRST_COMPLETED")
+        assert supervisor.hello, supervisor.problem
+        running.cancel()
+        await asyncio.wait([running])
+
+    asyncio.run(body())
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("said", [b"\xc1", b"\x05", b"\x92\xa4Done\xa11", b"\xda\xff\xff" + b"x" * 70_000])
+def test_an_engine_that_says_nonsense_is_killed(said: bytes) -> None:
+    async def body() -> None:
+        supervisor = Supervisor("127.0.0.1", None)
+        program = f"import sys, time; sys.stdout.buffer.write({said!r}); sys.stdout.flush(); time.sleep(60)"
+        supervisor._command = [sys.executable, "-c", program]
+        with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
+            await supervisor.run()
+
+    asyncio.run(body())
+
+
+def test_messages_come_whole_from_pieces() -> None:
+    said = [Load(1, 7, 0, 2, "m", "/m", "ab", 0, 4, 64), Done(1)]
+    data, stream = b"".join(map(pack, said)), unpacker()
+    assert [m for at in range(len(data)) for m in read(stream, data[at : at + 1])] == said
+
+
+def test_a_message_without_an_end_is_bounded() -> None:
+    stream = unpacker()
+    endless = [b"\xdb\xff\xff\xff\xff", *(bytes(65_000) for _ in range(40))]
+    with pytest.raises(BadFrame):
+        deque(chain.from_iterable(read(stream, data) for data in endless), 0)
