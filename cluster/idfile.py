@@ -29,6 +29,18 @@ def held_id(folder: Path) -> Iterator[str]:
         os.close(file)
 
 
+def known_id(folder: Path) -> str:
+    """The id in ``folder``, made where there is none, also while another process holds it.
+
+    Raises ``OSError`` where the folder cannot be written.
+    """
+    try:
+        with held_id(folder) as found:
+            return found
+    except BlockingIOError:
+        return (folder / "id").read_text(encoding="ascii", errors="replace").strip()
+
+
 def _known(file: int) -> str:
     """What the file holds; where that is no id, as after a crash, a new one."""
     known = os.read(file, 65).decode("ascii", "replace").strip()

@@ -32,8 +32,10 @@ from cluster.coordinator.snapshot import ServingState
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merged, static
 from cluster.errors import MacpipeError, PortInUse
+from cluster.joining.port import EVERYWHERE, admitting
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import LAST_WORDS_S
+from cluster.security.folder import ClusterFolder
 from cluster.store.store import Store
 from cluster.transport.options import CONTROL_OPTIONS, bind
 from cluster.transport.rings import GrpcDialer
@@ -73,6 +75,7 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         tasks.start_soon(desk.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
         port = await stack.enter_async_context(_public_port(settings, desk, checks))
+        await stack.enter_async_context(_join_port(settings, report))
         tasks.start_soon(_tell_health, coordinator, checks)
         await coordinator.load(settings.order)
         plan = (await coordinator.snapshot()).plan
@@ -105,6 +108,23 @@ async def _http_port(settings: ServeSettings, entrance: HttpPort, desk: Desk, re
     app = application(desk, settings.served_names, entrance.sites)
     async with serving(app, listener, entrance.certificate) as address:
         yield f"{'https' if entrance.certificate else 'http'}://{address}"
+
+
+@asynccontextmanager
+async def _join_port(settings: ServeSettings, report: Report) -> AsyncIterator[None]:
+    """Admit Macs, where this one leads a cluster; a port that is taken and that nobody insists on is told of."""
+    folder = ClusterFolder(settings.home, settings.cluster)
+    if settings.join_port is None or not folder.leads:
+        yield
+        return
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(admitting(folder, settings.host or EVERYWHERE, settings.join_port))
+        except PortInUse as e:
+            if settings.join_wanted:
+                raise
+            report.problem(f"nobody can join here: {e.sentence}")
+        yield
 
 
 @asynccontextmanager

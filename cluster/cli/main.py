@@ -18,14 +18,19 @@ from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
+from cluster.cli.init import init
+from cluster.cli.join import join
 from cluster.cli.key import key
 from cluster.cli.launch import launch
 from cluster.cli.load import load
+from cluster.cli.members import members
 from cluster.cli.plan import plan
 from cluster.cli.ps import ps
 from cluster.cli.pull import pull
+from cluster.cli.remove import remove
 from cluster.cli.serve import serve
 from cluster.cli.status import status
+from cluster.cli.token import token
 from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
@@ -54,10 +59,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
+for command in (demo, init, join, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
+    app.command()(command)
+app.add_typer(token, name="token")
+app.add_typer(key)
+for command in (members, remove):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)
-app.add_typer(key)
 
 
 def show_version(wanted: bool) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.address import parse_address
+from cluster.cli.admit import JoinPort
 from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
 from cluster.types import Route
+
+if TYPE_CHECKING:
+    from cluster.coordinator.settings import ServeSettings
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -100,6 +104,7 @@ def serve(
     http_allow_origin: AllowOrigins = None,
     http_cert: HttpCert = None,
     http_key: HttpKey = None,
+    join_port: JoinPort = None,
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
@@ -117,8 +122,6 @@ def serve(
 
     Lays the model's layers over the workers, loads them, and takes requests. Stays in the foreground; Ctrl-C ends it.
     """
-    from cluster.api.server import run
-    from cluster.cli.report import TerminalReport
     from cluster.coordinator.settings import ServeSettings
 
     settings = ServeSettings(
@@ -133,6 +136,8 @@ def serve(
         http_hosts=tuple(http_allow_host or ()),
         http_origins=tuple(http_allow_origin or ()),
         http_certificate=certificate_files(http_cert, http_key),
+        join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
+        join_wanted=join_port is not None,
         workers=workers,
         peers=tuple(peer or ()),
         peers_only=peers_only,
@@ -150,8 +155,15 @@ def serve(
     )
     if exit_with_stdin:
         end_with_stdin()
+    raise typer.Exit(_run(settings))
+
+
+def _run(settings: ServeSettings) -> int:
+    from cluster.api.server import run
+    from cluster.cli.report import TerminalReport
+
     with TerminalReport(sys.stderr) as report:
-        raise typer.Exit(run(settings, report))
+        return run(settings, report)
 
 
 def http_address(given: str) -> tuple[str, int] | None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cluster.idfile import held_id
+from cluster.errors import InvalidOption
+from cluster.idfile import held_id, known_id
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +17,15 @@ log = logging.getLogger(__name__)
 def state_folder(home: Path, cluster: str) -> Path:
     """Where the coordinator of a cluster keeps its state on this machine."""
     return home / "coordinators" / "".join(c if c.isalnum() or c in "-_." else "_" for c in cluster)
+
+
+def id_of(home: Path, cluster: str) -> str:
+    """The id of this machine's coordinator of ``cluster``, whether it runs or not; raises ``InvalidOption``."""
+    folder = state_folder(home, cluster)
+    try:
+        return known_id(folder)
+    except OSError as e:
+        raise InvalidOption(f"cannot keep the coordinator's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.profiles import Objective
 from cluster.types import LayerRange, Route
 
@@ -42,9 +42,10 @@ class ServeSettings:
     that were lost get their layers back once they are there again; without, they are spares.
 
     ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
-    port is no reason to give up. ``served_names`` are further names of the model for HTTP's clients. ``http_hosts`` and
-    ``http_origins`` are by which names, beside this machine's own, and from whose pages it may be called;
-    ``http_certificate`` are PEM files of a chain and its key, None takes the cluster's own.
+    port is no reason to give up. ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says the
+    same of it. ``served_names`` are further names of the model for HTTP's clients. ``http_hosts`` and ``http_origins``
+    are by which names, beside this machine's own, and from whose pages it may be called; ``http_certificate`` are PEM
+    files of a chain and its key, None takes the cluster's own.
     """
 
     model: str
@@ -58,6 +59,8 @@ class ServeSettings:
     http_hosts: tuple[str, ...] = ()
     http_origins: tuple[str, ...] = ()
     http_certificate: tuple[Path, Path] | None = None
+    join_port: int | None = DEFAULT_JOIN_PORT
+    join_wanted: bool = False
     workers: int | None = None
     peers: tuple[str, ...] = ()
     peers_only: bool = False

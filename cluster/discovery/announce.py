@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from typing import Final
 
@@ -34,15 +34,22 @@ async def announce(*, id: str, name: str, version: str, cluster: str, host: str,
     InvalidOption for fields that cannot be announced (see ``txt.Announcement``).
     """
     said = txt.Announcement(id=id, name=name, version=version, cluster=cluster)
+    async with publish(lambda here: _info(said, here, port), host, "this worker"):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def publish(info: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> AsyncIterator[None]:
+    """Announce ``what``, which listens on ``host``, for as long as the block lasts; ``info`` makes its records."""
     here = await _reach(host)
     if not here.senders:
-        log.warning("no interface of this machine has the address %s: this worker is not announced", host)
-    zeroconf = open_multicast(here.senders, "announce this worker") if here.senders else None
+        log.warning("no interface of this machine has the address %s: %s is not announced", host, what)
+    zeroconf = open_multicast(here.senders, f"announce {what}") if here.senders else None
     if zeroconf is None:
         yield
         return
     try:
-        async with alongside(_keep_up(zeroconf, said, host, port)):
+        async with alongside(_keep_up(zeroconf, info, host, what)):
             yield
     finally:
         await close_multicast(zeroconf)
@@ -78,27 +85,27 @@ def _info(said: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
     )
 
 
-async def _put_up(zeroconf: AsyncZeroconf, info: AsyncServiceInfo) -> None:
+async def _put_up(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) -> None:
     """Register; an instance name that is taken gets a number, which readers never see."""
     try:
         async with asyncio.timeout(ANNOUNCE_S):
             await zeroconf.async_register_service(info, allow_name_change=True)
     except (OSError, Error, TimeoutError) as error:
-        log.warning("could not announce this worker over Zeroconf (%r); name it by --peer HOST:PORT instead", error)
+        log.warning("could not announce %s over Zeroconf (%r); name it by --peer HOST:PORT instead", what, error)
 
 
-async def _keep_up(zeroconf: AsyncZeroconf, said: txt.Announcement, host: str, port: int) -> None:
+async def _keep_up(zeroconf: AsyncZeroconf, make: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> None:
     """Announce, and again with the new addresses when the machine's interfaces change."""
     here = await _reach(host)
-    info = _info(said, here, port)
-    await _put_up(zeroconf, info)
+    info = make(here)
+    await _put_up(zeroconf, info, what)
     while True:
         await asyncio.sleep(FOLLOW_S)
         now = await _reach(host)
         if now != here and now.senders:
             here = now
             await follow_interfaces(zeroconf, here.senders)
-            fresh = _info(said, here, port)
+            fresh = make(here)
             fresh.name = info.name
             with contextlib.suppress(OSError, Error):
                 await zeroconf.async_update_service(fresh)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from zeroconf import Error, ServiceStateChange, Zeroconf
@@ -29,6 +29,8 @@ MAX_TXT_BYTES: Final = 2048
 QUESTION_S: Final = 3.0
 """How long to wait for the rest of an announcement that came in pieces."""
 ASKERS: Final = 8
+Reader = Callable[[AsyncServiceInfo, tuple[Interface, ...]], Sighting | None]
+"""What a complete announcement says, or None where it is malformed or names no address that we could try."""
 
 
 @contextlib.asynccontextmanager
@@ -37,13 +39,20 @@ async def browse(cluster: str) -> AsyncIterator[Source]:
 
     Where multicast does not work this logs a warning and finds nothing.
     """
+    async with listening(cluster, txt.SERVICE, sighting_of, "look for workers") as source:
+        yield source
+
+
+@contextlib.asynccontextmanager
+async def listening(cluster: str, service: str, read: Reader, purpose: str) -> AsyncIterator[Source]:
+    """As ``browse``, for announcements of ``service``, which ``read`` turns into sightings."""
     roster = Roster()
-    zeroconf = open_multicast(None, "look for workers")
+    zeroconf = open_multicast(None, purpose)
     if zeroconf is None:
         yield roster
         return
     try:
-        listener = _Listener(zeroconf, cluster, roster)
+        listener = _Listener(zeroconf, cluster, roster, service, read)
         async with alongside(listener.run()):
             yield roster
     finally:
@@ -64,8 +73,16 @@ def sighting_of(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sightin
 class _Listener:
     """Turns what the browser hears into entries of a roster."""
 
-    def __init__(self, zeroconf: AsyncZeroconf, cluster: str, roster: Roster) -> None:
+    def __init__(
+        self,
+        zeroconf: AsyncZeroconf,
+        cluster: str,
+        roster: Roster,
+        service: str = txt.SERVICE,
+        read: Reader = sighting_of,
+    ) -> None:
         self._zeroconf = zeroconf
+        self._service, self._read = service, read
         self._cluster = cluster
         self._roster = roster
         self._local = interfaces()
@@ -75,7 +92,7 @@ class _Listener:
     async def run(self) -> None:
         with contextlib.suppress(Error):
             await self._zeroconf.zeroconf.async_wait_for_start()
-        browser = AsyncServiceBrowser(self._zeroconf.zeroconf, txt.SERVICE, handlers=[self._heard])
+        browser = AsyncServiceBrowser(self._zeroconf.zeroconf, self._service, handlers=[self._heard])
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(ASKERS):
@@ -98,12 +115,12 @@ class _Listener:
     def _take(self, name: str) -> bool:
         """Enter what the cache holds of ``name``; False when something is missing there."""
         try:
-            info = AsyncServiceInfo(txt.SERVICE, name)
+            info = AsyncServiceInfo(self._service, name)
         except Error:
             return True
         complete = info.load_from_cache(self._zeroconf.zeroconf) and info.port is not None
         if complete:
-            self._enter(name, sighting_of(info, self._local))
+            self._enter(name, self._read(info, self._local))
         return complete
 
     def _enter(self, name: str, sighting: Sighting | None) -> None:
@@ -117,9 +134,9 @@ class _Listener:
         while True:
             name = await self._questions.get()
             with contextlib.suppress(OSError, Error):
-                info = AsyncServiceInfo(txt.SERVICE, name)
+                info = AsyncServiceInfo(self._service, name)
                 complete = await info.async_request(self._zeroconf.zeroconf, QUESTION_S * 1000)
-                self._enter(name, sighting_of(info, self._local) if complete else None)
+                self._enter(name, self._read(info, self._local) if complete else None)
 
     async def _look_again(self) -> None:
         """Follow the interfaces, and ask after entries whose records ran out without a goodbye."""

@@ -27,6 +27,7 @@ from cluster.security.roles import ID, Role, checked_name, name_of
 
 _BOTH: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 _COMMON_NAME_CHARS: Final = 64
+_ORGANIZATION: Final = "macpipe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,12 @@ class Authority:
         if folder.exists:
             raise InvalidOption(f"this Mac is in a cluster named {folder.cluster} already ({folder.path})")
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"macpipe {folder.cluster}"[:_COMMON_NAME_CHARS])])
+        subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANIZATION),
+                x509.NameAttribute(NameOID.COMMON_NAME, folder.cluster),
+            ]
+        )
         certificate = (
             _begun(subject, subject, key.public_key(), now, now + AUTHORITY_S)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -130,10 +136,23 @@ def cluster_id_of(fingerprint: bytes) -> str:
     return fingerprint.hex()[:16]
 
 
-def authority_of(pem: bytes) -> tuple[bytes, bytes]:
-    """A stranger's authority: its certificate, written anew, and its fingerprint. Raises ``ValueError``.
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """An authority that somebody showed: its certificate (PEM), its fingerprint, and what it calls its cluster."""
 
-    One certificate, which its own key has signed, and nothing else that came along with it.
+    certificate: bytes
+    fingerprint: bytes
+    cluster: str
+
+    @property
+    def cluster_id(self) -> str:
+        return cluster_id_of(self.fingerprint)
+
+
+def authority_of(pem: bytes) -> Stranger:
+    """A stranger's authority; raises ``ValueError``.
+
+    One certificate, which its own key has signed, written anew: nothing else that came along with it is kept.
     """
     if len(pem) > MAX_PEM_BYTES:
         raise ValueError("too long for a certificate")
@@ -141,11 +160,14 @@ def authority_of(pem: bytes) -> tuple[bytes, bytes]:
     try:
         certificate.verify_directly_issued_by(certificate)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as e:
-        raise ValueError("not an authority's certificate") from e
+        (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        cluster = checked_name(str(name.value), "a cluster's")
+    except (InvalidSignature, InvalidOption, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        raise ValueError("not an authority's certificate") from None
     if not constraints.ca:
         raise ValueError("not an authority's certificate")
-    return certificate.public_bytes(Encoding.PEM), hashlib.sha256(public_bytes(certificate.public_key())).digest()
+    fingerprint = hashlib.sha256(public_bytes(certificate.public_key())).digest()
+    return Stranger(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
 
 
 def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from cluster.errors import ClockWrong, ClusterDamaged, MacpipeError
 from cluster.limits import MAX_PEM_BYTES
-from cluster.security.roles import Party, party_in
+from cluster.security.roles import Party, party_in, party_of
 
 _LOOKS: Final = 20
 _LOOK_S: Final = 0.05
@@ -81,6 +81,11 @@ class Keyring:
                 f"{clock}, and its certificate ended {date_in_words(self.not_after)}: set the clock if it is wrong,"
                 " else join again with a new token (`macpipe token create` on the coordinator's Mac)"
             )
+
+
+def issued(certificate: bytes) -> tuple[Party, float]:
+    """Whose a certificate (PEM) is, and when it ends; raises ``Unauthenticated``."""
+    return party_of(certificate), x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 def make_request(key: bytes | None = None) -> tuple[bytes, bytes]:

@@ -70,9 +70,12 @@ class Members:
         """Raise where nobody new can be ``name`` with this id: ``DuplicateName``, or ``Busy`` where all is full."""
         _check_room(self._kept(self.everyone()), role, id, checked_name(name, "a member's"))
 
-    def admit(self, party: Party, not_after: float) -> None:
-        """Enter who got a first certificate; once more the same one is no news. Raises as ``check_room`` does."""
-        with self._file.edit() as edit:
+    def admit(self, party: Party, not_after: float, *, locked: bool = False) -> None:
+        """Enter who got a first certificate; once more the same one is no news. Raises as ``check_room`` does.
+
+        ``locked`` says that the caller holds the folder's lock.
+        """
+        with self._file.edit(locked=locked) as edit:
             rows = self._kept(edit.rows)
             if any(one.serial == party.serial for member in rows for one in member.issued):
                 return
@@ -109,9 +112,12 @@ class Members:
             return gone
 
     def _kept(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
-        """Without the removed whose last certificate has ended: nothing of theirs needs to be refused any more."""
+        """Without those whose last certificate has ended: they cannot speak, and may join again under their names.
+
+        The coordinator stays, since it certifies itself anew.
+        """
         now = self._clock()
-        return tuple(m for m in rows if m.removed is None or any(one.not_after > now for one in m.issued))
+        return tuple(m for m in rows if m.role is Role.COORDINATOR or any(one.not_after > now for one in m.issued))
 
 
 def _check_room(rows: tuple[Member, ...], role: Role, id: str, name: str) -> None:  # noqa: A002

@@ -6,7 +6,7 @@ A file that is damaged is an error and not an empty one: a list of who was remov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Generic, TypeVar
@@ -52,9 +52,12 @@ class StateFile(Generic[T]):
             return self._rows
 
     @contextmanager
-    def edit(self) -> Iterator[Edit[T]]:
-        """Change the rows: nobody else does meanwhile. They are written as the block ends, not where it raises."""
-        with self._folder.lock():
+    def edit(self, *, locked: bool = False) -> Iterator[Edit[T]]:
+        """Change the rows: nobody else does meanwhile. They are written as the block ends, not where it raises.
+
+        ``locked`` says that the caller holds the folder's lock already, to edit two files as one.
+        """
+        with nullcontext() if locked else self._folder.lock():
             found = self._read() if self._path.exists() else ()
             edit = Edit(found)
             yield edit

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster.errors import DuplicateName, InvalidOption
-from cluster.idfile import held_id
+from cluster.idfile import held_id, known_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -20,11 +20,7 @@ def identity(home: Path, name: str) -> Iterator[str]:
     Raises ``DuplicateName`` where a daemon of that name runs already, ``InvalidOption`` where the folder cannot be
     written.
     """
-    if not _NAME.fullmatch(name):
-        raise InvalidOption(
-            f"{name[:64]!r} cannot be a worker's name; use letters, digits, '.', '_' and '-', at most 63"
-        )
-    folder = home / "workers" / name
+    folder = _folder(home, name)
     with ExitStack() as stack:
         try:
             found = stack.enter_context(held_id(folder))
@@ -33,5 +29,26 @@ def identity(home: Path, name: str) -> Iterator[str]:
                 f"a worker named {name} already runs on this machine; give this one another name with --name"
             ) from None
         except OSError as e:
-            raise InvalidOption(f"cannot keep this worker's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
+            raise _unkept(folder, e) from e
         yield found
+
+
+def id_of(home: Path, name: str) -> str:
+    """The id of the worker ``name``, whether its daemon runs or not; raises ``InvalidOption``."""
+    folder = _folder(home, name)
+    try:
+        return known_id(folder)
+    except OSError as e:
+        raise _unkept(folder, e) from e
+
+
+def _folder(home: Path, name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise InvalidOption(
+            f"{name[:64]!r} cannot be a worker's name; use letters, digits, '.', '_' and '-', at most 63"
+        )
+    return home / "workers" / name
+
+
+def _unkept(folder: Path, e: OSError) -> InvalidOption:
+    return InvalidOption(f"cannot keep this worker's id in {folder}: {e.strerror}; set MACPIPE_HOME")

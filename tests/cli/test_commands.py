@@ -17,6 +17,8 @@ Macpipe = Any
 ANSWER = "Macs pass layers on.\n"
 COMMANDS = [
     "demo",
+    "init",
+    "join",
     "worker",
     "plan",
     "serve",
@@ -27,9 +29,12 @@ COMMANDS = [
     "load",
     "unload",
     "drain",
-    "launch",
     "bench",
+    "token",
+    "members",
+    "remove",
     "key",
+    "launch",
 ]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 

@@ -119,7 +119,9 @@ def test_an_authority_is_loaded_as_it_was_made(folder: ClusterFolder, authority:
     again = Authority.load(folder)
     assert again.certificate == authority.certificate
     assert again.fingerprint == authority.fingerprint
-    assert authority_of(authority.certificate) == (authority.certificate, authority.fingerprint)
+    shown = authority_of(authority.certificate)
+    assert (shown.certificate, shown.fingerprint) == (authority.certificate, authority.fingerprint)
+    assert (shown.cluster, shown.cluster_id) == ("lab", authority.cluster_id)
     assert authority.cluster_id == cluster_id_of(authority.fingerprint) == authority.fingerprint.hex()[:16]
     with pytest.raises(InvalidOption, match="named lab already"):
         Authority.make(folder, NOW)
@@ -135,8 +137,8 @@ def test_without_the_authoritys_key_nobody_is_admitted(folder: ClusterFolder) ->
 
 def test_what_came_along_with_an_authority_is_not_kept(authority: Authority, tmp_path: Path) -> None:
     foreign = Authority.make(ClusterFolder(tmp_path / "other", "lab"), NOW)
-    kept, fingerprint = authority_of(authority.certificate + foreign.certificate)
-    assert (kept, fingerprint) == (authority.certificate, authority.fingerprint)
+    kept = authority_of(authority.certificate + foreign.certificate)
+    assert (kept.certificate, kept.fingerprint) == (authority.certificate, authority.fingerprint)
 
 
 def test_a_leaf_is_no_authority(folder: ClusterFolder, authority: Authority) -> None:

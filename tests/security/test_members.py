@@ -93,6 +93,9 @@ def test_who_is_removed_is_revoked_until_its_certificates_end(members: Members, 
     clock.now = 3500.0
     members.admit(party(2), 9000.0)
     assert [member.removed for member in members.everyone()] == [None, None], "forgotten once all has ended"
+    clock.now = 6000.0
+    members.admit(party(3, name="mac-1"), 9000.0)
+    assert names(members) == ["mac-2", "mac-1"], "who let its certificates end may be followed"
 
 
 def test_who_was_removed_gets_no_further_certificate(members: Members) -> None:

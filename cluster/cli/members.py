@@ -1,0 +1,67 @@
+"""``macpipe members``: who belongs to the cluster, as its coordinator's Mac knows it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.admit import Cluster
+from cluster.cli.edge import errors_in_json
+from cluster.cli.home import state_home
+from cluster.cli.options import Json
+
+if TYPE_CHECKING:
+    from cluster.security.members import Member
+
+
+def members(
+    everyone: Annotated[bool, typer.Option("--all", help="Also those who were removed.")] = False,
+    cluster: Cluster = "default",
+    json: Json = False,
+    home: Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")] = None,
+) -> None:
+    """Show who was admitted to the cluster that this Mac leads."""
+    from cluster.security.authority import Authority
+    from cluster.security.folder import ClusterFolder
+    from cluster.security.members import Members
+
+    with errors_in_json(json):
+        folder = ClusterFolder(state_home(home), cluster)
+        cluster_id, roster = Authority.load(folder).cluster_id, Members(folder)
+        known = roster.everyone() if everyone else roster.current()
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json({"cluster": cluster, "cluster_id": cluster_id, "members": [_facts(one) for one in known]})
+        else:
+            _table(known)
+
+
+def _facts(one: Member) -> dict[str, Any]:
+    until = max((issued.not_after for issued in one.issued), default=None)
+    facts = {"name": one.name, "role": one.role.value, "id": one.id, "since": one.since}
+    return facts | {"certificate_until": until, "removed": one.removed}
+
+
+def _table(known: tuple[Member, ...]) -> None:
+    from cluster.cli.screen import console, printable, table
+
+    shown = table("name", "role", "id", "since", "certificate")
+    for one in known:
+        shown.add_row(printable(one.name), one.role.value, one.id, _day(one.since), _certificate(one))
+    console(sys.stdout).print(shown)
+
+
+def _certificate(one: Member) -> str:
+    until = max((issued.not_after for issued in one.issued), default=0.0)
+    if one.removed is not None:
+        return f"removed {_day(one.removed)}"
+    return f"until {_day(until)}" if until > time.time() else f"ended {_day(until)}"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))

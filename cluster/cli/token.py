@@ -1,0 +1,161 @@
+"""``macpipe token create|list|revoke``: who may still join."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.admit import Cluster, JoinHost, JoinPort
+from cluster.cli.durations import duration_in_words, parse_duration
+from cluster.cli.edge import errors_in_json
+from cluster.cli.home import state_home
+from cluster.cli.options import Json
+from cluster.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from cluster.security.tokens import JoinToken, Token
+
+token = typer.Typer(
+    name="token",
+    help="Let Macs join: make, show and revoke join tokens.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Home = Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")]
+
+
+@token.command()
+def create(
+    role: Annotated[
+        str, typer.Option(metavar="ROLE", help="What it makes of a Mac: worker, client (may ask), admin (may load).")
+    ] = "worker",
+    ttl: Annotated[str, typer.Option(metavar="DURATION", help="How long it lasts, like 30m, 2h or 1d.")] = "1h",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay, and admit the Mac, until it joined.")] = False,
+    host: JoinHost = "",
+    join_port: JoinPort = None,
+    cluster: Cluster = "default",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Make a join token: it admits one Mac.
+
+    A running `macpipe serve` on this Mac takes it; where none runs, stay with --wait.
+    """
+    from cluster.security.authority import Authority
+    from cluster.security.folder import ClusterFolder
+    from cluster.security.tokens import Tokens
+
+    with errors_in_json(json):
+        folder, seconds = ClusterFolder(state_home(home), cluster), parse_duration(ttl, "--ttl")
+        made = Tokens(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
+        _tell(made, seconds, json)
+        if wait:
+            from cluster.cli.admit import admit
+
+            raise typer.Exit(admit(folder, [made], host, join_port))
+
+
+@token.command(name="list")
+def show(cluster: Cluster = "default", json: Json = False, home: Home = None) -> None:
+    """Show join tokens, without their secrets.
+
+    Until a day after their end.
+    """
+    from cluster.security.authority import Authority
+    from cluster.security.folder import ClusterFolder
+    from cluster.security.tokens import Tokens
+
+    with errors_in_json(json):
+        folder = ClusterFolder(state_home(home), cluster)
+        Authority.load(folder)
+        known, now = Tokens(folder).all(), time.time()
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json({"tokens": [_facts(one, now) for one in known]})
+        elif known:
+            _table(known, now)
+        else:
+            sys.stdout.write("no join tokens; make one with `macpipe token create`\n")
+
+
+@token.command()
+def revoke(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `macpipe token list` shows it.")],  # noqa: A002
+    cluster: Cluster = "default",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """End a join token; who joined by it stays (see `macpipe remove`)."""
+    from cluster.security.authority import Authority
+    from cluster.security.folder import ClusterFolder
+    from cluster.security.tokens import Tokens
+
+    with errors_in_json(json):
+        folder = ClusterFolder(state_home(home), cluster)
+        Authority.load(folder)
+        ended = Tokens(folder).revoke(id)
+        if json:
+            from cluster.cli.facts import print_json
+
+            print_json(_facts(ended, time.time()))
+            return
+        joined = f"; {ended.user} joined by it and stays" if ended.used is not None else ""
+        sys.stdout.write(f"token {ended.id} is revoked{joined}\n")
+
+
+def _role(written: str) -> Any:
+    from cluster.security.tokens import JOINERS
+
+    found = next((role for role in JOINERS if role.value == written), None)
+    if found is None:
+        raise InvalidOption(f"--role is {written!r}; it must be {', '.join(JOINERS[:-1])} or {JOINERS[-1]}")
+    return found
+
+
+def _tell(made: JoinToken, seconds: float, json: bool) -> None:
+    from cluster.cli.screen import note
+
+    if json:
+        from cluster.cli.facts import print_json
+
+        facts = {"id": made.id, "role": made.role.value, "token": made.text, "cluster_id": made.cluster_id}
+        print_json(facts | {"ttl_seconds": seconds})
+    else:
+        sys.stdout.write(f"macpipe join {made.text}\n")
+        note(f"for one {made.role}, within {duration_in_words(seconds)}, while `macpipe serve` runs here")
+    sys.stdout.flush()
+
+
+def _facts(one: Token, now: float) -> dict[str, Any]:
+    times = {"created": one.issued, "expires": one.expires, "used": one.used, "revoked": one.revoked}
+    return {"id": one.id, "role": one.role.value, "state": one.state(now).value, "member": one.user or None} | times
+
+
+def _table(known: tuple[Token, ...], now: float) -> None:
+    from cluster.cli.screen import console, printable, table
+
+    shown = table("token", "role", "made", "state")
+    for one in known:
+        ago = f"{duration_in_words(now - one.issued)} ago"
+        shown.add_row(one.id, one.role.value, ago, printable(_state(one, now)))
+    console(sys.stdout).print(shown)
+
+
+def _state(one: Token, now: float) -> str:
+    from cluster.security.tokens import State
+
+    match one.state(now):
+        case State.OPEN:
+            return f"open for {duration_in_words(one.expires - now)}"
+        case State.USED:
+            return f"used by {one.user}"
+        case State.REVOKED if one.used is not None:
+            return f"revoked; used by {one.user}"
+        case ended:
+            return ended.value

@@ -1,0 +1,201 @@
+"""Join tokens: what a person carries from the coordinator's Mac to another, and what is kept of it here.
+
+A token pins the authority (SHA-256 of its public key), so that a Mac knows whom it may tell the secret. The secret has
+128 bits, is kept as its SHA-256 alone, serves one key, and ends. The text says nothing that its holder must not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from cluster.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
+from cluster.limits import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
+from cluster.security.authority import cluster_id_of
+from cluster.security.folder import ClusterFolder
+from cluster.security.keyring import date_in_words
+from cluster.security.roles import Role
+from cluster.security.statefile import StateFile
+
+PREFIX: Final = "mpj1."
+JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN)
+"""What a token can make of its bearer, in the order of their numbers in its text."""
+_ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+"""Base58: letters and digits that are not mistaken for each other, and a double click takes the whole word."""
+_SECRET, _PIN, _ID, _CHECK = 16, 32, 4, 4
+_BYTES: Final = 1 + _SECRET + _PIN + _ID + _CHECK
+_DIGITS: Final = 78
+"""Of base58 that ``_BYTES`` bytes take."""
+_FORGOTTEN_S: Final = 86_400.0
+
+
+class State(StrEnum):
+    """What has become of a token."""
+
+    OPEN = "open"
+    USED = "used"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """What a token's text says. ``fingerprint`` is the authority's; ``id`` (8 hex digits) names the token in lists."""
+
+    id: str
+    role: Role
+    fingerprint: bytes
+    secret: bytes = field(repr=False)
+
+    @property
+    def cluster_id(self) -> str:
+        return cluster_id_of(self.fingerprint)
+
+    @property
+    def text(self) -> str:
+        body = bytes([JOINERS.index(self.role)]) + self.secret + self.fingerprint + bytes.fromhex(self.id)
+        number = int.from_bytes(body + _checksum(body))
+        return PREFIX + "".join(_ALPHABET[number // 58**place % 58] for place in reversed(range(_DIGITS)))
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken:
+        """Read a token's text; raises ``InvalidOption`` where it is none, or not all of one. No error repeats it."""
+        word = text.strip()
+        if not word.startswith(PREFIX) or len(word) > MAX_TOKEN_CHARS:
+            raise InvalidOption(f"this is no join token: one begins with {PREFIX}", field="token")
+        if len(word) != len(PREFIX) + _DIGITS:
+            raise InvalidOption("a part of the join token is missing; copy all of it", field="token")
+        try:
+            body = _number(word.removeprefix(PREFIX)).to_bytes(_BYTES)
+            if _checksum(body[:-_CHECK]) != body[-_CHECK:]:
+                raise ValueError
+            role = JOINERS[body[0]]
+        except (ValueError, OverflowError, IndexError):
+            raise InvalidOption("a character of the join token is wrong; copy it again", field="token") from None
+        pin = 1 + _SECRET
+        return cls(body[pin + _PIN : -_CHECK].hex(), role, body[pin : pin + _PIN], body[1:pin])
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What is kept of a token: ``digest`` of its secret, and once it was used by whom, for which public key.
+
+    Times are seconds since the epoch; ``certificate`` (PEM) is what its bearer got.
+    """
+
+    id: str
+    role: Role
+    digest: bytes = field(repr=False)
+    issued: float
+    expires: float
+    revoked: float | None = None
+    used: float | None = None
+    user: str = ""
+    key: bytes = b""
+    certificate: bytes = field(default=b"", repr=False)
+
+    def state(self, now: float) -> State:
+        if self.revoked is not None:
+            return State.REVOKED
+        if self.used is not None:
+            return State.USED
+        return State.EXPIRED if now >= self.expires else State.OPEN
+
+
+class Tokens:
+    """The tokens of ``folder``, shared with every other process that edits them."""
+
+    def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._file = StateFile(folder, folder.tokens, _pack, _unpack)
+
+    def all(self) -> tuple[Token, ...]:
+        """In the order in which they were made."""
+        return self._file.rows()
+
+    def issue(self, fingerprint: bytes, role: Role, ttl_s: float = TOKEN_S) -> JoinToken:
+        """Make a token for one Mac to become ``role``; its secret is in the result alone. Raises ``InvalidOption``."""
+        if role not in JOINERS:
+            raise InvalidOption(f"nobody joins as {role}; a token is for a worker, a client or an admin", field="role")
+        if not MIN_TOKEN_S <= ttl_s <= MAX_TOKEN_S:
+            raise InvalidOption("a join token lasts from 1 minute to 7 days", field="ttl")
+        made = JoinToken(secrets.token_hex(_ID), role, fingerprint, secrets.token_bytes(_SECRET))
+        now = self._clock()
+        with self._file.edit() as edit:
+            kept = tuple(token for token in edit.rows if token.expires + _FORGOTTEN_S > now)
+            if len(kept) >= MAX_TOKENS:
+                raise Busy(f"{MAX_TOKENS} join tokens are kept already; wait until some are a day old")
+            edit.rows = (*kept, Token(made.id, role, _digest(made.secret), now, now + ttl_s))
+        return made
+
+    def revoke(self, id: str) -> Token:  # noqa: A002
+        """End a token, used or not; raises ``MemberNotFound``. A Mac that joined by it stays a member."""
+        with self._file.edit() as edit:
+            for at, token in enumerate(edit.rows):
+                if token.id == id:
+                    ended = replace(token, revoked=token.revoked or self._clock())
+                    edit.rows = (*edit.rows[:at], ended, *edit.rows[at + 1 :])
+                    return ended
+        raise MemberNotFound(f"there is no join token {id[:32]}; `macpipe token list` shows them")
+
+    def accept(self, id: str, secret: bytes, key: bytes) -> Token:  # noqa: A002
+        """The token that ``key`` (SHA-256 of a public key) may use, or has used; raises ``TokenRefused``.
+
+        Whether an id is unknown or its secret wrong is told to nobody, and takes the same time.
+        """
+        found = next((token for token in self.all() if token.id == id), None)
+        right = hmac.compare_digest(found.digest if found else bytes(32), _digest(secret))
+        if found is None or not right:
+            raise WrongSecret("the cluster does not know this join token; ask for a new one: `macpipe token create`")
+        new = "ask for a new one: `macpipe token create` on the coordinator's Mac"
+        state = found.state(self._clock())
+        if state is State.REVOKED:
+            raise TokenRefused(f"this join token was revoked; {new}")
+        if state is State.EXPIRED:
+            raise TokenRefused(f"this join token expired {date_in_words(found.expires)}; {new}")
+        if state is State.USED and not hmac.compare_digest(found.key, key):
+            raise TokenRefused(f"this join token was used by {found.user}; a token admits one Mac: {new}")
+        return found
+
+    def spend(self, token: Token, key: bytes, user: str, certificate: bytes) -> None:
+        """Note that ``token`` was used; the caller holds the folder's lock since it was accepted."""
+        with self._file.edit(locked=True) as edit:
+            at = next(at for at, kept in enumerate(edit.rows) if kept.id == token.id)
+            used = replace(token, used=self._clock(), user=user, key=key, certificate=certificate)
+            edit.rows = (*edit.rows[:at], used, *edit.rows[at + 1 :])
+
+
+class WrongSecret(TokenRefused):
+    """Nobody was given this id with this secret: a guess, or a token of long ago."""
+
+
+def _digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:_CHECK]
+
+
+def _number(digits: str) -> int:
+    number = 0
+    for digit in digits:
+        number = number * 58 + _ALPHABET.index(digit)
+    return number
+
+
+def _pack(t: Token) -> list[Any]:
+    return [t.id, t.role.value, t.digest, t.issued, t.expires, t.revoked, t.used, t.user, t.key, t.certificate]
+
+
+def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *fate: Any) -> Token:  # noqa: A002
+    revoked, used, user, key, certificate = fate
+    if len(digest) != 32:
+        raise ValueError("a digest has 32 bytes")
+    return Token(id, Role(role), bytes(digest), float(issued), float(expires), revoked, used, user, key, certificate)
