@@ -7,14 +7,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from cluster.errors import MacpipeError
 from cluster.security.authority import Authority, authority_of, requested_key
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.members import Members
 from cluster.security.roles import Role, party_of
 from cluster.security.tokens import JoinToken, Tokens
-
-from cluster.errors import MacpipeError
 from fuzz.mutation import spoil_bytes, spoil_msgpack
 from fuzz.targets.kept import scratch
 from fuzz.targets.target import Prepared, Target
