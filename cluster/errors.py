@@ -265,6 +265,12 @@ class Busy(MacpipeError):
     reason, grpc_status, http_status = "BUSY", "RESOURCE_EXHAUSTED", 429
 
 
+class LimitReached(MacpipeError):
+    """An API key has used what it may for now; the sentence has the figures, ``retry_after_s`` when there is more."""
+
+    reason, grpc_status, http_status = "LIMIT_REACHED", "RESOURCE_EXHAUSTED", 429
+
+
 class SlowReader(MacpipeError):
     """A client left too many token events unread."""
 

@@ -187,6 +187,17 @@ STREAM_COMMENT_S: Final = 5.0
 """A stream with nothing to say says so this often: proxies and clients drop silent ones, after 10 s the hastiest."""
 IDLE_CONNECTION_S: Final = 75.0
 """How long a connection may wait for its next request; above what SDKs keep one in their pools."""
+HEADER_TIMEOUT_S: Final = 10.0
+"""What a client gets to send a request's head, or to shake hands; after that its connection is closed."""
+LINGER_S: Final = 2.0
+"""What was refused before it was read may go on coming for this long, so that the refusal arrives; ..."""
+CLOSE_S: Final = 5.0
+"""... and a connection whose client takes no bytes is cut so long after it was to be closed."""
+MAX_CORS_HEADER_CHARS: Final = 2048
+PREFLIGHT_S: Final = 600.0
+"""How long a browser may remember that a page may ask."""
+KEY_LOOK_S: Final = 1.0
+"""How often it is looked whether keys with answers under way were revoked; new requests are refused at once."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, below the usual limit of open files."""
 
@@ -205,6 +216,8 @@ MAX_STATE_BYTES: Final = 4 * MIB
 """A cluster's roster, tokens or keys on disk; the longest allowed ones have about 1 MiB."""
 MAX_PEM_BYTES: Final = 16 * KIB
 """A certificate, a key or a request for one; ours have under 1 KiB."""
+MAX_KEYS: Final = 1024
+"""API keys that are kept, revoked ones included."""
 
 # Joining
 TOKEN_S: Final = 3600.0

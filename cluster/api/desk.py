@@ -5,17 +5,22 @@ A request whose events nobody reads any more is ended.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from cluster.api.accounts import Accounts, revoked
 from cluster.api.metrics import Metrics
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.coordinator import Coordinator
-from cluster.errors import MacpipeError
+from cluster.errors import ClusterDamaged, MacpipeError, RequestNotFound
+from cluster.limits import KEY_LOOK_S
 from cluster.types import Accepted, FinishEvent, Request, TokenEvent
 
+log = logging.getLogger(__name__)
 Events = AsyncGenerator[TokenEvent | FinishEvent, None]
 
 
@@ -29,14 +34,17 @@ class Asked:
 
 
 class Desk:
-    """Speaks for one coordinator."""
+    """Speaks for one coordinator. ``accounts`` are those of its API keys, where there is a cluster."""
 
-    def __init__(self, coordinator: Coordinator, metrics: Metrics) -> None:
-        self.coordinator, self.metrics = coordinator, metrics
+    def __init__(self, coordinator: Coordinator, metrics: Metrics, accounts: Accounts | None = None) -> None:
+        self.coordinator, self.metrics, self.accounts = coordinator, metrics, accounts
+        self._live: dict[str, str] = {}
 
     async def ask(self, request: Request, checkpoint: Checkpoint) -> Asked:
         """Hand in a request; returns once it has a lane or a place in the queue. Raises what refuses it."""
         with self._refusals_counted():
+            if self.accounts:
+                self.accounts.prompt(request.client, len(request.prompt))
             answer = await self.coordinator.accept(request, checkpoint)
         return await self._accepted(request, answer, checkpoint)
 
@@ -45,6 +53,19 @@ class Desk:
         with self._refusals_counted():
             request, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._accepted(request, answer, checkpoint)
+
+    async def end_revoked(self) -> None:
+        """For ever: end the answers whose key is good no more."""
+        while self.accounts:
+            await asyncio.sleep(KEY_LOOK_S)
+            try:
+                gone = {client for client in set(self._live.values()) if self.accounts.gone(client)}
+            except ClusterDamaged as e:  # new requests are refused with it; those under way were let in
+                log.error("%s", e.sentence)
+                continue
+            for request_id in [one for one, client in self._live.items() if client in gone]:
+                with suppress(RequestNotFound, MacpipeError):
+                    await self.coordinator.abort(request_id)
 
     @contextmanager
     def _refusals_counted(self) -> Iterator[None]:
@@ -55,7 +76,7 @@ class Desk:
             raise
 
     async def _accepted(self, request: Request, answer: Answer, checkpoint: Checkpoint) -> Asked:
-        events = self._events(answer)
+        events = self._events(request, answer)
         try:
             first = await anext(events)
         except BaseException:
@@ -64,19 +85,27 @@ class Desk:
         assert isinstance(first, Accepted)
         return Asked(request, checkpoint, events)  # type: ignore[arg-type]  # Accepted comes first and once
 
-    async def _events(self, answer: Answer) -> AsyncGenerator[Accepted | TokenEvent | FinishEvent, None]:
+    async def _events(
+        self, request: Request, answer: Answer
+    ) -> AsyncGenerator[Accepted | TokenEvent | FinishEvent, None]:
         whole = False
+        self._live[request.id] = request.client
         try:
             async for event in answer.events():
                 if isinstance(event, FinishEvent):
                     self.metrics.finished(event)
+                elif self.accounts and isinstance(event, TokenEvent):
+                    self.accounts.answered(request.client, 1)
                 yield event
             whole = True
         except MacpipeError as e:
             self.metrics.ended(e)
             whole = True
+            if self.accounts and self.accounts.gone(request.client):
+                raise revoked() from e
             raise
         finally:
+            self._live.pop(request.id, None)
             if not whole:
                 answer.abandon()
                 self.metrics.abandoned()

@@ -13,9 +13,11 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from cluster.address import format_address
+from cluster.api.accounts import Accounts
 from cluster.api.cluster import Cluster
 from cluster.api.desk import Desk
 from cluster.api.http.app import application
+from cluster.api.http.port import HttpPort, http_port
 from cluster.api.http.server import listen, serving
 from cluster.api.inference import Inference
 from cluster.api.metrics import Metrics
@@ -71,8 +73,11 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         store = Store(settings.home)
         coordinator = Coordinator(settings.cluster, roster, GrpcDialer(trust), report, store, settings.max_schema_bytes)
         coordinator.journal = _journal(settings)
-        desk, checks = Desk(coordinator, Metrics()), health.HealthServicer()
-        http = await stack.enter_async_context(_http_port(settings, desk, report))
+        entrance = http_port(settings)
+        accounts = Accounts(entrance.keys) if entrance.keys else None
+        desk, checks = Desk(coordinator, Metrics(), accounts), health.HealthServicer()
+        tasks.start_soon(desk.end_revoked)
+        http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
         address = await stack.enter_async_context(_public_port(settings, trust, desk, checks))
         await stack.enter_async_context(_join_port(settings, report))
         tasks.start_soon(_tell_health, coordinator, checks)
@@ -92,21 +97,22 @@ def _journal(settings: ServeSettings) -> Journal | None:
 
 
 @asynccontextmanager
-async def _http_port(settings: ServeSettings, desk: Desk, report: Report) -> AsyncIterator[str]:
-    """The address where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
+async def _http_port(settings: ServeSettings, entrance: HttpPort, desk: Desk, report: Report) -> AsyncIterator[str]:
+    """The URL where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
     if settings.http is None:
         yield ""
         return
     try:
-        listener = listen(*settings.http)
+        listener = listen(*settings.http, encrypted=entrance.certificate is not None)
     except PortInUse as e:
         if settings.http_wanted:
             raise
         report.problem(f"no HTTP: {e.sentence}")
         yield ""
         return
-    async with serving(application(desk, settings.served_names), listener) as address:
-        yield address
+    app = application(desk, settings.served_names, entrance.sites)
+    async with serving(app, listener, entrance.certificate) as address:
+        yield f"{'https' if entrance.certificate else 'http'}://{address}"
 
 
 @asynccontextmanager

@@ -39,6 +39,7 @@ def init(
     from cluster.coordinator.identity import id_of as coordinator_id
     from cluster.security.folder import ClusterFolder
     from cluster.security.founding import found
+    from cluster.security.keys import Keys, KeyScope
     from cluster.security.roles import Role
     from cluster.security.tokens import Tokens
     from cluster.worker.identity import id_of as worker_id
@@ -49,20 +50,21 @@ def init(
         ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, called), Role.ADMIN: coordinator}
         made = found(folder, called, ids)
         tokens = [Tokens(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
-        _tell(folder.cluster, made, tokens, json)
+        _, key = Keys(folder).create("first", KeyScope.ADMIN)
+        _tell(folder.cluster, made, tokens, key, json)
         if tokens and wait:
             from cluster.cli.admit import admit
 
             raise typer.Exit(admit(folder, tokens, host, join_port))
 
 
-def _tell(cluster: str, made: Founded, tokens: list[JoinToken], json: bool) -> None:
+def _tell(cluster: str, made: Founded, tokens: list[JoinToken], key: str, json: bool) -> None:
     if json:
         from cluster.cli.facts import print_json
 
-        print_json(_facts(cluster, made, tokens))
+        print_json({**_facts(cluster, made, tokens), "api_key": key})
     else:
-        sys.stdout.write("\n".join([*_headline(cluster, made), *_what_next(cluster, tokens)]) + "\n")
+        sys.stdout.write("\n".join([*_headline(cluster, made), *_what_next(cluster, tokens), *_http(key)]) + "\n")
     sys.stdout.flush()
 
 
@@ -89,3 +91,7 @@ def _what_next(cluster: str, tokens: list[JoinToken]) -> list[str]:
         "",
         f"Then `macpipe worker{option}` on every Mac, and here `macpipe serve MODEL{option}`.",
     ]
+
+
+def _http(key: str) -> list[str]:
+    return ["", f"HTTP asks for an API key from now on. This one opens all; `macpipe key create` makes others:\n{key}"]

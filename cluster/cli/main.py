@@ -20,6 +20,7 @@ from cluster.cli.edge import process_edge
 from cluster.cli.generate import generate
 from cluster.cli.init import init
 from cluster.cli.join import join
+from cluster.cli.key import key
 from cluster.cli.launch import launch
 from cluster.cli.load import load
 from cluster.cli.members import members
@@ -61,6 +62,7 @@ app = typer.Typer(
 for command in (demo, init, join, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
     app.command()(command)
 app.add_typer(token, name="token")
+app.add_typer(key)
 for command in (members, remove):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(launch)

@@ -144,7 +144,7 @@ class TerminalReport:
     def serving(self, address: str, plan: Plan, http: str) -> None:
         """Say where to ask, and how."""
         self._bars.close()
-        self._say(f"serving {plan.model.name} on {address}{f', and on http://{http}' if http else ''}")
+        self._say(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
         default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
         self._say(f"ask it: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
 

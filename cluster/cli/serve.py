@@ -53,6 +53,16 @@ Http = Annotated[
 ServedNames = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="A further name of the model over HTTP. Repeatable.")
 ]
+AllowHosts = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="HTTP may be called by this name, too. Repeatable.")
+]
+AllowOrigins = Annotated[
+    list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages from here may use HTTP. Repeatable.")
+]
+HttpCert = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="HTTPS with this certificate (PEM), not the cluster's own.")
+]
+HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The key of --http-cert (PEM).")]
 HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
 MaxSchemaBytes = Annotated[
     int,
@@ -97,6 +107,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
     http: Http = "",
     served_model_name: ServedNames = None,
+    http_allow_host: AllowHosts = None,
+    http_allow_origin: AllowOrigins = None,
+    http_cert: HttpCert = None,
+    http_key: HttpKey = None,
     join_port: JoinPort = None,
     max_context: MaxContext = None,
     lanes: Lanes = None,
@@ -126,6 +140,9 @@ def serve(
         http=http_address(http),
         http_wanted=bool(http),
         served_names=tuple(served_model_name or ()),
+        http_hosts=tuple(http_allow_host or ()),
+        http_origins=tuple(http_allow_origin or ()),
+        http_certificate=certificate_files(http_cert, http_key),
         join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
         join_wanted=join_port is not None,
         workers=workers,
@@ -162,6 +179,15 @@ def http_address(given: str) -> tuple[str, int] | None:
         return None
     host, _, port = given.rpartition(":")
     return (host.strip("[]"), 0) if host and port == "0" else parse_address(given or DEFAULT_HTTP)
+
+
+def certificate_files(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """Both or neither. Raises InvalidOption."""
+    if certificate and key:
+        return certificate, key
+    if certificate or key:
+        raise InvalidOption("--http-cert and --http-key belong together; give both or none", field="http_cert")
+    return None
 
 
 def checked_kv_bits(bits: int) -> int:

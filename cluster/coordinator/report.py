@@ -24,7 +24,7 @@ class Report(LoadReport, Protocol):
     """Everything that whoever started the coordinator should see."""
 
     def serving(self, address: str, plan: Plan, http: str) -> None:
-        """A token has gone through every stage; requests are taken at ``address``, and over HTTP at ``http`` if any."""
+        """A token has gone through every stage; requests are taken at ``address``, and at the URL ``http`` if any."""
 
     def problem(self, sentence: str) -> None:
         """Something a person should know; serving goes on or is over, as the sentence says."""

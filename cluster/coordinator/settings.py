@@ -44,7 +44,9 @@ class ServeSettings:
 
     ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
     port is no reason to give up. ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says the
-    same of it. ``served_names`` are further names of the model for HTTP's clients.
+    same of it. ``served_names`` are further names of the model for HTTP's clients. ``http_hosts`` and ``http_origins``
+    are by which names, beside this machine's own, and from whose pages it may be called; ``http_certificate`` are PEM
+    files of a chain and its key, None takes the cluster's own.
     """
 
     model: str
@@ -55,6 +57,9 @@ class ServeSettings:
     http: tuple[str, int] | None = None
     http_wanted: bool = True
     served_names: tuple[str, ...] = ()
+    http_hosts: tuple[str, ...] = ()
+    http_origins: tuple[str, ...] = ()
+    http_certificate: tuple[Path, Path] | None = None
     join_port: int | None = DEFAULT_JOIN_PORT
     join_wanted: bool = False
     workers: int | None = None

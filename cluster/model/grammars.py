@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import TokenizerWrapper as Spelled
 from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from cluster.errors import InvalidGrammar, StageFailed
 from cluster.grammar import Grammar, GrammarKind
@@ -42,7 +45,9 @@ class Grammars:
     def __init__(self, wrapper: TokenizerWrapper, eos: frozenset[int]) -> None:
         """Takes about 1 s for a large vocabulary. Raises InvalidGrammar for a tokenizer that cannot be used."""
         try:
-            self._tokenizer: LLTokenizer = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
+            read = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
+            spelling = _Spelling(wrapper._tokenizer.backend_tokenizer, read)
+            self._tokenizer = LLTokenizer(Spelled(spelling), eos_token=sorted(eos) or None)
         except Exception as error:  # llguidance raises whatever an unknown kind of tokenizer makes it raise
             raise InvalidGrammar(f"this model's tokenizer cannot be bound to a grammar: {error}") from error
         self.eos = tuple(sorted(eos))
@@ -63,13 +68,37 @@ class Grammars:
             if len(self._compiled) > COMPILED_KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return Constraint(self._compiled[key].deep_copy(), self.eos, start, grammar.free_until)
+        return Constraint(self._compiled[key].deep_copy(), self.eos, start, grammar)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=LLParserLimits())
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
         return matcher
+
+
+class _Spelling:
+    """A tokenizer as llguidance asks for it, whose text is never a mark: ``<|user|>`` in a grammar is spelled out.
+
+    By itself llguidance takes such text for the model's own token of that name, which it then refuses as text. A mark
+    that is meant stands in Lark without quotes.
+    """
+
+    def __init__(self, backend: Tokenizer, read: LLTokenizer) -> None:
+        self._backend = copy(backend)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        known = range(read.vocab_size)
+        self.eos_token_id, self.bos_token_id = read.eos_token, None
+        self.special_token_ids = [i for i in known if read.is_special_token(i)]
+        self.tokens = [read.decode_bytes([i]) for i in known]
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("text, not bytes")
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 class Constraint:
@@ -79,8 +108,9 @@ class Constraint:
     before it, everything but the end of the answer is allowed.
     """
 
-    def __init__(self, matcher: LLMatcher, eos: tuple[int, ...], start: int, free_until: tuple[int, ...]) -> None:
-        self._matcher, self._eos, self._start, self._free_until = matcher, eos, start, free_until
+    def __init__(self, matcher: LLMatcher, eos: tuple[int, ...], start: int, grammar: Grammar) -> None:
+        self._matcher, self._eos, self._start, self._free_until = matcher, eos, start, grammar.free_until
+        self._by_id = grammar.kind is GrammarKind.LARK and "<[" in grammar.source
         self.forget()
 
     def forget(self) -> None:
@@ -93,7 +123,7 @@ class Constraint:
         """Which of ``vocabulary`` ids may stand at ``position``, after ``tokens[:position]``: bool [vocabulary].
 
         None where those tokens are none that the grammar allows: a guess that is about to be taken back. Raises
-        StageFailed where the grammar has become too much work.
+        StageFailed where the grammar has become too much work, InvalidGrammar where nothing may stand there.
         """
         if not self._follow(tokens, position):
             return None
@@ -105,16 +135,23 @@ class Constraint:
         mask[[i for i in self._eos if i < vocabulary]] = self._begun is not None and self._matcher.is_accepting()
         if self._matcher.is_error():
             raise StageFailed(f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}")
+        if not mask.any():
+            raise InvalidGrammar(
+                "the grammar came to a place where no token may stand; one that ends answers cannot be a part of one"
+            )
         return mask
 
     def completed(self, tokens: Sequence[int], token: int) -> bool:
         """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it."""
         if self._begun is None or token in self._eos or self._end != len(tokens):
             return False
-        if not self._matcher.consume_token(token):
+        # Where a grammar names tokens by their ids, llguidance does not find back from one; a copy costs twice as much.
+        matcher = self._matcher.deep_copy() if self._by_id else self._matcher
+        if not matcher.consume_token(token):
             raise StageFailed(f"the grammar does not allow token {token}, which was picked under it")
-        done: bool = self._matcher.is_stopped()
-        self._matcher.rollback(1)
+        done: bool = matcher.is_stopped()
+        if not self._by_id:
+            matcher.rollback(1)
         return done
 
     def _follow(self, tokens: Sequence[int], position: int) -> bool:

@@ -9,11 +9,11 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.routing import Route
 from starlette.types import Message
 
 from cluster.api.http import body as bodies
 from cluster.api.http import sse
+from cluster.api.http.access import Access, DeclaredRoute, Door
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.guard import Guard
@@ -28,9 +28,9 @@ Endpoint = Callable[[Request], object]
 def client_of(endpoint: Endpoint, seen: list[tuple[str, str, int]] | None = None) -> httpx.AsyncClient:
     told = [] if seen is None else seen
     paths = ("/v1/chat/completions", "/v1/messages")
-    routes = [Route(path, endpoint, methods=["GET", "POST"]) for path in paths]  # type: ignore[arg-type]
+    routes = [DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"]) for path in paths]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    guard = Guard(app, lambda method, path, status, _: told.append((method, path, status)))
+    guard = Guard(app, lambda method, path, status, _: told.append((method, path, status)), Door(routes))
     transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8080")
 

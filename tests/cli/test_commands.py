@@ -33,6 +33,7 @@ COMMANDS = [
     "token",
     "members",
     "remove",
+    "key",
     "launch",
 ]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")

@@ -84,5 +84,5 @@ def test_nothing_that_is_sent_breaks_it(faq: Served, path: str, count: int) -> N
         ask()
     print(f"{path}: {dict(statuses)}")
     assert statuses[200] > count // 20
-    assert statuses[400] > count // 20
+    assert statuses[400] + statuses[404] > count // 20
     assert faq.live() == 0

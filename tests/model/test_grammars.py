@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from checkpoints import make
+from checkpoints import SPECIAL_IDS, make
 from cluster.errors import InvalidGrammar
 from cluster.frames import Compute, Join, Leave, Restore, Sample, Save, Step, Trim
 from cluster.grammar import Grammar, GrammarKind
@@ -200,6 +200,41 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(tokenizer: Tokenizer
     with pytest.raises(InvalidGrammar, match=re.escape(why)) as refusal:
         tokenizer.check_grammar(grammar)
     assert refusal.value.field == grammar.kind.value
+
+
+MARK = "<|end|>"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(GrammarKind.LARK, f'start: "a{MARK}b"'),
+        Grammar(GrammarKind.LARK, f'start: "{MARK}"'),
+        Grammar(GrammarKind.REGEX, r"a<\|end\|>b"),
+        Grammar(GrammarKind.JSON_SCHEMA, json.dumps({"const": MARK})),
+    ],
+)
+def test_text_that_spells_a_mark_of_the_model_is_text(ring: Ring, tokenizer: Tokenizer, grammar: Grammar) -> None:
+    """It was taken for the mark itself, which is no text, and the answer ended with an error."""
+    picked = [s.token for s in document(ring, SamplingParams(grammar=grammar)) if s.token not in END]
+    assert not set(picked) & set(SPECIAL_IDS.values())
+    assert tokenizer.decode(picked).strip('"').strip("ab") == MARK
+
+
+def test_a_grammar_of_token_ids(ring: Ring) -> None:
+    picked = document(ring, SamplingParams(grammar=Grammar(GrammarKind.LARK, "start: <[70]> <[72-80]> <[5]>")))
+    assert [s.token in allowed for s, allowed in zip(picked, ({70}, range(72, 81), {5}), strict=True)] == [True] * 3
+
+
+def test_a_grammar_with_nothing_to_say_is_told_as_one(ring: Ring) -> None:
+    """A token that ends answers cannot be a part of one."""
+    wrong = SamplingParams(grammar=Grammar(GrammarKind.LARK, f"start: {MARK}"))
+    for i, sampling in enumerate((wrong, SamplingParams())):
+        ring.send(Join(i, len(PROMPT), sampling))
+        ring.prefill(i, PROMPT[:-1])
+    reply = ring.send(step=Step(Compute.DECODE, (0, 1), ((PROMPT[-1],), (PROMPT[-1],))))
+    assert [s.sequence for s in reply.samples] == [1]
+    assert [(f.sequence, f.reason) for f in reply.failures] == [(0, "INVALID_GRAMMAR")]
 
 
 def test_a_grammar_that_fails_on_the_stage_ends_its_own_row_alone(ring: Ring) -> None:

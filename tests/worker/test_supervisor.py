@@ -13,6 +13,7 @@ import pytest
 from cluster.errors import BadFrame, WorkerLost
 from cluster.worker.messages import Done, Load, pack, read, unpacker
 from cluster.worker.settings import WorkerSettings
+from cluster.worker.standby import Standby
 from cluster.worker.supervisor import Supervisor
 
 EVIL = "open({!r}, 'w').close()\nraise SystemExit(3)\n"
@@ -41,7 +42,7 @@ def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> 
     async def body() -> None:
         supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
         program = f"import sys, time; sys.stdout.buffer.write({said!r}); sys.stdout.flush(); time.sleep(60)"
-        supervisor._command = [sys.executable, "-c", program]
+        supervisor.standby = Standby([sys.executable, "-c", program])
         with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
             await supervisor.run()
 

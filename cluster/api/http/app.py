@@ -8,10 +8,10 @@ from typing import Final
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cluster.api.desk import Desk
+from cluster.api.http.access import Access, DeclaredRoute, Door
 from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
 from cluster.api.http.errors import HANDLERS
@@ -23,6 +23,7 @@ from cluster.api.http.models import Models
 from cluster.api.http.names import Names
 from cluster.api.http.openapi import description
 from cluster.api.http.responses import Responses
+from cluster.api.http.sites import Sites
 from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
 
@@ -30,8 +31,24 @@ Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
 UNKNOWN: Final = "unknown"
 
 
-def application(desk: Desk, aliases: tuple[str, ...] = ()) -> ASGIApp:
-    """The whole surface over one coordinator; ``aliases`` are further names of the served model."""
+def application(desk: Desk, aliases: tuple[str, ...] = (), sites: Sites | None = None) -> ASGIApp:
+    """The whole surface over one coordinator; ``aliases`` are further names of the served model.
+
+    Keys are needed where the desk keeps accounts of them.
+    """
+    routes = table(desk, aliases)
+    app = Starlette(routes=routes, exception_handlers=HANDLERS)
+    known = frozenset(route.path for route in routes)
+
+    def observe(method: str, path: str, status: int, seconds: float) -> None:
+        route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
+        desk.metrics.responded(route, status)
+
+    return Guard(app, observe, Door(app.routes, desk.accounts), sites)
+
+
+def table(desk: Desk, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
+    """Every route, with what it needs where there is a cluster."""
     names = Names(desk.coordinator, aliases)
     health, models, tokenize = Health(desk, names), Models(names), Tokenize(names)
     document = description()
@@ -39,12 +56,12 @@ def application(desk: Desk, aliases: tuple[str, ...] = ()) -> ASGIApp:
     async def openapi(request: Request) -> Response:
         return Json(document)
 
-    routes = [
+    return [
         *_get("/", health.root),
-        *_get("/health", health.ready),
-        *_get("/ready", health.ready),
-        *_get("/live", health.live),
-        *_get("/metrics", health.metrics),
+        *_get("/health", health.ready, Access.ANYONE),
+        *_get("/ready", health.ready, Access.ANYONE),
+        *_get("/live", health.live, Access.ANYONE),
+        *_get("/metrics", health.metrics, Access.ADMIN),
         *_get("/openapi.json", openapi),
         *_get("/v1/models", models.all),
         *_get("/v1/models/{model:path}", models.one),
@@ -55,26 +72,18 @@ def application(desk: Desk, aliases: tuple[str, ...] = ()) -> ASGIApp:
         *_post("/v1/messages/count_tokens", tokenize.count),
         *_post("/tokenize", tokenize.tokens),
     ]
-    app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    known = frozenset(route.path for route in routes)
-
-    def observe(method: str, path: str, status: int, seconds: float) -> None:
-        route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
-        desk.metrics.responded(route, status)
-
-    return Guard(app, observe)
 
 
-def _get(path: str, answer: Endpoint) -> list[Route]:
+def _get(path: str, answer: Endpoint, access: Access = Access.INFERENCE) -> list[DeclaredRoute]:
     """GET and HEAD, and what OPTIONS says of them."""
-    return _routes(path, answer, ("GET", "HEAD"))
+    return _routes(path, answer, ("GET", "HEAD"), access)
 
 
-def _post(path: str, answer: Endpoint) -> list[Route]:
-    return _routes(path, answer, ("POST",))
+def _post(path: str, answer: Endpoint) -> list[DeclaredRoute]:
+    return _routes(path, answer, ("POST",), Access.INFERENCE)
 
 
-def _routes(path: str, answer: Endpoint, methods: tuple[str, ...]) -> list[Route]:
+def _routes(path: str, answer: Endpoint, methods: tuple[str, ...], access: Access) -> list[DeclaredRoute]:
     allow = ", ".join((*methods, "OPTIONS"))
 
     async def endpoint(request: Request) -> Response | EventStream:
@@ -82,4 +91,4 @@ def _routes(path: str, answer: Endpoint, methods: tuple[str, ...]) -> list[Route
             return Response(status_code=204, headers={"allow": allow})
         return await answer(request)
 
-    return [Route(path, endpoint, methods=[*methods, "OPTIONS"])]
+    return [DeclaredRoute(path, endpoint, access=access, methods=[*methods, "OPTIONS"])]

@@ -1,4 +1,4 @@
-"""Who calls, and until when: by the credential that was sent, as a hash, else by address; a header for a deadline."""
+"""Who calls, and until when: by its API key, else by the credential that was sent, as a hash, else by address."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Final
 
 from starlette.requests import Request
 
+from cluster.api.accounts import client_of
+from cluster.api.http.access import KEY
 from cluster.api.intake import Caller
 from cluster.errors import InvalidRequest
 
@@ -19,10 +21,16 @@ MAX_TIMEOUT_S: Final = 86_400.0
 
 def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
     """``default_max_tokens`` None: as long as the context allows. Raises ``InvalidRequest`` for a bad deadline."""
+    return Caller(_client(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+
+
+def _client(request: Request) -> str:
+    key = request.scope.get(KEY)
+    if key is not None:
+        return client_of(key)
     credential = request.headers.get("authorization") or request.headers.get("x-api-key")
     address = request.client.host if request.client else ""
-    client = hashlib.sha256(credential.encode()).hexdigest() if credential else f"http:{address}"
-    return Caller(client, _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+    return hashlib.sha256(credential.encode()).hexdigest() if credential else f"http:{address}"
 
 
 def _deadline(given: str | None) -> float | None:

@@ -60,6 +60,8 @@ def error_response(path: str, error: MacpipeError) -> Json:
     """The response that ends a request with ``error``."""
     body = anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
     headers = {}
+    if error.http_status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     return Json(body, error.http_status, headers)

@@ -1,7 +1,6 @@
 """What stands before every route: who may ask, an id for each request, and no error without a body.
 
-It checks Host and Origin, so that a web page that somebody visits cannot use the machine's own API, and sends no CORS
-header. It knows no route.
+It asks ``Sites`` by whose leave a page calls, and the ``Door`` for a key. It knows no route.
 """
 
 from __future__ import annotations
@@ -9,16 +8,17 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.address import is_loopback
+from cluster.api.http.access import KEY, Door
 from cluster.api.http.errors import error_response, internal_error
-from cluster.errors import Forbidden, MacpipeError
+from cluster.api.http.sites import Sites
+from cluster.errors import MacpipeError
 
 _ID: Final = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Observe = Callable[[str, str, int, float], None]
@@ -26,20 +26,19 @@ Observe = Callable[[str, str, int, float], None]
 
 
 class Guard:
-    """Wraps the application, which listens on loopback alone: a request for another host was led here by a trick."""
+    """Wraps the application: ``sites`` may call it, and ``door`` lets in who has what a route needs."""
 
-    def __init__(self, app: ASGIApp, observe: Observe) -> None:
-        self._app, self._observe = app, observe
+    def __init__(self, app: ASGIApp, observe: Observe, door: Door, sites: Sites | None = None) -> None:
+        self._app, self._observe, self._door, self._sites = app, observe, door, sites or Sites()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        reply = _Reply(send, scope, _request_id(headers))
+        reply = _Reply(send, scope, _request_id(headers), lambda: self._headers(scope, headers))
         try:
-            self._admit(headers)
-            await self._app(scope, receive, reply.send)
+            await self._answer(scope, headers, receive, reply)
         except MacpipeError as e:
             await reply.fail(e, receive)
         except Exception as e:  # the surface's edge; what was answered with 500 has been told and logged already
@@ -48,30 +47,17 @@ class Guard:
         finally:
             self._observe(scope["method"], scope["path"], reply.status, reply.seconds)
 
-    def _admit(self, headers: Headers) -> None:
-        host = _host_of(f"//{headers.get('host', '')}")
-        if not host or not is_loopback(host):
-            raise Forbidden(
-                f"this is not {host[:64] or 'a host without a name'}; call it by its address, such as localhost"
-            )
-        origin = headers.get("origin")
-        if origin is not None and _place_of(origin) != headers["host"].lower():
-            raise Forbidden(f"web pages of {origin[:128]} may not use this API: it takes no calls from other sites")
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
+        self._sites.check(headers)
+        if (answer := self._sites.preflight(scope["method"], headers)) is not None:
+            await Response(status_code=204, headers=answer)(scope, receive, reply.send)
+            return
+        with self._door.entered(scope, headers):
+            await self._app(scope, receive, reply.send)
 
-
-def _place_of(origin: str) -> str:
-    """Host and port of an origin; empty where it is none."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
-
-
-def _host_of(url: str) -> str:
-    try:
-        return (urlsplit(url).hostname or "").lower().rstrip(".")
-    except ValueError:
-        return ""
+    def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:
+        """What every response has, errors as well."""
+        return {**self._sites.cross(headers.get("origin")), **self._door.figures(scope.get(KEY))}
 
 
 def _request_id(headers: Headers) -> str:
@@ -81,10 +67,10 @@ def _request_id(headers: Headers) -> str:
 
 
 class _Reply:
-    """One response on its way: it gets the id's header, and an error while nothing was sent yet."""
+    """One response on its way: it gets the id's header and ``more``, and an error while nothing was sent yet."""
 
-    def __init__(self, send: Send, scope: Scope, request_id: str) -> None:
-        self._send, self._scope, self.id = send, scope, request_id
+    def __init__(self, send: Send, scope: Scope, request_id: str, more: Callable[[], Mapping[str, str]]) -> None:
+        self._send, self._scope, self.id, self._more = send, scope, request_id, more
         self._began = time.monotonic()
         self.status = 0
         scope["request_id"] = request_id
@@ -96,7 +82,7 @@ class _Reply:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.id
+            MutableHeaders(scope=message).update({"x-request-id": self.id, **self._more()})
         await self._send(message)
 
     async def fail(self, error: MacpipeError, receive: Receive) -> None:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from cluster import __version__
 from cluster.api.desk import Desk
+from cluster.api.http.access import TRUSTED
 from cluster.api.http.jsons import Json
 from cluster.api.http.names import Names, model_id
 from cluster.coordinator.snapshot import ServingState
@@ -28,8 +29,10 @@ class Health:
     names: Names
 
     async def ready(self, request: Request) -> Json:
-        """200 while a token goes through every stage, else 503 and why."""
+        """200 while a token goes through every stage, else 503 and why. Who has no key is told no more than that."""
         state = self.desk.coordinator.state
+        if not request.scope.get(TRUSTED):
+            return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
         facts: dict[str, Any] = {"status": state.value, "version": __version__}
         try:
             checkpoint = self.names.checkpoint(None)
@@ -37,12 +40,11 @@ class Health:
             facts["message"] = e.sentence
         else:
             facts |= {"model": model_id(checkpoint), "context_length": checkpoint.shape.max_context}
-        serving = state is ServingState.SERVING
-        return Json(facts, 200 if serving else 503, None if serving else {"retry-after": "5"})
+        return _ready(state, facts)
 
     async def live(self, request: Request) -> Json:
         """200 as long as this process answers at all."""
-        return Json({"status": "live", "version": __version__})
+        return Json({"status": "live", **({"version": __version__} if request.scope.get(TRUSTED) else {})})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text."""
@@ -58,3 +60,8 @@ class Health:
             "OpenAI clients use /v1, Anthropic clients this address itself. See /health, /v1/models, /openapi.json.\n",
             media_type="text/plain",
         )
+
+
+def _ready(state: ServingState, facts: dict[str, Any]) -> Json:
+    serving = state is ServingState.SERVING
+    return Json(facts, 200 if serving else 503, None if serving else {"retry-after": "5"})

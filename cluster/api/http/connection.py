@@ -1,0 +1,61 @@
+"""One client's connection: uvicorn's own, with an end to each state in which a client could keep it for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, LINGER_S
+
+
+class Connection(H11Protocol):
+    """``sweep`` is called every second or so: a timer for each of some thousand connections would cost more."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._head_since: float | None = None
+        self._refused_since: float | None = None
+        self._closing_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self._head_since = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._head_since = None
+        elif self._head_since is None:
+            self._head_since = self.loop.time()
+
+    def on_response_complete(self) -> None:
+        """The answer is out. What the client still sends of a request that was not read is thrown away for a while."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._refused_since = self.loop.time()
+
+    def sweep(self, now: float) -> None:
+        """Close what has waited too long; ``now`` is the loop's time."""
+        if self.transport.is_closing():
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > CLOSE_S:
+                self.transport.abort()
+        elif self._head_since is not None and now - self._head_since > HEADER_TIMEOUT_S:
+            self._say_late()
+        elif self._refused_since is not None and now - self._refused_since > LINGER_S:
+            self.transport.close()
+
+    def waits(self) -> float | None:
+        """Since when it has been about to send a request's head; None where it sent one."""
+        return self._head_since
+
+    def _say_late(self) -> None:
+        """408, if the head that has begun allows an answer."""
+        if self.conn.our_state is h11.IDLE:
+            close = [(b"connection", b"close"), (b"content-length", b"0")]
+            self.transport.write(self.conn.send(h11.Response(status_code=408, headers=close, reason=b"Late")) or b"")
+            self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
+        self.transport.close()

@@ -1,0 +1,146 @@
+"""API keys: who may use a cluster's HTTP, for what, and how much of it.
+
+A key's text is ``mpk_ID_SECRET``; it is shown once, and only its SHA-256 is kept. A secret has 256 random bits, so a
+plain hash is as good as a slow one: there is nothing to guess. It counts no requests; it says how far to count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
+from cluster.limits import MAX_KEYS
+from cluster.security.folder import ClusterFolder
+from cluster.security.roles import checked_name
+from cluster.security.statefile import StateFile
+
+TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+"""What a key looks like; nothing else is hashed."""
+_NOBODYS: Final = bytes(32)
+"""Compared with where no key has the id, so that the answer takes as long."""
+
+
+class KeyScope(StrEnum):
+    """What a key opens. Admin opens what inference does, too."""
+
+    INFERENCE = "inference"
+    ADMIN = "admin"
+
+    def covers(self, needed: KeyScope) -> bool:
+        """Whether what needs that scope is open to this one."""
+        return self in (needed, KeyScope.ADMIN)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may use; None is as much as there is. Tokens are those of prompts and answers together."""
+
+    requests_a_minute: int | None = None
+    tokens_a_minute: int | None = None
+    at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("requests_a_minute", "tokens_a_minute", "at_once"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise InvalidOption(f"{name.replace('_', ' ')}: {value} is no limit; it must be at least 1", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key without its secret. Times are seconds since the epoch; ``revoked`` None while it is good."""
+
+    id: str
+    name: str
+    scope: KeyScope
+    limits: KeyLimits
+    made: float
+    digest: bytes = field(repr=False)
+    revoked: float | None = None
+
+
+class Keys:
+    """The keys in ``folder``, shared with every process that edits them: what changed is seen at the next look."""
+
+    def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._file = StateFile(folder, folder.keys, _pack, _unpack)
+
+    def everything(self) -> tuple[ApiKey, ...]:
+        """All keys in the order of their making, revoked ones too. Raises ``ClusterDamaged``."""
+        return self._file.rows()
+
+    def known(self, key_id: str) -> ApiKey | None:
+        """The key with that id, as long as it is good."""
+        return next((key for key in self.everything() if key.id == key_id and key.revoked is None), None)
+
+    def find(self, text: str) -> ApiKey | None:
+        """The key whose text this is, as long as it is good. Takes as long for a wrong secret as for a right one."""
+        parts = TEXT.fullmatch(text)
+        if parts is None:
+            return None
+        key = self.known(parts[1])
+        right = hmac.compare_digest(_digest(text), _NOBODYS if key is None else key.digest)
+        return key if right else None
+
+    def create(
+        self, name: str, scope: KeyScope = KeyScope.INFERENCE, limits: KeyLimits | None = None
+    ) -> tuple[ApiKey, str]:
+        """A new key and its text, which is kept nowhere. Raises ``DuplicateName``; ``Busy`` where it is full."""
+        checked_name(name, "a key's")
+        key_id = secrets.token_hex(6)
+        text = f"mpk_{key_id}_{secrets.token_urlsafe(32)}"
+        key = ApiKey(key_id, name, scope, limits or KeyLimits(), self._clock(), _digest(text))
+        with self._file.edit() as edit:
+            good = [known for known in edit.rows if known.revoked is None]
+            if any(known.name == name for known in good):
+                raise DuplicateName(f"there is a key named {name}; revoke it first, or choose another name")
+            if len(good) >= MAX_KEYS:
+                raise Busy(f"the cluster has {MAX_KEYS} keys; revoke some (`macpipe key list`)")
+            room = MAX_KEYS - 1 - len(good)
+            gone = sorted((k for k in edit.rows if k.revoked is not None), key=lambda k: k.revoked or 0.0)
+            forgotten = gone[: max(0, len(gone) - room)]
+            edit.rows = (*(k for k in edit.rows if k not in forgotten), key)
+        return key, text
+
+    def revoke(self, which: str) -> ApiKey:
+        """Revoke the good key with this name or id; which that was. Raises ``MemberNotFound``."""
+        with self._file.edit() as edit:
+            at = next((i for i, k in enumerate(edit.rows) if k.revoked is None and which in (k.id, k.name)), None)
+            if at is None:
+                raise MemberNotFound(f"no key of this cluster is named {which[:64]}; `macpipe key list` shows them")
+            gone = replace(edit.rows[at], revoked=self._clock())
+            edit.rows = (*edit.rows[:at], gone, *edit.rows[at + 1 :])
+        return gone
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _pack(key: ApiKey) -> list[Any]:
+    bounds = [key.limits.requests_a_minute, key.limits.tokens_a_minute, key.limits.at_once]
+    return [key.id, key.name, key.scope.value, bounds, key.made, key.digest, key.revoked]
+
+
+def _unpack(
+    id: str,  # noqa: A002
+    name: str,
+    scope: str,
+    limits: list[int | None],
+    made: float,
+    digest: bytes,
+    revoked: float | None,
+) -> ApiKey:
+    if not isinstance(digest, bytes) or len(digest) != len(_NOBODYS) or digest == _NOBODYS:
+        raise ValueError("not a hash")
+    ended = None if revoked is None else float(revoked)
+    return ApiKey(str(id), str(name), KeyScope(scope), KeyLimits(*limits), float(made), digest, ended)

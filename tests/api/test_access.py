@@ -1,0 +1,355 @@
+"""Who may enter which route: the real table of routes, keys, their limits, and pages of other sites."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cluster.api import desk as desks
+from cluster.api.accounts import Accounts, Bucket, client_of
+from cluster.api.desk import Desk
+from cluster.api.http.access import TRUSTED, Access, DeclaredRoute, Door
+from cluster.api.http.app import application, table
+from cluster.api.http.caller import caller_of
+from cluster.api.http.errors import HANDLERS
+from cluster.api.http.guard import Guard
+from cluster.api.http.jsons import Json
+from cluster.api.http.sites import Sites, checked_host, checked_origin
+from cluster.api.metrics import Metrics
+from cluster.coordinator.checkpoint import Checkpoint
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.snapshot import ServingState
+from cluster.errors import Aborted, InvalidOption, LimitReached, MacpipeError, NotServing, Unauthenticated
+from cluster.security.folder import ClusterFolder
+from cluster.security.keys import KeyLimits, Keys, KeyScope
+from cluster.types import Accepted, SamplingParams, TokenEvent
+from cluster.types import Request as Asking
+
+pytestmark = pytest.mark.anyio
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Answering:
+    """An answer that goes on until it is aborted."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def events(self) -> AsyncGenerator[Accepted | TokenEvent, None]:
+        yield Accepted()
+        yield TokenEvent(0, 1, "a")
+        await self.ended.wait()
+        raise Aborted("the request was aborted")
+
+    def abandon(self) -> None:
+        self.ended.set()
+
+
+class Idle:
+    """A coordinator that serves nothing but answers of its own."""
+
+    state = ServingState.IDLE
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answering] = {}
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        raise NotServing("no model is loaded")
+
+    async def under_way(self) -> tuple[None, None]:
+        return None, None
+
+    async def accept(self, request: Asking, checkpoint: Checkpoint) -> Answering:
+        self.answers[request.id] = Answering()
+        return self.answers[request.id]
+
+    async def abort(self, request_id: str) -> None:
+        self.answers[request_id].ended.set()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(ClusterFolder(tmp_path, "lab"))
+
+
+@pytest.fixture
+def accounts(keys: Keys, clock: Clock) -> Accounts:
+    return Accounts(keys, clock)
+
+
+def desk_of(accounts: Accounts | None) -> Desk:
+    return Desk(cast(Coordinator, Idle()), Metrics(), accounts)
+
+
+def client_to(app: ASGIApp) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8080")
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {text}"}
+
+
+PUBLIC = {"/health", "/ready", "/live"}
+ADMIN = {"/metrics"}
+
+
+async def test_every_route_says_what_it_needs_and_lets_nobody_else_in(keys: Keys, accounts: Accounts) -> None:
+    """The real table of routes, each by each of its methods."""
+    desk = desk_of(accounts)
+    app = application(desk)
+    routes = cast(Guard, app)._app.routes  # type: ignore[attr-defined]  # Starlette's own list: what is really served
+    assert len(routes) == len(table(desk)) >= 14
+    texts = {scope: keys.create(scope.value, scope)[1] for scope in KeyScope}
+    async with client_to(app) as client:
+        for route in routes:
+            assert isinstance(route, DeclaredRoute), f"{route} declares nobody who may use it"
+            needed = {True: Access.ANYONE}.get(route.path in PUBLIC) or (
+                Access.ADMIN if route.path in ADMIN else Access.INFERENCE
+            )
+            assert route.access is needed, route.path
+            path = route.path.replace("{model:path}", "faq")
+            for method in sorted(route.methods or ()):
+                allowed = {
+                    "": needed is Access.ANYONE,
+                    "mpk_" + "0" * 12 + "_" + "a" * 43: needed is Access.ANYONE,
+                    texts[KeyScope.INFERENCE]: needed is not Access.ADMIN,
+                    texts[KeyScope.ADMIN]: True,
+                }
+                for text, entered in allowed.items():
+                    reply = await client.request(method, path, headers=bearer(text) if text else {})
+                    refused = 403 if text in texts.values() else 401
+                    assert (reply.status_code == refused) is not entered, (method, path, text[:20], reply.status_code)
+                    assert entered or (reply.status_code, "www-authenticate" in reply.headers) == (
+                        refused,
+                        refused == 401,
+                    )
+
+
+async def test_a_route_that_declares_nothing_lets_nobody_in(keys: Keys, accounts: Accounts) -> None:
+    async def fine(request: Request) -> Json:
+        return Json({})
+
+    app = Starlette(routes=[Route("/open", fine)], exception_handlers=HANDLERS)
+    for kept in (None, accounts):
+        async with client_to(Guard(app, lambda *_: None, Door(app.routes, kept))) as client:
+            reply = await client.get("/open", headers=bearer(keys.create(f"k{kept is None}", KeyScope.ADMIN)[1]))
+        assert reply.status_code == 403
+
+
+async def test_strangers_are_told_nothing_but_ready_or_not(keys: Keys, accounts: Accounts) -> None:
+    _, text = keys.create("amy")
+    async with client_to(application(desk_of(accounts))) as client:
+        assert (await client.get("/health")).json() == {"status": "not serving"}
+        assert (await client.get("/live")).json() == {"status": "live"}
+        assert "version" in (await client.get("/health", headers={"x-api-key": text})).json()
+        unknown = await client.get("/nope")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (await client.get("/nope", headers=bearer(text))).status_code == 404
+
+
+async def test_without_a_cluster_nobody_needs_a_key() -> None:
+    async with client_to(application(desk_of(None))) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+        assert "version" in (await client.get("/health")).json()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [lambda t: bearer(t), lambda t: {"authorization": f"bearer  {t}"}, lambda t: {"x-api-key": t},
+     lambda t: {"authorization": "Bearer sk-other", "x-api-key": t}],
+)  # fmt: skip
+async def test_keys_come_as_clients_send_them(
+    keys: Keys, accounts: Accounts, headers: Callable[[str], dict[str, str]]
+) -> None:
+    _, text = keys.create("amy")
+    async with client_to(application(desk_of(accounts))) as client:
+        assert (await client.get("/v1/models", headers=headers(text))).status_code == 200
+        wrong = await client.get("/v1/models", headers=headers(text[:-1]))
+        refused = await client.post("/v1/messages", headers=headers(text[:-1]), json={})
+    assert wrong.status_code == refused.status_code == 401
+    assert wrong.json()["error"]["type"] == refused.json()["error"]["type"] == "authentication_error"
+    assert text[20:] not in wrong.text
+
+
+async def test_a_key_is_whose_turns_and_prefixes_they_are(keys: Keys, accounts: Accounts) -> None:
+    seen: list[str] = []
+
+    async def who(request: Request) -> Json:
+        seen.append(caller_of(request, None).client)
+        return Json({"trusted": request.scope[TRUSTED]})
+
+    routes = [DeclaredRoute("/who", who, access=Access.INFERENCE, methods=["GET"])]
+    app = Starlette(routes=list(routes))
+    (amy, a), (bob, b) = keys.create("amy"), keys.create("bob")
+    async with client_to(Guard(app, lambda *_: None, Door(app.routes, accounts))) as client:
+        for text in (a, b):
+            await client.get("/who", headers=bearer(text))
+        await client.get("/who", headers={"x-api-key": a, "authorization": "Bearer other"})
+    assert seen == [client_of(amy), client_of(bob), client_of(amy)]
+
+
+def test_a_bucket_is_refilled_evenly_and_never_more_than_full() -> None:
+    bucket = Bucket(60, 0.0)
+    bucket.take(60, 0.0)
+    assert bucket.wait_s(1, 0.0) == pytest.approx(1.0)
+    assert bucket.level(30.0) == pytest.approx(30)
+    assert bucket.level(1e6) == 60
+    bucket.take(100, 1e6)
+    assert bucket.wait_s(1, 1e6) == pytest.approx(41)
+    assert bucket.wait_s(10**9, 1e6) == pytest.approx(100), "what is more than it holds waits until it is full"
+
+
+async def test_requests_a_minute(keys: Keys, accounts: Accounts, clock: Clock) -> None:
+    _, text = keys.create("amy", limits=KeyLimits(requests_a_minute=2))
+    _, other = keys.create("bob")
+    async with client_to(application(desk_of(accounts))) as client:
+        replies = [await client.get("/v1/models", headers=bearer(text)) for _ in range(3)]
+        assert [r.status_code for r in replies] == [200, 200, 429]
+        assert [r.headers["x-ratelimit-remaining-requests"] for r in replies] == ["1", "0", "0"]
+        last = replies[-1]
+        assert last.headers["retry-after"] == "30"
+        error = last.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert "2 requests a minute" in error["message"]
+        assert "amy" in error["message"]
+        assert (await client.get("/v1/models", headers=bearer(other))).status_code == 200
+        assert (await client.get("/health", headers=bearer(text))).status_code == 503, "probes are not counted"
+        clock.now += 30
+        assert (await client.get("/v1/models", headers=bearer(text))).status_code == 200
+
+
+def test_requests_at_once(keys: Keys, accounts: Accounts) -> None:
+    key, _ = keys.create("amy", limits=KeyLimits(at_once=2))
+    with accounts.request(key), accounts.request(key):
+        with pytest.raises(LimitReached, match="2 requests under way, and may have 2") as caught, accounts.request(key):
+            pass
+        assert caught.value.retry_after_s
+    with accounts.request(key):
+        pass
+
+
+def test_tokens_of_prompts_and_answers(keys: Keys, accounts: Accounts, clock: Clock) -> None:
+    key, _ = keys.create("amy", limits=KeyLimits(tokens_a_minute=600))
+    client = client_of(key)
+    with accounts.request(key):
+        accounts.prompt(client, 500)
+        accounts.answered(client, 200)
+    assert accounts.figures(key)["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(LimitReached, match="600 tokens a minute; 0 are left and the prompt has 50") as caught:
+        accounts.prompt(client, 50)
+    assert caught.value.retry_after_s == pytest.approx(15)
+    clock.now += 16
+    accounts.prompt(client, 50)
+    clock.now += 60
+    accounts.prompt(client, 10_000)
+    with pytest.raises(LimitReached):
+        accounts.prompt(client, 1)
+    accounts.prompt("somebody without a key", 10**9)
+
+
+@pytest.fixture
+def asking() -> Callable[[str, str], Asking]:
+    return lambda name, client: Asking(name, (1, 2), SamplingParams(), 5, client=client)
+
+
+async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
+    keys: Keys, accounts: Accounts, asking: Callable[[str, str], Asking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desks, "KEY_LOOK_S", 0.01)
+    desk = desk_of(accounts)
+    (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
+    checkpoint = cast(Checkpoint, None)
+    first, second = [await desk.ask(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
+    for asked in (first, second):
+        assert isinstance(await anext(asked.events), TokenEvent)
+    watching = asyncio.create_task(desk.end_revoked())
+    keys.revoke("amy")
+    with pytest.raises(Unauthenticated, match="was revoked") as caught:
+        await asyncio.wait_for(anext(first.events), 5)
+    assert caught.value.http_status == 401
+    with pytest.raises(Unauthenticated):
+        await desk.ask(asking("late", client_of(amy)), checkpoint)
+    await asyncio.sleep(0.05)
+    assert not cast(Any, desk.coordinator).answers["bob"].ended.is_set()
+    await second.events.aclose()
+    watching.cancel()
+    keys.create("spoil")
+    with pytest.raises(MacpipeError):
+        accounts.identify(())
+
+
+ORIGIN = "https://chat.example:8443"
+
+
+@pytest.fixture
+def sited(accounts: Accounts) -> ASGIApp:
+    return application(desk_of(accounts), (), Sites(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
+
+
+async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: Keys, sited: ASGIApp) -> None:
+    _, text = keys.create("page", limits=KeyLimits(requests_a_minute=9))
+    asked = {"origin": ORIGIN, "access-control-request-method": "POST",
+             "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
+    async with client_to(sited) as client:
+        before = await client.options("/v1/chat/completions", headers=asked)
+        assert before.status_code == 204, "a browser sends no key with this"
+        assert before.headers["access-control-allow-origin"] == ORIGIN
+        assert before.headers["access-control-allow-methods"] == "POST"
+        assert before.headers["access-control-allow-headers"] == asked["access-control-request-headers"]
+        assert "access-control-allow-credentials" not in before.headers
+        for headers, status in ((bearer(text), 200), ({}, 401)):
+            reply = await client.get("/v1/models", headers={"origin": ORIGIN, **headers})
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, ORIGIN)
+            assert reply.headers["vary"] == "origin"
+        other = {**asked, "origin": "https://other.example"}
+        refused = await client.options("/v1/chat/completions", headers=other)
+        assert refused.status_code == 403
+        assert "access-control-allow-origin" not in refused.headers
+        silly = await client.options("/v1/models", headers={**asked, "access-control-request-method": "GET it"})
+        assert silly.status_code == 403
+        plain = await client.get("/v1/models", headers=bearer(text))
+        assert "access-control-allow-origin" not in plain.headers
+
+
+async def test_names_that_were_given_are_taken(keys: Keys, sited: ASGIApp) -> None:
+    async with client_to(sited) as client:
+        for host, status in (("mac-1.local:8080", 200), ("MAC-1.local.", 200), ("mac-2.local", 403), ("[::1]", 200)):
+            assert (await client.get("/live", headers={"host": host})).status_code == status, host
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "*", "http://", "chat.example", "https://chat.example/", "ftp://x", "null", "https://["]
+)
+def test_an_origin_is_named_whole(wrong: str) -> None:
+    with pytest.raises(InvalidOption, match="http-allow-origin"):
+        checked_origin(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "*:80", "mac:80", "http://mac", "a/b"])
+def test_a_host_is_a_name(wrong: str) -> None:
+    with pytest.raises(InvalidOption, match="http-allow-host"):
+        checked_host(wrong)
+    assert checked_host("Mac-1.Example") == "mac-1.example"

@@ -1,0 +1,246 @@
+"""The HTTP port against clients that keep connections for nothing, on real sockets; and its TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cluster.api.http import connection, port, server
+from cluster.api.http.server import listen, serving
+from cluster.coordinator.settings import ServeSettings
+from cluster.errors import InvalidOption, NoCluster
+from cluster.security.authority import Authority
+from cluster.security.folder import ClusterFolder
+from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
+from cluster.security.keyring import make_request
+
+pytestmark = pytest.mark.anyio
+HALF = b"POST /echo HTTP/1.1\r\nhost: localhost\r\nx-a: b"
+LATE_S = 1.0
+MUCH = 64 * 2**20
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", LATE_S)
+    monkeypatch.setattr(connection, "LINGER_S", 0.5)
+    monkeypatch.setattr(connection, "CLOSE_S", 0.5)
+    monkeypatch.setattr(server, "HEADER_TIMEOUT_S", LATE_S)
+    monkeypatch.setattr(server, "_TICKS", 2)
+
+
+async def echo(request: Request) -> Response:
+    return Response(f"{len(await request.body())}")
+
+
+async def refuse(request: Request) -> Response:
+    return Response("no", status_code=413)
+
+
+async def much(request: Request) -> Response:
+    return Response(bytes(MUCH))
+
+
+@asynccontextmanager
+async def listening(certificate: HttpCertificate | None = None) -> AsyncIterator[tuple[str, int]]:
+    routes = [Route("/echo", echo, methods=["POST"]), Route("/no", refuse, methods=["POST"]), Route("/much", much)]
+    async with serving(Starlette(routes=routes), listen("127.0.0.1", 0), certificate) as address:
+        host, _, number = address.rpartition(":")
+        yield host, int(number)
+
+
+async def end_of(reader: asyncio.StreamReader) -> bytes:
+    """All that comes until the connection is closed."""
+    with contextlib.suppress(ConnectionError):
+        return await asyncio.wait_for(reader.read(-1), 20)
+    return b""
+
+
+async def test_200_half_open_connections_are_closed_and_others_are_answered_meanwhile() -> None:
+    async with listening() as place, httpx.AsyncClient(base_url=f"http://{place[0]}:{place[1]}") as client:
+        slow = [await asyncio.open_connection(*place) for _ in range(200)]
+        for i, (_, writer) in enumerate(slow):
+            writer.write(HALF if i % 2 else b"")
+
+        async def trickle() -> None:
+            """One byte at a time does not buy time."""
+            while True:
+                for _, writer in slow[1::2]:
+                    writer.write(b"c")
+                await asyncio.sleep(0.2)
+
+        trickling = asyncio.create_task(trickle())
+        answered = [(await client.post("/echo", content=b"abc")).text for _ in range(20)]
+        ends = await asyncio.gather(*(end_of(reader) for reader, _ in slow))
+        trickling.cancel()
+        assert answered == ["3"] * 20
+        assert (await client.post("/echo", content=b"abcd")).text == "4"
+        assert all(end.startswith(b"HTTP/1.1 408 ") for end in ends[0::2])
+        assert all(end == b"" or end.startswith(b"HTTP/1.1 408 ") for end in ends[1::2])
+        for _, writer in slow:
+            writer.close()
+
+
+async def test_a_second_request_has_to_come_in_time_as_well() -> None:
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
+        assert (await reader.readuntil(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
+        writer.write(HALF)
+        began = time.monotonic()
+        assert (await end_of(reader)).startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began >= LATE_S
+        writer.close()
+
+
+async def test_what_was_refused_before_it_was_read_is_not_read_for_ever() -> None:
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\nx")
+        assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
+
+        async def trickle() -> None:
+            while True:
+                writer.write(b"x")
+                await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        assert await end_of(reader) == b""
+        trickling.cancel()
+        writer.close()
+
+
+async def test_a_client_that_takes_nothing_is_cut_when_its_connection_is_closed() -> None:
+    """Else what it was to be sent would stay in memory for as long as it likes."""
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place, limit=1024)
+        writer.write(b"GET /much HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        await asyncio.sleep(2)
+        with contextlib.suppress(ConnectionError):
+            assert len(await asyncio.wait_for(reader.read(-1), 20)) < MUCH
+        writer.close()
+
+
+async def test_when_all_connections_are_taken_those_who_only_wait_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 60)
+    async with listening() as place, httpx.AsyncClient(base_url=f"http://{place[0]}:{place[1]}") as client:
+        slow = [await asyncio.open_connection(*place) for _ in range(20)]
+        await asyncio.sleep(0.2)
+        assert (await client.post("/echo", content=b"abc")).text == "3"
+        for _, writer in slow:
+            writer.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ClusterFolder:
+    folder = ClusterFolder(tmp_path, "lab")
+    Authority.make(folder, time.time())
+    return folder
+
+
+def trusting(folder: ClusterFolder) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(folder.authority))
+
+
+async def shown(place: tuple[str, int], context: ssl.SSLContext) -> bytes:
+    """The certificate that a new connection is shown, and takes."""
+    _, writer = await asyncio.open_connection(*place, ssl=context, server_hostname="localhost")
+    found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return found
+
+
+async def test_https_shows_the_clusters_certificate_and_a_renewed_one_without_a_restart(folder: ClusterFolder) -> None:
+    now = [time.time() - 61 * 86_400]
+    own = OwnCertificate(folder, ("localhost", "127.0.0.1", "mac-1.local"), lambda: now[0])
+    assert {p.stat().st_mode & 0o777 for p in (folder.path / "http").iterdir()} == {0o600}
+    async with listening(own) as place:
+        first = await shown(place, trusting(folder))
+        async with httpx.AsyncClient(verify=trusting(folder)) as client:
+            assert (await client.post(f"https://127.0.0.1:{place[1]}/echo", content=b"a")).text == "1"
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await shown(place, ssl.create_default_context())
+        now[0] += 61 * 86_400
+        await asyncio.sleep(0.5)
+        assert await shown(place, trusting(folder)) != first
+
+
+async def test_hands_that_are_not_shaken_are_taken_back(folder: ClusterFolder) -> None:
+    own = OwnCertificate(folder, ("localhost",))
+    async with listening(own) as place:
+        silent = [await asyncio.open_connection(*place) for _ in range(50)]
+        assert await shown(place, trusting(folder))
+        assert [await end_of(reader) for reader, _ in silent] == [b""] * 50
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_given_certificate_is_read_again_when_it_changes(folder: ClusterFolder, tmp_path: Path) -> None:
+    files = tmp_path / "mine.pem", tmp_path / "mine-key.pem"
+
+    def issue() -> None:
+        key, request = make_request()
+        files[1].write_bytes(key)
+        files[0].write_bytes(Authority.load(folder).sign_http(request, ["localhost"], time.time()))
+
+    with pytest.raises(InvalidOption, match="http-cert"):
+        GivenCertificate(*files)
+    issue()
+    async with listening(GivenCertificate(*files)) as place:
+        first = await shown(place, trusting(folder))
+        files[0].write_text("half of a renewal")
+        await asyncio.sleep(0.5)
+        assert await shown(place, trusting(folder)) == first
+        issue()
+        await asyncio.sleep(0.5)
+        assert await shown(place, trusting(folder)) != first
+
+
+Settings = Callable[..., ServeSettings]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return lambda host, **more: ServeSettings("faq", tmp_path, "lab", http=(host, 0), **more)
+
+
+def test_off_this_machine_there_is_no_http_without_a_cluster_whatever_is_given(settings: Settings) -> None:
+    given = (Path("a"), Path("b"))
+    for more in ({}, {"http_certificate": given}, {"http_hosts": ("mac",), "http_origins": ("https://x.example",)}):
+        for host in ("0.0.0.0", "::", "192.0.2.7", "mac-1.local"):  # noqa: S104
+            with pytest.raises(InvalidOption, match="open to everybody"):
+                port.http_port(settings(host, **more))
+    assert port.http_port(settings("127.0.0.1")).keys is None
+
+
+def test_with_a_cluster_there_are_keys_everywhere_and_tls_on_the_network(
+    settings: Settings, folder: ClusterFolder
+) -> None:
+    inside, outside = port.http_port(settings("127.0.0.1")), port.http_port(settings("192.0.2.7"))
+    assert inside.keys is not None
+    assert inside.certificate is None
+    assert outside.keys is not None
+    assert outside.certificate is not None
+    assert "192.0.2.7" in outside.sites.hosts
+    assert "192.0.2.7" not in inside.sites.hosts
+
+
+def test_a_mac_that_does_not_lead_the_cluster_needs_a_certificate_of_its_own(
+    settings: Settings, folder: ClusterFolder
+) -> None:
+    folder.authority_key.unlink()
+    with pytest.raises(NoCluster, match="init"):
+        port.http_port(settings("192.0.2.7"))
