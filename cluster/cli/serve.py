@@ -15,12 +15,13 @@ from cluster.cli.lifeline import end_with_stdin
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
+from cluster.security.bounds import DEFAULT_JOIN_PORT
 from cluster.types import Route
 
 if TYPE_CHECKING:
-    from cluster.coordinator.settings import ServeSettings
+    from cluster.coordinator.settings import HttpSettings, ServeSettings
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -137,16 +138,11 @@ def serve(
         cluster=cluster,
         host=host,
         port=port,
-        http=http_address(http),
-        http_wanted=bool(http),
-        served_names=tuple(served_model_name or ()),
-        http_hosts=tuple(http_allow_host or ()),
-        http_origins=tuple(http_allow_origin or ()),
-        http_certificate=certificate_files(http_cert, http_key),
+        http=_http(http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)),
         join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
         join_wanted=join_port is not None,
         workers=workers,
-        peers=tuple(peer or ()),
+        peers=names(peer),
         peers_only=peers_only,
         journal=journal,
         layers=parse_layers(layers) if layers else None,
@@ -160,17 +156,34 @@ def serve(
         max_schema_bytes=max_schema_bytes,
         take_back=take_back,
     )
-    if exit_with_stdin:
-        end_with_stdin()
-    raise typer.Exit(_run(settings))
+    raise typer.Exit(_run(settings, exit_with_stdin))
 
 
-def _run(settings: ServeSettings) -> int:
+def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
     from cluster.api.server import run
     from cluster.cli.report import TerminalReport
 
+    if exit_with_stdin:
+        end_with_stdin()
     with TerminalReport(sys.stderr) as report:
         return run(settings, report)
+
+
+def _http(
+    http: str,
+    served: list[str] | None,
+    hosts: list[str] | None,
+    origins: list[str] | None,
+    certificate: tuple[Path, Path] | None,
+) -> HttpSettings:
+    from cluster.coordinator.settings import HttpSettings
+
+    return HttpSettings(http_address(http), bool(http), names(served), names(hosts), names(origins), certificate)
+
+
+def names(given: list[str] | None) -> tuple[str, ...]:
+    """What a repeatable option was given."""
+    return tuple(given or ())
 
 
 def http_address(given: str) -> tuple[str, int] | None:
