@@ -160,6 +160,9 @@ ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 # gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
 KEEPALIVE_MS: Final = 500
 KEEPALIVE_TIMEOUT_MS: Final = 1_500
+CLIENT_KEEPALIVE_MS: Final = 2_000
+CLIENT_KEEPALIVE_TIMEOUT_MS: Final = 10_000
+"""Between clients and the coordinator: a Mac that is busy for seconds is no reason to give up an answer."""
 BULK_KEEPALIVE_MS: Final = 10_000
 BULK_TIMEOUT_MS: Final = 60_000
 """Where megabytes travel, a ping waits behind them: 8 MiB take 7 s at 10 Mbit/s. A pulse beside them sees cuts."""
