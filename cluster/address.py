@@ -5,6 +5,8 @@ It knows the notation alone: no name is resolved and nothing is connected to her
 
 from __future__ import annotations
 
+import ipaddress
+
 from cluster.errors import InvalidOption
 
 HIGHEST_PORT = 65_535
@@ -42,3 +44,13 @@ def _parse_port(port: str, text: str) -> int:
 def format_address(host: str, port: int) -> str:
     """The notation that ``parse_address`` reads; IPv6 in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the address is this machine's own; a name other than ``localhost`` is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

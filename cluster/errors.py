@@ -211,6 +211,12 @@ class WorkerRefused(WorkerLost):
     reason = "WORKER_REFUSED"
 
 
+class WorkerReplaced(WorkerLost):
+    """Another worker of the cluster answers where this one was."""
+
+    reason = "WORKER_REPLACED"
+
+
 class FrameOverdue(WorkerLost):
     """Nothing came through the stages for longer than they can need: one of them hangs."""
 
@@ -269,6 +275,12 @@ class SlowReader(MacpipeError):
     """A client left too many token events unread."""
 
     reason, grpc_status, http_status = "SLOW_READER", "RESOURCE_EXHAUSTED", 429
+
+
+class OtherParty(Unreachable):
+    """Who answers there is of the cluster, and not who was meant."""
+
+    reason = "OTHER_PARTY"
 
 
 class DeadlineExceeded(MacpipeError):

@@ -206,8 +206,6 @@ AUTHORITY_S: Final = 10 * 365 * 86_400.0
 """A cluster's authority outlives its Macs; it cannot be renewed without joining anew."""
 LEAF_S: Final = 90 * 86_400.0
 """A certificate that was lost sight of ends by itself in a season; those in use are renewed long before."""
-BACKDATED_S: Final = 86_400.0
-"""Certificates begin this long before they are made, so that a clock that is behind does not refuse them."""
 MAX_MEMBERS: Final = 1024
 """Certificates' holders that a roster keeps: MAX_ROSTER workers many times over, removed ones included."""
 MAX_SERIALS: Final = 64
@@ -220,8 +218,6 @@ MAX_PEM_BYTES: Final = 16 * KIB
 """A certificate, a key or a request for one; ours have under 1 KiB."""
 MAX_KEYS: Final = 1024
 """API keys that are kept, revoked ones included."""
-STATE_LOCK_S: Final = 10.0
-"""How long a command waits for another that edits the cluster's files; an edit takes milliseconds."""
 
 # Joining
 TOKEN_S: Final = 3600.0

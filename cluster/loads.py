@@ -21,17 +21,25 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class StorePlace:
+    """A Mac that answers StoreService: a name for people, an address, and who answers there (``ROLE.ID``)."""
+
+    name: str
+    address: str
+    party: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchOrder:
     """What a stage needs of the model's files, and who has it.
 
     ``tensors`` are names, in the order in which they are wanted; those in ``deferred`` come from another worker that
-    fetches them first. ``peers`` are Macs that answer StoreService, by name and address. ``repo`` and ``commit`` say
-    where on the hub the model is; empty: nowhere.
+    fetches them first. ``repo`` and ``commit`` say where on the hub the model is; empty: nowhere.
     """
 
     tensors: tuple[str, ...]
     deferred: tuple[str, ...] = ()
-    peers: tuple[tuple[str, str], ...] = ()
+    peers: tuple[StorePlace, ...] = ()
     repo: str = ""
     commit: str = ""
 

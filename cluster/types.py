@@ -299,7 +299,7 @@ class FinishEvent:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What a worker says of itself. Bytes are bytes; addresses are ``host:port``."""
+    """What a worker says of itself: sizes in bytes, addresses ``host:port``, ``certificate`` from when to when."""
 
     id: str
     name: str
@@ -323,18 +323,18 @@ class WorkerFacts:
     """The coordinator whose stage it holds, by id; empty for nobody's."""
     profile: Profile = field(default_factory=Profile)
     interface: str = ""
-    """The network interface that it listens on, where it is one."""
     gpu_cores: int = 0
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
     busy_ms: int = 0
-    """How long its engine has been at its present step."""
     owner: str = ""
     """Whose stage it is, also where that coordinator has not been heard of late."""
     fingerprint: str = ""
     kv_bits: int = 0
     draining: bool = False
     stopping: bool = False
+    clock_ahead_s: float = 0.0
+    certificate: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

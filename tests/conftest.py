@@ -16,6 +16,7 @@ pytest_plugins = ["netns"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--mtls", action="store_true", help="give the clusters of real daemons certificates")
     parser.addoption("--seed", type=int, default=None, help="the run's randomness; 0, and anew each time with --all")
 
 
@@ -45,10 +46,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def state_of_its_own(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
     """No test leaves a daemon's state where a person keeps theirs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MACPIPE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MACPIPE_CLUSTER", raising=False)
+        if pytestconfig.option.mtls:
+            patch.setenv("MACPIPE_TEST_MTLS", "1")  # what ``parties.mtls`` reads
         yield
 
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
     {
-        *("", "address", "chat", "chunking", "errors", "frames", "grammar", "idfile", "layers", "lifetime", "limits"),
-        *("loads", "macos", "profiles", "types", "v1"),
+        *("", "address", "chat", "chunking", "errors", "frames", "grammar", "home", "idfile", "layers"),
+        *("lifetime", "limits", "loads", "macos", "profiles", "types", "v1"),
     },
     {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
@@ -30,7 +30,7 @@ FLOORS = (
     {"__main__", "cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-CLIENT_MAY = FLOORS[0] | {"transport"}
+CLIENT_MAY = FLOORS[0] | {"security", "transport"}
 MODEL_ALONE = {"mlx", "mlx_lm", "tokenizers", "transformers"}
 PURE = {"membership", "placement", "scheduler", "wire"}
 IMPURE = {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
+import anyio
 import grpc
 
 from cluster.api import replies
@@ -17,6 +20,7 @@ from cluster.layers import parse_layers
 from cluster.limits import MAX_STEP_MS
 from cluster.loads import LoadProgress
 from cluster.profiles import Objective
+from cluster.security.trust import Trust
 from cluster.transport.status import abort
 from cluster.types import Plan, Route, WorkerFacts
 from cluster.v1 import cluster_pb2 as pb
@@ -28,8 +32,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class Cluster(ClusterServiceServicer):
     """Speaks for one coordinator."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Coordinator, trust: Trust) -> None:
+        self._coordinator, self._trust = coordinator, trust
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return replies.cluster_state(await self._coordinator.snapshot())
@@ -76,6 +80,21 @@ class Cluster(ClusterServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.DrainResponse(cluster=replies.cluster_state(await self._coordinator.snapshot()))
+
+    async def RenewCertificate(
+        self, request: pb.RenewCertificateRequest, context: Context
+    ) -> pb.RenewCertificateResponse:
+        shown: Any = context.auth_context()
+        party, renewal = self._trust.party(shown), self._trust.renewal
+        try:
+            if party is None or renewal is None or self._trust.members is None:
+                raise InvalidRequest("this coordinator gives out no certificates")
+            from cluster.security.renewal import renewed
+
+            certify = partial(renewed, renewal.folder, party.role, party.id, request.request, time.time())
+            return pb.RenewCertificateResponse(certificate=await anyio.to_thread.run_sync(certify))
+        except MacpipeError as e:
+            await abort(context, e)
 
 
 class _Queued:

@@ -14,6 +14,7 @@ from cluster.api import intake, replies
 from cluster.api.desk import Asked, Desk
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import MacpipeError
+from cluster.security.trust import Trust
 from cluster.transport.status import abort
 from cluster.types import Request, TokenEvent
 from cluster.v1 import inference_pb2 as pb
@@ -26,8 +27,8 @@ Reply = TypeVar("Reply", pb.GenerateResponse, pb.ChatResponse)
 class Inference(InferenceServiceServicer):
     """Speaks for one coordinator, by way of its desk."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk, self._coordinator = desk, desk.coordinator
+    def __init__(self, desk: Desk, trust: Trust) -> None:
+        self._desk, self._coordinator, self._trust = desk, desk.coordinator, trust
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async for reply in self._answered(request, intake.generate_request, pb.GenerateResponse, context):
@@ -46,7 +47,7 @@ class Inference(InferenceServiceServicer):
     ) -> AsyncIterator[Reply]:
         try:
             checkpoint = self._coordinator.checkpoint(message.model)
-            request = await take_in(message, checkpoint, _caller(context))
+            request = await take_in(message, checkpoint, self._caller(context))
             async for answered in self._events(request, checkpoint, reply):
                 yield answered
         except MacpipeError as e:
@@ -67,11 +68,18 @@ class Inference(InferenceServiceServicer):
                 else:
                     yield reply(finish=replies.finish_info(event))
 
+    def _caller(self, context: Context) -> intake.Caller:
+        """In a cluster whoever the certificate says, wherever it calls from."""
+        shown: Any = context.auth_context()
+        party, left = self._trust.party(shown), context.time_remaining()
+        known = f"{party.role}.{party.id}" if party else _called(context)
+        return intake.Caller(known, None if left is None else time.monotonic() + left)
+
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
             checkpoint = self._coordinator.checkpoint("")
             offsets = tuple(request.offsets) or (request.offset,)
-            asked = await self._desk.resume(request.request_id, offsets, _caller(context).client, checkpoint)
+            asked = await self._desk.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
             async for reply in self._told(asked, pb.GenerateResponse):
                 yield reply
         except MacpipeError as e:
@@ -106,10 +114,8 @@ class Inference(InferenceServiceServicer):
         return pb.AbortResponse()
 
 
-def _caller(context: Context) -> intake.Caller:
+def _called(context: Context) -> str:
     """By the credential that was sent, as a hash, else by the address without its port."""
     metadata = dict(context.invocation_metadata() or ())
     credential = str(metadata.get("authorization", ""))
-    known = hashlib.sha256(credential.encode()).hexdigest() if credential else context.peer().rpartition(":")[0]
-    left = context.time_remaining()
-    return intake.Caller(known, None if left is None else time.monotonic() + left)
+    return hashlib.sha256(credential.encode()).hexdigest() if credential else context.peer().rpartition(":")[0]

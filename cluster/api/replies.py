@@ -220,6 +220,7 @@ def _worker(m: Member, belief: Belief | None) -> cpb.Worker:
         silent_seconds=time.monotonic() - belief.heard if belief else 0.0,
         losses=belief.losses if belief else 0,
         draining=f.draining,
+        clock_ahead_seconds=f.clock_ahead_s,
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
-import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # made by a star import
@@ -22,6 +21,7 @@ from cluster.api.http.port import HttpPort, http_port
 from cluster.api.http.server import listen, serving
 from cluster.api.inference import Inference
 from cluster.api.metrics import Metrics
+from cluster.coordinator.belonging import Belonging
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.identity import identity, state_folder
 from cluster.coordinator.journal import Journal
@@ -30,14 +30,16 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.coordinator.snapshot import ServingState
 from cluster.discovery.browse import browse
+from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.discovery.static import merged, static
 from cluster.errors import MacpipeError, PortInUse
 from cluster.joining.port import EVERYWHERE, admitting
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import LAST_WORDS_S
 from cluster.security.folder import ClusterFolder
+from cluster.security.trust import COORDINATOR, Trust, open_trust
 from cluster.store.store import Store
-from cluster.transport.options import CONTROL_OPTIONS, bind
+from cluster.transport.options import bind, control_server
 from cluster.transport.rings import GrpcDialer
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -65,22 +67,25 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         source = static(settings.peers)
         if not settings.peers_only:
             source = merged(source, await stack.enter_async_context(browse(settings.cluster)))
-        roster = Roster(source, settings.cluster, stack.enter_context(identity(settings.home, settings.cluster)))
+        trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+        own_id = stack.enter_context(identity(settings.home, settings.cluster))
+        roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
-        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(), report, store, settings.max_schema_bytes)
+        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(trust), report, store, settings.max_schema_bytes)
         coordinator.journal = _journal(settings)
         entrance = http_port(settings)
         accounts = Accounts(entrance.keys) if entrance.keys else None
         desk, checks = Desk(coordinator, Metrics(), accounts), health.HealthServicer()
         tasks.start_soon(desk.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
-        port = await stack.enter_async_context(_public_port(settings, desk, checks))
+        address = await stack.enter_async_context(_public_port(settings, trust, desk, checks))
         await stack.enter_async_context(_join_port(settings, report))
         tasks.start_soon(_tell_health, coordinator, checks)
+        tasks.start_soon(Belonging(roster, coordinator.members).keep)
         await coordinator.load(settings.order)
         plan = (await coordinator.snapshot()).plan
         if plan:
-            report.serving(format_address(settings.host, port), plan, http)
+            report.serving(address, plan, http)
         await anyio.sleep_forever()
 
 
@@ -128,24 +133,36 @@ async def _join_port(settings: ServeSettings, report: Report) -> AsyncIterator[N
 
 
 @asynccontextmanager
-async def _public_port(settings: ServeSettings, desk: Desk, checks: health.HealthServicer) -> AsyncIterator[int]:
-    """The public port, which answers status and health while the model still loads.
+async def _public_port(
+    settings: ServeSettings, trust: Trust, desk: Desk, checks: health.HealthServicer
+) -> AsyncIterator[str]:
+    """The public port's address, which answers status and health while the model still loads.
 
     At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
     """
-    server, coordinator = grpc.aio.server(options=CONTROL_OPTIONS), desk.coordinator
-    add_InferenceServiceServicer_to_server(Inference(desk), server)
-    add_ClusterServiceServicer_to_server(Cluster(coordinator), server)
+    server, coordinator = control_server(trust), desk.coordinator
+    add_InferenceServiceServicer_to_server(Inference(desk, trust), server)
+    add_ClusterServiceServicer_to_server(Cluster(coordinator, trust), server)
     add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
-    port = bind(server, settings.host, settings.port)
+    hosts = _hosts(settings, trust)
+    port = settings.port
+    for host in hosts:
+        port = bind(server, trust, host, port)
     await server.start()
     try:
-        yield port
+        yield format_address(hosts[0], port)
     finally:
         with anyio.CancelScope(shield=True):
             await coordinator.close()
             await server.stop(grace=LAST_WORDS_S)
+
+
+def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
+    """Where the public port listens; the first is what people are told."""
+    if settings.host or not trust.me:
+        return (settings.host or LOOPBACK,)
+    return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
 async def _tell_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:

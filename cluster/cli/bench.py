@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json
+from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.errors import InvalidOption
 from cluster.limits import MAX_QUEUE
 
@@ -30,6 +30,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often each number of users is measured.")] = 3,
     coordinator: Coordinator = None,
+    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Measure how fast the cluster answers.
@@ -43,11 +44,11 @@ def bench(
         from cluster.cli.crowd import Trial, measure
         from cluster.client import Client
 
-        with Client(coordinator) as client:
+        with Client(coordinator, cluster=cluster) as client:
             state, address = _served(client), client.address
         trial = Trial(asked, _fitting(prompt, tokens, state.max_context), tokens, rounds)
         _announce(trial, state)
-        report = measure(address, trial, _tell)
+        report = measure(address, trial, _tell, cluster)
         if json:
             from cluster.cli.facts import print_json
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json, takes_answer_options
+from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
 from cluster.errors import InvalidOption, NotServing
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
     coordinator: Coordinator = None,
+    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Talk with the model.
@@ -41,7 +42,7 @@ def chat(
             raise InvalidOption("--json needs --message", field="json")
         from cluster.client import Client
 
-        with Client(coordinator) as client:
+        with Client(coordinator, cluster=cluster) as client:
             if message is None:
                 converse(client, options, system or "")
             else:

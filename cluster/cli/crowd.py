@@ -61,18 +61,18 @@ class Trial:
     rounds: int
 
 
-def measure(address: str, trial: Trial, done: Callable[[Level], None]) -> BenchReport:
+def measure(address: str, trial: Trial, done: Callable[[Level], None], cluster: str | None = None) -> BenchReport:
     """Run the trial; ``done`` is told each level as it ends. Raises the MacpipeError that ended any of its requests."""
     try:
-        return asyncio.run(_measure(address, trial, done))
+        return asyncio.run(_measure(address, trial, done, cluster))
     except BaseExceptionGroup as group:
         if not (errors := group.subgroup(MacpipeError)):
             raise
         raise first_error(errors) from None
 
 
-async def _measure(address: str, trial: Trial, done: Callable[[Level], None]) -> BenchReport:
-    async with AsyncClient(address) as client:
+async def _measure(address: str, trial: Trial, done: Callable[[Level], None], cluster: str | None) -> BenchReport:
+    async with AsyncClient(address, cluster=cluster) as client:
         crowd = Crowd(client, await vocabulary(client), trial)
         await crowd.ask_all([crowd.prompt()], WARM_TOKENS)
         alone = [answer for _ in range(trial.rounds) for answer, _ in await crowd.ask_all([crowd.prompt()], 1)]

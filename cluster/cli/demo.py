@@ -46,24 +46,24 @@ def demo(
         Fleet(Path(folder)) as fleet,
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
-        start(fleet, Path(folder), workers, address)
-        use(fleet, address, prompt, max_tokens)
+        cluster = start(fleet, Path(folder), workers, address)
+        use(fleet, address, cluster, prompt, max_tokens)
 
 
-def use(fleet: Fleet, address: str, prompt: str | None, max_tokens: int | None) -> None:
+def use(fleet: Fleet, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
     """Talk with the coordinator once it serves. (Grpc is imported here: it does not like to fork.)"""
     from cluster.client import Client
 
-    with Client(address) as client:
+    with Client(address, cluster=cluster) as client:
         state = wait_until_serving(fleet, client)
         if prompt is None:
-            invite(client, max_tokens)
+            invite(client, cluster, max_tokens)
         else:
             answer(client, state, prompt, max_tokens)
 
 
-def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
-    """Start every process; the coordinator finds the workers as it would on a network, by mDNS on loopback."""
+def start(fleet: Fleet, folder: Path, workers: int, address: str) -> str:
+    """Start every process; the name of their cluster. The coordinator finds the workers by mDNS on loopback."""
     import secrets
 
     cluster = f"demo-{secrets.token_hex(4)}"
@@ -75,6 +75,7 @@ def start(fleet: Fleet, folder: Path, workers: int, address: str) -> None:
     own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]
     own += ["--home", str(folder / "coordinator")]
     fleet.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
+    return cluster
 
 
 def wait_until_serving(fleet: Fleet, client: Client) -> ClusterState:
@@ -109,11 +110,12 @@ def listening(address: str) -> bool:
         return False
 
 
-def invite(client: Client, max_tokens: int | None) -> None:
+def invite(client: Client, cluster: str, max_tokens: int | None) -> None:
     """Say where to ask from elsewhere, and open the chat."""
     from cluster.cli.screen import note
 
-    note(f"from another terminal: MACPIPE_COORDINATOR={client.address} macpipe generate -p 'Who are you?'")
+    there = f"MACPIPE_COORDINATOR={client.address} MACPIPE_CLUSTER={cluster}"
+    note(f"from another terminal: {there} macpipe generate -p 'Who are you?'")
     converse(client, {"max_tokens": max_tokens})
 
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json
+from cluster.cli.options import Cluster, Coordinator, Json
 
 
 def drain(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The worker, as `macpipe status` calls it.")],
     undo: Annotated[bool, typer.Option("--undo", help="Take the worker back into use.")] = False,
     coordinator: Coordinator = None,
+    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Move a worker's layers to others.
@@ -23,7 +24,7 @@ def drain(
     """
     from cluster.client import Client
 
-    with errors_in_json(json), Client(coordinator) as client:
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.drain(name, undo=undo)
         if json:
             from cluster.cli.facts import print_json

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json, takes_answer_options
+from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
 from cluster.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def generate(
     trace: Annotated[bool, typer.Option("--trace", help="With --json: where the time of each token went.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show figures on stderr.")] = False,
     coordinator: Coordinator = None,
+    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Print the answer to a prompt."""
@@ -48,7 +49,10 @@ def generate(
             options |= {"logprobs": True, "top_logprobs": logprobs}
         if trace:
             options |= {"stage_timings": True}
-        _answer(coordinator, text, system, options, raw=raw, json=json, verbose=verbose)
+        from cluster.client import Client
+
+        with Client(coordinator, cluster=cluster) as client:
+            _answer(client, text, system, options, raw=raw, json=json, verbose=verbose)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -66,14 +70,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _answer(
-    coordinator: str | None, text: str, system: str | None, options: Options, *, raw: bool, json: bool, verbose: bool
+    client: Client, text: str, system: str | None, options: Options, *, raw: bool, json: bool, verbose: bool
 ) -> None:
     from cluster.cli.facts import print_json
     from cluster.cli.screen import note
     from cluster.cli.summary import in_facts, in_words
-    from cluster.client import Client
 
-    with Client(coordinator) as client, _ask(client, text, system, options, raw=raw) as stream:
+    with _ask(client, text, system, options, raw=raw) as stream:
         if json:
             print_json(in_facts(stream.completion()))
             return

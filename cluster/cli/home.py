@@ -1,25 +1,10 @@
-"""Where this machine keeps macpipe's small state, and what it is called. It creates nothing."""
+"""Where this machine keeps macpipe's small state, and what it is called."""
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
-from pathlib import Path
-from typing import Final
 
-HOME_VARIABLE: Final = "MACPIPE_HOME"
-
-
-def state_home(given: Path | None = None) -> Path:
-    """``given``, else ``MACPIPE_HOME``, else the platform's usual folder for state."""
-    if given is not None:
-        return given.expanduser()
-    if chosen := os.environ.get(HOME_VARIABLE):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "macpipe"
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "macpipe"
+from cluster.home import state_home as state_home
 
 
 def short_host_name() -> str:

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json
+from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.serve import (
     HowGood,
     HowRoute,
@@ -40,6 +40,7 @@ def load(
     objective: HowGood = Objective.LATENCY,
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
+    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Have a running coordinator load MODEL.
@@ -49,7 +50,7 @@ def load(
     from cluster.client import Client
     from cluster.layers import parse_layers
 
-    with errors_in_json(json), Client(coordinator) as client:
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         if layers:
             parse_layers(layers)
         loading = client.load(

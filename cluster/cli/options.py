@@ -19,6 +19,9 @@ Coordinator = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="The coordinator; else MACPIPE_COORDINATOR, else 127.0.0.1:7700."),
 ]
+Cluster = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The coordinator's cluster; else MACPIPE_CLUSTER, else default.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -46,7 +46,9 @@ def plan(
     peer: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
     ] = None,
-    cluster: Annotated[str, typer.Option(help="Without a coordinator: look for workers of this cluster.")] = "default",
+    cluster: Annotated[
+        str, typer.Option(envvar="MACPIPE_CLUSTER", help="Ask in this cluster; without a coordinator, its workers.")
+    ] = "default",
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Look for them this long.")] = WAIT_S,
     json: Json = False,
 ) -> None:
@@ -74,7 +76,9 @@ def plan(
         if assume is not None:
             made = assumed_plan(order, assume)
         else:
-            made = coordinators_plan(order, layers or "", coordinator) or found_plan(order, cluster, tuple(peer or ()))
+            made = coordinators_plan(order, layers or "", coordinator, cluster) or found_plan(
+                order, cluster, tuple(peer or ())
+            )
         show(made, json)
 
 
@@ -85,11 +89,11 @@ def assumed_plan(order: LoadOrder, assume: str) -> ModelPlan:
     return _told(plan_for(order, assume, state_home()))
 
 
-def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None) -> ModelPlan | None:
+def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cluster: str) -> ModelPlan | None:
     """A running coordinator's; None where none was named and none runs at the usual address."""
     from cluster.client import Client
 
-    with Client(coordinator) as client:
+    with Client(coordinator, cluster=cluster) as client:
         try:
             return client.plan(
                 order.model,

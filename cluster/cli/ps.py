@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json
+from cluster.cli.options import Cluster, Coordinator, Json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,11 +17,11 @@ RIGHT: Final = frozenset({"prompt", "cached", "answer", "lane", "age"})
 STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
 
 
-def ps(coordinator: Coordinator = None, json: Json = False) -> None:
+def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
     """Show the requests that are live, and how busy the stages are."""
     from cluster.client import Client
 
-    with errors_in_json(json), Client(coordinator) as client:
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.cluster()
         if json:
             from cluster.cli.facts import print_json

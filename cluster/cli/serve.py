@@ -86,6 +86,13 @@ TakeBack = Annotated[
 Peers = Annotated[
     list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
 ]
+Host = Annotated[
+    str,
+    typer.Option(
+        help="Listen on this address.", show_default="127.0.0.1, and in a cluster this Mac's best address too"
+    ),
+]
+ClusterName = Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")]
 KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
 
 
@@ -96,7 +103,7 @@ def serve(
     peers_only: Annotated[bool, typer.Option("--peers-only", help="Look for no other workers than --peer's.")] = False,
     layers: Layers = None,
     route: HowRoute = Route.DIRECT,
-    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
+    host: Host = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
     http: Http = "",
     served_model_name: ServedNames = None,
@@ -112,7 +119,7 @@ def serve(
     objective: HowGood = Objective.LATENCY,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     take_back: TakeBack = False,
-    cluster: Annotated[str, typer.Option(help="Use workers of this cluster.")] = "default",
+    cluster: ClusterName = "default",
     wait: Wait = DISCOVERY_TIMEOUT_S,
     home: Home = None,
     journal: KeepJournal = None,

@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.options import Coordinator, Json
+from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.security.bounds import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
 
-def status(coordinator: Coordinator = None, json: Json = False) -> None:
+def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
     """Show workers, the model and its layers."""
     from cluster.client import Client
 
-    with errors_in_json(json), Client(coordinator) as client:
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.cluster()
         if json:
             from cluster.cli.facts import print_json
@@ -32,7 +33,7 @@ def status(coordinator: Coordinator = None, json: Json = False) -> None:
 
 def show_state(state: ClusterState) -> None:
     """The cluster on stdout, for people."""
-    from cluster.cli.screen import console, printable
+    from cluster.cli.screen import console, printable, seconds_in_words
 
     screen = console(sys.stdout)
     for line in headline(state):
@@ -48,6 +49,10 @@ def show_state(state: ClusterState) -> None:
     for worker in state.workers:
         if worker.memory_pressure in ("warning", "critical"):
             screen.print(printable(f"{worker.name}: memory pressure is {worker.memory_pressure}"), soft_wrap=True)
+        if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
+            ahead, apart = worker.clock_ahead_seconds > 0, seconds_in_words(abs(worker.clock_ahead_seconds))
+            said = f"{worker.name}'s clock is {apart} {'ahead' if ahead else 'behind'}"
+            screen.print(printable(said), soft_wrap=True)
         if worker.problem:
             screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
 

@@ -18,12 +18,19 @@ LOOPBACK = "127.0.0.1"
 
 def worker(
     name: Annotated[str | None, typer.Option(help="This worker's name.", show_default="the host's name")] = None,
-    host: Annotated[str | None, typer.Option(help="Listen on this address.", show_default=LOOPBACK)] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Listen on this address.", show_default=f"{LOOPBACK}, or this Mac's best address in a cluster"
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 0,
     data_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Take activations on this port; 0 takes a free one.")
     ] = 0,
-    cluster: Annotated[str, typer.Option(help="Be seen by coordinators of this cluster.")] = "default",
+    cluster: Annotated[
+        str, typer.Option(envvar="MACPIPE_CLUSTER", help="Be seen by coordinators of this cluster.")
+    ] = "default",
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, like 24GiB.")
     ] = None,
@@ -68,9 +75,9 @@ def worker(
 
 
 def _host(host: str | None, interface: str | None) -> str:
-    """The address to listen on: the interface's, where one is named."""
+    """The address to listen on: the interface's, where one is named; empty: as it is best."""
     if interface is None:
-        return LOOPBACK if host is None else host
+        return host or ""
     if host is not None:
         raise InvalidOption("give --host or --interface, not both", field="interface")
     from cluster.discovery.interfaces import address_on, interfaces

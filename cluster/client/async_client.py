@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -13,9 +14,10 @@ from cluster.client.address import coordinator_address
 from cluster.client.answers import Completion, Model, Tokens
 from cluster.client.async_stream import AsyncLoading, AsyncStream
 from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
-from cluster.client.channel import CHANNEL_OPTIONS
+from cluster.client.channel import means, trust_in
 from cluster.client.conversation import Turn
 from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.renewal import OwnRenewal
 from cluster.client.requests import Prompt
 from cluster.client.state import ClusterState, ModelPlan
 from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
@@ -35,14 +37,20 @@ class AsyncClient:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
     It connects at the first call, and again after a break, and belongs to the event loop of its first call; close it,
-    or use ``async with``. ``timeout_s`` bounds every call that brings no bound of its own; without it answers may take
-    as long as they take, and other calls 10 s. Every method raises a MacpipeError of ``cluster.errors``, and nothing
-    of gRPC's.
+    or use ``async with``. In ``cluster``, else ``MACPIPE_CLUSTER``, else ``default``, it shows the certificate that
+    this machine has there; without one it speaks with this machine alone. ``timeout_s`` bounds every call that brings
+    no bound of its own; without it answers may take as long as they take, and other calls 10 s. Every method raises a
+    MacpipeError of ``cluster.errors``, and nothing of gRPC's.
     """
 
-    def __init__(self, coordinator: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
+    ) -> None:
         self.address = coordinator_address(coordinator)
         self._timeout_s = checked_timeout_s(timeout_s)
+        trust = trust_in(cluster)
+        self._renewal = OwnRenewal(trust)
+        self._credentials, self._grpc_options = means(trust, self.address)
         self._opened: aio.Channel | None = None
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
@@ -140,7 +148,7 @@ class AsyncClient:
     @property
     def _channel(self) -> aio.Channel:
         if self._opened is None:  # not before: a channel belongs to the loop that runs while it is made
-            self._opened = aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            self._opened = aio.secure_channel(self.address, self._credentials, options=self._grpc_options)
         return self._opened
 
     @property
@@ -151,8 +159,17 @@ class AsyncClient:
     def _cluster(self) -> ClusterServiceAsyncStub:
         return ClusterServiceStub(self._channel)
 
+    async def _renew(self) -> None:
+        """Get a further certificate for the next client of this machine, where it is time."""
+        if self._renewal.wanted:
+            request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
+            with suppress(aio.AioRpcError):  # the old one is good for weeks
+                reply = await self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S)
+                self._renewal.install(reply.certificate)
+
     async def _ask(
         self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S
     ) -> R:
+        await self._renew()
         with failures_told(self.address):
             return await method(request, timeout=self._timeout_s or usual_s)

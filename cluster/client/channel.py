@@ -1,16 +1,24 @@
-"""How the client's gRPC connection is set up. It knows grpc's option names; their values come from limits."""
+"""How the client's gRPC connection is set up: as whom, in which cluster, and with which of grpc's options."""
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
+import grpc
+
+from cluster.address import parse_address
+from cluster.home import state_home
 from cluster.limits import (
     CONNECT_TIMEOUT_S,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
     MAX_CONTROL_BYTES,
 )
+from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, Options, Trust, open_trust
 
+CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
+DEFAULT_CLUSTER: Final = "default"
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_CONTROL_BYTES),
     ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
@@ -23,3 +31,14 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),
     ("grpc.enable_http_proxy", 0),  # the cluster is on this network: http_proxy is for elsewhere
 )
+
+
+def trust_in(cluster: str | None) -> Trust:
+    """As whom this machine asks in ``cluster``, else in that of ``MACPIPE_CLUSTER``: an admin, a client, or nobody."""
+    return open_trust(state_home(), cluster or os.environ.get(CLUSTER_VARIABLE) or DEFAULT_CLUSTER, ADMIN, CLIENT)
+
+
+def means(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, Options]:
+    """Credentials and options for the coordinator at ``address``. Raises as ``Trust.channel`` does."""
+    credentials, named = trust.channel(parse_address(address)[0], COORDINATOR)
+    return credentials, [*CHANNEL_OPTIONS, *named]

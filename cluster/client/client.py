@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -12,9 +13,10 @@ from cluster.client import replies, requests
 from cluster.client.address import coordinator_address
 from cluster.client.answers import Completion, Model, Tokens
 from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
-from cluster.client.channel import CHANNEL_OPTIONS
+from cluster.client.channel import means, trust_in
 from cluster.client.conversation import Turn
 from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.renewal import OwnRenewal
 from cluster.client.requests import Prompt
 from cluster.client.state import ClusterState, ModelPlan
 from cluster.client.stream import Loading, Stream
@@ -32,14 +34,21 @@ class Client:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
     It connects at the first call, and again after a break. It may be shared by threads; close it, or use ``with``.
-    ``timeout_s`` bounds every call that brings no bound of its own; without it answers may take as long as they take,
-    and other calls 10 s. Every method raises a MacpipeError of ``cluster.errors``, and nothing of gRPC's.
+    In ``cluster``, else ``MACPIPE_CLUSTER``, else ``default``, it shows the certificate that this machine has there;
+    without one it speaks with this machine alone. ``timeout_s`` bounds every call that brings no bound of its own;
+    without it answers may take as long as they take, and other calls 10 s. Every method raises a MacpipeError of
+    ``cluster.errors``, and nothing of gRPC's.
     """
 
-    def __init__(self, coordinator: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
+    ) -> None:
         self.address = coordinator_address(coordinator)
         self._timeout_s = checked_timeout_s(timeout_s)
-        self._channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        trust = trust_in(cluster)
+        self._renewal = OwnRenewal(trust)
+        credentials, options = means(trust, self.address)
+        self._channel = grpc.secure_channel(self.address, credentials, options=options)
         self._inference = InferenceServiceStub(self._channel)
         self._cluster = ClusterServiceStub(self._channel)
 
@@ -49,6 +58,7 @@ class Client:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """``generate``, token by token."""
+        self._renew()
         request = requests.generate_request(prompt, options)
         call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
@@ -62,6 +72,7 @@ class Client:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
         """``chat``, token by token."""
+        self._renew()
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
@@ -132,6 +143,14 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _renew(self) -> None:
+        """Get a further certificate for the next client of this machine, where it is time."""
+        if self._renewal.wanted:
+            request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
+            with suppress(grpc.RpcError):  # the old one is good for weeks
+                self._renewal.install(self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S).certificate)
+
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
+        self._renew()
         with failures_told(self.address):
             return method(request, timeout=self._timeout_s or usual_s)

@@ -196,6 +196,7 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
         silent_seconds=reply.silent_seconds,
         losses=reply.losses,
         draining=reply.draining,
+        clock_ahead_seconds=reply.clock_ahead_seconds,
     )
 
 

@@ -57,6 +57,8 @@ class WorkerState:
     silent_seconds: float = 0.0
     losses: int = 0
     draining: bool = False
+    clock_ahead_seconds: float = 0.0
+    """Its clock over the coordinator's; below 0: it is behind."""
 
 
 @dataclass(frozen=True, slots=True)

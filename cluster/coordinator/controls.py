@@ -4,38 +4,95 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import anyio
 import grpc
 
 from cluster.address import HIGHEST_PORT, parse_address
-from cluster.errors import DeadlineExceeded, Unreachable, WorkerLost, WorkerRefused
+from cluster.errors import DeadlineExceeded, OtherParty, Unreachable, WorkerLost, WorkerRefused, WorkerReplaced
 from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S, MAX_FACT_CHARS, MAX_SENTENCE_CHARS
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
+from cluster.security.bounds import MAX_REVOKED
+from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.options import control_channel
 from cluster.transport.status import from_rpc_error
 from cluster.types import LayerRange, StageSpec, WorkerFacts
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
+if TYPE_CHECKING:
+    from cluster.v1.worker_pb2_grpc import WorkerServiceAsyncStub
+
+_SERIAL_BYTES = 20
+"""A certificate's serial has at most so many."""
+
 
 class WorkerControl:
-    """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer."""
+    """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer.
 
-    def __init__(self, address: str, coordinator: str) -> None:
+    In a cluster it is asked who it is first, as any worker, and then dialled anew by the id that it said: from there
+    on TLS proves that id. ``revoked`` says which serials the worker has to refuse.
+    """
+
+    def __init__(
+        self, trust: Trust, address: str, coordinator: str, revoked: Callable[[], Iterable[int]] = tuple
+    ) -> None:
         self.address, self.name, self._coordinator = address, address, coordinator
-        self._channel = control_channel(address)
-        self._stub = WorkerServiceStub(self._channel)
+        self._trust, self._revoked = trust, revoked
+        self._retired: list[grpc.aio.Channel] = []
+        self._ahead_s = 0.0
+        self._dial(WORKER)
+
+    def _dial(self, peer: str) -> None:
+        self._peer, self._serial = peer, self._trust.serial
+        self._channel = control_channel(self._trust, self.address, peer)
+        self._any = WorkerServiceStub(self._channel)
+
+    async def _redial(self, peer: str) -> None:
+        """Calls under way keep the connection that they have, for once."""
+        self._retired.append(self._channel)
+        self._dial(peer)
+        if len(self._retired) > 1:
+            await self._retired.pop(0).close(None)
+
+    @property
+    def _stub(self) -> WorkerServiceAsyncStub:
+        """For all that only the worker that was described may be asked."""
+        if self._trust.me and self._peer == WORKER:
+            raise WorkerLost(f"worker {self.name} at {self.address} has not shown who it is", worker=self.name)
+        return self._any
 
     async def describe(self, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerFacts, str]:
         """What the worker says of itself, and its problem (empty: none). Also this coordinator's heartbeat."""
-        async with self._named():
-            request = pb.DescribeRequest(coordinator=self._coordinator)
-            answer = await self._stub.Describe(request, timeout=timeout_s)
+        if self._serial != self._trust.serial:  # renewed: the next connection must show the new certificate
+            await self._redial(self._peer)
+        try:
+            answer = await self._described(timeout_s)
+            if self._trust.me and self._peer == WORKER:
+                await self._redial(_party(answer.id))
+                answer = await self._described(timeout_s)
+        except WorkerReplaced:
+            await self._redial(WORKER)
+            raise
         self.name = answer.name
-        return _facts(answer, self.address), answer.problem
+        facts = replace(_facts(answer, self.address), clock_ahead_s=self._ahead_s if answer.clock else 0.0)
+        return facts, answer.problem
+
+    async def _described(self, timeout_s: float) -> pb.DescribeResponse:
+        request = pb.DescribeRequest(coordinator=self._coordinator, revoked=_serials(self._revoked()))
+        asked = time.time()
+        async with self._named():
+            answer = await self._any.Describe(request, timeout=timeout_s)
+        self._ahead_s = answer.clock - (asked + time.time()) / 2
+        if self._trust.me and self._peer not in (WORKER, _party(answer.id)):
+            raise WorkerReplaced(f"the worker at {self.address} says that it is another than it is", worker=self.name)
+        return answer
 
     async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
         """Load a slice: its progress, and last what its tensors hash to. Raises what the worker raised."""
@@ -50,9 +107,11 @@ class WorkerControl:
                 )
         yield StageProof(self.name, tuple(proof))
 
-    async def link(self, epoch: int, pull_from: str) -> None:
+    async def link(self, epoch: int, before: WorkerFacts | None) -> None:
+        """Have the worker pull from the stage ``before``; with None it is fed."""
         async with self._named():
-            request = pb.LinkStageRequest(epoch=epoch, pull_from=pull_from)
+            source, party = (before.data_address, worker_of(before.id)) if before else ("", "")
+            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party)
             await self._stub.LinkStage(request, timeout=CONTROL_TIMEOUT_S)
 
     async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
@@ -87,8 +146,18 @@ class WorkerControl:
             request = pb.ResetEngineRequest(coordinator=self._coordinator, why=why)
             await self._stub.ResetEngine(request, timeout=timeout_s)
 
+    async def renew(self, certify: Callable[[bytes], bytes]) -> None:
+        """Have the worker show a further certificate: ``certify`` makes it of the worker's request, on a thread."""
+        async with self._named():
+            asked = await self._stub.RequestCertificate(pb.RequestCertificateRequest(), timeout=CONTROL_TIMEOUT_S)
+        certificate = await anyio.to_thread.run_sync(certify, asked.request)
+        async with self._named():
+            fresh = pb.InstallCertificateRequest(certificate=certificate)
+            await self._stub.InstallCertificate(fresh, timeout=CONTROL_TIMEOUT_S)
+
     async def close(self) -> None:
-        await self._channel.close(None)
+        for channel in (*self._retired, self._channel):
+            await channel.close(None)
 
     def _named(self) -> AbstractAsyncContextManager[None]:
         return _errors_of(self.name, self.address)
@@ -103,6 +172,8 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
         error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
         if isinstance(error, DeadlineExceeded):
             raise WorkerLost(f"worker {name} at {address} does not answer", worker=name) from e
+        if isinstance(error, OtherParty):
+            raise WorkerReplaced(error.sentence, worker=name) from e
         if isinstance(error, Unreachable):
             raise (WorkerRefused if "refused" in error.sentence else WorkerLost)(error.sentence, worker=name) from e
         raise type(error)(f"worker {name}: {error.sentence}", worker=name) from e
@@ -137,10 +208,23 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str) -> pb.Lo
         coordinator=coordinator,
         tensors=order.tensors,
         deferred=order.deferred,
-        peers=[pb.StorePeer(name=name, address=address) for name, address in order.peers],
+        peers=[pb.StorePeer(name=p.name, address=p.address, party=p.party) for p in order.peers],
         repo=order.repo,
         commit=order.commit,
     )
+
+
+def _party(worker_id: str) -> str:
+    """Who is dialled; an id that is none is refused before it gets into a name."""
+    from cluster.security.roles import ID
+
+    if not ID.fullmatch(worker_id):
+        raise WorkerReplaced("it says an id that is none")
+    return worker_of(worker_id)
+
+
+def _serials(revoked: Iterable[int]) -> list[bytes]:
+    return [serial.to_bytes(_SERIAL_BYTES) for serial in sorted(revoked)[:MAX_REVOKED]]
 
 
 def _require_sense(a: pb.DescribeResponse, address: str) -> None:
@@ -184,6 +268,7 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         kv_bits=a.kv_bits,
         draining=a.draining,
         stopping=a.stopping,
+        certificate=(a.certificate_begins, a.certificate_ends),
     )
 
 

@@ -244,7 +244,7 @@ class Coordinator:
         Raises ``WorkerLost`` where there is no such worker, ``NoPlan`` where its layers cannot go elsewhere: then it
         stays in use.
         """
-        member = next((m for m in await self._members() if m.facts.name == worker), None)
+        member = next((m for m in await self.members() if m.facts.name == worker), None)
         if member is None or not member.reachable:
             raise WorkerLost(f"no worker named {worker} answers; `macpipe status` shows who is there", worker=worker)
         control = self._roster.control(member.facts.control_address)
@@ -261,7 +261,7 @@ class Coordinator:
 
     async def snapshot(self) -> Snapshot:
         """Everything, asked afresh."""
-        members, loop = await self._members(), await self._view()
+        members, loop = await self.members(), await self._view()
         service = self._service
         repair, move = (_repair(service.recovery), _repair(service.move)) if service else (None, None)
         epoch = service.epoch if service else None
@@ -287,7 +287,7 @@ class Coordinator:
         plan, loop = self._service.plan if self._service else None, await self._view()
         return plan, loop
 
-    async def _members(self) -> tuple[Member, ...]:
+    async def members(self) -> tuple[Member, ...]:
         """What the watch knows, while it watches: nobody waits for a worker that is gone."""
         return await self._watch.everybody() if self._service else await self._roster.refresh()
 

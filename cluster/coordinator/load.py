@@ -12,6 +12,7 @@ from cluster.coordinator.ring import RingStage
 from cluster.errors import LinkFailed, MacpipeError
 from cluster.lifetime import first_error
 from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.security.trust import worker_of
 from cluster.types import Plan, PlannedStage, Route, WorkerFacts
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ async def link_stages(
     inlets: dict[int, Route] = {}
 
     async def link(i: int, control: WorkerControl) -> None:
-        before = workers[i - 1].data_address if i and plan.route is Route.DIRECT else ""
+        before = workers[i - 1] if i and plan.route is Route.DIRECT else None
         inlets[i] = await _link(control, plan.epoch, before)
 
     try:
@@ -74,10 +75,10 @@ async def link_stages(
                 tasks.start_soon(link, i, control)
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(RingStage(w.name, w.data_address, inlets[i]) for i, w in enumerate(workers))
+    return tuple(RingStage(w.name, w.data_address, inlets[i], worker_of(w.id)) for i, w in enumerate(workers))
 
 
-async def _link(control: WorkerControl, epoch: int, before: str) -> Route:
+async def _link(control: WorkerControl, epoch: int, before: WorkerFacts | None) -> Route:
     if before:
         try:
             await control.link(epoch, before)
@@ -85,5 +86,5 @@ async def _link(control: WorkerControl, epoch: int, before: str) -> Route:
             log.warning("%s; the coordinator relays this hop", e.sentence)
         else:
             return Route.DIRECT
-    await control.link(epoch, "")
+    await control.link(epoch, None)
     return Route.RELAY

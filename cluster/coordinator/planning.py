@@ -18,6 +18,7 @@ from cluster.loads import LoadProgress
 from cluster.model.device import close_thread
 from cluster.model.survey import survey
 from cluster.placement.chips import assumed, assumption
+from cluster.security.trust import ADMIN, open_trust
 from cluster.store.store import Store
 from cluster.transport.rings import GrpcDialer
 from cluster.types import Plan, Route, WorkerFacts
@@ -45,8 +46,9 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
 async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], home: Path) -> Plan:
     """The plan for the workers of a cluster that answer now. Raises ``NoWorkers`` where none does."""
     async with browse(cluster) as source:
-        roster = Roster(merged(static(peers), source), cluster, secrets.token_hex(8))
-        coordinator = Coordinator(cluster, roster, GrpcDialer(), _Silence(), Store(home))
+        trust = open_trust(home, cluster, ADMIN)
+        roster = Roster(merged(static(peers), source), cluster, secrets.token_hex(8), trust)
+        coordinator = Coordinator(cluster, roster, GrpcDialer(trust), _Silence(), Store(home))
         try:
             await roster.gather(order.workers, order.wait_s, _Silence())
             return await coordinator.plan(order)

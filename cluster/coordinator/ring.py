@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 from cluster.types import Route
 
@@ -20,11 +21,12 @@ StageLost = Callable[[int, str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class RingStage:
-    """A stage's worker, its data address, and how its input arrives (stage 0's is always fed)."""
+    """A stage's worker, its data address, how its input arrives (stage 0's is always fed), and who answers there."""
 
     worker: str
     address: str
     inlet: Route
+    party: str = WORKER
 
 
 class Ring:
@@ -48,18 +50,16 @@ class Ring:
         for before, after in pairwise(stages):
             if after.inlet is Route.RELAY:
                 self._relay(dialer, epoch, before, after, lost)
-        self._streams.append(dialer.pull(last.address, epoch, received, partial(lost, epoch, last.worker)))
-        feed = dialer.feed(first.address, epoch, partial(lost, epoch, first.worker))
+        self._streams.append(_pull(dialer, epoch, last, received, lost))
+        feed = _feed(dialer, epoch, first, lost)
         self._streams.append(feed)
         return feed
 
     def _relay(self, dialer: Dialer, epoch: int, before: RingStage, after: RingStage, lost: StageLost) -> None:
         for line in Line:
-            feed = dialer.feed(after.address, epoch, partial(lost, epoch, after.worker), line)
+            feed = _feed(dialer, epoch, after, lost, line)
             self._streams.append(feed)
-            self._streams.append(
-                dialer.pull(before.address, epoch, feed.send, partial(lost, epoch, before.worker), line)
-            )
+            self._streams.append(_pull(dialer, epoch, before, feed.send, lost, line))
 
     def send(self, message: bytes) -> None:
         """Send a frame to stage 0; never blocks."""
@@ -68,3 +68,13 @@ class Ring:
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+
+
+def _feed(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
+    return dialer.feed(stage.address, epoch, partial(lost, epoch, stage.worker), line, stage.party)
+
+
+def _pull(
+    dialer: Dialer, epoch: int, stage: RingStage, received: Received, lost: StageLost, line: Line = Line.URGENT
+) -> Subscription:
+    return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)

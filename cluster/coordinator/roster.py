@@ -20,6 +20,7 @@ from cluster.coordinator.report import LoadReport
 from cluster.discovery.sighting import Source
 from cluster.errors import DuplicateName, MacpipeError, NoWorkers, VersionMismatch
 from cluster.limits import DESCRIBE_TIMEOUT_S, SETTLE_S
+from cluster.security.trust import WORKER, Trust
 from cluster.types import WorkerFacts
 
 
@@ -33,10 +34,11 @@ class Member:
 
 
 class Roster:
-    """The workers of one cluster, found through ``source``."""
+    """The workers of one cluster, found through ``source``. ``trust`` knows who was admitted."""
 
-    def __init__(self, source: Source, cluster: str, coordinator: str) -> None:
+    def __init__(self, source: Source, cluster: str, coordinator: str, trust: Trust) -> None:
         self._source, self._cluster, self._coordinator = source, cluster, coordinator
+        self.trust = trust
         self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerControl] = {}
         self._pinned: dict[str, WorkerFacts] = {}
@@ -74,7 +76,23 @@ class Roster:
             known = self._pinned.get(address) or _stranger(address)
             answers[address] = Member(known, e.sentence, reachable=False)
         else:
-            answers[address] = Member(facts, problem or self.objection(facts))
+            answers[address] = self.member(facts, problem)
+
+    def member(self, facts: WorkerFacts, problem: str) -> Member:
+        """A worker that answered. One that does not belong to the cluster is like one that is out of reach."""
+        if stranger := self.stranger(facts):
+            return Member(facts, stranger, reachable=False)
+        return Member(facts, problem or self.objection(facts))
+
+    def stranger(self, facts: WorkerFacts) -> str:
+        """Why a worker, whose certificate is fine, does not belong to the cluster; empty where it does."""
+        members = self.trust.members
+        if members is None or any(m.role == WORKER and m.id == facts.id for m in members.current()):
+            return ""
+        return f"{facts.name} was removed from the cluster {self._cluster}, or never admitted to it"
+
+    def _revoked(self) -> frozenset[int]:
+        return self.trust.members.revoked() if self.trust.members else frozenset()
 
     def objection(self, facts: WorkerFacts) -> str:
         """Why a worker that answered cannot be used; empty where it can."""
@@ -96,7 +114,7 @@ class Roster:
     def control(self, address: str) -> WorkerControl:
         """The control plane of the worker at an address."""
         if address not in self._controls:
-            self._controls[address] = WorkerControl(address, self._coordinator)
+            self._controls[address] = WorkerControl(self.trust, address, self._coordinator, self._revoked)
         return self._controls[address]
 
     async def gather(self, wanted: int | None, wait_s: float, report: LoadReport) -> tuple[WorkerFacts, ...]:

@@ -33,7 +33,8 @@ class ServeSettings:
     """``workers`` None takes as many as are best for ``objective``, of those that are there once one is; ``layers``
     None leaves the cuts to the planner.
 
-    ``home`` is the folder where parts of models are kept, the coordinator's id, and the journal where there is one:
+    ``host`` empty is loopback, and in a cluster this machine's best address beside it. ``home`` is the folder where
+    parts of models are kept, the coordinator's id, and the journal where there is one:
     ``journal`` says how it reaches the disk, None keeps none. ``peers`` are ``host:port`` control addresses of workers
     that Zeroconf cannot see; with ``peers_only`` nobody else is looked for. ``max_context`` None takes the default,
     less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a stage.
@@ -51,7 +52,7 @@ class ServeSettings:
     model: str
     home: Path
     cluster: str = "default"
-    host: str = "127.0.0.1"
+    host: str = ""
     port: int = 7700
     http: tuple[str, int] | None = None
     http_wanted: bool = True

@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from threading import Event
 
 import anyio
-import grpc
 
 from cluster.address import format_address, parse_address
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.roster import Roster
 from cluster.errors import ModelDiffers
 from cluster.limits import HEARTBEAT_S
-from cluster.loads import FetchOrder, StageProof
+from cluster.loads import FetchOrder, StageProof, StorePlace
+from cluster.security.trust import worker_of
 from cluster.store.digests import digests
 from cluster.store.manifest import Manifest
 from cluster.store.shelf import Shelf
 from cluster.store.store import Found, Store
-from cluster.transport.options import CONTROL_OPTIONS, bind
+from cluster.transport.options import bind, control_server
 from cluster.types import Plan, WorkerFacts
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 
@@ -89,7 +89,7 @@ class Supply:
     """Says what each worker needs. ``roster`` knows who else may have something."""
 
     def __init__(self, store: Store, roster: Roster) -> None:
-        self._store, self._roster = store, roster
+        self._store, self._roster, self._trust = store, roster, roster.trust
         self._shelf = Shelf(store)
 
     @asynccontextmanager
@@ -115,17 +115,18 @@ class Supply:
     def _own_digests(self, found: Found, names: Sequence[str], stop: Event) -> dict[str, str]:
         return {} if found.partial else digests(self._store.home, found.folder, names, stop)
 
-    def _peers(self, workers: Sequence[WorkerFacts], mine: WorkerFacts, port: str) -> tuple[tuple[str, str], ...]:
+    def _peers(self, workers: Sequence[WorkerFacts], mine: WorkerFacts, port: str) -> tuple[StorePlace, ...]:
         """Whom a worker may ask: the coordinator, then all other workers, those of the plan first."""
         others = [*workers, *(m.facts for m in self._roster.members if m.reachable)]
-        named = {w.control_address: w.name for w in others if w.control_address != mine.control_address}
-        return (COORDINATOR, port), *((f"worker {name}", address) for address, name in named.items())
+        named = {w.control_address: w for w in others if w.control_address != mine.control_address}
+        own = StorePlace(COORDINATOR, port, self._trust.me)
+        return own, *(StorePlace(f"worker {w.name}", address, worker_of(w.id)) for address, w in named.items())
 
     async def _port(self, stack: AsyncExitStack, host: str) -> str:
         """A store port on that address of this Mac's, open until the stack unwinds."""
-        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        server = control_server(self._trust)
         add_StoreServiceServicer_to_server(self._shelf, server)
-        port = bind(server, host, 0)
+        port = bind(server, self._trust, host, 0)
         await server.start()
         stack.push_async_callback(server.stop, None)
         return format_address(host, port)

@@ -137,9 +137,10 @@ class Watch:
     def _answered(self, facts: WorkerFacts, problem: str) -> None:
         now = time.monotonic()
         self._wake()
-        self._seen[facts.name] = (Member(facts, problem or self._roster.objection(facts)), now)
-        if problem:
-            self._tell(self._suspicion.refused(facts.name, problem, now))
+        member = self._roster.member(facts, problem)
+        self._seen[facts.name] = (member, now)
+        if problem or not member.reachable:
+            self._tell(self._suspicion.refused(facts.name, member.problem, now))
         else:
             self._tell(self._suspicion.heard(facts.name, now))
 

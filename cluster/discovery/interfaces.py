@@ -92,6 +92,15 @@ def address_on(name: str, local: Iterable[Interface]) -> str:
     return str(usable[0])
 
 
+def best_address(local: Iterable[Interface]) -> str:
+    """Where others of the network reach this machine best: wired before Wi-Fi, and no tunnel; else loopback."""
+    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    found = [
+        (i.medium, a.ip.version, a.ip.is_link_local, str(a.ip)) for i in outer for a in i.addresses if _usable(a.ip)
+    ]
+    return min(found)[3] if found else LOOPBACK
+
+
 def reach(host: str, local: Iterable[Interface]) -> Reach:
     """Where and as what to announce a server that listens on ``host``, an IP address.
 

@@ -13,14 +13,15 @@ from ipaddress import ip_address
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
-from cluster.limits import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
+from cluster.limits import AUTHORITY_S, LEAF_S, MAX_PEM_BYTES
+from cluster.security.bounds import BACKDATED_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import private_bytes, public_bytes
 from cluster.security.roles import ID, Role, checked_name, name_of
@@ -149,6 +150,13 @@ class Stranger:
         return cluster_id_of(self.fingerprint)
 
 
+_UNFIT: Final = (
+    *(InvalidSignature, InvalidOption, UnsupportedAlgorithm, ValueError, TypeError),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension),
+)
+"""What a stranger's certificate may raise."""
+
+
 def authority_of(pem: bytes) -> Stranger:
     """A stranger's authority; raises ``ValueError``.
 
@@ -162,11 +170,11 @@ def authority_of(pem: bytes) -> Stranger:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         cluster = checked_name(str(name.value), "a cluster's")
-    except (InvalidSignature, InvalidOption, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        fingerprint = hashlib.sha256(public_bytes(certificate.public_key())).digest()
+    except _UNFIT:
         raise ValueError("not an authority's certificate") from None
     if not constraints.ca:
         raise ValueError("not an authority's certificate")
-    fingerprint = hashlib.sha256(public_bytes(certificate.public_key())).digest()
     return Stranger(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
 
 

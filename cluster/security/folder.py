@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.errors import Busy, ClusterDamaged, InvalidOption
-from cluster.limits import STATE_LOCK_S
+from cluster.security.bounds import STATE_LOCK_S
 from cluster.security.keyring import Keyring
 from cluster.security.roles import Role, checked_name
 

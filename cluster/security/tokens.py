@@ -198,4 +198,8 @@ def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *f
     revoked, used, user, key, certificate = fate
     if len(digest) != 32:
         raise ValueError("a digest has 32 bytes")
+    if not all(time is None or type(time) is float for time in (revoked, used)):
+        raise ValueError("a time is a number")
+    if (type(id), type(user), type(key), type(certificate)) != (str, str, bytes, bytes):
+        raise ValueError("a field of a token has another type than it was written with")
     return Token(id, Role(role), bytes(digest), float(issued), float(expires), revoked, used, user, key, certificate)

@@ -25,6 +25,7 @@ from cluster.limits import (
     PEER_CALL_TIMEOUT_S,
 )
 from cluster.model.checkpoint import TensorInfo
+from cluster.security.trust import WORKER, Trust
 from cluster.store.files import ModelFiles, StoredFile, wanted
 from cluster.transport.options import data_channel
 from cluster.transport.status import from_rpc_error
@@ -44,12 +45,14 @@ class Holdings:
 class Peer:
     """The store of ``name`` at ``address``, for one model. A context manager; its calls may come from any thread.
 
+    ``party`` is who must answer there (see ``cluster.security.trust``).
+
     Raises the peer's own MacpipeError, or Unreachable, where a call fails.
     """
 
-    def __init__(self, name: str, address: str, fingerprint: str) -> None:
+    def __init__(self, trust: Trust, name: str, address: str, fingerprint: str, party: str = WORKER) -> None:
         self.address, self.label, self._fingerprint = address, name, fingerprint
-        self._channel = data_channel(address)
+        self._channel = data_channel(trust, address, party)
         self._stub = StoreServiceStub(self._channel)
 
     def __enter__(self) -> Self:

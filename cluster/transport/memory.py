@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.errors import StaleEpoch, Unreachable
+from cluster.security.trust import WORKER
 from cluster.transport.rings import Stages
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
@@ -31,11 +32,13 @@ class MemoryNetwork:
         for stream in self._streams.pop(address, []):
             stream.break_off()
 
-    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender:
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender:
         stages, _ = self._reach(address, epoch, line)
         return self._keep(address, _MemoryStream(Outbox(epoch), self._faulty(address, stages.received), lost))
 
-    def pull(self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT) -> Subscription:
+    def pull(
+        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
+    ) -> Subscription:
         _, outbox = self._reach(address, epoch, line)
         if not outbox.take():
             raise Unreachable(f"cannot open a data stream to {address}: somebody else pulls this stage's frames")

@@ -1,21 +1,23 @@
-"""gRPC options, and the only two places where a port is opened or dialled."""
+"""gRPC options, and the only places where a server is made, a port opened, or one dialled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
 import grpc.experimental
 from grpc import aio
 
-from cluster.address import parse_address
+from cluster.address import format_address, parse_address
 from cluster.errors import PortInUse
 from cluster.limits import (
     BULK_KEEPALIVE_MS,
     BULK_TIMEOUT_MS,
     CONNECT_ATTEMPT_MS,
     CONTROL_IDLE_MS,
+    DATA_THREADS,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
     MAX_CALLS,
@@ -23,9 +25,8 @@ from cluster.limits import (
     MAX_FRAME_BYTES,
     RECONNECT_MS,
 )
-from cluster.security.credentials import channel_credentials, server_credentials
+from cluster.security.trust import Options, Trust
 
-Options = list[tuple[str, Any]]
 Channel = TypeVar("Channel")
 
 
@@ -62,13 +63,40 @@ DATA_OPTIONS: Options = [
 DIAL_OPTIONS: Options = [*DATA_OPTIONS, *_ONE_THREAD]
 
 
-def bind(server: grpc.Server | aio.Server, host: str, port: int) -> int:
-    """Make the server listen on ``host:port``; the port that it got. Raises ``PortInUse``."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    credentials = server_credentials(host)
+def control_server(trust: Trust) -> aio.Server:
+    """A server for control and public calls, which asks ``trust`` about every one of them. Bind it, then start it."""
+    return aio.server(options=CONTROL_OPTIONS, interceptors=_guards(trust))
+
+
+def _guards(trust: Trust) -> tuple[aio.ServerInterceptor[Any, Any], ...]:
+    if not trust.me:
+        return ()  # all that connect are of this machine
+    from cluster.security.interceptors import AioGuard
+
+    return (AioGuard(trust),)
+
+
+def data_server(trust: Trust) -> tuple[grpc.Server, Callable[[], None]]:
+    """A server for data, a thread a stream, which asks ``trust`` about every one; what to call once it has stopped.
+
+    Bind it, then start it.
+    """
+    threads = ThreadPoolExecutor(DATA_THREADS, thread_name_prefix="data")
+    if not trust.me:
+        return grpc.server(threads, options=DATA_OPTIONS), lambda: None
+    from cluster.security.interceptors import Guard
+
+    guard = Guard(trust)
+    return grpc.server(threads, options=DATA_OPTIONS, interceptors=[guard]), guard.close
+
+
+def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -> int:
+    """Make the server listen on ``host:port``; the port that it got.
+
+    Raises ``PortInUse``, and ``InvalidOption`` where nobody could be told from a stranger there.
+    """
+    address, credentials = format_address(host, port), trust.server(host)
     try:
-        if credentials is None:
-            return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as e:
         raise PortInUse(
@@ -77,24 +105,25 @@ def bind(server: grpc.Server | aio.Server, host: str, port: int) -> int:
         ) from e
 
 
-def data_channel(address: str) -> grpc.Channel:
-    """A connection of its own to a data port. Raises ``InvalidOption`` where the address makes no sense."""
-    return _dial(address, DIAL_OPTIONS, grpc.secure_channel, grpc.insecure_channel)
+def data_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
+    """A connection of its own to the data port of ``peer`` (see ``Trust.channel``).
+
+    Raises ``InvalidOption`` where the address makes no sense, or is out of this process's reach.
+    """
+    return _dial(trust, address, peer, DIAL_OPTIONS, grpc.secure_channel)
 
 
-def pulse_channel(address: str) -> grpc.Channel:
+def pulse_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
     """A connection of its own to a data port on which nothing but pings travel."""
-    return _dial(address, PULSE_OPTIONS, grpc.secure_channel, grpc.insecure_channel)
+    return _dial(trust, address, peer, PULSE_OPTIONS, grpc.secure_channel)
 
 
-def control_channel(address: str) -> aio.Channel:
-    """A channel to a control port. Raises ``InvalidOption`` where the address makes no sense."""
-    return _dial(address, CONTROL_OPTIONS, aio.secure_channel, aio.insecure_channel)
+def control_channel(trust: Trust, address: str, peer: str) -> aio.Channel:
+    """A channel to a control port. Raises as ``data_channel`` does."""
+    return _dial(trust, address, peer, CONTROL_OPTIONS, aio.secure_channel)
 
 
-def _dial(address: str, options: Options, secure: Callable[..., Channel], insecure: Callable[..., Channel]) -> Channel:
+def _dial(trust: Trust, address: str, peer: str, options: Options, secure: Callable[..., Channel]) -> Channel:
     host, _ = parse_address(address)
-    credentials = channel_credentials(host)
-    if credentials is None:
-        return insecure(address, options=options)
-    return secure(address, credentials, options=options)
+    credentials, named = trust.channel(host, peer)
+    return secure(address, credentials, options=[*options, *named])

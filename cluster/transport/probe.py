@@ -18,6 +18,7 @@ import grpc
 from cluster.errors import Unreachable
 from cluster.limits import PROBE_BYTES, PROBE_MESSAGES, PROBE_TIMEOUT_S, PROBES
 from cluster.profiles import Link
+from cluster.security.trust import WORKER, Trust
 from cluster.transport.options import data_channel
 
 __all__ = ["ProbeHandlers", "measure_link"]
@@ -38,12 +39,13 @@ def _answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterat
         yield bytes(min(int.from_bytes(request[:_SIZE_BYTES], "little"), PROBE_BYTES))
 
 
-def measure_link(address: str) -> Link:
-    """Time the way from the data port at ``address`` to here; blocks, for ``limits.PROBE_TIMEOUT_S`` at most.
+def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
+    """Time the way from the data port of ``peer`` at ``address`` to here.
 
-    At most ``PROBE_MESSAGES`` x ``PROBE_BYTES`` travel. Raises ``Unreachable``.
+    Blocks, for ``limits.PROBE_TIMEOUT_S`` at most. At most ``PROBE_MESSAGES`` x ``PROBE_BYTES``
+    travel. Raises ``Unreachable``.
     """
-    channel = data_channel(address)
+    channel = data_channel(trust, address, peer)
     sizes: SimpleQueue[int | None] = SimpleQueue()
     asked = (n.to_bytes(_SIZE_BYTES, "little") for n in iter(sizes.get, None))
     try:

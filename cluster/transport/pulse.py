@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from cluster.security.trust import Trust
 from cluster.transport.options import pulse_channel
 
 PULSE = "/cluster.v1.StageService/Pulse"
@@ -28,9 +29,9 @@ def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
 class Pulse:
     """The caller's end. ``lost`` is told once, with gRPC's reason, when nobody answers pings any more."""
 
-    def __init__(self, address: str, lost: Callable[[str], None]) -> None:
+    def __init__(self, trust: Trust, address: str, peer: str, lost: Callable[[str], None]) -> None:
         self._lost, self._closed = lost, False
-        self._channel = pulse_channel(address)
+        self._channel = pulse_channel(trust, address, peer)
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
         threading.Thread(target=self._listen, name=f"pulse {address}", daemon=True).start()
 

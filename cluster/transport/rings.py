@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import grpc
 
 from cluster.errors import StaleEpoch, Unreachable
-from cluster.limits import CONNECT_TIMEOUT_S, DATA_THREADS
-from cluster.transport.options import DATA_OPTIONS, bind, data_channel
+from cluster.limits import CONNECT_TIMEOUT_S
+from cluster.security.trust import WORKER, Trust
+from cluster.transport.options import bind, data_channel, data_server
 from cluster.transport.probe import ProbeHandlers
 from cluster.transport.pulse import PULSE, Pulse, beat
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
@@ -45,13 +45,14 @@ class Stages(Protocol):
 class DataServer:
     """A data port. ``port`` is the one it got."""
 
-    def __init__(self, host: str, port: int, stages: Stages) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(DATA_THREADS, thread_name_prefix="data"), options=DATA_OPTIONS)
+    def __init__(self, trust: Trust, host: str, port: int, stages: Stages) -> None:
+        self._server, self._end_guard = data_server(trust)
         self._server.add_generic_rpc_handlers((_Handlers(stages), ProbeHandlers()))
-        self.port = bind(self._server, host, port)
+        self.port = bind(self._server, trust, host, port)
         self._server.start()
 
     def stop(self) -> None:
+        self._end_guard()
         self._server.stop(grace=None)
 
 
@@ -100,11 +101,16 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
 class GrpcDialer:
     """Opens streams to data ports over gRPC; a connection of its own for each."""
 
-    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender:
-        return _Stream(address, FEED, epoch, line, _ignored, lost)
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
 
-    def pull(self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT) -> Subscription:
-        return _Stream(address, PULL, epoch, line, received, lost)
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender:
+        return _Stream(self._trust, (address, peer), FEED, epoch, line, _ignored, lost)
+
+    def pull(
+        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
+    ) -> Subscription:
+        return _Stream(self._trust, (address, peer), PULL, epoch, line, received, lost)
 
 
 def _ignored(message: bytes) -> None:
@@ -114,8 +120,11 @@ def _ignored(message: bytes) -> None:
 class _Stream:
     """One stream and the thread that reads it."""
 
-    def __init__(self, address: str, method: str, epoch: int, line: Line, received: Received, lost: Lost) -> None:
-        self._channel = data_channel(address)
+    def __init__(
+        self, trust: Trust, place: tuple[str, str], method: str, epoch: int, line: Line, received: Received, lost: Lost
+    ) -> None:
+        address, peer = place
+        self._channel = data_channel(trust, address, peer)
         self._address, self._received, self._lost = address, received, lost
         self._outbox = Outbox(epoch)
         self._closed = self._ended = False
@@ -128,7 +137,7 @@ class _Stream:
         self._pulse: Pulse | None = None
         self._await_acceptance()
         if line is Line.URGENT:  # one pulse sees a cut for both lines
-            self._pulse = Pulse(address, self._end)
+            self._pulse = Pulse(trust, address, peer, self._end)
 
     def _open(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Any:
         if method == FEED:

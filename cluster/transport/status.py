@@ -18,11 +18,15 @@ from cluster.errors import (
     Aborted,
     Busy,
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     MacpipeError,
+    OtherParty,
+    Unauthenticated,
     Unreachable,
     VersionMismatch,
 )
+from cluster.security.handshake import handshake_failure
 
 DOMAIN: Final = "macpipe"
 COORDINATOR: Final = "coordinator"
@@ -137,6 +141,10 @@ def _worded(error: grpc.RpcError, address: str, peer: str) -> MacpipeError:
             return _unreachable(said, address, peer)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"the call to the {peer} at {address} was not done in time")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(f"the {peer} at {address} refused this Mac: {said}")
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return Forbidden(said or f"the {peer} at {address} does not allow this")
         case grpc.StatusCode.CANCELLED:
             return Aborted(f"the call to the {peer} at {address} was cancelled")
         case grpc.StatusCode.UNIMPLEMENTED:
@@ -154,6 +162,10 @@ def _worded(error: grpc.RpcError, address: str, peer: str) -> MacpipeError:
 
 
 def _unreachable(said: str, address: str, peer: str) -> Unreachable:
+    if "Hostname Verification" in said:
+        return OtherParty(f"what answers at {address} is of this cluster, but not the {peer} that was meant")
+    if why := handshake_failure(said):
+        return Unreachable(f"the {peer} at {address} is out of reach: {why}")
     if "http1" in said or "parsing HTTP/2" in said:
         return Unreachable(f"what listens at {address} does not speak gRPC; give the {peer}'s gRPC port")
     if "failed to connect" not in said.lower() and "resol" not in said.lower():

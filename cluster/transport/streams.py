@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from cluster.limits import MAX_FRAMES_WAITING, MAX_WAITING_BYTES
+from cluster.security.trust import WORKER
 
 Received = Callable[[bytes], None]
 Lost = Callable[[str], None]
@@ -50,13 +51,14 @@ class Subscription(Protocol):
 class Dialer(Protocol):
     """Opens streams to data ports, given as ``host:port``. Both calls return once the other end has accepted.
 
-    They raise ``Unreachable`` where nobody answers in time, and ``StaleEpoch`` where that stage is not loaded there.
+    ``peer`` is who must answer there (see ``cluster.security.trust``). They raise ``Unreachable`` where nobody answers
+    in time, and ``StaleEpoch`` where that stage is not loaded there.
     """
 
-    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT) -> Sender: ...
+    def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender: ...
 
     def pull(
-        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT
+        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
     ) -> Subscription: ...
 
 

@@ -59,6 +59,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.RenewCertificate = channel.unary_unary(
+                '/cluster.v1.ClusterService/RenewCertificate',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -99,6 +104,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewCertificate(self, request, context):
+        """RenewCertificate gives whoever asks, by the certificate that it shows, a further one for a new key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
+            'RenewCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCertificate,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/Drain',
             cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/RenewCertificate',
+            cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

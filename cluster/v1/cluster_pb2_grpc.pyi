@@ -41,6 +41,8 @@ class ClusterServiceStub:
     """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
     Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
     """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
+    RenewCertificate: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]
+    """RenewCertificate gives whoever asks, by the certificate that it shows, a further one for a new key."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -55,6 +57,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Plan says who would hold what of a model and how fast that would be; nothing is loaded."""
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
+    RenewCertificate: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]  # type: ignore[assignment]
+    """RenewCertificate gives whoever asks, by the certificate that it shows, a further one for a new key."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -96,5 +100,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]:
         """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone."""
+
+    @_abc_1.abstractmethod
+    def RenewCertificate(
+        self,
+        request: _cluster_pb2.RenewCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RenewCertificateResponse, _abc.Awaitable[_cluster_pb2.RenewCertificateResponse]]:
+        """RenewCertificate gives whoever asks, by the certificate that it shows, a further one for a new key."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

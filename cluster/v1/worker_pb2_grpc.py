@@ -74,6 +74,16 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.RequestCertificate = channel.unary_unary(
+                '/cluster.v1.WorkerService/RequestCertificate',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.RequestCertificateRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.RequestCertificateResponse.FromString,
+                _registered_method=True)
+        self.InstallCertificate = channel.unary_unary(
+                '/cluster.v1.WorkerService/InstallCertificate',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -135,6 +145,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RequestCertificate(self, request, context):
+        """RequestCertificate has the worker make a new key, and ask for a certificate of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InstallCertificate(self, request, context):
+        """InstallCertificate brings it; the worker shows it from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +201,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'RequestCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestCertificate,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.RequestCertificateRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.RequestCertificateResponse.SerializeToString,
+            ),
+            'InstallCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.InstallCertificate,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +429,60 @@ class WorkerService:
             '/cluster.v1.WorkerService/DrainWorker',
             cluster_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/RequestCertificate',
+            cluster_dot_v1_dot_worker__pb2.RequestCertificateRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.RequestCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InstallCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/InstallCertificate',
+            cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class WorkerServiceStub:
     """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]
     """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
+    RequestCertificate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.RequestCertificateRequest, _worker_pb2.RequestCertificateResponse]
+    """RequestCertificate has the worker make a new key, and ask for a certificate of it."""
+    InstallCertificate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.InstallCertificateRequest, _worker_pb2.InstallCertificateResponse]
+    """InstallCertificate brings it; the worker shows it from then on."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -71,6 +75,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
+    RequestCertificate: _aio.UnaryUnaryMultiCallable[_worker_pb2.RequestCertificateRequest, _worker_pb2.RequestCertificateResponse]  # type: ignore[assignment]
+    """RequestCertificate has the worker make a new key, and ask for a certificate of it."""
+    InstallCertificate: _aio.UnaryUnaryMultiCallable[_worker_pb2.InstallCertificateRequest, _worker_pb2.InstallCertificateResponse]  # type: ignore[assignment]
+    """InstallCertificate brings it; the worker shows it from then on."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -136,5 +144,21 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainWorkerResponse, _abc.Awaitable[_worker_pb2.DrainWorkerResponse]]:
         """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away."""
+
+    @_abc_1.abstractmethod
+    def RequestCertificate(
+        self,
+        request: _worker_pb2.RequestCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.RequestCertificateResponse, _abc.Awaitable[_worker_pb2.RequestCertificateResponse]]:
+        """RequestCertificate has the worker make a new key, and ask for a certificate of it."""
+
+    @_abc_1.abstractmethod
+    def InstallCertificate(
+        self,
+        request: _worker_pb2.InstallCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.InstallCertificateResponse, _abc.Awaitable[_worker_pb2.InstallCertificateResponse]]:
+        """InstallCertificate brings it; the worker shows it from then on."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

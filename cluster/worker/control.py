@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 import grpc
 
 from cluster import __version__
 from cluster.discovery.interfaces import interface_of
-from cluster.errors import MacpipeError, WorkerTaken
+from cluster.errors import InvalidRequest, MacpipeError, WorkerTaken
 from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
 from cluster.macos import MachineFacts, memory_pressure
 from cluster.profiles import Profile
+from cluster.security.bounds import MAX_REVOKED
+from cluster.security.trust import COORDINATOR, Trust, worker_of
 from cluster.transport.probe import measure_link
 from cluster.transport.status import abort
 from cluster.v1 import worker_pb2 as pb
@@ -29,6 +31,9 @@ from cluster.worker.profiles import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
 from cluster.worker.supplies import Supplies
+
+if TYPE_CHECKING:
+    from cluster.security.renewal import Renewal
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
@@ -42,6 +47,7 @@ class Control(WorkerServiceServicer):
 
     id: str
     settings: WorkerSettings
+    trust: Trust
     supervisor: Supervisor
     supplies: Supplies
     file: ProfileFile
@@ -53,10 +59,11 @@ class Control(WorkerServiceServicer):
     _heard: float = field(default=-math.inf)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        await self._learn_revoked(request, context)
         if request.coordinator and self.loaded and request.coordinator == self.loaded.coordinator:
             self._heard = time.monotonic()
         report, problem = await self._report()
-        hello = self.supervisor.hello or _NOTHING
+        hello, valid = self.supervisor.hello or _NOTHING, self.trust.valid
         held = self._held() or pb.LoadStageRequest()  # after the report: an engine that is gone holds nothing
         return pb.DescribeResponse(
             id=self.id,
@@ -88,7 +95,20 @@ class Control(WorkerServiceServicer):
             kv_bits=held.kv_bits,
             draining=self.draining or self.stopping,
             stopping=self.stopping,
+            clock=time.time(),
+            certificate_begins=valid[0],
+            certificate_ends=valid[1],
         )
+
+    async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
+        """Refuse whom the cluster's coordinator says is out of it; nobody else is believed."""
+        kept = self.trust.revocations
+        shown: Any = context.auth_context()
+        party = self.trust.party(shown) if kept else None
+        if kept and party and party.role == COORDINATOR:
+            told = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
+            if told != kept.known():
+                await anyio.to_thread.run_sync(kept.learn, told)
 
     def _holder(self) -> str:
         """The coordinator whose heartbeat was heard of late, while its stage is held."""
@@ -124,7 +144,7 @@ class Control(WorkerServiceServicer):
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
         try:
-            await self.supervisor.ask(lambda call: Link(call, request.epoch, request.pull_from))
+            await self.supervisor.ask(lambda call: Link(call, request.epoch, request.pull_from, request.peer))
         except MacpipeError as e:
             await abort(context, e)
         return pb.LinkStageResponse()
@@ -142,7 +162,8 @@ class Control(WorkerServiceServicer):
         link = None if request.afresh else self.file.link(request.worker, request.address)
         if link is None:
             try:
-                link = await anyio.to_thread.run_sync(measure_link, request.address)
+                peer = worker_of(request.worker)
+                link = await anyio.to_thread.run_sync(measure_link, self.trust, request.address, peer)
             except MacpipeError as e:
                 await abort(context, e)
             self.file.put_link(request.worker, request.address, link)
@@ -171,6 +192,27 @@ class Control(WorkerServiceServicer):
         holder = self._holder()
         if holder and holder != coordinator:
             await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
+
+    async def RequestCertificate(
+        self, request: pb.RequestCertificateRequest, context: Context
+    ) -> pb.RequestCertificateResponse:
+        renewal = await self._renewal(context)
+        return pb.RequestCertificateResponse(request=await anyio.to_thread.run_sync(renewal.request))
+
+    async def InstallCertificate(
+        self, request: pb.InstallCertificateRequest, context: Context
+    ) -> pb.InstallCertificateResponse:
+        renewal = await self._renewal(context)
+        try:
+            await anyio.to_thread.run_sync(renewal.install, request.certificate)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.InstallCertificateResponse()
+
+    async def _renewal(self, context: Context) -> Renewal:
+        if (renewal := self.trust.renewal) is None:
+            await abort(context, InvalidRequest("this worker is in no cluster, and has no certificate"))
+        return renewal
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         self.file.learn(request.fingerprint, request.ratio)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -36,10 +37,10 @@ def run(settings: WorkerSettings) -> int:
 
 async def _run(settings: WorkerSettings) -> None:
     """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
-    import grpc
-
+    from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.macos import machine_facts
-    from cluster.transport.options import CONTROL_OPTIONS, bind
+    from cluster.security.trust import WORKER, open_trust
+    from cluster.transport.options import bind, control_server
     from cluster.worker.control import Control
     from cluster.worker.identity import identity
     from cluster.worker.profiler import profiled
@@ -47,11 +48,13 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.worker.supplies import Supplies
 
     with identity(settings.home, settings.name) as worker_id:
-        server = grpc.aio.server(options=CONTROL_OPTIONS)
-        port = bind(server, settings.host, settings.port)
+        trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
+        settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
+        server = control_server(trust)
+        port = bind(server, trust, settings.host, settings.port)
         machine = machine_facts()
         limit = settings.memory_limit or machine.wired_limit or None
-        supervisor = Supervisor(settings.host, limit, settings.throttle, settings.data_port)
+        supervisor = Supervisor(settings, limit)
         async with anyio.create_task_group() as tasks:
             answering: list[Control] = []
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, answering)
@@ -60,7 +63,8 @@ async def _run(settings: WorkerSettings) -> None:
             profile = await profiled(settings, supervisor)
             if settings.standby:
                 tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
-            control = Control(worker_id, settings, supervisor, Supplies(settings.home), profile, machine)
+            supplies = Supplies(settings.home, trust)
+            control = Control(worker_id, settings, trust, supervisor, supplies, profile, machine)
             answering.append(control)
             await _answer(settings, control, server, port)
 
@@ -112,10 +116,11 @@ async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.S
 def _say_ready(settings: WorkerSettings, port: int, control: Control) -> None:
     hello = control.supervisor.hello
     assert hello
+    alone = "" if control.trust.me else "; on this machine only: `macpipe join` lets others in"
     limit, profile = hello.memory_limit / 2**30, control.file.kept.profile
     speed = f", {profile.bandwidth / 1e9:.3g} GB/s in decode" if profile.known else ""
     sys.stderr.write(
         f"worker {settings.name} of cluster {settings.cluster} on {settings.host}:{port}: "
-        f"{hello.chip}, mlx {hello.mlx_version} ({hello.backend}), up to {limit:.1f} GiB{speed}\n"
+        f"{hello.chip}, mlx {hello.mlx_version} ({hello.backend}), up to {limit:.1f} GiB{speed}{alone}\n"
     )
     sys.stderr.flush()

@@ -16,11 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import BadFrame, MacpipeError
 from cluster.model import device, speed
-from cluster.transport.rings import DataServer
+from cluster.security.trust import WORKER, Trust, open_trust
+from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.worker.messages import (
     Begin,
     Command,
@@ -50,7 +52,13 @@ class Engine:
     """Runs jobs (commands and frames) one after another on the thread that called ``run``."""
 
     def __init__(
-        self, host: str, port: int, memory_limit: int | None, answers: BinaryIO, throttle: Throttle | None = None
+        self,
+        trust: Trust,
+        host: str,
+        port: int,
+        memory_limit: int | None,
+        answers: BinaryIO,
+        throttle: Throttle | None = None,
     ) -> None:
         self._answers = answers
         self._throttle = throttle or Throttle()
@@ -62,8 +70,8 @@ class Engine:
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
         self._began: float | None = None
-        self._slot = Slot(self._jobs.put, throttle=self._throttle)
-        self._server = DataServer(host, port, self._slot)
+        self._slot = Slot(self._jobs.put, GrpcDialer(trust), self._throttle)
+        self._server = DataServer(trust, host, port, self._slot)
         self._say_hello(facts, limit)
 
     def _say_hello(self, facts: device.DeviceFacts, limit: int) -> None:
@@ -119,7 +127,7 @@ class Engine:
         elif isinstance(command, Load):
             self._slot.load(command.spec, lambda done, total: self._say(Progress(command.call, done, total)))
         elif isinstance(command, Link):
-            self._slot.link(command.epoch, command.pull_from)
+            self._slot.link(command.epoch, command.pull_from, command.peer)
         elif self._slot.epoch <= command.epoch:
             self._slot.unload()
 
@@ -159,6 +167,9 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--memory-limit", type=int)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--cluster", required=True)
+    parser.add_argument("--worker", required=True, help="whose credentials it takes, in a cluster")
     parser.add_argument("--throttle", type=float, default=1.0)
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -167,7 +178,8 @@ def main() -> int:
     if not _told_to_begin(sys.stdin.buffer):
         return 0  # it stood by, and was not needed
     try:
-        engine = Engine(options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
+        trust = open_trust(options.home, options.cluster, WORKER, name=options.worker)
+        engine = Engine(trust, options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
     except MacpipeError as e:
         answers.write(pack(Failed(0, e.reason, e.sentence)))
         answers.flush()

@@ -55,11 +55,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Take frames from the stage at ``pull_from``; empty: they are fed."""
+    """Take frames from the stage at ``pull_from``, which ``peer`` holds; empty: they are fed."""
 
     call: int
     epoch: int
     pull_from: str
+    peer: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ class Profiling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """``port`` and ``data_port`` 0 take free ones. ``memory_limit`` is bytes for weights, caches and work; None takes
+    """``host`` empty is loopback, and in a cluster this machine's best address. ``port`` and ``data_port`` 0 take free
+    ones. ``memory_limit`` is bytes for weights, caches and work; None takes
     the device's own.
 
     ``home`` is the folder where this worker's id, profile and parts of models are kept. ``interface`` is the one that
@@ -27,7 +28,7 @@ class WorkerSettings:
     name: str
     home: Path
     cluster: str = "default"
-    host: str = "127.0.0.1"
+    host: str = ""
     port: int = 0
     memory_limit: int | None = None
     profile: Profiling = Profiling.KEPT

@@ -19,7 +19,7 @@ from cluster.model import device
 from cluster.model.checkpoint import resolve_model
 from cluster.model.stage import Stage, load_stage
 from cluster.model.warmup import warm
-from cluster.transport.rings import GrpcDialer
+from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.types import ModelRef, StageSpec, StageTiming
 from cluster.wire.parcels import Parcel, pack
@@ -53,11 +53,11 @@ class Slot:
     """Empty, or one loaded stage. ``post`` hands a job to the MLX thread."""
 
     def __init__(
-        self, post: Callable[[Callable[[], None]], None], dialer: Dialer | None = None, throttle: Throttle | None = None
+        self, post: Callable[[Callable[[], None]], None], dialer: Dialer, throttle: Throttle | None = None
     ) -> None:
         self._post = post
         self._throttle = throttle or Throttle()
-        self._dialer = dialer or GrpcDialer()
+        self._dialer = dialer
         self._stage: Stage | None = None
         self._ports: _Ports | None = None
         self._inlets: list[Subscription] = []
@@ -100,8 +100,11 @@ class Slot:
         progress(self._stage.weight_bytes, self._stage.weight_bytes)
         return True
 
-    def link(self, epoch: int, pull_from: str) -> None:
-        """Take frames from the stage before. Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach."""
+    def link(self, epoch: int, pull_from: str, peer: str = WORKER) -> None:
+        """Take frames from the stage before, which ``peer`` holds.
+
+        Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach.
+        """
         if epoch != self.epoch:
             raise StaleEpoch(f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded")
         if not pull_from:
@@ -110,7 +113,7 @@ class Slot:
         try:
             for line in Line:
                 lost = partial(self._lost_inlet, epoch)
-                self._inlets.append(self._dialer.pull(pull_from, epoch, self.received, lost, line))
+                self._inlets.append(self._dialer.pull(pull_from, epoch, self.received, lost, line, peer))
         except (Unreachable, StaleEpoch) as e:
             self._close_inlets()
             raise LinkFailed(e.sentence) from e

@@ -43,6 +43,7 @@ from cluster.worker.messages import (
     read,
     unpacker,
 )
+from cluster.worker.settings import WorkerSettings
 from cluster.worker.standby import Standby
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,11 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself."""
 
-    def __init__(self, host: str, memory_limit: int | None, throttle: float = 1.0, port: int = 0) -> None:
+    def __init__(self, settings: WorkerSettings, memory_limit: int | None) -> None:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
-        slower = [f"--throttle={throttle}"] if throttle != 1.0 else []
-        where = [f"--host={host}", f"--port={port}"]
+        slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
+        where = [f"--host={settings.host}", f"--port={settings.data_port}"]
+        where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
         self.standby = Standby([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower])
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}

@@ -13,6 +13,7 @@ from threading import Event
 from typing import TypeVar
 
 from cluster.limits import FETCH_TICK_S, MAX_TENSORS_NAMED
+from cluster.security.trust import Trust
 from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Fetched, Wanted
 from cluster.store.hub import Hub
@@ -31,8 +32,8 @@ Read = Callable[[Path], AsyncIterator[Progress]]
 class Supplies:
     """The bytes of one worker, kept in ``home``. Lives on one event loop; what blocks runs on threads."""
 
-    def __init__(self, home: Path) -> None:
-        self._store = Store(home)
+    def __init__(self, home: Path, trust: Trust) -> None:
+        self._store, self._trust = Store(home), trust
         self.shelf = Shelf(self._store)
 
     async def stage(self, request: pb.LoadStageRequest, read: Read) -> AsyncGenerator[pb.LoadStageResponse, None]:
@@ -40,7 +41,7 @@ class Supplies:
 
         Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing it ends the fetch.
         """
-        job = _Job(self._store, self.shelf, request)
+        job = _Job(self._store, self._trust, self.shelf, request)
         task = _background(job.fetch)
         try:
             async for fetched in _watched(task, job):
@@ -61,8 +62,8 @@ class Supplies:
 class _Job:
     """One load's fetch and proof; ``fetch`` and ``prove`` run on threads."""
 
-    def __init__(self, store: Store, shelf: Shelf, request: pb.LoadStageRequest) -> None:
-        self._store, self._shelf, self._request = store, shelf, request
+    def __init__(self, store: Store, trust: Trust, shelf: Shelf, request: pb.LoadStageRequest) -> None:
+        self._store, self._trust, self._shelf, self._request = store, trust, shelf, request
         self._running: Fetch | None = None
         self.stop = Event()
 
@@ -75,7 +76,7 @@ class _Job:
         """Make the slice's tensors be on this Mac. -> where."""
         r = self._request
         with ExitStack() as stack:
-            peers = [stack.enter_context(Peer(p.name, p.address, r.fingerprint)) for p in r.peers]
+            peers = [stack.enter_context(Peer(self._trust, p.name, p.address, r.fingerprint, p.party)) for p in r.peers]
             found = self._store.meant(ModelRef(r.model, r.path, r.fingerprint), peers)
             item = self._shelf.put(found.folder, found.partial)
             if found.partial:

@@ -479,11 +479,11 @@ def test_a_stuck_load_is_given_up(coordinator: Coordinator) -> None:
     ("argument", "variable", "address"),
     [
         (None, None, "127.0.0.1:7700"),
-        (None, "mac-a:9", "mac-a:9"),
-        ("mac-b:8", "mac-a:9", "mac-b:8"),
-        ("mac-b", None, "mac-b:7700"),
+        (None, "127.0.0.2:9", "127.0.0.2:9"),
+        ("127.0.0.3:8", "127.0.0.2:9", "127.0.0.3:8"),
+        ("localhost", None, "localhost:7700"),
         ("[::1]:5", None, "[::1]:5"),
-        ("[fe80::1%en0]", None, "[fe80::1%en0]:7700"),
+        ("[::1]", None, "[::1]:7700"),
     ],
 )
 def test_the_address_comes_from_the_argument_then_the_environment(

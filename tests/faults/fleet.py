@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import Client, ClusterState
+from cluster.client.channel import means, trust_in
 from cluster.errors import MacpipeError
 from faults.history import History
 from faults.proxy import Proxy, owner
@@ -185,7 +186,8 @@ class Fleet:
 
     def watching(self, history: History) -> Callable[[], None]:
         """Note every change of health from now on; call what is returned to end that."""
-        channel = grpc.insecure_channel(self.address)
+        credentials, options = means(trust_in(None), self.address)
+        channel = grpc.secure_channel(self.address, credentials, options=options)
         request = health_pb2.HealthCheckRequest(service="")
         call = health_pb2_grpc.HealthStub(channel).Watch(request)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.security.trust import LocalTrust
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 from faults.proxy import Proxy
@@ -39,7 +40,7 @@ class Stage:
 @pytest.fixture
 def linked() -> Iterator[tuple[Proxy, Stage, str]]:
     stage = Stage()
-    server = DataServer("127.0.0.1", 0, stage)
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
     proxy = Proxy(lambda port: "caller", random.Random(1))
     proxy.listen(HOST, server.port, "stage", data=True)
     yield proxy, stage, f"{HOST}:{server.port}"
@@ -53,7 +54,7 @@ def linked() -> Iterator[tuple[Proxy, Stage, str]]:
 def test_a_cut_is_seen_though_nothing_is_sent(linked: tuple[Proxy, Stage, str], blocked: set[str]) -> None:
     proxy, _, address = linked
     lost = threading.Event()
-    stream = GrpcDialer().pull(address, 1, lambda message: None, lambda why: lost.set())
+    stream = GrpcDialer(LocalTrust()).pull(address, 1, lambda message: None, lambda why: lost.set())
     time.sleep(0.3)
     proxy.link("caller", "stage").blocked |= blocked
     assert lost.wait(15)
@@ -67,8 +68,8 @@ def test_megabytes_over_a_slow_link_are_no_cut(linked: tuple[Proxy, Stage, str])
     link.rate, link.delay_s = 10e6 / 8, 0.1
     lost: list[str] = []
     pulled = threading.Event()
-    stream = GrpcDialer().pull(address, 1, lambda message: pulled.set(), lost.append, Line.BULK)
-    feed = GrpcDialer().feed(address, 1, lost.append)
+    stream = GrpcDialer(LocalTrust()).pull(address, 1, lambda message: pulled.set(), lost.append, Line.BULK)
+    feed = GrpcDialer(LocalTrust()).feed(address, 1, lost.append)
     stage.boxes[Line.BULK].send(bytes(4 * MIB))
     feed.send(bytes(4 * MIB))
     assert pulled.wait(30)

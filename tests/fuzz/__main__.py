@@ -6,6 +6,7 @@ What is found is written to ``--keep``. Once it is mended, it belongs into ``tes
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ def _in_a_child(target: str, count: int, seed: int) -> Ran:
         os.close(read)
         with os.fdopen(write, "wb") as out:
             out.write(pack(run(TARGETS[target], count, seed)))
+        atexit._run_exitfuncs()  # scratch folders
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as told:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.client import Client
 from cluster.errors import MacpipeError
+from parties import Lead, mtls, shared_lead
 
 START_S = 90
 """Generous: importing mlx takes seconds on a busy machine."""
@@ -80,23 +81,40 @@ class Footprint:
 
 @dataclass
 class Cluster:
-    """Daemons of one cluster name in one folder."""
+    """Daemons of one cluster name in one folder; with ``mtls`` each holds a certificate, and so does this process."""
 
     folder: Path
     name: str = field(default_factory=lambda: f"test-{secrets.token_hex(4)}")
     daemons: list[Daemon] = field(default_factory=list)
+    mtls: bool = field(default_factory=mtls)
+    loopback: bool = True
+    """With ``mtls``: on loopback all the same, where every machine has multicast."""
+
+    def __post_init__(self) -> None:
+        if self.mtls:
+            self.lead = Lead.like(shared_lead(), self.folder / "coordinator", self.name)
+            self.lead.admit_coordinator()
 
     def worker(self, name: str, *options: str, launch: Launch = launch) -> Daemon:
         """Start a worker; it is ready once it has said ``worker NAME of cluster``."""
         home = self.folder / "home"
+        if self.mtls:
+            options = self._admitted(name, home, options)
         lean = () if "--standby" in options else ("--no-standby",)  # its imports would take two seconds of every test's
         own = ["--name", name, "--cluster", self.name, "--home", str(home), "--profile", "off", *lean]
         return self._start(name, ["worker", *own, *options], launch)
 
+    def _admitted(self, name: str, home: Path, options: tuple[str, ...]) -> tuple[str, ...]:
+        """Let the worker in, once; like all of this machine's it is to be found on loopback."""
+        if name not in {m.name for m in self.lead.members.current()}:
+            self.lead.admit_worker(name, home)
+        return options if "--host" in options or not self.loopback else ("--host", "127.0.0.1", *options)
+
     def serve(self, model: str | Path, *options: str, launch: Launch = launch) -> Daemon:
         home = self.folder / "coordinator"
         http = () if "--http" in options else ("--http", "off")  # two of one machine cannot have the default port
-        own = ["--cluster", self.name, "--home", str(home), *http]
+        here = ("--host", "127.0.0.1") if self.mtls and self.loopback and "--host" not in options else ()
+        own = ["--cluster", self.name, "--home", str(home), *http, *here]
         return self._start("serve", ["serve", str(model), *own, *options], launch)
 
     def serving(self, model: str | Path, workers: int, *more: str, wait_s: float = START_S) -> tuple[Daemon, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,23 +37,41 @@ def macpipe(host: Host, *arguments: str) -> dict[str, object]:
     return facts
 
 
+NAMES = ("north", "south", "west")
+
+
 @pytest.fixture
-def names() -> list[str]:
-    return ["north", "south", "west"]
+def cluster(three_hosts: tuple[Host, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """`init` on the first host, `join` on the others, and a worker on each; where to listen is left to them."""
+    made = Cluster(tmp_path, mtls=False)
+    homes = [tmp_path / "coordinator", *(tmp_path / name for name in NAMES[1:])]
+    monkeypatch.setenv("MACPIPE_HOME", str(homes[0]))
+    monkeypatch.setenv("MACPIPE_CLUSTER", made.name)
+    try:
+        init = ("init", "--macs", "2", "--name", NAMES[0], "--cluster", made.name, "--json")
+        with three_hosts[0].start(*command(*init), stdout=subprocess.PIPE) as leading:
+            assert leading.stdout
+            tokens = [token["token"] for token in json.loads(leading.stdout.readline())["tokens"]]
+            for host, token, name, home in zip(three_hosts[1:], tokens, NAMES[1:], homes[1:], strict=True):
+                own = ("--name", name, "--home", str(home), "--cluster", made.name)
+                done = host.run(*command("join", token, *own), timeout=60)
+                assert done.returncode == 0, done.stderr
+            assert leading.wait(30) == 0
+        for host, name, home in zip(three_hosts, NAMES, homes, strict=True):
+            made.worker(name, "--home", str(home), launch=on(host))
+        yield made
+    finally:
+        made.close()
 
 
-def test_three_hosts_find_each_other_and_answer(
-    three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path, names: list[str]
-) -> None:
-    for host, name in zip(three_hosts, names, strict=True):
-        cluster.worker(name, "--host", host.address, launch=on(host))
+def test_three_hosts_find_each_other_and_answer(three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path) -> None:
     first = three_hosts[0]
     serve = cluster.serve(llama, "--workers", "3", "--wait", str(START_S), launch=on(first))
     serve.wait_for("serving")
     status = macpipe(first, "status")
     workers = status["workers"]
     assert isinstance(workers, list)
-    assert sorted(w["name"] for w in workers) == names
+    assert sorted(w["name"] for w in workers) == list(NAMES)
     assert sorted(w["control_address"].split(":")[0] for w in workers) == [h.address for h in three_hosts]
     stages = status["stages"]
     assert isinstance(stages, list)
@@ -68,11 +86,7 @@ def test_three_hosts_find_each_other_and_answer(
     assert tuple(answer["tokens"]) == greedy(llama, ids, 16)  # type: ignore[arg-type]
 
 
-def test_a_pulled_cable_does_not_end_the_answer(
-    three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path, names: list[str]
-) -> None:
-    for host, name in zip(three_hosts, names, strict=True):
-        cluster.worker(name, "--host", host.address, launch=on(host))
+def test_a_pulled_cable_does_not_end_the_answer(three_hosts: tuple[Host, ...], cluster: Cluster, llama: Path) -> None:
     first = three_hosts[0]
     serve = cluster.serve(llama, "--workers", "3", "--wait", str(START_S), launch=on(first))
     serve.wait_for("serving")
@@ -85,4 +99,4 @@ def test_a_pulled_cable_does_not_end_the_answer(
     assert asking.wait(100) == 0, log.read_text()
     stages = macpipe(first, "status")["stages"]
     assert isinstance(stages, list)
-    assert sorted(stage["worker"] for stage in stages) == [names[0], names[2]]
+    assert sorted(stage["worker"] for stage in stages) == [NAMES[0], NAMES[2]]

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.model.checkpoint import open_checkpoint
+from cluster.security.trust import LocalTrust
 from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Wanted
 from cluster.store.files import StoredFile
@@ -25,7 +26,7 @@ from cluster.store.partial import Partial, is_partial
 from cluster.store.peer import Peer
 from cluster.store.shelf import Shelf
 from cluster.store.store import Store
-from cluster.transport.options import CONTROL_OPTIONS, bind
+from cluster.transport.options import bind, control_server
 from cluster.types import ModelRef
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 from fake_hub import FakeHub
@@ -45,10 +46,10 @@ def giving(tmp_path: Path) -> Iterator[Giving]:
     async def start(home: Path, folder: Path) -> tuple[int, str]:
         shelf = Shelf(Store(home))
         item = shelf.put(folder, Partial(folder) if is_partial(folder) else None)
-        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        server = control_server(LocalTrust())
         servers.append(server)
         add_StoreServiceServicer_to_server(shelf, server)
-        port = bind(server, "127.0.0.1", 0)
+        port = bind(server, LocalTrust(), "127.0.0.1", 0)
         await server.start()
         return port, item.checkpoint.fingerprint
 
@@ -57,7 +58,7 @@ def giving(tmp_path: Path) -> Iterator[Giving]:
         def give(name: str, folder: Path) -> Peer:
             begun = asyncio.run_coroutine_threadsafe(start(tmp_path / f"home-{name}", folder), loop)
             port, fingerprint = begun.result(10)
-            return stack.enter_context(Peer(f"worker {name}", f"127.0.0.1:{port}", fingerprint))
+            return stack.enter_context(Peer(LocalTrust(), f"worker {name}", f"127.0.0.1:{port}", fingerprint))
 
         yield give
     for server in servers:
@@ -159,7 +160,7 @@ def test_nothing_but_the_models_files_can_be_asked_for(giving: Giving, published
         with pytest.raises(MacpipeError, match="no such file"):
             peer.small(StoredFile(name, 2))
     with pytest.raises(ModelNotFound, match="nothing of that model"):
-        Peer("bob", peer.address, "../../" + "0" * 58).describe()
+        Peer(LocalTrust(), "bob", peer.address, "../../" + "0" * 58).describe()
     stranger = open_checkpoint(copied(published, tmp_path / "copy")).tensors[NAME]
     with pytest.raises(ModelNotFound, match="is not here"):
         list(peer.read((type(stranger)("no.such.tensor", "F32", (1,), "x", 4, 0),), 0, 4))

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import Unreachable
 from cluster.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
+from cluster.security.trust import WORKER, LocalTrust
 from cluster.transport.options import data_channel
 from cluster.transport.probe import PROBE, measure_link
 from cluster.transport.rings import DataServer
@@ -26,13 +27,13 @@ class Nothing:
 
 @pytest.fixture
 def port() -> Any:
-    server = DataServer("127.0.0.1", 0, Nothing())
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, Nothing())
     yield server.port
     server.stop()
 
 
 def test_a_link_has_a_round_trip_and_a_bandwidth(port: int) -> None:
-    link = measure_link(f"127.0.0.1:{port}")
+    link = measure_link(LocalTrust(), f"127.0.0.1:{port}")
     assert 0 < link.round_trip_s < 1
     assert link.bandwidth > 1e6
     assert link.hop_s(0) == link.round_trip_s / 2
@@ -40,11 +41,11 @@ def test_a_link_has_a_round_trip_and_a_bandwidth(port: int) -> None:
 
 def test_a_port_gives_no_more_than_the_bound(port: int) -> None:
     most = (2**32 - 1).to_bytes(4, "little")
-    with data_channel(f"127.0.0.1:{port}") as channel:
+    with data_channel(LocalTrust(), f"127.0.0.1:{port}", WORKER) as channel:
         sizes = [len(m) for m in channel.stream_stream(PROBE, None, None)(iter([most] * 100), timeout=20)]
     assert sizes == [PROBE_BYTES] * (PROBES + PROBE_MESSAGES + 1)
 
 
 def test_nobody_there() -> None:
     with pytest.raises(Unreachable, match="could not be measured"):
-        measure_link("127.0.0.1:1")
+        measure_link(LocalTrust(), "127.0.0.1:1")

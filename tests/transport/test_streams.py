@@ -14,6 +14,7 @@ import pytest
 
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
+from cluster.security.trust import LocalTrust
 from cluster.transport import streams
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.rings import PULL, DataServer, GrpcDialer
@@ -67,8 +68,8 @@ def port(request: pytest.FixtureRequest) -> Iterator[Port]:
         yield Port(network, "a:1", stage, lambda: network.cut("a:1"))
         stage.box.close()
         return
-    server = DataServer("127.0.0.1", 0, stage)
-    yield Port(GrpcDialer(), f"127.0.0.1:{server.port}", stage, server.stop)
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
+    yield Port(GrpcDialer(LocalTrust()), f"127.0.0.1:{server.port}", stage, server.stop)
     stage.box.close()
     server.stop()
 
@@ -148,15 +149,15 @@ def test_nobody_there_is_unreachable_in_time() -> None:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     with pytest.raises(Unreachable, match=address):
-        GrpcDialer().feed(address, EPOCH, lambda why: None)
+        GrpcDialer(LocalTrust()).feed(address, EPOCH, lambda why: None)
     with pytest.raises(Unreachable, match="nobody is there"):
         MemoryNetwork().feed("a:1", EPOCH, lambda why: None)
 
 
 def test_a_message_above_the_bound_ends_the_stream() -> None:
     stage, ear = Echo(), Ear()
-    server = DataServer("127.0.0.1", 0, stage)
-    feed = GrpcDialer().feed(f"127.0.0.1:{server.port}", EPOCH, ear.lost.put)
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
+    feed = GrpcDialer(LocalTrust()).feed(f"127.0.0.1:{server.port}", EPOCH, ear.lost.put)
     feed.send(bytes(MAX_FRAME_BYTES + 1))
     assert "broke" in ear.lost.get(timeout=WAIT_S)
     feed.close()
@@ -223,7 +224,7 @@ def test_a_reader_that_takes_nothing_loses_its_stream_before_memory_goes(
 
 @pytest.mark.parametrize("epoch", ["9" * 5000, "-1", "", "x", "1e3"])
 def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
-    server = DataServer("127.0.0.1", 0, Echo())
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, Echo())
     with grpc.secure_channel(f"127.0.0.1:{server.port}", grpc.local_channel_credentials()) as channel:
         call = channel.unary_stream(PULL, None, None)(b"", metadata=(("macpipe-epoch", epoch),))
         with pytest.raises(grpc.RpcError) as refused:

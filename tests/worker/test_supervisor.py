@@ -12,6 +12,8 @@ import pytest
 
 from cluster.errors import BadFrame, WorkerLost
 from cluster.worker.messages import Done, Load, pack, read, unpacker
+from cluster.worker.settings import WorkerSettings
+from cluster.worker.standby import Standby
 from cluster.worker.supervisor import Supervisor
 
 EVIL = "open({!r}, 'w').close()\nraise SystemExit(3)\n"
@@ -24,7 +26,7 @@ def test_an_engine_imports_nothing_from_where_the_daemon_was_started(
     monkeypatch.chdir(tmp_path)
 
     async def body() -> None:
-        supervisor = Supervisor("127.0.0.1", None)
+        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
         running = asyncio.create_task(supervisor.run())
         await asyncio.wait([running, asyncio.create_task(supervisor.wait_started())], return_when="FIRST_COMPLETED")
         assert supervisor.hello, supervisor.problem
@@ -36,11 +38,11 @@ def test_an_engine_imports_nothing_from_where_the_daemon_was_started(
 
 
 @pytest.mark.parametrize("said", [b"\xc1", b"\x05", b"\x92\xa4Done\xa11", b"\xda\xff\xff" + b"x" * 70_000])
-def test_an_engine_that_says_nonsense_is_killed(said: bytes) -> None:
+def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> None:
     async def body() -> None:
-        supervisor = Supervisor("127.0.0.1", None)
+        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
         program = f"import sys, time; sys.stdout.buffer.write({said!r}); sys.stdout.flush(); time.sleep(60)"
-        supervisor._command = [sys.executable, "-c", program]
+        supervisor.standby = Standby([sys.executable, "-c", program])
         with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
             await supervisor.run()
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
+from cluster.address import is_loopback
 from cluster.api.http.server import open_to_everybody
 from cluster.api.http.sites import Sites, checked_host, checked_origin
 from cluster.coordinator.settings import ServeSettings
 from cluster.discovery.interfaces import interfaces
-from cluster.security.credentials import is_loopback
 from cluster.security.folder import ClusterFolder
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
 from cluster.security.keys import Keys

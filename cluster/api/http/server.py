@@ -14,11 +14,10 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.address import format_address
+from cluster.address import format_address, is_loopback
 from cluster.api.http.connection import Connection
 from cluster.errors import InvalidOption, PortInUse
 from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
-from cluster.security.credentials import is_loopback
 from cluster.security.https import HttpCertificate
 
 SWEEP_S: Final = 1.0

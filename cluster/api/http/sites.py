@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
+from cluster.address import is_loopback
 from cluster.errors import Forbidden, InvalidOption
 from cluster.limits import MAX_CORS_HEADER_CHARS, PREFLIGHT_S
-from cluster.security.credentials import is_loopback
 
 _METHOD: Final = re.compile(r"[A-Z]{1,16}")
 _ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")

@@ -5,7 +5,9 @@ A spoiled file is never an error: it counts as far as it can be read.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,9 +26,11 @@ from fuzz.targets.target import Prepared, Target
 
 
 def scratch(name: str) -> Path:
-    """A place for a file in memory, where there is one."""
+    """A place for a file, in memory where there is such; it is gone when the process ends."""
     fast = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="macpipe-fuzz-", dir=fast if fast.is_dir() else None)) / name
+    folder = tempfile.mkdtemp(prefix="macpipe-fuzz-", dir=fast if fast.is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / name
 
 
 def _of_file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:

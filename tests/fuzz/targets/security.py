@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,13 +15,14 @@ from cluster.security.members import Members
 from cluster.security.roles import Role, party_of
 from cluster.security.tokens import JoinToken, Tokens
 from fuzz.mutation import spoil_bytes, spoil_msgpack
+from fuzz.targets.kept import scratch
 from fuzz.targets.target import Prepared, Target
 
 ID = "ab" * 8
 
 
 def _folder() -> ClusterFolder:
-    return ClusterFolder(Path(tempfile.mkdtemp(prefix="macpipe-fuzz-")), "fuzz")
+    return ClusterFolder(scratch("home"), "fuzz")
 
 
 def join_tokens() -> Prepared:

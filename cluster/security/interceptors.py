@@ -1,0 +1,198 @@
+"""What stands before every method of every server in a cluster: it asks who calls, and whether that role may.
+
+TLS has let in holders of the cluster's certificates alone; here their roles and the revoked are told apart. Streams of
+a party that is revoked meanwhile are ended. Per call it costs a look-up; per message nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+from grpc import aio
+
+from cluster.errors import MacpipeError
+from cluster.security.bounds import REVOCATION_LOOK_S
+from cluster.security.roles import Party
+from cluster.security.rules import RULES, allowed
+from cluster.security.trust import Shown, Trust
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "aio.ServicerContext[Any, Any]"
+Refusal = tuple[grpc.StatusCode, str]
+
+
+def judge(trust: Trust, method: str, shown: Shown) -> Party | Refusal:
+    """Who calls ``method``, where that party may; else the status and the sentence that refuse it."""
+    party = trust.party(shown)
+    if party is None:
+        return grpc.StatusCode.UNAUTHENTICATED, "this takes a certificate of the cluster, valid now; see `macpipe join`"
+    if refusal := _ended(trust, party):
+        return refusal
+    if not allowed(method, party.role):
+        roles = " or ".join(sorted(RULES.get(method, ()))) or "nobody"
+        called = method.rpartition("/")[2]
+        return grpc.StatusCode.PERMISSION_DENIED, f"{called} is for {roles}, and {party.name} is {_a(party.role)}"
+    return party
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role[0] in "aeiou" else f"a {role}"
+
+
+def _ended(trust: Trust, party: Party) -> Refusal | None:
+    """Why a party that belonged to the cluster does so no more."""
+    try:
+        if not trust.revoked(party.serial):
+            return None
+    except MacpipeError as e:
+        return grpc.StatusCode.UNAVAILABLE, e.sentence
+    return grpc.StatusCode.UNAUTHENTICATED, f"{party.name} was removed from this cluster"
+
+
+class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
+    """Guards a server of threads. Close it at the end."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+        self._open: dict[grpc.ServicerContext, Party] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._sweep, name="revocations", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        behaviour, method = _behaviour(handler), handler_call_details.method
+
+        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+            self._admit(method, context)
+            return behaviour(request, context)
+
+        return _like(handler, guarded)
+
+    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+        """Let the call go on, for as long as its party belongs to the cluster."""
+        party = judge(self._trust, method, _shown(context))
+        if not isinstance(party, Party):
+            context.abort(*party)
+        self._open[context] = party
+        if not context.add_callback(lambda: self._forget(context)):
+            self._forget(context)
+
+    def _forget(self, context: grpc.ServicerContext) -> None:
+        self._open.pop(context, None)
+
+    def _sweep(self) -> None:
+        while not self._closed.wait(REVOCATION_LOOK_S):
+            for context, party in tuple(self._open.items()):
+                if _ended(self._trust, party):
+                    context.cancel()  # type: ignore[no-untyped-call]
+
+
+class AioGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
+    """Guards an asyncio server."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if not handler:  # the method is none of this server's
+            return handler
+        behaviour, method = _behaviour(handler), handler_call_details.method
+
+        async def whole(request: Any, context: Context) -> Any:
+            await self._admitted(method, context)
+            return await behaviour(request, context)
+
+        async def stream(request: Any, context: Context) -> None:
+            party = await self._admitted(method, context)
+            await self._while_admitted(party, context, _answers(behaviour, request, context))
+
+        return _like(handler, stream if handler.response_streaming else whole)
+
+    async def _admitted(self, method: str, context: Context) -> Party:
+        party = judge(self._trust, method, _shown(context))
+        if not isinstance(party, Party):
+            await _refuse(context, party)
+        return party
+
+    async def _while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:
+        """Do the work of one stream; where its party is revoked meanwhile, end it with the reason."""
+        why: list[Refusal] = []
+        me = asyncio.current_task()
+        assert me
+
+        async def watch() -> None:
+            while not (refusal := _ended(self._trust, party)):  # noqa: ASYNC110  # a file tells
+                await asyncio.sleep(REVOCATION_LOOK_S)
+            why.append(refusal)
+            me.cancel()
+
+        watching = asyncio.create_task(watch())
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not why:
+                raise
+            me.uncancel()
+            await _refuse(context, why[0])
+        finally:
+            watching.cancel()
+
+
+def _shown(context: grpc.ServicerContext | Context) -> Shown:
+    found: Any = context.auth_context()  # its typing stub is wrong: a name may have several values
+    return dict(found)
+
+
+async def _refuse(context: Context, refusal: Refusal) -> NoReturn:
+    await context.abort(*refusal)
+
+
+async def _answers(behaviour: Callable[..., Any], request: Any, context: Context) -> None:
+    """Run a streaming method to its end, whichever way it is written."""
+    running = behaviour(request, context)
+    if not isinstance(running, AsyncIterator):
+        await running
+        return
+    try:
+        async for message in running:
+            await context.write(message)
+    finally:
+        with suppress(AttributeError):
+            await running.aclose()  # type: ignore[attr-defined]  # an iterator that is no generator has none
+
+
+def _behaviour(handler: Handler) -> Callable[..., Any]:
+    found = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    assert found
+    return found
+
+
+def _like(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
+    """The same method with another behaviour."""
+    makes: dict[tuple[bool, bool], Callable[..., Handler]] = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = makes[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)

@@ -1,0 +1,143 @@
+"""A cluster with certificates, as real daemons: the same answers, recovery, and what becomes of who is removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Client
+from cluster.client.state import WorkerState
+from cluster.errors import Forbidden, InvalidOption, MacpipeError, Unauthenticated, Unreachable
+from cluster.model.tokenizer import load_tokenizer
+from cluster.security.folder import ClusterFolder
+from cluster.security.roles import Role
+from integration.daemons import START_S, Cluster
+from integration.reference import greedy
+from parties import shown_by
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("secured")]
+
+NAMES = ("ann", "ben", "cal")
+DAY_S = 86_400.0
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[tuple[Cluster, str]]:
+    """Three workers and a coordinator, all with certificates."""
+    made = Cluster(tmp_path_factory.mktemp("secured"), mtls=True)
+    try:
+        made.lead.admit_worker("ann", made.folder / "home", now=time.time() - 70 * DAY_S)
+        for name in NAMES:
+            made.worker(name)
+        _, address = made.serving(llama, 3)
+        yield made, address
+    finally:
+        made.close()
+
+
+def until(seen: object, timeout_s: float = 30.0) -> None:
+    """Wait until ``seen()`` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not seen():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def worker(client: Client, name: str) -> WorkerState:
+    return next(w for w in client.cluster().workers if w.name == name)
+
+
+def test_three_workers_give_the_tokens_of_one_process(secured: tuple[Cluster, str], llama: Path) -> None:
+    ids = load_tokenizer(llama).encode("hello there")
+    with Client(secured[1], timeout_s=60) as client:
+        state = client.cluster()
+        assert {s.worker for s in state.stages} == set(NAMES)
+        assert [s.inlet for s in state.stages] == ["relay", "direct", "direct"]
+        assert client.generate(ids, max_tokens=16, ignore_eos=True).tokens == greedy(llama, ids, 16)
+
+
+def test_an_answer_outlives_a_killed_worker(secured: tuple[Cluster, str], llama: Path) -> None:
+    cluster, address = secured
+    ids = load_tokenizer(llama).encode("hello there")
+    killed = next(d for d in cluster.daemons if d.name == "ben")
+    with Client(address, timeout_s=90) as client:
+        with client.stream(ids, max_tokens=300, ignore_eos=True) as stream:
+            events = iter(stream)
+            said = [next(events).token]
+            os.killpg(killed.process.pid, signal.SIGKILL)
+            killed.process.wait()
+            said += [event.token for event in events]
+        assert said == list(greedy(llama, ids, 300))
+        cluster.worker("ben").wait_for("of cluster")
+        until(lambda: worker(client, "ben").reachable, START_S)
+        client.load(str(llama), workers=3).wait()
+
+
+def test_a_certificate_that_is_due_was_renewed_while_the_worker_served(secured: tuple[Cluster, str]) -> None:
+    cluster, address = secured
+    ann = next(m for m in cluster.lead.members.current() if m.name == "ann")
+    until(lambda: len(next(m for m in cluster.lead.members.current() if m.id == ann.id).issued) == 2)
+    folder = ClusterFolder(cluster.folder / "home", cluster.name)
+    fresh = {m.issued[-1].serial for m in cluster.lead.members.current() if m.id == ann.id}
+    until(lambda: {ring.party.serial for ring in [folder.keyring(Role.WORKER, "ann")] if ring} == fresh)
+    with Client(address, timeout_s=30) as client:
+        assert worker(client, "ann").reachable
+        assert abs(worker(client, "ann").clock_ahead_seconds) < 5
+        shown = shown_by(cluster.lead, worker(client, "ann").control_address)
+        assert shown in fresh
+        assert client.generate("x", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+
+
+def test_a_client_asks_and_does_not_command(
+    secured: tuple[Cluster, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, address = secured
+    cluster.lead.admit(Role.CLIENT, "guest", "c1" * 8, tmp_path)
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
+    with Client(address, cluster=cluster.name, timeout_s=30) as guest:
+        assert guest.generate("x", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+        with pytest.raises(Forbidden, match="UnloadModel is for admin, and guest is a client"):
+            guest.unload()
+        events = iter(guest.stream("x", max_tokens=2000, ignore_eos=True))
+        next(events)
+        removed = time.monotonic()
+        cluster.lead.members.remove("guest")
+        with pytest.raises(Unauthenticated, match="guest was removed"):
+            list(events)
+        print(f"an open answer ended {time.monotonic() - removed:.2f} s after its client was removed")
+        with pytest.raises(Unauthenticated, match="guest was removed"):
+            guest.models()
+
+
+def test_who_is_in_no_cluster_is_told_so(secured: tuple[Cluster, str]) -> None:
+    with Client(secured[1], cluster="none-of-ours", timeout_s=10) as stranger, pytest.raises(Unreachable, match="clu"):
+        stranger.models()
+    with pytest.raises(InvalidOption, match="macpipe join TOKEN"):
+        Client("10.1.2.3:7700", cluster="none-of-ours")
+
+
+def test_a_removed_worker_loses_its_layers_and_nothing_more_is_sent_there(secured: tuple[Cluster, str]) -> None:
+    cluster, address = secured
+    with Client(address, timeout_s=90) as client:
+        with client.stream("x", max_tokens=2000, ignore_eos=True) as stream:
+            events = iter(stream)
+            said = [next(events).token]
+            removed = time.monotonic()
+            cluster.lead.members.remove("cal")
+            until(lambda: "removed" in worker(client, "cal").problem)
+            print(f"the coordinator let a removed worker go after {time.monotonic() - removed:.2f} s")
+            said += [event.token for event in events]
+        assert len(said) == 2000
+        state = client.cluster()
+        assert {s.worker for s in state.stages} == {"ann", "ben"}
+        assert not worker(client, "cal").reachable
+        home = cluster.folder / "home"
+        told = [cluster.lead.like(cluster.lead, home, cluster.name).folder.revoked(name) for name in ("ann", "ben")]
+        until(lambda: all(path.exists() for path in told))
+        with pytest.raises(MacpipeError, match="3 workers"):
+            client.plan("faq", workers=3)

@@ -1,0 +1,78 @@
+"""Certificates are renewed by themselves: who holds one keeps its key to itself, and none comes for who was removed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from cluster.coordinator.belonging import Belonging
+from cluster.coordinator.roster import Member, Roster
+from cluster.discovery.static import static
+from cluster.errors import Busy, InvalidRequest, MemberNotFound
+from cluster.security.bounds import MAX_LEAVES_VALID
+from cluster.security.keyring import make_request
+from cluster.security.renewal import is_due, renewed
+from cluster.security.roles import Role
+from parties import Lead
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def lead(tmp_path: Path) -> Lead:
+    return Lead.make(tmp_path)
+
+
+def test_it_is_time_after_two_thirds() -> None:
+    assert not is_due(0.0, 90.0, 60.0)
+    assert is_due(0.0, 90.0, 60.1)
+
+
+def test_a_coordinator_renews_its_own(lead: Lead) -> None:
+    before = lead.admit_coordinator(now=time.time() - 70 * DAY_S)
+    trust = lead.trust(Role.COORDINATOR)
+    assert trust.serial == before.serial
+
+    async def nobody() -> tuple[Member, ...]:
+        return ()
+
+    belonging = Belonging(Roster(static(()), "default", before.id, trust), nobody)
+    for _ in range(2):
+        anyio.run(belonging.renew, trust.renewal)
+    assert trust.serial != before.serial
+    assert (trust.keyring.party.role, trust.keyring.party.id) == (before.role, before.id)
+    assert not is_due(*trust.valid, time.time())
+    (member,) = lead.members.current()
+    assert [one.serial for one in member.issued] == [before.serial, trust.serial]
+
+
+def test_a_key_stays_where_it_was_made_and_is_used_for_its_own_certificate_alone(lead: Lead, tmp_path: Path) -> None:
+    lead.admit_coordinator()
+    ada = lead.admit_worker("ada", tmp_path)
+    bob = lead.admit_worker("bob", tmp_path)
+    renewal = lead.trust(Role.WORKER, "ada").renewal
+    request = renewal.request()
+    assert b"PRIVATE" not in request
+    for wrong in (b"", b"x", renewed(lead.folder, Role.WORKER, ada.id, make_request()[1], time.time())):
+        with pytest.raises(InvalidRequest, match="not the certificate"):
+            renewal.install(wrong)
+    with pytest.raises(InvalidRequest, match="another party"):
+        renewal.install(renewed(lead.folder, Role.WORKER, bob.id, request, time.time()))
+    renewal.install(renewed(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time()))
+    assert lead.trust(Role.WORKER, "ada").serial != ada.serial
+
+
+def test_who_was_removed_gets_none_and_nobody_gets_more_than_can_be_revoked(lead: Lead, tmp_path: Path) -> None:
+    ada = lead.admit_worker("ada", tmp_path)
+    request = make_request()[1]
+    for _ in range(MAX_LEAVES_VALID - 1):
+        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
+    with pytest.raises(Busy, match="valid still"):
+        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
+    lead.members.remove("ada")
+    assert len(lead.members.revoked()) == MAX_LEAVES_VALID
+    with pytest.raises(MemberNotFound):
+        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
