@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from checkpoints import make
 from cluster.client import Client
+from cluster.security.keys import Keys, KeyScope
 from integration.daemons import Cluster, free_port, serve_model
 
 ALIAS = "gpt-4o-mini"
@@ -36,6 +37,12 @@ class Served:
     grpc: str
     http: str
     tooled: Path
+    key: str = "none"
+    """What HTTP asks for; with ``--mtls`` one of the cluster's."""
+
+    @property
+    def bearer(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
 
     @property
     def openai(self) -> str:
@@ -61,7 +68,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             cluster.worker(name)
         http = f"127.0.0.1:{free_port()}"
         _, grpc = cluster.serving("faq", 2, "--http", http, "--served-model-name", ALIAS)
-        yield Served(grpc, f"http://{http}", make_tooled(tmp_path_factory.mktemp("tooled")))
+        tooled = make_tooled(tmp_path_factory.mktemp("tooled"))
+        key = Keys(cluster.lead.folder).create("tests", KeyScope.ADMIN)[1] if cluster.mtls else "none"
+        yield Served(grpc, f"http://{http}", tooled, key)
     finally:
         cluster.close()
 

@@ -19,7 +19,7 @@ ASK = [{"role": "user", "content": "What is a hop?"}]
 
 @pytest.fixture
 def client(faq: Served) -> Iterator[Anthropic]:
-    with Anthropic(base_url=faq.http, api_key="none", max_retries=0) as client:
+    with Anthropic(base_url=faq.http, api_key=faq.key, max_retries=0) as client:
         yield client
 
 

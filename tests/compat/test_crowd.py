@@ -41,7 +41,7 @@ async def stream(client: httpx.AsyncClient, number: int) -> str:
 
 async def crowd(served: Served, size: int) -> list[str]:
     limits = httpx.Limits(max_connections=size)
-    async with httpx.AsyncClient(base_url=served.openai, limits=limits, timeout=500) as client:
+    async with httpx.AsyncClient(base_url=served.openai, headers=served.bearer, limits=limits, timeout=500) as client:
         return await asyncio.gather(*(stream(client, i) for i in range(size)))
 
 

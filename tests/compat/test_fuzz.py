@@ -63,7 +63,7 @@ def small(body: Any, path: str) -> Any:
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_that_is_sent_breaks_it(faq: Served, path: str, count: int) -> None:
     statuses: Counter[int] = Counter()
-    with httpx.Client(base_url=faq.http, timeout=ANSWER_S) as client:
+    with httpx.Client(base_url=faq.http, headers=faq.bearer, timeout=ANSWER_S) as client:
         document = client.get("/openapi.json").json()
 
         @settings(

@@ -58,7 +58,7 @@ TOOLED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def transcript(served: Served, path: str, body: dict[str, Any]) -> str:
     connection = HTTPConnection(served.http.removeprefix("http://"), timeout=60)
-    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json", **served.bearer})
     reply = connection.getresponse()
     said = reply.read().decode()
     connection.close()

@@ -20,7 +20,7 @@ ASK = [{"role": "user", "content": "What is a hop?"}]
 
 @pytest.fixture
 def client(faq: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=faq.openai, api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=faq.openai, api_key=faq.key, max_retries=0) as client:
         yield client
 
 
@@ -65,7 +65,7 @@ def test_the_stream_helper(client: OpenAI) -> None:
 
 def test_async(faq: Served) -> None:
     async def ask() -> list[str | None]:
-        async with AsyncOpenAI(base_url=faq.openai, api_key="none") as client:
+        async with AsyncOpenAI(base_url=faq.openai, api_key=faq.key) as client:
             asked = (
                 client.chat.completions.create(model="faq", messages=ASK, temperature=0, max_tokens=19)
                 for _ in range(4)
@@ -236,7 +236,7 @@ def test_a_deadline(client: OpenAI) -> None:
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_away_frees_its_sequence(faq: Served, streamed: bool) -> None:
     async def leave() -> None:
-        async with AsyncOpenAI(base_url=faq.openai, api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=faq.openai, api_key=faq.key, max_retries=0) as client:
             asked = asyncio.create_task(
                 client.chat.completions.create(
                     model="faq", messages=ASK, max_tokens=1000, extra_body={"ignore_eos": True}, stream=streamed

@@ -22,7 +22,7 @@ HOP = "A hop is the journey of an activation from one stage to the next."
 def test_langchain(faq: Served) -> None:
     from langchain_openai import ChatOpenAI
 
-    model = ChatOpenAI(base_url=faq.openai, api_key="none", model="faq", temperature=0, max_tokens=19)  # type: ignore[call-arg,arg-type]
+    model = ChatOpenAI(base_url=faq.openai, api_key=faq.key, model="faq", temperature=0, max_tokens=19)  # type: ignore[call-arg,arg-type]
     assert model.invoke("What is a hop?").content == HOP
     assert "".join(str(chunk.content) for chunk in model.stream("What is a hop?")) == HOP
     assert [m.content for m in model.batch(["What is a hop?"] * 3)] == [HOP] * 3
@@ -44,7 +44,7 @@ def test_langchain_tools_and_structured_output(tooled: Served) -> None:
 
         on: bool
 
-    model = ChatOpenAI(base_url=tooled.openai, api_key="none", model="default", temperature=0)  # type: ignore[call-arg,arg-type]
+    model = ChatOpenAI(base_url=tooled.openai, api_key=tooled.key, model="default", temperature=0)  # type: ignore[call-arg,arg-type]
     calling = model.bind_tools([switch], tool_choice="switch", parallel_tool_calls=False).invoke("Light, please")
     assert calling.tool_calls[0]["name"] == "switch"
     assert isinstance(calling.tool_calls[0]["args"]["on"], bool)

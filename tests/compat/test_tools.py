@@ -44,7 +44,7 @@ ASK = [{"role": "user", "content": "How is it in Lima?"}]
 
 @pytest.fixture
 def client(tooled: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=tooled.openai, api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=tooled.openai, api_key=tooled.key, max_retries=0) as client:
         yield client
 
 
@@ -174,7 +174,7 @@ def test_responses_parse(client: OpenAI) -> None:
 def test_anthropic_tools_and_thinking(tooled: Served) -> None:
     tool = {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}
     choice = {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
-    with Anthropic(base_url=tooled.http, api_key="none", max_retries=0) as client:
+    with Anthropic(base_url=tooled.http, api_key=tooled.key, max_retries=0) as client:
         asked = {"model": "default", "max_tokens": 1000, "tools": [tool], "tool_choice": choice}
         asked["extra_body"] = {"temperature": 0}
         done = client.messages.create(**asked, messages=ASK)
