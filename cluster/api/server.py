@@ -99,18 +99,18 @@ def _journal(settings: ServeSettings) -> Journal | None:
 @asynccontextmanager
 async def _http_port(settings: ServeSettings, entrance: HttpPort, desk: Desk, report: Report) -> AsyncIterator[str]:
     """The URL where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
-    if settings.http is None:
+    if settings.http.address is None:
         yield ""
         return
     try:
-        listener = listen(*settings.http, encrypted=entrance.certificate is not None)
+        listener = listen(*settings.http.address, encrypted=entrance.certificate is not None)
     except PortInUse as e:
-        if settings.http_wanted:
+        if settings.http.wanted:
             raise
         report.problem(f"no HTTP: {e.sentence}")
         yield ""
         return
-    app = application(desk, settings.served_names, entrance.sites)
+    app = application(desk, settings.http.served_names, entrance.sites)
     async with serving(app, listener, entrance.certificate) as address:
         yield f"{'https' if entrance.certificate else 'http'}://{address}"
 

@@ -20,7 +20,7 @@ from cluster.profiles import Objective
 from cluster.types import Route
 
 if TYPE_CHECKING:
-    from cluster.coordinator.settings import ServeSettings
+    from cluster.coordinator.settings import HttpSettings, ServeSettings
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -137,12 +137,7 @@ def serve(
         cluster=cluster,
         host=host,
         port=port,
-        http=http_address(http),
-        http_wanted=bool(http),
-        served_names=tuple(served_model_name or ()),
-        http_hosts=tuple(http_allow_host or ()),
-        http_origins=tuple(http_allow_origin or ()),
-        http_certificate=certificate_files(http_cert, http_key),
+        http=_http(http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)),
         join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
         join_wanted=join_port is not None,
         workers=workers,
@@ -160,17 +155,30 @@ def serve(
         max_schema_bytes=max_schema_bytes,
         take_back=take_back,
     )
-    if exit_with_stdin:
-        end_with_stdin()
-    raise typer.Exit(_run(settings))
+    raise typer.Exit(_run(settings, exit_with_stdin))
 
 
-def _run(settings: ServeSettings) -> int:
+def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
     from cluster.api.server import run
     from cluster.cli.report import TerminalReport
 
+    if exit_with_stdin:
+        end_with_stdin()
     with TerminalReport(sys.stderr) as report:
         return run(settings, report)
+
+
+def _http(
+    address: str,
+    names: list[str] | None,
+    hosts: list[str] | None,
+    origins: list[str] | None,
+    files: tuple[Path, Path] | None,
+) -> HttpSettings:
+    from cluster.coordinator.settings import HttpSettings
+
+    named, called, pages = (tuple(one or ()) for one in (names, hosts, origins))
+    return HttpSettings(http_address(address), bool(address), named, called, pages, files)
 
 
 def http_address(given: str) -> tuple[str, int] | None:

@@ -29,6 +29,24 @@ class LoadOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """``address`` is where HTTP is answered, None nowhere; where ``wanted`` is false nobody asked for it, and a taken
+    port is no reason to give up.
+
+    ``served_names`` are further names of the model. ``hosts`` and ``origins`` are by which names, beside this machine's
+    own, and from whose pages it may be called; ``certificate`` are PEM files of a chain and its key, None takes the
+    cluster's own.
+    """
+
+    address: tuple[str, int] | None = None
+    wanted: bool = True
+    served_names: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    certificate: tuple[Path, Path] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """``workers`` None takes as many as are best for ``objective``, of those that are there once one is; ``layers``
     None leaves the cuts to the planner.
@@ -42,11 +60,7 @@ class ServeSettings:
     caches; 0 leaves them as they are. ``max_schema_bytes`` bounds the grammar of one answer. With ``take_back`` workers
     that were lost get their layers back once they are there again; without, they are spares.
 
-    ``http`` is where HTTP is answered, None nowhere; where ``http_wanted`` is false nobody asked for it, and a taken
-    port is no reason to give up. ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says the
-    same of it. ``served_names`` are further names of the model for HTTP's clients. ``http_hosts`` and ``http_origins``
-    are by which names, beside this machine's own, and from whose pages it may be called; ``http_certificate`` are PEM
-    files of a chain and its key, None takes the cluster's own.
+    ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says that a person named it.
     """
 
     model: str
@@ -54,12 +68,7 @@ class ServeSettings:
     cluster: str = "default"
     host: str = ""
     port: int = 7700
-    http: tuple[str, int] | None = None
-    http_wanted: bool = True
-    served_names: tuple[str, ...] = ()
-    http_hosts: tuple[str, ...] = ()
-    http_origins: tuple[str, ...] = ()
-    http_certificate: tuple[Path, Path] | None = None
+    http: HttpSettings = HttpSettings()
     join_port: int | None = DEFAULT_JOIN_PORT
     join_wanted: bool = False
     workers: int | None = None

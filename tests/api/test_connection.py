@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from cluster.api.http import connection, port, server
 from cluster.api.http.server import listen, serving
-from cluster.coordinator.settings import ServeSettings
+from cluster.coordinator.settings import HttpSettings, ServeSettings
 from cluster.errors import InvalidOption, NoCluster
 from cluster.security.authority import Authority
 from cluster.security.folder import ClusterFolder
@@ -214,12 +214,12 @@ Settings = Callable[..., ServeSettings]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return lambda host, **more: ServeSettings("faq", tmp_path, "lab", http=(host, 0), **more)
+    return lambda host, **more: ServeSettings("faq", tmp_path, "lab", http=HttpSettings((host, 0), **more))
 
 
 def test_off_this_machine_there_is_no_http_without_a_cluster_whatever_is_given(settings: Settings) -> None:
     given = (Path("a"), Path("b"))
-    for more in ({}, {"http_certificate": given}, {"http_hosts": ("mac",), "http_origins": ("https://x.example",)}):
+    for more in ({}, {"certificate": given}, {"hosts": ("mac",), "origins": ("https://x.example",)}):
         for host in ("0.0.0.0", "::", "192.0.2.7", "mac-1.local"):  # noqa: S104
             with pytest.raises(InvalidOption, match="open to everybody"):
                 port.http_port(settings(host, **more))

@@ -31,21 +31,21 @@ class HttpPort:
 def http_port(settings: ServeSettings) -> HttpPort:
     """As the settings have it. Raises ``InvalidOption``, also where HTTP would be open to everybody."""
     folder = ClusterFolder(settings.home, settings.cluster)
-    host = settings.http[0] if settings.http else _OWN[1]
+    host = settings.http.address[0] if settings.http.address else _OWN[1]
     network = not is_loopback(host)
     if network and not folder.exists:
         raise open_to_everybody(host)
-    named = tuple(checked_host(name) for name in settings.http_hosts)
+    named = tuple(checked_host(name) for name in settings.http.hosts)
     hosts = (*names_of_this_mac(host), *named) if network else named
-    sites = Sites(frozenset(hosts), frozenset(checked_origin(one) for one in settings.http_origins))
+    sites = Sites(frozenset(hosts), frozenset(checked_origin(one) for one in settings.http.origins))
     return HttpPort(sites, Keys(folder) if folder.exists else None, _certificate(settings, folder, hosts, network))
 
 
 def _certificate(
     settings: ServeSettings, folder: ClusterFolder, hosts: tuple[str, ...], network: bool
 ) -> HttpCertificate | None:
-    if settings.http_certificate:
-        return GivenCertificate(*settings.http_certificate)
+    if settings.http.certificate:
+        return GivenCertificate(*settings.http.certificate)
     return OwnCertificate(folder, tuple(dict.fromkeys((*hosts, *_OWN)))) if network else None
 
 
