@@ -94,4 +94,4 @@ def _what_next(cluster: str, tokens: list[JoinToken]) -> list[str]:
 
 
 def _http(key: str) -> list[str]:
-    return ["", f"HTTP asks for an API key from now on. This one opens all; `macpipe key create` makes others:\n{key}"]
+    return ["", "HTTP asks for an API key now. This one opens all, and is shown this once:", "", key]

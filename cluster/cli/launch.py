@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from cluster.cli.home import state_home
 from cluster.cli.options import Json
-from cluster.errors import InvalidOption, MacpipeError, Unreachable
+from cluster.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
 from cluster.limits import CONNECT_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 ADDRESS_VARIABLE: Final = "MACPIPE_HTTP"
 DEFAULT_HTTP: Final = "127.0.0.1:8080"
-KEY: Final = "macpipe"
-"""Clients insist on a key; nothing checks it yet."""
+KEY_VARIABLE: Final = "MACPIPE_API_KEY"
+ANY_KEY: Final = "macpipe"
+"""Clients insist on a key; without a cluster nothing checks it."""
+AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+"""Whom to believe: the first two for Python's clients, instead of all others; the last for Node's, beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +39,13 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the coordinator says of itself."""
+    """What the coordinator says of itself; ``authority`` is the certificate that vouches for it, where one has to."""
 
     base: str
     model: str
     context: int
+    key: str = ANY_KEY
+    authority: str = ""
 
     @property
     def openai(self) -> str:
@@ -47,19 +57,25 @@ def launch(
     client: Annotated[str, typer.Argument(metavar="CLIENT", help="claude, codex, aider and others; see below.")],
     http: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="The coordinator's HTTP; else MACPIPE_HTTP, else 127.0.0.1:8080."),
+        typer.Option(
+            metavar="[https://]HOST:PORT", help="The coordinator's HTTP; else MACPIPE_HTTP, else 127.0.0.1:8080."
+        ),
     ] = None,
+    cluster: Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")] = "default",
     run: Annotated[bool, typer.Option("--run", help="Start the client. Arguments after -- do so too.")] = False,
     json_wanted: Json = False,
 ) -> None:
     """Print the environment for a client, or start it with -- ARGS.
+
+    In a cluster it passes on the API key in MACPIPE_API_KEY.
 
     Known are claude, codex, aider, goose, opencode, qwen; openai and anthropic are for everything made with
     their SDKs. `eval "$(macpipe launch claude)"` sets a shell up.
     """
     if client not in CLIENTS:
         raise InvalidOption(f"no client {client} is known; there is {', '.join(CLIENTS)}", field="client")
-    found = CLIENTS[client](ask(http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP))
+    address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
+    found = trusting(CLIENTS[client], ask(address, os.environ.get(KEY_VARIABLE, ""), authority(cluster)))
     if run or ctx.args:
         start(found, client, ctx.args)
     elif json_wanted:
@@ -68,26 +84,60 @@ def launch(
         typer.echo(shown(found))
 
 
-def ask(address: str) -> Served:
-    """The served model. Raises Unreachable, and NotServing's sentence where nothing is served."""
-    from http.client import HTTPConnection, HTTPException
+def authority(cluster: str) -> Path | None:
+    """The certificate of the cluster's authority, where this machine has it."""
+    from cluster.security.folder import ClusterFolder
+
+    folder = ClusterFolder(state_home(), cluster)
+    return folder.authority if folder.exists else None
+
+
+def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
+    """The served model. Raises Unreachable, Unauthenticated, and NotServing's sentence where nothing is served."""
+    from http.client import HTTPException
+
+    secure, address = given.startswith("https://"), given.removeprefix("https://").removeprefix("http://")
+    connection = _connection(address, secure, vouching)
+    try:
+        connection.request("GET", "/health", headers={"authorization": f"Bearer {key}"} if key else {})
+        facts: dict[str, Any] = json.loads(connection.getresponse().read(65_536))
+    except (OSError, HTTPException, ValueError) as error:
+        raise Unreachable(
+            f"no coordinator answers HTTP at {given} ({str(error)[:200] or type(error).__name__}); start one with "
+            "`macpipe serve MODEL`, or name it with --http"
+        ) from error
+    finally:
+        connection.close()
+    if facts.keys() == {"status"}:
+        raise Unauthenticated(f"the coordinator at {given} asks for an API key: put a good one into {KEY_VARIABLE}")
+    if "model" not in facts:
+        raise MacpipeError(str(facts.get("message", f"what answers at {given} is no coordinator")))
+    base = f"{'https' if secure else 'http'}://{address}"
+    vouched = str(vouching) if secure and vouching else ""
+    return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, vouched)
+
+
+def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnection:
+    from http.client import HTTPConnection, HTTPSConnection
 
     from cluster.address import parse_address
 
     host, port = parse_address(address)
-    connection = HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
-    try:
-        connection.request("GET", "/health")
-        facts: dict[str, Any] = json.loads(connection.getresponse().read(65_536))
-    except (OSError, HTTPException, ValueError) as error:
-        raise Unreachable(
-            f"no coordinator answers HTTP at {address}; start one with `macpipe serve MODEL`, or name it with --http"
-        ) from error
-    finally:
-        connection.close()
-    if "model" not in facts:
-        raise MacpipeError(str(facts.get("message", f"what answers at {address} is no coordinator")))
-    return Served(f"http://{address}", str(facts["model"]), int(facts["context_length"]))
+    if not secure:
+        return HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+    from ssl import create_default_context
+
+    context = create_default_context()
+    if vouching:
+        context.load_verify_locations(vouching)
+    return HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=context)
+
+
+def trusting(client: Callable[[Served], Launch], served: Served) -> Launch:
+    """What the client is started with, and whom it has to believe."""
+    found = client(served)
+    believed = dict.fromkeys(AUTHORITIES if served.authority else (), served.authority)
+    return replace(found, environment={**found.environment, **believed})
 
 
 def shown(found: Launch) -> str:
@@ -110,14 +160,14 @@ def start(found: Launch, client: str, arguments: list[str]) -> None:
 
 
 def _openai(s: Served) -> dict[str, str]:
-    return {"OPENAI_BASE_URL": s.openai, "OPENAI_API_KEY": KEY}
+    return {"OPENAI_BASE_URL": s.openai, "OPENAI_API_KEY": s.key}
 
 
 def _claude(s: Served) -> Launch:
     models = ("MODEL", "DEFAULT_OPUS_MODEL", "DEFAULT_SONNET_MODEL", "DEFAULT_HAIKU_MODEL")
     environment = {
         "ANTHROPIC_BASE_URL": s.base,
-        "ANTHROPIC_AUTH_TOKEN": KEY,
+        "ANTHROPIC_AUTH_TOKEN": s.key,
         **{f"ANTHROPIC_{name}": s.model for name in models},
         "CLAUDE_CODE_SUBAGENT_MODEL": s.model,
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(1, s.context // 4)),
@@ -129,7 +179,7 @@ def _claude(s: Served) -> Launch:
 
 def _codex(s: Served) -> Launch:
     """Codex reads no environment for this: its options name a provider."""
-    provider = f'{{name="macpipe",base_url="{s.openai}",env_key="MACPIPE_KEY",wire_api="responses"}}'
+    provider = f'{{name="macpipe",base_url="{s.openai}",env_key="{KEY_VARIABLE}",wire_api="responses"}}'
     options = {
         "model_provider": "macpipe",
         "model_providers.macpipe": provider,
@@ -138,7 +188,7 @@ def _codex(s: Served) -> Launch:
         "features.multi_agent": "false",  # it offers tools of a kind that no server but OpenAI's knows
     }
     settings = (part for name, value in options.items() for part in ("-c", f"{name}={value}"))
-    return Launch({"MACPIPE_KEY": KEY}, ("codex", "-m", s.model, *settings))
+    return Launch({KEY_VARIABLE: s.key}, ("codex", "-m", s.model, *settings))
 
 
 def _opencode(s: Served) -> Launch:
@@ -146,7 +196,7 @@ def _opencode(s: Served) -> Launch:
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "macpipe",
-        "options": {"baseURL": s.openai, "apiKey": KEY},
+        "options": {"baseURL": s.openai, "apiKey": s.key},
         "models": {s.model: {"name": s.model, "limit": limit}},
     }
     config = {"provider": {"macpipe": provider}, "model": f"macpipe/{s.model}"}
@@ -158,15 +208,15 @@ CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
         "claude": _claude,
         "codex": _codex,
         "aider": lambda s: Launch(
-            {"OPENAI_API_BASE": s.openai, "OPENAI_API_KEY": KEY}, ("aider", "--model", f"openai/{s.model}")
+            {"OPENAI_API_BASE": s.openai, "OPENAI_API_KEY": s.key}, ("aider", "--model", f"openai/{s.model}")
         ),
         "goose": lambda s: Launch(
-            {"GOOSE_PROVIDER": "openai", "GOOSE_MODEL": s.model, "OPENAI_HOST": s.base, "OPENAI_API_KEY": KEY},
+            {"GOOSE_PROVIDER": "openai", "GOOSE_MODEL": s.model, "OPENAI_HOST": s.base, "OPENAI_API_KEY": s.key},
             ("goose",),
         ),
         "opencode": _opencode,
         "qwen": lambda s: Launch({**_openai(s), "OPENAI_MODEL": s.model}, ("qwen",)),
         "openai": lambda s: Launch(_openai(s)),
-        "anthropic": lambda s: Launch({"ANTHROPIC_BASE_URL": s.base, "ANTHROPIC_API_KEY": KEY}),
+        "anthropic": lambda s: Launch({"ANTHROPIC_BASE_URL": s.base, "ANTHROPIC_API_KEY": s.key}),
     }
 )

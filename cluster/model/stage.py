@@ -217,7 +217,7 @@ class Stage:
         picks = Picks(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
         mx.eval(picks.arrays(), states)
         samples, failures = picks.results()
-        if len(failures) == len(rows):
+        if len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
             raise StageFailed(failures[0].sentence)
         return _Result(samples=samples, failures=failures)
 

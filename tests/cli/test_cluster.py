@@ -24,6 +24,7 @@ from cluster.cli.main import main
 from cluster.joining.forms import Ask
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import make_request
+from cluster.security.keys import TEXT, KeyLimits, Keys, KeyScope
 from cluster.security.members import Members
 from cluster.security.roles import Role
 from cluster.security.tokens import JoinToken
@@ -78,6 +79,7 @@ def test_init_says_what_to_type_and_where(here: Macpipe, home: str) -> None:
         "Then `macpipe worker --cluster lab` on every Mac, and here `macpipe serve MODEL --cluster lab`." in done.stdout
     )
     assert all(len(line) <= 80 or line.startswith(("macpipe join ", "Then ")) for line in done.stdout.splitlines())
+    assert Keys(ClusterFolder(Path(home), "lab")).find(done.stdout.splitlines()[-1]) is not None
     again = here("init", "--cluster", "lab", "--no-wait", MACPIPE_HOME=home)
     refused(again, 2, "leads a cluster named lab already; `macpipe token create`")
 
@@ -91,6 +93,26 @@ def test_init_in_json(cluster: dict[str, Any]) -> None:
     assert cluster["fingerprint"].startswith(cluster["cluster_id"])
     (token,) = cluster["tokens"]
     assert JoinToken.parse(token["token"]).id == token["id"]
+    assert TEXT.fullmatch(cluster["api_key"])
+
+
+def test_keys_are_made_shown_and_revoked(here: Macpipe, home: str, cluster: dict[str, Any]) -> None:
+    limits = ("--requests-per-minute", "60", "--tokens-per-minute", "9000", "--concurrency", "4")
+    made = here("key", "create", "amy", *limits, MACPIPE_HOME=home)
+    text = made.stdout.strip()
+    key = Keys(ClusterFolder(Path(home), "default")).find(text)
+    assert key is not None
+    assert (key.limits, key.scope) == (KeyLimits(60, 9000, 4), KeyScope.INFERENCE)
+    assert "not shown again" in made.stderr
+    shown = here("key", "list", MACPIPE_HOME=home).stdout
+    assert all(word in shown for word in ("first", "admin", "amy", "60", "9000", key.id))
+    assert text not in shown
+    assert "amy" in here("key", "revoke", "amy", MACPIPE_HOME=home).stdout
+    listed = json.loads(here("key", "list", "--json", MACPIPE_HOME=home).stdout)["keys"]
+    assert [(one["name"], one["revoked"] is None) for one in listed] == [("first", True), ("amy", False)]
+    refused(here("key", "revoke", "amy", MACPIPE_HOME=home), 1, "macpipe key list")
+    refused(here("key", "create", "x", "--scope", "all", MACPIPE_HOME=home), 2, "inference or admin")
+    refused(here("key", "list", "--cluster", "none", MACPIPE_HOME=home), 1, "macpipe init")
 
 
 def test_tokens_are_made_shown_and_revoked(here: Macpipe, home: str, cluster: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.cli.launch import CLIENTS, Served, ask, shown
-from cluster.errors import MacpipeError, Unreachable
+from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, ask, shown, trusting
+from cluster.errors import MacpipeError, Unauthenticated, Unreachable
 from integration.daemons import free_port
 
 SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
@@ -34,10 +34,21 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
 
 
+@pytest.mark.parametrize("name", CLIENTS)
+def test_clients_are_told_the_key_and_whom_to_believe(name: str) -> None:
+    served = Served("https://mac-1.local:8080", "faq", 1024, "mpk_mine", "/lab/authority.pem")
+    found = trusting(CLIENTS[name], served)
+    assert any("mpk_mine" in value for value in found.environment.values())
+    assert not any("mpk_mine" in word for word in found.command), "everybody on this machine sees a command line"
+    assert [found.environment[one] for one in AUTHORITIES] == ["/lab/authority.pem"] * 3
+    assert not set(AUTHORITIES) & set(trusting(CLIENTS[name], SERVED).environment)
+
+
 class Health(BaseHTTPRequestHandler):
     """A coordinator that loads, or serves."""
 
     def do_GET(self) -> None:
+        self.server.keys.append(self.headers.get("authorization"))  # type: ignore[attr-defined]
         body = json.dumps(self.server.facts).encode()  # type: ignore[attr-defined]
         self.send_response(503)
         self.end_headers()
@@ -49,6 +60,7 @@ class Health(BaseHTTPRequestHandler):
 @pytest.fixture
 def health() -> Iterator[HTTPServer]:
     with HTTPServer(("127.0.0.1", 0), Health) as server:
+        server.keys = []  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -58,6 +70,11 @@ def test_the_coordinator_is_asked(health: HTTPServer) -> None:
     address = f"127.0.0.1:{health.server_port}"
     health.facts = {"status": "serving", "model": "faq", "context_length": 1024}  # type: ignore[attr-defined]
     assert ask(address) == Served(f"http://{address}", "faq", 1024)
+    assert ask(f"http://{address}", "mpk_mine").key == "mpk_mine"
+    assert health.keys == [None, "Bearer mpk_mine"]  # type: ignore[attr-defined]
+    health.facts = {"status": "serving"}  # type: ignore[attr-defined]
+    with pytest.raises(Unauthenticated, match="MACPIPE_API_KEY"):
+        ask(address)
     health.facts = {"status": "loading", "message": "a model is being loaded"}  # type: ignore[attr-defined]
     with pytest.raises(MacpipeError, match="being loaded"):
         ask(address)

@@ -121,6 +121,10 @@ def test_regex_and_lark(client: OpenAI) -> None:
 
     assert say(type="regex", regex="(yes|no), (yes|no)") in ("yes, yes", "yes, no", "no, yes", "no, no")
     assert say(type="lark", lark='start: "on" | "off"') in ("on", "off")
+    for mark in ("<|user|>", "<|end|>"):
+        assert say(type="lark", lark=f'start: "a{mark}b"') == f"a{mark}b", "text that reads like a mark is text"
+    with pytest.raises(openai.BadRequestError, match="no token may stand"):
+        say(type="lark", lark="start: <|end|>")
 
 
 def test_a_schema_that_cannot_be_compiled(client: OpenAI) -> None:

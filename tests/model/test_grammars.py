@@ -235,6 +235,10 @@ def test_a_grammar_with_nothing_to_say_is_told_as_one(ring: Ring) -> None:
     reply = ring.send(step=Step(Compute.DECODE, (0, 1), ((PROMPT[-1],), (PROMPT[-1],))))
     assert [s.sequence for s in reply.samples] == [1]
     assert [(f.sequence, f.reason) for f in reply.failures] == [(0, "INVALID_GRAMMAR")]
+    ring.send(Leave(0), Leave(1), Join(0, len(PROMPT), wrong))
+    ring.prefill(0, PROMPT[:-1])
+    alone = ring.send(step=Step(Compute.DECODE, (0,), ((PROMPT[-1],),)))
+    assert [(f.sequence, f.reason) for f in alone.failures] == [(0, "INVALID_GRAMMAR")]
 
 
 def test_a_grammar_that_fails_on_the_stage_ends_its_own_row_alone(ring: Ring) -> None:
