@@ -43,6 +43,7 @@ from cluster.errors import (
 from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.membership.suspicion import Belief, Suspicion
+from cluster.security.trust import LocalTrust
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.types import (
@@ -313,7 +314,7 @@ def _late(message: bytes) -> bytes:
 
 class _Macs(Roster):
     def __init__(self, macs: dict[str, Mac]) -> None:
-        super().__init__(static([m.address for m in macs.values()]), "sim", "me")
+        super().__init__(static([m.address for m in macs.values()]), "sim", "me", LocalTrust())
         self._by_address = {m.address: m for m in macs.values()}
 
     def control(self, address: str) -> WorkerControl:
