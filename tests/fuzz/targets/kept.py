@@ -50,7 +50,7 @@ def engine_messages() -> Prepared:
 
     said = (
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
-        messages.Link(2, 7, "127.0.0.1:7000"),
+        messages.Link(2, 7, "127.0.0.1:7000", "ab" * 8),
         messages.Unload(3, 7),
         messages.Report(4),
         messages.Measure(5),
