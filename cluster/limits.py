@@ -22,7 +22,8 @@ MAX_STAGES: Final = 64
 MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
 """Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
 MAX_WAITING_BYTES: Final = GIB
-"""Frames in one queue of the data plane: as much as a window of 64 stages with chunks of 16 MiB; beyond is lost."""
+"""Frames in one queue of the data plane together. A reader that is so far behind is lost, and its memory matters more:
+the window of 64 stages with chunks of 16 MiB is as much."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
 MAX_MARK_TOKENS: Final = 64
@@ -86,7 +87,8 @@ MAX_PREFIXES: Final = 1024
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
 MAX_STEP_MS: Final = 100.0
-"""What one chunk of a prompt may make others wait, unless --max-step-ms is given: what a person just notices."""
+"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given:
+what a person just notices, and four times what reading a stage's weights takes, which each chunk has to."""
 OCCUPANCY_S: Final = 30.0
 """Over how long bubble shares are told."""
 
@@ -117,7 +119,8 @@ HOLD_S: Final = 6.0
 ENGINE_SILENCE_S: Final = 10.0
 """An engine that does not even say what it holds for this long is killed and started again."""
 RETURN_S: Final = 5.0
-"""How long recovery waits for a crashed engine before it turns to a spare; one that has to be started takes two."""
+"""How long recovery waits for a crashed engine before it turns to a spare: one that stood by is there at once, one
+that has to be started takes one or two."""
 RECOVERY_WAIT_S: Final = 20.0
 """How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
@@ -157,6 +160,9 @@ ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 # gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
 KEEPALIVE_MS: Final = 500
 KEEPALIVE_TIMEOUT_MS: Final = 1_500
+CLIENT_KEEPALIVE_MS: Final = 2_000
+CLIENT_KEEPALIVE_TIMEOUT_MS: Final = 10_000
+"""Between clients and the coordinator: a Mac that is busy for seconds is no reason to give up an answer."""
 BULK_KEEPALIVE_MS: Final = 10_000
 BULK_TIMEOUT_MS: Final = 60_000
 """Where megabytes travel, a ping waits behind them: 8 MiB take 7 s at 10 Mbit/s. A pulse beside them sees cuts."""
@@ -172,9 +178,12 @@ MAX_CALLS: Final = 1024
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
 """As long as a gRPC message may be."""
+BODY_TIMEOUT_S: Final = 30.0
+"""What a client gets to send its request's body."""
 MAX_PROMPTS: Final = 64
+"""Prompts in one completions request."""
 MAX_ANSWERS: Final = 64
-"""Prompts in one completions request, and answers that one may ask for over all its prompts."""
+"""Answers that one request may ask for, over all its prompts."""
 STREAM_WRITE_TIMEOUT_S: Final = 30.0
 """A client whose connection takes no more bytes for this long has gone away."""
 STREAM_COMMENT_S: Final = 5.0
@@ -182,11 +191,11 @@ STREAM_COMMENT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 75.0
 """How long a connection may wait for its next request; above what SDKs keep one in their pools."""
 HEADER_TIMEOUT_S: Final = 10.0
-BODY_TIMEOUT_S: Final = 30.0
-"""What a client gets to shake hands or to send a request's head, and then its body."""
+"""What a client gets to send a request's head, or to shake hands; after that its connection is closed."""
 LINGER_S: Final = 2.0
+"""What was refused before it was read may go on coming for this long, so that the refusal arrives; ..."""
 CLOSE_S: Final = 5.0
-"""How long what was refused unread may go on coming, so that the refusal arrives; and until what is closed is cut."""
+"""... and a connection whose client takes no bytes is cut so long after it was to be closed."""
 MAX_CORS_HEADER_CHARS: Final = 2048
 PREFLIGHT_S: Final = 600.0
 """How long a browser may remember that a page may ask."""
@@ -194,57 +203,6 @@ KEY_LOOK_S: Final = 1.0
 """How often it is looked whether keys with answers under way were revoked; new requests are refused at once."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, below the usual limit of open files."""
-
-# Who belongs to a cluster
-AUTHORITY_S: Final = 10 * 365 * 86_400.0
-"""A cluster's authority outlives its Macs; it cannot be renewed without joining anew."""
-LEAF_S: Final = 90 * 86_400.0
-"""A certificate that was lost sight of ends by itself in a season; those in use are renewed long before."""
-MAX_MEMBERS: Final = 1024
-"""Certificates' holders that a roster keeps: MAX_ROSTER workers many times over, removed ones included."""
-MAX_SERIALS: Final = 64
-"""Certificates of one member that may be valid at a time; it has one or two."""
-MAX_NAME_CHARS: Final = 63
-"""Of a cluster or a member: they name folders, and a certificate's common name has at most 64."""
-MAX_STATE_BYTES: Final = 4 * MIB
-"""A cluster's roster, tokens or keys on disk; the longest allowed ones have about 1 MiB."""
-MAX_PEM_BYTES: Final = 16 * KIB
-"""A certificate, a key or a request for one; ours have under 1 KiB."""
-MAX_KEYS: Final = 1024
-"""API keys that are kept, revoked ones included."""
-
-# Joining
-TOKEN_S: Final = 3600.0
-"""A join token lasts as long as it takes to walk from Mac to Mac."""
-MIN_TOKEN_S: Final = 60.0
-MAX_TOKEN_S: Final = 7 * 86_400.0
-"""A token that lasts longer is a password that nobody remembers."""
-MAX_TOKENS: Final = 1024
-"""Join tokens that are kept; those that ended a day ago are forgotten."""
-MAX_TOKEN_CHARS: Final = 256
-"""A token has 80; whatever is longer is none."""
-MAX_JOIN_BYTES: Final = 64 * KIB
-"""What either side of a join may say; a request and a certificate have under 2 KiB."""
-JOIN_S: Final = 10.0
-"""How long a connection to the join port may last, from its first packet to its last."""
-JOIN_HANDSHAKE_S: Final = 5.0
-MAX_JOINS: Final = 32
-"""Connections to the join port at once; one more is closed at once, and its Mac tries again."""
-WRONG_SECRETS: Final = 5.0
-"""Wrong secrets a second that get an answer to themselves; against 128 bits, guessing takes for ever anyway."""
-JOIN_SEARCH_S: Final = 20.0
-"""How long a Mac looks for the coordinator of its token."""
-JOIN_TRY_S: Final = 5.0
-"""What one address that may be the coordinator's gets to show its authority."""
-JOIN_TRIES: Final = 8
-"""Addresses that are tried at once."""
-MAX_JOIN_TRIED: Final = 256
-"""Addresses that are tried in all, however many announce themselves: 8 at once, 64 of which are known at a time."""
-JOIN_RETRY_S: Final = 0.5
-"""Between two tries of a join port that is full."""
-CLOCK_WARNING_S: Final = 120.0
-"""Clocks that differ by more are told of: certificates begin a day early, so hours do no harm yet."""
-DEFAULT_JOIN_PORT: Final = 7701
 
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
@@ -258,11 +216,13 @@ FETCH_STREAMS: Final = 4
 FETCH_RANGE_BYTES: Final = 64 * MIB
 """Neighbouring tensors are asked for together up to this; a longer tensor is asked for alone."""
 FETCH_COMMIT_BYTES: Final = 8 * MIB
+"""What a kill may cost: ranges are noted in pieces of this size, ..."""
 FETCH_COMMIT_S: Final = 1.0
-"""What a kill may cost: ranges are noted in pieces of this size, or what came in this time, where that is less."""
+"""... or what came in this time, where that is less."""
 FETCH_ATTEMPTS: Final = 5
+"""Tries of one range at one source that bring no byte."""
 FETCH_BACKOFF_S: Final = 0.5
-"""Tries of one range at one source that bring no byte, and the wait before the second; doubled for each further."""
+"""Wait before the second try; doubled for each further one."""
 FETCH_TICK_S: Final = 0.25
 """How often a fetch tells how far it is."""
 HUB_TIMEOUT_S: Final = 10.0
@@ -306,7 +266,8 @@ ASSUMED_LINK_BANDWIDTH: Final = 117e6
 BALANCE_SLACK: Final = 0.02
 """By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
 MAX_SEARCH: Final = 2_500
-"""Pairs of (set of workers, next worker) up to which every order is tried: eight workers; beyond, that by speed."""
+"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
+Beyond that the order is by speed, and the search is exact in that order."""
 
 PROFILE_TIMEOUT_S: Final = 60.0
 """A worker measures itself in two or three seconds; one that takes this long works without a profile."""
@@ -315,8 +276,9 @@ KEPT_LINKS: Final = 64
 CORRECTION_BOUND: Final = 8.0
 """A correction beyond this, either way, says that something else is wrong."""
 LEARNED_FRAMES: Final = 256
+"""Decode frames, a stage, whose times are remembered: their median is what was measured."""
 LEAST_FRAMES: Final = 16
-"""Decode frames of a stage whose times make the median that is told and learned: so many at most, and at least."""
+"""Below this nothing is said of what frames take, and nothing learned."""
 LEARN_S: Final = 10.0
 """How often workers are told what their frames took."""
 LEARN_STEP: Final = 0.02
@@ -324,9 +286,10 @@ LEARN_STEP: Final = 0.02
 PLAN_TIMEOUT_S: Final = 60.0
 """Tracing a large model takes seconds, and so may the links of many workers."""
 PROBES: Final = 12
+"""Empty messages by which a link's round trip is told."""
 PROBE_BYTES: Final = MIB
 PROBE_MESSAGES: Final = 8
-"""Empty messages tell a link's round trip; those of bytes its bandwidth: 8 MiB are 70 ms at 1 Gb/s."""
+"""By which its bandwidth is: 8 MiB are 70 ms at 1 Gb/s."""
 PROBE_TIMEOUT_S: Final = 5.0
 LINK_KEPT_S: Final = 24 * 3600.0
 """A link that was measured within a day is not measured again before a load."""
@@ -337,7 +300,8 @@ MAX_ROSTER: Final = 64
 MAX_FRAMES_WAITING: Final = 4096
 """Frames queued towards one reader; the scheduler's window keeps it far below."""
 DATA_THREADS: Final = 32
-"""Streams that one data port serves at once, also of epochs that end; each holds a thread, one more waits for ever."""
+"""Streams that one data port serves at once: a feed and a pull on each of two lines, the pulse of each, and those of
+epochs that are ending. Each holds a thread while it is open, so one more would wait for ever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.errors import LimitReached, Unauthenticated
-from cluster.limits import MAX_KEYS, RETRY_AFTER_S
+from cluster.limits import RETRY_AFTER_S
+from cluster.security.bounds import MAX_KEYS
 from cluster.security.keys import ApiKey, Keys
 
 _MINUTE_S: Final = 60.0

@@ -39,7 +39,7 @@ from cluster.limits import LAST_WORDS_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.trust import COORDINATOR, Trust, open_trust
 from cluster.store.store import Store
-from cluster.transport.options import bind, control_server
+from cluster.transport.options import bind, public_server
 from cluster.transport.rings import GrpcDialer
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -110,7 +110,7 @@ async def _http_port(settings: ServeSettings, entrance: HttpPort, desk: Desk, re
         report.problem(f"no HTTP: {e.sentence}")
         yield ""
         return
-    app = application(desk, settings.http.served_names, entrance.sites)
+    app = application(desk, settings.http.names, entrance.sites)
     async with serving(app, listener, entrance.certificate) as address:
         yield f"{'https' if entrance.certificate else 'http'}://{address}"
 
@@ -140,7 +140,7 @@ async def _public_port(
 
     At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
     """
-    server, coordinator = control_server(trust), desk.coordinator
+    server, coordinator = public_server(trust), desk.coordinator
     add_InferenceServiceServicer_to_server(Inference(desk, trust), server)
     add_ClusterServiceServicer_to_server(Cluster(coordinator, trust), server)
     add_HealthServicer_to_server(checks, server)

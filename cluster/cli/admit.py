@@ -70,7 +70,7 @@ async def _open(stack: AsyncExitStack, folder: ClusterFolder, host: str, port: i
     """Where Macs are admitted: on a port of this process, or on that of a coordinator of this cluster that runs."""
     from cluster.errors import PortInUse
     from cluster.joining.port import EVERYWHERE, admitting
-    from cluster.limits import DEFAULT_JOIN_PORT
+    from cluster.security.bounds import DEFAULT_JOIN_PORT
 
     try:
         wanted = DEFAULT_JOIN_PORT if port is None else port

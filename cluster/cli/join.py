@@ -13,7 +13,7 @@ from cluster.cli.edge import errors_in_json
 from cluster.cli.home import short_host_name, state_home
 from cluster.cli.options import Json
 from cluster.errors import InvalidOption
-from cluster.limits import MAX_TOKEN_CHARS
+from cluster.security.bounds import MAX_TOKEN_CHARS
 
 if TYPE_CHECKING:
     from cluster.joining.client import Joined

@@ -15,8 +15,9 @@ from cluster.cli.lifeline import end_with_stdin
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.layers import parse_layers
-from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
+from cluster.security.bounds import DEFAULT_JOIN_PORT
 from cluster.types import Route
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def serve(
         join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
         join_wanted=join_port is not None,
         workers=workers,
-        peers=tuple(peer or ()),
+        peers=names(peer),
         peers_only=peers_only,
         journal=journal,
         layers=parse_layers(layers) if layers else None,
@@ -169,16 +170,20 @@ def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
 
 
 def _http(
-    address: str,
-    names: list[str] | None,
+    http: str,
+    served: list[str] | None,
     hosts: list[str] | None,
     origins: list[str] | None,
-    files: tuple[Path, Path] | None,
+    certificate: tuple[Path, Path] | None,
 ) -> HttpSettings:
     from cluster.coordinator.settings import HttpSettings
 
-    named, called, pages = (tuple(one or ()) for one in (names, hosts, origins))
-    return HttpSettings(http_address(address), bool(address), named, called, pages, files)
+    return HttpSettings(http_address(http), bool(http), names(served), names(hosts), names(origins), certificate)
+
+
+def names(given: list[str] | None) -> tuple[str, ...]:
+    """What a repeatable option was given."""
+    return tuple(given or ())
 
 
 def http_address(given: str) -> tuple[str, int] | None:

@@ -10,9 +10,9 @@ import grpc
 from cluster.address import parse_address
 from cluster.home import state_home
 from cluster.limits import (
+    CLIENT_KEEPALIVE_MS,
+    CLIENT_KEEPALIVE_TIMEOUT_MS,
     CONNECT_TIMEOUT_S,
-    KEEPALIVE_MS,
-    KEEPALIVE_TIMEOUT_MS,
     MAX_CONTROL_BYTES,
 )
 from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, Options, Trust, open_trust
@@ -22,9 +22,9 @@ DEFAULT_CLUSTER: Final = "default"
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_CONTROL_BYTES),
     ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_time_ms", CLIENT_KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", CLIENT_KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", CLIENT_KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),  # also the longest wait for one connect
     ("grpc.initial_reconnect_backoff_ms", 200),

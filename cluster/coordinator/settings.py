@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
-from cluster.limits import DEFAULT_JOIN_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.profiles import Objective
+from cluster.security.bounds import DEFAULT_JOIN_PORT
 from cluster.types import LayerRange, Route
 
 
@@ -30,17 +31,15 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
-    """``address`` is where HTTP is answered, None nowhere; where ``wanted`` is false nobody asked for it, and a taken
-    port is no reason to give up.
-
-    ``served_names`` are further names of the model. ``hosts`` and ``origins`` are by which names, beside this machine's
-    own, and from whose pages it may be called; ``certificate`` are PEM files of a chain and its key, None takes the
-    cluster's own.
+    """``address`` is where HTTP is answered, None nowhere; where ``wanted`` is false nobody asked for it, and a
+    taken port is no reason to give up. ``names`` are further names of the model. ``hosts`` and ``origins`` are by which
+    names, beside this machine's own, and from whose pages it may be called; ``certificate`` are PEM files of a chain
+    and its key, None takes the cluster's own.
     """
 
     address: tuple[str, int] | None = None
     wanted: bool = True
-    served_names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     certificate: tuple[Path, Path] | None = None
@@ -60,7 +59,8 @@ class ServeSettings:
     caches; 0 leaves them as they are. ``max_schema_bytes`` bounds the grammar of one answer. With ``take_back`` workers
     that were lost get their layers back once they are there again; without, they are spares.
 
-    ``join_port`` is where a cluster admits Macs, None nowhere; ``join_wanted`` says that a person named it.
+    ``join_port`` is where a cluster admits Macs, None nowhere; where ``join_wanted`` is false nobody asked for it,
+    and a taken port is no reason to give up.
     """
 
     model: str

@@ -25,8 +25,10 @@ from cluster.discovery.joining import look_for_join
 from cluster.errors import Busy, ClockWrong, ForeignAuthority, InvalidOption, MacpipeError, TokenRefused, Unreachable
 from cluster.joining.forms import AUTHORITY, JOIN, Answer, Ask, read_answer, read_refusal
 from cluster.joining.search import search
-from cluster.limits import (
-    CLOCK_WARNING_S,
+from cluster.security.admission import clocks_in_words
+from cluster.security.authority import Stranger, authority_of
+from cluster.security.bounds import (
+    CLOCKS_DIFFER_S,
     DEFAULT_JOIN_PORT,
     JOIN_RETRY_S,
     JOIN_S,
@@ -34,8 +36,6 @@ from cluster.limits import (
     JOIN_TRY_S,
     MAX_JOIN_BYTES,
 )
-from cluster.security.admission import clocks_in_words
-from cluster.security.authority import Stranger, authority_of
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Party, Role, name_of
@@ -73,7 +73,7 @@ class Joined:
     @property
     def warning(self) -> str:
         """What to say of the clocks; empty where they agree well enough."""
-        if abs(self.clock_ahead_s) <= CLOCK_WARNING_S:
+        if abs(self.clock_ahead_s) <= CLOCKS_DIFFER_S:
             return ""
         return f"this Mac's clock is {clocks_in_words(self.clock_ahead_s)} the coordinator's; set the one that is wrong"
 
@@ -221,7 +221,7 @@ def _unverified(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -
             " told nothing"
         )
     ahead = 0.0 if shown.clock is None else now - shown.clock
-    if abs(ahead) > CLOCK_WARNING_S:
+    if abs(ahead) > CLOCKS_DIFFER_S:
         return ClockWrong(
             f"this Mac's clock is {clocks_in_words(ahead)} the coordinator's, whose certificate is not valid at that"
             " time; set it, and join again with the same token"

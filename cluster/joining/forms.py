@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import InvalidRequest, MacpipeError
-from cluster.limits import MAX_NAME_CHARS, MAX_PEM_BYTES
 from cluster.security.admission import Wish
+from cluster.security.bounds import MAX_NAME_CHARS, MAX_PEM_BYTES
 
 AUTHORITY: Final = "/authority"
 JOIN: Final = "/join"

@@ -24,8 +24,8 @@ from cluster.address import format_address
 from cluster.discovery.joining import announce_join
 from cluster.errors import NoCluster, PortInUse
 from cluster.joining.service import Service
-from cluster.limits import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.admission import Admission
+from cluster.security.bounds import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import Role
 

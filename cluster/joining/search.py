@@ -13,7 +13,7 @@ import anyio
 
 from cluster.discovery.sighting import Source
 from cluster.errors import ForeignAuthority, MacpipeError, Unreachable
-from cluster.limits import JOIN_TRIES, MAX_JOIN_TRIED
+from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
 
 T = TypeVar("T")
 

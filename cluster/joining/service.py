@@ -16,8 +16,8 @@ from starlette.routing import Route
 
 from cluster.errors import Busy, MacpipeError, TooLarge
 from cluster.joining.forms import AUTHORITY, JOIN, Answer, read_ask, refusal
-from cluster.limits import MAX_JOIN_BYTES, WRONG_SECRETS
 from cluster.security.admission import Admission
+from cluster.security.bounds import MAX_JOIN_BYTES, WRONG_SECRETS
 from cluster.security.tokens import WrongSecret
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.errors import ClockWrong, TokenRefused
-from cluster.limits import LEAF_S
 from cluster.security.authority import Authority, requested_key
-from cluster.security.bounds import BACKDATED_S
+from cluster.security.bounds import BACKDATED_S, LEAF_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import issued, make_request, public_bytes
 from cluster.security.members import Members

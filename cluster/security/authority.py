@@ -20,8 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
-from cluster.limits import AUTHORITY_S, LEAF_S, MAX_PEM_BYTES
-from cluster.security.bounds import BACKDATED_S
+from cluster.security.bounds import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import private_bytes, public_bytes
 from cluster.security.roles import ID, Role, checked_name, name_of

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.errors import InvalidOption
-from cluster.limits import MAX_NAME_CHARS
 from cluster.security.admission import Admission
 from cluster.security.authority import Authority
+from cluster.security.bounds import MAX_NAME_CHARS
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import Party, Role, checked_name
 

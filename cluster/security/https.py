@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cluster.errors import InvalidOption
-from cluster.limits import LEAF_S
 from cluster.security.authority import Authority
+from cluster.security.bounds import LEAF_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import make_request
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from cluster.errors import ClockWrong, ClusterDamaged, MacpipeError
-from cluster.limits import MAX_PEM_BYTES
+from cluster.security.bounds import MAX_PEM_BYTES
 from cluster.security.roles import Party, party_in, party_of
 
 _LOOKS: Final = 20

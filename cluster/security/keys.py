@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
-from cluster.limits import MAX_KEYS
+from cluster.security.bounds import MAX_KEYS
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import checked_name
 from cluster.security.statefile import StateFile

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
-from cluster.limits import MAX_MEMBERS, MAX_SERIALS
+from cluster.security.bounds import MAX_MEMBERS, MAX_SERIALS
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import Party, Role, checked_name
 from cluster.security.statefile import StateFile

@@ -11,8 +11,7 @@ import grpc
 from cryptography import x509
 
 from cluster.errors import MacpipeError
-from cluster.limits import MAX_PEM_BYTES
-from cluster.security.bounds import MAX_PARTIES_KNOWN
+from cluster.security.bounds import MAX_PARTIES_KNOWN, MAX_PEM_BYTES
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import Keyring
 from cluster.security.members import Members

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from cluster.errors import InvalidOption, Unauthenticated
-from cluster.limits import MAX_NAME_CHARS, MAX_PEM_BYTES
+from cluster.security.bounds import MAX_NAME_CHARS, MAX_PEM_BYTES
 
 ID: Final = re.compile(r"[0-9a-f]{16}")
 """A cluster's or a party's id."""

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgpack
 
 from cluster.errors import Busy, ClusterDamaged
-from cluster.limits import MAX_STATE_BYTES
+from cluster.security.bounds import MAX_STATE_BYTES
 from cluster.security.folder import ClusterFolder
 
 FORMAT: Final = 1

@@ -16,8 +16,8 @@ from enum import StrEnum
 from typing import Any, Final
 
 from cluster.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
-from cluster.limits import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
 from cluster.security.authority import cluster_id_of
+from cluster.security.bounds import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import date_in_words
 from cluster.security.roles import Role

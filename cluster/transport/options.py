@@ -15,6 +15,8 @@ from cluster.errors import PortInUse
 from cluster.limits import (
     BULK_KEEPALIVE_MS,
     BULK_TIMEOUT_MS,
+    CLIENT_KEEPALIVE_MS,
+    CLIENT_KEEPALIVE_TIMEOUT_MS,
     CONNECT_ATTEMPT_MS,
     CONTROL_IDLE_MS,
     DATA_THREADS,
@@ -50,7 +52,9 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
     ]
 
 
-CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES), ("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
+_IDLE: Options = [("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
+CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES), *_IDLE]
+_PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
 """Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
 reader: half of a hop's wake-ups, and a quarter of its time."""
@@ -64,8 +68,13 @@ DIAL_OPTIONS: Options = [*DATA_OPTIONS, *_ONE_THREAD]
 
 
 def control_server(trust: Trust) -> aio.Server:
-    """A server for control and public calls, which asks ``trust`` about every one of them. Bind it, then start it."""
+    """A server for calls within the cluster, which asks ``trust`` about every one of them. Bind it, then start it."""
     return aio.server(options=CONTROL_OPTIONS, interceptors=_guards(trust))
+
+
+def public_server(trust: Trust) -> aio.Server:
+    """The same for clients' calls, more patient with those who do not answer for a while."""
+    return aio.server(options=_PUBLIC_OPTIONS, interceptors=_guards(trust))
 
 
 def _guards(trust: Trust) -> tuple[aio.ServerInterceptor[Any, Any], ...]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from cluster.client import Client
@@ -26,12 +27,24 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cluster.cli.main", *arguments]
 
 
+def bound(*arguments: str) -> list[str]:
+    """The command of a daemon whose standard input is to be ``lifeline``: it ends with this process, however that
+    ends.
+    """
+    return command(*arguments, "--exit-with-stdin")
+
+
+@cache
+def lifeline() -> int:
+    """A pipe's end to read from, of which this process holds the other end for as long as it lives."""
+    end, _ = os.pipe()
+    return end
+
+
 def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """A ``macpipe`` process of this machine in a session of its own, its output in ``log``."""
     with log.open("wb") as out:
-        return subprocess.Popen(
-            command(*arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-        )
+        return subprocess.Popen(bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from cluster.client import Client
 from cluster.errors import DiskFull, ModelDiffers
 from cluster.model.checkpoint import open_checkpoint
 from fake_hub import FakeHub
-from integration.daemons import Cluster, Daemon, Launch, command, free_port, wait_serving
+from integration.daemons import Cluster, Daemon, Launch, bound, free_port, lifeline, wait_serving
 from integration.reference import greedy
 from netns import missing as no_root
 
@@ -61,8 +61,8 @@ def knowing(hub: FakeHub, hf_home: Path, before: Sequence[str] = (), **more: str
     def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
             return subprocess.Popen(
-                [*before, *command(*arguments)],
-                stdin=subprocess.DEVNULL,
+                [*before, *bound(*arguments)],
+                stdin=lifeline(),
                 stdout=out,
                 stderr=out,
                 env=env,

@@ -24,8 +24,8 @@ from cluster.joining.client import JoinOrder, join
 from cluster.joining.forms import read_ask, read_refusal
 from cluster.joining.port import admitting
 from cluster.joining.service import Guesses
-from cluster.limits import MAX_JOINS
 from cluster.security.admission import Admission
+from cluster.security.bounds import MAX_JOINS
 from cluster.security.folder import ClusterFolder
 from cluster.security.founding import found
 from cluster.security.keyring import make_request

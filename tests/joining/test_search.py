@@ -15,7 +15,8 @@ from cluster.discovery.joining import SERVICE, announce_join, door_of, look_for_
 from cluster.discovery.roster import Roster
 from cluster.errors import ForeignAuthority, MacpipeError, Unreachable
 from cluster.joining.search import search
-from cluster.limits import JOIN_TRIES, MAX_JOIN_TRIED, MAX_ROSTER
+from cluster.limits import MAX_ROSTER
+from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
 
 pytestmark = pytest.mark.anyio
 SOON_S = 15

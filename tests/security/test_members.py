@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
-from cluster.limits import MAX_MEMBERS
+from cluster.security.bounds import MAX_MEMBERS
 from cluster.security.folder import ClusterFolder
 from cluster.security.members import Member, Members
 from cluster.security.roles import Party, Role

@@ -18,9 +18,9 @@ from cluster.errors import (
     MemberNotFound,
     TokenRefused,
 )
-from cluster.limits import MAX_TOKENS
 from cluster.security.admission import Admission, Wish, clocks_in_words
 from cluster.security.authority import Authority
+from cluster.security.bounds import MAX_TOKENS
 from cluster.security.folder import ClusterFolder
 from cluster.security.founding import found
 from cluster.security.keyring import Keyring, make_request
