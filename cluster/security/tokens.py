@@ -174,6 +174,8 @@ class Tokens:
 class WrongSecret(TokenRefused):
     """Nobody was given this id with this secret: a guess, or a token of long ago."""
 
+    reason = "TOKEN_UNKNOWN"
+
 
 def _digest(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()

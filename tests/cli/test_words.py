@@ -122,7 +122,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.planned(a_plan())
         for percent in range(101):
             report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading"))
-        report.serving("127.0.0.1:7701", a_plan(), "127.0.0.1:8081")
+        report.serving("127.0.0.1:7701", a_plan(), "http://127.0.0.1:8081")
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
     assert said.count("waiting for 2 workers") == 1

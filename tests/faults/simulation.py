@@ -43,6 +43,7 @@ from cluster.errors import (
 from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.membership.suspicion import Belief, Suspicion
+from cluster.security.trust import LocalTrust
 from cluster.transport.memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.types import (
@@ -98,6 +99,12 @@ class Caches:
         self.boxes = {line: Outbox(spec.epoch) for line in Line}
         self._fed: dict[int, tuple[int, ...]] = {}
         self._prefixes: dict[int, tuple[int, ...]] = {}
+        self._numbers = 0
+
+    def follows(self, frame: Frame) -> bool:
+        """Whether it is the next one. TCP loses nothing in the middle: where something is missing, the stream broke."""
+        self._numbers += 1
+        return frame.number == self._numbers - 1
 
     def stepped(self, frame: Frame) -> Frame:
         for edit in frame.edits:
@@ -163,8 +170,12 @@ class Mac:
         except BadFrame:
             caches.close()
             return
-        if frame.epoch == caches.spec.epoch:
+        if frame.epoch != caches.spec.epoch:
+            return
+        if caches.follows(frame):
             caches.boxes[Line.URGENT].send(encode(caches.stepped(frame)))
+        else:
+            caches.close()
 
     # The control port
 
@@ -279,7 +290,9 @@ class Mac:
         self._problem = ""
 
     def revive(self) -> None:
-        """It is there again; whoever was stopped goes on with what it holds."""
+        """It is there again; whoever was stopped goes on with what it holds, but not with streams of that time."""
+        if self._silent:
+            self._network.cut(self._data)
         self._dead = self._silent = False
         self._network.faults.pop(self._data, None)
 
@@ -301,7 +314,7 @@ def _late(message: bytes) -> bytes:
 
 class _Macs(Roster):
     def __init__(self, macs: dict[str, Mac]) -> None:
-        super().__init__(static([m.address for m in macs.values()]), "sim", "me")
+        super().__init__(static([m.address for m in macs.values()]), "sim", "me", LocalTrust())
         self._by_address = {m.address: m for m in macs.values()}
 
     def control(self, address: str) -> WorkerControl:
