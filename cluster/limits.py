@@ -22,7 +22,8 @@ MAX_STAGES: Final = 64
 MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
 """Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
 MAX_WAITING_BYTES: Final = GIB
-"""Frames in one queue of the data plane: as much as a window of 64 stages with chunks of 16 MiB; beyond is lost."""
+"""Frames in one queue of the data plane together. A reader that is so far behind is lost, and its memory matters more:
+the window of 64 stages with chunks of 16 MiB is as much."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
 MAX_MARK_TOKENS: Final = 64
@@ -86,7 +87,8 @@ MAX_PREFIXES: Final = 1024
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
 MAX_STEP_MS: Final = 100.0
-"""What one chunk of a prompt may make others wait, unless --max-step-ms is given: what a person just notices."""
+"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given:
+what a person just notices, and four times what reading a stage's weights takes, which each chunk has to."""
 OCCUPANCY_S: Final = 30.0
 """Over how long bubble shares are told."""
 
@@ -117,7 +119,8 @@ HOLD_S: Final = 6.0
 ENGINE_SILENCE_S: Final = 10.0
 """An engine that does not even say what it holds for this long is killed and started again."""
 RETURN_S: Final = 5.0
-"""How long recovery waits for a crashed engine before it turns to a spare; one that has to be started takes two."""
+"""How long recovery waits for a crashed engine before it turns to a spare: one that stood by is there at once, one
+that has to be started takes one or two."""
 RECOVERY_WAIT_S: Final = 20.0
 """How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
@@ -175,9 +178,12 @@ MAX_CALLS: Final = 1024
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
 """As long as a gRPC message may be."""
+BODY_TIMEOUT_S: Final = 30.0
+"""What a client gets to send its request's body."""
 MAX_PROMPTS: Final = 64
+"""Prompts in one completions request."""
 MAX_ANSWERS: Final = 64
-"""Prompts in one completions request, and answers that one may ask for over all its prompts."""
+"""Answers that one request may ask for, over all its prompts."""
 STREAM_WRITE_TIMEOUT_S: Final = 30.0
 """A client whose connection takes no more bytes for this long has gone away."""
 STREAM_COMMENT_S: Final = 5.0
@@ -185,11 +191,11 @@ STREAM_COMMENT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 75.0
 """How long a connection may wait for its next request; above what SDKs keep one in their pools."""
 HEADER_TIMEOUT_S: Final = 10.0
-BODY_TIMEOUT_S: Final = 30.0
-"""What a client gets to shake hands or to send a request's head, and then its body."""
+"""What a client gets to send a request's head, or to shake hands; after that its connection is closed."""
 LINGER_S: Final = 2.0
+"""What was refused before it was read may go on coming for this long, so that the refusal arrives; ..."""
 CLOSE_S: Final = 5.0
-"""How long what was refused unread may go on coming, so that the refusal arrives; and until what is closed is cut."""
+"""... and a connection whose client takes no bytes is cut so long after it was to be closed."""
 MAX_CORS_HEADER_CHARS: Final = 2048
 PREFLIGHT_S: Final = 600.0
 """How long a browser may remember that a page may ask."""
@@ -210,11 +216,13 @@ FETCH_STREAMS: Final = 4
 FETCH_RANGE_BYTES: Final = 64 * MIB
 """Neighbouring tensors are asked for together up to this; a longer tensor is asked for alone."""
 FETCH_COMMIT_BYTES: Final = 8 * MIB
+"""What a kill may cost: ranges are noted in pieces of this size, ..."""
 FETCH_COMMIT_S: Final = 1.0
-"""What a kill may cost: ranges are noted in pieces of this size, or what came in this time, where that is less."""
+"""... or what came in this time, where that is less."""
 FETCH_ATTEMPTS: Final = 5
+"""Tries of one range at one source that bring no byte."""
 FETCH_BACKOFF_S: Final = 0.5
-"""Tries of one range at one source that bring no byte, and the wait before the second; doubled for each further."""
+"""Wait before the second try; doubled for each further one."""
 FETCH_TICK_S: Final = 0.25
 """How often a fetch tells how far it is."""
 HUB_TIMEOUT_S: Final = 10.0
@@ -258,7 +266,8 @@ ASSUMED_LINK_BANDWIDTH: Final = 117e6
 BALANCE_SLACK: Final = 0.02
 """By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
 MAX_SEARCH: Final = 2_500
-"""Pairs of (set of workers, next worker) up to which every order is tried: eight workers; beyond, that by speed."""
+"""Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
+Beyond that the order is by speed, and the search is exact in that order."""
 
 PROFILE_TIMEOUT_S: Final = 60.0
 """A worker measures itself in two or three seconds; one that takes this long works without a profile."""
@@ -267,8 +276,9 @@ KEPT_LINKS: Final = 64
 CORRECTION_BOUND: Final = 8.0
 """A correction beyond this, either way, says that something else is wrong."""
 LEARNED_FRAMES: Final = 256
+"""Decode frames, a stage, whose times are remembered: their median is what was measured."""
 LEAST_FRAMES: Final = 16
-"""Decode frames of a stage whose times make the median that is told and learned: so many at most, and at least."""
+"""Below this nothing is said of what frames take, and nothing learned."""
 LEARN_S: Final = 10.0
 """How often workers are told what their frames took."""
 LEARN_STEP: Final = 0.02
@@ -276,9 +286,10 @@ LEARN_STEP: Final = 0.02
 PLAN_TIMEOUT_S: Final = 60.0
 """Tracing a large model takes seconds, and so may the links of many workers."""
 PROBES: Final = 12
+"""Empty messages by which a link's round trip is told."""
 PROBE_BYTES: Final = MIB
 PROBE_MESSAGES: Final = 8
-"""Empty messages tell a link's round trip; those of bytes its bandwidth: 8 MiB are 70 ms at 1 Gb/s."""
+"""By which its bandwidth is: 8 MiB are 70 ms at 1 Gb/s."""
 PROBE_TIMEOUT_S: Final = 5.0
 LINK_KEPT_S: Final = 24 * 3600.0
 """A link that was measured within a day is not measured again before a load."""
@@ -289,7 +300,8 @@ MAX_ROSTER: Final = 64
 MAX_FRAMES_WAITING: Final = 4096
 """Frames queued towards one reader; the scheduler's window keeps it far below."""
 DATA_THREADS: Final = 32
-"""Streams that one data port serves at once, also of epochs that end; each holds a thread, one more waits for ever."""
+"""Streams that one data port serves at once: a feed and a pull on each of two lines, the pulse of each, and those of
+epochs that are ending. Each holds a thread while it is open, so one more would wait for ever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to say who it is counts as absent for now."""
 SETTLE_S: Final = 1.0

@@ -67,4 +67,6 @@ def items_of(reply: Reply, whole: Whole) -> Sequence[dict[str, Any]]:
         logprobs = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
         items.append(reply.message(new_id("msg_"), whole.text, logprobs))
     items += [reply.call(new_id("fc_"), c.id, c.name, c.arguments) for c in whole.calls]
+    if items and whole.finish:
+        items[-1]["status"] = reply.ending(whole.finish)
     return items

@@ -34,6 +34,11 @@ class Reply:
             return cut | {"incomplete_details": {"reason": "max_output_tokens"}}
         return self._object("completed", items, usage)
 
+    @staticmethod
+    def ending(finish: FinishEvent) -> str:
+        """The status of the last item: what the length cut off is incomplete, like the whole."""
+        return "incomplete" if finish.reason is FinishReason.LENGTH else "completed"
+
     def failed(self, items: Sequence[dict[str, Any]], error: MacpipeError) -> dict[str, Any]:
         """The object where an error ended it."""
         told = openai_error(error)["error"]
@@ -77,14 +82,14 @@ class Reply:
 
     def reasoning(self, item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
         """An item of reasoning. It comes back with the next request as it is: nothing of it is encrypted."""
-        content = [{"type": "reasoning_text", "text": text}] if status == "completed" else []
+        content = [{"type": "reasoning_text", "text": text}] if status != "in_progress" else []
         return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
 
     def message(
         self, item_id: str, text: str, logprobs: Sequence[dict[str, Any]] = (), status: str = "completed"
     ) -> dict[str, Any]:
         """The item of what the assistant says."""
-        content = [output_text(text, logprobs)] if status == "completed" else []
+        content = [output_text(text, logprobs)] if status != "in_progress" else []
         return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def call(self, item_id: str, call_id: str, name: str, text: str, status: str = "completed") -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Stream:
     def _finished(self, finish: FinishEvent) -> Pieces:
         if not self._open and not self._done:
             yield from self._opened("message")  # an answer of no words is a message, too
-        yield from self._closed()
+        yield from self._closed(self.reply.ending(finish))
         response = self.reply.finished(self._done, finish, self._reasoned)
         yield {"type": f"response.{response['status']}", "response": response}
 
@@ -109,15 +109,15 @@ class Stream:
         if part := self._part(""):
             yield {"type": "response.content_part.added", **item.place, "content_index": 0, "part": part}
 
-    def _closed(self) -> Pieces:
-        """The events that close the open item, if one is."""
+    def _closed(self, status: str = "completed") -> Pieces:
+        """The events that close the open item, if one is, whole or cut off."""
         item = self._open
         if not item:
             return
         yield from self._text_done(item)
         if part := self._part(item.text):
             yield {"type": "response.content_part.done", **item.place, "content_index": 0, "part": part}
-        self._done.append(self._object("completed"))
+        self._done.append(self._object(status))
         self._open = None
         yield {"type": "response.output_item.done", "output_index": item.index, "item": self._done[-1]}
 
