@@ -52,7 +52,7 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         made.close()
     facts = found.facts()
     print(json.dumps(facts) if options.json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
-    return 0 if found.flat and not found.differing else 1
+    return 0 if found.flat and not (found.differing or found.failed) else 1
 
 
 @dataclass(frozen=True)

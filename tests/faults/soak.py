@@ -34,6 +34,10 @@ class Found:
     cycles: int = 0
     tokens: int = 0
     differing: int = 0
+    failed: list[str] = field(default_factory=list)
+    """Why answers ended early that nobody cancelled."""
+    prefixes: int = 0
+    """Kept on the engines at the end, which is memory that may grow up to its bound."""
     took_s: float = 0.0
     footprints: dict[str, list[Footprint]] = field(default_factory=dict)
 
@@ -45,14 +49,20 @@ class Found:
         ends = {name: (seen[len(seen) // 4], seen[-1]) for name, seen in self.footprints.items()}
         processes = {
             name: {
-                "mib": [round(a.resident / 2**20, 1), round(b.resident / 2**20, 1)],
+                "mib": [round(f.resident / 2**20, 1) for f in self.footprints[name][:: LOOKS // 10]],
                 "files": [a.files, b.files],
                 "threads": [a.threads, b.threads],
             }
             for name, (a, b) in ends.items()
         }
-        told = {"cycles": self.cycles, "tokens": self.tokens, "differing": self.differing, "flat": self.flat}
-        return {**told, "seconds": round(self.took_s, 1), "warm_and_last": processes}
+        told = {"cycles": self.cycles, "tokens": self.tokens, "differing": self.differing, "failed": self.failed}
+        return {
+            **told,
+            "flat": self.flat,
+            "prefixes": self.prefixes,
+            "seconds": round(self.took_s, 1),
+            "processes": processes,
+        }
 
 
 def _flat(seen: list[Footprint]) -> bool:
@@ -121,8 +131,9 @@ class Soak:
         """A last look, once every connection has gone."""
         deadline = time.monotonic() + 30
         with Client(self._address, timeout_s=30) as client:
-            while client.cluster().requests and time.monotonic() < deadline:
+            while (state := client.cluster()).requests and time.monotonic() < deadline:
                 time.sleep(0.1)
+        found.prefixes = state.prefixes
         time.sleep(1.0)
         self._look(found)
 
@@ -152,8 +163,12 @@ class Soak:
         at = random.Random(number).randrange(len(self._asked))
         asked = self._asked[at]
         with Client(self._address, timeout_s=120) as client:
-            said = client.generate(
-                list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, **dict(asked.sampling)
-            ).tokens
+            try:
+                said = client.generate(
+                    list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, **dict(asked.sampling)
+                ).tokens
+            except MacpipeError as e:
+                found.failed.append(e.sentence)
+                return
         found.tokens += len(said)
         found.differing += said != self._expected[at]
