@@ -28,16 +28,19 @@ DAY_S = 86_400.0
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[tuple[Cluster, str]]:
-    """Three workers and a coordinator, all with certificates."""
-    made = Cluster(tmp_path_factory.mktemp("secured"), mtls=True)
-    try:
-        made.lead.admit_worker("ann", made.folder / "home", now=time.time() - 70 * DAY_S)
-        for name in NAMES:
-            made.worker(name)
-        _, address = made.serving(llama, 3)
-        yield made, address
-    finally:
-        made.close()
+    """Three workers and a coordinator, all with certificates; this process is an admin meanwhile, and no longer."""
+    folder = tmp_path_factory.mktemp("secured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACPIPE_HOME", str(folder / "admin"))
+        made = Cluster(folder, mtls=True)
+        try:
+            made.lead.admit_worker("ann", made.folder / "home", now=time.time() - 70 * DAY_S)
+            for name in NAMES:
+                made.worker(name)
+            _, address = made.serving(llama, 3)
+            yield made, address
+        finally:
+            made.close()
 
 
 def until(seen: object, timeout_s: float = 30.0) -> None:
