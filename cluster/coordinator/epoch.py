@@ -55,13 +55,14 @@ class Opening:
     async def load(self, plan: Plan, workers: Sequence[WorkerFacts], only: Collection[str] | None = None) -> None:
         """Make every worker, or ``only`` some, hold its slice; one that holds it already reads and proves nothing.
 
-        Raises ``MacpipeError``.
+        Where ``only`` some are asked and none of them lacks anything, the coordinator's folder is not looked at either:
+        a recovery waits for nothing. Raises ``MacpipeError``.
         """
         began, controls = time.monotonic(), self._controls(workers)
         asked = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
         missing = [i for i in asked if not holds(workers[i], plan.stages[i])]
         stages, called = [plan.stages[i] for i in asked], [controls[i] for i in asked]
-        if not missing:
+        if only is not None and not missing:
             await load_slices(stages, called, [_NOTHING] * len(asked), self.progress)
             return
         async with self.supply.delivery(plan, self.checkpoint, workers) as delivery:
@@ -70,8 +71,8 @@ class Opening:
             due = [p for i, p in zip(asked, proofs, strict=True) if i in missing]
             news = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await news.check(due, lambda: self._tell(plan, "hashing"))
-        read = sum(plan.stages[i].weight_bytes for i in missing)
-        self.rate = read / max(time.monotonic() - began, 1e-3)
+        if read := sum(plan.stages[i].weight_bytes for i in missing):
+            self.rate = read / max(time.monotonic() - began, 1e-3)
 
     def _tell(self, plan: Plan, state: str) -> None:
         for stage in plan.stages:

@@ -116,7 +116,7 @@ class LocalTrust:
         if not is_loopback(host):
             raise InvalidOption(
                 f"whoever reaches {host} could use it: without a cluster macpipe listens on this machine alone. Make a"
-                f" cluster with `macpipe init`, or enter one with `macpipe join TOKEN`{self._named}",
+                f" cluster with `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}`",
                 field="host",
             )
         return grpc.local_server_credentials()
@@ -125,7 +125,7 @@ class LocalTrust:
         if not is_loopback(host):
             raise InvalidOption(
                 f"{host} is another machine, and this one has no certificate for it: make a cluster with"
-                f" `macpipe init`, or enter one with `macpipe join TOKEN`{self._named}",
+                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}`",
                 field="host",
             )
         return grpc.local_channel_credentials(), []
