@@ -77,7 +77,7 @@ def test_no_port_and_no_channel_is_without_credentials() -> None:
 def test_alone_a_machine_speaks_with_itself(host: str) -> None:
     trust = LocalTrust("home")
     for refused in (lambda: trust.server(host), lambda: trust.channel(host, WORKER)):
-        with pytest.raises(InvalidOption, match=r"`macpipe init`.*`macpipe join TOKEN` --cluster home"):
+        with pytest.raises(InvalidOption, match=r"`macpipe init --cluster home`.*`macpipe join TOKEN --cluster home`"):
             refused()
     trust.server("127.0.0.1")
     trust.channel("::1", WORKER)
