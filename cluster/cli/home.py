@@ -1,10 +1,8 @@
-"""Where this machine keeps macpipe's small state, and what it is called."""
+"""What this machine is called."""
 
 from __future__ import annotations
 
 import socket
-
-from cluster.home import state_home as state_home
 
 
 def short_host_name() -> str:

@@ -10,8 +10,9 @@ import typer
 
 from cluster.cli.admit import Cluster, JoinHost, JoinPort
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import short_host_name, state_home
+from cluster.cli.home import short_host_name
 from cluster.cli.options import Json
+from cluster.home import state_home
 
 if TYPE_CHECKING:
     from cluster.security.founding import Founded

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import short_host_name, state_home
+from cluster.cli.home import short_host_name
 from cluster.cli.options import Json
 from cluster.errors import InvalidOption
+from cluster.home import state_home
 from cluster.security.bounds import MAX_TOKEN_CHARS
 
 if TYPE_CHECKING:

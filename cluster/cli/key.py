@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import state_home
 from cluster.cli.options import Json
+from cluster.home import state_home
 
 if TYPE_CHECKING:
     from cluster.security.keys import ApiKey, Keys, KeyScope

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cluster.cli.home import state_home
 from cluster.cli.options import Json
 from cluster.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
+from cluster.home import state_home
 from cluster.limits import CONNECT_TIMEOUT_S
 
 if TYPE_CHECKING:

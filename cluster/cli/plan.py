@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import state_home
 from cluster.cli.options import Coordinator, Json
 from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, checked_kv_bits
 from cluster.errors import InvalidOption, Unreachable
+from cluster.home import state_home
 from cluster.limits import SETTLE_S
 from cluster.profiles import Objective
 from cluster.types import Route

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import state_home
 from cluster.cli.options import Json
+from cluster.home import state_home
 from cluster.layers import parse_range
 from cluster.types import LayerRange
 

@@ -10,8 +10,8 @@ import typer
 
 from cluster.cli.admit import Cluster
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import state_home
 from cluster.cli.options import Json
+from cluster.home import state_home
 
 
 def remove(

@@ -10,10 +10,10 @@ import typer
 
 from cluster.address import parse_address
 from cluster.cli.admit import JoinPort
-from cluster.cli.home import state_home
 from cluster.cli.lifeline import end_with_stdin
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
+from cluster.home import state_home
 from cluster.layers import parse_layers
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective

@@ -12,9 +12,9 @@ import typer
 from cluster.cli.admit import Cluster, JoinHost, JoinPort
 from cluster.cli.durations import duration_in_words, parse_duration
 from cluster.cli.edge import errors_in_json
-from cluster.cli.home import state_home
 from cluster.cli.options import Json
 from cluster.errors import InvalidOption
+from cluster.home import state_home
 
 if TYPE_CHECKING:
     from cluster.security.tokens import JoinToken, Token

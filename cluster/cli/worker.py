@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.home import short_host_name, state_home
+from cluster.cli.home import short_host_name
 from cluster.cli.lifeline import end_with_stdin
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
+from cluster.home import state_home
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"

@@ -28,6 +28,7 @@ from cluster.security.admission import Admission
 from cluster.security.bounds import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import Role
+from cluster.security.stamp import Stamp, stamp_of
 
 _SILENT = logging.getLogger(f"{__name__}.http")
 """What uvicorn says of requests that are none: strangers must not write into a coordinator's log as they like."""
@@ -81,12 +82,12 @@ class Chain:
 
     def __init__(self, folder: Path) -> None:
         self._certificate, self._key = folder / "certificate.pem", folder / "key.pem"
-        self._stamp = (0, 0)
+        self._stamp: tuple[Stamp, ...] = ()
         self.context()
 
     def context(self) -> ssl.SSLContext:
         with contextlib.suppress(OSError, ssl.SSLError):  # between the two writes of a renewal the old one serves
-            stamp = (self._certificate.stat().st_mtime_ns, self._key.stat().st_mtime_ns)
+            stamp = stamp_of(self._certificate), stamp_of(self._key)
             if stamp != self._stamp:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -6,17 +6,14 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from cluster.errors import InvalidOption
 from cluster.security.authority import Authority
-from cluster.security.bounds import LEAF_S
+from cluster.security.bounds import LEAF_S, RENEWAL_SHARE
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import make_request
-
-_RENEW: Final = 2 / 3
-"""Of a certificate's life, after which a new one is made."""
-_Stamp = tuple[int, int]
+from cluster.security.stamp import Stamp, stamp_of
 
 
 class HttpCertificate(Protocol):
@@ -53,7 +50,7 @@ class OwnCertificate:
         self._folder.write(files[1], key)
         self._folder.write(files[0], certificate)
         self.context.load_cert_chain(*files)
-        self._due = now + _RENEW * LEAF_S
+        self._due = now + RENEWAL_SHARE * LEAF_S
 
 
 class GivenCertificate:
@@ -75,12 +72,11 @@ class GivenCertificate:
         except InvalidOption:
             return  # a renewal writes two files: the next look sees both
 
-    def _look(self) -> tuple[_Stamp, _Stamp]:
+    def _look(self) -> tuple[Stamp, ...]:
         try:
-            certificate, key = (file.stat() for file in self._files)
+            return tuple(stamp_of(file) for file in self._files)
         except OSError as e:
             raise InvalidOption(f"cannot read {e.filename} (--http-cert, --http-key): {e.strerror}") from e
-        return (certificate.st_mtime_ns, certificate.st_size), (key.st_mtime_ns, key.st_size)
 
     def _load(self) -> None:
         try:

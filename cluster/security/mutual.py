@@ -18,6 +18,7 @@ from cluster.security.members import Members
 from cluster.security.renewal import Renewal
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Party, Role, party_in
+from cluster.security.stamp import Stamp, stamp_of
 from cluster.security.trust import Options, Shown
 
 log = logging.getLogger(__name__)
@@ -115,9 +116,8 @@ class ClusterTrust:
         return self.members is not None and serial in self.members.revoked()
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> Stamp | None:
     try:
-        found = path.stat()
+        return stamp_of(path)
     except OSError:
-        return 0, 0, 0
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return None

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from threading import Lock
 
-from cryptography import x509
-
 from cluster.errors import Busy, InvalidRequest, MemberNotFound
 from cluster.security.authority import Authority
 from cluster.security.bounds import MAX_LEAVES_VALID, RENEWAL_SHARE
 from cluster.security.folder import ClusterFolder
-from cluster.security.keyring import Keyring, make_request
+from cluster.security.keyring import Keyring, issued, make_request
 from cluster.security.members import Members
-from cluster.security.roles import Role, party_in
+from cluster.security.roles import Role
 
 
 def is_due(begins: float, ends: float, now: float) -> bool:
@@ -73,6 +71,5 @@ def renewed(folder: ClusterFolder, role: Role, id: str, request: bytes, now: flo
         raise Busy(f"{member.name} has {len(valid)} certificates that are valid still")
     authority = Authority.load(folder)
     certificate = authority.sign(request, member.role, member.id, member.name, now)
-    leaf = x509.load_pem_x509_certificate(certificate)
-    members.renew(party_in(leaf), leaf.not_valid_after_utc.timestamp())
+    members.renew(*issued(certificate))
     return certificate

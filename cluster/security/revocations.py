@@ -21,7 +21,7 @@ class Revocations:
         return frozenset(self._file.rows())
 
     def learn(self, serials: Iterable[int]) -> None:
-        """Know these instead of any before, of which at most ``limits.MAX_REVOKED`` are kept; writes what is new."""
+        """Know these instead of any before, of which at most ``bounds.MAX_REVOKED`` are kept; writes what is new."""
         told = tuple(sorted(set(serials)))[:MAX_REVOKED]
         if told != self._file.rows():
             with self._file.edit() as edit:

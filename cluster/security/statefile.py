@@ -16,10 +16,10 @@ import msgpack
 from cluster.errors import Busy, ClusterDamaged
 from cluster.security.bounds import MAX_STATE_BYTES
 from cluster.security.folder import ClusterFolder
+from cluster.security.stamp import Stamp, stamp_of
 
 FORMAT: Final = 1
 T = TypeVar("T")
-_Stamp = tuple[int, int, int]
 
 
 class Edit(Generic[T]):
@@ -37,7 +37,7 @@ class StateFile(Generic[T]):
     ) -> None:
         self._folder, self._path, self._pack, self._unpack = folder, path, pack, unpack
         self._guard = Lock()
-        self._stamp: _Stamp | None = None
+        self._stamp: Stamp | None = None
         self._rows: tuple[T, ...] = ()
 
     def rows(self) -> tuple[T, ...]:
@@ -70,14 +70,13 @@ class StateFile(Generic[T]):
             raise Busy(f"{self._path.name} of this cluster is full")
         self._folder.write(self._path, content)
 
-    def _look(self) -> _Stamp | None:
+    def _look(self) -> Stamp | None:
         try:
-            now = self._path.stat()
+            return stamp_of(self._path)
         except FileNotFoundError:
             return None
         except OSError as e:
             raise ClusterDamaged(f"cannot read {self._path}: {e.strerror}") from e
-        return now.st_mtime_ns, now.st_size, now.st_ino
 
     def _read(self) -> tuple[T, ...]:
         try:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.cli.facts import plain
-from cluster.cli.home import state_home
 from cluster.cli.report import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
+from cluster.home import state_home
 from cluster.layers import parse_layers
 from cluster.loads import LoadProgress
 from cluster.types import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
