@@ -104,7 +104,8 @@ class Ports:
 
     def __init__(self, trust: Trust) -> None:
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self.control = asyncio.run_coroutine_threadsafe(self._open(trust), self._loop).result(10)
         self._data = DataServer(trust, "127.0.0.1", 0, Nothing())
         self.data = self._data.port
@@ -125,6 +126,8 @@ class Ports:
         self._data.stop()
         asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
 
 
 @pytest.fixture(scope="module")
