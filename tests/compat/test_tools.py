@@ -66,7 +66,7 @@ def test_a_round_trip(client: OpenAI) -> None:
         model="default", messages=[*ASK, choice.message, back], tools=[WEATHER], tool_choice="none", max_tokens=8
     )
     assert said.choices[0].message.tool_calls is None
-    assert said.choices[0].finish_reason == "length"
+    assert said.choices[0].finish_reason in ("length", "stop")  # the call's id is random, and so is what follows it
 
 
 def test_a_streamed_call(client: OpenAI) -> None:
@@ -192,4 +192,4 @@ def test_anthropic_tools_and_thinking(tooled: Served) -> None:
         result = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "sunny"}]}
         turns = [*ASK, {"role": "assistant", "content": done.content}, {"role": "user", "content": [result]}]
         again = client.messages.create(model="default", max_tokens=4, messages=turns)
-        assert again.stop_reason == "max_tokens"
+        assert again.stop_reason in ("max_tokens", "end_turn")  # the call's id is random, and so is what follows it

@@ -48,12 +48,14 @@ class Answer:
         self.stream = stream
         self.said: dict[int, list[int]] = {}
         self.texts: dict[int, str] = {}
+        self.begun = threading.Event()
 
     def follow(self, each: Callable[[int], None] = lambda count: None) -> Answer:
         """Read to the end, or until the coordinator is gone."""
         with suppress(MacpipeError):
             for token in self.stream:
                 self.said.setdefault(token.sample, []).append(token.token)
+                self.begun.set()
                 self.texts[token.sample] = self.texts.get(token.sample, "") + token.text
                 each(len(self.said[0]) if 0 in self.said else 0)
         return self
@@ -84,6 +86,7 @@ def survives(small: Campaign, number: int, expected: dict[str, list[list[int]]])
 
     def struck(count: int) -> None:
         if count == kill_at:
+            assert all(answer.begun.wait(60) for answer in answers.values())  # what was not accepted cannot be resumed
             fleet.serve.process.kill()
 
     readers = [threading.Thread(target=a.follow) for kind, a in answers.items() if kind != "greedy"]
