@@ -60,7 +60,7 @@ class Served:
             return len(client.cluster().requests)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cluster = Cluster(tmp_path_factory.mktemp("compat"))
     try:

@@ -1,4 +1,4 @@
-"""One fleet behind proxies for the session, whose every test leaves it whole."""
+"""One fleet behind proxies for all of these tests, each of which leaves it whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from faults.campaign import Campaign
 from faults.fleet import Fleet
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     if sys.platform != "linux":
         pytest.skip("needs loopback addresses beside 127.0.0.1, and /proc")

@@ -1,4 +1,4 @@
-"""One cluster of four worker daemons and one coordinator for the whole session; tests load what they need."""
+"""One cluster of four worker daemons and one coordinator for all of these tests, which load what they need."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def llama(models: Path) -> Path:
     return make("llama", models / "llama")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four workers of the session's own."""
+    """Four workers of these tests' own; they end with the folder's last test, since idle daemons are not free."""
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         for name in WORKERS:
@@ -45,7 +45,7 @@ def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         made.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def address(session_cluster: Cluster, llama: Path) -> str:
     """The coordinator of the session's workers, which it found over mDNS on loopback."""
     return session_cluster.serving(llama, len(WORKERS))[1]

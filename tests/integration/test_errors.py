@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from checkpoints import make
 from integration.daemons import Cluster, command, free_port
 
 pytestmark = pytest.mark.timeout(120)
+shared = pytest.mark.xdist_group("trio")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,11 +38,23 @@ def test_no_worker_found_says_what_to_check(llama: Path) -> None:
         assert part in said
 
 
-def test_fewer_workers_than_wanted_says_who_is_there(cluster: Cluster, llama: Path) -> None:
-    cluster.worker("lone").wait_for("worker lone of cluster")
-    said = refused("serve", str(llama), "--cluster", cluster.name, "--workers", "2", "--wait", "5", "--port", "0")
-    assert "for 2 workers" in said
-    assert "found lone" in said
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three idle workers; nothing loads a model there."""
+    made = Cluster(tmp_path_factory.mktemp("trio"))
+    try:
+        for worker in [made.worker(name) for name in ("abe", "bea", "cid")]:
+            worker.wait_for(f"worker {worker.name} of cluster")
+        yield made
+    finally:
+        made.close()
+
+
+@shared
+def test_fewer_workers_than_wanted_says_who_is_there(trio: Cluster, llama: Path) -> None:
+    said = refused("serve", str(llama), "--cluster", trio.name, "--workers", "4", "--wait", "2", "--port", "0")
+    assert "for 4 workers" in said
+    assert "found abe, bea, cid" in said
 
 
 def test_a_peer_that_does_not_answer_is_named(llama: Path) -> None:
@@ -72,11 +86,10 @@ def test_a_looped_model_is_refused(tmp_path: Path) -> None:
     assert "loop" in said.lower()
 
 
-def test_not_enough_clean_cuts(cluster: Cluster, tmp_path: Path) -> None:
+@shared
+def test_not_enough_clean_cuts(trio: Cluster, tmp_path: Path) -> None:
     two = make("llama", tmp_path / "two", layers=2)
-    for name in ("a", "b", "c"):
-        cluster.worker(name)
-    said = refused("serve", str(two), "--cluster", cluster.name, "--workers", "3", "--wait", "60", "--port", "0")
+    said = refused("serve", str(two), "--cluster", trio.name, "--workers", "3", "--wait", "60", "--port", "0")
     assert "2 stages at most" in said
     assert "--workers 2" in said
 
@@ -151,9 +164,9 @@ def test_an_unknown_option_is_wrong_usage() -> None:
     assert "layer 4" in refused("serve", "faq", "--layers", "0-3,5-7", code=2)
 
 
-def test_layers_that_cannot_be(cluster: Cluster, llama: Path) -> None:
-    cluster.worker("a").wait_for("worker a of cluster")
-    said = refused("serve", str(llama), "--cluster", cluster.name, "--layers", "0-8", "--wait", "30", "--port", "0")
+@shared
+def test_layers_that_cannot_be(trio: Cluster, llama: Path) -> None:
+    said = refused("serve", str(llama), "--cluster", trio.name, "--layers", "0-8", "--wait", "30", "--port", "0")
     assert "layers 0-3" in said
 
 

@@ -14,6 +14,7 @@ from architectures import Architecture, architectures, modules, not_models, refu
 from checkpoints import make, write
 from cluster.errors import ModelUnsupported
 from cluster.model.survey import survey
+from effort import chosen
 from model import table
 from model.proof import prove, prove_quickly
 
@@ -46,7 +47,7 @@ def test_who_asks_for_no_module_is_told(wrong: str) -> None:
     assert done.stderr == f"ops/models takes --check, or names of served modules; {wrong} is none\n"
 
 
-@pytest.mark.parametrize("name", architectures())
+@pytest.mark.parametrize("name", chosen(architectures(), *list(architectures())[::3]))
 def test_two_stages_say_what_mlx_lm_says(name: str, tmp_path: Path) -> None:
     arch = architectures()[name]
     shape = prove_quickly(arch, tmp_path)
