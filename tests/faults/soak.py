@@ -25,6 +25,8 @@ FILES = 8
 GROWTH = 1.10
 """Memory may end so much above what it was once warm: kept prefixes fill their share, allocators keep what they had."""
 BYTES = 16 * 2**20
+MEMORY = "8MiB"
+"""What a worker may use: enough for all live answers, and so little for kept prefixes that they fill it at once."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Soak:
 
     def __init__(self, folder: Path) -> None:
         self._cluster = Cluster(folder)
-        workers = [self._cluster.worker(name) for name in ("hal", "ida")]
+        workers = [self._cluster.worker(name, "--memory-limit", MEMORY) for name in ("hal", "ida")]
         for worker in workers:
             worker.wait_for("of cluster")
         self._serve, self._address = self._cluster.serving("faq", 2)
