@@ -54,7 +54,7 @@ def test_langchain_tools_and_structured_output(tooled: Served) -> None:
 def test_the_llm_command(faq: Served, tmp_path: Path) -> None:
     known = [{"model_id": "macpipe", "model_name": "faq", "api_base": faq.openai}]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(known))
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": faq.key}
     for streaming in ([], ["--no-stream"]):
         options = ["-o", "temperature", "0", "-o", "max_tokens", "19", *streaming]
         command = [sys.executable, "-m", "llm", "prompt", "-m", "macpipe", *options, "What is a hop?"]
@@ -66,7 +66,8 @@ def test_the_llm_command(faq: Served, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(faq: Served) -> None:
     def curl(*arguments: str) -> str:
-        done = subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, timeout=60, check=True)
+        command = ["curl", "-sS", "-H", f"Authorization: {faq.bearer['authorization']}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout
 
     body = '{"messages": [{"role": "user", "content": "What is a hop?"}], "temperature": 0, "max_tokens": 19'
