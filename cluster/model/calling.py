@@ -12,6 +12,7 @@ from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar, GrammarKind
 from cluster.model.grammars import JSON_STYLE
 from cluster.model.marks import Marks, quoted
+from cluster.model.schemas import unkept
 from cluster.model.template import described
 
 __all__ = ["calling_grammar"]
@@ -87,7 +88,10 @@ def _json(schema: dict[str, Any]) -> str:
 
 
 def _parameters(tool: Tool) -> Any:
-    return described(tool)["function"]["parameters"]
+    parameters = described(tool)["function"]["parameters"]
+    if why := unkept(parameters):
+        raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be bound: {why}", field="tools")
+    return parameters
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ llguidance's own limits, the same here and on the last stage, so that what the c
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import InvalidGrammar, StageFailed
 from cluster.grammar import Grammar, GrammarKind
+from cluster.model.schemas import unkept
 
 if TYPE_CHECKING:  # a type of the stubs alone
     from llguidance._lib import JsonCompileOptions
@@ -184,7 +186,11 @@ def _source(grammar: Grammar) -> str:
             return str(LLMatcher.grammar_from_lark(grammar.source))
     schema: Any = '{"type": "object"}' if grammar.kind is GrammarKind.JSON_OBJECT else grammar.source
     try:
+        if why := unkept(json.loads(schema)):
+            raise _refused(grammar, why)
         return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
+    except RecursionError as error:
+        raise _refused(grammar, "it is nested too deeply") from error
     except ValueError as error:
         raise _refused(grammar, str(error)) from error
 

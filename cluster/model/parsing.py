@@ -1,7 +1,8 @@
 """An answer's text as it comes, told apart: reasoning, content, and calls of tools through mlx-lm's parsers.
 
-A call is parsed once it is whole. What turns out to be none (broken JSON, a tool that was not given, an answer cut off
-inside) is content after all, marks and all: nothing that the model said is lost but marks and the blanks around them.
+Where a format lets them, a call's arguments are told as they come; it is a call from where they begin, whatever comes
+of them. Else a call is parsed once it is whole. What turns out to be none (broken JSON, a tool that was not given, an
+answer cut off inside) is content after all: nothing that the model said is lost but marks and the blanks around them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from cluster.chat import Parsing, Tool, ToolCallDelta
 from cluster.model.marks import Marks
+from cluster.model.open_call import OpenCall
 from cluster.model.template import described
 
 __all__ = ["AnswerParser", "Parsed"]
@@ -61,6 +63,9 @@ class AnswerParser:
         self._blanks = ""
         """Those before a call, which come back where it is none."""
         self._calls = 0
+        self._names = frozenset(tool.name for tool in parsing.tools)
+        self._open: OpenCall | None = None
+        """The call that is being told."""
 
     @property
     def called(self) -> bool:
@@ -80,7 +85,7 @@ class AnswerParser:
         if self._in is _In.CALL:
             body, self._held = self._held, ""
             self._in = _In.CONTENT
-            if not (whole and self._call(body, out)):
+            if not self._closed(body, out) and not (whole and self._call(body, out)):
                 self._say(self._blanks + self._marks.call_start + body, out)
         else:
             self._say(self._held, out, last=True)
@@ -91,7 +96,9 @@ class AnswerParser:
         """Take what is held up to the next mark; False where more text is needed."""
         mark, at = self._next_mark()
         if at < 0:
-            if self._in is not _In.CALL:
+            if self._in is _In.CALL:
+                self._go_on(out)
+            else:
                 self._speak(out)
             return False
         before, self._held = self._held[:at], self._held[at + len(mark) :]
@@ -102,7 +109,7 @@ class AnswerParser:
         """A mark came up, after ``before``."""
         if self._in is _In.CALL:
             self._in = _In.CONTENT
-            if not self._call(before, out):
+            if not self._closed(before, out) and not self._call(before, out):
                 self._say(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
             return
         if mark in self._marks.noise:
@@ -156,6 +163,36 @@ class AnswerParser:
             self._fresh = False
             (out.reasoning if self._in is _In.REASONING else out.text).append(text)
 
+    def _go_on(self, out: _Out) -> None:
+        """Tell what is certain of a call that has not ended."""
+        self._held = self._opened(self._held, out)
+        if self._open:
+            sure = len(self._held) - _possible_start(self._held, self._marks_here())
+            self._argue(self._open.add(self._held[:sure]), out)
+            self._held = self._held[sure:]
+
+    def _opened(self, body: str, out: _Out) -> str:
+        """Tell whose call it is, as soon as that is known; what is left of ``body``."""
+        if self._open or not (begun := OpenCall.begun(body, self._marks.format, self._names)):
+            return body
+        self._open, at = begun
+        out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))
+        self._calls += 1
+        return body[at:]
+
+    def _closed(self, body: str, out: _Out) -> bool:
+        """The end of a call, before which ``body`` stands; False where nothing of it was told."""
+        rest = self._opened(body, out)
+        if not self._open:
+            return False
+        self._argue(self._open.add(rest), out)
+        self._open, self._fresh = None, True
+        return True
+
+    def _argue(self, arguments: str, out: _Out) -> None:
+        if arguments:
+            out.calls.append(ToolCallDelta(self._calls - 1, arguments=arguments))
+
     def _call(self, body: str, out: _Out) -> bool:
         """Parse a call's text, which may hold several; False where it is none."""
         found = _calls(body, self._marks, self._tools)
@@ -187,7 +224,11 @@ def _checked(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
         raise ValueError("no call of a tool that was given")
     identity = call.get("id")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return identity if isinstance(identity, str) and identity else f"call_{secrets.token_hex(12)}", name, text
+    return identity if isinstance(identity, str) and identity else _new_id(), name, text
+
+
+def _new_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 def _possible_start(text: str, marks: Sequence[str]) -> int:

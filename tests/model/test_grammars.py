@@ -249,3 +249,32 @@ def test_a_grammar_that_fails_on_the_stage_ends_its_own_row_alone(ring: Ring) ->
     reply = ring.send(step=Step(Compute.DECODE, (0, 1), ((PROMPT[-1],), (PROMPT[-1],))))
     assert [s.sequence for s in reply.samples] == [1]
     assert [(f.sequence, f.reason) for f in reply.failures] == [(0, "INVALID_GRAMMAR")]
+
+
+OPEN = {"type": "object", "additionalProperties": {"type": "boolean"}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{**OPEN, "minProperties": 2}, {"type": "array", "items": {**OPEN, "minProperties": 3}}]
+)
+def test_a_count_of_keys_that_may_repeat_is_refused(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
+    with pytest.raises(InvalidGrammar, match="minProperties"):
+        tokenizer.grammars().check(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**OPEN, "minProperties": 1, "maxProperties": 2},
+        {**OPEN, "required": ["a", "b"], "minProperties": 2},
+        {"type": "object", "properties": {"minProperties": {"type": "integer"}}},
+        {"const": {"minProperties": 9}},
+    ],
+)
+def test_a_count_of_keys_that_is_kept_is_taken(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
+    tokenizer.grammars().check(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
+
+
+def test_a_schema_without_a_bottom_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidGrammar):
+        tokenizer.grammars().check(Grammar(GrammarKind.JSON_SCHEMA, '{"not":' * 9000 + "{}" + "}" * 9000))

@@ -118,7 +118,8 @@ def test_how_the_text_is_cut_makes_no_difference(
 @pytest.mark.parametrize(
     "broken",
     [
-        '<tool_call>\n{"name": "weather", "arguments": {"city": \n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": "{"}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "argu\n</tool_call>',
         '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>',
         "<tool_call>[1, 2]</tool_call>",
         "<tool_call></tool_call>",
@@ -131,10 +132,38 @@ def test_a_broken_call_is_content_all_of_it(tokenizer: Tokenizer, broken: str) -
     assert not calls
 
 
-def test_a_call_that_was_cut_off_is_content_and_one_that_the_model_ended_is_a_call(tokenizer: Tokenizer) -> None:
-    begun = ONE.removesuffix("</tool_call>")
+def test_arguments_are_told_as_they_come(tokenizer: Tokenizer) -> None:
+    parser = tokenizer.parser(Parsing(TOOLS))
+    told = [parser.add(letter).calls for letter in ONE]
+    assert parser.flush(whole=True).calls == ()
+    (named, at), *pieces = [(delta, i) for i, calls in enumerate(told) for delta in calls]
+    assert (named.name, named.arguments) == ("weather", "")
+    assert at < ONE.index("Oslo")
+    assert "".join(delta.arguments for delta, _ in pieces) == '{"city": "Oslo", "days": 2}'
+    assert len(pieces) > 20
+
+
+@pytest.mark.parametrize(
+    "inside", ['{"city": "}] \\" {", "days": [1, {"a": 2}]}', '{"city": "\\\\"}', '{"a":{},"b":[[]]}', "{}"]
+)
+def test_arguments_end_where_their_object_does(tokenizer: Tokenizer, inside: str) -> None:
+    text = f'<tool_call>{{"name":"weather","arguments": {inside} , "id": "x"}}</tool_call> Done.'
+    assert parsed(tokenizer, list(text), Parsing(TOOLS))[1:3] == ("Done.", [("weather", inside)])
+
+
+def test_a_call_is_one_from_where_its_arguments_begin(tokenizer: Tokenizer) -> None:
+    """They have been told by then: what breaks or is cut off inside is the caller's to see."""
+    broken = '<tool_call>\n{"name": "weather", "arguments": {"city": \n</tool_call> So.'
+    assert parsed(tokenizer, list(broken), Parsing(TOOLS))[1:3] == ("So.", [("weather", '{"city": \n')])
+    cut = ONE[: ONE.index("lo")]
+    assert parsed(tokenizer, [cut], Parsing(TOOLS), whole=False)[1:3] == ("", [("weather", '{"city": "Os')])
+
+
+def test_a_call_that_was_cut_off_before_is_content_and_one_that_the_model_ended_is_a_call(tokenizer: Tokenizer) -> None:
+    begun = ONE[: ONE.index('"arguments')]
     assert parsed(tokenizer, [begun], Parsing(TOOLS), whole=False)[1:3] == (begun, [])
-    assert parsed(tokenizer, [begun], Parsing(TOOLS), whole=True)[2] == [("weather", '{"city": "Oslo", "days": 2}')]
+    ended = ONE.removesuffix("</tool_call>")
+    assert parsed(tokenizer, [ended], Parsing(TOOLS), whole=True)[2] == [("weather", '{"city": "Oslo", "days": 2}')]
 
 
 def test_without_tools_marks_of_calls_are_text(tokenizer: Tokenizer) -> None:

@@ -23,8 +23,17 @@ class Called:
 
 
 @dataclass(slots=True)
+class Part:
+    """A stretch of an answer of one kind: ``call`` in one, else text, of the reasoning or of the content."""
+
+    text: str = ""
+    reasoning: bool = False
+    call: Called | None = None
+
+
+@dataclass(slots=True)
 class Whole:
-    """One sample of an answer, as far as it is known.
+    """One sample of an answer, as far as it is known; ``parts`` are the same in the order in which they were said.
 
     ``tokens`` are those of the content, where log-probabilities were asked for; ``reasoned`` counts those of reasoning.
     """
@@ -32,6 +41,7 @@ class Whole:
     text: str = ""
     reasoning: str = ""
     calls: list[Called] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     tokens: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
     reasoned: int = 0
@@ -40,9 +50,12 @@ class Whole:
         """The next event of this sample."""
         self.text += event.text
         self.reasoning += event.reasoning
+        self._say(event.reasoning, reasoning=True)
+        self._say(event.text, reasoning=False)
         for delta in event.calls:
             if delta.index == len(self.calls):
                 self.calls.append(Called(delta.id, delta.name))
+                self.parts.append(Part(call=self.calls[-1]))
             self.calls[delta.index].arguments += delta.arguments
         if isinstance(event, FinishEvent):
             self.finish = event
@@ -50,6 +63,13 @@ class Whole:
         self.reasoned += is_reasoning(event)
         if is_content(event):
             self.tokens.append(event)
+
+    def _say(self, text: str, *, reasoning: bool) -> None:
+        if not text:
+            return
+        if not self.parts or self.parts[-1].call or self.parts[-1].reasoning is not reasoning:
+            self.parts.append(Part(reasoning=reasoning))
+        self.parts[-1].text += text
 
 
 def is_content(event: TokenEvent) -> bool:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from cluster.api import intake
 from cluster.api.desk import Asked, Desk
-from cluster.api.http.answers import fields_named, gathered, grammar_fields
+from cluster.api.http.answers import Part, fields_named, gathered, grammar_fields
 from cluster.api.http.body import read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.errors import anthropic_error, sentence_of
@@ -86,14 +86,16 @@ def ending(finish: FinishEvent) -> dict[str, Any]:
 async def _whole(model: str, asked: Asked) -> dict[str, Any]:
     (whole,) = await gathered(asked)
     assert whole.finish
-    content: list[dict[str, Any]] = []
-    if whole.reasoning:
-        content.append({"type": "thinking", "thinking": whole.reasoning, "signature": ""})
-    if whole.text:
-        content.append({"type": "text", "text": whole.text})
-    content += [{"type": "tool_use", "id": c.id, "name": c.name, "input": _object(c.arguments)} for c in whole.calls]
-    usage = usage_of(whole.finish.usage)
+    content, usage = [_block(part) for part in whole.parts], usage_of(whole.finish.usage)
     return {**message_of(model, asked), "content": content, **ending(whole.finish), "usage": usage}
+
+
+def _block(part: Part) -> dict[str, Any]:
+    if part.call:
+        return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": _object(part.call.arguments)}
+    if part.reasoning:
+        return {"type": "thinking", "thinking": part.text, "signature": ""}
+    return {"type": "text", "text": part.text}
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from cluster.api import intake
 from cluster.api.desk import Desk
-from cluster.api.http.answers import Whole, fields_named, gathered, grammar_fields
+from cluster.api.http.answers import Part, Whole, fields_named, gathered, grammar_fields
 from cluster.api.http.body import read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.identity import new_id
@@ -59,14 +59,17 @@ async def _whole(reply: Reply) -> dict[str, Any]:
 
 
 def items_of(reply: Reply, whole: Whole) -> Sequence[dict[str, Any]]:
-    """What came out: reasoning, the message, calls, in this order."""
+    """What came out, in the order in which it was said; an answer of no words is a message, too."""
+    tokens = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
     items = []
-    if whole.reasoning:
-        items.append(reply.reasoning(new_id("rs_"), whole.reasoning))
-    if whole.text or not whole.calls:
-        logprobs = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
-        items.append(reply.message(new_id("msg_"), whole.text, logprobs))
-    items += [reply.call(new_id("fc_"), c.id, c.name, c.arguments) for c in whole.calls]
-    if items and whole.finish:
+    for part in whole.parts or (Part(),):
+        if part.call:
+            items.append(reply.call(new_id("fc_"), part.call.id, part.call.name, part.call.arguments))
+        elif part.reasoning:
+            items.append(reply.reasoning(new_id("rs_"), part.text))
+        else:
+            items.append(reply.message(new_id("msg_"), part.text, tokens))
+            tokens = []  # told with the first message; there is another one only after a call
+    if whole.finish:
         items[-1]["status"] = reply.ending(whole.finish)
     return items
