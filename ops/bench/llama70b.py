@@ -112,7 +112,7 @@ def run(asked: Namespace, stack: ExitStack) -> tuple[list[Figure], dict[str, obj
     wrote = time.perf_counter() - began
     print(f"wrote the checkpoint in {wrote:.0f} s", file=sys.stderr, flush=True)
     environments = devices(asked)
-    single = SingleProcess(model, pinned=False, environment=environments[0])
+    single = SingleProcess(model, core=None, environment=environments[0])
     stack.callback(single.close)
     began = time.perf_counter()
     client = start_cluster(stack, model, "--max-context", str(asked.context), environments=environments)

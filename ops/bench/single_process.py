@@ -13,11 +13,11 @@ from typing import Any
 
 
 class SingleProcess:
-    """A child that holds the model, pinned to core 0 unless ``pinned`` is False. Times are seconds."""
+    """A child that holds the model, pinned to ``core`` where there is one. Times are seconds."""
 
-    def __init__(self, model: Path, *, pinned: bool = True, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: Path, *, core: int | None = 0, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(model), "pinned" if pinned else "free"],
+            [sys.executable, __file__, str(model), "free" if core is None else str(core)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,8 +105,8 @@ COMMANDS = {"batch": _batch, "prefill": _prefill, "decode": _decode, "greedy": _
 
 
 def main(model_folder: str, where: str) -> None:
-    if where == "pinned" and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {0})
+    if where != "free" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(where)})
     import mlx.core as mx
 
     if os.environ.get("MACPIPE_DEVICE") == "cpu":

@@ -2,6 +2,9 @@
 
 Two stages, one core each, a random llama heavy enough that compute and not messages takes the time. Each round runs
 every measurement in turn; figures are medians, the ratios are of medians.
+
+What two cores are worth is measured too: the same process on each of them at once, with nothing to tell each other.
+No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``).
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -84,7 +89,14 @@ def cached_share(client: Client, salt: int) -> float:
     return second.usage.cached_tokens / second.usage.prompt_tokens
 
 
-def measure(client: Client, single: SingleProcess, model: Path, rounds: int, tokens: int) -> list[Figure]:
+def at_once(singles: Sequence[SingleProcess], ask: Callable[[SingleProcess], float]) -> list[float]:
+    """What each process says, all asked together."""
+    with ThreadPoolExecutor(len(singles)) as asking:
+        return list(asking.map(ask, singles))
+
+
+def measure(client: Client, singles: Sequence[SingleProcess], model: Path, rounds: int, tokens: int) -> list[Figure]:
+    single = singles[0]
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -99,12 +111,21 @@ def measure(client: Client, single: SingleProcess, model: Path, rounds: int, tok
         load(lanes=2)
         note("lanes", batch_rate(client.address, USERS, tokens, salt))
         note("single", USERS * tokens / single.batch(USERS, PROMPT, tokens))
+        note("cores", sum(USERS * tokens / s for s in at_once(singles, lambda s: s.batch(USERS, PROMPT, tokens))))
         note("prefill", first_token_s(client, LONG, salt + 1))
         note("single_prefill", single.prefill(LONG))
+        note("cores_prefill", max(at_once(singles, lambda s: s.prefill(LONG))) / len(singles))
         note("undisturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 2, disturb=False))
         note("disturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 3, disturb=True))
         note("cached_share", cached_share(client, salt + 4))
-    units = {"prefill": "s", "single_prefill": "s", "undisturbed_p99": "ms", "disturbed_p99": "ms", "cached_share": ""}
+    units = {
+        "prefill": "s",
+        "single_prefill": "s",
+        "cores_prefill": "s",
+        "undisturbed_p99": "ms",
+        "disturbed_p99": "ms",
+        "cached_share": "",
+    }
     return [Figure(name, units.get(name, "tokens/s"), values) for name, values in found.items()]
 
 
@@ -119,14 +140,17 @@ def main() -> int:
         wide = asked.hidden
         model = make_llama(folder / "model", wide, wide * 11 // 4, layers=4, heads=wide // 64, context=CONTEXT)
         client = start_cluster(stack, model, pinned=True)
-        single = SingleProcess(model)
-        stack.callback(single.close)
-        figures = measure(client, single, model, asked.rounds, asked.tokens)
+        singles = [SingleProcess(model, core=core) for core in range(2)]
+        for single in singles:
+            stack.callback(single.close)
+        figures = measure(client, singles, model, asked.rounds, asked.tokens)
     m = {f.name: f.median for f in figures}
     ratios = {
         "lanes_over_single": m["lanes"] / m["single"],
         "lanes_over_clump": m["lanes"] / m["clump"],
+        "cores_over_core": m["cores"] / m["single"],
         "prefill_over_single": m["prefill"] / m["single_prefill"],
+        "prefill_at_best": m["cores_prefill"] / m["single_prefill"],
         "itl_p99_over_undisturbed": m["disturbed_p99"] / m["undisturbed_p99"],
         "cached_share": m["cached_share"],
     }
