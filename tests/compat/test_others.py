@@ -52,7 +52,7 @@ def test_langchain_tools_and_structured_output(tooled: Served) -> None:
 
 
 def test_the_llm_command(faq: Served, tmp_path: Path) -> None:
-    known = [{"model_id": "macpipe", "model_name": "faq", "api_base": faq.openai}]
+    known = [{"model_id": "macpipe", "model_name": "faq", "api_base": faq.openai, "api_key_name": "openai"}]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(known))
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": faq.key}
     for streaming in ([], ["--no-stream"]):
