@@ -14,7 +14,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from cluster.api.http import connection, port, server
@@ -49,13 +49,27 @@ async def refuse(request: Request) -> Response:
     return Response("no", status_code=413)
 
 
+async def long(request: Request) -> Response:
+    """Longer than the time for which a refused body is waited for."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            await asyncio.sleep(0.15)
+            yield b"x"
+
+    return StreamingResponse(pieces())
+
+
 async def much(request: Request) -> Response:
     return Response(bytes(MUCH))
 
 
 @asynccontextmanager
 async def listening(certificate: HttpCertificate | None = None) -> AsyncIterator[tuple[str, int]]:
-    routes = [Route("/echo", echo, methods=["POST"]), Route("/no", refuse, methods=["POST"]), Route("/much", much)]
+    posts = [
+        Route(path, answer, methods=["POST"]) for path, answer in (("/echo", echo), ("/no", refuse), ("/long", long))
+    ]
+    routes = [*posts, Route("/much", much)]
     async with serving(Starlette(routes=routes), listen("127.0.0.1", 0), certificate) as address:
         host, _, number = address.rpartition(":")
         yield host, int(number)
@@ -119,6 +133,35 @@ async def test_what_was_refused_before_it_was_read_is_not_read_for_ever() -> Non
         trickling = asyncio.create_task(trickle())
         assert await end_of(reader) == b""
         trickling.cancel()
+        writer.close()
+
+
+@pytest.mark.parametrize("parts", [[b"3", b"\r\n\r\nab", b"c"], [b"3\r\n\r\n", b"abc"], [b"3\r\n\r\nabc"]])
+async def test_what_comes_after_an_early_refusal_is_answered_whole(parts: list[bytes]) -> None:
+    """Most clients send head and body apart, and use the connection again."""
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: ")
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.1)
+        assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
+        writer.write(b"POST /long HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\nconnection: close\r\n\r\nx")
+        said = await end_of(reader)
+        assert said.startswith(b"HTTP/1.1 200")
+        assert said.endswith(b"\r\n0\r\n\r\n"), "cut off"
+        writer.close()
+
+
+async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer() -> None:
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\n")
+        assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
+        writer.write(b"x")
+        await asyncio.sleep(LATE_S + 0.5)
+        writer.write(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
+        assert (await reader.readuntil(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
         writer.close()
 
 

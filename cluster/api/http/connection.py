@@ -28,13 +28,16 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._head_since = None
-        elif self._head_since is None:
+        elif self._head_since is None and self.conn.trailing_data[0]:
             self._head_since = self.loop.time()
+        if self._refused_since is not None and not self._body_due():
+            self._refused_since = None
+            self._await_next()
 
     def on_response_complete(self) -> None:
         """The answer is out. What the client still sends of a request that was not read is thrown away for a while."""
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:
+        if self._body_due():
             self._refused_since = self.loop.time()
 
     def sweep(self, now: float) -> None:
@@ -51,6 +54,18 @@ class Connection(H11Protocol):
     def waits(self) -> float | None:
         """Since when it has been about to send a request's head; None where it sent one."""
         return self._head_since
+
+    def _body_due(self) -> bool:
+        """Whether the answer is out, and the body of its request is not in. What comes then is the next request."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+
+    def _await_next(self) -> None:
+        """Arm uvicorn's timer anew, which the body that was thrown away has stopped, unless a request came with it."""
+        if self.conn.their_state is h11.IDLE and self._head_since is None:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _say_late(self) -> None:
         """408, if the head that has begun allows an answer."""
