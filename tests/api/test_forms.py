@@ -130,6 +130,40 @@ def test_no_reasoning_is_no_thinking() -> None:
     assert chat(chat_template_kwargs={"x": 1}).template.chat_template_kwargs == '{"x":1}'
 
 
+@pytest.mark.parametrize(
+    ("more", "enable", "effort", "rest"),
+    [({"enable_thinking": False}, False, "", ""), ({"enable_thinking": True}, True, "", ""),
+     ({"thinking": True, "x": 1}, True, "", '{"x":1}'), ({"reasoning_effort": "high"}, None, "high", ""),
+     ({"reasoning_effort": "none", "enable_thinking": None}, False, "", ""),
+     ({"reasoning_effort": "low", "enable_thinking": True}, True, "low", "")],
+)  # fmt: skip
+def test_thinking_is_switched_among_the_arguments_of_the_template_too(
+    more: dict[str, Any], enable: bool | None, effort: str, rest: str
+) -> None:
+    body = {"input": "x", "chat_template_kwargs": more}
+    for asked in (chat(chat_template_kwargs=more), parse(json.dumps(body).encode(), ResponsesForm).message("id")):
+        template = asked.template
+        assert (template.enable_thinking if template.HasField("enable_thinking") else None) is enable
+        assert (template.reasoning_effort, template.chat_template_kwargs) == (effort, rest)
+
+
+@pytest.mark.parametrize(
+    ("effort", "kwargs", "field", "word"),
+    [("high", {"enable_thinking": False}, "chat_template_kwargs.enable_thinking", "reasoning_effort and chat_template"),
+     ("none", {"enable_thinking": True}, "chat_template_kwargs.enable_thinking", "contradict"),
+     ("low", {"reasoning_effort": "high"}, "chat_template_kwargs.reasoning_effort", "contradict"),
+     (None, {"reasoning_effort": "much"}, "chat_template_kwargs.reasoning_effort", "minimal"),
+     (None, {"enable_thinking": "no"}, "chat_template_kwargs.enable_thinking", "true or false"),
+     (None, {"enable_thinking": True, "thinking": False}, "chat_template_kwargs.thinking", "contradict")],
+)  # fmt: skip
+def test_what_contradicts_itself_about_thinking_is_told(
+    effort: str | None, kwargs: dict[str, Any], field: str, word: str
+) -> None:
+    error = refused(ChatForm, {"messages": [TURN], "reasoning_effort": effort, "chat_template_kwargs": kwargs})
+    assert error.field == field
+    assert word in error.sentence
+
+
 def completions(**more: Any) -> list[pb.GenerateRequest]:
     return parse(json.dumps({"prompt": "x", **more}).encode(), CompletionsForm).messages("id")
 

@@ -31,6 +31,7 @@ from cluster.api.http.jsons import Json
 from cluster.api.http.logprobs import chat_logprobs
 from cluster.api.http.names import Names
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
+from cluster.api.http.thinking import thinking_fields
 from cluster.chat import ToolCallDelta
 from cluster.types import FinishEvent, TokenEvent
 
@@ -59,7 +60,8 @@ def _fields(form: ChatForm) -> dict[str, str]:
     """What the intake's fields are called here. Where no format was asked for, the grammar is that of the tools."""
     length = "max_tokens" if form.max_tokens else "max_completion_tokens"
     bound = grammar_fields("response_format" if form.response_format else "tools")
-    return {"max_tokens": length, "samples": "n", "enable_thinking": "reasoning_effort", **bound}
+    thinking = thinking_fields(form.chat_template_kwargs, "reasoning_effort")
+    return {"max_tokens": length, "samples": "n", **thinking, **bound}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,11 @@ from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
 from cluster.api.http.formats import FunctionSpec, ResponseFormat, arguments_text, choice_of, grammar_of, tool_of
-from cluster.api.http.jsons import compact
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm
+from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_SAMPLES, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Part(Form):
@@ -151,15 +149,15 @@ class ChatForm(SamplingForm):
         )
 
     def _template(self) -> pb.TemplateOptions:
-        effort = self.reasoning_effort
+        thinking = thinking_of(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         return pb.TemplateOptions(
             tools=[tool_of(t.function) for t in self.tools or ()],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
             parallel_tool_calls=self.parallel_tool_calls,
-            enable_thinking=False if effort == "none" else None,
-            reasoning_effort="" if effort in (None, "none") else effort,
-            chat_template_kwargs=compact(self.chat_template_kwargs) if self.chat_template_kwargs else "",
+            enable_thinking=thinking.enable,
+            reasoning_effort=thinking.effort,
+            chat_template_kwargs=thinking.template,
         )
 
 

@@ -22,13 +22,12 @@ from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import Reply
 from cluster.api.http.responses_stream import Stream
 from cluster.api.http.sse import EventStream, while_connected
+from cluster.api.http.thinking import thinking_fields
 
 FIELDS: Final = {
     "messages": "input",
     "prompt": "input",
     "max_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
-    "enable_thinking": "reasoning.effort",
 }
 
 
@@ -43,7 +42,8 @@ class Responses:
         form = await read(request, ResponsesForm)
         checkpoint = self.names.checkpoint(form.model)
         request_id = new_id("resp_")
-        with fields_named({**FIELDS, **grammar_fields("text.format" if form.text else "tools")}):
+        thinking = thinking_fields(form.chat_template_kwargs, "reasoning.effort")
+        with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
             taken = await intake.chat_request(form.message(request_id), checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
         reply = Reply(form, asked, self.names.shown(form.model, checkpoint), int(time.time()))

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
-from cluster.api.http.chat_form import Effort
 from cluster.api.http.formats import FunctionSpec, arguments_text, choice_of, schema_grammar, tool_of
-from cluster.api.http.jsons import compact
 from cluster.api.http.sampling_form import Positive
+from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
@@ -181,14 +180,15 @@ class ResponsesForm(Form):
 
     def _template(self) -> pb.TemplateOptions:
         effort = self.reasoning.effort if self.reasoning else None
+        thinking = thinking_of(effort, self.chat_template_kwargs, "reasoning.effort")
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
         return pb.TemplateOptions(
             tools=[tool_of(t) for t in self.tools or ()],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
             parallel_tool_calls=self.parallel_tool_calls,
-            enable_thinking=False if effort == "none" else None,
-            reasoning_effort="" if effort in (None, "none") else effort,
-            chat_template_kwargs=compact(self.chat_template_kwargs) if self.chat_template_kwargs else "",
+            enable_thinking=thinking.enable,
+            reasoning_effort=thinking.effort,
+            chat_template_kwargs=thinking.template,
         )
 
 
