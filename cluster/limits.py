@@ -78,6 +78,8 @@ MAX_PRIORITY: Final = 9
 MAX_QUEUE: Final = 256
 """Requests that wait; one more is refused with RESOURCE_EXHAUSTED."""
 RETRY_AFTER_S: Final = 2.0
+UNAVAILABLE_S: Final = 5.0
+"""When to come back to what cannot be had now and does not say for how long: a load or a recovery takes seconds."""
 MAX_UNREAD_EVENTS: Final = 1024
 """Token events a client may leave unread, beside what gRPC buffers, before its request is dropped as a slow reader."""
 LANE_ROWS: Final = 32

@@ -19,7 +19,7 @@ from cluster.api.http.errors import HANDLERS
 from cluster.api.http.guard import Guard
 from cluster.api.http.jsons import Json
 from cluster.api.http.server import listen
-from cluster.errors import Busy, InvalidOption, MacpipeError, PortInUse, PromptTooLong, WorkerLost
+from cluster.errors import Busy, InvalidOption, MacpipeError, NoPlan, NotServing, PortInUse, PromptTooLong, WorkerLost
 
 pytestmark = pytest.mark.anyio
 Endpoint = Callable[[Request], object]
@@ -78,7 +78,21 @@ async def test_both_shapes(error: MacpipeError, status: int, code: str) -> None:
     assert (told["message"], told["code"], told["param"]) == (error.sentence, code, error.field or None)
     assert anthropic.json()["type"] == "error"
     assert error.sentence in anthropic.json()["error"]["message"]
-    assert openai.headers.get("retry-after") == ("2" if status == 429 else None)
+
+
+@pytest.mark.parametrize(
+    ("error", "after"),
+    [(Busy("full", retry_after_s=1.2), "2"), (Busy("full"), "5"), (WorkerLost("mac-2 is gone"), "5"),
+     (NotServing("no model is loaded"), "5"), (NotServing("a model is being loaded", retry_after_s=7), "7"),
+     (NoPlan("the Macs that are left cannot hold it"), "5"), (PromptTooLong("long"), None)],
+)  # fmt: skip
+async def test_what_cannot_be_had_now_says_when_to_come_back(error: MacpipeError, after: str | None) -> None:
+    async def fail(request: Request) -> Json:
+        raise error
+
+    async with client_of(fail) as client:
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            assert (await client.get(path)).headers.get("retry-after") == after
 
 
 async def test_a_fault_of_ours_gives_an_id_and_no_detail() -> None:

@@ -59,7 +59,8 @@ def test_an_answer_that_is_broken_off_says_why_and_what_comes_next_is_503(faq: S
     assert httpx.get(f"{faq.http}/live", headers=faq.bearer).status_code == 200
     assert httpx.get(f"{faq.openai}/models", headers=faq.bearer).json()["data"] == []
     assert httpx.get(f"{faq.openai}/models/faq", headers=faq.bearer).status_code == 404
-    assert httpx.post(f"{faq.openai}/chat/completions", json=LONG, headers=faq.bearer).status_code == 503
+    idle = httpx.post(f"{faq.openai}/chat/completions", json=LONG, headers=faq.bearer)
+    assert (idle.status_code, idle.headers["retry-after"]) == (503, "5")
     turns = {"model": "faq", "max_tokens": 5, "messages": LONG["messages"]}
     refused = httpx.post(f"{faq.http}/v1/messages", json=turns, headers=faq.bearer)
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")

@@ -14,10 +14,13 @@ from starlette.responses import Response
 
 from cluster.api.http.jsons import Json
 from cluster.errors import MacpipeError, PromptTooLong
+from cluster.limits import UNAVAILABLE_S
 
 log = logging.getLogger(__name__)
 
 ANTHROPIC_ROUTES: Final = "/v1/messages"
+_COME_BACK: Final = frozenset({429, 503})
+"""These always say when."""
 _OPENAI_TYPES: Final[Mapping[int, str]] = MappingProxyType(
     {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 )
@@ -62,8 +65,9 @@ def error_response(path: str, error: MacpipeError) -> Json:
     headers = {}
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    retry_after_s = UNAVAILABLE_S if error.retry_after_s is None else error.retry_after_s
+    if error.http_status in _COME_BACK or error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     return Json(body, error.http_status, headers)
 
 

@@ -19,6 +19,7 @@ from cluster.api.http.jsons import Json
 from cluster.api.http.names import Names, model_id
 from cluster.coordinator.snapshot import ServingState
 from cluster.errors import MacpipeError
+from cluster.limits import UNAVAILABLE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +65,4 @@ class Health:
 
 def _ready(state: ServingState, facts: dict[str, Any]) -> Json:
     serving = state is ServingState.SERVING
-    return Json(facts, 200 if serving else 503, None if serving else {"retry-after": "5"})
+    return Json(facts, 200 if serving else 503, None if serving else {"retry-after": f"{UNAVAILABLE_S:.0f}"})
