@@ -68,12 +68,18 @@ def test_every_sampling_field_arrives() -> None:
         ({"made_up": 1}, "made_up", "not a parameter"),
         ({"functions": []}, "functions", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
-        ({"store": True}, "store", ""),
+        ({"store": True}, "store", "should be false"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
         ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "one of them"),
         ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": ""}, "stop", "at least 1"),
+        ({"stop": [5]}, "stop[0]", "string"),
+        ({"stop": 5}, "stop", "stop: "),
+        ({"str": 1}, "str", "not a parameter"),
+        ({"Temperature": 1}, "Temperature", "not a parameter"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
@@ -178,7 +184,9 @@ def test_prompts_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("more", "field"),
     [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1}, "echo"),
-     ({"prompt": ["x"] * 64, "n": 2}, "n")],
+     ({"prompt": ["x"] * 64, "n": 2}, "n"), ({"prompt": ["x"] * 5000}, "prompt"),
+     ({"prompt": [-1]}, "prompt[0]"), ({"prompt": ["a", 5]}, "prompt[1]"), ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
+     ({"prompt": 5}, "prompt")],
 )  # fmt: skip
 def test_completions_refuse(more: dict[str, Any], field: str) -> None:
     assert refused(CompletionsForm, {"prompt": "x", **more}).field == field
@@ -203,7 +211,7 @@ def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
      ({"background": True}, "background"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
      ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
      ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
-     ({"truncation": "auto"}, "truncation")],
+     ({"truncation": "auto"}, "truncation"), ({"input": []}, "input"), ({"input": 5}, "input")],
 )  # fmt: skip
 def test_responses_refuse(more: dict[str, Any], field: str) -> None:
     assert refused(ResponsesForm, {"input": "x", **more}).field == field

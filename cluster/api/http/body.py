@@ -76,10 +76,20 @@ def parse(body: bytes, form: type[F]) -> F:
     try:
         return form.model_validate_json(body)
     except ValidationError as e:
-        # One error is told: of a union's branches, the one that came furthest is what was meant; and a type that is
-        # not known says more than the fields that it lacks.
-        errors = e.errors(include_url=False, include_context=False)
-        raise _refusal(max(errors, key=lambda error: (len(error["loc"]), error["type"] == "literal_error"))) from None
+        raise _refusal(max(e.errors(include_url=False), key=_weight)) from None
+
+
+def _weight(error: ErrorDetails) -> tuple[bool, int, bool]:
+    """One error is told, the one that weighs most. Where a value may be of several kinds, each kind has its own errors.
+
+    What only breaks a bound was of the right kind; else the kind that came furthest is what was meant; and a type that
+    is not known says more than the fields that it lacks.
+    """
+    kind = error["type"]
+    return kind.startswith(_BOUNDS), len(error["loc"]), kind == "literal_error"
+
+
+_BOUNDS: Final = ("too_", "string_too_", "string_pattern", "greater_than", "less_than")
 
 
 def _refusal(error: ErrorDetails) -> InvalidRequest:
@@ -88,10 +98,10 @@ def _refusal(error: ErrorDetails) -> InvalidRequest:
         return InvalidRequest(
             f"the body is not JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
         )
-    field = field_name(error["loc"])
-    if not field:
+    if not error["loc"]:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
-    told, code = _SENTENCES.get(kind, (f": {_lower(error['msg'])}", "invalid_value"))
+    field = field_name(error["loc"], whole=kind in _OF_FIELDS)
+    told, code = _SENTENCES.get(kind, (f": {_told(error)}", "invalid_value"))
     return InvalidRequest(f"{field}{told}", field=field, code=code)
 
 
@@ -102,24 +112,43 @@ _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-def field_name(location: tuple[int | str, ...]) -> str:
-    """``messages[0].content`` of a place in the body; names of a union's branches are left out."""
+_OF_FIELDS: Final = frozenset({"extra_forbidden", "missing"})
+"""What is wrong is that a field is there, or is not: its name, whatever that is, ends the place."""
+
+
+def _told(error: ErrorDetails) -> str:
+    """What is wrong, in JSON's words."""
+    bounds = error.get("ctx", {})
+    if error["type"] == "too_long":
+        return f"at most {bounds['max_length']} entries can be given"
+    if error["type"] == "too_short":
+        return f"at least {bounds['min_length']} entry must be given"
+    said = error["msg"]
+    for python, json in _WORDS:
+        said = said.replace(python, json)
+    return said[:1].lower() + said[1:]
+
+
+_WORDS: Final = ((" should be False", " should be false"), (" should be True", " should be true"))
+
+
+def field_name(location: tuple[int | str, ...], *, whole: bool = False) -> str:
+    """``messages[0].content`` of a place in the body; names of a union's branches are left out.
+
+    ``whole``: its last part is a field's name in any case.
+    """
     name = ""
-    for part in location:
+    for i, part in enumerate(location, 1):
         if isinstance(part, int):
             name += f"[{part}]"
-        elif _is_field(part):
+        elif _is_field(part) or (whole and i == len(location)):
             name += f".{part}" if name else part
     return name
 
 
 def _is_field(part: str) -> bool:
-    """Whether it can be a field's name: branches are named after types, like ``str`` and ``list[Part]``."""
-    return part not in _BRANCHES and "[" not in part and not part[:1].isupper()
+    """Whether it can be a field's name: branches are named after types, like ``constrained-str`` and ``list[Part]``."""
+    return part.removeprefix("constrained-") not in _BRANCHES and "[" not in part and not part[:1].isupper()
 
 
 _BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none", "dict", "is-instance"})
-
-
-def _lower(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]

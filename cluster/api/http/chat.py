@@ -61,7 +61,7 @@ def _fields(form: ChatForm) -> dict[str, str]:
     length = "max_tokens" if form.max_tokens else "max_completion_tokens"
     bound = grammar_fields("response_format" if form.response_format else "tools")
     thinking = thinking_fields(form.chat_template_kwargs, "reasoning_effort")
-    return {"max_tokens": length, "samples": "n", **thinking, **bound}
+    return {"prompt": "messages", "max_tokens": length, "samples": "n", **thinking, **bound}
 
 
 @dataclass(frozen=True, slots=True)

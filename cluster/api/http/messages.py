@@ -23,7 +23,12 @@ from cluster.api.http.names import Names
 from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.types import FinishEvent, FinishReason, TokenEvent, Usage
 
-FIELDS: Final = {"stop": "stop_sequences", "enable_thinking": "thinking", "reasoning_effort": "output_config.effort"}
+FIELDS: Final = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "enable_thinking": "thinking",
+    "reasoning_effort": "output_config.effort",
+}
 PING: Final = event({"type": "ping"}, "ping")
 
 
