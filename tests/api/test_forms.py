@@ -236,6 +236,7 @@ def test_results_of_tools_come_before_what_the_user_says() -> None:
     [({"max_tokens": None}, "max_tokens"), ({"temperature": 1.5}, "temperature"), ({"mcp_servers": []}, "mcp_servers"),
      ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
      ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+     ({"messages": [TURN, {"role": "assistant", "content": "A hop"}]}, "messages[1].role"),
      ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
      ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id")],
 )  # fmt: skip

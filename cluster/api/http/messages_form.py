@@ -150,6 +150,13 @@ class MessagesForm(CountForm):
 
     def message(self, request_id: str) -> pb.ChatRequest:
         """The request. Raises ``InvalidRequest``, naming the field."""
+        if self.messages[-1].role == "assistant":  # a template would end that turn and begin a new one, unasked
+            raise InvalidRequest(
+                "the last of messages is the assistant's; going on with its text (prefill) is not supported here: end "
+                "with the user's message",
+                field=f"messages[{len(self.messages) - 1}].role",
+                code="unsupported_parameter",
+            )
         message = self.conversation()
         message.request_id = request_id
         message.sampling.MergeFrom(
