@@ -111,6 +111,11 @@ class Tokenizer:
         """What an answer to ``prompt``, which ``chat`` made with the same options, is to be parsed for."""
         return Parsing(options.offered, self._marks.opens_reasoning(prompt))
 
+    @property
+    def reasoning_end(self) -> tuple[int, ...]:
+        """The token ids with which the model ends its reasoning; empty for one that marks none."""
+        return self._marks.reasoning_end
+
     def calling(self, options: ChatOptions) -> Grammar | None:
         """The grammar of an answer that must call a tool, in the model's own format; None where it need not.
 

@@ -10,6 +10,7 @@ import openai
 import pytest
 from anthropic import Anthropic
 from openai import OpenAI
+from openai.types import CompletionUsage
 from pydantic import BaseModel, ConfigDict
 
 from compat.conftest import Served
@@ -137,14 +138,24 @@ def test_a_schema_that_cannot_be_compiled(client: OpenAI) -> None:
         assert caught.value.param == "response_format"
 
 
+def reasoned(usage: CompletionUsage | None) -> int | None:
+    assert usage
+    assert usage.completion_tokens_details
+    return usage.completion_tokens_details.reasoning_tokens
+
+
 def test_reasoning(client: OpenAI) -> None:
     bound = {"response_format": {"type": "lark", "lark": 'start: <[263]> "hm, so" <[264]> "it rains"'}}
     done = client.chat.completions.create(model="default", messages=ASK, extra_body=bound)
     message = done.choices[0].message
     assert (message.content, message.reasoning_content, message.reasoning) == ("it rains", "hm, so", "hm, so")  # type: ignore[attr-defined]
-    streamed = client.chat.completions.create(model="default", messages=ASK, extra_body=bound, stream=True)
+    assert reasoned(done.usage) == 2 + len("hm, so"), "with its two marks, and a token a letter"
+    *chunks, last = client.chat.completions.create(
+        model="default", messages=ASK, extra_body=bound, stream=True, stream_options={"include_usage": True}
+    )
+    assert reasoned(last.usage) == reasoned(done.usage)
     thought, said = "", ""
-    for chunk in streamed:
+    for chunk in chunks:
         delta = chunk.choices[0].delta
         thought += getattr(delta, "reasoning_content", "")
         said += delta.content or ""

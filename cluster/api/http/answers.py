@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.desk import Asked
+from cluster.api.http.reasoned import Reasoned
 from cluster.errors import InvalidRequest
 from cluster.grammar import GrammarKind
 from cluster.types import FinishEvent, TokenEvent, Usage
@@ -38,16 +39,17 @@ class Whole:
     ``tokens`` are those of the content, where log-probabilities were asked for; ``reasoned`` counts those of reasoning.
     """
 
+    reasoned: Reasoned
     text: str = ""
     reasoning: str = ""
     calls: list[Called] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     tokens: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
-    reasoned: int = 0
 
     def add(self, event: TokenEvent | FinishEvent) -> None:
         """The next event of this sample."""
+        self.reasoned.add(event)
         self.text += event.text
         self.reasoning += event.reasoning
         self._say(event.reasoning, reasoning=True)
@@ -60,7 +62,6 @@ class Whole:
         if isinstance(event, FinishEvent):
             self.finish = event
             return
-        self.reasoned += is_reasoning(event)
         if is_content(event):
             self.tokens.append(event)
 
@@ -77,14 +78,14 @@ def is_content(event: TokenEvent) -> bool:
     return event.logprob is not None and not event.reasoning and not event.calls
 
 
-def is_reasoning(event: TokenEvent | FinishEvent) -> bool:
-    """Whether it is a token with which some of the reasoning became known."""
-    return isinstance(event, TokenEvent) and bool(event.reasoning)
+def reasoned(asked: Asked) -> list[Reasoned]:
+    """A count of reasoning for each sample."""
+    return [Reasoned(asked.checkpoint.tokenizer.reasoning_end) for _ in range(asked.request.samples)]
 
 
 async def gathered(asked: Asked) -> list[Whole]:
     """Every sample of the answer, whole. Raises what ended it instead."""
-    wholes = [Whole() for _ in range(asked.request.samples)]
+    wholes = [Whole(count) for count in reasoned(asked)]
     async with aclosing(asked.events) as events:
         async for event in events:
             wholes[event.sample].add(event)

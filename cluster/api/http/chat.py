@@ -18,8 +18,8 @@ from cluster.api.http.answers import (
     gathered,
     grammar_fields,
     is_content,
-    is_reasoning,
     openai_usage,
+    reasoned,
     total,
 )
 from cluster.api.http.body import read
@@ -78,7 +78,7 @@ class Head:
 
 async def _completion(head: Head, asked: Asked, logprobs: bool) -> dict[str, Any]:
     wholes = await gathered(asked)
-    usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned for w in wholes))
+    usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned.tokens for w in wholes))
     choices = [_choice(i, whole, asked, logprobs) for i, whole in enumerate(wholes)]
     return {**head.of("chat.completion"), "choices": choices, "usage": usage}
 
@@ -110,7 +110,7 @@ class Chunks:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer is the last of them."""
         finishes: list[FinishEvent] = []
-        reasoned = 0
+        counts = reasoned(self.asked)
         try:
             async with aclosing(self.asked.events) as events:
                 for i in range(self.asked.request.samples):
@@ -118,7 +118,7 @@ class Chunks:
                 async for e in events:
                     if isinstance(e, FinishEvent):
                         finishes.append(e)
-                    reasoned += is_reasoning(e)
+                    counts[e.sample].add(e)
                     for piece in self._pieces(e):
                         yield piece
         except Exception as error:  # headers are out: the stream is the only place left to say it
@@ -126,7 +126,7 @@ class Chunks:
             return
         if self.usage:
             finishes.sort(key=lambda finish: finish.sample)
-            usage = openai_usage(total(finishes), reasoned)
+            usage = openai_usage(total(finishes), sum(c.tokens for c in counts))
             yield event({**self.head.of("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
 

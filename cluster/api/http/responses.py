@@ -55,7 +55,7 @@ class Responses:
 async def _whole(reply: Reply) -> dict[str, Any]:
     (whole,) = await gathered(reply.asked)
     assert whole.finish
-    return reply.finished(items_of(reply, whole), whole.finish, whole.reasoned)
+    return reply.finished(items_of(reply, whole), whole.finish, whole.reasoned.tokens)
 
 
 def items_of(reply: Reply, whole: Whole) -> Sequence[dict[str, Any]]:

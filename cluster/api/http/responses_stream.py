@@ -7,10 +7,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.http.answers import is_content, is_reasoning
+from cluster.api.http.answers import is_content, reasoned
 from cluster.api.http.errors import sentence_of
 from cluster.api.http.identity import new_id
 from cluster.api.http.logprobs import entry
+from cluster.api.http.reasoned import Reasoned
 from cluster.api.http.responses_object import Reply, output_text
 from cluster.api.http.sse import event
 from cluster.types import FinishEvent, TokenEvent
@@ -42,9 +43,12 @@ class Stream:
 
     reply: Reply
     _number: int = 0
-    _reasoned: int = 0
+    _reasoned: Reasoned = field(init=False)
     _open: Item | None = None
     _done: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        (self._reasoned,) = reasoned(self.reply.asked)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer makes ``response.failed`` the last of them."""
@@ -53,7 +57,7 @@ class Stream:
                 yield self._event({"type": "response.created", "response": self.reply.begun()})
                 yield self._event({"type": "response.in_progress", "response": self.reply.begun()})
                 async for e in events:
-                    self._reasoned += is_reasoning(e)
+                    self._reasoned.add(e)
                     for piece in self._grown(e):
                         yield self._event(piece)
                     if isinstance(e, FinishEvent):
@@ -72,7 +76,7 @@ class Stream:
         if not self._open and not self._done:
             yield from self._opened("message")  # an answer of no words is a message, too
         yield from self._closed(self.reply.ending(finish))
-        response = self.reply.finished(self._done, finish, self._reasoned)
+        response = self.reply.finished(self._done, finish, self._reasoned.tokens)
         yield {"type": f"response.{response['status']}", "response": response}
 
     def _grown(self, e: TokenEvent | FinishEvent) -> Pieces:
