@@ -260,7 +260,7 @@ class TokenEvent:
     """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
 
     Where the answer is parsed, that is content alone; reasoning before it and calls after it stand beside it.
-    ``stages``: the frames since the token before, where its request asked for ``stage_timings``.
+    ``stages``: the frames since the token before, if asked for. ``cached_tokens`` of the prompt were kept from before.
     """
 
     index: int
@@ -272,6 +272,7 @@ class TokenEvent:
     calls: tuple[ToolCallDelta, ...] = ()
     sample: int = 0
     stages: tuple[StageFigures, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,10 +340,7 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """What one stage did with one frame, in microseconds: queued before compute, then computed.
-
-    ``pack_us`` is the packing and hand-over of the frame before, since a frame cannot carry its own.
-    """
+    """One stage's microseconds with one frame: queued, computed; ``pack_us``: pack and hand over the one before it."""
 
     stage: int
     wait_us: int

@@ -27,8 +27,11 @@ class Live:
     replays: int = 0
     """Rings that were lost since its last token."""
 
-    def say(self, index: int, picked: Sample) -> bool:
-        """Tell the reader a token, unless it has that already; False where it is too far behind."""
+    def say(self, index: int, picked: Sample, cached: int = 0) -> bool:
+        """Tell the reader a token, unless it has that already; False where it is too far behind.
+
+        ``cached`` tokens of the prompt were kept from before.
+        """
         said = self.text.add(picked.token)
         event = TokenEvent(
             index,
@@ -40,6 +43,7 @@ class Live:
             calls=said.calls,
             sample=self.sample,
             stages=self.tally.lap() if self.request.stage_timings else (),
+            cached_tokens=cached,
         )
         return index < self.skip or self.asked.answer.put(event)
 

@@ -281,7 +281,7 @@ class EngineLoop:
             self.totals.tokens += 1
             if self.journal:
                 self.journal.said(live.asked.request.id, produced.sample.token, live.sample)
-            if not live.say(produced.index, produced.sample):
+            if not live.say(produced.index, produced.sample, produced.cached):
                 self._end(live.request.id, SlowReader("the client did not read its tokens, so the answer was ended"))
                 return
         if live.text.stopped and finish is not FinishReason.STOP:

@@ -41,6 +41,22 @@ def test_stream(client: Anthropic) -> None:
     assert final.usage.output_tokens == 19
 
 
+def test_a_stream_says_at_its_start_what_of_the_prompt_was_kept(client: Anthropic) -> None:
+    for kept in (False, True):
+        turn = [{"role": "user", "content": "What was kept of these words, which nobody said before?"}]
+        start, *_, delta, _ = client.messages.create(model="faq", messages=turn, max_tokens=3, stream=True)
+        assert start.type == "message_start"
+        assert delta.type == "message_delta"
+        usage = start.message.usage
+        assert (usage.input_tokens, usage.cache_read_input_tokens) == (
+            delta.usage.input_tokens,
+            delta.usage.cache_read_input_tokens,
+        )
+        assert usage.input_tokens + (usage.cache_read_input_tokens or 0) > 10
+        if kept:
+            assert usage.cache_read_input_tokens
+
+
 def test_a_stop_sequence_is_named(client: Anthropic) -> None:
     done = client.messages.create(
         model="faq", messages=ASK, extra_body=GREEDY, max_tokens=50, stop_sequences=["zzz", " activation"]

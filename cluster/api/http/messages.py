@@ -53,8 +53,8 @@ class Messages:
         return Json(await while_connected(request, lambda: _whole(model, asked)))
 
 
-def message_of(model: str, asked: Asked) -> dict[str, Any]:
-    """The message before anything is in it. What of its prompt was kept is not known yet."""
+def message_of(model: str, asked: Asked, usage: Usage) -> dict[str, Any]:
+    """The message before anything is in it."""
     return {
         "id": asked.request.id,
         "type": "message",
@@ -63,7 +63,7 @@ def message_of(model: str, asked: Asked) -> dict[str, Any]:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage_of(Usage(len(asked.request.prompt), 0)),
+        "usage": usage_of(usage),
     }
 
 
@@ -91,8 +91,8 @@ def ending(finish: FinishEvent) -> dict[str, Any]:
 async def _whole(model: str, asked: Asked) -> dict[str, Any]:
     (whole,) = await gathered(asked)
     assert whole.finish
-    content, usage = [_block(part) for part in whole.parts], usage_of(whole.finish.usage)
-    return {**message_of(model, asked), "content": content, **ending(whole.finish), "usage": usage}
+    content = [_block(part) for part in whole.parts]
+    return {**message_of(model, asked, whole.finish.usage), "content": content, **ending(whole.finish)}
 
 
 def _block(part: Part) -> dict[str, Any]:
@@ -121,13 +121,16 @@ class Stream:
     _open: str = ""
     """What the open block is: text, thinking, or a call by its number; empty before the first."""
     _index: int = field(default=-1)
+    _begun: bool = False
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer is the last of them."""
         try:
             async with aclosing(self.asked.events) as events:
-                yield _named({"type": "message_start", "message": message_of(self.model, self.asked)})
                 async for e in events:
+                    if not self._begun:
+                        self._begun = True
+                        yield self._start(e)
                     for piece in self._grown(e):
                         yield piece
                     if isinstance(e, FinishEvent):
@@ -136,6 +139,12 @@ class Stream:
                         yield _named({"type": "message_stop"})
         except Exception as error:  # headers are out: the stream is the only place left to say it
             yield event(anthropic_error(sentence_of(error, self.asked.request.id)), "error")
+
+    def _start(self, first: TokenEvent | FinishEvent) -> bytes:
+        """What of the prompt was kept is known with the first event, and clients believe what the start says."""
+        cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
+        usage = Usage(len(self.asked.request.prompt), 0, cached)
+        return _named({"type": "message_start", "message": message_of(self.model, self.asked, usage)})
 
     def _grown(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         if e.reasoning:
