@@ -46,7 +46,8 @@ def _conversation(
     calling = tokenizer.calling(options)
     if calling and grammar:
         raise InvalidRequest(
-            f"the answer cannot be bound to a {grammar.kind.value} and have to call a tool; leave one of them out",
+            f"tool_choice asks for a call of a tool, the format for a {grammar.kind.value}; an answer cannot be both: "
+            "leave one of them out",
             field="tool_choice",
         )
     prompt = tokenizer.chat(messages, options)

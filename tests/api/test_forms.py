@@ -18,6 +18,7 @@ from cluster.v1 import inference_pb2 as pb
 
 TURN = {"role": "user", "content": "hi"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOLD = {"role": "tool", "tool_call_id": "call_1", "content": "4"}
 
 
 def chat(**more: Any) -> pb.ChatRequest:
@@ -90,7 +91,19 @@ def test_every_sampling_field_arrives() -> None:
         ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", "developer"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "no text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "text alone"),
-        ({"messages": [{"role": "user", "content": "", "name": "x"}]}, "messages[0].name", "tools"),
+        ({"messages": [{**TURN, "tool_call_id": "x"}]}, "messages[0].tool_call_id", "tools"),
+        ({"messages": [TURN, {**TOLD, "tool_call_id": "y"}]}, "messages[1].tool_call_id", "no call"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {**TOLD, "tool_call_id": "y"}]},
+            "messages[1].tool_call_id",
+            "no call",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "letters"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b!", "schema": {}}}},
+            "response_format.json_schema.name",
+            "letters",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "which call"),
         ({"messages": [{**TURN, "tool_calls": [CALL]}]}, "messages[0].tool_calls", "no assistant's"),
     ],
@@ -118,6 +131,11 @@ def test_our_own_answer_comes_back_whole() -> None:
     _, assistant, tool = asked.messages
     assert (assistant.reasoning, assistant.tool_calls[0].arguments) == ("hm", '{"a": 1}')
     assert (tool.role, tool.tool_call_id, tool.content) == ("tool", "call_1", "4")
+
+
+def test_names_of_speakers_go_to_the_template() -> None:
+    said = chat(messages=[{"role": role, "content": "x", "name": "amy"} for role in ("system", "user", "assistant")])
+    assert [m.name for m in said.messages] == ["amy"] * 3
 
 
 def test_tools_and_choices() -> None:
@@ -211,6 +229,8 @@ def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
      ({"background": True}, "background"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
      ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
      ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "4"}]}, "input[0].call_id"),
+     ({"text": {"format": {"type": "json_schema", "name": "a b!", "schema": {}}}}, "text.format.name"),
      ({"truncation": "auto"}, "truncation"), ({"input": []}, "input"), ({"input": 5}, "input")],
 )  # fmt: skip
 def test_responses_refuse(more: dict[str, Any], field: str) -> None:
@@ -236,6 +256,9 @@ def test_results_of_tools_come_before_what_the_user_says() -> None:
     [({"max_tokens": None}, "max_tokens"), ({"temperature": 1.5}, "temperature"), ({"mcp_servers": []}, "mcp_servers"),
      ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
      ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
+     ({"messages": [TURN, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]},
+      "messages[1].content[0].tool_use_id"),
      ({"messages": [TURN, {"role": "assistant", "content": "A hop"}]}, "messages[1].role"),
      ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
      ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id")],

@@ -123,6 +123,8 @@ def _told(error: ErrorDetails) -> str:
         return f"at most {bounds['max_length']} entries can be given"
     if error["type"] == "too_short":
         return f"at least {bounds['min_length']} entry must be given"
+    if error["type"] == "string_pattern_mismatch":
+        return "letters, digits, _ and - can be in it, and nothing else"
     said = error["msg"]
     for python, json in _WORDS:
         said = said.replace(python, json)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
-from cluster.api.http.formats import FunctionSpec, ResponseFormat, arguments_text, choice_of, grammar_of, tool_of
+from cluster.api.http.formats import (
+    FunctionSpec,
+    ResponseFormat,
+    arguments_text,
+    check_answers,
+    choice_of,
+    grammar_of,
+    tool_of,
+)
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm
 from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
-from cluster.limits import MAX_SAMPLES, MAX_TOP_LOGPROBS
+from cluster.limits import MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -44,12 +53,12 @@ class Call(Form):
 class Message(Form):
     """One message; what belongs to one role alone is checked in ``message_of``.
 
-    An assistant's reasoning is taken back under either of its names.
+    An assistant's reasoning is taken back under either of its names; ``name`` goes to the model's template.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
-    name: str | None = None
+    name: Annotated[str, Field(max_length=MAX_TOOL_NAME_CHARS)] | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
@@ -139,7 +148,7 @@ class ChatForm(SamplingForm):
         sampling.logprobs, sampling.top_logprobs = bool(self.logprobs), self.top_logprobs or 0
         return pb.ChatRequest(
             request_id=request_id,
-            messages=[message_of(m, f"messages[{i}]") for i, m in enumerate(self.messages)],
+            messages=messages_of(self.messages),
             sampling=sampling,
             stop=self.stopping(self.longest),
             priority=self.priority,
@@ -161,6 +170,16 @@ class ChatForm(SamplingForm):
         )
 
 
+def messages_of(messages: Sequence[Message]) -> list[pb.ChatMessage]:
+    """A conversation. Raises ``InvalidRequest``, also for a tool's message that answers no call."""
+    turns: list[pb.ChatMessage] = []
+    for i, message in enumerate(messages):
+        turn = message_of(message, f"messages[{i}]")
+        check_answers(turn, turns, f"messages[{i}].tool_call_id")
+        turns.append(turn)
+    return turns
+
+
 def message_of(m: Message, field: str) -> pb.ChatMessage:
     """One message. Raises ``InvalidRequest`` for what its role does not have."""
     if m.role != "assistant" and m.content is None:
@@ -169,9 +188,8 @@ def message_of(m: Message, field: str) -> pb.ChatMessage:
         raise InvalidRequest(f"{field} has tool_calls and is no assistant's", field=f"{field}.tool_calls")
     if m.role == "tool" and not m.tool_call_id:
         raise InvalidRequest(f"{field} does not say which call it answers", field=f"{field}.tool_call_id")
-    if m.role != "tool" and (m.tool_call_id or m.name):
-        which = "tool_call_id" if m.tool_call_id else "name"
-        raise InvalidRequest(f"{field}.{which} is for tools' messages alone", field=f"{field}.{which}")
+    if m.role != "tool" and m.tool_call_id:
+        raise InvalidRequest(f"{field}.tool_call_id is for tools' messages alone", field=f"{field}.tool_call_id")
     return pb.ChatMessage(
         role="system" if m.role == "developer" else m.role,
         content=text_of(m.content, f"{field}.content"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -10,6 +11,7 @@ from pydantic import ConfigDict, Field
 from cluster.api.http.body import Form, Ignored
 from cluster.api.http.jsons import compact
 from cluster.errors import InvalidRequest
+from cluster.limits import MAX_TOOL_NAME_CHARS
 from cluster.v1 import inference_pb2 as pb
 
 _MODES = {
@@ -19,10 +21,14 @@ _MODES = {
 }
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
+"""Of a tool, or of a schema: what OpenAI and Anthropic take there."""
+
+
 class FunctionSpec(Form):
     """A function that the model may call. Calls that must be made always keep to the schema, ``strict`` or not."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -33,7 +39,7 @@ class JsonSchema(Form):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    name: str | None = None
+    name: Name | None = None
     description: Ignored = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -80,6 +86,12 @@ def choice_of(choice: str, *, named: bool) -> pb.ToolChoice:
     if named:
         return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=choice)
     return pb.ToolChoice(mode=_MODES[choice])
+
+
+def check_answers(turn: pb.ChatMessage, before: Iterable[pb.ChatMessage], field: str) -> None:
+    """Raises ``InvalidRequest`` where ``turn`` is a tool's and answers no call of those ``before``."""
+    if turn.role == "tool" and not any(call.id == turn.tool_call_id for said in before for call in said.tool_calls):
+        raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}, which no call before it has", field=field)
 
 
 def arguments_text(arguments: str, field: str) -> str:

@@ -5,13 +5,13 @@ One of their messages may hold several results of tools and text; each becomes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
-from cluster.api.http.formats import choice_of, schema_grammar
+from cluster.api.http.formats import Name, check_answers, choice_of, schema_grammar
 from cluster.api.http.jsons import compact
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
 from cluster.errors import InvalidRequest
@@ -54,7 +54,7 @@ class ToolForm(Form):
     """A tool of the client's own. The server's tools have another ``type`` and are refused by it."""
 
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -107,7 +107,7 @@ class CountForm(Form):
         """Messages, tools, and what the answer must be. Raises ``InvalidRequest``, naming the field."""
         turns = list(_system(self.system))
         for i, message in enumerate(self.messages):
-            turns.extend(_turns(message, f"messages[{i}]"))
+            turns += list(_turns(message, f"messages[{i}]", turns))
         output = self.output_config
         return pb.ChatRequest(
             messages=turns,
@@ -186,13 +186,13 @@ def _text(content: str | list[Block], field: str) -> str:
     return "\n".join(_has(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
-def _turns(message: Message, field: str) -> Iterator[pb.ChatMessage]:
+def _turns(message: Message, field: str, before: Sequence[pb.ChatMessage]) -> Iterator[pb.ChatMessage]:
     if message.role == "system" or isinstance(message.content, str):
         yield pb.ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
     elif message.role == "assistant":
         yield _assistant(message.content, f"{field}.content")
     else:
-        yield from _user(message.content, f"{field}.content")
+        yield from _user(message.content, f"{field}.content", before)
 
 
 def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
@@ -211,7 +211,7 @@ def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
     return message
 
 
-def _user(blocks: list[Block], field: str) -> Iterator[pb.ChatMessage]:
+def _user(blocks: list[Block], field: str, before: Sequence[pb.ChatMessage]) -> Iterator[pb.ChatMessage]:
     """Results of tools first, as they must be, then what the user says beside them."""
     said = []
     for i, block in enumerate(blocks):
@@ -220,7 +220,9 @@ def _user(blocks: list[Block], field: str) -> Iterator[pb.ChatMessage]:
         if block.type == TEXT:
             said.append(_has(block.text, f"{at}.text"))
         else:
-            yield _result(block, at)
+            result = _result(block, at)
+            check_answers(result, before, f"{at}.tool_use_id")
+            yield result
     if said:
         yield pb.ChatMessage(role="user", content="\n".join(said))
 

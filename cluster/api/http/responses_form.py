@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
-from cluster.api.http.formats import FunctionSpec, arguments_text, choice_of, schema_grammar, tool_of
+from cluster.api.http.formats import (
+    FunctionSpec,
+    Name,
+    arguments_text,
+    check_answers,
+    choice_of,
+    schema_grammar,
+    tool_of,
+)
 from cluster.api.http.sampling_form import Positive
 from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
@@ -68,7 +76,7 @@ class NamedTool(Form):
 
 class Format(Form):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: Name | None = None
     description: Ignored = None
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -205,8 +213,10 @@ def _add(turns: list[pb.ChatMessage], item: Item, field: str) -> None:
     elif item.type == "function_call_output":
         if item.output is None:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
-        told = _text(item.output, f"{field}.output")
-        turns.append(pb.ChatMessage(role="tool", content=told, tool_call_id=_has(item.call_id, f"{field}.call_id")))
+        told, call_id = _text(item.output, f"{field}.output"), _has(item.call_id, f"{field}.call_id")
+        turn = pb.ChatMessage(role="tool", content=told, tool_call_id=call_id)
+        check_answers(turn, turns, f"{field}.call_id")
+        turns.append(turn)
     else:
         raise InvalidRequest(f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type")
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from cluster.api import intake
 from cluster.api.http.answers import fields_named
 from cluster.api.http.body import Form, read
-from cluster.api.http.chat_form import FunctionTool, Message, message_of
+from cluster.api.http.chat_form import FunctionTool, Message, messages_of
 from cluster.api.http.formats import tool_of
 from cluster.api.http.jsons import Json
 from cluster.api.http.messages_form import CountForm
@@ -36,7 +36,7 @@ class TokenizeForm(Form):
             raise InvalidRequest("tools need messages", field="tools")
         return pb.TokenizeRequest(
             text=self.prompt or "",
-            messages=[message_of(m, f"messages[{i}]") for i, m in enumerate(self.messages or ())],
+            messages=messages_of(self.messages or ()),
             template=pb.TemplateOptions(tools=[tool_of(t.function) for t in self.tools or ()]),
         )
 
