@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cluster.api.accounts import Accounts, revoked
+from cluster.api.blame import blamed
 from cluster.api.metrics import Metrics
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.coordinator import Coordinator
-from cluster.errors import ClusterDamaged, MacpipeError, RequestNotFound
+from cluster.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.limits import KEY_LOOK_S
 from cluster.types import Accepted, FinishEvent, Request, TokenEvent
 
@@ -45,7 +46,10 @@ class Desk:
         with self._refusals_counted():
             if self.accounts:
                 self.accounts.prompt(request.client, len(request.prompt))
-            answer = await self.coordinator.accept(request, checkpoint)
+            try:
+                answer = await self.coordinator.accept(request, checkpoint)
+            except InvalidGrammar as e:
+                raise await blamed(e, request, checkpoint, self.coordinator) from None
         return await self._accepted(request, answer, checkpoint)
 
     async def resume(self, request_id: str, offsets: Sequence[int], client: str, checkpoint: Checkpoint) -> Asked:

@@ -30,6 +30,7 @@ from cluster.coordinator.tally import Totals
 from cluster.coordinator.views import LoopView
 from cluster.coordinator.watch import Watch
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
+from cluster.grammar import Grammar
 from cluster.limits import ADOPTION_LOOKS, CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES, SETTLE_S
 from cluster.membership.suspicion import Belief, Standing
 from cluster.store.store import Store
@@ -198,8 +199,12 @@ class Coordinator:
         Raises ``InvalidGrammar`` with the compiler's reason, and what ``submit`` raises.
         """
         if request.sampling.grammar:
-            await self._grammars.check(request.sampling.grammar, checkpoint)
+            await self.check_grammar(request.sampling.grammar, checkpoint)
         return self.submit(request, checkpoint)
+
+    async def check_grammar(self, grammar: Grammar, checkpoint: Checkpoint) -> None:
+        """Raises ``InvalidGrammar`` where it cannot be enforced (see ``GrammarCheck``)."""
+        await self._grammars.check(grammar, checkpoint)
 
     def submit(self, request: Request, checkpoint: Checkpoint) -> Answer:
         """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.

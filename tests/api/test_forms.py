@@ -100,6 +100,26 @@ def test_every_sampling_field_arrives() -> None:
         ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "letters"),
         (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}]},
+            "tools[0].function.parameters.type",
+            "object",
+        ),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "parameters": {"properties": {"type": {"anyOf": [{"type": ["null", "foo"]}]}}},
+                        },
+                    }
+                ]
+            },
+            "tools[0].function.parameters.properties.type.anyOf[0].type",
+            "null",
+        ),
+        (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a b!", "schema": {}}}},
             "response_format.json_schema.name",
             "letters",

@@ -138,6 +138,18 @@ def test_a_schema_that_cannot_be_compiled(client: OpenAI) -> None:
         assert caught.value.param == "response_format"
 
 
+def test_a_tool_that_cannot_be_enforced_is_named(client: OpenAI) -> None:
+    bad = {"name": "bad", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="default", messages=ASK, tools=[WEATHER, {"type": "function", "function": bad}],
+            tool_choice="required",
+        )  # fmt: skip
+    assert caught.value.param == "tools[1].function.parameters"
+    assert "'bad'" in caught.value.message
+    assert "lark" not in caught.value.message
+
+
 def reasoned(usage: CompletionUsage | None) -> int | None:
     assert usage
     assert usage.completion_tokens_details

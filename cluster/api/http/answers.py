@@ -122,15 +122,16 @@ def openai_usage(usage: Usage, reasoned: int | None = None) -> dict[str, Any]:
 
 
 def grammar_fields(field: str) -> dict[str, str]:
-    """What the intake calls the grammar of an answer, as ``field``."""
+    """What the intake calls the grammar of an answer, as ``field``; names for ``fields_named``."""
     return dict.fromkeys(("grammar", "response_format", *(kind.value for kind in GrammarKind)), field)
 
 
 @contextmanager
 def fields_named(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the intake under the names that this surface's fields have."""
+    """Errors of the intake under the names that this surface's fields have; ``tools[]``: where a tool's schema is."""
     try:
         yield
     except InvalidRequest as e:
-        e.field = names.get(e.field, e.field)
+        tool = e.field.startswith("tools[") and e.field.endswith("]")
+        e.field = f"{e.field}{names.get('tools[]', '')}" if tool else names.get(e.field, e.field)
         raise

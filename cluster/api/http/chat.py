@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 
@@ -35,6 +35,8 @@ from cluster.api.http.thinking import thinking_fields
 from cluster.chat import ToolCallDelta
 from cluster.types import FinishEvent, TokenEvent
 
+SCHEMA: Final = ".function.parameters"
+
 
 @dataclass(frozen=True, slots=True)
 class Chat:
@@ -61,7 +63,7 @@ def _fields(form: ChatForm) -> dict[str, str]:
     length = "max_tokens" if form.max_tokens else "max_completion_tokens"
     bound = grammar_fields("response_format" if form.response_format else "tools")
     thinking = thinking_fields(form.chat_template_kwargs, "reasoning_effort")
-    return {"prompt": "messages", "max_tokens": length, "samples": "n", **thinking, **bound}
+    return {"prompt": "messages", "max_tokens": length, "samples": "n", "tools[]": SCHEMA, **thinking, **bound}
 
 
 @dataclass(frozen=True, slots=True)

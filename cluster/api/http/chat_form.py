@@ -161,7 +161,7 @@ class ChatForm(SamplingForm):
         thinking = thinking_of(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         return pb.TemplateOptions(
-            tools=[tool_of(t.function) for t in self.tools or ()],
+            tools=[tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
             parallel_tool_calls=self.parallel_tool_calls,
             enable_thinking=thinking.enable,

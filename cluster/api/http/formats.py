@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from cluster.api.http.body import Form, Ignored
 from cluster.api.http.jsons import compact
+from cluster.api.http.schemas import check_schema
 from cluster.errors import InvalidRequest
 from cluster.limits import MAX_TOOL_NAME_CHARS
 from cluster.v1 import inference_pb2 as pb
@@ -75,8 +76,9 @@ def schema_grammar(schema: dict[str, Any]) -> pb.Grammar:
     return pb.Grammar(json_schema=compact(schema))
 
 
-def tool_of(spec: FunctionSpec) -> pb.Tool:
-    """A tool for the model's template."""
+def tool_of(spec: FunctionSpec, field: str) -> pb.Tool:
+    """A tool for the model's template. Raises ``InvalidRequest`` where ``field``.parameters are no schema."""
+    check_schema(spec.parameters or {}, f"{field}.parameters")
     schema = compact(spec.parameters) if spec.parameters else ""
     return pb.Tool(name=spec.name, description=spec.description or "", parameters=schema)
 

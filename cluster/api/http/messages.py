@@ -28,6 +28,7 @@ FIELDS: Final = {
     "stop": "stop_sequences",
     "enable_thinking": "thinking",
     "reasoning_effort": "output_config.effort",
+    "tools[]": ".input_schema",
 }
 PING: Final = event({"type": "ping"}, "ping")
 

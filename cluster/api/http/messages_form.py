@@ -14,6 +14,7 @@ from cluster.api.http.body import Form, Ignored, Unsupported
 from cluster.api.http.formats import Name, check_answers, choice_of, schema_grammar
 from cluster.api.http.jsons import compact
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
+from cluster.api.http.schemas import check_schema
 from cluster.errors import InvalidRequest
 from cluster.v1 import inference_pb2 as pb
 
@@ -122,7 +123,7 @@ class CountForm(Form):
         mode = {"any": "required", "tool": choice.name or ""}.get(choice.type, choice.type) if choice else "auto"
         single = choice is not None and choice.disable_parallel_tool_use
         return pb.TemplateOptions(
-            tools=[_tool(t) for t in self.tools or ()],
+            tools=[_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())],
             tool_choice=choice_of(mode, named=choice is not None and choice.type == "tool"),
             parallel_tool_calls=False if single else None,
             enable_thinking=None if thinking is None or thinking.type == "adaptive" else thinking.type == "enabled",
@@ -168,7 +169,8 @@ class MessagesForm(CountForm):
         return message
 
 
-def _tool(tool: ToolForm) -> pb.Tool:
+def _tool(tool: ToolForm, field: str) -> pb.Tool:
+    check_schema(tool.input_schema, f"{field}.input_schema")
     return pb.Tool(name=tool.name, description=tool.description or "", parameters=compact(tool.input_schema))
 
 

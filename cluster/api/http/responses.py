@@ -28,6 +28,7 @@ FIELDS: Final = {
     "messages": "input",
     "prompt": "input",
     "max_tokens": "max_output_tokens",
+    "tools[]": ".parameters",
 }
 
 

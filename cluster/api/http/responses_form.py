@@ -191,7 +191,7 @@ class ResponsesForm(Form):
         thinking = thinking_of(effort, self.chat_template_kwargs, "reasoning.effort")
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
         return pb.TemplateOptions(
-            tools=[tool_of(t) for t in self.tools or ()],
+            tools=[tool_of(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
             parallel_tool_calls=self.parallel_tool_calls,
             enable_thinking=thinking.enable,

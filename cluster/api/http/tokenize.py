@@ -34,10 +34,11 @@ class TokenizeForm(Form):
             raise InvalidRequest("give prompt or messages, and not both", field="prompt")
         if self.tools and not self.messages:
             raise InvalidRequest("tools need messages", field="tools")
+        tools = [tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())]
         return pb.TokenizeRequest(
             text=self.prompt or "",
             messages=messages_of(self.messages or ()),
-            template=pb.TemplateOptions(tools=[tool_of(t.function) for t in self.tools or ()]),
+            template=pb.TemplateOptions(tools=tools),
         )
 
 

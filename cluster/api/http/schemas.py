@@ -1,0 +1,45 @@
+"""Whether what a tool takes is written as a JSON Schema. What of that can be enforced, the grammars' compiler says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cluster.errors import InvalidRequest
+
+_TYPES: Final = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+_ONE: Final = (
+    "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
+    "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+_LISTS: Final = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
+_NAMED: Final = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+
+
+def check_schema(schema: dict[str, Any], field: str) -> None:
+    """Raises ``InvalidRequest``, naming the place, for a type that JSON has not: every model would guess at it."""
+    waiting = [(schema, field)]
+    while waiting:
+        one, place = waiting.pop()
+        kinds = one.get("type")
+        for kind in kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]:
+            if not isinstance(kind, str) or kind not in _TYPES:
+                raise InvalidRequest(
+                    f"{place}.type is none that JSON Schema has; there are {', '.join(sorted(_TYPES))}",
+                    field=f"{place}.type",
+                )
+        waiting.extend(_inner(one, place))
+
+
+def _inner(schema: dict[str, Any], place: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The schemas right within one, each with its place."""
+    for word, value in schema.items():
+        if word in _NAMED and isinstance(value, dict):
+            found = [(inner, f"{place}.{word}.{name[:64]}") for name, inner in value.items()]
+        elif word in _LISTS and isinstance(value, list):
+            found = [(inner, f"{place}.{word}[{i}]") for i, inner in enumerate(value)]
+        elif word in _ONE:
+            found = [(value, f"{place}.{word}")]
+        else:
+            continue
+        yield from ((inner, where) for inner, where in found if isinstance(inner, dict))
