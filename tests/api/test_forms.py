@@ -84,6 +84,11 @@ def test_every_sampling_field_arrives() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+            "tool_choice",
+            "not supported",
+        ),
         ({"tool_choice": {"type": "function", "function": {"name": ""}}}, "tool_choice.function.name", "at least 1"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
         ({"messages": []}, "messages", "at least 1"),
@@ -251,6 +256,7 @@ def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
      ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
      ({"input": [{"type": "function_call_output", "call_id": "c", "output": "4"}]}, "input[0].call_id"),
      ({"text": {"format": {"type": "json_schema", "name": "a b!", "schema": {}}}}, "text.format.name"),
+     ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
      ({"truncation": "auto"}, "truncation"), ({"input": []}, "input"), ({"input": 5}, "input")],
 )  # fmt: skip
 def test_responses_refuse(more: dict[str, Any], field: str) -> None:

@@ -19,7 +19,17 @@ from cluster.api.http.errors import HANDLERS
 from cluster.api.http.guard import Guard
 from cluster.api.http.jsons import Json
 from cluster.api.http.server import listen
-from cluster.errors import Busy, InvalidOption, MacpipeError, NoPlan, NotServing, PortInUse, PromptTooLong, WorkerLost
+from cluster.errors import (
+    Busy,
+    DeadlineExceeded,
+    InvalidOption,
+    MacpipeError,
+    NoPlan,
+    NotServing,
+    PortInUse,
+    PromptTooLong,
+    WorkerLost,
+)
 
 pytestmark = pytest.mark.anyio
 Endpoint = Callable[[Request], object]
@@ -65,6 +75,7 @@ async def test_an_id_of_the_clients_comes_back() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [(Busy("full", retry_after_s=1.2), 429, "busy"), (WorkerLost("mac-2 is gone"), 503, "worker_lost"),
+     (DeadlineExceeded("late"), 408, "deadline_exceeded"),
      (PromptTooLong("long", field="messages"), 400, "context_length_exceeded")],
 )  # fmt: skip
 async def test_both_shapes(error: MacpipeError, status: int, code: str) -> None:
@@ -78,6 +89,8 @@ async def test_both_shapes(error: MacpipeError, status: int, code: str) -> None:
     assert (told["message"], told["code"], told["param"]) == (error.sentence, code, error.field or None)
     assert anthropic.json()["type"] == "error"
     assert error.sentence in anthropic.json()["error"]["message"]
+    if status == 408:
+        assert anthropic.json()["error"]["type"] == "timeout_error"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic import Anthropic
 
-from compat.conftest import Served
+from compat.conftest import ALIAS, Served
 
 pytestmark = [pytest.mark.xdist_group("compat"), pytest.mark.timeout(120)]
 
@@ -55,6 +55,18 @@ def test_a_stream_says_at_its_start_what_of_the_prompt_was_kept(client: Anthropi
         assert usage.input_tokens + (usage.cache_read_input_tokens or 0) > 10
         if kept:
             assert usage.cache_read_input_tokens
+
+
+def test_models(client: Anthropic) -> None:
+    models = list(client.models.list())
+    assert [(m.id, m.type, m.display_name) for m in models] == [(n, "model", n) for n in ("faq", ALIAS)]
+    assert client.models.retrieve("faq").created_at == models[0].created_at
+    assert models[0].created_at.tzinfo
+
+
+def test_a_prefill_is_refused(client: Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="prefill"):
+        client.messages.create(model="faq", messages=[*ASK, {"role": "assistant", "content": "A hop"}], max_tokens=1)
 
 
 def test_a_stop_sequence_is_named(client: Anthropic) -> None:

@@ -158,6 +158,21 @@ def test_completions_take_tokens_echo_and_logprobs(client: OpenAI) -> None:
     assert logprobs
     assert logprobs.tokens
     assert "".join(logprobs.tokens) == again.choices[0].text
+    assert logprobs.top_logprobs
+    unlikely = (
+        client.completions.create(
+            model="faq", prompt=[300, 301], temperature=0, max_tokens=1, logprobs=2, logit_bias={"302": 100}
+        )
+        .choices[0]
+        .logprobs
+    )
+    assert unlikely
+    assert unlikely.tokens
+    assert unlikely.top_logprobs
+    for columns in (logprobs, unlikely):
+        for token, logprob, top in zip(columns.tokens, columns.token_logprobs, columns.top_logprobs, strict=True):
+            assert top[token] == logprob
+            assert 2 <= len(top) <= 3
     assert logprobs.text_offset
     assert logprobs.text_offset[0] == 0
 

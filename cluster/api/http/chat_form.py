@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
 from cluster.api.http.formats import (
+    Choosable,
     FunctionSpec,
     ResponseFormat,
     arguments_text,
@@ -101,7 +102,7 @@ class ChatForm(SamplingForm):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None

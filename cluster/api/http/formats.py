@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from cluster.api.http.body import Form, Ignored
 from cluster.api.http.jsons import compact
@@ -22,6 +23,16 @@ _MODES = {
 }
 
 
+def _no_allowed_tools(choice: object) -> object:
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        raise PydanticCustomError(
+            "allowed_tools", "allowed_tools is not supported here; give those tools alone in tools"
+        )
+    return choice
+
+
+Choosable = BeforeValidator(_no_allowed_tools)
+"""For tool_choice: what OpenAI has there beside what we take."""
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 """Of a tool, or of a schema: what OpenAI and Anthropic take there."""
 

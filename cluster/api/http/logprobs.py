@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from cluster.api.desk import Asked
@@ -30,6 +30,12 @@ def _one(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(logprob, _LEAST), "bytes": whole}
 
 
+def _alternatives(token: TokenEvent, text: Callable[[int], str]) -> dict[str, float]:
+    """By text; the token that was picked is always among them."""
+    found = {text(o.token): max(o.logprob, _LEAST) for o in token.top}
+    return found | {text(token.token): max(token.logprob or 0.0, _LEAST)}
+
+
 def columns(tokens: Sequence[TokenEvent], asked: Asked, offset: int) -> dict[str, Any]:
     """``logprobs`` of completions; ``offset`` is where the first token's text begins."""
     text = asked.checkpoint.tokenizer.token_text
@@ -40,6 +46,6 @@ def columns(tokens: Sequence[TokenEvent], asked: Asked, offset: int) -> dict[str
     return {
         "tokens": [text(t.token) for t in tokens],
         "token_logprobs": [max(t.logprob or 0.0, _LEAST) for t in tokens],
-        "top_logprobs": [{text(o.token): max(o.logprob, _LEAST) for o in t.top} for t in tokens],
+        "top_logprobs": [_alternatives(t, text) for t in tokens],
         "text_offset": offsets,
     }

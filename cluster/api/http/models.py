@@ -1,9 +1,10 @@
-"""GET /v1/models and /v1/models/{id}: what is served, under each of its names."""
+"""GET /v1/models and /v1/models/{id}: what is served, under each of its names, in OpenAI's and Anthropic's fields."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -26,9 +27,8 @@ class Models:
         try:
             checkpoint = self.names.checkpoint(None)
         except MacpipeError:
-            return Json({"object": "list", "data": []})
-        data = [self._model(name, checkpoint) for name in self.names.of(checkpoint)]
-        return Json({"object": "list", "data": data})
+            return Json(_page([]))
+        return Json(_page([self._model(name, checkpoint) for name in self.names.of(checkpoint)]))
 
     async def one(self, request: Request) -> Json:
         """One by any of its names. Raises ``ModelNotFound``."""
@@ -44,10 +44,19 @@ class Models:
         return {
             "id": name,
             "object": "model",
+            "type": "model",
+            "display_name": name,
             "created": self.created,
+            "created_at": datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "owned_by": "macpipe",
             "context_length": shape.max_context,
             "max_model_len": shape.max_context,
             "root": model_id(checkpoint),
             "layers": shape.layers,
         }
+
+
+def _page(data: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of them: there is never another page."""
+    ids = [model["id"] for model in data] or [None]
+    return {"object": "list", "data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}

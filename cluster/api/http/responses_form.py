@@ -12,6 +12,7 @@ from pydantic import Field
 
 from cluster.api.http.body import Form, Ignored, Unsupported
 from cluster.api.http.formats import (
+    Choosable,
     FunctionSpec,
     Name,
     arguments_text,
@@ -111,7 +112,7 @@ class ResponsesForm(Form):
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[ToolForm] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None
     reasoning: Reasoning | None = None
