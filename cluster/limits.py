@@ -241,6 +241,10 @@ MAX_MODEL_READ_BYTES: Final = GIB
 """Small files and headers of one model together, which are read before anything is known of it."""
 DEFER_S: Final = 15.0
 """How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
+CHECK_S: Final = 900.0
+"""How long a worker waits for one that hashes its files anew: half a terabyte, off an ordinary SSD."""
+MAX_NOTICES: Final = 8
+"""Sentences about one load's bytes: a person reads no more, and the log has all."""
 PEER_CHUNK_BYTES: Final = 1 * MIB
 PEER_CALL_TIMEOUT_S: Final = 300.0
 """One call for FETCH_RANGE_BYTES from a peer: 2 Mbit/s at least."""

@@ -18,6 +18,8 @@ class LoadProgress:
     state: str = field(default="reading")
     hub_bytes: int = 0
     peer_bytes: int = 0
+    notices: tuple[str, ...] = ()
+    """What a person should know of the bytes that were found: all sentences so far."""
 
 
 @dataclass(frozen=True, slots=True)

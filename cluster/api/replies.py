@@ -113,6 +113,7 @@ def progress(p: LoadProgress) -> cpb.StageProgress:
         state=p.state,
         hub_bytes=p.hub_bytes,
         peer_bytes=p.peer_bytes,
+        notices=p.notices,
     )
 
 

@@ -35,9 +35,13 @@ class LoadBars:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, tuple[int, str]] = {}
+        self._noticed: set[tuple[str, str]] = set()
 
     def show(self, progress: LoadProgress) -> None:
-        """Draw how far one stage is."""
+        """Draw how far one stage is, below what is new to know of its bytes."""
+        for notice in [n for n in progress.notices if (progress.worker, n) not in self._noticed]:
+            self._noticed.add((progress.worker, notice))
+            self._console.print(printable(f"{progress.worker}: {notice}"), soft_wrap=True)
         came = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
         told = ", ".join(f"{bytes_in_words(count)} from {whom}" for count, whom in came if count)
         what = f"{progress.worker} layers {progress.layers}"
@@ -59,6 +63,7 @@ class LoadBars:
         self._bars = None
         self._tasks.clear()
         self._told.clear()
+        self._noticed.clear()
 
     def _draw(self, what: str, state: str, done: int, total: int) -> None:
         bars = self._bars = self._bars or self._started()

@@ -88,7 +88,9 @@ def load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterSt
             one = reply.progress
             layers = layer_range(one.start_layer, one.end_layer)
             sizes = one.done_bytes, one.total_bytes
-            return LoadProgress(one.worker, layers, *sizes, one.state, one.hub_bytes, one.peer_bytes)
+            return LoadProgress(
+                one.worker, layers, *sizes, one.state, one.hub_bytes, one.peer_bytes, tuple(one.notices)
+            )
         case "ready":
             return cluster_state(reply.ready)
         case _:

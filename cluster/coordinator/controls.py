@@ -102,9 +102,9 @@ class WorkerControl:
             async for p in _bounded(call):
                 state = "ready" if p.ready else p.state
                 proof += [(one.name, one.sha256.hex()) for one in p.digests]
-                yield LoadProgress(
-                    self.name, spec.layers, p.done_bytes, p.total_bytes, state, p.hub_bytes, p.peer_bytes
-                )
+                told = tuple(p.notices)
+                sizes = p.done_bytes, p.total_bytes
+                yield LoadProgress(self.name, spec.layers, *sizes, state, p.hub_bytes, p.peer_bytes, told)
         yield StageProof(self.name, tuple(proof))
 
     async def link(self, epoch: int, before: WorkerFacts | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import anyio
 
@@ -52,7 +53,7 @@ async def _load(stage: PlannedStage, control: WorkerControl, order: FetchOrder, 
             continue
         total = p.total_bytes or stage.weight_bytes
         done = total if p.state in ("hashing", "ready") else p.done_bytes
-        progress(LoadProgress(stage.worker, stage.layers, done, total, p.state, p.hub_bytes, p.peer_bytes))
+        progress(replace(p, worker=stage.worker, done_bytes=done, total_bytes=total))
     return proof
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 from cluster.errors import Aborted, DiskFull, FetchFailed, MacpipeError, ModelDiffers
-from cluster.limits import DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S
+from cluster.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.files import StoredFile
 from cluster.store.hub import Hub
@@ -47,6 +47,8 @@ class Fetched:
     total: int
     hub: int
     peers: int
+    notices: tuple[str, ...] = ()
+    """What a person should know: whose bytes are damaged."""
 
     @property
     def state(self) -> str:
@@ -75,7 +77,8 @@ class Fetch:
         self._holdings: dict[Peer, Holdings] = {}
         self._failed: dict[tuple[str, str], MacpipeError] = {}
         self._lock = Lock()
-        self._patience = time.monotonic() + DEFER_S
+        self._notices: dict[str, None] = {}
+        self._began = time.monotonic()
         self._total = sum(tensor.nbytes for tensor in self._tensors)
         self._counted = Counted()
 
@@ -83,7 +86,10 @@ class Fetch:
     def progress(self) -> Fetched:
         """How far it is; may be asked on any thread."""
         missing = sum(self._partial.missing(tensor) for tensor in self._tensors)
-        return Fetched(self._total - missing, self._total, self._counted.hub, self._counted.peers)
+        counted = self._counted
+        return Fetched(
+            self._total - missing, self._total, counted.hub, counted.peers, tuple(self._notices)[:MAX_NOTICES]
+        )
 
     def run(self) -> None:
         """Fetch. Raises DiskFull before the first byte, Aborted once stopped, ModelDiffers where the sources have
@@ -129,6 +135,9 @@ class Fetch:
         with ThreadPoolExecutor(FETCH_STREAMS, thread_name_prefix="ask") as pool:
             answers = list(pool.map(lambda peer: _ask(peer, names), self._peers))
         self._holdings = dict(zip(self._peers, answers, strict=True))
+        for peer, held in self._holdings.items():
+            for name in sorted(held.damaged.intersection(names)):
+                self._notice(f"{peer.label} has damaged bytes of the tensor {name}, as it found itself")
 
     def _expected(self, name: str) -> str:
         """What the tensor must hash to; empty where nobody knows. Raises ModelDiffers where peers say two things."""
@@ -156,7 +165,7 @@ class Fetch:
         peers = [p for p in self._peers if name in self._holdings[p].here and (name, p.label) not in self._failed]
         if peers:
             return peers[hash(name) % len(peers)]
-        if self._may_come(name):
+        if self._may_come(name) or self._may_be_sound(name):
             return None
         if self._hub and (name, self._hub.label) not in self._failed:
             return self._hub
@@ -172,7 +181,14 @@ class Fetch:
         """Whether another worker is fetching the tensor, or may be about to."""
         if name not in self._wanted.deferred:
             return False
-        return any(name in held.coming for held in self._holdings.values()) or time.monotonic() < self._patience
+        return any(name in held.coming for held in self._holdings.values()) or self._waited() < DEFER_S
+
+    def _may_be_sound(self, name: str) -> bool:
+        """Whether another Mac is looking if it still has the tensor. It waits for nobody itself."""
+        return any(name in held.checking for held in self._holdings.values()) and self._waited() < CHECK_S
+
+    def _waited(self) -> float:
+        return time.monotonic() - self._began
 
     # Fetching
 
@@ -217,10 +233,17 @@ class Fetch:
         sentence = (
             f"{whose} has damaged bytes of the tensor {tensor.name} (sha256 {digest[:12]}, expected {expected[:12]})"
         )
-        log.warning("%s; it is fetched again", sentence)
+        self._notice(f"{sentence}; it is fetched again")
         self._partial.drop(tensor)
         if source:
             self._fail([tensor], source, FetchFailed(f"{sentence}, and nobody else has them", tensor=tensor.name))
+
+    def _notice(self, sentence: str) -> None:
+        with self._lock:
+            if sentence in self._notices:
+                return
+            self._notices[sentence] = None
+        log.warning("%s", sentence)
 
     def _fail(self, tensors: Iterable[TensorInfo], source: Peer | Hub, error: MacpipeError) -> None:
         with self._lock:

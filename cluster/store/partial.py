@@ -45,6 +45,7 @@ class Partial:
             self._replay(entry)
         sound = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
         self._verified = {t: d for t, d in self._noted.items() if self._complete(t) and self.tensors[t].file in sound}
+        self._damaged: set[str] = set()
 
     def _replay(self, entry: Entry) -> None:
         match entry:
@@ -66,6 +67,33 @@ class Partial:
         """The tensors that are here and were verified, with their digests; a copy."""
         with self._lock:
             return dict(self._verified)
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """The tensors that were found damaged by ``recheck``, and were not fetched again since."""
+        with self._lock:
+            return frozenset(self._damaged)
+
+    def doubtful(self, tensors: Iterable[str]) -> set[str]:
+        """Those that are here and were verified once, but not since their file changed on the disk."""
+        with self._lock:
+            return {t for t in tensors if t in self._noted and t not in self._verified and self._complete(t)}
+
+    def recheck(self, tensor: TensorInfo) -> bool:
+        """Hash a doubtful tensor anew: it counts as verified again, or else as damaged, and not here. -> which."""
+        try:
+            digest = self.digest(tensor)
+        except OSError:  # what cannot be read is as good as damaged
+            digest = ""
+        with self._lock:
+            if not self.doubtful([tensor.name]):
+                return True  # a fetch has settled it meanwhile
+            if digest == self._noted[tensor.name]:
+                self.accept([(tensor.name, digest)])
+                return True
+            self.drop(tensor)
+            self._damaged.add(tensor.name)
+            return False
 
     def noted(self, tensor: str) -> str:
         """What the tensor hashed to when it was verified, perhaps long ago; empty: it never was."""
@@ -101,6 +129,7 @@ class Partial:
             self._journal.append(["sum", name, digest] for name, digest in sums)
             self._noted.update(sums)
             self._verified.update(sums)
+            self._damaged.difference_update(name for name, _ in sums)
 
     def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
         """The bytes of this tensor are wrong: they count as not there. ``forget``: so is the digest that was noted."""
@@ -118,7 +147,7 @@ class Partial:
         A file with a tensor that was verified once, but not since the file changed, keeps what was noted before.
         """
         with self._lock:
-            doubtful = {self.tensors[t].file for t in self._noted if self._complete(t) and t not in self._verified}
+            doubtful = {self.tensors[t].file for t in self.doubtful(self._noted)}
             now = {file: self._stat(file) for file in self._extents if file not in doubtful}
             self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
             self._stats |= now

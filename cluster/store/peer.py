@@ -35,10 +35,15 @@ from cluster.v1.store_pb2_grpc import StoreServiceStub
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a peer has of one model: names of tensors, and the digests (hex) that it knows."""
+    """What a peer has of one model: names of tensors, and the digests (hex) that it knows.
+
+    It hashes ``checking`` anew since their file changed on its disk, and has found ``damaged`` to be just that.
+    """
 
     here: frozenset[str] = frozenset()
     coming: frozenset[str] = frozenset()
+    checking: frozenset[str] = frozenset()
+    damaged: frozenset[str] = frozenset()
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -90,21 +95,25 @@ class Peer:
 
     def holdings(self, names: Sequence[str]) -> Holdings:
         """What is there now; where few names are given, of these alone."""
-        here, coming, digests = set[str](), set[str](), dict[str, str]()
+        found: dict[int, set[str]] = {presence: set() for presence in pb.Presence.values()}
+        digests: dict[str, str] = {}
         few = names if len(names) <= MAX_TENSORS_NAMED else ()
         request = pb.ListTensorsRequest(fingerprint=self._fingerprint, tensors=few)
         with self._failures():
             for part in self._stub.ListTensors(request, timeout=CONTROL_TIMEOUT_S):
                 for one in part.tensors:
-                    if one.presence == pb.PRESENCE_HERE:
-                        here.add(one.name)
-                    elif one.presence == pb.PRESENCE_COMING:
-                        coming.add(one.name)
+                    found.setdefault(one.presence, set()).add(one.name)
                     if one.sha256:
                         digests[one.name] = one.sha256.hex()
-                if len(digests) + len(here) > 2 * MAX_CHECKPOINT_TENSORS:
+                if len(digests) + sum(map(len, found.values())) > 2 * MAX_CHECKPOINT_TENSORS:
                     raise FetchFailed(f"{self.label} names more tensors than a model has.")
-        return Holdings(frozenset(here), frozenset(coming), digests)
+        return Holdings(
+            here=frozenset(found[pb.PRESENCE_HERE]),
+            coming=frozenset(found[pb.PRESENCE_COMING]),
+            checking=frozenset(found[pb.PRESENCE_CHECKING]),
+            damaged=frozenset(found[pb.PRESENCE_DAMAGED]),
+            digests=digests,
+        )
 
     def read(self, tensors: tuple[TensorInfo, ...], offset: int, length: int) -> Iterator[bytes]:
         """``length`` bytes from ``offset`` on of these tensors, one behind the other, in pieces."""

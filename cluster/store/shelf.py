@@ -6,8 +6,10 @@ the model has not is refused, and a path is never looked up.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +27,8 @@ from cluster.transport.status import abort
 from cluster.v1 import store_pb2 as pb
 from cluster.v1.store_pb2_grpc import StoreServiceServicer
 
+log = logging.getLogger(__name__)
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Range: TypeAlias = tuple[str, int, int]
 
@@ -37,6 +41,8 @@ class Item:
     partial: Partial | None
     manifest: Manifest
     coming: frozenset[str] = frozenset()
+    checking: set[str] = field(default_factory=set)
+    """Somebody has asked for these, and they are hashed anew first: their file has changed on the disk."""
 
     @property
     def here(self) -> Iterable[str]:
@@ -57,6 +63,7 @@ class Shelf(StoreServiceServicer):
         self._store = store
         self._items: dict[str, Item] = {}
         self._readers = anyio.Semaphore(SHELF_READERS)
+        self._checks: set[asyncio.Task[None]] = set()
 
     def put(self, folder: Path, partial: Partial | None) -> Item:
         """Give this model's bytes to others from now on. Blocks; raises as ``open_checkpoint`` does."""
@@ -91,6 +98,7 @@ class Shelf(StoreServiceServicer):
     ) -> AsyncIterator[pb.ListTensorsResponse]:
         item = await self._item(request.fingerprint, context)
         names = [name for name in request.tensors if name in item.checkpoint.tensors] or item.checkpoint.tensors
+        self._recheck(item, names)
         states = list(_states(item, names))
         for at in range(0, len(states), MAX_TENSORS_NAMED):
             yield pb.ListTensorsResponse(tensors=states[at : at + MAX_TENSORS_NAMED])
@@ -121,6 +129,23 @@ class Shelf(StoreServiceServicer):
         item = self._opened(found.folder, found.partial)
         return self._items.setdefault(fingerprint, item)  # a load may have put its own there meanwhile, which counts
 
+    def _recheck(self, item: Item, names: Iterable[str]) -> None:
+        """Begin to hash what is asked for and was verified before its file changed; whoever asks comes back."""
+        if item.partial and (doubtful := item.partial.doubtful(names) - item.checking):
+            item.checking |= doubtful
+            task = asyncio.create_task(self._rechecked(item, item.partial, sorted(doubtful)))
+            self._checks.add(task)
+            task.add_done_callback(self._checks.discard)
+
+    async def _rechecked(self, item: Item, partial: Partial, names: Sequence[str]) -> None:
+        try:
+            for name in names:
+                if not await anyio.to_thread.run_sync(partial.recheck, partial.tensors[name]):
+                    log.warning("this Mac has damaged bytes of the tensor %s; they count as not here", name)
+                item.checking.discard(name)
+        finally:
+            item.checking.difference_update(names)
+
     def _turn(self, context: Context) -> _Turn:
         return _Turn(self._readers, context)
 
@@ -146,12 +171,17 @@ def _states(item: Item, names: Iterable[str]) -> Iterator[pb.TensorState]:
     """Those tensors of which there is something to say."""
     known, here = item.manifest.known, frozenset(item.here)
     own = item.partial.verified if item.partial else {}
+    damaged = item.partial.damaged if item.partial else frozenset()
     for name in names:
         digest = bytes.fromhex(own.get(name) or known.get(name, ""))
         if name in here:
             yield pb.TensorState(name=name, presence=pb.PRESENCE_HERE, sha256=digest)
         elif name in item.coming:
             yield pb.TensorState(name=name, presence=pb.PRESENCE_COMING, sha256=digest)
+        elif name in item.checking:
+            yield pb.TensorState(name=name, presence=pb.PRESENCE_CHECKING, sha256=digest)
+        elif name in damaged:
+            yield pb.TensorState(name=name, presence=pb.PRESENCE_DAMAGED, sha256=digest)
         elif digest:
             yield pb.TensorState(name=name, presence=pb.PRESENCE_KNOWN, sha256=digest)
 

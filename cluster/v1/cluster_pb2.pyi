@@ -708,6 +708,7 @@ class StageProgress(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     HUB_BYTES_FIELD_NUMBER: _builtins.int
     PEER_BYTES_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -718,6 +719,10 @@ class StageProgress(_message.Message):
     hub_bytes: _builtins.int
     """What was fetched for this load, from the hub and from other Macs."""
     peer_bytes: _builtins.int
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know of the bytes that were found, such as whose are damaged: all sentences so far."""
+
     def __init__(
         self,
         *,
@@ -729,10 +734,11 @@ class StageProgress(_message.Message):
         state: _builtins.str = ...,
         hub_bytes: _builtins.int = ...,
         peer_bytes: _builtins.int = ...,
+        notices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "end_layer", b"end_layer", "hub_bytes", b"hub_bytes", "peer_bytes", b"peer_bytes", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "end_layer", b"end_layer", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

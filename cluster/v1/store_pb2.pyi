@@ -35,6 +35,10 @@ class _PresenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Presence.Val
     PRESENCE_COMING: _Presence.ValueType  # 2
     """It is being fetched."""
     PRESENCE_HERE: _Presence.ValueType  # 3
+    PRESENCE_CHECKING: _Presence.ValueType  # 4
+    """It was here; its file has changed on the disk since, and it is being hashed anew."""
+    PRESENCE_DAMAGED: _Presence.ValueType  # 5
+    """It was here, and its bytes have been found to be others by now."""
 
 class Presence(_Presence, metaclass=_PresenceEnumTypeWrapper): ...
 
@@ -44,6 +48,10 @@ PRESENCE_KNOWN: Presence.ValueType  # 1
 PRESENCE_COMING: Presence.ValueType  # 2
 """It is being fetched."""
 PRESENCE_HERE: Presence.ValueType  # 3
+PRESENCE_CHECKING: Presence.ValueType  # 4
+"""It was here; its file has changed on the disk since, and it is being hashed anew."""
+PRESENCE_DAMAGED: Presence.ValueType  # 5
+"""It was here, and its bytes have been found to be others by now."""
 Global___Presence: _TypeAlias = Presence  # noqa: Y015
 
 @_typing.final

@@ -462,6 +462,7 @@ class LoadStageResponse(_message.Message):
     HUB_BYTES_FIELD_NUMBER: _builtins.int
     PEER_BYTES_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     ready: _builtins.bool
@@ -475,6 +476,10 @@ class LoadStageResponse(_message.Message):
     def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorDigest]:
         """What the slice's tensors hash to; sent in batches before the last message."""
 
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know of the bytes that were found, such as whose are damaged: all sentences so far."""
+
     def __init__(
         self,
         *,
@@ -485,10 +490,11 @@ class LoadStageResponse(_message.Message):
         hub_bytes: _builtins.int = ...,
         peer_bytes: _builtins.int = ...,
         digests: _abc.Iterable[Global___TensorDigest] | None = ...,
+        notices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

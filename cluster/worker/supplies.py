@@ -131,6 +131,7 @@ def _told(
         total_bytes=total,
         hub_bytes=got.hub if got else 0,
         peer_bytes=got.peers if got else 0,
+        notices=got.notices if got else (),
         digests=digests,
     )
 

@@ -121,7 +121,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.waiting([a_worker("mac-0"), a_worker("mac-1")], 2)
         report.planned(a_plan())
         for percent in range(101):
-            report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading"))
+            report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading", notices=("a is damaged",)))
         report.serving("127.0.0.1:7701", a_plan(), "http://127.0.0.1:8081")
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
@@ -131,6 +131,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
     assert "9.0 GiB" in said
     assert "256.0 MiB" in said
     assert said.count("mac-0 layers 0-3: reading") == 11
+    assert said.count("mac-0: a is damaged\n") == 1
     assert "serving big[bold]model on 127.0.0.1:7701, and on http://127.0.0.1:8081" in said
     assert "--coordinator 127.0.0.1:7701" in said
     assert said.endswith("macpipe: mac-1 stopped answering\n")

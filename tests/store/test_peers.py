@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -123,6 +124,32 @@ def test_a_part_gives_what_it_has_and_says_what_it_knows(
     assert told.hub == ours.tensors[other].nbytes == hub.weight_bytes - asked
     with pytest.raises(FetchFailed, match="nobody has the tensor"):
         take(tmp_path / "mine", ours, [peer], list(ours.tensors))
+
+
+def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
+    hub: FakeHub, giving: Giving, tmp_path: Path
+) -> None:
+    """Bob's files are as they were but for their time, and one tensor, which alone is fetched anew."""
+    partial = Store(tmp_path / "home-bob").named("owner/tiny").partial
+    assert partial
+    origin = Hub("owner/tiny", hub.commit)
+    names = [name for name in partial.tensors if name.startswith(("model.layers.1.", "model.layers.2."))]
+    take(tmp_path / "home-bob", partial, [], names, origin)
+    content = bytearray((partial.folder / partial.tensors[NAME].file).read_bytes())
+    content[partial.tensors[NAME].offset] ^= 1
+    (partial.folder / partial.tensors[NAME].file).write_bytes(content)
+    for file in {partial.tensors[name].file for name in names}:
+        os.utime(partial.folder / file, ns=(1, 1))
+    doubted = Partial(partial.folder)
+    assert not doubted.verified
+    assert doubted.doubtful(partial.tensors) == set(names)
+    peer = giving("bob", partial.folder)
+    asked, ours = hub.weight_bytes, mine(tmp_path / "mine", [peer], partial.fingerprint)
+    told = take(tmp_path / "mine", ours, [peer], names, origin).progress
+    assert told.hub == hub.weight_bytes - asked == partial.tensors[NAME].nbytes, "the rest came from bob"
+    assert told.notices == (f"worker bob has damaged bytes of the tensor {NAME}, as it found itself",)
+    held = peer.holdings(names)
+    assert (held.here, held.damaged) == (frozenset(names) - {NAME}, {NAME})
 
 
 def test_damaged_bytes_are_taken_from_somebody_else(
