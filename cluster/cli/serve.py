@@ -32,7 +32,12 @@ Model = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="as many as are best")]
 Layers = Annotated[
-    str | None, typer.Option(metavar="RANGES", help="Who holds what, like 0-3,4-7.", show_default="as planned")
+    str | None,
+    typer.Option(
+        metavar="RANGES",
+        help="Who holds what, like 0-3,4-7: one range a worker, in their order of name, or of more workers the best.",
+        show_default="as planned",
+    ),
 ]
 HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
 MaxContext = Annotated[

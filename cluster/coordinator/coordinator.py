@@ -132,11 +132,10 @@ class Coordinator:
 
     async def _lay_out(self, number: int, shape: ModelShape, found: Sequence[WorkerFacts], order: LoadOrder) -> Plan:
         """The plan over some of these workers, their links measured where speeds are known at all."""
-        workers = found[: len(order.layers)] if order.layers else found
         links: Links = {}
-        if len(workers) > 1 and all(w.profile.known for w in workers):
-            links = await measured_links(workers, [self._roster.control(w.control_address) for w in workers])
-        return await anyio.to_thread.run_sync(lay_out, number, shape, workers, order, links)
+        if len(found) > 1 and all(w.profile.known for w in found):
+            links = await measured_links(found, [self._roster.control(w.control_address) for w in found])
+        return await anyio.to_thread.run_sync(lay_out, number, shape, found, order, links)
 
     async def _standing(
         self, checkpoint: Checkpoint, order: LoadOrder, workers: tuple[WorkerFacts, ...]

@@ -154,15 +154,13 @@ def _in_order_of_speed(layout: Layout) -> str:
     return f"{count} different workers have too many orders to try: the best was found in order of speed"
 
 
-def spares(layout: Layout, search: Search | None, stages: int | None) -> tuple[Spare, ...]:
-    """The workers that the layout leaves out, each with its reason."""
+def spares(layout: Layout, search: Search | None, asked: str) -> tuple[Spare, ...]:
+    """The workers that the layout leaves out, each with its reason: what a person ``asked``, if anything."""
     idle = [w for w in layout.candidates.workers if w not in layout.workers]
-    return tuple(Spare(w.name, _why_spare(layout, search, stages, w)) for w in idle)
+    return tuple(Spare(w.name, asked or _why_spare(layout, search, w)) for w in idle)
 
 
-def _why_spare(layout: Layout, search: Search | None, stages: int | None, worker: Candidate) -> str:
-    if stages is not None:
-        return f"{stages} worker{'s were' if stages != 1 else ' was'} asked for"
+def _why_spare(layout: Layout, search: Search | None, worker: Candidate) -> str:
     if search is None or not search.every_order:
         some = len(layout.workers) > 1
         return f"{_others(layout)} hold{'' if some else 's'} the model, and {'are' if some else 'is'} faster or larger"

@@ -7,7 +7,7 @@ used, in their order, as full as each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import NoPlan
 from cluster.placement import explain
@@ -15,7 +15,7 @@ from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s
 from cluster.placement.forecast import forecast
 from cluster.placement.search import Search
-from cluster.placement.solve import check, solve
+from cluster.placement.solve import check, check_cuts, solve
 from cluster.placement.table import StageTable
 from cluster.profiles import Forecast, Objective, Spare
 from cluster.types import LayerRange, ModelShape
@@ -64,25 +64,58 @@ def propose(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
 
 
 def _as_told(shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequence[LayerRange]) -> Proposal:
-    """The given ranges, held to the same rules; what the search would do instead is said."""
+    """The given ranges, held to the same rules; what the search would do instead is said.
+
+    As many workers as ranges take them in their order; of more, the best do, and the others are spare.
+    """
+    check_cuts(shape, layers)
     if wish.stages not in (None, len(layers)):
-        raise NoPlan(f"{len(layers)} layer ranges were given and --workers {wish.stages}; leave one of them out")
-    if len(layers) != len(candidates.workers):
         raise NoPlan(
-            f"{len(layers)} layer ranges were given for {len(candidates.workers)} workers; give one range for each"
+            f"{_counted(len(layers))} given and --workers {wish.stages}; give as many ranges as workers, or leave one "
+            "of the two out"
         )
-    check(shape, candidates.rooms, layers, SEQUENCES)
+    if len(layers) > len(candidates.workers):
+        there = len(candidates.workers)
+        raise NoPlan(
+            f"{_counted(len(layers))} given, and there {'are' if there != 1 else 'is'} {there} "
+            f"worker{'s' * (there != 1)}; give fewer ranges, or add a worker"
+        )
+    workers = _holders(shape, candidates, wish, layers)
+    check(shape, [w.room for w in workers], layers, SEQUENCES)
     search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective) if candidates.known else None
-    return _proposal(shape, candidates, wish, tuple(candidates.workers), tuple(layers), search)
+    return _proposal(shape, candidates, wish, workers, tuple(layers), search)
+
+
+def _holders(
+    shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequence[LayerRange]
+) -> tuple[Candidate, ...]:
+    """Who takes the given ranges: of more workers than ranges those that do it best, in their best order."""
+    if len(layers) == len(candidates.workers):
+        return tuple(candidates.workers)
+    if candidates.known:
+        cut_so = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
+        found = Search(StageTable(cut_so, SEQUENCES), candidates, wish.objective).best(stages=len(layers))
+        if found is not None:
+            return found.workers
+    return _largest(candidates, len(layers))
+
+
+def _counted(ranges: int) -> str:
+    return f"{ranges} layer range{'s were' if ranges != 1 else ' was'}"
 
 
 def _by_memory(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
     """All workers, or the largest of them where fewer stages are wanted or there are too few cuts."""
     most = wish.stages or (min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None)
-    largest = sorted(candidates.workers, key=lambda w: -w.room.usable)[:most]
-    chosen = tuple(w for w in candidates.workers if w in largest)
+    chosen = _largest(candidates, most)
     ranges = solve(shape, [w.room for w in chosen], SEQUENCES)
     return _proposal(shape, candidates, wish, chosen, ranges, None)
+
+
+def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
+    """So many workers, those with the most memory, in the order in which they are given."""
+    largest = sorted(candidates.workers, key=lambda w: -w.room.usable)[:most]
+    return tuple(w for w in candidates.workers if w in largest)
 
 
 def _proposal(
@@ -100,6 +133,13 @@ def _proposal(
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
         forecast(shape, candidates, workers, ranges, wish.lanes) if known else None,
-        explain.spares(told, search, wish.stages),
+        explain.spares(told, search, _asked(wish)),
         explain.reasons(told, search) if known else (explain.unknown(candidates),),
     )
+
+
+def _asked(wish: Wish) -> str:
+    """Why no more workers are used, where a person said how many."""
+    if wish.layers:
+        return f"{_counted(len(wish.layers))} given"
+    return f"{wish.stages} worker{'s were' if wish.stages != 1 else ' was'} asked for" if wish.stages else ""

@@ -68,7 +68,7 @@ def _extended(
 
 def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange], sequences: int) -> None:
     """Hold a layout against cuts and memory. Raises ``NoPlan`` or ``DoesNotFit``."""
-    _check_cuts(shape, rooms, ranges)
+    check_cuts(shape, ranges)
     short = [
         (room, missing)
         for room, layers in zip(rooms, ranges, strict=True)
@@ -78,9 +78,8 @@ def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange]
         raise DoesNotFit(_does_not_fit(shape, rooms, ranges, sequences, short), missing_bytes=str(_sum(short)))
 
 
-def _check_cuts(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange]) -> None:
-    if len(ranges) != len(rooms):
-        raise NoPlan(f"{len(ranges)} layer ranges were given for {len(rooms)} workers; give one range for each")
+def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
+    """Whether the model has these layers, and may be cut between them. Raises ``NoPlan``."""
     if ranges[-1].end != shape.layers:
         raise NoPlan(f"{shape.model.name} has layers 0-{shape.layers - 1}, but the ranges end at {ranges[-1].end - 1}")
     reasons = dict(shape.unclean)

@@ -92,10 +92,27 @@ def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
     tied = shape(clean_cuts=tuple(c for c in range(1, 40) if c != 5), unclean=((5, "tied"),))
     with pytest.raises(NoPlan, match="cannot be cut before layer 5"):
         propose(tied, candidates, wish)
-    with pytest.raises(NoPlan, match="2 layer ranges were given for 1 workers"):
+    with pytest.raises(NoPlan, match="2 layer ranges were given, and there is 1 worker; give fewer"):
         propose(shape(), Candidates([mac("fast", 100)]), wish)
-    with pytest.raises(NoPlan, match="2 layer ranges were given and --workers 1; leave one of them out"):
+    with pytest.raises(NoPlan, match="2 layer ranges were given and --workers 1; give as many ranges as workers"):
         propose(shape(), candidates, replace(wish, stages=1))
+    with pytest.raises(NoPlan, match="m has layers 0-39, but the ranges end at 40"):
+        propose(shape(), candidates, replace(wish, layers=(LayerRange(0, 41),), stages=2))
+
+
+def test_of_more_workers_than_ranges_the_best_hold_them_in_the_best_order() -> None:
+    candidates = Candidates([mac("slow", 100, SLOW), mac("small", 8), mac("fast", 40), mac("tiny", 4)])
+    layers = (LayerRange(0, 5), LayerRange(5, 40))
+    for stages in (None, 2):
+        made = propose(shape(), candidates, Wish(layers=layers, stages=stages))
+        assert [w.name for w in made.workers] == ["small", "fast"]
+        assert made.ranges == layers
+        assert {(s.worker, s.why) for s in made.spares} == {(n, "2 layer ranges were given") for n in ("slow", "tiny")}
+    unmeasured = Candidates([mac(w.name, w.room.nbytes // GIB, Profile()) for w in candidates.workers])
+    made = propose(shape(), unmeasured, Wish(layers=(LayerRange(0, 25), LayerRange(25, 40))))
+    assert [w.name for w in made.workers] == ["slow", "fast"], "the largest, in their order"
+    with pytest.raises(DoesNotFit, match=r"offer 133 GiB; fast lacks 103 GiB"):
+        propose(shape(gib=4), candidates, Wish(layers=layers))
 
 
 def test_what_fits_nowhere_is_refused_with_the_gib_missing() -> None:

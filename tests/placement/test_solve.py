@@ -74,5 +74,3 @@ def test_given_layers_obey_the_same_rules() -> None:
         check(s, rooms, (LayerRange(0, 1), LayerRange(1, 4)), 1)
     with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at 2"):
         check(s, rooms, (LayerRange(0, 2), LayerRange(2, 3)), 1)
-    with pytest.raises(NoPlan, match="1 layer ranges were given for 2 workers"):
-        check(s, rooms, (LayerRange(0, 4),), 1)
