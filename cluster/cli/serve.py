@@ -99,7 +99,13 @@ Host = Annotated[
     ),
 ]
 ClusterName = Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")]
-KvBits = Annotated[int, typer.Option(help="Quantise caches to 8 or 4 bits.", show_default="as they are")]
+KvBits = Annotated[
+    int,
+    typer.Option(
+        help="Quantise caches to 8 or 4 bits: longer contexts fit, but a lane takes one request at a time.",
+        show_default="as they are",
+    ),
+]
 
 
 def serve(

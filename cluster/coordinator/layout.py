@@ -48,8 +48,16 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
         objective=order.objective,
         forecast=proposal.forecast,
         spares=proposal.spares,
-        reasons=proposal.reasons,
+        reasons=(*proposal.reasons, *_one_by_one(shape, order)),
     )
+
+
+def _one_by_one(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
+    """Why requests do not decode together, where they cannot."""
+    if shape.batchable:
+        return ()
+    who = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.model.name}"
+    return (f"{who} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
 
 
 def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> tuple[PlannedStage, ...]:

@@ -45,6 +45,10 @@ def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> No
 def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
     plan = lay_out(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, lanes=3))
     assert (plan.lanes, plan.rows, plan.max_sequences) == (3, 1, 3)
+    assert "requests to m cannot share a batch in mlx-lm: every lane takes one request" in plan.reasons[-1]
+    quantized = lay_out(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, kv_bits=4))
+    assert quantized.reasons[-1].startswith("caches of 4 bits cannot share a batch in mlx-lm")
+    assert not any("share a batch" in reason for reason in lay_out(7, SHAPE, [worker("a", 10**6)], ORDER).reasons)
 
 
 def test_short_sequences_are_charged_little() -> None:
