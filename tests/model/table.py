@@ -26,8 +26,8 @@ diff of this file. A new module that no table in `tests/model/architectures/` ha
 tiny configuration there, or say what it is instead.
 
 Proved with mlx-lm {mlx_lm} and MLX {mlx}: {served} of {models} modules are served, {refused} are not, on a CPU.
-`./ops/test` proves each of them again, cut in two, and `./ops/test --all` proves everything and compares it with
-this table.
+`./ops/test` proves every third of them again, cut in two; `./ops/test --all` proves everything of all of them, and
+compares it with this table.
 
 ## Served
 
