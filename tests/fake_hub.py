@@ -32,6 +32,8 @@ class FakeHub:
     commit: str = "c0ffee" + "0" * 34
     token: str = ""
     """Where set, only its bearer may have anything; the others are told that the model is gated."""
+    expired: str = ""
+    """Where set, whoever shows this token is told that it is none."""
     pace_s: float = 0.0
     """Wait before each piece of 4 KiB of what is longer than a header."""
     cut_after: int = 0
@@ -118,6 +120,8 @@ class Answer(BaseHTTPRequestHandler):
             self._say(HTTPStatus.UNAUTHORIZED, {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", self.hub.commit):
             self._say(HTTPStatus.NOT_FOUND, {"X-Error-Code": "RevisionNotFound"})
+        elif self.hub.expired and self.headers.get("Authorization") == f"Bearer {self.hub.expired}":
+            self._say(HTTPStatus.UNAUTHORIZED, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             status = HTTPStatus.FORBIDDEN if self.headers.get("Authorization") else HTTPStatus.UNAUTHORIZED
             self._say(status, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted."})

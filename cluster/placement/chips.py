@@ -82,11 +82,11 @@ _MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>
 def assumed(written: str, *, relay: bool = False) -> Candidates:
     """``m2-ultra-192,m4-pro-48x2,10gbe``: Macs by chip and GB of memory, how many, and one link between them all.
 
-    ``2x m4-pro-48`` is the same as ``m4-pro-48x2``.
+    ``2x m4-pro-48`` is the same as ``m4-pro-48x2``, and a plus is the same as a comma.
 
     Raises InvalidOption with what can be written.
     """
-    words = [word.strip().lower() for word in written.split(",") if word.strip()]
+    words = [word.strip().lower() for word in re.split("[,+]", written) if word.strip()]
     links = [LINKS[word] for word in words if word in LINKS]
     if len(links) > 1:
         raise InvalidOption("--assume names more than one link; one is taken for all hops", field="assume")
@@ -102,10 +102,15 @@ def _macs(word: str) -> list[tuple[str, Chip, int]]:
     found = _MAC.fullmatch(word)
     count = int((found["times"] or found["count"] or 1) if found else 0)
     twice = found and found["times"] and found["count"]
-    if not found or twice or found["chip"] not in CHIPS or not 1 <= count <= MOST:
+    if not found or twice or found["chip"] not in CHIPS:
         known = f"chips are {', '.join(CHIPS)}; links are {', '.join(LINKS)}"
         raise InvalidOption(
             f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume"
+        )
+    if not 1 <= count <= MOST:
+        raise InvalidOption(
+            f"--assume {word!r}: there are from 1 to {MOST} Macs of one kind here, and {count} were given",
+            field="assume",
         )
     gb = int(found["gb"])
     if not SMALLEST <= gb <= LARGEST:

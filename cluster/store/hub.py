@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -192,8 +192,13 @@ def hub_failures(name: HubName) -> Iterator[None]:
         raise _refused(name, error) from error
     except OfflineModeIsEnabled as error:
         raise HubOffline(
-            f"{name} is not wholly on these Macs, and HF_HUB_OFFLINE forbids to fetch the rest; unset it, or fetch the "
-            f"model while online: macpipe pull {name}"
+            f"{name} is not wholly on these Macs, and HF_HUB_OFFLINE forbids to fetch the rest; unset it and do this "
+            "again while online, after which it works offline, too"
+        ) from error
+    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
+        raise HubUnreachable(
+            f"the hub's address is {constants.ENDPOINT!r}, which is no URL ({_cause(error)}): set HF_ENDPOINT to one "
+            "that begins with https://, or unset it"
         ) from error
     except (httpx2.HTTPError, OSError) as error:
         raise HubUnreachable(
@@ -206,10 +211,7 @@ def _refused(name: HubName, error: Exception) -> MacpipeError:
     endpoint = constants.ENDPOINT
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError):
-        return ModelForbidden(
-            f"{name} is gated: ask for access on {endpoint}/{name.repo}, and set HF_TOKEN to a token of that account "
-            "(or run `hf auth login`) on every Mac"
-        )
+        return _gated(name)
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFound(
             f"{name.repo} has no revision {name.revision} on {endpoint}; name one as OWNER/NAME@REVISION"
@@ -221,11 +223,28 @@ def _refused(name: HubName, error: Exception) -> MacpipeError:
             f"there is no model {name.repo} on {endpoint}, or it is private and this Mac's HF_TOKEN does not open it; "
             "check the name, and set HF_TOKEN where it is private"
         )
+    if status == httpx2.codes.UNAUTHORIZED and get_token():
+        return ModelForbidden(
+            f"{endpoint} does not know the token of this Mac: HF_TOKEN, or what `hf auth login` keeps, is wrong or has "
+            f"expired. Set it to a valid one, or unset it where {name} is public"
+        )
     if status in (401, 403):
         return ModelForbidden(f"{endpoint} refuses {name} ({status}); check HF_TOKEN, and that its account may read it")
     if isinstance(error, EntryNotFoundError):
         return BadCheckpoint(f"a file of {name} is gone from {endpoint}: {_cause(error)}")
     return HubUnreachable(f"{endpoint} answers {status or 'with an error'} for {name}; try again in a while")
+
+
+def _gated(name: HubName) -> ModelForbidden:
+    ask = f"ask for access on {constants.ENDPOINT}/{name.repo}"
+    if get_token():
+        return ModelForbidden(
+            f"{name} is gated, and the token of this Mac (HF_TOKEN, or what `hf auth login` keeps) does not open it: "
+            f"{ask} with the token's own account, or set HF_TOKEN to one of an account that has it"
+        )
+    return ModelForbidden(
+        f"{name} is gated: {ask}, and set HF_TOKEN to a token of that account (or run `hf auth login`) on every Mac"
+    )
 
 
 def _cause(error: BaseException) -> str:

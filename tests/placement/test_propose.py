@@ -192,6 +192,7 @@ def test_macs_are_assumed_by_name() -> None:
     assert made.workers[0].room.nbytes == 144 * GIB
     assert made.workers[1].profile == made.workers[2].profile
     assert made.link.bandwidth == 1.15e9
+    assert assumed("m2-ultra-192 + 2x m4-pro-48 + 10gbe") == made
     small, large = (assumed(w).workers[0].profile.bandwidth for w in ("m3-max-36", "m3-max-64"))
     assert small < large
     assert all(assumed(f"{chip}-32").workers for chip in CHIPS)
@@ -204,10 +205,10 @@ def test_macs_are_assumed_by_name() -> None:
         ("10gbe", "names no Mac"),
         ("m9-48", "m4-pro"),
         ("m4-pro", "m4-pro-48x2,10gbe"),
-        ("m4-48x0", "does not know"),
-        ("m4-48x65", "does not know"),
+        ("m4-48x0", "from 1 to 64 Macs of one kind here, and 0 were given"),
+        ("m4-48x65", "from 1 to 64 Macs"),
         ("2xm4-48x2", "does not know"),
-        ("0x m4-48", "does not know"),
+        ("0x m4-48", "from 1 to 64 Macs"),
         ("m4-pro-0", "from 8 to 1024 GB here, and 0 was given"),
         ("m4-pro-4800", "from 8 to 1024 GB"),
         ("m4-48,wifi,10gbe", "more than one link"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 from cluster.errors import BadCheckpoint, HubOffline, HubUnreachable, ModelForbidden, ModelNotFound
 from cluster.store import hub as hubs
@@ -32,7 +33,10 @@ def test_a_gated_model_and_the_token_that_opens_it(
     with pytest.raises(ModelForbidden, match=rf"owner/tiny is gated: ask for access on {hub.address}/owner/tiny"):
         Store(tmp_path).named("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(ModelForbidden, match="set HF_TOKEN"):
+    with pytest.raises(ModelForbidden, match=r"owner/tiny is gated, and the token of this Mac .* does not open it"):
+        Store(tmp_path).named("owner/tiny")
+    hub.expired = "hf_wrong"
+    with pytest.raises(ModelForbidden, match=r"does not know the token of this Mac: HF_TOKEN, .* is wrong or has exp"):
         Store(tmp_path).named("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert Store(tmp_path).named("owner/tiny").partial
@@ -49,8 +53,16 @@ def test_without_a_network_what_is_known_still_opens(
         Store(tmp_path).named("owner/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert Store(tmp_path).named("owner/tiny").folder == folder
-    with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*macpipe pull owner/other"):
+    with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*; unset it and do this again while online"):
         Store(tmp_path).named("owner/other")
+
+
+@pytest.mark.parametrize("address", ["notaurl", "http://", "ftp://a"])
+def test_an_address_of_the_hub_that_is_none(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    with pytest.raises(HubUnreachable, match=f"the hub's address is '{address}', which is no URL .*HF_ENDPOINT"):
+        hubs.look_up(HubName("owner/tiny"))
+    close_session()
 
 
 def test_a_new_version_on_the_hub_is_another_model(hub: FakeHub, published: Path, tmp_path: Path) -> None:
