@@ -262,6 +262,8 @@ REFERENCE_CONTEXT: Final = 2048
 """Tokens of context at which a decode speed is told: an ordinary chat."""
 REFERENCE_PROMPT: Final = 2048
 """Tokens of the prompt whose first token is foretold."""
+FAR_OFF: Final = 2.0
+"""A step that takes more than this times what was predicted, or less than a part of it, is told to people."""
 MANY_USERS: Final = 8
 RELAYED_HOPS: Final = 2
 """A hop by way of the coordinator is two."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from cluster.cli.edge import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.limits import FAR_OFF
 from cluster.security.bounds import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -53,8 +54,21 @@ def show_state(state: ClusterState) -> None:
             ahead, apart = worker.clock_ahead_seconds > 0, seconds_in_words(abs(worker.clock_ahead_seconds))
             said = f"{worker.name}'s clock is {apart} {'ahead' if ahead else 'behind'}"
             screen.print(printable(said), soft_wrap=True)
+        if off := far_off(worker.name, [stage for stage in state.stages if stage.worker == worker.name]):
+            screen.print(printable(off), soft_wrap=True)
         if worker.problem:
             screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
+
+
+def far_off(worker: str, held: list[StageState]) -> str:
+    """That a worker's steps take something else than was predicted, and the way out; empty where they do not."""
+    predicted, measured = _step_ms(held)
+    if not (predicted and measured) or 1 / FAR_OFF <= measured / predicted <= FAR_OFF:
+        return ""
+    return (
+        f"{worker}: a step takes {measured:.2f} ms, {predicted:.2f} ms were predicted: it is busy now, or was when its"
+        " speed was measured; `macpipe worker --profile new` there measures again"
+    )
 
 
 def headline(state: ClusterState) -> list[str]:
@@ -128,6 +142,11 @@ def _decode_ms(held: list[StageState]) -> tuple[str, str]:
     """A decode step's milliseconds: as predicted (for the frames that were measured, once they are), as measured."""
     if not held:
         return "-", "-"
-    measured = sum(stage.measured_ms for stage in held)
-    predicted = sum((stage.expected_ms if measured else 0) or stage.predicted_ms for stage in held)
+    predicted, measured = _step_ms(held)
     return f"{predicted:.2f} ms" if predicted else "-", f"{measured:.2f} ms" if measured else "-"
+
+
+def _step_ms(held: list[StageState]) -> tuple[float, float]:
+    """A decode step as predicted and as measured; 0 where that is not known."""
+    measured = sum(stage.measured_ms for stage in held)
+    return sum((stage.expected_ms if measured else 0) or stage.predicted_ms for stage in held), measured

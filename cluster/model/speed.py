@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
 from typing import Any, Final
 
 import mlx.core as mx
@@ -112,15 +111,15 @@ def _numbers(scale: _Scale) -> int:
 
 
 def _times(jobs: Sequence[_Job], stretch: Stretch) -> list[float]:
-    """Each job's seconds. They take turns, so that what else the machine does falls on all of them alike, and the
-    quicker quarter counts.
+    """Each job's seconds. They take turns, so that what else the machine does falls on all of them alike; and since
+    that only ever adds, the quickest round counts.
     """
     for job in jobs:
         job.run()  # compiles kernels
     began, rounds = time.perf_counter(), list[list[float]]()
     while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - began < BUDGET_S):
         rounds.append([_timed(job, stretch) for job in jobs])
-    return [quantiles(times, n=4)[0] for times in zip(*rounds, strict=True)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def _timed(job: _Job, stretch: Stretch) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.limits import GIB
+from cluster.limits import FAR_OFF, GIB
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s, fixed_s
 from cluster.placement.forecast import forecast, hops_s, token_s
@@ -146,7 +146,14 @@ def _corrections(layout: Layout) -> Iterator[str]:
     for worker in layout.workers:
         ratio = worker.profile.correction(layout.shape.model.fingerprint)
         if not 1 / NOTICEABLE < ratio < NOTICEABLE:
-            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as its frames have taught"
+            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as its frames have taught{_again(ratio)}"
+
+
+def _again(ratio: float) -> str:
+    """What to do about a profile that is far off; nothing where it is near enough to be corrected."""
+    if 1 / FAR_OFF <= ratio <= FAR_OFF:
+        return ""
+    return "; it may have been busy when it was measured: `macpipe worker --profile new` there measures again"
 
 
 def _in_order_of_speed(layout: Layout) -> str:

@@ -17,7 +17,7 @@ from cluster.worker.settings import Profiling, WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-FORM = 1
+FORM = 2
 """Of the figures and of how they are measured; another one makes every kept profile void."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from cluster.cli.facts import plain
 from cluster.cli.report import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.sizes import parse_size
+from cluster.cli.status import far_off
+from cluster.client.state import StageState
 from cluster.errors import InvalidOption
 from cluster.home import state_home
 from cluster.layers import parse_layers
@@ -110,6 +113,16 @@ def a_plan() -> Plan:
     specs = [StageSpec(1, i, 2, model, LayerRange(4 * i, 4 * i + 4), 4096) for i in range(2)]
     stages = tuple(PlannedStage(spec, f"mac-{spec.index}", 9 << 30, 1 << 28) for spec in specs)
     return Plan(1, model, stages, Route.RELAY, 4096, 8, 2, 32)
+
+
+def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
+    held = StageState(0, "a", LayerRange(0, 4), 1, 1, Route.DIRECT, predicted_ms=51.51)
+    assert far_off("a", [held]) == "", "nothing was measured yet"
+    assert far_off("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
+    for took in (10.67, 200.0):
+        said = far_off("a", [replace(held, measured_ms=took, expected_ms=51.51)])
+        assert said.startswith(f"a: a step takes {took:.2f} ms, 51.51 ms were predicted")
+        assert "`macpipe worker --profile new`" in said
 
 
 def test_a_served_model_is_reported_in_plain_lines() -> None:

@@ -140,6 +140,11 @@ def test_a_number_of_workers_is_as_asked() -> None:
 def test_lessons_are_told() -> None:
     taught = replace(FAST, corrections=(("f", 1.4),))
     assert "a's times are multiplied by 1.40, as its frames have taught" in told(Candidates([mac("a", 100, taught)]))
+    assert "--profile new" not in told(Candidates([mac("a", 100, taught)]))
+    wrong = replace(FAST, corrections=(("f", 0.2),))
+    assert "0.20, as its frames have taught; it may have been busy when it was measured: `macpipe worker --profile" in (
+        told(Candidates([mac("a", 100, wrong)]))
+    )
 
 
 def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
