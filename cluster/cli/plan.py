@@ -55,6 +55,7 @@ def plan(
     """Show who would hold what of MODEL, and how fast that would be.
 
     Reads MODEL's headers and loads nothing. Asks the coordinator where one runs, else the workers that it finds.
+    With --json, layers are [first, first after]: [0, 27] are layers 0-26.
     """
     from cluster.coordinator.settings import LoadOrder
     from cluster.layers import parse_layers

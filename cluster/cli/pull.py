@@ -49,7 +49,7 @@ def pull(
     """Fetch MODEL, or some layers of it.
 
     Only the byte ranges that are missing are fetched, and verified. A worker of this Mac finds them. What was
-    interrupted goes on where it stopped.
+    interrupted goes on where it stopped. With --json, layers are [first, first after]: [0, 27] are layers 0-26.
     """
     from cluster.cli.facts import print_json
     from cluster.cli.screen import bytes_in_words

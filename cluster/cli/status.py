@@ -19,7 +19,10 @@ RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
 
 def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
-    """Show workers, the model and its layers."""
+    """Show workers, the model and its layers.
+
+    With --json, layers are [first, first after]: [0, 27] are layers 0-26.
+    """
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
