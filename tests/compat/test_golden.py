@@ -49,7 +49,7 @@ TOOLED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "messages_tool": (
         "/v1/messages",
-        {"model": "default", "messages": TURN, "max_tokens": 200, "stream": True,
+        {"model": "default", "messages": TURN, "max_tokens": 200, "stream": True, "temperature": 0,
          "tools": [{"name": "lamp", "input_schema": TOOL["parameters"]}],
          "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
     ),
@@ -70,7 +70,7 @@ def anonymous(said: str) -> str:
     """Without what differs each time: ids, times, lengths, and what was kept of the prompt."""
     said = re.sub(r'"(chatcmpl-|cmpl-|resp_|msg_|rs_|fc_|call_)[0-9a-f]{24}"', r'"\1ID"', said)
     said = re.sub(r'"(created|created_at)":\d+', r'"\1":0', said)
-    said = re.sub(r'"output_tokens":\d+', '"output_tokens":0', said)  # blanks between JSON's signs are drawn
+    said = re.sub(r'"output_tokens":\d+', '"output_tokens":0', said)
     said = re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', said)
     kept = r'"input_tokens":\d+,"cache_creation_input_tokens":0,"cache_read_input_tokens":\d+'
     said = re.sub(kept, '"input_tokens":0,"cache_creation_input_tokens":0,"cache_read_input_tokens":0', said)
