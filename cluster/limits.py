@@ -204,7 +204,17 @@ PREFLIGHT_S: Final = 600.0
 KEY_LOOK_S: Final = 1.0
 """How often it is looked whether keys with answers under way were revoked; new requests are refused at once."""
 MAX_CONNECTIONS: Final = 2048
-"""Open HTTP connections; more than requests can wait, below the usual limit of open files."""
+"""Open HTTP connections; more than requests can wait, and fewer than ``OPEN_FILES``."""
+MAX_PEERS: Final = 1024
+"""Open connections of one gRPC port, those that have not shaken hands among them; whoever comes then is turned away."""
+HANDSHAKE_S: Final = 10.0
+"""What whoever connects to a gRPC port gets to shake hands; 120 s is gRPC's own."""
+OPEN_FILES: Final = 8192
+"""What a daemon asks the system for: all of its ports full, and its files. macOS gives 256 to who does not ask."""
+MAX_TOLD_TOKENS: Final = 262_144
+"""Tokens of a text of which each is told by itself: to write them all out is work for one client alone."""
+JOIN_RETRY_S: Final = 2.0
+"""How soon a port for joining is tried again that another program of this Mac uses, such as ``macpipe init``."""
 
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB

@@ -58,6 +58,12 @@ class Desk:
             request, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._accepted(request, answer, checkpoint)
 
+    async def abort(self, request_id: str, client: str | None) -> None:
+        """End a request, if it is that ``client``'s; anybody's for None. Raises ``RequestNotFound``."""
+        if client is not None and self._live.get(request_id) != client:
+            raise RequestNotFound(f"no live request of yours has the id {request_id}")
+        await self.coordinator.abort(request_id)
+
     async def end_revoked(self) -> None:
         """For ever: end the answers whose key is good no more."""
         while self.accounts:

@@ -14,6 +14,7 @@ from cluster.api import intake, replies
 from cluster.api.desk import Asked, Desk
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import MacpipeError
+from cluster.security.roles import Role
 from cluster.security.trust import Trust
 from cluster.transport.status import abort
 from cluster.types import Request, TokenEvent
@@ -68,6 +69,11 @@ class Inference(InferenceServiceServicer):
                 else:
                     yield reply(finish=replies.finish_info(event))
 
+    def _owner(self, context: Context) -> str | None:
+        """Whose requests the caller may end: its own; anybody's (None) if it leads, or all here are of this Mac."""
+        party = self._trust.party(context.auth_context())
+        return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
+
     def _caller(self, context: Context) -> intake.Caller:
         """In a cluster whoever the certificate says, wherever it calls from."""
         shown: Any = context.auth_context()
@@ -88,10 +94,10 @@ class Inference(InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             checkpoint = self._coordinator.checkpoint(request.model)
-            ids = await intake.tokenized(request, checkpoint)
+            ids = await intake.told(request, checkpoint)
         except MacpipeError as e:
             await abort(context, e)
-        return pb.TokenizeResponse(ids=ids, texts=[checkpoint.tokenizer.token_text(i) for i in ids])
+        return pb.TokenizeResponse(ids=ids, texts=checkpoint.tokenizer.token_texts(ids))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:
@@ -108,7 +114,7 @@ class Inference(InferenceServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         try:
-            await self._coordinator.abort(request.request_id)
+            await self._desk.abort(request.request_id, self._owner(context))
         except MacpipeError as e:
             await abort(context, e)
         return pb.AbortResponse()

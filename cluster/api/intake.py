@@ -19,6 +19,7 @@ from cluster.limits import (
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SAMPLES,
+    MAX_TOLD_TOKENS,
 )
 from cluster.types import Request
 from cluster.v1 import inference_pb2 as pb
@@ -69,6 +70,17 @@ async def tokenized(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tupl
     if message.messages:
         return await templated(message, checkpoint)
     return await encoded(message.text, checkpoint)
+
+
+async def told(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The same, for who is told each token by itself: there may not be any number of them."""
+    ids = await tokenized(message, checkpoint)
+    if len(ids) > MAX_TOLD_TOKENS:
+        raise InvalidRequest(
+            f"it has {len(ids)} tokens; at most {MAX_TOLD_TOKENS} can be told one by one",
+            field="messages" if message.messages else "text",
+        )
+    return ids
 
 
 async def templated(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import anyio
+from anyio.abc import TaskGroup
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # made by a star import
@@ -35,7 +36,7 @@ from cluster.discovery.static import merged, static
 from cluster.errors import MacpipeError, PortInUse
 from cluster.joining.port import EVERYWHERE, admitting
 from cluster.lifetime import first_error, stop_on_signal
-from cluster.limits import LAST_WORDS_S
+from cluster.limits import JOIN_RETRY_S, LAST_WORDS_S
 from cluster.security.folder import ClusterFolder
 from cluster.security.trust import COORDINATOR, Trust, open_trust
 from cluster.store.store import Store
@@ -79,7 +80,7 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         tasks.start_soon(desk.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
         address = await stack.enter_async_context(_public_port(settings, trust, desk, checks))
-        await stack.enter_async_context(_join_port(settings, report))
+        await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_tell_health, coordinator, checks)
         tasks.start_soon(Belonging(roster, coordinator.members).keep)
         await coordinator.load(settings.order)
@@ -116,8 +117,8 @@ async def _http_port(settings: ServeSettings, entrance: HttpPort, desk: Desk, re
 
 
 @asynccontextmanager
-async def _join_port(settings: ServeSettings, report: Report) -> AsyncIterator[None]:
-    """Admit Macs, where this one leads a cluster; a port that is taken and that nobody insists on is told of."""
+async def _join_port(settings: ServeSettings, report: Report, tasks: TaskGroup) -> AsyncIterator[None]:
+    """Admit Macs, where this one leads a cluster. `macpipe init` may still be doing so: then this comes after it."""
     folder = ClusterFolder(settings.home, settings.cluster)
     if settings.join_port is None or not folder.leads:
         yield
@@ -128,8 +129,17 @@ async def _join_port(settings: ServeSettings, report: Report) -> AsyncIterator[N
         except PortInUse as e:
             if settings.join_wanted:
                 raise
-            report.problem(f"nobody can join here: {e.sentence}")
+            report.problem(f"nobody can join here until the port is free: {e.sentence}")
+            tasks.start_soon(_join_later, folder, settings.host or EVERYWHERE, settings.join_port)
         yield
+
+
+async def _join_later(folder: ClusterFolder, host: str, port: int) -> None:
+    while True:
+        await anyio.sleep(JOIN_RETRY_S)
+        with suppress(PortInUse):
+            async with admitting(folder, host, port):
+                await anyio.sleep_forever()
 
 
 @asynccontextmanager

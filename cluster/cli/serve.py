@@ -11,6 +11,7 @@ import typer
 from cluster.address import parse_address
 from cluster.cli.admit import JoinPort
 from cluster.cli.lifeline import end_with_stdin
+from cluster.cli.open_files import allow_open_files
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.home import state_home
@@ -176,6 +177,7 @@ def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
 
     if exit_with_stdin:
         end_with_stdin()
+    allow_open_files()
     with TerminalReport(sys.stderr) as report:
         return run(settings, report)
 

@@ -9,6 +9,7 @@ import typer
 
 from cluster.cli.home import short_host_name
 from cluster.cli.lifeline import end_with_stdin
+from cluster.cli.open_files import allow_open_files
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
 from cluster.home import state_home
@@ -72,6 +73,7 @@ def worker(
     )
     if exit_with_stdin:
         end_with_stdin()
+    allow_open_files()
     raise typer.Exit(run(settings))
 
 

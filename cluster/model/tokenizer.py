@@ -151,6 +151,11 @@ class Tokenizer:
         """One token's text by itself; a part of a character shows as U+FFFD."""
         return self.decode([token])
 
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """The same of many, each kind of token decoded once: a text has few kinds of them."""
+        texts = {token: self.token_text(token) for token in set(tokens)}
+        return [texts[token] for token in tokens]
+
     def decoder(self) -> TextDecoder:
         """A decoder for one answer."""
         return TextDecoder(self.decode)

@@ -73,13 +73,21 @@ class ClusterTrust:
         return self._keyring
 
     def server(self, host: str) -> grpc.ServerCredentials:
-        return grpc.dynamic_ssl_server_credentials(
-            self._configuration(), self._configuration, require_client_authentication=True
-        )
+        given = self.keyring
 
-    def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        own = self.keyring
-        return grpc.ssl_server_certificate_configuration([(own.key, own.certificate)], own.authority)
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            """Asked at each connection. Where handshakes time out whose configuration was replaced meanwhile, gRPC ends
+            the process, and whoever connects could bring that about: so it is replaced at a renewal alone.
+            """
+            nonlocal given
+            own = self.keyring
+            if own.certificate == given.certificate:
+                return None
+            given = own
+            return _configuration(own)
+
+        first = _configuration(given)
+        return grpc.dynamic_ssl_server_credentials(first, renewed, require_client_authentication=True)  # type: ignore[arg-type]  # None is "as it is"
 
     def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
         own = self.keyring
@@ -121,3 +129,7 @@ def _stamp(path: Path) -> Stamp | None:
         return stamp_of(path)
     except OSError:
         return None
+
+
+def _configuration(own: Keyring) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(own.key, own.certificate)], own.authority)

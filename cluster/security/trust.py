@@ -125,7 +125,8 @@ class LocalTrust:
         if not is_loopback(host):
             raise InvalidOption(
                 f"{host} is another machine, and this one has no certificate for it: make a cluster with"
-                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}`",
+                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}` (the token of a Mac"
+                " that asks comes from `macpipe token create --role client`)",
                 field="host",
             )
         return grpc.local_channel_credentials(), []

@@ -20,11 +20,13 @@ from cluster.limits import (
     CONNECT_ATTEMPT_MS,
     CONTROL_IDLE_MS,
     DATA_THREADS,
+    HANDSHAKE_S,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
     MAX_CALLS,
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
+    MAX_PEERS,
     RECONNECT_MS,
 )
 from cluster.security.trust import Options, Trust
@@ -49,6 +51,8 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_CALLS),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1000)),
+        ("grpc.max_allowed_incoming_connections", MAX_PEERS),
     ]
 
 

@@ -12,7 +12,15 @@ import pytest
 
 from cluster.client import Client
 from cluster.client.state import WorkerState
-from cluster.errors import Forbidden, InvalidOption, MacpipeError, Unauthenticated, Unreachable
+from cluster.errors import (
+    Aborted,
+    Forbidden,
+    InvalidOption,
+    MacpipeError,
+    RequestNotFound,
+    Unauthenticated,
+    Unreachable,
+)
 from cluster.model.tokenizer import load_tokenizer
 from cluster.security.folder import ClusterFolder
 from cluster.security.roles import Role
@@ -115,6 +123,28 @@ def test_a_client_asks_and_does_not_command(
         print(f"an open answer ended {time.monotonic() - removed:.2f} s after its client was removed")
         with pytest.raises(Unauthenticated, match="guest was removed"):
             guest.models()
+
+
+def test_a_request_is_ended_by_its_own_client_and_by_admins_alone(
+    secured: tuple[Cluster, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, address = secured
+    cluster.lead.admit(Role.CLIENT, "reader", "c2" * 8, tmp_path)
+    with Client(address, timeout_s=30) as admin:
+        monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
+        with Client(address, cluster=cluster.name, timeout_s=30) as reader:
+            mine = iter(admin.stream("x", max_tokens=2000, ignore_eos=True, request_id="the-admins"))
+            theirs = iter(reader.stream("x", max_tokens=2000, ignore_eos=True, request_id="the-readers"))
+            next(mine), next(theirs)
+            with pytest.raises(RequestNotFound, match="of yours"):
+                reader.abort("the-admins")
+            assert next(mine).index == 1
+            admin.abort("the-readers")
+            with pytest.raises(Aborted):
+                list(theirs)
+            admin.abort("the-admins")
+            with pytest.raises(Aborted):
+                list(mine)
 
 
 def test_who_is_in_no_cluster_is_told_so(secured: tuple[Cluster, str]) -> None:

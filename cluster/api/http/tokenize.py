@@ -54,17 +54,14 @@ class Tokenize:
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"text": "prompt"}):
             message = form.message()
-            taking = (
-                intake.templated(message, checkpoint) if message.messages else intake.encoded(message.text, checkpoint)
-            )
-            ids = await taking
+            ids = await intake.told(message, checkpoint)
         return Json(
             {
                 "model": model_id(checkpoint),
                 "count": len(ids),
                 "context_length": checkpoint.shape.max_context,
                 "tokens": list(ids),
-                "texts": [checkpoint.tokenizer.token_text(i) for i in ids],
+                "texts": checkpoint.tokenizer.token_texts(ids),
             }
         )
 
