@@ -263,6 +263,10 @@ SHELF_READERS: Final = 8
 MAX_TENSORS_NAMED: Final = 4096
 """Tensors in one message about tensors: under 1 MiB."""
 MAX_CHECKPOINT_TENSORS: Final = 1_000_000
+SAMPLE_BYTES: Final = 4096
+"""Of a tensor, to tell two fine-tunes apart: a page, which is what a disk reads anyway; not every number changes."""
+MAX_SAMPLED_TENSORS: Final = 4096
+"""A third of a second on a disk that has not read them before."""
 HASH_THREADS: Final = 2
 """A core hashes 1 to 2 GB/s; the disk is the next limit."""
 DISK_MARGIN_BYTES: Final = 512 * MIB

@@ -36,7 +36,7 @@ class LayerRange:
 class ModelRef:
     """Which checkpoint is meant: a name for people, a folder, and what its bytes must hash to.
 
-    ``fingerprint`` is a hex SHA-256 over the config, the tokenizer and the safetensors headers.
+    ``fingerprint`` is a hex SHA-256 over the config, the tokenizer, the safetensors headers and the files' editions.
     """
 
     name: str

@@ -11,6 +11,8 @@ import importlib
 import io
 import json
 import re
+import shutil
+from array import array as numbers_of
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from math import prod
@@ -22,6 +24,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.utils import quantize_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from cluster.model.checkpoint import open_checkpoint
 
 SPECIALS = ("<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 VOCABULARY = 320
@@ -341,6 +345,19 @@ def split(folder: Path, parts: int) -> None:
     for name in names:
         mx.save_safetensors(str(folder / name), {t: weights[t] for t in weights if where[t] == name})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def tune(source: Path, target: Path) -> Path:
+    """A model like ``source``, of 32-bit numbers, to the last byte of its headers, but with other weights."""
+    shutil.copytree(source, target)
+    for tensor in open_checkpoint(source).tensors.values():
+        with (target / tensor.file).open("r+b") as file:
+            file.seek(tensor.offset)
+            numbers = numbers_of("I", file.read(tensor.nbytes))
+            numbers.reverse()
+            file.seek(tensor.offset)
+            file.write(numbers.tobytes())
+    return target
 
 
 EXPERTS = {".switch_mlp.": ".experts.{i}."}

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from cluster.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
 from cluster.limits import MAX_SMALL_FILE_BYTES
+from cluster.model.editions import read_editions
 from cluster.model.safetensors import Shard, TensorInfo, read_shard
 from cluster.types import ModelRef
 
@@ -49,13 +50,15 @@ FETCHED: Final = ("*.json", "model*.safetensors", "tokenizer.model", "tiktoken.m
 class Checkpoint:
     """A folder whose every header has been read and checked.
 
-    ``config`` is config.json; ``tensors`` maps each tensor's name to its description; ``fingerprint`` is a hex
-    SHA-256 over config, tokenizer and headers, the same on every machine that holds the same files.
+    ``config`` is config.json; ``tensors`` maps each tensor's name to its description; ``editions`` maps each
+    weight file to what tells it from others with the same header; ``fingerprint`` is a hex SHA-256 over config,
+    tokenizer, headers and editions, the same on every machine that holds the same files.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    editions: Mapping[str, str]
     fingerprint: str
 
 
@@ -121,7 +124,11 @@ def _read(path: Path, config_file: Path) -> Checkpoint:
     shards = [read_shard(path / name) for name in _shard_names(path)]
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     _require_layers(config, len(tensors))
-    return Checkpoint(path, MappingProxyType(config), MappingProxyType(tensors), _fingerprint(path, shards))
+    editions = read_editions(path, shards)
+    fingerprint = _fingerprint(path, shards, editions)
+    return Checkpoint(
+        path, MappingProxyType(config), MappingProxyType(tensors), MappingProxyType(editions), fingerprint
+    )
 
 
 def _refuse_links(path: Path) -> None:
@@ -215,7 +222,7 @@ def _no_weights(path: Path) -> BadCheckpoint:
     return BadCheckpoint(f"{str(path)!r} has no weights: no file in it is called {WEIGHTS}")
 
 
-def _fingerprint(path: Path, shards: Iterable[Shard]) -> str:
+def _fingerprint(path: Path, shards: Iterable[Shard], editions: Mapping[str, str]) -> str:
     """Hash names and bytes, each with its length before it, so that no two different folders read alike."""
     digest = hashlib.sha256()
 
@@ -229,4 +236,5 @@ def _fingerprint(path: Path, shards: Iterable[Shard]) -> str:
             add(name, _small_file(path / name))
     for shard in shards:
         add(shard.file, shard.header)
+        add(shard.file, editions[shard.file].encode())
     return digest.hexdigest()

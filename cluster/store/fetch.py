@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from cluster.errors import Aborted, DiskFull, FetchFailed, MacpipeError, ModelDiffers
+from cluster.errors import Aborted, DiskFull, FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.files import StoredFile
@@ -210,6 +210,9 @@ class Fetch:
         except (Aborted, DiskFull):
             raise
         except MacpipeError as error:
+            if isinstance(error, ModelNotFound) and isinstance(run.source, Peer) and self._waited() < CHECK_S:
+                self._pause()  # it had them a moment ago, and may have begun to look whether it still has
+                return
             log.warning("%s: could not fetch %s from %s: %s", self._what, run, run.source.label, error.sentence)
             self._fail((t for t in run.tensors if self._partial.missing(t)), run.source, error)
         self._verify(run.tensors, run.source)

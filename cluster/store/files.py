@@ -9,20 +9,22 @@ from dataclasses import dataclass
 
 from cluster.model.checkpoint import FETCHED, WEIGHTS
 
-RECORDS = ".macpipe"
-"""The folder inside a partial checkpoint where its records are."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of a model. ``sha256`` is the hub's word for the whole file, ``blob`` git's; empty where it has none."""
+    """One file of a model. ``sha256`` is the hub's word for the whole file, ``blob`` git's; empty where it has none.
+
+    ``edition`` is a weight file's (see ``cluster.model.editions``).
+    """
 
     name: str
     size: int
     sha256: str = ""
     blob: str = ""
+    edition: str = ""
 
     @property
     def weights(self) -> bool:
@@ -56,10 +58,14 @@ def origin_of(noted: object) -> ModelFiles:
 
 def _stored(noted: object) -> StoredFile:
     match noted:
-        case {"name": str(name), "size": int(size), "sha256": str(sha256), "blob": str(blob)} if (
-            wanted(name) and size >= 0
-        ):
-            return StoredFile(name, size, sha256, blob)
+        case {
+            "name": str(name),
+            "size": int(size),
+            "sha256": str(sha256),
+            "blob": str(blob),
+            "edition": str(edition),
+        } if wanted(name) and size >= 0:
+            return StoredFile(name, size, sha256, blob, edition)
     raise ValueError("no record of a file")
 
 

@@ -73,13 +73,15 @@ def look_up(name: HubName) -> ModelFiles:
     siblings = sorted(info.siblings or (), key=lambda one: one.rfilename)
     if len(siblings) > MAX_MODEL_FILES:
         raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are looked at.")
-    files = tuple(
-        StoredFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else "", one.blob_id or "")
-        for one in siblings
-        if wanted(one.rfilename)
-    )
+    commit = info.sha or name.revision
+    files = tuple(_stored(one, commit) for one in siblings if wanted(one.rfilename))
     _require_model(name, [one.rfilename for one in siblings], files)
-    return ModelFiles(files, name.repo, info.sha or name.revision)
+    return ModelFiles(files, name.repo, commit)
+
+
+def _stored(one: RepoSibling, commit: str) -> StoredFile:
+    sha256, blob = one.lfs.sha256 if one.lfs else "", one.blob_id or ""
+    return StoredFile(one.rfilename, one.size or 0, sha256, blob, edition=sha256 or blob or commit)
 
 
 def _model_info(name: HubName) -> ModelInfo:

@@ -19,8 +19,9 @@ from threading import RLock
 from cluster.errors import BadCheckpoint
 from cluster.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.model.editions import ORIGIN, RECORDS
 from cluster.store.extents import Extents
-from cluster.store.files import RECORDS, ModelFiles, StoredFile, is_digest, origin_of
+from cluster.store.files import ModelFiles, StoredFile, is_digest, origin_of
 from cluster.store.journal import Entry, Journal
 
 READ_BYTES = 4 * MIB
@@ -223,7 +224,7 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
             os.truncate(made / file.name, file.size)
             journal.append([["got", file.name, 0, len(content)]])
     (made / RECORDS).mkdir(exist_ok=True)
-    (made / RECORDS / "origin.json").write_text(json.dumps(asdict(origin)))
+    (made / RECORDS / ORIGIN).write_text(json.dumps(asdict(origin)))
     return open_checkpoint(made).fingerprint
 
 
@@ -237,7 +238,7 @@ def _require_bounds(origin: ModelFiles) -> None:
 def read_origin(folder: Path) -> ModelFiles:
     """Where a partial checkpoint is from. Raises BadCheckpoint where that cannot be read any more."""
     try:
-        return origin_of(json.loads((folder / RECORDS / "origin.json").read_bytes()))
+        return origin_of(json.loads((folder / RECORDS / ORIGIN).read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise BadCheckpoint(
             f"the records of the model in {str(folder)!r} are damaged; remove that folder and load the model again"
@@ -245,7 +246,7 @@ def read_origin(folder: Path) -> ModelFiles:
 
 
 def is_partial(folder: Path) -> bool:
-    return (folder / RECORDS / "origin.json").is_file()
+    return (folder / RECORDS / ORIGIN).is_file()
 
 
 def hash_range(path: Path, start: int, end: int) -> str:

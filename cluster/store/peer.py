@@ -71,7 +71,7 @@ class Peer:
         request = pb.DescribeModelRequest(fingerprint=self._fingerprint)
         with self._failures():
             answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
-        files = tuple(StoredFile(file.name, file.size, file.sha256) for file in answer.files)
+        files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
         if len(files) > MAX_MODEL_FILES:
             raise BadCheckpoint(
                 f"{self.label} names {len(files)} files of one model; at most {MAX_MODEL_FILES} are taken."

@@ -53,7 +53,8 @@ class Item:
         if self.partial is not None:
             return read_origin(self.checkpoint.path)
         found = sorted(path for path in self.checkpoint.path.iterdir() if path.is_file() and wanted(path.name))
-        return ModelFiles(tuple(StoredFile(path.name, path.stat().st_size) for path in found))
+        editions = self.checkpoint.editions
+        return ModelFiles(tuple(StoredFile(p.name, p.stat().st_size, edition=editions.get(p.name, "")) for p in found))
 
 
 class Shelf(StoreServiceServicer):
@@ -78,7 +79,7 @@ class Shelf(StoreServiceServicer):
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         item = await self._item(request.fingerprint, context)
         files = await anyio.to_thread.run_sync(lambda: item.files)
-        described = [pb.StoredFile(name=f.name, size=f.size, sha256=f.sha256) for f in files.files]
+        described = [pb.StoredFile(name=f.name, size=f.size, sha256=f.sha256, edition=f.edition) for f in files.files]
         return pb.DescribeModelResponse(files=described, repo=files.repo, commit=files.commit)
 
     async def ReadFile(self, request: pb.ReadFileRequest, context: Context) -> AsyncIterator[pb.ReadFileResponse]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -53,12 +52,12 @@ def start_cluster(
     stack: ExitStack,
     model: Path,
     *options: str,
-    pinned: bool = False,
+    cores: Sequence[int] = (),
     environments: Sequence[Mapping[str, str]] = ({}, {}),
 ) -> Client:
     """Two workers, each with its environment, and a coordinator as processes; a client of it once it serves.
 
-    ``pinned``: worker i on core i.
+    ``cores``: worker i is pinned to the i-th of them.
     """
     fleet = stack.enter_context(Fleet(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
@@ -66,13 +65,18 @@ def start_cluster(
         own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
         fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
-    fleet.start("serve", ["serve", str(model), *own])
+    fleet.start("serve", ["serve", str(model), *own], own_state(model.parent))
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
     wait_serving(fleet, client)
-    if pinned and shutil.which("taskset"):
-        for core, name in enumerate(WORKERS):
+    if shutil.which("taskset"):
+        for core, name in zip(cores, WORKERS, strict=False):
             pin(name, cluster, core)
     return client
+
+
+def own_state(folder: Path) -> Mapping[str, str]:
+    """What a bench's coordinator remembers is of no use to anybody's real one."""
+    return {"XDG_STATE_HOME": str(folder / "state")}
 
 
 def wait_serving(fleet: Fleet, client: Client) -> None:
@@ -92,4 +96,4 @@ def pin(name: str, cluster: str, core: int) -> None:
     for pid in daemons.stdout.split():
         children = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True).stdout.split()
         for each in (pid, *children):
-            subprocess.run(["taskset", "-a", "-cp", str(core % (os.cpu_count() or 1)), each], capture_output=True)
+            subprocess.run(["taskset", "-a", "-cp", str(core), each], capture_output=True)

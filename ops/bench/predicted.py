@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from figures import Figure, options, print_figures
-from loopback import wait_serving
+from loopback import own_state, wait_serving
 from mlx.utils import tree_flatten
 
 from cluster.cli.fleet import Fleet, free_port
@@ -85,7 +85,7 @@ def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float
             wait_said(folder / f"{name}.log", f"worker {name} of cluster", fleet)
         first = folder / next(iter(MODELS))
         options = ["--workers", str(workers), "--cluster", cluster, "--port", str(port), "--wait", "90"]
-        fleet.start("serve", ["serve", str(first), *options, "--objective", "throughput"])
+        fleet.start("serve", ["serve", str(first), *options, "--objective", "throughput"], own_state(folder))
         client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
         wait_serving(fleet, client)
         for model in MODELS:

@@ -134,13 +134,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
+    parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
         wide = asked.hidden
         model = make_llama(folder / "model", wide, wide * 11 // 4, layers=4, heads=wide // 64, context=CONTEXT)
-        client = start_cluster(stack, model, pinned=True)
-        singles = [SingleProcess(model, core=core) for core in range(2)]
+        client = start_cluster(stack, model, cores=asked.cores)
+        singles = [SingleProcess(model, core=core) for core in asked.cores]
         for single in singles:
             stack.callback(single.close)
         figures = measure(client, singles, model, asked.rounds, asked.tokens)

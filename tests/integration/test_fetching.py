@@ -5,6 +5,7 @@ Workers have homes of their own, as if each were on a Mac of its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import make, split
+from checkpoints import make, split, tune
 from cluster.client import Client
 from cluster.errors import DiskFull, ModelDiffers
 from cluster.model.checkpoint import open_checkpoint
@@ -130,6 +131,25 @@ def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
     assert "Traceback" not in daemon.said() + ada.said() + bob.said()
 
 
+def test_a_fine_tune_is_not_taken_for_its_base(
+    cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """Config, tokenizer and headers are those of the other model, by its id and by a folder."""
+    tuned = tune(published, tmp_path / "tuned")
+    hub.folders["owner/tuned"] = tuned
+    answers = {NAME: greedy(published, PROMPT, 6), "owner/tuned": greedy(tuned, PROMPT, 6)}
+    assert len(set(answers.values())) == 2
+    answers |= {str(published): answers[NAME], str(tuned): answers["owner/tuned"]}
+    for name in ("ada", "bob"):
+        started(name)
+    daemon, address = serve(cluster, hub, NAME, 2)
+    wait_serving(address, daemon)
+    with Client(address, timeout_s=60) as client:
+        for model in (*answers, *answers):
+            client.load(model, workers=2).wait()
+            assert answer(client) == answers[model], model
+
+
 def test_a_worker_that_is_killed_goes_on_where_it_stopped(
     cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon]
 ) -> None:
@@ -162,11 +182,16 @@ def test_workers_with_different_bytes_of_one_tensor_are_refused(
         snapshot.mkdir(parents=True)
         (snapshot.parent.parent / "refs").mkdir()
         (snapshot.parent.parent / "refs" / "main").write_text(hub.commit)
+        blobs = snapshot.parent.parent / "blobs"
+        blobs.mkdir()
         for file in published.iterdir():
-            (snapshot / file.name).write_bytes(file.read_bytes())
+            content = file.read_bytes()
+            blob = blobs / hashlib.sha256(content).hexdigest()
+            blob.write_bytes(content)
+            (snapshot / file.name).symlink_to(blob)
         started(name)
     tensor = open_checkpoint(published).tensors["model.embed_tokens.weight"]
-    flip(snapshot / tensor.file, tensor.offset)
+    flip((snapshot / tensor.file).resolve(), tensor.offset)
     daemon, _ = serve(cluster, hub, NAME, 2)
     assert daemon.process.wait(90) == 1
     said = " ".join(daemon.said().split())

@@ -62,6 +62,16 @@ def test_the_fingerprint_follows_each_file(name: str, folder: Path, checkpoint: 
     assert open_checkpoint(folder).fingerprint != open_checkpoint(checkpoint("llama")).fingerprint
 
 
+def test_the_fingerprint_follows_the_weights(folder: Path, checkpoint: Callable[[str], Path]) -> None:
+    """Two fine-tunes have the same headers."""
+    file = folder / "model.safetensors"
+    tensor = open_checkpoint(folder).tensors["model.layers.1.mlp.up_proj.weight"]
+    content = bytearray(file.read_bytes())
+    content[tensor.offset : tensor.end] = content[tensor.offset : tensor.end][::-1]
+    file.write_bytes(content)
+    assert open_checkpoint(folder).fingerprint != open_checkpoint(checkpoint("llama")).fingerprint
+
+
 def test_the_fingerprint_follows_the_headers(folder: Path, checkpoint: Callable[[str], Path]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"format":"mlx"', b'"format":"mly"', 1))
@@ -216,6 +226,19 @@ def test_a_hugging_face_id_is_looked_up_in_the_cache(
     (home / "refs" / "main").write_text("abc123")
     shutil.copytree(folder, home / "snapshots" / "abc123")
     assert open_checkpoint(resolve_model("owner/tiny")).fingerprint == open_checkpoint(folder).fingerprint
+
+
+def test_in_the_cache_the_weights_are_what_the_hub_says(
+    folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    """Of a link to a blob, the blob's name is taken for its content, as the hub gives it."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for blob in ("ab" * 32, "cd" * 32):
+        shutil.copy(checkpoint("llama") / "model.safetensors", blobs / blob)
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(blobs / blob)
+        assert open_checkpoint(folder).editions == {"model.safetensors": blob}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a//b", "-/-", "no such model", "/nowhere/at/all"])

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from checkpoints import make, split
+from checkpoints import make, split, tune
 from fake_hub import FakeHub
 
 
@@ -19,6 +19,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make("llama", tmp_path_factory.mktemp("published") / "tiny")
     split(folder, 3)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model than ``published`` with the same config, tokenizer and headers."""
+    return tune(published, tmp_path_factory.mktemp("tuned") / "tiny")
 
 
 @pytest.fixture

@@ -81,11 +81,26 @@ def same_bytes(partial: Partial, published: Path, names: list[str]) -> bool:
 
 def test_headers_alone_make_a_folder_like_the_whole_one(hub: FakeHub, published: Path, tmp_path: Path) -> None:
     partial = opened(tmp_path)
-    assert partial.fingerprint == open_checkpoint(published).fingerprint
+    assert partial.tensors == open_checkpoint(published).tensors
     whole = sum(t.nbytes for t in partial.tensors.values())
     assert 0 < hub.weight_bytes < 0.2 * whole
     blocks = sum((partial.folder / file).stat().st_blocks * 512 for file in {t.file for t in partial.tensors.values()})
     assert blocks < whole, "the files are sparse"
+
+
+def test_two_models_with_the_same_headers_are_kept_apart(
+    hub: FakeHub, published: Path, tmp_path: Path, tuned: Path
+) -> None:
+    """As two fine-tunes of one model are."""
+    hub.folders["owner/tuned"] = tuned
+    one, other = opened(tmp_path), Store(tmp_path).named("owner/tuned").partial
+    assert other
+    assert one.tensors == other.tensors
+    assert one.folder != other.folder
+    names = of_layer(one)
+    for partial, source in ((one, published), (other, tuned)):
+        fetch(tmp_path, partial, names)
+        assert same_bytes(partial, source, names)
 
 
 def test_only_the_wanted_ranges_are_asked_for(hub: FakeHub, published: Path, tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def manifests() -> Prepared:
 def partials() -> Prepared:
     """The records of a partial checkpoint: its journal, and where it is from."""
     from cluster.model.checkpoint import BUNDLED
-    from cluster.store.files import RECORDS, ModelFiles, StoredFile
+    from cluster.model.editions import RECORDS
+    from cluster.store.files import ModelFiles, StoredFile
 
     source = BUNDLED / "faq-draft"
     files = tuple(

@@ -1,0 +1,61 @@
+"""Many seeds, on one fleet or on several at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from faults.campaign import Campaign, Summary, complaint
+from faults.fleet import NAMES, Fleet
+from faults.scenario import Scenario, kill, scenario
+
+
+@dataclass(frozen=True)
+class Game:
+    """What is played, by which workers, and for how long at most."""
+
+    kills: bool = False
+    names: tuple[str, ...] = NAMES
+    minutes: float | None = None
+
+    def scenario(self, seed: int, campaign: Campaign) -> Scenario:
+        return (kill if self.kills else scenario)(seed, campaign.asked, campaign.fleet.stages)
+
+
+def fleets(count: int, folder: Path, seeds: range, game: Game) -> Summary:
+    """Play on several fleets, each in a process of its own; more than one keep a folder each."""
+    if count == 1:
+        return run(folder, seeds, game)
+    whole = Summary()
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        shares = [pool.submit(run, folder / f"fleet-{i}", seeds[i::count], game) for i in range(count)]
+        for share in shares:
+            whole.merge(share.result())
+    return whole
+
+
+def run(folder: Path, seeds: range, game: Game) -> Summary:
+    folder.mkdir(parents=True, exist_ok=True)
+    fleet, summary, began = Fleet(folder, names=game.names), Summary(), time.monotonic()
+    try:
+        campaign = Campaign(fleet)
+        for done, seed in enumerate(seeds, 1):
+            if game.minutes and time.monotonic() - began > 60 * game.minutes:
+                break
+            outcome = campaign.play(game.scenario(seed, campaign))
+            summary.add(outcome)
+            with (folder / "outcomes.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(outcome.facts()) + "\n")
+            if not outcome.kept:
+                print(complaint(outcome, folder), file=sys.stderr, flush=True)
+            if done % 25 == 0:
+                rate = (time.monotonic() - began) / done
+                print(f"{done} of {len(seeds)} seeds, {rate:.1f} s each", file=sys.stderr, flush=True)
+    finally:
+        fleet.close()
+    return summary
