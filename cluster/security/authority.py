@@ -23,7 +23,8 @@ from cluster.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoClus
 from cluster.security.bounds import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import private_bytes, public_bytes
-from cluster.security.roles import ID, Role, checked_name, name_of
+from cluster.security.names import checked_name
+from cluster.security.roles import ID, Role, name_of
 
 _BOTH: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 _COMMON_NAME_CHARS: Final = 64

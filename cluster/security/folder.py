@@ -19,7 +19,8 @@ from typing import Final
 from cluster.errors import Busy, ClusterDamaged, InvalidOption
 from cluster.security.bounds import STATE_LOCK_S
 from cluster.security.keyring import Keyring
-from cluster.security.roles import Role, checked_name
+from cluster.security.names import checked_name
+from cluster.security.roles import Role
 
 OTHERS: Final = 0o077
 """The permissions of everybody but the owner."""

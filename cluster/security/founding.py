@@ -13,7 +13,8 @@ from cluster.security.admission import Admission
 from cluster.security.authority import Authority
 from cluster.security.bounds import MAX_NAME_CHARS
 from cluster.security.folder import ClusterFolder
-from cluster.security.roles import Party, Role, checked_name
+from cluster.security.names import checked_name
+from cluster.security.roles import Party, Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, Final
 from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security.bounds import MAX_KEYS
 from cluster.security.folder import ClusterFolder
-from cluster.security.roles import checked_name
+from cluster.security.names import checked_name
 from cluster.security.statefile import StateFile
 
 TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")

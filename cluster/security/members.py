@@ -13,7 +13,8 @@ from typing import Any
 from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security.bounds import MAX_MEMBERS, MAX_SERIALS
 from cluster.security.folder import ClusterFolder
-from cluster.security.roles import Party, Role, checked_name
+from cluster.security.names import checked_name
+from cluster.security.roles import Party, Role
 from cluster.security.statefile import StateFile
 
 

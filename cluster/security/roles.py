@@ -13,13 +13,11 @@ from typing import Final
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from cluster.errors import InvalidOption, Unauthenticated
-from cluster.security.bounds import MAX_NAME_CHARS, MAX_PEM_BYTES
+from cluster.errors import Unauthenticated
+from cluster.security.bounds import MAX_PEM_BYTES
 
 ID: Final = re.compile(r"[0-9a-f]{16}")
 """A cluster's or a party's id."""
-NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}")
-"""A cluster's or a party's name: it names folders."""
 
 
 class Role(StrEnum):
@@ -45,15 +43,6 @@ class Party:
 def name_of(role: Role, cluster_id: str, id: str = "") -> str:  # noqa: A002
     """The DNS name under which a party is dialled: ``worker.ID.CLUSTER``, or ``worker.CLUSTER`` for any worker."""
     return ".".join(filter(None, (role.value, id, cluster_id)))
-
-
-def checked_name(name: str, whose: str) -> str:
-    """``name`` if it can name a cluster or a party; raises ``InvalidOption``."""
-    if not NAME.fullmatch(name):
-        raise InvalidOption(
-            f"{name[:64]!r} cannot be {whose} name; use letters, digits, '.', '_' and '-', at most {MAX_NAME_CHARS}"
-        )
-    return name
 
 
 def party_of(pem: bytes) -> Party:

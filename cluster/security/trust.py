@@ -16,6 +16,7 @@ import grpc
 
 from cluster.address import is_loopback
 from cluster.errors import InvalidOption
+from cluster.security.names import checked_name
 
 if TYPE_CHECKING:
     from cluster.security.members import Members
@@ -87,6 +88,7 @@ def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
 
     ``name`` is a worker's. Raises ``InvalidOption`` for a name that is none, ``ClusterDamaged`` for unusable files.
     """
+    checked_name(cluster, "a cluster's")  # it is the name of a folder too
     if is_member(home, cluster):
         from cluster.security.mutual import held
 

@@ -55,6 +55,8 @@ class Control(WorkerServiceServicer):
     loaded: pb.LoadStageRequest | None = None
     draining: bool = False
     stopping: bool = False
+    removed: anyio.Event = field(default_factory=anyio.Event)
+    """This Mac is no member of its cluster any more."""
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
@@ -109,6 +111,8 @@ class Control(WorkerServiceServicer):
             told = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
             if told != kept.known():
                 await anyio.to_thread.run_sync(kept.learn, told)
+            if self.trust.serial in told:
+                self.removed.set()
 
     def _holder(self) -> str:
         """The coordinator whose heartbeat was heard of late, while its stage is held."""

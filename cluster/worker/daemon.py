@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from cluster import __version__
-from cluster.errors import MacpipeError
+from cluster.errors import MacpipeError, Unauthenticated
 from cluster.lifetime import first_error
 from cluster.limits import DRAIN_S
 from cluster.worker.settings import WorkerSettings
@@ -50,6 +50,8 @@ async def _run(settings: WorkerSettings) -> None:
     with identity(settings.home, settings.name) as worker_id:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
         settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
+        if trust.revoked(trust.serial):
+            raise _removed(settings.cluster)
         server = control_server(trust)
         port = bind(server, trust, settings.host, settings.port)
         machine = machine_facts()
@@ -88,7 +90,7 @@ async def _leave(scope: anyio.CancelScope, control: Control) -> None:
 
 
 async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.Server, port: int) -> None:
-    """Answer on the control port, announce it, and wait to be cancelled."""
+    """Answer on the control port, announce it, and wait to be cancelled, or removed from the cluster."""
     from cluster.discovery.announce import announce
     from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -107,10 +109,18 @@ async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.S
     try:
         async with said:
             _say_ready(settings, port, control)
-            await anyio.sleep_forever()
+            await control.removed.wait()
+            raise _removed(settings.cluster)
     finally:
         with anyio.CancelScope(shield=True):
             await server.stop(grace=None)
+
+
+def _removed(cluster: str) -> Unauthenticated:
+    return Unauthenticated(
+        f"this Mac was removed from the cluster {cluster}; to let it in again, run `macpipe token create` on the "
+        "coordinator's Mac, and here the `macpipe join` line that it prints"
+    )
 
 
 def _say_ready(settings: WorkerSettings, port: int, control: Control) -> None:

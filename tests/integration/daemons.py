@@ -108,18 +108,18 @@ class Cluster:
             self.lead = Lead.like(shared_lead(), self.folder / "coordinator", self.name)
             self.lead.admit_coordinator()
 
-    def worker(self, name: str, *options: str, launch: Launch = launch) -> Daemon:
-        """Start a worker; it is ready once it has said ``worker NAME of cluster``."""
+    def worker(self, name: str, *options: str, launch: Launch = launch, admit: bool = True) -> Daemon:
+        """Start a worker; it is ready once it has said ``worker NAME of cluster``. ``admit``: let it in first."""
         home = self.folder / "home"
         if self.mtls:
-            options = self._admitted(name, home, options)
+            options = self._admitted(name, home, options, admit)
         lean = () if "--standby" in options else ("--no-standby",)  # its imports would take two seconds of every test's
         own = ["--name", name, "--cluster", self.name, "--home", str(home), "--profile", "off", *lean]
         return self._start(name, ["worker", *own, *options], launch)
 
-    def _admitted(self, name: str, home: Path, options: tuple[str, ...]) -> tuple[str, ...]:
+    def _admitted(self, name: str, home: Path, options: tuple[str, ...], admit: bool) -> tuple[str, ...]:
         """Let the worker in, once; like all of this machine's it is to be found on loopback."""
-        if name not in {m.name for m in self.lead.members.current()}:
+        if admit and name not in {m.name for m in self.lead.members.current()}:
             self.lead.admit_worker(name, home)
         return options if "--host" in options or not self.loopback else ("--host", "127.0.0.1", *options)
 
