@@ -197,11 +197,9 @@ class Proxy:
 
 def owner(port: int, pids: dict[int, str]) -> str:
     """Whose socket has the local port ``port``, among the processes ``pids``; empty where it is nobody's."""
-    inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[1].rpartition(":")[2], 16) == port:
-            inodes.add(f"socket:[{fields[9]}]")
+    tables = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))  # gRPC speaks IPv4 through sockets of the other family
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    inodes = {f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) == port}
     for pid, name in pids.items():
         with suppress(OSError):
             for fd in Path(f"/proc/{pid}/fd").iterdir():

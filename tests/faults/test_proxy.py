@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import sys
@@ -12,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from faults.proxy import Proxy
+from faults.proxy import Proxy, owner
 from integration.daemons import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs loopback addresses beside 127.0.0.1")
@@ -48,6 +49,17 @@ def proxied() -> Iterator[tuple[Proxy, socket.socket]]:
     client.close()
     proxy.close()
     listener.close()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_socket_has_an_owner_in_either_family(family: socket.AddressFamily) -> None:
+    """GRPC speaks IPv4 through sockets of the other."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(family) as caller:
+        mapped = "::ffff:127.0.0.1" if family == socket.AF_INET6 else "127.0.0.1"
+        caller.connect((mapped, listener.getsockname()[1]))
+        port = caller.getsockname()[1]
+        assert owner(port, {1: "init", os.getpid(): "me"}) == "me"
+        assert owner(port, {1: "init"}) == ""
 
 
 def said(client: socket.socket, data: bytes, timeout_s: float = 5.0) -> bytes:
