@@ -98,6 +98,8 @@ OCCUPANCY_S: Final = 30.0
 DISCOVERY_TIMEOUT_S: Final = 30.0
 """`serve` waits this long for its workers before it says who is missing."""
 CONNECT_TIMEOUT_S: Final = 5.0
+RECONNECT_TIMEOUT_S: Final = 2.0
+"""The same for a data stream to where another one just fell silent. Over a link of 100 ms it takes half of that."""
 CONTROL_TIMEOUT_S: Final = 10.0
 """A control call that moves no weights."""
 LOAD_STALL_S: Final = 120.0

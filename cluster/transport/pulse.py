@@ -16,6 +16,8 @@ from cluster.security.trust import Trust
 from cluster.transport.options import pulse_channel
 
 PULSE = "/cluster.v1.StageService/Pulse"
+_UNANSWERED = "ping timeout"
+"""In gRPC's reason, where the connection stands and says nothing; a process that is gone closes it."""
 
 
 def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -27,10 +29,14 @@ def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
 
 
 class Pulse:
-    """The caller's end. ``lost`` is told once, with gRPC's reason, when nobody answers pings any more."""
+    """The caller's end. ``lost`` is told once, with gRPC's reason, when it ends; ``silent`` before it, where that is
+    because nobody answers pings any more.
+    """
 
-    def __init__(self, trust: Trust, address: str, peer: str, lost: Callable[[str], None]) -> None:
-        self._lost, self._closed = lost, False
+    def __init__(
+        self, trust: Trust, address: str, peer: str, lost: Callable[[str], None], silent: Callable[[], None]
+    ) -> None:
+        self._lost, self._silent, self._closed = lost, silent, False
         self._channel = pulse_channel(trust, address, peer)
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
         threading.Thread(target=self._listen, name=f"pulse {address}", daemon=True).start()
@@ -43,6 +49,8 @@ class Pulse:
         except grpc.RpcError as e:
             why = f"{e.code().name}: {e.details()}"
         if not self._closed:
+            if _UNANSWERED in why:
+                self._silent()
             self._lost(why)
 
     def close(self) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
 
 from cluster.errors import StaleEpoch, Unreachable
-from cluster.limits import CONNECT_TIMEOUT_S
+from cluster.limits import CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S
 from cluster.security.trust import WORKER, Trust
 from cluster.transport.options import bind, data_channel, data_server
 from cluster.transport.probe import ProbeHandlers
@@ -99,45 +101,64 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
 
 
 class GrpcDialer:
-    """Opens streams to data ports over gRPC; a connection of its own for each."""
+    """Opens streams to data ports over gRPC; a connection of its own for each.
+
+    An address that fell silent is given less time when it is next tried: a link that was just seen to be cut is most
+    likely still cut, and requests wait.
+    """
 
     def __init__(self, trust: Trust) -> None:
         self._trust = trust
+        self._silent: set[str] = set()
 
     def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender:
-        return _Stream(self._trust, (address, peer), FEED, epoch, line, _ignored, lost)
+        return self._open(address, peer, _Call(FEED, epoch, line, _ignored, lost))
 
     def pull(
         self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
     ) -> Subscription:
-        return _Stream(self._trust, (address, peer), PULL, epoch, line, received, lost)
+        return self._open(address, peer, _Call(PULL, epoch, line, received, lost))
+
+    def _open(self, address: str, peer: str, call: _Call) -> _Stream:
+        patience_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
+        stream = _Stream(self._trust, address, peer, call, patience_s)
+        self._silent.discard(address)
+        if call.line is Line.URGENT:  # one pulse sees a cut for both lines
+            stream.watch(Pulse(self._trust, address, peer, stream.end, partial(self._silent.add, address)))
+        return stream
 
 
 def _ignored(message: bytes) -> None:
     """A feed's server says nothing after it has accepted."""
 
 
-class _Stream:
-    """One stream and the thread that reads it."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a stream is asked for, and who hears of it."""
 
-    def __init__(
-        self, trust: Trust, place: tuple[str, str], method: str, epoch: int, line: Line, received: Received, lost: Lost
-    ) -> None:
-        address, peer = place
+    method: str
+    epoch: int
+    line: Line
+    received: Received
+    lost: Lost
+
+
+class _Stream:
+    """One stream and the thread that reads it. Returns once the other end has accepted, within ``patience_s``."""
+
+    def __init__(self, trust: Trust, address: str, peer: str, call: _Call, patience_s: float) -> None:
         self._channel = data_channel(trust, address, peer)
-        self._address, self._received, self._lost = address, received, lost
-        self._outbox = Outbox(epoch)
+        self._address, self._received, self._lost = address, call.received, call.lost
+        self._outbox = Outbox(call.epoch)
         self._closed = self._ended = False
         self._ending = threading.Lock()
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
         self._ended_early = False
-        self._call = self._open(method, ((_EPOCH, str(epoch)), (_LINE, line.value)))
-        threading.Thread(target=self._read, name=f"{method} {address}", daemon=True).start()
+        self._call = self._open(call.method, ((_EPOCH, str(call.epoch)), (_LINE, call.line.value)))
+        threading.Thread(target=self._read, name=f"{call.method} {address}", daemon=True).start()
         self._pulse: Pulse | None = None
-        self._await_acceptance()
-        if line is Line.URGENT:  # one pulse sees a cut for both lines
-            self._pulse = Pulse(trust, address, peer, self._end)
+        self._await_acceptance(patience_s)
 
     def _open(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Any:
         if method == FEED:
@@ -146,16 +167,16 @@ class _Stream:
             )
         return self._channel.unary_stream(method, None, None)(b"", metadata=metadata, wait_for_ready=True)
 
-    def _await_acceptance(self) -> None:
-        answered = self._accepted.wait(CONNECT_TIMEOUT_S)
-        if answered and self._refusal is None and not self._ended_early:
+    def _await_acceptance(self, patience_s: float) -> None:
+        answered = self._accepted.wait(patience_s)
+        refusal = self._refusal  # closing makes one of its own
+        if answered and refusal is None and not self._ended_early:
             return
         self.close()
-        if self._refusal is not None and self._refusal.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            raise StaleEpoch(f"{self._address} refused a stream: {self._refusal.details()}")
-        silence = "it ended at once" if answered else f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
-        why = self._refusal.details() if self._refusal else silence
-        raise Unreachable(f"cannot open a data stream to {self._address}: {why}")
+        if refusal is not None and refusal.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            raise StaleEpoch(f"{self._address} refused a stream: {refusal.details()}")
+        silence = "it ended at once" if answered else f"no answer within {patience_s:.0f} s"
+        raise Unreachable(f"cannot open a data stream to {self._address}: {refusal.details() if refusal else silence}")
 
     def _read(self) -> None:
         try:
@@ -163,15 +184,19 @@ class _Stream:
             self._accepted.set()
             for message in self._call:
                 self._received(message)
-            self._end("the stream ended")
+            self.end("the stream ended")
         except StopIteration:
             self._ended_early = True
             self._accepted.set()
         except grpc.RpcError as e:
             self._refusal = e
-            self._end(f"{e.code().name}: {e.details()}")
+            self.end(f"{e.code().name}: {e.details()}")
 
-    def _end(self, why: str) -> None:
+    def watch(self, pulse: Pulse) -> None:
+        """Whose end is the stream's, too; it is closed with it."""
+        self._pulse = pulse
+
+    def end(self, why: str) -> None:
         """The stream or its pulse is over; whichever comes first is told."""
         with self._ending:
             opened, told = self._accepted.is_set(), self._closed or self._ended

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.errors import Unreachable
 from cluster.security.trust import LocalTrust
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
@@ -59,6 +60,27 @@ def test_a_cut_is_seen_though_nothing_is_sent(linked: tuple[Proxy, Stage, str], 
     proxy.link("caller", "stage").blocked |= blocked
     assert lost.wait(15)
     stream.close()
+
+
+def test_where_a_link_fell_silent_the_next_stream_is_given_less_time(linked: tuple[Proxy, Stage, str]) -> None:
+    """So that a hop is relayed sooner; once a stream was accepted again, so is the next one given all its time."""
+    proxy, _, address = linked
+    dialer, link, lost = GrpcDialer(LocalTrust()), proxy.link("caller", "stage"), threading.Event()
+
+    def no_answer(within: str) -> None:
+        link.blocked |= {"stage"}
+        with pytest.raises(Unreachable, match=f"no answer within {within}"):
+            dialer.feed(address, 1, lambda why: None)
+        link.blocked.clear()
+
+    no_answer("5 s")
+    stream = dialer.feed(address, 1, lambda why: lost.set())
+    link.blocked |= {"stage"}
+    assert lost.wait(15)
+    stream.close()
+    no_answer("2 s")
+    dialer.feed(address, 1, lambda why: None).close()
+    no_answer("5 s")
 
 
 def test_megabytes_over_a_slow_link_are_no_cut(linked: tuple[Proxy, Stage, str]) -> None:
