@@ -115,7 +115,9 @@ def test_no_signal_leaves_an_orphan(
             assert len(descendants(tmp_path)) == 3
         demo.send_signal(number)
         rest = demo.stderr.read()
-        assert demo.wait(20) == code
+        # A shell says 130 of both: where Ctrl-C comes while Python runs a string, as dataclasses do when they are
+        # imported, it ends itself with the signal though the exception was handled.
+        assert demo.wait(20) in ({code, -number} if number is signal.SIGINT else {code})
         assert "Traceback" not in rest
     os.close(write_end)
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from architectures import Architecture
-from checkpoints import mixed_quantization, split_experts, write
+from checkpoints import mixed_quantization, poison, split_experts, write
 from cluster.errors import BadCheckpoint, BadFrame
 from cluster.frames import Compute, Frame, Join, Leave, Step
 from cluster.model.checkpoint import open_checkpoint
@@ -24,7 +24,7 @@ from cluster.model.skeleton import open_skeleton
 from cluster.model.stage import Stage
 from cluster.model.survey import survey
 from cluster.types import LayerRange, ModelShape, SamplingParams
-from model.ring import ALL, PROMPT, Ring, cuts, logprobs, open_stage, poisoned, reference, tokens
+from model.ring import ALL, PROMPT, Ring, cuts, edited, logprobs, open_stage, reference, tokens
 
 ANSWER = 6
 GREEDY = SamplingParams()
@@ -74,8 +74,8 @@ class PoisonedRing(Ring):
         copy = shutil.copytree(path, path / "poisoned")
         local = tuple(f"{prefix}." for prefix in prefixes[own.start : own.end])
         shared = {w.name for w in shape.shared if any(own.start <= layer < own.end for layer in w.layers)}
-        there = poisoned(shape, copy, lambda name: not name.startswith(local) and name.rpartition(".")[0] not in shared)
-        stage = open_stage(there, copy, own, i, count)
+        poison(copy, lambda name: not name.startswith(local) and name.rpartition(".")[0] not in shared)
+        stage = open_stage(edited(shape, copy), copy, own, i, count)
         shutil.rmtree(copy)
         return stage
 

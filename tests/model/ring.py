@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -12,7 +12,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from checkpoints import poison
 from cluster.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.stage import Stage, load_stage
@@ -42,9 +41,8 @@ def open_stage(shape: ModelShape, path: Path, layers: LayerRange, index: int, co
     return load_stage(spec, path, nothing)
 
 
-def poisoned(shape: ModelShape, copy: Path, chosen: Callable[[str], bool]) -> ModelShape:
-    """Make the chosen tensors of ``copy`` not-a-number. -> the shape as it is now: the copy is another edition"""
-    poison(copy, chosen)
+def edited(shape: ModelShape, copy: Path) -> ModelShape:
+    """The shape as of a copy some of whose bytes were changed: that is another edition of the model."""
     return replace(shape, model=replace(shape.model, fingerprint=open_checkpoint(copy).fingerprint))
 
 

@@ -15,7 +15,7 @@ from cluster.model.survey import survey
 from cluster.types import LayerRange, ModelShape
 from effort import chosen
 from model.ring import ALL as SAMPLING
-from model.ring import PROMPT, Ring, cuts, open_stage, reference, tokens
+from model.ring import PROMPT, Ring, cuts, edited, open_stage, reference, tokens
 
 ANSWER = 6
 
@@ -38,7 +38,7 @@ def spoiled_ring(shape: ModelShape, whole: Path, folder: Path, stages: int) -> R
     for i, layers in enumerate(parts):
         copy = shutil.copytree(whole, folder / str(i))
         spoil(copy, mapped.of(layers))
-        ring.stages.append(open_stage(shape, copy, layers, i, stages))
+        ring.stages.append(open_stage(edited(shape, copy), copy, layers, i, stages))
     return ring
 
 

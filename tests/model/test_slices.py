@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from checkpoints import PECULIAR, SLICEABLE, make
+from checkpoints import PECULIAR, SLICEABLE, make, poison
 from cluster.errors import ModelDiffers, ModelUnsupported, NoPlan, StageFailed
 from cluster.frames import Compute, Frame, Join, Leave, Step
 from cluster.model.skeleton import open_skeleton
@@ -21,7 +21,7 @@ from cluster.model.survey import survey
 from cluster.model.trace import trace
 from cluster.types import LayerRange, ModelRef, ModelShape, SamplingParams, StageSpec
 from effort import chosen
-from model.ring import ALL, PROMPT, Ring, cuts, logprobs, nothing, open_stage, poisoned, reference, tokens
+from model.ring import ALL, PROMPT, Ring, cuts, edited, logprobs, nothing, open_stage, reference, tokens
 
 Checkpoints = Callable[[str], Path]
 Shapes = Callable[[str], ModelShape]
@@ -94,18 +94,16 @@ def test_only_a_stages_own_tensors_are_read(
     for i, layers in enumerate(cuts(shape, 3)):
         copy = shutil.copytree(sound, tmp_path / str(i))
         own = [f".layers.{n}." for n in range(layers.start, layers.end)]
-        there = poisoned(
-            shape, copy, lambda name, own=own: ".layers." in name and not any(part in name for part in own)
-        )
-        ring.stages[i] = open_stage(there, copy, layers, i, 3)
+        poison(copy, lambda name, own=own: ".layers." in name and not any(part in name for part in own))
+        ring.stages[i] = open_stage(edited(shape, copy), copy, layers, i, 3)
     assert tokens(ring.answer(ALL, ANSWER)) == expected(arch)[0]
 
 
 def test_a_poisoned_layer_of_ones_own_is_noticed(tmp_path: Path) -> None:
     """The other side of the test above: not-a-number in a tensor that is read must not become a token."""
     shape = survey(make("llama", tmp_path, layers=4), "llama", None)
-    shape = poisoned(shape, tmp_path, lambda name: ".layers.2." in name)
-    ring = Ring(shape, tmp_path, 2)
+    poison(tmp_path, lambda name: ".layers.2." in name)
+    ring = Ring(edited(shape, tmp_path), tmp_path, 2)
     with pytest.raises(StageFailed, match="not a number"):
         ring.answer(ALL, 1)
 
