@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
+import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,14 @@ def start_cluster(
     """
     fleet = stack.enter_context(Fleet(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
-    for name, environment in zip(WORKERS, environments, strict=True):
+    for name, environment, core in zip(WORKERS, environments, cores or (None, None), strict=True):
         own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
-        fleet.start(name, ["worker", *own], environment)
+        with pinned(core):
+            fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
     fleet.start("serve", ["serve", str(model), *own], own_state(model.parent))
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
     wait_serving(fleet, client)
-    if shutil.which("taskset"):
-        for core, name in zip(cores, WORKERS, strict=False):
-            pin(name, cluster, core)
     return client
 
 
@@ -90,10 +87,17 @@ def wait_serving(fleet: Fleet, client: Client) -> None:
         time.sleep(0.1)
 
 
-def pin(name: str, cluster: str, core: int) -> None:
-    """Pin a worker, its engine, and all their threads."""
-    daemons = subprocess.run(["pgrep", "-f", f"--name {name} --cluster {cluster}"], capture_output=True, text=True)
-    for pid in daemons.stdout.split():
-        children = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True).stdout.split()
-        for each in (pid, *children):
-            subprocess.run(["taskset", "-a", "-cp", str(core), each], capture_output=True)
+@contextmanager
+def pinned(core: int | None) -> Iterator[None]:
+    """Whoever is started within stays on ``core``, with all that it starts: from its beginning, since BLAS makes a
+    thread for each core that it finds. Where the system cannot do that, and for None, nothing happens.
+    """
+    if core is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
