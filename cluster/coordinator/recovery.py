@@ -25,7 +25,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.succession import Heirs, heirs, holds
 from cluster.coordinator.supply import Supply
 from cluster.coordinator.watch import Watch
-from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, WorkerLost
+from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, Unreachable, WorkerLost
 from cluster.limits import (
     CRASHES_S,
     ENGINE_CRASHES,
@@ -70,7 +70,9 @@ class Recovery:
     def __init__(self, site: Site, epoch: Epoch, cause: MacpipeError, without: Collection[str] = ()) -> None:
         self._site, self._epoch = site, epoch
         self._without = set(without)
-        """Who is given no layers: those who leave, and those who could not load theirs."""
+        """Who is given no layers: those who leave, who could not load theirs, or who cannot be reached."""
+        self._missed: set[str] = set()
+        """Whose data port could not be reached once: a second time, and somebody else gets the layers."""
         self.cause = cause
         self.began = time.monotonic()
         self.doing = "looking who is there"
@@ -203,7 +205,8 @@ class Recovery:
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
         if worker and not isinstance(why, WorkerLost):
-            self._without.add(worker)
+            patient = isinstance(why, Unreachable) and worker not in self._missed
+            (self._missed if patient else self._without).add(worker)
         if not self.refused and self.attempts >= RECOVERY_TRIES and self._elapsed > RECOVERY_WAIT_S:
             self.refused = True
             self._site.loop.refuse(unservable(self.cause, why))

@@ -6,11 +6,13 @@ out are small and always urgent. Who feeds whom is told; it refuses to know what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+from cluster.errors import Unreachable
 from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 from cluster.types import Route
@@ -30,7 +32,10 @@ class RingStage:
 
 
 class Ring:
-    """Open streams to every stage that the coordinator talks to. Raises ``Unreachable`` or ``StaleEpoch``."""
+    """Open streams to every stage that the coordinator talks to.
+
+    Raises ``Unreachable``, which names the worker, or ``StaleEpoch``.
+    """
 
     def __init__(
         self, dialer: Dialer, epoch: int, stages: Sequence[RingStage], received: Received, lost: StageLost
@@ -71,10 +76,21 @@ class Ring:
 
 
 def _feed(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
-    return dialer.feed(stage.address, epoch, partial(lost, epoch, stage.worker), line, stage.party)
+    with _naming(stage):
+        return dialer.feed(stage.address, epoch, partial(lost, epoch, stage.worker), line, stage.party)
 
 
 def _pull(
     dialer: Dialer, epoch: int, stage: RingStage, received: Received, lost: StageLost, line: Line = Line.URGENT
 ) -> Subscription:
-    return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)
+    with _naming(stage):
+        return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)
+
+
+@contextmanager
+def _naming(stage: RingStage) -> Iterator[None]:
+    """Whoever cannot be reached is named."""
+    try:
+        yield
+    except Unreachable as e:
+        raise Unreachable(f"worker {stage.worker}: {e.sentence}", worker=stage.worker) from e

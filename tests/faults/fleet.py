@@ -95,11 +95,11 @@ class Fleet:
         self.cluster.close()
         self.proxy.close()
 
-    def _who(self, port: int) -> str:
+    def _who(self, port: int, there: int) -> str:
         pids = {pid: p.name for p in self.parties.values() for pid in p.pids}
         if hasattr(self, "serve"):
             pids[self.serve.process.pid] = "serve"
-        return owner(port, pids) or "serve"
+        return owner(port, there, pids) or "serve"
 
     # Breaking
 

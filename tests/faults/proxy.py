@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 16384
-Who = Callable[[int], str]
-"""The party that owns a connected socket, by its local port."""
+Who = Callable[[int, int], str]
+"""The party that owns a connected socket, by its local port and the port that it is connected to: systems give a local
+port to several sockets whose other ends differ.
+"""
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Proxy:
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, party: str, port: int, data: bool
     ) -> None:
-        caller = self._who(writer.get_extra_info("peername")[1])
+        caller = self._who(writer.get_extra_info("peername")[1], port)
         try:
             onward, back = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
@@ -195,11 +197,13 @@ class Proxy:
         return chunk[:at] + bytes([chunk[at] ^ (1 << self._rng.randrange(8))]) + chunk[at + 1 :]
 
 
-def owner(port: int, pids: dict[int, str]) -> str:
-    """Whose socket has the local port ``port``, among the processes ``pids``; empty where it is nobody's."""
+def owner(port: int, there: int, pids: dict[int, str]) -> str:
+    """Whose socket goes from local port ``port`` to port ``there``, among the processes ``pids``; empty where it is
+    nobody's.
+    """
     tables = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))  # gRPC speaks IPv4 through sockets of the other family
     rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
-    inodes = {f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) == port}
+    inodes = {f"socket:[{row[9]}]" for row in rows if (_port(row[1]), _port(row[2])) == (port, there)}
     for pid, name in pids.items():
         with suppress(OSError):
             for fd in Path(f"/proc/{pid}/fd").iterdir():
@@ -207,3 +211,8 @@ def owner(port: int, pids: dict[int, str]) -> str:
                     if str(fd.readlink()) in inodes:
                         return name
     return ""
+
+
+def _port(address: str) -> int:
+    """Of ``0100007F:1F90``, as the kernel writes it."""
+    return int(address.rpartition(":")[2], 16)

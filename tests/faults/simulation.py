@@ -280,6 +280,11 @@ class Mac:
             case Kind.RESET:
                 self._network.cut(self._data)
 
+    def wall(self) -> None:
+        """Nobody gets to its data port any more, as behind a firewall, though its daemon says that all is well."""
+        self._network.ports.pop(self._data, None)
+        self._network.cut(self._data)
+
     def crash(self) -> None:
         self._problem = "the engine was ended by SIGKILL"
         self._network.faults.pop(self._data, None)

@@ -42,7 +42,7 @@ class Stage:
 def linked() -> Iterator[tuple[Proxy, Stage, str]]:
     stage = Stage()
     server = DataServer(LocalTrust(), "127.0.0.1", 0, stage)
-    proxy = Proxy(lambda port: "caller", random.Random(1))
+    proxy = Proxy(lambda port, there: "caller", random.Random(1))
     proxy.listen(HOST, server.port, "stage", data=True)
     yield proxy, stage, f"{HOST}:{server.port}"
     for box in stage.boxes.values():

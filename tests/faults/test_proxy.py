@@ -42,7 +42,7 @@ def echo(port: int) -> socket.socket:
 def proxied() -> Iterator[tuple[Proxy, socket.socket]]:
     port = free_port()
     listener = echo(port)
-    proxy = Proxy(lambda port: "caller", random.Random(1))
+    proxy = Proxy(lambda port, there: "caller", random.Random(1))
     proxy.listen(HOST, port, "server", data=True)
     client = socket.create_connection((HOST, port), 5)
     yield proxy, client
@@ -56,10 +56,12 @@ def test_a_socket_has_an_owner_in_either_family(family: socket.AddressFamily) ->
     """GRPC speaks IPv4 through sockets of the other."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(family) as caller:
         mapped = "::ffff:127.0.0.1" if family == socket.AF_INET6 else "127.0.0.1"
-        caller.connect((mapped, listener.getsockname()[1]))
+        there = listener.getsockname()[1]
+        caller.connect((mapped, there))
         port = caller.getsockname()[1]
-        assert owner(port, {1: "init", os.getpid(): "me"}) == "me"
-        assert owner(port, {1: "init"}) == ""
+        assert owner(port, there, {1: "init", os.getpid(): "me"}) == "me"
+        assert owner(port, there, {1: "init"}) == ""
+        assert owner(port, there + 1, {os.getpid(): "me"}) == ""
 
 
 def said(client: socket.socket, data: bytes, timeout_s: float = 5.0) -> bytes:

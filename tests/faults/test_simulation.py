@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.scenario import pool, scenario
-from faults.simulation import SPEED, Simulation, simulated
+from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
+from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, SEEDS = 5, 55
@@ -27,6 +27,25 @@ def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(
             broken.append(f"seed {seed}: {verdict}; history in {tmp_path}")
     assert not broken, "\n".join(broken)
     assert sum(verdict.requests for verdict, _ in outcomes.values()) >= SEEDS
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its heartbeats go on, so only the streams that do not open say that it is of no use."""
+    for name, seconds in SPEED.items():
+        monkeypatch.setattr(name, seconds)
+
+    async def play() -> None:
+        asked = pool(700)
+        fault = Fault(Kind.CUT, stage, Moment.TOKEN, 3, True)
+        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (fault,)), asked)
+        walled = simulation.macs[NAMES[stage]]
+        monkeypatch.setattr(walled, "strike", lambda kind: walled.wall())
+        verdict = await simulation.play()
+        assert verdict.kept, verdict
+        assert {s.worker for s in simulation.service.plan.stages} == {*NAMES} - {walled.name}
+
+    asyncio.run(play())
 
 
 async def drained(simulation: Simulation) -> None:
