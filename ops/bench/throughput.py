@@ -1,7 +1,9 @@
 """What lanes, overlapping prefill and kept prefixes are worth, beside mlx-lm in one process on one core.
 
-Two stages, one core each, a random llama heavy enough that compute and not messages takes the time. Each round runs
-every measurement in turn; figures are medians, the ratios are of medians.
+Two stages, one core each, a random llama heavy enough that compute and not messages takes the time, and of enough
+layers that two halves of them are alike: of its last layer a prefill needs the keys and values alone, so of four layers
+the second stage would have half of the first one's work. Each round runs every measurement in turn; figures are
+medians, the ratios are of medians.
 
 What two cores are worth is measured too: the same process on each of them at once, with nothing to tell each other.
 No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``).
@@ -26,6 +28,7 @@ from single_process import SingleProcess, prompt_ids
 
 from cluster.client import AsyncClient, Client
 
+LAYERS = 8
 USERS = 8
 PROMPT = 16
 STREAMS = 4
@@ -133,13 +136,13 @@ def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
+    parser.add_argument("--hidden", type=int, default=384, help="width of the model; 64 a head")
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
         wide = asked.hidden
-        model = make_llama(folder / "model", wide, wide * 11 // 4, layers=4, heads=wide // 64, context=CONTEXT)
+        model = make_llama(folder / "model", wide, wide * 11 // 4, layers=LAYERS, heads=wide // 64, context=CONTEXT)
         client = start_cluster(stack, model, cores=asked.cores)
         singles = [SingleProcess(model, core=core) for core in asked.cores]
         for single in singles:
