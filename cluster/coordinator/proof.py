@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
@@ -14,10 +15,17 @@ from cluster.types import Plan, Request, SamplingParams
 POLL_S = 0.01
 
 
-async def prove(loop: EngineLoop, plan: Plan, checkpoint: Checkpoint, troubles: asyncio.Queue[MacpipeError]) -> None:
+async def prove(
+    loop: EngineLoop,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    troubles: asyncio.Queue[MacpipeError],
+    gone: Callable[[str], bool],
+) -> None:
     """Return once a token of this epoch came back: a live request's, or that of a canary sent for the purpose.
 
-    Raises the first trouble instead, which stays in the queue's place no more, and ``WorkerLost`` where none comes.
+    Raises the first trouble instead, which stays in the queue's place no more, and ``WorkerLost`` where none comes or a
+    worker of the plan is ``gone``: it may have been so since before anybody listened for troubles of this epoch.
     """
     canary = _canary(plan, checkpoint)
     answer = Answer()
@@ -27,6 +35,9 @@ async def prove(loop: EngineLoop, plan: Plan, checkpoint: Checkpoint, troubles: 
             while loop.proven != plan.epoch:
                 if not troubles.empty():
                     raise troubles.get_nowait()
+                for stage in plan.stages:
+                    if gone(stage.worker):
+                        raise WorkerLost(f"worker {stage.worker} went before a token came back", worker=stage.worker)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s") from None

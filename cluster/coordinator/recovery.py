@@ -181,7 +181,7 @@ class Recovery:
         pace = Pace(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         site.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
-        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles)
+        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch.gone)
         return epoch
 
     async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None]) -> None:

@@ -227,14 +227,14 @@ class Mac:
         self._caches = Caches(spec)
         yield StageProof(self.name, ())
 
-    async def link(self, epoch: int, pull_from: str) -> None:
+    async def link(self, epoch: int, before: WorkerFacts | None) -> None:
         await self._reached()
         caches = self._caches
         if caches is None or caches.spec.epoch != epoch:
             raise StaleEpoch(f"worker {self.name} holds no stage of epoch {epoch}")
         try:
-            for line in Line if pull_from else ():
-                self._network.pull(pull_from, epoch, self.received, lambda why: caches.close(), line)
+            for line in Line if before else ():
+                self._network.pull(before.data_address, epoch, self.received, lambda why: caches.close(), line)
         except (Unreachable, StaleEpoch) as e:
             raise LinkFailed(e.sentence) from e
 
@@ -402,6 +402,10 @@ class Simulation:
         self._watch.start()
         await self.service.open(lambda progress: None)
         self._homes = [s.worker for s in self.service.plan.stages]
+
+    def gone(self, name: str) -> bool:
+        """Whether the coordinator believes that."""
+        return self._watch.gone(name)
 
     def _believed(self, belief: Belief) -> None:
         self.service.believed(belief)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.types import WorkerFacts
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
 
@@ -44,6 +45,33 @@ def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypat
         verdict = await simulation.play()
         assert verdict.kept, verdict
         assert {s.worker for s in simulation.service.plan.stages} == {*NAMES} - {walled.name}
+
+    asyncio.run(play())
+
+
+def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 47, once: who was lost with its layers loaded, before the new ring ran, was missed for two minutes."""
+    for name, seconds in SPEED.items():
+        monkeypatch.setattr(name, seconds)
+
+    async def play() -> None:
+        asked = pool(700)
+        fault = Fault(Kind.KILL_WORKER, 2, Moment.TOKEN, 3, True)
+        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (fault,)), asked)
+        spare = simulation.macs["dee"]
+        link = spare.link
+
+        async def hang_first(epoch: int, before: WorkerFacts | None) -> None:
+            spare.strike(Kind.STOP_ENGINE)
+            async with asyncio.timeout(5):
+                while not simulation.gone("dee"):
+                    await asyncio.sleep(0.01)
+            await link(epoch, before)
+
+        monkeypatch.setattr(spare, "link", hang_first)
+        verdict = await simulation.play()
+        assert verdict.kept, verdict
+        assert [s.worker for s in simulation.service.plan.stages] == ["ada", "bob", "cyd"]
 
     asyncio.run(play())
 
