@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, SEEDS = 5, 55
+SLOW = Fault(Kind.DELAY, 1, Moment.TOKEN, 3, True)
+"""What a scenario has at least."""
 
 
 def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(
@@ -30,6 +33,17 @@ def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(
     assert sum(verdict.requests for verdict, _ in outcomes.values()) >= SEEDS
 
 
+def first_of_all(simulation: Simulation, strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strike before anything is asked, so that no answer can end without what follows."""
+    opened = simulation.open
+
+    async def opened_and_struck() -> None:
+        await opened()
+        strike()
+
+    monkeypatch.setattr(simulation, "open", opened_and_struck)
+
+
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its heartbeats go on, so only the streams that do not open say that it is of no use."""
@@ -38,10 +52,9 @@ def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypat
 
     async def play() -> None:
         asked = pool(700)
-        fault = Fault(Kind.CUT, stage, Moment.TOKEN, 3, True)
-        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (fault,)), asked)
+        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (SLOW,)), asked)
         walled = simulation.macs[NAMES[stage]]
-        monkeypatch.setattr(walled, "strike", lambda kind: walled.wall())
+        first_of_all(simulation, walled.wall, monkeypatch)
         verdict = await simulation.play()
         assert verdict.kept, verdict
         assert {s.worker for s in simulation.service.plan.stages} == {*NAMES} - {walled.name}
@@ -56,8 +69,8 @@ def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pyte
 
     async def play() -> None:
         asked = pool(700)
-        fault = Fault(Kind.KILL_WORKER, 2, Moment.TOKEN, 3, True)
-        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (fault,)), asked)
+        simulation = Simulation(Scenario(0, (0, 1), (0.0, 0.0), (SLOW,)), asked)
+        first_of_all(simulation, lambda: simulation.macs["cyd"].strike(Kind.KILL_WORKER), monkeypatch)
         spare = simulation.macs["dee"]
         link = spare.link
 
