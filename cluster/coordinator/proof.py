@@ -35,9 +35,8 @@ async def prove(
             while loop.proven != plan.epoch:
                 if not troubles.empty():
                     raise troubles.get_nowait()
-                for stage in plan.stages:
-                    if gone(stage.worker):
-                        raise WorkerLost(f"worker {stage.worker} went before a token came back", worker=stage.worker)
+                if lost := next((s.worker for s in plan.stages if gone(s.worker)), ""):
+                    raise WorkerLost(f"worker {lost} went before a token came back", worker=lost)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s") from None

@@ -18,11 +18,14 @@ SLOW = Fault(Kind.DELAY, 1, Moment.TOKEN, 3, True)
 """What a scenario has at least."""
 
 
-def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator's waits, shortened."""
     for name, seconds in SPEED.items():
         monkeypatch.setattr(name, seconds)
+
+
+def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(tmp_path: Path) -> None:
     outcomes = asyncio.run(simulated(range(FIRST, FIRST + SEEDS)))
     broken = []
     for seed, (verdict, history) in outcomes.items():
@@ -47,8 +50,6 @@ def first_of_all(simulation: Simulation, strike: Callable[[], None], monkeypatch
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its heartbeats go on, so only the streams that do not open say that it is of no use."""
-    for name, seconds in SPEED.items():
-        monkeypatch.setattr(name, seconds)
 
     async def play() -> None:
         asked = pool(700)
@@ -64,8 +65,6 @@ def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypat
 
 def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed 47, once: who was lost with its layers loaded, before the new ring ran, was missed for two minutes."""
-    for name, seconds in SPEED.items():
-        monkeypatch.setattr(name, seconds)
 
     async def play() -> None:
         asked = pool(700)
@@ -111,10 +110,7 @@ async def drained(simulation: Simulation) -> None:
         await simulation.close()
 
 
-def test_a_planned_move_says_what_it_does_and_counts_as_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in SPEED.items():
-        monkeypatch.setattr(name, seconds)
-
+def test_a_planned_move_says_what_it_does_and_counts_as_no_loss() -> None:
     async def play() -> None:
         asked = pool(700)
         await drained(Simulation(scenario(0, asked), asked))
