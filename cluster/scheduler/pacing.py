@@ -12,6 +12,7 @@ _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
 """Before anything was measured, while others decode."""
 _LEAST_CHUNK = 4
+"""Tokens that a chunk carries above the budget too, where a frame without any token is what costs the time."""
 _LEAST_SPREAD = 0.1
 """Chunks whose lengths differ by less, of their mean, do not tell a frame's cost from a token's."""
 _LEAST_SLOPE = 0.01
@@ -42,7 +43,7 @@ class Pacing:
             self._learn_chunk(tokens, timings)
 
     def _learn_chunk(self, tokens: int, timings: Sequence[StageTiming]) -> None:
-        if not timings or tokens < _LEAST_CHUNK:
+        if not timings or tokens < 1:
             return
         us, kept = max(t.compute_us for t in timings), (1 - _SMOOTHING) ** (tokens / self._chunk)
         self._longest = max(kept * self._longest, tokens)
@@ -56,7 +57,8 @@ class Pacing:
         """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled.
 
         While others decode it takes a stage no longer than the budget, nor longer than a decode step takes all of them:
-        the time between two tokens of theirs doubles at most.
+        the time between two tokens of theirs doubles at most. Where a single token costs more, it is one at a time;
+        where a frame without any does, a few more tokens change little.
         """
         chunk = overlapping_chunk(whole, self._stages, self._chunk)
         if not others_decode or self._max_step_ms is None:
@@ -67,8 +69,10 @@ class Pacing:
         budget_us = self._max_step_ms * 1e3
         if self._step_us:
             budget_us = min(budget_us, max(self._step_us, _LEAST_FRAMES * fixed_us))
-        affordable = int((budget_us - fixed_us) / max(us_a_token, 1e-3))
-        return max(_LEAST_CHUNK, min(chunk, affordable, int(_MOST_GROWTH * self._longest)))
+        us_a_token = max(us_a_token, 1e-3)
+        affordable = int((budget_us - fixed_us) / us_a_token)
+        least = max(1, min(_LEAST_CHUNK, int(fixed_us / us_a_token)))
+        return max(least, min(chunk, affordable, int(_MOST_GROWTH * self._longest)))
 
     def _cost(self) -> tuple[float, float]:
         """Microseconds a frame and a token: a line through what was measured, or all by tokens where lengths differ

@@ -32,31 +32,56 @@ LAYERS = 8
 USERS = 8
 PROMPT = 16
 STREAMS = 4
+MOST_TOKENS = 2000
 LONG, LONGER = 2048, 4096
 HISTORY = 1000
 CONTEXT = 8192
 MAX_STEP_MS = 20.0
+LOOP = asyncio.Runner()
+"""One for all measurements: gRPC serves the loops of a process one after the other badly."""
 
 
-async def _stream(client: AsyncClient, ids: list[int], tokens: int) -> list[float]:
-    """When each token of an answer arrived."""
-    arrivals = []
-    async with client.stream(ids, max_tokens=tokens, ignore_eos=True) as stream:
-        async for _ in stream:
-            arrivals.append(time.perf_counter())
-    return arrivals
+class Crowd:
+    """Streams of one salt, and when each token of theirs arrived: ``tokens`` more of each from when all of them run."""
+
+    def __init__(self, client: AsyncClient, users: int, tokens: int, salt: int) -> None:
+        self.arrivals: list[list[float]] = [[] for _ in range(users)]
+        self.running = asyncio.Event()
+        self._client, self._tokens, self._salt = client, tokens, salt
+
+    async def listen(self) -> None:
+        await asyncio.gather(*(self._stream(user) for user in range(len(self.arrivals))))
+
+    async def _stream(self, user: int) -> None:
+        since = 0
+        prompt = prompt_ids(user + self._salt, PROMPT)
+        async with self._client.stream(prompt, max_tokens=MOST_TOKENS, ignore_eos=True) as stream:
+            async for _ in stream:
+                self.arrivals[user].append(time.perf_counter())
+                if all(self.arrivals):
+                    self.running.set()
+                    since += 1
+                if since == self._tokens:
+                    return
+
+    @property
+    def together(self) -> tuple[float, float]:
+        """From when until when all of them decoded."""
+        return max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
 
 
 def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
-    """Tokens a second of all users together, from when the last of them has its first token."""
+    """Tokens a second of all users together, while all of them decode."""
 
-    async def ask() -> list[list[float]]:
+    async def ask() -> Crowd:
         async with AsyncClient(address, timeout_s=300) as client:
-            return await asyncio.gather(*(_stream(client, prompt_ids(u + salt, PROMPT), tokens) for u in range(users)))
+            crowd = Crowd(client, users, tokens, salt)
+            await crowd.listen()
+            return crowd
 
-    answers = asyncio.run(ask())
-    began, ended = max(a[0] for a in answers), max(a[-1] for a in answers)
-    return sum(t > began for a in answers for t in a) / (ended - began)
+    crowd = LOOP.run(ask())
+    began, ended = crowd.together
+    return sum(began < t <= ended for a in crowd.arrivals for t in a) / (ended - began)
 
 
 def first_token_s(client: Client, length: int, salt: int) -> float:
@@ -66,20 +91,25 @@ def first_token_s(client: Client, length: int, salt: int) -> float:
 
 
 def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
-    """The p99 time between tokens of four streams, in milliseconds, with or without a long prompt in the middle."""
+    """The p99 time between tokens of four running streams, in milliseconds, with or without a long prompt beside."""
 
-    async def ask() -> list[list[float]]:
+    async def ask() -> Crowd:
         async with AsyncClient(address, timeout_s=300) as client:
-            streams = [
-                asyncio.create_task(_stream(client, prompt_ids(u + salt, PROMPT), tokens)) for u in range(STREAMS)
-            ]
+            crowd = Crowd(client, STREAMS, tokens, salt)
+            listening = asyncio.create_task(crowd.listen())
             if disturb:
-                await asyncio.sleep(0.5)
+                await crowd.running.wait()
                 intruder = [salt % 250, *prompt_ids(salt, LONGER - 1)]
-                await client.generate(intruder, max_tokens=1, ignore_eos=True)
-            return await asyncio.gather(*streams)
+                prefill = asyncio.create_task(client.generate(intruder, max_tokens=1, ignore_eos=True))
+                await listening
+                prefill.cancel()  # what is left of it once the streams are over disturbs nobody
+                await asyncio.gather(prefill, return_exceptions=True)
+            await listening
+            return crowd
 
-    gaps = [b - a for answer in asyncio.run(ask()) for a, b in pairwise(answer)]
+    crowd = LOOP.run(ask())
+    began, _ = crowd.together
+    gaps = [b - a for answer in crowd.arrivals for a, b in pairwise(answer) if a >= began]
     return quantiles(gaps, n=100)[98] * 1e3
 
 
@@ -104,6 +134,7 @@ def measure(client: Client, singles: Sequence[SingleProcess], model: Path, round
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
+        print(f"{name} {value:.4f}", file=sys.stderr, flush=True)
 
     def load(lanes: int) -> None:
         client.load(str(model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
@@ -136,7 +167,7 @@ def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--hidden", type=int, default=384, help="width of the model; 64 a head")
+    parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:

@@ -56,6 +56,22 @@ def test_a_chunk_takes_a_stage_no_longer_than_a_decode_step_takes_them_all() -> 
     assert chunk(pacing) == 25 / 0.15 // 1, "half of a chunk's time is work at least"
 
 
+def test_where_tokens_are_dear_a_chunk_of_one_keeps_the_budget() -> None:
+    pacing = Pacing(512, 2, 20.0)
+    for tokens in (32, 8, 16, 4, 2, 2, 1):
+        pacing.learn(Compute.PREFILL, tokens, (StageTiming(0, 0, 2_000 + 7_000 * tokens, 0),))
+    assert chunk(pacing) == 2
+    for tokens in (8, 2) * 500:
+        pacing.learn(Compute.PREFILL, tokens, (StageTiming(0, 0, 2_000 + 30_000 * tokens, 0),))
+    assert chunk(pacing) == 1
+
+
+def test_where_a_frame_is_dear_a_few_tokens_go_along() -> None:
+    pacing = Pacing(512, 2, 20.0)
+    learn(pacing, *[10, 60] * 20)
+    assert chunk(pacing) == 4, "25 ms for reading the weights is above the budget whatever the chunk is"
+
+
 def test_nothing_is_left_over_for_a_chunk_of_its_own() -> None:
     pacing = Pacing(512, 2, None)
     assert pacing.chunk(2047, others_decode=False) == 256
