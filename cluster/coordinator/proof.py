@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.loop import EngineLoop
+from cluster.coordinator.watch import Watch
 from cluster.errors import Aborted, MacpipeError, WorkerLost
 from cluster.limits import CANARY_TIMEOUT_S
 from cluster.types import Plan, Request, SamplingParams
@@ -20,12 +20,12 @@ async def prove(
     plan: Plan,
     checkpoint: Checkpoint,
     troubles: asyncio.Queue[MacpipeError],
-    gone: Callable[[str], bool],
+    watch: Watch,
 ) -> None:
     """Return once a token of this epoch came back: a live request's, or that of a canary sent for the purpose.
 
     Raises the first trouble instead, which stays in the queue's place no more, and ``WorkerLost`` where none comes or a
-    worker of the plan is ``gone``: it may have been so since before anybody listened for troubles of this epoch.
+    worker of the plan is gone: it may have been so since before anybody listened for troubles of this epoch.
     """
     canary = _canary(plan, checkpoint)
     answer = Answer()
@@ -35,8 +35,7 @@ async def prove(
             while loop.proven != plan.epoch:
                 if not troubles.empty():
                     raise troubles.get_nowait()
-                if lost := next((s.worker for s in plan.stages if gone(s.worker)), ""):
-                    raise WorkerLost(f"worker {lost} went before a token came back", worker=lost)
+                watch.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s") from None

@@ -181,7 +181,7 @@ class Recovery:
         pace = Pace(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         site.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
-        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch.gone)
+        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch)
         return epoch
 
     async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None]) -> None:
@@ -192,9 +192,7 @@ class Recovery:
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
-                for name in names:
-                    if self._site.means.watch.gone(name):
-                        raise WorkerLost(f"worker {name} went while it was loading", worker=name)
+                self._site.means.watch.require(names, "while it was loading")
             await task
         finally:
             task.cancel()

@@ -89,7 +89,7 @@ class Service:
             await opening.load(plan, workers)
             self._epoch = await opening.link(plan, workers)
             self.loop.start(await opening.connect(self._epoch))
-            await prove(self.loop, plan, self.checkpoint, self._troubles, self._means.watch.gone)
+            await prove(self.loop, plan, self.checkpoint, self._troubles, self._means.watch)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from cluster.coordinator.roster import Member, Roster
-from cluster.errors import MacpipeError, WorkerRefused
+from cluster.errors import MacpipeError, WorkerLost, WorkerRefused
 from cluster.limits import GONE_S, HEARTBEAT_S
 from cluster.membership.suspicion import Belief, Standing, Suspicion
 from cluster.types import WorkerFacts
@@ -68,6 +68,12 @@ class Watch:
 
     def gone(self, worker: str) -> bool:
         return self._suspicion.gone(worker)
+
+    def require(self, workers: Iterable[str], when: str) -> None:
+        """Raises WorkerLost where one of these counts as gone; ``when`` ends its sentence."""
+        for worker in workers:
+            if self.gone(worker):
+                raise WorkerLost(f"worker {worker} went {when}", worker=worker)
 
     async def asked(self, workers: Collection[str], since: float) -> tuple[Member, ...]:
         """Ask these now; ``members`` once each has answered after ``since`` or counts as gone.

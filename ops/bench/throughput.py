@@ -70,16 +70,29 @@ class Crowd:
         return max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
 
 
-def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
-    """Tokens a second of all users together, while all of them decode."""
+def listened(address: str, users: int, tokens: int, salt: int, beside: int = 0) -> Crowd:
+    """The streams of so many users, with a prompt of ``beside`` tokens from when all of them run."""
 
     async def ask() -> Crowd:
         async with AsyncClient(address, timeout_s=300) as client:
             crowd = Crowd(client, users, tokens, salt)
+            intruder = asyncio.create_task(intrude(client, crowd)) if beside else None
             await crowd.listen()
+            if intruder:
+                intruder.cancel()  # what is left of its prefill once the streams are over disturbs nobody
+                await asyncio.gather(intruder, return_exceptions=True)
             return crowd
 
-    crowd = LOOP.run(ask())
+    async def intrude(client: AsyncClient, crowd: Crowd) -> None:
+        await crowd.running.wait()
+        await client.generate([salt % 250, *prompt_ids(salt, beside - 1)], max_tokens=1, ignore_eos=True)
+
+    return LOOP.run(ask())
+
+
+def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
+    """Tokens a second of all users together, while all of them decode."""
+    crowd = listened(address, users, tokens, salt)
     began, ended = crowd.together
     return sum(began < t <= ended for a in crowd.arrivals for t in a) / (ended - began)
 
@@ -92,22 +105,7 @@ def first_token_s(client: Client, length: int, salt: int) -> float:
 
 def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
     """The p99 time between tokens of four running streams, in milliseconds, with or without a long prompt beside."""
-
-    async def ask() -> Crowd:
-        async with AsyncClient(address, timeout_s=300) as client:
-            crowd = Crowd(client, STREAMS, tokens, salt)
-            listening = asyncio.create_task(crowd.listen())
-            if disturb:
-                await crowd.running.wait()
-                intruder = [salt % 250, *prompt_ids(salt, LONGER - 1)]
-                prefill = asyncio.create_task(client.generate(intruder, max_tokens=1, ignore_eos=True))
-                await listening
-                prefill.cancel()  # what is left of it once the streams are over disturbs nobody
-                await asyncio.gather(prefill, return_exceptions=True)
-            await listening
-            return crowd
-
-    crowd = LOOP.run(ask())
+    crowd = listened(address, STREAMS, tokens, salt, LONGER if disturb else 0)
     began, _ = crowd.together
     gaps = [b - a for answer in crowd.arrivals for a, b in pairwise(answer) if a >= began]
     return quantiles(gaps, n=100)[98] * 1e3
