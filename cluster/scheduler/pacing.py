@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.chunking import overlapping_chunk
+from cluster.chunking import next_chunk, overlapping_chunk
 from cluster.frames import Compute
 from cluster.types import StageTiming
 
@@ -53,8 +53,8 @@ class Pacing:
         self._tokens_squared = kept * self._tokens_squared + tokens * tokens
         self._tokens_by_us = kept * self._tokens_by_us + tokens * us
 
-    def chunk(self, whole: int, *, others_decode: bool) -> int:
-        """Tokens of the next frame at most, for a prompt of which ``whole`` tokens have to be prefilled.
+    def chunk(self, whole: int, left: int, *, others_decode: bool) -> int:
+        """Tokens of the next frame, for a prompt of which ``whole`` tokens have to be prefilled, ``left`` still do.
 
         While others decode it takes a stage no longer than the budget, nor longer than a decode step takes all of them:
         the time between two tokens of theirs doubles at most. Where a single token costs more, it is one at a time;
@@ -62,17 +62,19 @@ class Pacing:
         """
         chunk = overlapping_chunk(whole, self._stages, self._chunk)
         if not others_decode or self._max_step_ms is None:
-            return chunk
+            return next_chunk(left, chunk, self._chunk)
+        return min(left, self._affordable(chunk, self._max_step_ms * 1e3))
+
+    def _affordable(self, most: int, budget_us: float) -> int:
         if not self._frames:
-            return min(_UNKNOWN_CHUNK, chunk)
+            return min(_UNKNOWN_CHUNK, most)
         fixed_us, us_a_token = self._cost()
-        budget_us = self._max_step_ms * 1e3
         if self._step_us:
             budget_us = min(budget_us, max(self._step_us, _LEAST_FRAMES * fixed_us))
         us_a_token = max(us_a_token, 1e-3)
         affordable = int((budget_us - fixed_us) / us_a_token)
         least = max(1, min(_LEAST_CHUNK, int(fixed_us / us_a_token)))
-        return max(least, min(chunk, affordable, int(_MOST_GROWTH * self._longest)))
+        return max(least, min(most, affordable, int(_MOST_GROWTH * self._longest)))
 
     def _cost(self) -> tuple[float, float]:
         """Microseconds a frame and a token: a line through what was measured, or all by tokens where lengths differ

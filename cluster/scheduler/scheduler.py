@@ -340,7 +340,7 @@ class Scheduler:
         others = bool(self._decoding(sequence))
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
-        count = min(self._pacing.chunk(whole, others_decode=others), sequence.unsent)
+        count = self._pacing.chunk(whole, sequence.unsent, others_decode=others)
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))

@@ -17,7 +17,7 @@ def learn(pacing: Pacing, *lengths: int) -> None:
 
 
 def chunk(pacing: Pacing) -> int:
-    return pacing.chunk(100_000, others_decode=True)
+    return pacing.chunk(100_000, 100_000, others_decode=True)
 
 
 def test_short_prompts_do_not_shrink_long_chunks() -> None:
@@ -72,8 +72,7 @@ def test_where_a_frame_is_dear_a_few_tokens_go_along() -> None:
     assert chunk(pacing) == 4, "25 ms for reading the weights is above the budget whatever the chunk is"
 
 
-def test_nothing_is_left_over_for_a_chunk_of_its_own() -> None:
+def test_lengths_a_token_apart_are_cut_alike() -> None:
     pacing = Pacing(512, 2, None)
-    assert pacing.chunk(2047, others_decode=False) == 256
-    assert pacing.chunk(2048, others_decode=False) == 256
-    assert pacing.chunk(2049, others_decode=False) == 257
+    assert [pacing.chunk(length, length, others_decode=False) for length in (1999, 2047, 2048)] == [256, 256, 256]
+    assert pacing.chunk(2049, 2049, others_decode=False) == 320
