@@ -60,6 +60,10 @@ class Control(WorkerServiceServicer):
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
+    def __post_init__(self) -> None:
+        """A bound address stays where it is, so its interface is looked up once and not for every heartbeat."""
+        self._interface = self.settings.interface or interface_of(self.settings.host)
+
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
         if request.coordinator and self.loaded and request.coordinator == self.loaded.coordinator:
@@ -88,7 +92,7 @@ class Control(WorkerServiceServicer):
             problem=problem,
             holder=self._holder(),
             profile=_profile(self.file.kept.profile),
-            interface=self.settings.interface or interface_of(self.settings.host),
+            interface=self._interface,
             gpu_cores=self.machine.gpu_cores,
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
             busy_ms=report.busy_ms,
