@@ -11,7 +11,7 @@ It knows layers and arrays; it knows nothing of frames, sequences' ids or sampli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,9 +26,6 @@ from cluster.model.trace import Boundary, Trace
 from cluster.types import LayerRange
 
 __all__ = ["ModelSlice"]
-
-LAYERS_A_START: Final = 4
-"""Layers that are built before the device is set to work on them: a start costs tens of microseconds."""
 
 
 class _Outlet(Exception):
@@ -123,9 +120,11 @@ class ModelSlice:
 def _starts(layers: LayerRange) -> frozenset[int]:
     """After which layers the device is set to work on what has been built so far, while Python builds the rest.
 
-    The first is early, since until then the device waits; the last layer is evaluated with the step.
+    The first, since until then the device waits, and then ever more at a time: a start costs tens of microseconds, and
+    building is faster than computing. The last layer is evaluated with the step.
     """
-    return frozenset(i for i in range(layers.start, layers.end - 1, LAYERS_A_START))
+    count = layers.end - layers.start
+    return frozenset(layers.start + 2**i - 1 for i in range(count.bit_length()) if 2**i < count)
 
 
 def _starting(own: Any) -> Any:
