@@ -15,12 +15,12 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
@@ -37,6 +37,9 @@ LONG, LONGER = 2048, 4096
 HISTORY = 1000
 CONTEXT = 8192
 MAX_STEP_MS = 20.0
+WARM = 5
+"""Tokens of each user before anything counts: memory that is touched for the first time is slow."""
+PARTS = ("users", "prefill", "disturbed", "cached")
 LOOP = asyncio.Runner()
 """One for all measurements: gRPC serves the loops of a process one after the other badly."""
 
@@ -126,39 +129,74 @@ def at_once(singles: Sequence[SingleProcess], ask: Callable[[SingleProcess], flo
         return list(asking.map(ask, singles))
 
 
-def measure(client: Client, singles: Sequence[SingleProcess], model: Path, rounds: int, tokens: int) -> list[Figure]:
-    single = singles[0]
-    found: dict[str, list[float]] = {}
+class Rounds:
+    """Every measurement in turn, and what was found."""
 
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+    def __init__(self, client: Client, singles: Sequence[SingleProcess], model: Path, tokens: int) -> None:
+        self._client, self._singles, self._model, self._tokens = client, singles, model, tokens
+        self._single = singles[0]
+        self._single.batch(USERS, PROMPT, WARM)
+        self.found: dict[str, list[float]] = {}
+
+    def _note(self, name: str, value: float) -> None:
+        self.found.setdefault(name, []).append(value)
         print(f"{name} {value:.4f}", file=sys.stderr, flush=True)
 
-    def load(lanes: int) -> None:
-        client.load(str(model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
+    def _load(self, lanes: int) -> None:
+        self._client.load(str(self._model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
+        batch_rate(self._client.address, USERS, WARM, 0)
 
-    for salt in range(1000, 1000 + 50 * rounds, 50):
-        load(lanes=1)
-        note("clump", batch_rate(client.address, USERS, tokens, salt))
-        load(lanes=2)
-        note("lanes", batch_rate(client.address, USERS, tokens, salt))
-        note("single", USERS * tokens / single.batch(USERS, PROMPT, tokens))
-        note("cores", sum(USERS * tokens / s for s in at_once(singles, lambda s: s.batch(USERS, PROMPT, tokens))))
-        note("prefill", first_token_s(client, LONG, salt + 1))
-        note("single_prefill", single.prefill(LONG))
-        note("cores_prefill", max(at_once(singles, lambda s: s.prefill(LONG))) / len(singles))
-        note("undisturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 2, disturb=False))
-        note("disturbed_p99", disturbed_p99(client.address, 6 * tokens, salt + 3, disturb=True))
-        note("cached_share", cached_share(client, salt + 4))
-    units = {
-        "prefill": "s",
-        "single_prefill": "s",
-        "cores_prefill": "s",
-        "undisturbed_p99": "ms",
-        "disturbed_p99": "ms",
-        "cached_share": "",
-    }
-    return [Figure(name, units.get(name, "tokens/s"), values) for name, values in found.items()]
+    def play(self, parts: Collection[str], salt: int) -> None:
+        if "users" in parts:
+            self._users(salt)
+        else:
+            self._load(lanes=2)
+        if "prefill" in parts:
+            self._prefill(salt + 1)
+        if "disturbed" in parts:
+            self._disturbed(salt + 2)
+        if "cached" in parts:
+            self._note("cached_share", cached_share(self._client, salt + 4))
+
+    def _users(self, salt: int) -> None:
+        """Leaves two lanes loaded."""
+        address, tokens = self._client.address, self._tokens
+        self._load(lanes=1)
+        self._note("clump", batch_rate(address, USERS, tokens, salt))
+        self._load(lanes=2)
+        self._note("lanes", batch_rate(address, USERS, tokens, salt))
+        self._note("single", USERS * tokens / self._single.batch(USERS, PROMPT, tokens))
+        both = at_once(self._singles, lambda s: s.batch(USERS, PROMPT, tokens))
+        self._note("cores", sum(USERS * tokens / s for s in both))
+
+    def _prefill(self, salt: int) -> None:
+        self._note("prefill", first_token_s(self._client, LONG, salt))
+        self._note("single_prefill", self._single.prefill(LONG))
+        both = at_once(self._singles, lambda s: s.prefill(LONG))
+        self._note("cores_prefill", max(both) / len(both))
+
+    def _disturbed(self, salt: int) -> None:
+        address, tokens = self._client.address, 6 * self._tokens
+        self._note("undisturbed_p99", disturbed_p99(address, tokens, salt, disturb=False))
+        self._note("disturbed_p99", disturbed_p99(address, tokens, salt + 1, disturb=True))
+
+
+UNITS = {
+    "prefill": "s",
+    "single_prefill": "s",
+    "cores_prefill": "s",
+    "undisturbed_p99": "ms",
+    "disturbed_p99": "ms",
+}
+"""The others are tokens a second."""
+RATIOS = {
+    "lanes_over_single": ("lanes", "single"),
+    "lanes_over_clump": ("lanes", "clump"),
+    "cores_over_core": ("cores", "single"),
+    "prefill_over_single": ("prefill", "single_prefill"),
+    "prefill_at_best": ("cores_prefill", "single_prefill"),
+    "itl_p99_over_undisturbed": ("disturbed_p99", "undisturbed_p99"),
+}
 
 
 def main() -> int:
@@ -166,6 +204,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which measurements")
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:
@@ -176,18 +215,15 @@ def main() -> int:
         singles = [SingleProcess(model, core=core) for core in asked.cores]
         for single in singles:
             stack.callback(single.close)
-        figures = measure(client, singles, model, asked.rounds, asked.tokens)
-    m = {f.name: f.median for f in figures}
-    ratios = {
-        "lanes_over_single": m["lanes"] / m["single"],
-        "lanes_over_clump": m["lanes"] / m["clump"],
-        "cores_over_core": m["cores"] / m["single"],
-        "prefill_over_single": m["prefill"] / m["single_prefill"],
-        "prefill_at_best": m["cores_prefill"] / m["single_prefill"],
-        "itl_p99_over_undisturbed": m["disturbed_p99"] / m["undisturbed_p99"],
-        "cached_share": m["cached_share"],
-    }
-    print_figures("medians", [f for f in figures if f.name != "cached_share"], ratios, asked.json)
+        rounds = Rounds(client, singles, model, asked.tokens)
+        for salt in range(1000, 1000 + 50 * asked.rounds, 50):
+            rounds.play(asked.parts, salt)
+    shares = rounds.found.pop("cached_share", [])
+    figures = {n: Figure(n, UNITS.get(n, "tokens/s"), values) for n, values in rounds.found.items()}
+    ratios = {n: figures[a].median / figures[b].median for n, (a, b) in RATIOS.items() if a in figures}
+    if shares:
+        ratios["cached_share"] = median(shares)
+    print_figures("medians", list(figures.values()), ratios, asked.json)
     return 0
 
 
