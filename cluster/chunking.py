@@ -31,4 +31,4 @@ def next_chunk(left: int, chunk: int, most: int = PREFILL_CHUNK) -> int:
 
     The last chunk takes what would be less than a block by itself: that would read all weights for a few tokens.
     """
-    return left if left < min(chunk + _BLOCK, most + 1) else min(chunk, left)
+    return left if left <= most and left - chunk < _BLOCK else chunk
