@@ -6,35 +6,56 @@ Bounded: a client that leaves too many events unread loses its request, with the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeAlias
 
 from cluster.errors import MacpipeError
 from cluster.limits import MAX_UNREAD_EVENTS
 from cluster.types import Accepted, FinishEvent, TokenEvent
 
 Event = Accepted | TokenEvent | FinishEvent
+Queue: TypeAlias = asyncio.Queue[Event | MacpipeError]
+
+
+class Post:
+    """What one thread has for its answers' readers. It waits for ``deliver`` and goes out together: to wake an event
+    loop costs a thread more than everything else that it does for a token.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[Queue, Event | MacpipeError]]] = {}
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: Queue, event: Event | MacpipeError) -> None:
+        self._waiting.setdefault(loop, []).append((queue, event))
+
+    def deliver(self) -> None:
+        """Hand over all that was put."""
+        waiting, self._waiting = self._waiting, {}
+        for loop, events in waiting.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hand_over, events)
 
 
 class Answer:
-    """Made on the event loop that reads it; written from one other thread. ``abandon`` ends its request early.
+    """Made on the event loop that reads it; written from the thread whose ``post`` it is. ``abandon`` ends its request
+    early.
 
     It is over with the ``FinishEvent`` of each of its ``samples``.
     """
 
-    def __init__(self, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
+    def __init__(self, post: Post, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
         self.abandon = abandon
         self._samples = samples
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | MacpipeError] = asyncio.Queue()
+        self._post, self._loop = post, asyncio.get_running_loop()
+        self._events: Queue = asyncio.Queue()
         self._written = self._read = 0
 
     def put(self, event: Event | MacpipeError) -> bool:
-        """Hand an event to the reader; False where the reader is too far behind to take more tokens."""
+        """Post an event to the reader; False where the reader is too far behind to take more tokens."""
         if isinstance(event, TokenEvent) and self._written - self._read >= self._samples * MAX_UNREAD_EVENTS:
             return False
         self._written += 1
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._post.put(self._loop, self._events, event)
         return True
 
     async def events(self) -> AsyncIterator[Event]:
@@ -47,3 +68,8 @@ class Answer:
                 raise event
             unfinished -= isinstance(event, FinishEvent)
             yield event
+
+
+def _hand_over(events: Iterable[tuple[Queue, Event | MacpipeError]]) -> None:
+    for queue, event in events:
+        queue.put_nowait(event)

@@ -18,6 +18,7 @@ from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.journal import Journal, continued
 from cluster.coordinator.layout import Links, lay_out
 from cluster.coordinator.links import measured_links
+from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.recovery import Means, Recovery
 from cluster.coordinator.report import Both, LoadReport, Report
 from cluster.coordinator.roster import Member, Roster
@@ -213,7 +214,7 @@ class Coordinator:
         service = self._serving()
         if service.checkpoint is not checkpoint:
             raise NotServing("another model was loaded while the prompt was read; send it again")
-        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")), request.samples)
+        answer = _answer(service.loop, request)
         service.loop.submit(request, answer)
         return answer
 
@@ -231,7 +232,7 @@ class Coordinator:
             raise RequestNotFound(f"there is no answer to {request_id} to go on with{why}")
         said, skip = continued(kept, offsets)
         request = kept.request
-        answer = Answer(lambda: service.loop.end(request.id, Aborted("the client went away")), request.samples)
+        answer = _answer(service.loop, request)
         service.loop.submit(request, answer, said, skip)
         return request, answer
 
@@ -309,3 +310,8 @@ def _repair(recovery: Recovery | None) -> Repair | None:
     cause, since = recovery.cause, time.monotonic() - recovery.began
     worker = cause.details.get("worker", "")
     return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)
+
+
+def _answer(loop: EngineLoop, request: Request) -> Answer:
+    """One that ends its request where nobody reads it any more."""
+    return Answer(loop.post, lambda: loop.end(request.id, Aborted("the client went away")), request.samples)

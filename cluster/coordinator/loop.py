@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from cluster.chat import Parsing
-from cluster.coordinator.answer import Answer
+from cluster.coordinator.answer import Answer, Post
 from cluster.coordinator.journal import Journal, Said
 from cluster.coordinator.live import Live
 from cluster.coordinator.occupancy import Occupancy
@@ -61,12 +61,13 @@ class EngineLoop:
         pace: Pace | None = None,
         parser: Callable[[Parsing], Parser] = plain,
     ) -> None:
-        self._plan, self._scheduler, self._decoder, self._broken, self._clock = plan, scheduler, decoder, broken, clock
-        self._parser = parser
+        self._scheduler, self._decoder, self._parser = scheduler, decoder, parser
+        self._broken, self._clock = broken, clock
         self._asked: dict[str, Asked] = {}
         # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, Live] = {}
+        self.post = Post()  # of every answer that is submitted here; it goes out after each job
         self._ring: Ring | None = None
         self._loss: tuple[int, WorkerLost] | None = None
         self._refusal: MacpipeError | None = None
@@ -162,6 +163,7 @@ class EngineLoop:
         except Exception as e:  # the thread's edge: a request must end with an error rather than wait for ever
             log.exception("the engine loop failed")
             self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+        self.post.deliver()
 
     def _wait_s(self) -> float | None:
         """Seconds until a frame or a request is overdue; None where neither can be."""
@@ -204,8 +206,7 @@ class EngineLoop:
         self._asked[request.id] = asked
         for i, sample in enumerate(samples):
             asked.live.add(sample.id)
-            text = Speech(request, self._decoder(), self._parser)
-            tally = Tally(now, self._plan.stages)
+            text, tally = Speech(request, self._decoder(), self._parser), Tally(now, self._plan.stages)
             self._live[sample.id] = Live(asked, sample, i, text, tally, now, skip[i] if skip else 0)
         answer.put(Accepted())
         if self.journal:

@@ -28,7 +28,7 @@ async def prove(
     worker of the plan is gone: it may have been so since before anybody listened for troubles of this epoch.
     """
     canary = _canary(plan, checkpoint)
-    answer = Answer()
+    answer = Answer(loop.post)
     loop.submit(canary, answer)
     try:
         async with asyncio.timeout(CANARY_TIMEOUT_S):

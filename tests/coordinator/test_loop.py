@@ -136,7 +136,7 @@ class Bench:
                 await asyncio.sleep(0.01)
 
     def ask(self, name: str, first: int = 1, max_tokens: int = 3, stop: tuple[str, ...] = ()) -> Answer:
-        answer = Answer()
+        answer = Answer(self.loop.post)
         self.loop.submit(Request(name, (first,), SamplingParams(), max_tokens, stop), answer)
         return answer
 
@@ -354,7 +354,7 @@ def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
 
         over: list[bool] = []
         bench.loop._inbox.put(again)
-        answer = Answer()
+        answer = Answer(bench.loop.post)
         due = time.monotonic() + 0.2
         bench.loop.submit(Request("late", (1,), SamplingParams(), 500_000, deadline=due), answer)
         said: list[Event] = []
@@ -380,7 +380,7 @@ def test_stopping_ends_what_is_live() -> None:
 
 def test_samples_end_each_by_itself_and_fail_together() -> None:
     async def body(bench: Bench) -> None:
-        answer = Answer(samples=3)
+        answer = Answer(bench.loop.post, samples=3)
         bench.loop.submit(Request("a", (1,), SamplingParams(), 3, samples=3), answer)
         said: dict[int, list[int]] = {0: [], 1: [], 2: []}
         ends = []
@@ -392,7 +392,7 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
                     ends.append(event.sample)
         assert said == {i: [2, 3, 4] for i in range(3)}
         assert sorted(ends) == [0, 1, 2]
-        endless = Answer(samples=2)
+        endless = Answer(bench.loop.post, samples=2)
         bench.loop.submit(Request("b", (1,), SamplingParams(), 10_000, samples=2), endless)
         assert await asyncio.wrap_future(bench.loop.end("b#1", Aborted("enough")))
         with pytest.raises(Aborted, match="enough"):

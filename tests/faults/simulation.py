@@ -414,7 +414,7 @@ class Simulation:
         asked, name = self.asked[self.played.requests[i]], f"r{i}"
         await asyncio.sleep(self.played.starts[i] / 10)
         self.history.note("sent", request=name)
-        answer = Answer()
+        answer = Answer(self.service.loop.post)
         self.service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
         try:
             async for event in answer.events():
