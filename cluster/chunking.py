@@ -6,7 +6,7 @@ from typing import Final
 
 from cluster.limits import PREFILL_CHUNK
 
-__all__ = ["next_chunk", "overlapping_chunk"]
+__all__ = ["chunks", "next_chunk", "overlapping_chunk"]
 
 _FILLS: Final = 4
 """A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
@@ -32,3 +32,12 @@ def next_chunk(left: int, chunk: int, most: int = PREFILL_CHUNK) -> int:
     The last chunk takes what would be less than a block by itself: that would read all weights for a few tokens.
     """
     return left if left <= most and left - chunk < _BLOCK else chunk
+
+
+def chunks(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> list[int]:
+    """Tokens of each piece of a prompt that has the stages to itself, in order."""
+    chunk, pieces, left = overlapping_chunk(prompt, stages, most), list[int](), prompt
+    while left:
+        pieces.append(next_chunk(left, chunk, most))
+        left -= pieces[-1]
+    return pieces

@@ -5,10 +5,11 @@ It knows stages and hops in seconds. It leaves out sampling, detokenizing and qu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cluster.chunking import overlapping_chunk
+from cluster.chunking import chunks
 from cluster.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import boundary_bytes, decode_s, prefill_s
@@ -85,7 +86,11 @@ def _first_token_s(
     prompt: int,
 ) -> float:
     """The first chunk passes all stages, the others follow at the slowest one's pace; then a step makes the token."""
-    chunk = min(overlapping_chunk(prompt, len(workers)), prompt)
-    stages = [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
-    first = sum(stages) + hops_s(shape, candidates, workers, ranges, chunk)
-    return first + (-(-prompt // chunk) - 1) * max(stages) + token_s(shape, candidates, workers, ranges)
+    pieces = chunks(prompt, len(workers))
+
+    def stages_s(chunk: int) -> list[float]:
+        return [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
+
+    first = sum(stages_s(pieces[0])) + hops_s(shape, candidates, workers, ranges, pieces[0])
+    others = sum(times * max(stages_s(chunk)) for chunk, times in Counter(pieces[1:]).items())
+    return first + others + token_s(shape, candidates, workers, ranges)

@@ -7,19 +7,12 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chunking import next_chunk, overlapping_chunk
-
-
-def cut(prompt: int, stages: int, most: int = 512) -> list[int]:
-    chunk, pieces = overlapping_chunk(prompt, stages, most), list[int]()
-    while left := prompt - sum(pieces):
-        pieces.append(next_chunk(left, chunk, most))
-    return pieces
+from cluster.chunking import chunks
 
 
 @given(st.integers(1, 20_000), st.integers(1, 16))
 def test_all_of_it_goes_out_in_equal_blocks_with_nothing_tiny_at_the_end(prompt: int, stages: int) -> None:
-    pieces = cut(prompt, stages)
+    pieces = chunks(prompt, stages)
     assert sum(pieces) == prompt
     assert all(a == b and a % 64 == 0 for a, b in pairwise(pieces[:-1]))
     assert max(pieces) <= 512
@@ -28,13 +21,13 @@ def test_all_of_it_goes_out_in_equal_blocks_with_nothing_tiny_at_the_end(prompt:
 
 @given(st.integers(512, 20_000), st.integers(2, 16))
 def test_every_stage_has_work_for_most_of_the_time(prompt: int, stages: int) -> None:
-    pieces = cut(prompt, stages)
+    pieces = chunks(prompt, stages)
     assert pieces[0] == 128 or pieces[0] <= prompt / (4 * stages) + 64, "no longer than it must be"
 
 
 def test_examples() -> None:
-    assert cut(2047, 2) == [256] * 7 + [255]
-    assert cut(2049, 2) == [320] * 6 + [129]
-    assert cut(1537, 2) == [256] * 5 + [257], "a token alone would read all weights"
-    assert cut(100, 2) == [100]
-    assert cut(1030, 1) == [512, 512, 6]
+    assert chunks(2047, 2) == [256] * 7 + [255]
+    assert chunks(2049, 2) == [320] * 6 + [129]
+    assert chunks(1537, 2) == [256] * 5 + [257], "a token alone would read all weights"
+    assert chunks(100, 2) == [100]
+    assert chunks(1030, 1) == [512, 512, 6]
