@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
@@ -21,10 +22,16 @@ from cluster.model.checkpoint import resolve_model
 from cluster.model.tokenizer import load_tokenizer
 
 WORKERS = ("a", "b")
+GROUP = 64
+"""Weights that share a scale, where they are quantized."""
 
 
-def make_llama(folder: Path, hidden: int, intermediate: int, layers: int, heads: int, context: int) -> Path:
-    """Random fp32 weights; the tokenizer is the one that comes along, which is enough for token ids."""
+def make_llama(
+    folder: Path, hidden: int, intermediate: int, layers: int, heads: int, context: int, bits: int = 0
+) -> Path:
+    """Random fp32 weights, or such of ``bits`` in groups of ``GROUP``; the tokenizer is the one that comes along, which
+    is enough for token ids.
+    """
     folder.mkdir()
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -39,7 +46,11 @@ def make_llama(folder: Path, hidden: int, intermediate: int, layers: int, heads:
         "tie_word_embeddings": True,
     }
     mx.random.seed(0)
-    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+    model = Model(ModelArgs.from_dict(config))
+    if bits:
+        nn.quantize(model, GROUP, bits)  # type: ignore[no-untyped-call]
+        config["quantization"] = {"group_size": GROUP, "bits": bits}
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -2,11 +2,15 @@
 
 Two stages, one core each, a random llama heavy enough that compute and not messages takes the time, and of enough
 layers that two halves of them are alike: of its last layer a prefill needs the keys and values alone, so of four layers
-the second stage would have half of the first one's work. Each round runs every measurement in turn; figures are
-medians, the ratios are of medians.
+the second stage would have half of the first one's work. Long prompts are read with fp32 weights. Users decode with
+weights of 4 bits, as large models are served, since of fp32 ones two cores want more than their memory gives; and with
+a model so wide that a lane's frame takes half a second at a stage: a hop takes ten milliseconds where both stages, the
+coordinator and the client share two busy cores, and what MLX spends on a step whatever its rows, two lanes spend twice.
+Each round runs every measurement in turn; figures are medians, the ratios are of medians.
 
 What two cores are worth is measured too: the same process on each of them at once, with nothing to tell each other.
-No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``).
+No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``), and no
+two lanes more than the two processes with half of the users each (``lanes_at_best``).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from cluster.client import AsyncClient, Client
 
 LAYERS = 8
 USERS = 8
-PROMPT = 16
+PROMPT = 4
 STREAMS = 4
 MOST_TOKENS = 2000
 LONG, LONGER = 2048, 4096
@@ -40,6 +44,10 @@ MAX_STEP_MS = 20.0
 WARM = 5
 """Tokens of each user before anything counts: memory that is touched for the first time is slow."""
 PARTS = ("users", "prefill", "disturbed", "cached")
+DECODE, PROMPTS = (1536, 4), (512, 0)
+"""The models that users decode on and that long prompts are read on: width, 64 a head, and bits a weight (0: fp32)."""
+STREAMED = 240
+"""Tokens of each stream that a long prompt disturbs."""
 LOOP = asyncio.Runner()
 """One for all measurements: gRPC serves the loops of a process one after the other badly."""
 
@@ -123,34 +131,52 @@ def cached_share(client: Client, salt: int) -> float:
     return second.usage.cached_tokens / second.usage.prompt_tokens
 
 
+def random_llama(folder: Path, width: int, bits: int) -> Path:
+    name = f"llama-{width}-{bits or 32}"
+    return make_llama(folder / name, width, width * 11 // 4, LAYERS, heads=width // 64, context=CONTEXT, bits=bits)
+
+
 def at_once(singles: Sequence[SingleProcess], ask: Callable[[SingleProcess], float]) -> list[float]:
     """What each process says, all asked together."""
     with ThreadPoolExecutor(len(singles)) as asking:
         return list(asking.map(ask, singles))
 
 
-class Rounds:
-    """Every measurement in turn, and what was found."""
+class Contest:
+    """One model on both sides: the pipeline that loads it, and mlx-lm's processes, one on each core, that hold it."""
 
-    def __init__(self, client: Client, singles: Sequence[SingleProcess], model: Path, tokens: int) -> None:
-        self._client, self._singles, self._model, self._tokens = client, singles, model, tokens
-        self._single = singles[0]
-        self._single.batch(USERS, PROMPT, WARM)
+    def __init__(self, stack: ExitStack, client: Client, model: Path, cores: Sequence[int]) -> None:
+        self.client, self._model = client, model
+        self.singles = [SingleProcess(model, core=core) for core in cores]
+        for single in self.singles:
+            stack.callback(single.close)
+        self.single = self.singles[0]
+
+    def load(self, lanes: int) -> None:
+        """Have the pipeline serve it in so many lanes."""
+        self.client.load(str(self._model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
+        batch_rate(self.client.address, USERS, WARM, 0)
+
+
+class Rounds:
+    """Every measurement in turn, and what was found. ``decode`` is where users are measured, ``prompts`` all else."""
+
+    def __init__(self, decode: Contest, prompts: Contest, tokens: int) -> None:
+        self._decode, self._prompts, self._tokens = decode, prompts, tokens
+        self._client, self._address = decode.client, decode.client.address
+        for contest in (decode, prompts):
+            contest.single.batch(USERS, PROMPT, WARM)
         self.found: dict[str, list[float]] = {}
 
     def _note(self, name: str, value: float) -> None:
         self.found.setdefault(name, []).append(value)
         print(f"{name} {value:.4f}", file=sys.stderr, flush=True)
 
-    def _load(self, lanes: int) -> None:
-        self._client.load(str(self._model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
-        batch_rate(self._client.address, USERS, WARM, 0)
-
     def play(self, parts: Collection[str], salt: int) -> None:
         if "users" in parts:
             self._users(salt)
-        else:
-            self._load(lanes=2)
+        if set(parts) - {"users"}:
+            self._prompts.load(lanes=2)
         if "prefill" in parts:
             self._prefill(salt + 1)
         if "disturbed" in parts:
@@ -159,26 +185,26 @@ class Rounds:
             self._note("cached_share", cached_share(self._client, salt + 4))
 
     def _users(self, salt: int) -> None:
-        """Leaves two lanes loaded."""
-        address, tokens = self._client.address, self._tokens
-        self._load(lanes=1)
-        self._note("clump", batch_rate(address, USERS, tokens, salt))
-        self._load(lanes=2)
-        self._note("lanes", batch_rate(address, USERS, tokens, salt))
-        self._note("single", USERS * tokens / self._single.batch(USERS, PROMPT, tokens))
-        both = at_once(self._singles, lambda s: s.batch(USERS, PROMPT, tokens))
-        self._note("cores", sum(USERS * tokens / s for s in both))
+        contest, tokens = self._decode, self._tokens
+        contest.load(lanes=1)
+        self._note("clump", batch_rate(self._address, USERS, tokens, salt))
+        contest.load(lanes=2)
+        self._note("lanes", batch_rate(self._address, USERS, tokens, salt))
+        self._note("single", USERS * tokens / contest.single.batch(USERS, PROMPT, tokens))
+        for name, users in (("cores", USERS), ("halves", USERS // 2)):
+            both = at_once(contest.singles, lambda s, users=users: s.batch(users, PROMPT, tokens))
+            self._note(name, sum(users * tokens / s for s in both))
 
     def _prefill(self, salt: int) -> None:
+        contest = self._prompts
         self._note("prefill", first_token_s(self._client, LONG, salt))
-        self._note("single_prefill", self._single.prefill(LONG))
-        both = at_once(self._singles, lambda s: s.prefill(LONG))
+        self._note("single_prefill", contest.single.prefill(LONG))
+        both = at_once(contest.singles, lambda s: s.prefill(LONG))
         self._note("cores_prefill", max(both) / len(both))
 
     def _disturbed(self, salt: int) -> None:
-        address, tokens = self._client.address, 6 * self._tokens
-        self._note("undisturbed_p99", disturbed_p99(address, tokens, salt, disturb=False))
-        self._note("disturbed_p99", disturbed_p99(address, tokens, salt + 1, disturb=True))
+        self._note("undisturbed_p99", disturbed_p99(self._address, STREAMED, salt, disturb=False))
+        self._note("disturbed_p99", disturbed_p99(self._address, STREAMED, salt + 1, disturb=True))
 
 
 UNITS = {
@@ -193,6 +219,7 @@ RATIOS = {
     "lanes_over_single": ("lanes", "single"),
     "lanes_over_clump": ("lanes", "clump"),
     "cores_over_core": ("cores", "single"),
+    "lanes_at_best": ("halves", "single"),
     "prefill_over_single": ("prefill", "single_prefill"),
     "prefill_at_best": ("cores_prefill", "single_prefill"),
     "itl_p99_over_undisturbed": ("disturbed_p99", "undisturbed_p99"),
@@ -202,20 +229,18 @@ RATIOS = {
 def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the model; 64 a head")
+    parser.add_argument("--tokens", type=int, default=10, help="of each user")
+    parser.add_argument("--decode", type=int, nargs=2, metavar=("WIDTH", "BITS"), default=DECODE, help="users' model")
+    parser.add_argument("--prompts", type=int, nargs=2, metavar=("WIDTH", "BITS"), default=PROMPTS, help="all else's")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which measurements")
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        wide = asked.hidden
-        model = make_llama(folder / "model", wide, wide * 11 // 4, layers=LAYERS, heads=wide // 64, context=CONTEXT)
-        client = start_cluster(stack, model, cores=asked.cores)
-        singles = [SingleProcess(model, core=core) for core in asked.cores]
-        for single in singles:
-            stack.callback(single.close)
-        rounds = Rounds(client, singles, model, asked.tokens)
+        models = {m: random_llama(folder, *m) for m in (tuple(asked.decode), tuple(asked.prompts))}
+        client = start_cluster(stack, models[tuple(asked.decode)], cores=asked.cores)
+        contests = [Contest(stack, client, model, asked.cores) for model in models.values()]
+        rounds = Rounds(contests[0], contests[-1], asked.tokens)
         for salt in range(1000, 1000 + 50 * asked.rounds, 50):
             rounds.play(asked.parts, salt)
     shares = rounds.found.pop("cached_share", [])
