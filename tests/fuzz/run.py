@@ -57,11 +57,12 @@ class Ran:
 
 
 class Runner:
-    """Tries inputs on one target, and keeps the account."""
+    """Tries inputs on one target, and keeps the account. ``refusal`` is the last that was allowed."""
 
     def __init__(self, target: Target) -> None:
         self.prepared = target.prepare()
         self.ran = Ran(target.name)
+        self.refusal = ""
 
     def one(self, data: bytes) -> None:
         """Decode one input, which never raises here but for what ends the process."""
@@ -71,8 +72,8 @@ class Runner:
         try:
             self.prepared.decode(data)
             self.ran.taken += 1
-        except self.prepared.allowed:
-            pass
+        except self.prepared.allowed as refusal:
+            self.refusal = _said(refusal)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of Rust's is none of Exception's
@@ -87,12 +88,15 @@ class Runner:
     def _found(self, error: BaseException, data: bytes) -> None:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "/cluster/" in f.filename] or [None]
         where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours[-1] else "in the target"
-        kind = f"{type(error).__name__}: {str(error)[:200]}"
         key = f"{type(error).__name__} {where}"
         if key in self.ran.findings:
             self.ran.findings[key].times += 1
         elif len(self.ran.findings) < KEPT_FINDINGS:
-            self.ran.findings[key] = Finding(kind, where, data)
+            self.ran.findings[key] = Finding(_said(error), where, data)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def corpus(target: str) -> list[bytes]:

@@ -25,7 +25,7 @@ def test_a_target_takes_what_is_whole_and_refuses_what_was_found(name: str) -> N
     for seed in runner.prepared.seeds:
         runner.one(seed)
     assert not runner.ran.findings, fails(runner)
-    assert runner.ran.taken, "no seed is taken: what is behind it is never reached"
+    assert runner.ran.taken, f"no seed is taken, so what is behind it is never reached: {runner.refusal}"
     for data in corpus(name):
         runner.one(data)
     assert not runner.ran.findings, fails(runner)
