@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from typing import TypeAlias
 
 from cluster.errors import MacpipeError
@@ -32,7 +33,7 @@ class Post:
         """Hand over all that was put."""
         waiting, self._waiting = self._waiting, {}
         for loop, events in waiting.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # a loop that is closed has no readers
                 loop.call_soon_threadsafe(_hand_over, events)
 
 
@@ -48,15 +49,24 @@ class Answer:
         self._samples = samples
         self._post, self._loop = post, asyncio.get_running_loop()
         self._events: Queue = asyncio.Queue()
-        self._written = self._read = 0
+        self._written = self._read = self._repeated = 0
 
     def put(self, event: Event | MacpipeError) -> bool:
         """Post an event to the reader; False where the reader is too far behind to take more tokens."""
-        if isinstance(event, TokenEvent) and self._written - self._read >= self._samples * MAX_UNREAD_EVENTS:
+        unread = self._written - max(self._read, self._repeated)
+        if isinstance(event, TokenEvent) and unread >= self._samples * MAX_UNREAD_EVENTS:
             return False
+        self._put(event)
+        return True
+
+    def repeat(self, event: TokenEvent) -> None:
+        """Post what was said before, ahead of everything new: it is there at once, however slow its reader is."""
+        self._put(event)
+        self._repeated = self._written
+
+    def _put(self, event: Event | MacpipeError) -> None:
         self._written += 1
         self._post.put(self._loop, self._events, event)
-        return True
 
     async def events(self) -> AsyncIterator[Event]:
         """Everything up to the last ``FinishEvent``. Raises the error that ended the request instead."""

@@ -32,8 +32,19 @@ class Live:
 
         ``cached`` tokens of the prompt were kept from before.
         """
+        event = self._event(index, picked, cached)
+        return index < self.skip or self.asked.answer.put(event)
+
+    def say_again(self, tokens: Iterable[int]) -> None:
+        """Tell the reader what a coordinator before this one had said, as far as it has not heard it."""
+        for index, token in enumerate(tokens):
+            event = self._event(index, Sample(0, 0, token))
+            if index >= self.skip:
+                self.asked.answer.repeat(event)
+
+    def _event(self, index: int, picked: Sample, cached: int = 0) -> TokenEvent:
         said = self.text.add(picked.token)
-        event = TokenEvent(
+        return TokenEvent(
             index,
             picked.token,
             said.text,
@@ -45,12 +56,6 @@ class Live:
             stages=self.tally.lap() if self.request.stage_timings else (),
             cached_tokens=cached,
         )
-        return index < self.skip or self.asked.answer.put(event)
-
-    def say_again(self, tokens: Iterable[int]) -> None:
-        """Tell the reader what a coordinator before this one had said, as far as it has not heard it."""
-        for index, token in enumerate(tokens):
-            self.say(index, Sample(0, 0, token))
 
     def finished(self, reason: FinishReason, usage: Usage) -> FinishEvent:
         """The answer's end, with what was still held back."""

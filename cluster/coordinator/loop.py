@@ -15,6 +15,7 @@ from concurrent.futures import Future
 
 from cluster.chat import Parsing
 from cluster.coordinator.answer import Answer, Post
+from cluster.coordinator.jobs import Job, Jobs
 from cluster.coordinator.journal import Journal, Said
 from cluster.coordinator.live import Live
 from cluster.coordinator.occupancy import Occupancy
@@ -64,8 +65,7 @@ class EngineLoop:
         self._scheduler, self._decoder, self._parser = scheduler, decoder, parser
         self._broken, self._clock = broken, clock
         self._asked: dict[str, Asked] = {}
-        # Bounded by what feeds it: frames by the ring's window, requests by the open calls.
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox = Jobs()
         self._live: dict[str, Live] = {}
         self.post = Post()  # of every answer that is submitted here; it goes out after each job
         self._ring: Ring | None = None
@@ -104,9 +104,7 @@ class EngineLoop:
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error; the future says whether it was live."""
-        future: Future[bool] = Future()
-        self._inbox.put(lambda: future.set_result(self._end(request_id, error)))
-        return future
+        return self._inbox.ask(lambda: self._end(request_id, error))
 
     def received(self, message: bytes) -> None:
         """A frame from the last stage."""
@@ -133,9 +131,7 @@ class EngineLoop:
 
     def view(self) -> Future[LoopView]:
         """Everything under way, as the loop's thread sees it."""
-        future: Future[LoopView] = Future()
-        self._inbox.put(lambda: future.set_result(self._view()))
-        return future
+        return self._inbox.ask(self._view)
 
     def _view(self) -> LoopView:
         ages = {request_id: self._clock() - live.accepted_at for request_id, live in self._live.items()}
@@ -150,14 +146,14 @@ class EngineLoop:
                 self._do(self._look_at_the_clock)
                 patience = self._wait_s()
             try:
-                job = self._inbox.get(timeout=patience)
+                job = self._inbox.get(patience)
             except queue.Empty:
                 continue
             if job is None:
                 return
             self._do(job)
 
-    def _do(self, job: Callable[[], None]) -> None:
+    def _do(self, job: Job) -> None:
         try:
             job()
         except Exception as e:  # the thread's edge: a request must end with an error rather than wait for ever

@@ -367,6 +367,44 @@ def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
     run(body)
 
 
+def test_whoever_asks_and_goes_away_disturbs_nobody() -> None:
+    async def body(bench: Bench) -> None:
+        bench.loop._inbox.put(lambda: time.sleep(0.1))
+        gone = [asyncio.wrap_future(f) for f in (bench.loop.view(), bench.loop.end("a", Aborted("enough")))]
+        for future in gone:
+            future.cancel()
+        assert (await read(bench.ask("b")))[0] == [2, 3, 4]
+        assert not bench.failures
+
+    run(body)
+
+
+@pytest.mark.parametrize(("said", "skip"), [(MAX_UNREAD_EVENTS + 1, 0), (3000, 0), (3000, 100)])
+def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: int) -> None:
+    async def body(bench: Bench) -> None:
+        answer = Answer(bench.loop.post)
+        request = Request("a", (1,), SamplingParams(), said + 3)
+        bench.loop.submit(request, answer, (tuple(range(2, said + 2)),), (skip,))
+        events: list[Event] = []
+        await asyncio.wait_for(collect(answer, events), 10)
+        assert [e.token for e in events if isinstance(e, TokenEvent)] == list(range(skip + 2, said + 5))
+
+    run(body)
+
+
+def test_a_reader_whose_loop_is_closed_is_no_loss_to_the_others() -> None:
+    async def another(bench: Bench) -> Answer:
+        return Answer(bench.loop.post)
+
+    async def body(bench: Bench) -> None:
+        orphan = await asyncio.to_thread(lambda: asyncio.run(another(bench)))
+        bench.loop.submit(Request("orphan", (1,), SamplingParams(), 3), orphan)
+        assert (await read(bench.ask("b")))[0] == [2, 3, 4]
+        assert not bench.failures
+
+    run(body)
+
+
 def test_stopping_ends_what_is_live() -> None:
     async def body(bench: Bench) -> None:
         endless = bench.ask("a", max_tokens=10_000)
