@@ -29,7 +29,8 @@ def overlapping_chunk(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> in
 def next_chunk(left: int, chunk: int, most: int = PREFILL_CHUNK) -> int:
     """How many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``most``.
 
-    The last chunk takes what would be less than a block by itself: that would read all weights for a few tokens.
+    The last chunk takes what would be less than a block by itself, which would read all weights for a few tokens, where
+    it has room for that.
     """
     return left if left <= most and left - chunk < _BLOCK else chunk
 

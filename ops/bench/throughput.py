@@ -3,10 +3,11 @@
 Two stages, one core each, a random llama heavy enough that compute and not messages takes the time, and of enough
 layers that two halves of them are alike: of its last layer a prefill needs the keys and values alone, so of four layers
 the second stage would have half of the first one's work. Long prompts are read with fp32 weights. Users decode with
-weights of 4 bits, as large models are served, since of fp32 ones two cores want more than their memory gives; and with
-a model so wide that a lane's frame takes half a second at a stage: a hop takes ten milliseconds where both stages, the
-coordinator and the client share two busy cores, and what MLX spends on a step whatever its rows, two lanes spend twice.
-Each round runs every measurement in turn; figures are medians, the ratios are of medians.
+weights of 4 bits, as large models are served: of fp32 ones two cores want more than their memory gives. MLX's CPU
+kernels take each row of such a step by itself, so splitting a batch costs nothing here (``lanes_at_best`` tells);
+PERFORMANCE.md has other models, where it does. A lane's frame takes half a second at a stage, beside which the 10 ms
+from one stage to the next are small, that it takes where both stages, the coordinator and the client share two busy
+cores. Each round runs every measurement in turn; figures are medians, the ratios are of medians.
 
 What two cores are worth is measured too: the same process on each of them at once, with nothing to tell each other.
 No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``), and no
@@ -30,7 +31,7 @@ from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
 from single_process import SingleProcess, prompt_ids
 
-from cluster.client import AsyncClient, Client
+from cluster.client import AsyncClient, Client, Completion
 
 LAYERS = 8
 USERS = 8
@@ -38,7 +39,8 @@ PROMPT = 4
 STREAMS = 4
 MOST_TOKENS = 2000
 LONG, LONGER = 2048, 4096
-HISTORY = 1000
+HISTORY, SECOND = 1000, 8
+"""Tokens of a chat's first prompt, and of the answer to its second."""
 CONTEXT = 8192
 MAX_STEP_MS = 20.0
 WARM = 5
@@ -122,13 +124,12 @@ def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
     return quantiles(gaps, n=100)[98] * 1e3
 
 
-def cached_share(client: Client, salt: int) -> float:
-    """How much of a chat's second turn comes from the cache; the tokens must be those of a fresh start."""
+def second_turn(client: Client, salt: int) -> tuple[list[int], Completion]:
+    """A chat's second prompt, and its answer; of the first turn the cluster has what it keeps."""
     history = [salt % 250, *prompt_ids(salt, HISTORY - 1)]
     said = client.generate(history, max_tokens=20, ignore_eos=True).tokens
     turn = [*history, *said, 3, 1, 4, 1, 5, 9]
-    second = client.generate(turn, max_tokens=8, ignore_eos=True)
-    return second.usage.cached_tokens / second.usage.prompt_tokens
+    return turn, client.generate(turn, max_tokens=SECOND, ignore_eos=True)
 
 
 def random_llama(folder: Path, width: int, bits: int) -> Path:
@@ -182,7 +183,7 @@ class Rounds:
         if "disturbed" in parts:
             self._disturbed(salt + 2)
         if "cached" in parts:
-            self._note("cached_share", cached_share(self._client, salt + 4))
+            self._cached(salt + 4)
 
     def _users(self, salt: int) -> None:
         contest, tokens = self._decode, self._tokens
@@ -205,6 +206,15 @@ class Rounds:
     def _disturbed(self, salt: int) -> None:
         self._note("undisturbed_p99", disturbed_p99(self._address, STREAMED, salt, disturb=False))
         self._note("disturbed_p99", disturbed_p99(self._address, STREAMED, salt + 1, disturb=True))
+
+    def _cached(self, salt: int) -> None:
+        """What of a chat's second turn comes from the cache. Exits where its tokens are not those of a fresh start."""
+        turn, answer = second_turn(self._client, salt)
+        self._note("cached_share", answer.usage.cached_tokens / answer.usage.prompt_tokens)
+        self._prompts.load(lanes=2)
+        fresh = self._client.generate(turn, max_tokens=SECOND, ignore_eos=True)
+        if fresh.usage.cached_tokens or fresh.tokens != answer.tokens:
+            sys.exit(f"{answer.tokens} with kept prefixes, {fresh.tokens} with {fresh.usage.cached_tokens} of them")
 
 
 UNITS = {
@@ -237,7 +247,7 @@ def main() -> int:
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        models = {m: random_llama(folder, *m) for m in (tuple(asked.decode), tuple(asked.prompts))}
+        models = {m: random_llama(folder, *m) for m in dict.fromkeys((tuple(asked.decode), tuple(asked.prompts)))}
         client = start_cluster(stack, models[tuple(asked.decode)], cores=asked.cores)
         contests = [Contest(stack, client, model, asked.cores) for model in models.values()]
         rounds = Rounds(contests[0], contests[-1], asked.tokens)

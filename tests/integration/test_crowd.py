@@ -85,5 +85,6 @@ def test_a_crowd_is_answered_and_leaves_nothing_behind(
         state = client.cluster()
     kept = max(stage.prefix_bytes for stage in state.stages)  # bounded by the plan, and worth their memory
     for old, new in zip(before, session_cluster.footprints(), strict=True):
+        print(f"{old.resident >> 20} MiB, {old.files} files; then {new.resident >> 20} MiB, {new.files} files")
         assert new.resident <= old.resident + kept + 128 * MIB
         assert new.files <= old.files + CLIENTS
