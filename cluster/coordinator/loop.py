@@ -202,7 +202,8 @@ class EngineLoop:
         self._asked[request.id] = asked
         for i, sample in enumerate(samples):
             asked.live.add(sample.id)
-            text, tally = Speech(request, self._decoder(), self._parser), Tally(now, self._plan.stages)
+            text = Speech(request, self._decoder(), self._parser)
+            tally = Tally(now, self._plan.stages)
             self._live[sample.id] = Live(asked, sample, i, text, tally, now, skip[i] if skip else 0)
         answer.put(Accepted())
         if self.journal:
