@@ -23,7 +23,7 @@ from throughput import batch_rate, first_token_s
 
 from cluster.client import Client
 
-PROMPT, LONG = 64, 2048
+PROMPT, USERS_PROMPT, LONG = 64, 16, 2048
 USERS = (8, 16)
 CONTEXT = 4096
 
@@ -60,8 +60,10 @@ def measure(client: Client, single: SingleProcess, asked: Namespace) -> list[Fig
         row = {"decode1": decode_rate(client, PROMPT, asked.tokens, salt)}
         row["single_decode1"] = asked.tokens / single.decode(PROMPT, asked.tokens)
         for users in USERS:
-            row[f"decode{users}"] = batch_rate(client.address, users, asked.tokens, 100 * salt)
-            row[f"single_decode{users}"] = users * asked.tokens / single.batch(users, 16, asked.tokens)
+            row[f"decode{users}"] = batch_rate(
+                client.address, users, USERS_PROMPT, asked.tokens, 100 * salt, asked.context
+            )
+            row[f"single_decode{users}"] = users * asked.tokens / single.batch(users, USERS_PROMPT, asked.tokens)
         row["ttft"] = first_token_s(client, long, salt)
         row["single_ttft"] = single.prefill(long)
         for name, value in row.items():

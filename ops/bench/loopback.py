@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.llama import Model, ModelArgs
 
 from cluster.cli.fleet import Fleet, free_port
 from cluster.client import Client
@@ -29,11 +29,8 @@ GROUP = 64
 def make_llama(
     folder: Path, hidden: int, intermediate: int, layers: int, heads: int, context: int, bits: int = 0
 ) -> Path:
-    """Random fp32 weights, or such of ``bits`` in groups of ``GROUP``; the tokenizer is the one that comes along, which
-    is enough for token ids.
-    """
-    folder.mkdir()
-    config: dict[str, Any] = {
+    """A llama as ``make_model`` writes it."""
+    config = {
         "model_type": "llama",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -41,17 +38,25 @@ def make_llama(
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "rms_norm_eps": 1e-5,
-        "vocab_size": load_tokenizer(resolve_model("faq")).vocab_size,
         "max_position_embeddings": context,
         "tie_word_embeddings": True,
     }
+    return make_model(folder, config, bits)
+
+
+def make_model(folder: Path, config: Mapping[str, Any], bits: int = 0) -> Path:
+    """Random fp32 weights, or such of ``bits`` in groups of ``GROUP``; the tokenizer is the one that comes along, which
+    is enough for token ids.
+    """
+    folder.mkdir()
+    config = {**config, "vocab_size": load_tokenizer(resolve_model("faq")).vocab_size}
+    module = import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(config))
+    model = module.Model(module.ModelArgs.from_dict(config))
     if bits:
         nn.quantize(model, GROUP, bits)  # type: ignore[no-untyped-call]
         config["quantization"] = {"group_size": GROUP, "bits": bits}
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((resolve_model("faq") / name).read_bytes())

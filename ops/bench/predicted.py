@@ -8,7 +8,6 @@ machine, so figures are medians, and the sum over the stages is what counts.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -16,16 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 from figures import Figure, options, print_figures
-from loopback import own_state, wait_serving
-from mlx.utils import tree_flatten
+from loopback import make_model, own_state, wait_serving
 
 from cluster.cli.fleet import Fleet, free_port
 from cluster.client import Client, ClusterState
-from cluster.model.checkpoint import resolve_model
-from cluster.model.tokenizer import load_tokenizer
 
 THROTTLES = {"a": 1.0, "b": 2.0, "c": 3.0}
 TOKENS = 100
@@ -39,24 +33,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "query_pre_attn_scalar": 64, "sliding_window_pattern": 6,
     },
 }  # fmt: skip
-
-
-def make(name: str, folder: Path) -> Path:
-    """Random 4-bit weights; the tokenizer is the one that comes along."""
-    import importlib
-
-    target = folder / name
-    target.mkdir()
-    config = MODELS[name] | {"vocab_size": load_tokenizer(resolve_model("faq")).vocab_size}
-    config["quantization"] = {"group_size": 64, "bits": 4}
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
-    nn.quantize(model, 64, 4)
-    mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (target / "config.json").write_text(json.dumps(config))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (target / file).write_bytes((resolve_model("faq") / file).read_bytes())
-    return target
 
 
 def decoded(client: Client) -> ClusterState:
@@ -114,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="macpipe-") as name:
         folder = Path(name)
         for model in MODELS:
-            make(model, folder)
+            make_model(folder / model, MODELS[model], bits=4)
         found = [one for count in chosen.workers for one in run(folder, count, chosen.json)]
     figures = [
         Figure(f"{name}, {kind}", "% off", [100 * error])

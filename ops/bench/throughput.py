@@ -57,18 +57,19 @@ LOOP = asyncio.Runner()
 class Crowd:
     """Streams of one salt, and when each token of theirs arrived: ``tokens`` more of each from when all of them run."""
 
-    def __init__(self, client: AsyncClient, users: int, tokens: int, salt: int) -> None:
+    def __init__(self, client: AsyncClient, users: int, prompt: int, tokens: int, salt: int, context: int) -> None:
         self.arrivals: list[list[float]] = [[] for _ in range(users)]
         self.running = asyncio.Event()
-        self._client, self._tokens, self._salt = client, tokens, salt
+        self._client, self._prompt, self._tokens, self._salt = client, prompt, tokens, salt
+        self._most = min(MOST_TOKENS, context - prompt)
 
     async def listen(self) -> None:
         await asyncio.gather(*(self._stream(user) for user in range(len(self.arrivals))))
 
     async def _stream(self, user: int) -> None:
         since = 0
-        prompt = prompt_ids(user + self._salt, PROMPT)
-        async with self._client.stream(prompt, max_tokens=MOST_TOKENS, ignore_eos=True) as stream:
+        prompt = prompt_ids(user + self._salt, self._prompt)
+        async with self._client.stream(prompt, max_tokens=self._most, ignore_eos=True) as stream:
             async for _ in stream:
                 self.arrivals[user].append(time.perf_counter())
                 if all(self.arrivals):
@@ -83,12 +84,14 @@ class Crowd:
         return max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
 
 
-def listened(address: str, users: int, tokens: int, salt: int, beside: int = 0) -> Crowd:
+def listened(
+    address: str, users: int, prompt: int, tokens: int, salt: int, beside: int = 0, context: int = CONTEXT
+) -> Crowd:
     """The streams of so many users, with a prompt of ``beside`` tokens from when all of them run."""
 
     async def ask() -> Crowd:
         async with AsyncClient(address, timeout_s=300) as client:
-            crowd = Crowd(client, users, tokens, salt)
+            crowd = Crowd(client, users, prompt, tokens, salt, context)
             intruder = asyncio.create_task(intrude(client, crowd)) if beside else None
             await crowd.listen()
             if intruder:
@@ -103,9 +106,9 @@ def listened(address: str, users: int, tokens: int, salt: int, beside: int = 0) 
     return LOOP.run(ask())
 
 
-def batch_rate(address: str, users: int, tokens: int, salt: int) -> float:
+def batch_rate(address: str, users: int, prompt: int, tokens: int, salt: int, context: int = CONTEXT) -> float:
     """Tokens a second of all users together, while all of them decode."""
-    crowd = listened(address, users, tokens, salt)
+    crowd = listened(address, users, prompt, tokens, salt, context=context)
     began, ended = crowd.together
     return sum(began < t <= ended for a in crowd.arrivals for t in a) / (ended - began)
 
@@ -118,7 +121,7 @@ def first_token_s(client: Client, length: int, salt: int) -> float:
 
 def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
     """The p99 time between tokens of four running streams, in milliseconds, with or without a long prompt beside."""
-    crowd = listened(address, STREAMS, tokens, salt, LONGER if disturb else 0)
+    crowd = listened(address, STREAMS, PROMPT, tokens, salt, LONGER if disturb else 0)
     began, _ = crowd.together
     gaps = [b - a for answer in crowd.arrivals for a, b in pairwise(answer) if a >= began]
     return quantiles(gaps, n=100)[98] * 1e3
@@ -132,7 +135,7 @@ def second_turn(client: Client, salt: int) -> tuple[list[int], Completion]:
     return turn, client.generate(turn, max_tokens=SECOND, ignore_eos=True)
 
 
-def random_llama(folder: Path, width: int, bits: int) -> Path:
+def wide_llama(folder: Path, width: int, bits: int) -> Path:
     name = f"llama-{width}-{bits or 32}"
     return make_llama(folder / name, width, width * 11 // 4, LAYERS, heads=width // 64, context=CONTEXT, bits=bits)
 
@@ -156,7 +159,7 @@ class Contest:
     def load(self, lanes: int) -> None:
         """Have the pipeline serve it in so many lanes."""
         self.client.load(str(self._model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
-        batch_rate(self.client.address, USERS, WARM, 0)
+        batch_rate(self.client.address, USERS, PROMPT, WARM, 0)
 
 
 class Rounds:
@@ -188,9 +191,9 @@ class Rounds:
     def _users(self, salt: int) -> None:
         contest, tokens = self._decode, self._tokens
         contest.load(lanes=1)
-        self._note("clump", batch_rate(self._address, USERS, tokens, salt))
+        self._note("clump", batch_rate(self._address, USERS, PROMPT, tokens, salt))
         contest.load(lanes=2)
-        self._note("lanes", batch_rate(self._address, USERS, tokens, salt))
+        self._note("lanes", batch_rate(self._address, USERS, PROMPT, tokens, salt))
         self._note("single", USERS * tokens / contest.single.batch(USERS, PROMPT, tokens))
         for name, users in (("cores", USERS), ("halves", USERS // 2)):
             both = at_once(contest.singles, lambda s, users=users: s.batch(users, PROMPT, tokens))
@@ -247,10 +250,11 @@ def main() -> int:
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-throughput-")))
-        models = {m: random_llama(folder, *m) for m in dict.fromkeys((tuple(asked.decode), tuple(asked.prompts)))}
-        client = start_cluster(stack, models[tuple(asked.decode)], cores=asked.cores)
-        contests = [Contest(stack, client, model, asked.cores) for model in models.values()]
-        rounds = Rounds(contests[0], contests[-1], asked.tokens)
+        decode, prompts = tuple(asked.decode), tuple(asked.prompts)
+        models = {m: wide_llama(folder, *m) for m in {decode, prompts}}
+        client = start_cluster(stack, models[decode], cores=asked.cores)
+        contests = {m: Contest(stack, client, model, asked.cores) for m, model in models.items()}
+        rounds = Rounds(contests[decode], contests[prompts], asked.tokens)
         for salt in range(1000, 1000 + 50 * asked.rounds, 50):
             rounds.play(asked.parts, salt)
     shares = rounds.found.pop("cached_share", [])
