@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FUNCTION = 60
-LONGEST_FILE = 350
+LONGEST_FILE = 500
 LONG_FUNCTION = 25
 LONG_SHARE = 0.10
 MEDIAN = 8
