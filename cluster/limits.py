@@ -118,6 +118,18 @@ SUSPECT_S: Final = 1.25
 """Silence after which a worker is suspect: two heartbeats that were not answered."""
 GONE_S: Final = 2.5
 """Silence after which a worker is gone. An answer takes 0.1 s over a slow link, so this is no link's doing."""
+ASK_S: Final = 2 * GONE_S
+"""How long a recovery waits for answers: after GONE_S of silence a worker is gone, the rest is for a busy machine."""
+STATUS_ASK_S: Final = 1.0
+"""How long `status` waits for answers; then it shows what was known before. People and monitors ask all the time."""
+STATUS_VIEW_S: Final = 0.5
+"""How long `status` waits for the engine loop's figures, which take a millisecond unless it is stuck."""
+REMEMBER_S: Final = 600.0
+"""How long `status` shows a worker that has left."""
+MAX_DEPARTED: Final = 16
+"""Workers that have left and are shown still; the longest gone is forgotten first."""
+MOVE_S: Final = 3600.0
+"""How long a drain waits for its layers to be loaded elsewhere: 300 GB at 1 Gb/s. A load that stalls ends sooner."""
 HOLD_S: Final = 6.0
 """A worker whose coordinator has not been heard for this long may be taken by another."""
 ENGINE_SILENCE_S: Final = 10.0
@@ -334,5 +346,7 @@ LAST_WORDS_S: Final = 0.5
 """What calls get, once their requests have ended, to tell their clients so."""
 MIN_CONTEXT: Final = 8
 """Below this not even the canary fits."""
+LOOP_STOP_S: Final = 5.0
+"""What the engine loop's thread gets to end: a disk that does not answer must not keep `serve` alive."""
 FAREWELL_S: Final = 2.0
 """What workers get to free their slices when a coordinator stops."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import anyio
 
@@ -32,7 +33,7 @@ from cluster.coordinator.views import LoopView
 from cluster.coordinator.watch import Watch
 from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
 from cluster.grammar import Grammar
-from cluster.limits import ADOPTION_LOOKS, CONTROL_TIMEOUT_S, MAX_SCHEMA_BYTES, SETTLE_S
+from cluster.limits import ADOPTION_LOOKS, FAREWELL_S, MAX_SCHEMA_BYTES, SETTLE_S, STATUS_ASK_S, STATUS_VIEW_S
 from cluster.membership.suspicion import Belief, Standing
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
@@ -62,6 +63,7 @@ class Coordinator:
         self._loading = asyncio.Lock()
         self._service: Service | None = None
         self._watch = Watch(roster, self._believed, self._alive)
+        self._refreshing: asyncio.Task[tuple[Member, ...]] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
 
@@ -173,6 +175,9 @@ class Coordinator:
         """Stop: live requests end, workers are told."""
         await self._close(NotServing("the coordinator is stopping"))
         await self._watch.close()
+        if self._refreshing:
+            self._refreshing.cancel()
+            await asyncio.wait((self._refreshing,), timeout=FAREWELL_S)
         await self._roster.close()
         await anyio.to_thread.run_sync(self._reader.close)
 
@@ -254,7 +259,10 @@ class Coordinator:
             raise WorkerLost(f"no worker named {worker} answers; `macpipe status` shows who is there", worker=worker)
         control = self._roster.control(member.facts.control_address)
         await control.drain(undo=undo)
-        if undo or not self._service:
+        if self._service is None:
+            return
+        if undo:
+            self._service.stays(worker)
             return
         try:
             await self._service.moved_away(worker)
@@ -276,7 +284,7 @@ class Coordinator:
             problem=repair.cause if repair else "",
             plan=epoch.plan if epoch else None,
             ring=epoch.stages if epoch else (),
-            members=members,
+            members=(*members, *self._watch.duplicates()),
             loop=loop if epoch else None,
             finished=self._totals.finished,
             tokens=self._totals.tokens,
@@ -293,13 +301,20 @@ class Coordinator:
         return plan, loop
 
     async def members(self) -> tuple[Member, ...]:
-        """What the watch knows, while it watches: nobody waits for a worker that is gone."""
-        return await self._watch.everybody() if self._service else await self._roster.refresh()
+        """Every worker as it is known within ``STATUS_ASK_S``: from heartbeats while a model is served."""
+        return await self._watch.everybody() if self._service else await self._refreshed()
+
+    async def _refreshed(self) -> tuple[Member, ...]:
+        """The roster's members. All who ask at once share one look; it goes on where they do not wait for its end."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._roster.refresh())
+        done, _ = await asyncio.wait((self._refreshing,), timeout=STATUS_ASK_S)
+        return next(iter(done)).result() if done else self._roster.members
 
     async def _view(self) -> LoopView | None:
         if self._service is None:
             return None
-        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+        with anyio.move_on_after(STATUS_VIEW_S), suppress(NotServing):
             return await asyncio.wrap_future(self._service.loop.view())
         return None
 

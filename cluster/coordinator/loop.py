@@ -30,11 +30,12 @@ from cluster.errors import (
     FrameOverdue,
     InvalidRequest,
     MacpipeError,
+    NotServing,
     RequestNotFound,
     SlowReader,
     WorkerLost,
 )
-from cluster.limits import MAX_REPLAYS
+from cluster.limits import LOOP_STOP_S, MAX_REPLAYS
 from cluster.membership.patience import Patience
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.outcome import Failed, Outcome, Produced
@@ -99,8 +100,11 @@ class EngineLoop:
     def submit(self, request: Request, answer: Answer, said: Said = (), skip: tuple[int, ...] = ()) -> None:
         """Take a request; everything that becomes of it, refusal too, goes to ``answer``. One that is resumed has
         ``said`` some of its answers, and its reader has the first ``skip`` tokens of each already.
+
+        Raises ``NotServing`` after ``stop``.
         """
-        self._inbox.put(lambda: self._submit(request, answer, said, skip))
+        if not self._inbox.put(lambda: self._submit(request, answer, said, skip)):
+            raise NotServing("the model is not served any more; send the request again once another is")
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error; the future says whether it was live."""
@@ -123,11 +127,14 @@ class EngineLoop:
         self._inbox.put(lambda: self._refuse(error))
 
     def stop(self, error: MacpipeError) -> None:
-        """End what is live with ``error``, then the thread; returns when both are done."""
+        """End what is live with ``error``, then the thread; returns when both are done, or after ``LOOP_STOP_S``."""
         self._inbox.put(lambda: self._refuse(error))
-        self._inbox.put(None)
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._inbox.close()
+        if self._thread.ident is None:
+            return
+        self._thread.join(LOOP_STOP_S)
+        if self._thread.is_alive():
+            log.error("engine loop: still running after its stop seconds=%.0f", LOOP_STOP_S)
 
     def view(self) -> Future[LoopView]:
         """Everything under way, as the loop's thread sees it."""

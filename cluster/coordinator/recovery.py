@@ -107,14 +107,16 @@ class Recovery:
     async def move(self, chosen: Heirs | None = None) -> Epoch:
         """The same while the old ring still runs: slices are loaded first, and requests wait for the switch alone.
 
-        Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere; then nothing has changed.
+        Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere; then nothing has changed. Raises the
+        loss where the old ring breaks meanwhile: requests do not wait for a planned load.
         """
         chosen = chosen or self._chosen(self._site.means.watch.members())
         strangers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
         self.doing = f"moving layers to {', '.join(sorted(strangers)) or 'those who stay'}"
-        await self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
+        load = self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
+        await self._while_all_live(chosen, load, ring_runs=True)
         self._site.loop.hold()
         return await self._open(chosen)
 
@@ -184,8 +186,11 @@ class Recovery:
         await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch)
         return epoch
 
-    async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None]) -> None:
-        """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed."""
+    async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None], *, ring_runs: bool = False) -> None:
+        """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed.
+
+        While the old ring still runs (``ring_runs``), its loss ends the load too.
+        """
         names = {w.name for w in chosen.workers}
         task = asyncio.create_task(load)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a loss that was seen first is told
@@ -193,6 +198,8 @@ class Recovery:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
                 self._site.means.watch.require(names, "while it was loading")
+                if ring_runs and not self._site.troubles.empty():
+                    raise self._site.troubles.get_nowait()
             await task
         finally:
             task.cancel()

@@ -162,6 +162,11 @@ class Roster:
             "through, or name the workers with --peer HOST:PORT"
         )
 
+    async def forget_absent(self) -> None:
+        """Close the channels to addresses that are neither announced nor hold a stage any more."""
+        async with self._refreshing:
+            await self._forget(self._controls.keys() - self.addresses())
+
     async def _forget(self, addresses: AbstractSet[str]) -> None:
         for address in tuple(addresses):
             await self._controls.pop(address).close()

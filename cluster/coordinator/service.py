@@ -24,8 +24,8 @@ from cluster.coordinator.proof import prove
 from cluster.coordinator.recovery import Means, Recovery, Site, Troubles
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.succession import Heirs, homecoming
-from cluster.errors import MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, STEADY_S
+from cluster.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
+from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, MOVE_S, STEADY_S
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.scheduler import Scheduler
 from cluster.types import Plan, WorkerFacts
@@ -101,6 +101,8 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for name in tuple(self._leaving):
+            self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
         await farewell(new_epoch(self.plan.epoch), [self._means.roster.control(a) for a in self._touched])
 
@@ -159,6 +161,7 @@ class Service:
         self._said(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
         self.recovery = None
+        self._end_leaves_after_loss()
         self.recoveries += 1
         self._tell("serving again", recovery)
 
@@ -188,11 +191,40 @@ class Service:
     # Workers that want to leave
 
     async def moved_away(self, name: str) -> None:
-        """Return once a drained worker holds nothing. Raises ``NoPlan`` where its layers cannot go elsewhere."""
+        """Return once a drained worker holds nothing.
+
+        Raises ``NoPlan`` where its layers cannot go elsewhere, ``Aborted`` where the drain is undone, ``WorkerLost``
+        where the worker crashes meanwhile and keeps its layers, ``DeadlineExceeded`` after ``MOVE_S``.
+        """
         if name not in self._holders():
             return
-        leaving = self._leaving.setdefault(name, self._events.create_future())
-        await asyncio.shield(leaving)
+        if (leaving := self._leaving.get(name)) is None:
+            leaving = self._leaving[name] = self._events.create_future()
+            leaving.add_done_callback(lambda done: done.cancelled() or done.exception())  # its client may have gone
+        try:
+            async with asyncio.timeout(MOVE_S):
+                await asyncio.shield(leaving)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the layers of {name} were not loaded elsewhere within {MOVE_S:.0f} s") from None
+
+    def stays(self, name: str) -> None:
+        """A worker that was drained is used again: nobody waits for its layers to move any more."""
+        self._end_leave(name, Aborted(f"the drain of {name} was undone"))
+
+    def _end_leaves_after_loss(self) -> None:
+        """A recovery gave the layers out anew: a worker that was to leave has none now, or was started again."""
+        for name in tuple(self._leaving):
+            why = f"worker {name} was lost while it was drained, and is back with its layers; drain it again"
+            self._end_leave(name, WorkerLost(why, worker=name) if name in self._holders() else None)
+
+    def _end_leave(self, name: str, error: MacpipeError | None = None) -> None:
+        leaving = self._leaving.pop(name, None)
+        if leaving is None or leaving.done():
+            return
+        if error:
+            leaving.set_exception(error)
+        else:
+            leaving.set_result(None)
 
     def _holders(self) -> set[str]:
         return {s.worker for s in self.plan.stages}
@@ -226,10 +258,15 @@ class Service:
         name = leaver.name
         self._refused_leave[name] = time.monotonic()
         self._said(f"worker {name} wants to leave, but its layers cannot go elsewhere: {why.sentence}")
-        if leaving := self._leaving.pop(name, None):
-            leaving.set_exception(why)
-        if leaver.stopping and not (await asyncio.wrap_future(self.loop.view())).requests:
+        self._end_leave(name, why)
+        if leaver.stopping and await self._is_idle():
             await self._release(leaver)
+
+    async def _is_idle(self) -> bool:
+        """Whether no request is under way, as far as the loop says so in time."""
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            return not (await asyncio.wrap_future(self.loop.view())).requests
+        return False
 
     async def _let_return(self) -> None:
         """Where that is wished, give those who were lost their layers back, once they have been there for a while."""
@@ -245,8 +282,7 @@ class Service:
 
     async def _release(self, leaver: WorkerFacts) -> None:
         await farewell(new_epoch(self.plan.epoch), [self._control(leaver.control_address)])
-        if (leaving := self._leaving.pop(leaver.name, None)) and not leaving.done():
-            leaving.set_result(None)
+        self._end_leave(leaver.name)
 
 
 async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:

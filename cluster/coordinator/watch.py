@@ -10,10 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 
 from cluster.coordinator.roster import Member, Roster
+from cluster.coordinator.worker_table import WorkerTable
 from cluster.errors import MacpipeError, WorkerLost, WorkerRefused
-from cluster.limits import GONE_S, HEARTBEAT_S
+from cluster.limits import ASK_S, GONE_S, HEARTBEAT_S, STATUS_ASK_S
 from cluster.membership.suspicion import Belief, Standing, Suspicion
 from cluster.types import WorkerFacts
 
@@ -29,12 +31,12 @@ class Watch:
     def __init__(self, roster: Roster, told: Told, alive: Callable[[], Collection[str]]) -> None:
         self._roster, self._told, self._alive = roster, told, alive
         self._suspicion = Suspicion()
+        self._table = WorkerTable(self.gone)
         self._beats: dict[str, asyncio.Task[None]] = {}
         self._hurry: dict[str, asyncio.Event] = {}
-        self._seen: dict[str, tuple[Member, float]] = {}
-        """What was heard last, by name, and when."""
         self._news = asyncio.Event()
         self._look: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to ask; nothing happens where that has begun."""
@@ -42,14 +44,18 @@ class Watch:
             self._look = asyncio.create_task(self._looking())
 
     async def close(self) -> None:
-        tasks = [t for t in (self._look, *self._beats.values()) if t]
+        tasks = [t for t in (self._look, self._closing, *self._beats.values()) if t]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def members(self) -> tuple[Member, ...]:
-        """Every worker that was ever heard, by name, as it is believed to be."""
-        return tuple(self._judged(name) for name in sorted(self._seen))
+        """Every worker that is asked or left a short while ago, by name, as it is believed to be."""
+        return tuple(self._judged(name) for name in self._table.names())
+
+    def duplicates(self) -> tuple[Member, ...]:
+        """Workers that answer under a name or an id that another living worker has."""
+        return self._table.duplicates
 
     def belief(self, worker: str) -> Belief | None:
         return self._suspicion.of(worker)
@@ -58,8 +64,8 @@ class Watch:
         return tuple(self._suspicion)
 
     async def everybody(self) -> tuple[Member, ...]:
-        """Ask all who are not gone, and ``members`` once they have answered."""
-        return await self.asked(tuple(self._seen), time.monotonic())
+        """``members`` once all who are not gone have answered, or after ``STATUS_ASK_S``."""
+        return await self.asked(self._table.names(), time.monotonic(), STATUS_ASK_S)
 
     def up_since(self, worker: str, when: float) -> bool:
         """Whether the worker has been up all the time since then."""
@@ -75,25 +81,31 @@ class Watch:
             if self.gone(worker):
                 raise WorkerLost(f"worker {worker} went {when}", worker=worker)
 
-    async def asked(self, workers: Collection[str], since: float) -> tuple[Member, ...]:
-        """Ask these now; ``members`` once each has answered after ``since`` or counts as gone.
+    async def asked(self, workers: Collection[str], since: float, within_s: float = ASK_S) -> tuple[Member, ...]:
+        """Ask these now; ``members`` once each has answered after ``since`` or counts as gone, or after ``within_s``.
 
-        One whose engine has crashed counts as gone too, but it still answers, and may have a new one to tell of.
+        A worker that is not asked, since its announcement was withdrawn, is not waited for. One whose engine has
+        crashed counts as gone, but is waited for: its daemon answers, and may have a new engine to tell of.
         """
+        self._attend()
         for hurry in self._hurry.values():
             hurry.set()
-        while any(self._owes_a_word(w, since) for w in workers if w in self._seen):
-            await self._news.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while any(self._table.owes_answer(w, since) for w in workers):
+                    await self._news.wait()
         return self.members()
 
-    def _owes_a_word(self, worker: str, since: float) -> bool:
-        member, heard = self._seen[worker]
-        return heard < since and (member.reachable or not self._suspicion.gone(worker))
-
     def _judged(self, name: str) -> Member:
-        member = self._seen[name][0]
+        entry = self._table.get(name)
+        assert entry
+        member = entry.member
+        if member.problem:
+            return member
+        if not self._table.is_asked(name):
+            return Member(member.facts, f"worker {name} has left: it is not announced any more", reachable=False)
         belief = self._suspicion.of(name)
-        if belief and belief.standing is Standing.GONE and not member.problem:
+        if belief and belief.standing is Standing.GONE:
             return Member(member.facts, f"worker {name} {belief.why}", reachable=False)
         return member
 
@@ -102,19 +114,27 @@ class Watch:
             self._attend()
             now = time.monotonic()
             for worker in self._alive():
-                self._tell(self._suspicion.heard(worker, now) if not self._suspicion.gone(worker) else ())
+                if self._suspicion.of(worker) and not self._suspicion.gone(worker):
+                    self._tell(self._suspicion.heard(worker, now))
             self._tell(self._suspicion.look(now))
             await asyncio.sleep(LOOK_S)
 
     def _attend(self) -> None:
-        """Ask whoever is announced, and nobody else."""
+        """Ask whoever is announced or holds a stage, and nobody else; wake those who wait for one that has left."""
         addresses = self._roster.addresses()
         for address in addresses - self._beats.keys():
             self._hurry[address] = asyncio.Event()
             self._beats[address] = asyncio.create_task(self._beat(address))
-        for address in self._beats.keys() - addresses:
+        departed = self._beats.keys() - addresses
+        for address in departed:
             self._beats.pop(address).cancel()
             del self._hurry[address]
+        for name in self._table.ask_only(addresses, time.monotonic()):
+            self._suspicion.forget(name)
+        if departed:
+            self._wake()
+            if self._closing is None or self._closing.done():
+                self._closing = asyncio.create_task(self._roster.forget_absent())
 
     async def _beat(self, address: str) -> None:
         hurry = self._hurry[address]
@@ -138,13 +158,17 @@ class Watch:
                 raise
             log.debug("the channel to %s was closed under a heartbeat", address)
         else:
-            self._answered(facts, problem)
+            self._answered(address, facts, problem)
 
-    def _answered(self, facts: WorkerFacts, problem: str) -> None:
+    def _answered(self, address: str, facts: WorkerFacts, problem: str) -> None:
         now = time.monotonic()
         self._wake()
         member = self._roster.member(facts, problem)
-        self._seen[facts.name] = (member, now)
+        change = self._table.answered(address, member, now)
+        for name in change.replaced:
+            self._tell(self._suspicion.refused(name, f"was replaced by {facts.name} at {address}", now))
+        if not change.name:
+            return
         if problem or not member.reachable:
             self._tell(self._suspicion.refused(facts.name, member.problem, now))
         else:
@@ -152,11 +176,9 @@ class Watch:
 
     def _failed(self, address: str, error: MacpipeError) -> None:
         """Only who lives at this address now is meant: a worker that was started again has another."""
-        for name, (member, heard) in tuple(self._seen.items()):
-            if member.facts.control_address == address:
-                self._seen[name] = (Member(member.facts, error.sentence, reachable=False), heard)
-                if isinstance(error, WorkerRefused):
-                    self._tell(self._suspicion.refused(name, error.sentence, time.monotonic()))
+        for name in self._table.failed(address, error.sentence):
+            if isinstance(error, WorkerRefused):
+                self._tell(self._suspicion.refused(name, error.sentence, time.monotonic()))
         self._wake()
 
     def _wake(self) -> None:

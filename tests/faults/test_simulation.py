@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import Aborted, NotServing
 from cluster.types import WorkerFacts
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
@@ -114,5 +115,67 @@ def test_a_planned_move_says_what_it_does_and_counts_as_no_loss() -> None:
     async def play() -> None:
         asked = pool(700)
         await drained(Simulation(scenario(0, asked), asked))
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("end", ["crash", "undo", "close"])
+def test_whoever_waits_for_a_drain_is_told_its_end(end: str) -> None:
+    """The worker crashes in the middle of it, the drain is undone, or another model is loaded."""
+
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(scenario(0, asked), asked)
+        await simulation.open()
+        service, bob = simulation.service, simulation.macs["bob"]
+        try:
+            simulation.macs["dee"].loading.clear()
+            bob.draining = True
+            drain = asyncio.create_task(service.moved_away("bob"))
+            async with asyncio.timeout(10):
+                while service.move is None:
+                    await asyncio.sleep(0.01)
+                if end == "crash":
+                    bob.draining = False  # its daemon was started again
+                    bob.strike(Kind.KILL_WORKER)
+                    simulation.macs["dee"].loading.set()
+                    await drain  # its layers are elsewhere
+                    assert "bob" not in [s.worker for s in service.plan.stages]
+                    return
+                if end == "undo":
+                    service.stays("bob")
+                    with pytest.raises(Aborted, match="undone"):
+                        await drain
+        finally:
+            await simulation.close()
+        if end == "close":
+            with pytest.raises(NotServing):
+                await drain
+
+    asyncio.run(play())
+
+
+def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> None:
+    """The old ring breaks while layers are loaded elsewhere, for which nobody has asked to wait."""
+
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(scenario(0, asked), asked)
+        await simulation.open()
+        service = simulation.service
+        try:
+            simulation.macs["dee"].loading.clear()
+            simulation.macs["bob"].draining = True
+            async with asyncio.timeout(10):
+                while service.move is None:
+                    await asyncio.sleep(0.01)
+                simulation.macs["bob"].draining = False
+                simulation.macs["cyd"].strike(Kind.RESET)
+                while not service.recoveries:
+                    await asyncio.sleep(0.01)
+            assert [s.worker for s in service.plan.stages] == ["ada", "bob", "cyd"]
+        finally:
+            simulation.macs["dee"].loading.set()
+            await simulation.close()
 
     asyncio.run(play())

@@ -1,0 +1,22 @@
+"""The engine loop's inbox: what nobody will do any more is refused, and waited for by nobody."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.coordinator.jobs import Jobs
+from cluster.errors import NotServing
+
+
+def test_what_is_asked_after_the_end_is_refused() -> None:
+    jobs = Jobs()
+    early = jobs.ask(lambda: 7)
+    assert jobs.put(lambda: None)
+    jobs.close()
+    late = jobs.ask(lambda: 8)
+    assert not jobs.put(lambda: None)
+    while job := jobs.get(0):
+        job()
+    assert early.result(0) == 7
+    with pytest.raises(NotServing):
+        late.result(0)

@@ -1,0 +1,215 @@
+"""The watch over workers that answer, leave, hang and lie: nobody waits for a worker that is not asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import cast
+
+import pytest
+
+from cluster import __version__
+from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.watch import Watch
+from cluster.discovery.roster import Roster as Sightings
+from cluster.discovery.sighting import Sighting
+from cluster.errors import WorkerLost, WorkerRefused
+from cluster.limits import MAX_DEPARTED
+from cluster.membership.suspicion import Standing
+from cluster.security.trust import LocalTrust
+from cluster.types import WorkerFacts
+
+
+def facts(name: str, address: str, worker_id: str = "") -> WorkerFacts:
+    return WorkerFacts(
+        id=worker_id or name,
+        name=name,
+        version=__version__,
+        cluster="c",
+        control_address=address,
+        data_address=f"{address}9",
+        chip="",
+        backend="",
+        mlx_version=f"0 mlx-lm {version('mlx-lm')}",
+        memory_total=1,
+        memory_limit=1,
+    )
+
+
+class Worker:
+    """One control port: answers as ``name``, or as ``says`` makes it."""
+
+    def __init__(self, name: str, address: str, worker_id: str = "") -> None:
+        self.name, self.address, self.id = name, address, worker_id
+        self.says: Callable[[], Awaitable[str]] | None = None
+        self.refuses = self.closed = False
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+        if self.refuses:
+            raise WorkerRefused(f"worker {self.name} refused", worker=self.name)
+        try:
+            name = await asyncio.wait_for(self.says(), timeout_s) if self.says else self.name
+        except TimeoutError:
+            raise WorkerLost(f"worker {self.name} does not answer", worker=self.name) from None
+        await asyncio.sleep(0)
+        return facts(name, self.address, self.id), ""
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Network(Roster):
+    """Workers that are announced, and withdraw that."""
+
+    def __init__(self) -> None:
+        self.sightings = Sightings()
+        super().__init__(self.sightings, "c", "me", LocalTrust())
+        self.workers: dict[str, Worker] = {}
+
+    def start(self, name: str, address: str, worker_id: str = "") -> Worker:
+        worker = self.workers[address] = Worker(name, address, worker_id)
+        self.sightings.put(address, Sighting(address, cluster="c"))
+        return worker
+
+    def leave(self, address: str) -> None:
+        self.sightings.forget(address)
+
+    def control(self, address: str) -> WorkerControl:
+        return self._controls.setdefault(address, cast(WorkerControl, self.workers[address]))
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    """Heartbeats are a tenth as long."""
+    for name, seconds in (("HEARTBEAT_S", 0.05), ("LOOK_S", 0.01), ("GONE_S", 0.25), ("STATUS_ASK_S", 0.1)):
+        monkeypatch.setattr(f"cluster.coordinator.watch.{name}", seconds)
+    return Network()
+
+
+def watched(network: Network, play: Callable[[Watch], Awaitable[None]]) -> None:
+    async def run() -> None:
+        watch = Watch(network, lambda belief: None, tuple)
+        watch.start()
+        try:
+            async with asyncio.timeout(15):
+                await play(watch)
+        finally:
+            await watch.close()
+
+    asyncio.run(run())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+def names(watch: Watch) -> list[str]:
+    return [m.facts.name for m in watch.members()]
+
+
+def test_nobody_waits_for_a_worker_that_left(network: Network) -> None:
+    """Its heartbeat ended with its announcement: no answer and no silence of it would end a wait."""
+
+    async def play(watch: Watch) -> None:
+        network.start("ada", "a:1")
+        network.start("bob", "b:1")
+        await until(lambda: names(watch) == ["ada", "bob"])
+        waiting = asyncio.create_task(watch.asked(("ada", "bob"), time.monotonic() + 1e6, 1e6))
+        network.leave("a:1")
+        network.leave("b:1")
+        await waiting
+        await watch.asked(("ada", "bob"), time.monotonic() + 1e6, 1e6)
+        ada, bob = watch.members()
+        assert (ada.reachable, bob.reachable) == (False, False)
+        assert "ada has left" in ada.problem
+        await until(lambda: all(w.closed for w in network.workers.values()))
+
+    watched(network, play)
+
+
+def test_a_worker_that_left_comes_back_at_another_address(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        network.start("ada", "a:1")
+        await until(lambda: names(watch) == ["ada"])
+        network.leave("a:1")
+        network.start("ada", "a:2")
+        await until(lambda: watch.members()[0].facts.control_address == "a:2")
+        assert not watch.members()[0].problem
+        assert not watch.duplicates()
+
+    watched(network, play)
+
+
+def test_a_status_does_not_wait_for_a_worker_that_hangs(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        ada = network.start("ada", "a:1")
+        network.start("bob", "b:1")
+        await until(lambda: names(watch) == ["ada", "bob"])
+        ada.says = lambda: asyncio.sleep(3600, "ada")
+        async with asyncio.timeout(0.2):
+            await watch.everybody()
+
+    watched(network, play)
+
+
+def test_a_recovery_waits_until_a_silent_worker_counts_as_gone(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        watch._suspicion = type(watch._suspicion)(suspect_s=0.12, gone_s=0.25)
+        ada = network.start("ada", "a:1")
+        await until(lambda: names(watch) == ["ada"])
+        ada.says = lambda: asyncio.sleep(3600, "ada")
+        (member,) = await watch.asked(("ada",), time.monotonic(), 1e6)
+        assert watch.gone("ada")
+        assert not member.reachable
+
+    watched(network, play)
+
+
+def test_a_worker_with_a_new_name_at_each_heartbeat_fills_nothing_and_delays_nobody(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        answers = 0
+
+        async def renamed() -> str:
+            nonlocal answers
+            answers += 1
+            return f"evil{answers}"
+
+        network.start("ada", "a:1")
+        network.start("evil", "e:1").says = renamed
+        await until(lambda: len(names(watch)) > 1)
+        while answers < 100:
+            await watch.asked(names(watch), time.monotonic(), 1e6)
+        await until(lambda: len(names(watch)) <= MAX_DEPARTED + 2)
+        assert len(watch.beliefs()) <= MAX_DEPARTED + 2
+        living = [m.facts.name for m in watch.members() if m.reachable]
+        assert living[0] == "ada"
+        assert len(living) == 2
+
+    watched(network, play)
+
+
+def test_a_worker_that_claims_the_name_of_a_living_one_changes_nothing(network: Network) -> None:
+    """Neither its answers nor its end count for the other, and both addresses are named."""
+
+    async def play(watch: Watch) -> None:
+        ada = network.start("ada", "a:1", "1")
+        await until(lambda: names(watch) == ["ada"])
+        other = network.start("ada", "b:1", "2")
+        await until(lambda: len(watch.duplicates()) == 1)
+        (duplicate,) = watch.duplicates()
+        assert "a:1 and b:1" in duplicate.problem
+        other.refuses = True
+        await until(lambda: not watch.duplicates())
+        (member,) = watch.members()
+        assert (member.facts.control_address, member.problem) == ("a:1", "")
+        belief = watch.belief("ada")
+        assert belief
+        assert (belief.standing, belief.losses) == (Standing.UP, 0)
+        other.refuses, ada.refuses = False, True
+        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+
+    watched(network, play)
