@@ -151,6 +151,8 @@ JOURNAL_BYTES: Final = 16 * MIB
 JOURNAL_FSYNC_S: Final = 1.0
 RESUME_S: Final = 600.0
 """How long a client of a coordinator that died may take to come back for the rest of its answer."""
+EPOCH_TRIES: Final = 4
+"""Loads that are tried with a larger epoch each, where workers hold newer ones than this coordinator knew of."""
 ADOPTION_LOOKS: Final = 5
 """How often a coordinator that was started again looks for the rest of the workers that hold its model."""
 STEADY_S: Final = 3.0

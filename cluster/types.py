@@ -5,7 +5,7 @@ Tools are in ``cluster.chat``, grammars in ``cluster.grammar``. It knows the sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from cluster.chat import ChatMessage as ChatMessage
@@ -172,6 +172,11 @@ class Plan:
     """None where a worker's speed is not known."""
     spares: tuple[Spare, ...] = ()
     reasons: tuple[str, ...] = ()
+
+    def of_epoch(self, epoch: int) -> Plan:
+        """The same plan under another number."""
+        stages = tuple(replace(s, spec=replace(s.spec, epoch=epoch)) for s in self.stages)
+        return replace(self, epoch=epoch, stages=stages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from cluster.api.inference import Inference
 from cluster.api.metrics import Metrics
 from cluster.coordinator.belonging import Belonging
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.identity import identity, state_folder
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.report import Report
@@ -72,7 +73,9 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         own_id = stack.enter_context(identity(settings.home, settings.cluster))
         roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
-        coordinator = Coordinator(settings.cluster, roster, GrpcDialer(trust), report, store, settings.max_schema_bytes)
+        coordinator = Coordinator(
+            settings.cluster, roster, GrpcDialer(trust), report, store, settings.max_schema_bytes, _epochs(settings)
+        )
         coordinator.journal = _journal(settings)
         entrance = http_port(settings)
         accounts = Accounts(entrance.keys) if entrance.keys else None
@@ -88,6 +91,12 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         if plan:
             report.serving(address, plan, http)
         await anyio.sleep_forever()
+
+
+def _epochs(settings: ServeSettings) -> EpochNumbers:
+    """Numbers that are kept with this coordinator's id, where it has a place for one."""
+    home = settings.home
+    return EpochNumbers(state_folder(home, settings.cluster) / "epoch" if home else None)
 
 
 def _journal(settings: ServeSettings) -> Journal | None:

@@ -176,7 +176,9 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
             raise WorkerReplaced(error.sentence, worker=name) from e
         if isinstance(error, Unreachable):
             raise (WorkerRefused if "refused" in error.sentence else WorkerLost)(error.sentence, worker=name) from e
-        raise type(error)(f"worker {name}: {error.sentence}", worker=name) from e
+        named = type(error)(f"worker {name}: {error.sentence}")
+        named.details = error.details | {"worker": name}  # not as arguments: the worker chose their names
+        raise named from e
 
 
 async def _bounded(

@@ -9,12 +9,13 @@ import asyncio
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import anyio
 
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint, Reader
-from cluster.coordinator.epoch import new_epoch
+from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.journal import Journal, continued
 from cluster.coordinator.layout import Links, lay_out
@@ -31,9 +32,17 @@ from cluster.coordinator.supply import Supply
 from cluster.coordinator.tally import Totals
 from cluster.coordinator.views import LoopView
 from cluster.coordinator.watch import Watch
-from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, WorkerLost
+from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, StaleEpoch, WorkerLost
 from cluster.grammar import Grammar
-from cluster.limits import ADOPTION_LOOKS, FAREWELL_S, MAX_SCHEMA_BYTES, SETTLE_S, STATUS_ASK_S, STATUS_VIEW_S
+from cluster.limits import (
+    ADOPTION_LOOKS,
+    EPOCH_TRIES,
+    FAREWELL_S,
+    MAX_SCHEMA_BYTES,
+    SETTLE_S,
+    STATUS_ASK_S,
+    STATUS_VIEW_S,
+)
 from cluster.membership.suspicion import Belief, Standing
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
@@ -51,10 +60,12 @@ class Coordinator:
         report: Report,
         store: Store,
         max_schema_bytes: int = MAX_SCHEMA_BYTES,
+        epochs: EpochNumbers | None = None,
     ) -> None:
         self.journal: Journal | None = None
         """Where live requests are kept for a coordinator to come; set before anything is loaded."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
+        self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
         self._totals = Totals()
         self._reader = Reader(store)
@@ -113,19 +124,33 @@ class Coordinator:
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         found = await self._roster.gather(wanted, order.wait_s, report)
         found, order = await self._standing(checkpoint, order, found)
-        plan = await self._lay_out(new_epoch(), checkpoint.shape, found, order)
+        number = self._epochs.next(m.facts.epoch for m in self._roster.members)
+        plan = await self._lay_out(number, checkpoint.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         self._watch.start()
-        means = Means(self._roster, self._watch, self._dialer, self._supply)
-        service = Service(means, checkpoint, order, Heirs(plan, workers), self._say)
-        await service.open(report.progress)
+        service = await self._opened(checkpoint, order, Heirs(plan, workers), report)
         service.loop.totals = self._totals
         service.loop.journal = self.journal
         self._service = service
+
+    async def _opened(self, checkpoint: Checkpoint, order: LoadOrder, heirs: Heirs, report: LoadReport) -> Service:
+        """A service that has answered a token. A worker that holds a newer epoch of ours is given a newer one still."""
+        means = Means(self._roster, self._watch, self._dialer, self._supply, self._epochs)
+        for _ in range(EPOCH_TRIES):
+            service = Service(means, checkpoint, order, heirs, self._say)
+            try:
+                await service.open(report.progress)
+            except StaleEpoch as e:
+                if not self._epochs.learn_refusal(e):
+                    raise
+                heirs = replace(heirs, plan=heirs.plan.of_epoch(self._epochs.next()))
+            else:
+                return service
+        raise WorkerLost("workers hold newer epochs than any that this coordinator gives out; start them again")
 
     async def plan(self, order: LoadOrder) -> Plan:
         """What ``load`` would do with the workers that are there now; nothing changes. Raises ``MacpipeError``."""

@@ -108,8 +108,3 @@ async def _unload(control: WorkerControl, epoch: int) -> None:
         await control.unload(epoch, FAREWELL_S)
     except MacpipeError:
         return  # a worker that is gone holds nothing
-
-
-def new_epoch(after: int = 0) -> int:
-    """A number that grows over restarts of the coordinator: milliseconds of the wall clock."""
-    return max(time.time_ns() // 1_000_000, after + 1)

@@ -15,7 +15,8 @@ from typing import Any
 
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.diagnosis import diagnose, hanging, unservable
-from cluster.coordinator.epoch import Epoch, Opening, new_epoch
+from cluster.coordinator.epoch import Epoch, Opening
+from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.layout import capacity
 from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.pace import Pace
@@ -25,7 +26,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.succession import Heirs, heirs, holds
 from cluster.coordinator.supply import Supply
 from cluster.coordinator.watch import Watch
-from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, Unreachable, WorkerLost
+from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
 from cluster.limits import (
     CRASHES_S,
     ENGINE_CRASHES,
@@ -50,6 +51,7 @@ class Means:
     watch: Watch
     dialer: Dialer
     supply: Supply
+    epochs: EpochNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +166,8 @@ class Recovery:
 
     def _chosen(self, members: tuple[Member, ...]) -> Heirs:
         site, plan = self._site, self._epoch.plan
-        return heirs(
-            new_epoch(plan.epoch + self.attempts), plan, site.checkpoint.shape, site.order, members, self._without
-        )
+        number = site.means.epochs.next(m.facts.epoch for m in members)
+        return heirs(number, plan, site.checkpoint.shape, site.order, members, self._without)
 
     async def _open(self, chosen: Heirs) -> Epoch:
         site = self._site
@@ -209,7 +210,9 @@ class Recovery:
         log.warning("recovery, attempt %d: %s", self.attempts, why.sentence)
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
-        if worker and not isinstance(why, WorkerLost):
+        if isinstance(why, StaleEpoch):
+            self._site.means.epochs.learn_refusal(why)  # the worker is fine, the number was too small
+        elif worker and not isinstance(why, WorkerLost):
             patient = isinstance(why, Unreachable) and worker not in self._missed
             (self._missed if patient else self._without).add(worker)
         if not self.refused and self.attempts >= RECOVERY_TRIES and self._elapsed > RECOVERY_WAIT_S:

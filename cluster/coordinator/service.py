@@ -15,7 +15,7 @@ import anyio
 
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.epoch import Epoch, Opening, farewell, new_epoch
+from cluster.coordinator.epoch import Epoch, Opening, farewell
 from cluster.coordinator.layout import capacity
 from cluster.coordinator.load import Progress
 from cluster.coordinator.loop import EngineLoop
@@ -104,7 +104,7 @@ class Service:
         for name in tuple(self._leaving):
             self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
-        await farewell(new_epoch(self.plan.epoch), [self._means.roster.control(a) for a in self._touched])
+        await farewell(self._means.epochs.last, [self._means.roster.control(a) for a in self._touched])
 
     def _control(self, address: str) -> WorkerControl:
         self._touched.add(address)
@@ -274,14 +274,14 @@ class Service:
             return
         since, watch = time.monotonic() - STEADY_S, self._means.watch
         steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
-        epoch = new_epoch(self.plan.epoch)
-        if home := homecoming(epoch, self._first, self.plan, self.checkpoint.shape, self._order, steady):
+        number = self._means.epochs.next
+        if home := homecoming(number, self._first, self.plan, self.checkpoint.shape, self._order, steady):
             assert self._epoch
             back = WorkerLost("workers that were lost take their layers back")
             await self._carry_out(Recovery(self._site, self._epoch, back), home)
 
     async def _release(self, leaver: WorkerFacts) -> None:
-        await farewell(new_epoch(self.plan.epoch), [self._control(leaver.control_address)])
+        await farewell(self._means.epochs.last, [self._control(leaver.control_address)])
         self._end_leave(leaver.name)
 
 

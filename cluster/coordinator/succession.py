@@ -5,7 +5,7 @@ In this order: the same workers, where all are back; a spare for each that is no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.coordinator.layout import lay_out
@@ -41,15 +41,23 @@ def heirs(
 
 
 def homecoming(
-    epoch: int, first: Heirs, plan: Plan, shape: ModelShape, order: LoadOrder, steady: Iterable[WorkerFacts]
+    number: Callable[[], int],
+    first: Heirs,
+    plan: Plan,
+    shape: ModelShape,
+    order: LoadOrder,
+    steady: Iterable[WorkerFacts],
 ) -> Heirs | None:
-    """The first plan again, once all its workers are among the steady ones; None before, and where it is in place."""
+    """The first plan again, once all its workers are among the steady ones; None before, and where it is in place.
+
+    ``number`` gives the number of its epoch.
+    """
     if _cut(first.plan) == _cut(plan):
         return None
     there = {f.name: f for f in steady if not f.draining}
     if not all(w.name in there for w in first.workers):
         return None
-    return _laid(epoch, shape, order, [there[w.name] for w in first.workers], [s.layers for s in first.plan.stages])
+    return _laid(number(), shape, order, [there[w.name] for w in first.workers], [s.layers for s in first.plan.stages])
 
 
 def _cut(plan: Plan) -> list[tuple[str, LayerRange]]:

@@ -16,7 +16,7 @@ import grpc
 
 from cluster import __version__
 from cluster.discovery.interfaces import interface_of
-from cluster.errors import InvalidRequest, MacpipeError, WorkerTaken
+from cluster.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
 from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
 from cluster.macos import MachineFacts, memory_pressure
 from cluster.profiles import Profile
@@ -137,6 +137,9 @@ class Control(WorkerServiceServicer):
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await self._refuse_others(request.coordinator, context)
+        if (held := self._held()) and request.epoch < held.epoch:
+            why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
+            await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
         self.loaded = None
         try:
             async with aclosing(self.supplies.stage(request, lambda path: self._read(request, path))) as events:

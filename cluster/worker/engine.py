@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import BadFrame, MacpipeError
+from cluster.errors import BadFrame, MacpipeError, StaleEpoch
 from cluster.model import device, speed
 from cluster.security.trust import WORKER, Trust, open_trust
 from cluster.transport.rings import DataServer, GrpcDialer
@@ -115,7 +115,8 @@ class Engine:
             self._do(command)
         except Exception as e:  # the process's edge: the daemon is told, whatever it was
             reason, sentence = sentence_of(e)
-            self._say(Failed(command.call, reason, sentence))
+            epoch = e.details.get("epoch", "") if isinstance(e, StaleEpoch) else ""
+            self._say(Failed(command.call, reason, sentence, epoch))
         else:
             if not isinstance(command, Measure):
                 self._say(Done(command.call))

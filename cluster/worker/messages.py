@@ -124,11 +124,15 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """``reason`` and ``sentence`` are those of a ``MacpipeError``. Call 0 is the engine's own start."""
+    """``reason`` and ``sentence`` are those of a ``MacpipeError``. Call 0 is the engine's own start.
+
+    ``epoch`` is the one that is loaded, where that is why.
+    """
 
     call: int
     reason: str
     sentence: str
+    epoch: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,8 @@ class Slot:
         Raises what ``load_stage`` raises, and ``StaleEpoch`` for an epoch that is over.
         """
         if spec.epoch < self.epoch:
-            raise StaleEpoch(f"asked to load epoch {spec.epoch}, but epoch {self.epoch} is loaded")
+            why = f"asked to load epoch {spec.epoch}, but epoch {self.epoch} is loaded"
+            raise StaleEpoch(why, epoch=str(self.epoch))
         self._unlink()
         if not self._begun(spec, progress):
             self.unload()
@@ -106,7 +107,8 @@ class Slot:
         Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach.
         """
         if epoch != self.epoch:
-            raise StaleEpoch(f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded")
+            why = f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded"
+            raise StaleEpoch(why, epoch=str(self.epoch))
         if not pull_from:
             return
         self._close_inlets()

@@ -191,7 +191,9 @@ class Supervisor:
         if event is None:
             raise WorkerLost(self.problem)
         if isinstance(event, Failed):
-            raise MacpipeError.of(event.reason, event.sentence)
+            error = MacpipeError.of(event.reason, event.sentence)
+            error.details |= {"epoch": event.epoch} if event.epoch else {}
+            raise error
         return event
 
     async def wait_started(self) -> None:

@@ -128,9 +128,9 @@ def test_slices_that_are_held_are_adopted_where_they_are_the_whole_model() -> No
 def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:
     first = Heirs(PLAN, STAGES)
     now: Plan = heirs(EPOCH + 1, PLAN, SHAPE, ORDER, members(*STAGES, bob="gone")).plan
-    assert homecoming(EPOCH + 2, first, PLAN, SHAPE, ORDER, STAGES) is None
-    assert homecoming(EPOCH + 2, first, now, SHAPE, ORDER, STAGES[:2]) is None
-    back = homecoming(EPOCH + 2, first, now, SHAPE, ORDER, STAGES)
+    assert homecoming(lambda: EPOCH + 2, first, PLAN, SHAPE, ORDER, STAGES) is None
+    assert homecoming(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES[:2]) is None
+    back = homecoming(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES)
     assert back
     assert [(s.worker, str(s.layers)) for s in back.plan.stages] == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
     assert back.plan.epoch == EPOCH + 2

@@ -19,7 +19,7 @@ from cluster import __version__
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.epoch import new_epoch
+from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.layout import lay_out
 from cluster.coordinator.recovery import Means
 from cluster.coordinator.roster import Roster
@@ -151,6 +151,8 @@ class Mac:
         self.address = self._data = f"{name}:1"
         self._caches: Caches | None = None
         self._problem, self._dead, self._silent = "", False, False
+        self.newest = 0
+        """The epoch that its engine holds and its daemon does not know of."""
         self.draining, self.loading = False, asyncio.Event()
         self.loading.set()  # unless a test holds loads back
         network.ports[self._data] = self
@@ -222,6 +224,8 @@ class Mac:
         await self._reached()
         if self._problem:
             raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
+        if spec.epoch < max(self.newest, self._caches.spec.epoch if self._caches else 0):
+            raise StaleEpoch("asked to load an old epoch", worker=self.name, epoch=str(self.newest))
         if self._caches:
             self._caches.close()
         self._caches = Caches(spec)
@@ -365,7 +369,7 @@ class Simulation:
     asked: tuple[Asked, ...]
 
     def __post_init__(self) -> None:
-        self.history, self._network = History(), MemoryNetwork()
+        self.history, self._network, self.epochs = History(), MemoryNetwork(), EpochNumbers()
         self.macs = {name: Mac(name, self._network) for name in NAMES}
         self._struck = asyncio.Event()
 
@@ -395,9 +399,9 @@ class Simulation:
         self._watch = Watch(roster, self._believed, lambda: self.service.alive())
         self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
-        first = Heirs(lay_out(new_epoch(), SHAPE, workers, order), workers)
+        first = Heirs(lay_out(self.epochs.next(), SHAPE, workers, order), workers)
         checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None))
-        means = Means(roster, self._watch, self._network, _NoBytes())
+        means = Means(roster, self._watch, self._network, _NoBytes(), self.epochs)
         self.service = Service(means, checkpoint, order, first, lambda said: None)
         self._watch.start()
         await self.service.open(lambda progress: None)

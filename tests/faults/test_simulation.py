@@ -179,3 +179,26 @@ def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> Non
             await simulation.close()
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("spare", ["dee", "bob"])
+def test_a_refused_epoch_leads_to_a_larger_one(spare: str) -> None:
+    """A worker whose engine holds a newer epoch than anybody knows of is no worse than others."""
+
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(scenario(0, asked), asked)
+        await simulation.open()
+        service, newest = simulation.service, simulation.epochs.last + 86_400_000
+        simulation.macs[spare].newest = newest
+        try:
+            simulation.macs["bob"].strike(Kind.KILL_WORKER if spare == "dee" else Kind.KILL_ENGINE)
+            async with asyncio.timeout(10):
+                while not service.recoveries:
+                    await asyncio.sleep(0.01)
+            assert [s.worker for s in service.plan.stages] == ["ada", spare, "cyd"]
+            assert service.plan.epoch > newest
+        finally:
+            await simulation.close()
+
+    asyncio.run(play())

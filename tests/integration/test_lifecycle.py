@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
+from cluster.coordinator.identity import state_folder
 from cluster.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
 from integration.daemons import START_S, Cluster, Footprint, alive, children, gone, wait_serving
 
 pytestmark = pytest.mark.timeout(180)
 
 STOP_S = 3.0
+DAY_MS = 86_400_000
 TIGHT = "1MiB"
 """Too little for the whole model, enough for half of it."""
 
@@ -123,6 +125,10 @@ def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Pat
 
 def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster, llama: Path) -> None:
     cluster.worker("solo")
+    kept = state_folder(cluster.folder / "coordinator", cluster.name) / "epoch"
+    kept.parent.mkdir(parents=True, mode=0o700)
+    ahead = time.time_ns() // 1_000_000 + DAY_MS
+    kept.write_text(f"{ahead}\n")
     first, address = cluster.serving(llama, 1)
     with Client(address, timeout_s=120) as client:
         stream = client.stream([1, 2, 3], max_tokens=1800, ignore_eos=True)
@@ -134,8 +140,12 @@ def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster,
         assert next(tokens).index == 1
         stream.cancel()
         assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
-    first.process.send_signal(signal.SIGKILL)
-    cluster.serving(llama, 1)
+    first.stop(signal.SIGKILL)
+    kept.unlink()  # as if the clock had gone back a day while the coordinator was down, and its file was lost
+    _, address = cluster.serving(llama, 1)
+    with Client(address, timeout_s=60) as client:
+        assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
+        assert client.cluster().epoch > ahead
 
 
 def test_a_load_that_cannot_be_leaves_the_served_model_alone(cluster: Cluster, llama: Path) -> None:
