@@ -193,6 +193,12 @@ class DuplicateName(MacpipeError):
     reason, grpc_status, http_status = "DUPLICATE_NAME", "FAILED_PRECONDITION", 503
 
 
+class DuplicateId(MacpipeError):
+    """Two living coordinators, or two workers, have one id: the state folder of one was copied from the other."""
+
+    reason, grpc_status, http_status = "DUPLICATE_ID", "FAILED_PRECONDITION", 503
+
+
 class VersionMismatch(MacpipeError):
     """A worker runs another version of macpipe or of mlx-lm."""
 

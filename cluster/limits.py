@@ -149,6 +149,8 @@ CRASHES_S: Final = 60.0
 JOURNAL_BYTES: Final = 16 * MIB
 """A journal this long is written anew without what has ended; one full of live requests takes no more of them."""
 JOURNAL_FSYNC_S: Final = 1.0
+RESTART_S: Final = GONE_S
+"""A coordinator that has been silent for this long has ended: another of its id is the same one, started again."""
 RESUME_S: Final = 600.0
 """How long a client of a coordinator that died may take to come back for the rest of its answer."""
 EPOCH_TRIES: Final = 4

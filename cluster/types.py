@@ -333,6 +333,10 @@ class WorkerFacts:
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
     busy_ms: int = 0
+    instance: str = ""
+    """Of its process, random at each start."""
+    holder_instance: str = ""
+    """Of the coordinator's process that holds its stage; empty for nobody's."""
     owner: str = ""
     """Whose stage it is, also where that coordinator has not been heard of late."""
     fingerprint: str = ""

@@ -37,13 +37,20 @@ class WorkerControl:
     """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer.
 
     In a cluster it is asked who it is first, as any worker, and then dialled anew by the id that it said: from there
-    on TLS proves that id. ``revoked`` says which serials the worker has to refuse.
+    on TLS proves that id. ``coordinator`` and ``instance`` are the id and the process that ask. ``revoked`` says which
+    serials the worker has to refuse.
     """
 
     def __init__(
-        self, trust: Trust, address: str, coordinator: str, revoked: Callable[[], Iterable[int]] = tuple
+        self,
+        trust: Trust,
+        address: str,
+        coordinator: str,
+        instance: str = "",
+        revoked: Callable[[], Iterable[int]] = tuple,
     ) -> None:
-        self.address, self.name, self._coordinator = address, address, coordinator
+        self.address, self.name = address, address
+        self._coordinator, self._instance = coordinator, instance
         self._trust, self._revoked = trust, revoked
         self._retired: list[grpc.aio.Channel] = []
         self._ahead_s = 0.0
@@ -85,7 +92,9 @@ class WorkerControl:
         return facts, answer.problem
 
     async def _described(self, timeout_s: float) -> pb.DescribeResponse:
-        request = pb.DescribeRequest(coordinator=self._coordinator, revoked=_serials(self._revoked()))
+        request = pb.DescribeRequest(
+            coordinator=self._coordinator, instance=self._instance, revoked=_serials(self._revoked())
+        )
         asked = time.time()
         async with self._named():
             answer = await self._any.Describe(request, timeout=timeout_s)
@@ -96,7 +105,7 @@ class WorkerControl:
 
     async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
         """Load a slice: its progress, and last what its tensors hash to. Raises what the worker raised."""
-        call = self._stub.LoadStage(_load_request(spec, order, self._coordinator))
+        call = self._stub.LoadStage(_load_request(spec, order, self._coordinator, self._instance))
         proof: list[tuple[str, str]] = []
         async with self._named():
             async for p in _bounded(call):
@@ -116,7 +125,8 @@ class WorkerControl:
 
     async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         async with self._named():
-            await self._stub.UnloadStage(pb.UnloadStageRequest(epoch=epoch), timeout=timeout_s)
+            request = pb.UnloadStageRequest(epoch=epoch, coordinator=self._coordinator, instance=self._instance)
+            await self._stub.UnloadStage(request, timeout=timeout_s)
 
     async def measure_link(self, source: WorkerFacts) -> Link:
         """The way from ``source`` to this worker, as measured of late or now. Raises ``Unreachable`` likewise."""
@@ -137,13 +147,13 @@ class WorkerControl:
     async def drain(self, *, undo: bool = False) -> None:
         """Have the worker want to hold nothing; ``undo`` takes that back."""
         async with self._named():
-            request = pb.DrainWorkerRequest(coordinator=self._coordinator, undo=undo)
+            request = pb.DrainWorkerRequest(coordinator=self._coordinator, instance=self._instance, undo=undo)
             await self._stub.DrainWorker(request, timeout=CONTROL_TIMEOUT_S)
 
     async def reset(self, why: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         """Have the worker kill its engine, which starts again and holds nothing then."""
         async with self._named():
-            request = pb.ResetEngineRequest(coordinator=self._coordinator, why=why)
+            request = pb.ResetEngineRequest(coordinator=self._coordinator, instance=self._instance, why=why)
             await self._stub.ResetEngine(request, timeout=timeout_s)
 
     async def renew(self, certify: Callable[[bytes], bytes]) -> None:
@@ -195,7 +205,7 @@ async def _bounded(
         yield message
 
 
-def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str) -> pb.LoadStageRequest:
+def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance: str) -> pb.LoadStageRequest:
     return pb.LoadStageRequest(
         epoch=spec.epoch,
         index=spec.index,
@@ -208,6 +218,7 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str) -> pb.Lo
         max_context=spec.max_context,
         kv_bits=spec.kv_bits,
         coordinator=coordinator,
+        instance=instance,
         tensors=order.tensors,
         deferred=order.deferred,
         peers=[pb.StorePeer(name=p.name, address=p.address, party=p.party) for p in order.peers],
@@ -231,7 +242,8 @@ def _serials(revoked: Iterable[int]) -> list[bytes]:
 
 def _require_sense(a: pb.DescribeResponse, address: str) -> None:
     """Raise ``WorkerLost`` for a description that no worker gives: what is in it goes to terminals and into plans."""
-    texts = (a.id, a.name, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface, a.holder, a.owner)
+    own = (a.id, a.name, a.instance, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface)
+    texts = (*own, a.holder, a.owner, a.holder_instance)
     sound = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
     if not sound or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
         raise WorkerLost(f"what answers at {address} describes itself as no worker does; is it macpipe?")
@@ -266,6 +278,8 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         memory_pressure=a.memory_pressure,
         busy_ms=a.busy_ms,
         owner=a.owner,
+        instance=a.instance,
+        holder_instance=a.holder_instance,
         fingerprint=a.fingerprint,
         kv_bits=a.kv_bits,
         draining=a.draining,

@@ -6,6 +6,8 @@ and this version.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -19,11 +21,15 @@ from cluster import __version__
 from cluster.coordinator.controls import WorkerControl
 from cluster.coordinator.report import LoadReport
 from cluster.discovery.sighting import Source
-from cluster.errors import DuplicateName, MacpipeError, NoWorkers, VersionMismatch
-from cluster.limits import DESCRIBE_TIMEOUT_S, SETTLE_S
+from cluster.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
+from cluster.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
 from cluster.security.trust import WORKER, Trust
 from cluster.types import WorkerFacts
 
+COPIED: Final = (
+    "the state folder of one was copied from the other. Stop one of them, or start it with --home or MACPIPE_HOME set "
+    "to a folder of its own"
+)
 MLX_LM: Final = version("mlx-lm")
 """Read once: it is compared with every heartbeat, and takes a millisecond to find."""
 
@@ -35,6 +41,8 @@ class Member:
     facts: WorkerFacts
     problem: str = ""
     reachable: bool = True
+    duplicate: bool = False
+    """Another living worker has its id, which is its problem."""
 
 
 class Roster:
@@ -42,6 +50,7 @@ class Roster:
 
     def __init__(self, source: Source, cluster: str, coordinator: str, trust: Trust) -> None:
         self._source, self._cluster, self._coordinator = source, cluster, coordinator
+        self.instance = secrets.token_hex(8)
         self.trust = trust
         self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerControl] = {}
@@ -65,8 +74,9 @@ class Roster:
                 tasks.start_soon(self._ask, address, answers)
         await self._forget(self._controls.keys() - addresses)
         by_worth = sorted(answers.values(), key=lambda m: m.reachable)
-        unique = {m.facts.id or m.facts.control_address: m for m in by_worth}
-        self.members = tuple(sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id)))
+        unique = {(m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_worth}
+        ordered = sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id, m.facts.control_address))
+        self.members = _with_duplicates(ordered)
         return self.members
 
     def addresses(self) -> set[str]:
@@ -109,7 +119,16 @@ class Roster:
             return _other_version(facts.name, "mlx-lm", theirs, MLX_LM)
         if facts.holder and facts.holder != self._coordinator:
             return f"{facts.name} serves {facts.model} for another coordinator"
+        if self.has_other_owner(facts):
+            return (
+                f"{facts.name} serves {facts.model} for another coordinator that has the id of this one, "
+                f"{self._coordinator}: {COPIED}"
+            )
         return ""
+
+    def has_other_owner(self, facts: WorkerFacts) -> bool:
+        """Whether another living coordinator of this one's id holds the worker, or did until a moment ago."""
+        return facts.holder == self._coordinator and facts.holder_instance not in ("", self.instance)
 
     def owns(self, facts: WorkerFacts) -> bool:
         """Whether the worker holds a slice that this coordinator, or one before it of the same id, has given it."""
@@ -118,22 +137,30 @@ class Roster:
     def control(self, address: str) -> WorkerControl:
         """The control plane of the worker at an address."""
         if address not in self._controls:
-            self._controls[address] = WorkerControl(self.trust, address, self._coordinator, self._revoked)
+            self._controls[address] = WorkerControl(
+                self.trust, address, self._coordinator, self.instance, self._revoked
+            )
         return self._controls[address]
 
     async def gather(self, wanted: int | None, wait_s: float, report: LoadReport) -> tuple[WorkerFacts, ...]:
         """Wait until ``wanted`` usable workers are there, or more; with None, until one is and no more come for a
         moment. All that are there are returned: who of them is best, the plan says.
 
-        Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` at once.
+        Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` or ``DuplicateId`` at once, and
+        ``DuplicateId`` after ``RESTART_S`` where another living coordinator has this one's id. Until then that may be
+        this one's own life before, whose workers are to be adopted.
         """
         told: tuple[str, ...] | None = None
+        began = time.monotonic()
         with anyio.move_on_after(wait_s):
             while True:
                 usable = _usable(await self.refresh(), wanted)
                 if told != (told := tuple(f.name for f in usable)):
                     report.waiting(usable, wanted)
-                if (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
+                if taken := next((m for m in self.members if self.has_other_owner(m.facts)), None):
+                    if time.monotonic() - began > RESTART_S + SETTLE_S:
+                        raise DuplicateId(taken.problem)
+                elif (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
                     return usable
                 await self._source.changed(SETTLE_S)
         raise self._nobody(wanted, wait_s)
@@ -178,16 +205,40 @@ class Roster:
 def _usable(members: Sequence[Member], wanted: int | None) -> tuple[WorkerFacts, ...]:
     """Members without a problem, namesakes left out where ``wanted`` can be had without them.
 
-    Raises ``DuplicateName`` where it cannot.
+    Raises ``DuplicateName`` or ``DuplicateId`` where it cannot.
     """
+    copied = next((m for m in members if m.duplicate), None)
     fine = tuple(m.facts for m in members if not m.problem and not m.facts.draining)
     counts = Counter(f.name for f in fine)
     single = tuple(f for f in fine if counts[f.name] == 1)
-    if len(single) == len(fine) or (wanted and len(single) >= wanted):
+    if (len(single) == len(fine) and not copied) or (wanted and len(single) >= wanted):
         return single
+    if copied:
+        raise DuplicateId(copied.problem)
     name = next(name for name, count in counts.items() if count > 1)
     where = " and ".join(f.control_address for f in fine if f.name == name)
     raise DuplicateName(f"two workers are named {name}, at {where}; start one of them with another --name")
+
+
+def _with_duplicates(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members, those with a problem that share an id with another process that answers."""
+    by_id: dict[str, list[Member]] = {}
+    for member in members:
+        if member.reachable and member.facts.id:
+            by_id.setdefault(member.facts.id, []).append(member)
+    shared = {worker_id: found for worker_id, found in by_id.items() if len(found) > 1}
+    return tuple(
+        Member(m.facts, shared_id([o.facts for o in shared[m.facts.id]]), duplicate=True)
+        if m.reachable and m.facts.id in shared
+        else m
+        for m in members
+    )
+
+
+def shared_id(workers: Sequence[WorkerFacts]) -> str:
+    """The problem of workers that have one id."""
+    where = " and ".join(f"{f.name} at {f.control_address}" for f in workers)
+    return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
 
 
 def _other_version(name: str, what: str, theirs: str, ours: str) -> str:

@@ -55,7 +55,7 @@ class Watch:
 
     def duplicates(self) -> tuple[Member, ...]:
         """Workers that answer under a name or an id that another living worker has."""
-        return self._table.duplicates
+        return self._table.duplicates(time.monotonic())
 
     def belief(self, worker: str) -> Belief | None:
         return self._suspicion.of(worker)

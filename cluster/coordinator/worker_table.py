@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from cluster.coordinator.roster import Member
-from cluster.limits import MAX_DEPARTED, REMEMBER_S
+from cluster.coordinator.roster import Member, shared_id
+from cluster.limits import MAX_DEPARTED, REMEMBER_S, RESTART_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class WorkerTable:
     def __init__(self, gone: Callable[[str], bool]) -> None:
         self._gone = gone
         self._entries: dict[str, Entry] = {}
-        self._duplicates: dict[str, Member] = {}
+        self._duplicates: dict[str, tuple[Member, float]] = {}
         self._asked: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
@@ -55,10 +55,13 @@ class WorkerTable:
         """The names that are asked at an address: one, or none."""
         return tuple(name for name, entry in self._entries.items() if entry.address == address)
 
-    @property
-    def duplicates(self) -> tuple[Member, ...]:
-        """Workers that answer under a name or an id that another living worker has, each with that problem."""
-        return tuple(member for _, member in sorted(self._duplicates.items()))
+    def duplicates(self, now: float) -> tuple[Member, ...]:
+        """Workers that answer under a name or an id that another living worker has, each with that problem.
+
+        One that was started again is none, though its old address was asked last a moment ago.
+        """
+        found = sorted(self._duplicates.items())
+        return tuple(member for _, (member, since) in found if now - since > RESTART_S)
 
     def ask_only(self, addresses: Collection[str], now: float) -> tuple[str, ...]:
         """Say who is asked from now on; the names that are forgotten now: too many, or not asked for too long."""
@@ -84,37 +87,43 @@ class WorkerTable:
     def answered(self, address: str, member: Member, now: float) -> Change:
         """Enter what answered at an address.
 
-        A name belongs to the worker that has it until that one is not asked any more, or is gone: a second worker of
-        the name is a duplicate.
+        A name, and an id, belong to the worker that has them until that one is not asked any more, or is gone: whoever
+        else answers under them is a duplicate.
         """
-        facts = member.facts
-        known = self._entries.get(facts.name)
-        if (
-            known
-            and known.address not in ("", address)
-            and self.is_asked(facts.name)
-            and self._lives(facts.name, known)
-        ):
-            return self._answered_twice(address, member, known, now)
-        self._duplicates.pop(address, None)
+        facts, rival = member.facts, self._rival(address, member)
         replaced = tuple(name for name in self.at(address) if name != facts.name)
         for name in replaced:
             self._replace(name, address, facts.name)
-        self._entries[facts.name] = Entry(member, now, address)
-        return Change(facts.name, replaced)
-
-    def _answered_twice(self, address: str, member: Member, known: Entry, now: float) -> Change:
-        """Two addresses answer under one name: one worker with two addresses, or two workers."""
-        facts = member.facts
-        if facts.id and facts.id == known.member.facts.id:
+        if rival is None:
             self._duplicates.pop(address, None)
-            if not known.member.reachable:
+            self._entries[facts.name] = Entry(member, now, address)
+            return Change(facts.name, replaced)
+        return Change(self._answered_twice(address, member, rival, now), replaced)
+
+    def _rival(self, address: str, member: Member) -> Entry | None:
+        """The living worker at another address that has the name or the id of the one that answered."""
+        facts = member.facts
+        known = self._entries.get(facts.name)
+        if known and known.address == address:
+            return None
+        same = (e.member.facts for e in self._entries.values() if facts.id and e.member.facts.id == facts.id)
+        living = {n: self._entries[n] for n in (facts.name, *(f.name for f in same)) if self.is_asked(n)}
+        return next((e for n, e in living.items() if e.address != address and self._lives(n, e)), None)
+
+    def _answered_twice(self, address: str, member: Member, rival: Entry, now: float) -> str:
+        """The name that the answer speaks for where one worker has two addresses; empty where there are two workers."""
+        facts, other = member.facts, rival.member.facts
+        if (facts.id, facts.instance, facts.name) == (other.id, other.instance, other.name):
+            self._duplicates.pop(address, None)
+            if not rival.member.reachable:
                 self._entries[facts.name] = Entry(member, now, address)
-            return Change(facts.name)
-        where = f"at {known.address} and {address}"
-        problem = f"two workers are named {facts.name}, {where}; start one of them with another --name"
-        self._duplicates[address] = Member(facts, problem, reachable=False)
-        return Change()
+            return facts.name
+        problem = f"two workers are named {facts.name}, at {rival.address} and {address}; start one with another --name"
+        if facts.id and facts.id == other.id:
+            problem = shared_id((other, facts))
+        _, since = self._duplicates.get(address, (member, now))
+        self._duplicates[address] = Member(facts, problem, reachable=False, duplicate=True), since
+        return ""
 
     def _replace(self, name: str, address: str, other: str) -> None:
         entry = self._entries[name]

@@ -27,9 +27,12 @@ class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """A coordinator that holds a stage here says so with its id: that is its heartbeat."""
+    instance: _builtins.str
+    """Of the coordinator's process, random at each start: two at once have one id where a folder was copied."""
     @_builtins.property
     def revoked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serials of certificates, big endian, that the cluster's coordinator has revoked: all of them, every time."""
@@ -38,11 +41,12 @@ class DescribeRequest(_message.Message):
         self,
         *,
         coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
         revoked: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "revoked", b"revoked"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,6 +85,8 @@ class DescribeResponse(_message.Message):
     KV_BITS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    HOLDER_INSTANCE_FIELD_NUMBER: _builtins.int
     CLOCK_FIELD_NUMBER: _builtins.int
     CERTIFICATE_BEGINS_FIELD_NUMBER: _builtins.int
     CERTIFICATE_ENDS_FIELD_NUMBER: _builtins.int
@@ -124,6 +130,10 @@ class DescribeResponse(_message.Message):
     """It wants to hold nothing: it is being drained, or was told to stop and waits for its layers to be moved away."""
     stopping: _builtins.bool
     """It was told to stop, and will."""
+    instance: _builtins.str
+    """Of this process, random at each start: it tells a worker with two addresses from two workers with one id."""
+    holder_instance: _builtins.str
+    """Of the coordinator's process that holds the stage; empty once that was silent for as long as a restart takes."""
     clock: _builtins.float
     """Seconds since the epoch by the worker's own clock."""
     certificate_begins: _builtins.float
@@ -165,13 +175,15 @@ class DescribeResponse(_message.Message):
         kv_bits: _builtins.int = ...,
         draining: _builtins.bool = ...,
         stopping: _builtins.bool = ...,
+        instance: _builtins.str = ...,
+        holder_instance: _builtins.str = ...,
         clock: _builtins.float = ...,
         certificate_begins: _builtins.float = ...,
         certificate_ends: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "id", b"id", "interface", b"interface", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -345,6 +357,7 @@ class LoadStageRequest(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     REPO_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -361,6 +374,8 @@ class LoadStageRequest(_message.Message):
     repo: _builtins.str
     """Where the model is on the hub, by commit; empty: nowhere."""
     commit: _builtins.str
+    instance: _builtins.str
+    """Of the coordinator's process that asks."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The tensors of the files that the slice is made of, in the order in which they are wanted."""
@@ -392,10 +407,11 @@ class LoadStageRequest(_message.Message):
         peers: _abc.Iterable[Global___StorePeer] | None = ...,
         repo: _builtins.str = ...,
         commit: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,15 +563,22 @@ class UnloadStageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    coordinator: _builtins.str
+    """Who asks, and which process of that id. Refused while another's heartbeat holds the stage."""
+    instance: _builtins.str
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
+        coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,19 +605,23 @@ class DrainWorkerRequest(_message.Message):
 
     COORDINATOR_FIELD_NUMBER: _builtins.int
     UNDO_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """Who asks."""
     undo: _builtins.bool
     """True: take the worker back into use."""
+    instance: _builtins.str
+    """Of the coordinator's process that asks."""
     def __init__(
         self,
         *,
         coordinator: _builtins.str = ...,
         undo: _builtins.bool = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "undo", b"undo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "undo", b"undo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,19 +648,23 @@ class ResetEngineRequest(_message.Message):
 
     COORDINATOR_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """Who asks. Refused while another's heartbeat holds a stage here."""
     why: _builtins.str
     """A sentence: why."""
+    instance: _builtins.str
+    """Of the coordinator's process that asks."""
     def __init__(
         self,
         *,
         coordinator: _builtins.str = ...,
         why: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

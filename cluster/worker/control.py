@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,7 +18,7 @@ import grpc
 from cluster import __version__
 from cluster.discovery.interfaces import interface_of
 from cluster.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
-from cluster.limits import HOLD_S, REPORT_TIMEOUT_S
+from cluster.limits import HOLD_S, REPORT_TIMEOUT_S, RESTART_S
 from cluster.macos import MachineFacts, memory_pressure
 from cluster.profiles import Profile
 from cluster.security.bounds import MAX_REVOKED
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
+SAME_ID = (
+    "another coordinator of the same id, since a state folder was copied; stop one of the two, or give one a "
+    "MACPIPE_HOME of its own"
+)
+Asking: TypeAlias = pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
 RELEASE_LOOK_S = 0.05
 _NOTHING = Hello(0, "", "", "", "", 0, 0)
 
@@ -52,6 +58,7 @@ class Control(WorkerServiceServicer):
     supplies: Supplies
     file: ProfileFile
     machine: MachineFacts
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
     loaded: pb.LoadStageRequest | None = None
     draining: bool = False
     stopping: bool = False
@@ -66,7 +73,7 @@ class Control(WorkerServiceServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
-        if request.coordinator and self.loaded and request.coordinator == self.loaded.coordinator:
+        if request.coordinator and self.loaded and _asker(request) == _asker(self.loaded):
             self._heard = time.monotonic()
         report, problem = await self._report()
         hello, valid = self.supervisor.hello or _NOTHING, self.trust.valid
@@ -91,6 +98,8 @@ class Control(WorkerServiceServicer):
             sequences=report.sequences,
             problem=problem,
             holder=self._holder(),
+            instance=self.instance,
+            holder_instance=held.instance if self._holder_lives() else "",
             profile=_profile(self.file.kept.profile),
             interface=self._interface,
             gpu_cores=self.machine.gpu_cores,
@@ -123,6 +132,10 @@ class Control(WorkerServiceServicer):
         held = self._held()
         return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
 
+    def _holder_lives(self) -> bool:
+        """Whether the process that holds the stage was heard so lately that it cannot have been started again since."""
+        return bool(self._holder()) and time.monotonic() - self._heard < RESTART_S
+
     def _held(self) -> pb.LoadStageRequest | None:
         """What is loaded, unless the engine that loaded it is gone."""
         return self.loaded if self._loaded_by is not None and self._loaded_by is self.supervisor.hello else None
@@ -136,7 +149,7 @@ class Control(WorkerServiceServicer):
         return answer, ""
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
-        await self._refuse_others(request.coordinator, context)
+        await self._refuse_others(request, context)
         if (held := self._held()) and request.epoch < held.epoch:
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
             await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
@@ -161,6 +174,7 @@ class Control(WorkerServiceServicer):
         return pb.LinkStageResponse()
 
     async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
+        await self._refuse_others(request, context)
         try:
             await self.supervisor.ask(lambda call: Unload(call, request.epoch))
         except MacpipeError as e:
@@ -181,7 +195,7 @@ class Control(WorkerServiceServicer):
         return pb.MeasureLinkResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth)
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
-        await self._refuse_others(request.coordinator, context)
+        await self._refuse_others(request, context)
         self.draining = not request.undo
         return pb.DrainWorkerResponse()
 
@@ -194,15 +208,17 @@ class Control(WorkerServiceServicer):
             await anyio.sleep(RELEASE_LOOK_S)
 
     async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
-        await self._refuse_others(request.coordinator, context)
+        await self._refuse_others(request, context)
         self.loaded = None
         self.supervisor.reset(request.why)
         return pb.ResetEngineResponse()
 
-    async def _refuse_others(self, coordinator: str, context: Context) -> None:
-        holder = self._holder()
-        if holder and holder != coordinator:
-            await abort(context, WorkerTaken(f"it serves {self.loaded.model if self.loaded else ''} for {OTHER}"))
+    async def _refuse_others(self, request: Asking, context: Context) -> None:
+        held, holder = self._held(), self._holder()
+        if held and holder and holder != request.coordinator:
+            await abort(context, WorkerTaken(f"it serves {held.model} for {OTHER}"))
+        if held and self._holder_lives() and held.instance != request.instance:
+            await abort(context, WorkerTaken(f"it serves {held.model} for {SAME_ID}"))
 
     async def RequestCertificate(
         self, request: pb.RequestCertificateRequest, context: Context
@@ -228,6 +244,11 @@ class Control(WorkerServiceServicer):
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         self.file.learn(request.fingerprint, request.ratio)
         return pb.LearnRatioResponse()
+
+
+def _asker(request: Asking | pb.DescribeRequest) -> tuple[str, str]:
+    """Which process of which coordinator asks."""
+    return request.coordinator, request.instance
 
 
 def _profile(p: Profile) -> pb.Profile:

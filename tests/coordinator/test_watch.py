@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import cast
 
@@ -16,16 +17,17 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.watch import Watch
 from cluster.discovery.roster import Roster as Sightings
 from cluster.discovery.sighting import Sighting
-from cluster.errors import WorkerLost, WorkerRefused
+from cluster.errors import DuplicateId, WorkerLost, WorkerRefused
 from cluster.limits import MAX_DEPARTED
 from cluster.membership.suspicion import Standing
 from cluster.security.trust import LocalTrust
 from cluster.types import WorkerFacts
 
 
-def facts(name: str, address: str, worker_id: str = "") -> WorkerFacts:
+def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerFacts:
     return WorkerFacts(
         id=worker_id or name,
+        instance=instance,
         name=name,
         version=__version__,
         cluster="c",
@@ -42,8 +44,8 @@ def facts(name: str, address: str, worker_id: str = "") -> WorkerFacts:
 class Worker:
     """One control port: answers as ``name``, or as ``says`` makes it."""
 
-    def __init__(self, name: str, address: str, worker_id: str = "") -> None:
-        self.name, self.address, self.id = name, address, worker_id
+    def __init__(self, name: str, address: str, worker_id: str = "", instance: str = "") -> None:
+        self.name, self.address, self.id, self.instance = name, address, worker_id, instance
         self.says: Callable[[], Awaitable[str]] | None = None
         self.refuses = self.closed = False
 
@@ -55,7 +57,7 @@ class Worker:
         except TimeoutError:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name) from None
         await asyncio.sleep(0)
-        return facts(name, self.address, self.id), ""
+        return facts(name, self.address, self.id, self.instance), ""
 
     async def close(self) -> None:
         self.closed = True
@@ -69,8 +71,8 @@ class Network(Roster):
         super().__init__(self.sightings, "c", "me", LocalTrust())
         self.workers: dict[str, Worker] = {}
 
-    def start(self, name: str, address: str, worker_id: str = "") -> Worker:
-        worker = self.workers[address] = Worker(name, address, worker_id)
+    def start(self, name: str, address: str, worker_id: str = "", instance: str = "") -> Worker:
+        worker = self.workers[address] = Worker(name, address, worker_id, instance)
         self.sightings.put(address, Sighting(address, cluster="c"))
         return worker
 
@@ -86,6 +88,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     """Heartbeats are a tenth as long."""
     for name, seconds in (("HEARTBEAT_S", 0.05), ("LOOK_S", 0.01), ("GONE_S", 0.25), ("STATUS_ASK_S", 0.1)):
         monkeypatch.setattr(f"cluster.coordinator.watch.{name}", seconds)
+    monkeypatch.setattr("cluster.coordinator.worker_table.RESTART_S", 0.1)
     return Network()
 
 
@@ -213,3 +216,67 @@ def test_a_worker_that_claims_the_name_of_a_living_one_changes_nothing(network: 
         await until(lambda: watch.members()[0].facts.control_address == "b:1")
 
     watched(network, play)
+
+
+@pytest.mark.parametrize("name", ["ada", "bob"])
+def test_a_worker_whose_state_folder_was_copied_is_named(network: Network, name: str) -> None:
+    async def play(watch: Watch) -> None:
+        network.start("ada", "a:1", "1", "x")
+        await until(lambda: names(watch) == ["ada"])
+        network.start(name, "b:1", "1", "y")
+        await until(lambda: len(watch.duplicates()) == 1)
+        (duplicate,) = watch.duplicates()
+        assert f"two workers have the id 1, ada at a:1 and {name} at b:1: the state folder" in duplicate.problem
+        assert [(m.facts.name, m.problem) for m in watch.members()] == [("ada", "")]
+        await network.refresh()
+        assert [(m.facts.control_address, m.duplicate) for m in network.members] == [("a:1", True), ("b:1", True)]
+        assert all("the state folder of one was copied" in m.problem for m in network.members)
+        with pytest.raises(DuplicateId, match="two workers have the id 1"):
+            await network.present(1)
+        network.start("cyd", "c:1", "2", "z")
+        assert [w.name for w in await network.present(1)] == ["cyd"]
+
+    watched(network, play)
+
+
+def test_a_worker_with_two_addresses_is_one(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        first = network.start("ada", "a:1", "1", "x")
+        network.start("ada", "b:1", "1", "x")
+        await until(lambda: len(names(watch)) == 1)
+        for _ in range(5):
+            await watch.asked(("ada",), time.monotonic())
+        assert not watch.duplicates()
+        assert [w.name for w in await network.present(1)] == ["ada"]
+        at = watch.members()[0].facts.control_address
+        first.refuses = True
+        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+        assert at in ("a:1", "b:1")
+        assert not watch.members()[0].problem
+
+    watched(network, play)
+
+
+def test_a_worker_that_is_started_again_elsewhere_is_no_duplicate(network: Network) -> None:
+    async def play(watch: Watch) -> None:
+        before = network.start("ada", "a:1", "1", "x")
+        await until(lambda: names(watch) == ["ada"])
+        before.refuses = True
+        network.start("ada", "b:1", "1", "y")
+        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+        await watch.asked(("ada",), time.monotonic())
+        assert not watch.duplicates()
+
+    watched(network, play)
+
+
+@pytest.mark.parametrize(("instance", "served"), [("", True), ("mine", True), ("other", False)])
+def test_a_coordinator_with_the_id_of_this_one_is_told_from_a_life_before(
+    network: Network, instance: str, served: bool
+) -> None:
+    held = replace(
+        facts("ada", "a:1"), holder="me", holder_instance=network.instance if instance == "mine" else instance
+    )
+    problem = network.objection(held)
+    assert (problem == "") is served
+    assert served or "another coordinator that has the id of this one" in problem

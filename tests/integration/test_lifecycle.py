@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -135,8 +136,13 @@ def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster,
         tokens = iter(stream)
         next(tokens)
         second = cluster.serve(llama, "--workers", "1", "--port", "0", "--wait", "4")
+        copy = cluster.folder / "copy"
+        shutil.copytree(cluster.folder / "coordinator", copy)
+        clone = cluster.serve(llama, "--workers", "1", "--port", "0", "--wait", "60", "--home", str(copy))
         assert second.process.wait(60) == 1
         assert "for another coordinator" in second.said()
+        assert clone.process.wait(60) == 1
+        assert "has the id of this one" in clone.said()
         assert next(tokens).index == 1
         stream.cancel()
         assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
