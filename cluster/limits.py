@@ -269,6 +269,8 @@ MAX_MODEL_READ_BYTES: Final = GIB
 """Small files and headers of one model together, which are read before anything is known of it."""
 DEFER_S: Final = 15.0
 """How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
+LOAD_STUCK_S: Final = 900.0
+"""A load that says the same all the time has failed after this long, which is CHECK_S: hashing files shows nothing."""
 CHECK_S: Final = 900.0
 """How long a worker waits for one that hashes its files anew: half a terabyte, off an ordinary SSD."""
 MAX_NOTICES: Final = 8

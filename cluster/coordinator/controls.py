@@ -15,7 +15,14 @@ import grpc
 
 from cluster.address import HIGHEST_PORT, parse_address
 from cluster.errors import DeadlineExceeded, OtherParty, Unreachable, WorkerLost, WorkerRefused, WorkerReplaced
-from cluster.limits import CONTROL_TIMEOUT_S, KEPT_CORRECTIONS, LOAD_STALL_S, MAX_FACT_CHARS, MAX_SENTENCE_CHARS
+from cluster.limits import (
+    CONTROL_TIMEOUT_S,
+    KEPT_CORRECTIONS,
+    LOAD_STALL_S,
+    LOAD_STUCK_S,
+    MAX_FACT_CHARS,
+    MAX_SENTENCE_CHARS,
+)
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
 from cluster.security.bounds import MAX_REVOKED
@@ -108,9 +115,11 @@ class WorkerControl:
         call = self._stub.LoadStage(_load_request(spec, order, self._coordinator, self._instance))
         proof: list[tuple[str, str]] = []
         async with self._named():
-            async for p in _bounded(call):
+            async for p in _bounded(call, self.name):
                 state = "ready" if p.ready else p.state
                 proof += [(one.name, one.sha256.hex()) for one in p.digests]
+                if len(proof) > len(order.tensors):
+                    raise WorkerLost(f"worker {self.name} proves tensors that it was not asked for", worker=self.name)
                 told = tuple(p.notices)
                 sizes = p.done_bytes, p.total_bytes
                 yield LoadProgress(self.name, spec.layers, *sizes, state, p.hub_bytes, p.peer_bytes, told)
@@ -178,6 +187,11 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
     """Turn RPC errors into ours, each naming the worker."""
     try:
         yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise
+        raise WorkerLost(f"the channel to worker {name} was closed under a call", worker=name) from None
     except grpc.aio.AioRpcError as e:
         error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
         if isinstance(error, DeadlineExceeded):
@@ -192,17 +206,26 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
 
 
 async def _bounded(
-    call: grpc.aio.UnaryStreamCall[pb.LoadStageRequest, pb.LoadStageResponse],
+    call: grpc.aio.UnaryStreamCall[pb.LoadStageRequest, pb.LoadStageResponse], worker: str
 ) -> AsyncIterator[pb.LoadStageResponse]:
-    """The call's messages; a stall ends it."""
+    """The call's messages. A stall ends it: no message for ``LOAD_STALL_S``, or none with news for ``LOAD_STUCK_S``."""
+    last, since = pb.LoadStageResponse(), time.monotonic()
     while True:
         try:
             message = await asyncio.wait_for(call.read(), LOAD_STALL_S)
         except TimeoutError:
-            raise WorkerLost(f"a load made no progress for {LOAD_STALL_S:.0f} s") from None
+            raise _stalled(worker, LOAD_STALL_S) from None
         if not isinstance(message, pb.LoadStageResponse):
             return
+        if message != last:
+            last, since = message, time.monotonic()
+        elif time.monotonic() - since > LOAD_STUCK_S:
+            raise _stalled(worker, LOAD_STUCK_S)
         yield message
+
+
+def _stalled(worker: str, seconds: float) -> WorkerLost:
+    return WorkerLost(f"worker {worker}: a load made no progress for {seconds:.0f} s", worker=worker)
 
 
 def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance: str) -> pb.LoadStageRequest:

@@ -79,6 +79,8 @@ class Recovery:
         self.began = time.monotonic()
         self.doing = "looking who is there"
         self.attempts = 0
+        self.switched = False
+        """Whether a move has taken the old ring down, or seen it break."""
         self.refused = False
         """Whether live requests have ended because nothing fits."""
         self._missing_bytes = 0
@@ -109,16 +111,23 @@ class Recovery:
     async def move(self, chosen: Heirs | None = None) -> Epoch:
         """The same while the old ring still runs: slices are loaded first, and requests wait for the switch alone.
 
-        Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere; then nothing has changed. Raises the
-        loss where the old ring breaks meanwhile: requests do not wait for a planned load.
+        Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere, and what a load raises. Raises the loss
+        where the old ring breaks meanwhile: requests do not wait for a planned load. Unless ``switched``, nothing has
+        changed then.
         """
         chosen = chosen or self._chosen(self._site.means.watch.members())
         strangers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
         self.doing = f"moving layers to {', '.join(sorted(strangers)) or 'those who stay'}"
-        load = self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
-        await self._while_all_live(chosen, load, ring_runs=True)
+        self._site.means.roster.pin((*self._epoch.workers, *chosen.workers))
+        try:
+            load = self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
+            await self._while_all_live(chosen, load, ring_runs=True)
+        except BaseException:
+            self._site.means.roster.pin(self._epoch.workers)
+            raise
+        self.switched = True
         self._site.loop.hold()
         return await self._open(chosen)
 
@@ -200,6 +209,7 @@ class Recovery:
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
                 self._site.means.watch.require(names, "while it was loading")
                 if ring_runs and not self._site.troubles.empty():
+                    self.switched = True
                     raise self._site.troubles.get_nowait()
             await task
         finally:

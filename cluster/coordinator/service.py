@@ -25,7 +25,7 @@ from cluster.coordinator.recovery import Means, Recovery, Site, Troubles
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.succession import Heirs, homecoming
 from cluster.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, MOVE_S, STEADY_S
+from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, MOVE_S, RECOVERY_PAUSE_S, STEADY_S
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.scheduler import Scheduler
 from cluster.types import Plan, WorkerFacts
@@ -50,6 +50,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self._refused_leave: dict[str, float] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._no_return_before = 0.0
         self._touched: set[str] = set()
         limits = capacity(first.plan, checkpoint.shape, order.max_step_ms)
         scheduler = Scheduler(first.plan.epoch, limits, checkpoint.tokenizer.eos)
@@ -147,12 +148,20 @@ class Service:
     async def _keep(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    cause = await self._troubles.get()
-            except TimeoutError:
-                await self._let_leave()
-                await self._let_return()
-                continue
+                await self._keep_once()
+            except Exception as e:  # this task's edge: requests wait for it, so it must not end before the service
+                log.exception("service: a recovery or a move failed epoch=%d", self.plan.epoch)
+                self._troubles.put_nowait(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+                await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    async def _keep_once(self) -> None:
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                cause = await self._troubles.get()
+        except TimeoutError:
+            await self._let_leave()
+            await self._let_return()
+        else:
             await self._recover(cause)
 
     async def _recover(self, cause: MacpipeError) -> None:
@@ -173,14 +182,14 @@ class Service:
     async def _carry_out(self, move: Recovery, chosen: Heirs | None = None) -> None:
         """Move layers while requests go on; what goes wrong after the switch is a loss like any other.
 
-        Raises ``NoPlan`` or ``NoWorkers`` where they cannot go elsewhere.
+        Raises what went wrong before it: then the old ring still runs.
         """
         self.move = move
         try:
             self._epoch = await move.move(chosen)
-        except (NoPlan, NoWorkers):
-            raise
         except MacpipeError as e:
+            if not move.switched:
+                raise
             self.move = None
             await self._recover(e)
         else:
@@ -244,12 +253,18 @@ class Service:
         assert self._epoch
         name = leaver.name
         cause = WorkerLost(f"worker {name} is being drained", worker=name)
-        move = Recovery(self._site, self._epoch, cause, without=(name,))
-        try:
-            await self._carry_out(move)
-        except (NoPlan, NoWorkers) as e:
-            await self._cannot_leave(leaver, e)
-            return
+        without = {name}
+        while True:
+            try:
+                await self._carry_out(Recovery(self._site, self._epoch, cause, without))
+                break
+            except MacpipeError as e:
+                worker = e.details.get("worker", "")
+                if isinstance(e, NoPlan | NoWorkers) or not worker or worker in without:
+                    await self._cannot_leave(leaver, e)
+                    return
+                log.warning("move: failed, trying without worker=%s reason=%s", worker, e.sentence)
+                without.add(worker)
         if name not in self._holders():
             await self._release(leaver)
 
@@ -270,15 +285,19 @@ class Service:
 
     async def _let_return(self) -> None:
         """Where that is wished, give those who were lost their layers back, once they have been there for a while."""
-        if not self._order.take_back:
+        if not self._order.take_back or time.monotonic() < self._no_return_before:
             return
         since, watch = time.monotonic() - STEADY_S, self._means.watch
         steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
         number = self._means.epochs.next
-        if home := homecoming(number, self._first, self.plan, self.checkpoint.shape, self._order, steady):
-            assert self._epoch
-            back = WorkerLost("workers that were lost take their layers back")
-            await self._carry_out(Recovery(self._site, self._epoch, back), home)
+        back = WorkerLost("workers that were lost take their layers back")
+        try:
+            home = homecoming(number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
+            if home and self._epoch:
+                await self._carry_out(Recovery(self._site, self._epoch, back), home)
+        except MacpipeError as e:
+            self._no_return_before = time.monotonic() + DRAIN_RETRY_S
+            self._said(f"workers that were lost cannot take their layers back: {e.sentence}")
 
     async def _release(self, leaver: WorkerFacts) -> None:
         await farewell(self._means.epochs.last, [self._control(leaver.control_address)])

@@ -81,17 +81,18 @@ class Watch:
             if self.gone(worker):
                 raise WorkerLost(f"worker {worker} went {when}", worker=worker)
 
-    async def asked(self, workers: Collection[str], since: float, within_s: float = ASK_S) -> tuple[Member, ...]:
+    async def asked(self, workers: Collection[str], since: float, within_s: float | None = None) -> tuple[Member, ...]:
         """Ask these now; ``members`` once each has answered after ``since`` or counts as gone, or after ``within_s``.
 
-        A worker that is not asked, since its announcement was withdrawn, is not waited for. One whose engine has
-        crashed counts as gone, but is waited for: its daemon answers, and may have a new engine to tell of.
+        By default that is ``ASK_S``. A worker that is not asked, since its announcement was withdrawn, is not waited
+        for. One whose engine has crashed counts as gone, but is waited for: its daemon answers, and may have a new
+        engine to tell of.
         """
         self._attend()
         for hurry in self._hurry.values():
             hurry.set()
         with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(ASK_S if within_s is None else within_s):
                 while any(self._table.owes_answer(w, since) for w in workers):
                     await self._news.wait()
         return self.members()
