@@ -15,7 +15,7 @@ from cluster.errors import MacpipeError
 from faults.checker import SLACK_S, Verdict, check
 from faults.fleet import Fleet
 from faults.history import History
-from faults.scenario import HARMLESS, Asked, Fault, Moment, Scenario, pool, scenario
+from faults.scenario import HARMLESS, ORDERLY, Asked, Fault, Moment, Scenario, pool, scenario
 
 DEADLINE_S = 60.0
 VOCABULARY = 700
@@ -30,7 +30,7 @@ class Outcome:
     detect_ms: float | None
     resume_ms: float | None
     evicted: bool
-    """A recovery where nothing worse than slowness was done."""
+    """A recovery where nothing worse was done than to slow links, or to have workers leave in good order."""
     history: History
 
     @property
@@ -40,7 +40,7 @@ class Outcome:
     def facts(self) -> dict[str, object]:
         """One line of ``outcomes.jsonl``."""
         v = self.verdict
-        broken = {"lost": v.lost, "hung": v.hung, "differing": v.differing, "evicted": self.evicted}
+        broken = {"lost": v.lost, "hung": v.hung, "differing": v.differing, "slow": v.slow, "evicted": self.evicted}
         return {
             "seed": self.seed,
             "faults": [e["what"] for e in self.history.of("fault")],
@@ -66,11 +66,11 @@ class Campaign:
 
     def run(self, seed: int) -> Outcome:
         """Play a seed."""
-        self.fleet.mend()
-        return _Run(self, scenario(seed, self.asked, self.fleet.stages)).play()
+        return self.play(scenario(seed, self.asked, self.fleet.stages))
 
     def play(self, played: Scenario) -> Outcome:
         """Play a scenario that somebody wrote."""
+        self.fleet.find_workers(announced=played.announced)
         self.fleet.mend()
         return _Run(self, played).play()
 
@@ -95,6 +95,8 @@ class _Run:
             thread.join(max(0.0, until - time.monotonic()))
         time.sleep(0.05)
         end_watch()
+        for answered in self._fleet.monitor.take():
+            history.note("status", began=answered.began, took_s=answered.took_s, error=answered.error)
         return self._judged()
 
     def _judged(self) -> Outcome:
@@ -105,7 +107,7 @@ class _Run:
             (e["t"] for e in self._history.of("health") if struck and not e["serving"] and e["t"] > struck), None
         )
         back = next((e["t"] for e in self._history.of("token") if down and e["t"] > down), None)
-        evicted = down is not None and all(f.kind in HARMLESS for f in self._scenario.faults)
+        evicted = down is not None and all(f.kind in HARMLESS | ORDERLY for f in self._scenario.faults)
         detect = None if down is None or struck is None else (down - struck) * 1e3
         resume = None if back is None or struck is None else (back - struck) * 1e3
         return Outcome(self._scenario.seed, verdict, detect, resume, evicted, self._history)
@@ -153,8 +155,12 @@ class _Run:
         self._history.note("fault", kind=str(fault.kind), what=self._fleet.strike(fault, self._plan))
 
     def _second(self, fault: Fault) -> None:
-        """Strike once the first loss has been noticed."""
+        """Strike once the first loss has been noticed, or while a worker is leaving."""
         self._struck.wait(DEADLINE_S)
+        if self._scenario.faults[0].kind in ORDERLY:
+            time.sleep(0.05 * (self._scenario.seed % 16))
+            self._strike(fault)
+            return
         until = time.monotonic() + 5.0
         while time.monotonic() < until:
             if any(not e["serving"] for e in self._history.of("health")):
@@ -173,6 +179,7 @@ class Summary:
     lost: int = 0
     hung: int = 0
     differing: int = 0
+    slow: int = 0
     evicted: int = 0
     failed: list[int] = field(default_factory=list)
     detect: list[float] = field(default_factory=list)
@@ -185,6 +192,7 @@ class Summary:
         self.lost += len(v.lost)
         self.hung += len(v.hung)
         self.differing += len(v.differing)
+        self.slow += len(v.slow)
         self.evicted += outcome.evicted
         if not outcome.kept:
             self.failed.append(outcome.seed)
@@ -203,6 +211,7 @@ class Summary:
             "lost": self.lost,
             "hung": self.hung,
             "differing": self.differing,
+            "slow": self.slow,
             "evicted": self.evicted,
             "detect_ms": quantiles(self.detect),
             "resume_ms": quantiles(self.resume),
@@ -224,6 +233,7 @@ def complaint(outcome: Outcome, folder: Path) -> str:
     path = folder / f"seed-{outcome.seed}.jsonl"
     outcome.history.save(path)
     v = outcome.verdict
-    said = json.dumps({"lost": v.lost, "hung": v.hung, "differing": v.differing, "evicted": outcome.evicted})
+    broken = {"lost": v.lost, "hung": v.hung, "differing": v.differing, "slow": v.slow, "evicted": outcome.evicted}
+    said = json.dumps(broken)
     faults = [e["what"] for e in outcome.history.of("fault")]
     return f"seed {outcome.seed} ({'; '.join(faults)}): {said}; history in {path}"

@@ -1,7 +1,7 @@
 """The promise, and nothing else: it knows no fault, no stage and no epoch.
 
 Each accepted request ends once, by its deadline, complete or with one typed error; no token is missing, repeated or out
-of order; tokens equal those of the undisturbed run.
+of order; tokens equal those of the undisturbed run. `status` answers in two seconds at every moment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from faults.history import History
 
+STATUS_S = 2.0
+"""In which `status` has to answer, at every moment."""
 SLACK_S = 5.0
 """What an error at a request's deadline may take to reach its client on a busy machine."""
 
@@ -19,17 +21,18 @@ SLACK_S = 5.0
 @dataclass
 class Verdict:
     """What broke the promise. ``lost`` ended with an error, or without a word; ``hung`` did not end in time;
-    ``differing`` have tokens that the undisturbed run has not.
+    ``differing`` have tokens that the undisturbed run has not; ``slow`` are calls of `status` not answered in time.
     """
 
     requests: int = 0
     lost: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> bool:
-        return not (self.lost or self.hung or self.differing)
+        return not (self.lost or self.hung or self.differing or self.slow)
 
 
 def check(history: History, expected: Mapping[str, Sequence[int]], deadline_s: float) -> Verdict:
@@ -48,6 +51,9 @@ def check(history: History, expected: Mapping[str, Sequence[int]], deadline_s: f
         verdict.requests += 1
         _check_end(name, events, deadline_s, verdict)
         _check_tokens(name, events, list(expected[name]), verdict)
+    for event in history.of("status"):
+        if event["error"] or event["took_s"] > STATUS_S:
+            verdict.slow.append(f"status after {event['took_s']:.2f} s: {event['error'] or 'answered too late'}")
     return verdict
 
 

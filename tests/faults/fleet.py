@@ -19,13 +19,16 @@ from cluster.client import Client, ClusterState
 from cluster.client.channel import means, trust_in
 from cluster.errors import MacpipeError
 from faults.history import History
+from faults.monitor import StatusMonitor
 from faults.proxy import Proxy, owner
-from faults.scenario import Fault, Kind
+from faults.scenario import ORDERLY, Fault, Kind
 from integration.daemons import Cluster, Daemon, children, free_port, wait_serving
 
 NAMES = ("ada", "bob", "cyd", "dee")
 MODEL = "faq"
 MEND_S = 60.0
+LEAVE_S = 30.0
+"""A daemon that was told to stop ends in DRAIN_S, 15 s, however much goes wrong."""
 
 
 @dataclass
@@ -37,6 +40,9 @@ class Party:
     control: int
     data: int
     daemon: Daemon | None = None
+    leaving: threading.Thread | None = None
+    """Waits for the end of a daemon that was told to stop, or of a drain."""
+    drained: bool = False
 
     @property
     def pids(self) -> list[int]:
@@ -60,6 +66,8 @@ class Fleet:
     options: tuple[str, ...] = ()
     cluster: Cluster = field(init=False)
     parties: dict[str, Party] = field(default_factory=dict)
+    announced: bool = False
+    """Whether the coordinator finds its workers by their announcements. Then nothing goes through the proxies."""
 
     def __post_init__(self) -> None:
         self.cluster = Cluster(self.folder)
@@ -80,16 +88,32 @@ class Fleet:
         ports = ("--port", str(party.control), "--data-port", str(party.data), "--standby")
         party.daemon = self.cluster.worker(name, *ports)
 
+    def find_workers(self, *, announced: bool) -> None:
+        """Have the coordinator find its workers by their announcements, or by the addresses of their proxies."""
+        if self.announced == announced:
+            return
+        self.mend()
+        self.announced = announced
+        self.client.close()
+        self.monitor.close()
+        self.serve.stop()
+        self.start_coordinator()
+
     def start_coordinator(self, port: int = 0) -> None:
         port = port or free_port()
         peers = [o for p in self.parties.values() for o in ("--peer", f"{p.host}:{p.control}")]
-        options = ["--workers", str(self.stages), "--port", str(port), "--peers-only", "--wait", "60", *peers]
+        found = [] if self.announced else ["--peers-only", *peers]
+        options = ["--workers", str(self.stages), "--port", str(port), "--wait", "60", *found]
         self.serve = self.cluster.serve(MODEL, *options, *self.options)
         self.address = f"127.0.0.1:{port}"
         wait_serving(self.address, self.serve)
         self.client = Client(self.address, timeout_s=60)
+        if hasattr(self, "monitor"):
+            self.monitor.close()
+        self.monitor = StatusMonitor(self.address)
 
     def close(self) -> None:
+        self.monitor.close()
         self.mend_processes(restart=False)
         self.client.close()
         self.cluster.close()
@@ -107,8 +131,36 @@ class Fleet:
         """Make it go wrong; in words."""
         at = min(fault.stage, len(plan) - 1)
         name = plan[at]
+        if fault.kind in ORDERLY:
+            return self._leave(fault.kind, name, plan)
         before = plan[at - 1] if at and fault.data else "serve"
         return self._strike_process(fault.kind, name) or self._strike_link(fault.kind, before, name)
+
+    def _leave(self, kind: Kind, name: str, plan: tuple[str, ...]) -> str:
+        """Drain a worker, or tell its daemon to stop; of a spare, the first that there is."""
+        if kind is Kind.LEAVE_SPARE:
+            name = next((n for n in self.parties if n not in plan), name)
+        party = self.parties[name]
+        if party.daemon is None or party.daemon.process.poll() is not None or party.leaving:
+            return f"{kind} {name}, which is not there"
+        party.drained = kind is Kind.DRAIN_WORKER
+        if not party.drained:
+            party.daemon.process.send_signal(signal.SIGTERM)
+        work = self._drain if party.drained else self._see_off
+        party.leaving = threading.Thread(target=work, args=(party,), daemon=True)
+        party.leaving.start()
+        return f"{kind} {name}"
+
+    def _drain(self, party: Party) -> None:
+        with suppress(MacpipeError), Client(self.address, timeout_s=60) as client:
+            client.drain(party.name)
+
+    def _see_off(self, party: Party) -> None:
+        """Once the daemon has ended, its ports refuse, as those of any process that ended."""
+        assert party.daemon
+        party.daemon.process.wait(LEAVE_S)
+        self.proxy.refuse(party.host, party.control)
+        self.proxy.refuse(party.host, party.data)
 
     def _strike_process(self, kind: Kind, name: str) -> str:
         party = self.parties[name]
@@ -158,6 +210,7 @@ class Fleet:
         while not self._whole(state := self.client.cluster()):
             assert time.monotonic() < deadline, f"the fleet does not mend: {state}\n{self.serve.said()[-4000:]}"
             assert self.serve.process.poll() is None, self.serve.said()[-4000:]
+            self._take_back()
             if state.state == "serving" and len(state.stages) < self.stages and self._all_there(state):
                 with suppress(MacpipeError):
                     self.client.load(MODEL, workers=self.stages).wait()
@@ -167,7 +220,7 @@ class Fleet:
         return state.state == "serving" and len(state.stages) == self.stages and self._all_there(state)
 
     def _all_there(self, state: ClusterState) -> bool:
-        usable = [w for w in state.workers if w.standing == "up" and not w.problem]
+        usable = [w for w in state.workers if w.standing == "up" and not w.problem and not w.draining]
         return len(usable) == len(self.parties)
 
     def mend_processes(self, *, restart: bool = True) -> None:
@@ -175,8 +228,26 @@ class Fleet:
             for pid in party.pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+            if party.leaving:
+                party.leaving.join(LEAVE_S)
+                party.leaving = None
             if restart and not party.pids:
+                party.drained = False
+                self._move_ports(party)
                 self.start_worker(party.name)
+
+    def _move_ports(self, party: Party) -> None:
+        """A worker that is announced takes free ports, and others than before."""
+        if self.announced:
+            party.control, party.data = free_port(), free_port()
+
+    def _take_back(self) -> None:
+        """Undo drains, as soon as who was drained answers."""
+        for party in self.parties.values():
+            with suppress(MacpipeError):
+                if party.drained:
+                    self.client.drain(party.name, undo=True)
+                    party.drained = False
 
     # Looking
 

@@ -16,6 +16,8 @@ from faults.campaign import Campaign, Summary, complaint
 from faults.fleet import NAMES, Fleet
 from faults.scenario import Scenario, kill, scenario
 
+BLOCK = 50
+
 
 @dataclass(frozen=True)
 class Game:
@@ -44,15 +46,23 @@ def fleets(count: int, folder: Path, seeds: Sequence[int], game: Game) -> Summar
     return whole
 
 
+def in_blocks(scenarios: Sequence[Scenario]) -> list[Scenario]:
+    """Those with announced workers together, and those without, a block at a time: between them the coordinator is
+    started again.
+    """
+    blocks = [scenarios[at : at + BLOCK] for at in range(0, len(scenarios), BLOCK)]
+    return [s for i, block in enumerate(blocks) for s in sorted(block, key=lambda s: s.announced, reverse=i % 2 == 1)]
+
+
 def run(folder: Path, seeds: Sequence[int], game: Game) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     fleet, summary, began = Fleet(folder, names=game.names), Summary(), time.monotonic()
     try:
         campaign = Campaign(fleet)
-        for done, seed in enumerate(seeds, 1):
+        for done, played in enumerate(in_blocks([game.scenario(seed, campaign) for seed in seeds]), 1):
             if game.minutes and time.monotonic() - began > 60 * game.minutes:
                 break
-            outcome = campaign.play(game.scenario(seed, campaign))
+            outcome = campaign.play(played)
             summary.add(outcome)
             with (folder / "outcomes.jsonl").open("a", encoding="utf-8") as out:
                 out.write(json.dumps(outcome.facts()) + "\n")

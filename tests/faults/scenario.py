@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -23,10 +23,18 @@ class Kind(StrEnum):
     DELAY = "delay"
     THROTTLE = "throttle"
     CORRUPT = "corrupt"
+    LEAVE_WORKER = "leave worker"
+    LEAVE_SPARE = "leave spare"
+    DRAIN_WORKER = "drain worker"
 
 
 HARMLESS = frozenset({Kind.DELAY, Kind.THROTTLE})
 """Slow is not dead: these must cause no recovery."""
+ORDERLY = frozenset({Kind.LEAVE_WORKER, Kind.LEAVE_SPARE, Kind.DRAIN_WORKER})
+"""Workers that leave in good order, told to stop (SIGTERM) or drained: their layers move first, without a recovery."""
+LINK = frozenset({Kind.CUT, Kind.CUT_ONE_WAY, Kind.RESET, Kind.DELAY, Kind.THROTTLE, Kind.CORRUPT})
+"""What happens to links goes through proxies, which a worker does not announce."""
+ORDERLY_SHARE = 0.25
 WEIGHTS = {
     Kind.KILL_ENGINE: 4,
     Kind.CRASH_ENGINE: 2,
@@ -79,6 +87,8 @@ class Scenario:
     requests: tuple[int, ...]
     starts: tuple[float, ...]
     faults: tuple[Fault, ...]
+    announced: bool = False
+    """Whether the coordinator finds its workers by their announcements, or by peers that it was given."""
 
 
 def pool(vocabulary: int) -> tuple[Asked, ...]:
@@ -123,7 +133,23 @@ def scenario(seed: int, asked: tuple[Asked, ...], stages: int = 3) -> Scenario:
     faults = [first]
     if first.kind not in HARMLESS and rng.random() < 0.2:
         faults.append(_fault(rng, Moment.RECOVERY, asked[requests[0]], stages))
-    return Scenario(seed, requests, starts, tuple(faults))
+    return _with_departures(Scenario(seed, requests, starts, tuple(faults)))
+
+
+def _with_departures(drawn: Scenario) -> Scenario:
+    """Let some seeds announce their workers, and some of the workers leave in good order.
+
+    What else a seed draws stays what it was before there were departures.
+    """
+    rng = random.Random(f"departures {drawn.seed}")
+    announced, faults = rng.random() < 0.5, list(drawn.faults)
+    orderly = sorted(ORDERLY)
+    process = sorted(WEIGHTS.keys() - LINK)
+    if rng.random() < ORDERLY_SHARE:
+        faults[0] = replace(faults[0], kind=rng.choice(orderly))
+    if announced:
+        faults = [replace(f, kind=rng.choice(process + orderly)) if f.kind in LINK else f for f in faults]
+    return replace(drawn, faults=tuple(faults), announced=announced)
 
 
 def _fault(rng: random.Random, moment: Moment, first: Asked, stages: int) -> Fault:

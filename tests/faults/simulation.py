@@ -29,6 +29,8 @@ from cluster.coordinator.succession import Heirs
 from cluster.coordinator.supply import Delivery, Supply
 from cluster.coordinator.text import plain
 from cluster.coordinator.watch import Watch
+from cluster.discovery.roster import Roster as Sightings
+from cluster.discovery.sighting import Sighting
 from cluster.discovery.static import static
 from cluster.errors import (
     BadFrame,
@@ -59,21 +61,26 @@ from cluster.types import (
     WorkerFacts,
 )
 from cluster.wire.frame import decode, encode
-from faults.checker import Verdict, check
+from faults.checker import STATUS_S, Verdict, check
 from faults.history import History
-from faults.scenario import Asked, Fault, Kind, Moment, Scenario, pool, scenario
+from faults.scenario import ORDERLY, Asked, Fault, Kind, Moment, Scenario, pool, scenario
 from scheduler.stages import continuation, next_token
 
 NAMES = ("ada", "bob", "cyd", "dee")
 STAGES = 3
 DEADLINE_S = 30.0
 BACK_S = 0.2
-"""After which a worker that was killed or stopped is there again."""
+"""After which a worker that was killed, stopped or drained is there again."""
+LEAVE_S = 1.5
+"""After which a worker that was told to stop goes, wherever its layers are."""
+STATUS_EVERY_S = 0.02
 ENGINE_S = 0.03
 SPEED = {
     "cluster.coordinator.watch.HEARTBEAT_S": 0.05,
     "cluster.coordinator.watch.LOOK_S": 0.02,
     "cluster.coordinator.watch.GONE_S": 0.25,
+    "cluster.coordinator.watch.ASK_S": 0.5,
+    "cluster.coordinator.watch.STATUS_ASK_S": 0.1,
     "cluster.coordinator.service.HEARTBEAT_S": 0.05,
     "cluster.coordinator.recovery.RECOVERY_PAUSE_S": 0.01,
     "cluster.coordinator.recovery.RETURN_S": 0.5,
@@ -146,9 +153,11 @@ class Caches:
 class Mac:
     """A worker as the coordinator's side meets it: ``WorkerControl``'s calls, and a data port in the network."""
 
-    def __init__(self, name: str, network: MemoryNetwork) -> None:
-        self.name, self._network = name, network
+    def __init__(self, name: str, network: MemoryNetwork, sightings: Sightings | None = None) -> None:
+        self.name, self._network, self._sightings = name, network, sightings
         self.address = self._data = f"{name}:1"
+        self._life = 1
+        self.leaving: asyncio.Task[None] | None = None
         self._caches: Caches | None = None
         self._problem, self._dead, self._silent = "", False, False
         self.newest = 0
@@ -156,6 +165,11 @@ class Mac:
         self.draining, self.loading = False, asyncio.Event()
         self.loading.set()  # unless a test holds loads back
         network.ports[self._data] = self
+        self._announce()
+
+    def _announce(self) -> None:
+        if self._sightings:
+            self._sightings.put(self.name, Sighting(self.address, self.name, self.name, "", "sim"))
 
     # The data port
 
@@ -211,7 +225,9 @@ class Mac:
             layers=held.layers if held else None,
             fingerprint=held.model.fingerprint if held else "",
             owner="me",
-            draining=self.draining,
+            draining=self.draining or self.leaving is not None,
+            stopping=self.leaving is not None,
+            instance=str(self._life),
         )
 
     async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
@@ -283,6 +299,34 @@ class Mac:
                 self._network.faults[self._data] = self._damaged
             case Kind.RESET:
                 self._network.cut(self._data)
+            case Kind.LEAVE_WORKER | Kind.LEAVE_SPARE:
+                if self.leaving is None and not self._dead:
+                    self.leaving = asyncio.create_task(self._leave(for_good=kind is Kind.LEAVE_SPARE))
+            case Kind.DRAIN_WORKER:
+                self.draining = True
+                self._later(BACK_S, self._undrain)
+
+    async def _leave(self, *, for_good: bool) -> None:
+        """Go once it holds nothing, with a goodbye; come back after a while, at another address if it is announced."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await asyncio.sleep(0.06)  # a heartbeat, after which its coordinator knows
+                while self._caches:
+                    await asyncio.sleep(0.01)
+        self._dead = True
+        self._drop()
+        if self._sightings:
+            self._sightings.forget(self.name)
+        if for_good:
+            return
+        await asyncio.sleep(BACK_S)
+        self._life, self.leaving, self._problem = self._life + 1, None, ""
+        self.address = f"{self.name}:{self._life}" if self._sightings else self.address
+        self.revive()
+        self._announce()
+
+    def _undrain(self) -> None:
+        self.draining = False
 
     def wall(self) -> None:
         """Nobody gets to its data port any more, as behind a firewall, though its daemon says that all is well."""
@@ -321,13 +365,29 @@ def _late(message: bytes) -> bytes:
     return message
 
 
+class _Nobody:
+    """Where a worker listened that has another address now."""
+
+    def __init__(self, address: str) -> None:
+        self._refusal = WorkerRefused(f"nobody answers at {address}")
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+        await asyncio.sleep(0)
+        raise self._refusal
+
+    async def unload(self, epoch: int, timeout_s: float = 1.0) -> None:
+        raise self._refusal
+
+
 class _Macs(Roster):
-    def __init__(self, macs: dict[str, Mac]) -> None:
-        super().__init__(static([m.address for m in macs.values()]), "sim", "me", LocalTrust())
-        self._by_address = {m.address: m for m in macs.values()}
+    def __init__(self, macs: dict[str, Mac], sightings: Sightings | None) -> None:
+        source = sightings or static([m.address for m in macs.values()])
+        super().__init__(source, "sim", "me", LocalTrust())
+        self._macs = macs
 
     def control(self, address: str) -> WorkerControl:
-        return cast(WorkerControl, self._by_address[address])
+        there = (m for m in self._macs.values() if m.address == address)
+        return cast(WorkerControl, next(there, None) or _Nobody(address))
 
 
 class _Unchecked(Delivery):
@@ -370,11 +430,13 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.history, self._network, self.epochs = History(), MemoryNetwork(), EpochNumbers()
-        self.macs = {name: Mac(name, self._network) for name in NAMES}
-        self._struck = asyncio.Event()
+        self._sightings = Sightings() if self.played.announced else None
+        self.macs = {name: Mac(name, self._network, self._sightings) for name in NAMES}
+        self._struck, self._over = asyncio.Event(), False
 
     async def play(self) -> Verdict:
         await self.open()
+        status = asyncio.create_task(self._ask_status())
         try:
             async with asyncio.timeout(DEADLINE_S):
                 tasks = [self._request(i) for i in range(len(self.played.requests))]
@@ -382,6 +444,12 @@ class Simulation:
         except TimeoutError:
             self.history.note("over")  # whoever has not ended by now hangs
         finally:
+            if leaving := [m.leaving for m in self.macs.values() if m.leaving]:
+                await asyncio.wait(leaving, timeout=2 * LEAVE_S)
+            self._over = True
+            await asyncio.wait((status,), timeout=STATUS_S + STATUS_EVERY_S)
+            status.cancel()
+            await asyncio.wait((status,), timeout=1.0)
             await self.close()
         expected = {
             f"r{i}": continuation(self.asked[r].prompt, self.asked[r].max_tokens)
@@ -389,13 +457,25 @@ class Simulation:
         }
         return check(self.history, expected, DEADLINE_S)
 
+    async def _ask_status(self) -> None:
+        """As people do all the time, and once more when all is over."""
+        last = False
+        while not last:
+            last = self._over
+            await asyncio.sleep(STATUS_EVERY_S)
+            began = time.monotonic()
+            try:
+                await self._watch.everybody()
+            finally:
+                self.history.note("status", took_s=time.monotonic() - began, error="")
+
     async def close(self) -> None:
         await self._watch.close()
         await self.service.close(NotServing("the simulation is over"))
 
     async def open(self) -> None:
         """Until a token has gone through every stage."""
-        roster, order = _Macs(self.macs), LoadOrder("sim", workers=STAGES)
+        roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", workers=STAGES)
         self._watch = Watch(roster, self._believed, lambda: self.service.alive())
         self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
@@ -448,12 +528,18 @@ class Simulation:
 
     def _strike(self, fault: Fault) -> None:
         mac = self._homes[min(fault.stage, STAGES - 1)]
+        if fault.kind is Kind.LEAVE_SPARE:
+            mac = next(name for name in NAMES if name not in self._homes)
         self.history.note("fault", what=f"{fault.kind} {mac}")
         self.macs[mac].strike(fault.kind)
 
     async def _second(self, fault: Fault) -> None:
         """Strike in the middle of the recovery from the first loss."""
         await self._struck.wait()
+        if self.played.faults[0].kind in ORDERLY:
+            await asyncio.sleep(0.01 * (self.played.seed % 16))
+            self._strike(fault)
+            return
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 while self.service.recovery is None:

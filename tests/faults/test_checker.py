@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faults.checker import SLACK_S, check
+from faults.games import BLOCK, in_blocks
 from faults.history import History
-from faults.scenario import HARMLESS, Kind, Moment, pool, scenario
+from faults.monitor import StatusMonitor
+from faults.scenario import HARMLESS, LINK, Kind, Moment, pool, scenario
 
 EXPECTED = {"r": (5, 6, 7)}
 DEADLINE_S = 10.0
@@ -64,6 +68,37 @@ def test_a_broken_promise(events: tuple[tuple[Any, ...], ...], broken: str) -> N
     assert getattr(verdict, broken), verdict
 
 
+@pytest.mark.parametrize(
+    ("took_s", "error", "kept"), [(1.9, "", True), (2.1, "", False), (0.1, "UNREACHABLE: nobody answers", False)]
+)
+def test_a_status_that_is_not_answered_in_time_breaks_the_promise(took_s: float, error: str, kept: bool) -> None:
+    made = history(*WHOLE)
+    made.note("status", took_s=took_s, error=error)
+    verdict = check(made, EXPECTED, DEADLINE_S)
+    assert verdict.kept is kept
+    assert bool(verdict.slow) is not kept
+
+
+def test_a_status_without_an_answer_is_seen_before_it_ends() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monitor = StatusMonitor(f"127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()
+        (early,) = monitor.take()
+        (late,) = monitor.take()
+        assert (late.began, late.error) == (early.began, "")
+        assert late.took_s > early.took_s
+        connection.close()
+    monitor.close()
+    assert monitor.take() == []
+
+
+def test_scenarios_are_played_in_blocks_with_few_changes_of_how_workers_are_found() -> None:
+    made = [scenario(seed, pool(500)) for seed in range(3 * BLOCK)]
+    played = in_blocks(made)
+    assert sorted(s.seed for s in played) == list(range(3 * BLOCK))
+    assert sum(a.announced != b.announced for a, b in pairwise(played)) == 3
+
+
 def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     made = history(*WHOLE)
     made.save(tmp_path / "deep" / "h.jsonl")
@@ -78,3 +113,5 @@ def test_a_seed_gives_one_scenario_and_many_seeds_give_every_kind() -> None:
     assert {f.kind for f in faults} == set(Kind)
     assert {f.moment for f in faults} == set(Moment)
     assert all(s.faults[0].kind not in HARMLESS for s in made if len(s.faults) > 1)
+    assert {s.announced for s in made} == {True, False}
+    assert not any(f.kind in LINK for s in made if s.announced for f in s.faults)

@@ -11,7 +11,8 @@ import pytest
 
 from faults.campaign import Campaign, complaint
 
-SEEDS = 5
+SEEDS = (1, 3, 2, 5)
+"""A killed engine, a flipped bit and a drain, then, where workers are announced, two workers that leave."""
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("faults")]
 
@@ -28,6 +29,6 @@ def test_a_hop_is_between_two_stages(campaign: Campaign) -> None:
 
 
 def test_whatever_goes_wrong_the_promise_is_kept(campaign: Campaign, tmp_path: Path) -> None:
-    outcomes = [campaign.run(seed) for seed in range(SEEDS)]
+    outcomes = [campaign.run(seed) for seed in SEEDS]
     broken = [complaint(o, tmp_path) for o in outcomes if not o.kept]
     assert not broken, "\n".join(broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,56 @@ def test_a_refused_epoch_leads_to_a_larger_one(spare: str) -> None:
                     await asyncio.sleep(0.01)
             assert [s.worker for s in service.plan.stages] == ["ada", spare, "cyd"]
             assert service.plan.epoch > newest
+        finally:
+            await simulation.close()
+
+    asyncio.run(play())
+
+
+def test_a_move_that_fails_before_the_switch_takes_nothing_down() -> None:
+    """The spare leaves while a leaver's layers are loaded there: they go to those who are left, without a recovery."""
+
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(replace(scenario(0, asked), announced=True), asked)
+        await simulation.open()
+        service, spare = simulation.service, simulation.macs["dee"]
+        try:
+            spare.loading.clear()
+            simulation.macs["bob"].draining = True
+            async with asyncio.timeout(10):
+                while service.move is None:
+                    await asyncio.sleep(0.01)
+                spare.strike(Kind.LEAVE_SPARE)
+                while "bob" in [s.worker for s in service.plan.stages]:
+                    await asyncio.sleep(0.01)
+            assert ([s.worker for s in service.plan.stages], service.recoveries) == (["ada", "cyd"], 0)
+        finally:
+            spare.loading.set()
+            await simulation.close()
+
+    asyncio.run(play())
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_task_that_requests_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(scenario(0, asked), asked)
+        await simulation.open()
+        service = simulation.service
+        foreseen = service._let_leave
+
+        async def fail() -> None:
+            monkeypatch.setattr(service, "_let_leave", foreseen)
+            raise ZeroDivisionError("unforeseen")
+
+        try:
+            monkeypatch.setattr(service, "_let_leave", fail)
+            async with asyncio.timeout(10):
+                while not service.recoveries:
+                    await asyncio.sleep(0.01)
         finally:
             await simulation.close()
 
