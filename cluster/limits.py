@@ -151,6 +151,8 @@ JOURNAL_BYTES: Final = 16 * MIB
 JOURNAL_FSYNC_S: Final = 1.0
 RESTART_S: Final = GONE_S
 """A coordinator that has been silent for this long has ended: another of its id is the same one, started again."""
+JOURNAL_RETRY_S: Final = 5.0
+"""A journal that could not be written is tried again this often."""
 RESUME_S: Final = 600.0
 """How long a client of a coordinator that died may take to come back for the rest of its answer."""
 EPOCH_TRIES: Final = 4

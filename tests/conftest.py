@@ -1,4 +1,4 @@
-"""What every test shares: the seed, the option for long tests, and the namespaces' fixture."""
+"""What every test shares: the seed, the option for long tests, and the fixtures of namespaces and small disks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from effort import QUICK
 
-pytest_plugins = ["netns"]
+pytest_plugins = ["netns", "disks"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster import __version__
+from cluster.coordinator.journal import Journal
 from cluster.coordinator.snapshot import ServingState
 from cluster.coordinator.views import LoopView
 from cluster.errors import Aborted, MacpipeError
@@ -61,23 +62,28 @@ class Metrics:
         """An HTTP response; ``route`` is the pattern, so that labels stay few. Status 0: the client had gone."""
         self._responses.labels(route, str(status or 499)).inc()
 
-    def exposition(self, state: ServingState, plan: Plan | None, loop: LoopView | None) -> bytes:
+    def exposition(
+        self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None = None
+    ) -> bytes:
         """Everything in Prometheus' text format, with the state of this moment."""
         now = CollectorRegistry()
-        now.register(_Now(state, plan, loop))
+        now.register(_Now(state, plan, loop, journal))
         return generate_latest(self._registry) + generate_latest(now)
 
 
 class _Now(Collector):
     """The gauges, from one look at the coordinator."""
 
-    def __init__(self, state: ServingState, plan: Plan | None, loop: LoopView | None) -> None:
-        self._state, self._plan, self._loop = state, plan, loop
+    def __init__(self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None) -> None:
+        self._state, self._plan, self._loop, self._journal = state, plan, loop, journal
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("macpipe_info", "Which macpipe.", ["version"], [([__version__], 1)])
         states = [([s.value], float(s is self._state)) for s in ServingState]
         yield _gauge("macpipe_state", "1 for what the coordinator is doing.", ["state"], states)
+        if self._journal:
+            on = float(not self._journal.problem)
+            yield _gauge("macpipe_journal_on", "1 while live requests are kept on disk.", [], [([], on)])
         if self._plan and self._loop:
             yield from self._requests(self._loop)
             yield from self._stages(self._plan, self._loop)

@@ -133,6 +133,7 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         requests_finished=s.finished,
         tokens_generated=s.tokens,
         uptime_seconds=s.uptime_s,
+        warnings=s.warnings,
     )
     if s.repair:
         reply.repair.CopyFrom(_repair(s.repair))

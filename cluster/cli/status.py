@@ -82,6 +82,7 @@ def headline(state: ClusterState) -> list[str]:
     lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
     if state.problem:
         lines.append(f"problem: {state.problem}")
+    lines += [f"warning: {warning}" for warning in state.warnings]
     if state.repair:
         lines.append(repair_in_words(state.repair))
     if state.move:

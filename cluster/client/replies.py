@@ -126,6 +126,7 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         repair=_repair(reply.repair) if reply.HasField("repair") else None,
         move=_repair(reply.move) if reply.HasField("move") else None,
         recoveries=reply.recoveries,
+        warnings=tuple(reply.warnings),
     )
 
 

@@ -147,6 +147,8 @@ class ClusterState:
     forecast: Forecast | None = None
     spares: tuple[Spare, ...] = ()
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What does not work as asked for while answers go on, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)

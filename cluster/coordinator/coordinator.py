@@ -318,6 +318,7 @@ class Coordinator:
             move=move,
             recoveries=service.recoveries if service else 0,
             beliefs=self._watch.beliefs(),
+            warnings=(self.journal.problem,) if self.journal and self.journal.problem else (),
         )
 
     async def under_way(self) -> tuple[Plan | None, LoopView | None]:

@@ -1,8 +1,8 @@
 """The journal: what a coordinator that died had accepted and said, so that its successor can go on.
 
-A file of msgpack records, appended to as tokens come: a request, a token of it, its end. It holds token ids, which are
-as good as text: so there is one only where a person asked for it, nobody else may read it, and what has ended is gone
-from it at the next compaction. It knows requests; it refuses to know who serves them.
+A file of records (see ``records``), appended to as tokens come: a request, a token of it, its end. It holds token ids,
+which are as good as text: so there is one only where a person asked for it, nobody else may read it, and what has ended
+is gone from it when it is next rewritten. It knows requests; it refuses to know who serves them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import msgpack
-
-from cluster.coordinator.records import as_data, from_data, token_ids
+from cluster.coordinator.records import (
+    HEADER,
+    as_data,
+    from_data,
+    pack_record,
+    read_records,
+    token_ids,
+    unpack_record,
+)
 from cluster.errors import InvalidRequest
-from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, RESUME_S
+from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_RETRY_S, RESUME_S
+from cluster.private_files import create_private_file, make_private_folder, open_regular_file, sync_folder, write_all
 from cluster.types import Request
 
 log = logging.getLogger(__name__)
 
 _OPENED, _SAID, _ENDED = range(3)
+_TOKEN_BYTES: Final = 5
+"""What a token takes at most in a rewritten file."""
 Said = tuple[tuple[int, ...], ...]
 """Tokens of each sample of an answer; () stands for none of any."""
 
@@ -51,80 +60,163 @@ class Kept:
 
 
 class Journal:
-    """The journal in ``path``, for one coordinator. Only the engine loop's thread writes to it."""
+    """The journal in ``path``, for one coordinator. Only the engine loop's thread writes to it.
 
-    def __init__(self, path: Path, fsync: Fsync = Fsync.SECOND, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._fsync, self._clock = path, fsync, clock
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        since = clock() - RESUME_S
-        self._before = {i: k for i, k in _read(path).items() if k.at >= since}
+    No method raises for a disk that fails. The journal is off then: ``problem`` says why, requests are answered as
+    ever, and the file stays as it was after its last whole record. Every ``JOURNAL_RETRY_S`` all live requests are
+    written to a new file; once that works the journal is on again and misses nothing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fsync: Fsync = Fsync.SECOND,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._fsync, self._clock, self._monotonic = path, fsync, clock, monotonic
+        self.problem = ""
+        """Why nothing is written now, as a sentence; empty while the journal is on."""
+        self._before = {i: k for i, k in _read(path, clock()).items() if not self._expired(k)}
         self._live: dict[str, Kept] = {}
-        self._synced = 0.0
-        self._file = -1
-        self._compact()
+        self._costs: dict[str, int] = {}  # bytes that each live request takes of a file that was just rewritten
+        self._pending: list[bytes] = []
+        self._file, self._size, self._size_before = -1, 0, 0
+        self._synced = self._retry_at = 0.0
+        self._rewrite()
 
     # What a coordinator before this one left
 
     def take(self, request_id: str, client: str) -> Kept | None:
         """A request that was not ended when the coordinator before this one died; None where there is none.
 
-        It is its client's alone, and can be taken once.
+        It is its client's alone, can be taken once, and not after ``RESUME_S``.
         """
         kept = self._before.get(request_id)
-        if kept is None or kept.request.client != client:
+        if kept is None or kept.request.client != client or self._expired(kept):
             return None
-        return self._before.pop(request_id)
+        return self._before.pop(request_id, None)
+
+    def _expired(self, kept: Kept) -> bool:
+        return self._clock() - kept.at > RESUME_S
 
     # What this one does
 
     def opened(self, request: Request, said: Said) -> None:
         """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
         kept = Kept(replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples])
-        if self._size + len(request.prompt) * 5 > JOURNAL_BYTES:
-            self._compact()
-        if self._size > JOURNAL_BYTES:
-            return  # full of live requests: this one cannot be resumed
         try:
             record = _opened(kept)
-            if from_data(msgpack.unpackb(record, strict_map_key=False)[3]) != kept.request:
+            if from_data(unpack_record(record)[3]) != kept.request:
                 raise TypeError("it asks for more than the journal keeps")
         except (TypeError, ValueError) as e:
-            log.info("request %s is not kept in the journal: %s", request.id, e)
+            log.info("journal: request left out reason=%s request=%s", e, request.id)
             return
-        self._live[request.id] = kept
-        self._write(record)
+        if self._needed() + len(record) > JOURNAL_BYTES:
+            log.info("journal: request left out reason=full of live requests request=%s", request.id)
+            return
+        self._live[request.id], self._costs[request.id] = kept, len(record)
+        self._record(record)
 
     def said(self, request_id: str, token: int, sample: int = 0) -> None:
+        """A live request got a token."""
         if kept := self._live.get(request_id):
             kept.said[sample].append(token)
-            self._write(_packed(_SAID, request_id, token, sample))
+            self._costs[request_id] += _TOKEN_BYTES
+            self._record(pack_record(_SAID, request_id, token, sample))
 
     def ended(self, request_id: str) -> None:
+        """A request is live no more."""
         if self._live.pop(request_id, None):
-            self._write(_packed(_ENDED, request_id))
+            del self._costs[request_id]
+            self._record(pack_record(_ENDED, request_id))
+
+    def flush(self) -> None:
+        """Write what was recorded since the last flush: after readers were told, who need not wait for a disk."""
+        if self.problem:
+            if self._monotonic() >= self._retry_at:
+                self._rewrite()
+        elif self._size > JOURNAL_BYTES and self._size - self._needed() > JOURNAL_BYTES // 8:
+            self._rewrite()
+        elif self._pending:
+            self._append()
 
     def close(self) -> None:
-        with suppress(OSError):
-            os.close(self._file)
+        """Write what is left, and let go of the file."""
+        self.flush()
+        self._close_file()
 
-    def _write(self, record: bytes) -> None:
-        self._size += os.write(self._file, record)
-        now = self._clock()
-        if self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S):
-            os.fsync(self._file)
-            self._synced = now
+    def _needed(self) -> int:
+        """Bytes that a rewritten file would have, at most."""
+        return self._size_before + sum(self._costs.values())
 
-    def _compact(self) -> None:
-        """Write the file anew with what has not ended, and put it in the old one's place."""
+    def _record(self, record: bytes) -> None:
+        if not self.problem:  # else it is in the file that is written once that works
+            self._pending.append(record)
+
+    def _append(self) -> None:
+        records = b"".join(self._pending)
+        self._pending.clear()
+        try:
+            write_all(self._file, records)
+            now = self._monotonic()
+            if self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S):
+                os.fsync(self._file)
+                self._synced = now
+            self._size += len(records)
+        except OSError as e:
+            with suppress(OSError):  # where even this fails, the part of a record is known by its checksum
+                os.ftruncate(self._file, self._size)
+            self._switch_off(e)
+
+    def _rewrite(self) -> None:
+        """Put a new file with all that has not ended in the old one's place; the old one stays where that fails."""
+        for request_id in [i for i, kept in list(self._before.items()) if self._expired(kept)]:
+            self._before.pop(request_id, None)
         fresh = self._path.with_suffix(".new")
-        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-        records = [_opened(k) for k in (*self._before.values(), *self._live.values())]
-        self._size = os.write(file, b"".join(records)) if records else 0
-        os.fsync(file)
-        fresh.replace(self._path)
+        try:
+            make_private_folder(self._path.parent)
+            file = create_private_file(fresh)
+            try:
+                before = b"".join((HEADER, *map(_opened, list(self._before.values()))))
+                content = before + b"".join(map(_opened, self._live.values()))
+                write_all(file, content)
+                os.fsync(file)
+                fresh.replace(self._path)
+            except BaseException:
+                os.close(file)
+                fresh.unlink(missing_ok=True)
+                raise
+            self._close_file()
+            self._file, self._size, self._size_before = file, len(content), len(before)
+            sync_folder(self._path.parent)
+        except OSError as e:
+            self._switch_off(e)
+        else:
+            self._switch_on()
+
+    def _switch_off(self, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
+        if not self.problem:
+            log.error("journal: off reason=%s path=%s", why, self._path)
+        self.problem = (
+            f"the journal is off, since {self._path} cannot be written ({why}): answers go on, but cannot be resumed"
+            f" if the coordinator ends now; it is tried again every {JOURNAL_RETRY_S:.0f} s"
+        )
+        self._retry_at = self._monotonic() + JOURNAL_RETRY_S
+        self._pending.clear()
+
+    def _switch_on(self) -> None:
+        if self.problem:
+            log.warning("journal: on again path=%s live=%d", self._path, len(self._live))
+        self.problem = ""
+        self._pending.clear()
+
+    def _close_file(self) -> None:
         if self._file >= 0:
-            os.close(self._file)
-        self._file = file
+            with suppress(OSError):
+                os.close(self._file)
+        self._file = -1
 
 
 def continued(kept: Kept, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
@@ -141,33 +233,30 @@ def continued(kept: Kept, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]
     return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
 
 
-def _packed(*record: Any) -> bytes:
-    return bytes(msgpack.packb(record))
-
-
 def _opened(kept: Kept) -> bytes:
     """The record of a request and all that it has said; raises TypeError where a field is more than data."""
-    return _packed(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
+    return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
 
-def _read(path: Path) -> dict[str, Kept]:
-    """Requests that have not ended; a file that is cut off or damaged counts up to there."""
+def _read(path: Path, now: float) -> dict[str, Kept]:
+    """Requests that have not ended; a file that is cut off or damaged counts up to there.
+
+    What seems to have come after ``now``, since the clock went back, counts as of now.
+    """
     found: dict[str, Kept] = {}
-    for record in _records(path):
-        try:
-            _apply(found, *record)
-        except (TypeError, ValueError, KeyError, IndexError) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
-            break
+    try:
+        with open_regular_file(path) as file:
+            for record in read_records(file):
+                _apply(found, *record)
+    except FileNotFoundError:
+        return {}
+    except OSError as e:
+        log.warning("journal: not read reason=%s path=%s", e.strerror, path)
+    except (TypeError, ValueError, KeyError, IndexError) as e:
+        log.warning("journal: damaged, the rest is ignored reason=%s path=%s", type(e).__name__, path)
+    for kept in found.values():
+        kept.at = min(kept.at, now)
     return found
-
-
-def _records(path: Path) -> Iterator[list[Any]]:
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        try:
-            yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
-        except (ValueError, msgpack.UnpackException) as e:
-            log.warning("the journal is damaged, what follows is ignored: %s", type(e).__name__)
 
 
 def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:

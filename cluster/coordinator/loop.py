@@ -167,6 +167,8 @@ class EngineLoop:
             log.exception("the engine loop failed")
             self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
         self.post.deliver()
+        if self.journal:
+            self.journal.flush()  # readers come first: whatever a disk does, they have been told
 
     def _wait_s(self) -> float | None:
         """Seconds until a frame or a request is overdue; None where neither can be."""
@@ -225,8 +227,6 @@ class EngineLoop:
         if asked is None:
             return False
         del self._asked[asked.request.id]
-        if self.journal:
-            self.journal.ended(asked.request.id)
         for sample in sorted(asked.live):
             del self._live[sample]
             try:
@@ -235,6 +235,8 @@ class EngineLoop:
                 log.debug("request %s had left the schedule", sample)
         self._flush()
         asked.answer.put(error)
+        if self.journal:
+            self.journal.ended(asked.request.id)
         return True
 
     def _returned(self, message: bytes) -> None:
@@ -309,10 +311,10 @@ class EngineLoop:
         live.asked.live.remove(live.request.id)
         if not live.asked.live:
             del self._asked[live.asked.request.id]
-            if self.journal:
-                self.journal.ended(live.asked.request.id)
         self.totals.finished += 1
         live.asked.answer.put(last)
+        if self.journal and not live.asked.live:
+            self.journal.ended(live.asked.request.id)
 
     # Rings come and go
 

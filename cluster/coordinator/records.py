@@ -1,16 +1,76 @@
-"""A request as plain data and back: what of it the journal keeps. All of it but the deadline, which is a clock's."""
+"""The journal's records: their bytes with length and checksum, and a request as plain data and back.
+
+All of a request is kept but the deadline, which is a clock's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, fields
-from typing import Any
+from typing import Any, BinaryIO, Final
+
+import msgpack
 
 from cluster.chat import Parsing, Tool
 from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import JOURNAL_BYTES
 from cluster.types import Request, SamplingParams
 
+HEADER: Final = b"macpipe journal 2\n"
+"""How a journal begins. The format before this one had no header: msgpack objects one behind the other."""
+_PREFIX: Final = struct.Struct(">II")
+"""Before each record: the length of its msgpack, and the CRC-32 of that."""
 _PLAIN = SamplingParams()
+
+
+class DamagedJournal(ValueError):
+    """A record was cut off, or is not what was written; what follows it cannot be read."""
+
+
+def pack_record(*values: Any) -> bytes:
+    """A record's bytes. Raises ``TypeError`` where a value is more than data."""
+    body = bytes(msgpack.packb(values))
+    return _PREFIX.pack(len(body), zlib.crc32(body)) + body
+
+
+def unpack_record(record: bytes) -> list[Any]:
+    """The values of one record. Raises ``DamagedJournal``."""
+    length, checksum = _PREFIX.unpack_from(record)
+    body = record[_PREFIX.size :]
+    if len(body) != length or zlib.crc32(body) != checksum:
+        raise DamagedJournal("a record's length or checksum does not match")
+    return _values(body)
+
+
+def read_records(file: BinaryIO) -> Iterator[list[Any]]:
+    """The records of a journal of this format or the one before it.
+
+    Raises ``DamagedJournal`` after the last good one.
+    """
+    header = file.read(len(HEADER))
+    if header == HEADER:
+        while prefix := file.read(_PREFIX.size):
+            if len(prefix) < _PREFIX.size or _PREFIX.unpack(prefix)[0] > 2 * JOURNAL_BYTES:
+                raise DamagedJournal("a record's length is damaged")
+            yield unpack_record(prefix + file.read(_PREFIX.unpack(prefix)[0]))
+    elif header:
+        file.seek(0)
+        try:
+            yield from msgpack.Unpacker(file, max_buffer_size=2 * JOURNAL_BYTES)
+        except (ValueError, msgpack.UnpackException) as e:
+            raise DamagedJournal(f"its records cannot be read: {type(e).__name__}") from e
+
+
+def _values(body: bytes) -> list[Any]:
+    try:
+        values = msgpack.unpackb(body, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as e:
+        raise DamagedJournal("a record is no msgpack") from e
+    if not isinstance(values, list):
+        raise DamagedJournal("a record is no list")
+    return values
 
 
 def as_data(r: Request) -> tuple[Any, ...]:

@@ -56,3 +56,5 @@ class Snapshot:
     move: Repair | None = None
     recoveries: int = 0
     beliefs: tuple[Belief, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What does not work as asked for while answers go on, a sentence each."""

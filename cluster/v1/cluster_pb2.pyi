@@ -464,6 +464,7 @@ class GetClusterResponse(_message.Message):
     REPAIR_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
@@ -512,6 +513,10 @@ class GetClusterResponse(_message.Message):
     def move(self) -> Global___Repair:
         """A planned move of layers that is under way, while requests go on: a drain, or a worker that takes its own back."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What does not work as asked for while answers go on, a sentence each."""
+
     def __init__(
         self,
         *,
@@ -541,10 +546,11 @@ class GetClusterResponse(_message.Message):
         repair: Global___Repair | None = ...,
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

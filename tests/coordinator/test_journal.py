@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.api.metrics import Metrics
 from cluster.chat import Parsing, Tool
 from cluster.coordinator import journal as journal_module
 from cluster.coordinator.journal import Fsync, Journal, Kept, continued
+from cluster.coordinator.records import HEADER, as_data
+from cluster.coordinator.snapshot import ServingState
 from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import RESUME_S
+from cluster.limits import JOURNAL_RETRY_S, RESUME_S
 from cluster.types import Request, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((5, -1.5), (9, 2.0)), seed=2**63 + 1)
@@ -37,6 +44,7 @@ def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> N
         for token in (7, 8):
             first.said(name, token)
     first.ended("ended")
+    first.flush()
     second = Journal(tmp_path / "j")
     assert second.take("ended", "me") is None
     assert second.take("live", "somebody else") is None
@@ -48,12 +56,15 @@ def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> N
 
 
 def test_an_answer_that_is_resumed_twice_goes_on_from_where_it_was(tmp_path: Path) -> None:
-    Journal(tmp_path / "j").opened(request("a"), ((7, 8),))
+    first = Journal(tmp_path / "j")
+    first.opened(request("a"), ((7, 8),))
+    first.close()
     second = Journal(tmp_path / "j")
     kept = second.take("a", "me")
     assert kept
     second.opened(*kept_on(kept))
     second.said("a", 9)
+    second.close()
     third = Journal(tmp_path / "j").take("a", "me")
     assert third
     assert third.said == [[7, 8, 9]]
@@ -69,6 +80,7 @@ def test_a_file_that_was_cut_off_or_damaged_counts_up_to_there(
     first.opened(request("a"), ())
     for token in range(50):
         first.said("a", token)
+    first.flush()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut] + noise)
     kept = Journal(path).take("a", "me")
@@ -79,11 +91,13 @@ def test_a_file_that_was_cut_off_or_damaged_counts_up_to_there(
 def test_it_is_nobody_elses_to_read_and_forgets_what_is_old(tmp_path: Path) -> None:
     now = [1000.0]
     path = tmp_path / "deep" / "j"
-    Journal(path, Fsync.ALWAYS, lambda: now[0]).opened(request("a"), ())
+    first = Journal(path, Fsync.ALWAYS, lambda: now[0])
+    first.opened(request("a"), ())
+    first.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     now[0] += RESUME_S + 1
     assert Journal(path, Fsync.NEVER, lambda: now[0]).take("a", "me") is None
-    assert path.stat().st_size == 0
+    assert path.read_bytes() == HEADER
 
 
 def test_it_stays_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +107,11 @@ def test_it_stays_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         kept.opened(request(f"r{i}", prompt=tuple(range(50))), ())
         kept.said(f"r{i}", 5)
         kept.ended(f"r{i}")
+        kept.flush()
     assert (tmp_path / "j").stat().st_size < 6000
     for i in range(200):
         kept.opened(request(f"live{i}", prompt=tuple(range(50))), ())
+        kept.flush()
     assert (tmp_path / "j").stat().st_size < 6000
     assert Journal(tmp_path / "j").take("live0", "me")
 
@@ -104,7 +120,9 @@ def test_grammars_and_what_an_answer_is_parsed_for_come_back(tmp_path: Path) -> 
     grammar = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object"}', free_until=(4, 5))
     parsing = Parsing((Tool("look", "up", "{}"), Tool("do")), thinking=True)
     asked = replace(request("a"), sampling=replace(SAMPLING, grammar=grammar), parsing=parsing, deadline=None)
-    Journal(tmp_path / "j").opened(asked, ())
+    first = Journal(tmp_path / "j")
+    first.opened(asked, ())
+    first.close()
     kept = Journal(tmp_path / "j").take("a", "me")
     assert kept
     assert (kept.request, kept.said) == (asked, [[]])
@@ -117,6 +135,7 @@ def test_each_sample_goes_on_from_where_it_was(tmp_path: Path) -> None:
     first.opened(replace(request("a"), samples=3), ())
     for sample, token in ((0, 7), (2, 8), (2, 9)):
         first.said("a", token, sample)
+    first.close()
     kept = Journal(tmp_path / "j").take("a", "me")
     assert kept
     assert continued(kept, (1, 0, 1)) == (((7,), (), (8, 9)), (1, 0, 1))
@@ -137,4 +156,230 @@ def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None
     kept.opened(replace(request("odd"), stop=(object(),)), ())  # type: ignore[arg-type]
     kept.said("odd", 5)
     kept.ended("odd")
-    assert (tmp_path / "j").stat().st_size == 0
+    kept.flush()
+    assert (tmp_path / "j").read_bytes() == HEADER
+
+
+class Disk:
+    """Stands between the journal and the real disk: takes ``room`` more bytes, and fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.room: int | None = None
+        self.short = self.fsync_fails = self.truncate_fails = False
+        self.fsyncs = 0
+        self._write, self._fsync, self._truncate = os.write, os.fsync, os.ftruncate
+
+    def write(self, file: int, data: bytes) -> int:
+        most = len(data) if self.room is None else min(self.room, len(data))
+        if not most:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        most = min(most, 3) if self.short else most
+        if self.room is not None:
+            self.room -= most
+        return self._write(file, bytes(data[:most]))
+
+    def fsync(self, file: int) -> None:
+        self.fsyncs += 1
+        if self.fsync_fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fsync(file)
+
+    def ftruncate(self, file: int, size: int) -> None:
+        if self.truncate_fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._truncate(file, size)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    made = Disk()
+    with monkeypatch.context() as patched:
+        for name in ("write", "fsync", "ftruncate"):
+            patched.setattr(os, name, getattr(made, name))
+        yield made
+
+
+def resumable(path: Path, *names: str) -> dict[str, list[list[int]]]:
+    """What the next coordinator finds of these requests."""
+    successor = Journal(path)
+    successor.close()
+    found = {name: successor.take(name, "me") for name in names}
+    return {name: kept.said for name, kept in found.items() if kept}
+
+
+def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_that_lives(
+    tmp_path: Path, disk: Disk
+) -> None:
+    now = [0.0]
+    kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
+    kept.opened(request("before"), ())
+    kept.said("before", 7)
+    kept.flush()
+    disk.room = 5
+    kept.said("before", 8)
+    kept.opened(request("while off"), ())
+    kept.flush()
+    assert "No space left on device" in kept.problem
+    assert b"macpipe_journal_on 0.0" in Metrics().exposition(ServingState.SERVING, None, None, kept)
+    assert str(tmp_path / "j") in kept.problem
+    disk.room = None
+    assert resumable(tmp_path / "j", "before", "while off") == {"before": [[7]]}  # up to its last whole record
+    kept.said("while off", 9)
+    kept.opened(request("ended while off"), ())
+    kept.ended("ended while off")
+    kept.flush()
+    assert kept.problem
+    now[0] += JOURNAL_RETRY_S
+    kept.flush()
+    assert kept.problem == ""
+    kept.said("while off", 10)
+    kept.close()
+    names = ("before", "while off", "ended while off")
+    assert resumable(tmp_path / "j", *names) == {"before": [[7, 8]], "while off": [[9, 10]]}
+
+
+def test_a_disk_that_stays_full_is_tried_again_but_not_at_each_token(tmp_path: Path, disk: Disk) -> None:
+    now = [0.0]
+    kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
+    kept.opened(request("a"), ())
+    disk.room = 0
+    for token in range(100):
+        kept.said("a", token)
+        kept.flush()
+    assert [p.name for p in tmp_path.iterdir()] == ["j"]
+    tried = disk.fsyncs
+    now[0] += JOURNAL_RETRY_S
+    for token in range(100):
+        kept.said("a", token)
+        kept.flush()
+    assert kept.problem
+    assert disk.fsyncs == tried
+    assert [p.name for p in tmp_path.iterdir()] == ["j"]  # no draft is left behind
+
+
+@pytest.mark.parametrize("truncate_fails", [False, True])
+def test_a_write_that_fails_half_way_through_a_record_spoils_no_other(
+    tmp_path: Path, disk: Disk, truncate_fails: bool
+) -> None:
+    kept = Journal(tmp_path / "j")
+    kept.opened(request("a"), ())
+    kept.said("a", 7)
+    kept.flush()
+    disk.room, disk.truncate_fails = 9, truncate_fails
+    kept.said("a", 8)
+    kept.flush()
+    disk.room = None
+    assert resumable(tmp_path / "j", "a") == {"a": [[7]]}
+
+
+def test_short_writes_are_completed(tmp_path: Path, disk: Disk) -> None:
+    disk.short = True
+    kept = Journal(tmp_path / "j")
+    kept.opened(request("a"), ())
+    for token in range(10):
+        kept.said("a", token)
+        kept.flush()
+    kept.close()
+    assert kept.problem == ""
+    assert resumable(tmp_path / "j", "a") == {"a": [list(range(10))]}
+
+
+def test_records_of_a_failed_sync_are_written_again(tmp_path: Path, disk: Disk) -> None:
+    now = [0.0]
+    kept = Journal(tmp_path / "j", Fsync.ALWAYS, monotonic=lambda: now[0])
+    kept.opened(request("a"), ())
+    disk.fsync_fails = True
+    kept.said("a", 7)
+    kept.flush()
+    assert "Input/output error" in kept.problem
+    disk.fsync_fails = False
+    now[0] += JOURNAL_RETRY_S
+    kept.flush()
+    assert resumable(tmp_path / "j", "a") == {"a": [[7]]}
+
+
+def test_a_place_that_cannot_be_written_is_a_problem_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    now = [0.0]
+    kept = Journal(tmp_path / "file" / "j", monotonic=lambda: now[0])
+    kept.opened(request("a"), ())
+    kept.flush()
+    assert "Not a directory" in kept.problem
+    (tmp_path / "file").unlink()
+    now[0] += JOURNAL_RETRY_S
+    kept.flush()
+    assert kept.problem == ""
+    assert resumable(tmp_path / "file" / "j", "a") == {"a": [[]]}
+
+
+def test_a_bit_that_flipped_ends_what_is_read(tmp_path: Path) -> None:
+    kept = Journal(tmp_path / "j")
+    kept.opened(request("a"), ())
+    kept.flush()
+    kept.said("a", 7)
+    kept.flush()
+    whole = (tmp_path / "j").stat().st_size
+    kept.said("a", 8)
+    kept.close()
+    content = bytearray((tmp_path / "j").read_bytes())
+    content[whole + 10] ^= 1
+    (tmp_path / "j").write_bytes(content)
+    assert resumable(tmp_path / "j", "a") == {"a": [[7]]}
+
+
+def test_a_journal_of_the_format_before_is_read(tmp_path: Path) -> None:
+    now = 1000.0
+    old = [(0, "a", now, as_data(replace(request("a"), deadline=None)), [[7]]), (1, "a", 8, 0), (0, "b", now, (), [])]
+    (tmp_path / "j").write_bytes(b"".join(msgpack.packb(record) for record in old))
+    kept = Journal(tmp_path / "j", clock=lambda: now).take("a", "me")
+    assert kept
+    assert kept.said == [[7, 8]]
+    assert (tmp_path / "j").read_bytes().startswith(HEADER)
+
+
+def link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def readable_by_all(path: Path, victim: Path) -> None:
+    path.write_text("")
+    path.chmod(0o644)
+
+
+@pytest.mark.parametrize("plant", [link, fifo, readable_by_all])
+@pytest.mark.parametrize("name", ["j", "j.new"])
+def test_what_lies_in_its_place_is_removed_and_not_followed(
+    tmp_path: Path, plant: Callable[[Path, Path], None], name: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o644)
+    (tmp_path / "home").mkdir()
+    plant(tmp_path / "home" / name, victim)
+    kept = Journal(tmp_path / "home" / "j")
+    kept.opened(request("a"), ())
+    kept.close()
+    assert kept.problem == ""
+    assert victim.read_text() == "precious"
+    found = (tmp_path / "home" / "j").lstat()
+    assert stat.S_ISREG(found.st_mode)
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+
+
+def test_nothing_is_resumed_after_its_time_whenever_it_is_asked_for(tmp_path: Path) -> None:
+    now = [1000.0]
+    first = Journal(tmp_path / "j", clock=lambda: now[0])
+    first.opened(request("a"), ())
+    first.close()
+    second = Journal(tmp_path / "j", clock=lambda: now[0] + 1)
+    now[0] += RESUME_S
+    assert second.take("a", "me") is None
+    now[0] = 500.0  # the clock went back: what seems to come from the future is not kept for ever
+    third = Journal(tmp_path / "j", clock=lambda: now[0])
+    now[0] += RESUME_S + 1
+    assert third.take("a", "me") is None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from cluster import private_files
 from cluster.coordinator.answer import Answer, Event
+from cluster.coordinator.journal import Journal
 from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.errors import (
@@ -436,5 +441,29 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
         with pytest.raises(Aborted, match="enough"):
             await read(endless)
         await bench.emptied()
+
+    run(body)
+
+
+def test_a_full_disk_under_the_journal_leaves_no_answer_without_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def body(bench: Bench) -> None:
+        bench.loop.journal = journal = Journal(tmp_path / "j")
+        assert (await read(bench.ask("before")))[0] == [2, 3, 4]
+        monkeypatch.setattr(private_files.os, "write", full)
+        for i in range(3):
+            assert (await read(bench.ask(f"full{i}")))[0] == [2, 3, 4]
+        ended = bench.ask("aborted", max_tokens=50_000)
+        assert await asyncio.wrap_future(bench.loop.end("aborted", Aborted("enough")))
+        with pytest.raises(Aborted):
+            await read(ended)
+        assert "No space left" in journal.problem
+        monkeypatch.undo()
+        assert (await read(bench.ask("after")))[0] == [2, 3, 4]
+        assert not bench.failures
 
     run(body)

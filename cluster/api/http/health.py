@@ -51,7 +51,7 @@ class Health:
         """Prometheus' text."""
         coordinator = self.desk.coordinator
         plan, loop = await coordinator.under_way()
-        text = self.desk.metrics.exposition(coordinator.state, plan, loop)
+        text = self.desk.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:

@@ -6,6 +6,7 @@ A spoiled file is never an error: it counts as far as it can be read.
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import shutil
 import tempfile
@@ -16,12 +17,13 @@ from pathlib import Path
 import msgpack
 
 from cluster.coordinator import journal as coordinator_journal
+from cluster.coordinator.records import HEADER, as_data, pack_record, read_records
 from cluster.profiles import Link, Profile
 from cluster.store.manifest import Manifest
 from cluster.store.partial import Partial, place
 from cluster.types import Request, SamplingParams
 from cluster.worker import messages, profiles
-from fuzz.mutation import spoil_bytes, spoil_json, spoil_lines, spoil_records
+from fuzz.mutation import by_tree, spoil_bytes, spoil_json, spoil_lines, spoil_records
 from fuzz.targets.target import Prepared, Target
 
 
@@ -66,9 +68,9 @@ def engine_messages() -> Prepared:
 
 def coordinator_journals() -> Prepared:
     plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
-    kept = [coordinator_journal.Kept(plain, 1e9, [4, 5])]
-    records = [coordinator_journal._opened(one) for one in kept]
-    records += [msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
+    kept = [coordinator_journal.Kept(plain, 1e9, [[4, 5]])]
+    old = [msgpack.packb((0, "a", 1e9, as_data(plain), [[4, 5]])), msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
+    new = [HEADER, *map(coordinator_journal._opened, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
     path = scratch("journal")
 
     def read(path: Path) -> None:
@@ -77,7 +79,14 @@ def coordinator_journals() -> Prepared:
         journal.take("a", "c")
         journal.close()
 
-    return Prepared(_of_file(path, read), (b"".join(records), records[0], b"".join(records[:2])), spoil_records, ())
+    def load(data: bytes) -> list[object]:
+        return list(read_records(io.BytesIO(data)))
+
+    def dump(records: list[object]) -> bytes:
+        return HEADER + b"".join(pack_record(*r) if isinstance(r, list) else pack_record(r) for r in records)
+
+    seeds = tuple(b"".join(records) for records in (old, old[:2], new, new[:3]))
+    return Prepared(_of_file(path, read), seeds, by_tree(load, dump), ())
 
 
 def worker_profiles() -> Prepared:

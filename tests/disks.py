@@ -1,0 +1,73 @@
+"""Disks of their own for tests: a tmpfs of a few MiB, which a test can fill without harm to anybody else.
+
+It needs root and Linux; without them the fixture skips and says which is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+WAIT_S = 20
+
+
+class SmallDisk:
+    """A disk that is mounted at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._filler = path / "filler"
+
+    def fill(self, leave: int = 0) -> None:
+        """Take all room but ``leave`` bytes, in whole pages."""
+        chunk = bytes(65536)
+        with contextlib.suppress(OSError), self._filler.open("ab", buffering=0) as file:
+            while file.write(chunk):
+                pass
+        if leave:
+            os.truncate(self._filler, max(0, self._filler.stat().st_size - leave))
+
+    def free(self) -> None:
+        """Give all room back."""
+        self._filler.unlink()
+
+
+def missing() -> str:
+    """Why this machine cannot mount a tmpfs; nothing when it can try."""
+    if sys.platform != "linux":
+        return "a small disk is a tmpfs, which needs Linux"
+    return "" if os.geteuid() == 0 else "mounting a small disk needs root"
+
+
+@contextlib.contextmanager
+def mounted(path: Path, size: int) -> Iterator[SmallDisk]:
+    """A disk of ``size`` bytes at ``path``, which is made; it is gone when the block ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
+    subprocess.run(command, check=True, timeout=WAIT_S, capture_output=True, text=True)
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True, timeout=WAIT_S, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, int], SmallDisk]]:
+    """Mounts disks that last as long as the test; mark what uses it ``small_disk``."""
+    if reason := missing():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+
+        def mount(path: Path, size: int) -> SmallDisk:
+            try:
+                return stack.enter_context(mounted(path, size))
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"this machine refuses to mount a tmpfs: {error.stderr.strip()}")
+
+        yield mount
