@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+import cluster.model  # noqa: F401  # first, so that mlx-lm does not lower the limit of files for all that tests start
 from effort import QUICK
 
 pytest_plugins = ["netns", "disks"]

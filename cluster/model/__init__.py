@@ -7,3 +7,7 @@ tokenizer (``tokenizer``). The way to read it is the way a model is opened: ``ch
 
 Importing this package imports no MLX: the checkpoint module has to work where no model ever runs.
 """
+
+from cluster.model.open_files import keep_limits_on_import
+
+keep_limits_on_import()

@@ -124,3 +124,18 @@ def test_used_memory_counts_arrays_and_release_gives_spare_buffers_back(shape: C
     device.release()
     assert device.memory_used() == before
     assert mx.get_cache_memory() == 0
+
+
+PRINT_LIMITS = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+import cluster.model.tokenizer
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(256, 256), (6000, 9000)])
+def test_importing_mlx_lm_leaves_the_limit_of_open_files_as_it_was(soft: int, hard: int) -> None:
+    script = PRINT_LIMITS.format(soft=soft, hard=hard)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.strip() == str((soft, hard)), run.stderr
