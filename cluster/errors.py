@@ -164,7 +164,7 @@ class FetchFailed(MacpipeError):
 
 
 class DiskFull(MacpipeError):
-    """A model's bytes do not fit on a disk; the sentence has the figures."""
+    """A disk does not take what has to be written: it is full, over its quota, or fails. The sentence says which."""
 
     reason, grpc_status, http_status = "DISK_FULL", "RESOURCE_EXHAUSTED", 507
 

@@ -7,9 +7,11 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
+
+from cluster.private_files import make_private_folder, write_all
 
 _ID: Final = re.compile(r"[0-9A-Za-z]{1,64}")
 
@@ -20,8 +22,8 @@ def held_id(folder: Path) -> Iterator[str]:
 
     Raises ``BlockingIOError`` where another process holds it, another ``OSError`` where the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = os.open(folder / "id", os.O_RDWR | os.O_CREAT, 0o600)
+    make_private_folder(folder)
+    file = os.open(folder / "id", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield _known(file)
@@ -48,5 +50,12 @@ def _known(file: int) -> str:
         return known
     made = secrets.token_hex(8)
     os.ftruncate(file, 0)
-    os.pwrite(file, f"{made}\n".encode(), 0)
+    os.lseek(file, 0, os.SEEK_SET)
+    try:
+        write_all(file, f"{made}\n".encode())
+        os.fsync(file)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file, 0)  # a part of an id would be taken for an id
+        raise
     return made

@@ -14,13 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from cluster.errors import InvalidOption
+from cluster.errors import DiskFull, InvalidOption, MacpipeError
 
 log = logging.getLogger(__name__)
 
 OTHERS: Final = 0o077
 """The permissions of everybody but the owner."""
 _WRITERS: Final = 0o022
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BROKEN: Final = frozenset({errno.EIO, errno.EROFS})
 _STATE_FOLDERS: Final = frozenset({"clusters", "coordinators", "digests", "manifests", "models", "workers"})
 """All that macpipe keeps directly in a state folder."""
 
@@ -44,27 +46,32 @@ def make_private_folder(path: Path, top: Path | None = None) -> None:
 def protect_home(home: Path) -> None:
     """Create macpipe's state folder, or close it to other users if it holds nothing but macpipe's files.
 
-    Raises InvalidOption where the folder cannot be made, or where others can replace what is in it.
+    Raises InvalidOption where other users can replace what is in it. A folder that cannot be made is no error here:
+    whoever writes to it says so.
     """
     try:
-        missing = not home.exists()
-        if missing:
+        if not home.exists():
             make_private_folder(home)
         found = home.stat()
         mode = stat.S_IMODE(found.st_mode)
-        if missing or not mode & OTHERS:
-            return
-        held = {entry.name for entry in os.scandir(home) if not entry.name.startswith(".")}
-        if found.st_uid == os.geteuid() and held <= _STATE_FOLDERS:
+        if not mode & OTHERS or mode & stat.S_ISVTX:
+            return  # nobody else can do more than make files of their own
+        if found.st_uid == os.geteuid() and _holds_state_alone(home):
             home.chmod(0o700)
             log.warning("state folder: closed to other users path=%s mode_before=%03o", home, mode)
-        elif mode & _WRITERS and not mode & stat.S_ISVTX:
-            raise InvalidOption(
-                f"other users of this machine can replace files in {home} (mode {mode:03o}); say `chmod 700 {home}`,"
-                " or set MACPIPE_HOME to a folder that is yours"
-            )
+            return
     except OSError as e:
-        raise InvalidOption(f"cannot keep state in {home}: {e.strerror}; set MACPIPE_HOME to your own folder") from e
+        log.info("state folder: not checked reason=%s path=%s", e.strerror, home)
+        return
+    if mode & _WRITERS:
+        raise InvalidOption(
+            f"other users of this machine can replace files in {home} (mode {mode:03o}); say `chmod 700 {home}`, or set"
+            " MACPIPE_HOME to a folder that is yours"
+        )
+
+
+def _holds_state_alone(home: Path) -> bool:
+    return all(name in _STATE_FOLDERS or name.startswith(".") for name in os.listdir(home))  # noqa: PTH208
 
 
 def create_private_file(path: Path) -> int:
@@ -111,6 +118,16 @@ def replace_file(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
+    """The error to raise where ``path`` could not be written: DiskFull for a disk's fault, else InvalidOption."""
+    why = error.strerror or type(error).__name__
+    if error.errno in _FULL:
+        return DiskFull(f"cannot write {what} to {path}: {why}; free some room there and try again", path=str(path))
+    if error.errno in _BROKEN:
+        return DiskFull(f"cannot write {what} to {path}: {why}; check that disk, then try again", path=str(path))
+    return InvalidOption(f"cannot write {what} to {path}: {why}; set MACPIPE_HOME to a folder that is yours")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,11 +1,12 @@
-"""Disks of their own for tests: a tmpfs of a few MiB, which a test can fill without harm to anybody else.
+"""Disks for tests: one that fails as it is told to, and a tmpfs of a few MiB that a test can fill.
 
-It needs root and Linux; without them the fixture skips and says which is missing.
+The second needs root and Linux; without them the fixture skips and says which is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,46 @@ from pathlib import Path
 import pytest
 
 WAIT_S = 20
+
+
+class FailingDisk:
+    """Stands before the real disk: takes ``room`` more bytes, and fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.room: int | None = None
+        self.short = self.fsync_fails = self.truncate_fails = False
+        self.fsyncs = 0
+        self._write, self._fsync, self._truncate = os.write, os.fsync, os.ftruncate
+
+    def write(self, file: int, data: bytes) -> int:
+        most = len(data) if self.room is None else min(self.room, len(data))
+        if not most:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        most = min(most, 3) if self.short else most
+        if self.room is not None:
+            self.room -= most
+        return self._write(file, bytes(data[:most]))
+
+    def fsync(self, file: int) -> None:
+        self.fsyncs += 1
+        if self.fsync_fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fsync(file)
+
+    def ftruncate(self, file: int, size: int) -> None:
+        if self.truncate_fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._truncate(file, size)
+
+
+@pytest.fixture
+def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingDisk]:
+    """What this process writes goes through it; it fails where a test says so."""
+    made = FailingDisk()
+    with monkeypatch.context() as patched:
+        for name in ("write", "fsync", "ftruncate"):
+            patched.setattr(os, name, getattr(made, name))
+        yield made
 
 
 class SmallDisk:

@@ -38,6 +38,7 @@ from cluster.errors import MacpipeError, PortInUse
 from cluster.joining.port import EVERYWHERE, admitting
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import JOIN_RETRY_S, LAST_WORDS_S
+from cluster.private_files import protect_home
 from cluster.security.folder import ClusterFolder
 from cluster.security.trust import COORDINATOR, Trust, open_trust
 from cluster.store.store import Store
@@ -63,6 +64,8 @@ def run(settings: ServeSettings, report: Report) -> int:
 
 
 async def _run(settings: ServeSettings, report: Report) -> None:
+    if settings.home:
+        protect_home(settings.home)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(stop_on_signal, tasks.cancel_scope)

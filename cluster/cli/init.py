@@ -38,6 +38,7 @@ def init(
     From then on every connection is encrypted, and only Macs that joined are heard. Prints what to type on the others.
     """
     from cluster.coordinator.identity import id_of as coordinator_id
+    from cluster.private_files import protect_home
     from cluster.security.folder import ClusterFolder
     from cluster.security.founding import found
     from cluster.security.keys import Keys, KeyScope
@@ -47,6 +48,7 @@ def init(
 
     with errors_in_json(json):
         folder, called = ClusterFolder(state_home(home), cluster), name or short_host_name()
+        protect_home(folder.home)
         coordinator = coordinator_id(folder.home, cluster)
         ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, called), Role.ADMIN: coordinator}
         made = found(folder, called, ids)

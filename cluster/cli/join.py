@@ -60,11 +60,13 @@ def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -
 
     from cluster.cli.screen import note
     from cluster.joining.client import JoinOrder, join
+    from cluster.private_files import protect_home
     from cluster.security.founding import own_name
     from cluster.security.roles import Role
     from cluster.worker.identity import id_of
 
     name = own_name(token.role, machine)
+    protect_home(home)
     own_id = id_of(home, name) if token.role is Role.WORKER else secrets.token_hex(8)
     note(f"looking for the coordinator of cluster {token.cluster_id}" if not peer else f"asking {peer}")
     return anyio.run(join, JoinOrder(home, token, own_id, name, peer, cluster))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cluster.errors import Busy, ClusterDamaged, InvalidOption
+from cluster.errors import Busy, ClusterDamaged
+from cluster.private_files import OTHERS, make_private_folder, not_written, replace_file
 from cluster.security.bounds import STATE_LOCK_S
 from cluster.security.keyring import Keyring
 from cluster.security.names import checked_name
 from cluster.security.roles import Role
 
-OTHERS: Final = 0o077
-"""The permissions of everybody but the owner."""
 _LOOK_S: Final = 0.02
 
 
@@ -115,19 +113,19 @@ class ClusterFolder:
         Folders on the way are made as well, for the owner alone.
         """
         try:
-            _private_folder(path.parent, self.path.parent)
-            _replace(path, content)
+            make_private_folder(path.parent, self.path.parent)
+            replace_file(path, content)
         except OSError as e:
-            raise InvalidOption(f"cannot write {path}: {e.strerror}; set MACPIPE_HOME to a folder that is yours") from e
+            raise not_written(e, path, "cluster state") from e
 
     @contextmanager
     def lock(self, wait_s: float = STATE_LOCK_S) -> Iterator[None]:
         """Be the only one, of all processes and threads, that edits the folder; raises ``Busy`` after ``wait_s``."""
         try:
-            _private_folder(self.path, self.path.parent)
+            make_private_folder(self.path, self.path.parent)
             file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise InvalidOption(f"cannot write in {self.path}: {e.strerror}; set MACPIPE_HOME") from e
+            raise not_written(e, self.path, "cluster state") from e
         try:
             _take(file, wait_s)
             yield
@@ -144,36 +142,3 @@ def _take(file: int, wait_s: float) -> None:
             if time.monotonic() >= end:
                 raise Busy("another macpipe command is editing this cluster; try again", retry_after_s=1.0) from None
         time.sleep(_LOOK_S)
-
-
-def _private_folder(path: Path, first: Path) -> None:
-    """Make ``path`` and what is missing above it; from ``first`` (``clusters``) down nobody else may look inside."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for folder in (path, *path.parents):
-        if folder.stat().st_mode & OTHERS and folder.is_relative_to(first):
-            folder.chmod(0o700)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(file, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the rename outlives a power cut: a token that was used must not come back."""
-    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(file)
-    finally:
-        os.close(file)

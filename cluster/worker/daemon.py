@@ -15,6 +15,7 @@ from cluster import __version__
 from cluster.errors import MacpipeError, Unauthenticated
 from cluster.lifetime import first_error
 from cluster.limits import DRAIN_S
+from cluster.private_files import protect_home
 from cluster.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.worker.supervisor import Supervisor
     from cluster.worker.supplies import Supplies
 
+    protect_home(settings.home)
     with identity(settings.home, settings.name) as worker_id:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
         settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))

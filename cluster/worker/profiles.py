@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LEARN_STEP, LINK_KEPT_S
+from cluster.private_files import replace_file
 from cluster.profiles import Link, Profile
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,8 @@ class ProfileFile:
 
     def _keep(self, kept: Kept) -> None:
         self.kept = kept
-        draft = self._path.with_suffix(".new")
         try:
-            draft.write_text(json.dumps(asdict(kept), indent=1))
-            draft.replace(self._path)
+            replace_file(self._path, json.dumps(asdict(kept), indent=1).encode())
         except OSError as e:  # a full disk costs the next start two seconds, nothing else
             log.warning("cannot keep this worker's profile in %s: %s", self._path, e.strerror)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar, GrammarKind
 from cluster.limits import JOURNAL_RETRY_S, RESUME_S
 from cluster.types import Request, SamplingParams
+from disks import FailingDisk
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((5, -1.5), (9, 2.0)), seed=2**63 + 1)
 
@@ -160,45 +160,6 @@ def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None
     assert (tmp_path / "j").read_bytes() == HEADER
 
 
-class Disk:
-    """Stands between the journal and the real disk: takes ``room`` more bytes, and fails as it is told to."""
-
-    def __init__(self) -> None:
-        self.room: int | None = None
-        self.short = self.fsync_fails = self.truncate_fails = False
-        self.fsyncs = 0
-        self._write, self._fsync, self._truncate = os.write, os.fsync, os.ftruncate
-
-    def write(self, file: int, data: bytes) -> int:
-        most = len(data) if self.room is None else min(self.room, len(data))
-        if not most:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        most = min(most, 3) if self.short else most
-        if self.room is not None:
-            self.room -= most
-        return self._write(file, bytes(data[:most]))
-
-    def fsync(self, file: int) -> None:
-        self.fsyncs += 1
-        if self.fsync_fails:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        self._fsync(file)
-
-    def ftruncate(self, file: int, size: int) -> None:
-        if self.truncate_fails:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        self._truncate(file, size)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    made = Disk()
-    with monkeypatch.context() as patched:
-        for name in ("write", "fsync", "ftruncate"):
-            patched.setattr(os, name, getattr(made, name))
-        yield made
-
-
 def resumable(path: Path, *names: str) -> dict[str, list[list[int]]]:
     """What the next coordinator finds of these requests."""
     successor = Journal(path)
@@ -208,21 +169,21 @@ def resumable(path: Path, *names: str) -> dict[str, list[list[int]]]:
 
 
 def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_that_lives(
-    tmp_path: Path, disk: Disk
+    tmp_path: Path, failing_disk: FailingDisk
 ) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
     kept.opened(request("before"), ())
     kept.said("before", 7)
     kept.flush()
-    disk.room = 5
+    failing_disk.room = 5
     kept.said("before", 8)
     kept.opened(request("while off"), ())
     kept.flush()
     assert "No space left on device" in kept.problem
     assert b"macpipe_journal_on 0.0" in Metrics().exposition(ServingState.SERVING, None, None, kept)
     assert str(tmp_path / "j") in kept.problem
-    disk.room = None
+    failing_disk.room = None
     assert resumable(tmp_path / "j", "before", "while off") == {"before": [[7]]}  # up to its last whole record
     kept.said("while off", 9)
     kept.opened(request("ended while off"), ())
@@ -238,42 +199,42 @@ def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_
     assert resumable(tmp_path / "j", *names) == {"before": [[7, 8]], "while off": [[9, 10]]}
 
 
-def test_a_disk_that_stays_full_is_tried_again_but_not_at_each_token(tmp_path: Path, disk: Disk) -> None:
+def test_a_disk_that_stays_full_is_tried_again_but_not_at_each_token(tmp_path: Path, failing_disk: FailingDisk) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
     kept.opened(request("a"), ())
-    disk.room = 0
+    failing_disk.room = 0
     for token in range(100):
         kept.said("a", token)
         kept.flush()
     assert [p.name for p in tmp_path.iterdir()] == ["j"]
-    tried = disk.fsyncs
+    tried = failing_disk.fsyncs
     now[0] += JOURNAL_RETRY_S
     for token in range(100):
         kept.said("a", token)
         kept.flush()
     assert kept.problem
-    assert disk.fsyncs == tried
+    assert failing_disk.fsyncs == tried
     assert [p.name for p in tmp_path.iterdir()] == ["j"]  # no draft is left behind
 
 
 @pytest.mark.parametrize("truncate_fails", [False, True])
 def test_a_write_that_fails_half_way_through_a_record_spoils_no_other(
-    tmp_path: Path, disk: Disk, truncate_fails: bool
+    tmp_path: Path, failing_disk: FailingDisk, truncate_fails: bool
 ) -> None:
     kept = Journal(tmp_path / "j")
     kept.opened(request("a"), ())
     kept.said("a", 7)
     kept.flush()
-    disk.room, disk.truncate_fails = 9, truncate_fails
+    failing_disk.room, failing_disk.truncate_fails = 9, truncate_fails
     kept.said("a", 8)
     kept.flush()
-    disk.room = None
+    failing_disk.room = None
     assert resumable(tmp_path / "j", "a") == {"a": [[7]]}
 
 
-def test_short_writes_are_completed(tmp_path: Path, disk: Disk) -> None:
-    disk.short = True
+def test_short_writes_are_completed(tmp_path: Path, failing_disk: FailingDisk) -> None:
+    failing_disk.short = True
     kept = Journal(tmp_path / "j")
     kept.opened(request("a"), ())
     for token in range(10):
@@ -284,15 +245,15 @@ def test_short_writes_are_completed(tmp_path: Path, disk: Disk) -> None:
     assert resumable(tmp_path / "j", "a") == {"a": [list(range(10))]}
 
 
-def test_records_of_a_failed_sync_are_written_again(tmp_path: Path, disk: Disk) -> None:
+def test_records_of_a_failed_sync_are_written_again(tmp_path: Path, failing_disk: FailingDisk) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", Fsync.ALWAYS, monotonic=lambda: now[0])
     kept.opened(request("a"), ())
-    disk.fsync_fails = True
+    failing_disk.fsync_fails = True
     kept.said("a", 7)
     kept.flush()
     assert "Input/output error" in kept.problem
-    disk.fsync_fails = False
+    failing_disk.fsync_fails = False
     now[0] += JOURNAL_RETRY_S
     kept.flush()
     assert resumable(tmp_path / "j", "a") == {"a": [[7]]}

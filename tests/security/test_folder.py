@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import Busy, ClusterDamaged, InvalidOption
+from cluster.errors import Busy, ClusterDamaged, DiskFull, InvalidOption
 from cluster.security.authority import Authority
 from cluster.security.folder import ClusterFolder
 from cluster.security.keyring import make_request
@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InvalidOption, match="No space left"):
+    with pytest.raises(DiskFull, match="No space left"):
         folder.write(folder.members, b"new")
     assert folder.members.read_bytes() == b"old"
     assert list(folder.path.iterdir()) == [folder.members]
