@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+from cluster.errors import MacpipeError
 from cluster.limits import HASH_THREADS
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store.journal import Journal
 from cluster.store.partial import hash_range
 
+log = logging.getLogger(__name__)
 Stopped = Callable[[], bool]
 
 
@@ -50,7 +53,10 @@ class _Cache:
 
     def keep(self, found: Iterable[tuple[TensorInfo, str]]) -> None:
         fresh = list(found)
-        self._journal.append([t.file, self._now[t.file], t.name, digest] for t, digest in fresh)
+        try:
+            self._journal.append([t.file, self._now[t.file], t.name, digest] for t, digest in fresh)
+        except MacpipeError as e:  # they are hashed again the next time
+            log.warning("digests: not kept reason=%s", e.sentence)
         self.known.update((t.name, digest) for t, digest in fresh)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from cluster.errors import Aborted, DiskFull, FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.errors import Aborted, DiskFull, FetchFailed, InvalidOption, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.files import StoredFile
@@ -207,8 +207,8 @@ class Fetch:
     def _one(self, run: Run) -> None:
         try:
             fetch_run(run, self._partial, self._counted, self._stop)
-        except (Aborted, DiskFull):
-            raise
+        except (Aborted, DiskFull, InvalidOption):
+            raise  # no source's fault
         except MacpipeError as error:
             if isinstance(error, ModelNotFound) and isinstance(run.source, Peer) and self._waited() < CHECK_S:
                 self._pause()  # it had them a moment ago, and may have begun to look whether it still has

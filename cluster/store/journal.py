@@ -5,10 +5,13 @@ Several processes may append to one file: each line goes out in one write.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from cluster.private_files import make_private_folder, not_written
 
 Entry = list[str | int]
 
@@ -32,16 +35,24 @@ class Journal:
                 yield entry
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Write entries at the end."""
+        """Write entries at the end. Raises DiskFull, or InvalidOption, where not all of them could be written."""
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
         if not text:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(file, self._heal() + text.encode())
-        finally:
-            os.close(file)
+            make_private_folder(self._path.parent)
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._write(file, self._heal() + text.encode())
+            finally:
+                os.close(file)
+        except OSError as e:
+            raise not_written(e, self._path, "a model's records") from e
+
+    def _write(self, file: int, lines: bytes) -> None:
+        """One write: a second one could come behind another process's lines."""
+        if os.write(file, lines) < len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _heal(self) -> bytes:
         """A line end, where a crash has cut the last line off."""

@@ -5,13 +5,16 @@ A manifest knows names and SHA-256 digests, and nothing of where bytes are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 
-from cluster.errors import ModelDiffers
+from cluster.errors import MacpipeError, ModelDiffers
 from cluster.store.files import is_digest
-from cluster.store.journal import Journal
+from cluster.store.journal import Entry, Journal
+
+log = logging.getLogger(__name__)
 
 
 class Manifest:
@@ -41,14 +44,21 @@ class Manifest:
                 if (self._known.get(name) or fresh.setdefault(name, digest)) != digest:
                     raise self._differs(name, digest, whose)
             fresh = {name: digest for name, digest in fresh.items() if name not in self._known}
-            self._journal.append([name, digest] for name, digest in fresh.items())
             self._known.update(fresh)
+            self._keep([name, digest] for name, digest in fresh.items())
 
     def forget(self, names: Iterable[str]) -> None:
         """What was learned of these was wrong."""
         with self._writing:
             gone = [name for name in names if self._known.pop(name, None)]
-            self._journal.append([name, ""] for name in gone)
+            self._keep([name, ""] for name in gone)
+
+    def _keep(self, entries: Iterable[Entry]) -> None:
+        """Write what is known already: where that fails, it is so until this process ends, and learned anew then."""
+        try:
+            self._journal.append(entries)
+        except MacpipeError as e:
+            log.warning("manifest: not kept reason=%s", e.sentence)
 
     def _differs(self, name: str, digest: str, whose: str) -> ModelDiffers:
         return ModelDiffers(

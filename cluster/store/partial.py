@@ -20,6 +20,7 @@ from cluster.errors import BadCheckpoint
 from cluster.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.model.editions import ORIGIN, RECORDS
+from cluster.private_files import create_private_file, make_private_folder, not_written, write_all
 from cluster.store.extents import Extents
 from cluster.store.files import ModelFiles, StoredFile, is_digest, origin_of
 from cluster.store.journal import Entry, Journal
@@ -109,12 +110,18 @@ class Partial:
         return sum(end - start for start, end in self.gaps(tensor.file, tensor.offset, tensor.end))
 
     def writer(self, file: str) -> int:
-        """A descriptor for ``os.pwrite``; the caller closes it."""
-        return os.open(self.folder / file, os.O_WRONLY)
+        """A descriptor for ``os.pwrite``; the caller closes it. Raises DiskFull or InvalidOption."""
+        try:
+            return os.open(self.folder / file, os.O_WRONLY)
+        except OSError as e:
+            raise not_written(e, self.folder / file, "the model") from e
 
     def note(self, descriptor: int, file: str, start: int, end: int) -> None:
-        """Make written bytes last, then remember that they are there."""
-        os.fsync(descriptor)
+        """Make written bytes last, then remember that they are there. Raises DiskFull or InvalidOption."""
+        try:
+            os.fsync(descriptor)
+        except OSError as e:
+            raise not_written(e, self.folder / file, "the model") from e
         with self._lock:
             self._journal.append([["got", file, start, end]])
             self._extents[file].add(start, end)
@@ -135,12 +142,13 @@ class Partial:
     def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
         """The bytes of this tensor are wrong: they count as not there. ``forget``: so is the digest that was noted."""
         with self._lock:
-            if forget:
-                self._journal.append([["sum", tensor.name, ""]])
-                self._noted.pop(tensor.name, None)
-            self._journal.append([["lost", tensor.file, tensor.offset, tensor.end]])
             self._extents[tensor.file].remove(tensor.offset, tensor.end)
-            self._verified.pop(tensor.name, None)
+            self._verified.pop(tensor.name, None)  # first, since they are wrong whether that can be written or not
+            lost: list[Entry] = [["lost", tensor.file, tensor.offset, tensor.end]]
+            if forget:
+                self._noted.pop(tensor.name, None)
+                lost.append(["sum", tensor.name, ""])
+            self._journal.append(lost)
 
     def seal(self) -> None:
         """Note the files' sizes and times: while these stay, what was verified needs no second look.
@@ -179,10 +187,14 @@ def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> P
     """Make the partial checkpoint of ``origin`` in the folder ``models``, or find the one that is there.
 
     ``read`` gives a small file's content, and a safetensors file's length field and header. Raises BadCheckpoint where
-    what it gives does not make a model, or not the one whose fingerprint is ``expected``.
+    what it gives does not make a model, or not the one whose fingerprint is ``expected``; DiskFull or InvalidOption
+    where it cannot be written.
     """
-    models.mkdir(parents=True, exist_ok=True, mode=0o700)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=models))
+    try:
+        make_private_folder(models)
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=models))
+    except OSError as e:
+        raise not_written(e, models, "a model") from e
     try:
         fingerprint = _fill(made, origin, read)
         if expected and fingerprint != expected:
@@ -202,9 +214,9 @@ def _move(made: Path, folder: Path) -> None:
     """Give the complete folder ``made`` its name; one that another process has given that name meanwhile is as good."""
     try:
         made.rename(folder)
-    except OSError:
+    except OSError as e:
         if not is_partial(folder):
-            raise
+            raise not_written(e, folder, "a model") from e
 
 
 def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
@@ -219,13 +231,26 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
             raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
         if not file.weights and not file.matches(content):
             raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
-        (made / file.name).write_bytes(content)
+        _write_file(made / file.name, content, file.size if file.weights else len(content))
         if file.weights:
-            os.truncate(made / file.name, file.size)
             journal.append([["got", file.name, 0, len(content)]])
-    (made / RECORDS).mkdir(exist_ok=True)
-    (made / RECORDS / ORIGIN).write_text(json.dumps(asdict(origin)))
+    _write_file(made / RECORDS / ORIGIN, json.dumps(asdict(origin)).encode())
     return open_checkpoint(made).fingerprint
+
+
+def _write_file(path: Path, content: bytes, size: int = 0) -> None:
+    """A new file that begins with ``content`` and has holes up to ``size``. Raises DiskFull or InvalidOption."""
+    try:
+        make_private_folder(path.parent)
+        file = create_private_file(path)
+        try:
+            write_all(file, content)
+            os.ftruncate(file, max(size, len(content)))
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as e:
+        raise not_written(e, path, "a model") from e
 
 
 def _require_bounds(origin: ModelFiles) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Event, Lock
 
-from cluster.errors import Aborted, Busy, DiskFull, FetchFailed, HubOffline, HubUnreachable, MacpipeError, Unreachable
+from cluster.errors import Aborted, Busy, FetchFailed, HubOffline, HubUnreachable, MacpipeError, Unreachable
 from cluster.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES, FETCH_COMMIT_S
 from cluster.model.checkpoint import TensorInfo
+from cluster.private_files import not_written
 from cluster.store.hub import Hub
 from cluster.store.partial import Partial
 from cluster.store.peer import Peer
@@ -98,16 +99,18 @@ def _fill(run: Run, start: int, end: int, partial: Partial, counted: Counted, st
                 partial.note(file, run.file, noted, at)
                 noted, due = at, time.monotonic() + FETCH_COMMIT_S
     finally:
-        if at > noted:
-            partial.note(file, run.file, noted, at)
-        os.close(file)
+        try:
+            if at > noted:
+                partial.note(file, run.file, noted, at)
+        finally:
+            os.close(file)
 
 
 def _write(file: int, data: bytes, at: int, partial: Partial) -> None:
     left = memoryview(data)
     while left:
         try:
-            count = os.pwrite(file, left, at)
+            count = os.pwrite(file, left, at)  # raises where it can write nothing
         except OSError as error:
-            raise DiskFull(f"the model cannot be written to {partial.folder}: {error.strerror}") from error
+            raise not_written(error, partial.folder, "the model") from error
         left, at = left[count:], at + count

@@ -144,6 +144,8 @@ class Shelf(StoreServiceServicer):
                 if not await anyio.to_thread.run_sync(partial.recheck, partial.tensors[name]):
                     log.warning("this Mac has damaged bytes of the tensor %s; they count as not here", name)
                 item.checking.discard(name)
+        except MacpipeError as e:  # a full disk: they are looked at again when somebody asks for them
+            log.warning("shelf: check stopped reason=%s", e.sentence)
         finally:
             item.checking.difference_update(names)
 

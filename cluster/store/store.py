@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
+from cluster.private_files import make_private_folder, replace_file
 from cluster.store.files import is_digest
 from cluster.store.hub import Hub, HubName, look_up
 from cluster.store.partial import Partial, is_partial, place, read_origin
 from cluster.store.peer import Peer
 from cluster.types import ModelRef
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,7 @@ class Store:
         folder = self._noted(noted)
         if folder is None or read_origin(folder).commit != origin.commit:
             folder = place(self._models, origin, Hub(name.repo, origin.commit).small)
-            noted.parent.mkdir(parents=True, exist_ok=True)
-            noted.write_text(json.dumps({"commit": origin.commit, "fingerprint": folder.name}))
+            _note(noted, {"commit": origin.commit, "fingerprint": folder.name})
         return folder
 
     def _noted(self, file: Path) -> Path | None:
@@ -110,6 +113,15 @@ class Store:
             except MacpipeError as failure:
                 error = failure
         raise error
+
+
+def _note(file: Path, facts: dict[str, str]) -> None:
+    """Remember which version was seen last. A failure is logged alone: it matters only out of the hub's reach."""
+    try:
+        make_private_folder(file.parent)
+        replace_file(file, json.dumps(facts).encode())
+    except OSError as e:
+        log.warning("store: version not remembered reason=%s path=%s", e.strerror, file)
 
 
 def _is_id(name: str) -> bool:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Timer
 
 import pytest
 
-from cluster.errors import Aborted, DiskFull, FetchFailed
-from cluster.limits import GIB
+from cluster.errors import Aborted, DiskFull, FetchFailed, InvalidOption
+from cluster.limits import GIB, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store import run as runs
+from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Wanted
 from cluster.store.hub import Hub
 from cluster.store.manifest import Manifest
 from cluster.store.partial import Partial, place
 from cluster.store.space import free_bytes
 from cluster.store.store import Store
+from disks import FailingDisk, SmallDisk
 from fake_hub import FakeHub
 
 LAYER = "model.layers.1."
@@ -238,7 +241,7 @@ def test_who_comes_second_takes_the_folder_of_the_first(
     small = Hub(partial.origin.repo, partial.origin.commit).small
     assert place(tmp_path / "models", partial.origin, small) == partial.folder
     looks = iter((False, False))
-    with pytest.raises(OSError, match=partial.folder.name):
+    with pytest.raises(InvalidOption, match=partial.folder.name):
         place(tmp_path / "models", partial.origin, small)
     assert not list((tmp_path / "models").glob(".new-*"))
 
@@ -251,6 +254,53 @@ def test_a_full_disk_is_told_before_the_first_byte(hub: FakeHub, tmp_path: Path)
     assert told.value.details["free_bytes"] == str(GIB // 2)
     assert hub.weight_bytes == headers
     assert free_bytes(tmp_path / "not" / "there") > 0
+
+
+def open_below(folder: Path) -> list[str]:
+    """Files of ``folder`` that this process has open."""
+    found = [file.readlink() for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    return [str(path) for path in found if path.is_relative_to(folder)]
+
+
+@pytest.mark.small_disk
+def test_a_disk_that_fills_up_spoils_nothing_and_the_fetch_goes_on_after_it(
+    hub: FakeHub, published: Path, tmp_path: Path, small_disk: Callable[[Path, int], SmallDisk]
+) -> None:
+    home = tmp_path / "home"
+    disk = small_disk(home, 16 * MIB)
+    disk.fill()
+    with pytest.raises(DiskFull, match="No space left on device"):
+        opened(home)
+    assert not list((home / "models").glob(".new-*"))
+    disk.free()
+    partial = opened(home)
+    names = list(partial.tensors)
+    for room in (0, 16 * 1024, 64 * 1024):
+        disk.fill(leave=room)
+        with pytest.raises(DiskFull, match="No space left on device"):
+            fetch(home, partial, names, free=lambda _: GIB)
+        assert not open_below(home)
+        disk.free()
+        partial = Partial(partial.folder)  # as after a restart
+        assert same_bytes(partial, published, list(partial.verified))
+    fetch(home, partial, names, free=lambda _: GIB)
+    assert same_bytes(Partial(partial.folder), published, names)
+    assert set(Partial(partial.folder).verified) == set(names)
+
+
+def test_what_is_known_of_a_model_counts_though_it_cannot_be_written(
+    tmp_path: Path, failing_disk: FailingDisk, published: Path
+) -> None:
+    names = list(open_checkpoint(published).tensors)[:3]
+    failing_disk.room = 10
+    found = digests(tmp_path, published, names, Event())
+    assert set(found) == set(names)
+    manifest = Manifest(tmp_path, "ab" * 32)
+    manifest.learn(found.items(), "this Mac")
+    assert manifest.known == found
+    failing_disk.room = None
+    assert digests(tmp_path, published, names, Event()) == found
+    assert not Manifest(tmp_path, "ab" * 32).known
 
 
 def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
