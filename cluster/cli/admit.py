@@ -31,8 +31,9 @@ def admit(folder: ClusterFolder, tokens: Sequence[JoinToken], host: str, port: i
     import anyio
 
     from cluster.errors import MacpipeError
-    from cluster.lifetime import first_error
+    from cluster.lifetime import accept_signals, first_error
 
+    accept_signals()
     code = 1
     try:
         code = anyio.run(_admit, folder, [token.id for token in tokens], host, port)

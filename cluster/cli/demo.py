@@ -38,7 +38,9 @@ def demo(
 
     from cluster.cli.fleet import Fleet, ending_on_signals, free_port
     from cluster.cli.screen import note
+    from cluster.lifetime import accept_signals
 
+    accept_signals()
     address = f"{HOST}:{free_port(HOST)}"
     with (
         ending_on_signals(),

@@ -28,6 +28,7 @@ def process_edge() -> Iterator[None]:
     """Run a command line; whatever escapes from it ends the process with its sentence and its code."""
     for quiet in (("GRPC_VERBOSITY", "NONE"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(*quiet)  # their log lines say nothing that our sentences do not
+    open_standard_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -44,6 +45,20 @@ def process_edge() -> Iterator[None]:
         hint = "" if debugging() else f"; set {DEBUG_VARIABLE}=1 for the traceback"
         complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
         sys.exit(FAILED)
+
+
+def open_standard_streams() -> None:
+    """Let a process that was started with a standard stream closed read nothing, or write to nowhere, instead.
+
+    Else the first files and connections that it opens would be taken for its input and output.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
 from cluster.home import state_home
 from cluster.layers import parse_layers
+from cluster.lifetime import accept_signals
 from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.profiles import Objective
 from cluster.security.bounds import DEFAULT_JOIN_PORT
@@ -175,6 +176,7 @@ def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
     from cluster.api.server import run
     from cluster.cli.report import TerminalReport
 
+    accept_signals()
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

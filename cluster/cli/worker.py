@@ -13,6 +13,7 @@ from cluster.cli.open_files import allow_open_files
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
 from cluster.home import state_home
+from cluster.lifetime import accept_signals
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"
@@ -71,6 +72,7 @@ def worker(
         throttle=throttle,
         standby=standby,
     )
+    accept_signals()
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

@@ -56,7 +56,8 @@ class Standby:
                     await process.wait()
 
     async def _launched(self) -> Process:
+        """A new process, in a folder that cannot be deleted while the daemon runs."""
         environment = own_code_alone(os.environ)
         return await asyncio.create_subprocess_exec(
-            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
         )

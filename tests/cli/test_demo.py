@@ -122,6 +122,21 @@ def test_no_signal_leaves_an_orphan(
     os.close(write_end)
 
 
+def test_ctrl_c_ends_a_demo_whose_parent_ignores_it(stand_ins: dict[str, str]) -> None:
+    read_end, write_end = os.pipe()
+    ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    with subprocess.Popen(
+        DEMO, env=stand_ins, stdin=read_end, stderr=subprocess.PIPE, text=True, preexec_fn=ignored
+    ) as demo:
+        os.close(read_end)
+        assert demo.stderr is not None
+        assert any("from another terminal" in line for line in demo.stderr)
+        demo.send_signal(signal.SIGINT)
+        demo.stderr.read()
+        assert demo.wait(20) in (130, -signal.SIGINT)
+    os.close(write_end)
+
+
 def test_the_hidden_flag_ends_a_process_with_its_standard_input(stand_ins: dict[str, str], tmp_path: Path) -> None:
     command = [*DEMO[:-1], "worker", "--home", str(tmp_path / "w"), "--exit-with-stdin"]
     with subprocess.Popen(command, env=stand_ins, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
