@@ -90,12 +90,11 @@ class Journal:
     def take(self, request_id: str, client: str) -> Kept | None:
         """A request that was not ended when the coordinator before this one died; None where there is none.
 
-        It is its client's alone, can be taken once, and not after ``RESUME_S``.
+        It is its client's alone. It stays here until it was accepted again, or ``RESUME_S`` are over: who asks for it
+        in a wrong way, or while nothing is served, may ask again.
         """
         kept = self._before.get(request_id)
-        if kept is None or kept.request.client != client or self._expired(kept):
-            return None
-        return self._before.pop(request_id, None)
+        return None if kept is None or kept.request.client != client or self._expired(kept) else kept
 
     def _expired(self, kept: Kept) -> bool:
         return self._clock() - kept.at > RESUME_S
@@ -104,6 +103,7 @@ class Journal:
 
     def opened(self, request: Request, said: Said) -> None:
         """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
+        self._before.pop(request.id, None)
         kept = Kept(replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples])
         try:
             record = _opened(kept)

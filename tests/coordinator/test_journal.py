@@ -52,6 +52,8 @@ def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> N
     assert kept
     assert kept.request == replace(request("live"), deadline=None)
     assert kept.said == [[7, 8]]
+    assert second.take("live", "me") is kept
+    second.opened(*kept_on(kept))
     assert second.take("live", "me") is None
 
 
