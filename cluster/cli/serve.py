@@ -11,6 +11,7 @@ import typer
 from cluster.address import parse_address
 from cluster.cli.admit import JoinPort
 from cluster.cli.lifeline import end_with_stdin
+from cluster.cli.log_stream import survive_full_log
 from cluster.cli.open_files import allow_open_files
 from cluster.coordinator.journal import Fsync
 from cluster.errors import InvalidOption
@@ -177,6 +178,7 @@ def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
     from cluster.cli.report import TerminalReport
 
     accept_signals()
+    survive_full_log()
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

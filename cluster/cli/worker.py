@@ -9,6 +9,7 @@ import typer
 
 from cluster.cli.home import short_host_name
 from cluster.cli.lifeline import end_with_stdin
+from cluster.cli.log_stream import survive_full_log
 from cluster.cli.open_files import allow_open_files
 from cluster.cli.sizes import parse_size
 from cluster.errors import InvalidOption
@@ -73,6 +74,7 @@ def worker(
         standby=standby,
     )
     accept_signals()
+    survive_full_log()
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from cluster.client import Client
 from disks import SmallDisk
-from integration.daemons import START_S, Cluster
+from integration.daemons import START_S, Cluster, bound, children, free_port, lifeline, wait_serving
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.small_disk]
 MIB = 2**20
@@ -34,8 +37,56 @@ def test_answers_go_on_while_the_journals_disk_is_full(cluster: Cluster, llama: 
         assert (state.state, state.recoveries, state.requests) == ("serving", 0, ())
         assert "No space left on device" in state.warnings[0]
         disk.free()
-        deadline = time.monotonic() + START_S
-        while client.cluster().warnings:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: not client.cluster().warnings)
     assert "Traceback" not in serve.said()
+
+
+def test_a_coordinator_starts_serves_and_recovers_on_a_disk_that_is_full(
+    cluster: Cluster, llama: Path, small_disk: SmallDisks
+) -> None:
+    """Its state, its journal and its log are on that disk; the worker's are not."""
+    disk = small_disk(cluster.folder / "coordinator", MIB)
+
+    def launch_full(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        with (disk.path / "log").open("wb") as out:
+            disk.fill()
+            return subprocess.Popen(bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
+
+    worker = cluster.worker("solo")
+    port = free_port()
+    serve = cluster.serve(llama, "--port", str(port), "--journal", "second", launch=launch_full)
+    serve.log.write_text("its log is on the full disk")
+    wait_serving(f"127.0.0.1:{port}", serve)
+    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        expected = client.generate([1, 2, 3], max_tokens=20, ignore_eos=True).tokens
+        assert "No space left on device" in client.cluster().warnings[0]
+        stream = client.stream([1, 2, 3], max_tokens=20, ignore_eos=True)
+        tokens = iter(stream)
+        begun = [next(tokens).token]
+        os.kill(children(worker.process.pid)[0], signal.SIGKILL)
+        assert tuple(begun + [token.token for token in tokens]) == expected
+        disk.free()
+        wait_until(lambda: not client.cluster().warnings)
+    assert serve.stop() == 0
+    assert (disk.path / "coordinators" / cluster.name / "journal").is_file()
+
+
+@pytest.mark.long
+def test_a_worker_on_a_full_disk_says_so_and_starts_once_there_is_room(
+    cluster: Cluster, small_disk: SmallDisks
+) -> None:
+    disk = small_disk(cluster.folder / "home", MIB)
+    disk.fill()
+    refused = cluster.worker("solo")
+    assert refused.process.wait(START_S) == 2
+    assert "No space left on device" in refused.said()
+    assert "Traceback" not in refused.said()
+    disk.free()
+    cluster.worker("solo").wait_for("worker solo of cluster")
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_S
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
