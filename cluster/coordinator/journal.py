@@ -33,7 +33,7 @@ from cluster.types import Request
 
 log = logging.getLogger(__name__)
 
-_OPENED, _SAID, _ENDED = range(3)
+_OPENED, _SAID, _ENDED, _SAID_SO_FAR = range(4)
 _TOKEN_BYTES: Final = 5
 """What a token takes at most in a rewritten file."""
 Said = tuple[tuple[int, ...], ...]
@@ -79,9 +79,9 @@ class Journal:
         """Why nothing is written now, as a sentence; empty while the journal is on."""
         self._before = {i: k for i, k in _read(path, clock()).items() if not self._expired(k)}
         self._live: dict[str, Kept] = {}
-        self._costs: dict[str, int] = {}  # bytes that each live request takes of a file that was just rewritten
+        self._records = {i: _opened(k) for i, k in self._before.items()}  # packed once: a long prompt takes a while
         self._pending: list[bytes] = []
-        self._file, self._size, self._size_before = -1, 0, 0
+        self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
         self._rewrite()
 
@@ -103,32 +103,30 @@ class Journal:
 
     def opened(self, request: Request, said: Said) -> None:
         """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
-        self._before.pop(request.id, None)
+        self._forget(request.id)
         kept = Kept(replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples])
         try:
+            _require_plain(replace(kept.request, prompt=()))  # a prompt is token ids in any case
             record = _opened(kept)
-            if from_data(unpack_record(record)[3]) != kept.request:
-                raise TypeError("it asks for more than the journal keeps")
         except (TypeError, ValueError) as e:
             log.info("journal: request left out reason=%s request=%s", e, request.id)
             return
         if self._needed() + len(record) > JOURNAL_BYTES:
             log.info("journal: request left out reason=full of live requests request=%s", request.id)
             return
-        self._live[request.id], self._costs[request.id] = kept, len(record)
+        self._live[request.id], self._records[request.id] = kept, record
         self._record(record)
 
     def said(self, request_id: str, token: int, sample: int = 0) -> None:
         """A live request got a token."""
         if kept := self._live.get(request_id):
             kept.said[sample].append(token)
-            self._costs[request_id] += _TOKEN_BYTES
             self._record(pack_record(_SAID, request_id, token, sample))
 
     def ended(self, request_id: str) -> None:
         """A request is live no more."""
-        if self._live.pop(request_id, None):
-            del self._costs[request_id]
+        if request_id in self._live:
+            self._forget(request_id)
             self._record(pack_record(_ENDED, request_id))
 
     def flush(self) -> None:
@@ -148,7 +146,13 @@ class Journal:
 
     def _needed(self) -> int:
         """Bytes that a rewritten file would have, at most."""
-        return self._size_before + sum(self._costs.values())
+        said = sum(len(tokens) for kept in self._live.values() for tokens in kept.said)
+        return sum(map(len, self._records.values())) + _TOKEN_BYTES * said
+
+    def _forget(self, request_id: str) -> None:
+        self._before.pop(request_id, None)
+        self._live.pop(request_id, None)
+        self._records.pop(request_id, None)
 
     def _record(self, record: bytes) -> None:
         if not self.problem:  # else it is in the file that is written once that works
@@ -171,15 +175,15 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Put a new file with all that has not ended in the old one's place; the old one stays where that fails."""
-        for request_id in [i for i, kept in list(self._before.items()) if self._expired(kept)]:
-            self._before.pop(request_id, None)
+        for request_id in [i for i, kept in self._before.items() if self._expired(kept)]:
+            self._forget(request_id)
         fresh = self._path.with_suffix(".new")
         try:
             make_private_folder(self._path.parent)
             file = create_private_file(fresh)
             try:
-                before = b"".join((HEADER, *map(_opened, list(self._before.values()))))
-                content = before + b"".join(map(_opened, self._live.values()))
+                said = (pack_record(_SAID_SO_FAR, i, kept.said) for i, kept in self._live.items())
+                content = b"".join((HEADER, *self._records.values(), *said))
                 write_all(file, content)
                 os.fsync(file)
                 fresh.replace(self._path)
@@ -188,7 +192,7 @@ class Journal:
                 fresh.unlink(missing_ok=True)
                 raise
             self._close_file()
-            self._file, self._size, self._size_before = file, len(content), len(before)
+            self._file, self._size = file, len(content)
             sync_folder(self._path.parent)
         except OSError as e:
             self._switch_off(e)
@@ -266,14 +270,33 @@ def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> N
     elif kind == _SAID:
         token, sample = facts
         found[request_id].said[sample].append(*token_ids([token]))
-    else:
+    elif kind == _SAID_SO_FAR:
+        (said,) = facts
+        found[request_id].said = _require_said(said, found[request_id].request.samples)
+    elif kind == _ENDED:
         found.pop(request_id, None)
+    else:
+        raise ValueError("a record of no known kind")
 
 
 def _require(kept: Kept, request_id: object) -> Kept:
     """What was read, where each field has the type that it was written with. Raises TypeError."""
-    if kept.request.id != request_id or type(kept.at) not in (int, float) or type(kept.said) is not list:
+    if kept.request.id != request_id or type(kept.at) not in (int, float):
         raise TypeError("a record is about another request, or of another type, than it was written with")
-    for tokens in kept.said:
-        token_ids(tokens)
+    _require_said(kept.said, kept.request.samples)
     return kept
+
+
+def _require_said(said: Any, samples: int) -> list[list[int]]:
+    if type(said) is not list or len(said) != samples or not all(type(tokens) is list for tokens in said):
+        raise TypeError("what was said is no list of token ids a sample")
+    for tokens in said:
+        token_ids(tokens)
+    return said
+
+
+def _require_plain(request: Request) -> None:
+    """Raise TypeError or ValueError for a request that is another one once it was written and read."""
+    record = _opened(Kept(request, 0.0))
+    if from_data(unpack_record(record)[3]) != request:
+        raise TypeError("it asks for more than the journal keeps")

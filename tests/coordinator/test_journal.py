@@ -346,3 +346,22 @@ def test_nothing_is_resumed_after_its_time_whenever_it_is_asked_for(tmp_path: Pa
     third = Journal(tmp_path / "j", clock=lambda: now[0])
     now[0] += RESUME_S + 1
     assert third.take("a", "me") is None
+
+
+def test_a_rewritten_file_holds_what_live_requests_have_said_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 4000)
+    kept = Journal(tmp_path / "j")
+    kept.opened(replace(request("samples"), samples=2), ())
+    kept.opened(request("resumed"), ((1, 2),))
+    for token in range(400):
+        kept.said("samples", token, sample=token % 2)
+        kept.said("resumed", token)
+        kept.flush()
+    assert (tmp_path / "j").stat().st_size < 8000  # 800 records of tokens alone are more than twice that
+    kept.close()
+    assert resumable(tmp_path / "j", "samples", "resumed") == {
+        "samples": [list(range(0, 400, 2)), list(range(1, 400, 2))],
+        "resumed": [[1, 2, *range(400)]],
+    }
