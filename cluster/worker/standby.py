@@ -7,6 +7,7 @@ It knows processes. What an engine is told, the supervisor knows.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from contextlib import suppress
 
 import anyio
 
+from cluster.errors import WorkerLost
 from cluster.lifetime import own_code_alone
 from cluster.limits import STANDBY_AFTER_S
+
+log = logging.getLogger(__name__)
 
 
 class Standby:
@@ -32,7 +36,10 @@ class Standby:
         return self._waiting is not None and self._waiting.returncode is None
 
     async def take(self) -> Process:
-        """An engine process. One in waiting that has died in the meantime, as memory ran out, is let go."""
+        """An engine process. One in waiting that has died in the meantime, as memory ran out, is let go.
+
+        Raises ``WorkerLost`` where the system starts none.
+        """
         process, self._waiting = self._waiting, None
         if process is not None:
             self._taken.set()
@@ -46,7 +53,11 @@ class Standby:
             while True:
                 taken = self._taken = anyio.Event()
                 await anyio.sleep(STANDBY_AFTER_S)
-                self._waiting = await self._launched()
+                try:
+                    self._waiting = await self._launched()
+                except WorkerLost as e:  # the engine that computes needs none
+                    log.warning("standby: not started, tried again reason=%s", e.sentence)
+                    continue
                 await taken.wait()
         finally:
             process, self._waiting = self._waiting, None
@@ -58,6 +69,9 @@ class Standby:
     async def _launched(self) -> Process:
         """A new process, in a folder that cannot be deleted while the daemon runs."""
         environment = own_code_alone(os.environ)
-        return await asyncio.create_subprocess_exec(
-            *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
-        )
+        try:
+            return await asyncio.create_subprocess_exec(
+                *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
+            )
+        except OSError as e:  # too many files or processes, too little memory: that may pass
+            raise WorkerLost(f"the engine could not be started: {e.strerror}") from e

@@ -89,7 +89,11 @@ class Supervisor:
     async def _live_once(self) -> None:
         self._verdict = ""
         kills = out_of_memory_kills()
-        self._process = await self.standby.take()
+        try:
+            self._process = await self.standby.take()
+        except WorkerLost as e:
+            self.problem = e.sentence
+            return
         _begin(self._process)
         try:
             async with anyio.create_task_group() as tasks:

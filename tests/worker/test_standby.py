@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.errors import WorkerLost
 from cluster.worker import standby
+from cluster.worker.settings import WorkerSettings
 from cluster.worker.standby import Standby
+from cluster.worker.supervisor import Supervisor
 
 COMMAND = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
 
@@ -50,3 +57,40 @@ def test_the_one_in_waiting_is_taken_and_the_next_one_comes(monkeypatch: pytest.
             assert await process.wait() == 0
 
     asyncio.run(scenario())
+
+
+class Launches:
+    """Stands before the system's own launching of processes, which fails ``failures`` times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.tried, self._launch = failures, 0, asyncio.create_subprocess_exec
+
+    async def __call__(self, *command: str, **options: Any) -> asyncio.subprocess.Process:
+        self.tried += 1
+        if self.tried <= self.failures:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return await self._launch(*command, **options)
+
+
+def test_a_standby_that_the_system_does_not_start_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "STANDBY_AFTER_S", 0.01)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", launches := Launches(3))
+
+    async def scenario() -> None:
+        kept = Standby(COMMAND)
+        keeping = asyncio.create_task(kept.keep())
+        await until_ready(kept)
+        assert launches.tried == 4
+        keeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeping
+
+    asyncio.run(scenario())
+
+
+def test_a_first_engine_that_the_system_does_not_start_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", Launches(1))
+    with pytest.raises(WorkerLost, match="the engine could not be started: Too many open files"):
+        asyncio.run(Supervisor(WorkerSettings("eve", tmp_path), None).run())
