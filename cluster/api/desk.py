@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cluster.api.accounts import Accounts, revoked
 from cluster.api.blame import blamed
+from cluster.api.byte_budget import ByteBudget
 from cluster.api.metrics import Metrics
 from cluster.coordinator.answer import Answer
 from cluster.coordinator.checkpoint import Checkpoint
@@ -39,6 +40,8 @@ class Desk:
 
     def __init__(self, coordinator: Coordinator, metrics: Metrics, accounts: Accounts | None = None) -> None:
         self.coordinator, self.metrics, self.accounts = coordinator, metrics, accounts
+        self.bodies = ByteBudget()
+        """Bytes that the requests of every surface hold."""
         self._live: dict[str, str] = {}
 
     async def ask(self, request: Request, checkpoint: Checkpoint) -> Asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -40,7 +41,7 @@ class Caller:
 async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if message.WhichOneof("prompt") == "tokens":
-        prompt = _known(tuple(message.tokens.ids), checkpoint)
+        prompt = _known_ids(message.tokens.ids, checkpoint)
     else:
         prompt = await encoded(message.text, checkpoint)
     if not prompt:
@@ -89,12 +90,13 @@ async def templated(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tupl
     return (await converse(messages(message.messages), options, None, checkpoint)).prompt
 
 
-def _known(ids: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
-    size = checkpoint.vocabulary
-    strange = next((i for i in ids if i >= size), None)
-    if strange is not None:
-        raise InvalidRequest(f"the prompt has the token id {strange}; the model has {size} tokens", field="prompt")
-    return ids
+def _known_ids(ids: Sequence[int], checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The ids of a prompt, counted before they are copied. Raises ``InvalidRequest`` or ``PromptTooLong``."""
+    _room(len(ids), checkpoint.shape.max_context)
+    size, largest = checkpoint.vocabulary, max(ids, default=0)
+    if largest >= size:
+        raise InvalidRequest(f"the prompt has the token id {largest}; the model has {size} tokens", field="prompt")
+    return tuple(ids)
 
 
 def _request(
@@ -133,13 +135,7 @@ def _request(
 
 def _max_tokens(stop: pb.StopOptions, prompt: int, context: int, default: int | None) -> int:
     """How long the answer may be; what was asked for is refused rather than shortened."""
-    room = context - prompt
-    if room < 1:
-        raise PromptTooLong(
-            f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "
-            "with a larger --max-context",
-            field="prompt",
-        )
+    room = _room(prompt, context)
     if not stop.HasField("max_tokens"):
         return min(default or room, room)
     if stop.max_tokens < 1:
@@ -151,3 +147,14 @@ def _max_tokens(stop: pb.StopOptions, prompt: int, context: int, default: int | 
             field="max_tokens",
         )
     return int(stop.max_tokens)
+
+
+def _room(prompt: int, context: int) -> int:
+    """Tokens that an answer may have. Raises ``PromptTooLong`` where there is none."""
+    if prompt >= context:
+        raise PromptTooLong(
+            f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "
+            "with a larger --max-context",
+            field="prompt",
+        )
+    return context - prompt

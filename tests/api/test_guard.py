@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.types import Message
 
+from cluster.api.byte_budget import ByteBudget
 from cluster.api.http import body as bodies
 from cluster.api.http import sse
 from cluster.api.http.access import Access, DeclaredRoute, Door
@@ -154,7 +155,9 @@ async def test_a_body_that_does_not_come_is_408(monkeypatch: pytest.MonkeyPatch)
         await asyncio.sleep(60)
         raise AssertionError
 
-    request = Request({"type": "http", "method": "POST", "headers": [], "path": "/"}, never)
+    request = Request(
+        {"type": "http", "method": "POST", "headers": [], "path": "/", bodies.CHARGE: ByteBudget().open("")}, never
+    )
     with pytest.raises(MacpipeError) as caught:
         await bodies.read(request, ChatForm)
     assert caught.value.http_status == 408

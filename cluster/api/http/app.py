@@ -44,7 +44,7 @@ def application(desk: Desk, aliases: tuple[str, ...] = (), sites: Sites | None =
         route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
         desk.metrics.responded(route, status)
 
-    return Guard(app, observe, Door(app.routes, desk.accounts), sites)
+    return Guard(app, observe, Door(app.routes, desk.accounts), sites, desk.bodies)
 
 
 def table(desk: Desk, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:

@@ -21,10 +21,11 @@ MAX_TIMEOUT_S: Final = 86_400.0
 
 def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
     """``default_max_tokens`` None: as long as the context allows. Raises ``InvalidRequest`` for a bad deadline."""
-    return Caller(_client(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+    return Caller(client_name(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
 
 
-def _client(request: Request) -> str:
+def client_name(request: Request) -> str:
+    """Whose the request is, as far as turns, kept prefixes and held bytes go."""
     key = request.scope.get(KEY)
     if key is not None:
         return client_of(key)

@@ -22,7 +22,7 @@ from cluster.api.http.answers import (
     reasoned,
     total,
 )
-from cluster.api.http.body import read
+from cluster.api.http.body import build, read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.errors import openai_error, sentence_of
@@ -50,7 +50,8 @@ class Chat:
         checkpoint = self.names.checkpoint(form.model)
         head = Head(new_id("chatcmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
         with fields_named(_fields(form)):
-            taken = await intake.chat_request(form.message(head.id), checkpoint, caller_of(request, None))
+            message = await build(request, lambda: form.message(head.id))
+            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from cluster.api.http.body import Form, Ignored, Unsupported
+from cluster.api.bounds import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
+from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.formats import (
+    ArgumentsChecker,
     Choosable,
     FunctionSpec,
     ResponseFormat,
-    arguments_text,
     check_answers,
     choice_of,
     grammar_of,
@@ -21,7 +22,7 @@ from cluster.api.http.formats import (
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm
 from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
-from cluster.limits import MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOP_LOGPROBS
+from cluster.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOOLS, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -29,26 +30,30 @@ class Part(Form):
     """A part of a message's content. Text alone can be read; the rest is known so that it can be refused by name."""
 
     type: str
-    text: str | None = None
-    refusal: str | None = None
-    image_url: Any = None
-    input_audio: Any = None
-    file: Any = None
+    text: Text | None = None
+    refusal: Text | None = None
+    image_url: Ignored = None
+    input_audio: Ignored = None
+    file: Ignored = None
     cache_control: Ignored = None
 
 
 class CalledFunction(Form):
-    name: str
-    arguments: str = "{}"
+    name: ShortText
+    arguments: Text = "{}"
 
 
 class Call(Form):
     """A call that an assistant made. ``index`` comes back from clients that kept it from a stream."""
 
-    id: str
+    id: ShortText
     type: Literal["function"] = "function"
     function: CalledFunction
     index: Ignored = None
+
+
+Parts: TypeAlias = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Calls: TypeAlias = Annotated[list[Call], Field(max_length=MAX_TURN_CALLS, fail_fast=True)]
 
 
 class Message(Form):
@@ -58,21 +63,27 @@ class Message(Form):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: Text | Parts | None = None
     name: Annotated[str, Field(max_length=MAX_TOOL_NAME_CHARS)] | None = None
-    tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
+    tool_calls: Calls | None = None
+    tool_call_id: ShortText | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
     refusal: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
     annotations: Ignored = None
 
 
+MessageList: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class FunctionTool(Form):
     type: Literal["function"]
     function: FunctionSpec
+
+
+FunctionTools: TypeAlias = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class NamedFunction(Form):
@@ -92,8 +103,8 @@ class StreamOptions(Form):
 class ChatForm(SamplingForm):
     """The body. Beside OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs."""
 
-    model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    model: ShortText | None = None
+    messages: MessageList
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
@@ -101,16 +112,16 @@ class ChatForm(SamplingForm):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: FunctionTools | None = None
     tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     priority: Annotated[Count, Field(le=9)] = 0
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
     metadata: Ignored = None
     user: Ignored = None
     safety_identifier: Ignored = None
@@ -174,14 +185,16 @@ class ChatForm(SamplingForm):
 def messages_of(messages: Sequence[Message]) -> list[pb.ChatMessage]:
     """A conversation. Raises ``InvalidRequest``, also for a tool's message that answers no call."""
     turns: list[pb.ChatMessage] = []
+    arguments, called = ArgumentsChecker(), set[str]()
     for i, message in enumerate(messages):
-        turn = message_of(message, f"messages[{i}]")
-        check_answers(turn, turns, f"messages[{i}].tool_call_id")
+        turn = message_of(message, f"messages[{i}]", arguments)
+        check_answers(turn, called, f"messages[{i}].tool_call_id")
+        called.update(call.id for call in turn.tool_calls)
         turns.append(turn)
     return turns
 
 
-def message_of(m: Message, field: str) -> pb.ChatMessage:
+def message_of(m: Message, field: str, arguments: ArgumentsChecker) -> pb.ChatMessage:
     """One message. Raises ``InvalidRequest`` for what its role does not have."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
@@ -195,14 +208,14 @@ def message_of(m: Message, field: str) -> pb.ChatMessage:
         role="system" if m.role == "developer" else m.role,
         content=text_of(m.content, f"{field}.content"),
         reasoning=m.reasoning_content or m.reasoning or "",
-        tool_calls=[_call(c, f"{field}.tool_calls[{i}]") for i, c in enumerate(m.tool_calls or ())],
+        tool_calls=[_call(c, f"{field}.tool_calls[{i}]", arguments) for i, c in enumerate(m.tool_calls or ())],
         tool_call_id=m.tool_call_id or "",
         name=m.name or "",
     )
 
 
-def _call(call: Call, field: str) -> pb.ToolCall:
-    text = arguments_text(call.function.arguments, f"{field}.function.arguments")
+def _call(call: Call, field: str, arguments: ArgumentsChecker) -> pb.ToolCall:
+    text = arguments.text(call.function.arguments, f"{field}.function.arguments")
     return pb.ToolCall(id=call.id, name=call.function.name, arguments=text)
 
 

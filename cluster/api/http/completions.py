@@ -15,7 +15,7 @@ from starlette.requests import Request
 from cluster.api import intake
 from cluster.api.desk import Asked, Desk
 from cluster.api.http.answers import Whole, fields_named, gathered, grammar_fields, openai_usage, plus, total
-from cluster.api.http.body import read
+from cluster.api.http.body import build, read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.chat import Head
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
@@ -42,18 +42,20 @@ class Completions:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
         head = Head(new_id("cmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
-        all_asked = await self._ask(form, head.id, checkpoint, caller_of(request, DEFAULT_MAX_TOKENS))
+        all_asked = await self._ask(form, head.id, checkpoint, request)
         answer = _Answer(head, form, all_asked)
         if form.stream:
             return EventStream(answer.chunks())
         return Json(await while_connected(request, answer.whole))
 
     async def _ask(
-        self, form: CompletionsForm, request_id: str, checkpoint: Checkpoint, caller: intake.Caller
+        self, form: CompletionsForm, request_id: str, checkpoint: Checkpoint, request: Request
     ) -> list[Asked]:
         """Every prompt handed in, or none."""
         with fields_named({"samples": "n", "top_logprobs": "logprobs", **grammar_fields("response_format")}):
-            taken = [await intake.generate_request(m, checkpoint, caller) for m in form.messages(request_id)]
+            messages = await build(request, lambda: form.messages(request_id))
+            caller = caller_of(request, DEFAULT_MAX_TOKENS)
+            taken = [await intake.generate_request(m, checkpoint, caller) for m in messages]
             async with AsyncExitStack() as undo:
                 all_asked = []
                 for each in taken:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
-from cluster.api.http.body import Ignored, Unsupported
+from cluster.api.bounds import MAX_ELEMENTS, MAX_PROMPT_IDS
+from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import StreamOptions
 from cluster.api.http.formats import ResponseFormat, grammar_of
 from cluster.api.http.sampling_form import Count, SamplingForm
@@ -17,14 +18,16 @@ from cluster.v1 import inference_pb2 as pb
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's, on this endpoint."""
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Prompt = str | list[TokenId]
+Prompt = Text | Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
 
 
 class CompletionsForm(SamplingForm):
     """The body. Beside OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, response_format, priority."""
 
-    model: str | None = None
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    most_commas: ClassVar[int] = MAX_ELEMENTS + MAX_PROMPT_IDS
+
+    model: ShortText | None = None
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
-from cluster.api.http.body import Form, Ignored
+from cluster.api.http.body import Form, Ignored, JsonObject
+from cluster.api.http.elements import ElementCounter
 from cluster.api.http.jsons import compact
 from cluster.api.http.schemas import check_schema
 from cluster.errors import InvalidRequest
@@ -42,7 +42,7 @@ class FunctionSpec(Form):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -53,7 +53,7 @@ class JsonSchema(Form):
 
     name: Name | None = None
     description: Ignored = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -101,18 +101,29 @@ def choice_of(choice: str, *, named: bool) -> pb.ToolChoice:
     return pb.ToolChoice(mode=_MODES[choice])
 
 
-def check_answers(turn: pb.ChatMessage, before: Iterable[pb.ChatMessage], field: str) -> None:
-    """Raises ``InvalidRequest`` where ``turn`` is a tool's and answers no call of those ``before``."""
-    if turn.role == "tool" and not any(call.id == turn.tool_call_id for said in before for call in said.tool_calls):
+def check_answers(turn: pb.ChatMessage, called: Collection[str], field: str) -> None:
+    """Raises ``InvalidRequest`` where ``turn`` is a tool's and answers none of the calls whose ids are ``called``."""
+    if turn.role == "tool" and turn.tool_call_id not in called:
         raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}, which no call before it has", field=field)
 
 
-def arguments_text(arguments: str, field: str) -> str:
-    """Arguments of an earlier call, as they came; a JSON object. Raises ``InvalidRequest``."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{field} is not a JSON object", field=field)
-    return arguments or "{}"
+class ArgumentsChecker:
+    """Checks the arguments of a conversation's calls, whose elements are bounded together.
+
+    They come as JSON in strings, where the count of the body's own elements does not reach.
+    """
+
+    def __init__(self) -> None:
+        self._elements = ElementCounter()
+
+    def text(self, arguments: str, field: str) -> str:
+        """``arguments`` as they came; a JSON object. Raises ``InvalidRequest`` or ``TooLarge``."""
+        data = arguments.encode() or b"{}"
+        self._elements.feed(data)
+        try:
+            value = from_json(data)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"{field} is not a JSON object", field=field)
+        return arguments or "{}"

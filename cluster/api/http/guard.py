@@ -12,10 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.api.byte_budget import ByteBudget
 from cluster.api.http.access import KEY, Door
+from cluster.api.http.body import CHARGE
+from cluster.api.http.caller import client_name
 from cluster.api.http.errors import error_response, internal_error
 from cluster.api.http.sites import Sites
 from cluster.errors import MacpipeError
@@ -26,10 +30,16 @@ Observe = Callable[[str, str, int, float], None]
 
 
 class Guard:
-    """Wraps the application: ``sites`` may call it, and ``door`` lets in who has what a route needs."""
+    """Wraps the application: ``sites`` may call it, and ``door`` lets in who has what a route needs.
 
-    def __init__(self, app: ASGIApp, observe: Observe, door: Door, sites: Sites | None = None) -> None:
+    ``bodies`` counts the bytes that requests hold, until each has ended.
+    """
+
+    def __init__(
+        self, app: ASGIApp, observe: Observe, door: Door, sites: Sites | None = None, bodies: ByteBudget | None = None
+    ) -> None:
         self._app, self._observe, self._door, self._sites = app, observe, door, sites or Sites()
+        self._bodies = bodies or ByteBudget()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +62,8 @@ class Guard:
         if (answer := self._sites.preflight(scope["method"], headers)) is not None:
             await Response(status_code=204, headers=answer)(scope, receive, reply.send)
             return
-        with self._door.entered(scope, headers):
+        with self._door.entered(scope, headers), self._bodies.open(client_name(Request(scope))) as charge:
+            scope[CHARGE] = charge
             await self._app(scope, receive, reply.send)
 
     def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from cluster.api import intake
 from cluster.api.desk import Asked, Desk
 from cluster.api.http.answers import Part, fields_named, gathered, grammar_fields
-from cluster.api.http.body import read
+from cluster.api.http.body import build, read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.errors import anthropic_error, sentence_of
 from cluster.api.http.identity import new_id
@@ -46,7 +46,8 @@ class Messages:
         request_id = new_id("msg_")
         formatted = form.output_config is not None and form.output_config.format is not None
         with fields_named({**FIELDS, **grammar_fields("output_config.format" if formatted else "tools")}):
-            taken = await intake.chat_request(form.message(request_id), checkpoint, caller_of(request, None))
+            message = await build(request, lambda: form.message(request_id))
+            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
         model = self.names.shown(form.model, checkpoint)
         if form.stream:

@@ -5,17 +5,19 @@ One of their messages may hold several results of tools and text; each becomes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
-from cluster.api.http.body import Form, Ignored, Unsupported
+from cluster.api.bounds import MAX_PARTS, MAX_WORDS
+from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.formats import Name, check_answers, choice_of, schema_grammar
 from cluster.api.http.jsons import compact
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
 from cluster.api.http.schemas import check_schema
 from cluster.errors import InvalidRequest
+from cluster.limits import MAX_MESSAGES, MAX_TOOLS
 from cluster.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -26,29 +28,32 @@ class Block(Form):
     """A block of content. Which fields it has, its type says; types that are no text are refused by name."""
 
     type: str
-    text: str | None = None
-    thinking: str | None = None
+    text: Text | None = None
+    thinking: Text | None = None
     signature: Ignored = None
-    data: str | None = None
-    id: str | None = None
-    name: str | None = None
-    input: dict[str, Any] | None = None
-    tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    data: Ignored = None
+    id: ShortText | None = None
+    name: ShortText | None = None
+    input: JsonObject | None = None
+    tool_use_id: ShortText | None = None
+    content: Text | Blocks | None = None
     is_error: bool | None = None
-    source: Any = None
-    title: Any = None
-    context: Any = None
+    source: Ignored = None
+    title: Ignored = None
+    context: Ignored = None
     cache_control: Ignored = None
     citations: Ignored = None
     caller: Ignored = None
+
+
+Blocks: TypeAlias = Annotated[list[Block], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Message(Form):
     """What a user, an assistant, or (in newer clients) the system said."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: Text | Blocks
 
 
 class ToolForm(Form):
@@ -57,18 +62,18 @@ class ToolForm(Form):
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     strict: bool | None = None
     cache_control: Ignored = None
     eager_input_streaming: Ignored = None
     input_examples: Ignored = None
     defer_loading: Literal[False] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
 
 
 class Choice(Form):
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: ShortText | None = None
     disable_parallel_tool_use: bool | None = None
 
 
@@ -82,7 +87,7 @@ class Thinking(Form):
 
 class OutputFormat(Form):
     type: Literal["json_schema"]
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    json_schema: Annotated[JsonObject, Field(alias="schema")]
 
 
 class OutputConfig(Form):
@@ -93,10 +98,10 @@ class OutputConfig(Form):
 class CountForm(Form):
     """What the counting of tokens takes: everything that makes the prompt."""
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[Block] | None = None
-    tools: list[ToolForm] | None = None
+    model: ShortText
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    system: Text | Blocks | None = None
+    tools: Annotated[list[ToolForm], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -106,9 +111,11 @@ class CountForm(Form):
 
     def conversation(self) -> pb.ChatRequest:
         """Messages, tools, and what the answer must be. Raises ``InvalidRequest``, naming the field."""
-        turns = list(_system(self.system))
+        turns, called = list(_system(self.system)), set[str]()
         for i, message in enumerate(self.messages):
-            turns += list(_turns(message, f"messages[{i}]", turns))
+            for turn in _turns(message, f"messages[{i}]", called):
+                called.update(call.id for call in turn.tool_calls)
+                turns.append(turn)
         output = self.output_config
         return pb.ChatRequest(
             messages=turns,
@@ -188,32 +195,34 @@ def _text(content: str | list[Block], field: str) -> str:
     return "\n".join(_has(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
-def _turns(message: Message, field: str, before: Sequence[pb.ChatMessage]) -> Iterator[pb.ChatMessage]:
+def _turns(message: Message, field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
     if message.role == "system" or isinstance(message.content, str):
         yield pb.ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
     elif message.role == "assistant":
         yield _assistant(message.content, f"{field}.content")
     else:
-        yield from _user(message.content, f"{field}.content", before)
+        yield from _user(message.content, f"{field}.content", called)
 
 
 def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
     message = pb.ChatMessage(role="assistant")
+    said, thought = list[str](), list[str]()
     for i, block in enumerate(blocks):
         at = f"{field}[{i}]"
         _require(block, (TEXT, "thinking", "redacted_thinking", "tool_use"), at)
         if block.type == TEXT:
-            message.content += _has(block.text, f"{at}.text")
+            said.append(_has(block.text, f"{at}.text"))
         elif block.type == "thinking":
-            message.reasoning += _has(block.thinking, f"{at}.thinking")
+            thought.append(_has(block.thinking, f"{at}.thinking"))
         elif block.type == "tool_use":
             arguments = compact(_has(block.input, f"{at}.input"))
             call = pb.ToolCall(id=_has(block.id, f"{at}.id"), name=_has(block.name, f"{at}.name"), arguments=arguments)
             message.tool_calls.append(call)
+    message.content, message.reasoning = "".join(said), "".join(thought)
     return message
 
 
-def _user(blocks: list[Block], field: str, before: Sequence[pb.ChatMessage]) -> Iterator[pb.ChatMessage]:
+def _user(blocks: list[Block], field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
     """Results of tools first, as they must be, then what the user says beside them."""
     said = []
     for i, block in enumerate(blocks):
@@ -223,7 +232,7 @@ def _user(blocks: list[Block], field: str, before: Sequence[pb.ChatMessage]) -> 
             said.append(_has(block.text, f"{at}.text"))
         else:
             result = _result(block, at)
-            check_answers(result, before, f"{at}.tool_use_id")
+            check_answers(result, called, f"{at}.tool_use_id")
             yield result
     if said:
         yield pb.ChatMessage(role="user", content="\n".join(said))

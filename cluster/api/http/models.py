@@ -36,7 +36,7 @@ class Models:
         try:
             checkpoint = self.names.checkpoint(asked)
         except NotServing as e:
-            raise ModelNotFound(f"no model {asked} is served here: {e.sentence}", field="model") from None
+            raise ModelNotFound(f"no model {asked[:64]} is served here: {e.sentence}", field="model") from None
         return Json(self._model(self.names.shown(asked, checkpoint), checkpoint))
 
     def _model(self, name: str, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Names:
         known = (*self.of(checkpoint), checkpoint.shape.model.name, DEFAULT, "", None)
         if asked not in known:
             listed = ", ".join(self.of(checkpoint))
-            raise ModelNotFound(f"no model {asked} is served here; there is {listed}", field="model")
+            raise ModelNotFound(f"no model {str(asked)[:64]} is served here; there is {listed}", field="model")
         return checkpoint
 
     def of(self, checkpoint: Checkpoint) -> tuple[str, ...]:

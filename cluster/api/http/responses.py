@@ -12,7 +12,7 @@ from starlette.requests import Request
 from cluster.api import intake
 from cluster.api.desk import Desk
 from cluster.api.http.answers import Part, Whole, fields_named, gathered, grammar_fields
-from cluster.api.http.body import read
+from cluster.api.http.body import build, read
 from cluster.api.http.caller import caller_of
 from cluster.api.http.identity import new_id
 from cluster.api.http.jsons import Json
@@ -45,7 +45,8 @@ class Responses:
         request_id = new_id("resp_")
         thinking = thinking_fields(form.chat_template_kwargs, "reasoning.effort")
         with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
-            taken = await intake.chat_request(form.message(request_id), checkpoint, caller_of(request, None))
+            message = await build(request, lambda: form.message(request_id))
+            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
         reply = Reply(form, asked, self.names.shown(form.model, checkpoint), int(time.time()))
         if form.stream:

@@ -6,16 +6,17 @@ Nothing is stored: a conversation comes whole with each request, reasoning and c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from cluster.api.http.body import Form, Ignored, Unsupported
+from cluster.api.bounds import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
+from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported, first_entries
 from cluster.api.http.formats import (
+    ArgumentsChecker,
     Choosable,
     FunctionSpec,
     Name,
-    arguments_text,
     check_answers,
     choice_of,
     schema_grammar,
@@ -24,7 +25,7 @@ from cluster.api.http.formats import (
 from cluster.api.http.sampling_form import Positive
 from cluster.api.http.thinking import Effort, thinking_of
 from cluster.errors import InvalidRequest
-from cluster.limits import MAX_TOP_LOGPROBS
+from cluster.limits import MAX_TOOLS, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 LOGPROBS = "message.output_text.logprobs"
@@ -33,16 +34,19 @@ TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reason
 
 class Part(Form):
     type: str
-    text: str | None = None
-    refusal: str | None = None
-    image_url: Any = None
-    file_id: Any = None
-    file_data: Any = None
-    file_url: Any = None
-    filename: Any = None
-    detail: Any = None
+    text: Text | None = None
+    refusal: Text | None = None
+    image_url: Ignored = None
+    file_id: Ignored = None
+    file_data: Ignored = None
+    file_url: Ignored = None
+    filename: Ignored = None
+    detail: Ignored = None
     annotations: Ignored = None
     logprobs: Ignored = None
+
+
+Parts: TypeAlias = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Item(Form):
@@ -50,15 +54,15 @@ class Item(Form):
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: Text | Parts | None = None
     id: Ignored = None
     status: Ignored = None
     phase: Ignored = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
-    output: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    call_id: ShortText | None = None
+    name: ShortText | None = None
+    arguments: Text | None = None
+    output: Text | Parts | None = None
+    summary: Parts | None = None
     encrypted_content: Ignored = None
     namespace: Ignored = None
 
@@ -79,11 +83,11 @@ class Format(Form):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
     description: Ignored = None
-    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    json_schema: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class Text(Form):
+class TextOptions(Form):
     format: Format | None = None
     verbosity: Literal["medium"] | None = None
 
@@ -98,12 +102,18 @@ class StreamOptions(Form):
     include_obfuscation: Literal[False] | None = None
 
 
+Included: TypeAlias = Annotated[
+    list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]],
+    Field(max_length=MAX_WORDS, fail_fast=True),
+]
+
+
 class ResponsesForm(Form):
     """The body. Beside OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
 
-    model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
-    instructions: str | None = None
+    model: ShortText | None = None
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    instructions: Text | None = None
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -111,20 +121,20 @@ class ResponsesForm(Form):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[ToolForm] | None = None
+    tools: Annotated[list[ToolForm], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
-    text: Text | None = None
+    text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    include: Included | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, ShortText], Field(max_length=MAX_METADATA), first_entries(MAX_METADATA)] | None = None
     user: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
@@ -172,10 +182,10 @@ class ResponsesForm(Form):
     def _turns(self) -> list[pb.ChatMessage]:
         if isinstance(self.input, str):
             return [pb.ChatMessage(role="user", content=self.input)]
-        turns: list[pb.ChatMessage] = []
+        turns = _Turns()
         for i, item in enumerate(self.input):
-            _add(turns, item, f"input[{i}]")
-        return turns
+            turns.add(item, f"input[{i}]")
+        return turns.messages()
 
     def _grammar(self) -> pb.Grammar | None:
         asked = self.text.format if self.text else None
@@ -201,42 +211,78 @@ class ResponsesForm(Form):
         )
 
 
-def _add(turns: list[pb.ChatMessage], item: Item, field: str) -> None:
-    """Put one item behind the turns. What an assistant thought, said and called makes one turn of it."""
-    if item.type == "message":
-        _add_message(turns, item, field)
-    elif item.type == "reasoning":
-        _assistant(turns).reasoning += _text(item.content or item.summary or "", f"{field}.content")
-    elif item.type == "function_call":
-        arguments = arguments_text(_has(item.arguments, f"{field}.arguments"), f"{field}.arguments")
+class _Turns:
+    """The conversation of a list of items. What an assistant thought, said and called makes one turn of it.
+
+    Text is gathered in lists: to add to a message's text copies all of it.
+    """
+
+    def __init__(self) -> None:
+        self._turns: list[pb.ChatMessage] = []
+        self._said: list[str] = []
+        self._thought: list[str] = []
+        self._called: set[str] = set()
+        self._arguments = ArgumentsChecker()
+
+    def messages(self) -> list[pb.ChatMessage]:
+        self._finish()
+        return self._turns
+
+    def add(self, item: Item, field: str) -> None:
+        """Add one item. Raises ``InvalidRequest``."""
+        if item.type == "message":
+            self._add_message(item, field)
+        elif item.type == "reasoning":
+            self._assistant()
+            self._thought.append(_text(item.content or item.summary or "", f"{field}.content"))
+        elif item.type == "function_call":
+            self._add_call(item, field)
+        elif item.type == "function_call_output":
+            self._add_output(item, field)
+        else:
+            raise InvalidRequest(
+                f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type"
+            )
+
+    def _add_call(self, item: Item, field: str) -> None:
+        arguments = self._arguments.text(_has(item.arguments, f"{field}.arguments"), f"{field}.arguments")
         call_id, name = _has(item.call_id, f"{field}.call_id"), _has(item.name, f"{field}.name")
-        _assistant(turns).tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
-    elif item.type == "function_call_output":
+        self._assistant().tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
+        self._called.add(call_id)
+
+    def _add_output(self, item: Item, field: str) -> None:
         if item.output is None:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
         told, call_id = _text(item.output, f"{field}.output"), _has(item.call_id, f"{field}.call_id")
         turn = pb.ChatMessage(role="tool", content=told, tool_call_id=call_id)
-        check_answers(turn, turns, f"{field}.call_id")
-        turns.append(turn)
-    else:
-        raise InvalidRequest(f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type")
+        check_answers(turn, self._called, f"{field}.call_id")
+        self._begin(turn)
 
+    def _add_message(self, item: Item, field: str) -> None:
+        if item.content is None:
+            raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
+        text, role = _text(item.content, f"{field}.content"), _has(item.role, f"{field}.role")
+        if role == "assistant":
+            self._assistant()
+            self._said.append(text)
+        else:
+            self._begin(pb.ChatMessage(role="system" if role == "developer" else role, content=text))
 
-def _add_message(turns: list[pb.ChatMessage], item: Item, field: str) -> None:
-    if item.content is None:
-        raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
-    text, role = _text(item.content, f"{field}.content"), _has(item.role, f"{field}.role")
-    if role == "assistant":
-        _assistant(turns).content += text
-    else:
-        turns.append(pb.ChatMessage(role="system" if role == "developer" else role, content=text))
+    def _assistant(self) -> pb.ChatMessage:
+        """The assistant's turn that the last item began, or a new one."""
+        if not self._turns or self._turns[-1].role != "assistant":
+            self._begin(pb.ChatMessage(role="assistant"))
+        return self._turns[-1]
 
+    def _begin(self, turn: pb.ChatMessage) -> None:
+        self._finish()
+        self._turns.append(turn)
 
-def _assistant(turns: list[pb.ChatMessage]) -> pb.ChatMessage:
-    """The assistant's turn that the last item began, or a new one."""
-    if not turns or turns[-1].role != "assistant":
-        turns.append(pb.ChatMessage(role="assistant"))
-    return turns[-1]
+    def _finish(self) -> None:
+        """Give the last turn the text that was gathered for it."""
+        if self._said or self._thought:
+            self._turns[-1].content, self._turns[-1].reasoning = "".join(self._said), "".join(self._thought)
+            self._said, self._thought = [], []
 
 
 def _text(content: str | list[Part], field: str) -> str:

@@ -6,10 +6,11 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from cluster.api.http.body import Form
+from cluster.api.http.body import Form, first_entries
 from cluster.errors import InvalidRequest
 from cluster.limits import (
     LEAST_REPETITION_PENALTY,
+    MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MOST_REPETITION_PENALTY,
@@ -20,7 +21,12 @@ Count: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+Biases: TypeAlias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+    first_entries(MAX_LOGIT_BIAS),
+]
 
 
 class SamplingForm(Form):
@@ -33,7 +39,7 @@ class SamplingForm(Form):
     repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION_PENALTY, le=MOST_REPETITION_PENALTY)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     seed: Seed | None = None
     stop: StopString | StopStrings | None = None
     ignore_eos: bool = False

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field
 from starlette.requests import Request
 
 from cluster.api import intake
 from cluster.api.http.answers import fields_named
-from cluster.api.http.body import Form, read
-from cluster.api.http.chat_form import FunctionTool, Message, messages_of
+from cluster.api.http.body import Form, ShortText, Text, build, read
+from cluster.api.http.chat_form import FunctionTools, MessageList, messages_of
 from cluster.api.http.formats import tool_of
 from cluster.api.http.jsons import Json
 from cluster.api.http.messages_form import CountForm
@@ -23,10 +21,10 @@ from cluster.v1 import inference_pb2 as pb
 class TokenizeForm(Form):
     """A text, or a conversation as chat completions take it; not both."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[FunctionTool] | None = None
+    model: ShortText | None = None
+    prompt: Text | None = None
+    messages: MessageList | None = None
+    tools: FunctionTools | None = None
 
     def message(self) -> pb.TokenizeRequest:
         """The request. Raises ``InvalidRequest``, naming the field."""
@@ -53,7 +51,7 @@ class Tokenize:
         form = await read(request, TokenizeForm)
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"text": "prompt"}):
-            message = form.message()
+            message = await build(request, form.message)
             ids = await intake.told(message, checkpoint)
         return Json(
             {
@@ -70,7 +68,7 @@ class Tokenize:
         form = await read(request, CountForm)
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"template": "thinking"}):
-            chat = form.conversation()
+            chat = await build(request, form.conversation)
             message = pb.TokenizeRequest(messages=chat.messages, template=chat.template)
             ids = await intake.tokenized(message, checkpoint)
         return Json({"input_tokens": len(ids)})
