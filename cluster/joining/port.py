@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from cluster.address import format_address
@@ -27,12 +25,10 @@ from cluster.joining.service import Service
 from cluster.security.admission import Admission
 from cluster.security.bounds import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.folder import ClusterFolder
+from cluster.security.quiet_http import QuietProtocol
 from cluster.security.roles import Role
 from cluster.security.stamp import Stamp, stamp_of
 
-_SILENT = logging.getLogger(f"{__name__}.http")
-"""What uvicorn says of requests that are none: strangers must not write into a coordinator's log as they like."""
-_SILENT.disabled = True
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # it is made for strangers; it is announced on no tunnel
 
 
@@ -165,14 +161,13 @@ class _Visit(asyncio.Protocol):
         return self._door.state
 
 
-class _Http(H11Protocol):
+class _Http(QuietProtocol):
     """uvicorn's own, which may be sent data before it learns that the handshake is done."""
 
     def __init__(self, visit: _Visit) -> None:
         super().__init__(visit.config, visit.state, {})
         self._visit = visit
         self._early: list[bytes] | None = []
-        self.logger = _SILENT
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +20,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from cluster.api.http import connection, port, server
+from cluster.api.http.access import Access, DeclaredRoute, Door
+from cluster.api.http.guard import Guard
 from cluster.api.http.server import listen, serving
 from cluster.coordinator.settings import HttpSettings, ServeSettings
 from cluster.errors import InvalidOption, NoCluster
@@ -185,6 +189,122 @@ async def test_when_all_connections_are_taken_those_who_only_wait_make_room(monk
         assert (await client.post("/echo", content=b"abc")).text == "3"
         for _, writer in slow:
             writer.close()
+
+
+async def connect(place: tuple[str, int], count: int) -> list[socket.socket]:
+    """So many connections begun in one turn of the event loop."""
+    begun = [socket.socket() for _ in range(count)]
+    for one in begun:
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            one.connect(place)
+    return begun
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_burst_of_silent_connections_keeps_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, folder: ClusterFolder, secure: bool
+) -> None:
+    """Each newcomer takes another's place, also where all come in one turn, and where hands are not shaken."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 16)
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 60)
+    monkeypatch.setattr(server, "HEADER_TIMEOUT_S", 60)
+    own, scheme = (OwnCertificate(folder, ("127.0.0.1",)), "https") if secure else (None, "http")
+    async with (
+        listening(own) as place,
+        httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{place[1]}", verify=trusting(folder)) as client,
+    ):
+        assert (await client.post("/echo", content=b"abc")).text == "3"
+        silent = await connect(place, 200)
+        for _ in range(5):
+            assert (await client.post("/echo", content=b"abc")).text == "3"
+            async with httpx.AsyncClient(verify=trusting(folder)) as newcomer:
+                assert (await newcomer.post(f"{client.base_url}/echo", content=b"ab")).text == "2"
+        for one in silent:
+            one.close()
+
+
+async def test_where_all_places_have_requests_a_newcomer_is_turned_away_and_one_is_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    async with listening() as place:
+        busy = [await asyncio.open_connection(*place) for _ in range(4)]
+        for reader, writer in busy:
+            writer.write(b"POST /long HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        refused, writer = await asyncio.open_connection(*place)
+        assert await end_of(refused) == b""
+        writer.close()
+        for reader, _ in busy:
+            await reader.readuntil(b"\r\n0\r\n\r\n")
+        async with httpx.AsyncClient() as client:
+            assert (await client.post(f"http://127.0.0.1:{place[1]}/echo", content=b"a")).text == "1"
+        for _, writer in busy:
+            writer.close()
+
+
+GARBAGE = (
+    b"\x16\x03\x01\r\n\r\n",
+    b"GET /secret-word HTTP/9\r\n\r\n",
+    b"GET /echo HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: secret-word\r\n\r\n",
+    b"POST /no HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nsecret-word\r\n",
+)
+
+
+@pytest.mark.parametrize("sent", GARBAGE, ids=["tls", "version", "upgrade", "chunk"])
+async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Not their words, and of all of their requests a line a minute."""
+    faults: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    with caplog.at_level(logging.DEBUG):
+        async with listening() as place:
+            for _ in range(20):
+                _, writer = await asyncio.open_connection(*place)
+                writer.write(sent)
+                await writer.drain()
+                writer.close()
+            async with httpx.AsyncClient() as client:
+                await client.post(f"http://127.0.0.1:{place[1]}/echo", content=b"a")
+            await asyncio.sleep(0.3)  # a sweep, which reports
+    said = [r.getMessage() for r in caplog.records if r.name.startswith(("cluster", "uvicorn.error"))]
+    assert not faults
+    assert not any("secret-word" in line or "nvalid HTTP" in line or "pgrade" in line for line in said)
+    assert sum(line.startswith("http connections closed:") for line in said) <= 1
+
+
+async def test_garbage_after_an_answer_has_begun_closes_the_connection_and_raises_nothing() -> None:
+    faults: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+        assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
+        writer.write(b"-1\r\n")
+        assert b"HTTP/1.1" not in await end_of(reader)
+        writer.close()
+    assert not faults
+
+
+AMBIGUOUS = (
+    b"HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n",
+    b"HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n",
+    b"HTTP/1.0\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n",
+)
+
+
+@pytest.mark.parametrize("head", AMBIGUOUS, ids=["cl-te", "te-cl", "te-1.0"])
+async def test_a_body_whose_end_is_told_in_two_ways_is_refused_and_what_follows_is_not_read(head: bytes) -> None:
+    routes = [DeclaredRoute("/echo", echo, access=Access.INFERENCE, methods=["POST"])]
+    guard = Guard(Starlette(routes=routes), lambda *_: None, Door(routes))
+    async with serving(guard, listen("127.0.0.1", 0)) as address:
+        reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        smuggled = b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx"
+        writer.write(b"POST /echo " + head + b"0\r\n\r\n" + smuggled)
+        said = await end_of(reader)
+        assert said.startswith(b"HTTP/1.1 400")
+        assert said.count(b"HTTP/1.1 ") == 1
+        writer.close()
 
 
 @pytest.fixture

@@ -6,23 +6,36 @@ import asyncio
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cluster.api.http.seats import Seat, Seats
 from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, LINGER_S
+from cluster.security.quiet_http import QuietProtocol
 
 
-class Connection(H11Protocol):
-    """``sweep`` is called every second or so: a timer for each of some thousand connections would cost more."""
+class Connection(QuietProtocol):
+    """``sweep`` is called every second or so: a timer for each of some thousand connections would cost more.
 
-    def __init__(self, *given: Any, **more: Any) -> None:
-        super().__init__(*given, **more)
+    ``seats`` is told whether ``seat`` owes a request.
+    """
+
+    def __init__(self, seats: Seats, seat: Seat, **given: Any) -> None:
+        super().__init__(**given)
+        self._seats, self._seat = seats, seat
         self._head_since: float | None = None
         self._refused_since: float | None = None
         self._closing_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
+        self._seat.close = transport.abort
         self._head_since = self.loop.time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._seats.leave(self._seat)
+        super().connection_lost(exc)
+
+    def on_invalid_request(self) -> None:
+        self._seats.invalid_requests += 1
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -33,12 +46,14 @@ class Connection(H11Protocol):
         if self._refused_since is not None and not self._body_due():
             self._refused_since = None
             self._await_next()
+        self._update_seat()
 
     def on_response_complete(self) -> None:
         """The answer is out. What the client still sends of a request that was not read is thrown away for a while."""
         super().on_response_complete()
         if self._body_due():
             self._refused_since = self.loop.time()
+        self._update_seat()
 
     def sweep(self, now: float) -> None:
         """Close what has waited too long; ``now`` is the loop's time."""
@@ -51,9 +66,11 @@ class Connection(H11Protocol):
         elif self._refused_since is not None and now - self._refused_since > LINGER_S:
             self.transport.close()
 
-    def waits(self) -> float | None:
-        """Since when it has been about to send a request's head; None where it sent one."""
-        return self._head_since
+    def _update_seat(self) -> None:
+        if self.conn.their_state is h11.IDLE:
+            self._seats.wait(self._seat, idle=self.cycle is not None)
+        else:
+            self._seats.serve(self._seat)
 
     def _body_due(self) -> bool:
         """Whether the answer is out, and the body of its request is not in. What comes then is the next request."""

@@ -22,7 +22,7 @@ from cluster.api.http.body import CHARGE
 from cluster.api.http.caller import client_name
 from cluster.api.http.errors import error_response, internal_error
 from cluster.api.http.sites import Sites
-from cluster.errors import MacpipeError
+from cluster.errors import InvalidRequest, MacpipeError
 
 _ID: Final = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Observe = Callable[[str, str, int, float], None]
@@ -58,6 +58,13 @@ class Guard:
             self._observe(scope["method"], scope["path"], reply.status, reply.seconds)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
+        if is_ambiguous(scope, headers):
+            reply.closing = True
+            raise InvalidRequest(
+                "the request's headers state the length of its body in two ways; send content-length alone, or "
+                "transfer-encoding alone, in HTTP/1.1",
+                field="transfer-encoding",
+            )
         self._sites.check(headers)
         if (answer := self._sites.preflight(scope["method"], headers)) is not None:
             await Response(status_code=204, headers=answer)(scope, receive, reply.send)
@@ -69,6 +76,14 @@ class Guard:
     def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:
         """What every response has, errors as well."""
         return {**self._sites.cross(headers.get("origin")), **self._door.figures(scope.get(KEY))}
+
+
+def is_ambiguous(scope: Scope, headers: Headers) -> bool:
+    """Whether a proxy in front may see another end of the body than we do, and smuggle a request in behind it.
+
+    RFC 9112, 6.1: the connection is closed after such a request.
+    """
+    return "transfer-encoding" in headers and ("content-length" in headers or scope.get("http_version") == "1.0")
 
 
 def _request_id(headers: Headers) -> str:
@@ -83,6 +98,7 @@ class _Reply:
     def __init__(self, send: Send, scope: Scope, request_id: str, more: Callable[[], Mapping[str, str]]) -> None:
         self._send, self._scope, self.id, self._more = send, scope, request_id, more
         self._began = time.monotonic()
+        self.closing = False
         self.status = 0
         scope["request_id"] = request_id
 
@@ -93,7 +109,8 @@ class _Reply:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message).update({"x-request-id": self.id, **self._more()})
+            close = {"connection": "close"} if self.closing else {}
+            MutableHeaders(scope=message).update({"x-request-id": self.id, **self._more(), **close})
         await self._send(message)
 
     async def fail(self, error: MacpipeError, receive: Receive) -> None:

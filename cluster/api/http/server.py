@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import errno
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import uvicorn
@@ -16,11 +17,21 @@ from starlette.types import ASGIApp
 
 from cluster.address import format_address, is_loopback
 from cluster.api.http.connection import Connection
+from cluster.api.http.seats import Seats
 from cluster.errors import InvalidOption, PortInUse
 from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
 from cluster.security.https import HttpCertificate
 
+log = logging.getLogger(__name__)
+
 SWEEP_S: Final = 1.0
+ACCEPTS_AT_ONCE: Final = 64
+"""Connections accepted before others get their turn of the event loop."""
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Why no connection can be accepted for now; any other error is that one client's."""
+ACCEPT_PAUSE_S: Final = 0.1
+REPORT_S: Final = 60.0
+"""How often at most the log tells of connections that were closed on clients."""
 _TICKS: Final = round(SWEEP_S / 0.1)
 """Uvicorn ticks ten times a second."""
 
@@ -28,26 +39,32 @@ _TICKS: Final = round(SWEEP_S / 0.1)
 class _Server(uvicorn.Server):
     """Uvicorn without its own signal handlers: the daemon has one place that ends it.
 
-    It sweeps its connections, and takes hands that are not shaken back in time.
+    It accepts connections itself, since each needs a seat from its first packet, handshakes included.
     """
 
     def __init__(self, config: uvicorn.Config, certificate: HttpCertificate | None) -> None:
         super().__init__(config)
         self._certificate = certificate
+        self._seats = Seats(MAX_CONNECTIONS)
+        self._accepting: list[asyncio.Task[None]] = []
+        self._opening: set[asyncio.Task[None]] = set()
+        self._reported = -REPORT_S
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen as uvicorn does, but with our bounds on TLS, and our connections."""
-        own, backlog = self._certificate, self.config.backlog
-        listening = functools.partial(asyncio.get_running_loop().create_server, self._connection, backlog=backlog)
-        if own:
-            bounds = {"ssl_handshake_timeout": HEADER_TIMEOUT_S, "ssl_shutdown_timeout": CLOSE_S}
-            listening = functools.partial(listening, ssl=own.context, **bounds)
-        self.servers = [await listening(sock=one) for one in sockets or ()]
+        """Listen. uvicorn's own way would accept whatever comes, and count a connection once its handshake is done."""
+        self.servers = []
+        self._accepting = [asyncio.create_task(self._accept(listener)) for listener in sockets or ()]
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in (*self._accepting, *self._opening):
+            task.cancel()
+        await asyncio.gather(*self._accepting, *self._opening, return_exceptions=True)
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Once a second, beside what uvicorn does."""
@@ -57,19 +74,54 @@ class _Server(uvicorn.Server):
                 connection.sweep(now)  # type: ignore[union-attr]  # all are of our own kind
             if self._certificate:
                 self._certificate.refresh()
+            for task in self._accepting:
+                if task.done():
+                    task.result()  # raises: a port that accepts no more must not go unnoticed
+            if now - self._reported >= REPORT_S and (counts := self._seats.take_counts()):
+                self._reported = now
+                log.warning("http connections closed: %s", " ".join(f"{name}={n}" for name, n in counts.items()))
         return await super().on_tick(counter)
 
-    def _connection(self) -> Connection:
-        self._make_room()
-        return Connection(config=self.config, server_state=self.server_state, app_state={})
+    async def _accept(self, listener: socket.socket) -> None:
+        """Accept for ever. A pause between batches lets requests of those who came first be read before more come."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for _ in range(ACCEPTS_AT_ONCE):
+                try:
+                    accepted, address = await loop.sock_accept(listener)
+                except OSError as e:
+                    if e.errno in EXHAUSTED:
+                        self._seats.make_room()
+                        await asyncio.sleep(ACCEPT_PAUSE_S)
+                    break
+                self._open(accepted, address[0])
+            await asyncio.sleep(0)
 
-    def _make_room(self) -> None:
-        """Where all connections are taken, the one goes that has kept us waiting longest for a request."""
-        if len(self.server_state.connections) < MAX_CONNECTIONS - 1:
+    def _open(self, accepted: socket.socket, address: str) -> None:
+        """Give a new connection a seat, and begin to serve it; close it where there is none."""
+        seat = self._seats.take(address)
+        if seat is None:
+            accepted.close()
             return
-        waiting = [(since, c) for c in self.server_state.connections if (since := c.waits()) is not None]  # type: ignore[union-attr]
-        if waiting:
-            min(waiting, key=lambda pair: pair[0])[1].transport.abort()
+        connection = Connection(self._seats, seat, config=self.config, server_state=self.server_state, app_state={})
+        task = asyncio.create_task(self._connect(accepted, connection))
+        seat.close = task.cancel
+        self._opening.add(task)
+
+        def finish(task: asyncio.Task[None]) -> None:
+            self._opening.discard(task)
+            if task.cancelled() or task.exception() or connection.transport is None:
+                self._seats.leave(seat)
+                accepted.close()
+
+        task.add_done_callback(finish)
+
+    async def _connect(self, accepted: socket.socket, connection: Connection) -> None:
+        tls: dict[str, Any] = {}
+        if self._certificate:
+            bounds = {"ssl_handshake_timeout": HEADER_TIMEOUT_S, "ssl_shutdown_timeout": CLOSE_S}
+            tls = {"ssl": self._certificate.context, **bounds}
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted, **tls)
 
 
 def listen(host: str, port: int, *, encrypted: bool = False) -> socket.socket:
@@ -120,7 +172,7 @@ async def serving(
         timeout_keep_alive=int(IDLE_CONNECTION_S),
         timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
         backlog=MAX_CONNECTIONS,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=2 * MAX_CONNECTIONS,
     )
     server = _Server(config, certificate)
     host, port = listener.getsockname()[:2]

@@ -1,0 +1,39 @@
+"""uvicorn's HTTP/1.1 protocol for ports that strangers reach: what they send cannot write to the log or raise in it.
+
+uvicorn warns of each invalid request and each upgrade that is asked for, and answers an invalid one even where an
+answer is under way, which raises in the event loop, with a traceback. It refuses to know what a request means.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.ERROR)
+"""uvicorn's own log of a connection: faults of ours alone, whatever the level of others."""
+
+
+class QuietProtocol(H11Protocol):
+    """One connection. Subclasses may count its invalid requests in ``on_invalid_request``."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.logger = _log
+
+    def on_invalid_request(self) -> None:
+        """Note that the client sent what is not HTTP; its connection is closed."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer 400 where no answer is under way, and close the connection in any case."""
+        self.on_invalid_request()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: the request is answered as if no upgrade had been asked for, as the standard has it."""
