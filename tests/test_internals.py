@@ -1,0 +1,88 @@
+"""What is used of libraries beyond their public API: each use by name, and a version cap for what may break it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc.experimental
+import h11
+import pytest
+import uvicorn
+from starlette.routing import BaseRoute, Match, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+ROOT = Path(__file__).parent.parent
+CAPPED = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "h11", "starlette", "uvicorn")
+
+
+def required() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    split = (re.fullmatch(r"([\w-]+)(.*)", line.split(";")[0].strip()) for line in project["dependencies"])
+    return {found[1]: found[2] for found in split if found}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_libraries_whose_internals_are_used_are_capped_and_the_installed_version_is_below(name: str) -> None:
+    cap = re.search(r"<([\d.]+)", required()[name])
+    assert cap, f"{name} has no cap in pyproject.toml"
+    assert numbers(version(name)) < numbers(cap[1])
+    assert f"{name}=={version(name)}\n" in (ROOT / "ops" / "constraints.txt").read_text()
+
+
+def test_uvicorns_protocol_has_what_is_overridden_and_called() -> None:
+    called = ("connection_made", "connection_lost", "data_received", "handle_events", "timeout_keep_alive_handler")
+    for name in (*called, "on_response_complete", "send_400_response", "_unsupported_upgrade_warning"):
+        assert inspect.isfunction(getattr(H11Protocol, name)), name
+    source = inspect.getsource(H11Protocol)
+    assert "self._unset_keepalive_if_required()" in source
+    assert "self._unsupported_upgrade_warning()" in source
+    for name in ("conn", "cycle", "transport", "loop", "logger", "timeout_keep_alive", "timeout_keep_alive_task"):
+        assert re.search(rf"self\.{name}\b.* = ", source), name
+    assert {"config", "server_state", "app_state"} < set(inspect.signature(H11Protocol.__init__).parameters)
+    assert {"conn", "on_response"} < set(inspect.signature(RequestResponseCycle.__init__).parameters)
+
+
+def test_uvicorns_server_has_what_is_overridden() -> None:
+    for name in ("startup", "shutdown", "on_tick"):
+        assert inspect.iscoroutinefunction(getattr(uvicorn.Server, name)), name
+    assert callable(uvicorn.Server.capture_signals)
+    source = inspect.getsource(uvicorn.Server)
+    assert "for server in self.servers" in source
+    assert "await asyncio.sleep(0.1)" in inspect.getsource(uvicorn.Server.main_loop), (
+        "ticks are counted as ten a second"
+    )
+
+
+def test_h11_has_the_states_by_which_a_connection_is_judged() -> None:
+    connection = h11.Connection(h11.SERVER)
+    assert (connection.our_state, connection.their_state, connection.trailing_data[0]) == (h11.IDLE, h11.IDLE, b"")
+    connection.receive_data(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\n")
+    assert isinstance(connection.next_event(), h11.Request)
+    assert (connection.our_state, connection.their_state) == (h11.SEND_RESPONSE, h11.SEND_BODY)
+    connection.send(h11.Response(status_code=413, headers=[(b"content-length", b"0")]))
+    connection.send(h11.EndOfMessage())
+    assert (connection.our_state, connection.their_state) == (h11.DONE, h11.SEND_BODY), "refused unread"
+    connection.receive_data(b"x")
+    assert [type(connection.next_event()) for _ in range(2)] == [h11.Data, h11.EndOfMessage]
+    connection.start_next_cycle()
+    assert connection.their_state is h11.IDLE
+
+
+def test_starlettes_routes_match_as_access_reads_them() -> None:
+    route = Route("/a", lambda request: None, methods=["GET"])
+    assert isinstance(route, BaseRoute)
+    scope = {"type": "http", "path": "/a", "method": "GET"}
+    assert route.matches(scope)[0] is Match.FULL
+    assert route.matches({**scope, "method": "POST"})[0] is Match.PARTIAL
+
+
+def test_grpc_knows_the_experimental_option() -> None:
+    assert isinstance(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, str)
