@@ -236,6 +236,30 @@ MAX_TOLD_TOKENS: Final = 262_144
 JOIN_RETRY_S: Final = 2.0
 """How soon a port for joining is tried again that another program of this Mac uses, such as ``macpipe init``."""
 
+# Tokenizing and chat templates
+MAX_RENDERED_CHARS: Final = 2 * MAX_PROMPT_CHARS
+"""What a chat template may make of the longest conversation."""
+
+# Tokenizers, before they are loaded. The largest known have 262,144 tokens, 7,000 of them added.
+MAX_VOCABULARY: Final = 2_000_000
+MAX_ADDED_TOKENS: Final = 32_768
+"""Loading takes time that grows with their square: 400,000 take 87 s."""
+MAX_TOKEN_CHARS: Final = 4096
+"""Of one token. The longest known are 256 blanks."""
+MAX_CHAT_TEMPLATE_CHARS: Final = 512 * KIB
+"""The largest known have 60 KiB."""
+
+# Grammars on the last stage
+MASK_LEXER_FUEL: Final = 50_000
+"""llguidance's unit of work of the lexer for one token: 4 ms."""
+MASK_PARSER_ITEMS: Final = 10_000
+"""The same of the parser. With the library's 50,000, one token can take 350 ms of everybody's on a stage."""
+GRAMMAR_WAIT_S: Final = 5.0
+"""How long a stage waits for a grammar at its first token: ten times what compiling may cost, and well below
+``ENGINE_SILENCE_S``."""
+MAX_STAGE_COMPILES: Final = 64
+"""Grammars that wait to be compiled on a stage, or are kept compiled."""
+
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""

@@ -1,16 +1,17 @@
 """Grammars: from what an answer must be to the tokens that may come next, through llguidance.
 
-It knows token ids and a tokenizer; it refuses to know logits, sequences and frames. Compiling is bounded by
-llguidance's own limits, the same here and on the last stage, so that what the coordinator took a stage can do.
+It knows token ids and a tokenizer; it refuses to know logits, sequences and frames. llguidance's own limits bound a
+mask, the same in a check and on the last stage. They do not bound compiling: check a grammar in a process that can be
+killed (``cluster.sandbox``), and what it needs there it will need on a stage.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -23,6 +24,8 @@ from tokenizers import Tokenizer
 
 from cluster.errors import InvalidGrammar, StageFailed
 from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import MASK_LEXER_FUEL, MASK_PARSER_ITEMS
+from cluster.model.panics import panics_raised_as
 from cluster.model.schemas import unkept
 
 if TYPE_CHECKING:  # a type of the stubs alone
@@ -30,8 +33,8 @@ if TYPE_CHECKING:  # a type of the stubs alone
 
 __all__ = ["Constraint", "Grammars"]
 
-COMPILED_KEPT: Final = 64
-"""Compiled grammars that are kept: many requests bring the same one, and samples of one prompt always do."""
+MASK_LIMITS: Final = LLParserLimits(step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=MASK_PARSER_ITEMS)
+"""What one mask may cost. Everybody's tokens on a stage wait for it."""
 _EXCERPT: Final = re.compile(r"\d+ \||\^+$")
 """A line of the source with its number, and what points into it."""
 _TOO_LOW: Final = re.compile(r"-0*[1-9][0-9]{18}")
@@ -42,41 +45,41 @@ JSON_STYLE: Final[JsonCompileOptions] = {"whitespace_flexible": True, "whitespac
 
 
 class Grammars:
-    """The compiler for one tokenizer. ``eos`` are the ids that end an answer. Not thread-safe but for ``check``."""
+    """The compiler for one tokenizer, for any thread. ``eos`` are the ids that end an answer."""
 
     def __init__(self, wrapper: TokenizerWrapper, eos: frozenset[int]) -> None:
         """Takes about 1 s for a large vocabulary. Raises InvalidGrammar for a tokenizer that cannot be used."""
         try:
-            read = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
-            spelling = _Spelling(wrapper._tokenizer.backend_tokenizer, read)
-            self._tokenizer = LLTokenizer(Spelled(spelling), eos_token=sorted(eos) or None)
+            with panics_raised_as(ValueError("llguidance failed")):
+                read = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
+                spelling = _Spelling(wrapper._tokenizer.backend_tokenizer, read)
+                self._tokenizer = LLTokenizer(Spelled(spelling), eos_token=sorted(eos) or None)
         except Exception as error:  # llguidance raises whatever an unknown kind of tokenizer makes it raise
             raise InvalidGrammar(f"this model's tokenizer cannot be bound to a grammar: {error}") from error
         self.eos = tuple(sorted(eos))
-        self._compiled: OrderedDict[tuple[GrammarKind, str], LLMatcher] = OrderedDict()
 
     def check(self, grammar: Grammar) -> None:
-        """Compile and forget. Raises InvalidGrammar with the reason."""
-        source = _source(grammar)
-        failed, said = LLMatcher.validate_grammar_with_warnings(source, self._tokenizer, limits=LLParserLimits())
-        if failed:
-            raise _refused(grammar, said[0] if said else "")
+        """Do what a stage does for the first token of an answer: compile ``grammar`` and compute a mask.
+
+        Unbounded in time and memory. Raises InvalidGrammar with the reason.
+        """
+        constraint = self.constraint(replace(grammar, free_until=()), 0)
+        try:
+            constraint.allowed((), 0, self._tokenizer.vocab_size)
+        except InvalidGrammar as error:
+            raise _refused(grammar, error.sentence) from error
 
     def constraint(self, grammar: Grammar, start: int) -> Constraint:
-        """What binds a sequence whose answer begins at token ``start``. Raises InvalidGrammar."""
-        key = (grammar.kind, grammar.source)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(grammar)
-            if len(self._compiled) > COMPILED_KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return Constraint(self._compiled[key].deep_copy(), self.eos, start, grammar)
+        """Compile ``grammar`` and bind a sequence whose answer begins at token ``start``. Raises InvalidGrammar."""
+        return Constraint(self.compile(grammar), self.eos, start, grammar)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=LLParserLimits())
-        if matcher.is_error():
-            raise _refused(grammar, matcher.get_error())
-        return matcher
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """Compile ``grammar``. Unbounded in time and memory. Raises InvalidGrammar with the reason."""
+        with panics_raised_as(_refused(grammar, "it makes the compiler fail")):
+            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=MASK_LIMITS)
+            if matcher.is_error():
+                raise _refused(grammar, matcher.get_error())
+            return matcher
 
 
 class _Spelling:
@@ -125,10 +128,12 @@ class Constraint:
         """Which of ``vocabulary`` ids may stand at ``position``, after ``tokens[:position]``: bool [vocabulary].
 
         None where those tokens are none that the grammar allows: a guess that is about to be taken back. Raises
-        StageFailed where the grammar has become too much work, InvalidGrammar where nothing may stand there.
+        InvalidGrammar where a mask is too much work, and where nothing may stand there.
         """
-        if not self._follow(tokens, position):
-            return None
+        with panics_raised_as(InvalidGrammar("the grammar makes its compiler fail")):
+            return self._mask(vocabulary) if self._follow(tokens, position) else None
+
+    def _mask(self, vocabulary: int) -> NDArray[np.bool_]:
         mask = np.ones(vocabulary, dtype=np.bool_)
         if self._begun is not None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -136,7 +141,9 @@ class Constraint:
             mask[: len(known)], mask[len(known) :] = known, False
         mask[[i for i in self._eos if i < vocabulary]] = self._begun is not None and self._matcher.is_accepting()
         if self._matcher.is_error():
-            raise StageFailed(f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}")
+            raise InvalidGrammar(
+                f"the grammar takes too much work for one token: {_first_line(self._matcher.get_error())}"
+            )
         if not mask.any():
             raise InvalidGrammar(
                 "the grammar came to a place where no token may stand; one that ends answers cannot be a part of one"
@@ -144,7 +151,14 @@ class Constraint:
         return mask
 
     def completed(self, tokens: Sequence[int], token: int) -> bool:
-        """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it."""
+        """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it.
+
+        Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails.
+        """
+        with panics_raised_as(InvalidGrammar("the grammar makes its compiler fail")):
+            return self._completed(tokens, token)
+
+    def _completed(self, tokens: Sequence[int], token: int) -> bool:
         if self._begun is None or token in self._eos or self._end != len(tokens):
             return False
         # Where a grammar names tokens by their ids, llguidance does not find back from one; a copy costs twice as much.

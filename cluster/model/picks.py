@@ -65,7 +65,11 @@ class Picks:
                 failures[live.id] = _failure(live.id, at)
             else:
                 logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
-                final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
+                try:
+                    final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
+                except MacpipeError as error:  # its grammar's; the other rows go on
+                    failures[live.id] = SequenceFailure(live.id, error.reason, error.sentence)
+                    continue
                 samples.append(Sample(live.id, at, token, logprob, top, final))
         return tuple(s for s in samples if s.sequence not in failures), tuple(failures.values())
 

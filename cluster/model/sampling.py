@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,8 @@ import mlx.core as mx
 
 from cluster.errors import InvalidGrammar, StageFailed
 from cluster.grammar import Grammar
-from cluster.model.grammars import Constraint, Grammars
+from cluster.model.grammar_compiler import GrammarCompiler
+from cluster.model.grammars import Constraint
 from cluster.types import SamplingParams, TopLogprob
 
 __all__ = ["Picked", "Sampler", "draw_key", "greedy"]
@@ -67,7 +68,7 @@ class Sampler:
         params: SamplingParams,
         prompt_length: int,
         vocabulary: int,
-        grammars: Callable[[], Grammars] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.params = params
         self._prompt_length, self._grammars = prompt_length, grammars
@@ -77,6 +78,8 @@ class Sampler:
         self._seen = _Counts(vocabulary, 0) if params.repetition_penalty != 1.0 else None
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._answer = _Counts(vocabulary, prompt_length) if penalised else None
+        if params.grammar is not None and grammars is not None:
+            grammars.begin(params.grammar)  # the prompt is read meanwhile
 
     @property
     def plain(self) -> bool:
@@ -127,7 +130,7 @@ class Sampler:
         if self._constraint is None:
             if self._grammars is None:
                 raise InvalidGrammar("this stage has no tokenizer to bind answers with")
-            self._constraint = self._grammars().constraint(grammar, self._prompt_length)
+            self._constraint = self._grammars.constraint(grammar, self._prompt_length)
         return self._constraint
 
     def _masked(

@@ -13,7 +13,7 @@ from weakref import ReferenceType, ref
 from cluster.errors import BadFrame
 from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
 from cluster.model.caches import HeldCaches, SequenceCaches
-from cluster.model.grammars import Grammars
+from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lanes import Lanes
 from cluster.model.sampling import Sampler
 
@@ -50,14 +50,14 @@ class Prefix:
 class SequenceTable:
     """Live sequences and prefixes by id. ``vocabulary`` bounds the ids that a logit bias may name.
 
-    ``grammars`` gives the compiler for those that are bound to a grammar; only a stage that samples needs one.
+    ``grammars`` compiles for those that are bound to a grammar; only a stage that samples needs one.
     """
 
     def __init__(
         self,
         new_caches: Callable[[], SequenceCaches],
         vocabulary: int,
-        grammars: Callable[[], Grammars] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._new_caches = new_caches
         self._vocabulary = vocabulary

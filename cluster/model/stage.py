@@ -16,13 +16,13 @@ import mlx.core as mx
 
 from cluster.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
-from cluster.model.grammars import Grammars
+from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
 from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensors import pack, unpack
-from cluster.model.tokenizer import late_grammars
+from cluster.model.tokenizer import load_tokenizer
 from cluster.model.trace import Boundary
 from cluster.types import LayerRange, StageSpec
 
@@ -48,14 +48,20 @@ def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
     NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
-    grammars = late_grammars(path) if spec.last else None
-    return Stage(spec, *load_slice(spec, path, progress), grammars)
+    grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if spec.last else None
+    try:
+        return Stage(spec, *load_slice(spec, path, progress), grammars)
+    except BaseException:
+        if grammars:
+            grammars.close()
+        raise
 
 
 class Stage:
     """A loaded stage. Not thread-safe: only the thread that loaded it may use it.
 
-    ``weight_bytes`` is what its weights take. ``grammars`` gives the last stage what it binds answers with.
+    ``weight_bytes`` is what its weights take. ``grammars`` compiles what the last stage binds answers with; the stage
+    closes it.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class Stage:
         part: ModelSlice,
         vocabulary: int,
         weight_bytes: int,
-        grammars: Callable[[], Grammars] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.spec = spec
         self._grammars = grammars
@@ -107,6 +113,8 @@ class Stage:
     def close(self) -> None:
         """Free weights and caches. Every later step raises StageFailed."""
         self._slice = None
+        if self._grammars:
+            self._grammars.close()
         self._table = SequenceTable(_no_caches, self._vocabulary)
         gc.collect()  # a slice's replaced calls refer back to it: only the collector frees such a ring
         mx.clear_cache()

@@ -14,7 +14,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from cluster.chat import ChatOptions, Tool
 from cluster.errors import InvalidRequest
+from cluster.limits import MAX_RENDERED_CHARS
 from cluster.model.marks import Marks
+from cluster.model.panics import panics_raised_as
 from cluster.types import ChatMessage
 
 __all__ = ["ChatTemplate", "described"]
@@ -47,10 +49,19 @@ class ChatTemplate:
             arguments["tools"] = [described(tool) for tool in options.offered]
         written = [_written(message) for message in messages]
         try:
-            ids: list[int] = self._wrapper.apply_chat_template(written, add_generation_prompt=True, **arguments)  # type: ignore[no-untyped-call]
+            text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
+                written, tokenize=False, add_generation_prompt=True, **arguments
+            )
         except Exception as error:  # a template is a program of the model's: it can raise anything
-            raise InvalidRequest(f"the model's chat template refused them: {error}", field="messages") from error
-        return tuple(ids)
+            why = str(error)[:1000] or type(error).__name__
+            raise InvalidRequest(f"the model's chat template refused them: {why}", field="messages") from error
+        if len(text) > MAX_RENDERED_CHARS:
+            raise InvalidRequest(
+                f"the model's chat template makes {len(text)} characters of them; at most {MAX_RENDERED_CHARS}",
+                field="messages",
+            )
+        with panics_raised_as(InvalidRequest("the model's tokenizer fails at these messages", field="messages")):
+            return tuple(self._wrapper.encode(text, add_special_tokens=False))
 
     def _takes(self, name: str) -> bool:
         return self._names is None or name in self._names

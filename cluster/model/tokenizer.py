@@ -6,7 +6,6 @@ It never runs code that comes with a model. It knows nothing of models' weights,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -17,16 +16,18 @@ from mlx_lm.utils import load_config
 from mlx_lm.utils import load_tokenizer as load_wrapper
 
 from cluster.chat import ChatOptions, Parsing
-from cluster.errors import BadCheckpoint
+from cluster.errors import BadCheckpoint, InvalidRequest, MacpipeError
 from cluster.grammar import Grammar
 from cluster.model.calling import calling_grammar
 from cluster.model.grammars import Grammars
 from cluster.model.marks import Marks
+from cluster.model.panics import panics_raised_as
 from cluster.model.parsing import AnswerParser
 from cluster.model.template import ChatTemplate
+from cluster.model.tokenizer_bounds import require_bounded
 from cluster.types import ChatMessage
 
-__all__ = ["TextDecoder", "Tokenizer", "late_grammars", "load_tokenizer"]
+__all__ = ["TextDecoder", "Tokenizer", "load_tokenizer"]
 
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 """Files one of which every tokenizer has."""
@@ -36,29 +37,24 @@ REPLACEMENT: Final = "\ufffd"
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint in ``path``. Raises BadCheckpoint when there is none that can be used."""
+    """The tokenizer of the checkpoint in ``path``. Raises BadCheckpoint when there is none that can be used.
+
+    What a hostile tokenizer costs is bounded only as far as ``require_bounded`` does: load one that nobody has loaded
+    before in a process that can be killed (``cluster.sandbox``).
+    """
     if not any((path / name).is_file() for name in VOCABULARIES):
         raise BadCheckpoint(f"{str(path)!r} has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
+    require_bounded(path)
     try:
-        eos = _eos_ids(load_config(path))
-        extra = {"trust_remote_code": False, "local_files_only": True}
-        wrapper = load_wrapper(path, extra, eos_token_ids=eos)  # type: ignore[no-untyped-call]
-        tokenizer = Tokenizer(wrapper)
-        tokenizer.decode(tokenizer.encode(PROBE))  # some settings that make no sense are looked at only now
-        return tokenizer
+        with panics_raised_as(ValueError("the tokenizers library failed")):
+            eos = _eos_ids(load_config(path))
+            extra = {"trust_remote_code": False, "local_files_only": True}
+            wrapper = load_wrapper(path, extra, eos_token_ids=eos)  # type: ignore[no-untyped-call]
+            tokenizer = Tokenizer(wrapper)
+            tokenizer.decode(tokenizer.encode(PROBE))  # some settings that make no sense are looked at only now
+            return tokenizer
     except Exception as error:  # transformers raises whatever a damaged or unknown tokenizer makes it raise
         raise _unusable(path, error) from error
-
-
-def late_grammars(path: Path) -> Callable[[], Grammars]:
-    """The compiler for the tokenizer in ``path``, being made in a thread from now on; a call waits for it.
-
-    A call raises what making it raised: BadCheckpoint or InvalidGrammar.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-    made = pool.submit(lambda: load_tokenizer(path).grammars())
-    pool.shutdown(wait=False)
-    return made.result
 
 
 def _unusable(path: Path, error: Exception) -> BadCheckpoint:
@@ -96,8 +92,12 @@ class Tokenizer:
         self._lock = Lock()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of ``text``, with what the tokenizer puts around a text (a BOS) unless told not to."""
-        return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
+        """Token ids of ``text``, with what the tokenizer puts around a text (a BOS) unless told not to.
+
+        Raises InvalidRequest for a text at which the tokenizer fails.
+        """
+        with panics_raised_as(InvalidRequest("the model's tokenizer fails at this text", field="prompt")):
+            return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
 
     def chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> tuple[int, ...]:
         """Token ids of the messages in the model's own template, up to where the answer begins.
@@ -132,7 +132,7 @@ class Tokenizer:
         return AnswerParser(self._marks, parsing)
 
     def check_grammar(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` and forget it; in a thread, since it can take a second. Raises InvalidGrammar."""
+        """Compile ``grammar`` and compute its first mask. Unbounded in time and memory. Raises InvalidGrammar."""
         self.grammars().check(grammar)
 
     def grammars(self) -> Grammars:
@@ -143,9 +143,10 @@ class Tokenizer:
             return self._grammars
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``, special tokens as they are written."""
-        text: str = self._wrapper.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        """The text of ``ids``, special tokens as they are written. Raises MacpipeError where the tokenizer fails."""
+        with panics_raised_as(MacpipeError("the model's tokenizer fails at the text of its tokens")):
+            text: str = self._wrapper.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return text
 
     def token_text(self, token: int) -> str:
         """One token's text by itself; a part of a character shows as U+FFFD."""
