@@ -63,10 +63,8 @@ MAX_SCHEMA_BYTES: Final = 64 * KIB
 """A JSON schema, regex or Lark grammar, unless --max-schema-bytes is given; also the tools' parameters together."""
 MOST_SCHEMA_BYTES: Final = MIB
 """What --max-schema-bytes may be: a join with such a grammar still leaves a frame's header room for the rest."""
-MAX_COMPILES: Final = 2
-"""Grammars compiled at once, beside everything else that the coordinator does."""
-COMPILE_TIMEOUT_S: Final = 5.0
-"""Compiling a grammar, before its request is accepted; the compiler's own bounds end it where this gives up."""
+BLAME_TIMEOUT_S: Final = 5.0
+"""To find which of a request's tools makes its grammar impossible, each compiled by itself."""
 DEFAULT_MAX_TOKENS: Final = 512
 DEFAULT_MAX_CONTEXT: Final = 4096
 """Promised when --max-context is not given and the model allows as much."""
@@ -236,7 +234,34 @@ MAX_TOLD_TOKENS: Final = 262_144
 JOIN_RETRY_S: Final = 2.0
 """How soon a port for joining is tried again that another program of this Mac uses, such as ``macpipe init``."""
 
-# Tokenizing and chat templates
+# Sandbox processes: tokenizing, rendering chat templates and compiling grammars (cluster/sandbox)
+SANDBOX_PROCESSES: Final = 2
+"""Processes for text, and as many for grammars: a schema that keeps its process busy delays no prompt."""
+SANDBOX_CPU_S: Final = 0.5
+"""CPU time of one job. Ordinary prompts and schemas need 1 to 50 ms."""
+SANDBOX_CPU_S_PER_MIB: Final = 2.0
+"""More of it for a MiB of text: tokenizers take 0.5 to 0.7 s."""
+SANDBOX_MEMORY_BYTES: Final = 256 * MIB
+"""Memory that one job may take beyond what its process holds."""
+SANDBOX_MEMORY_PER_BYTE: Final = 128
+"""More of it for a byte of text: a token of one byte takes 107 bytes while it is found."""
+SANDBOX_WALL_FACTOR: Final = 20.0
+"""A job may take so many times its CPU time where others keep the processors busy; then the machine is overloaded."""
+SANDBOX_OPEN_CPU_S: Final = 30.0
+"""To load a tokenizer and prepare it for grammars: the largest take 5 s."""
+SANDBOX_OPEN_MEMORY_BYTES: Final = 3 * GIB
+"""The same in memory: the largest take 1 GiB."""
+SANDBOX_OPEN_WALL_S: Final = 120.0
+MAX_SANDBOX_WAITING: Final = 256
+"""Jobs that wait for a process; one more is refused with RESOURCE_EXHAUSTED."""
+SANDBOX_WAIT_S: Final = 30.0
+"""How long a job waits for a process before it is refused the same way."""
+SANDBOX_GROW_S: Final = 0.25
+"""How long a job waits before a further process is started: starting one takes a second of CPU."""
+MEMORY_WATCH_S: Final = 0.1
+"""Between two looks at the memory of a process with a job: short jobs end before the first."""
+MAX_SANDBOX_MESSAGE_BYTES: Final = 64 * MIB
+"""The longest prompt as text, or its tokens as text one by one."""
 MAX_RENDERED_CHARS: Final = 2 * MAX_PROMPT_CHARS
 """What a chat template may make of the longest conversation."""
 

@@ -24,7 +24,7 @@ FLOORS = (
     },
     {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
-    {"joining", "store"},
+    {"joining", "sandbox", "store"},
     {"coordinator", "worker"},
     {"api", "client"},
     {"__main__", "cli"},

@@ -8,7 +8,7 @@ from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.coordinator import Coordinator
 from cluster.errors import InvalidGrammar
 from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import COMPILE_TIMEOUT_S
+from cluster.limits import BLAME_TIMEOUT_S
 from cluster.types import Request
 
 _OURS = "the json_schema cannot be compiled: "
@@ -21,7 +21,7 @@ async def blamed(
     tools = request.parsing.tools if request.parsing else ()
     if error.field != GrammarKind.LARK.value or not tools:
         return error
-    with anyio.move_on_after(COMPILE_TIMEOUT_S):
+    with anyio.move_on_after(BLAME_TIMEOUT_S):
         for i, tool in enumerate(tools):
             if not tool.parameters:
                 continue

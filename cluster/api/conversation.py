@@ -1,34 +1,29 @@
-"""A conversation, as every surface takes it in: messages and options become a prompt, a grammar, and a way to parse."""
+"""A conversation, as every surface takes it in: its bounds, before it is rendered and tokenized."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import anyio
-
-from cluster.chat import ChatOptions, Parsing
+from cluster.chat import ChatOptions
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar
 from cluster.limits import MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_TEMPLATE_CHARS, MAX_TOOL_NAME_CHARS, MAX_TOOLS
+from cluster.sandbox.tokenizer import Tokenized
 from cluster.types import ChatMessage
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a ``Request`` takes of a conversation: ``prompt`` and ``parsing``, and ``grammar`` in its sampling."""
-
-    prompt: tuple[int, ...]
-    parsing: Parsing
-    grammar: Grammar | None
-
-
 async def converse(
-    messages: Sequence[ChatMessage], options: ChatOptions, grammar: Grammar | None, checkpoint: Checkpoint
-) -> Conversation:
+    messages: Sequence[ChatMessage],
+    options: ChatOptions,
+    grammar: Grammar | None,
+    checkpoint: Checkpoint,
+    max_tokens: int,
+    *,
+    texts: bool = False,
+) -> Tokenized:
     """The conversation under the model's chat template. ``grammar`` is what the answer's content must be, if anything.
 
     Raises ``InvalidRequest`` naming the field: bounds, roles, what the model's template does not know, tools that are
@@ -36,23 +31,7 @@ async def converse(
     """
     check_messages(messages)
     check_options(options)
-    return await anyio.to_thread.run_sync(_conversation, tuple(messages), options, grammar, checkpoint)
-
-
-def _conversation(
-    messages: tuple[ChatMessage, ...], options: ChatOptions, grammar: Grammar | None, checkpoint: Checkpoint
-) -> Conversation:
-    tokenizer = checkpoint.tokenizer
-    calling = tokenizer.calling(options)
-    if calling and grammar:
-        raise InvalidRequest(
-            f"tool_choice asks for a call of a tool, the format for a {grammar.kind.value}; an answer cannot be both: "
-            "leave one of them out",
-            field="tool_choice",
-        )
-    prompt = tokenizer.chat(messages, options)
-    parsing, wanted = tokenizer.parsing(prompt, options), calling or grammar
-    return Conversation(prompt, parsing, tokenizer.bound(wanted, parsing) if wanted else None)
+    return await checkpoint.text.converse(messages, options, grammar, max_tokens, texts=texts)
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:

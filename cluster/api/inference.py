@@ -94,10 +94,10 @@ class Inference(InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             checkpoint = self._coordinator.checkpoint(request.model)
-            ids = await intake.told(request, checkpoint)
+            tokenized = await intake.told(request, checkpoint)
         except MacpipeError as e:
             await abort(context, e)
-        return pb.TokenizeResponse(ids=ids, texts=checkpoint.tokenizer.token_texts(ids))
+        return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:

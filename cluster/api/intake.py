@@ -6,11 +6,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import anyio
-
 from cluster.api.conversation import converse
 from cluster.api.messages import grammar, messages, template_options
 from cluster.api.sampling import sampling_params, stop_strings
+from cluster.chat import Parsing
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import InvalidRequest, PromptTooLong
 from cluster.grammar import Grammar
@@ -22,6 +21,7 @@ from cluster.limits import (
     MAX_SAMPLES,
     MAX_TOLD_TOKENS,
 )
+from cluster.sandbox.tokenizer import Tokenized
 from cluster.types import Request
 from cluster.v1 import inference_pb2 as pb
 
@@ -43,7 +43,7 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, 
     if message.WhichOneof("prompt") == "tokens":
         prompt = _known_ids(message.tokens.ids, checkpoint)
     else:
-        prompt = await encoded(message.text, checkpoint)
+        prompt = _fitting(await encoded(message.text, checkpoint, checkpoint.shape.max_context), checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
     return _request(message, prompt, grammar(message.grammar), checkpoint, caller)
@@ -52,42 +52,48 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, 
 async def chat_request(message: pb.ChatRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
     said, wanted = messages(message.messages), grammar(message.grammar)
-    conversation = await converse(said, template_options(message.template), wanted, checkpoint)
-    request = _request(message, conversation.prompt, conversation.grammar, checkpoint, caller)
-    return replace(request, parsing=conversation.parsing)
+    options = template_options(message.template)
+    tokenized = await converse(said, options, wanted, checkpoint, checkpoint.shape.max_context)
+    request = _request(message, _fitting(tokenized, checkpoint), tokenized.grammar, checkpoint, caller)
+    return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
 
 
-async def encoded(text: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Token ids of a text, found off the event loop."""
+async def encoded(text: str, checkpoint: Checkpoint, max_tokens: int, *, texts: bool = False) -> Tokenized:
+    """Tokenize a text. No ids come back where there are more than ``max_tokens``."""
     if len(text) > MAX_PROMPT_CHARS:
         raise InvalidRequest(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARS}", field="prompt")
-    return await anyio.to_thread.run_sync(checkpoint.tokenizer.encode, text)
+    return await checkpoint.text.encode(text, max_tokens, texts=texts)
 
 
-async def tokenized(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Token ids of a text, or of a conversation under the model's chat template."""
+async def counted(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> int:
+    """Count the tokens of a text, or of a conversation under the model's chat template."""
+    return (await _tokenized(message, checkpoint, 0, texts=False)).count
+
+
+async def told(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> Tokenized:
+    """The tokens themselves, each with its text: there may not be any number of them."""
+    tokenized = await _tokenized(message, checkpoint, MAX_TOLD_TOKENS, texts=True)
+    if tokenized.count > MAX_TOLD_TOKENS:
+        raise InvalidRequest(
+            f"it has {tokenized.count} tokens; at most {MAX_TOLD_TOKENS} can be told one by one",
+            field="messages" if message.messages else "text",
+        )
+    return tokenized
+
+
+async def _tokenized(message: pb.TokenizeRequest, checkpoint: Checkpoint, max_tokens: int, *, texts: bool) -> Tokenized:
     if message.messages and message.text:
         raise InvalidRequest("text and messages were given; give one of them", field="messages")
     if message.messages:
-        return await templated(message, checkpoint)
-    return await encoded(message.text, checkpoint)
+        said, options = messages(message.messages), template_options(message.template)
+        return await converse(said, options, None, checkpoint, max_tokens, texts=texts)
+    return await encoded(message.text, checkpoint, max_tokens, texts=texts)
 
 
-async def told(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The same, for who is told each token by itself: there may not be any number of them."""
-    ids = await tokenized(message, checkpoint)
-    if len(ids) > MAX_TOLD_TOKENS:
-        raise InvalidRequest(
-            f"it has {len(ids)} tokens; at most {MAX_TOLD_TOKENS} can be told one by one",
-            field="messages" if message.messages else "text",
-        )
-    return ids
-
-
-async def templated(message: pb.TokenizeRequest, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Token ids of a conversation under the model's chat template."""
-    options = template_options(message.template)
-    return (await converse(messages(message.messages), options, None, checkpoint)).prompt
+def _fitting(tokenized: Tokenized, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The prompt's ids. Raises ``PromptTooLong`` where they are too many for the context, answer or no answer."""
+    _room(tokenized.count, checkpoint.shape.max_context)
+    return tokenized.ids
 
 
 def _known_ids(ids: Sequence[int], checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -6,8 +6,12 @@ Of a model of the hub that is not here, only small files and headers are fetched
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
 
 from cluster.errors import InvalidOption
 from cluster.limits import MIN_CONTEXT
@@ -15,22 +19,34 @@ from cluster.model.device import close_thread
 from cluster.model.provenance import TensorMap, tensor_map
 from cluster.model.survey import survey
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.sandbox.process import SandboxProcess
+from cluster.sandbox.tokenizer import SandboxedTokenizer, TextService
 from cluster.store.store import Found, Store
 from cluster.types import ModelShape
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``tokenizer`` may know fewer ids than the model has logits; those it knows are taken from clients."""
+    """``tokenizer`` may know fewer ids than the model has logits; those it knows are taken from clients.
+
+    ``tokenizer`` decodes what the model says. What clients send goes to ``text``, which bounds the cost.
+    """
 
     shape: ModelShape
     tokenizer: Tokenizer
     tensors: TensorMap
     found: Found
+    text: TextService
 
     @property
     def vocabulary(self) -> int:
         return self.tokenizer.vocab_size
+
+    async def close(self) -> None:
+        """End the processes of ``text``. Requests that they are reading fail."""
+        await self.text.close()
 
 
 class Reader:
@@ -43,12 +59,31 @@ class Reader:
     async def read(self, name: str, max_context: int | None, kv_bits: int = 0) -> Checkpoint:
         """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and
         for one of the hub ``ModelForbidden`` or ``HubUnreachable``.
+
+        The tokenizer is loaded in a process with limits first, which says no to a hostile one.
         """
-        return await asyncio.wrap_future(self._pool.submit(_read, self._store, name, max_context, kv_bits))
+        process = await SandboxProcess.start()  # its imports take as long as the survey
+        try:
+            found, shape = await self._on_thread(_found, self._store, name, max_context, kv_bits)
+            text = SandboxedTokenizer(found.folder)
+            await text.open(process)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await process.stop()
+            raise
+        try:
+            return await self._on_thread(_loaded, found, shape, text)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await text.close()
+            raise
 
     async def survey(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelShape:
         """A model's shape alone, from its headers: its tokenizer and weights may be elsewhere. Raises likewise."""
-        return await asyncio.wrap_future(self._pool.submit(_surveyed, self._store, name, max_context, kv_bits))
+        return (await self._on_thread(_found, self._store, name, max_context, kv_bits))[1]
+
+    async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.wrap_future(self._pool.submit(work, *arguments))
 
     def close(self) -> None:
         """Give the thread's MLX streams back, and end it."""
@@ -56,14 +91,14 @@ class Reader:
         self._pool.shutdown()
 
 
-def _read(store: Store, name: str, max_context: int | None, kv_bits: int) -> Checkpoint:
+def _found(store: Store, name: str, max_context: int | None, kv_bits: int) -> tuple[Found, ModelShape]:
     found = store.named(name)
-    shape = _survey(found, name, max_context, kv_bits)
-    return Checkpoint(shape, load_tokenizer(found.folder), tensor_map(found.folder, shape.shared), found)
+    return found, _survey(found, name, max_context, kv_bits)
 
 
-def _surveyed(store: Store, name: str, max_context: int | None, kv_bits: int) -> ModelShape:
-    return _survey(store.named(name), name, max_context, kv_bits)
+def _loaded(found: Found, shape: ModelShape, text: TextService) -> Checkpoint:
+    tensors = tensor_map(found.folder, shape.shared)
+    return Checkpoint(shape, load_tokenizer(found.folder), tensors, found, text)
 
 
 def _survey(found: Found, name: str, max_context: int | None, kv_bits: int) -> ModelShape:

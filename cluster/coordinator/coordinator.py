@@ -119,6 +119,14 @@ class Coordinator:
 
     async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
         checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
+        try:
+            await self._replace_with(checkpoint, order, report)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await checkpoint.close()
+            raise
+
+    async def _replace_with(self, checkpoint: Checkpoint, order: LoadOrder, report: LoadReport) -> None:
         if self._service:
             await self._service.teach()  # what is loaded next is planned by what this one showed
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
@@ -193,6 +201,7 @@ class Coordinator:
     async def _close(self, error: MacpipeError) -> None:
         service, self._service = self._service, None
         if service:
+            await service.checkpoint.close()
             await service.close(error)
         self._roster.pin(())
 

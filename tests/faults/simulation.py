@@ -480,7 +480,7 @@ class Simulation:
         self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
         first = Heirs(lay_out(self.epochs.next(), SHAPE, workers, order), workers)
-        checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None))
+        checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
         means = Means(roster, self._watch, self._network, _NoBytes(), self.epochs)
         self.service = Service(means, checkpoint, order, first, lambda said: None)
         self._watch.start()

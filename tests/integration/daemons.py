@@ -145,9 +145,10 @@ class Cluster:
         return daemon
 
     def footprints(self) -> list[Footprint]:
-        """Of every daemon and its children, in the order of their start."""
+        """Of every daemon and the engines, in the order of their start. A coordinator's processes come and go."""
+        engines = {d.process.pid: children(d.process.pid) for d in self.daemons if d.name != "serve"}
         pids = [d.process.pid for d in self.daemons]
-        return [Footprint.of(p) for pid in pids for p in (pid, *children(pid))]
+        return [Footprint.of(p) for pid in pids for p in (pid, *engines.get(pid, ()))]
 
     def close(self) -> None:
         """End everything, the hard way where it must be."""

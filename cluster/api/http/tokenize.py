@@ -52,14 +52,14 @@ class Tokenize:
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"text": "prompt"}):
             message = await build(request, form.message)
-            ids = await intake.told(message, checkpoint)
+            tokenized = await intake.told(message, checkpoint)
         return Json(
             {
                 "model": model_id(checkpoint),
-                "count": len(ids),
+                "count": tokenized.count,
                 "context_length": checkpoint.shape.max_context,
-                "tokens": list(ids),
-                "texts": checkpoint.tokenizer.token_texts(ids),
+                "tokens": tokenized.ids,
+                "texts": tokenized.texts,
             }
         )
 
@@ -70,5 +70,5 @@ class Tokenize:
         with fields_named({"template": "thinking"}):
             chat = await build(request, form.conversation)
             message = pb.TokenizeRequest(messages=chat.messages, template=chat.template)
-            ids = await intake.tokenized(message, checkpoint)
-        return Json({"input_tokens": len(ids)})
+            count = await intake.counted(message, checkpoint)
+        return Json({"input_tokens": count})

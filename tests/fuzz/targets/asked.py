@@ -26,6 +26,7 @@ from cluster.model.tokenizer import load_tokenizer
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target
+from in_process import InProcess
 
 CALLER = intake.Caller("fuzz", None)
 
@@ -34,7 +35,8 @@ CALLER = intake.Caller("fuzz", None)
 def served() -> Checkpoint:
     """The small model that comes along, as a coordinator knows it."""
     folder = BUNDLED / "faq"
-    return Checkpoint(survey(folder, "faq", None), load_tokenizer(folder), None, None)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(folder)
+    return Checkpoint(survey(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -265,7 +267,7 @@ async def _chatted(message: inference_pb2.ChatRequest) -> object:
 
 
 async def _tokenized(message: inference_pb2.TokenizeRequest) -> object:
-    return await intake.tokenized(message, served())
+    return await intake.told(message, served())
 
 
 TARGETS = (

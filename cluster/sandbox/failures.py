@@ -1,0 +1,36 @@
+"""What a client is told when its job exceeds a limit or crashes: an error of that one request, naming the limit."""
+
+from __future__ import annotations
+
+from cluster.errors import BadCheckpoint, InvalidGrammar, InvalidRequest, MacpipeError
+from cluster.sandbox.messages import CheckGrammar, Encode, Job, Limits, OpenModel
+
+__all__ = ["CRASHED", "cpu_exceeded", "job_error", "memory_exceeded"]
+
+CRASHED = "makes a library fail"
+
+
+def job_error(job: Job, why: str) -> MacpipeError:
+    """The error for a job that could not be done; ``why`` is a predicate, such as "needs too much memory"."""
+    match job:
+        case OpenModel():
+            return BadCheckpoint(f"loading the tokenizer in {job.folder!r} {why}; is the model from a trusted source?")
+        case Encode():
+            return InvalidRequest(f"tokenizing this text {why}; make it shorter", field="prompt")
+        case CheckGrammar():
+            kind = job.grammar.kind.value
+            return InvalidGrammar(f"the {kind} cannot be compiled: it {why}; make it simpler", field=kind)
+        case _:
+            return InvalidRequest(
+                f"rendering these messages with the model's chat template {why}; make them shorter", field="messages"
+            )
+
+
+def cpu_exceeded(limits: Limits) -> str:
+    """The predicate for ``job_error``."""
+    return f"needs more than {limits.cpu_s:.1f} s of CPU time"
+
+
+def memory_exceeded(limits: Limits) -> str:
+    """The predicate for ``job_error``."""
+    return f"needs more than {limits.memory_bytes >> 20} MiB of memory"

@@ -1,0 +1,189 @@
+"""A bounded number of sandbox processes for one model, and the jobs that wait for one.
+
+A process that a job has ended is replaced at once, so that the next job waits for a start at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import anyio
+
+from cluster.errors import Busy, MacpipeError, NotServing
+from cluster.limits import MAX_SANDBOX_WAITING, RETRY_AFTER_S, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
+from cluster.sandbox.messages import Job, OpenModel, Reply
+from cluster.sandbox.process import SandboxProcess
+
+__all__ = ["ProcessPool"]
+
+T = TypeVar("T")
+
+
+class ProcessPool:
+    """Runs jobs in at most ``size`` processes, each of which does ``opening`` first. Lives on one event loop.
+
+    Processes are started as they are needed: a further one once a job has waited for ``SANDBOX_GROW_S`` and none is
+    being started. At most ``waiting`` jobs wait; one more is refused.
+    """
+
+    def __init__(self, opening: OpenModel, size: int = SANDBOX_PROCESSES, waiting: int = MAX_SANDBOX_WAITING) -> None:
+        self._opening, self._size, self._max_waiting = opening, size, waiting
+        self._processes: set[SandboxProcess] = set()
+        """Those that have opened the model."""
+        self._opening_now: set[SandboxProcess] = set()
+        self._starting = 0
+        """How many are being started or open the model."""
+        self._idle: list[SandboxProcess] = []
+        self._waiting: deque[asyncio.Future[SandboxProcess]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The living processes, those that still open the model among them."""
+        return tuple(process.pid for process in self._processes | self._opening_now if process.alive)
+
+    async def open(self, process: SandboxProcess | None = None) -> None:
+        """Open the model in a first process: ``process``, if one was started before. Raises ``BadCheckpoint``."""
+        self._starting += 1
+        await self._launch(process)
+
+    async def run(self, job: Job) -> Reply:
+        """Do ``job`` once a process is free. Where the caller is cancelled, the job goes on until its limits end it.
+
+        Raises what ``SandboxProcess.run`` raises, ``Busy`` where too many jobs wait or this one waits for too long, and
+        ``NotServing`` where the pool is closed.
+        """
+        process = await self._acquire()
+        return await asyncio.shield(self._spawn(self._work(process, job)))
+
+    async def close(self) -> None:
+        """Kill every process. Jobs, and those that wait, fail with ``NotServing``."""
+        self._closed = True
+        self._fail_waiting(_closed())
+        async with anyio.create_task_group() as tasks:
+            for process in self._processes | self._opening_now:
+                tasks.start_soon(process.stop)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _work(self, process: SandboxProcess, job: Job) -> Reply:
+        try:
+            return await process.run(job)
+        finally:
+            self._release(process)
+
+    async def _acquire(self) -> SandboxProcess:
+        if self._closed:
+            raise _closed()
+        while self._idle:
+            process = self._idle.pop()
+            if process.alive:
+                return process
+            self._processes.discard(process)
+        if len(self._waiting) >= self._max_waiting:
+            raise Busy(f"{self._max_waiting} requests wait to be read; try again later", retry_after_s=RETRY_AFTER_S)
+        waiting: asyncio.Future[SandboxProcess] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        try:
+            return await self._wait(waiting)
+        except BaseException:
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                self._release(waiting.result())  # it came as the caller gave up
+            raise
+        finally:
+            with suppress(ValueError):
+                self._waiting.remove(waiting)
+
+    async def _wait(self, waiting: asyncio.Future[SandboxProcess]) -> SandboxProcess:
+        if not self._processes and not self._starting:
+            self._grow()
+        done, _ = await asyncio.wait((waiting,), timeout=SANDBOX_GROW_S)
+        if not done:
+            if not self._starting:
+                self._grow()
+            await asyncio.wait((waiting,), timeout=SANDBOX_WAIT_S)
+        if not waiting.done():
+            raise Busy(
+                f"the request waited for {SANDBOX_WAIT_S:.0f} s to be read; try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return waiting.result()
+
+    def _release(self, process: SandboxProcess) -> None:
+        """Give a process to the job that waits for longest. Replace one that is dead."""
+        if not process.alive:
+            self._processes.discard(process)
+            self._grow()
+            return
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(process)
+                return
+        self._idle.append(process)
+
+    def _grow(self) -> None:
+        """Start a process, if there may be one more."""
+        if not self._closed and len(self._processes) + self._starting < self._size:
+            self._starting += 1
+            self._spawn(self._launch(None))
+
+    async def _launch(self, process: SandboxProcess | None) -> None:
+        """Start a process, or take ``process``, and open the model in it."""
+        try:
+            process = process or await SandboxProcess.start()
+            await self._open(process)
+        except OSError as error:
+            failure = Busy(f"no process can be started: {error.strerror}", retry_after_s=RETRY_AFTER_S)
+            self._nobody_comes(failure)
+            raise failure from error
+        except MacpipeError as error:
+            self._nobody_comes(error)
+            raise
+        finally:
+            self._starting -= 1
+        self._processes.add(process)
+        if self._closed:
+            await process.stop()
+        self._release(process)
+
+    async def _open(self, process: SandboxProcess) -> None:
+        self._opening_now.add(process)
+        try:
+            await process.run(self._opening)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await process.stop()
+            raise
+        finally:
+            self._opening_now.discard(process)
+
+    def _nobody_comes(self, error: MacpipeError) -> None:
+        """Tell those who wait that no process could be started, unless there are others."""
+        if not self._processes:
+            self._fail_waiting(error)
+
+    def _fail_waiting(self, error: MacpipeError) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_exception(error)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it has been told
+
+
+def _closed() -> NotServing:
+    return NotServing("the model was unloaded while the request was read; send it again")

@@ -1,0 +1,136 @@
+"""One sandbox process, as its parent sees it: one job at a time, and no job lasts.
+
+The process ends itself where a job exceeds its CPU time. The parent ends it where a job exceeds its wall time, or its
+memory, which the parent watches: not every system limits that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from typing import Final
+
+import anyio
+
+from cluster.errors import BadFrame, Busy, MacpipeError, NotServing
+from cluster.lifetime import own_code_alone
+from cluster.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S
+from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
+from cluster.sandbox.memory import resident_bytes
+from cluster.sandbox.messages import HEADER, Failed, Job, Reply, pack_job, payload_size, unpack_reply
+
+__all__ = ["SandboxProcess"]
+
+QUIET: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""A job is one thread's work, and nobody is told which libraries are not installed."""
+
+END_S: Final = 1.0
+"""What a process gets to end whose pipe is closed."""
+
+
+class SandboxProcess:
+    """A ``python -m cluster.sandbox.child``."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._resident = 0
+        """Bytes that it held after its first job."""
+        self._verdict: str | None = None
+        """Why this parent has killed it, for ``job_error``."""
+        self._stopped = False
+
+    @staticmethod
+    async def start() -> SandboxProcess:
+        """Start a process. It imports its libraries first; a job that is sent meanwhile waits."""
+        environment = {**own_code_alone(os.environ), **QUIET}
+        command = (sys.executable, "-m", "cluster.sandbox.child")
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment, limit=MIB)
+        return SandboxProcess(process)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take a job."""
+        return self._process.returncode is None and self._verdict is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def run(self, job: Job) -> Reply:
+        """Do ``job``; returns when it is done or dead, even where nobody waits for it any more.
+
+        Raises what the job raises; where it exceeds a limit or crashes, the ``job_error`` that says so; ``Busy`` where
+        it does not get its CPU time within its wall time; and ``BadFrame`` for a job too large to send. See ``alive``
+        for what is left of the process.
+        """
+        message = pack_job(job)
+        watch = asyncio.create_task(self._watch_memory(job))
+        try:
+            async with asyncio.timeout(job.limits.wall_s):
+                reply = await self._exchange(message)
+        except TimeoutError:
+            await self._kill("")
+            raise Busy(
+                f"this machine is overloaded: within {job.limits.wall_s:.0f} s a job did not get "
+                f"{job.limits.cpu_s:.1f} s of CPU time; try again later",
+                retry_after_s=RETRY_AFTER_S,
+            ) from None
+        except (OSError, EOFError, BadFrame):
+            with anyio.move_on_after(END_S):
+                await self._process.wait()  # so that it is known what ended it
+            await self._kill("")
+            raise self._ended(job) from None
+        finally:
+            watch.cancel()
+        if isinstance(reply, Failed):
+            error = MacpipeError.of(reply.reason, reply.sentence)
+            error.field = reply.field
+            raise error
+        if not self._resident:
+            self._resident = await anyio.to_thread.run_sync(resident_bytes, self.pid)
+        return reply
+
+    async def stop(self) -> None:
+        """Kill it. A job that it has fails with ``NotServing``."""
+        self._stopped = True
+        await self._kill("")
+
+    async def _exchange(self, message: bytes) -> Reply:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(message)
+        await stdin.drain()
+        header = await stdout.readexactly(HEADER.size)
+        return unpack_reply(await stdout.readexactly(payload_size(header)))
+
+    async def _watch_memory(self, job: Job) -> None:
+        while True:
+            await asyncio.sleep(MEMORY_WATCH_S)
+            held = await anyio.to_thread.run_sync(resident_bytes, self.pid)
+            if held > self._resident + job.limits.memory_bytes:
+                await self._kill(memory_exceeded(job.limits))
+
+    async def _kill(self, verdict: str) -> None:
+        if self._process.returncode is None:
+            self._verdict = self._verdict or verdict
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # Process.kill() looks for its end first, and hides it from asyncio
+        await self._process.wait()
+
+    def _ended(self, job: Job) -> MacpipeError:
+        """The error of a job in whose midst the process has ended."""
+        if self._stopped:
+            return NotServing("the model was unloaded while the request was read; send it again")
+        if self._verdict:
+            return job_error(job, self._verdict)
+        code = self._process.returncode or 0
+        if code == -signal.SIGPROF:
+            return job_error(job, cpu_exceeded(job.limits))
+        if code == -signal.SIGABRT:
+            return job_error(job, f"{CRASHED}, or {memory_exceeded(job.limits)}")
+        return job_error(job, CRASHED)

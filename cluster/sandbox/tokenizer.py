@@ -1,0 +1,171 @@
+"""A model's tokenizer, chat template and grammar compiler, whose every use has a bounded cost.
+
+What a text, a schema or a hostile model may cost is not known before, so the work is done in processes that can be
+killed. Where a limit is hit, that one request fails with an error that names the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import anyio
+
+from cluster.chat import ChatMessage, ChatOptions
+from cluster.errors import BadFrame, InvalidGrammar, MacpipeError
+from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import (
+    MIB,
+    SANDBOX_CPU_S,
+    SANDBOX_CPU_S_PER_MIB,
+    SANDBOX_MEMORY_BYTES,
+    SANDBOX_MEMORY_PER_BYTE,
+    SANDBOX_OPEN_CPU_S,
+    SANDBOX_OPEN_MEMORY_BYTES,
+    SANDBOX_OPEN_WALL_S,
+    SANDBOX_WALL_FACTOR,
+)
+from cluster.sandbox.messages import CheckGrammar, Converse, Encode, Job, Limits, OpenModel, Prompt, unpack_tokens
+from cluster.sandbox.pool import ProcessPool
+from cluster.sandbox.process import SandboxProcess
+
+__all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "tokenized"]
+
+CHECKS_KEPT: Final = 256
+"""Grammars of which it is remembered whether they can be enforced."""
+OPENING: Final = Limits(SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES, SANDBOX_OPEN_WALL_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A prompt of ``count`` tokens. ``ids`` is empty where that is more than the caller takes.
+
+    ``texts`` has the text of each token, where it was asked for. ``thinking``: a conversation's answer begins inside
+    the reasoning. ``grammar`` is what the answer is bound to, if anything.
+    """
+
+    count: int
+    ids: tuple[int, ...]
+    texts: tuple[str, ...] = ()
+    thinking: bool = False
+    grammar: Grammar | None = None
+
+
+class TextService(Protocol):
+    """What requests need of a tokenizer. Each method raises ``Busy`` and ``NotServing`` beside its own errors."""
+
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
+        """Tokenize ``text``. Raises ``InvalidRequest``."""
+
+    async def converse(
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions,
+        grammar: Grammar | None,
+        max_tokens: int,
+        *,
+        texts: bool = False,
+    ) -> Tokenized:
+        """Render and tokenize a conversation whose answer ``grammar`` binds, if anything. Raises ``InvalidRequest``."""
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """Raise ``InvalidGrammar`` where the last stage could not enforce ``grammar``, or not at a bounded cost."""
+
+    async def close(self) -> None:
+        """End all that is under way, with ``NotServing``."""
+
+
+class SandboxedTokenizer:
+    """The ``TextService`` for the model in ``folder``. Lives on one event loop.
+
+    Prompts and grammars have processes of their own, so a schema that keeps its process busy delays no prompt. Those
+    for grammars are started with the first one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._text = ProcessPool(OpenModel(str(folder), False, OPENING))
+        self._grammars = ProcessPool(OpenModel(str(folder), True, OPENING))
+        self._checks: OrderedDict[tuple[GrammarKind, bytes], asyncio.Task[MacpipeError | None]] = OrderedDict()
+        """The last checks, by the grammar: requests bring the same ones again, also at the same time."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its processes."""
+        return self._text.pids + self._grammars.pids
+
+    async def open(self, process: SandboxProcess | None = None) -> None:
+        """Load the tokenizer, in ``process`` if one was started before.
+
+        Raises ``BadCheckpoint`` for one that cannot be used, or whose loading exceeds a limit.
+        """
+        await self._text.open(process)
+
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
+        return await self._prompt(Encode(text, max_tokens, texts, _limits(len(text.encode()))))
+
+    async def converse(
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions,
+        grammar: Grammar | None,
+        max_tokens: int,
+        *,
+        texts: bool = False,
+    ) -> Tokenized:
+        limits = _limits(sum(map(_length, messages)) + sum(len(tool.parameters) for tool in options.tools))
+        return await self._prompt(Converse(tuple(messages), options, grammar, max_tokens, texts, limits))
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        key = (grammar.kind, hashlib.sha256(grammar.source.encode()).digest())
+        if (check := self._checks.get(key)) is None:
+            check = self._checks[key] = asyncio.create_task(self._check(grammar))
+            if len(self._checks) > CHECKS_KEPT:
+                self._checks.popitem(last=False)
+        self._checks.move_to_end(key)
+        error = await asyncio.shield(check)
+        if isinstance(error, InvalidGrammar):
+            raise InvalidGrammar(error.sentence, field=error.field)
+        if error:  # of this moment, not of the grammar
+            self._checks.pop(key, None)
+            raise error
+
+    async def _check(self, grammar: Grammar) -> MacpipeError | None:
+        """Check ``grammar``; return why it cannot be enforced, or what kept it from being checked."""
+        try:
+            await self._grammars.run(CheckGrammar(grammar, _limits(0)))
+        except MacpipeError as error:
+            return error
+        return None
+
+    async def close(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._text.close)
+            tasks.start_soon(self._grammars.close)
+
+    async def _prompt(self, job: Job) -> Tokenized:
+        reply = await self._text.run(job)
+        if not isinstance(reply, Prompt):
+            raise BadFrame("the sandbox answered something else than it was asked")
+        return tokenized(reply)
+
+
+def tokenized(prompt: Prompt) -> Tokenized:
+    """A reply as callers read it. Raises ``BadFrame``."""
+    return Tokenized(prompt.count, unpack_tokens(prompt.ids), prompt.texts, prompt.thinking, prompt.grammar)
+
+
+def _length(message: ChatMessage) -> int:
+    texts = (message.content, message.reasoning, *(call.arguments for call in message.tool_calls))
+    return sum(len(text.encode()) for text in texts)
+
+
+def _limits(size: int) -> Limits:
+    """What a job may cost whose text has ``size`` bytes."""
+    cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
+    memory = SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size
+    return Limits(cpu_s, memory, min(cpu_s * SANDBOX_WALL_FACTOR, SANDBOX_OPEN_WALL_S))

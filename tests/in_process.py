@@ -1,0 +1,46 @@
+"""The sandbox's work without its processes and limits, for tests that need its answers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.chat import ChatMessage, ChatOptions
+from cluster.grammar import Grammar
+from cluster.model.tokenizer import Tokenizer
+from cluster.sandbox.child import Worker
+from cluster.sandbox.messages import CheckGrammar, Converse, Encode, Job, Limits, Prompt
+from cluster.sandbox.tokenizer import TextService, Tokenized, tokenized
+
+NO_LIMITS = Limits(1e6, 1 << 40, 1e6)
+
+
+class InProcess(TextService):
+    """Does what ``SandboxedTokenizer`` does, on the event loop."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._worker = Worker(tokenizer)
+
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
+        return self._done(Encode(text, max_tokens, texts, NO_LIMITS))
+
+    async def converse(
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions,
+        grammar: Grammar | None,
+        max_tokens: int,
+        *,
+        texts: bool = False,
+    ) -> Tokenized:
+        return self._done(Converse(tuple(messages), options, grammar, max_tokens, texts, NO_LIMITS))
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        self._worker.do(CheckGrammar(grammar, NO_LIMITS))
+
+    async def close(self) -> None:
+        """There is nothing to end."""
+
+    def _done(self, job: Job) -> Tokenized:
+        reply = self._worker.do(job)
+        assert isinstance(reply, Prompt)
+        return tokenized(reply)

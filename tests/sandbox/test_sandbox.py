@@ -1,0 +1,255 @@
+"""Real sandbox processes: their answers are the tokenizer's, and whatever exceeds a limit ends its own job alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.chat import ChatMessage, ChatOptions
+from cluster.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing
+from cluster.grammar import Grammar, GrammarKind
+from cluster.model.checkpoint import BUNDLED
+from cluster.model.tokenizer import load_tokenizer
+from cluster.sandbox import process as process_module
+from cluster.sandbox.memory import resident_bytes
+from cluster.sandbox.messages import Encode, Limits, OpenModel
+from cluster.sandbox.pool import ProcessPool
+from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
+MIB = 2**20
+PLAIN = ChatOptions()
+GOOD = Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object","properties":{"a":{"type":"string"}}}')
+COSTLY = Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer","multipleOf":999983}')
+TEMPLATE = """{%- if messages[0].content == 'double' -%}
+{%- set ns = namespace(a='a') -%}{%- for i in range(40) -%}{%- set ns.a = ns.a ~ ns.a -%}{%- endfor -%}
+{%- elif messages[0].content == 'loop' -%}
+{%- for i in range(99999) -%}{%- for j in range(99999) -%}{%- endfor -%}{%- endfor -%}
+{%- elif messages[0].content == 'long' -%}{{ 'a' * 9000000 }}
+{%- endif -%}
+{{ messages[0].content }}"""
+"""Of a model that behaves until it is asked not to."""
+SLOW_TEXT = "a" * 60 + "!"
+"""The library of the hostile tokenizer's regular expression gives up at this, with a panic."""
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template and tokenizer can be made to misbehave."""
+    folder = shutil.copytree(BUNDLED / "faq", tmp_path_factory.mktemp("hostile") / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}))
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"(a+)+$|(x+x+)+y"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    others = [content["pre_tokenizer"]] if content.get("pre_tokenizer") else []
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *others]}
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncIterator[SandboxedTokenizer]:
+    text = SandboxedTokenizer(folder)
+    await text.open()
+    try:
+        yield text
+    finally:
+        await text.close()
+        assert text.pids == ()
+
+
+def exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process ever held; 0 of one that has ended."""
+    if not exists(pid):
+        return 0
+    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak.split()[1]) * 1024
+
+
+async def until_gone(pid: int) -> None:
+    while exists(pid):
+        await asyncio.sleep(0.01)
+
+
+async def test_prompts_are_those_of_the_tokenizer() -> None:
+    folder = BUNDLED / "faq"
+    tokenizer = load_tokenizer(folder)
+    messages = (ChatMessage("user", "What is a hop? 漢字"),)
+    async with opened(folder) as text:
+        ids = tokenizer.encode("What is a hop? 漢字")
+        told = await text.encode("What is a hop? 漢字", 100, texts=True)
+        assert told.ids == ids
+        assert list(told.texts) == tokenizer.token_texts(ids)
+        chat = await text.converse(messages, PLAIN, GOOD, 100)
+        assert chat.ids == tokenizer.chat(messages)
+        assert chat.grammar == GOOD
+        counted = await text.encode("word " * 200_000, 5)
+        assert (counted.count > 200_000, counted.ids) == (True, ())
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs: 'frobnicate'") as refused:
+            await text.converse(messages, replace(PLAIN, template='{"frobnicate": 1}'), None, 100)
+        assert refused.value.field == "chat_template_kwargs"
+
+
+async def test_a_grammar_that_costs_too_much_is_refused_and_delays_no_prompt() -> None:
+    async with opened(BUNDLED / "faq") as text:
+        check = asyncio.create_task(text.check_grammar(COSTLY))
+        assert (await text.encode("hello", 100)).count > 0
+        assert not check.done()
+        with pytest.raises(
+            InvalidGrammar, match=r"cannot be compiled: it needs more than 0\.5 s of CPU time"
+        ) as refused:
+            await check
+        assert refused.value.field == "json_schema"
+        await text.check_grammar(GOOD)  # by the process that replaced the one that was ended
+        with pytest.raises(InvalidGrammar, match="CPU time"):
+            await text.check_grammar(COSTLY)  # it is known by now
+        with pytest.raises(InvalidGrammar, match="cannot be compiled"):
+            await text.check_grammar(Grammar(GrammarKind.REGEX, "("))
+
+
+async def test_a_hostile_model_fails_the_requests_that_set_it_off(hostile: Path) -> None:
+    async with opened(hostile) as text:
+        (pid,) = text.pids
+        with pytest.raises(InvalidRequest, match=r"MemoryError|memory"):
+            await text.converse((ChatMessage("user", "double"),), PLAIN, None, 100)
+        assert (await text.converse((ChatMessage("user", "fine"),), PLAIN, None, 100)).count > 0
+        assert peak_bytes(pid) < 512 * MIB
+        with pytest.raises(InvalidRequest, match="makes 9000004 characters of them; at most"):
+            await text.converse((ChatMessage("user", "long"),), PLAIN, None, 100)
+        with pytest.raises(InvalidRequest, match="the model's tokenizer fails at this text") as panicked:
+            await text.encode(SLOW_TEXT, 100)
+        assert "aaa" not in panicked.value.sentence
+        with pytest.raises(InvalidRequest, match=r"chat template needs more than 0\.5 s of CPU time"):
+            await text.converse((ChatMessage("user", "loop"),), PLAIN, None, 100)
+        assert (await text.encode("fine", 100)).count > 0
+
+
+async def test_closing_ends_a_job_and_every_process(hostile: Path) -> None:
+    text = SandboxedTokenizer(hostile)
+    await text.open()
+    pids = text.pids
+    endless = Limits(60.0, 256 * MIB, 60.0)
+    job = asyncio.create_task(text._text.run(Encode("x" * 4000 + "a" * 4_000_000, 1, False, endless)))
+    await asyncio.sleep(0)
+    await text.close()
+    with pytest.raises(NotServing):
+        await job
+    with pytest.raises(NotServing):
+        await text.encode("hello", 100)
+    assert not any(exists(pid) for pid in pids)
+
+
+async def test_a_job_whose_caller_went_away_still_ends(hostile: Path) -> None:
+    async with opened(hostile) as text:
+        (pid,) = text.pids
+        job = asyncio.create_task(text.converse((ChatMessage("user", "loop"),), PLAIN, None, 100))
+        await asyncio.sleep(0.1)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        await until_gone(pid)
+        assert (await text.encode("fine", 100)).count > 0
+
+
+async def test_too_many_that_wait_are_told_to_come_back() -> None:
+    pool = ProcessPool(OpenModel(str(BUNDLED / "faq"), False, OPENING), size=1, waiting=1)
+    limits = Limits(1.0, 64 * MIB, 20.0)
+    first = asyncio.create_task(pool.run(Encode("a", 9, False, limits)))
+    await asyncio.sleep(0)
+    with pytest.raises(Busy, match="1 requests wait") as refused:
+        await pool.run(Encode("b", 9, False, limits))
+    assert refused.value.retry_after_s
+    await first
+    await pool.close()
+
+
+async def test_memory_is_watched_where_the_system_does_not_limit_it(
+    hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(hostile) as text:
+        monkeypatch.setattr(process_module, "resident_bytes", lambda pid: 2**40)
+        with pytest.raises(InvalidRequest, match="needs more than 256 MiB of memory"):
+            await text.converse((ChatMessage("user", "loop"),), PLAIN, None, 100)
+
+
+async def test_resident_memory_is_the_same_by_proc_and_by_ps() -> None:
+    by_proc, by_ps = resident_bytes(os.getpid(), "linux"), resident_bytes(os.getpid(), "darwin")
+    assert 0.5 < by_proc / by_ps < 2
+    assert resident_bytes(2**22 + 1, "darwin") == resident_bytes(2**22 + 1, "linux") == 0
+
+
+async def test_a_tokenizer_that_cannot_be_loaded_is_a_bad_checkpoint(tmp_path: Path) -> None:
+    text = SandboxedTokenizer(tmp_path)
+    with pytest.raises(BadCheckpoint, match="has no tokenizer"):
+        await text.open()
+    assert text.pids == ()
+    await text.close()
+
+
+async def test_a_tokenizer_that_takes_too_long_to_load_is_a_bad_checkpoint(hostile: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(hostile, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    pool = ProcessPool(OpenModel(str(folder), False, replace(OPENING, cpu_s=2.0)))
+    with pytest.raises(BadCheckpoint, match=r"loading the tokenizer .* needs more than 2\.0 s of CPU time"):
+        await pool.open()
+    await pool.close()
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from cluster.chat import ChatMessage, ChatOptions
+from cluster.sandbox.messages import Converse, Limits
+from cluster.sandbox.tokenizer import SandboxedTokenizer
+
+async def main():
+    text = SandboxedTokenizer(Path(sys.argv[1]))
+    await text.open()
+    endless = Limits(60.0, 2**30, 60.0)
+    job = Converse((ChatMessage("user", "loop"),), ChatOptions(), None, 9, False, endless)
+    asyncio.create_task(text._text.run(job))
+    await asyncio.sleep(0.2)
+    print(*text.pids, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_process_does_not_outlive_its_parent(hostile: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(hostile)]
+    parent = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert parent.stdout
+    pid = int(await parent.stdout.readline())
+    assert exists(pid)
+    parent.send_signal(signal.SIGKILL)
+    await parent.wait()
+    await until_gone(pid)
