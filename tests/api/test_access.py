@@ -65,6 +65,7 @@ class Idle:
     """A coordinator that serves nothing but answers of its own."""
 
     state = ServingState.IDLE
+    journal = None
 
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}
