@@ -32,10 +32,20 @@ from cluster.coordinator.supply import Supply
 from cluster.coordinator.tally import Totals
 from cluster.coordinator.views import LoopView
 from cluster.coordinator.watch import Watch
-from cluster.errors import Aborted, MacpipeError, ModelNotFound, NotServing, RequestNotFound, StaleEpoch, WorkerLost
+from cluster.errors import (
+    Aborted,
+    DeadlineExceeded,
+    MacpipeError,
+    ModelNotFound,
+    NotServing,
+    RequestNotFound,
+    StaleEpoch,
+    WorkerLost,
+)
 from cluster.grammar import Grammar
 from cluster.limits import (
     ADOPTION_LOOKS,
+    CONTROL_TIMEOUT_S,
     EPOCH_TRIES,
     FAREWELL_S,
     MAX_SCHEMA_BYTES,
@@ -276,10 +286,16 @@ class Coordinator:
         return request, answer
 
     async def abort(self, request_id: str) -> None:
-        """End a request wherever it is. Raises ``RequestNotFound``."""
+        """End a request wherever it is. Raises ``RequestNotFound``, ``DeadlineExceeded`` where the loop is stuck."""
         error = Aborted(f"the request {request_id} was aborted")
         ended = self._serving().loop.end(request_id, error)
-        if not await asyncio.wrap_future(ended):
+        try:
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
+                was_live = await asyncio.wrap_future(ended)
+        except TimeoutError:
+            why = f"the request {request_id} was not ended within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
+            raise DeadlineExceeded(why) from None
+        if not was_live:
             raise RequestNotFound(f"no live request has the id {request_id}")
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
