@@ -116,11 +116,21 @@ def _best(stage: PlannedStage, spares: Sequence[WorkerFacts]) -> WorkerFacts | N
 
 
 def _new_cut(epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerFacts]) -> Heirs:
-    """Those who are left in the order of the plan, then spares, as many as the model has pieces for."""
+    """Those who are left in the order of the plan, then spares, as many as the model has pieces for.
+
+    Where that does not fit, since a worker is too small for any piece, the smallest is left out. Raises ``DoesNotFit``.
+    """
     before = [s.worker for s in plan.stages]
     ordered = sorted(fit.values(), key=lambda f: (before.index(f.name) if f.name in before else len(before), f.name))
-    workers = ordered[: len(shape.clean_cuts) + 1]
-    return _laid(epoch, shape, order, workers, None)
+    refusal: DoesNotFit | None = None
+    while True:
+        try:
+            return _laid(epoch, shape, order, ordered[: len(shape.clean_cuts) + 1], None)
+        except DoesNotFit as e:
+            refusal = refusal or e  # its figures are those of all workers
+            if len(ordered) == 1:
+                raise refusal from None
+            ordered.remove(min(ordered, key=lambda f: f.memory_limit))
 
 
 def _laid(

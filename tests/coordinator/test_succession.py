@@ -73,6 +73,12 @@ def test_who_is_drained_is_given_nothing() -> None:
     assert [name for name, _ in chosen(*drained, worker("dee"))] == ["ada", "bob", "dee"]
 
 
+def test_a_worker_that_is_too_small_for_any_piece_does_not_stand_in_the_way() -> None:
+    """Anybody who is let in could stop every recovery with a Mac that offers a thousand bytes."""
+    tiny = worker("tiny", 0, memory_limit=1000)
+    assert chosen(*STAGES, tiny, bob="gone") == [("ada", "0-2"), ("cyd", "3-5")]
+
+
 def test_what_fits_nowhere_says_whose_loss_it_was_and_what_is_missing() -> None:
     with pytest.raises(DoesNotFit) as refusal:
         chosen(STAGES[0])
