@@ -124,7 +124,7 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         version=__version__,
         state=_STATES[s.state],
         problem=s.problem,
-        workers=[_worker(m, beliefs.get(m.facts.name)) for m in s.members],
+        workers=[_worker(m, None if m.duplicate else beliefs.get(m.facts.name)) for m in s.members],
         recoveries=s.recoveries,
         queued=sum(r.phase is Phase.QUEUED for r in s.loop.requests) if s.loop else 0,
         requests=[_request(r) for r in s.loop.requests] if s.loop else [],
