@@ -444,6 +444,7 @@ class Simulation:
         except TimeoutError:
             self.history.note("over")  # whoever has not ended by now hangs
         finally:
+            await self._recovered()
             if leaving := [m.leaving for m in self.macs.values() if m.leaving]:
                 await asyncio.wait(leaving, timeout=2 * LEAVE_S)
             self._over = True
@@ -456,6 +457,13 @@ class Simulation:
             for i, r in enumerate(self.played.requests)
         }
         return check(self.history, expected, DEADLINE_S)
+
+    async def _recovered(self) -> None:
+        """Answers end as soon as the new ring has brought them to their ends, the recovery only with its canary."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DEADLINE_S):
+                while self.service.recovery:
+                    await asyncio.sleep(0.01)
 
     async def _ask_status(self) -> None:
         """As people do all the time, and once more when all is over."""

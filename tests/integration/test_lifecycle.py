@@ -127,7 +127,7 @@ def test_a_coordinator_that_stops_frees_its_workers(cluster: Cluster, llama: Pat
 def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster, llama: Path) -> None:
     cluster.worker("solo")
     kept = state_folder(cluster.folder / "coordinator", cluster.name) / "epoch"
-    kept.parent.mkdir(parents=True, mode=0o700)
+    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     ahead = time.time_ns() // 1_000_000 + DAY_MS
     kept.write_text(f"{ahead}\n")
     first, address = cluster.serving(llama, 1)
