@@ -279,6 +279,12 @@ def test_status_shows_everybody(macpipe: Macpipe, coordinator: Coordinator) -> N
     assert done.stderr == ""
 
 
+def test_status_warns_of_what_does_not_work_as_asked_for(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    coordinator.script.cluster = cluster_reply(warnings=["the journal is off"])
+    assert "\nwarning: the journal is off\n" in macpipe("status", to=coordinator).stdout
+    assert json.loads(macpipe("status", "--json", to=coordinator).stdout)["warnings"] == ["the journal is off"]
+
+
 def test_status_knows_no_memory_of_who_is_gone(macpipe: Macpipe, coordinator: Coordinator) -> None:
     rows = macpipe("status", to=coordinator).stdout.splitlines()
     there, gone = (next(row for row in rows if row.startswith(name)) for name in ("mac-a", "mac-b"))
