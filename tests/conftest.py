@@ -12,7 +12,7 @@ from hypothesis import settings
 import cluster.model  # noqa: F401  # first, so that mlx-lm does not lower the limit of files for all that tests start
 from effort import QUICK
 
-pytest_plugins = ["netns", "disks"]
+pytest_plugins = ["netns", "disks", "limits"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

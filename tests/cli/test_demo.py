@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ def test_it_opens_a_chat_in_which_ctrl_c_ends_nothing(stand_ins: dict[str, str])
         assert demo.end()[0] == 0
 
 
+@contextmanager
+def waiting_demo(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a demo whose chat waits for its first line; kill it where the test ends before it does."""
+    read_end, write_end = os.pipe()
+    with subprocess.Popen(DEMO, env=environment, stdin=read_end, stderr=subprocess.PIPE, text=True) as demo:
+        os.close(read_end)
+        try:
+            yield demo
+        finally:
+            demo.kill()  # leaving the block waits for its end, which no time limit bounds
+            os.close(write_end)
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
@@ -103,9 +117,7 @@ def test_it_opens_a_chat_in_which_ctrl_c_ends_nothing(stand_ins: dict[str, str])
 def test_no_signal_leaves_an_orphan(
     stand_ins: dict[str, str], tmp_path: Path, number: signal.Signals, code: int, moment: str
 ) -> None:
-    read_end, write_end = os.pipe()  # a chat that waits for its first line
-    with subprocess.Popen(DEMO, env=stand_ins, stdin=read_end, stderr=subprocess.PIPE, text=True) as demo:
-        os.close(read_end)
+    with waiting_demo(stand_ins) as demo:
         assert demo.stderr is not None
         for line in demo.stderr:
             if moment in line:
@@ -119,7 +131,6 @@ def test_no_signal_leaves_an_orphan(
         # imported, it ends itself with the signal though the exception was handled.
         assert demo.wait(20) in ({code, -number} if number is signal.SIGINT else {code})
         assert "Traceback" not in rest
-    os.close(write_end)
 
 
 def test_ctrl_c_ends_a_demo_whose_parent_ignores_it(stand_ins: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import make
 from cluster.client import Client, ModelPlan
 from cluster.limits import LEARN_S
-from integration.daemons import Cluster, free_port, wait_serving
+from integration.daemons import Cluster
 
 
 def kept(cluster: Cluster, worker: str) -> Any:
@@ -25,10 +25,12 @@ def test_the_faster_worker_is_taken_and_its_frames_teach_it(cluster: Cluster, tm
         worker = cluster.worker(name, "--profile", "kept", "--throttle", throttle)
         worker.wait_for(f"worker {name} of cluster")  # one after another: they share this machine
     assert kept(cluster, "hare")["profile"]["bandwidth"] > 2 * kept(cluster, "tortoise")["profile"]["bandwidth"]
-    port = free_port()
-    serve = cluster.serve(make("llama_4bit", tmp_path / "llama"), "--port", str(port), "--wait", "60")
-    wait_serving(f"127.0.0.1:{port}", serve)
-    with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+    model = make("llama_4bit", tmp_path / "llama")
+    serve, address = cluster.serving(model, 2)  # on a busy machine one may answer seconds after the other
+    with Client(address, timeout_s=60) as client:
+        client.unload()  # else the layers stay where they are
+        for _ in client.load(str(model)):
+            pass
         state = client.cluster()
         assert [s.worker for s in state.stages] == ["hare"]
         assert [s.worker for s in state.spares] == ["tortoise"]
