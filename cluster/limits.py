@@ -177,6 +177,31 @@ ENGINE_START_TIMEOUT_S: Final = 60.0
 ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between restarts of an engine that keeps dying; the last one repeats."""
 
+# Overload: a slow machine is not a dead one
+LAG_TICK_S: Final = 0.25
+"""How often a process measures how late its timers fire."""
+LAG_WINDOW_S: Final = 15.0
+"""Over how long; a busy machine is late again and again."""
+LAG_FLOOR_S: Final = 0.05
+"""Timers that fire later than this are late; on a machine that is not overloaded they are not."""
+MAX_LAG_S: Final = 5.0
+"""A machine that slept for an hour was not an hour late."""
+LAG_STEPS: Final = 8
+"""Wake-ups of threads and processes on the way of a question and its answer, each of which may be late."""
+OVERLOADED_S: Final = 0.25
+"""A lag above this is shown to people, and an engine is not judged by its silence meanwhile."""
+SLOW_ANSWERS: Final = 8
+SLOW_ANSWER_S: Final = 60.0
+"""How long a slow answer is remembered, ..."""
+FALSE_ALARM_S: Final = 300.0
+"""... and a silence that was none: recoveries on an overloaded machine take a minute each."""
+PATIENCE_GROWTH: Final = 4.0
+"""By what each further false alarm multiplies a deadline: every one costs a recovery, so few must do."""
+MAX_PATIENCE: Final = 16.0
+"""The most that experience multiplies a deadline by."""
+SILENT_BUSY_SHARE: Final = 0.1
+"""An engine that is silent but computes counts as hung after ten times ENGINE_SILENCE_S."""
+
 # gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
 KEEPALIVE_MS: Final = 500
 KEEPALIVE_TIMEOUT_MS: Final = 1_500

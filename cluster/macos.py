@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure"]
+__all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure", "process_seconds"]
 
 MIB: Final = 2**20
 ANSWER_S: Final = 5.0
@@ -47,6 +47,20 @@ def machine_facts() -> MachineFacts:
 def memory_pressure() -> str:
     """The kernel's word for how short memory is; empty if not known."""
     return pressure_word(_said("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
+
+
+def process_seconds(pid: int) -> float | None:
+    """The processor time that a process has had; None if not known."""
+    return seconds_of(_said("ps", "-o", "time=", "-p", str(pid)))
+
+
+def seconds_of(clock: str) -> float | None:
+    """From ``ps -o time=``: ``[[hours:]minutes:]seconds``, with hundredths."""
+    try:
+        parts = [float(part) for part in clock.strip().split(":")]
+    except ValueError:
+        return None
+    return sum(part * 60.0**i for i, part in enumerate(reversed(parts)))
 
 
 @lru_cache(maxsize=1)

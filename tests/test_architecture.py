@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {
         *("", "address", "chat", "chunking", "errors", "frames", "grammar", "home", "idfile", "layers"),
-        *("lifetime", "limits", "loads", "macos", "private_files", "profiles", "types", "v1"),
+        *("lifetime", "limits", "loads", "macos", "overload", "private_files", "profiles", "types", "v1"),
     },
     {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},

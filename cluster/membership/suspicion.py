@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from cluster.limits import GONE_S, SUSPECT_S
+from cluster.membership.slowness import SlowAnswers, extra_s
 
 _REMEMBERED = 8
 
@@ -50,13 +51,16 @@ class Belief:
 class Suspicion:
     """Beliefs about workers by name. Every method is given the time; each returns the beliefs that it changed.
 
-    Time in which nobody looked (this machine slept, or was starved) is held against no worker.
+    Time in which nobody looked (this machine slept, or was starved) is held against no worker. One whose machine is
+    overloaded is given longer: by the lag that it reports, and by how long its answers took of late.
     """
 
     def __init__(self, suspect_s: float = SUSPECT_S, gone_s: float = GONE_S) -> None:
         self._suspect_s, self._gone_s = suspect_s, gone_s
         self._beliefs: dict[str, Belief] = {}
         self._looked: float | None = None
+        self._answers: dict[str, SlowAnswers] = {}
+        self._lags: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[Belief]:
         return iter(tuple(self._beliefs.values()))
@@ -71,10 +75,28 @@ class Suspicion:
 
     def forget(self, worker: str) -> None:
         self._beliefs.pop(worker, None)
+        self._answers.pop(worker, None)
+        self._lags.pop(worker, None)
+
+    def note_lag(self, worker: str, lag_s: float) -> None:
+        """The worker says how late things happen on its machine."""
+        if worker in self._beliefs:
+            self._lags[worker] = lag_s
+
+    def worst_lag(self) -> float:
+        """The longest lag that a worker has reported, in seconds."""
+        return max(tuple(self._lags.values()), default=0.0)
+
+    def granted(self, worker: str, now: float) -> float:
+        """Return the silence in seconds after which the worker counts as gone, this machine's own lag apart."""
+        answers = self._answers.get(worker)
+        return (answers.granted(now) if answers else self._gone_s) + extra_s(self._lags.get(worker, 0.0))
 
     def heard(self, worker: str, now: float) -> tuple[Belief, ...]:
         """The worker said something; one that is not watched yet is from now on."""
         known = self._beliefs.get(worker)
+        if known:
+            self._answers.setdefault(worker, SlowAnswers(self._gone_s)).add(now - known.heard, now)
         if known is None or known.standing is not Standing.UP:
             known = known or Belief(worker, Standing.UP, now, now)
             return self._believe(replace(known, standing=Standing.UP, since=now, heard=now, why=""))
@@ -89,10 +111,10 @@ class Suspicion:
             return ()
         return self._believe((known or Belief(worker, Standing.UP, now, now)).lost(why, now))
 
-    def look(self, now: float) -> tuple[Belief, ...]:
-        """The time has come to judge silence."""
+    def look(self, now: float, lag_s: float = 0.0) -> tuple[Belief, ...]:
+        """The time has come to judge silence. ``lag_s``: how late things happen on this machine."""
         self._excuse(now)
-        return tuple(b for known in tuple(self._beliefs.values()) for b in self._judge(known, now))
+        return tuple(b for known in tuple(self._beliefs.values()) for b in self._judge(known, now, extra_s(lag_s)))
 
     def _excuse(self, now: float) -> None:
         """Hold the time in which nobody looked against no one."""
@@ -102,12 +124,12 @@ class Suspicion:
             for name, b in self._beliefs.items():
                 self._beliefs[name] = replace(b, heard=min(now, b.heard + missed))
 
-    def _judge(self, known: Belief, now: float) -> tuple[Belief, ...]:
+    def _judge(self, known: Belief, now: float, more_s: float) -> tuple[Belief, ...]:
         silence = now - known.heard
-        if known.standing is not Standing.GONE and silence >= self._gone_s:
+        if known.standing is not Standing.GONE and silence >= self.granted(known.worker, now) + more_s:
             why = f"has not been heard for {silence:.1f} s"
             return self._believe(known.lost(why, now))
-        if known.standing is Standing.UP and silence >= self._suspect_s:
+        if known.standing is Standing.UP and silence >= self._suspect_s + more_s:
             why = f"is late: nothing heard for {silence:.1f} s"
             return self._believe(replace(known, standing=Standing.SUSPECT, since=now, why=why))
         return ()
