@@ -337,6 +337,10 @@ class WorkerFacts:
     """Of its process, random at each start."""
     holder_instance: str = ""
     """Of the coordinator's process that holds its stage; empty for nobody's."""
+    lag_s: float = 0.0
+    """How late things happen on its machine; 0.0 where that is not overloaded."""
+    computing: bool = False
+    """Whether the engine has had processor time in its present step."""
     owner: str = ""
     """Whose stage it is, also where that coordinator has not been heard of late."""
     fingerprint: str = ""

@@ -134,6 +134,7 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         tokens_generated=s.tokens,
         uptime_seconds=s.uptime_s,
         warnings=s.warnings,
+        lag_seconds=s.lag_s,
     )
     if s.repair:
         reply.repair.CopyFrom(_repair(s.repair))
@@ -223,6 +224,7 @@ def _worker(m: Member, belief: Belief | None) -> cpb.Worker:
         losses=belief.losses if belief else 0,
         draining=f.draining,
         clock_ahead_seconds=f.clock_ahead_s,
+        lag_seconds=f.lag_s,
     )
 
 

@@ -38,6 +38,7 @@ from cluster.errors import MacpipeError, PortInUse
 from cluster.joining.port import EVERYWHERE, admitting
 from cluster.lifetime import first_error, stop_on_signal
 from cluster.limits import JOIN_RETRY_S, LAST_WORDS_S
+from cluster.overload import TimerLag
 from cluster.private_files import protect_home
 from cluster.security.folder import ClusterFolder
 from cluster.security.trust import COORDINATOR, Trust, open_trust
@@ -76,8 +77,10 @@ async def _run(settings: ServeSettings, report: Report) -> None:
         own_id = stack.enter_context(identity(settings.home, settings.cluster))
         roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
+        lag = TimerLag().start()
+        dialer = GrpcDialer(trust, lag)
         coordinator = Coordinator(
-            settings.cluster, roster, GrpcDialer(trust), report, store, settings.max_schema_bytes, _epochs(settings)
+            settings.cluster, roster, dialer, report, store, settings.max_schema_bytes, _epochs(settings), lag
         )
         coordinator.journal = _journal(settings)
         entrance = http_port(settings)

@@ -53,6 +53,8 @@ def show_state(state: ClusterState) -> None:
     for worker in state.workers:
         if worker.memory_pressure in ("warning", "critical"):
             screen.print(printable(f"{worker.name}: memory pressure is {worker.memory_pressure}"), soft_wrap=True)
+        if worker.lag_seconds:
+            screen.print(printable(overloaded(worker.name, worker.lag_seconds)), soft_wrap=True)
         if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
             ahead, apart = worker.clock_ahead_seconds > 0, seconds_in_words(abs(worker.clock_ahead_seconds))
             said = f"{worker.name}'s clock is {apart} {'ahead' if ahead else 'behind'}"
@@ -61,6 +63,14 @@ def show_state(state: ClusterState) -> None:
             screen.print(printable(off), soft_wrap=True)
         if worker.problem:
             screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
+
+
+def overloaded(worker: str, lag_s: float) -> str:
+    """That a worker's machine is overloaded, and the way out."""
+    return (
+        f"{worker}: the machine is overloaded, everything there happens up to {lag_s:.1f} s late: end other programs on"
+        f" it, or move its layers elsewhere with `macpipe drain {worker}`"
+    )
 
 
 def far_off(worker: str, held: list[StageState]) -> str:
@@ -83,6 +93,11 @@ def headline(state: ClusterState) -> list[str]:
     if state.problem:
         lines.append(f"problem: {state.problem}")
     lines += [f"warning: {warning}" for warning in state.warnings]
+    if state.lag_seconds:
+        lines.append(
+            "problem: the coordinator's machine is overloaded, everything there happens up to"
+            f" {state.lag_seconds:.1f} s late: end other programs on it"
+        )
     if state.repair:
         lines.append(repair_in_words(state.repair))
     if state.move:

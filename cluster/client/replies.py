@@ -123,6 +123,7 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
         forecast=_forecast(reply),
         spares=_spares(reply),
         reasons=tuple(reply.reasons),
+        lag_seconds=reply.lag_seconds,
         repair=_repair(reply.repair) if reply.HasField("repair") else None,
         move=_repair(reply.move) if reply.HasField("move") else None,
         recoveries=reply.recoveries,
@@ -200,6 +201,7 @@ def _worker(reply: cluster_pb2.Worker) -> WorkerState:
         losses=reply.losses,
         draining=reply.draining,
         clock_ahead_seconds=reply.clock_ahead_seconds,
+        lag_seconds=reply.lag_seconds,
     )
 
 

@@ -59,6 +59,8 @@ class WorkerState:
     draining: bool = False
     clock_ahead_seconds: float = 0.0
     """Its clock over the coordinator's; below 0: it is behind."""
+    lag_seconds: float = 0.0
+    """How late things happen on its machine; 0.0 unless that is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class ClusterState:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """What does not work as asked for while answers go on, a sentence each."""
+    lag_seconds: float = 0.0
+    """How late things happen on the coordinator's machine; 0.0 unless that is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,19 @@ from cluster.address import HIGHEST_PORT, parse_address
 from cluster.errors import DeadlineExceeded, OtherParty, Unreachable, WorkerLost, WorkerRefused, WorkerReplaced
 from cluster.limits import (
     CONTROL_TIMEOUT_S,
+    GONE_S,
     KEPT_CORRECTIONS,
     LOAD_STALL_S,
     LOAD_STUCK_S,
     MAX_FACT_CHARS,
+    MAX_LAG_S,
     MAX_SENTENCE_CHARS,
 )
 from cluster.loads import FetchOrder, LoadProgress, StageProof
 from cluster.profiles import Link, Profile
 from cluster.security.bounds import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
-from cluster.transport.options import control_channel
+from cluster.transport.options import PING_S, control_channel
 from cluster.transport.status import from_rpc_error
 from cluster.types import LayerRange, StageSpec, WorkerFacts
 from cluster.v1 import worker_pb2 as pb
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 _SERIAL_BYTES = 20
 """A certificate's serial has at most so many."""
+_RETIRED = 4
+"""Connections that are kept open for the calls on them."""
 
 
 class WorkerControl:
@@ -61,18 +65,19 @@ class WorkerControl:
         self._trust, self._revoked = trust, revoked
         self._retired: list[grpc.aio.Channel] = []
         self._ahead_s = 0.0
+        self._ping_s = PING_S
         self._dial(WORKER)
 
     def _dial(self, peer: str) -> None:
         self._peer, self._serial = peer, self._trust.serial
-        self._channel = control_channel(self._trust, self.address, peer)
+        self._channel = control_channel(self._trust, self.address, peer, self._ping_s)
         self._any = WorkerServiceStub(self._channel)
 
     async def _redial(self, peer: str) -> None:
-        """Calls under way keep the connection that they have, for once."""
+        """Calls under way keep the connection that they have, unless they outlive a few more."""
         self._retired.append(self._channel)
         self._dial(peer)
-        if len(self._retired) > 1:
+        if len(self._retired) > _RETIRED:
             await self._retired.pop(0).close(None)
 
     @property
@@ -84,6 +89,7 @@ class WorkerControl:
 
     async def describe(self, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerFacts, str]:
         """What the worker says of itself, and its problem (empty: none). Also this coordinator's heartbeat."""
+        await self._adapt(timeout_s)
         if self._serial != self._trust.serial:  # renewed: the next connection must show the new certificate
             await self._redial(self._peer)
         try:
@@ -97,6 +103,17 @@ class WorkerControl:
         self.name = answer.name
         facts = replace(_facts(answer, self.address), clock_ahead_s=self._ahead_s if answer.clock else 0.0)
         return facts, answer.problem
+
+    async def _adapt(self, timeout_s: float) -> None:
+        """Dial a worker that turned out to be slow, and is given longer to answer, with as much more time for pings."""
+        wanted_s = PING_S * timeout_s / GONE_S
+        if wanted_s >= 4 * self._ping_s or wanted_s <= PING_S < self._ping_s:
+            self._ping_s = max(PING_S, wanted_s)
+            await self._redial(self._peer)
+
+    def _deadline(self) -> float:
+        """Seconds for a call that moves no weights: more where the worker turned out to be slow."""
+        return CONTROL_TIMEOUT_S * self._ping_s / PING_S
 
     async def _described(self, timeout_s: float) -> pb.DescribeResponse:
         request = pb.DescribeRequest(
@@ -130,7 +147,7 @@ class WorkerControl:
         async with self._named():
             source, party = (before.data_address, worker_of(before.id)) if before else ("", "")
             request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party)
-            await self._stub.LinkStage(request, timeout=CONTROL_TIMEOUT_S)
+            await self._stub.LinkStage(request, timeout=self._deadline())
 
     async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         async with self._named():
@@ -300,6 +317,8 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerFacts:
         gpu_cores=a.gpu_cores,
         memory_pressure=a.memory_pressure,
         busy_ms=a.busy_ms,
+        lag_s=min(max(a.lag_seconds, 0.0), MAX_LAG_S) if math.isfinite(a.lag_seconds) else 0.0,
+        computing=a.computing,
         owner=a.owner,
         instance=a.instance,
         holder_instance=a.holder_instance,

@@ -49,11 +49,13 @@ from cluster.limits import (
     EPOCH_TRIES,
     FAREWELL_S,
     MAX_SCHEMA_BYTES,
+    OVERLOADED_S,
     SETTLE_S,
     STATUS_ASK_S,
     STATUS_VIEW_S,
 )
 from cluster.membership.suspicion import Belief, Standing
+from cluster.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 from cluster.types import ModelShape, Plan, Request, WorkerFacts
@@ -71,6 +73,7 @@ class Coordinator:
         store: Store,
         max_schema_bytes: int = MAX_SCHEMA_BYTES,
         epochs: EpochNumbers | None = None,
+        lag: Lag = no_lag,
     ) -> None:
         self.journal: Journal | None = None
         """Where live requests are kept for a coordinator to come; set before anything is loaded."""
@@ -83,7 +86,8 @@ class Coordinator:
         self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
         self._service: Service | None = None
-        self._watch = Watch(roster, self._believed, self._alive)
+        self._lag = lag
+        self._watch = Watch(roster, self._believed, self._alive, lag)
         self._refreshing: asyncio.Task[tuple[Member, ...]] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
@@ -344,6 +348,7 @@ class Coordinator:
             recoveries=service.recoveries if service else 0,
             beliefs=self._watch.beliefs(),
             warnings=(self.journal.problem,) if self.journal and self.journal.problem else (),
+            lag_s=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
 
     async def under_way(self) -> tuple[Plan | None, LoopView | None]:

@@ -49,6 +49,11 @@ def hanging(plan: Plan, members: Iterable[Member], busy_ms: float) -> str | None
     return worker if longest >= busy_ms else None
 
 
+def is_excused(member: Member) -> bool:
+    """Whether its engine is slow rather than hung: it computes, or its machine is overloaded."""
+    return member.facts.computing or member.facts.lag_s > 0
+
+
 def unservable(cause: MacpipeError, why: MacpipeError) -> WorkerLost:
     """For requests that end because nothing fits: whose loss it was, and what is missing."""
     worker, missing = cause.details.get("worker", ""), why.details.get("missing_bytes", "")

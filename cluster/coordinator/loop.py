@@ -37,6 +37,8 @@ from cluster.errors import (
 )
 from cluster.limits import LOOP_STOP_S, MAX_REPLAYS
 from cluster.membership.patience import Patience
+from cluster.membership.slowness import extra_s
+from cluster.overload import Lag, no_lag
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.outcome import Failed, Outcome, Produced
 from cluster.scheduler.scheduler import Scheduler
@@ -62,9 +64,11 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
         pace: Pace | None = None,
         parser: Callable[[Parsing], Parser] = plain,
+        lag: Lag = no_lag,
     ) -> None:
         self._scheduler, self._decoder, self._parser = scheduler, decoder, parser
-        self._broken, self._clock = broken, clock
+        self._broken, self._clock, self._lag = broken, clock, lag
+        self.patience = Patience(clock())
         self._asked: dict[str, Asked] = {}
         self._inbox = Jobs()
         self._live: dict[str, Live] = {}
@@ -80,7 +84,8 @@ class EngineLoop:
 
     def _begin(self, plan: Plan, pace: Pace | None) -> None:
         self._plan, self._pace = plan, pace
-        self._occupancy, self.patience = Occupancy(len(plan.stages)), Patience(self._clock())
+        self._occupancy = Occupancy(len(plan.stages))
+        self.patience = Patience(self._clock(), overdue=self.patience.overdue)
 
     # Called from other threads
 
@@ -178,7 +183,7 @@ class EngineLoop:
     def _frame_due(self) -> float | None:
         """When the oldest frame in the ring has to be back; None where the ring is empty."""
         oldest = self._scheduler.oldest() if self._ring else None
-        return self.patience.due(*oldest) if oldest else None
+        return self.patience.due(*oldest, extra_s(self._lag())) if oldest else None
 
     def _look_at_the_clock(self) -> None:
         """End requests whose deadline has passed, and give the ring up where a frame is overdue."""
@@ -186,6 +191,7 @@ class EngineLoop:
         for request_id in self._scheduler.overdue(now):
             self._end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
         if (due := self._frame_due()) is not None and due <= now:
+            self.patience.overdue += 1
             self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.patience.alive_at:.0f} s"))
 
     def _flush(self) -> None:

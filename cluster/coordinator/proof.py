@@ -21,6 +21,7 @@ async def prove(
     checkpoint: Checkpoint,
     troubles: asyncio.Queue[MacpipeError],
     watch: Watch,
+    timeout_s: float = CANARY_TIMEOUT_S,
 ) -> None:
     """Return once a token of this epoch came back: a live request's, or that of a canary sent for the purpose.
 
@@ -31,14 +32,14 @@ async def prove(
     answer = Answer(loop.post)
     loop.submit(canary, answer)
     try:
-        async with asyncio.timeout(CANARY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             while loop.proven != plan.epoch:
                 if not troubles.empty():
                     raise troubles.get_nowait()
                 watch.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise WorkerLost(f"no token came through the stages within {CANARY_TIMEOUT_S:.0f} s") from None
+        raise WorkerLost(f"no token came through the stages within {timeout_s:.0f} s") from None
     finally:
         loop.end(canary.id, Aborted("the canary is not needed any more"))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.diagnosis import diagnose, hanging, unservable
+from cluster.coordinator.diagnosis import diagnose, hanging, is_excused, unservable
 from cluster.coordinator.epoch import Epoch, Opening
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.layout import capacity
@@ -28,9 +28,11 @@ from cluster.coordinator.supply import Supply
 from cluster.coordinator.watch import Watch
 from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
 from cluster.limits import (
+    CANARY_TIMEOUT_S,
     CRASHES_S,
     ENGINE_CRASHES,
     FRAME_FLOOR_S,
+    MAX_PATIENCE,
     RECOVERY_PAUSE_S,
     RECOVERY_TRIES,
     RECOVERY_WAIT_S,
@@ -40,6 +42,8 @@ from cluster.transport.streams import Dialer
 
 log = logging.getLogger(__name__)
 
+EXCUSES = 3
+"""So many overdue frames in a row may be an overloaded machine's doing."""
 Troubles = asyncio.Queue[MacpipeError]
 
 
@@ -137,7 +141,11 @@ class Recovery:
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members)
         log.warning("the ring of epoch %d is lost: %s", plan.epoch, self.cause.sentence)
-        stuck = hanging(plan, members, FRAME_FLOOR_S * 500) if isinstance(self.cause, FrameOverdue) else None
+        patience = self._site.loop.patience
+        if patience.overdue <= EXCUSES:  # an engine that was slow so often hangs, whatever it computes
+            members = tuple(m for m in members if not is_excused(m))
+        busy_ms = FRAME_FLOOR_S * 500 * patience.growth / 2
+        stuck = hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
         mute = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
         for member in members:
             if member.facts.name == stuck or member.facts.name in mute:
@@ -193,7 +201,8 @@ class Recovery:
         pace = Pace(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         site.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
-        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch)
+        patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
+        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch, patience_s)
         return epoch
 
     async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None], *, ring_runs: bool = False) -> None:

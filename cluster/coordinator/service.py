@@ -57,7 +57,13 @@ class Service:
         tokenizer = checkpoint.tokenizer
         pace = Pace(checkpoint.shape, first.plan.stages, [w.profile for w in first.workers])
         self.loop = EngineLoop(
-            first.plan, scheduler, tokenizer.decoder, self._broken, pace=pace, parser=tokenizer.parser
+            first.plan,
+            scheduler,
+            tokenizer.decoder,
+            self._broken,
+            pace=pace,
+            parser=tokenizer.parser,
+            lag=means.watch.lag,
         )
         self._order = order
         self._epoch: Epoch | None = None

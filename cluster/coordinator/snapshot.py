@@ -58,3 +58,5 @@ class Snapshot:
     beliefs: tuple[Belief, ...] = ()
     warnings: tuple[str, ...] = ()
     """What does not work as asked for while answers go on, a sentence each."""
+    lag_s: float = 0.0
+    """How late things happen on this machine; 0.0 unless it is overloaded."""

@@ -15,8 +15,10 @@ from contextlib import suppress
 from cluster.coordinator.roster import Member, Roster
 from cluster.coordinator.worker_table import WorkerTable
 from cluster.errors import MacpipeError, WorkerLost, WorkerRefused
-from cluster.limits import ASK_S, GONE_S, HEARTBEAT_S, STATUS_ASK_S
+from cluster.limits import ASK_S, GONE_S, HEARTBEAT_S, MAX_PATIENCE, STATUS_ASK_S
+from cluster.membership.slowness import extra_s
 from cluster.membership.suspicion import Belief, Standing, Suspicion
+from cluster.overload import Lag, no_lag
 from cluster.types import WorkerFacts
 
 log = logging.getLogger(__name__)
@@ -28,8 +30,8 @@ Told = Callable[[Belief], None]
 class Watch:
     """``told`` hears of every change of belief; ``alive`` names workers through whom a frame went a moment ago."""
 
-    def __init__(self, roster: Roster, told: Told, alive: Callable[[], Collection[str]]) -> None:
-        self._roster, self._told, self._alive = roster, told, alive
+    def __init__(self, roster: Roster, told: Told, alive: Callable[[], Collection[str]], lag: Lag = no_lag) -> None:
+        self._roster, self._told, self._alive, self._lag = roster, told, alive, lag
         self._suspicion = Suspicion()
         self._table = WorkerTable(self.gone)
         self._beats: dict[str, asyncio.Task[None]] = {}
@@ -66,6 +68,10 @@ class Watch:
     async def everybody(self) -> tuple[Member, ...]:
         """``members`` once all who are not gone have answered, or after ``STATUS_ASK_S``."""
         return await self.asked(self._table.names(), time.monotonic(), STATUS_ASK_S)
+
+    def lag(self) -> float:
+        """How late things happen on the slowest machine of the cluster, in seconds. Any thread may ask."""
+        return max(self._lag(), self._suspicion.worst_lag())
 
     def up_since(self, worker: str, when: float) -> bool:
         """Whether the worker has been up all the time since then."""
@@ -117,7 +123,7 @@ class Watch:
             for worker in self._alive():
                 if self._suspicion.of(worker) and not self._suspicion.gone(worker):
                     self._tell(self._suspicion.heard(worker, now))
-            self._tell(self._suspicion.look(now))
+            self._tell(self._suspicion.look(now, self._lag()))
             await asyncio.sleep(LOOK_S)
 
     def _attend(self) -> None:
@@ -138,21 +144,26 @@ class Watch:
                 self._closing = asyncio.create_task(self._roster.forget_absent())
 
     async def _beat(self, address: str) -> None:
-        hurry = self._hurry[address]
+        hurry, patience_s = self._hurry[address], GONE_S
         while True:
             hurry.clear()
-            await self._ask(address)
+            patience_s = await self._ask(address, patience_s)
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await hurry.wait()
             except TimeoutError:
                 continue
 
-    async def _ask(self, address: str) -> None:
+    async def _ask(self, address: str, patience_s: float) -> float:
+        """Ask once, for so long; how long to ask next: after no answer longer, else a slow one would never arrive."""
+        began = time.monotonic()
+        patience_s = max(patience_s, GONE_S + extra_s(self._lag()))
         try:
-            facts, problem = await self._roster.control(address).describe(GONE_S)
+            facts, problem = await self._roster.control(address).describe(patience_s)
         except MacpipeError as e:
             self._failed(address, e)
+            if time.monotonic() - began >= patience_s:
+                return min(2 * patience_s, MAX_PATIENCE * GONE_S)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task and task.cancelling():
@@ -160,6 +171,8 @@ class Watch:
             log.debug("the channel to %s was closed under a heartbeat", address)
         else:
             self._answered(address, facts, problem)
+            return max(GONE_S, min(2 * (time.monotonic() - began), MAX_PATIENCE * GONE_S))
+        return patience_s
 
     def _answered(self, address: str, facts: WorkerFacts, problem: str) -> None:
         now = time.monotonic()
@@ -174,6 +187,7 @@ class Watch:
             self._tell(self._suspicion.refused(facts.name, member.problem, now))
         else:
             self._tell(self._suspicion.heard(facts.name, now))
+        self._suspicion.note_lag(facts.name, facts.lag_s)
 
     def _failed(self, address: str, error: MacpipeError) -> None:
         """Only who lives at this address now is meant: a worker that was started again has another."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.experimental
@@ -32,6 +32,8 @@ from cluster.limits import (
 from cluster.security.trust import Options, Trust
 
 Channel = TypeVar("Channel")
+PING_S: Final = KEEPALIVE_TIMEOUT_MS / 1000
+"""What a ping's answer gets where no overload is known of."""
 
 
 def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int = KEEPALIVE_TIMEOUT_MS) -> Options:
@@ -47,7 +49,6 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS // 10),
-        ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_CALLS),
@@ -57,14 +58,15 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
 
 
 _IDLE: Options = [("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
-CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES), *_IDLE]
+CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
+"""Workers hear by heartbeats whether their coordinator lives, and need not cut a slow one off."""
 _PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
 """Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
 reader: half of a hop's wake-ups, and a quarter of its time."""
-PULSE_OPTIONS: Options = [*CONTROL_OPTIONS, *_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
 DATA_OPTIONS: Options = [
     *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS),
+    ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
     # Identical channels would share one connection, and a bulk stream would delay a small one.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -126,14 +128,20 @@ def data_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
     return _dial(trust, address, peer, DIAL_OPTIONS, grpc.secure_channel)
 
 
-def pulse_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
-    """A connection of its own to a data port on which nothing but pings travel."""
-    return _dial(trust, address, peer, PULSE_OPTIONS, grpc.secure_channel)
+def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
+    """A connection of its own to a data port on which nothing but pings travel, each to be answered in ``ping_s``."""
+    alone: Options = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
+    return _dial(trust, address, peer, [*_pinging(ping_s), *alone], grpc.secure_channel)
 
 
-def control_channel(trust: Trust, address: str, peer: str) -> aio.Channel:
-    """A channel to a control port. Raises as ``data_channel`` does."""
-    return _dial(trust, address, peer, CONTROL_OPTIONS, aio.secure_channel)
+def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> aio.Channel:
+    """A channel to a control port, where pings are answered in ``ping_s``. Raises as ``data_channel`` does."""
+    return _dial(trust, address, peer, _pinging(ping_s), aio.secure_channel)
+
+
+def _pinging(ping_s: float) -> Options:
+    patient: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
+    return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000)), *_IDLE, *patient]
 
 
 def _dial(trust: Trust, address: str, peer: str, options: Options, secure: Callable[..., Channel]) -> Channel:

@@ -9,6 +9,7 @@ epoch is refused before a byte of it is read; so does the line.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,10 @@ import grpc
 
 from cluster.errors import StaleEpoch, Unreachable
 from cluster.limits import CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S
+from cluster.membership.slowness import Alarms, extra_s
+from cluster.overload import Lag, no_lag
 from cluster.security.trust import WORKER, Trust
-from cluster.transport.options import bind, data_channel, data_server
+from cluster.transport.options import PING_S, bind, data_channel, data_server
 from cluster.transport.probe import ProbeHandlers
 from cluster.transport.pulse import PULSE, Pulse, beat
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
@@ -104,12 +107,14 @@ class GrpcDialer:
     """Opens streams to data ports over gRPC; a connection of its own for each.
 
     An address that fell silent is given less time when it is next tried: a link that was just seen to be cut is most
-    likely still cut, and requests wait.
+    likely still cut, and requests wait. One that falls silent again and again, or any while this machine itself is
+    overloaded (``lag``), is given more: that is a slow machine, not a cut link.
     """
 
-    def __init__(self, trust: Trust) -> None:
-        self._trust = trust
+    def __init__(self, trust: Trust, lag: Lag = no_lag) -> None:
+        self._trust, self._lag = trust, lag
         self._silent: set[str] = set()
+        self._alarms = Alarms()
 
     def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender:
         return self._open(address, peer, _Call(FEED, epoch, line, _ignored, lost))
@@ -120,12 +125,21 @@ class GrpcDialer:
         return self._open(address, peer, _Call(PULL, epoch, line, received, lost))
 
     def _open(self, address: str, peer: str, call: _Call) -> _Stream:
-        patience_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
-        stream = _Stream(self._trust, address, peer, call, patience_s)
+        base_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
+        stream = _Stream(self._trust, address, peer, call, base_s + self._ping_s(address) - PING_S)
         self._silent.discard(address)
         if call.line is Line.URGENT:  # one pulse sees a cut for both lines
-            stream.watch(Pulse(self._trust, address, peer, stream.end, partial(self._silent.add, address)))
+            ping_s = partial(self._ping_s, address)
+            stream.watch(Pulse(self._trust, address, peer, stream.end, partial(self._fell_silent, address), ping_s))
         return stream
+
+    def _ping_s(self, address: str) -> float:
+        """Return how long a ping's answer may take."""
+        return PING_S * self._alarms.growth(address, time.monotonic()) + extra_s(self._lag())
+
+    def _fell_silent(self, address: str) -> None:
+        self._silent.add(address)
+        self._alarms.add(address, time.monotonic())
 
 
 def _ignored(message: bytes) -> None:

@@ -154,6 +154,7 @@ class Worker(_message.Message):
     LOSSES_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     CLOCK_AHEAD_SECONDS_FIELD_NUMBER: _builtins.int
+    LAG_SECONDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -189,6 +190,8 @@ class Worker(_message.Message):
     """It wants to hold nothing, and is given nothing."""
     clock_ahead_seconds: _builtins.float
     """By how much its clock is ahead of the coordinator's; below 0: behind."""
+    lag_seconds: _builtins.float
+    """By how much things happen late there; 0 unless its machine is overloaded."""
     def __init__(
         self,
         *,
@@ -216,10 +219,11 @@ class Worker(_message.Message):
         losses: _builtins.int = ...,
         draining: _builtins.bool = ...,
         clock_ahead_seconds: _builtins.float = ...,
+        lag_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "losses", b"losses", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "lag_seconds", b"lag_seconds", "losses", b"losses", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,6 +469,7 @@ class GetClusterResponse(_message.Message):
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
@@ -485,6 +490,8 @@ class GetClusterResponse(_message.Message):
     objective: Global___Objective.ValueType
     recoveries: _builtins.int
     """Losses that serving has survived since the model was loaded."""
+    lag_seconds: _builtins.float
+    """By how much things happen late on the coordinator's machine; 0 unless that is overloaded."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
@@ -547,10 +554,11 @@ class GetClusterResponse(_message.Message):
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        lag_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

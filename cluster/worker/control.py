@@ -18,8 +18,9 @@ import grpc
 from cluster import __version__
 from cluster.discovery.interfaces import interface_of
 from cluster.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
-from cluster.limits import HOLD_S, REPORT_TIMEOUT_S, RESTART_S
+from cluster.limits import HOLD_S, OVERLOADED_S, RESTART_S
 from cluster.macos import MachineFacts, memory_pressure
+from cluster.overload import Lag, no_lag
 from cluster.profiles import Profile
 from cluster.security.bounds import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
@@ -27,7 +28,7 @@ from cluster.transport.probe import measure_link
 from cluster.transport.status import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
-from cluster.worker.messages import Hello, Link, Load, Progress, Report, Reported, Unload
+from cluster.worker.messages import Hello, Link, Load, Progress, Reported, Unload
 from cluster.worker.profiles import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
@@ -58,6 +59,7 @@ class Control(WorkerServiceServicer):
     supplies: Supplies
     file: ProfileFile
     machine: MachineFacts
+    lag: Lag = no_lag
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     loaded: pb.LoadStageRequest | None = None
     draining: bool = False
@@ -105,6 +107,8 @@ class Control(WorkerServiceServicer):
             gpu_cores=self.machine.gpu_cores,
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
             busy_ms=report.busy_ms,
+            computing=self.supervisor.computing,
+            lag_seconds=lag_s if (lag_s := self.lag()) >= OVERLOADED_S else 0.0,
             owner=held.coordinator,
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
@@ -142,11 +146,9 @@ class Control(WorkerServiceServicer):
 
     async def _report(self) -> tuple[Reported, str]:
         try:
-            answer = await self.supervisor.ask(Report, REPORT_TIMEOUT_S)
+            return await self.supervisor.report(), ""
         except MacpipeError as e:
             return Reported(0, 0, 0), e.sentence or "the engine is ending"
-        assert isinstance(answer, Reported)
-        return answer, ""
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await self._refuse_others(request, context)

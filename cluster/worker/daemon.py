@@ -40,6 +40,7 @@ async def _run(settings: WorkerSettings) -> None:
     """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.macos import machine_facts
+    from cluster.overload import TimerLag
     from cluster.security.trust import WORKER, open_trust
     from cluster.transport.options import bind, control_server
     from cluster.worker.control import Control
@@ -58,7 +59,8 @@ async def _run(settings: WorkerSettings) -> None:
         port = bind(server, trust, settings.host, settings.port)
         machine = machine_facts()
         limit = settings.memory_limit or machine.wired_limit or None
-        supervisor = Supervisor(settings, limit)
+        lag = TimerLag().start()
+        supervisor = Supervisor(settings, limit, lag)
         async with anyio.create_task_group() as tasks:
             answering: list[Control] = []
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, answering)
@@ -68,7 +70,7 @@ async def _run(settings: WorkerSettings) -> None:
             if settings.standby:
                 tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
             supplies = Supplies(settings.home, trust)
-            control = Control(worker_id, settings, trust, supervisor, supplies, profile, machine)
+            control = Control(worker_id, settings, trust, supervisor, supplies, profile, machine, lag)
             answering.append(control)
             await _answer(settings, control, server, port)
 

@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from cluster.errors import BadFrame, MacpipeError, StaleEpoch
 from cluster.model import device, speed
+from cluster.overload import TimerLag
 from cluster.security.trust import WORKER, Trust, open_trust
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.worker.messages import (
@@ -70,7 +71,7 @@ class Engine:
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
         self._began: float | None = None
-        self._slot = Slot(self._jobs.put, GrpcDialer(trust), self._throttle)
+        self._slot = Slot(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle)
         self._server = DataServer(trust, host, port, self._slot)
         self._say_hello(facts, limit)
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import anyio
+import anyio.to_thread
 
 from cluster.errors import BadFrame, MacpipeError, WorkerLost
 from cluster.limits import (
@@ -26,9 +27,12 @@ from cluster.limits import (
     ENGINE_STEADY_S,
     HEARTBEAT_S,
     LOAD_STALL_S,
+    OVERLOADED_S,
     REPORT_TIMEOUT_S,
     STOP_GRACE_S,
 )
+from cluster.membership.slowness import Alarms, Silence
+from cluster.overload import Lag, no_lag, processor_seconds
 from cluster.worker.autopsy import LastWords, cause, out_of_memory_kills
 from cluster.worker.messages import (
     Begin,
@@ -39,6 +43,7 @@ from cluster.worker.messages import (
     Hello,
     Progress,
     Report,
+    Reported,
     pack,
     read,
     unpacker,
@@ -48,11 +53,22 @@ from cluster.worker.standby import Standby
 
 log = logging.getLogger(__name__)
 
+_COMPUTING_SHARE = 0.05
+"""Of a processor: answering reports and pings takes less."""
+_BUSY_MS = 1000
+"""A step that takes longer is looked at: whether the engine computes."""
+_START_LOOKS = 20
+"""How often it is looked whether a starting engine computes."""
+
 
 class Supervisor:
-    """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself."""
+    """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself.
 
-    def __init__(self, settings: WorkerSettings, memory_limit: int | None) -> None:
+    An engine that says nothing is not taken for dead while it gets processor time, or while this machine is so
+    overloaded (``lag``) that nothing can be expected of it.
+    """
+
+    def __init__(self, settings: WorkerSettings, memory_limit: int | None, lag: Lag = no_lag) -> None:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
         slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
         where = [f"--host={settings.host}", f"--port={settings.data_port}"]
@@ -68,6 +84,13 @@ class Supervisor:
         self._last_words = LastWords(sys.stderr.buffer)
         self._verdict = ""
         self._refusal: MacpipeError | None = None
+        self._lag = lag
+        self._hangs = Alarms()
+        self._last = Reported(0, 0, 0)
+        self._slow = False
+        """It has not answered of late, but is excused."""
+        self.computing = False
+        """Whether the engine got processor time lately, where it is busy."""
 
     async def run(self) -> None:
         """Start the engine, restart it with back-off whenever it ends; runs until cancelled, then stops it.
@@ -87,7 +110,7 @@ class Supervisor:
             await anyio.sleep(wait)
 
     async def _live_once(self) -> None:
-        self._verdict = ""
+        self._verdict, self._slow, self.computing = "", False, False
         kills = out_of_memory_kills()
         try:
             self._process = await self.standby.take()
@@ -114,15 +137,60 @@ class Supervisor:
     async def _watch(self, process: Process) -> None:
         """Kill an engine that does not even say what it holds any more: it hangs, or somebody stopped it."""
         await self.started.wait()
-        missed = 0
-        while missed * REPORT_TIMEOUT_S < ENGINE_SILENCE_S:
+        silence, limit_s = Silence(), ENGINE_SILENCE_S * self._hangs.growth("", time.monotonic())
+        while silence.seconds < limit_s:
+            began = time.monotonic()
+            had = await self._processor_seconds() if self._slow or self._last.busy_ms >= _BUSY_MS else None
             await anyio.sleep(HEARTBEAT_S)
-            try:
-                await self.ask(Report, REPORT_TIMEOUT_S)
-                missed = 0
-            except MacpipeError:
-                missed += self.hello is not None
-        self._kill(process, f"the engine hung for {ENGINE_SILENCE_S:.0f} s and was killed")
+            with suppress(WorkerLost):  # of one that has ended, which is seen elsewhere
+                answer = await self._ask_report()
+                elapsed_s = time.monotonic() - began
+                self.computing = await self._computed_since(had, _COMPUTING_SHARE * elapsed_s)
+                if answer:
+                    silence.end()
+                else:
+                    silence.add(elapsed_s, excused=self._slow)
+        self._hangs.add("", time.monotonic())
+        self._kill(process, f"the engine hung for {limit_s:.0f} s and was killed")
+
+    async def report(self) -> Reported:
+        """What the engine says of itself; of one that is slow but alive, what it said last.
+
+        Raises ``WorkerLost`` where it is down, or silent without an excuse.
+        """
+        slow = self._slow
+        answer = await self._ask_report(HEARTBEAT_S if slow else REPORT_TIMEOUT_S)
+        if answer is None and not self._slow:
+            raise WorkerLost(f"its engine has not answered for {REPORT_TIMEOUT_S:.0f} s")
+        return answer or self._last
+
+    async def _ask_report(self, timeout_s: float = REPORT_TIMEOUT_S) -> Reported | None:
+        """Ask for a report; None where none comes in time. Then the engine is slow if it has an excuse.
+
+        It has one if it ran in the second half of that time: one that was stopped meanwhile ran in the first. Raises
+        ``WorkerLost`` where it is down.
+        """
+        had = None
+        async with self._call(Report(next(self._numbers))) as waiting:
+            event = await self._event(waiting, timeout_s / 2)
+            if event is None:
+                had = await self._processor_seconds()
+                event = await self._event(waiting, timeout_s / 2)
+        if isinstance(event, Reported):
+            self._last, self._slow = event, False
+            return event
+        if timeout_s >= REPORT_TIMEOUT_S:
+            self._slow = self._lag() >= OVERLOADED_S or await self._computed_since(had, 0.0)
+        return None
+
+    async def _processor_seconds(self) -> float | None:
+        process = self._process
+        return await anyio.to_thread.run_sync(processor_seconds, process.pid) if process else None
+
+    async def _computed_since(self, had: float | None, least_s: float) -> bool:
+        """Whether the engine got more than ``least_s`` of processor time since it ``had`` so much."""
+        has = await self._processor_seconds() if had is not None else None
+        return has is not None and had is not None and has - had > least_s
 
     def reset(self, why: str) -> None:
         """Kill the engine, which starts again by itself; nothing happens where there is none."""
@@ -187,11 +255,21 @@ class Supervisor:
             return await self._next(waiting, timeout_s)
 
     async def _next(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event:
+        """Wait for an answer, longer where the engine is slow but alive. Raises as ``events`` does."""
+        silence = Silence()
+        while (event := await self._event(waiting, timeout_s)) is None:
+            silence.add(timeout_s, excused=self._slow or self.computing or self._lag() >= OVERLOADED_S)
+            if silence.seconds >= timeout_s:
+                raise WorkerLost(f"its engine has not answered for {timeout_s:.0f} s")
+        return event
+
+    async def _event(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event | None:
+        """The next answer; None where none comes in time. Raises as ``events`` does."""
         try:
             async with asyncio.timeout(timeout_s):
                 event = await waiting.get()
         except TimeoutError:
-            raise WorkerLost(f"its engine has not answered for {timeout_s:.0f} s") from None
+            return None
         if event is None:
             raise WorkerLost(self.problem)
         if isinstance(event, Failed):
@@ -202,9 +280,14 @@ class Supervisor:
 
     async def wait_started(self) -> None:
         """Return once an engine has said hello. Raises ``WorkerLost`` where none does in time."""
-        with anyio.move_on_after(ENGINE_START_TIMEOUT_S):
-            await self.started.wait()
-            return
+        silence, look_s = Silence(), ENGINE_START_TIMEOUT_S / _START_LOOKS
+        while silence.seconds < ENGINE_START_TIMEOUT_S:
+            had = await self._processor_seconds()
+            with anyio.move_on_after(look_s):
+                await self.started.wait()
+                return
+            busy = await self._computed_since(had, _COMPUTING_SHARE * look_s)
+            silence.add(look_s, excused=busy or self._lag() >= OVERLOADED_S)
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
 
 

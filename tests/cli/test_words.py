@@ -14,8 +14,8 @@ from cluster.cli.facts import plain
 from cluster.cli.report import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.sizes import parse_size
-from cluster.cli.status import far_off
-from cluster.client.state import StageState
+from cluster.cli.status import far_off, headline, overloaded
+from cluster.client.state import ClusterState, ServingState, StageState
 from cluster.errors import InvalidOption
 from cluster.home import state_home
 from cluster.layers import parse_layers
@@ -123,6 +123,16 @@ def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
         said = far_off("a", [replace(held, measured_ms=took, expected_ms=51.51)])
         assert said.startswith(f"a: a step takes {took:.2f} ms, 51.51 ms were predicted")
         assert "`macpipe worker --profile new`" in said
+
+
+def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
+    said = overloaded("ada", 1.26)
+    assert said.startswith("ada: the machine is overloaded, everything there happens up to 1.3 s late")
+    assert "`macpipe drain ada`" in said
+    state = ClusterState("c", "1", ServingState.IDLE, "", "", 0, 0, 0, 0, Route.DIRECT, (), (), (), 0, 0, 1.0)
+    assert not [line for line in headline(state) if "overloaded" in line]
+    (own,) = [line for line in headline(replace(state, lag_seconds=0.5)) if "overloaded" in line]
+    assert own.startswith("problem: the coordinator's machine is overloaded")
 
 
 def test_a_served_model_is_reported_in_plain_lines() -> None:

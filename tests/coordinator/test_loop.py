@@ -253,6 +253,7 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
         assert isinstance(bench.failures[0], FrameOverdue)
         bench.replace_ring()
         assert (await read(answer))[0] == list(range(2, 52))
+        assert bench.loop.patience.growth == 2.0, "the next ring gets twice the time"
 
     run(body)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.diagnosis import diagnose, hanging, unservable, verdicts
+from cluster.coordinator.diagnosis import diagnose, hanging, is_excused, unservable, verdicts
 from cluster.coordinator.layout import lay_out
 from cluster.coordinator.roster import Member
 from cluster.coordinator.settings import LoadOrder
@@ -111,6 +111,11 @@ def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
     busy = members(STAGES[0], replace(STAGES[1], busy_ms=9000), replace(STAGES[2], busy_ms=400))
     assert hanging(PLAN, busy, 7500) == "bob"
     assert hanging(PLAN, busy, 10_000) is None
+
+
+def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> None:
+    slow = members(replace(STAGES[0], computing=True), replace(STAGES[1], lag_s=0.5), STAGES[2])
+    assert [m.facts.name for m in slow if is_excused(m)] == ["ada", "bob"]
 
 
 def adopted(*facts: WorkerFacts, order: LoadOrder = ORDER) -> list[str] | None:

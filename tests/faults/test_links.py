@@ -7,11 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
 import pytest
 
 from cluster.errors import Unreachable
 from cluster.security.trust import LocalTrust
+from cluster.transport.options import pulse_channel
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 from faults.proxy import Proxy
@@ -59,6 +62,30 @@ def test_a_cut_is_seen_though_nothing_is_sent(linked: tuple[Proxy, Stage, str], 
     time.sleep(0.3)
     proxy.link("caller", "stage").blocked |= blocked
     assert lost.wait(15)
+    stream.close()
+
+
+def test_an_overloaded_machine_asks_again_before_it_takes_silence_for_a_cut(
+    linked: tuple[Proxy, Stage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, stage, address = linked
+    link, lag, lost, heard = proxy.link("caller", "stage"), [0.0], list[str](), threading.Event()
+    opened = threading.Semaphore(0)
+
+    def open_pulse(*given: Any) -> grpc.Channel:
+        link.blocked.clear()
+        opened.release()
+        return pulse_channel(*given)
+
+    monkeypatch.setattr("cluster.transport.pulse.pulse_channel", open_pulse)
+    stream = GrpcDialer(LocalTrust(), lambda: lag[0]).pull(address, 1, lambda message: heard.set(), lost.append)
+    assert opened.acquire(timeout=5)
+    lag[0] = 1.0
+    link.blocked |= {"stage", "caller"}
+    assert opened.acquire(timeout=15)
+    stage.boxes[Line.URGENT].send(b"a frame")
+    assert heard.wait(15)
+    assert not lost
     stream.close()
 
 

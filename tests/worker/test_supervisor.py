@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections import deque
 from itertools import chain
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import BadFrame, WorkerLost
-from cluster.worker.messages import Done, Load, pack, read, unpacker
+from cluster.limits import OVERLOADED_S
+from cluster.worker.messages import Done, Hello, Load, Reported, pack, read, unpacker
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.standby import Standby
 from cluster.worker.supervisor import Supervisor
@@ -45,6 +47,60 @@ def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> 
         supervisor.standby = Standby([sys.executable, "-c", program])
         with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
             await supervisor.run()
+
+    asyncio.run(body())
+
+
+async def reports_until_refused(supervisor: Supervisor) -> None:
+    while True:
+        await supervisor.report()
+
+
+def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither answers. The difference is the processor time that they get."""
+    for name, seconds in {"REPORT_TIMEOUT_S": 0.6, "HEARTBEAT_S": 0.05, "ENGINE_SILENCE_S": 1.2}.items():
+        monkeypatch.setattr(f"cluster.worker.supervisor.{name}", seconds)
+    hello = pack(Hello(1, "", "", "", "", 1, 1))
+    program = f"import sys; sys.stdout.buffer.write({hello!r}); sys.stdout.flush()\nwhile True: pass"
+
+    async def body() -> None:
+        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
+        supervisor.standby = Standby([sys.executable, "-c", program])
+        running = asyncio.create_task(supervisor.run())
+        await supervisor.wait_started()
+        assert await supervisor.report() == Reported(0, 0, 0), "of one that is slow: what it said last"
+        process = supervisor._process
+        assert process
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(WorkerLost):
+            await reports_until_refused(supervisor)
+        assert await process.wait() == -signal.SIGKILL
+        while "the engine hung" not in caplog.text:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait([running])
+
+    asyncio.run(body())
+
+
+def test_an_engine_is_excused_while_this_machine_is_overloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.worker.supervisor.REPORT_TIMEOUT_S", 0.1)
+    hello, lag = pack(Hello(1, "", "", "", "", 1, 1)), [OVERLOADED_S]
+    program = f"import sys, time; sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); time.sleep(60)"
+
+    async def body() -> None:
+        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None, lambda: lag[0])
+        supervisor.standby = Standby([sys.executable, "-c", program])
+        running = asyncio.create_task(supervisor.run())
+        await supervisor.wait_started()
+        assert await supervisor.report() == Reported(0, 0, 0)
+        lag[0] = 0.0
+        with pytest.raises(WorkerLost, match="has not answered"):
+            await reports_until_refused(supervisor)
+        running.cancel()
+        await asyncio.wait([running])
 
     asyncio.run(body())
 
