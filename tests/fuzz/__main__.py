@@ -116,4 +116,9 @@ def _table(ran: Iterable[Ran], facts: dict[str, Any]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
+    if "--cost" in sys.argv:
+        from fuzz.cost.__main__ import main as search_costs
+
+        sys.argv.remove("--cost")
+        sys.exit(search_costs())
     sys.exit(main())

@@ -1,0 +1,302 @@
+"""gRPC: each request of each service, read and handled; and what workers answer a coordinator.
+
+The seeds come from the messages' own descriptions: for each field as many or as much as fits. A new method needs a
+stand-in for what is behind its servicer here, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError
+
+from cluster.api.cluster import Cluster
+from cluster.api.inference import Inference
+from cluster.coordinator.controls import _facts
+from cluster.errors import MacpipeError
+from cluster.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
+from cluster.macos import MachineFacts
+from cluster.security.trust import LocalTrust
+from cluster.store.shelf import Shelf
+from cluster.store.store import Store
+from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
+from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+from cluster.worker.control import Control
+from cluster.worker.profiles import ProfileFile
+from cluster.worker.settings import WorkerSettings
+from fuzz.cost.recipe import Recipe, filled, varint
+from fuzz.cost.stand_in import Aborted, Context, Passed, desk, model_folder, outcome_of
+from fuzz.cost.target import TAKEN, CostTarget, Entry
+from fuzz.targets.kept import scratch
+
+AT_ONCE = 16
+FILES = (inference_pb2, cluster_pb2, worker_pb2, store_pb2)
+DEPTH = 3
+"""Messages within messages that the seeds go down."""
+UNKNOWN = 9999
+"""No message has a field of this number."""
+ATOMS: tuple[Recipe, ...] = (
+    *(["hex", digits] for digits in ("0a00", "1200", "1a00", "2200", "0801", "1001", "ff", "00", "0b0c", "0a020800")),
+    *(["msg", number, "a"] for number in range(1, 8)),
+    ["rep", 1000, "a"],
+    ["rep", 1000, ["hex", "0a00"]],
+    ["ints", 1000, 1, 1],
+)
+
+
+class _Methods:
+    """Stands for a server, and keeps what is added to it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None: ...
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        self.found |= handlers
+
+
+class _Nothing:
+    """A supervisor or supplies, behind which nothing is: every question is answered with ``Passed``."""
+
+    hello = None
+
+    async def ask(self, *given: object) -> None:
+        raise Passed("there is no engine here")
+
+    def reset(self, why: str) -> None: ...
+
+    async def stage(self, *given: object) -> Any:
+        raise Passed("there is no engine here")
+        yield
+
+
+def _public(methods: _Methods) -> None:
+    trust = LocalTrust()
+    add_InferenceServiceServicer_to_server(Inference(desk(), trust), methods)  # type: ignore[arg-type]
+    add_ClusterServiceServicer_to_server(Cluster(desk().coordinator, trust), methods)  # type: ignore[arg-type]
+
+
+def _worker(methods: _Methods) -> None:
+    nothing: Any = _Nothing()
+    home = scratch("home")
+    control = Control(
+        id="ab" * 8,
+        settings=WorkerSettings(name="fuzz", home=home),
+        trust=LocalTrust(),
+        supervisor=nothing,
+        supplies=nothing,
+        file=ProfileFile(scratch("profile.json"), "k"),
+        machine=MachineFacts(),
+    )
+    add_WorkerServiceServicer_to_server(control, methods)  # type: ignore[arg-type]
+
+
+def _store(methods: _Methods) -> None:
+    shelf = Shelf(Store(scratch("home")))
+    shelf.put(model_folder(), None)
+    add_StoreServiceServicer_to_server(shelf, methods)  # type: ignore[arg-type]
+
+
+SERVICES: Mapping[str, Callable[[_Methods], None]] = {
+    "InferenceService": _public,
+    "ClusterService": _public,
+    "WorkerService": _worker,
+    "StoreService": _store,
+}
+
+
+def _entry(service: str, method: str) -> Entry:
+    methods = _Methods()
+    SERVICES[service](methods)
+    handler = methods.found[method]
+
+    async def take(data: bytes) -> str:
+        try:
+            request = handler.request_deserializer(data)
+            if handler.response_streaming:
+                async for reply in handler.unary_stream(request, Context()):
+                    handler.response_serializer(reply)
+            else:
+                handler.response_serializer(await handler.unary_unary(request, Context()))
+        except Aborted as e:
+            return TAKEN if "stand-in" in e.details or "no engine" in e.details else e.code.name
+        except DecodeError:
+            return "no message"
+        except MacpipeError as e:
+            return TAKEN if isinstance(e, Passed) else f"!! {outcome_of(e)} was not told to the caller"
+        return TAKEN
+
+    return Entry(take)
+
+
+def _facts_entry() -> Entry:
+    async def take(data: bytes) -> str:
+        try:
+            _facts(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000")
+        except MacpipeError as e:
+            return outcome_of(e)
+        except DecodeError:
+            return "no message"
+        return TAKEN
+
+    return Entry(take)
+
+
+def seeds_of(kind: Descriptor) -> Mapping[str, Recipe]:
+    """For each field of a message, and of those within it, as much as there may be; and fields that nobody knows."""
+    made: dict[str, Recipe] = {
+        "unknown fields": ["rep", 1000, ["hex", (varint(UNKNOWN << 3) + b"\0").hex()]],
+        "unknown text": ["msg", UNKNOWN, ["rep", 1000, "a"]],
+        "unknown groups": [
+            "nest",
+            90,
+            ["hex", varint(UNKNOWN << 3 | 3).hex()],
+            "",
+            ["hex", varint(UNKNOWN << 3 | 4).hex()],
+        ],
+        "no message": ["rep", 1000, ["hex", "ff"]],
+    }
+    made |= dict(_fields(kind, DEPTH))
+    return {name: filled(recipe, MAX_CONTROL_BYTES) for name, recipe in made.items()}
+
+
+def _fields(kind: Descriptor, depth: int) -> Iterator[tuple[str, Recipe]]:
+    for field in kind.fields:
+        empty = ["hex", (varint(field.number << 3 | 2) + b"\0").hex()]
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            yield f"{field.name} of nothing", ["rep", 1000, empty]
+            yield f"{field.name} with numbers", ["ints", 1000, field.number, 1]
+            if depth:
+                for name, inner in _fields(field.message_type, depth - 1):
+                    yield f"{field.name}.{name}", ["msg", field.number, inner]
+        elif field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
+            yield f"{field.name} as text", ["msg", field.number, ["rep", 1000, "a"]]
+            yield f"{field.name} again", ["rep", 1000, ["msg", field.number, "a"]]
+            if field.is_repeated:
+                yield f"{field.name} of nothing", ["rep", 1000, empty]
+        elif field.is_repeated:
+            yield f"{field.name} packed", ["msg", field.number, ["rep", 1000, ["hex", "01"]]]
+            yield f"{field.name} apart", ["rep", 1000, ["int", field.number, 1]]
+
+
+def _turn(text: Recipe) -> Recipe:
+    return ["msg", 1, ["cat", ["msg", 1, "user"], ["msg", 2, text]]]
+
+
+def _field(kind: Any, name: str) -> int:
+    return int(kind.DESCRIPTOR.fields_by_name[name].number)
+
+
+def _more(method: str) -> Mapping[str, Recipe]:
+    """Requests that may be taken, with as much of everything as that allows."""
+    text: Recipe = ["rep", 4 * MIB, "a"]
+    if method == "Generate":
+        kind = inference_pb2.GenerateRequest
+        ids, grammar = _field(kind, "tokens"), _field(kind, "grammar")
+        prompt: Recipe = ["msg", _field(kind, "text"), "a"]
+        schema = _field(inference_pb2.Grammar, "json_schema")
+        return {
+            "whole text": ["msg", _field(kind, "text"), text],
+            "whole ids": ["msg", ids, ["msg", 1, ["rep", 15 * MIB, ["hex", "01"]]]],
+            "whole schema": [
+                "cat",
+                prompt,
+                ["msg", grammar, ["msg", schema, ["cat", '{"enum":[', ["each", 6000, '"', '",'], '"z"]}']]],
+            ],
+            "whole long schema": ["cat", prompt, ["msg", grammar, ["msg", schema, ["rep", 15 * MIB, " "]]]],
+            "whole multiple": [
+                "cat",
+                prompt,
+                ["msg", grammar, ["msg", schema, '{"type":"integer","multipleOf":999983}']],
+            ],
+            "whole regex": [
+                "cat",
+                prompt,
+                ["msg", grammar, ["msg", _field(inference_pb2.Grammar, "regex"), ["rep", MAX_SCHEMA_BYTES, "a"]]],
+            ],
+        }
+    if method in ("Chat", "Tokenize"):
+        kind = inference_pb2.ChatRequest if method == "Chat" else inference_pb2.TokenizeRequest
+        number = _field(kind, "messages")
+        role, content = _field(inference_pb2.ChatMessage, "role"), _field(inference_pb2.ChatMessage, "content")
+
+        def turn(said: Recipe) -> Recipe:
+            return ["msg", number, ["cat", ["msg", role, "user"], ["msg", content, said]]]
+
+        template, tools = _field(kind, "template"), _field(inference_pb2.TemplateOptions, "tools")
+        tool: Recipe = ["msg", _field(inference_pb2.Tool, "parameters"), ["cat", "[", ["rep", 60_000, "0,"], "0]"]]
+        made: dict[str, Recipe] = {
+            "whole turns": ["rep", MAX_MESSAGES, turn(["rep", 1000, "a"])],
+            "whole text": turn(text),
+            "whole kwargs": [
+                "cat",
+                turn("a"),
+                [
+                    "msg",
+                    template,
+                    [
+                        "msg",
+                        _field(inference_pb2.TemplateOptions, "chat_template_kwargs"),
+                        ["cat", "{", ["each", 7000, '"', '":0,'], '"z":0}'],
+                    ],
+                ],
+            ],
+            "whole tools": [
+                "cat",
+                turn("a"),
+                ["msg", template, ["rep", 100, ["msg", tools, ["cat", ["msg", 1, "f"], tool]]]],
+            ],
+        }
+        if method == "Tokenize":
+            made["whole words"] = ["msg", _field(kind, "text"), ["rep", 800_000, "ab c "]]
+            made["whole told"] = ["msg", _field(kind, "text"), ["rep", 262_000, "\u00e9"]]
+            made["whole prompt"] = ["msg", _field(kind, "text"), text]
+        return made
+    if method in ("LoadModel", "Plan"):
+        kind = cluster_pb2.LoadModelRequest if method == "LoadModel" else cluster_pb2.PlanRequest
+        model: Recipe = ["msg", _field(kind, "model"), "faq"]
+        layers = _field(kind, "layers")
+        return {
+            "whole layers": ["cat", model, ["msg", layers, ["rep", 4_000_000, "0,"]]],
+            "whole digits": ["cat", model, ["msg", layers, ["rep", 15 * MIB, "9"]]],
+        }
+    if method == "Describe":
+        return {
+            "whole serials": ["rep", 4096, ["msg", _field(worker_pb2.DescribeRequest, "revoked"), ["rep", 4000, "a"]]]
+        }
+    return {}
+
+
+def _targets() -> Iterator[CostTarget]:
+    for file in FILES:
+        for service in file.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                yield CostTarget(
+                    f"grpc-{method.name}",
+                    "a message of 16 MiB",
+                    MAX_CONTROL_BYTES,
+                    AT_ONCE,
+                    lambda s=service.name, m=method.name: _entry(s, m),  # type: ignore[misc]
+                    lambda m=method: {**seeds_of(m.input_type), **_more(m.name)},  # type: ignore[misc]
+                    ATOMS,
+                )
+
+
+TARGETS = (
+    *_targets(),
+    CostTarget(
+        "answer-Describe",
+        "a worker's answer of 16 MiB",
+        MAX_CONTROL_BYTES,
+        AT_ONCE,
+        _facts_entry,
+        lambda: seeds_of(worker_pb2.DescribeResponse.DESCRIPTOR),
+        ATOMS,
+    ),
+)

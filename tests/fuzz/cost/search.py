@@ -1,0 +1,119 @@
+"""The search for the dearest input: seeds first, then worse ones made of the dearest so far, with cost as its target.
+
+Most candidates are tried small, where a try is cheap; the best of them, by their cost, are then grown to the bound. A
+cost above the bounds is measured again and the least counts: other programs of the machine make nothing cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Final
+
+from fuzz.cost.measure import Cost, measure
+from fuzz.cost.recipe import Recipe, build, filled, size, worsened
+from fuzz.cost.target import KEPT_OUT, CostTarget, Entry
+
+SMALL_SHARE: Final = 32
+"""Candidates are tried at this part of the bound first."""
+GROWN_EVERY: Final = 4
+"""Of so many candidates one is grown to the bound."""
+TRIES: Final = 3
+"""Measurements of an input that is over, the least of which counts."""
+KEPT: Final = 12
+"""Of the dearest inputs, from which the next ones are made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An input and what it cost, alone."""
+
+    name: str
+    recipe: Recipe
+    cost: Cost
+
+
+@dataclass(slots=True)
+class Found:
+    """The dearest inputs of a target, the dearest first; ``together`` is what the dearest costs many times at once.
+
+    ``faults`` are inputs that ended otherwise than taken or refused with a typed error.
+    """
+
+    target: CostTarget
+    inputs: int = 0
+    dearest: list[Tried] = field(default_factory=list)
+    together: Cost | None = None
+    faults: list[Tried] = field(default_factory=list)
+
+
+class Search:
+    """Over one target, which is prepared once; measurements are forks."""
+
+    def __init__(self, target: CostTarget, rng: Random) -> None:
+        self.target, self._rng = target, rng
+        self._entry: Entry = target.prepare()
+        self.found = Found(target)
+
+    def run(self, kept: Sequence[tuple[str, Recipe]], inputs: int) -> Found:
+        """Try what is kept, the seeds, then worse ones, ``inputs`` in all; at least what is kept is tried."""
+        known = [*kept, *self.target.seeds().items()]
+        known = [(name, recipe) for name, recipe in known if recipe != "" or name == "plain"]
+        for name, recipe in known[: max(len(kept), inputs)]:
+            self._try(name, recipe)
+        for number, recipe in enumerate(self._worse(inputs - len(known))):
+            self._try("found", recipe, at_least=self._small if number % GROWN_EVERY else self.target.limit)
+        if self.found.dearest and self.target.at_once > 1:
+            self.found.together = self.measured(self.found.dearest[0].recipe, self.target.at_once)
+        return self.found
+
+    def measured(self, recipe: Recipe, copies: int = 1) -> Cost:
+        """What an input costs; the least of a few measurements where that is over the bounds."""
+        data = build(recipe)
+        take, warm = partial(_take, self._entry, data), partial(_warm, self._entry, data)
+        cost = measure(take, copies, warm)
+        for _ in range(TRIES - 1):
+            if not cost.over or cost.killed:
+                break
+            cost = min(cost, measure(take, copies, warm), key=lambda one: one.score)
+        return cost
+
+    @property
+    def _small(self) -> int:
+        return max(256, self.target.limit // SMALL_SHARE)
+
+    def _worse(self, count: int) -> Iterator[Recipe]:
+        """Changed copies of the dearest so far."""
+        for _ in range(max(0, count)):
+            pool = [tried.recipe for tried in self.found.dearest[:KEPT]]
+            if not pool:
+                return
+            yield worsened(self._rng.choice(pool), self._rng, pool, self.target.atoms)
+
+    def _try(self, name: str, recipe: Recipe, at_least: int | None = None) -> None:
+        """``at_least``: the recipe is scaled to so many bytes."""
+        if at_least is not None:
+            recipe = filled(recipe, at_least) or recipe
+        if size(recipe) > self.target.limit:
+            recipe = filled(recipe, self.target.limit)
+        if recipe == "" and name != "plain":
+            return
+        self.found.inputs += 1
+        tried = Tried(name, recipe, self.measured(recipe))
+        if tried.cost.outcome.startswith("!!"):
+            self.found.faults.append(tried)
+        self.found.dearest.append(tried)
+        self.found.dearest.sort(key=lambda one: -one.cost.score)
+        del self.found.dearest[2 * KEPT :]
+
+
+async def _take(entry: Entry, data: bytes, copy: int) -> str:
+    return await entry.take(data)
+
+
+async def _warm(entry: Entry, data: bytes) -> str:
+    if entry.warm:
+        await entry.warm()
+    return KEPT_OUT if entry.lets_in and not await entry.lets_in(data) else ""

@@ -1,0 +1,10 @@
+"""The table of cost targets: every public entry is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fuzz.cost import grammars, http, local, models, rpc
+from fuzz.cost.target import CostTarget
+
+TARGETS: Mapping[str, CostTarget] = {t.name: t for room in (http, rpc, grammars, models, local) for t in room.TARGETS}
