@@ -277,6 +277,8 @@ SANDBOX_OPEN_CPU_S: Final = 30.0
 SANDBOX_OPEN_MEMORY_BYTES: Final = 3 * GIB
 """The same in memory: the largest take 1 GiB."""
 SANDBOX_OPEN_WALL_S: Final = 120.0
+SANDBOX_WARM_UP_CPU_S: Final = 5.0
+"""To compile a chat template and render one message: the largest that is taken takes 2.2 s."""
 MAX_SANDBOX_WAITING: Final = 256
 """Jobs that wait for a process; one more is refused with RESOURCE_EXHAUSTED."""
 SANDBOX_WAIT_S: Final = 30.0

@@ -52,6 +52,8 @@ class ChatTemplate:
             text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
                 written, tokenize=False, add_generation_prompt=True, **arguments
             )
+        except MemoryError:  # of a process with limits, which says so itself
+            raise
         except Exception as error:  # a template is a program of the model's: it can raise anything
             why = str(error)[:1000] or type(error).__name__
             raise InvalidRequest(f"the model's chat template refused them: {why}", field="messages") from error

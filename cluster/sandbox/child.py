@@ -14,13 +14,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from cluster.chat import ChatMessage
 from cluster.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.limits import SANDBOX_MEMORY_BYTES
 from cluster.model.panics import is_panic
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.failures import CRASHED, job_error, memory_exceeded
@@ -36,13 +34,14 @@ from cluster.sandbox.messages import (
     Prompt,
     Ready,
     Reply,
+    WarmUp,
     pack_reply,
     pack_tokens,
     payload_size,
     unpack_job,
 )
 
-WARM_UP: Final = (ChatMessage("user", "Hello"),)
+HELLO: Final = (ChatMessage("user", "Hello"),)
 
 
 class Worker:
@@ -68,6 +67,10 @@ class Worker:
         if self._tokenizer is None:
             raise BadFrame("a job came before the model was opened")
         match job:
+            case WarmUp():
+                with suppress(InvalidRequest):  # of a template that wants another conversation; it is compiled by then
+                    self._tokenizer.chat(HELLO)
+                return Ready()
             case Encode():
                 return _prompt(self._tokenizer, self._tokenizer.encode(job.text), job)
             case Converse():
@@ -81,10 +84,6 @@ class Worker:
         if job.grammars:
             with suppress(InvalidGrammar):  # of a tokenizer that no grammar can be bound to; each check says so
                 self._tokenizer.grammars()
-            return
-        rendering = replace(job.limits, memory_bytes=SANDBOX_MEMORY_BYTES)
-        with limited(rendering), suppress(InvalidRequest):  # of a template that wants more; it is compiled by then
-            self._tokenizer.chat(WARM_UP)
 
 
 def _failure(job: Job, error: BaseException) -> MacpipeError:

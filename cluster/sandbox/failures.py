@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.errors import BadCheckpoint, InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.sandbox.messages import CheckGrammar, Encode, Job, Limits, OpenModel
+from cluster.sandbox.messages import CheckGrammar, Encode, Job, Limits, OpenModel, WarmUp
 
 __all__ = ["CRASHED", "cpu_exceeded", "job_error", "memory_exceeded"]
 
@@ -15,6 +15,10 @@ def job_error(job: Job, why: str) -> MacpipeError:
     match job:
         case OpenModel():
             return BadCheckpoint(f"loading the tokenizer in {job.folder!r} {why}; is the model from a trusted source?")
+        case WarmUp():
+            return BadCheckpoint(
+                f"rendering one message with the chat template {why}; is the model from a trusted source?"
+            )
         case Encode():
             return InvalidRequest(f"tokenizing this text {why}; make it shorter", field="prompt")
         case CheckGrammar():

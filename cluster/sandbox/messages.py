@@ -30,6 +30,7 @@ __all__ = [
     "Prompt",
     "Ready",
     "Reply",
+    "WarmUp",
     "pack_job",
     "pack_reply",
     "pack_tokens",
@@ -53,12 +54,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """Load the tokenizer in ``folder``, always the first job; with ``grammars``, prepare to compile grammars too."""
+    """Load the tokenizer in ``folder``, always the first job; with ``grammars``, prepare it to compile grammars."""
 
     folder: str
     grammars: bool
     limits: Limits
     kind: Literal["open"] = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Compile the chat template by rendering a message, whatever the template says to it."""
+
+    limits: Limits
+    kind: Literal["warm_up"] = "warm_up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +135,7 @@ class Failed:
     kind: Literal["failed"] = "failed"
 
 
-Job = OpenModel | Encode | Converse | CheckGrammar
+Job = OpenModel | WarmUp | Encode | Converse | CheckGrammar
 Reply = Ready | Prompt | Failed
 _JOBS: Final[TypeAdapter[Job]] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
 _REPLIES: Final[TypeAdapter[Reply]] = TypeAdapter(Annotated[Reply, Field(discriminator="kind")])

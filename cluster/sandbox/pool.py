@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import anyio
 
 from cluster.errors import Busy, MacpipeError, NotServing
 from cluster.limits import MAX_SANDBOX_WAITING, RETRY_AFTER_S, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
-from cluster.sandbox.messages import Job, OpenModel, Reply
+from cluster.sandbox.messages import Job, Reply
 from cluster.sandbox.process import SandboxProcess
 
 __all__ = ["ProcessPool"]
@@ -24,13 +24,15 @@ T = TypeVar("T")
 
 
 class ProcessPool:
-    """Runs jobs in at most ``size`` processes, each of which does ``opening`` first. Lives on one event loop.
+    """Runs jobs in at most ``size`` processes, each of which does the jobs ``opening`` first. Lives on one event loop.
 
     Processes are started as they are needed: a further one once a job has waited for ``SANDBOX_GROW_S`` and none is
     being started. At most ``waiting`` jobs wait; one more is refused.
     """
 
-    def __init__(self, opening: OpenModel, size: int = SANDBOX_PROCESSES, waiting: int = MAX_SANDBOX_WAITING) -> None:
+    def __init__(
+        self, opening: Sequence[Job], size: int = SANDBOX_PROCESSES, waiting: int = MAX_SANDBOX_WAITING
+    ) -> None:
         self._opening, self._size, self._max_waiting = opening, size, waiting
         self._processes: set[SandboxProcess] = set()
         """Those that have opened the model."""
@@ -154,7 +156,8 @@ class ProcessPool:
     async def _open(self, process: SandboxProcess) -> None:
         self._opening_now.add(process)
         try:
-            await process.run(self._opening)
+            for job in self._opening:
+                await process.run(job)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await process.stop()

@@ -29,8 +29,19 @@ from cluster.limits import (
     SANDBOX_OPEN_MEMORY_BYTES,
     SANDBOX_OPEN_WALL_S,
     SANDBOX_WALL_FACTOR,
+    SANDBOX_WARM_UP_CPU_S,
 )
-from cluster.sandbox.messages import CheckGrammar, Converse, Encode, Job, Limits, OpenModel, Prompt, unpack_tokens
+from cluster.sandbox.messages import (
+    CheckGrammar,
+    Converse,
+    Encode,
+    Job,
+    Limits,
+    OpenModel,
+    Prompt,
+    WarmUp,
+    unpack_tokens,
+)
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 
@@ -39,6 +50,7 @@ __all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "tokenized"]
 CHECKS_KEPT: Final = 256
 """Grammars of which it is remembered whether they can be enforced."""
 OPENING: Final = Limits(SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES, SANDBOX_OPEN_WALL_S)
+WARMING_UP: Final = Limits(SANDBOX_WARM_UP_CPU_S, SANDBOX_MEMORY_BYTES, SANDBOX_OPEN_WALL_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +100,8 @@ class SandboxedTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._text = ProcessPool(OpenModel(str(folder), False, OPENING))
-        self._grammars = ProcessPool(OpenModel(str(folder), True, OPENING))
+        self._text = ProcessPool((OpenModel(str(folder), False, OPENING), WarmUp(WARMING_UP)))
+        self._grammars = ProcessPool((OpenModel(str(folder), True, OPENING),))
         self._checks: OrderedDict[tuple[GrammarKind, bytes], asyncio.Task[MacpipeError | None]] = OrderedDict()
         """The last checks, by the grammar: requests bring the same ones again, also at the same time."""
 
