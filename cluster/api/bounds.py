@@ -31,3 +31,7 @@ MAX_WORDS: Final = 16
 """Entries of a list whose entries are words that the form names."""
 MAX_METADATA: Final = 64
 """Entries of a response's metadata; OpenAI takes 16."""
+MAX_FIELDS: Final = 32 * KIB
+"""Fields of one gRPC request, those of its submessages included: 4,096 messages with a call each have 32,000."""
+MAX_TOOLS_CHARS: Final = MIB
+"""Descriptions and schemas of all tools of a request: what --max-schema-bytes may be at most."""

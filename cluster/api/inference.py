@@ -13,7 +13,8 @@ import grpc
 from cluster.api import intake, replies
 from cluster.api.desk import Asked, Desk
 from cluster.coordinator.checkpoint import Checkpoint
-from cluster.errors import MacpipeError
+from cluster.errors import InvalidRequest, MacpipeError
+from cluster.limits import MAX_SAMPLES
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
 from cluster.transport.status import abort
@@ -75,15 +76,16 @@ class Inference(InferenceServiceServicer):
         return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
 
     def _caller(self, context: Context) -> intake.Caller:
-        """In a cluster whoever the certificate says, wherever it calls from."""
-        shown: Any = context.auth_context()
-        party, left = self._trust.party(shown), context.time_remaining()
-        known = f"{party.role}.{party.id}" if party else _called(context)
-        return intake.Caller(known, None if left is None else time.monotonic() + left)
+        left = context.time_remaining()
+        return intake.Caller(client_name(self._trust, context), None if left is None else time.monotonic() + left)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
             checkpoint = self._coordinator.checkpoint("")
+            if len(request.offsets) > MAX_SAMPLES:
+                raise InvalidRequest(
+                    f"{len(request.offsets)} offsets were given; at most {MAX_SAMPLES}", field="offsets"
+                )
             offsets = tuple(request.offsets) or (request.offset,)
             asked = await self._desk.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
             async for reply in self._told(asked, pb.GenerateResponse):
@@ -118,6 +120,13 @@ class Inference(InferenceServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.AbortResponse()
+
+
+def client_name(trust: Trust, context: Context) -> str:
+    """Who calls: in a cluster whoever the certificate says, wherever it calls from."""
+    shown: Any = context.auth_context()
+    party = trust.party(shown)
+    return f"{party.role}.{party.id}" if party else _called(context)
 
 
 def _called(context: Context) -> str:

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import anyio
+
 from cluster.api.conversation import converse
 from cluster.api.messages import grammar, messages, template_options
 from cluster.api.sampling import sampling_params, stop_strings
@@ -41,7 +43,7 @@ class Caller:
 async def generate_request(message: pb.GenerateRequest, checkpoint: Checkpoint, caller: Caller) -> Request:
     """Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if message.WhichOneof("prompt") == "tokens":
-        prompt = _known_ids(message.tokens.ids, checkpoint)
+        prompt = await anyio.to_thread.run_sync(_known_ids, message.tokens.ids, checkpoint)
     else:
         prompt = _fitting(await encoded(message.text, checkpoint, checkpoint.shape.max_context), checkpoint)
     if not prompt:
@@ -99,10 +101,11 @@ def _fitting(tokenized: Tokenized, checkpoint: Checkpoint) -> tuple[int, ...]:
 def _known_ids(ids: Sequence[int], checkpoint: Checkpoint) -> tuple[int, ...]:
     """The ids of a prompt, counted before they are copied. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     _room(len(ids), checkpoint.shape.max_context)
-    size, largest = checkpoint.vocabulary, max(ids, default=0)
+    prompt = tuple(ids)
+    size, largest = checkpoint.vocabulary, max(prompt, default=0)
     if largest >= size:
         raise InvalidRequest(f"the prompt has the token id {largest}; the model has {size} tokens", field="prompt")
-    return tuple(ids)
+    return prompt
 
 
 def _request(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from cluster.chat import ChatOptions, Tool, ToolCall, ToolChoice
 from cluster.errors import InvalidRequest
 from cluster.grammar import Grammar, GrammarKind
+from cluster.limits import MAX_MESSAGES, MAX_TOOLS
 from cluster.types import ChatMessage
 from cluster.v1 import inference_pb2 as pb
 
@@ -19,8 +20,10 @@ _CHOICES = {
 }
 
 
-def messages(given: Iterable[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
-    """The messages of a conversation; nothing is checked."""
+def messages(given: Sequence[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
+    """The messages of a conversation; nothing but their number is checked. Raises ``InvalidRequest``."""
+    if len(given) > MAX_MESSAGES:
+        raise InvalidRequest(f"{len(given)} messages were given; at most {MAX_MESSAGES}", field="messages")
     return tuple(
         ChatMessage(
             m.role,
@@ -35,7 +38,9 @@ def messages(given: Iterable[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
 
 
 def template_options(given: pb.TemplateOptions) -> ChatOptions:
-    """How messages become a prompt. Raises ``InvalidRequest`` for a choice of tools that is unknown."""
+    """How messages become a prompt. Raises ``InvalidRequest`` for an unknown choice of tools, and too many of them."""
+    if len(given.tools) > MAX_TOOLS:
+        raise InvalidRequest(f"{len(given.tools)} tools were given; at most {MAX_TOOLS}", field="tools")
     choice = _CHOICES.get(given.tool_choice.mode)
     if choice is None:
         raise InvalidRequest(f"tool_choice has the unknown mode {given.tool_choice.mode}", field="tool_choice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 import anyio
 from anyio.abc import TaskGroup
@@ -20,7 +21,8 @@ from cluster.api.desk import Desk
 from cluster.api.http.app import application
 from cluster.api.http.port import HttpPort, http_port
 from cluster.api.http.server import listen, serving
-from cluster.api.inference import Inference
+from cluster.api.inference import Inference, client_name
+from cluster.api.message_bounds import MessageBounds
 from cluster.api.metrics import Metrics
 from cluster.coordinator.belonging import Belonging
 from cluster.coordinator.coordinator import Coordinator
@@ -49,10 +51,11 @@ from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
-SERVICES = (
-    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+DESCRIPTORS = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"],
 )
+SERVICES = tuple(service.full_name for service in DESCRIPTORS)
 
 
 def run(settings: ServeSettings, report: Report) -> int:
@@ -165,7 +168,8 @@ async def _public_port(
 
     At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
     """
-    server, coordinator = public_server(trust), desk.coordinator
+    bounds = MessageBounds(DESCRIPTORS, desk.bodies, partial(client_name, trust))
+    server, coordinator = public_server(trust, bounds), desk.coordinator
     add_InferenceServiceServicer_to_server(Inference(desk, trust), server)
     add_ClusterServiceServicer_to_server(Cluster(coordinator, trust), server)
     add_HealthServicer_to_server(checks, server)

@@ -78,9 +78,12 @@ def control_server(trust: Trust) -> aio.Server:
     return aio.server(options=CONTROL_OPTIONS, interceptors=_guards(trust))
 
 
-def public_server(trust: Trust) -> aio.Server:
-    """The same for clients' calls, more patient with those who do not answer for a while."""
-    return aio.server(options=_PUBLIC_OPTIONS, interceptors=_guards(trust))
+def public_server(trust: Trust, *inner: aio.ServerInterceptor[Any, Any]) -> aio.Server:
+    """The same for clients' calls, more patient with those who do not answer for a while.
+
+    The interceptors ``inner`` come after those that ask ``trust``.
+    """
+    return aio.server(options=_PUBLIC_OPTIONS, interceptors=(*_guards(trust), *inner))
 
 
 def _guards(trust: Trust) -> tuple[aio.ServerInterceptor[Any, Any], ...]:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES, MAX_PROMPT_IDS
+from cluster.api.elements import ElementCounter, count_elements
 from cluster.api.http import body as bodies
 from cluster.api.http.body import Form, parse
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
-from cluster.api.http.elements import ElementCounter, count_elements
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES
 from cluster.api.http.responses_form import ResponsesForm

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.api.byte_budget import Charge
-from cluster.api.http.elements import ElementCounter
+from cluster.api.elements import ElementCounter
 from cluster.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
 from cluster.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
+from cluster.api.elements import ElementCounter
 from cluster.api.http.body import Form, Ignored, JsonObject
-from cluster.api.http.elements import ElementCounter
 from cluster.api.http.jsons import compact
 from cluster.api.http.schemas import check_schema
 from cluster.errors import InvalidRequest
