@@ -15,6 +15,7 @@ import pytest
 from cluster.errors import Unreachable
 from cluster.security.trust import LocalTrust
 from cluster.transport.options import pulse_channel
+from cluster.transport.pulse import beat
 from cluster.transport.rings import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 from faults.proxy import Proxy
@@ -70,19 +71,23 @@ def test_an_overloaded_machine_asks_again_before_it_takes_silence_for_a_cut(
 ) -> None:
     proxy, stage, address = linked
     link, lag, lost, heard = proxy.link("caller", "stage"), [0.0], list[str](), threading.Event()
-    opened = threading.Semaphore(0)
+    beats = threading.Semaphore(0)
 
     def open_pulse(*given: Any) -> grpc.Channel:
         link.blocked.clear()
-        opened.release()
         return pulse_channel(*given)
 
+    def beat_and_tell(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        beats.release()
+        return beat(request, context)
+
     monkeypatch.setattr("cluster.transport.pulse.pulse_channel", open_pulse)
+    monkeypatch.setattr("cluster.transport.rings.beat", beat_and_tell)
     stream = GrpcDialer(LocalTrust(), lambda: lag[0]).pull(address, 1, lambda message: heard.set(), lost.append)
-    assert opened.acquire(timeout=5)
+    assert beats.acquire(timeout=15)
     lag[0] = 1.0
     link.blocked |= {"stage", "caller"}
-    assert opened.acquire(timeout=15)
+    assert beats.acquire(timeout=15)
     stage.boxes[Line.URGENT].send(b"a frame")
     assert heard.wait(15)
     assert not lost
