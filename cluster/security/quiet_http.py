@@ -7,11 +7,14 @@ answer is under way, which raises in the event loop, with a traceback. It refuse
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+PIECE: Final = 16 * 1024
+"""Bytes given to the parser at a time. It bounds a head, to as much, only while the head is incomplete: so a head has
+at most twice that, where 256 KiB that came at once would be 50,000 headers and hold the event loop for 60 ms."""
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.ERROR)
 """uvicorn's own log of a connection: faults of ours alone, whatever the level of others."""
@@ -23,6 +26,25 @@ class QuietProtocol(H11Protocol):
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         self.logger = _log
+        self._unparsed = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self._unparsed += data
+        self._parse()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse what came, up to the end of a request that is still to be answered; what follows it waits."""
+        while self._unparsed and not self.transport.is_closing():
+            if self.conn.their_state is h11.DONE:
+                self.flow.pause_reading()
+                return
+            piece = bytes(self._unparsed[:PIECE])
+            del self._unparsed[:PIECE]
+            super().data_received(piece)
 
     def on_invalid_request(self) -> None:
         """Note that the client sent what is not HTTP; its connection is closed."""

@@ -286,6 +286,40 @@ async def test_garbage_after_an_answer_has_begun_closes_the_connection_and_raise
     assert not faults
 
 
+async def exchange(address: str, sent: bytes) -> bytes:
+    """All that comes back, also where the connection is reset because not all that was sent is read."""
+    loop, said = asyncio.get_running_loop(), b""
+    host, _, number = address.rpartition(":")
+    with socket.socket() as one:
+        one.setblocking(False)
+        await loop.sock_connect(one, (host, int(number)))
+        sending = asyncio.create_task(loop.sock_sendall(one, sent))
+        with contextlib.suppress(ConnectionError):
+            while part := await loop.sock_recv(one, 65536):
+                said += part
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    return said
+
+
+async def many(request: Request) -> Response:
+    return Response(f"{len(request.headers.raw)} headers")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"], ids=["alone", "pipelined"])
+async def test_a_long_head_is_refused_also_where_it_comes_at_once(before: bytes) -> None:
+    """h11 bounds a head only while it is incomplete; 50,000 headers would hold the event loop for 60 ms."""
+    head = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
+    async with serving(Starlette(routes=[Route("/", many)]), listen("127.0.0.1", 0)) as address:
+        said = await exchange(address, before + head + b"a:b\r\n" * 40_000 + b"\r\n")
+        assert said.count(b" headers") == (1 if before else 0)
+        assert said.count(b"HTTP/1.1 ") - said.count(b"HTTP/1.1 400 ") == (1 if before else 0)
+        reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        writer.write(before + head + b"a:b\r\n" * 2_000 + b"connection: close\r\n\r\n")
+        assert (await end_of(reader)).endswith(b"2002 headers")
+        writer.close()
+
+
 AMBIGUOUS = (
     b"HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n",
     b"HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n",
