@@ -108,7 +108,7 @@ class Journal:
         try:
             _require_plain(replace(kept.request, prompt=()))  # a prompt is token ids in any case
             record = _opened(kept)
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request left out reason=%s request=%s", e, request.id)
             return
         if self._needed() + len(record) > JOURNAL_BYTES:

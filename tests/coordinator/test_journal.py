@@ -158,6 +158,8 @@ def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None
     kept.opened(replace(request("odd"), stop=(object(),)), ())  # type: ignore[arg-type]
     kept.said("odd", 5)
     kept.ended("odd")
+    kept.opened(replace(request("too far"), priority=2**70), ())
+    kept.opened(replace(request("no text"), stop=("\ud800",)), ())
     kept.flush()
     assert (tmp_path / "j").read_bytes() == HEADER
 
