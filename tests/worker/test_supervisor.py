@@ -51,6 +51,29 @@ def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> 
     asyncio.run(body())
 
 
+def test_a_start_that_takes_long_is_waited_for_while_it_gets_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.worker.supervisor.ENGINE_START_TIMEOUT_S", 0.8)
+    hello = pack(Hello(1, "", "", "", "", 1, 1))
+    busy = "import sys, time; end = time.monotonic() + 1.0\nwhile time.monotonic() < end: pass\n"
+    slow = f"{busy}sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); time.sleep(60)"
+
+    async def start(program: str) -> None:
+        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
+        supervisor.standby = Standby([sys.executable, "-c", program])
+        running = asyncio.create_task(supervisor.run())
+        try:
+            await supervisor.wait_started()
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    asyncio.run(start(slow))
+    with pytest.raises(WorkerLost, match="did not start within 1 s"):
+        asyncio.run(start("import time; time.sleep(60)"))
+
+
 async def reports_until_refused(supervisor: Supervisor) -> None:
     while True:
         await supervisor.report()
@@ -74,8 +97,6 @@ def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
         process = supervisor._process
         assert process
         process.send_signal(signal.SIGSTOP)
-        with pytest.raises(WorkerLost):
-            await reports_until_refused(supervisor)
         assert await process.wait() == -signal.SIGKILL
         while "the engine hung" not in caplog.text:
             await asyncio.sleep(0.01)
