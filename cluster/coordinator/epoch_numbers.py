@@ -6,13 +6,12 @@ It knows numbers, one clock and one small file. It refuses to know what an epoch
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from cluster.errors import StaleEpoch
+from cluster.private_files import make_private_folder, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +62,15 @@ class EpochNumbers:
         return self._clock() // 1_000_000
 
     def _reserve(self, file: Path) -> None:
-        self._reserved = self._last + RESERVED
-        fresh = file.with_name(f".{file.name}.{os.getpid()}")
+        """Keep a number ahead of the last one, so that most numbers need no write. Tried again where that fails."""
+        reserved = self._last + RESERVED
         try:
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fresh.write_text(f"{self._reserved}\n", encoding="ascii")
-            fresh.replace(file)
+            make_private_folder(file.parent)
+            replace_file(file, f"{reserved}\n".encode())
         except OSError as e:
             log.warning("epoch numbers: not kept file=%s error=%s", file, e.strerror)
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)
+        else:
+            self._reserved = reserved
 
 
 def _read(file: Path) -> int:
