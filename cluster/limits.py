@@ -151,6 +151,8 @@ RESTART_S: Final = GONE_S
 """A coordinator that has been silent for this long has ended: another of its id is the same one, started again."""
 JOURNAL_RETRY_S: Final = 5.0
 """A journal that could not be written is tried again this often."""
+JOURNAL_LIVE_S: Final = 10.0
+"""How often a journal notes which requests are live, from when on RESUME_S counts."""
 RESUME_S: Final = 600.0
 """How long a client of a coordinator that died may take to come back for the rest of its answer."""
 EPOCH_TRIES: Final = 4

@@ -27,13 +27,13 @@ from cluster.coordinator.records import (
     unpack_record,
 )
 from cluster.errors import InvalidRequest
-from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_RETRY_S, RESUME_S
+from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
 from cluster.private_files import create_private_file, make_private_folder, open_regular_file, sync_folder, write_all
 from cluster.types import Request
 
 log = logging.getLogger(__name__)
 
-_OPENED, _SAID, _ENDED, _SAID_SO_FAR = range(4)
+_OPENED, _SAID, _ENDED, _SAID_SO_FAR, _STILL_LIVE = range(5)
 _TOKEN_BYTES: Final = 5
 """What a token takes at most in a rewritten file."""
 Said = tuple[tuple[int, ...], ...]
@@ -51,7 +51,7 @@ class Fsync(StrEnum):
 @dataclass(slots=True)
 class Kept:
     """A request that has not ended, and its answer so far, a list a sample: also of those that are complete, since the
-    request is live until all are. ``at`` is the wall clock's seconds when it came.
+    request is live until all are. ``at`` is the wall clock's seconds when it was last known to be live.
     """
 
     request: Request
@@ -83,6 +83,7 @@ class Journal:
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
+        self._noted_live_at = clock()
         self._rewrite()
 
     # What a coordinator before this one left
@@ -159,6 +160,8 @@ class Journal:
             self._pending.append(record)
 
     def _append(self) -> None:
+        if self._clock() - self._noted_live_at >= JOURNAL_LIVE_S:
+            self._pending.append(self._still_live())
         records = b"".join(self._pending)
         self._pending.clear()
         try:
@@ -173,6 +176,13 @@ class Journal:
                 os.ftruncate(self._file, self._size)
             self._switch_off(e)
 
+    def _still_live(self) -> bytes:
+        """The record of who is live now: the time to resume an answer begins at its coordinator's end."""
+        self._noted_live_at = self._clock()
+        for kept in self._live.values():
+            kept.at = self._noted_live_at
+        return pack_record(_STILL_LIVE, "", self._noted_live_at, list(self._live)) if self._live else b""
+
     def _rewrite(self) -> None:
         """Put a new file with all that has not ended in the old one's place; the old one stays where that fails."""
         for request_id in [i for i, kept in self._before.items() if self._expired(kept)]:
@@ -183,7 +193,7 @@ class Journal:
             file = create_private_file(fresh)
             try:
                 said = (pack_record(_SAID_SO_FAR, i, kept.said) for i, kept in self._live.items())
-                content = b"".join((HEADER, *self._records.values(), *said))
+                content = b"".join((HEADER, *self._records.values(), *said, self._still_live()))
                 write_all(file, content)
                 os.fsync(file)
                 fresh.replace(self._path)
@@ -275,16 +285,27 @@ def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> N
         found[request_id].said = _require_said(said, found[request_id].request.samples)
     elif kind == _ENDED:
         found.pop(request_id, None)
+    elif kind == _STILL_LIVE:
+        at, live = facts
+        for one in live:
+            found[one].at = _require_time(at)
     else:
         raise ValueError("a record of no known kind")
 
 
 def _require(kept: Kept, request_id: object) -> Kept:
     """What was read, where each field has the type that it was written with. Raises TypeError."""
-    if kept.request.id != request_id or type(kept.at) not in (int, float):
-        raise TypeError("a record is about another request, or of another type, than it was written with")
+    if kept.request.id != request_id:
+        raise TypeError("a record is about another request than it was written with")
+    _require_time(kept.at)
     _require_said(kept.said, kept.request.samples)
     return kept
+
+
+def _require_time(at: Any) -> float:
+    if type(at) not in (int, float):
+        raise TypeError("a time is no number")
+    return float(at)
 
 
 def _require_said(said: Any, samples: int) -> list[list[int]]:

@@ -350,6 +350,26 @@ def test_nothing_is_resumed_after_its_time_whenever_it_is_asked_for(tmp_path: Pa
     assert third.take("a", "me") is None
 
 
+def test_an_answer_that_takes_long_can_be_resumed_once_its_coordinator_ends(tmp_path: Path) -> None:
+    now = [1000.0]
+    first = Journal(tmp_path / "j", clock=lambda: now[0])
+    first.opened(request("a"), ())
+    for token in range(3):
+        now[0] += RESUME_S / 2
+        first.said("a", token)
+        first.flush()
+    first.close()
+    second = Journal(tmp_path / "j", clock=lambda: now[0])
+    now[0] += RESUME_S - 1
+    kept = second.take("a", "me")
+    assert kept is not None
+    assert kept.said == [[0, 1, 2]]
+    second.close()
+    third = Journal(tmp_path / "j", clock=lambda: now[0])  # which does not make an answer live that nobody resumed
+    now[0] += 2
+    assert third.take("a", "me") is None
+
+
 def test_a_rewritten_file_holds_what_live_requests_have_said_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
