@@ -139,10 +139,6 @@ class ProcessPool:
         try:
             process = process or await SandboxProcess.start()
             await self._open(process)
-        except OSError as error:
-            failure = Busy(f"no process can be started: {error.strerror}", retry_after_s=RETRY_AFTER_S)
-            self._nobody_comes(failure)
-            raise failure from error
         except MacpipeError as error:
             self._nobody_comes(error)
             raise

@@ -18,7 +18,7 @@ import anyio
 
 from cluster.errors import BadFrame, Busy, MacpipeError, NotServing
 from cluster.lifetime import own_code_alone
-from cluster.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S
+from cluster.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S, SANDBOX_MEMORY_BYTES
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
 from cluster.sandbox.memory import resident_bytes
 from cluster.sandbox.messages import HEADER, Failed, Job, Reply, pack_job, payload_size, unpack_reply
@@ -38,18 +38,29 @@ class SandboxProcess:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._resident = 0
+        """Bytes that it held after its first job, or after the last long one."""
+        self._initial = 0
         """Bytes that it held after its first job."""
+        self._was_watched = False
+        """The job took long enough for a look at its memory."""
         self._verdict: str | None = None
         """Why this parent has killed it, for ``job_error``."""
         self._stopped = False
 
     @staticmethod
     async def start() -> SandboxProcess:
-        """Start a process. It imports its libraries first; a job that is sent meanwhile waits."""
+        """Start a process. It imports its libraries first; a job that is sent meanwhile waits.
+
+        Raises ``Busy`` where this machine can start no more processes.
+        """
         environment = {**own_code_alone(os.environ), **QUIET}
         command = (sys.executable, "-m", "cluster.sandbox.child")
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment, limit=MIB)
-        return SandboxProcess(process)
+        try:
+            return SandboxProcess(
+                await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment, limit=MIB)
+            )
+        except OSError as error:
+            raise Busy(f"no process can be started: {error.strerror}", retry_after_s=RETRY_AFTER_S) from error
 
     @property
     def alive(self) -> bool:
@@ -86,12 +97,12 @@ class SandboxProcess:
             raise self._ended(job) from None
         finally:
             watch.cancel()
+        if not self._resident or self._was_watched:
+            await self._measure()
         if isinstance(reply, Failed):
             error = MacpipeError.of(reply.reason, reply.sentence)
             error.field = reply.field
             raise error
-        if not self._resident:
-            self._resident = await anyio.to_thread.run_sync(resident_bytes, self.pid)
         return reply
 
     async def stop(self) -> None:
@@ -108,9 +119,18 @@ class SandboxProcess:
         header = await stdout.readexactly(HEADER.size)
         return unpack_reply(await stdout.readexactly(payload_size(header)))
 
+    async def _measure(self) -> None:
+        """Find out what the process holds between jobs. One that keeps too much of a job's memory is ended."""
+        self._resident = await anyio.to_thread.run_sync(resident_bytes, self.pid)
+        self._initial = self._initial or self._resident
+        if self._resident > self._initial + SANDBOX_MEMORY_BYTES:
+            await self._kill("")
+
     async def _watch_memory(self, job: Job) -> None:
+        self._was_watched = False
         while True:
             await asyncio.sleep(MEMORY_WATCH_S)
+            self._was_watched = True
             held = await anyio.to_thread.run_sync(resident_bytes, self.pid)
             if held > self._resident + job.limits.memory_bytes:
                 await self._kill(memory_exceeded(job.limits))

@@ -198,6 +198,17 @@ async def test_memory_is_watched_where_the_system_does_not_limit_it(
             await text.converse((ChatMessage("user", "loop"),), PLAIN, None, 100)
 
 
+async def test_a_process_that_keeps_too_much_memory_is_replaced(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(hostile) as text:
+        (pid,) = text.pids
+        monkeypatch.setattr(process_module, "SANDBOX_MEMORY_BYTES", -(2**40))
+        monkeypatch.setattr(process_module, "MEMORY_WATCH_S", 0.0)
+        assert (await text.encode("word " * 100_000, 9)).count > 100_000
+        await until_gone(pid)
+        monkeypatch.undo()
+        assert (await text.encode("hello", 9)).count > 0
+
+
 async def test_resident_memory_is_the_same_by_proc_and_by_ps() -> None:
     by_proc, by_ps = resident_bytes(os.getpid(), "linux"), resident_bytes(os.getpid(), "darwin")
     assert 0.5 < by_proc / by_ps < 2

@@ -18,7 +18,12 @@ import msgpack
 
 from cluster.coordinator import journal as coordinator_journal
 from cluster.coordinator.records import HEADER, as_data, pack_record, read_records
+from cluster.grammar import Grammar, GrammarKind
 from cluster.profiles import Link, Profile
+from cluster.sandbox.messages import HEADER as SANDBOX_HEADER
+from cluster.sandbox.messages import Failed as SandboxFailed
+from cluster.sandbox.messages import Prompt, Ready, pack_reply, pack_tokens, payload_size, unpack_reply
+from cluster.sandbox.tokenizer import tokenized
 from cluster.store.manifest import Manifest
 from cluster.store.partial import Partial, place
 from cluster.types import Request, SamplingParams
@@ -64,6 +69,21 @@ def engine_messages() -> Prepared:
         messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1),
     )
     return Prepared(run, (b"".join(map(messages.pack, said)), *map(messages.pack, said)), spoil_records)
+
+
+def sandbox_messages() -> Prepared:
+    """What a sandbox process that a hostile model has spoiled could answer."""
+
+    def run(data: bytes) -> None:
+        size = SANDBOX_HEADER.size
+        payload_size(data[:size].ljust(size, b"\0"))
+        reply = unpack_reply(data[size:])
+        if isinstance(reply, Prompt):
+            tokenized(reply)
+
+    grammar = Grammar(GrammarKind.REGEX, "a+", (1, 2))
+    replies = (Ready(), Prompt(2, pack_tokens((1, 2)), ("a", "b"), True, grammar), SandboxFailed("BUSY", "no", ""))
+    return Prepared(run, tuple(map(pack_reply, replies)), spoil_bytes)
 
 
 def coordinator_journals() -> Prepared:
@@ -171,6 +191,7 @@ def held_ids() -> Prepared:
 
 TARGETS = (
     Target("engine", 200, engine_messages),
+    Target("sandbox", 200, sandbox_messages),
     Target("journal", 30, coordinator_journals),
     Target("profile", 100, worker_profiles),
     Target("manifest", 80, manifests),
