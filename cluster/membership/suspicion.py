@@ -84,8 +84,8 @@ class Suspicion:
             self._lags[worker] = lag_s
 
     def worst_lag(self) -> float:
-        """The longest lag that a worker has reported, in seconds."""
-        return max(tuple(self._lags.values()), default=0.0)
+        """The longest lag that a worker which is not gone has reported, in seconds."""
+        return max((lag for worker, lag in tuple(self._lags.items()) if not self.gone(worker)), default=0.0)
 
     def granted(self, worker: str, now: float) -> float:
         """Return the silence in seconds after which the worker counts as gone, this machine's own lag apart."""

@@ -71,11 +71,13 @@ def test_a_worker_whose_machine_is_late_or_this_one_is_is_given_as_much_more() -
     suspicion.heard("a", 0.0)
     suspicion.note_lag("a", 0.5)
     assert suspicion.granted("a", 0.0) == 2.5 + 0.5 * LAG_STEPS
+    assert suspicion.worst_lag() == 0.5
     suspicion.look(0.9, lag_s=0.25)
     for tenths in range(10, 85):
         assert not any(b.standing == "gone" for b in suspicion.look(tenths / 10, lag_s=0.25)), tenths
     (gone,) = suspicion.look(8.6, lag_s=0.25)
     assert gone.standing == "gone"
+    assert suspicion.worst_lag() == 0.0, "whoever is gone slows nobody down"
 
 
 def test_a_worker_that_answers_every_four_seconds_is_gone_twice_and_then_slow() -> None:
