@@ -270,8 +270,8 @@ SANDBOX_CPU_S_PER_MIB: Final = 2.0
 """More of it for a MiB of text: tokenizers take 0.5 to 0.7 s."""
 SANDBOX_MEMORY_BYTES: Final = 256 * MIB
 """Memory that one job may take beyond what its process holds."""
-SANDBOX_MEMORY_PER_BYTE: Final = 128
-"""More of it for a byte of text: a token of one byte takes 107 bytes while it is found."""
+SANDBOX_MEMORY_PER_BYTE: Final = 256
+"""More of it for a byte of text: the tokens of 4 MiB of random words take 700 MiB while they are found."""
 SANDBOX_WALL_FACTOR: Final = 20.0
 """A job may take so many times its CPU time where others keep the processors busy; then the machine is overloaded."""
 SANDBOX_OPEN_CPU_S: Final = 30.0

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
-from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
+from subprocess import Popen, TimeoutExpired
 from typing import Final
 
 import anyio
@@ -28,15 +29,19 @@ __all__ = ["SandboxProcess"]
 QUIET: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """A job is one thread's work, and nobody is told which libraries are not installed."""
 
-END_S: Final = 1.0
-"""What a process gets to end whose pipe is closed."""
+END_S: Final = 2.0
+"""What a process gets to end that was killed or has closed its socket."""
 
 
 class SandboxProcess:
-    """A ``python -m cluster.sandbox.child``."""
+    """A ``python -m cluster.sandbox.child``, and the socket that is its stdin and stdout.
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
+    asyncio's own processes are of no use here: where starting one is cancelled, or one is killed whose answer is only
+    half read, asyncio waits for ever.
+    """
+
+    def __init__(self, child: Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._child, self._reader, self._writer = child, reader, writer
         self._resident = 0
         """Bytes that it held after its first job, or after the last long one."""
         self._initial = 0
@@ -53,23 +58,26 @@ class SandboxProcess:
 
         Raises ``Busy`` where this machine can start no more processes.
         """
-        environment = {**own_code_alone(os.environ), **QUIET}
-        command = (sys.executable, "-m", "cluster.sandbox.child")
         try:
-            return SandboxProcess(
-                await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment, limit=MIB)
-            )
+            child, ours = _spawn()
         except OSError as error:
             raise Busy(f"no process can be started: {error.strerror}", retry_after_s=RETRY_AFTER_S) from error
+        try:
+            return SandboxProcess(child, *await asyncio.open_unix_connection(sock=ours, limit=MIB))
+        except BaseException:
+            child.kill()
+            child.wait()
+            ours.close()
+            raise
 
     @property
     def alive(self) -> bool:
         """Whether it can take a job."""
-        return self._process.returncode is None and self._verdict is None
+        return self._child.poll() is None and self._verdict is None
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     async def run(self, job: Job) -> Reply:
         """Do ``job``; returns when it is done or dead, even where nobody waits for it any more.
@@ -91,8 +99,7 @@ class SandboxProcess:
                 retry_after_s=RETRY_AFTER_S,
             ) from None
         except (OSError, EOFError, BadFrame):
-            with anyio.move_on_after(END_S):
-                await self._process.wait()  # so that it is known what ended it
+            await anyio.to_thread.run_sync(self._reap)  # so that it is known what ended it
             await self._kill("")
             raise self._ended(job) from None
         finally:
@@ -111,13 +118,10 @@ class SandboxProcess:
         await self._kill("")
 
     async def _exchange(self, message: bytes) -> Reply:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(message)
-        await stdin.drain()
-        header = await stdout.readexactly(HEADER.size)
-        return unpack_reply(await stdout.readexactly(payload_size(header)))
+        self._writer.write(message)
+        await self._writer.drain()
+        header = await self._reader.readexactly(HEADER.size)
+        return unpack_reply(await self._reader.readexactly(payload_size(header)))
 
     async def _measure(self) -> None:
         """Find out what the process holds between jobs. One that keeps too much of a job's memory is ended."""
@@ -136,11 +140,16 @@ class SandboxProcess:
                 await self._kill(memory_exceeded(job.limits))
 
     async def _kill(self, verdict: str) -> None:
-        if self._process.returncode is None:
+        if self._child.poll() is None:
             self._verdict = self._verdict or verdict
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)  # Process.kill() looks for its end first, and hides it from asyncio
-        await self._process.wait()
+            self._child.kill()
+        self._writer.transport.abort()
+        await anyio.to_thread.run_sync(self._reap)
+
+    def _reap(self) -> None:
+        """Wait until a process has ended that was killed, or has closed its socket: that takes a moment at most."""
+        with suppress(TimeoutExpired):
+            self._child.wait(END_S)
 
     def _ended(self, job: Job) -> MacpipeError:
         """The error of a job in whose midst the process has ended."""
@@ -148,9 +157,22 @@ class SandboxProcess:
             return NotServing("the model was unloaded while the request was read; send it again")
         if self._verdict:
             return job_error(job, self._verdict)
-        code = self._process.returncode or 0
+        code = self._child.returncode or 0
         if code == -signal.SIGPROF:
             return job_error(job, cpu_exceeded(job.limits))
         if code == -signal.SIGABRT:
             return job_error(job, f"{CRASHED}, or {memory_exceeded(job.limits)}")
         return job_error(job, CRASHED)
+
+
+def _spawn() -> tuple[Popen[bytes], socket.socket]:
+    """Start a child; its process and our end of its socket. Raises OSError."""
+    environment = {**own_code_alone(os.environ), **QUIET}
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            command = (sys.executable, "-m", "cluster.sandbox.child")
+            return Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment), ours
+        except OSError:
+            ours.close()
+            raise

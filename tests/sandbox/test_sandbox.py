@@ -23,8 +23,9 @@ from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox import process as process_module
 from cluster.sandbox.memory import resident_bytes
-from cluster.sandbox.messages import Encode, Limits, OpenModel, WarmUp
+from cluster.sandbox.messages import Encode, Limits, OpenModel, WarmUp, pack_job
 from cluster.sandbox.pool import ProcessPool
+from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -175,6 +176,26 @@ async def test_a_job_whose_caller_went_away_still_ends(hostile: Path) -> None:
             await job
         await until_gone(pid)
         assert (await text.encode("fine", 100)).count > 0
+
+
+async def test_one_that_ends_in_the_middle_of_its_answer_is_given_up(hostile: Path) -> None:
+    """Its socket is full of what nobody reads any more."""
+    async with opened(hostile) as text:
+        (process,) = text._text._processes
+        process._writer.write(pack_job(Encode("word " * 200_000, 10**6, True, Limits(60.0, 2**30, 60.0))))
+        while len(process._reader._buffer) <= MIB:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+        await process.stop()
+        assert not exists(process.pid)
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
+    for _ in range(3):
+        task = asyncio.create_task(SandboxProcess.start())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_too_many_that_wait_are_told_to_come_back() -> None:
