@@ -75,6 +75,6 @@ def read_refusal(body: bytes) -> MacpipeError | None:
     try:
         said = json.loads(body)["error"]
         reason, message = str(said["reason"])[:64], str(said["message"])[:500]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return MacpipeError.of(reason, "".join(c for c in message if c.isprintable()))

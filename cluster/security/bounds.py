@@ -54,8 +54,9 @@ MAX_TOKENS: Final = 1024
 """Join tokens that are kept; those that ended a day ago are forgotten."""
 MAX_TOKEN_CHARS: Final = 256
 """A token has 80; whatever is longer is none."""
-MAX_JOIN_BYTES: Final = 64 * KIB
-"""What either side of a join may say; a request and a certificate have under 2 KiB."""
+MAX_JOIN_BYTES: Final = 24 * KIB
+"""What either side of a join may say: the longest PEM, with its line ends escaped, and the rest. Strangers send it, and
+64 KiB of empty lists kept the event loop for 0.1 s."""
 JOIN_S: Final = 10.0
 """How long a connection to the join port may last, from its first packet to its last."""
 JOIN_HANDSHAKE_S: Final = 5.0

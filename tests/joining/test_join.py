@@ -289,6 +289,24 @@ async def test_bodies_and_paths_have_bounds(address: str) -> None:
     assert b" 400 " in await talk(address, b"nonsense\r\n\r\n")
 
 
+async def test_a_body_longer_than_any_request_is_refused_unread(address: str) -> None:
+    lists = b'{"name":[' + b"[]," * 10_000 + b"[]]}"  # 30 KB, each list of which costs the parser 2 us
+    assert reason(await talk(address, post(lists))) == "TOO_LARGE"
+
+
+NO_REFUSALS = {
+    "deep": b"[" * 20_000,
+    "deep error": b'{"error":' + b"[" * 20_000,
+    "list": b"[]",
+    "number": b'{"error": 1}',
+}
+
+
+@pytest.mark.parametrize("body", NO_REFUSALS.values(), ids=NO_REFUSALS)
+def test_an_answer_that_is_no_refusal_is_none(body: bytes) -> None:
+    assert read_refusal(body) is None
+
+
 def test_a_wrong_field_is_named_and_not_repeated() -> None:
     from cluster.errors import InvalidRequest
 
