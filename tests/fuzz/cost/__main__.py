@@ -1,7 +1,7 @@
 """``ops/fuzz --cost``: what the dearest inputs cost at each public entry; a table, and 1 where one is over its bounds.
 
-With ``--replay`` only the inputs kept in ``tests/fuzz/corpus/cost`` are tried. What is found over the bounds is written
-to ``--keep``; it belongs into that folder, under its target.
+With ``--replay`` the inputs kept in ``tests/fuzz/corpus/cost`` are tried, and their outcomes compared. What is found
+over the bounds is written to ``--keep``; it belongs into that folder, under its target.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any, Final
 
 from fuzz.cost.measure import CPU_S, LOOP_MS, MEMORY_MIB, Cost
 from fuzz.cost.recipe import Recipe, shown
+from fuzz.cost.replay import kept, replay
 from fuzz.cost.search import Found, Search, Tried
+from fuzz.cost.target import CostTarget
 from fuzz.cost.targets import TARGETS
 
-CORPUS: Final = Path(__file__).parent.parent / "corpus" / "cost"
 INPUTS: Final = 4_000
+FIGURES: Final = ("loop_ms", "cpu_s", "mib", "child_cpu_s", "child_mib")
 LISTED: Final = 3
 """Inputs that a target's facts list."""
 
@@ -31,7 +33,9 @@ LISTED: Final = 3
 def main() -> int:
     options = _options()
     chosen = [TARGETS[name] for name in options.target or TARGETS]
-    each = 0 if options.replay else max(1, options.inputs // len(chosen))
+    if options.replay or options.closed:
+        return _replay(chosen, closed=options.closed)
+    each = max(1, options.inputs // len(chosen))
     began, rows, bad = time.monotonic(), [], False
     if not options.json:
         print(_head())
@@ -51,6 +55,12 @@ def main() -> int:
     return 1 if bad else 0
 
 
+def _replay(chosen: Sequence[CostTarget], *, closed: bool) -> int:
+    facts = [replay(target, closed=closed) for target in chosen]
+    print(json.dumps(facts))
+    return 1 if any(one["wrong"] for one in facts) else 0
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ops/fuzz --cost", description=__doc__)
     parser.add_argument(
@@ -63,14 +73,14 @@ def _options() -> argparse.Namespace:
         "--seed", type=int, default=secrets.randbelow(2**32), help="repeat the randomness of an earlier search"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
-    parser.add_argument("--replay", action="store_true", help="try the kept inputs alone")
+    parser.add_argument("--replay", action="store_true", help="try the kept inputs alone, and compare outcomes")
+    parser.add_argument("--closed", action="store_true", help="the same, but give none to the sandbox")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings/cost"), help="folder for what is over")
     return parser.parse_args()
 
 
-def kept(target: str) -> list[tuple[str, Recipe]]:
-    """The dearest inputs that were found once, in the order of their names."""
-    return [(file.stem, json.loads(file.read_text())["recipe"]) for file in sorted((CORPUS / target).glob("*.json"))]
+def _known(target: str) -> list[tuple[str, Recipe]]:
+    return [(one.name, one.recipe) for one in kept(target)]
 
 
 def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]:
@@ -81,9 +91,8 @@ def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]
         code = 1
         try:
             os.close(read)
-            found = Search(TARGETS[name], Random(f"{seed} {name}")).run(kept(name), inputs)
-            if inputs:
-                _keep(found, keep)
+            found = Search(TARGETS[name], Random(f"{seed} {name}")).run(_known(name), inputs)
+            _keep(found, keep)
             with open(write, "w") as out:  # noqa: PTH123  # a descriptor
                 out.write(json.dumps(_row(found)))
             code = 0
@@ -100,7 +109,7 @@ def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]
 
 
 def _keep(found: Found, folder: Path) -> None:
-    over = [one for one in found.dearest if one.cost.over]
+    over = [one for one in found.dearest if one.score > 1]
     for number, tried in enumerate((*over[:LISTED], *found.faults[:LISTED])):
         (folder / found.target.name).mkdir(parents=True, exist_ok=True)
         file = folder / found.target.name / f"{number}-{tried.name.replace(' ', '-').replace('/', '-')}.json"
@@ -108,12 +117,11 @@ def _keep(found: Found, folder: Path) -> None:
 
 
 def _row(found: Found) -> dict[str, Any]:
-    costs = [one.cost for one in found.dearest] + ([found.together] if found.together else [])
     return {
         "target": found.target.name,
         "bounds": found.target.bounds,
         "inputs": found.inputs,
-        "over": any(cost.over for cost in costs),
+        "over": found.over,
         "alone": [_tried(one) for one in _leaders(found.dearest)],
         "at_once": found.target.at_once,
         "together": _cost(found.together) if found.together else None,
@@ -124,7 +132,7 @@ def _row(found: Found) -> dict[str, Any]:
 
 def _leaders(dearest: Sequence[Tried]) -> list[Tried]:
     """The dearest by each figure, then the dearest over all; each once."""
-    figures = (lambda c: c.loop_ms, lambda c: c.cpu_s, lambda c: c.mib)
+    figures = [lambda c, f=f: getattr(c, f) for f in FIGURES]
     firsts = [max(dearest, key=lambda one: figure(one.cost)) for figure in figures] if dearest else []
     return list({id(one): one for one in (*dearest[:1], *firsts, *dearest[1:LISTED])}.values())[: LISTED + 1]
 
@@ -134,24 +142,19 @@ def _tried(one: Tried) -> dict[str, Any]:
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    return {
-        "loop_ms": round(cost.loop_ms, 1),
-        "cpu_s": round(cost.cpu_s, 3),
-        "mib": round(cost.mib, 1),
-        "killed": cost.killed,
-    }
+    return {figure: round(getattr(cost, figure), 3) for figure in FIGURES} | {"killed": cost.killed}
 
 
 def _head() -> str:
     return (
-        f"{'entry':22} {'inputs':>6} {'loop ms':>9} {'CPU s':>8} {'MiB':>8}  (at most {LOOP_MS:.0f} ms, {CPU_S} s, "
-        f"{MEMORY_MIB:.0f} MiB)"
+        f"{'entry':22} {'inputs':>6} {'loop ms':>8} {'CPU s':>7} {'MiB':>7} {'child s':>7} {'MiB':>7}  (at most "
+        f"{LOOP_MS:.0f} ms, {CPU_S} s, {MEMORY_MIB:.0f} MiB; child processes as their limits allow)"
     )
 
 
 def _lines(row: dict[str, Any]) -> Iterable[str]:
     """The dearest by each figure together, then which inputs they are."""
-    worst = {name: max((one[name] for one in row["alone"]), default=0.0) for name in ("loop_ms", "cpu_s", "mib")}
+    worst = {name: max((one[name] for one in row["alone"]), default=0.0) for name in FIGURES}
     verdict = "OVER" if row["over"] else "PASS"
     yield f"{row['target']:22} {row['inputs']:>6} {_figures(worst)}  {verdict}"
     if row["together"]:
@@ -163,7 +166,7 @@ def _lines(row: dict[str, Any]) -> Iterable[str]:
 
 
 def _figures(cost: dict[str, float]) -> str:
-    return f"{cost['loop_ms']:>9.1f} {cost['cpu_s']:>8.3f} {cost['mib']:>8.1f}"
+    return "{:>8.1f} {:>7.3f} {:>7.1f} {:>7.2f} {:>7.1f}".format(*(cost[name] for name in FIGURES))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import anyio
 
 from cluster.coordinator.grammars import GrammarCheck
 from cluster.errors import MacpipeError, StageFailed
 from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MAX_COMPILES, MAX_SCHEMA_BYTES
+from cluster.limits import MAX_SCHEMA_BYTES, SANDBOX_PROCESSES
+from cluster.model.grammars import Constraint
+from cluster.model.tokenizer import Tokenizer
 from fuzz.cost.recipe import Recipe, filled, size
 from fuzz.cost.stand_in import outcome_of, served
 from fuzz.cost.target import TAKEN, CostTarget, Entry
@@ -22,7 +24,7 @@ FOLLOWED = 24
 
 def _checked(kind: GrammarKind) -> Entry:
     """The coordinator's look at a grammar, before its request is accepted."""
-    served().tokenizer.grammars()
+    served()
     check = GrammarCheck(MAX_SCHEMA_BYTES)
 
     async def take(source: bytes) -> str:
@@ -32,7 +34,7 @@ def _checked(kind: GrammarKind) -> Entry:
             return outcome_of(e)
         return TAKEN
 
-    return Entry(take)
+    return Entry(take, sandbox=True)
 
 
 def _bound(kind: GrammarKind) -> Entry:
@@ -47,22 +49,24 @@ def _bound(kind: GrammarKind) -> Entry:
     async def take(source: bytes) -> str:
         grammar = Grammar(kind, source.decode("utf-8", "replace"))
         try:
-            await anyio.to_thread.run_sync(_follow, grammars, grammar, tokenizer.vocab_size)
+            constraint = await anyio.to_thread.run_sync(grammars.constraint, grammar, 0)
+            await _follow(constraint, tokenizer)
         except MacpipeError as e:
             return outcome_of(e)
         return TAKEN
 
-    return Entry(take, lets_in=passed)
+    return Entry(take, sandbox=True, lets_in=passed)
 
 
-def _follow(grammars: Any, grammar: Grammar, vocabulary: int) -> None:
-    constraint = grammars.constraint(grammar, 0)
+async def _follow(constraint: Constraint, tokenizer: Tokenizer) -> None:
+    """A mask for each of some tokens, one at a stretch, as a thread computes them between other work."""
     tokens: list[int] = []
     for _ in range(FOLLOWED):
-        mask = constraint.allowed(tokens, len(tokens), vocabulary)
+        await asyncio.sleep(0)
+        mask = constraint.allowed(tokens, len(tokens), tokenizer.vocab_size)
         if mask is None:
             raise StageFailed("the grammar does not go on from a token that it allowed")
-        left = [int(token) for token in mask.nonzero()[0] if token not in grammars.eos]
+        left = [int(token) for token in mask.nonzero()[0] if token not in tokenizer.eos]
         if not left:
             return
         tokens.append(left[(7 * len(tokens)) % len(left)])
@@ -250,7 +254,7 @@ def _grammar_targets() -> tuple[CostTarget, ...]:
         seeded = lambda s=seeds: {n: r for n, r in ((n, _cut(r)) for n, r in s().items()) if r != ""}  # noqa: E731
         checked, bound = (lambda k=kind: _checked(k)), (lambda k=kind: _bound(k))
         made += [
-            CostTarget(f"{name}-check", "64 KiB", MAX_SCHEMA_BYTES, 2 * MAX_COMPILES, checked, seeded, atoms),
+            CostTarget(f"{name}-check", "64 KiB", MAX_SCHEMA_BYTES, 2 * SANDBOX_PROCESSES, checked, seeded, atoms),
             CostTarget(f"{name}-stage", "64 KiB that the check takes", MAX_SCHEMA_BYTES, 1, bound, seeded, atoms),
         ]
     return tuple(made)

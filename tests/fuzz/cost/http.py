@@ -14,13 +14,14 @@ from uvicorn.server import ServerState
 from cluster.api.http.app import application
 from cluster.api.http.connection import Connection
 from cluster.api.http.openapi import BODIES
-from cluster.limits import KIB, MAX_BODY_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
+from cluster.api.http.seats import Seats
+from cluster.limits import KIB, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from fuzz.cost.recipe import Recipe, filled
 from fuzz.cost.stand_in import PASSED, desk
-from fuzz.cost.target import TAKEN, CostTarget, Entry
+from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
 
-PIECE = 64 * KIB
-"""What a connection hands over at once."""
+PIECE = 256 * KIB
+"""What asyncio reads from a connection at once, at most."""
 AT_ONCE = 16
 MAX_HEAD = 256 * KIB
 """Sent as a head: h11 refuses it before that."""
@@ -98,6 +99,8 @@ def _scope(path: str, length: int) -> dict[str, Any]:
 def _outcome(told: list[dict[str, Any]]) -> str:
     status = next((one["status"] for one in told if one["type"] == "http.response.start"), 0)
     body = b"".join(one.get("body", b"") for one in told)
+    if SANDBOX_CLOSED.encode() in body:
+        return SANDBOX_CLOSED
     if status == 200 or PASSED.encode() in body:
         return TAKEN
     return f"!! HTTP {status}" if status in (0, 500) else f"HTTP {status}"
@@ -338,7 +341,10 @@ def _heads() -> Entry:
 
     async def take(head: bytes) -> str:
         told: list[bytes] = []
-        connection = Connection(config=config, server_state=ServerState(), app_state={})
+        seats = Seats(MAX_CONNECTIONS)
+        seat = seats.take("127.0.0.1")
+        assert seat
+        connection = Connection(seats, seat, config=config, server_state=ServerState(), app_state={})
         connection.connection_made(_Transport(told))  # type: ignore[arg-type]
         for at in range(0, len(head), PIECE):
             connection.data_received(head[at : at + PIECE])
@@ -437,6 +443,7 @@ TARGETS = (
             lambda path=path: _entry(path),  # type: ignore[misc]
             lambda path=path, form=form: _seeds(path, form),  # type: ignore[misc]
             ATOMS,
+            job_limit,
         )
         for path, form, _ in BODIES
     ),

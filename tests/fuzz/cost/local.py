@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import anyio
 from zeroconf import DNSIncoming
 
 from cluster.coordinator.journal import Fsync, Journal
+from cluster.coordinator.records import HEADER
 from cluster.errors import MacpipeError
 from cluster.joining.forms import read_answer, read_ask, read_refusal
 from cluster.layers import parse_layers
@@ -142,6 +145,18 @@ def _journal() -> Entry:
     """A journal of any bytes, read by a coordinator that starts."""
     path = scratch("journal")
     return _of_file(path, lambda: Journal(path, Fsync.NEVER, lambda: NOW + 1).close())
+
+
+def _sealed_journal() -> Entry:
+    """The same, where each record's length and checksum are right: the input is the record's payload."""
+    path = scratch("journal")
+    prefix = struct.Struct(">II")
+
+    def read(data: bytes) -> None:
+        path.write_bytes(HEADER + prefix.pack(len(data), zlib.crc32(data)) + data)
+        Journal(path, Fsync.NEVER, lambda: NOW + 1).close()
+
+    return _on_a_thread(read)
 
 
 def _kept_journal() -> Entry:
@@ -303,5 +318,6 @@ TARGETS = (
     CostTarget("frame", "a header of 4 MiB", MAX_FRAME_HEADER_BYTES, 2, _frames, _frame_seeds, BYTES),
     CostTarget("frame-returned", "a header of 4 MiB", MAX_FRAME_HEADER_BYTES, 1, _returned, _frame_seeds, BYTES),
     CostTarget("journal", "32 MiB", 2 * JOURNAL_BYTES, 1, _journal, _journal_seeds, BYTES),
+    CostTarget("journal-record", "32 MiB", 2 * JOURNAL_BYTES, 1, _sealed_journal, _journal_seeds, BYTES),
     CostTarget("journal-kept", "32 MiB as written", KIB, 1, _kept_journal, _kept_seeds, ("[9,9,9,9]", "0", "9", ",")),
 )

@@ -15,12 +15,14 @@ from cluster.coordinator.checkpoint import Checkpoint
 from cluster.errors import MacpipeError
 from cluster.limits import MAX_PROMPT_CHARS, MAX_SMALL_FILE_BYTES, MIB
 from cluster.model.tokenizer import load_tokenizer
+from cluster.sandbox.tokenizer import SandboxedTokenizer
 from cluster.types import ChatMessage
 from fuzz.cost.recipe import Recipe
-from fuzz.cost.stand_in import model_folder, outcome_of, served
-from fuzz.cost.target import TAKEN, CostTarget, Entry
+from fuzz.cost.stand_in import LONG_CONTEXT, model_folder, outcome_of, served
+from fuzz.cost.target import TAKEN, CostTarget, Entry, job_limit, opening_limit
 from fuzz.targets.kept import scratch
 
+CHAT = [ChatMessage("user", "a" * 30 + "!")]
 MAX_TEMPLATE_BYTES = 18 * MIB
 MAX_TOKENIZER_BYTES = 24 * MIB
 
@@ -28,13 +30,13 @@ MAX_TOKENIZER_BYTES = 24 * MIB
 def _texts() -> Entry:
     async def take(text: bytes) -> str:
         try:
-            await intake.encoded(text.decode("utf-8", "replace"), served())
+            await intake.encoded(text.decode("utf-8", "replace"), served(), LONG_CONTEXT)
         except MacpipeError as e:
             return outcome_of(e)
         return TAKEN
 
     served()
-    return Entry(take)
+    return Entry(take, sandbox=True)
 
 
 def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], Entry]:
@@ -48,14 +50,14 @@ def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], 
         async def take(data: bytes) -> str:
             try:
                 change(folder, data)
+                text = SandboxedTokenizer(folder)
+                await text.open()
                 tokenizer = await anyio.to_thread.run_sync(load_tokenizer, folder)
-                checkpoint = Checkpoint(known.shape, tokenizer, known.tensors, known.found)
-                said = await converse(
-                    [ChatMessage("user", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!")], ChatOptions(), None, checkpoint
-                )
+                checkpoint = Checkpoint(known.shape, tokenizer, known.tensors, known.found, text)
+                said = await converse(CHAT, ChatOptions(), None, checkpoint, LONG_CONTEXT)
             except MacpipeError as e:
                 return outcome_of(e)
-            return TAKEN if len(said.prompt) < MAX_PROMPT_CHARS else "!! a prompt beyond every bound"
+            return TAKEN if said.count <= LONG_CONTEXT else "!! a prompt beyond every bound"
 
         return Entry(take)
 
@@ -220,6 +222,7 @@ TARGETS = (
         _texts,
         _spoken,
         ("a", " ", "\u00e9", "\n", "9", "<|user|>", "\u0301"),
+        job_limit,
     ),
     CostTarget(
         "model-template",
@@ -229,6 +232,7 @@ TARGETS = (
         _of_model("chat_template.jinja", _template_file),
         _templates,
         JINJA_ATOMS,
+        opening_limit,
     ),
     CostTarget(
         "model-tokenizer",
@@ -238,6 +242,7 @@ TARGETS = (
         _of_model("tokenizer.json", _tokenizer_file),
         _tokenizers,
         TOKENIZER_ATOMS,
+        opening_limit,
     ),
 )
 assert MAX_TOKENIZER_BYTES < MAX_SMALL_FILE_BYTES

@@ -37,7 +37,7 @@ def build(recipe: Recipe) -> bytes:
         case "cat":
             return b"".join(map(build, rest))
         case "rep":
-            return build(rest[1]) * rest[0]
+            return build(rest[1]) * rest[0] if rest[0] else b""
         case "each":
             before, after = build(rest[1]), build(rest[2])
             return b"".join(b"%b%x%b" % (before, number, after) for number in range(rest[0]))
@@ -115,7 +115,7 @@ def filled(recipe: Recipe, limit: int) -> Recipe:
         count = int(largest[1] * wanted) if wanted < 1 or largest[1] > 64 else max(largest[1] + 1, largest[1] * 2)
         if count == largest[1]:
             break
-        largest[1] = max(0, count)
+        largest[1] = min(max(1, count), limit)  # what is repeated may be nothing
     return made if size(made) <= limit else ""
 
 
@@ -169,7 +169,8 @@ def worsened(recipe: Recipe, rng: Random, others: Sequence[Recipe], atoms: Seque
         if not places or len(places) > MAX_NODES:
             return _wrapped(made, rng)
         holder, at = rng.choice(places)
-        holder[at] = _changed(holder[at], rng, others, atoms)
+        changed = _changed(holder[at], rng, others, atoms)
+        holder[at] = json.loads(json.dumps(changed))  # a copy: what was lent may be changed next
     return made
 
 

@@ -7,13 +7,16 @@ stand-in for what is behind its servicer here, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 
+from cluster.api.byte_budget import ByteBudget
 from cluster.api.cluster import Cluster
 from cluster.api.inference import Inference
+from cluster.api.message_bounds import MessageBounds
 from cluster.coordinator.controls import _facts
 from cluster.errors import MacpipeError
 from cluster.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
@@ -30,11 +33,13 @@ from cluster.worker.control import Control
 from cluster.worker.profiles import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from fuzz.cost.recipe import Recipe, filled, varint
-from fuzz.cost.stand_in import Aborted, Context, Passed, desk, model_folder, outcome_of
-from fuzz.cost.target import TAKEN, CostTarget, Entry
+from fuzz.cost.stand_in import PASSED, Aborted, Context, Passed, desk, model_folder, outcome_of
+from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
 from fuzz.targets.kept import scratch
 
 AT_ONCE = 16
+PUBLIC = tuple(s for f in (inference_pb2, cluster_pb2) for s in f.DESCRIPTOR.services_by_name.values())
+"""Services before which messages are counted."""
 FILES = (inference_pb2, cluster_pb2, worker_pb2, store_pb2)
 DEPTH = 3
 """Messages within messages that the seeds go down."""
@@ -67,12 +72,12 @@ class _Nothing:
     hello = None
 
     async def ask(self, *given: object) -> None:
-        raise Passed("there is no engine here")
+        raise Passed(PASSED)
 
     def reset(self, why: str) -> None: ...
 
     async def stage(self, *given: object) -> Any:
-        raise Passed("there is no engine here")
+        raise Passed(PASSED)
         yield
 
 
@@ -111,25 +116,32 @@ SERVICES: Mapping[str, Callable[[_Methods], None]] = {
 }
 
 
-def _entry(service: str, method: str) -> Entry:
+def _entry(service: ServiceDescriptor, method: str) -> Entry:
     methods = _Methods()
-    SERVICES[service](methods)
-    handler = methods.found[method]
+    SERVICES[service.name](methods)
+    bounds = MessageBounds(PUBLIC, ByteBudget(), lambda context: context.peer())
+    details: Any = SimpleNamespace(method=f"/{service.full_name}/{method}")
+
+    async def known(details: object) -> Any:
+        return methods.found[method]
 
     async def take(data: bytes) -> str:
+        handler = await bounds.intercept_service(known, details)
         try:
-            request = handler.request_deserializer(data)
+            request = handler.request_deserializer(data) if handler.request_deserializer else data
             if handler.response_streaming:
                 async for reply in handler.unary_stream(request, Context()):
                     handler.response_serializer(reply)
             else:
                 handler.response_serializer(await handler.unary_unary(request, Context()))
         except Aborted as e:
-            return TAKEN if "stand-in" in e.details or "no engine" in e.details else e.code.name
+            if SANDBOX_CLOSED in e.details:
+                return SANDBOX_CLOSED
+            return TAKEN if PASSED in e.details else e.code.name
         except DecodeError:
             return "no message"
         except MacpipeError as e:
-            return TAKEN if isinstance(e, Passed) else f"!! {outcome_of(e)} was not told to the caller"
+            return f"!! {outcome_of(e)} was not told to the caller"
         return TAKEN
 
     return Entry(take)
@@ -282,9 +294,10 @@ def _targets() -> Iterator[CostTarget]:
                     "a message of 16 MiB",
                     MAX_CONTROL_BYTES,
                     AT_ONCE,
-                    lambda s=service.name, m=method.name: _entry(s, m),  # type: ignore[misc]
+                    lambda s=service, m=method.name: _entry(s, m),  # type: ignore[misc]
                     lambda m=method: {**seeds_of(m.input_type), **_more(m.name)},  # type: ignore[misc]
                     ATOMS,
+                    job_limit,
                 )
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.api.desk import Desk
 from cluster.api.metrics import Metrics
+from cluster.chat import ChatOptions
 from cluster.coordinator.checkpoint import Checkpoint
 from cluster.coordinator.grammars import GrammarCheck
 from cluster.errors import Busy, MacpipeError, RequestNotFound
-from cluster.grammar import Grammar
+from cluster.grammar import Grammar, GrammarKind
 from cluster.limits import MAX_SCHEMA_BYTES
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
-from cluster.types import Request
+from cluster.sandbox.tokenizer import SandboxedTokenizer, TextService, Tokenized
+from cluster.types import ChatMessage, Request
+from fuzz.cost.target import SANDBOX_CLOSED, TAKEN
 from fuzz.targets.asked import served as plain_model
 from fuzz.targets.kept import scratch
 
@@ -44,6 +48,10 @@ PASSED = "the stand-in takes nothing"
 
 class Passed(Busy):
     """The input came through every check."""
+
+
+class NeedsSandbox(Busy):
+    """The input came to where it is tokenized or compiled, and no sandbox is open."""
 
 
 class Coordinator:
@@ -85,13 +93,19 @@ class Coordinator:
 
 
 def desk() -> Desk:
-    """The real desk, over the stand-in; the model's tokenizer and its compiler of grammars are ready."""
-    served().tokenizer.grammars()
+    """The real desk, over the stand-in."""
+    served()
     return Desk(Coordinator(), Metrics())  # type: ignore[arg-type]
 
 
+_callers = itertools.count()
+
+
 class Context:
-    """Of a gRPC call: what handlers ask of it. A call that is aborted raises its error."""
+    """Of a gRPC call: what handlers ask of it. Each is another client's. A call that is aborted raises its error."""
+
+    def __init__(self) -> None:
+        self._peer = f"ipv4:10.0.0.{next(_callers)}:5"
 
     def auth_context(self) -> dict[str, list[bytes]]:
         return {}
@@ -103,7 +117,7 @@ class Context:
         return ()
 
     def peer(self) -> str:
-        return "ipv4:127.0.0.1:5"
+        return self._peer
 
     async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         raise Aborted(code, details, trailing_metadata)
@@ -118,8 +132,10 @@ class Aborted(Exception):
 
 
 def outcome_of(error: MacpipeError) -> str:
-    """A typed error's name."""
-    return type(error).__name__
+    """A typed error's name, where it is one."""
+    if isinstance(error, NeedsSandbox):
+        return SANDBOX_CLOSED
+    return TAKEN if isinstance(error, Passed) else type(error).__name__
 
 
 @functools.cache
@@ -133,9 +149,51 @@ def model_folder() -> Path:
     return folder
 
 
+class LateSandbox(TextService):
+    """The real sandbox once it was opened, which takes a second. Before, every call raises ``NeedsSandbox``."""
+
+    def __init__(self) -> None:
+        self._text: SandboxedTokenizer | None = None
+
+    async def open(self) -> None:
+        """Start the processes for prompts and for grammars. They end with this process."""
+        text = SandboxedTokenizer(model_folder())
+        await text.open()
+        await text.check_grammar(Grammar(GrammarKind.REGEX, "a"))
+        self._text = text
+
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
+        return await self._opened().encode(text, max_tokens, texts=texts)
+
+    async def converse(
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions,
+        grammar: Grammar | None,
+        max_tokens: int,
+        *,
+        texts: bool = False,
+    ) -> Tokenized:
+        return await self._opened().converse(messages, options, grammar, max_tokens, texts=texts)
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        await self._opened().check_grammar(grammar)
+
+    async def close(self) -> None: ...
+
+    def _opened(self) -> SandboxedTokenizer:
+        if self._text is None:
+            raise NeedsSandbox(SANDBOX_CLOSED)
+        return self._text
+
+
+SANDBOX = LateSandbox()
+"""One for each process: measurements are forks."""
+
+
 @functools.cache
 def served() -> Checkpoint:
     """The same, as a coordinator knows it, with a context that every prompt fits."""
     plain = plain_model()
     shape = replace(plain.shape, max_context=LONG_CONTEXT)
-    return Checkpoint(shape, load_tokenizer(model_folder()), plain.tensors, plain.found)
+    return Checkpoint(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX)

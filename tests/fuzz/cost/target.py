@@ -4,24 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from cluster.limits import (
+    MIB,
+    SANDBOX_CPU_S,
+    SANDBOX_CPU_S_PER_MIB,
+    SANDBOX_MEMORY_BYTES,
+    SANDBOX_MEMORY_PER_BYTE,
+    SANDBOX_OPEN_CPU_S,
+    SANDBOX_OPEN_MEMORY_BYTES,
+)
+from fuzz.cost.measure import CPU_S, MEMORY_MIB
 from fuzz.cost.recipe import Recipe
 
 TAKEN = "taken"
 """The outcome of an input that was not refused."""
+SANDBOX_CLOSED = "the sandbox is closed"
+"""The outcome of an input that has to be measured with an open sandbox, and was not."""
 KEPT_OUT = "kept out"
 """The outcome of one that an entry before refuses."""
+
+
+Limit: TypeAlias = tuple[float, float]
+"""Seconds, and MiB."""
+
+
+def fixed_limit(size: int) -> Limit:
+    """What any input may cost."""
+    return CPU_S, MEMORY_MIB
+
+
+def job_limit(size: int) -> Limit:
+    """What the sandbox allows a job for an input of ``size`` bytes."""
+    cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
+    return cpu_s, (SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size) / MIB
+
+
+def opening_limit(size: int) -> Limit:
+    """What it allows the loading of a model's tokenizer."""
+    return SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES / MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An entry that is ready. ``take`` handles an input as the daemon does, on the running loop; what became of it:
-    ``TAKEN``, a typed error's name, or an HTTP status. ``warm`` does what is done once, before any input; ``lets_in``
-    says whether the input comes so far, where another entry is before this one. Neither counts.
+    ``TAKEN``, a typed error's name, or an HTTP status. ``lets_in`` says whether the input comes so far, where another
+    entry is before this one; that does not count. ``sandbox``: every input is measured with an open sandbox.
     """
 
     take: Callable[[bytes], Awaitable[str]]
-    warm: Callable[[], Awaitable[None]] | None = None
+    sandbox: bool = False
     lets_in: Callable[[bytes], Awaitable[bool]] | None = None
 
 
@@ -41,3 +74,5 @@ class CostTarget:
     prepare: Callable[[], Entry]
     seeds: Callable[[], Mapping[str, Recipe]]
     atoms: tuple[Recipe, ...] = ()
+    children: Callable[[int], Limit] = fixed_limit
+    """What child processes may cost for an input of so many bytes."""
