@@ -13,6 +13,7 @@ import h11
 from google.protobuf.message import DecodeError, Message
 
 from cluster.api import intake
+from cluster.api.byte_budget import ByteBudget
 from cluster.api.cluster import _order
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
@@ -179,6 +180,7 @@ class _Desk:
     accounts = None
     coordinator = _Nobody()
     metrics = Metrics()
+    bodies = ByteBudget()
 
     async def ask(self, request: object, checkpoint: object) -> object:
         raise Busy("nothing is taken here")
