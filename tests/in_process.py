@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.chat import ChatMessage, ChatOptions
-from cluster.grammar import Grammar
+from cluster.core.request import ChatMessage, ChatOptions, Grammar
 from cluster.model.tokenizer import Tokenizer
-from cluster.sandbox.child import Worker
-from cluster.sandbox.messages import CheckGrammar, Converse, Encode, Job, Limits, Prompt
+from cluster.sandbox.child import JobRunner
+from cluster.sandbox.job_messages import CheckGrammar, Converse, Encode, Job, Limits, PromptReply
 from cluster.sandbox.tokenizer import TextService, Tokenized, tokenized
 
 NO_LIMITS = Limits(1e6, 1 << 40, 1e6)
@@ -18,7 +17,7 @@ class InProcess(TextService):
     """Does what ``SandboxedTokenizer`` does, on the event loop."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._worker = Worker(tokenizer)
+        self._worker = JobRunner(tokenizer)
 
     async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
         return self._done(Encode(text, max_tokens, texts, NO_LIMITS))
@@ -42,5 +41,5 @@ class InProcess(TextService):
 
     def _done(self, job: Job) -> Tokenized:
         reply = self._worker.do(job)
-        assert isinstance(reply, Prompt)
+        assert isinstance(reply, PromptReply)
         return tokenized(reply)

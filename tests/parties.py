@@ -15,10 +15,10 @@ from cryptography import x509
 
 from cluster.coordinator.identity import identity as coordinator_identity
 from cluster.security.authority import Authority
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.members import Members
-from cluster.security.mutual import ClusterTrust
+from cluster.security.mtls import ClusterTrust
 from cluster.security.roles import Party, Role
 from cluster.worker.identity import identity as worker_identity
 

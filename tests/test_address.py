@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.address import format_address, parse_address
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
+from cluster.core.text import format_address, parse_address
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def dynamic_import(call: ast.Call) -> str:
 
 
 def room_of(module: str) -> str:
-    """``cluster.wire.frame`` is in ``wire``; the package itself is in the room without a name."""
+    """``cluster.wire.frame_codec`` is in ``wire``; the package itself is in the room without a name."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -169,7 +169,7 @@ def test_help_starts_without_mlx() -> None:
 
 
 BROKEN = {
-    "types.py": ("import cluster.wire.frame", "(floor 0) imports wire"),
+    "types.py": ("import cluster.wire.frame_codec", "(floor 0) imports wire"),
     "wire/frame.py": ("def f():\n    import asyncio", ":2: wire is pure and imports asyncio"),
     "placement/solve.py": ("from os.path import join", "placement is pure and imports os"),
     "scheduler/plan.py": ("from cluster.wire import frame", "scheduler (floor 1) imports wire (floor 1)"),
@@ -185,7 +185,7 @@ BROKEN = {
     "helpers.py": ("", "helpers is on no floor"),
 }
 SOUND = {
-    "wire/__init__.py": "from cluster import __version__\nfrom . import frame\nfrom cluster.frames import Frame",
+    "wire/__init__.py": "from cluster import __version__\nfrom . import frame\nfrom cluster.core.frames import Frame",
     "worker/engine.py": "from cluster.model import stage\nfrom .daemon import start\nimport asyncio",
     "client/__init__.py": "from cluster.transport.channel import connect\nfrom cluster.client.sync import Client",
     "cli/main.py": "import cluster.api.http\nfrom ..coordinator import loop",

@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from cluster import macos
+from cluster.platform import macos
 
 DISPLAYS = json.dumps(
     {
@@ -75,6 +75,6 @@ def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_that_is_not_there_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
-    assert macos._said("no-such-command-anywhere") == ""
-    assert macos._said("false") == ""
-    assert macos._said("echo", "7") == "7\n"
+    assert macos._run_command("no-such-command-anywhere") == ""
+    assert macos._run_command("false") == ""
+    assert macos._run_command("echo", "7") == "7\n"

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from cluster.limits import LAG_FLOOR_S, LAG_WINDOW_S, MAX_LAG_S
-from cluster.macos import seconds_of
-from cluster.overload import TimerLag, processor_seconds
+from cluster.core.limits import LAG_FLOOR_S, LAG_WINDOW_S, MAX_LAG_S
+from cluster.platform.macos import seconds_of
+from cluster.platform.overload import TimerLag, processor_seconds
 
 
 class Clock:

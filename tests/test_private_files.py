@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import DiskFull, InvalidOption
-from cluster.idfile import held_id
-from cluster.private_files import protect_home, replace_file
-from cluster.security.folder import ClusterFolder
+from cluster.core.errors import DiskFull, InvalidOption
+from cluster.platform.paths import hold_id
+from cluster.platform.private_files import protect_home, replace_file
+from cluster.security.cluster_folder import ClusterFolder
 from disks import FailingDisk
 
 
@@ -31,7 +31,7 @@ def mode(path: Path) -> int:
 def test_every_folder_on_the_way_is_closed_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     home = tmp_path / "a" / "home"
     protect_home(home)
-    with held_id(home / "workers" / "mac"):
+    with hold_id(home / "workers" / "mac"):
         pass
     assert [oct(mode(p)) for p in (tmp_path / "a", *(tmp_path / "a").rglob("*")) if mode(p) & 0o077] == []
 
@@ -82,13 +82,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, failing_disk: Fa
 @pytest.mark.parametrize("room", [0, 5])
 def test_an_id_that_does_not_fit_on_the_disk_is_no_id(tmp_path: Path, failing_disk: FailingDisk, room: int) -> None:
     failing_disk.room = room
-    with pytest.raises(OSError, match="No space left"), held_id(tmp_path / "w"):
+    with pytest.raises(OSError, match="No space left"), hold_id(tmp_path / "w"):
         pass
     assert (tmp_path / "w" / "id").read_bytes() == b""
     failing_disk.room = None
-    with held_id(tmp_path / "w") as made:
+    with hold_id(tmp_path / "w") as made:
         assert len(made) == 16
-    with held_id(tmp_path / "w") as again:
+    with hold_id(tmp_path / "w") as again:
         assert again == made
 
 
@@ -96,7 +96,7 @@ def test_an_id_is_not_read_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("")
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "id").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic links"), held_id(tmp_path / "w"):
+    with pytest.raises(OSError, match="symbolic links"), hold_id(tmp_path / "w"):
         pass
     assert (tmp_path / "victim").read_text() == ""
 

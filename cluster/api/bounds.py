@@ -1,10 +1,10 @@
-"""What one request may hold and cost, in HTTP and in gRPC, each with its reason; ``cluster.limits`` has the rest."""
+"""What one request may hold and cost, in HTTP and in gRPC, each with its reason; ``cluster.core.limits`` has the rest."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from cluster.limits import KIB, MAX_MESSAGES, MIB
+from cluster.core.limits import KIB, MAX_MESSAGES, MIB
 
 MAX_INTAKE_BYTES: Final = 96 * MIB
 """Bytes of all requests under way, arrived or still arriving; one client gets at most half of it."""

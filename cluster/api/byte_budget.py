@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Final
 
 from cluster.api.bounds import FREE_BODY_BYTES, MAX_INTAKE_BYTES
-from cluster.errors import Busy
-from cluster.limits import MIB, RETRY_AFTER_S
+from cluster.core.errors import Busy
+from cluster.core.limits import MIB, RETRY_AFTER_S
 
 _CODE: Final = "too_many_bytes"
 

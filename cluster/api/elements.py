@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Final
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES
-from cluster.errors import TooLarge
-from cluster.limits import KIB
+from cluster.core.errors import TooLarge
+from cluster.core.limits import KIB
 
 _STEP: Final = 64 * KIB
 """Bytes looked at in one go, so that no step takes longer than a few milliseconds."""

@@ -18,8 +18,8 @@ from grpc import aio
 
 from cluster.api.bounds import MAX_FIELDS, MAX_PROMPT_IDS
 from cluster.api.byte_budget import ByteBudget
-from cluster.errors import InvalidRequest, MacpipeError, TooLarge
-from cluster.transport.status import abort
+from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
+from cluster.transport.rich_errors import abort
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"

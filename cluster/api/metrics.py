@@ -10,11 +10,12 @@ from prometheus_client.registry import Collector
 
 from cluster import __version__
 from cluster.coordinator.journal import Journal
+from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.snapshot import ServingState
-from cluster.coordinator.views import LoopView
-from cluster.errors import Aborted, MacpipeError
+from cluster.core.errors import Aborted, MacpipeError
+from cluster.core.plan import Plan
+from cluster.core.request import FinishEvent
 from cluster.scheduler.sequence import Phase
-from cluster.types import FinishEvent, Plan
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -38,7 +39,7 @@ class Metrics:
             "macpipe_time_per_output_token_seconds", "Mean of each answer.", buckets=_TPOT_S, registry=registry
         )
 
-    def finished(self, event: FinishEvent) -> None:
+    def count_finished(self, event: FinishEvent) -> None:
         """A whole answer."""
         self._requests.labels(event.reason.value).inc()
         usage = event.usage
@@ -50,15 +51,15 @@ class Metrics:
         if usage.completion_tokens > 1:
             self._tpot.observe(event.tpot_ms / 1e3)
 
-    def ended(self, error: MacpipeError) -> None:
+    def count_error(self, error: MacpipeError) -> None:
         """A request that was refused, or ended early."""
         self._requests.labels(error.reason.lower()).inc()
 
-    def abandoned(self) -> None:
+    def count_abandoned(self) -> None:
         """A request whose client went away."""
         self._requests.labels(Aborted.reason.lower()).inc()
 
-    def responded(self, route: str, status: int) -> None:
+    def count_response(self, route: str, status: int) -> None:
         """An HTTP response; ``route`` is the pattern, so that labels stay few. Status 0: the client had gone."""
         self._responses.labels(route, str(status or 499)).inc()
 

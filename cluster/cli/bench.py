@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.errors import InvalidOption
-from cluster.limits import MAX_QUEUE
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import MAX_QUEUE
 
 if TYPE_CHECKING:
-    from cluster.cli.crowd import Level, Trial
+    from cluster.cli.load_generator import LoadLevel, Trial
     from cluster.client import Client, ClusterState
 
 PROMPT: Final = 512
@@ -41,16 +41,16 @@ def bench(
     """
     with errors_in_json(json):
         asked = parse_users(users)
-        from cluster.cli.crowd import Trial, measure
+        from cluster.cli.load_generator import Trial, measure
         from cluster.client import Client
 
         with Client(coordinator, cluster=cluster) as client:
-            state, address = _served(client), client.address
-        trial = Trial(asked, _fitting(prompt, tokens, state.max_context), tokens, rounds)
+            state, address = _require_serving(client), client.address
+        trial = Trial(asked, _prompt_length(prompt, tokens, state.max_context), tokens, rounds)
         _announce(trial, state)
         report = measure(address, trial, _tell, cluster)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(report)
         else:
@@ -70,9 +70,9 @@ def parse_users(written: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _served(client: Client) -> ClusterState:
+def _require_serving(client: Client) -> ClusterState:
     from cluster.client import ServingState
-    from cluster.errors import NotServing
+    from cluster.core.errors import NotServing
 
     state = client.cluster()
     if state.state is not ServingState.SERVING:
@@ -81,7 +81,7 @@ def _served(client: Client) -> ClusterState:
     return state
 
 
-def _fitting(prompt: int | None, tokens: int, context: int) -> int:
+def _prompt_length(prompt: int | None, tokens: int, context: int) -> int:
     """Tokens of a prompt that leaves room for both turns. Raises InvalidOption where what was asked for does not."""
     room = context - 2 * tokens
     wanted = prompt or LEAST_PROMPT
@@ -106,7 +106,7 @@ def _announce(trial: Trial, state: ClusterState) -> None:
     )
 
 
-def _tell(level: Level) -> None:
+def _tell(level: LoadLevel) -> None:
     """One line of progress."""
     from cluster.cli.screen import note
 

@@ -10,8 +10,8 @@ from cluster.cli.screen import console, printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.cli.crowd import BenchReport, Level
-    from cluster.cli.speeds import Roofline
+    from cluster.cli.load_generator import BenchReport, LoadLevel
+    from cluster.cli.throughput import Roofline
 
 STAGES: Final = "Where a token's time goes, of answers alone. Idle: of the time in which the ring was in use."
 WORDS: Final = frozenset({"worker", "layers"})
@@ -44,7 +44,7 @@ def _roofline_words(report: BenchReport) -> str:
     return f"Compute of a token for {who}, beside the time to read the slice's weights once (floor) and the plan's own."
 
 
-def _prompts(levels: tuple[Level, ...]) -> Table:
+def _prompts(levels: tuple[LoadLevel, ...]) -> Table:
     shown = _numbers("users", "TTFT p50", "TTFT max", "TPOT p50", "TPOT p99", "tokens/s")
     for level in levels:
         t = level.prompts
@@ -53,7 +53,7 @@ def _prompts(levels: tuple[Level, ...]) -> Table:
     return shown
 
 
-def _answers(levels: tuple[Level, ...]) -> Table:
+def _answers(levels: tuple[LoadLevel, ...]) -> Table:
     shown = _numbers("users", "TPOT p50", "TPOT p99", "tokens/s", "kept")
     for level in levels:
         t = level.answers
@@ -62,7 +62,7 @@ def _answers(levels: tuple[Level, ...]) -> Table:
     return shown
 
 
-def _stages(levels: tuple[Level, ...]) -> Table:
+def _stages(levels: tuple[LoadLevel, ...]) -> Table:
     shown = _numbers("users", "stage", "worker", "layers", "compute", "wire", "wait", "idle")
     for level in levels:
         for i, stage in enumerate(level.stages):

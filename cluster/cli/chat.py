@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
-from cluster.errors import InvalidOption, NotServing
+from cluster.core.errors import InvalidOption, NotServing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.cli.conversation import Conversation
+    from cluster.cli.chat_session import ChatSession
     from cluster.client import Client, ClusterState, Options
 
 PROMPT: Final = "> "
@@ -51,17 +51,17 @@ def chat(
 
 def converse(client: Client, options: Options, system: str = "") -> None:
     """Talk until Ctrl-D, /quit or the end of standard input. Raises NotServing if no model is loaded."""
-    from cluster.cli.conversation import Conversation
+    from cluster.cli.chat_session import ChatSession
 
     state = client.cluster()
     if state.state != "serving":
         raise NotServing(state.problem or f"the coordinator at {client.address} serves no model; see `macpipe status`")
-    talk = Conversation(client, options, system)
+    talk = ChatSession(client, options, system)
     if sys.stdin.isatty():
         _greet(state)
         _talk_on_terminal(talk)
     else:
-        for line in _piped_lines():
+        for line in _read_piped_lines():
             if not talk.take(line):
                 return
 
@@ -75,10 +75,10 @@ def _greet(state: ClusterState) -> None:
         note(f"Try: {'  '.join(SUGGESTIONS)}")
 
 
-def _talk_on_terminal(talk: Conversation) -> None:
+def _talk_on_terminal(talk: ChatSession) -> None:
     """Ctrl-C ends an answer, or empties the line; an error ends a turn, not the conversation."""
     from cluster.cli.screen import note
-    from cluster.errors import MacpipeError
+    from cluster.core.errors import MacpipeError
 
     _edit_lines()
     while True:
@@ -104,7 +104,7 @@ def _edit_lines() -> None:
         return
 
 
-def _piped_lines() -> Iterator[str]:
+def _read_piped_lines() -> Iterator[str]:
     try:
         yield from (line.rstrip("\n") for line in sys.stdin)
     except UnicodeDecodeError:
@@ -112,9 +112,9 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _say_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
-    from cluster.cli.facts import print_json
+    from cluster.cli.answer_summary import in_facts
     from cluster.cli.generate import print_stream
-    from cluster.cli.summary import in_facts
+    from cluster.cli.json_output import print_json
 
     opening = [] if system is None else [("system", system)]
     with client.stream_chat([*opening, ("user", message)], **options) as stream:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cluster.cli.chat import BUNDLED, converse
-from cluster.limits import CANARY_TIMEOUT_S, CONNECT_TIMEOUT_S, DISCOVERY_TIMEOUT_S, ENGINE_START_TIMEOUT_S
+from cluster.core.limits import CANARY_TIMEOUT_S, CONNECT_TIMEOUT_S, DISCOVERY_TIMEOUT_S, ENGINE_START_TIMEOUT_S
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cluster.cli.fleet import Fleet
+    from cluster.cli.process_group import ProcessGroup
     from cluster.client import Client, ClusterState
 
 HOST: Final = "127.0.0.1"
@@ -36,23 +36,23 @@ def demo(
     import tempfile
     from pathlib import Path
 
-    from cluster.cli.fleet import Fleet, ending_on_signals, free_port
+    from cluster.cli.process_group import ProcessGroup, end_on_signals, free_port
     from cluster.cli.screen import note
-    from cluster.lifetime import accept_signals
+    from cluster.platform.process import accept_signals
 
     accept_signals()
     address = f"{HOST}:{free_port(HOST)}"
     with (
-        ending_on_signals(),
+        end_on_signals(),
         tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
-        Fleet(Path(folder)) as fleet,
+        ProcessGroup(Path(folder)) as fleet,
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
         cluster = start(fleet, Path(folder), workers, address)
         use(fleet, address, cluster, prompt, max_tokens)
 
 
-def use(fleet: Fleet, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
+def use(fleet: ProcessGroup, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
     """Talk with the coordinator once it serves. (Grpc is imported here: it does not like to fork.)"""
     from cluster.client import Client
 
@@ -64,7 +64,7 @@ def use(fleet: Fleet, address: str, cluster: str, prompt: str | None, max_tokens
             answer(client, state, prompt, max_tokens)
 
 
-def start(fleet: Fleet, folder: Path, workers: int, address: str) -> str:
+def start(fleet: ProcessGroup, folder: Path, workers: int, address: str) -> str:
     """Start every process; the name of their cluster. The coordinator finds the workers by mDNS on loopback."""
     import secrets
 
@@ -80,17 +80,17 @@ def start(fleet: Fleet, folder: Path, workers: int, address: str) -> str:
     return cluster
 
 
-def wait_until_serving(fleet: Fleet, client: Client) -> ClusterState:
+def wait_until_serving(fleet: ProcessGroup, client: Client) -> ClusterState:
     """Wait for the first model; raises MacpipeError when a process ends, loading fails, or time is up."""
     import time
 
-    from cluster.cli.fleet import POLL_S
-    from cluster.errors import DeadlineExceeded, MacpipeError
+    from cluster.cli.process_group import POLL_S
+    from cluster.core.errors import DeadlineExceeded, MacpipeError
 
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         fleet.check()
-        if listening(client.address):
+        if is_listening(client.address):
             state = client.cluster()
             if state.state == "serving":
                 return state
@@ -100,7 +100,7 @@ def wait_until_serving(fleet: Fleet, client: Client) -> ClusterState:
     raise DeadlineExceeded(f"the coordinator does not serve after {START_TIMEOUT_S:.0f} s")
 
 
-def listening(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Whether somebody accepts connections at ``address``."""
     import socket
 
@@ -123,9 +123,9 @@ def invite(client: Client, cluster: str, max_tokens: int | None) -> None:
 
 def answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | None) -> None:
     """Print the answer on stdout, and who gave it on stderr."""
+    from cluster.cli.answer_summary import in_words
     from cluster.cli.generate import print_stream
     from cluster.cli.screen import note
-    from cluster.cli.summary import in_words
 
     held = ", ".join(f"{stage.worker} layers {stage.layers}" for stage in state.stages)
     note(f"serving {state.model}: {held}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 
 
@@ -27,7 +27,7 @@ def drain(
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.drain(name, undo=undo)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(state)
             return

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
 
 if TYPE_CHECKING:
     from cluster.client import Client, Options, Stream
@@ -72,9 +72,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def _answer(
     client: Client, text: str, system: str | None, options: Options, *, raw: bool, json: bool, verbose: bool
 ) -> None:
-    from cluster.cli.facts import print_json
+    from cluster.cli.answer_summary import in_facts, in_words
+    from cluster.cli.json_output import print_json
     from cluster.cli.screen import note
-    from cluster.cli.summary import in_facts, in_words
 
     with _ask(client, text, system, options, raw=raw) as stream:
         if json:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.admit import Cluster, JoinHost, JoinPort
-from cluster.cli.edge import errors_in_json
-from cluster.cli.home import short_host_name
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.join_port import Cluster, JoinHost, JoinPort
 from cluster.cli.options import Json
-from cluster.home import state_home
+from cluster.platform.paths import short_host_name, state_home
 
 if TYPE_CHECKING:
-    from cluster.security.founding import Founded
+    from cluster.security.cluster_creation import CreatedCluster
     from cluster.security.tokens import JoinToken
 
 MAX_MACS = 64
@@ -38,12 +37,12 @@ def init(
     From then on every connection is encrypted, and only Macs that joined are heard. Prints what to type on the others.
     """
     from cluster.coordinator.identity import id_of as coordinator_id
-    from cluster.private_files import protect_home
-    from cluster.security.folder import ClusterFolder
-    from cluster.security.founding import found
-    from cluster.security.keys import Keys, KeyScope
+    from cluster.platform.private_files import protect_home
+    from cluster.security.cluster_creation import create_cluster
+    from cluster.security.cluster_folder import ClusterFolder
+    from cluster.security.keys import KeyScope, KeyStore
     from cluster.security.roles import Role
-    from cluster.security.tokens import Tokens
+    from cluster.security.tokens import TokenStore
     from cluster.worker.identity import id_of as worker_id
 
     with errors_in_json(json):
@@ -51,19 +50,19 @@ def init(
         protect_home(folder.home)
         coordinator = coordinator_id(folder.home, cluster)
         ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, called), Role.ADMIN: coordinator}
-        made = found(folder, called, ids)
-        tokens = [Tokens(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
-        _, key = Keys(folder).create("first", KeyScope.ADMIN)
+        made = create_cluster(folder, called, ids)
+        tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
+        _, key = KeyStore(folder).create("first", KeyScope.ADMIN)
         _tell(folder.cluster, made, tokens, key, json)
         if tokens and wait:
-            from cluster.cli.admit import admit
+            from cluster.cli.join_port import admit
 
             raise typer.Exit(admit(folder, tokens, host, join_port))
 
 
-def _tell(cluster: str, made: Founded, tokens: list[JoinToken], key: str, json: bool) -> None:
+def _tell(cluster: str, made: CreatedCluster, tokens: list[JoinToken], key: str, json: bool) -> None:
     if json:
-        from cluster.cli.facts import print_json
+        from cluster.cli.json_output import print_json
 
         print_json({**_facts(cluster, made, tokens), "api_key": key})
     else:
@@ -71,13 +70,13 @@ def _tell(cluster: str, made: Founded, tokens: list[JoinToken], key: str, json: 
     sys.stdout.flush()
 
 
-def _facts(cluster: str, made: Founded, tokens: list[JoinToken]) -> dict[str, Any]:
+def _facts(cluster: str, made: CreatedCluster, tokens: list[JoinToken]) -> dict[str, Any]:
     here = [{"role": party.role.value, "name": party.name, "id": party.id} for party in made.parties]
     facts = {"cluster": cluster, "cluster_id": made.cluster_id, "fingerprint": made.fingerprint.hex(), "members": here}
     return facts | {"tokens": [{"id": token.id, "role": token.role.value, "token": token.text} for token in tokens]}
 
 
-def _headline(cluster: str, made: Founded) -> list[str]:
+def _headline(cluster: str, made: CreatedCluster) -> list[str]:
     who = [f"  {party.role:<12} {party.name}" for party in made.parties]
     return [f"cluster {cluster} is made, and this Mac leads it ({made.cluster_id}):", *who, ""]
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.edge import errors_in_json
-from cluster.cli.home import short_host_name
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Json
-from cluster.errors import InvalidOption
-from cluster.home import state_home
+from cluster.core.errors import InvalidOption
+from cluster.platform.paths import short_host_name, state_home
 from cluster.security.bounds import MAX_TOKEN_CHARS
 
 if TYPE_CHECKING:
@@ -60,12 +59,12 @@ def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -
 
     from cluster.cli.screen import note
     from cluster.joining.client import JoinOrder, join
-    from cluster.private_files import protect_home
-    from cluster.security.founding import own_name
+    from cluster.platform.private_files import protect_home
+    from cluster.security.cluster_creation import name_for_role
     from cluster.security.roles import Role
     from cluster.worker.identity import id_of
 
-    name = own_name(token.role, machine)
+    name = name_for_role(token.role, machine)
     protect_home(home)
     own_id = id_of(home, name) if token.role is Role.WORKER else secrets.token_hex(8)
     note(f"looking for the coordinator of cluster {token.cluster_id}" if not peer else f"asking {peer}")
@@ -73,7 +72,7 @@ def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -
 
 
 def _tell(joined: Joined, json: bool) -> None:
-    from cluster.cli.facts import print_json
+    from cluster.cli.json_output import print_json
     from cluster.cli.screen import note, printable
 
     if joined.warning:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Json
-from cluster.home import state_home
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
-    from cluster.security.keys import ApiKey, Keys, KeyScope
+    from cluster.security.keys import ApiKey, KeyScope, KeyStore
 
 BOUNDS: Final = ("requests/min", "tokens/min", "at once")
 key = typer.Typer(name="key", help="Make, show and revoke API keys of the cluster's HTTP.", no_args_is_help=True)
@@ -66,9 +66,9 @@ def create(
 
     with errors_in_json(json):
         limits = KeyLimits(requests_per_minute, tokens_per_minute, concurrency)
-        made, text = keys_of(cluster, home).create(name, checked_scope(scope), limits)
+        made, text = keys_of(cluster, home).create(name, check_scope(scope), limits)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(NewKey(**facts(made), key=text))
             return
@@ -80,9 +80,9 @@ def create(
 def show(cluster: InCluster = "default", home: Home = None, json: Json = False) -> None:
     """Show the keys, never their secrets."""
     with errors_in_json(json):
-        known = keys_of(cluster, home).everything()
+        known = keys_of(cluster, home).all_keys()
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json({"keys": [KeyFacts(**facts(one)) for one in known]})
         elif known:
@@ -102,18 +102,18 @@ def revoke(
     with errors_in_json(json):
         gone = keys_of(cluster, home).revoke(name)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(KeyFacts(**facts(gone)))
             return
         sys.stdout.write(f"{gone.name} ({gone.id}) is revoked\n")
 
 
-def keys_of(cluster: str, home: Path | None) -> Keys:
+def keys_of(cluster: str, home: Path | None) -> KeyStore:
     """The keys of a cluster that this Mac leads. Raises ``NoCluster``."""
-    from cluster.errors import NoCluster
-    from cluster.security.folder import ClusterFolder
-    from cluster.security.keys import Keys
+    from cluster.core.errors import NoCluster
+    from cluster.security.cluster_folder import ClusterFolder
+    from cluster.security.keys import KeyStore
 
     folder = ClusterFolder(state_home(home), cluster)
     if not folder.leads:
@@ -122,12 +122,12 @@ def keys_of(cluster: str, home: Path | None) -> Keys:
             " init`, or ask on the Mac where that was done. Without a cluster HTTP needs no key, but is for this Mac"
             " alone"
         )
-    return Keys(folder)
+    return KeyStore(folder)
 
 
-def checked_scope(given: str) -> KeyScope:
+def check_scope(given: str) -> KeyScope:
     """Raises ``InvalidOption``."""
-    from cluster.errors import InvalidOption
+    from cluster.core.errors import InvalidOption
     from cluster.security.keys import KeyScope
 
     try:

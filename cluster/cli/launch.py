@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.options import Json
-from cluster.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
-from cluster.home import state_home
-from cluster.limits import CONNECT_TIMEOUT_S
+from cluster.core.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
+from cluster.core.limits import CONNECT_TIMEOUT_S
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -81,12 +81,12 @@ def launch(
     elif json_wanted:
         typer.echo(json.dumps({"environment": dict(found.environment), "command": list(found.command)}))
     else:
-        typer.echo(shown(found))
+        typer.echo(shell_lines(found))
 
 
 def authority(cluster: str) -> Path | None:
     """The certificate of the cluster's authority, where this machine has it."""
-    from cluster.security.folder import ClusterFolder
+    from cluster.security.cluster_folder import ClusterFolder
 
     folder = ClusterFolder(state_home(), cluster)
     return folder.authority if folder.exists else None
@@ -120,7 +120,7 @@ def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
 def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnection:
     from http.client import HTTPConnection, HTTPSConnection
 
-    from cluster.address import parse_address
+    from cluster.core.text import parse_address
 
     host, port = parse_address(address)
     if not secure:
@@ -140,7 +140,7 @@ def trusting(client: Callable[[Served], Launch], served: Served) -> Launch:
     return replace(found, environment={**found.environment, **believed})
 
 
-def shown(found: Launch) -> str:
+def shell_lines(found: Launch) -> str:
     """Lines for a shell."""
     from shlex import join, quote
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.serve import (
     HowGood,
@@ -18,11 +18,10 @@ from cluster.cli.serve import (
     Model,
     TakeBack,
     Workers,
-    checked_kv_bits,
+    check_kv_bits,
 )
-from cluster.limits import MAX_STEP_MS
-from cluster.profiles import Objective
-from cluster.types import Route
+from cluster.core.limits import MAX_STEP_MS
+from cluster.core.plan import Objective, Route
 
 if TYPE_CHECKING:
     from cluster.client import ClusterState, Loading
@@ -48,7 +47,7 @@ def load(
     It takes the place of the model that is being served.
     """
     from cluster.client import Client
-    from cluster.layers import parse_layers
+    from cluster.core.text import parse_layers
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         if layers:
@@ -61,13 +60,13 @@ def load(
             max_context=max_context,
             lanes=lanes,
             max_step_ms=max_step_ms,
-            kv_bits=checked_kv_bits(kv_bits),
+            kv_bits=check_kv_bits(kv_bits),
             objective=objective,
             take_back=take_back,
         )
         state = follow(loading)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(state)
         else:
@@ -79,9 +78,9 @@ def load(
 
 def follow(loading: Loading) -> ClusterState:
     """Show a load's progress on stderr until it is done; returns the cluster's state."""
-    from cluster.cli.report import LoadBars
-    from cluster.client.calls import serving
-    from cluster.loads import LoadProgress
+    from cluster.cli.load_progress import LoadBars
+    from cluster.client.deadlines import require_serving
+    from cluster.core.plan import LoadProgress
 
     bars = LoadBars(sys.stderr)
     last: LoadProgress | ClusterState | None = None
@@ -91,4 +90,4 @@ def follow(loading: Loading) -> ClusterState:
                 bars.show(last)
     finally:
         bars.close()
-    return serving(last)
+    return require_serving(last)

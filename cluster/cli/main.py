@@ -16,7 +16,7 @@ from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
-from cluster.cli.edge import process_edge
+from cluster.cli.error_boundary import run_with_error_boundary
 from cluster.cli.generate import generate
 from cluster.cli.init import init
 from cluster.cli.join import join
@@ -86,7 +86,7 @@ def begin(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C."""
-    with process_edge():
+    with run_with_error_boundary():
         app(args=arguments, prog_name="macpipe")
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.admit import Cluster
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.join_port import Cluster
 from cluster.cli.options import Json
-from cluster.home import state_home
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from cluster.security.members import Member
@@ -26,7 +26,7 @@ def members(
 ) -> None:
     """Show who was admitted to the cluster that this Mac leads."""
     from cluster.security.authority import Authority
-    from cluster.security.folder import ClusterFolder
+    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.members import Members
 
     with errors_in_json(json):
@@ -34,7 +34,7 @@ def members(
         cluster_id, roster = Authority.load(folder).cluster_id, Members(folder)
         known = roster.everyone() if everyone else roster.current()
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json({"cluster": cluster, "cluster_id": cluster_id, "members": [_facts(one) for one in known]})
         else:

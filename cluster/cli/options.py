@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
 
 if TYPE_CHECKING:
     from cluster.client import Options

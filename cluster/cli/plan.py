@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, checked_kv_bits
-from cluster.errors import InvalidOption, Unreachable
-from cluster.home import state_home
-from cluster.limits import SETTLE_S
-from cluster.profiles import Objective
-from cluster.types import Route
+from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, check_kv_bits
+from cluster.core.errors import InvalidOption, Unreachable
+from cluster.core.limits import SETTLE_S
+from cluster.core.plan import Objective, Route
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from cluster.client import ModelPlan
@@ -58,7 +57,7 @@ def plan(
     With --json, layers are [first, first after]: [0, 27] are layers 0-26.
     """
     from cluster.coordinator.settings import LoadOrder
-    from cluster.layers import parse_layers
+    from cluster.core.text import parse_layers
 
     with errors_in_json(json):
         order = LoadOrder(
@@ -69,25 +68,25 @@ def plan(
             max_context=context,
             wait_s=max(wait, SETTLE_S),
             lanes=lanes,
-            kv_bits=checked_kv_bits(kv_bits),
+            kv_bits=check_kv_bits(kv_bits),
             objective=objective,
         )
         if assume is not None and (coordinator or peer):
             raise InvalidOption("give --assume, or --coordinator or --peer, not both", field="assume")
         if assume is not None:
-            made = assumed_plan(order, assume)
+            made = plan_assumed(order, assume)
         else:
-            made = coordinators_plan(order, layers or "", coordinator, cluster) or found_plan(
+            made = coordinators_plan(order, layers or "", coordinator, cluster) or plan_found(
                 order, cluster, tuple(peer or ())
             )
         show(made, json)
 
 
-def assumed_plan(order: LoadOrder, assume: str) -> ModelPlan:
+def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
     """For Macs that are known by their chips alone."""
-    from cluster.coordinator.planning import plan_for
+    from cluster.coordinator.offline_planner import plan_for
 
-    return _told(plan_for(order, assume, state_home()))
+    return _as_client_plan(plan_for(order, assume, state_home()))
 
 
 def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cluster: str) -> ModelPlan | None:
@@ -112,20 +111,20 @@ def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cl
             return None
 
 
-def found_plan(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:
+def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:
     """For the workers that this process finds."""
     import anyio
 
-    from cluster.coordinator.planning import plan_over_found
+    from cluster.coordinator.offline_planner import plan_over_found
 
-    return _told(anyio.run(plan_over_found, order, cluster, peers, state_home()))
+    return _as_client_plan(anyio.run(plan_over_found, order, cluster, peers, state_home()))
 
 
-def _told(made: object) -> ModelPlan:
+def _as_client_plan(made: object) -> ModelPlan:
     """A plan as a coordinator would tell it, so that both look alike."""
-    from cluster.api.replies import plan_reply
-    from cluster.client.replies import plan
-    from cluster.types import Plan
+    from cluster.api.proto_encoding import plan_reply
+    from cluster.client.proto_decoding import plan
+    from cluster.core.plan import Plan
 
     assert isinstance(made, Plan)
     return plan(plan_reply(made))
@@ -134,11 +133,11 @@ def _told(made: object) -> ModelPlan:
 def show(made: ModelPlan, json: bool) -> None:
     """On stdout: one JSON object, or a table and its reasons."""
     if json:
-        from cluster.cli.facts import print_json
+        from cluster.cli.json_output import print_json
 
         print_json(made)
         return
-    from cluster.cli.report import prospects, stage_table
+    from cluster.cli.load_progress import prospects, stage_table
     from cluster.cli.screen import console, printable
 
     screen = console(sys.stdout)

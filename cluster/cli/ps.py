@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = Fa
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.cluster()
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
             print_json({"requests": state.requests, **lanes, "stages": state.stages})

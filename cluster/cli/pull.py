@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Json
-from cluster.home import state_home
-from cluster.layers import parse_range
-from cluster.types import LayerRange
+from cluster.core.plan import LayerRange
+from cluster.core.text import parse_range
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from threading import Event
 
     from cluster.store.fetch import Fetch, Fetched
-    from cluster.store.store import Found
+    from cluster.store.store import FoundModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,14 @@ def pull(
     Only the byte ranges that are missing are fetched, and verified. A worker of this Mac finds them. What was
     interrupted goes on where it stopped. With --json, layers are [first, first after]: [0, 27] are layers 0-26.
     """
-    from cluster.cli.facts import print_json
+    from cluster.cli.json_output import print_json
     from cluster.cli.screen import bytes_in_words
     from cluster.store.store import Store
 
     with errors_in_json(json):
         wanted = parse_range(layers) if layers else None
         kept = state_home(home)
-        pulled = fetch(model, Store(kept).named(model), wanted, kept)
+        pulled = fetch(model, Store(kept).find_by_name(model), wanted, kept)
         if json:
             print_json(pulled)
         else:
@@ -66,46 +66,46 @@ def pull(
             sys.stdout.write(f"{part}: {bytes_in_words(pulled.bytes)} in {pulled.folder}\n")
 
 
-def fetch(model: str, found: Found, layers: LayerRange | None, home: Path) -> Pulled:
+def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) -> Pulled:
     """Fetch what is missing, with progress on stderr."""
     from threading import Event
 
     from cluster.model.checkpoint import open_checkpoint
+    from cluster.store.digest_manifest import DigestManifest
     from cluster.store.fetch import Fetch, Wanted
     from cluster.store.hub import Hub
-    from cluster.store.manifest import Manifest
 
     checkpoint = open_checkpoint(found.folder)
-    names = _needed(found.folder, model, layers) if layers else tuple(checkpoint.tensors)
+    names = _tensors_of_layers(found.folder, model, layers) if layers else tuple(checkpoint.tensors)
     came, commit = 0, ""
     if found.partial:
         origin = found.partial.origin
         commit, stop = origin.commit, Event()
         hub = Hub(origin.repo, commit) if origin.repo else None
-        manifest = Manifest(home, checkpoint.fingerprint)
+        manifest = DigestManifest(home, checkpoint.fingerprint)
         job = Fetch(found.partial, manifest, Wanted(names), hub=hub, stop=stop, what=model)
-        came = _followed(job, stop, model).hub
+        came = _run_with_progress(job, stop, model).hub
     size = sum(checkpoint.tensors[name].nbytes for name in names)
     return Pulled(model, str(found.folder), checkpoint.fingerprint, commit, layers, len(names), size, came)
 
 
-def _needed(folder: Path, model: str, layers: LayerRange) -> tuple[str, ...]:
-    from cluster.errors import InvalidOption
-    from cluster.model.provenance import tensor_map
-    from cluster.model.survey import survey
+def _tensors_of_layers(folder: Path, model: str, layers: LayerRange) -> tuple[str, ...]:
+    from cluster.core.errors import InvalidOption
+    from cluster.model.model_shape import read_shape
+    from cluster.model.tensor_map import tensor_map
 
-    shape = survey(folder, model, None)
+    shape = read_shape(folder, model, None)
     if layers.end > shape.layers:
         raise InvalidOption(f"--layers {layers}: {model} has layers 0-{shape.layers - 1}", field="layers")
     return tuple(sorted(tensor_map(folder, shape.shared).of(layers)))
 
 
-def _followed(job: Fetch, stop: Event, model: str) -> Fetched:
+def _run_with_progress(job: Fetch, stop: Event, model: str) -> Fetched:
     """Run the fetch on a thread, and show how far it is; Ctrl-C stops it between two pieces."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
-    from cluster.cli.report import PullBar
-    from cluster.limits import FETCH_TICK_S
+    from cluster.cli.load_progress import PullBar
+    from cluster.core.limits import FETCH_TICK_S
 
     bar = PullBar(sys.stderr, model)
     with ThreadPoolExecutor(1) as pool:

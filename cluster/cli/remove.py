@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.admit import Cluster
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.join_port import Cluster
 from cluster.cli.options import Json
-from cluster.home import state_home
+from cluster.platform.paths import state_home
 
 
 def remove(
@@ -26,7 +26,7 @@ def remove(
     without it. It can come back by a new token alone.
     """
     from cluster.security.authority import Authority
-    from cluster.security.folder import ClusterFolder
+    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.members import Members
 
     with errors_in_json(json):
@@ -34,7 +34,7 @@ def remove(
         Authority.load(folder)
         gone = Members(folder).remove(name)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json({"name": gone.name, "role": gone.role.value, "id": gone.id, "removed": gone.removed})
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
-from cluster.limits import GIB, KIB, MIB
+from cluster.core.limits import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,10 +71,10 @@ def note(text: str) -> None:
 
 def printable(text: str) -> str:
     """``text`` without the control characters by which it could write elsewhere on the screen."""
-    return "".join(c if c.isprintable() or c in _HARMLESS or c == " " else _shown(c) for c in text)
+    return "".join(c if c.isprintable() or c in _HARMLESS or c == " " else _visible(c) for c in text)
 
 
-def _shown(character: str) -> str:
+def _visible(character: str) -> str:
     """A stand-in for C0 and C1 controls; other unprintables (joiners in emoji) stay."""
     code = ord(character)
     return "�" if code < 32 or 127 <= code < 160 else character

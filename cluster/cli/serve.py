@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.address import parse_address
-from cluster.cli.admit import JoinPort
-from cluster.cli.lifeline import end_with_stdin
+from cluster.cli.join_port import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.open_files import allow_open_files
 from cluster.coordinator.journal import Fsync
-from cluster.errors import InvalidOption
-from cluster.home import state_home
-from cluster.layers import parse_layers
-from cluster.lifetime import accept_signals
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
-from cluster.profiles import Objective
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.core.plan import Objective, Route
+from cluster.core.text import parse_address, parse_layers
+from cluster.platform.paths import state_home
+from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 from cluster.security.bounds import DEFAULT_JOIN_PORT
-from cluster.types import Route
 
 if TYPE_CHECKING:
     from cluster.coordinator.settings import HttpSettings, ServeSettings
@@ -165,7 +161,7 @@ def serve(
         wait_s=wait,
         lanes=lanes,
         max_step_ms=max_step_ms,
-        kv_bits=checked_kv_bits(kv_bits),
+        kv_bits=check_kv_bits(kv_bits),
         objective=objective,
         max_schema_bytes=max_schema_bytes,
         take_back=take_back,
@@ -174,8 +170,8 @@ def serve(
 
 
 def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
-    from cluster.api.server import run
-    from cluster.cli.report import TerminalReport
+    from cluster.api.daemon import run
+    from cluster.cli.load_progress import TerminalReport
 
     accept_signals()
     survive_full_log()
@@ -220,7 +216,7 @@ def certificate_files(certificate: Path | None, key: Path | None) -> tuple[Path,
     return None
 
 
-def checked_kv_bits(bits: int) -> int:
+def check_kv_bits(bits: int) -> int:
     """``bits`` if caches can have as many; 0 leaves them as they are."""
     if bits not in (0, 4, 8):
         raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final
 
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.limits import FAR_OFF
+from cluster.core.limits import FAR_OFF
 from cluster.security.bounds import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.cluster()
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(state)
         else:
@@ -116,20 +116,20 @@ def headline(state: ClusterState) -> list[str]:
 
 def move_in_words(move: Repair) -> str:
     """Why layers are moved while requests go on, since when, and how long it should take."""
-    return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_expected(move)}"
+    return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_expected_text(move)}"
 
 
-def _expected(repair: Repair) -> str:
+def _expected_text(repair: Repair) -> str:
     return f", {repair.expected_seconds:.0f} s expected" if repair.expected_seconds else ""
 
 
 def repair_in_words(repair: Repair) -> str:
     """What is being done about a loss, since when, and how long it should take."""
-    expected = _expected(repair)
+    expected = _expected_text(repair)
     return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
 
 
-def _standing(worker: WorkerState) -> str:
+def _standing_text(worker: WorkerState) -> str:
     if worker.standing in ("suspect", "gone"):
         return f"{worker.standing} for {worker.silent_seconds:.0f} s"
     if not worker.reachable:
@@ -152,7 +152,7 @@ def _workers(state: ClusterState) -> Table:
             bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             used if worker.reachable else "-",
             *_decode_ms(held),
-            _standing(worker),
+            _standing_text(worker),
         )
     return shown
 

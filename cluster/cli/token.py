@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.admit import Cluster, JoinHost, JoinPort
-from cluster.cli.durations import duration_in_words, parse_duration
-from cluster.cli.edge import errors_in_json
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.join_port import Cluster, JoinHost, JoinPort
 from cluster.cli.options import Json
-from cluster.errors import InvalidOption
-from cluster.home import state_home
+from cluster.core.errors import InvalidOption
+from cluster.core.text import duration_in_words, parse_duration
+from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
-    from cluster.security.tokens import JoinToken, Token
+    from cluster.security.tokens import IssuedToken, JoinToken
 
 token = typer.Typer(
     name="token",
@@ -47,15 +47,15 @@ def create(
     A running `macpipe serve` on this Mac takes it; where none runs, stay with --wait.
     """
     from cluster.security.authority import Authority
-    from cluster.security.folder import ClusterFolder
-    from cluster.security.tokens import Tokens
+    from cluster.security.cluster_folder import ClusterFolder
+    from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
         folder, seconds = ClusterFolder(state_home(home), cluster), parse_duration(ttl, "--ttl")
-        made = Tokens(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
+        made = TokenStore(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
         _tell(made, seconds, json)
         if wait:
-            from cluster.cli.admit import admit
+            from cluster.cli.join_port import admit
 
             raise typer.Exit(admit(folder, [made], host, join_port))
 
@@ -67,15 +67,15 @@ def show(cluster: Cluster = "default", json: Json = False, home: Home = None) ->
     Until a day after their end.
     """
     from cluster.security.authority import Authority
-    from cluster.security.folder import ClusterFolder
-    from cluster.security.tokens import Tokens
+    from cluster.security.cluster_folder import ClusterFolder
+    from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
         Authority.load(folder)
-        known, now = Tokens(folder).all(), time.time()
+        known, now = TokenStore(folder).all_tokens(), time.time()
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json({"tokens": [_facts(one, now) for one in known]})
         elif known:
@@ -93,15 +93,15 @@ def revoke(
 ) -> None:
     """End a join token; who joined by it stays (see `macpipe remove`)."""
     from cluster.security.authority import Authority
-    from cluster.security.folder import ClusterFolder
-    from cluster.security.tokens import Tokens
+    from cluster.security.cluster_folder import ClusterFolder
+    from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
         Authority.load(folder)
-        ended = Tokens(folder).revoke(id)
+        ended = TokenStore(folder).revoke(id)
         if json:
-            from cluster.cli.facts import print_json
+            from cluster.cli.json_output import print_json
 
             print_json(_facts(ended, time.time()))
             return
@@ -122,7 +122,7 @@ def _tell(made: JoinToken, seconds: float, json: bool) -> None:
     from cluster.cli.screen import note
 
     if json:
-        from cluster.cli.facts import print_json
+        from cluster.cli.json_output import print_json
 
         facts = {"id": made.id, "role": made.role.value, "token": made.text, "cluster_id": made.cluster_id}
         print_json(facts | {"ttl_seconds": seconds})
@@ -132,12 +132,12 @@ def _tell(made: JoinToken, seconds: float, json: bool) -> None:
     sys.stdout.flush()
 
 
-def _facts(one: Token, now: float) -> dict[str, Any]:
+def _facts(one: IssuedToken, now: float) -> dict[str, Any]:
     times = {"created": one.issued, "expires": one.expires, "used": one.used, "revoked": one.revoked}
     return {"id": one.id, "role": one.role.value, "state": one.state(now).value, "member": one.user or None} | times
 
 
-def _table(known: tuple[Token, ...], now: float) -> None:
+def _table(known: tuple[IssuedToken, ...], now: float) -> None:
     from cluster.cli.screen import console, printable, table
 
     shown = table("token", "role", "made", "state")
@@ -147,15 +147,15 @@ def _table(known: tuple[Token, ...], now: float) -> None:
     console(sys.stdout).print(shown)
 
 
-def _state(one: Token, now: float) -> str:
-    from cluster.security.tokens import State
+def _state(one: IssuedToken, now: float) -> str:
+    from cluster.security.tokens import TokenState
 
     match one.state(now):
-        case State.OPEN:
+        case TokenState.OPEN:
             return f"open for {duration_in_words(one.expires - now)}"
-        case State.USED:
+        case TokenState.USED:
             return f"used by {one.user}"
-        case State.REVOKED if one.used is not None:
+        case TokenState.REVOKED if one.used is not None:
             return f"revoked; used by {one.user}"
         case ended:
             return ended.value

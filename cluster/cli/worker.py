@@ -7,14 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.home import short_host_name
-from cluster.cli.lifeline import end_with_stdin
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.open_files import allow_open_files
-from cluster.cli.sizes import parse_size
-from cluster.errors import InvalidOption
-from cluster.home import state_home
-from cluster.lifetime import accept_signals
+from cluster.core.errors import InvalidOption
+from cluster.core.text import parse_size
+from cluster.platform.paths import short_host_name, state_home
+from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"

@@ -6,16 +6,13 @@
         for piece in client.stream_chat([("user", "Who are you?")], max_tokens=64).texts():
             print(piece, end="", flush=True)
 
-Errors are the classes of ``cluster.errors``.
+Errors are the classes of ``cluster.core.errors``.
 """
 
-from cluster.chat import Tool, ToolCall, ToolCallDelta
-from cluster.client.answers import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
 from cluster.client.async_client import AsyncClient
-from cluster.client.async_stream import AsyncLoading, AsyncStream
+from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.client import Client
-from cluster.client.options import ChatKeywords, Options
-from cluster.client.state import (
+from cluster.client.cluster_state import (
     ClusterState,
     LiveRequest,
     ModelPlan,
@@ -25,10 +22,11 @@ from cluster.client.state import (
     StageState,
     WorkerState,
 )
-from cluster.client.stream import Loading, Stream
-from cluster.loads import LoadProgress
-from cluster.profiles import Forecast, Objective, Spare
-from cluster.types import ChatMessage, FinishReason, LayerRange, Route, StageFigures, Usage
+from cluster.client.options import ChatKeywords, Options
+from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.client.streams import Loading, Stream
+from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
+from cluster.core.request import ChatMessage, FinishReason, StageFigures, Tool, ToolCall, ToolCallDelta, Usage
 
 __all__ = [
     "AsyncClient",

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from grpc import aio
 
-from cluster.client import replies, requests
-from cluster.client.address import coordinator_address
-from cluster.client.answers import Completion, Model, Tokens
-from cluster.client.async_stream import AsyncLoading, AsyncStream
-from cluster.client.calls import answer_timeout_s, checked_timeout_s, failures_told
-from cluster.client.channel import means, trust_in
-from cluster.client.conversation import Turn
+from cluster.client import proto_decoding as replies
+from cluster.client import proto_encoding as requests
+from cluster.client.async_streams import AsyncLoading, AsyncStream
+from cluster.client.certificate_renewal import OwnRenewal
+from cluster.client.channel_setup import means, trust_in
+from cluster.client.chat_encoding import Turn
+from cluster.client.cluster_state import ClusterState, ModelPlan
+from cluster.client.coordinator_address import coordinator_address
+from cluster.client.deadlines import answer_timeout_s, check_timeout_s, failures_told
 from cluster.client.options import ChatKeywords, LoadOptions, Options
-from cluster.client.renewal import OwnRenewal
-from cluster.client.requests import Prompt
-from cluster.client.state import ClusterState, ModelPlan
-from cluster.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
+from cluster.client.proto_encoding import Prompt
+from cluster.client.results import Completion, Model, Tokens
+from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.v1.inference_pb2_grpc import InferenceServiceStub
@@ -40,14 +41,14 @@ class AsyncClient:
     or use ``async with``. In ``cluster``, else ``MACPIPE_CLUSTER``, else ``default``, it shows the certificate that
     this machine has there; without one it speaks with this machine alone. ``timeout_s`` bounds every call that brings
     no bound of its own; without it answers may take as long as they take, and other calls 10 s. Every method raises a
-    MacpipeError of ``cluster.errors``, and nothing of gRPC's.
+    MacpipeError of ``cluster.core.errors``, and nothing of gRPC's.
     """
 
     def __init__(
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
         self.address = coordinator_address(coordinator)
-        self._timeout_s = checked_timeout_s(timeout_s)
+        self._timeout_s = check_timeout_s(timeout_s)
         trust = trust_in(cluster)
         self._renewal = OwnRenewal(trust)
         self._credentials, self._grpc_options = means(trust, self.address)

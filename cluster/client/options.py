@@ -11,10 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from cluster.chat import Tool
-from cluster.errors import InvalidRequest
-from cluster.profiles import Objective
-from cluster.types import Route
+from cluster.core.errors import InvalidRequest
+from cluster.core.plan import Objective, Route
+from cluster.core.request import Tool
 from cluster.v1 import inference_pb2 as pb
 
 UINT32_MAX: Final = 2**32 - 1
@@ -111,7 +110,7 @@ def stop_options(options: Options) -> pb.StopOptions:
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     bound = options.get("max_tokens")
     return pb.StopOptions(
-        max_tokens=None if bound is None else whole("max_tokens", bound),
+        max_tokens=None if bound is None else whole_number("max_tokens", bound),
         stop=[text("stop", one) for one in strings],
         ignore_eos=switch("ignore_eos", options.get("ignore_eos") or False),
     )
@@ -165,7 +164,7 @@ def text(field: str, value: object) -> str:
     return value
 
 
-def whole(field: str, value: object, most: int = UINT32_MAX) -> int:
+def whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
     """``value`` if it is a whole number from 0 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{field} must be a whole number, not {value!r}", field=field)
@@ -176,7 +175,7 @@ def whole(field: str, value: object, most: int = UINT32_MAX) -> int:
 
 def seed(field: str, value: object) -> int:
     """``value`` if it is a seed: a whole number of 64 bits, without a sign."""
-    return whole(field, value, UINT64_MAX)
+    return whole_number(field, value, UINT64_MAX)
 
 
 def number(field: str, value: object) -> float:
@@ -197,13 +196,13 @@ def biases(field: str, value: object) -> dict[int, float]:
     """``value`` if it maps token ids to finite numbers."""
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{field} must map token ids to numbers, not {value!r}", field=field)
-    return {whole(field, token): number(field, bias) for token, bias in value.items()}
+    return {whole_number(field, token): number(field, bias) for token, bias in value.items()}
 
 
 SAMPLING_FIELDS: Final[Mapping[str, Callable[[str, object], Any]]] = {
     "temperature": number,
     "top_p": number,
-    "top_k": whole,
+    "top_k": whole_number,
     "min_p": number,
     "repetition_penalty": number,
     "presence_penalty": number,
@@ -211,5 +210,5 @@ SAMPLING_FIELDS: Final[Mapping[str, Callable[[str, object], Any]]] = {
     "logit_bias": biases,
     "seed": seed,
     "logprobs": switch,
-    "top_logprobs": whole,
+    "top_logprobs": whole_number,
 }

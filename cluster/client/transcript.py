@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.chat import ToolCall, ToolCallDelta
-from cluster.client import replies
-from cluster.client.answers import Choice, Completion, Finish, Prompt, Token
-from cluster.errors import MacpipeError, VersionMismatch
+from cluster.client import proto_decoding as replies
+from cluster.client.results import Choice, Completion, Finish, Prompt, Token
+from cluster.core.errors import MacpipeError, VersionMismatch
+from cluster.core.request import ToolCall, ToolCallDelta
 from cluster.v1 import inference_pb2
 
 Reply = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
@@ -43,7 +43,7 @@ class _Answer:
         return Choice(
             text=self.text,
             reasoning="".join(event.reasoning for event in self.said),
-            tool_calls=_whole([delta for event in self.said for delta in event.calls]),
+            tool_calls=_join_calls([delta for event in self.said for delta in event.calls]),
             tokens=tuple(token.token for token in self.tokens),
             events=tuple(self.tokens),
             finish_reason=finish.reason,
@@ -51,7 +51,7 @@ class _Answer:
         )
 
 
-def _whole(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
     """The calls that these pieces make up."""
     calls: dict[int, ToolCall] = {}
     for piece in deltas:

@@ -13,26 +13,26 @@ from dataclasses import replace
 
 import anyio
 
-from cluster.coordinator.answer import Answer
-from cluster.coordinator.checkpoint import Checkpoint, Reader
+from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.grammars import GrammarCheck
-from cluster.coordinator.journal import Journal, continued
-from cluster.coordinator.layout import Links, lay_out
-from cluster.coordinator.links import measured_links
-from cluster.coordinator.loop import EngineLoop
-from cluster.coordinator.recovery import Means, Recovery
-from cluster.coordinator.report import Both, LoadReport, Report
-from cluster.coordinator.roster import Member, Roster
-from cluster.coordinator.service import Service
+from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.journal import Journal, continue_request
+from cluster.coordinator.link_measurement import measure_links
+from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.model_reader import ModelInfo, ModelReader
+from cluster.coordinator.planner import Links, make_plan
+from cluster.coordinator.recovery import Recovery, ServiceDeps
+from cluster.coordinator.replan import Assignment, adoptable_plan
+from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
+from cluster.coordinator.request_timings import LoopTotals
+from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import Repair, ServingState, Snapshot
-from cluster.coordinator.succession import Heirs, standing
-from cluster.coordinator.supply import Supply
-from cluster.coordinator.tally import Totals
-from cluster.coordinator.views import LoopView
-from cluster.coordinator.watch import Watch
-from cluster.errors import (
+from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
     MacpipeError,
@@ -42,8 +42,7 @@ from cluster.errors import (
     StaleEpoch,
     WorkerLost,
 )
-from cluster.grammar import Grammar
-from cluster.limits import (
+from cluster.core.limits import (
     ADOPTION_LOOKS,
     CONTROL_TIMEOUT_S,
     EPOCH_TRIES,
@@ -54,11 +53,13 @@ from cluster.limits import (
     STATUS_ASK_S,
     STATUS_VIEW_S,
 )
+from cluster.core.plan import ModelShape, Plan
+from cluster.core.request import Grammar, Request
+from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
-from cluster.overload import Lag, no_lag
+from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
-from cluster.types import ModelShape, Plan, Request, WorkerFacts
 
 
 class Coordinator:
@@ -69,7 +70,7 @@ class Coordinator:
         cluster: str,
         roster: Roster,
         dialer: Dialer,
-        report: Report,
+        report: Reporter,
         store: Store,
         max_schema_bytes: int = MAX_SCHEMA_BYTES,
         epochs: EpochNumbers | None = None,
@@ -80,15 +81,15 @@ class Coordinator:
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
-        self._totals = Totals()
-        self._reader = Reader(store)
-        self._supply = Supply(store, roster)
+        self._totals = LoopTotals()
+        self._reader = ModelReader(store)
+        self._supply = WeightDistribution(store, roster)
         self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
-        self._service: Service | None = None
+        self._service: ModelService | None = None
         self._lag = lag
-        self._watch = Watch(roster, self._believed, self._alive, lag)
-        self._refreshing: asyncio.Task[tuple[Member, ...]] | None = None
+        self._watch = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
+        self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed; whoever waits clears it."""
 
@@ -102,20 +103,20 @@ class Coordinator:
             return ServingState.SERVING
         return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
 
-    def _believed(self, belief: Belief) -> None:
+    def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
         if belief.losses and belief.standing is Standing.UP:
             away = time.monotonic() - belief.lost_at[-1]
             self._report.problem(f"worker {belief.worker} is back after {away:.0f} s")
         if self._service:
-            self._service.believed(belief)
+            self._service.on_belief(belief)
 
     def _alive(self) -> Collection[str]:
         return self._service.alive() if self._service else ()
 
     # Loading
 
-    async def load(self, order: LoadOrder, follower: LoadReport | None = None) -> None:
+    async def load(self, order: LoadOrder, follower: LoadReporter | None = None) -> None:
         """Serve a model instead of what is being served.
 
         Raises ``MacpipeError``. What is being served stays until there are workers and a plan for the new model; where
@@ -123,7 +124,7 @@ class Coordinator:
         """
         if self._loading.locked():
             raise NotServing("another model is being loaded; wait for it to end")
-        report = Both(self._report, follower) if follower else self._report
+        report = BothReporters(self._report, follower) if follower else self._report
         async with self._loading:
             self.changed.set()
             try:
@@ -131,7 +132,7 @@ class Coordinator:
             finally:
                 self.changed.set()
 
-    async def _replace(self, order: LoadOrder, report: LoadReport) -> None:
+    async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
         checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
         try:
             await self._replace_with(checkpoint, order, report)
@@ -140,12 +141,12 @@ class Coordinator:
                 await checkpoint.close()
             raise
 
-    async def _replace_with(self, checkpoint: Checkpoint, order: LoadOrder, report: LoadReport) -> None:
+    async def _replace_with(self, checkpoint: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
         if self._service:
             await self._service.teach()  # what is loaded next is planned by what this one showed
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         found = await self._roster.gather(wanted, order.wait_s, report)
-        found, order = await self._standing(checkpoint, order, found)
+        found, order = await self._prefer_held_slices(checkpoint, order, found)
         number = self._epochs.next(m.facts.epoch for m in self._roster.members)
         plan = await self._lay_out(number, checkpoint.shape, found, order)
         report.planned(plan)
@@ -154,16 +155,18 @@ class Coordinator:
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         self._watch.start()
-        service = await self._opened(checkpoint, order, Heirs(plan, workers), report)
+        service = await self._opened(checkpoint, order, Assignment(plan, workers), report)
         service.loop.totals = self._totals
         service.loop.journal = self.journal
         self._service = service
 
-    async def _opened(self, checkpoint: Checkpoint, order: LoadOrder, heirs: Heirs, report: LoadReport) -> Service:
+    async def _opened(
+        self, checkpoint: ModelInfo, order: LoadOrder, heirs: Assignment, report: LoadReporter
+    ) -> ModelService:
         """A service that has answered a token. A worker that holds a newer epoch of ours is given a newer one still."""
-        means = Means(self._roster, self._watch, self._dialer, self._supply, self._epochs)
+        means = ServiceDeps(self._roster, self._watch, self._dialer, self._supply, self._epochs)
         for _ in range(EPOCH_TRIES):
-            service = Service(means, checkpoint, order, heirs, self._say)
+            service = ModelService(means, checkpoint, order, heirs, self._say)
             try:
                 await service.open(report.progress)
             except StaleEpoch as e:
@@ -180,20 +183,20 @@ class Coordinator:
         found = await self._roster.present(order.workers)
         return await self._lay_out(0, shape, found, order)
 
-    async def _lay_out(self, number: int, shape: ModelShape, found: Sequence[WorkerFacts], order: LoadOrder) -> Plan:
+    async def _lay_out(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
         """The plan over some of these workers, their links measured where speeds are known at all."""
         links: Links = {}
         if len(found) > 1 and all(w.profile.known for w in found):
-            links = await measured_links(found, [self._roster.control(w.control_address) for w in found])
-        return await anyio.to_thread.run_sync(lay_out, number, shape, found, order, links)
+            links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
+        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
 
-    async def _standing(
-        self, checkpoint: Checkpoint, order: LoadOrder, workers: tuple[WorkerFacts, ...]
-    ) -> tuple[tuple[WorkerFacts, ...], LoadOrder]:
+    async def _prefer_held_slices(
+        self, checkpoint: ModelInfo, order: LoadOrder, workers: tuple[WorkerInfo, ...]
+    ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
         """Prefer slices that workers hold for this coordinator since before it was started again, once all are seen."""
         for _ in range(ADOPTION_LOOKS):
             members = [m.facts for m in self._roster.members if not m.problem]
-            adopted = standing(checkpoint.shape, order, members)
+            adopted = adoptable_plan(checkpoint.shape, order, members)
             if adopted or not any(self._roster.owns(f) for f in members):
                 return adopted or (workers, order)
             await anyio.sleep(SETTLE_S)
@@ -231,22 +234,22 @@ class Coordinator:
 
     # Serving
 
-    def checkpoint(self, model: str) -> Checkpoint:
+    def checkpoint(self, model: str) -> ModelInfo:
         """The served model. Raises ``NotServing``, and ``ModelNotFound`` where another name is asked for."""
-        service = self._serving()
+        service = self._require_service()
         name = service.plan.model.name
         if model and model != name:
             raise ModelNotFound(f"no model {model} is served here; {name} is", field="model")
         return service.checkpoint
 
-    def _serving(self) -> Service:
+    def _require_service(self) -> ModelService:
         if self._service:
             return self._service
         if self._loading.locked():
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
-    async def accept(self, request: Request, checkpoint: Checkpoint) -> Answer:
+    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
         """``submit``, after making sure that the request's grammar can be enforced (see ``GrammarCheck``).
 
         Raises ``InvalidGrammar`` with the compiler's reason, and what ``submit`` raises.
@@ -255,35 +258,35 @@ class Coordinator:
             await self.check_grammar(request.sampling.grammar, checkpoint)
         return self.submit(request, checkpoint)
 
-    async def check_grammar(self, grammar: Grammar, checkpoint: Checkpoint) -> None:
+    async def check_grammar(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
         """Raises ``InvalidGrammar`` where it cannot be enforced (see ``GrammarCheck``)."""
         await self._grammars.check(grammar, checkpoint)
 
-    def submit(self, request: Request, checkpoint: Checkpoint) -> Answer:
+    def submit(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
         """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.
 
         Raises ``NotServing``, also where another model has been loaded since.
         """
-        service = self._serving()
+        service = self._require_service()
         if service.checkpoint is not checkpoint:
             raise NotServing("another model was loaded while the prompt was read; send it again")
         answer = _answer(service.loop, request)
         service.loop.submit(request, answer)
         return answer
 
-    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, Answer]:
+    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
         """Go on with an answer that a coordinator before this one had begun, from a token on: one for each sample, or
         one for all.
 
         Raises ``RequestNotFound`` where the journal has no such request of that client, ``InvalidRequest`` for another
         number of offsets than there are samples.
         """
-        service = self._serving()
+        service = self._require_service()
         kept = self.journal.take(request_id, client) if self.journal else None
         if kept is None:
             why = "" if self.journal else ": this coordinator keeps no journal; serve with --journal"
             raise RequestNotFound(f"there is no answer to {request_id} to go on with{why}")
-        said, skip = continued(kept, offsets)
+        said, skip = continue_request(kept, offsets)
         request = kept.request
         answer = _answer(service.loop, request)
         service.loop.submit(request, answer, said, skip)
@@ -292,7 +295,7 @@ class Coordinator:
     async def abort(self, request_id: str) -> None:
         """End a request wherever it is. Raises ``RequestNotFound``, ``DeadlineExceeded`` where the loop is stuck."""
         error = Aborted(f"the request {request_id} was aborted")
-        ended = self._serving().loop.end(request_id, error)
+        ended = self._require_service().loop.end(request_id, error)
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 was_live = await asyncio.wrap_future(ended)
@@ -319,7 +322,7 @@ class Coordinator:
             self._service.stays(worker)
             return
         try:
-            await self._service.moved_away(worker)
+            await self._service.move_away(worker)
         except MacpipeError:
             await control.drain(undo=True)
             raise
@@ -356,11 +359,11 @@ class Coordinator:
         plan, loop = self._service.plan if self._service else None, await self._view()
         return plan, loop
 
-    async def members(self) -> tuple[Member, ...]:
+    async def members(self) -> tuple[RosterEntry, ...]:
         """Every worker as it is known within ``STATUS_ASK_S``: from heartbeats while a model is served."""
         return await self._watch.everybody() if self._service else await self._refreshed()
 
-    async def _refreshed(self) -> tuple[Member, ...]:
+    async def _refreshed(self) -> tuple[RosterEntry, ...]:
         """The roster's members. All who ask at once share one look; it goes on where they do not wait for its end."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._roster.refresh())
@@ -383,6 +386,6 @@ def _repair(recovery: Recovery | None) -> Repair | None:
     return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)
 
 
-def _answer(loop: EngineLoop, request: Request) -> Answer:
+def _answer(loop: EngineLoop, request: Request) -> AnswerQueue:
     """One that ends its request where nobody reads it any more."""
-    return Answer(loop.post, lambda: loop.end(request.id, Aborted("the client went away")), request.samples)
+    return AnswerQueue(loop.post, lambda: loop.end(request.id, Aborted("the client went away")), request.samples)

@@ -9,22 +9,22 @@ from dataclasses import dataclass, replace
 
 import anyio
 
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.load import Progress, link_stages, load_slices
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.replan import holds
 from cluster.coordinator.ring import Ring, RingStage, StageLost
-from cluster.coordinator.succession import holds
-from cluster.coordinator.supply import Supply
-from cluster.errors import MacpipeError
-from cluster.limits import FAREWELL_S
-from cluster.loads import FetchOrder, LoadProgress
+from cluster.coordinator.slice_loading import Progress, link_stages, load_slices
+from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import FAREWELL_S
+from cluster.core.plan import FetchOrder, LoadProgress, Plan
+from cluster.core.worker import WorkerInfo
 from cluster.transport.streams import Dialer, Received
-from cluster.types import Plan, WorkerFacts
 
 log = logging.getLogger(__name__)
 
 _NOTHING = FetchOrder((), (), (), "", "")
-ControlOf = Callable[[str], WorkerControl]
+ControlOf = Callable[[str], WorkerClient]
 """The control plane of the worker at an address."""
 
 
@@ -33,18 +33,18 @@ class Epoch:
     """Slices that are loaded and linked. ``controls`` are those of ``workers``, in the plan's order."""
 
     plan: Plan
-    workers: tuple[WorkerFacts, ...]
+    workers: tuple[WorkerInfo, ...]
     stages: tuple[RingStage, ...]
-    controls: tuple[WorkerControl, ...]
+    controls: tuple[WorkerClient, ...]
 
 
 @dataclass(slots=True)
-class Opening:
+class EpochBuilder:
     """How epochs are opened; ``progress`` is told on the event loop, ``received`` and ``lost`` on streams' threads."""
 
     dialer: Dialer
-    supply: Supply
-    checkpoint: Checkpoint
+    supply: WeightDistribution
+    checkpoint: ModelInfo
     control: ControlOf
     progress: Progress
     received: Received
@@ -52,7 +52,7 @@ class Opening:
     rate: float = 0.0
     """Bytes a second that the last load of weights read, over all workers; 0 before any."""
 
-    async def load(self, plan: Plan, workers: Sequence[WorkerFacts], only: Collection[str] | None = None) -> None:
+    async def load(self, plan: Plan, workers: Sequence[WorkerInfo], only: Collection[str] | None = None) -> None:
         """Make every worker, or ``only`` some, hold its slice; one that holds it already reads and proves nothing.
 
         Where ``only`` some are asked and none of them lacks anything, the coordinator's folder is not looked at either:
@@ -78,7 +78,7 @@ class Opening:
         for stage in plan.stages:
             self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
 
-    async def link(self, plan: Plan, workers: Sequence[WorkerFacts]) -> Epoch:
+    async def link(self, plan: Plan, workers: Sequence[WorkerInfo]) -> Epoch:
         """Connect stages that are loaded with each other. Raises ``MacpipeError``."""
         controls = self._controls(workers)
         return Epoch(plan, tuple(workers), await link_stages(plan, workers, controls), controls)
@@ -91,11 +91,11 @@ class Opening:
         self._tell(epoch.plan, "ready")
         return ring
 
-    def _controls(self, workers: Sequence[WorkerFacts]) -> tuple[WorkerControl, ...]:
+    def _controls(self, workers: Sequence[WorkerInfo]) -> tuple[WorkerClient, ...]:
         return tuple(self.control(w.control_address) for w in workers)
 
 
-async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
+async def farewell(epoch: int, controls: Sequence[WorkerClient]) -> None:
     """Ask workers to free the slices of an epoch or an older one; one that does not answer is left alone."""
     with anyio.move_on_after(FAREWELL_S):
         async with anyio.create_task_group() as tasks:
@@ -103,7 +103,7 @@ async def farewell(epoch: int, controls: Sequence[WorkerControl]) -> None:
                 tasks.start_soon(_unload, control, epoch)
 
 
-async def _unload(control: WorkerControl, epoch: int) -> None:
+async def _unload(control: WorkerClient, epoch: int) -> None:
     try:
         await control.unload(epoch, FAREWELL_S)
     except MacpipeError:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cluster.errors import StaleEpoch
-from cluster.private_files import make_private_folder, replace_file
+from cluster.core.errors import StaleEpoch
+from cluster.platform.private_files import make_private_folder, replace_file
 
 log = logging.getLogger(__name__)
 

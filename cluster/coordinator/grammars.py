@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.errors import InvalidGrammar
-from cluster.grammar import Grammar
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import InvalidGrammar
+from cluster.core.request import Grammar
 
 
 class GrammarCheck:
@@ -13,7 +13,7 @@ class GrammarCheck:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
 
-    async def check(self, grammar: Grammar, checkpoint: Checkpoint) -> None:
+    async def check(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
         """Raises ``InvalidGrammar``: too long, impossible to compile (with the reason), or too much work.
 
         Raises ``Busy`` where too many others wait.

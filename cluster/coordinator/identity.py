@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cluster.errors import InvalidOption
-from cluster.idfile import held_id, known_id
+from cluster.core.errors import InvalidOption
+from cluster.platform.paths import hold_id, read_id
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def id_of(home: Path, cluster: str) -> str:
     """The id of this machine's coordinator of ``cluster``, whether it runs or not; raises ``InvalidOption``."""
     folder = state_folder(home, cluster)
     try:
-        return known_id(folder)
+        return read_id(folder)
     except OSError as e:
         raise InvalidOption(f"cannot keep the coordinator's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
 
@@ -39,7 +39,7 @@ def identity(home: Path | None, cluster: str) -> Iterator[str]:
         found = ""
         if home is not None:
             try:
-                found = stack.enter_context(held_id(state_folder(home, cluster)))
+                found = stack.enter_context(hold_id(state_folder(home, cluster)))
             except OSError as e:
                 log.info("this coordinator has an id for this life alone: %s", e.strerror)
         yield found or secrets.token_hex(8)

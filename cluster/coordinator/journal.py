@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.coordinator.records import (
+from cluster.coordinator.request_records import (
     HEADER,
     as_data,
     from_data,
@@ -26,10 +26,16 @@ from cluster.coordinator.records import (
     token_ids,
     unpack_record,
 )
-from cluster.errors import InvalidRequest
-from cluster.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
-from cluster.private_files import create_private_file, make_private_folder, open_regular_file, sync_folder, write_all
-from cluster.types import Request
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
+from cluster.core.request import Request
+from cluster.platform.private_files import (
+    create_private_file,
+    make_private_folder,
+    open_regular_file,
+    sync_folder,
+    write_all,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +55,7 @@ class Fsync(StrEnum):
 
 
 @dataclass(slots=True)
-class Kept:
+class JournaledRequest:
     """A request that has not ended, and its answer so far, a list a sample: also of those that are complete, since the
     request is live until all are. ``at`` is the wall clock's seconds when it was last known to be live.
     """
@@ -78,8 +84,10 @@ class Journal:
         self.problem = ""
         """Why nothing is written now, as a sentence; empty while the journal is on."""
         self._before = {i: k for i, k in _read(path, clock()).items() if not self._expired(k)}
-        self._live: dict[str, Kept] = {}
-        self._records = {i: _opened(k) for i, k in self._before.items()}  # packed once: a long prompt takes a while
+        self._live: dict[str, JournaledRequest] = {}
+        self._records = {
+            i: _opened_record(k) for i, k in self._before.items()
+        }  # packed once: a long prompt takes a while
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
@@ -88,7 +96,7 @@ class Journal:
 
     # What a coordinator before this one left
 
-    def take(self, request_id: str, client: str) -> Kept | None:
+    def take(self, request_id: str, client: str) -> JournaledRequest | None:
         """A request that was not ended when the coordinator before this one died; None where there is none.
 
         It is its client's alone. It stays here until it was accepted again, or ``RESUME_S`` are over: who asks for it
@@ -97,18 +105,20 @@ class Journal:
         kept = self._before.get(request_id)
         return None if kept is None or kept.request.client != client or self._expired(kept) else kept
 
-    def _expired(self, kept: Kept) -> bool:
+    def _expired(self, kept: JournaledRequest) -> bool:
         return self._clock() - kept.at > RESUME_S
 
     # What this one does
 
-    def opened(self, request: Request, said: Said) -> None:
+    def record_opened(self, request: Request, said: Said) -> None:
         """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
         self._forget(request.id)
-        kept = Kept(replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples])
+        kept = JournaledRequest(
+            replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples]
+        )
         try:
             _require_plain(replace(kept.request, prompt=()))  # a prompt is token ids in any case
-            record = _opened(kept)
+            record = _opened_record(kept)
         except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request left out reason=%s request=%s", e, request.id)
             return
@@ -118,13 +128,13 @@ class Journal:
         self._live[request.id], self._records[request.id] = kept, record
         self._record(record)
 
-    def said(self, request_id: str, token: int, sample: int = 0) -> None:
+    def record_token(self, request_id: str, token: int, sample: int = 0) -> None:
         """A live request got a token."""
         if kept := self._live.get(request_id):
             kept.said[sample].append(token)
             self._record(pack_record(_SAID, request_id, token, sample))
 
-    def ended(self, request_id: str) -> None:
+    def record_ended(self, request_id: str) -> None:
         """A request is live no more."""
         if request_id in self._live:
             self._forget(request_id)
@@ -233,7 +243,7 @@ class Journal:
         self._file = -1
 
 
-def continued(kept: Kept, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
+def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
     """With what the answers of a request go on, and how many tokens of each its reader has.
 
     A token that may have ended its answer is computed anew, and so are those whose log-probabilities are yet to be
@@ -247,17 +257,17 @@ def continued(kept: Kept, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]
     return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
 
 
-def _opened(kept: Kept) -> bytes:
+def _opened_record(kept: JournaledRequest) -> bytes:
     """The record of a request and all that it has said; raises TypeError where a field is more than data."""
     return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
 
-def _read(path: Path, now: float) -> dict[str, Kept]:
+def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
     """Requests that have not ended; a file that is cut off or damaged counts up to there.
 
     What seems to have come after ``now``, since the clock went back, counts as of now.
     """
-    found: dict[str, Kept] = {}
+    found: dict[str, JournaledRequest] = {}
     try:
         with open_regular_file(path) as file:
             for record in read_records(file):
@@ -273,10 +283,10 @@ def _read(path: Path, now: float) -> dict[str, Kept]:
     return found
 
 
-def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> None:
+def _apply(found: dict[str, JournaledRequest], kind: int, request_id: str, *facts: Any) -> None:
     if kind == _OPENED:
         at, request, said = facts
-        found[request_id] = _require(Kept(from_data(request), at, said), request_id)
+        found[request_id] = _require(JournaledRequest(from_data(request), at, said), request_id)
     elif kind == _SAID:
         token, sample = facts
         found[request_id].said[sample].append(*token_ids([token]))
@@ -293,7 +303,7 @@ def _apply(found: dict[str, Kept], kind: int, request_id: str, *facts: Any) -> N
         raise ValueError("a record of no known kind")
 
 
-def _require(kept: Kept, request_id: object) -> Kept:
+def _require(kept: JournaledRequest, request_id: object) -> JournaledRequest:
     """What was read, where each field has the type that it was written with. Raises TypeError."""
     if kept.request.id != request_id:
         raise TypeError("a record is about another request than it was written with")
@@ -318,6 +328,6 @@ def _require_said(said: Any, samples: int) -> list[list[int]]:
 
 def _require_plain(request: Request) -> None:
     """Raise TypeError or ValueError for a request that is another one once it was written and read."""
-    record = _opened(Kept(request, 0.0))
+    record = _opened_record(JournaledRequest(request, 0.0))
     if from_data(unpack_record(record)[3]) != request:
         raise TypeError("it asks for more than the journal keeps")

@@ -13,21 +13,21 @@ from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.diagnosis import diagnose, hanging, is_excused, unservable
-from cluster.coordinator.epoch import Epoch, Opening
+from cluster.coordinator.canary import run_canary
+from cluster.coordinator.engine_loop import EngineLoop
+from cluster.coordinator.epoch import Epoch, EpochBuilder
 from cluster.coordinator.epoch_numbers import EpochNumbers
-from cluster.coordinator.layout import capacity
-from cluster.coordinator.loop import EngineLoop
-from cluster.coordinator.pace import Pace
-from cluster.coordinator.proof import prove
-from cluster.coordinator.roster import Member, Roster
+from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.planner import capacity
+from cluster.coordinator.replan import Assignment, holds, reassign_layers
+from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.succession import Heirs, heirs, holds
-from cluster.coordinator.supply import Supply
-from cluster.coordinator.watch import Watch
-from cluster.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
-from cluster.limits import (
+from cluster.coordinator.step_times import StepTimes
+from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.core.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
+from cluster.core.limits import (
     CANARY_TIMEOUT_S,
     CRASHES_S,
     ENGINE_CRASHES,
@@ -48,24 +48,24 @@ Troubles = asyncio.Queue[MacpipeError]
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class ServiceDeps:
     """What a service works with: the cluster's workers, and how to reach them."""
 
     roster: Roster
-    watch: Watch
+    watch: HeartbeatMonitor
     dialer: Dialer
-    supply: Supply
+    supply: WeightDistribution
     epochs: EpochNumbers
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class RecoveryContext:
     """The model that is served, and what keeps it going. ``troubles`` has what went wrong and was not looked into."""
 
-    means: Means
-    checkpoint: Checkpoint
+    means: ServiceDeps
+    checkpoint: ModelInfo
     order: LoadOrder
-    opening: Opening
+    opening: EpochBuilder
     loop: EngineLoop
     troubles: Troubles
 
@@ -73,7 +73,7 @@ class Site:
 class Recovery:
     """One way from ``epoch``, whose ring is lost, to the next. ``doing`` says in words what it is at."""
 
-    def __init__(self, site: Site, epoch: Epoch, cause: MacpipeError, without: Collection[str] = ()) -> None:
+    def __init__(self, site: RecoveryContext, epoch: Epoch, cause: MacpipeError, without: Collection[str] = ()) -> None:
         self._site, self._epoch = site, epoch
         self._without = set(without)
         """Who is given no layers: those who leave, who could not load theirs, or who cannot be reached."""
@@ -112,7 +112,7 @@ class Recovery:
                 self._try_otherwise(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
 
-    async def move(self, chosen: Heirs | None = None) -> Epoch:
+    async def move(self, chosen: Assignment | None = None) -> Epoch:
         """The same while the old ring still runs: slices are loaded first, and requests wait for the switch alone.
 
         Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere, and what a load raises. Raises the loss
@@ -137,7 +137,7 @@ class Recovery:
 
     async def _find_cause(self) -> None:
         """Ask everybody who held a stage; what hangs is killed, so that it can come back."""
-        members = await self._asked()
+        members = await self._ask_workers()
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members)
         log.warning("the ring of epoch %d is lost: %s", plan.epoch, self.cause.sentence)
@@ -145,30 +145,30 @@ class Recovery:
         if patience.overdue <= EXCUSES:  # an engine that was slow so often hangs, whatever it computes
             members = tuple(m for m in members if not is_excused(m))
         busy_ms = FRAME_FLOOR_S * 500 * patience.growth / 2
-        stuck = hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
+        stuck = find_hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
         mute = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
         for member in members:
             if member.facts.name == stuck or member.facts.name in mute:
                 await self._reset(member)
 
-    async def _reset(self, member: Member) -> None:
+    async def _reset(self, member: RosterEntry) -> None:
         self.cause = WorkerLost(f"the engine of worker {member.facts.name} hangs", worker=member.facts.name)
         try:
             await self._site.opening.control(member.facts.control_address).reset(self.cause.sentence)
         except MacpipeError as e:
             log.info("could not reset an engine: %s", e.sentence)
 
-    async def _asked(self) -> tuple[Member, ...]:
+    async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         mine = [s.worker for s in self._epoch.plan.stages]
-        return await self._site.means.watch.asked(mine, time.monotonic())
+        return await self._site.means.watch.ask(mine, time.monotonic())
 
     async def _try(self) -> Epoch:
-        members = await self._asked()
+        members = await self._ask_workers()
         self._await_engines(members)
         chosen = self._chosen(members)
         return await self._open(chosen)
 
-    def _await_engines(self, members: tuple[Member, ...]) -> None:
+    def _await_engines(self, members: tuple[RosterEntry, ...]) -> None:
         """Raise while a crashed engine is on its way back, unless it crashes all the time."""
         mine = {s.worker for s in self._epoch.plan.stages}
         for m in members:
@@ -181,12 +181,12 @@ class Recovery:
     def _elapsed(self) -> float:
         return time.monotonic() - self.began
 
-    def _chosen(self, members: tuple[Member, ...]) -> Heirs:
+    def _chosen(self, members: tuple[RosterEntry, ...]) -> Assignment:
         site, plan = self._site, self._epoch.plan
         number = site.means.epochs.next(m.facts.epoch for m in members)
-        return heirs(number, plan, site.checkpoint.shape, site.order, members, self._without)
+        return reassign_layers(number, plan, site.checkpoint.shape, site.order, members, self._without)
 
-    async def _open(self, chosen: Heirs) -> Epoch:
+    async def _open(self, chosen: Assignment) -> Epoch:
         site = self._site
         missing = [s for s, w in zip(chosen.plan.stages, chosen.workers, strict=True) if not holds(w, s)]
         self._missing_bytes = sum(s.weight_bytes for s in missing)
@@ -198,14 +198,16 @@ class Recovery:
         ring = await site.opening.connect(epoch)
         self.doing = "bringing live requests back"
         limits = capacity(chosen.plan, site.checkpoint.shape, site.order.max_step_ms)
-        pace = Pace(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
+        pace = StepTimes(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         site.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
         patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
-        await prove(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch, patience_s)
+        await run_canary(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch, patience_s)
         return epoch
 
-    async def _while_all_live(self, chosen: Heirs, load: Coroutine[Any, Any, None], *, ring_runs: bool = False) -> None:
+    async def _while_all_live(
+        self, chosen: Assignment, load: Coroutine[Any, Any, None], *, ring_runs: bool = False
+    ) -> None:
         """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed.
 
         While the old ring still runs (``ring_runs``), its loss ends the load too.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from cluster.errors import Unreachable
+from cluster.core.errors import Unreachable
+from cluster.core.plan import Route
 from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
-from cluster.types import Route
 
 StageLost = Callable[[int, str, str], None]
 """Told the epoch, a worker's name and a sentence when one of the coordinator's streams with it breaks."""
@@ -76,19 +76,19 @@ class Ring:
 
 
 def _feed(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
-    with _naming(stage):
+    with _map_errors(stage):
         return dialer.feed(stage.address, epoch, partial(lost, epoch, stage.worker), line, stage.party)
 
 
 def _pull(
     dialer: Dialer, epoch: int, stage: RingStage, received: Received, lost: StageLost, line: Line = Line.URGENT
 ) -> Subscription:
-    with _naming(stage):
+    with _map_errors(stage):
         return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)
 
 
 @contextmanager
-def _naming(stage: RingStage) -> Iterator[None]:
+def _map_errors(stage: RingStage) -> Iterator[None]:
     """Whoever cannot be reached is named."""
     try:
         yield

@@ -18,13 +18,13 @@ from typing import Final
 import anyio
 
 from cluster import __version__
-from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.report import LoadReport
+from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
+from cluster.core.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
+from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Source
-from cluster.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
-from cluster.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
 from cluster.security.trust import WORKER, Trust
-from cluster.types import WorkerFacts
 
 COPIED: Final = (
     "the state folder of one was copied from the other. Stop one of them, or start it with --home or MACPIPE_HOME set "
@@ -35,10 +35,10 @@ MLX_LM: Final = version("mlx-lm")
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class RosterEntry:
     """A worker that was seen: what it says of itself, or why it does not count."""
 
-    facts: WorkerFacts
+    facts: WorkerInfo
     problem: str = ""
     reachable: bool = True
     duplicate: bool = False
@@ -53,22 +53,22 @@ class Roster:
         self.instance = secrets.token_hex(8)
         self.trust = trust
         self._refreshing = anyio.Lock()
-        self._controls: dict[str, WorkerControl] = {}
-        self._pinned: dict[str, WorkerFacts] = {}
-        self.members: tuple[Member, ...] = ()
+        self._controls: dict[str, WorkerClient] = {}
+        self._pinned: dict[str, WorkerInfo] = {}
+        self.members: tuple[RosterEntry, ...] = ()
 
-    def pin(self, workers: Sequence[WorkerFacts]) -> None:
+    def pin(self, workers: Sequence[WorkerInfo]) -> None:
         """Keep asking these, who hold a stage, even where they are announced no more; in place of any before."""
         self._pinned = {w.control_address: w for w in workers}
 
-    async def refresh(self) -> tuple[Member, ...]:
+    async def refresh(self) -> tuple[RosterEntry, ...]:
         """Ask everybody who is announced, at once, to describe themselves; members by name."""
         async with self._refreshing:  # another's view of who is announced must not close what this one talks to
             return await self._refresh()
 
-    async def _refresh(self) -> tuple[Member, ...]:
+    async def _refresh(self) -> tuple[RosterEntry, ...]:
         addresses = self.addresses()
-        answers: dict[str, Member] = {}
+        answers: dict[str, RosterEntry] = {}
         async with anyio.create_task_group() as tasks:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
@@ -83,32 +83,32 @@ class Roster:
         """Where workers may be: what is announced, and who holds a stage."""
         return self._pinned.keys() | {s.address for s in self._source.current()}
 
-    async def _ask(self, address: str, answers: dict[str, Member]) -> None:
+    async def _ask(self, address: str, answers: dict[str, RosterEntry]) -> None:
         try:
             facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
             known = self._pinned.get(address) or _stranger(address)
-            answers[address] = Member(known, e.sentence, reachable=False)
+            answers[address] = RosterEntry(known, e.sentence, reachable=False)
         else:
             answers[address] = self.member(facts, problem)
 
-    def member(self, facts: WorkerFacts, problem: str) -> Member:
+    def member(self, facts: WorkerInfo, problem: str) -> RosterEntry:
         """A worker that answered. One that does not belong to the cluster is like one that is out of reach."""
         if stranger := self.stranger(facts):
-            return Member(facts, stranger, reachable=False)
-        return Member(facts, problem or self.objection(facts))
+            return RosterEntry(facts, stranger, reachable=False)
+        return RosterEntry(facts, problem or self.objection(facts))
 
-    def stranger(self, facts: WorkerFacts) -> str:
+    def stranger(self, facts: WorkerInfo) -> str:
         """Why a worker, whose certificate is fine, does not belong to the cluster; empty where it does."""
         members = self.trust.members
         if members is None or any(m.role == WORKER and m.id == facts.id for m in members.current()):
             return ""
         return f"{facts.name} was removed from the cluster {self._cluster}, or never admitted to it"
 
-    def _revoked(self) -> frozenset[int]:
+    def _revoked_serials(self) -> frozenset[int]:
         return self.trust.members.revoked() if self.trust.members else frozenset()
 
-    def objection(self, facts: WorkerFacts) -> str:
+    def objection(self, facts: WorkerInfo) -> str:
         """Why a worker that answered cannot be used; empty where it can."""
         theirs = facts.mlx_version.rpartition(" ")[2]
         if facts.cluster != self._cluster:
@@ -126,23 +126,23 @@ class Roster:
             )
         return ""
 
-    def has_other_owner(self, facts: WorkerFacts) -> bool:
+    def has_other_owner(self, facts: WorkerInfo) -> bool:
         """Whether another living coordinator of this one's id holds the worker, or did until a moment ago."""
         return facts.holder == self._coordinator and facts.holder_instance not in ("", self.instance)
 
-    def owns(self, facts: WorkerFacts) -> bool:
+    def owns(self, facts: WorkerInfo) -> bool:
         """Whether the worker holds a slice that this coordinator, or one before it of the same id, has given it."""
         return bool(facts.epoch) and facts.owner == self._coordinator
 
-    def control(self, address: str) -> WorkerControl:
+    def control(self, address: str) -> WorkerClient:
         """The control plane of the worker at an address."""
         if address not in self._controls:
-            self._controls[address] = WorkerControl(
-                self.trust, address, self._coordinator, self.instance, self._revoked
+            self._controls[address] = WorkerClient(
+                self.trust, address, self._coordinator, self.instance, self._revoked_serials
             )
         return self._controls[address]
 
-    async def gather(self, wanted: int | None, wait_s: float, report: LoadReport) -> tuple[WorkerFacts, ...]:
+    async def gather(self, wanted: int | None, wait_s: float, report: LoadReporter) -> tuple[WorkerInfo, ...]:
         """Wait until ``wanted`` usable workers are there, or more; with None, until one is and no more come for a
         moment. All that are there are returned: who of them is best, the plan says.
 
@@ -160,19 +160,19 @@ class Roster:
                 if taken := next((m for m in self.members if self.has_other_owner(m.facts)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
                         raise DuplicateId(taken.problem)
-                elif (wanted and len(usable) >= wanted) or (not wanted and usable and await self._settled()):
+                elif (wanted and len(usable) >= wanted) or (not wanted and usable and await self._wait_settled()):
                     return usable
                 await self._source.changed(SETTLE_S)
         raise self._nobody(wanted, wait_s)
 
-    async def present(self, wanted: int | None) -> tuple[WorkerFacts, ...]:
+    async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
         """The usable workers that are there now. Raises as ``gather`` does, without its wait."""
         usable = _usable(await self.refresh(), wanted)
         if len(usable) < (wanted or 1):
             raise self._nobody(wanted, 0.0)
         return usable
 
-    async def _settled(self) -> bool:
+    async def _wait_settled(self) -> bool:
         return not await self._source.changed(SETTLE_S)
 
     def _nobody(self, wanted: int | None, wait_s: float) -> MacpipeError:
@@ -202,7 +202,7 @@ class Roster:
         await self._forget(self._controls.keys())
 
 
-def _usable(members: Sequence[Member], wanted: int | None) -> tuple[WorkerFacts, ...]:
+def _usable(members: Sequence[RosterEntry], wanted: int | None) -> tuple[WorkerInfo, ...]:
     """Members without a problem, namesakes left out where ``wanted`` can be had without them.
 
     Raises ``DuplicateName`` or ``DuplicateId`` where it cannot.
@@ -220,22 +220,22 @@ def _usable(members: Sequence[Member], wanted: int | None) -> tuple[WorkerFacts,
     raise DuplicateName(f"two workers are named {name}, at {where}; start one of them with another --name")
 
 
-def _with_duplicates(members: Sequence[Member]) -> tuple[Member, ...]:
+def _with_duplicates(members: Sequence[RosterEntry]) -> tuple[RosterEntry, ...]:
     """The members, those with a problem that share an id with another process that answers."""
-    by_id: dict[str, list[Member]] = {}
+    by_id: dict[str, list[RosterEntry]] = {}
     for member in members:
         if member.reachable and member.facts.id:
             by_id.setdefault(member.facts.id, []).append(member)
     shared = {worker_id: found for worker_id, found in by_id.items() if len(found) > 1}
     return tuple(
-        Member(m.facts, shared_id([o.facts for o in shared[m.facts.id]]), duplicate=True)
+        RosterEntry(m.facts, shared_id([o.facts for o in shared[m.facts.id]]), duplicate=True)
         if m.reachable and m.facts.id in shared
         else m
         for m in members
     )
 
 
-def shared_id(workers: Sequence[WorkerFacts]) -> str:
+def shared_id(workers: Sequence[WorkerInfo]) -> str:
     """The problem of workers that have one id."""
     where = " and ".join(f"{f.name} at {f.control_address}" for f in workers)
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
@@ -245,9 +245,9 @@ def _other_version(name: str, what: str, theirs: str, ours: str) -> str:
     return f"{name} runs {what} {theirs}, this coordinator {ours}; install the same version on both"
 
 
-def _stranger(address: str) -> WorkerFacts:
+def _stranger(address: str) -> WorkerInfo:
     """A worker of which only the address is known."""
-    return WorkerFacts(
+    return WorkerInfo(
         id="",
         name=address,
         version="",

@@ -13,36 +13,47 @@ from collections.abc import Callable
 
 import anyio
 
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.controls import WorkerControl
-from cluster.coordinator.epoch import Epoch, Opening, farewell
-from cluster.coordinator.layout import capacity
-from cluster.coordinator.load import Progress
-from cluster.coordinator.loop import EngineLoop
-from cluster.coordinator.pace import Pace
-from cluster.coordinator.proof import prove
-from cluster.coordinator.recovery import Means, Recovery, Site, Troubles
+from cluster.coordinator.canary import run_canary
+from cluster.coordinator.engine_loop import EngineLoop
+from cluster.coordinator.epoch import Epoch, EpochBuilder, farewell
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.planner import capacity
+from cluster.coordinator.recovery import Recovery, RecoveryContext, ServiceDeps, Troubles
+from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.succession import Heirs, homecoming
-from cluster.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
-from cluster.limits import CONTROL_TIMEOUT_S, DRAIN_RETRY_S, HEARTBEAT_S, LEARN_S, MOVE_S, RECOVERY_PAUSE_S, STEADY_S
+from cluster.coordinator.slice_loading import Progress
+from cluster.coordinator.step_times import StepTimes
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
+from cluster.core.limits import (
+    CONTROL_TIMEOUT_S,
+    DRAIN_RETRY_S,
+    HEARTBEAT_S,
+    LEARN_S,
+    MOVE_S,
+    RECOVERY_PAUSE_S,
+    STEADY_S,
+)
+from cluster.core.plan import Plan
+from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.scheduler import Scheduler
-from cluster.types import Plan, WorkerFacts
 
 log = logging.getLogger(__name__)
 
 Said = Callable[[str], None]
 
 
-class Service:
+class ModelService:
     """``said`` is told a sentence whenever something happens that a person should know.
 
     ``recovery`` is what is being done about a loss; None while the model is served. ``move`` is one that was planned,
     for a worker that leaves or comes home, during which requests go on.
     """
 
-    def __init__(self, means: Means, checkpoint: Checkpoint, order: LoadOrder, first: Heirs, said: Said) -> None:
+    def __init__(
+        self, means: ServiceDeps, checkpoint: ModelInfo, order: LoadOrder, first: Assignment, said: Said
+    ) -> None:
         self._means, self._said, self._first = means, said, first
         self.checkpoint = checkpoint
         self._events = asyncio.get_running_loop()
@@ -55,7 +66,7 @@ class Service:
         limits = capacity(first.plan, checkpoint.shape, order.max_step_ms)
         scheduler = Scheduler(first.plan.epoch, limits, checkpoint.tokenizer.eos)
         tokenizer = checkpoint.tokenizer
-        pace = Pace(checkpoint.shape, first.plan.stages, [w.profile for w in first.workers])
+        pace = StepTimes(checkpoint.shape, first.plan.stages, [w.profile for w in first.workers])
         self.loop = EngineLoop(
             first.plan,
             scheduler,
@@ -81,22 +92,22 @@ class Service:
 
     async def open(self, progress: Progress) -> None:
         """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
-        opening = Opening(
+        opening = EpochBuilder(
             self._means.dialer,
             self._means.supply,
             self.checkpoint,
             self._control,
             progress,
-            self.loop.received,
-            self.loop.lost,
+            self.loop.on_message,
+            self.loop.on_stream_lost,
         )
-        self._site = Site(self._means, self.checkpoint, self._order, opening, self.loop, self._troubles)
+        self._site = RecoveryContext(self._means, self.checkpoint, self._order, opening, self.loop, self._troubles)
         plan, workers = self._first.plan, self._first.workers
         try:
             await opening.load(plan, workers)
             self._epoch = await opening.link(plan, workers)
             self.loop.start(await opening.connect(self._epoch))
-            await prove(self.loop, plan, self.checkpoint, self._troubles, self._means.watch)
+            await run_canary(self.loop, plan, self.checkpoint, self._troubles, self._means.watch)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))
@@ -113,7 +124,7 @@ class Service:
         await anyio.to_thread.run_sync(self.loop.stop, error)
         await farewell(self._means.epochs.last, [self._means.roster.control(a) for a in self._touched])
 
-    def _control(self, address: str) -> WorkerControl:
+    def _control(self, address: str) -> WorkerClient:
         self._touched.add(address)
         return self._means.roster.control(address)
 
@@ -123,7 +134,7 @@ class Service:
         """The loop's thread has lost its ring."""
         self._events.call_soon_threadsafe(self._troubles.put_nowait, cause)
 
-    def believed(self, belief: Belief) -> None:
+    def on_belief(self, belief: Belief) -> None:
         """A worker's standing has changed."""
         if belief.worker in self._holders() and belief.standing is Standing.GONE:
             cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
@@ -185,7 +196,7 @@ class Service:
         held = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
         self._said(f"{what} after {took:.1f} s ({recovery.cause.sentence}): {held}")
 
-    async def _carry_out(self, move: Recovery, chosen: Heirs | None = None) -> None:
+    async def _carry_out(self, move: Recovery, chosen: Assignment | None = None) -> None:
         """Move layers while requests go on; what goes wrong after the switch is a loss like any other.
 
         Raises what went wrong before it: then the old ring still runs.
@@ -205,7 +216,7 @@ class Service:
 
     # Workers that want to leave
 
-    async def moved_away(self, name: str) -> None:
+    async def move_away(self, name: str) -> None:
         """Return once a drained worker holds nothing.
 
         Raises ``NoPlan`` where its layers cannot go elsewhere, ``Aborted`` where the drain is undone, ``WorkerLost``
@@ -255,7 +266,7 @@ class Service:
     def _may_leave(self, name: str) -> bool:
         return time.monotonic() - self._refused_leave.get(name, -DRAIN_RETRY_S) >= DRAIN_RETRY_S
 
-    async def _move_from(self, leaver: WorkerFacts) -> None:
+    async def _move_from(self, leaver: WorkerInfo) -> None:
         assert self._epoch
         name = leaver.name
         cause = WorkerLost(f"worker {name} is being drained", worker=name)
@@ -274,7 +285,7 @@ class Service:
         if name not in self._holders():
             await self._release(leaver)
 
-    async def _cannot_leave(self, leaver: WorkerFacts, why: MacpipeError) -> None:
+    async def _cannot_leave(self, leaver: WorkerInfo, why: MacpipeError) -> None:
         """Nobody else can hold its layers. One that stops in any case goes once nobody waits for an answer."""
         name = leaver.name
         self._refused_leave[name] = time.monotonic()
@@ -298,19 +309,19 @@ class Service:
         number = self._means.epochs.next
         back = WorkerLost("workers that were lost take their layers back")
         try:
-            home = homecoming(number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
+            home = restore_plan(number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
             if home and self._epoch:
                 await self._carry_out(Recovery(self._site, self._epoch, back), home)
         except MacpipeError as e:
             self._no_return_before = time.monotonic() + DRAIN_RETRY_S
             self._said(f"workers that were lost cannot take their layers back: {e.sentence}")
 
-    async def _release(self, leaver: WorkerFacts) -> None:
+    async def _release(self, leaver: WorkerInfo) -> None:
         await farewell(self._means.epochs.last, [self._control(leaver.control_address)])
         self._end_leave(leaver.name)
 
 
-async def _learn(control: WorkerControl, fingerprint: str, ratio: float) -> None:
+async def _learn(control: WorkerClient, fingerprint: str, ratio: float) -> None:
     try:
         await control.learn(fingerprint, ratio)
     except MacpipeError as e:

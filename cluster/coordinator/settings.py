@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
-from cluster.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
-from cluster.profiles import Objective
+from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.core.plan import LayerRange, Objective, Route
 from cluster.security.bounds import DEFAULT_JOIN_PORT
-from cluster.types import LayerRange, Route
 
 
 @dataclass(frozen=True, slots=True)

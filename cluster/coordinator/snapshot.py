@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.ring import RingStage
-from cluster.coordinator.roster import Member
-from cluster.coordinator.views import LoopView
+from cluster.coordinator.roster import RosterEntry
+from cluster.core.plan import Plan
 from cluster.membership.suspicion import Belief
-from cluster.types import Plan
 
 
 class ServingState(StrEnum):
@@ -47,7 +47,7 @@ class Snapshot:
     problem: str
     plan: Plan | None
     ring: tuple[RingStage, ...]
-    members: tuple[Member, ...]
+    members: tuple[RosterEntry, ...]
     loop: LoopView | None
     finished: int
     tokens: int

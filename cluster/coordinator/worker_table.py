@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from cluster.coordinator.roster import Member, shared_id
-from cluster.limits import MAX_DEPARTED, REMEMBER_S, RESTART_S
+from cluster.coordinator.roster import RosterEntry, shared_id
+from cluster.core.limits import MAX_DEPARTED, REMEMBER_S, RESTART_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Entry:
     ``heard`` is the injected clock's seconds.
     """
 
-    member: Member
+    member: RosterEntry
     heard: float
     address: str
 
@@ -39,7 +39,7 @@ class WorkerTable:
     def __init__(self, gone: Callable[[str], bool]) -> None:
         self._gone = gone
         self._entries: dict[str, Entry] = {}
-        self._duplicates: dict[str, tuple[Member, float]] = {}
+        self._duplicates: dict[str, tuple[RosterEntry, float]] = {}
         self._asked: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
@@ -55,7 +55,7 @@ class WorkerTable:
         """The names that are asked at an address: one, or none."""
         return tuple(name for name, entry in self._entries.items() if entry.address == address)
 
-    def duplicates(self, now: float) -> tuple[Member, ...]:
+    def duplicates(self, now: float) -> tuple[RosterEntry, ...]:
         """Workers that answer under a name or an id that another living worker has, each with that problem.
 
         One that was started again is none, though its old address was asked last a moment ago.
@@ -84,7 +84,7 @@ class WorkerTable:
         entry = self._entries.get(name)
         return entry is not None and entry.heard < since and self.is_asked(name) and self._lives(name, entry)
 
-    def answered(self, address: str, member: Member, now: float) -> Change:
+    def answered(self, address: str, member: RosterEntry, now: float) -> Change:
         """Enter what answered at an address.
 
         A name, and an id, belong to the worker that has them until that one is not asked any more, or is gone: whoever
@@ -100,7 +100,7 @@ class WorkerTable:
             return Change(facts.name, replaced)
         return Change(self._answered_twice(address, member, rival, now), replaced)
 
-    def _rival(self, address: str, member: Member) -> Entry | None:
+    def _rival(self, address: str, member: RosterEntry) -> Entry | None:
         """The living worker at another address that has the name or the id of the one that answered."""
         facts = member.facts
         known = self._entries.get(facts.name)
@@ -110,7 +110,7 @@ class WorkerTable:
         living = {n: self._entries[n] for n in (facts.name, *(f.name for f in same)) if self.is_asked(n)}
         return next((e for n, e in living.items() if e.address != address and self._lives(n, e)), None)
 
-    def _answered_twice(self, address: str, member: Member, rival: Entry, now: float) -> str:
+    def _answered_twice(self, address: str, member: RosterEntry, rival: Entry, now: float) -> str:
         """The name that the answer speaks for where one worker has two addresses; empty where there are two workers."""
         facts, other = member.facts, rival.member.facts
         if (facts.id, facts.instance, facts.name) == (other.id, other.instance, other.name):
@@ -122,13 +122,13 @@ class WorkerTable:
         if facts.id and facts.id == other.id:
             problem = shared_id((other, facts))
         _, since = self._duplicates.get(address, (member, now))
-        self._duplicates[address] = Member(facts, problem, reachable=False, duplicate=True), since
+        self._duplicates[address] = RosterEntry(facts, problem, reachable=False, duplicate=True), since
         return ""
 
     def _replace(self, name: str, address: str, other: str) -> None:
         entry = self._entries[name]
         why = f"worker {name} is not at {address} any more: {other} answers there"
-        self._entries[name] = Entry(Member(entry.member.facts, why, reachable=False), entry.heard, "")
+        self._entries[name] = Entry(RosterEntry(entry.member.facts, why, reachable=False), entry.heard, "")
 
     def failed(self, address: str, problem: str) -> tuple[str, ...]:
         """Nobody answered at an address; the names that are asked there."""
@@ -136,7 +136,7 @@ class WorkerTable:
         names = self.at(address)
         for name in names:
             entry = self._entries[name]
-            self._entries[name] = replace(entry, member=Member(entry.member.facts, problem, reachable=False))
+            self._entries[name] = replace(entry, member=RosterEntry(entry.member.facts, problem, reachable=False))
         return names
 
     def _lives(self, name: str, entry: Entry) -> bool:

@@ -13,7 +13,7 @@ from typing import Final
 from zeroconf import Error
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-from cluster.discovery import txt
+from cluster.discovery import txt_record as txt
 from cluster.discovery.interfaces import Reach, interfaces, reach
 from cluster.discovery.multicast import FOLLOW_S, alongside, close_multicast, follow_interfaces, open_multicast
 

@@ -14,13 +14,13 @@ from typing import Final
 from zeroconf import Error, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from cluster.address import format_address
-from cluster.discovery import txt
-from cluster.discovery.interfaces import Interface, interfaces, preferred
+from cluster.core.limits import MAX_ROSTER
+from cluster.core.text import format_address
+from cluster.discovery import txt_record as txt
+from cluster.discovery.interfaces import Interface, interfaces, preferred_address
 from cluster.discovery.multicast import FOLLOW_S, alongside, close_multicast, follow_interfaces, open_multicast
-from cluster.discovery.roster import Roster
 from cluster.discovery.sighting import Sighting, Source
-from cluster.limits import MAX_ROSTER
+from cluster.discovery.sighting_table import SightingTable
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +39,14 @@ async def browse(cluster: str) -> AsyncIterator[Source]:
 
     Where multicast does not work this logs a warning and finds nothing.
     """
-    async with listening(cluster, txt.SERVICE, sighting_of, "look for workers") as source:
+    async with listen(cluster, txt.SERVICE, read_sighting, "look for workers") as source:
         yield source
 
 
 @contextlib.asynccontextmanager
-async def listening(cluster: str, service: str, read: Reader, purpose: str) -> AsyncIterator[Source]:
+async def listen(cluster: str, service: str, read: Reader, purpose: str) -> AsyncIterator[Source]:
     """As ``browse``, for announcements of ``service``, which ``read`` turns into sightings."""
-    roster = Roster()
+    roster = SightingTable()
     zeroconf = open_multicast(None, purpose)
     if zeroconf is None:
         yield roster
@@ -59,12 +59,12 @@ async def listening(cluster: str, service: str, read: Reader, purpose: str) -> A
         await close_multicast(zeroconf)
 
 
-def sighting_of(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sighting | None:
+def read_sighting(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sighting | None:
     """What a complete announcement says, or nothing when it is malformed or names no address that we could try."""
     if not info.port or len(info.text or b"") > MAX_TXT_BYTES:
         return None
     said = txt.read(info.properties)
-    host = preferred(info.parsed_scoped_addresses(), local)
+    host = preferred_address(info.parsed_scoped_addresses(), local)
     if said is None or not host:
         return None
     return Sighting(format_address(host, info.port), said.id, said.name, said.version, said.cluster)
@@ -77,9 +77,9 @@ class _Listener:
         self,
         zeroconf: AsyncZeroconf,
         cluster: str,
-        roster: Roster,
+        roster: SightingTable,
         service: str = txt.SERVICE,
-        read: Reader = sighting_of,
+        read: Reader = read_sighting,
     ) -> None:
         self._zeroconf = zeroconf
         self._service, self._read = service, read

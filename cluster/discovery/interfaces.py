@@ -13,8 +13,8 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip
 
 import ifaddr
 
-from cluster.errors import InvalidOption
-from cluster.macos import hardware_ports
+from cluster.core.errors import InvalidOption
+from cluster.platform.macos import hardware_ports
 
 LOOPBACK = "127.0.0.1"
 _VPN = ("utun", "tun", "tap", "wg", "ppp", "ipsec", "tailscale", "zt", "nordlynx")
@@ -131,7 +131,7 @@ def _senders(chosen: Iterable[Interface]) -> tuple[str, ...]:
     return tuple(str(a.ip) for i in chosen for a in i.addresses if a.version == 4)
 
 
-def preferred(addresses: Iterable[str], local: Iterable[Interface]) -> str:
+def preferred_address(addresses: Iterable[str], local: Iterable[Interface]) -> str:
     """The address to try: IPv4 of a subnet of ours, then IPv6, then any IPv4; loopback if that is all; else nothing.
 
     Of several subnets a wired one's goes before Wi-Fi's, and that before a tunnel's.

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import anyio
 
-from cluster.address import format_address, parse_address
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import MAX_ROSTER
+from cluster.core.text import format_address, parse_address
 from cluster.discovery.sighting import Sighting, Source
-from cluster.errors import InvalidOption
-from cluster.limits import MAX_ROSTER
 
 
-def static(peers: Sequence[str]) -> Source:
+def static_source(peers: Sequence[str]) -> Source:
     """The ``host:port`` addresses in the order given; raises InvalidOption for one that is none, or for too many."""
     addresses = dict.fromkeys(format_address(*parse_address(peer)) for peer in peers)
     if len(addresses) > MAX_ROSTER:
@@ -20,7 +20,7 @@ def static(peers: Sequence[str]) -> Source:
     return _Static(tuple(Sighting(address) for address in addresses))
 
 
-def merged(*sources: Source) -> Source:
+def merge_sources(*sources: Source) -> Source:
     """Every source's sightings in the order of the sources: one for each address, and the one with an id wins."""
     return _Merged(sources)
 

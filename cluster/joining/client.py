@@ -20,11 +20,19 @@ from typing import Final, TypeVar
 import anyio
 import httpx2
 
-from cluster.address import format_address, parse_address
-from cluster.discovery.joining import look_for_join
-from cluster.errors import Busy, ClockWrong, ForeignAuthority, InvalidOption, MacpipeError, TokenRefused, Unreachable
-from cluster.joining.forms import AUTHORITY, JOIN, Answer, Ask, read_answer, read_refusal
-from cluster.joining.search import search
+from cluster.core.errors import (
+    Busy,
+    ClockWrong,
+    ForeignAuthority,
+    InvalidOption,
+    MacpipeError,
+    TokenRefused,
+    Unreachable,
+)
+from cluster.core.text import format_address, parse_address
+from cluster.discovery.join_announcement import look_for_join
+from cluster.joining.coordinator_search import search
+from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, JoinRequest, read_answer, read_refusal
 from cluster.security.admission import clocks_in_words
 from cluster.security.authority import Stranger, authority_of
 from cluster.security.bounds import (
@@ -36,7 +44,7 @@ from cluster.security.bounds import (
     JOIN_TRY_S,
     MAX_JOIN_BYTES,
 )
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Party, Role, name_of
 from cluster.security.tokens import JoinToken
@@ -89,7 +97,7 @@ class Shown:
 
 async def join(order: JoinOrder) -> Joined:
     """Become a member; raises ``MacpipeError``. Everything that it waits for has an end."""
-    shown = await _pinned(order)
+    shown = await _find_pinned(order)
     folder = ClusterFolder(order.home, order.cluster or shown.authority.cluster)
     if folder.exists and folder.authority.read_bytes() != shown.authority.certificate:
         raise InvalidOption(
@@ -100,7 +108,7 @@ async def join(order: JoinOrder) -> Joined:
     pending = order.home / "clusters" / ".joining" / f"{order.token.id}.pem"
     key, csr = _request(folder, pending)
     try:
-        answer = await _admitted(order, shown, csr)
+        answer = await _request_admission(order, shown, csr)
     except TokenRefused:
         pending.unlink(missing_ok=True)  # no answer will come for this key
         raise
@@ -124,7 +132,7 @@ async def fetch_authority(address: str) -> Shown:
         raise ForeignAuthority(f"who answers at {address} is no macpipe coordinator that admits Macs ({e})") from e
 
 
-async def _pinned(order: JoinOrder) -> Shown:
+async def _find_pinned(order: JoinOrder) -> Shown:
     """The coordinator that the token was made by, found or named."""
 
     async def look(address: str) -> Shown:
@@ -159,9 +167,9 @@ async def _again_if_cut(call: Callable[[], Awaitable[T]]) -> T:
         await anyio.sleep(JOIN_RETRY_S)
 
 
-async def _admitted(order: JoinOrder, shown: Shown, csr: bytes) -> Answer:
+async def _request_admission(order: JoinOrder, shown: Shown, csr: bytes) -> JoinReply:
     """Post the request, again where the port is full or the line was cut: the same key gets the same answer."""
-    ask = Ask(
+    ask = JoinRequest(
         token=order.token.id,
         secret=order.token.secret.hex(),
         csr=csr.decode(),
@@ -172,7 +180,7 @@ async def _admitted(order: JoinOrder, shown: Shown, csr: bytes) -> Answer:
     return await _again_if_cut(lambda: _post(order, shown, ask))
 
 
-async def _post(order: JoinOrder, shown: Shown, ask: Ask) -> Answer:
+async def _post(order: JoinOrder, shown: Shown, ask: JoinRequest) -> JoinReply:
     context = ssl.create_default_context(cadata=shown.authority.certificate.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     name = name_of(Role.COORDINATOR, shown.authority.cluster_id)
@@ -180,7 +188,7 @@ async def _post(order: JoinOrder, shown: Shown, ask: Ask) -> Answer:
         async with _call(shown.address, context, JOIN_S, name) as caller:
             response, body = await caller("POST", JOIN, ask.model_dump_json().encode())
     except ssl.SSLCertVerificationError as e:
-        raise _unverified(e, shown, order.clock()) from None
+        raise _why_unverified(e, shown, order.clock()) from None
     if response.status_code != httpx2.codes.OK:
         raise read_refusal(body) or Unreachable(f"{shown.address} answers with {response.status_code}")
     try:
@@ -189,7 +197,7 @@ async def _post(order: JoinOrder, shown: Shown, ask: Ask) -> Answer:
         raise Unreachable(f"{shown.address}: {e}") from e
 
 
-def _keep(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: bytes, answer: Answer) -> Party:
+def _keep(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: bytes, answer: JoinReply) -> Party:
     """Write what was got, once it is what was asked for."""
     certificate = answer.certificate.encode()
     try:
@@ -213,7 +221,7 @@ def _request(folder: ClusterFolder, pending: Path) -> tuple[bytes, bytes]:
     return key, csr
 
 
-def _unverified(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -> MacpipeError:
+def _why_unverified(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -> MacpipeError:
     """Why the coordinator's certificate does not do, where a clock may be the cause."""
     if error.verify_code not in _CLOCK_CODES:
         return ForeignAuthority(
@@ -259,14 +267,14 @@ class _Caller:
             with anyio.fail_after(self._seconds + _LATE_S):
                 made = self._client.build_request(method, path, content=body, extensions=self._extensions)
                 response = await self._client.send(made, stream=True)
-                return response, await _bounded(response)
+                return response, await _read_bounded(response)
         except (TimeoutError, httpx2.TimeoutException):
             raise Unreachable(f"{self._address} does not answer in {self._seconds:.0f} s") from None
         except (httpx2.HTTPError, OSError) as e:
             raise _reason(e, self._address) from None
 
 
-async def _bounded(response: httpx2.Response) -> bytes:
+async def _read_bounded(response: httpx2.Response) -> bytes:
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

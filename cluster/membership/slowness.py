@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from cluster.limits import (
+from cluster.core.limits import (
     FALSE_ALARM_S,
     LAG_STEPS,
     MAX_PATIENCE,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.limits import GONE_S, SUSPECT_S
+from cluster.core.limits import GONE_S, SUSPECT_S
 from cluster.membership.slowness import SlowAnswers, extra_s
 
 _REMEMBERED = 8
@@ -69,7 +69,7 @@ class Suspicion:
         """What is believed; None of one that is not watched."""
         return self._beliefs.get(worker)
 
-    def gone(self, worker: str) -> bool:
+    def is_gone(self, worker: str) -> bool:
         belief = self._beliefs.get(worker)
         return belief is not None and belief.standing is Standing.GONE
 
@@ -85,14 +85,14 @@ class Suspicion:
 
     def worst_lag(self) -> float:
         """The longest lag that a worker which is not gone has reported, in seconds."""
-        return max((lag for worker, lag in tuple(self._lags.items()) if not self.gone(worker)), default=0.0)
+        return max((lag for worker, lag in tuple(self._lags.items()) if not self.is_gone(worker)), default=0.0)
 
     def granted(self, worker: str, now: float) -> float:
         """Return the silence in seconds after which the worker counts as gone, this machine's own lag apart."""
         answers = self._answers.get(worker)
         return (answers.granted(now) if answers else self._gone_s) + extra_s(self._lags.get(worker, 0.0))
 
-    def heard(self, worker: str, now: float) -> tuple[Belief, ...]:
+    def on_heard(self, worker: str, now: float) -> tuple[Belief, ...]:
         """The worker said something; one that is not watched yet is from now on."""
         known = self._beliefs.get(worker)
         if known:
@@ -103,7 +103,7 @@ class Suspicion:
         self._beliefs[worker] = replace(known, heard=max(known.heard, now))
         return ()
 
-    def refused(self, worker: str, why: str, now: float) -> tuple[Belief, ...]:
+    def on_refusal(self, worker: str, why: str, now: float) -> tuple[Belief, ...]:
         """Somebody who must know says that the worker is not there: its port is closed, its engine has ended."""
         known = self._beliefs.get(worker)
         if known and known.standing is Standing.GONE:

@@ -8,6 +8,6 @@ tokenizer (``tokenizer``). The way to read it is the way a model is opened: ``ch
 Importing this package imports no MLX: the checkpoint module has to work where no model ever runs.
 """
 
-from cluster.model.open_files import keep_limits_on_import
+from cluster.model.import_limits import keep_limits_on_import
 
 keep_limits_on_import()

@@ -15,11 +15,11 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
-from cluster.errors import ModelUnsupported
-from cluster.model.modules import Module, tree_arrays, tree_bytes
-from cluster.model.quantization import Quantization
+from cluster.core.errors import ModelUnsupported
+from cluster.core.plan import LayerRange
+from cluster.model.kv_quantization import KVQuantization
+from cluster.model.module_tree import Module, tree_arrays, tree_bytes
 from cluster.model.trace import Trace
-from cluster.types import LayerRange
 
 __all__ = ["BatchCaches", "CacheLayout", "HeldCaches", "SequenceCaches"]
 
@@ -39,11 +39,11 @@ class CacheLayout:
     own: tuple[int, ...]
     trackers: tuple[int, ...]
     view: tuple[int, ...]
-    quantization: Quantization | None = None
+    quantization: KVQuantization | None = None
 
     @classmethod
     def of(
-        cls, model: Module, traced: Trace, layers: LayerRange, quantization: Quantization | None = None
+        cls, model: Module, traced: Trace, layers: LayerRange, quantization: KVQuantization | None = None
     ) -> CacheLayout:
         """Lay out the caches of a stage with these layers. Raises ModelUnsupported for a kind it cannot follow."""
         blank = make_prompt_cache(model)
@@ -81,7 +81,7 @@ class HeldCaches:
         for tracker in self._held[own:]:
             _follow(tracker, batch, tokens)
         if self._layout.quantization is not None:
-            self._held[:own] = [self._layout.quantization.applied(cache) for cache in self._held[:own]]
+            self._held[:own] = [self._layout.quantization.apply(cache) for cache in self._held[:own]]
 
     def arrays(self) -> list[mx.array]:
         """Everything that has to be evaluated after a step."""
@@ -159,7 +159,7 @@ class BatchCaches(HeldCaches):
 
     def extract(self, row: int) -> SequenceCaches:
         """A copy of one row, as if that sequence had always been alone."""
-        alone = SequenceCaches(self._layout, [_extracted(cache, row) for cache in self._held])
+        alone = SequenceCaches(self._layout, [_extract(cache, row) for cache in self._held])
         mx.eval(alone.arrays())
         return alone
 
@@ -219,10 +219,10 @@ def _level(caches: Sequence[Any]) -> None:
                     cache[i] = mx.pad(state, [(0, 0), (longest - state.shape[1], 0)])
 
 
-def _extracted(cache: Any, row: int) -> Any:
+def _extract(cache: Any, row: int) -> Any:
     """mlx-lm's ``extract``, which an empty state of an ArraysCache would break."""
     if isinstance(cache, CacheList):
-        return CacheList(*(_extracted(part, row) for part in cache.caches))  # type: ignore[no-untyped-call]
+        return CacheList(*(_extract(part, row) for part in cache.caches))  # type: ignore[no-untyped-call]
     if isinstance(cache, ArraysCache):
         alone = ArraysCache(len(cache.cache))
         alone.cache = [None if state is None else mx.contiguous(state[row : row + 1]) for state in cache.cache]

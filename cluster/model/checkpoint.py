@@ -14,11 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from cluster.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
-from cluster.limits import MAX_SMALL_FILE_BYTES
-from cluster.model.editions import read_editions
+from cluster.core.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
+from cluster.core.limits import MAX_SMALL_FILE_BYTES
+from cluster.core.plan import ModelRef
 from cluster.model.safetensors import Shard, TensorInfo, read_shard
-from cluster.types import ModelRef
+from cluster.model.weight_versions import read_editions
 
 __all__ = ["Checkpoint", "TensorInfo", "model_ref", "open_checkpoint", "resolve_model"]
 
@@ -73,14 +73,14 @@ def resolve_model(name: str) -> Path:
     if name and Path(name).name == name and (BUNDLED / name).is_dir():
         return BUNDLED / name
     if "/" in name and not name.startswith(("/", ".", "~")):
-        return _cached(name)
+        return _find_cached(name)
     raise ModelNotFound(
         f"there is no folder {name!r}, and no model of that name comes with macpipe; "
         "give a folder, a Hugging Face id (owner/name), or a bundled model's name"
     )
 
 
-def _cached(repo: str) -> Path:
+def _find_cached(repo: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only this branch needs it
 
     name, _, revision = repo.partition("@")
@@ -193,7 +193,7 @@ def _shard_names(path: Path) -> list[str]:
     if not found:
         raise _no_weights(path)
     index = path / INDEX
-    named = _indexed(index) if index.is_file() else set()
+    named = _read_index(index) if index.is_file() else set()
     missing = sorted(named - set(found))
     if missing:
         raise BadCheckpoint(
@@ -204,7 +204,7 @@ def _shard_names(path: Path) -> list[str]:
     return found
 
 
-def _indexed(index: Path) -> set[str]:
+def _read_index(index: Path) -> set[str]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadCheckpoint(f"{index.name} is damaged: it has no weight_map", file=index.name)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
 
 __all__ = [
     "DeviceFacts",

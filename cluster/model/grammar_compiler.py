@@ -14,9 +14,9 @@ from typing import Final
 
 from llguidance import LLMatcher
 
-from cluster.errors import InvalidGrammar
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import GRAMMAR_WAIT_S, MAX_STAGE_COMPILES
+from cluster.core.errors import InvalidGrammar
+from cluster.core.limits import GRAMMAR_WAIT_S, MAX_STAGE_COMPILES
+from cluster.core.request import Grammar, GrammarKind
 from cluster.model.grammars import Constraint, Grammars
 
 __all__ = ["GrammarCompiler"]

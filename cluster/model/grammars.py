@@ -22,11 +22,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cluster.errors import InvalidGrammar, StageFailed
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MASK_LEXER_FUEL, MASK_PARSER_ITEMS
+from cluster.core.errors import InvalidGrammar, StageFailed
+from cluster.core.limits import MASK_LEXER_FUEL, MASK_PARSER_ITEMS
+from cluster.core.request import Grammar, GrammarKind
 from cluster.model.panics import panics_raised_as
-from cluster.model.schemas import unkept
+from cluster.model.schema_support import unkept
 
 if TYPE_CHECKING:  # a type of the stubs alone
     from llguidance._lib import JsonCompileOptions
@@ -65,9 +65,9 @@ class Grammars:
         """
         constraint = self.constraint(replace(grammar, free_until=()), 0)
         try:
-            constraint.allowed((), 0, self._tokenizer.vocab_size)
+            constraint.allowed_mask((), 0, self._tokenizer.vocab_size)
         except InvalidGrammar as error:
-            raise _refused(grammar, error.sentence) from error
+            raise _refusal(grammar, error.sentence) from error
 
     def constraint(self, grammar: Grammar, start: int) -> Constraint:
         """Compile ``grammar`` and bind a sequence whose answer begins at token ``start``. Raises InvalidGrammar."""
@@ -75,10 +75,10 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """Compile ``grammar``. Unbounded in time and memory. Raises InvalidGrammar with the reason."""
-        with panics_raised_as(_refused(grammar, "it makes the compiler fail")):
+        with panics_raised_as(_refusal(grammar, "it makes the compiler fail")):
             matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=MASK_LIMITS)
             if matcher.is_error():
-                raise _refused(grammar, matcher.get_error())
+                raise _refusal(grammar, matcher.get_error())
             return matcher
 
 
@@ -124,7 +124,7 @@ class Constraint:
         self._begun: int | None = None if self._free_until else self._start
         self._end = self._start
 
-    def allowed(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
+    def allowed_mask(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
         """Which of ``vocabulary`` ids may stand at ``position``, after ``tokens[:position]``: bool [vocabulary].
 
         None where those tokens are none that the grammar allows: a guess that is about to be taken back. Raises
@@ -150,7 +150,7 @@ class Constraint:
             )
         return mask
 
-    def completed(self, tokens: Sequence[int], token: int) -> bool:
+    def is_complete_after(self, tokens: Sequence[int], token: int) -> bool:
         """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it.
 
         Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails.
@@ -173,7 +173,7 @@ class Constraint:
     def _follow(self, tokens: Sequence[int], position: int) -> bool:
         """Advance over what came since. False where the grammar does not allow it; then it stays where that begins."""
         if self._begun is None:
-            self._begun = self._after_free(tokens, position)
+            self._begun = self._find_start(tokens, position)
             self._end = position if self._begun is None else self._begun
         if self._begun is None:
             return True
@@ -181,7 +181,7 @@ class Constraint:
         self._end += self._matcher.try_consume_tokens(new)
         return self._end >= position
 
-    def _after_free(self, tokens: Sequence[int], position: int) -> int | None:
+    def _find_start(self, tokens: Sequence[int], position: int) -> int | None:
         """Where the grammar begins, if the part before it has ended."""
         mark = list(self._free_until)
         first = max(self._start, self._end - len(mark) + 1)
@@ -192,7 +192,7 @@ class Constraint:
 def _source(grammar: Grammar) -> str:
     """The grammar as llguidance reads it. Raises InvalidGrammar."""
     if grammar.kind is not GrammarKind.REGEX and _TOO_LOW.search(grammar.source):
-        raise _refused(grammar, "it has a whole number of more than 18 digits below zero")
+        raise _refusal(grammar, "it has a whole number of more than 18 digits below zero")
     match grammar.kind:
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.source))
@@ -201,15 +201,15 @@ def _source(grammar: Grammar) -> str:
     schema: Any = '{"type": "object"}' if grammar.kind is GrammarKind.JSON_OBJECT else grammar.source
     try:
         if why := unkept(json.loads(schema)):
-            raise _refused(grammar, why)
+            raise _refusal(grammar, why)
         return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
     except RecursionError as error:
-        raise _refused(grammar, "it is nested too deeply") from error
+        raise _refusal(grammar, "it is nested too deeply") from error
     except ValueError as error:
-        raise _refused(grammar, str(error)) from error
+        raise _refusal(grammar, str(error)) from error
 
 
-def _refused(grammar: Grammar, why: str) -> InvalidGrammar:
+def _refusal(grammar: Grammar, why: str) -> InvalidGrammar:
     reason = _without_source(why, grammar.source)[:1000] or "llguidance gave no reason"
     return InvalidGrammar(f"the {grammar.kind.value} cannot be compiled: {reason}", field=grammar.kind.value)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from cluster.errors import BadCheckpoint, ModelDiffers
+from cluster.core.errors import BadCheckpoint, ModelDiffers
+from cluster.core.plan import StageSpec
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.skeleton import open_skeleton
 from cluster.model.slice import ModelSlice
 from cluster.model.trace import trace
-from cluster.types import StageSpec
 
 __all__ = ["load_slice"]
 

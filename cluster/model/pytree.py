@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from cluster.model.modules import Module
+from cluster.model.module_tree import Module
 
 __all__ = ["put_together", "take_apart"]
 
@@ -35,29 +35,29 @@ def take_apart(value: Any) -> tuple[Any, list[mx.array]]:
         arrays.append(leaf)
         return Hole(len(arrays) - 1)
 
-    return _mapped(value, dig), arrays
+    return _map(value, dig), arrays
 
 
 def put_together(template: Any, arrays: list[mx.array | None]) -> Any:
     """Fill the holes; a hole whose array is None (it did not cross the cut) becomes None."""
-    return _mapped(template, lambda leaf: arrays[leaf.index] if isinstance(leaf, Hole) else leaf)
+    return _map(template, lambda leaf: arrays[leaf.index] if isinstance(leaf, Hole) else leaf)
 
 
-def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+def _map(part: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of nested containers with ``change`` applied to everything in them that is none.
 
     It recurs by itself: a closure that called itself would be a ring of references that holds its arrays until the
     collector comes by.
     """
     if isinstance(part, (tuple, list)):
-        items = [_mapped(item, change) for item in part]
+        items = [_map(item, change) for item in part]
         return type(part)(*items) if hasattr(part, "_fields") else type(part)(items)
     if isinstance(part, dict) and not isinstance(part, Module):
-        return {key: _mapped(item, change) for key, item in part.items()}
+        return {key: _map(item, change) for key, item in part.items()}
     if _carries_arrays(part):
         twin = copy.copy(part)
         for name, item in vars(part).items():
-            setattr(twin, name, _mapped(item, change))
+            setattr(twin, name, _map(item, change))
         return twin
     return change(part)
 

@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from cluster import limits
-from cluster.errors import BadCheckpoint
+from cluster.core import limits
+from cluster.core.errors import BadCheckpoint
 
 __all__ = ["Shard", "TensorInfo", "read_shard"]
 
@@ -81,7 +81,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
         if size < 8:
             raise BadCheckpoint(f"{path.name} is cut short: {8 - size} bytes of its header's length are missing")
         if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
-            raise _damaged(path, f"it says that it is {length} bytes long")
+            raise _damaged_header(path, f"it says that it is {length} bytes long")
         header = file.read(length)
     if len(header) < length:
         raise BadCheckpoint(
@@ -97,9 +97,9 @@ def _header_json(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, "it is not JSON") from error
+        raise _damaged_header(path, "it is not JSON") from error
     if not isinstance(entries, dict):
-        raise _damaged(path, "it is not a JSON object")
+        raise _damaged_header(path, "it is not a JSON object")
     return entries
 
 
@@ -110,12 +110,12 @@ def _describe(path: Path, data: int, name: str, entry: Any) -> TensorInfo:
         start, end = entry["data_offsets"]
         bits = BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the entry of {name[:200]!r} is not one of a tensor") from error
+        raise _damaged_header(path, f"the entry of {name[:200]!r} is not one of a tensor") from error
     numbers = (*shape, start, end)
     if not all(type(n) is int and n >= 0 for n in numbers) or (end - start) * 8 != prod(shape) * bits:
-        raise _damaged(path, f"the offsets of {name[:200]!r} do not match its shape")
+        raise _damaged_header(path, f"the offsets of {name[:200]!r} do not match its shape")
     return TensorInfo(name, dtype, shape, path.name, end - start, data + start)
 
 
-def _damaged(path: Path, why: str) -> BadCheckpoint:
+def _damaged_header(path: Path, why: str) -> BadCheckpoint:
     return BadCheckpoint(f"the header of {path.name} is damaged: {why}; copy or fetch the file again", file=path.name)

@@ -17,11 +17,10 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from cluster.errors import InvalidGrammar, StageFailed
-from cluster.grammar import Grammar
+from cluster.core.errors import InvalidGrammar, StageFailed
+from cluster.core.request import Grammar, SamplingParams, TopLogprob
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.grammars import Constraint
-from cluster.types import SamplingParams, TopLogprob
 
 __all__ = ["Picked", "Sampler", "draw_key", "greedy"]
 
@@ -109,7 +108,7 @@ class Sampler:
         """
         logits = self._adjust(logits, tokens, position)
         if self.params.grammar is not None:
-            logits = self._masked(logits, self._bind(self.params.grammar), tokens, position, guessed)
+            logits = self._apply_mask(logits, self._bind(self.params.grammar), tokens, position, guessed)
         norm = mx.logsumexp(logits, keepdims=True)
         logprobs = logits - norm
         token = self._draw(logprobs, position)
@@ -117,7 +116,7 @@ class Sampler:
 
     def completes(self, tokens: Sequence[int], token: int) -> bool:
         """Whether ``token``, picked after all of ``tokens``, completes the grammar so that only an end can follow."""
-        return self._constraint is not None and self._constraint.completed(tokens, token)
+        return self._constraint is not None and self._constraint.is_complete_after(tokens, token)
 
     def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
         """The picked token's log-probability and the best alternatives, where they were asked for."""
@@ -133,11 +132,11 @@ class Sampler:
             self._constraint = self._grammars.constraint(grammar, self._prompt_length)
         return self._constraint
 
-    def _masked(
+    def _apply_mask(
         self, logits: mx.array, constraint: Constraint, tokens: Sequence[int], position: int, guessed: bool
     ) -> mx.array:
         """After bias and penalties, so that nothing brings back what the grammar rules out."""
-        allowed = constraint.allowed(tokens, position, self._vocabulary)
+        allowed = constraint.allowed_mask(tokens, position, self._vocabulary)
         if allowed is None and not guessed:
             raise StageFailed(f"the answer up to position {position} is none that its grammar allows")
         return logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
@@ -147,15 +146,15 @@ class Sampler:
         p, own = self.params, logits
         if self._bias is not None:
             ids, biases = self._bias
-            logits = _bounded(logits.at[:, ids].add(biases), own)
+            logits = _clamp_logits(logits.at[:, ids].add(biases), own)
         if self._seen is not None:
             seen = self._seen.after(tokens, position) > 0
             scaled = mx.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty)
-            logits = _bounded(mx.where(seen, scaled, logits), own)
+            logits = _clamp_logits(mx.where(seen, scaled, logits), own)
         if self._answer is not None:
             counts = self._answer.after(tokens, position)
             penalty = p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
-            logits = _bounded(logits - penalty.astype(logits.dtype), own)
+            logits = _clamp_logits(logits - penalty.astype(logits.dtype), own)
         return logits
 
     def _draw(self, logprobs: mx.array, position: int) -> mx.array:
@@ -173,7 +172,7 @@ class Sampler:
         return mx.random.categorical(above * (1 / p.temperature), key=draw_key(p.seed, position))
 
 
-def _bounded(logits: mx.array, own: mx.array) -> mx.array:
+def _clamp_logits(logits: mx.array, own: mx.array) -> mx.array:
     """``logits`` within what their type holds, so that no penalty makes an infinity of a number.
 
     What is none in the model's ``own`` stays: a token that the model rules out, or an output that is not a number.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import ReferenceType, ref
 
-from cluster.errors import BadFrame
-from cluster.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
-from cluster.model.lanes import Lanes
+from cluster.model.lane_caches import LaneCaches
 from cluster.model.sampling import Sampler
 
 __all__ = ["LiveSequence", "SequenceTable"]
@@ -63,7 +63,7 @@ class SequenceTable:
         self._vocabulary = vocabulary
         self._grammars = grammars
         self._live: dict[int, LiveSequence] = {}
-        self._lanes = Lanes()
+        self._lanes = LaneCaches()
         self._prefixes: dict[int, Prefix] = {}
 
     @property

@@ -11,8 +11,8 @@ from typing import Final
 
 from mlx_lm.utils import load_model
 
-from cluster.errors import BadCheckpoint, MacpipeError, ModelUnsupported
-from cluster.model.modules import Module
+from cluster.core.errors import BadCheckpoint, MacpipeError, ModelUnsupported
+from cluster.model.module_tree import Module
 
 __all__ = ["open_skeleton"]
 
@@ -32,21 +32,21 @@ def open_skeleton(path: Path) -> Module:
             f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed"
         ) from ended
     except Exception as error:  # model code raises whatever its config makes it raise; all of it means this folder
-        raise _opening_failed(path, error) from error
+        raise _open_error(path, error) from error
     if not hasattr(model, "layers"):
         raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to cut between")
     return model
 
 
-def _opening_failed(path: Path, error: Exception) -> MacpipeError:
+def _open_error(path: Path, error: Exception) -> MacpipeError:
     what = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError) and what.startswith("Model type "):
         return ModelUnsupported(f"mlx-lm does not know this architecture: {what}")
     if isinstance(error, KeyError) and error.args == ("model_type",):
         return BadCheckpoint("config.json does not say which model_type this is", file="config.json")
-    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {shortened(what)}")
+    return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {shorten(what)}")
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """As much of a library's message as a person will read."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

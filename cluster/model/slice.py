@@ -15,15 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from cluster.errors import NoPlan
-from cluster.model.abilities import batchable
+from cluster.core.errors import NoPlan
+from cluster.core.plan import LayerRange
+from cluster.model.cache_abilities import batchable
 from cluster.model.caches import CacheLayout, HeldCaches, SequenceCaches
-from cluster.model.modules import Module, module_arrays, named_modules
+from cluster.model.kv_quantization import choose_quantization
+from cluster.model.module_tree import Module, module_arrays, named_modules
 from cluster.model.pytree import put_together, take_apart
-from cluster.model.quantization import choose_quantization
-from cluster.model.recording import replace_call
+from cluster.model.symbolic_run import replace_call
 from cluster.model.trace import Boundary, Trace
-from cluster.types import LayerRange
 
 __all__ = ["ModelSlice"]
 
@@ -77,7 +77,7 @@ class ModelSlice:
         logits [batch, length, vocabulary] alone on the last slice.
         """
         if self.inlet is not None:
-            self._incoming = _whole(self.inlet, incoming)
+            self._incoming = _put_together(self.inlet, incoming)
         try:
             outgoing = [_logits(self._model(tokens, cache=caches.view()))]
         except _Outlet as out:
@@ -107,7 +107,7 @@ class ModelSlice:
             elif i >= self.layers.end:
                 replace_call(layer, _never)
             elif i in started:
-                replace_call(layer, _starting(type(layer).__call__))
+                replace_call(layer, _start_device_after(type(layer).__call__))
         if self.outlet is not None:
             last = self._model.layers[self.layers.end - 1]
             own = type(last).__call__
@@ -127,7 +127,7 @@ def _starts(layers: LayerRange) -> frozenset[int]:
     return frozenset(layers.start + 2**i - 1 for i in range(count.bit_length()) if 2**i < count)
 
 
-def _starting(own: Any) -> Any:
+def _start_device_after(own: Any) -> Any:
     """A layer's call, which sets the device to work on what it returns."""
 
     def call(self: Module, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def _raise_out(value: Any) -> None:
     raise _Outlet(value)
 
 
-def _whole(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
+def _put_together(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
     """The value that a ghost returns: the arrays that crossed the cut, put where the template has its holes."""
     arrays: list[mx.array | None] = [None] * inlet.holes
     for hole, array in zip(inlet.kept, incoming, strict=True):

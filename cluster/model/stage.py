@@ -14,17 +14,17 @@ from typing import Final, NoReturn
 
 import mlx.core as mx
 
-from cluster.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
-from cluster.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
+from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
+from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
+from cluster.core.plan import LayerRange, StageSpec
+from cluster.model.batch_sampling import BatchSampling
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
-from cluster.model.picks import Picks
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
-from cluster.model.tensors import pack, unpack
+from cluster.model.tensor_codec import pack, unpack
 from cluster.model.tokenizer import load_tokenizer
 from cluster.model.trace import Boundary
-from cluster.types import LayerRange, StageSpec
 
 __all__ = ["Stage", "load_stage"]
 
@@ -83,12 +83,12 @@ class Stage:
     @property
     def inlet(self) -> Boundary | None:
         """What comes in; None where the model begins."""
-        return self._loaded().inlet
+        return self._require_loaded().inlet
 
     @property
     def batchable(self) -> bool:
         """Whether a step may have several sequences."""
-        return self._loaded().batchable
+        return self._require_loaded().batchable
 
     @property
     def sequences(self) -> int:
@@ -124,10 +124,10 @@ class Stage:
 
         Raises StaleEpoch when ``spec`` wants another model, other layers or other ``kv_bits``: that is a load.
         """
-        if _held(spec) != _held(self.spec):
+        if _load_key(spec) != _load_key(self.spec):
             raise StaleEpoch(f"this stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew")
         self.spec = spec
-        self._table = SequenceTable(self._loaded().new_caches, self._vocabulary, self._grammars)
+        self._table = SequenceTable(self._require_loaded().new_caches, self._vocabulary, self._grammars)
         mx.clear_cache()
 
     def step(self, frame: Frame) -> Frame:
@@ -171,8 +171,8 @@ class Stage:
 
     def _compute(self, lane: int, step: Step, tensors: tuple[Tensor, ...]) -> _Result:
         """Check everything that can be checked, then run."""
-        part = self._loaded()
-        rows = self._checked(part, step)
+        part = self._require_loaded()
+        rows = self._checked_rows(part, step)
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
             result = self._run(part, lane, rows, step, incoming)
@@ -183,12 +183,12 @@ class Stage:
         self._tidy()
         return result
 
-    def _loaded(self) -> ModelSlice:
+    def _require_loaded(self) -> ModelSlice:
         if self._slice is None:
             raise StageFailed("this stage has been closed")
         return self._slice
 
-    def _checked(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
+    def _checked_rows(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
         """The step's sequences, row by row."""
         _require_rows(step)
         if len(step.sequences) > 1 and not part.batchable:
@@ -210,19 +210,21 @@ class Stage:
         for live, tokens in zip(rows, step.tokens, strict=True):
             live.feed(tokens)
         if self.spec.last:
-            return self._sampled(rows, step, outgoing[0], caches.arrays())
+            return self._evaluate_and_sample(rows, step, outgoing[0], caches.arrays())
         sent = [mx.contiguous(array) for array in outgoing]
         mx.eval(sent, caches.arrays())
         return _Result(tensors=tuple(pack(array) for array in sent))
 
-    def _sampled(self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
+    def _evaluate_and_sample(
+        self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]
+    ) -> _Result:
         """Evaluate the step and pick its tokens; a prefill leaves the head uncomputed."""
         if step.compute is Compute.PREFILL:
             mx.eval(states)
             return _Result()
         if any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # so that the model computes meanwhile
-        picks = Picks(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
+        picks = BatchSampling(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
         mx.eval(picks.arrays(), states)
         samples, failures = picks.results()
         if len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
@@ -242,7 +244,7 @@ class Stage:
             mx.clear_cache()
 
 
-def _held(spec: StageSpec) -> tuple[str, LayerRange, int]:
+def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int]:
     """What of a spec takes a load to change."""
     return spec.model.fingerprint, spec.layers, spec.kv_bits
 

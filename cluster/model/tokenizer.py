@@ -15,17 +15,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config
 from mlx_lm.utils import load_tokenizer as load_wrapper
 
-from cluster.chat import ChatOptions, Parsing
-from cluster.errors import BadCheckpoint, InvalidRequest, MacpipeError
-from cluster.grammar import Grammar
-from cluster.model.calling import calling_grammar
+from cluster.core.errors import BadCheckpoint, InvalidRequest, MacpipeError
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing
+from cluster.model.answer_parser import AnswerParser
+from cluster.model.chat_template import ChatTemplate
 from cluster.model.grammars import Grammars
-from cluster.model.marks import Marks
+from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
-from cluster.model.parsing import AnswerParser
-from cluster.model.template import ChatTemplate
 from cluster.model.tokenizer_bounds import require_bounded
-from cluster.types import ChatMessage
+from cluster.model.tool_call_grammar import tool_call_grammar
 
 __all__ = ["TextDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -86,7 +84,7 @@ class Tokenizer:
         self._wrapper = wrapper
         self.eos: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.vocab_size: int = len(wrapper)
-        self._marks = Marks(wrapper)
+        self._marks = OutputMarkers(wrapper)
         self._template = ChatTemplate(wrapper, self._marks)
         self._grammars: Grammars | None = None
         self._lock = Lock()
@@ -121,7 +119,7 @@ class Tokenizer:
 
         Raises InvalidRequest where the tool is none of those given, or the model's format is not one that we can write.
         """
-        return calling_grammar(options, self._marks)
+        return tool_call_grammar(options, self._marks)
 
     def bound(self, grammar: Grammar, parsing: Parsing) -> Grammar:
         """``grammar`` for an answer that begins inside the reasoning: it binds what comes after that."""

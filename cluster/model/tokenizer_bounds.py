@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.errors import BadCheckpoint
-from cluster.limits import (
+from cluster.core.errors import BadCheckpoint
+from cluster.core.limits import (
     MAX_ADDED_TOKENS,
     MAX_CHAT_TEMPLATE_CHARS,
     MAX_SMALL_FILE_BYTES,

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from cluster.errors import MacpipeError, ModelUnsupported
-from cluster.model.graph import LazyGraph
-from cluster.model.modules import Module, layer_prefixes, parameters, stand_ins, tree_arrays
-from cluster.model.recording import Recording, record
+from cluster.core.errors import MacpipeError, ModelUnsupported
+from cluster.model.lazy_graph import LazyGraph
+from cluster.model.module_tree import Module, layer_prefixes, parameters, stand_ins, tree_arrays
+from cluster.model.symbolic_run import Recording, record
 
 __all__ = ["LENGTHS", "Boundary", "Leaf", "Trace", "trace"]
 
@@ -101,7 +101,7 @@ def trace(model: Module) -> Trace:
         idle=frozenset(i for i, cache in enumerate(studies[-1].run.caches) if not tree_arrays(cache.state)),
         unclean=unclean,
         boundaries=boundaries,
-        shared=_shared(clean, kept, studies),
+        shared=_shared_modules(clean, kept, studies),
     )
 
 
@@ -121,7 +121,7 @@ class _Study:
         _require_order(self.run, self.prefixes, model)
         self.warm = record(model, length, WARM)
         self.cuts = range(1, len(self.prefixes))
-        self._states = [_joined([self.run.caches[i].state for i in call.caches]) for call in self.run.calls]
+        self._states = [_join_arrays([self.run.caches[i].state for i in call.caches]) for call in self.run.calls]
         values = [array for call in self.run.calls for array in call.arrays]
         self._graph = LazyGraph(weights, [self.run.logits, *values, *self._states])
         self._owner = {path: _owner(path, self.prefixes) for path in weights}
@@ -184,7 +184,7 @@ def _kind(model: Module) -> str:
     return str(getattr(model, "model_type", type(model).__module__.rpartition(".")[2]))
 
 
-def _joined(states: list[Any]) -> mx.array:
+def _join_arrays(states: list[Any]) -> mx.array:
     """One array that depends on everything in a layer's caches: a graph can name about a thousand arrays, no more."""
     sums = [mx.sum(array).astype(mx.float32) for array in tree_arrays(states)]
     return mx.stack(sums) if sums else mx.zeros(())
@@ -219,7 +219,9 @@ def _leaf(short: mx.array, long: mx.array, pair: mx.array) -> Leaf:
     return Leaf(short.dtype, tuple(dims))
 
 
-def _shared(clean: list[int], kept: Mapping[int, list[int]], studies: list[_Study]) -> dict[str, frozenset[int]]:
+def _shared_modules(
+    clean: list[int], kept: Mapping[int, list[int]], studies: list[_Study]
+) -> dict[str, frozenset[int]]:
     """Module path -> a layer of every segment between clean cuts that reads it: its first layer, or the last one's end.
 
     A stage is a row of whole segments, and what it reads is what its segments read.

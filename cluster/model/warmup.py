@@ -12,12 +12,12 @@ from typing import Final
 
 import mlx.core as mx
 
-from cluster.errors import MacpipeError
-from cluster.frames import Compute, Frame, Join, Leave, Step, Tensor
+from cluster.core.errors import MacpipeError
+from cluster.core.frames import Compute, Frame, Join, Leave, Step, Tensor
+from cluster.core.request import SamplingParams
 from cluster.model.stage import Stage
-from cluster.model.tensors import dtype_name
+from cluster.model.tensor_codec import dtype_name
 from cluster.model.trace import Boundary
-from cluster.types import SamplingParams
 
 __all__ = ["warm"]
 
@@ -50,11 +50,11 @@ def warm(stage: Stage) -> None:
 
 def _run(stage: Stage, inlet: Boundary | None, compute: Compute, sequences: Sequence[int], length: int) -> None:
     step = Step(compute, tuple(sequences), ((0,) * length,) * len(sequences))
-    tensors = _made_up(inlet, len(sequences), length)
+    tensors = _dummy_input(inlet, len(sequences), length)
     stage.step(Frame(stage.spec.epoch, 0, 0, step=step, tensors=tensors))
 
 
-def _made_up(inlet: Boundary | None, batch: int, length: int) -> tuple[Tensor, ...]:
+def _dummy_input(inlet: Boundary | None, batch: int, length: int) -> tuple[Tensor, ...]:
     """Zeros in the shapes that cross the cut."""
     known = {"batch": batch, "length": length}
     made = []

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
-from cluster.placement.solve import Room
-from cluster.profiles import Link, Profile
+from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
+from cluster.core.plan import Link, Profile
+from cluster.placement.memory_split import Room
 
 __all__ = ["ASSUMED_LINK", "Candidate", "Candidates"]
 

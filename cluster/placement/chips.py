@@ -12,13 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.errors import InvalidOption
-from cluster.limits import ASSUMED_ROUND_TRIP_S, GIB
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import ASSUMED_ROUND_TRIP_S, GIB
+from cluster.core.plan import Link, Profile
 from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
-from cluster.placement.solve import Room
-from cluster.profiles import Link, Profile
+from cluster.placement.memory_split import Room
 
-__all__ = ["CHIPS", "LINKS", "Chip", "assumed", "assumption"]
+__all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
 
 REACHED: Final = 0.8
 """Of the published bandwidth: what a 4-bit decode commonly gets on one die."""
@@ -79,7 +79,7 @@ LINKS: Final = {
 _MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
 
 
-def assumed(written: str, *, relay: bool = False) -> Candidates:
+def assumed_workers(written: str, *, relay: bool = False) -> Candidates:
     """``m2-ultra-192,m4-pro-48x2,10gbe``: Macs by chip and GB of memory, how many, and one link between them all.
 
     ``2x m4-pro-48`` is the same as ``m4-pro-48x2``, and a plus is the same as a comma.

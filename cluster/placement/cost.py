@@ -5,9 +5,8 @@ The one place where a speed is predicted. It knows shapes and profiles, and noth
 
 from __future__ import annotations
 
-from cluster.limits import PREFILL_CHUNK, REFERENCE_CONTEXT
-from cluster.profiles import Profile
-from cluster.types import LayerRange, ModelShape, SharedWeight
+from cluster.core.limits import PREFILL_CHUNK, REFERENCE_CONTEXT
+from cluster.core.plan import LayerRange, ModelShape, Profile, SharedWeight
 
 __all__ = ["boundary_bytes", "decode_s", "fixed_s", "prefill_s", "read_bytes"]
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.limits import FAR_OFF, GIB
+from cluster.core.limits import FAR_OFF, GIB
+from cluster.core.plan import LayerRange, ModelShape, Objective, Spare
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s, fixed_s
 from cluster.placement.forecast import forecast, hops_s, token_s
-from cluster.placement.search import Found, Search
-from cluster.placement.solve import needed
-from cluster.placement.table import StageTable
-from cluster.profiles import Objective, Spare
-from cluster.types import LayerRange, ModelShape
+from cluster.placement.memory_split import needed_bytes
+from cluster.placement.search import BestLayout, Search
+from cluster.placement.stage_table import StageTable
 
 __all__ = ["Layout", "reasons", "spares", "unknown"]
 
@@ -42,7 +41,7 @@ class Layout:
     def slowest_s(self) -> float:
         return max(decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True))
 
-    def of(self, found: Found) -> Layout:
+    def of(self, found: BestLayout) -> Layout:
         """The same question answered by another layout."""
         return Layout(self.shape, self.candidates, found.workers, found.ranges, self.objective)
 
@@ -74,7 +73,7 @@ def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
     return tuple(
         sentence
         for sentence in (
-            _bound(layout),
+            _explain_bottleneck(layout),
             *(_alone(layout, search), _otherwise(layout, search)) * (search is not None),
             _more_memory(layout),
             *_corrections(layout),
@@ -84,7 +83,7 @@ def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
     )
 
 
-def _bound(layout: Layout) -> str:
+def _explain_bottleneck(layout: Layout) -> str:
     """Where a token's time goes."""
     pairs = list(zip(layout.workers, layout.ranges, strict=True))
     reading = sum(decode_s(layout.shape, w.profile, r) for w, r in pairs)
@@ -129,9 +128,9 @@ def _more_memory(layout: Layout) -> str:
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
-        f"{_gib(needed(layout.shape, r, 1) - w.room.usable)} more on {w.name}"
+        f"{_gib(needed_bytes(layout.shape, r, 1) - w.room.usable)} more on {w.name}"
         for w, r in zip(found.workers, found.ranges, strict=True)
-        if needed(layout.shape, r, 1) > w.room.usable
+        if needed_bytes(layout.shape, r, 1) > w.room.usable
     ]
     if not missing:
         return ""

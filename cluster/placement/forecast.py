@@ -9,12 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cluster.chunking import chunks
-from cluster.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
+from cluster.core.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
+from cluster.core.plan import Forecast, LayerRange, ModelShape, chunks
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import boundary_bytes, decode_s, prefill_s
-from cluster.profiles import Forecast
-from cluster.types import LayerRange, ModelShape
 
 __all__ = ["forecast", "hops_s", "token_s"]
 

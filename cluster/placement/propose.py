@@ -9,25 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cluster.errors import NoPlan
+from cluster.core.errors import NoPlan
+from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s
 from cluster.placement.forecast import forecast
+from cluster.placement.memory_split import check, check_cuts, solve
 from cluster.placement.search import Search
-from cluster.placement.solve import check, check_cuts, solve
-from cluster.placement.table import StageTable
-from cluster.profiles import Forecast, Objective, Spare
-from cluster.types import LayerRange, ModelShape
+from cluster.placement.stage_table import StageTable
 
-__all__ = ["Proposal", "Wish", "propose"]
+__all__ = ["PlanRequest", "Proposal", "propose"]
 
 SEQUENCES = 1
 """Full-length sequences for whose caches every stage keeps room."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PlanRequest:
     """What a person asked for: an objective, a number of stages, the layers of each worker in order, lanes."""
 
     objective: Objective = Objective.LATENCY
@@ -50,7 +49,7 @@ class Proposal:
     reasons: tuple[str, ...]
 
 
-def propose(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
+def propose(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
     """Raises ``NoPlan`` (cuts, or layers that make no sense) and ``DoesNotFit`` with the GiB that are missing."""
     if wish.layers:
         return _as_told(shape, candidates, wish, wish.layers)
@@ -63,7 +62,7 @@ def propose(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
     return _proposal(shape, candidates, wish, found.workers, found.ranges, search)
 
 
-def _as_told(shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequence[LayerRange]) -> Proposal:
+def _as_told(shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]) -> Proposal:
     """The given ranges, held to the same rules; what the search would do instead is said.
 
     As many workers as ranges take them in their order; of more, the best do, and the others are spare.
@@ -71,13 +70,13 @@ def _as_told(shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequ
     check_cuts(shape, layers)
     if wish.stages not in (None, len(layers)):
         raise NoPlan(
-            f"{_counted(len(layers))} given and --workers {wish.stages}; give as many ranges as workers, or leave one "
+            f"{_count_ranges(len(layers))} given and --workers {wish.stages}; give as many ranges as workers, or leave one "
             "of the two out"
         )
     if len(layers) > len(candidates.workers):
         there = len(candidates.workers)
         raise NoPlan(
-            f"{_counted(len(layers))} given, and there {'are' if there != 1 else 'is'} {there} "
+            f"{_count_ranges(len(layers))} given, and there {'are' if there != 1 else 'is'} {there} "
             f"worker{'s' * (there != 1)}; give fewer ranges, or add a worker"
         )
     workers = _holders(shape, candidates, wish, layers)
@@ -87,7 +86,7 @@ def _as_told(shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequ
 
 
 def _holders(
-    shape: ModelShape, candidates: Candidates, wish: Wish, layers: Sequence[LayerRange]
+    shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]
 ) -> tuple[Candidate, ...]:
     """Who takes the given ranges: of more workers than ranges those that do it best, in their best order."""
     if len(layers) == len(candidates.workers):
@@ -100,11 +99,11 @@ def _holders(
     return _largest(candidates, len(layers))
 
 
-def _counted(ranges: int) -> str:
+def _count_ranges(ranges: int) -> str:
     return f"{ranges} layer range{'s were' if ranges != 1 else ' was'}"
 
 
-def _by_memory(shape: ModelShape, candidates: Candidates, wish: Wish) -> Proposal:
+def _by_memory(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
     """All workers, or the largest of them where fewer stages are wanted or there are too few cuts."""
     most = wish.stages or (min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None)
     chosen = _largest(candidates, most)
@@ -121,7 +120,7 @@ def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
 def _proposal(
     shape: ModelShape,
     candidates: Candidates,
-    wish: Wish,
+    wish: PlanRequest,
     workers: tuple[Candidate, ...],
     ranges: tuple[LayerRange, ...],
     search: Search | None,
@@ -133,13 +132,13 @@ def _proposal(
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
         forecast(shape, candidates, workers, ranges, wish.lanes) if known else None,
-        explain.spares(told, search, _asked(wish)),
+        explain.spares(told, search, _explain_worker_limit(wish)),
         explain.reasons(told, search) if known else (explain.unknown(candidates),),
     )
 
 
-def _asked(wish: Wish) -> str:
+def _explain_worker_limit(wish: PlanRequest) -> str:
     """Why no more workers are used, where a person said how many."""
     if wish.layers:
-        return f"{_counted(len(wish.layers))} given"
+        return f"{_count_ranges(len(wish.layers))} given"
     return f"{wish.stages} worker{'s were' if wish.stages != 1 else ' was'} asked for" if wish.stages else ""

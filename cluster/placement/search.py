@@ -21,13 +21,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cluster.limits import BALANCE_SLACK, MAX_SEARCH
+from cluster.core.limits import BALANCE_SLACK, MAX_SEARCH
+from cluster.core.plan import LayerRange, Objective
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.table import Matrix, StageTable
-from cluster.profiles import Objective
-from cluster.types import LayerRange
+from cluster.placement.stage_table import Matrix, StageTable
 
-__all__ = ["Found", "Search"]
+__all__ = ["BestLayout", "Search"]
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Key: TypeAlias = tuple[int, ...]
@@ -35,7 +34,7 @@ Key: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class BestLayout:
     """A layout in pipeline order; ``seconds`` is the sum of stages and hops, ``slowest`` the slowest stage."""
 
     workers: tuple[Candidate, ...]
@@ -88,7 +87,7 @@ class Search:
 
     def best(
         self, *, stages: int | None = None, including: Candidate | None = None, slack: float = BALANCE_SLACK
-    ) -> Found | None:
+    ) -> BestLayout | None:
         """The best of all layouts, of those with so many stages, or of those that use that worker; None: none fits.
 
         Where not every order is compared, ``including`` finds nothing.
@@ -99,23 +98,23 @@ class Search:
         cost, key, last = self._least(limit, stages, including)
         if cost == inf:
             return None
-        steps = self._traced(limit, key, last)
+        steps = self._trace_back(limit, key, last)
         if self._objective is Objective.LATENCY:
-            steps = self._balanced([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
-        return self._found(steps)
+            steps = self._balance([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
+        return self._build_layout(steps)
 
     def _least(self, limit: float | None, stages: int | None, including: Candidate | None) -> tuple[float, Key, int]:
         """The cheapest end; fewer stages win where costs are equal."""
         ends = [
             (float(state.cost[-1]), self._count(key), key, last)
             for key, lasts in self._states(limit).items()
-            if self._wanted(key, stages, including)
+            if self._is_candidate(key, stages, including)
             for last, state in lasts.items()
         ]
         cost, _, key, last = min(ends, default=(inf, 0, (), 0))
         return cost, key, last
 
-    def _wanted(self, key: Key, stages: int | None, including: Candidate | None) -> bool:
+    def _is_candidate(self, key: Key, stages: int | None, including: Candidate | None) -> bool:
         if self._count(key) != stages if stages is not None else self._count(key) == 0:
             return False
         if including is None:
@@ -140,7 +139,7 @@ class Search:
         states: _States = {empty: {-1: _State(start, nowhere, nowhere, ())}}
         for step in self._subsets() if self.every_order else self._chains():
             self.visited += 1
-            states.setdefault(step.key, {})[step.kind] = self._extended(states, step, stages[step.kind], limit is None)
+            states.setdefault(step.key, {})[step.kind] = self._extend(states, step, stages[step.kind], limit is None)
         return states
 
     def _subsets(self) -> Iterator[_Step]:
@@ -158,20 +157,20 @@ class Search:
             for count in range(2, kind + 2):
                 yield _Step((kind, count), kind, tuple((i, count - 1) for i in range(count - 2, kind)))
 
-    def _extended(self, states: _States, step: _Step, stage: Matrix, slowest: bool) -> _State:
+    def _extend(self, states: _States, step: _Step, stage: Matrix, slowest: bool) -> _State:
         """Add a stage: at every position take the best of those who may come before, then the best beginning."""
         origins = tuple((key, last) for key in step.after for last in states[key])
-        costs = np.array([self._arriving(states, key, last, step.kind, slowest) for key, last in origins])
+        costs = np.array([self._arrival_cost(states, key, last, step.kind, slowest) for key, last in origins])
         before, cost = costs.argmin(axis=0), costs.min(axis=0)
         totals = np.maximum(cost[:, None], stage) if slowest else cost[:, None] + stage
         begin = totals.argmin(axis=0)
         return _State(totals[begin, np.arange(len(cost))], begin, before[begin], origins)
 
-    def _arriving(self, states: _States, key: Key, last: int, kind: int, slowest: bool) -> Matrix:
+    def _arrival_cost(self, states: _States, key: Key, last: int, kind: int, slowest: bool) -> Matrix:
         cost = states[key][last].cost
         return cost if last < 0 or slowest else cost + self._hops[last][kind]
 
-    def _traced(self, limit: float, key: Key, last: int) -> list[tuple[int, int, int]]:
+    def _trace_back(self, limit: float, key: Key, last: int) -> list[tuple[int, int, int]]:
         """Back from the end: each stage's kind, and the positions where it begins and ends."""
         states, at, steps = self._states(limit), len(self._table.positions) - 1, []
         while at > 0:
@@ -180,7 +179,7 @@ class Search:
             (key, last), at = state.origins[int(state.before[at])], int(state.begin[at])
         return steps[::-1]
 
-    def _balanced(self, order: Sequence[int], bound: float) -> list[tuple[int, int, int]] | None:
+    def _balance(self, order: Sequence[int], bound: float) -> list[tuple[int, int, int]] | None:
         """Of the layouts over that order whose sum is within ``bound``, the one with the quickest slowest stage."""
         every = np.unique(np.concatenate([self._stages[kind].ravel() for kind in order]))
         limits = every[np.isfinite(every)]
@@ -203,12 +202,12 @@ class Search:
             at = int(begin[at])
         return float(cost[-1]), steps[::-1]
 
-    def _found(self, steps: Sequence[tuple[int, int, int]]) -> Found:
+    def _build_layout(self, steps: Sequence[tuple[int, int, int]]) -> BestLayout:
         free = [list(kind) for kind in self._kinds]
         seconds = [float(self._stages[kind][a, b]) for kind, a, b in steps]
         hops = [float(self._hops[one[0]][other[0]][other[1]]) for one, other in pairwise(steps)]
         cuts = self._table.positions
-        return Found(
+        return BestLayout(
             tuple(free[kind].pop(0) for kind, _, _ in steps),
             tuple(LayerRange(cuts[a], cuts[b]) for _, a, b in steps),
             sum(seconds) + sum(hops),

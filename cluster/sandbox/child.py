@@ -17,21 +17,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from cluster.chat import ChatMessage
-from cluster.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
+from cluster.core.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
+from cluster.core.request import ChatMessage
 from cluster.model.panics import is_panic
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.failures import CRASHED, job_error, memory_exceeded
-from cluster.sandbox.messages import (
+from cluster.sandbox.job_messages import (
     HEADER,
     CheckGrammar,
     Converse,
     Encode,
-    Failed,
     Job,
+    JobFailed,
     Limits,
     OpenModel,
-    Prompt,
+    PromptReply,
     Ready,
     Reply,
     WarmUp,
@@ -44,7 +44,7 @@ from cluster.sandbox.messages import (
 HELLO: Final = (ChatMessage("user", "Hello"),)
 
 
-class Worker:
+class JobRunner:
     """Does jobs with the tokenizer that the first of them names."""
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
@@ -57,7 +57,7 @@ class Worker:
                 return pack_reply(self.do(job))
         except BaseException as error:
             failed = _failure(job, error)
-        return pack_reply(Failed(failed.reason, failed.sentence, failed.field))
+        return pack_reply(JobFailed(failed.reason, failed.sentence, failed.field))
 
     def do(self, job: Job) -> Reply:
         """Do a job without limits. Raises whatever the job raises."""
@@ -99,13 +99,13 @@ def _failure(job: Job, error: BaseException) -> MacpipeError:
     raise error
 
 
-def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) -> Prompt:
+def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) -> PromptReply:
     if len(ids) > job.max_tokens:
-        return Prompt(len(ids), b"")
-    return Prompt(len(ids), pack_tokens(ids), tuple(tokenizer.token_texts(ids)) if job.texts else ())
+        return PromptReply(len(ids), b"")
+    return PromptReply(len(ids), pack_tokens(ids), tuple(tokenizer.token_texts(ids)) if job.texts else ())
 
 
-def _conversation(tokenizer: Tokenizer, job: Converse) -> Prompt:
+def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
     """Render and tokenize, and find out what binds the answer."""
     calling = tokenizer.calling(job.options)
     if calling and job.grammar:
@@ -118,7 +118,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse) -> Prompt:
     parsing, wanted = tokenizer.parsing(ids, job.options), calling or job.grammar
     prompt = _prompt(tokenizer, ids, job)
     bound = tokenizer.bound(wanted, parsing) if wanted else None
-    return Prompt(prompt.count, prompt.ids, prompt.texts, parsing.thinking, bound)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, bound)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold prompts
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    worker, replies = Worker(), _separate_stdout()
+    worker, replies = JobRunner(), _separate_stdout()
     while (job := _read(sys.stdin.buffer)) is not None:
         reply = worker.reply(job)
         if isinstance(job, OpenModel):

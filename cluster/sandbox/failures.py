@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.errors import BadCheckpoint, InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.sandbox.messages import CheckGrammar, Encode, Job, Limits, OpenModel, WarmUp
+from cluster.core.errors import BadCheckpoint, InvalidGrammar, InvalidRequest, MacpipeError
+from cluster.sandbox.job_messages import CheckGrammar, Encode, Job, Limits, OpenModel, WarmUp
 
 __all__ = ["CRASHED", "cpu_exceeded", "job_error", "memory_exceeded"]
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import anyio
 
-from cluster.errors import Busy, MacpipeError, NotServing
-from cluster.limits import MAX_SANDBOX_WAITING, RETRY_AFTER_S, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
-from cluster.sandbox.messages import Job, Reply
+from cluster.core.errors import Busy, MacpipeError, NotServing
+from cluster.core.limits import MAX_SANDBOX_WAITING, RETRY_AFTER_S, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
+from cluster.sandbox.job_messages import Job, Reply
 from cluster.sandbox.process import SandboxProcess
 
 __all__ = ["ProcessPool"]

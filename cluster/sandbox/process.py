@@ -17,12 +17,12 @@ from typing import Final
 
 import anyio
 
-from cluster.errors import BadFrame, Busy, MacpipeError, NotServing
-from cluster.lifetime import own_code_alone
-from cluster.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S, SANDBOX_MEMORY_BYTES
+from cluster.core.errors import BadFrame, Busy, MacpipeError, NotServing
+from cluster.core.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S, SANDBOX_MEMORY_BYTES
+from cluster.platform.process import isolated_environment
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
+from cluster.sandbox.job_messages import HEADER, Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
 from cluster.sandbox.memory import resident_bytes
-from cluster.sandbox.messages import HEADER, Failed, Job, Reply, pack_job, payload_size, unpack_reply
 
 __all__ = ["SandboxProcess"]
 
@@ -106,7 +106,7 @@ class SandboxProcess:
             watch.cancel()
         if not self._resident or self._was_watched:
             await self._measure()
-        if isinstance(reply, Failed):
+        if isinstance(reply, JobFailed):
             error = MacpipeError.of(reply.reason, reply.sentence)
             error.field = reply.field
             raise error
@@ -167,7 +167,7 @@ class SandboxProcess:
 
 def _spawn() -> tuple[Popen[bytes], socket.socket]:
     """Start a child; its process and our end of its socket. Raises OSError."""
-    environment = {**own_code_alone(os.environ), **QUIET}
+    environment = {**isolated_environment(os.environ), **QUIET}
     ours, theirs = socket.socketpair()
     with theirs:
         try:

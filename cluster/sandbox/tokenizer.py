@@ -16,10 +16,8 @@ from typing import Final, Protocol
 
 import anyio
 
-from cluster.chat import ChatMessage, ChatOptions
-from cluster.errors import BadFrame, InvalidGrammar, MacpipeError
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import (
+from cluster.core.errors import BadFrame, InvalidGrammar, MacpipeError
+from cluster.core.limits import (
     MIB,
     SANDBOX_CPU_S,
     SANDBOX_CPU_S_PER_MIB,
@@ -31,14 +29,15 @@ from cluster.limits import (
     SANDBOX_WALL_FACTOR,
     SANDBOX_WARM_UP_CPU_S,
 )
-from cluster.sandbox.messages import (
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
+from cluster.sandbox.job_messages import (
     CheckGrammar,
     Converse,
     Encode,
     Job,
     Limits,
     OpenModel,
-    Prompt,
+    PromptReply,
     WarmUp,
     unpack_tokens,
 )
@@ -161,12 +160,12 @@ class SandboxedTokenizer:
 
     async def _prompt(self, job: Job) -> Tokenized:
         reply = await self._text.run(job)
-        if not isinstance(reply, Prompt):
+        if not isinstance(reply, PromptReply):
             raise BadFrame("the sandbox answered something else than it was asked")
         return tokenized(reply)
 
 
-def tokenized(prompt: Prompt) -> Tokenized:
+def tokenized(prompt: PromptReply) -> Tokenized:
     """A reply as callers read it. Raises ``BadFrame``."""
     return Tokenized(prompt.count, unpack_tokens(prompt.ids), prompt.texts, prompt.thinking, prompt.grammar)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.limits import GIB, MAX_QUEUE, PREFILL_CHUNK
-from cluster.scheduler.memory import Cost, CostOf
+from cluster.core.limits import GIB, MAX_QUEUE, PREFILL_CHUNK
+from cluster.scheduler.kv_cost import Cost, CostOf
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ Allowed = Callable[[list[list[Sequence]]], bool]
 """Whether memory allows lanes with these members."""
 
 
-class Lanes:
+class LaneAssignment:
     """``count`` lanes of at most ``rows`` sequences. A lane whose decode frame is in the ring is busy."""
 
     def __init__(self, count: int, rows: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.frames import Sample
-from cluster.types import FinishReason, StageTiming
+from cluster.core.frames import Sample, StageTiming
+from cluster.core.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Produced:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class SampleFailed:
     """A stage could not do a step of this request, which has been taken out."""
 
     request_id: str
@@ -47,7 +47,7 @@ class Outcome:
     request_ids: tuple[str, ...]
     timings: tuple[StageTiming, ...]
     sent_at: float
-    events: tuple[Produced | Failed, ...] = ()
+    events: tuple[Produced | SampleFailed, ...] = ()
     rows: int = 0
     """Sequences that decoded together; 0 for any other frame."""
     context: int = 0

@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.limits import MAX_PREFIXES
-from cluster.scheduler.memory import Cost
+from cluster.core.limits import MAX_PREFIXES
+from cluster.scheduler.kv_cost import Cost
 from cluster.scheduler.radix import Match, RadixTree
 
 MIN_HIT = 8

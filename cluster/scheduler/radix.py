@@ -49,7 +49,7 @@ class RadixTree:
             child = node.children.get(rest[0])
             if child is None:
                 child = node.children[rest[0]] = _Node(rest)
-            shared = _shared(child.edge, rest)
+            shared = _shared_length(child.edge, rest)
             if shared < len(child.edge):
                 child = self._split(node, child, shared)
             node, rest = child, rest[shared:]
@@ -92,7 +92,7 @@ class RadixTree:
             child = node.children.get(asked[at]) if at < len(asked) else None
             if child is None:
                 break
-            shared = _shared(child.edge, asked[at:])
+            shared = _shared_length(child.edge, asked[at:])
             node, at = child, at + shared
             if shared < len(child.edge):
                 break
@@ -117,7 +117,7 @@ class RadixTree:
         return [n.entry for n in self._path(tokens) if n.entry is not None and self._tokens[n.entry] != tokens]
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)

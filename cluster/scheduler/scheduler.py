@@ -6,26 +6,26 @@ Decode frames, one a lane, go before prefill frames; while others decode, a pref
 allows, and each of their lanes goes once before the next one.
 
 Frames of one sequence come back in the order in which they were written; a decode frame may overtake prefill frames of
-others (``cluster.scheduler.turns``). Every frame that is written comes back, or the ring is lost.
+others (``cluster.scheduler.reordering``). Every frame that is written comes back, or the ring is lost.
 """
 
 from __future__ import annotations
 
-from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
-from cluster.limits import RETRY_AFTER_S
+from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
+from cluster.core.limits import RETRY_AFTER_S
+from cluster.core.request import FinishReason, Request
 from cluster.scheduler.capacity import Capacity
-from cluster.scheduler.flights import Flight
-from cluster.scheduler.lanes import Lanes
-from cluster.scheduler.log import Log
-from cluster.scheduler.memory import Cost, fits, lane_cost, total
-from cluster.scheduler.outcome import Failed, Outcome, Produced, Refused
-from cluster.scheduler.pacing import Pacing
+from cluster.scheduler.fair_queue import FairQueue
+from cluster.scheduler.frame_writer import FrameWriter
+from cluster.scheduler.in_flight import InFlightFrame
+from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
+from cluster.scheduler.lanes import LaneAssignment
+from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
+from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import Prefixes
-from cluster.scheduler.samples import copies
+from cluster.scheduler.sample_forks import copies
 from cluster.scheduler.sequence import Phase, Sequence
-from cluster.scheduler.waiting import Waiting
-from cluster.types import FinishReason, Request
 
 
 class Scheduler:
@@ -33,18 +33,18 @@ class Scheduler:
 
     def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
         self._eos = eos
-        self._waiting = Waiting(capacity.queue)
+        self._waiting = FairQueue(capacity.queue)
         self._by_request: dict[str, Sequence] = {}
         self._sequences_seen = 0
         self._open(epoch, capacity)
 
     def _open(self, epoch: int, capacity: Capacity) -> None:
         self._epoch, self._capacity = epoch, capacity
-        self._lanes = Lanes(capacity.lanes, capacity.rows)
+        self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
-        self._pacing = Pacing(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
+        self._pacing = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
-        self._log = Log(epoch)
+        self._log = FrameWriter(epoch)
         self._flights, self._edits = self._log.flights, self._log.edits
         self._lanes_since_prefill: set[int] = set()
 
@@ -134,7 +134,7 @@ class Scheduler:
         self._remove(sequence, keep=True)
         return sequence
 
-    def returned(self, frame: Frame) -> Outcome:
+    def on_frame(self, frame: Frame) -> Outcome:
         """Account for a frame that the last stage sent back. Raises ``BadFrame`` where that cannot be."""
         if frame.epoch != self._epoch:
             raise BadFrame(f"a frame of epoch {frame.epoch} came back in epoch {self._epoch}")
@@ -205,9 +205,9 @@ class Scheduler:
                 self._edits.append(Trim(sequence.id, match.length))
             sequence.fed.extend(sequence.base[: match.length])
             sequence.cached = sequence.prefilled = match.length
-        self._prompted(sequence)
+        self._finish_prompt(sequence)
 
-    def _prompted(self, leader: Sequence) -> None:
+    def _finish_prompt(self, leader: Sequence) -> None:
         """Once all of a prompt is on its way, its decode may follow, and other samples of it start from a copy."""
         if leader.unsent:
             return
@@ -250,13 +250,13 @@ class Scheduler:
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
 
-    def _let_go(self, flight: Flight, frame: Frame) -> None:
+    def _let_go(self, flight: InFlightFrame, frame: Frame) -> None:
         """Free the sequences whose last frame came back, and what was copied from one whose step failed."""
         failed = flight.sequences if frame.error else tuple(f.sequence for f in frame.failures)
         self._edits += map(Drop, self._prefixes.forget(failed) if failed else ())
         for sequence in self._flights.leaving:
             sequence.broken = sequence.broken or sequence.id in failed
-        if left := self._flights.left():
+        if left := self._flights.take_left():
             for sequence in left:
                 self._leave(sequence)
             self._admit()
@@ -275,21 +275,24 @@ class Scheduler:
 
     # Events of a frame that came back
 
-    def _events(self, live: list[Sequence], frame: Frame) -> tuple[Produced | Failed, ...]:
+    def _events(self, live: list[Sequence], frame: Frame) -> tuple[Produced | SampleFailed, ...]:
         if error := frame.error:
             for sequence in live:
                 self._remove(sequence, keep=False)
-            return tuple(Failed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
+            return tuple(SampleFailed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
         by_id = {s.id: s for s in live}
-        failed = [self._failed(s, f) for f in frame.failures if (s := by_id.get(f.sequence))]
-        return (*failed, *(self._produced(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))))
+        failed = [self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))]
+        return (
+            *failed,
+            *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
+        )
 
-    def _failed(self, sequence: Sequence, failure: SequenceFailure) -> Failed:
+    def _fail_sample(self, sequence: Sequence, failure: SequenceFailure) -> SampleFailed:
         """One row of a lane went wrong on the last stage; the others have their samples."""
         self._remove(sequence, keep=False)
-        return Failed(sequence.request.id, len(self._capacity.budget) - 1, failure.reason, failure.sentence)
+        return SampleFailed(sequence.request.id, len(self._capacity.budget) - 1, failure.reason, failure.sentence)
 
-    def _produced(self, sequence: Sequence, sample: Sample) -> Produced:
+    def _account_sample(self, sequence: Sequence, sample: Sample) -> Produced:
         request, index = sequence.request, sequence.produced
         ended = sample.token in self._eos and not request.ignore_eos
         finish = FinishReason.STOP if ended else None
@@ -327,17 +330,17 @@ class Scheduler:
         """Whose prompt goes on, unless a decoding lane is to go first: one chunk at most between two steps."""
         sequence = self._neediest()
         paced = self._capacity.max_step_ms is not None
-        if sequence and paced and not self._decoding(sequence) <= self._lanes_since_prefill:
+        if sequence and paced and not self._lanes_decoding(sequence) <= self._lanes_since_prefill:
             return None
         return sequence
 
-    def _decoding(self, but: Sequence) -> set[int]:
+    def _lanes_decoding(self, but: Sequence) -> set[int]:
         """The lanes in which others decode."""
         return {s.lane for s in self._lanes if s is not but and s.phase is Phase.DECODE}
 
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
         start = len(sequence.fed)
-        others = bool(self._decoding(sequence))
+        others = bool(self._lanes_decoding(sequence))
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = self._pacing.chunk(whole, sequence.unsent, others_decode=others)
@@ -346,5 +349,5 @@ class Scheduler:
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
         frame = self._log.write(sequence.lane, step, count, now)
         sequence.served = self._log.written
-        self._prompted(sequence)
+        self._finish_prompt(sequence)
         return frame

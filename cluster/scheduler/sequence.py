@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.types import Request
+from cluster.core.request import Request
 
 
 class Phase(StrEnum):

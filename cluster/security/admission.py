@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.errors import ClockWrong, TokenRefused
-from cluster.security.authority import Authority, requested_key
+from cluster.core.errors import ClockWrong, TokenRefused
+from cluster.security.authority import Authority, read_request_key
 from cluster.security.bounds import BACKDATED_S, LEAF_S
-from cluster.security.folder import ClusterFolder
-from cluster.security.keyring import issued, make_request, public_bytes
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keyring import make_request, public_bytes, read_certificate
 from cluster.security.members import Members
 from cluster.security.roles import Party, Role
-from cluster.security.tokens import Tokens
+from cluster.security.tokens import TokenStore
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class AdmissionRequest:
     """What a Mac says that wants to join. ``clock`` is its own, in seconds since the epoch."""
 
     token: str
@@ -41,16 +41,16 @@ class Admission:
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
         self.authority = Authority.load(folder)
-        self.tokens = Tokens(folder, clock)
+        self.tokens = TokenStore(folder, clock)
         self.members = Members(folder, clock)
 
-    def admit(self, wish: Wish) -> bytes:
+    def admit(self, wish: AdmissionRequest) -> bytes:
         """The certificate (PEM) for a token and a request; the same request again gets the same one.
 
         A refusal other than ``TokenRefused`` leaves the token as it was: ``InvalidRequest``, ``DuplicateName``,
         ``ClockWrong``, ``Busy``.
         """
-        key = hashlib.sha256(public_bytes(requested_key(wish.csr))).digest()
+        key = hashlib.sha256(public_bytes(read_request_key(wish.csr))).digest()
         with self._folder.lock():
             token = self.tokens.accept(wish.token, wish.secret, key)
             now = self._clock()
@@ -78,7 +78,7 @@ class Admission:
 
     def _again(self, certificate: bytes) -> bytes:
         """A Mac that missed the answer asks once more; it may have been removed, or a crash may have come between."""
-        party, _ = issued(certificate)
+        party, _ = read_certificate(certificate)
         if party.serial in self.members.revoked():
             raise TokenRefused(
                 f"{party.name} was removed from the cluster; ask for a new token: `macpipe token create` on the"
@@ -88,7 +88,7 @@ class Admission:
         return certificate
 
     def _enter(self, certificate: bytes) -> Party:
-        party, ends = issued(certificate)
+        party, ends = read_certificate(certificate)
         self.members.admit(party, ends, locked=True)
         return party
 

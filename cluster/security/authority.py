@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
+from cluster.core.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
 from cluster.security.bounds import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import private_bytes, public_bytes
-from cluster.security.names import checked_name
+from cluster.security.name_check import check_name
 from cluster.security.roles import ID, Role, name_of
 
 _BOTH: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -51,7 +51,7 @@ class Authority:
             ]
         )
         certificate = (
-            _begun(subject, subject, key.public_key(), now, now + AUTHORITY_S)
+            _certificate_builder(subject, subject, key.public_key(), now, now + AUTHORITY_S)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(sign_certificates=True), critical=True)
             .sign(key, SHA256())
@@ -94,9 +94,9 @@ class Authority:
         """A party's certificate (PEM) for the public key of a request; raises ``InvalidRequest``."""
         if not ID.fullmatch(id):
             raise InvalidRequest(f"{id[:32]!r} is not an id: 16 hex digits are", field="id")
-        checked_name(name, "a member's")
+        check_name(name, "a member's")
         hosts = [x509.DNSName(name_of(role, self.cluster_id, id)), x509.DNSName(name_of(role, self.cluster_id))]
-        return self._leaf(requested_key(csr_pem), name, hosts, _BOTH, now)
+        return self._leaf(read_request_key(csr_pem), name, hosts, _BOTH, now)
 
     def sign_http(self, csr_pem: bytes, hosts: Sequence[str], now: float) -> bytes:
         """A certificate (PEM) for an HTTPS port that is called by these host names and addresses.
@@ -106,7 +106,7 @@ class Authority:
         names = [_general_name(host) for host in hosts]
         if not names or any(host.endswith(f".{self.cluster_id}") for host in hosts):
             raise InvalidRequest("a certificate for HTTP needs the names by which this Mac is called", field="hosts")
-        return self._leaf(requested_key(csr_pem), hosts[0], names, (ExtendedKeyUsageOID.SERVER_AUTH,), now)
+        return self._leaf(read_request_key(csr_pem), hosts[0], names, (ExtendedKeyUsageOID.SERVER_AUTH,), now)
 
     def _leaf(
         self,
@@ -121,7 +121,7 @@ class Authority:
         ends = min(now + LEAF_S, own.not_valid_after_utc.timestamp())
         issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         leaf = (
-            _begun(subject, own.subject, key, now, ends)
+            _certificate_builder(subject, own.subject, key, now, ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(sign_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(list(usages)), critical=False)
@@ -169,7 +169,7 @@ def authority_of(pem: bytes) -> Stranger:
         certificate.verify_directly_issued_by(certificate)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        cluster = checked_name(str(name.value), "a cluster's")
+        cluster = check_name(str(name.value), "a cluster's")
         fingerprint = hashlib.sha256(public_bytes(certificate.public_key())).digest()
     except _UNFIT:
         raise ValueError("not an authority's certificate") from None
@@ -178,7 +178,7 @@ def authority_of(pem: bytes) -> Stranger:
     return Stranger(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
 
 
-def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+def read_request_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
     """The public key of a request (PEM), whose signature proves that the sender holds its private half.
 
     Raises ``InvalidRequest``.
@@ -197,7 +197,7 @@ def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def _begun(
+def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: float, ends: float
 ) -> x509.CertificateBuilder:
     """What every certificate has: names, key, a random serial and its time, from a day ago on."""

@@ -1,10 +1,10 @@
-"""Bounds of trust between the parties of a cluster, each with its reason; all others are in ``cluster.limits``."""
+"""Bounds of trust between the parties of a cluster, each with its reason; all others are in ``cluster.core.limits``."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from cluster.limits import KIB, MIB
+from cluster.core.limits import KIB, MIB
 
 REVOCATION_LOOK_S: Final = 1.0
 """How often open streams are looked over for parties that were removed meanwhile: three such looks, at the coordinator,

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
 from cluster.security.authority import Authority
 from cluster.security.bounds import LEAF_S, RENEWAL_SHARE
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.file_version import Stamp, file_version
 from cluster.security.keyring import make_request
-from cluster.security.stamp import Stamp, stamp_of
 
 
 class HttpCertificate(Protocol):
@@ -74,7 +74,7 @@ class GivenCertificate:
 
     def _look(self) -> tuple[Stamp, ...]:
         try:
-            return tuple(stamp_of(file) for file in self._files)
+            return tuple(file_version(file) for file in self._files)
         except OSError as e:
             raise InvalidOption(f"cannot read {e.filename} (--http-cert, --http-key): {e.strerror}") from e
 

@@ -15,10 +15,10 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 from grpc import aio
 
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
+from cluster.security.access_rules import RULES, is_allowed
 from cluster.security.bounds import REVOCATION_LOOK_S
 from cluster.security.roles import Party
-from cluster.security.rules import RULES, allowed
 from cluster.security.trust import Shown, Trust
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -31,9 +31,9 @@ def judge(trust: Trust, method: str, shown: Shown) -> Party | Refusal:
     party = trust.party(shown)
     if party is None:
         return grpc.StatusCode.UNAUTHENTICATED, "this takes a certificate of the cluster, valid now; see `macpipe join`"
-    if refusal := _ended(trust, party):
+    if refusal := _why_ended(trust, party):
         return refusal
-    if not allowed(method, party.role):
+    if not is_allowed(method, party.role):
         roles = " or ".join(sorted(RULES.get(method, ()))) or "nobody"
         called = method.rpartition("/")[2]
         return grpc.StatusCode.PERMISSION_DENIED, f"{called} is for {roles}, and {party.name} is {_a(party.role)}"
@@ -44,7 +44,7 @@ def _a(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
-def _ended(trust: Trust, party: Party) -> Refusal | None:
+def _why_ended(trust: Trust, party: Party) -> Refusal | None:
     """Why a party that belonged to the cluster does so no more."""
     try:
         if not trust.revoked(party.serial):
@@ -54,7 +54,7 @@ def _ended(trust: Trust, party: Party) -> Refusal | None:
     return grpc.StatusCode.UNAUTHENTICATED, f"{party.name} was removed from this cluster"
 
 
-class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
+class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
     """Guards a server of threads. Close it at the end."""
 
     def __init__(self, trust: Trust) -> None:
@@ -84,7 +84,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> None:
         """Let the call go on, for as long as its party belongs to the cluster."""
-        party = judge(self._trust, method, _shown(context))
+        party = judge(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             context.abort(*party)
         self._open[context] = party
@@ -97,11 +97,11 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its
     def _sweep(self) -> None:
         while not self._closed.wait(REVOCATION_LOOK_S):
             for context, party in tuple(self._open.items()):
-                if _ended(self._trust, party):
+                if _why_ended(self._trust, party):
                     context.cancel()  # type: ignore[no-untyped-call]
 
 
-class AioGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
+class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
     """Guards an asyncio server."""
 
     def __init__(self, trust: Trust) -> None:
@@ -118,17 +118,17 @@ class AioGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in i
         behaviour, method = _behaviour(handler), handler_call_details.method
 
         async def whole(request: Any, context: Context) -> Any:
-            await self._admitted(method, context)
+            await self._require_admitted(method, context)
             return await behaviour(request, context)
 
         async def stream(request: Any, context: Context) -> None:
-            party = await self._admitted(method, context)
+            party = await self._require_admitted(method, context)
             await self._while_admitted(party, context, _answers(behaviour, request, context))
 
         return _like(handler, stream if handler.response_streaming else whole)
 
-    async def _admitted(self, method: str, context: Context) -> Party:
-        party = judge(self._trust, method, _shown(context))
+    async def _require_admitted(self, method: str, context: Context) -> Party:
+        party = judge(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             await _refuse(context, party)
         return party
@@ -140,7 +140,7 @@ class AioGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in i
         assert me
 
         async def watch() -> None:
-            while not (refusal := _ended(self._trust, party)):  # noqa: ASYNC110  # a file tells
+            while not (refusal := _why_ended(self._trust, party)):  # noqa: ASYNC110  # a file tells
                 await asyncio.sleep(REVOCATION_LOOK_S)
             why.append(refusal)
             me.cancel()
@@ -157,7 +157,7 @@ class AioGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in i
             watching.cancel()
 
 
-def _shown(context: grpc.ServicerContext | Context) -> Shown:
+def _shown_certificate(context: grpc.ServicerContext | Context) -> Shown:
     found: Any = context.auth_context()  # its typing stub is wrong: a name may have several values
     return dict(found)
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from cluster.errors import ClockWrong, ClusterDamaged, MacpipeError
+from cluster.core.errors import ClockWrong, ClusterDamaged, MacpipeError
 from cluster.security.bounds import MAX_PEM_BYTES
 from cluster.security.roles import Party, party_in, party_of
 
@@ -83,7 +83,7 @@ class Keyring:
             )
 
 
-def issued(certificate: bytes) -> tuple[Party, float]:
+def read_certificate(certificate: bytes) -> tuple[Party, float]:
     """Whose a certificate (PEM) is, and when it ends; raises ``Unauthenticated``."""
     return party_of(certificate), x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 

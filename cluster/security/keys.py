@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
+from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security.bounds import MAX_KEYS
-from cluster.security.folder import ClusterFolder
-from cluster.security.names import checked_name
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.name_check import check_name
 from cluster.security.statefile import StateFile
 
 TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -67,27 +67,27 @@ class ApiKey:
     revoked: float | None = None
 
 
-class Keys:
+class KeyStore:
     """The keys in ``folder``, shared with every process that edits them: what changed is seen at the next look."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._file = StateFile(folder, folder.keys, _pack, _unpack)
 
-    def everything(self) -> tuple[ApiKey, ...]:
+    def all_keys(self) -> tuple[ApiKey, ...]:
         """All keys in the order of their making, revoked ones too. Raises ``ClusterDamaged``."""
         return self._file.rows()
 
-    def known(self, key_id: str) -> ApiKey | None:
+    def find_by_id(self, key_id: str) -> ApiKey | None:
         """The key with that id, as long as it is good."""
-        return next((key for key in self.everything() if key.id == key_id and key.revoked is None), None)
+        return next((key for key in self.all_keys() if key.id == key_id and key.revoked is None), None)
 
     def find(self, text: str) -> ApiKey | None:
         """The key whose text this is, as long as it is good. Takes as long for a wrong secret as for a right one."""
         parts = TEXT.fullmatch(text)
         if parts is None:
             return None
-        key = self.known(parts[1])
+        key = self.find_by_id(parts[1])
         right = hmac.compare_digest(_digest(text), _NOBODYS if key is None else key.digest)
         return key if right else None
 
@@ -95,7 +95,7 @@ class Keys:
         self, name: str, scope: KeyScope = KeyScope.INFERENCE, limits: KeyLimits | None = None
     ) -> tuple[ApiKey, str]:
         """A new key and its text, which is kept nowhere. Raises ``DuplicateName``; ``Busy`` where it is full."""
-        checked_name(name, "a key's")
+        check_name(name, "a key's")
         key_id = secrets.token_hex(6)
         text = f"mpk_{key_id}_{secrets.token_urlsafe(32)}"
         key = ApiKey(key_id, name, scope, limits or KeyLimits(), self._clock(), _digest(text))

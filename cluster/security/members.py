@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
+from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security.bounds import MAX_MEMBERS, MAX_SERIALS
-from cluster.security.folder import ClusterFolder
-from cluster.security.names import checked_name
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.name_check import check_name
 from cluster.security.roles import Party, Role
 from cluster.security.statefile import StateFile
 
@@ -69,7 +69,7 @@ class Members:
 
     def check_room(self, role: Role, id: str, name: str) -> None:  # noqa: A002
         """Raise where nobody new can be ``name`` with this id: ``DuplicateName``, or ``Busy`` where all is full."""
-        _check_room(self._kept(self.everyone()), role, id, checked_name(name, "a member's"))
+        _check_room(self._drop_expired(self.everyone()), role, id, check_name(name, "a member's"))
 
     def admit(self, party: Party, not_after: float, *, locked: bool = False) -> None:
         """Enter who got a first certificate; once more the same one is no news. Raises as ``check_room`` does.
@@ -77,7 +77,7 @@ class Members:
         ``locked`` says that the caller holds the folder's lock.
         """
         with self._file.edit(locked=locked) as edit:
-            rows = self._kept(edit.rows)
+            rows = self._drop_expired(edit.rows)
             if any(one.serial == party.serial for member in rows for one in member.issued):
                 return
             _check_room(rows, party.role, party.id, party.name)
@@ -87,7 +87,7 @@ class Members:
     def renew(self, party: Party, not_after: float) -> None:
         """Enter a further certificate of a member; raises ``MemberNotFound`` where it belongs no more."""
         with self._file.edit() as edit:
-            rows = self._kept(edit.rows)
+            rows = self._drop_expired(edit.rows)
             at = _position(rows, lambda m: m.removed is None and (m.id, m.role) == (party.id, party.role))
             if at is None:
                 raise MemberNotFound(f"{party.name} is not a member of this cluster")
@@ -102,7 +102,7 @@ class Members:
         Certificates that it has are revoked from now on.
         """
         with self._file.edit() as edit:
-            rows = self._kept(edit.rows)
+            rows = self._drop_expired(edit.rows)
             at = _position(rows, lambda m: m.removed is None and m.name == name)
             if at is None:
                 raise MemberNotFound(f"no member of this cluster is named {name}; `macpipe members` shows them")
@@ -112,7 +112,7 @@ class Members:
             edit.rows = (*rows[:at], gone, *rows[at + 1 :])
             return gone
 
-    def _kept(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
+    def _drop_expired(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
         """Without those whose last certificate has ended: they cannot speak, and may join again under their names.
 
         The coordinator stays, since it certifies itself anew.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.security.bounds import MAX_REVOKED
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.statefile import StateFile
 
 

@@ -13,7 +13,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from cluster.errors import Unauthenticated
+from cluster.core.errors import Unauthenticated
 from cluster.security.bounds import MAX_PEM_BYTES
 
 ID: Final = re.compile(r"[0-9a-f]{16}")

@@ -13,10 +13,10 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgpack
 
-from cluster.errors import Busy, ClusterDamaged
+from cluster.core.errors import Busy, ClusterDamaged
 from cluster.security.bounds import MAX_STATE_BYTES
-from cluster.security.folder import ClusterFolder
-from cluster.security.stamp import Stamp, stamp_of
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.file_version import Stamp, file_version
 
 FORMAT: Final = 1
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class StateFile(Generic[T]):
 
     def _look(self) -> Stamp | None:
         try:
-            return stamp_of(self._path)
+            return file_version(self._path)
         except FileNotFoundError:
             return None
         except OSError as e:

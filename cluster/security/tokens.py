@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from cluster.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
+from cluster.core.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
 from cluster.security.authority import cluster_id_of
 from cluster.security.bounds import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import date_in_words
 from cluster.security.roles import Role
 from cluster.security.statefile import StateFile
@@ -35,7 +35,7 @@ _DIGITS: Final = 78
 _FORGOTTEN_S: Final = 86_400.0
 
 
-class State(StrEnum):
+class TokenState(StrEnum):
     """What has become of a token."""
 
     OPEN = "open"
@@ -83,7 +83,7 @@ class JoinToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class IssuedToken:
     """What is kept of a token: ``digest`` of its secret, and once it was used by whom, for which public key.
 
     Times are seconds since the epoch; ``certificate`` (PEM) is what its bearer got.
@@ -100,22 +100,22 @@ class Token:
     key: bytes = b""
     certificate: bytes = field(default=b"", repr=False)
 
-    def state(self, now: float) -> State:
+    def state(self, now: float) -> TokenState:
         if self.revoked is not None:
-            return State.REVOKED
+            return TokenState.REVOKED
         if self.used is not None:
-            return State.USED
-        return State.EXPIRED if now >= self.expires else State.OPEN
+            return TokenState.USED
+        return TokenState.EXPIRED if now >= self.expires else TokenState.OPEN
 
 
-class Tokens:
+class TokenStore:
     """The tokens of ``folder``, shared with every other process that edits them."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._file = StateFile(folder, folder.tokens, _pack, _unpack)
 
-    def all(self) -> tuple[Token, ...]:
+    def all_tokens(self) -> tuple[IssuedToken, ...]:
         """In the order in which they were made."""
         return self._file.rows()
 
@@ -131,10 +131,10 @@ class Tokens:
             kept = tuple(token for token in edit.rows if token.expires + _FORGOTTEN_S > now)
             if len(kept) >= MAX_TOKENS:
                 raise Busy(f"{MAX_TOKENS} join tokens are kept already; wait until some are a day old")
-            edit.rows = (*kept, Token(made.id, role, _digest(made.secret), now, now + ttl_s))
+            edit.rows = (*kept, IssuedToken(made.id, role, _digest(made.secret), now, now + ttl_s))
         return made
 
-    def revoke(self, id: str) -> Token:  # noqa: A002
+    def revoke(self, id: str) -> IssuedToken:  # noqa: A002
         """End a token, used or not; raises ``MemberNotFound``. A Mac that joined by it stays a member."""
         with self._file.edit() as edit:
             for at, token in enumerate(edit.rows):
@@ -144,26 +144,26 @@ class Tokens:
                     return ended
         raise MemberNotFound(f"there is no join token {id[:32]}; `macpipe token list` shows them")
 
-    def accept(self, id: str, secret: bytes, key: bytes) -> Token:  # noqa: A002
+    def accept(self, id: str, secret: bytes, key: bytes) -> IssuedToken:  # noqa: A002
         """The token that ``key`` (SHA-256 of a public key) may use, or has used; raises ``TokenRefused``.
 
         Whether an id is unknown or its secret wrong is told to nobody, and takes the same time.
         """
-        found = next((token for token in self.all() if token.id == id), None)
+        found = next((token for token in self.all_tokens() if token.id == id), None)
         right = hmac.compare_digest(found.digest if found else bytes(32), _digest(secret))
         if found is None or not right:
             raise WrongSecret("the cluster does not know this join token; ask for a new one: `macpipe token create`")
         new = "ask for a new one: `macpipe token create` on the coordinator's Mac"
         state = found.state(self._clock())
-        if state is State.REVOKED:
+        if state is TokenState.REVOKED:
             raise TokenRefused(f"this join token was revoked; {new}")
-        if state is State.EXPIRED:
+        if state is TokenState.EXPIRED:
             raise TokenRefused(f"this join token expired {date_in_words(found.expires)}; {new}")
-        if state is State.USED and not hmac.compare_digest(found.key, key):
+        if state is TokenState.USED and not hmac.compare_digest(found.key, key):
             raise TokenRefused(f"this join token was used by {found.user}; a token admits one Mac: {new}")
         return found
 
-    def spend(self, token: Token, key: bytes, user: str, certificate: bytes) -> None:
+    def spend(self, token: IssuedToken, key: bytes, user: str, certificate: bytes) -> None:
         """Note that ``token`` was used; the caller holds the folder's lock since it was accepted."""
         with self._file.edit(locked=True) as edit:
             at = next(at for at, kept in enumerate(edit.rows) if kept.id == token.id)
@@ -192,11 +192,11 @@ def _number(digits: str) -> int:
     return number
 
 
-def _pack(t: Token) -> list[Any]:
+def _pack(t: IssuedToken) -> list[Any]:
     return [t.id, t.role.value, t.digest, t.issued, t.expires, t.revoked, t.used, t.user, t.key, t.certificate]
 
 
-def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *fate: Any) -> Token:  # noqa: A002
+def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *fate: Any) -> IssuedToken:  # noqa: A002
     revoked, used, user, key, certificate = fate
     if len(digest) != 32:
         raise ValueError("a digest has 32 bytes")
@@ -204,4 +204,6 @@ def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *f
         raise ValueError("a time is a number")
     if (type(id), type(user), type(key), type(certificate)) != (str, str, bytes, bytes):
         raise ValueError("a field of a token has another type than it was written with")
-    return Token(id, Role(role), bytes(digest), float(issued), float(expires), revoked, used, user, key, certificate)
+    return IssuedToken(
+        id, Role(role), bytes(digest), float(issued), float(expires), revoked, used, user, key, certificate
+    )

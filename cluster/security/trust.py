@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 
-from cluster.address import is_loopback
-from cluster.errors import InvalidOption
-from cluster.security.names import checked_name
+from cluster.core.errors import InvalidOption
+from cluster.core.text import is_loopback
+from cluster.security.name_check import check_name
 
 if TYPE_CHECKING:
+    from cluster.security.certificate_renewal import Renewal
     from cluster.security.members import Members
-    from cluster.security.renewal import Renewal
     from cluster.security.revocations import Revocations
     from cluster.security.roles import Party
 
@@ -88,11 +88,11 @@ def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
 
     ``name`` is a worker's. Raises ``InvalidOption`` for a name that is none, ``ClusterDamaged`` for unusable files.
     """
-    checked_name(cluster, "a cluster's")  # it is the name of a folder too
+    check_name(cluster, "a cluster's")  # it is the name of a folder too
     if is_member(home, cluster):
-        from cluster.security.mutual import held
+        from cluster.security.mtls import open_cluster_trust
 
-        return held(home, cluster, roles, name) or LocalTrust(cluster)
+        return open_cluster_trust(home, cluster, roles, name) or LocalTrust(cluster)
     return LocalTrust(cluster)
 
 

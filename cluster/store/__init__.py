@@ -16,6 +16,6 @@ huggingface_hub). A tensor that several workers need is fetched by the first of 
 the internet is asked once. Each tensor is hashed once it is complete, against the manifest where that knows it, and
 each file of which all bytes came against the hub's own hash.
 
-The room needs no MLX: which tensors a slice is made of is told to it (``cluster.model.provenance``). It blocks, and
+The room needs no MLX: which tensors a slice is made of is told to it (``cluster.model.tensor_map``). It blocks, and
 daemons run it on threads. It knows nothing of plans or loads.
 """

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-from cluster.errors import MacpipeError
-from cluster.limits import HASH_THREADS
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import HASH_THREADS
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
-from cluster.store.journal import Journal
-from cluster.store.partial import hash_range
+from cluster.store.append_log import AppendLog
+from cluster.store.partial_checkpoint import hash_range
 
 log = logging.getLogger(__name__)
 Stopped = Callable[[], bool]
@@ -43,7 +43,7 @@ class _Cache:
 
     def __init__(self, home: Path, folder: Path, files: Iterable[str]) -> None:
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-        self._journal = Journal(home / "digests" / f"{name}.jsonl")
+        self._journal = AppendLog(home / "digests" / f"{name}.jsonl")
         self._now = {file: _state(folder / file) for file in files}
         self.known: dict[str, str] = {}
         for entry in self._journal.entries():

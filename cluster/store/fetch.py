@@ -15,16 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from cluster.errors import Aborted, DiskFull, FetchFailed, InvalidOption, MacpipeError, ModelDiffers, ModelNotFound
-from cluster.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
+from cluster.core.errors import (
+    Aborted,
+    DiskFull,
+    FetchFailed,
+    InvalidOption,
+    MacpipeError,
+    ModelDiffers,
+    ModelNotFound,
+)
+from cluster.core.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
 from cluster.model.checkpoint import TensorInfo
-from cluster.store.files import StoredFile
+from cluster.store.digest_manifest import DigestManifest
+from cluster.store.disk_space import free_bytes, require_room
 from cluster.store.hub import Hub
-from cluster.store.manifest import Manifest
-from cluster.store.partial import Partial
-from cluster.store.peer import Holdings, Peer
-from cluster.store.run import Counted, Run, fetch_run
-from cluster.store.space import free_bytes, require_room
+from cluster.store.model_files import StoredFile
+from cluster.store.partial_checkpoint import PartialCheckpoint
+from cluster.store.peer_client import Holdings, Peer
+from cluster.store.range_download import CountedRanges, RangeDownload, fetch_run
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +69,8 @@ class Fetch:
 
     def __init__(
         self,
-        partial: Partial,
-        manifest: Manifest,
+        partial: PartialCheckpoint,
+        manifest: DigestManifest,
         wanted: Wanted,
         *,
         peers: Sequence[Peer] = (),
@@ -80,12 +88,12 @@ class Fetch:
         self._notices: dict[str, None] = {}
         self._began = time.monotonic()
         self._total = sum(tensor.nbytes for tensor in self._tensors)
-        self._counted = Counted()
+        self._counted = CountedRanges()
 
     @property
     def progress(self) -> Fetched:
         """How far it is; may be asked on any thread."""
-        missing = sum(self._partial.missing(tensor) for tensor in self._tensors)
+        missing = sum(self._partial.missing_bytes(tensor) for tensor in self._tensors)
         counted = self._counted
         return Fetched(
             self._total - missing, self._total, counted.hub, counted.peers, tuple(self._notices)[:MAX_NOTICES]
@@ -96,13 +104,13 @@ class Fetch:
         different models, FetchFailed and what the hub's refusals mean where a tensor can be had from nobody.
         """
         self._verify([tensor for tensor in self._tensors if tensor.name not in self._partial.verified], None)
-        missing = self._missing()
-        needed = sum(self._partial.missing(tensor) for tensor in missing)
+        missing = self._missing_tensors()
+        needed = sum(self._partial.missing_bytes(tensor) for tensor in missing)
         require_room(self._partial.folder, needed, self._free(self._partial.folder), self._what)
         self._fetch(missing)
-        if self._disproved():  # whoever gave wrong bytes is not known, and gets a second chance
-            self._fetch(self._missing())
-            if bad := self._disproved():
+        if self._find_disproved_file():  # whoever gave wrong bytes is not known, and gets a second chance
+            self._fetch(self._missing_tensors())
+            if bad := self._find_disproved_file():
                 raise FetchFailed(
                     f"all of {bad.name} of {self._what} came, twice, but it is not the file that the hub names (sha256 "
                     f"{bad.sha256[:12]}). It counts as not fetched; try again, or ask who publishes the model",
@@ -118,11 +126,11 @@ class Fetch:
             self._carry_out(runs)
             if not runs:
                 self._pause()
-            missing = self._missing()
+            missing = self._missing_tensors()
 
-    def _missing(self) -> list[TensorInfo]:
+    def _missing_tensors(self) -> list[TensorInfo]:
         verified = self._partial.verified
-        return [t for t in self._tensors if t.name not in verified or self._partial.missing(t)]
+        return [t for t in self._tensors if t.name not in verified or self._partial.missing_bytes(t)]
 
     def _pause(self) -> None:
         if self._stop.wait(FETCH_TICK_S):
@@ -139,9 +147,9 @@ class Fetch:
             for name in sorted(held.damaged.intersection(names)):
                 self._notice(f"{peer.label} has damaged bytes of the tensor {name}, as it found itself")
 
-    def _expected(self, name: str) -> str:
+    def _expected_digest(self, name: str) -> str:
         """What the tensor must hash to; empty where nobody knows. Raises ModelDiffers where peers say two things."""
-        if known := self._manifest.known.get(name) or self._partial.noted(name):
+        if known := self._manifest.known.get(name) or self._partial.noted_digest(name):
             return known
         said = {held.digests[name]: peer for peer, held in self._holdings.items() if name in held.digests}
         if len(said) > 1:
@@ -151,7 +159,7 @@ class Fetch:
             )
         return next(iter(said), "")
 
-    def _assign(self, missing: Iterable[TensorInfo]) -> list[Run]:
+    def _assign(self, missing: Iterable[TensorInfo]) -> list[RangeDownload]:
         """What is asked of whom now; a tensor that should come from a peer by and by is left for a later round."""
         chosen: dict[Peer | Hub, list[TensorInfo]] = {}
         for tensor in missing:
@@ -181,21 +189,21 @@ class Fetch:
         """Whether another worker is fetching the tensor, or may be about to."""
         if name not in self._wanted.deferred:
             return False
-        return any(name in held.coming for held in self._holdings.values()) or self._waited() < DEFER_S
+        return any(name in held.coming for held in self._holdings.values()) or self._seconds_waited() < DEFER_S
 
     def _may_be_sound(self, name: str) -> bool:
         """Whether another Mac is looking if it still has the tensor. It waits for nobody itself."""
-        return any(name in held.checking for held in self._holdings.values()) and self._waited() < CHECK_S
+        return any(name in held.checking for held in self._holdings.values()) and self._seconds_waited() < CHECK_S
 
-    def _waited(self) -> float:
+    def _seconds_waited(self) -> float:
         return time.monotonic() - self._began
 
     # Fetching
 
-    def _carry_out(self, runs: Sequence[Run]) -> None:
+    def _carry_out(self, runs: Sequence[RangeDownload]) -> None:
         """Fetch the runs, a few at a time. The first error that no other source can mend is raised."""
         with ThreadPoolExecutor(FETCH_STREAMS, thread_name_prefix="fetch") as pool:
-            jobs = [pool.submit(self._one, run) for run in runs]
+            jobs = [pool.submit(self._fetch_one, run) for run in runs]
             try:
                 for job in jobs:
                     job.result()
@@ -204,26 +212,26 @@ class Fetch:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _one(self, run: Run) -> None:
+    def _fetch_one(self, run: RangeDownload) -> None:
         try:
             fetch_run(run, self._partial, self._counted, self._stop)
         except (Aborted, DiskFull, InvalidOption):
             raise  # no source's fault
         except MacpipeError as error:
-            if isinstance(error, ModelNotFound) and isinstance(run.source, Peer) and self._waited() < CHECK_S:
+            if isinstance(error, ModelNotFound) and isinstance(run.source, Peer) and self._seconds_waited() < CHECK_S:
                 self._pause()  # it had them a moment ago, and may have begun to look whether it still has
                 return
             log.warning("%s: could not fetch %s from %s: %s", self._what, run, run.source.label, error.sentence)
-            self._fail((t for t in run.tensors if self._partial.missing(t)), run.source, error)
+            self._fail((t for t in run.tensors if self._partial.missing_bytes(t)), run.source, error)
         self._verify(run.tensors, run.source)
 
     def _verify(self, tensors: Iterable[TensorInfo], source: Peer | Hub | None) -> None:
         """Hash what is complete; what is wrong is dropped, and ``source`` not asked for it again."""
         good: list[tuple[str, str]] = []
         for tensor in tensors:
-            if self._partial.missing(tensor) or self._stop.is_set():
+            if self._partial.missing_bytes(tensor) or self._stop.is_set():
                 continue
-            digest, expected = self._partial.digest(tensor), self._expected(tensor.name)
+            digest, expected = self._partial.digest(tensor), self._expected_digest(tensor.name)
             if expected and digest != expected:
                 self._reject(tensor, digest, expected, source)
             else:
@@ -252,7 +260,7 @@ class Fetch:
         with self._lock:
             self._failed.update({(tensor.name, source.label): error for tensor in tensors})
 
-    def _disproved(self) -> StoredFile | None:
+    def _find_disproved_file(self) -> StoredFile | None:
         """Hold files that are whole by now against the hub's hashes. -> one that is not what it should be, all of whose
         tensors count as not there and not known then.
         """
@@ -274,14 +282,14 @@ def _ask(peer: Peer, names: Sequence[str]) -> Holdings:
         return Holdings()
 
 
-def _runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[Run]:
+def _runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[RangeDownload]:
     """Tensors that lie side by side in a file are asked for together."""
-    runs: list[Run] = []
+    runs: list[RangeDownload] = []
     for tensor in sorted(tensors, key=lambda t: (t.file, t.offset, t.end)):
         last = runs[-1] if runs else None
         joins = last and last.file == tensor.file and last.end == tensor.offset
         if last and joins and tensor.end - last.start <= FETCH_RANGE_BYTES:
-            runs[-1] = Run(source, (*last.tensors, tensor))
+            runs[-1] = RangeDownload(source, (*last.tensors, tensor))
         else:
-            runs.append(Run(source, (tensor,)))
+            runs.append(RangeDownload(source, (tensor,)))
     return runs

@@ -29,7 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
     http_stream_backoff,
 )
 
-from cluster.errors import (
+from cluster.core.errors import (
     BadCheckpoint,
     FetchFailed,
     HubOffline,
@@ -38,14 +38,14 @@ from cluster.errors import (
     ModelForbidden,
     ModelNotFound,
 )
-from cluster.limits import (
+from cluster.core.limits import (
     HUB_PEEK_BYTES,
     HUB_TIMEOUT_S,
     MAX_MODEL_FILES,
     MAX_SAFETENSORS_HEADER_BYTES,
     MAX_SMALL_FILE_BYTES,
 )
-from cluster.store.files import ModelFiles, StoredFile, wanted
+from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every range at INFO
 
@@ -74,12 +74,12 @@ def look_up(name: HubName) -> ModelFiles:
     if len(siblings) > MAX_MODEL_FILES:
         raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are looked at.")
     commit = info.sha or name.revision
-    files = tuple(_stored(one, commit) for one in siblings if wanted(one.rfilename))
+    files = tuple(_stored_file(one, commit) for one in siblings if is_wanted(one.rfilename))
     _require_model(name, [one.rfilename for one in siblings], files)
     return ModelFiles(files, name.repo, commit)
 
 
-def _stored(one: RepoSibling, commit: str) -> StoredFile:
+def _stored_file(one: RepoSibling, commit: str) -> StoredFile:
     sha256, blob = one.lfs.sha256 if one.lfs else "", one.blob_id or ""
     return StoredFile(one.rfilename, one.size or 0, sha256, blob, edition=sha256 or blob or commit)
 
@@ -191,7 +191,7 @@ def hub_failures(name: HubName) -> Iterator[None]:
     except MacpipeError:
         raise
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError) as error:
-        raise _refused(name, error) from error
+        raise _refusal(name, error) from error
     except OfflineModeIsEnabled as error:
         raise HubOffline(
             f"{name} is not wholly on these Macs, and HF_HUB_OFFLINE forbids to fetch the rest; unset it and do this "
@@ -209,11 +209,11 @@ def hub_failures(name: HubName) -> Iterator[None]:
         ) from error
 
 
-def _refused(name: HubName, error: Exception) -> MacpipeError:
+def _refusal(name: HubName, error: Exception) -> MacpipeError:
     endpoint = constants.ENDPOINT
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError):
-        return _gated(name)
+        return _gated_error(name)
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFound(
             f"{name.repo} has no revision {name.revision} on {endpoint}; name one as OWNER/NAME@REVISION"
@@ -237,7 +237,7 @@ def _refused(name: HubName, error: Exception) -> MacpipeError:
     return HubUnreachable(f"{endpoint} answers {status or 'with an error'} for {name}; try again in a while")
 
 
-def _gated(name: HubName) -> ModelForbidden:
+def _gated_error(name: HubName) -> ModelForbidden:
     ask = f"ask for access on {constants.ENDPOINT}/{name.repo}"
     if get_token():
         return ModelForbidden(

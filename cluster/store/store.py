@@ -12,24 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
-from cluster.private_files import make_private_folder, replace_file
-from cluster.store.files import is_digest
+from cluster.platform.private_files import make_private_folder, replace_file
 from cluster.store.hub import Hub, HubName, look_up
-from cluster.store.partial import Partial, is_partial, place, read_origin
-from cluster.store.peer import Peer
-from cluster.types import ModelRef
+from cluster.store.model_files import is_digest
+from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, place, read_origin
+from cluster.store.peer_client import Peer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundModel:
     """A folder with a model; ``partial`` None means that all of it is there."""
 
     folder: Path
-    partial: Partial | None = None
+    partial: PartialCheckpoint | None = None
 
 
 class Store:
@@ -39,7 +39,7 @@ class Store:
         self.home = home
         self._models = home / "models"
 
-    def named(self, name: str) -> Found:
+    def find_by_name(self, name: str) -> FoundModel:
         """What ``name`` means on this Mac: a folder, a bundled model, a cached one, or one of the hub.
 
         Of the last, small files and headers are fetched where they are not here. Raises ModelNotFound, BadCheckpoint,
@@ -52,7 +52,7 @@ class Store:
             if not _is_id(name):
                 raise
             folder = self._from_hub(HubName.parse(name))
-        return _found(folder)
+        return _open_found(folder)
 
     def _from_hub(self, name: HubName) -> Path:
         """The partial checkpoint of a model of the hub: of the version that the hub has now, or, out of its reach, of
@@ -62,22 +62,22 @@ class Store:
         try:
             origin = look_up(name)
         except HubUnreachable:
-            if (folder := self._noted(noted)) is None:
+            if (folder := self._find_noted(noted)) is None:
                 raise
             return folder
-        folder = self._noted(noted)
+        folder = self._find_noted(noted)
         if folder is None or read_origin(folder).commit != origin.commit:
             folder = place(self._models, origin, Hub(name.repo, origin.commit).small)
             _note(noted, {"commit": origin.commit, "fingerprint": folder.name})
         return folder
 
-    def _noted(self, file: Path) -> Path | None:
+    def _find_noted(self, file: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             folder = self._models / str(json.loads(file.read_bytes())["fingerprint"])
             return folder if is_partial(folder) else None
         return None
 
-    def meant(self, model: ModelRef, peers: Sequence[Peer]) -> Found:
+    def find_for_worker(self, model: ModelRef, peers: Sequence[Peer]) -> FoundModel:
         """Where this worker has, or can have, the coordinator's model: its folder, its name here, else a part of it.
 
         Raises ModelDiffers where this Mac has another model in that folder, and FetchFailed where it has none and no
@@ -94,12 +94,12 @@ class Store:
         folder = self._models / model.fingerprint
         if not is_partial(folder):
             folder = self._from_peers(model, peers)
-        return Found(folder, Partial(folder))
+        return FoundModel(folder, PartialCheckpoint(folder))
 
-    def kept(self, fingerprint: str) -> Found | None:
+    def find_kept(self, fingerprint: str) -> FoundModel | None:
         """What the store itself has of a model."""
         folder = self._models / fingerprint
-        return Found(folder, Partial(folder)) if is_digest(fingerprint) and is_partial(folder) else None
+        return FoundModel(folder, PartialCheckpoint(folder)) if is_digest(fingerprint) and is_partial(folder) else None
 
     def _from_peers(self, model: ModelRef, peers: Sequence[Peer]) -> Path:
         """Headers and small files, from the first peer that gives them."""
@@ -128,18 +128,18 @@ def _is_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not (BUNDLED / name).exists()
 
 
-def _found(folder: Path) -> Found:
-    return Found(folder, Partial(folder) if is_partial(folder) else None)
+def _open_found(folder: Path) -> FoundModel:
+    return FoundModel(folder, PartialCheckpoint(folder) if is_partial(folder) else None)
 
 
-def _same(folder: Path, model: ModelRef, *, strict: bool) -> Found | None:
+def _same(folder: Path, model: ModelRef, *, strict: bool) -> FoundModel | None:
     """The folder, if it holds that model. Raises ModelDiffers where it holds another one and ``strict`` is set."""
     try:
         fingerprint = open_checkpoint(folder).fingerprint
     except (BadCheckpoint, ModelNotFound):
         return None
     if fingerprint == model.fingerprint:
-        return None if is_partial(folder) else Found(folder)  # a part of it is for its own store alone to fill
+        return None if is_partial(folder) else FoundModel(folder)  # a part of it is for its own store alone to fill
     if strict:
         raise ModelDiffers(
             f"the files in {str(folder)!r} are not those of the coordinator's {model.name} (fingerprint "

@@ -1,6 +1,6 @@
 """The data plane's interface: what the coordinator and the engines ask of it, whatever carries the bytes.
 
-``cluster.transport.rings`` carries them over gRPC, ``cluster.transport.memory`` within one process for tests, where it
+``cluster.transport.grpc_streams`` carries them over gRPC, ``cluster.transport.in_memory`` within one process for tests, where it
 can lose, delay and cut.
 
 A stage owns an ``Outbox`` for each line: its finished frames, in order, for the one party that pulls them. A stream
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Protocol
 
-from cluster.limits import MAX_FRAMES_WAITING, MAX_WAITING_BYTES
+from cluster.core.limits import MAX_FRAMES_WAITING, MAX_WAITING_BYTES
 from cluster.security.trust import WORKER
 
 Received = Callable[[bytes], None]

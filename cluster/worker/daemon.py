@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import anyio
 
 from cluster import __version__
-from cluster.errors import MacpipeError, Unauthenticated
-from cluster.lifetime import first_error
-from cluster.limits import DRAIN_S
-from cluster.private_files import protect_home
+from cluster.core.errors import MacpipeError, Unauthenticated
+from cluster.core.limits import DRAIN_S
+from cluster.platform.private_files import protect_home
+from cluster.platform.process import first_error
 from cluster.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     import grpc
 
-    from cluster.worker.control import Control
+    from cluster.worker.worker_service import WorkerServicer
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +39,22 @@ def run(settings: WorkerSettings) -> int:
 async def _run(settings: WorkerSettings) -> None:
     """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
-    from cluster.macos import machine_facts
-    from cluster.overload import TimerLag
+    from cluster.platform.macos import machine_facts
+    from cluster.platform.overload import TimerLag
     from cluster.security.trust import WORKER, open_trust
-    from cluster.transport.options import bind, control_server
-    from cluster.worker.control import Control
+    from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.identity import identity
-    from cluster.worker.profiler import profiled
+    from cluster.worker.profiler import ensure_profile
+    from cluster.worker.stage_loader import StageLoader
     from cluster.worker.supervisor import Supervisor
-    from cluster.worker.supplies import Supplies
+    from cluster.worker.worker_service import WorkerServicer
 
     protect_home(settings.home)
     with identity(settings.home, settings.name) as worker_id:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
         settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
         if trust.revoked(trust.serial):
-            raise _removed(settings.cluster)
+            raise _removed_error(settings.cluster)
         server = control_server(trust)
         port = bind(server, trust, settings.host, settings.port)
         machine = machine_facts()
@@ -62,20 +62,20 @@ async def _run(settings: WorkerSettings) -> None:
         lag = TimerLag().start()
         supervisor = Supervisor(settings, limit, lag)
         async with anyio.create_task_group() as tasks:
-            answering: list[Control] = []
+            answering: list[WorkerServicer] = []
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, answering)
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
-            profile = await profiled(settings, supervisor)
+            profile = await ensure_profile(settings, supervisor)
             if settings.standby:
                 tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
-            supplies = Supplies(settings.home, trust)
-            control = Control(worker_id, settings, trust, supervisor, supplies, profile, machine, lag)
+            supplies = StageLoader(settings.home, trust)
+            control = WorkerServicer(worker_id, settings, trust, supervisor, supplies, profile, machine, lag)
             answering.append(control)
             await _answer(settings, control, server, port)
 
 
-async def _stop_on_signal(scope: anyio.CancelScope, answering: list[Control]) -> None:
+async def _stop_on_signal(scope: anyio.CancelScope, answering: list[WorkerServicer]) -> None:
     """The first signal is a drain with a time limit; a second, or one before it answers, ends it at once."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
@@ -86,14 +86,14 @@ async def _stop_on_signal(scope: anyio.CancelScope, answering: list[Control]) ->
                     tasks.start_soon(_leave, scope, answering[0])
 
 
-async def _leave(scope: anyio.CancelScope, control: Control) -> None:
+async def _leave(scope: anyio.CancelScope, control: WorkerServicer) -> None:
     """Wait until the coordinator has moved this worker's layers away, but not for ever."""
     with anyio.move_on_after(DRAIN_S):
-        await control.released()
+        await control.wait_released()
     scope.cancel()
 
 
-async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.Server, port: int) -> None:
+async def _answer(settings: WorkerSettings, control: WorkerServicer, server: grpc.aio.Server, port: int) -> None:
     """Answer on the control port, announce it, and wait to be cancelled, or removed from the cluster."""
     from cluster.discovery.announce import announce
     from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
@@ -114,20 +114,20 @@ async def _answer(settings: WorkerSettings, control: Control, server: grpc.aio.S
         async with said:
             _say_ready(settings, port, control)
             await control.removed.wait()
-            raise _removed(settings.cluster)
+            raise _removed_error(settings.cluster)
     finally:
         with anyio.CancelScope(shield=True):
             await server.stop(grace=None)
 
 
-def _removed(cluster: str) -> Unauthenticated:
+def _removed_error(cluster: str) -> Unauthenticated:
     return Unauthenticated(
         f"this Mac was removed from the cluster {cluster}; to let it in again, run `macpipe token create` on the "
         "coordinator's Mac, and here the `macpipe join` line that it prints"
     )
 
 
-def _say_ready(settings: WorkerSettings, port: int, control: Control) -> None:
+def _say_ready(settings: WorkerSettings, port: int, control: WorkerServicer) -> None:
     hello = control.supervisor.hello
     assert hello
     alone = "" if control.trust.me else "; on this machine only: `macpipe join` lets others in"

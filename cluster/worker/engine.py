@@ -19,31 +19,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import BadFrame, MacpipeError, StaleEpoch
-from cluster.model import device, speed
-from cluster.overload import TimerLag
+from cluster.core.errors import BadFrame, MacpipeError, StaleEpoch
+from cluster.model import device
+from cluster.model import device_speed as speed
+from cluster.platform.overload import TimerLag
 from cluster.security.trust import WORKER, Trust, open_trust
-from cluster.transport.rings import DataServer, GrpcDialer
-from cluster.worker.messages import (
+from cluster.transport.grpc_streams import DataServer, GrpcDialer
+from cluster.worker.pipe_messages import (
     Begin,
     Command,
+    CommandFailed,
     Done,
     Event,
-    Failed,
+    GetReport,
     Hello,
-    Link,
+    LinkStage,
     Load,
     Measure,
     Measured,
     Progress,
-    Report,
     Reported,
     Unload,
     pack,
     read,
     unpacker,
 )
-from cluster.worker.slot import Slot, sentence_of
+from cluster.worker.stage_host import StageHost, sentence_of
 from cluster.worker.throttle import Throttle
 
 Job = Callable[[], None]
@@ -71,7 +72,7 @@ class Engine:
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
         self._began: float | None = None
-        self._slot = Slot(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle)
+        self._slot = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle)
         self._server = DataServer(trust, host, port, self._slot)
         self._say_hello(facts, limit)
 
@@ -103,7 +104,7 @@ class Engine:
 
     def obey(self, command: Command) -> None:
         """Queue a command; a report is answered at once, on the caller's thread."""
-        if isinstance(command, Report):
+        if isinstance(command, GetReport):
             began = self._began
             busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
             used, peak = device.memory_used(), device.memory_peak()
@@ -111,24 +112,24 @@ class Engine:
         else:
             self._jobs.put(lambda: self._carry_out(command))
 
-    def _carry_out(self, command: Load | Link | Unload | Measure) -> None:
+    def _carry_out(self, command: Load | LinkStage | Unload | Measure) -> None:
         try:
             self._do(command)
         except Exception as e:  # the process's edge: the daemon is told, whatever it was
             reason, sentence = sentence_of(e)
             epoch = e.details.get("epoch", "") if isinstance(e, StaleEpoch) else ""
-            self._say(Failed(command.call, reason, sentence, epoch))
+            self._say(CommandFailed(command.call, reason, sentence, epoch))
         else:
             if not isinstance(command, Measure):
                 self._say(Done(command.call))
 
-    def _do(self, command: Load | Link | Unload | Measure) -> None:
+    def _do(self, command: Load | LinkStage | Unload | Measure) -> None:
         if isinstance(command, Measure):
             p = speed.measure(self._throttle.stretch)
             self._say(Measured(command.call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost))
         elif isinstance(command, Load):
             self._slot.load(command.spec, lambda done, total: self._say(Progress(command.call, done, total)))
-        elif isinstance(command, Link):
+        elif isinstance(command, LinkStage):
             self._slot.link(command.epoch, command.pull_from, command.peer)
         elif self._slot.epoch <= command.epoch:
             self._slot.unload()
@@ -139,7 +140,7 @@ class Engine:
             self._answers.flush()
 
 
-def _told_to_begin(commands: BinaryIO) -> bool:
+def _wait_for_begin(commands: BinaryIO) -> bool:
     """Wait for the daemon's first word, after which it waits for hello; False where it ends without one."""
     return any(isinstance(first, Begin) for first in read(unpacker(), os.read(commands.fileno(), 65536)))
 
@@ -157,7 +158,7 @@ def _obey_commands(engine: Engine, commands: BinaryIO) -> None:
     engine.stop()
 
 
-def _own_stdout() -> BinaryIO:
+def _claim_stdout() -> BinaryIO:
     """Keep stdout for answers alone: whatever a library prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -176,14 +177,14 @@ def main() -> int:
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal, and ends us by closing the pipe
-    answers = _own_stdout()
-    if not _told_to_begin(sys.stdin.buffer):
+    answers = _claim_stdout()
+    if not _wait_for_begin(sys.stdin.buffer):
         return 0  # it stood by, and was not needed
     try:
         trust = open_trust(options.home, options.cluster, WORKER, name=options.worker)
         engine = Engine(trust, options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
     except MacpipeError as e:
-        answers.write(pack(Failed(0, e.reason, e.sentence)))
+        answers.write(pack(CommandFailed(0, e.reason, e.sentence)))
         answers.flush()
         return 1
     threading.Thread(target=_obey_commands, args=(engine, sys.stdin.buffer), name="commands", daemon=True).start()

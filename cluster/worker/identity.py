@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cluster.errors import DuplicateName, InvalidOption
-from cluster.idfile import held_id, known_id
+from cluster.core.errors import DuplicateName, InvalidOption
+from cluster.platform.paths import hold_id, read_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -23,7 +23,7 @@ def identity(home: Path, name: str) -> Iterator[str]:
     folder = _folder(home, name)
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(held_id(folder))
+            found = stack.enter_context(hold_id(folder))
         except BlockingIOError:
             raise DuplicateName(
                 f"a worker named {name} already runs on this machine; give this one another name with --name"
@@ -37,7 +37,7 @@ def id_of(home: Path, name: str) -> str:
     """The id of the worker ``name``, whether its daemon runs or not; raises ``InvalidOption``."""
     folder = _folder(home, name)
     try:
-        return known_id(folder)
+        return read_id(folder)
     except OSError as e:
         raise _unkept(folder, e) from e
 

@@ -10,12 +10,12 @@ import threading
 import time
 from dataclasses import dataclass
 
-from cluster.errors import BadFrame
-from cluster.frames import Frame
-from cluster.limits import MAX_BODIES_WAITING, MAX_WAITING_BYTES
-from cluster.scheduler.turns import Turns
-from cluster.wire.frame import with_body
-from cluster.wire.parcels import Body, Head, unpack
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Frame
+from cluster.core.limits import MAX_BODIES_WAITING, MAX_WAITING_BYTES
+from cluster.scheduler.reordering import ReorderBuffer
+from cluster.wire.frame_codec import with_body
+from cluster.wire.message_split import FrameBody, FrameHead, unpack
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class Inbox:
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
         self._lock = threading.Lock()
-        self._turns = Turns()
+        self._turns = ReorderBuffer()
         self._arrived: dict[int, int] = {}
-        self._bodies: dict[int, Body] = {}
+        self._bodies: dict[int, FrameBody] = {}
         """Those that came before their heads."""
         self._bytes = 0
         self._sizes: dict[int, int] = {}
@@ -51,14 +51,14 @@ class Inbox:
     def put(self, message: bytes) -> bool:
         """A message arrived; True where a job has to be posted that takes frames out. Raises ``BadFrame``."""
         parcel = unpack(message)
-        epoch = parcel.frame.epoch if isinstance(parcel, Head) else parcel.epoch
+        epoch = parcel.frame.epoch if isinstance(parcel, FrameHead) else parcel.epoch
         if epoch != self._epoch:
             log.warning("dropped a frame of epoch %d: epoch %d is loaded", epoch, self._epoch)
             return False
         with self._lock:
-            number = parcel.frame.number if isinstance(parcel, Head) else parcel.number
+            number = parcel.frame.number if isinstance(parcel, FrameHead) else parcel.number
             self._require_room(number, len(message))
-            if isinstance(parcel, Head):
+            if isinstance(parcel, FrameHead):
                 self._put_head(parcel)
             else:
                 self._put_body(parcel)
@@ -72,7 +72,7 @@ class Inbox:
         self._bytes += size
         self._sizes[number] = self._sizes.get(number, 0) + size
 
-    def _put_head(self, head: Head) -> None:
+    def _put_head(self, head: FrameHead) -> None:
         number = head.frame.number
         if number in self._arrived:
             raise BadFrame(f"two frames that wait on one stage have the number {number}")
@@ -81,7 +81,7 @@ class Inbox:
         self._turns.add(frame, ready=head.whole or body is not None)
         self._arrived[number] = time.perf_counter_ns()
 
-    def _put_body(self, body: Body) -> None:
+    def _put_body(self, body: FrameBody) -> None:
         frame = self._turns.lacking(body.number)
         if frame is not None:
             self._turns.complete(with_body(frame, body.data))

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster import __version__
-from cluster.errors import MacpipeError
-from cluster.limits import PROFILE_TIMEOUT_S
-from cluster.profiles import Profile
-from cluster.worker.messages import Measure, Measured
-from cluster.worker.profiles import ProfileFile
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import PROFILE_TIMEOUT_S
+from cluster.core.plan import Profile
+from cluster.worker.pipe_messages import Measure, Measured
+from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import Profiling, WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
@@ -21,7 +21,7 @@ FORM = 2
 """Of the figures and of how they are measured; another one makes every kept profile void."""
 
 
-async def profiled(settings: WorkerSettings, supervisor: Supervisor) -> ProfileFile:
+async def ensure_profile(settings: WorkerSettings, supervisor: Supervisor) -> ProfileFile:
     """The worker's file, with a profile in it unless that is off or cannot be had; then its speed is unknown."""
     file = ProfileFile(_path(settings), _key(settings, supervisor))
     wanted = settings.profile is Profiling.NEW or not file.kept.profile.known

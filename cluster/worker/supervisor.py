@@ -18,8 +18,8 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 import anyio.to_thread
 
-from cluster.errors import BadFrame, MacpipeError, WorkerLost
-from cluster.limits import (
+from cluster.core.errors import BadFrame, MacpipeError, WorkerLost
+from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
     ENGINE_SILENCE_S,
@@ -32,24 +32,24 @@ from cluster.limits import (
     STOP_GRACE_S,
 )
 from cluster.membership.slowness import Alarms, Silence
-from cluster.overload import Lag, no_lag, processor_seconds
-from cluster.worker.autopsy import LastWords, cause, out_of_memory_kills
-from cluster.worker.messages import (
+from cluster.platform.overload import Lag, no_lag, processor_seconds
+from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.exit_diagnosis import LastWords, cause, out_of_memory_kills
+from cluster.worker.pipe_messages import (
     Begin,
     Command,
+    CommandFailed,
     Done,
     Event,
-    Failed,
+    GetReport,
     Hello,
     Progress,
-    Report,
     Reported,
     pack,
     read,
     unpacker,
 )
 from cluster.worker.settings import WorkerSettings
-from cluster.worker.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Supervisor:
         slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
         where = [f"--host={settings.host}", f"--port={settings.data_port}"]
         where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
-        self.standby = Standby([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower])
+        self.standby = EngineLauncher([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower])
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)
@@ -171,7 +171,7 @@ class Supervisor:
         ``WorkerLost`` where it is down.
         """
         had = None
-        async with self._call(Report(next(self._numbers))) as waiting:
+        async with self._call(GetReport(next(self._numbers))) as waiting:
             event = await self._event(waiting, timeout_s / 2)
             if event is None:
                 had = await self._processor_seconds()
@@ -216,7 +216,7 @@ class Supervisor:
         if isinstance(event, Hello):
             self.hello, self.problem = event, ""
             self.started.set()
-        elif isinstance(event, Failed) and not event.call:
+        elif isinstance(event, CommandFailed) and not event.call:
             self._refusal = MacpipeError.of(event.reason, event.sentence)
         elif (waiting := self._calls.get(event.call)) and not isinstance(event, Begin | Command):
             waiting.put_nowait(event)
@@ -272,7 +272,7 @@ class Supervisor:
             return None
         if event is None:
             raise WorkerLost(self.problem)
-        if isinstance(event, Failed):
+        if isinstance(event, CommandFailed):
             error = MacpipeError.of(event.reason, event.sentence)
             error.details |= {"epoch": event.epoch} if event.epoch else {}
             raise error

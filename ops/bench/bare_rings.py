@@ -18,9 +18,8 @@ from typing import Any
 
 import grpc
 
-from cluster.frames import Compute, Frame, Sample, Step, Tensor
-from cluster.types import StageTiming
-from cluster.wire.frame import encode
+from cluster.core.frames import Compute, Frame, Sample, StageTiming, Step, Tensor
+from cluster.wire.frame_codec import encode
 
 WIDTH = 64
 METHOD = "/bench.Ring/Pull"

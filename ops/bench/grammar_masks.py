@@ -20,7 +20,7 @@ import mlx.core as mx
 from figures import Figure, options, print_figures
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.grammar import Grammar, GrammarKind
+from cluster.core.request import Grammar, GrammarKind
 from cluster.model.tokenizer import load_tokenizer
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 {}[]:,."-_'

@@ -19,7 +19,7 @@ from statistics import median
 from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
 
-from cluster.cli.fleet import free_port
+from cluster.cli.process_group import free_port
 from cluster.client import Client
 
 CONTEXT = 2048

@@ -29,16 +29,16 @@ from starlette.requests import Request
 
 from cluster.api.bounds import MAX_FIELDS, MAX_ITEMS, MAX_JSON_VALUES, MAX_PROMPT_IDS
 from cluster.api.byte_budget import ByteBudget
-from cluster.api.conversation import check_messages, check_options
+from cluster.api.chat_preparation import check_messages, check_options
 from cluster.api.http.body import CHARGE, build, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.message_bounds import count_fields
-from cluster.api.messages import messages, template_options
-from cluster.errors import MacpipeError
-from cluster.limits import MAX_BODY_BYTES, MAX_LOGIT_BIAS, MAX_MESSAGES
+from cluster.api.proto_decoding import messages, template_options
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import MAX_BODY_BYTES, MAX_LOGIT_BIAS, MAX_MESSAGES
 from cluster.v1 import inference_pb2 as pb
 
 STALL_MS, CPU_MS, MEMORY_MIB = 50.0, 500.0, 256.0

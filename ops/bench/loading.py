@@ -72,8 +72,8 @@ def load(folder: Path, stages: int, index: int, layers: tuple[int, int], fingerp
     """Load one stage in this process, which does nothing else. -> bytes of the slice, and what was counted."""
     import mlx.core as mx
 
+    from cluster.core.plan import LayerRange, ModelRef, StageSpec
     from cluster.model.stage import load_stage
-    from cluster.types import LayerRange, ModelRef, StageSpec
 
     spec = StageSpec(1, index, stages, ModelRef("bench", str(folder), fingerprint), LayerRange(*layers), 256)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
@@ -94,14 +94,14 @@ def make(kind: str, folder: Path) -> list[tuple[int, int, tuple[int, int], str]]
 
     from checkpoints import EXPERTS as SPLIT
     from checkpoints import hollow, mixed_quantization
-    from cluster.model.survey import survey
+    from cluster.model.model_shape import read_shape
     from model.ring import cuts
 
     config, layers, dtype, quantized, unconverted = KINDS[kind]
     quantize = mixed_quantization if quantized else None
     names = SPLIT if unconverted else None
     hollow({**config, "num_hidden_layers": layers}, folder, getattr(mx, dtype), quantize, names)
-    shape = survey(folder, "bench", 256)
+    shape = read_shape(folder, "bench", 256)
     return [
         (stages, index, (own.start, own.end), shape.model.fingerprint)
         for stages in (2, 3)

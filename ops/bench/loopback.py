@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from cluster.cli.fleet import Fleet, free_port
+from cluster.cli.process_group import ProcessGroup, free_port
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from cluster.model.checkpoint import resolve_model
 from cluster.model.tokenizer import load_tokenizer
 
@@ -74,7 +74,7 @@ def start_cluster(
 
     ``cores``: worker i is pinned to the i-th of them.
     """
-    fleet = stack.enter_context(Fleet(model.parent))
+    fleet = stack.enter_context(ProcessGroup(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
     for name, environment, core in zip(WORKERS, environments, cores or (None, None), strict=True):
         own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
@@ -92,7 +92,7 @@ def own_state(folder: Path) -> Mapping[str, str]:
     return {"XDG_STATE_HOME": str(folder / "state")}
 
 
-def wait_serving(fleet: Fleet, client: Client) -> None:
+def wait_serving(fleet: ProcessGroup, client: Client) -> None:
     while True:
         fleet.check()
         try:

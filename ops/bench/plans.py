@@ -15,12 +15,11 @@ from pathlib import Path
 from figures import Figure, options, print_figures
 from shapes import CONFIGS, make_headers
 
-from cluster.limits import GIB
+from cluster.core.limits import GIB
+from cluster.core.plan import ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.propose import Wish, propose
-from cluster.placement.solve import Room
-from cluster.profiles import Objective, Profile
-from cluster.types import ModelRef, ModelShape
+from cluster.placement.memory_split import Room
+from cluster.placement.propose import PlanRequest, propose
 
 MACS = ("m2-ultra-192x2", "m4-pro-48x4", "m3-max-64,m2-max-96,m4-pro-24")
 
@@ -54,7 +53,7 @@ def search_s(workers: int, layers: int, alike: bool, objective: Objective) -> fl
         for i in range(workers)
     ]
     began = time.perf_counter()
-    propose(shape, Candidates(macs), Wish(objective))
+    propose(shape, Candidates(macs), PlanRequest(objective))
     return time.perf_counter() - began
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from figures import Figure, options, print_figures
 from loopback import make_model, own_state, wait_serving
 
-from cluster.cli.fleet import Fleet, free_port
+from cluster.cli.process_group import ProcessGroup, free_port
 from cluster.client import Client, ClusterState
 
 THROTTLES = {"a": 1.0, "b": 2.0, "c": 3.0}
@@ -53,7 +53,7 @@ def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float
     names = list(THROTTLES)[-workers:] if workers == 2 else list(THROTTLES)
     found = []
     with ExitStack() as stack:
-        fleet = stack.enter_context(Fleet(folder))
+        fleet = stack.enter_context(ProcessGroup(folder))
         cluster, port = f"predicted-{folder.name}-{workers}", free_port("127.0.0.1")
         for name in names:  # one after another: they must not disturb each other's measurement
             own = ["--cluster", cluster, "--home", str(folder / f"home{workers}"), "--throttle", str(THROTTLES[name])]
@@ -77,7 +77,7 @@ def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float
     return found
 
 
-def wait_said(log: Path, text: str, fleet: Fleet) -> None:
+def wait_said(log: Path, text: str, fleet: ProcessGroup) -> None:
     while text not in (log.read_text() if log.exists() else ""):
         fleet.check()
         time.sleep(0.1)

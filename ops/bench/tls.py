@@ -19,11 +19,11 @@ from queue import SimpleQueue
 from figures import Figure, options, print_figures
 
 from cluster.security.authority import Authority
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, WORKER, Trust, open_trust
-from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 
 EPOCH = 1

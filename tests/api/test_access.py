@@ -14,25 +14,25 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cluster.api import desk as desks
-from cluster.api.accounts import Accounts, Bucket, client_of
-from cluster.api.desk import Desk
-from cluster.api.http.access import TRUSTED, Access, DeclaredRoute, Door
+from cluster.api import request_service as desks
 from cluster.api.http.app import application, table
-from cluster.api.http.caller import caller_of
+from cluster.api.http.authorization import TRUSTED, Access, Authorizer, DeclaredRoute
+from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.errors import HANDLERS
-from cluster.api.http.guard import Guard
-from cluster.api.http.jsons import Json
-from cluster.api.http.sites import Sites, checked_host, checked_origin
+from cluster.api.http.json_response import Json
+from cluster.api.http.middleware import RequestMiddleware
+from cluster.api.http.origin_policy import OriginPolicy, check_host, check_origin
+from cluster.api.key_usage import KeyUsage, TokenBucket, client_of
 from cluster.api.metrics import Metrics
-from cluster.coordinator.checkpoint import Checkpoint
+from cluster.api.request_service import RequestService
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.snapshot import ServingState
-from cluster.errors import Aborted, InvalidOption, LimitReached, MacpipeError, NotServing, Unauthenticated
-from cluster.security.folder import ClusterFolder
-from cluster.security.keys import KeyLimits, Keys, KeyScope
-from cluster.types import Accepted, SamplingParams, TokenEvent
-from cluster.types import Request as Asking
+from cluster.core.errors import Aborted, InvalidOption, LimitReached, MacpipeError, NotServing, Unauthenticated
+from cluster.core.request import Accepted, SamplingParams, TokenEvent
+from cluster.core.request import Request as Asking
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keys import KeyLimits, KeyScope, KeyStore
 
 pytestmark = pytest.mark.anyio
 
@@ -70,13 +70,13 @@ class Idle:
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}
 
-    def checkpoint(self, name: str) -> Checkpoint:
+    def checkpoint(self, name: str) -> ModelInfo:
         raise NotServing("no model is loaded")
 
     async def under_way(self) -> tuple[None, None]:
         return None, None
 
-    async def accept(self, request: Asking, checkpoint: Checkpoint) -> Answering:
+    async def accept(self, request: Asking, checkpoint: ModelInfo) -> Answering:
         self.answers[request.id] = Answering()
         return self.answers[request.id]
 
@@ -90,17 +90,17 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(ClusterFolder(tmp_path, "lab"))
+def keys(tmp_path: Path) -> KeyStore:
+    return KeyStore(ClusterFolder(tmp_path, "lab"))
 
 
 @pytest.fixture
-def accounts(keys: Keys, clock: Clock) -> Accounts:
-    return Accounts(keys, clock)
+def accounts(keys: KeyStore, clock: Clock) -> KeyUsage:
+    return KeyUsage(keys, clock)
 
 
-def desk_of(accounts: Accounts | None) -> Desk:
-    return Desk(cast(Coordinator, Idle()), Metrics(), accounts)
+def desk_of(accounts: KeyUsage | None) -> RequestService:
+    return RequestService(cast(Coordinator, Idle()), Metrics(), accounts)
 
 
 def client_to(app: ASGIApp) -> httpx.AsyncClient:
@@ -116,11 +116,11 @@ PUBLIC = {"/health", "/ready", "/live"}
 ADMIN = {"/metrics"}
 
 
-async def test_every_route_says_what_it_needs_and_lets_nobody_else_in(keys: Keys, accounts: Accounts) -> None:
+async def test_every_route_says_what_it_needs_and_lets_nobody_else_in(keys: KeyStore, accounts: KeyUsage) -> None:
     """The real table of routes, each by each of its methods."""
     desk = desk_of(accounts)
     app = application(desk)
-    routes = cast(Guard, app)._app.routes  # type: ignore[attr-defined]  # Starlette's own list: what is really served
+    routes = cast(RequestMiddleware, app)._app.routes  # type: ignore[attr-defined]  # Starlette's own list: what is really served
     assert len(routes) == len(table(desk)) >= 14
     texts = {scope: keys.create(scope.value, scope)[1] for scope in KeyScope}
     async with client_to(app) as client:
@@ -148,18 +148,18 @@ async def test_every_route_says_what_it_needs_and_lets_nobody_else_in(keys: Keys
                     )
 
 
-async def test_a_route_that_declares_nothing_lets_nobody_in(keys: Keys, accounts: Accounts) -> None:
+async def test_a_route_that_declares_nothing_lets_nobody_in(keys: KeyStore, accounts: KeyUsage) -> None:
     async def fine(request: Request) -> Json:
         return Json({})
 
     app = Starlette(routes=[Route("/open", fine)], exception_handlers=HANDLERS)
     for kept in (None, accounts):
-        async with client_to(Guard(app, lambda *_: None, Door(app.routes, kept))) as client:
+        async with client_to(RequestMiddleware(app, lambda *_: None, Authorizer(app.routes, kept))) as client:
             reply = await client.get("/open", headers=bearer(keys.create(f"k{kept is None}", KeyScope.ADMIN)[1]))
         assert reply.status_code == 403
 
 
-async def test_strangers_are_told_nothing_but_ready_or_not(keys: Keys, accounts: Accounts) -> None:
+async def test_strangers_are_told_nothing_but_ready_or_not(keys: KeyStore, accounts: KeyUsage) -> None:
     _, text = keys.create("amy")
     async with client_to(application(desk_of(accounts))) as client:
         assert (await client.get("/health")).json() == {"status": "not serving"}
@@ -183,7 +183,7 @@ async def test_without_a_cluster_nobody_needs_a_key() -> None:
      lambda t: {"authorization": "Bearer sk-other", "x-api-key": t}],
 )  # fmt: skip
 async def test_keys_come_as_clients_send_them(
-    keys: Keys, accounts: Accounts, headers: Callable[[str], dict[str, str]]
+    keys: KeyStore, accounts: KeyUsage, headers: Callable[[str], dict[str, str]]
 ) -> None:
     _, text = keys.create("amy")
     async with client_to(application(desk_of(accounts))) as client:
@@ -195,7 +195,7 @@ async def test_keys_come_as_clients_send_them(
     assert text[20:] not in wrong.text
 
 
-async def test_a_key_is_whose_turns_and_prefixes_they_are(keys: Keys, accounts: Accounts) -> None:
+async def test_a_key_is_whose_turns_and_prefixes_they_are(keys: KeyStore, accounts: KeyUsage) -> None:
     seen: list[str] = []
 
     async def who(request: Request) -> Json:
@@ -205,7 +205,7 @@ async def test_a_key_is_whose_turns_and_prefixes_they_are(keys: Keys, accounts: 
     routes = [DeclaredRoute("/who", who, access=Access.INFERENCE, methods=["GET"])]
     app = Starlette(routes=list(routes))
     (amy, a), (bob, b) = keys.create("amy"), keys.create("bob")
-    async with client_to(Guard(app, lambda *_: None, Door(app.routes, accounts))) as client:
+    async with client_to(RequestMiddleware(app, lambda *_: None, Authorizer(app.routes, accounts))) as client:
         for text in (a, b):
             await client.get("/who", headers=bearer(text))
         await client.get("/who", headers={"x-api-key": a, "authorization": "Bearer other"})
@@ -213,7 +213,7 @@ async def test_a_key_is_whose_turns_and_prefixes_they_are(keys: Keys, accounts: 
 
 
 def test_a_bucket_is_refilled_evenly_and_never_more_than_full() -> None:
-    bucket = Bucket(60, 0.0)
+    bucket = TokenBucket(60, 0.0)
     bucket.take(60, 0.0)
     assert bucket.wait_s(1, 0.0) == pytest.approx(1.0)
     assert bucket.level(30.0) == pytest.approx(30)
@@ -223,7 +223,7 @@ def test_a_bucket_is_refilled_evenly_and_never_more_than_full() -> None:
     assert bucket.wait_s(10**9, 1e6) == pytest.approx(100), "what is more than it holds waits until it is full"
 
 
-async def test_requests_a_minute(keys: Keys, accounts: Accounts, clock: Clock) -> None:
+async def test_requests_a_minute(keys: KeyStore, accounts: KeyUsage, clock: Clock) -> None:
     _, text = keys.create("amy", limits=KeyLimits(requests_a_minute=2))
     _, other = keys.create("bob")
     async with client_to(application(desk_of(accounts))) as client:
@@ -242,7 +242,7 @@ async def test_requests_a_minute(keys: Keys, accounts: Accounts, clock: Clock) -
         assert (await client.get("/v1/models", headers=bearer(text))).status_code == 200
 
 
-def test_requests_at_once(keys: Keys, accounts: Accounts) -> None:
+def test_requests_at_once(keys: KeyStore, accounts: KeyUsage) -> None:
     key, _ = keys.create("amy", limits=KeyLimits(at_once=2))
     with accounts.request(key), accounts.request(key):
         with pytest.raises(LimitReached, match="2 requests under way, and may have 2") as caught, accounts.request(key):
@@ -252,12 +252,12 @@ def test_requests_at_once(keys: Keys, accounts: Accounts) -> None:
         pass
 
 
-def test_tokens_of_prompts_and_answers(keys: Keys, accounts: Accounts, clock: Clock) -> None:
+def test_tokens_of_prompts_and_answers(keys: KeyStore, accounts: KeyUsage, clock: Clock) -> None:
     key, _ = keys.create("amy", limits=KeyLimits(tokens_a_minute=600))
     client = client_of(key)
     with accounts.request(key):
         accounts.prompt(client, 500)
-        accounts.answered(client, 200)
+        accounts.count_tokens(client, 200)
     assert accounts.figures(key)["x-ratelimit-remaining-tokens"] == "0"
     with pytest.raises(LimitReached, match="600 tokens a minute; 0 are left and the prompt has 50") as caught:
         accounts.prompt(client, 50)
@@ -277,12 +277,12 @@ def asking() -> Callable[[str, str], Asking]:
 
 
 async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
-    keys: Keys, accounts: Accounts, asking: Callable[[str, str], Asking], monkeypatch: pytest.MonkeyPatch
+    keys: KeyStore, accounts: KeyUsage, asking: Callable[[str, str], Asking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(desks, "KEY_LOOK_S", 0.01)
     desk = desk_of(accounts)
     (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
-    checkpoint = cast(Checkpoint, None)
+    checkpoint = cast(ModelInfo, None)
     first, second = [await desk.ask(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
     for asked in (first, second):
         assert isinstance(await anext(asked.events), TokenEvent)
@@ -306,11 +306,11 @@ ORIGIN = "https://chat.example:8443"
 
 
 @pytest.fixture
-def sited(accounts: Accounts) -> ASGIApp:
-    return application(desk_of(accounts), (), Sites(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
+def sited(accounts: KeyUsage) -> ASGIApp:
+    return application(desk_of(accounts), (), OriginPolicy(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
 
 
-async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: Keys, sited: ASGIApp) -> None:
+async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: KeyStore, sited: ASGIApp) -> None:
     _, text = keys.create("page", limits=KeyLimits(requests_a_minute=9))
     asked = {"origin": ORIGIN, "access-control-request-method": "POST",
              "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
@@ -335,7 +335,7 @@ async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: Keys, sit
         assert "access-control-allow-origin" not in plain.headers
 
 
-async def test_names_that_were_given_are_taken(keys: Keys, sited: ASGIApp) -> None:
+async def test_names_that_were_given_are_taken(keys: KeyStore, sited: ASGIApp) -> None:
     async with client_to(sited) as client:
         for host, status in (("mac-1.local:8080", 200), ("MAC-1.local.", 200), ("mac-2.local", 403), ("[::1]", 200)):
             assert (await client.get("/live", headers={"host": host})).status_code == status, host
@@ -346,11 +346,11 @@ async def test_names_that_were_given_are_taken(keys: Keys, sited: ASGIApp) -> No
 )
 def test_an_origin_is_named_whole(wrong: str) -> None:
     with pytest.raises(InvalidOption, match="http-allow-origin"):
-        checked_origin(wrong)
+        check_origin(wrong)
 
 
 @pytest.mark.parametrize("wrong", ["", "*:80", "mac:80", "http://mac", "a/b"])
 def test_a_host_is_a_name(wrong: str) -> None:
     with pytest.raises(InvalidOption, match="http-allow-host"):
-        checked_host(wrong)
-    assert checked_host("Mac-1.Example") == "mac-1.example"
+        check_host(wrong)
+    assert check_host("Mac-1.Example") == "mac-1.example"

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES, description
-from cluster.errors import InvalidRequest
+from cluster.core.errors import InvalidRequest
 from compat.test_fuzz import bodies
 
 DOCUMENT = description()

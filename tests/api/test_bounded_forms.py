@@ -19,8 +19,8 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.errors import InvalidRequest, TooLarge
-from cluster.limits import MAX_LOGIT_BIAS, MAX_MESSAGES
+from cluster.core.errors import InvalidRequest, TooLarge
+from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES
 
 TURN = {"role": "user", "content": "hi"}
 BOUNDED = (bodies._refuse, bodies._drop, bodies._bound_values)

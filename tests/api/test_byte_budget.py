@@ -17,12 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.api.bounds import FREE_BODY_BYTES
 from cluster.api.byte_budget import ByteBudget, Charge
 from cluster.api.http import body as bodies
-from cluster.api.http.access import Access, DeclaredRoute, Door
+from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.errors import HANDLERS
-from cluster.api.http.guard import Guard
-from cluster.api.http.jsons import Json
-from cluster.errors import Busy
+from cluster.api.http.json_response import Json
+from cluster.api.http.middleware import RequestMiddleware
+from cluster.core.errors import Busy
 
 ROUTE = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "x" * FREE_BODY_BYTES}]}).encode()
@@ -76,7 +76,7 @@ def client_of(budget: ByteBudget, held: list[int], fault: BaseException | None =
 
     routes = [DeclaredRoute(ROUTE, take, access=Access.INFERENCE, methods=["POST"])]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    guard = Guard(app, lambda *_: None, Door(routes), None, budget)
+    guard = RequestMiddleware(app, lambda *_: None, Authorizer(routes), None, budget)
     transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 

@@ -19,14 +19,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.api.http import connection, port, server
-from cluster.api.http.access import Access, DeclaredRoute, Door
-from cluster.api.http.guard import Guard
-from cluster.api.http.server import listen, serving
+from cluster.api.http import connection, server
+from cluster.api.http import port_settings as port
+from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
+from cluster.api.http.middleware import RequestMiddleware
+from cluster.api.http.server import listen, serve
 from cluster.coordinator.settings import HttpSettings, ServeSettings
-from cluster.errors import InvalidOption, NoCluster
+from cluster.core.errors import InvalidOption, NoCluster
 from cluster.security.authority import Authority
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
 from cluster.security.keyring import make_request
 
@@ -74,7 +75,7 @@ async def listening(certificate: HttpCertificate | None = None) -> AsyncIterator
         Route(path, answer, methods=["POST"]) for path, answer in (("/echo", echo), ("/no", refuse), ("/long", long))
     ]
     routes = [*posts, Route("/much", much)]
-    async with serving(Starlette(routes=routes), listen("127.0.0.1", 0), certificate) as address:
+    async with serve(Starlette(routes=routes), listen("127.0.0.1", 0), certificate) as address:
         host, _, number = address.rpartition(":")
         yield host, int(number)
 
@@ -310,7 +311,7 @@ async def many(request: Request) -> Response:
 async def test_a_long_head_is_refused_also_where_it_comes_at_once(before: bytes) -> None:
     """h11 bounds a head only while it is incomplete; 50,000 headers would hold the event loop for 60 ms."""
     head = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
-    async with serving(Starlette(routes=[Route("/", many)]), listen("127.0.0.1", 0)) as address:
+    async with serve(Starlette(routes=[Route("/", many)]), listen("127.0.0.1", 0)) as address:
         said = await exchange(address, before + head + b"a:b\r\n" * 40_000 + b"\r\n")
         assert said.count(b" headers") == (1 if before else 0)
         assert said.count(b"HTTP/1.1 ") - said.count(b"HTTP/1.1 400 ") == (1 if before else 0)
@@ -330,8 +331,8 @@ AMBIGUOUS = (
 @pytest.mark.parametrize("head", AMBIGUOUS, ids=["cl-te", "te-cl", "te-1.0"])
 async def test_a_body_whose_end_is_told_in_two_ways_is_refused_and_what_follows_is_not_read(head: bytes) -> None:
     routes = [DeclaredRoute("/echo", echo, access=Access.INFERENCE, methods=["POST"])]
-    guard = Guard(Starlette(routes=routes), lambda *_: None, Door(routes))
-    async with serving(guard, listen("127.0.0.1", 0)) as address:
+    guard = RequestMiddleware(Starlette(routes=routes), lambda *_: None, Authorizer(routes))
+    async with serve(guard, listen("127.0.0.1", 0)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
         smuggled = b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx"
         writer.write(b"POST /echo " + head + b"0\r\n\r\n" + smuggled)

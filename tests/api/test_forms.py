@@ -13,7 +13,7 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES, description
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.errors import InvalidRequest
+from cluster.core.errors import InvalidRequest
 from cluster.v1 import inference_pb2 as pb
 
 TURN = {"role": "user", "content": "hi"}

@@ -14,13 +14,13 @@ from starlette.types import Message
 from cluster.api.byte_budget import ByteBudget
 from cluster.api.http import body as bodies
 from cluster.api.http import sse
-from cluster.api.http.access import Access, DeclaredRoute, Door
+from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.errors import HANDLERS
-from cluster.api.http.guard import Guard
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json
+from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.server import listen
-from cluster.errors import (
+from cluster.core.errors import (
     Busy,
     DeadlineExceeded,
     InvalidOption,
@@ -41,7 +41,9 @@ def client_of(endpoint: Endpoint, seen: list[tuple[str, str, int]] | None = None
     paths = ("/v1/chat/completions", "/v1/messages")
     routes = [DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"]) for path in paths]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    guard = Guard(app, lambda method, path, status, _: told.append((method, path, status)), Door(routes))
+    guard = RequestMiddleware(
+        app, lambda method, path, status, _: told.append((method, path, status)), Authorizer(routes)
+    )
     transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8080")
 

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 
 from cluster.api import bounds
 from cluster.api.byte_budget import ByteBudget
-from cluster.api.conversation import check_messages
+from cluster.api.chat_preparation import check_messages
+from cluster.api.daemon import DESCRIPTORS
 from cluster.api.message_bounds import MessageBounds, count_fields
-from cluster.api.messages import messages, template_options
-from cluster.api.server import DESCRIPTORS
-from cluster.chat import ToolCall
-from cluster.errors import InvalidRequest, TooLarge
-from cluster.limits import MAX_MESSAGES, MAX_TOOLS
-from cluster.transport.status import from_rpc_error
-from cluster.types import ChatMessage
+from cluster.api.proto_decoding import messages, template_options
+from cluster.core.errors import InvalidRequest, TooLarge
+from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
+from cluster.core.request import ChatMessage, ToolCall
+from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import (
     InferenceServiceServicer,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from cluster.api.http.reasoned import Reasoned
-from cluster.chat import ToolCallDelta
-from cluster.types import FinishEvent, FinishReason, TokenEvent, Usage
+from cluster.api.http.reasoning_counter import ReasoningCounter
+from cluster.core.request import FinishEvent, FinishReason, TokenEvent, ToolCallDelta, Usage
 
 END = (8, 9)
 
 
 def counted(*events: TokenEvent | FinishEvent, end: tuple[int, ...] = END) -> int:
-    count = Reasoned(end)
+    count = ReasoningCounter(end)
     for event in events:
         count.add(event)
     return count.tokens

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.http.seats import Seat, Seats
+from cluster.api.http.connection_limit import ConnectionLimit, ConnectionSlot
 
 
-def taken(seats: Seats, address: str, closed: list[str], name: str = "") -> Seat:
+def taken(seats: ConnectionLimit, address: str, closed: list[str], name: str = "") -> ConnectionSlot:
     seat = seats.take(address)
     assert seat
     seat.close = lambda: closed.append(name or address)
@@ -16,7 +16,7 @@ def taken(seats: Seats, address: str, closed: list[str], name: str = "") -> Seat
 
 
 def test_each_newcomer_takes_another_ones_place_oldest_first() -> None:
-    seats, closed = Seats(3), list[str]()
+    seats, closed = ConnectionLimit(3), list[str]()
     for i in range(6):
         taken(seats, "10.0.0.1", closed, f"{i}")
     assert closed == ["0", "1", "2"]
@@ -24,7 +24,7 @@ def test_each_newcomer_takes_another_ones_place_oldest_first() -> None:
 
 
 def test_silent_ones_go_before_idle_ones_and_those_with_a_request_stay() -> None:
-    seats, closed = Seats(3), list[str]()
+    seats, closed = ConnectionLimit(3), list[str]()
     busy, idle = taken(seats, "10.0.0.1", closed, "busy"), taken(seats, "10.0.0.1", closed, "idle")
     for seat in (busy, idle):
         seats.serve(seat)
@@ -38,7 +38,7 @@ def test_silent_ones_go_before_idle_ones_and_those_with_a_request_stay() -> None
 
 
 def test_where_all_have_requests_a_newcomer_is_turned_away() -> None:
-    seats = Seats(2)
+    seats = ConnectionLimit(2)
     for _ in range(2):
         seats.serve(taken(seats, "10.0.0.1", []))
     assert seats.take("10.0.0.2") is None
@@ -47,7 +47,7 @@ def test_where_all_have_requests_a_newcomer_is_turned_away() -> None:
 
 
 def test_a_flood_from_one_network_costs_the_others_nothing() -> None:
-    seats, closed = Seats(10), list[str]()
+    seats, closed = ConnectionLimit(10), list[str]()
     for address in ("10.0.0.1", "10.0.0.2", "2001:db8:1::1"):
         taken(seats, address, closed, "other")
     for i in range(100):
@@ -59,7 +59,7 @@ def test_a_flood_from_one_network_costs_the_others_nothing() -> None:
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "serve", "wait", "leave"]), st.integers(0, 5)), max_size=60))
 def test_no_more_places_are_taken_than_there_are(steps: list[tuple[str, int]]) -> None:
-    seats, held = Seats(4), list[Seat]()
+    seats, held = ConnectionLimit(4), list[ConnectionSlot]()
     for step, i in steps:
         if step == "take":
             seat = seats.take(f"10.0.0.{i % 3}")

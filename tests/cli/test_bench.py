@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from client.scripted import Coordinator, cluster_reply, finish_event, prompt_event, token_event
-from cluster import errors
+from cluster.core import errors
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Macpipe = Any
@@ -88,7 +88,7 @@ def test_what_does_not_fit_the_context_is_wrong_usage(
 
 def test_a_refused_request_ends_the_bench_with_its_sentence(macpipe: Macpipe, fast: Coordinator) -> None:
     async def refuse(request: Any, context: Any) -> AsyncIterator[Any]:
-        from cluster.transport.status import abort
+        from cluster.transport.rich_errors import abort
 
         await abort(context, errors.Busy("256 requests wait", retry_after_s=2.0))
         yield

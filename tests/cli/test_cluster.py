@@ -21,10 +21,10 @@ import pytest
 
 from cli.conftest import MACPIPE, ROOT
 from cluster.cli.main import main
-from cluster.joining.forms import Ask
-from cluster.security.folder import ClusterFolder
+from cluster.joining.join_forms import JoinRequest
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
-from cluster.security.keys import TEXT, KeyLimits, Keys, KeyScope
+from cluster.security.keys import TEXT, KeyLimits, KeyScope, KeyStore
 from cluster.security.members import Members
 from cluster.security.roles import Role
 from cluster.security.tokens import JoinToken
@@ -79,7 +79,7 @@ def test_init_says_what_to_type_and_where(here: Macpipe, home: str) -> None:
         "Then `macpipe worker --cluster lab` on every Mac, and here `macpipe serve MODEL --cluster lab`." in done.stdout
     )
     assert all(len(line) <= 80 or line.startswith(("macpipe join ", "Then ")) for line in done.stdout.splitlines())
-    assert Keys(ClusterFolder(Path(home), "lab")).find(done.stdout.splitlines()[-1]) is not None
+    assert KeyStore(ClusterFolder(Path(home), "lab")).find(done.stdout.splitlines()[-1]) is not None
     again = here("init", "--cluster", "lab", "--no-wait", MACPIPE_HOME=home)
     refused(again, 2, "leads a cluster named lab already; `macpipe token create`")
 
@@ -100,7 +100,7 @@ def test_keys_are_made_shown_and_revoked(here: Macpipe, home: str, cluster: dict
     limits = ("--requests-per-minute", "60", "--tokens-per-minute", "9000", "--concurrency", "4")
     made = here("key", "create", "amy", *limits, MACPIPE_HOME=home)
     text = made.stdout.strip()
-    key = Keys(ClusterFolder(Path(home), "default")).find(text)
+    key = KeyStore(ClusterFolder(Path(home), "default")).find(text)
     assert key is not None
     assert (key.limits, key.scope) == (KeyLimits(60, 9000, 4), KeyScope.INFERENCE)
     assert "not shown again" in made.stderr
@@ -248,7 +248,7 @@ def attempt(port: int, token: JoinToken, number: int) -> str:
     """One Mac with a key of its own asks, over a connection of its own; what it is told."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    ask = Ask(
+    ask = JoinRequest(
         token=token.id,
         secret=token.secret.hex(),
         csr=make_request()[1].decode(),

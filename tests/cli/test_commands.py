@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from client.scripted import Coordinator, answer_of, cluster_reply, finish_event, prompt_event
-from cluster import __version__, errors
+from cluster import __version__
+from cluster.core import errors
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Macpipe = Any

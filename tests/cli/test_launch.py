@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, ask, shown, trusting
-from cluster.errors import MacpipeError, Unauthenticated, Unreachable
+from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, ask, shell_lines, trusting
+from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
 from integration.daemons import free_port
 
 SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
@@ -20,7 +20,7 @@ SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
 @pytest.mark.parametrize("name", CLIENTS)
 def test_what_is_printed_is_shell(name: str) -> None:
     found = CLIENTS[name](SERVED)
-    words = shlex.split(shown(found), comments=True)
+    words = shlex.split(shell_lines(found), comments=True)
     assert words[0::2] == ["export"] * len(found.environment)
     assert [w.partition("=")[0] for w in words[1::2]] == list(found.environment)
     assert any("127.0.0.1:8080" in v for v in (*found.environment.values(), *found.command))

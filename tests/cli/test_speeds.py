@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cluster.cli.bench import parse_users
-from cluster.cli.speeds import (
-    Activity,
+from cluster.cli.throughput import (
     Arrivals,
+    StageActivity,
     StageTime,
     bubble_share,
     p99,
@@ -17,8 +17,9 @@ from cluster.cli.speeds import (
     turn,
     wall,
 )
-from cluster.errors import InvalidOption
-from cluster.types import LayerRange, StageFigures
+from cluster.core.errors import InvalidOption
+from cluster.core.plan import LayerRange
+from cluster.core.request import StageFigures
 
 FIRST, SECOND = LayerRange(0, 4), LayerRange(4, 8)
 
@@ -76,7 +77,10 @@ def test_prefill_counts_what_was_read_anew_up_to_the_first_token() -> None:
 def test_a_tokens_time_on_each_stage_leaves_out_answers_that_read_their_prompt() -> None:
     kept = answer(0.0, 0.1, 0.2, 0.3, 0.4, cached=97, compute=8.0)
     read = answer(0.0, 0.1, 0.2, 0.3, 0.4, cached=0, compute=500.0)
-    before, after = [Activity(1.0, 2.0), Activity(1.0, 2.0)], [Activity(1.25, 3.0), Activity(1.5, 3.0)]
+    before, after = (
+        [StageActivity(1.0, 2.0), StageActivity(1.0, 2.0)],
+        [StageActivity(1.25, 3.0), StageActivity(1.5, 3.0)],
+    )
     ada, bob = stage_times([[kept, read]], [(before, after)])
     assert ada == StageTime("ada", FIRST, 2.0, 0.125, 0.25, 0.75)
     assert bob == StageTime("bob", SECOND, 4.0, 0.125, 0.0, 0.5)
@@ -90,9 +94,12 @@ def test_what_is_not_known_is_none() -> None:
 
 
 def test_bubbles_are_of_the_time_between_two_looks() -> None:
-    assert bubble_share([(Activity(10, 20), Activity(11, 24)), (Activity(50, 60), Activity(52, 62))]) == 0.5
-    assert bubble_share([(Activity(10, 20), Activity(10, 20))]) is None
-    assert bubble_share([(Activity(10, 20), Activity(1, 2))]) is None, "another load in between"
+    assert (
+        bubble_share([(StageActivity(10, 20), StageActivity(11, 24)), (StageActivity(50, 60), StageActivity(52, 62))])
+        == 0.5
+    )
+    assert bubble_share([(StageActivity(10, 20), StageActivity(10, 20))]) is None
+    assert bubble_share([(StageActivity(10, 20), StageActivity(1, 2))]) is None, "another load in between"
 
 
 def test_the_roofline_is_the_time_to_read_the_weights() -> None:

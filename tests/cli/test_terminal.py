@@ -14,7 +14,7 @@ import pytest
 
 from cli.terminal import CTRL_C, CTRL_D, Terminal
 from client.scripted import Coordinator, answer_of, prompt_event, token_event
-from cluster import errors
+from cluster.core import errors
 from cluster.v1 import inference_pb2
 
 MACPIPE = [sys.executable, "-W", "error", "-m", "cluster.cli.main"]

@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cli.facts import plain
-from cluster.cli.report import TerminalReport
+from cluster.cli.json_output import to_json_types
+from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
-from cluster.cli.sizes import parse_size
 from cluster.cli.status import far_off, headline, overloaded
-from cluster.client.state import ClusterState, ServingState, StageState
-from cluster.errors import InvalidOption
-from cluster.home import state_home
-from cluster.layers import parse_layers
-from cluster.loads import LoadProgress
-from cluster.types import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec, WorkerFacts
+from cluster.client.cluster_state import ClusterState, ServingState, StageState
+from cluster.core.errors import InvalidOption
+from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
+from cluster.core.text import parse_layers, parse_size
+from cluster.core.worker import WorkerInfo
+from cluster.platform.paths import state_home
 
 
 @pytest.mark.parametrize(
@@ -101,11 +100,11 @@ def test_sizes_in_words() -> None:
 
 
 def test_plain_facts() -> None:
-    assert plain({"a": (LayerRange(1, 3), float("nan"), Route.RELAY)}) == {"a": [[1, 3], None, "relay"]}
+    assert to_json_types({"a": (LayerRange(1, 3), float("nan"), Route.RELAY)}) == {"a": [[1, 3], None, "relay"]}
 
 
-def a_worker(name: str) -> WorkerFacts:
-    return WorkerFacts(name, name, "0.1.0", "default", "h:1", "h:2", "Apple M4", "metal", "0.32.4", 1 << 36, 1 << 35)
+def a_worker(name: str) -> WorkerInfo:
+    return WorkerInfo(name, name, "0.1.0", "default", "h:1", "h:2", "Apple M4", "metal", "0.32.4", 1 << 36, 1 << 35)
 
 
 def a_plan() -> Plan:

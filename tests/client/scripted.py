@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.errors import MacpipeError
-from cluster.transport.options import CONTROL_OPTIONS
-from cluster.transport.status import abort
+from cluster.core.errors import MacpipeError
+from cluster.transport.grpc_setup import CONTROL_OPTIONS
+from cluster.transport.rich_errors import abort
 from cluster.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Answer = Callable[[Any, Any], AsyncIterator[Any]]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from client.scripted import Coordinator, answer_of, finish_event, prompt_event, token_event
-from cluster import errors
 from cluster.client import (
     AsyncClient,
     ChatMessage,
@@ -26,7 +25,8 @@ from cluster.client import (
     Stream,
     Token,
 )
-from cluster.types import StageFigures
+from cluster.core import errors
+from cluster.core.request import StageFigures
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Ask = Callable[..., Any]

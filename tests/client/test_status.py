@@ -13,8 +13,8 @@ from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import errors
-from cluster.transport import status
+from cluster.core import errors
+from cluster.transport import rich_errors as status
 
 
 def tree(kind: type[errors.MacpipeError]) -> list[type[errors.MacpipeError]]:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from checkpoints import make
 from cluster.client import Client
-from cluster.security.keys import Keys, KeyScope
+from cluster.security.keys import KeyScope, KeyStore
 from integration.daemons import Cluster, free_port, serve_model
 
 ALIAS = "gpt-4o-mini"
@@ -69,7 +69,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         http = f"127.0.0.1:{free_port()}"
         _, grpc = cluster.serving("faq", 2, "--http", http, "--served-model-name", ALIAS)
         tooled = make_tooled(tmp_path_factory.mktemp("tooled"))
-        key = Keys(cluster.lead.folder).create("tests", KeyScope.ADMIN)[1] if cluster.mtls else "none"
+        key = KeyStore(cluster.lead.folder).create("tests", KeyScope.ADMIN)[1] if cluster.mtls else "none"
         yield Served(grpc, f"http://{http}", tooled, key)
     finally:
         cluster.close()

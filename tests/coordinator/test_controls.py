@@ -8,8 +8,8 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from cluster.coordinator.controls import _bounded, _errors_of
-from cluster.errors import WorkerLost
+from cluster.coordinator.worker_client import _errors_of, _read_with_stall_limit
+from cluster.core.errors import WorkerLost
 from cluster.v1 import worker_pb2 as pb
 
 
@@ -27,7 +27,7 @@ def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -
 
 @pytest.mark.parametrize("news", [True, False])
 def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.coordinator.controls.LOAD_STUCK_S", 0.0)
+    monkeypatch.setattr("cluster.coordinator.worker_client.LOAD_STUCK_S", 0.0)
 
     class Call:
         """Says ten times how far it is, then that it is done."""
@@ -41,7 +41,7 @@ def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest
             return pb.LoadStageResponse(done_bytes=done) if self.said < 10 else grpc.aio.EOF
 
     async def load() -> int:
-        return len([message async for message in _bounded(cast(Any, Call()), "ada")])
+        return len([message async for message in _read_with_stall_limit(cast(Any, Call()), "ada")])
 
     if news:
         assert asyncio.run(load()) == 9

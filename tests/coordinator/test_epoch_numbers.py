@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.coordinator.epoch_numbers import LONGEST_AHEAD, EpochNumbers
-from cluster.errors import StaleEpoch
+from cluster.core.errors import StaleEpoch
 
 MS = 1_000_000
 NOW = 1_800_000_000_000

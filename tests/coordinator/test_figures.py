@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.coordinator.occupancy import Occupancy
-from cluster.coordinator.tally import Tally
-from cluster.limits import OCCUPANCY_S
+from cluster.coordinator.request_timings import RequestTimings
+from cluster.coordinator.stage_utilization import StageUtilization
+from cluster.core.frames import StageTiming
+from cluster.core.limits import OCCUPANCY_S
+from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
 from cluster.scheduler.outcome import Outcome
-from cluster.types import LayerRange, ModelRef, PlannedStage, StageSpec, StageTiming
 
 SPECS = [StageSpec(1, i, 2, ModelRef("m", "", ""), LayerRange(i, i + 1), 64) for i in range(2)]
 STAGES = [PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "ab", strict=True)]
@@ -19,7 +20,7 @@ def timings(first_us: int, second_us: int, wait_us: int = 0) -> tuple[StageTimin
 
 
 def test_a_tally_splits_the_rings_time_into_compute_wait_and_wire() -> None:
-    tally = Tally(10.0, STAGES)
+    tally = RequestTimings(10.0, STAGES)
     for i in range(3):
         sent, back = 10.0 + i * 0.010, 10.008 + i * 0.010
         tally.frame(Outcome(("r",), timings(2000, 3000, 500), sent), back)
@@ -33,7 +34,7 @@ def test_a_tally_splits_the_rings_time_into_compute_wait_and_wire() -> None:
 
 
 def test_a_lap_holds_the_frames_since_the_one_before() -> None:
-    tally = Tally(0.0, STAGES)
+    tally = RequestTimings(0.0, STAGES)
     for sent, back, compute in ((0.0, 0.010, 3000), (0.010, 0.030, 7000), (0.030, 0.034, 1000)):
         tally.frame(Outcome(("r",), timings(compute, compute), sent), back)
         if back > 0.010:  # the first frame is a prompt's
@@ -45,7 +46,7 @@ def test_a_lap_holds_the_frames_since_the_one_before() -> None:
 
 
 def test_a_lap_over_a_recovery_takes_no_time_back() -> None:
-    tally = Tally(0.0, STAGES)
+    tally = RequestTimings(0.0, STAGES)
     tally.frame(Outcome(("r",), timings(1000, 1000), 0.0), 0.010)
     tally.lap()
     tally.go_on([PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "cd", strict=True)])
@@ -56,13 +57,13 @@ def test_a_lap_over_a_recovery_takes_no_time_back() -> None:
 
 
 def test_one_token_has_no_time_between_tokens() -> None:
-    tally = Tally(0.0, STAGES)
+    tally = RequestTimings(0.0, STAGES)
     tally.token(0.5)
     assert (tally.ttft_ms, tally.tpot_ms) == (500.0, 0.0)
 
 
 def test_a_stage_is_idle_while_the_ring_works_elsewhere() -> None:
-    occupancy = Occupancy(2)
+    occupancy = StageUtilization(2)
     assert occupancy.bubbles() == (0.0, 0.0)
     for i in range(10):
         occupancy.frame(i * 0.010, i * 0.010 + 0.010, timings(2500, 7500))
@@ -70,7 +71,7 @@ def test_a_stage_is_idle_while_the_ring_works_elsewhere() -> None:
 
 
 def test_frames_that_overlap_count_the_rings_time_once() -> None:
-    occupancy = Occupancy(2)
+    occupancy = StageUtilization(2)
     occupancy.frame(0.0, 0.010, timings(5000, 5000))
     occupancy.frame(0.005, 0.015, timings(5000, 5000))
     assert occupancy.bubbles() == pytest.approx((1 - 10 / 15, 1 - 10 / 15))
@@ -78,7 +79,7 @@ def test_frames_that_overlap_count_the_rings_time_once() -> None:
 
 
 def test_what_is_long_ago_counts_no_more() -> None:
-    occupancy = Occupancy(2)
+    occupancy = StageUtilization(2)
     occupancy.frame(0.0, 1.0, timings(0, 0))
     later = OCCUPANCY_S + 2
     occupancy.frame(later, later + 1.0, timings(1_000_000, 500_000))

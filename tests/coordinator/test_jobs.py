@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.coordinator.jobs import Jobs
-from cluster.errors import NotServing
+from cluster.coordinator.job_queue import JobQueue
+from cluster.core.errors import NotServing
 
 
 def test_what_is_asked_after_the_end_is_refused() -> None:
-    jobs = Jobs()
+    jobs = JobQueue()
     early = jobs.ask(lambda: 7)
     assert jobs.put(lambda: None)
     jobs.close()

@@ -14,15 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.api.metrics import Metrics
-from cluster.chat import Parsing, Tool
 from cluster.coordinator import journal as journal_module
-from cluster.coordinator.journal import Fsync, Journal, Kept, continued
-from cluster.coordinator.records import HEADER, as_data
+from cluster.coordinator.journal import Fsync, Journal, JournaledRequest, continue_request
+from cluster.coordinator.request_records import HEADER, as_data
 from cluster.coordinator.snapshot import ServingState
-from cluster.errors import InvalidRequest
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import JOURNAL_RETRY_S, RESUME_S
-from cluster.types import Request, SamplingParams
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import JOURNAL_RETRY_S, RESUME_S
+from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
 from disks import FailingDisk
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((5, -1.5), (9, 2.0)), seed=2**63 + 1)
@@ -32,18 +30,18 @@ def request(name: str, client: str = "me", prompt: tuple[int, ...] = (1, 2, 3)) 
     return Request(name, prompt, SAMPLING, 20, stop=("END",), client=client, priority=3, deadline=5.0)
 
 
-def kept_on(kept: Kept) -> tuple[Request, tuple[tuple[int, ...], ...]]:
+def kept_on(kept: JournaledRequest) -> tuple[Request, tuple[tuple[int, ...], ...]]:
     """A request as the next coordinator's journal is told of it."""
-    return kept.request, continued(kept, (0,))[0]
+    return kept.request, continue_request(kept, (0,))[0]
 
 
 def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> None:
     first = Journal(tmp_path / "j")
     for name in ("ended", "live"):
-        first.opened(request(name), ())
+        first.record_opened(request(name), ())
         for token in (7, 8):
-            first.said(name, token)
-    first.ended("ended")
+            first.record_token(name, token)
+    first.record_ended("ended")
     first.flush()
     second = Journal(tmp_path / "j")
     assert second.take("ended", "me") is None
@@ -53,19 +51,19 @@ def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> N
     assert kept.request == replace(request("live"), deadline=None)
     assert kept.said == [[7, 8]]
     assert second.take("live", "me") is kept
-    second.opened(*kept_on(kept))
+    second.record_opened(*kept_on(kept))
     assert second.take("live", "me") is None
 
 
 def test_an_answer_that_is_resumed_twice_goes_on_from_where_it_was(tmp_path: Path) -> None:
     first = Journal(tmp_path / "j")
-    first.opened(request("a"), ((7, 8),))
+    first.record_opened(request("a"), ((7, 8),))
     first.close()
     second = Journal(tmp_path / "j")
     kept = second.take("a", "me")
     assert kept
-    second.opened(*kept_on(kept))
-    second.said("a", 9)
+    second.record_opened(*kept_on(kept))
+    second.record_token("a", 9)
     second.close()
     third = Journal(tmp_path / "j").take("a", "me")
     assert third
@@ -79,9 +77,9 @@ def test_a_file_that_was_cut_off_or_damaged_counts_up_to_there(
 ) -> None:
     path = tmp_path_factory.mktemp("j") / "j"
     first = Journal(path)
-    first.opened(request("a"), ())
+    first.record_opened(request("a"), ())
     for token in range(50):
-        first.said("a", token)
+        first.record_token("a", token)
     first.flush()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut] + noise)
@@ -94,7 +92,7 @@ def test_it_is_nobody_elses_to_read_and_forgets_what_is_old(tmp_path: Path) -> N
     now = [1000.0]
     path = tmp_path / "deep" / "j"
     first = Journal(path, Fsync.ALWAYS, lambda: now[0])
-    first.opened(request("a"), ())
+    first.record_opened(request("a"), ())
     first.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     now[0] += RESUME_S + 1
@@ -106,13 +104,13 @@ def test_it_stays_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 5000)
     kept = Journal(tmp_path / "j")
     for i in range(200):
-        kept.opened(request(f"r{i}", prompt=tuple(range(50))), ())
-        kept.said(f"r{i}", 5)
-        kept.ended(f"r{i}")
+        kept.record_opened(request(f"r{i}", prompt=tuple(range(50))), ())
+        kept.record_token(f"r{i}", 5)
+        kept.record_ended(f"r{i}")
         kept.flush()
     assert (tmp_path / "j").stat().st_size < 6000
     for i in range(200):
-        kept.opened(request(f"live{i}", prompt=tuple(range(50))), ())
+        kept.record_opened(request(f"live{i}", prompt=tuple(range(50))), ())
         kept.flush()
     assert (tmp_path / "j").stat().st_size < 6000
     assert Journal(tmp_path / "j").take("live0", "me")
@@ -123,7 +121,7 @@ def test_grammars_and_what_an_answer_is_parsed_for_come_back(tmp_path: Path) -> 
     parsing = Parsing((Tool("look", "up", "{}"), Tool("do")), thinking=True)
     asked = replace(request("a"), sampling=replace(SAMPLING, grammar=grammar), parsing=parsing, deadline=None)
     first = Journal(tmp_path / "j")
-    first.opened(asked, ())
+    first.record_opened(asked, ())
     first.close()
     kept = Journal(tmp_path / "j").take("a", "me")
     assert kept
@@ -134,32 +132,32 @@ def test_grammars_and_what_an_answer_is_parsed_for_come_back(tmp_path: Path) -> 
 
 def test_each_sample_goes_on_from_where_it_was(tmp_path: Path) -> None:
     first = Journal(tmp_path / "j")
-    first.opened(replace(request("a"), samples=3), ())
+    first.record_opened(replace(request("a"), samples=3), ())
     for sample, token in ((0, 7), (2, 8), (2, 9)):
-        first.said("a", token, sample)
+        first.record_token("a", token, sample)
     first.close()
     kept = Journal(tmp_path / "j").take("a", "me")
     assert kept
-    assert continued(kept, (1, 0, 1)) == (((7,), (), (8, 9)), (1, 0, 1))
-    assert continued(kept, (0,)) == (((7,), (), (8, 9)), (0, 0, 0))
+    assert continue_request(kept, (1, 0, 1)) == (((7,), (), (8, 9)), (1, 0, 1))
+    assert continue_request(kept, (0,)) == (((7,), (), (8, 9)), (0, 0, 0))
     with pytest.raises(InvalidRequest, match="2 offsets were given for 3 samples"):
-        continued(kept, (1, 0))
+        continue_request(kept, (1, 0))
 
 
 def test_what_may_have_ended_an_answer_is_computed_anew_and_so_are_log_probabilities() -> None:
-    kept = Kept(replace(request("a"), max_tokens=3), 0.0, [[7, 8, 9]])
-    assert continued(kept, (2,)) == (((7, 8),), (2,))
+    kept = JournaledRequest(replace(request("a"), max_tokens=3), 0.0, [[7, 8, 9]])
+    assert continue_request(kept, (2,)) == (((7, 8),), (2,))
     kept.request = replace(kept.request, sampling=replace(SAMPLING, logprobs=True))
-    assert continued(kept, (1,)) == (((7,),), (1,))
+    assert continue_request(kept, (1,)) == (((7,),), (1,))
 
 
 def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None:
     kept = Journal(tmp_path / "j")
-    kept.opened(replace(request("odd"), stop=(object(),)), ())  # type: ignore[arg-type]
-    kept.said("odd", 5)
-    kept.ended("odd")
-    kept.opened(replace(request("too far"), priority=2**70), ())
-    kept.opened(replace(request("no text"), stop=("\ud800",)), ())
+    kept.record_opened(replace(request("odd"), stop=(object(),)), ())  # type: ignore[arg-type]
+    kept.record_token("odd", 5)
+    kept.record_ended("odd")
+    kept.record_opened(replace(request("too far"), priority=2**70), ())
+    kept.record_opened(replace(request("no text"), stop=("\ud800",)), ())
     kept.flush()
     assert (tmp_path / "j").read_bytes() == HEADER
 
@@ -177,27 +175,27 @@ def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_
 ) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
-    kept.opened(request("before"), ())
-    kept.said("before", 7)
+    kept.record_opened(request("before"), ())
+    kept.record_token("before", 7)
     kept.flush()
     failing_disk.room = 5
-    kept.said("before", 8)
-    kept.opened(request("while off"), ())
+    kept.record_token("before", 8)
+    kept.record_opened(request("while off"), ())
     kept.flush()
     assert "No space left on device" in kept.problem
     assert b"macpipe_journal_on 0.0" in Metrics().exposition(ServingState.SERVING, None, None, kept)
     assert str(tmp_path / "j") in kept.problem
     failing_disk.room = None
     assert resumable(tmp_path / "j", "before", "while off") == {"before": [[7]]}  # up to its last whole record
-    kept.said("while off", 9)
-    kept.opened(request("ended while off"), ())
-    kept.ended("ended while off")
+    kept.record_token("while off", 9)
+    kept.record_opened(request("ended while off"), ())
+    kept.record_ended("ended while off")
     kept.flush()
     assert kept.problem
     now[0] += JOURNAL_RETRY_S
     kept.flush()
     assert kept.problem == ""
-    kept.said("while off", 10)
+    kept.record_token("while off", 10)
     kept.close()
     names = ("before", "while off", "ended while off")
     assert resumable(tmp_path / "j", *names) == {"before": [[7, 8]], "while off": [[9, 10]]}
@@ -206,16 +204,16 @@ def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_
 def test_a_disk_that_stays_full_is_tried_again_but_not_at_each_token(tmp_path: Path, failing_disk: FailingDisk) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     failing_disk.room = 0
     for token in range(100):
-        kept.said("a", token)
+        kept.record_token("a", token)
         kept.flush()
     assert [p.name for p in tmp_path.iterdir()] == ["j"]
     tried = failing_disk.fsyncs
     now[0] += JOURNAL_RETRY_S
     for token in range(100):
-        kept.said("a", token)
+        kept.record_token("a", token)
         kept.flush()
     assert kept.problem
     assert failing_disk.fsyncs == tried
@@ -227,11 +225,11 @@ def test_a_write_that_fails_half_way_through_a_record_spoils_no_other(
     tmp_path: Path, failing_disk: FailingDisk, truncate_fails: bool
 ) -> None:
     kept = Journal(tmp_path / "j")
-    kept.opened(request("a"), ())
-    kept.said("a", 7)
+    kept.record_opened(request("a"), ())
+    kept.record_token("a", 7)
     kept.flush()
     failing_disk.room, failing_disk.truncate_fails = 9, truncate_fails
-    kept.said("a", 8)
+    kept.record_token("a", 8)
     kept.flush()
     failing_disk.room = None
     assert resumable(tmp_path / "j", "a") == {"a": [[7]]}
@@ -240,9 +238,9 @@ def test_a_write_that_fails_half_way_through_a_record_spoils_no_other(
 def test_short_writes_are_completed(tmp_path: Path, failing_disk: FailingDisk) -> None:
     failing_disk.short = True
     kept = Journal(tmp_path / "j")
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     for token in range(10):
-        kept.said("a", token)
+        kept.record_token("a", token)
         kept.flush()
     kept.close()
     assert kept.problem == ""
@@ -252,9 +250,9 @@ def test_short_writes_are_completed(tmp_path: Path, failing_disk: FailingDisk) -
 def test_records_of_a_failed_sync_are_written_again(tmp_path: Path, failing_disk: FailingDisk) -> None:
     now = [0.0]
     kept = Journal(tmp_path / "j", Fsync.ALWAYS, monotonic=lambda: now[0])
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     failing_disk.fsync_fails = True
-    kept.said("a", 7)
+    kept.record_token("a", 7)
     kept.flush()
     assert "Input/output error" in kept.problem
     failing_disk.fsync_fails = False
@@ -267,7 +265,7 @@ def test_a_place_that_cannot_be_written_is_a_problem_and_no_error(tmp_path: Path
     (tmp_path / "file").write_text("")
     now = [0.0]
     kept = Journal(tmp_path / "file" / "j", monotonic=lambda: now[0])
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     kept.flush()
     assert "Not a directory" in kept.problem
     (tmp_path / "file").unlink()
@@ -279,12 +277,12 @@ def test_a_place_that_cannot_be_written_is_a_problem_and_no_error(tmp_path: Path
 
 def test_a_bit_that_flipped_ends_what_is_read(tmp_path: Path) -> None:
     kept = Journal(tmp_path / "j")
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     kept.flush()
-    kept.said("a", 7)
+    kept.record_token("a", 7)
     kept.flush()
     whole = (tmp_path / "j").stat().st_size
-    kept.said("a", 8)
+    kept.record_token("a", 8)
     kept.close()
     content = bytearray((tmp_path / "j").read_bytes())
     content[whole + 10] ^= 1
@@ -326,7 +324,7 @@ def test_what_lies_in_its_place_is_removed_and_not_followed(
     (tmp_path / "home").mkdir()
     plant(tmp_path / "home" / name, victim)
     kept = Journal(tmp_path / "home" / "j")
-    kept.opened(request("a"), ())
+    kept.record_opened(request("a"), ())
     kept.close()
     assert kept.problem == ""
     assert victim.read_text() == "precious"
@@ -339,7 +337,7 @@ def test_what_lies_in_its_place_is_removed_and_not_followed(
 def test_nothing_is_resumed_after_its_time_whenever_it_is_asked_for(tmp_path: Path) -> None:
     now = [1000.0]
     first = Journal(tmp_path / "j", clock=lambda: now[0])
-    first.opened(request("a"), ())
+    first.record_opened(request("a"), ())
     first.close()
     second = Journal(tmp_path / "j", clock=lambda: now[0] + 1)
     now[0] += RESUME_S
@@ -353,10 +351,10 @@ def test_nothing_is_resumed_after_its_time_whenever_it_is_asked_for(tmp_path: Pa
 def test_an_answer_that_takes_long_can_be_resumed_once_its_coordinator_ends(tmp_path: Path) -> None:
     now = [1000.0]
     first = Journal(tmp_path / "j", clock=lambda: now[0])
-    first.opened(request("a"), ())
+    first.record_opened(request("a"), ())
     for token in range(3):
         now[0] += RESUME_S / 2
-        first.said("a", token)
+        first.record_token("a", token)
         first.flush()
     first.close()
     second = Journal(tmp_path / "j", clock=lambda: now[0])
@@ -375,11 +373,11 @@ def test_a_rewritten_file_holds_what_live_requests_have_said_and_resumed(
 ) -> None:
     monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 4000)
     kept = Journal(tmp_path / "j")
-    kept.opened(replace(request("samples"), samples=2), ())
-    kept.opened(request("resumed"), ((1, 2),))
+    kept.record_opened(replace(request("samples"), samples=2), ())
+    kept.record_opened(request("resumed"), ((1, 2),))
     for token in range(400):
-        kept.said("samples", token, sample=token % 2)
-        kept.said("resumed", token)
+        kept.record_token("samples", token, sample=token % 2)
+        kept.record_token("resumed", token)
         kept.flush()
     assert (tmp_path / "j").stat().st_size < 8000  # 800 records of tokens alone are more than twice that
     kept.close()

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.layout import capacity, lay_out
+from cluster.coordinator.planner import capacity, make_plan
 from cluster.coordinator.settings import LoadOrder
-from cluster.errors import DoesNotFit, InvalidOption, NoPlan
-from cluster.limits import LANE_ROWS, MEMORY_MARGIN, PREFIX_SHARE
-from cluster.types import LayerRange, ModelRef, ModelShape, WorkerFacts
+from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
+from cluster.core.limits import LANE_ROWS, MEMORY_MARGIN, PREFIX_SHARE
+from cluster.core.plan import LayerRange, ModelRef, ModelShape
+from cluster.core.worker import WorkerInfo
 
 MODEL = ModelRef("m", "/m", "f")
 SHAPE = ModelShape(
@@ -27,12 +28,12 @@ SHAPE = ModelShape(
 ORDER = LoadOrder("m")
 
 
-def worker(name: str, memory: int) -> WorkerFacts:
-    return WorkerFacts(name, name, "", "", "", "", "", "", "", memory, memory)
+def worker(name: str, memory: int) -> WorkerInfo:
+    return WorkerInfo(name, name, "", "", "", "", "", "", "", memory, memory)
 
 
 def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> None:
-    plan = lay_out(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
+    plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
     assert [(s.worker, s.layers, s.weight_bytes) for s in plan.stages] == [
         ("a", LayerRange(0, 2), 200),
         ("b", LayerRange(2, 4), 200),
@@ -43,16 +44,16 @@ def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> No
 
 
 def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
-    plan = lay_out(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, lanes=3))
+    plan = make_plan(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, lanes=3))
     assert (plan.lanes, plan.rows, plan.max_sequences) == (3, 1, 3)
     assert "requests to m cannot share a batch in mlx-lm: every lane takes one request" in plan.reasons[-1]
-    quantized = lay_out(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, kv_bits=4))
+    quantized = make_plan(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, kv_bits=4))
     assert quantized.reasons[-1].startswith("caches of 4 bits cannot share a batch in mlx-lm")
-    assert not any("share a batch" in reason for reason in lay_out(7, SHAPE, [worker("a", 10**6)], ORDER).reasons)
+    assert not any("share a batch" in reason for reason in make_plan(7, SHAPE, [worker("a", 10**6)], ORDER).reasons)
 
 
 def test_short_sequences_are_charged_little() -> None:
-    plan = lay_out(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
+    plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
     limits = capacity(plan, SHAPE, 250.0)
     assert [limits.cost_of(n) for n in (1, 10, 11, 100, 101, 1000)] == [(2, 2)] * 2 + [(12, 12)] * 2 + [(100, 100)] * 2
     assert limits.prefix_budget == tuple(int(b * PREFIX_SHARE) for b in limits.budget)
@@ -62,8 +63,8 @@ def test_short_sequences_are_charged_little() -> None:
 def test_what_cannot_be_is_refused() -> None:
     two = [worker("a", 1000), worker("b", 1000)]
     with pytest.raises(NoPlan, match="3 layer ranges were given, and there are 2 workers"):
-        lay_out(7, SHAPE, two, replace(ORDER, layers=(LayerRange(0, 1), LayerRange(1, 2), LayerRange(2, 4))))
+        make_plan(7, SHAPE, two, replace(ORDER, layers=(LayerRange(0, 1), LayerRange(1, 2), LayerRange(2, 4))))
     with pytest.raises(InvalidOption, match="--lanes is 0"):
-        lay_out(7, SHAPE, two, replace(ORDER, lanes=0))
+        make_plan(7, SHAPE, two, replace(ORDER, lanes=0))
     with pytest.raises(DoesNotFit, match=r"needs .* with 1 x 1000 tokens"):
-        lay_out(7, SHAPE, [worker("a", 300), worker("b", 300)], ORDER)
+        make_plan(7, SHAPE, [worker("a", 300), worker("b", 300)], ORDER)

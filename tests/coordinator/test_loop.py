@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import private_files
-from cluster.coordinator.answer import Answer, Event
+from cluster.coordinator.answer_queue import AnswerQueue, Event
+from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.journal import Journal
-from cluster.coordinator.loop import EngineLoop
 from cluster.coordinator.ring import Ring, RingStage
-from cluster.errors import (
+from cluster.core.errors import (
     Aborted,
     BadFrame,
     DeadlineExceeded,
@@ -28,27 +27,17 @@ from cluster.errors import (
     StageFailed,
     WorkerLost,
 )
-from cluster.frames import Compute, Failure, Frame, Join, Leave, Sample
-from cluster.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
-from cluster.membership.patience import Patience
+from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
+from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
+from cluster.core.request import FinishEvent, FinishReason, Request, SamplingParams, TokenEvent
+from cluster.membership.frame_deadlines import FrameDeadlines
+from cluster.platform import private_files
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
-from cluster.transport.memory import MemoryNetwork
+from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
-from cluster.types import (
-    FinishEvent,
-    FinishReason,
-    LayerRange,
-    ModelRef,
-    Plan,
-    PlannedStage,
-    Request,
-    Route,
-    SamplingParams,
-    StageSpec,
-    TokenEvent,
-)
-from cluster.wire.frame import decode, encode
+from cluster.wire.frame_codec import decode, encode
 
 EPOCH = 5
 MODEL = ModelRef("m", "", "")
@@ -112,7 +101,7 @@ class Bench:
         self.epoch, self.keep_waiting = EPOCH, False
         self.loop = EngineLoop(self.plan, Scheduler(EPOCH, self.capacity, frozenset({0})), Numbers, self.broken)
         self.ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
-        self.loop.start(Ring(self.network, EPOCH, self.ring_stages, self.loop.received, self.loop.lost))
+        self.loop.start(Ring(self.network, EPOCH, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost))
 
     def broken(self, cause: MacpipeError) -> None:
         """Stand for the coordinator, which looks into the cause before it gives up, or not."""
@@ -131,7 +120,7 @@ class Bench:
         if mend:
             self.network.faults = {}
         plan = replace(self.plan, epoch=self.epoch)
-        ring = Ring(self.network, self.epoch, self.ring_stages, self.loop.received, self.loop.lost)
+        ring = Ring(self.network, self.epoch, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost)
         self.loop.resume(plan, self.capacity, ring)
 
     async def emptied(self, within_s: float = 5) -> None:
@@ -140,13 +129,13 @@ class Bench:
             while any(s.live for s in self.stages):
                 await asyncio.sleep(0.01)
 
-    def ask(self, name: str, first: int = 1, max_tokens: int = 3, stop: tuple[str, ...] = ()) -> Answer:
-        answer = Answer(self.loop.post)
+    def ask(self, name: str, first: int = 1, max_tokens: int = 3, stop: tuple[str, ...] = ()) -> AnswerQueue:
+        answer = AnswerQueue(self.loop.post)
         self.loop.submit(Request(name, (first,), SamplingParams(), max_tokens, stop), answer)
         return answer
 
 
-async def read(answer: Answer) -> tuple[list[int], str, FinishEvent]:
+async def read(answer: AnswerQueue) -> tuple[list[int], str, FinishEvent]:
     tokens, text = [], ""
     async with asyncio.timeout(5):
         async for event in answer.events():
@@ -158,7 +147,7 @@ async def read(answer: Answer) -> tuple[list[int], str, FinishEvent]:
     raise AssertionError("an answer without an end")
 
 
-async def collect(answer: Answer, into: list[Event]) -> None:
+async def collect(answer: AnswerQueue, into: list[Event]) -> None:
     async for event in answer.events():
         into.append(event)
 
@@ -244,7 +233,7 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
 
     async def body(bench: Bench) -> None:
         bench.keep_waiting = True
-        bench.loop.patience = Patience(0.0, floor_s=0.3, most_s=5.0)
+        bench.loop.patience = FrameDeadlines(0.0, floor_s=0.3, most_s=5.0)
         bench.network.faults["b:1"] = lambda message: None if decode(message).number > 6 else message
         answer = bench.ask("a", max_tokens=50)
         async with asyncio.timeout(10):
@@ -282,7 +271,7 @@ def test_a_ring_that_breaks_before_it_is_taken_up_is_noticed_too() -> None:
     async def body(bench: Bench) -> None:
         bench.keep_waiting = True
         endless = bench.ask("a", max_tokens=10_000)
-        bench.loop.lost(EPOCH + 1, "mac-b", "it broke while it was opened")
+        bench.loop.on_stream_lost(EPOCH + 1, "mac-b", "it broke while it was opened")
         bench.replace_ring()
         async with asyncio.timeout(5):
             while not bench.failures:
@@ -360,7 +349,7 @@ def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
 
         over: list[bool] = []
         bench.loop._inbox.put(again)
-        answer = Answer(bench.loop.post)
+        answer = AnswerQueue(bench.loop.post)
         due = time.monotonic() + 0.2
         bench.loop.submit(Request("late", (1,), SamplingParams(), 500_000, deadline=due), answer)
         said: list[Event] = []
@@ -388,7 +377,7 @@ def test_whoever_asks_and_goes_away_disturbs_nobody() -> None:
 @pytest.mark.parametrize(("said", "skip"), [(MAX_UNREAD_EVENTS + 1, 0), (3000, 0), (3000, 100)])
 def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: int) -> None:
     async def body(bench: Bench) -> None:
-        answer = Answer(bench.loop.post)
+        answer = AnswerQueue(bench.loop.post)
         request = Request("a", (1,), SamplingParams(), said + 3)
         bench.loop.submit(request, answer, (tuple(range(2, said + 2)),), (skip,))
         events: list[Event] = []
@@ -399,8 +388,8 @@ def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: i
 
 
 def test_a_reader_whose_loop_is_closed_is_no_loss_to_the_others() -> None:
-    async def another(bench: Bench) -> Answer:
-        return Answer(bench.loop.post)
+    async def another(bench: Bench) -> AnswerQueue:
+        return AnswerQueue(bench.loop.post)
 
     async def body(bench: Bench) -> None:
         orphan = await asyncio.to_thread(lambda: asyncio.run(another(bench)))
@@ -424,7 +413,7 @@ def test_stopping_ends_what_is_live() -> None:
 
 def test_samples_end_each_by_itself_and_fail_together() -> None:
     async def body(bench: Bench) -> None:
-        answer = Answer(bench.loop.post, samples=3)
+        answer = AnswerQueue(bench.loop.post, samples=3)
         bench.loop.submit(Request("a", (1,), SamplingParams(), 3, samples=3), answer)
         said: dict[int, list[int]] = {0: [], 1: [], 2: []}
         ends = []
@@ -436,7 +425,7 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
                     ends.append(event.sample)
         assert said == {i: [2, 3, 4] for i in range(3)}
         assert sorted(ends) == [0, 1, 2]
-        endless = Answer(bench.loop.post, samples=2)
+        endless = AnswerQueue(bench.loop.post, samples=2)
         bench.loop.submit(Request("b", (1,), SamplingParams(), 10_000, samples=2), endless)
         assert await asyncio.wrap_future(bench.loop.end("b#1", Aborted("enough")))
         with pytest.raises(Aborted, match="enough"):

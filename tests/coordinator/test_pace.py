@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.pace import Pace
-from cluster.limits import LEARNED_FRAMES, LEAST_FRAMES
-from cluster.profiles import Profile
-from cluster.types import LayerRange, ModelRef, ModelShape, PlannedStage, StageSpec, StageTiming
+from cluster.coordinator.step_times import StepTimes
+from cluster.core.frames import StageTiming
+from cluster.core.limits import LEARNED_FRAMES, LEAST_FRAMES
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, PlannedStage, Profile, StageSpec
 
 MODEL = ModelRef("m", "", "f")
 SHAPE = ModelShape(
@@ -28,8 +28,8 @@ PROFILE = Profile(bandwidth=1e6, layer_s=0.001, step_s=0.0005, row_cost=0.5)
 """One row with five tokens: 0.5 + 1 + (1000 + 50) / 1000 = 2.55 ms."""
 
 
-def paced(profile: Profile, frames: int, took_us: int, rows: int = 1, context: int = 5) -> Pace:
-    pace = Pace(SHAPE, STAGES, [profile, profile])
+def paced(profile: Profile, frames: int, took_us: int, rows: int = 1, context: int = 5) -> StepTimes:
+    pace = StepTimes(SHAPE, STAGES, [profile, profile])
     for _ in range(frames):
         pace.frame([StageTiming(0, 0, took_us, 0), StageTiming(1, 0, 2 * took_us, 0)], rows, context)
     return pace

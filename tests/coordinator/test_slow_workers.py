@@ -8,18 +8,18 @@ from typing import Any, cast
 import pytest
 
 from cluster import __version__
-from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.roster import MLX_LM, Roster
-from cluster.coordinator.watch import Watch
-from cluster.discovery.static import static
-from cluster.errors import MacpipeError, WorkerLost
-from cluster.limits import GONE_S
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import MacpipeError, WorkerLost
+from cluster.core.limits import GONE_S
+from cluster.core.worker import WorkerInfo
+from cluster.discovery.static import static_source
 from cluster.security.trust import LocalTrust
-from cluster.transport.options import PING_S, control_channel
-from cluster.types import WorkerFacts
+from cluster.transport.grpc_setup import PING_S, control_channel
 
 ADDRESS, TAKES_S = "127.0.0.1:1", 0.15
-FACTS = WorkerFacts("i", "ada", __version__, "c", ADDRESS, ADDRESS, "", "", f"0 mlx-lm {MLX_LM}", 1, 1, lag_s=0.5)
+FACTS = WorkerInfo("i", "ada", __version__, "c", ADDRESS, ADDRESS, "", "", f"0 mlx-lm {MLX_LM}", 1, 1, lag_s=0.5)
 
 
 class Slow:
@@ -28,7 +28,7 @@ class Slow:
     def __init__(self) -> None:
         self.asked_for: list[float] = []
 
-    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         self.asked_for.append(timeout_s)
         await asyncio.sleep(min(timeout_s, TAKES_S))
         if timeout_s < TAKES_S:
@@ -37,14 +37,14 @@ class Slow:
 
 
 def test_a_worker_that_answers_late_is_heard_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.coordinator.watch.GONE_S", 0.04)
-    monkeypatch.setattr("cluster.coordinator.watch.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("cluster.coordinator.heartbeat.GONE_S", 0.04)
+    monkeypatch.setattr("cluster.coordinator.heartbeat.HEARTBEAT_S", 0.01)
     slow = Slow()
-    roster = Roster(static([ADDRESS]), "c", "me", LocalTrust())
+    roster = Roster(static_source([ADDRESS]), "c", "me", LocalTrust())
     monkeypatch.setattr(roster, "control", lambda address: cast(Any, slow))
 
     async def body() -> None:
-        watch = Watch(roster, lambda belief: None, tuple)
+        watch = HeartbeatMonitor(roster, lambda belief: None, tuple)
         watch.start()
         while not watch.members():
             await asyncio.sleep(0.01)
@@ -62,10 +62,10 @@ def test_a_slow_worker_gets_longer_for_pings_until_it_is_quick_again(monkeypatch
         pings.append(ping_s)
         return control_channel(trust, address, peer, ping_s)
 
-    monkeypatch.setattr("cluster.coordinator.controls.control_channel", dial)
+    monkeypatch.setattr("cluster.coordinator.worker_client.control_channel", dial)
 
     async def body() -> None:
-        control = WorkerControl(LocalTrust(), ADDRESS, "me")
+        control = WorkerClient(LocalTrust(), ADDRESS, "me")
         for timeout_s in (GONE_S, 2 * GONE_S, 4 * GONE_S, 8 * GONE_S, GONE_S):
             with pytest.raises(MacpipeError):  # nobody listens there
                 await control.describe(timeout_s)

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.diagnosis import diagnose, hanging, is_excused, unservable, verdicts
-from cluster.coordinator.layout import lay_out
-from cluster.coordinator.roster import Member
+from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable, verdicts
+from cluster.coordinator.planner import make_plan
+from cluster.coordinator.replan import Assignment, adoptable_plan, reassign_layers, restore_plan
+from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.succession import Heirs, heirs, homecoming, standing
-from cluster.errors import DoesNotFit, NoWorkers, WorkerLost
-from cluster.limits import MIB
-from cluster.types import LayerRange, ModelRef, ModelShape, Plan, WorkerFacts
+from cluster.core.errors import DoesNotFit, NoWorkers, WorkerLost
+from cluster.core.limits import MIB
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan
+from cluster.core.worker import WorkerInfo
 
 MODEL = ModelRef("m", "", "f" * 64)
 SHAPE = ModelShape(MODEL, 6, (10 * MIB,) * 6, (MIB,) * 6, (), (1, 2, 3, 4, 5), (), 64)
@@ -22,26 +23,26 @@ EPOCH = 7
 CAUSE = WorkerLost("cyd: the data stream broke", worker="cyd")
 
 
-def worker(name: str, megabytes: int = 40, **more: object) -> WorkerFacts:
-    facts = WorkerFacts(f"id-{name}", name, "", "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
+def worker(name: str, megabytes: int = 40, **more: object) -> WorkerInfo:
+    facts = WorkerInfo(f"id-{name}", name, "", "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
     return replace(facts, **more)  # type: ignore[arg-type]
 
 
-def holding(name: str, start: int, end: int, **more: object) -> WorkerFacts:
+def holding(name: str, start: int, end: int, **more: object) -> WorkerInfo:
     held = {"epoch": EPOCH, "layers": LayerRange(start, end), "fingerprint": MODEL.fingerprint, **more}
     return worker(name, **held)  # type: ignore[arg-type]
 
 
 STAGES = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6))
-PLAN = lay_out(EPOCH, SHAPE, STAGES, ORDER)
+PLAN = make_plan(EPOCH, SHAPE, STAGES, ORDER)
 
 
-def members(*facts: WorkerFacts, **problems: str) -> list[Member]:
-    return [Member(f, problems.get(f.name, ""), f.name not in problems) for f in facts]
+def members(*facts: WorkerInfo, **problems: str) -> list[RosterEntry]:
+    return [RosterEntry(f, problems.get(f.name, ""), f.name not in problems) for f in facts]
 
 
-def chosen(*facts: WorkerFacts, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
-    found = heirs(EPOCH + 1, PLAN, SHAPE, ORDER, members(*facts, **problems), without)
+def chosen(*facts: WorkerInfo, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
+    found = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*facts, **problems), without)
     assert [w.name for w in found.workers] == [s.worker for s in found.plan.stages]
     assert found.plan.epoch == EPOCH + 1
     return [(s.worker, str(s.layers)) for s in found.plan.stages]
@@ -109,8 +110,8 @@ def test_the_guilty_are_named_and_not_their_neighbours() -> None:
 
 def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
     busy = members(STAGES[0], replace(STAGES[1], busy_ms=9000), replace(STAGES[2], busy_ms=400))
-    assert hanging(PLAN, busy, 7500) == "bob"
-    assert hanging(PLAN, busy, 10_000) is None
+    assert find_hanging(PLAN, busy, 7500) == "bob"
+    assert find_hanging(PLAN, busy, 10_000) is None
 
 
 def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> None:
@@ -118,8 +119,8 @@ def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> 
     assert [m.facts.name for m in slow if is_excused(m)] == ["ada", "bob"]
 
 
-def adopted(*facts: WorkerFacts, order: LoadOrder = ORDER) -> list[str] | None:
-    found = standing(SHAPE, order, facts)
+def adopted(*facts: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
+    found = adoptable_plan(SHAPE, order, facts)
     return [f"{w.name} {r}" for w, r in zip(found[0], found[1].layers or (), strict=True)] if found else None
 
 
@@ -137,11 +138,11 @@ def test_slices_that_are_held_are_adopted_where_they_are_the_whole_model() -> No
 
 
 def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:
-    first = Heirs(PLAN, STAGES)
-    now: Plan = heirs(EPOCH + 1, PLAN, SHAPE, ORDER, members(*STAGES, bob="gone")).plan
-    assert homecoming(lambda: EPOCH + 2, first, PLAN, SHAPE, ORDER, STAGES) is None
-    assert homecoming(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES[:2]) is None
-    back = homecoming(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES)
+    first = Assignment(PLAN, STAGES)
+    now: Plan = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*STAGES, bob="gone")).plan
+    assert restore_plan(lambda: EPOCH + 2, first, PLAN, SHAPE, ORDER, STAGES) is None
+    assert restore_plan(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES[:2]) is None
+    back = restore_plan(lambda: EPOCH + 2, first, now, SHAPE, ORDER, STAGES)
     assert back
     assert [(s.worker, str(s.layers)) for s in back.plan.stages] == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
     assert back.plan.epoch == EPOCH + 2

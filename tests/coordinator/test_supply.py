@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.coordinator.supply import compare
-from cluster.errors import ModelDiffers
-from cluster.loads import StageProof
-from cluster.store.manifest import Manifest
+from cluster.coordinator.weight_distribution import compare
+from cluster.core.errors import ModelDiffers
+from cluster.core.plan import StageProof
+from cluster.store.digest_manifest import DigestManifest
 
 A, B = "a" * 64, "b" * 64
 
 
 def test_equal_proofs_pass(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path, "f")
+    manifest = DigestManifest(tmp_path, "f")
     compare([StageProof("ada", (("x", A), ("y", B))), StageProof("bob", (("y", B),))], manifest)
     assert not manifest.known
 
@@ -23,24 +23,24 @@ def test_equal_proofs_pass(tmp_path: Path) -> None:
 def test_a_shared_tensor_that_differs_names_both(tmp_path: Path) -> None:
     proofs = [StageProof("ada", (("tied", A),)), StageProof("bob", (("tied", B),))]
     with pytest.raises(ModelDiffers, match="worker ada and worker bob have different bytes of the tensor tied") as told:
-        compare(proofs, Manifest(tmp_path, "f"))
+        compare(proofs, DigestManifest(tmp_path, "f"))
     assert told.value.details == {"worker": "bob", "tensor": "tied"}
 
 
 def test_where_the_right_one_is_known_the_wrong_one_is_named(tmp_path: Path) -> None:
-    Manifest(tmp_path, "f").learn([("tied", B)], "an earlier load")
+    DigestManifest(tmp_path, "f").learn([("tied", B)], "an earlier load")
     proofs = [StageProof("ada", (("tied", A),)), StageProof("bob", (("tied", B),))]
     with pytest.raises(ModelDiffers, match="worker ada has another version of the tensor tied"):
-        compare(proofs, Manifest(tmp_path, "f"))
+        compare(proofs, DigestManifest(tmp_path, "f"))
 
 
 def test_a_manifest_is_kept_and_can_unlearn(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path, "f")
+    manifest = DigestManifest(tmp_path, "f")
     manifest.learn([("x", A), ("y", B)], "ada")
     manifest.learn([("x", A)], "bob")
     with pytest.raises(ModelDiffers, match="bob has other bytes of the tensor y"):
         manifest.learn([("y", A)], "bob")
     manifest.forget(["y"])
-    assert dict(Manifest(tmp_path, "f").known) == {"x": A}
+    assert dict(DigestManifest(tmp_path, "f").known) == {"x": A}
     manifest.learn([("y", A)], "cyd")
-    assert dict(Manifest(tmp_path, "f").known) == {"x": A, "y": A}
+    assert dict(DigestManifest(tmp_path, "f").known) == {"x": A, "y": A}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.coordinator.text import TextStream
+from cluster.coordinator.answer_text import TextStream
 
 
 class Pieces:

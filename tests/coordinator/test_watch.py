@@ -12,20 +12,20 @@ from typing import cast
 import pytest
 
 from cluster import __version__
-from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.roster import Roster
-from cluster.coordinator.watch import Watch
-from cluster.discovery.roster import Roster as Sightings
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import DuplicateId, WorkerLost, WorkerRefused
+from cluster.core.limits import MAX_DEPARTED
+from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Sighting
-from cluster.errors import DuplicateId, WorkerLost, WorkerRefused
-from cluster.limits import MAX_DEPARTED
+from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.membership.suspicion import Standing
 from cluster.security.trust import LocalTrust
-from cluster.types import WorkerFacts
 
 
-def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerFacts:
-    return WorkerFacts(
+def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerInfo:
+    return WorkerInfo(
         id=worker_id or name,
         instance=instance,
         name=name,
@@ -49,7 +49,7 @@ class Worker:
         self.says: Callable[[], Awaitable[str]] | None = None
         self.refuses = self.closed = False
 
-    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         if self.refuses:
             raise WorkerRefused(f"worker {self.name} refused", worker=self.name)
         try:
@@ -79,22 +79,22 @@ class Network(Roster):
     def leave(self, address: str) -> None:
         self.sightings.forget(address)
 
-    def control(self, address: str) -> WorkerControl:
-        return self._controls.setdefault(address, cast(WorkerControl, self.workers[address]))
+    def control(self, address: str) -> WorkerClient:
+        return self._controls.setdefault(address, cast(WorkerClient, self.workers[address]))
 
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     """Heartbeats are a tenth as long."""
     for name, seconds in (("HEARTBEAT_S", 0.05), ("LOOK_S", 0.01), ("GONE_S", 0.25), ("STATUS_ASK_S", 0.1)):
-        monkeypatch.setattr(f"cluster.coordinator.watch.{name}", seconds)
+        monkeypatch.setattr(f"cluster.coordinator.heartbeat.{name}", seconds)
     monkeypatch.setattr("cluster.coordinator.worker_table.RESTART_S", 0.1)
     return Network()
 
 
-def watched(network: Network, play: Callable[[Watch], Awaitable[None]]) -> None:
+def watched(network: Network, play: Callable[[HeartbeatMonitor], Awaitable[None]]) -> None:
     async def run() -> None:
-        watch = Watch(network, lambda belief: None, tuple)
+        watch = HeartbeatMonitor(network, lambda belief: None, tuple)
         watch.start()
         try:
             async with asyncio.timeout(15):
@@ -110,22 +110,22 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def names(watch: Watch) -> list[str]:
+def names(watch: HeartbeatMonitor) -> list[str]:
     return [m.facts.name for m in watch.members()]
 
 
 def test_nobody_waits_for_a_worker_that_left(network: Network) -> None:
     """Its heartbeat ended with its announcement: no answer and no silence of it would end a wait."""
 
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         network.start("ada", "a:1")
         network.start("bob", "b:1")
         await until(lambda: names(watch) == ["ada", "bob"])
-        waiting = asyncio.create_task(watch.asked(("ada", "bob"), time.monotonic() + 1e6, 1e6))
+        waiting = asyncio.create_task(watch.ask(("ada", "bob"), time.monotonic() + 1e6, 1e6))
         network.leave("a:1")
         network.leave("b:1")
         await waiting
-        await watch.asked(("ada", "bob"), time.monotonic() + 1e6, 1e6)
+        await watch.ask(("ada", "bob"), time.monotonic() + 1e6, 1e6)
         ada, bob = watch.members()
         assert (ada.reachable, bob.reachable) == (False, False)
         assert "ada has left" in ada.problem
@@ -135,7 +135,7 @@ def test_nobody_waits_for_a_worker_that_left(network: Network) -> None:
 
 
 def test_a_worker_that_left_comes_back_at_another_address(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         network.start("ada", "a:1")
         await until(lambda: names(watch) == ["ada"])
         network.leave("a:1")
@@ -148,7 +148,7 @@ def test_a_worker_that_left_comes_back_at_another_address(network: Network) -> N
 
 
 def test_a_status_does_not_wait_for_a_worker_that_hangs(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         ada = network.start("ada", "a:1")
         network.start("bob", "b:1")
         await until(lambda: names(watch) == ["ada", "bob"])
@@ -160,20 +160,20 @@ def test_a_status_does_not_wait_for_a_worker_that_hangs(network: Network) -> Non
 
 
 def test_a_recovery_waits_until_a_silent_worker_counts_as_gone(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         watch._suspicion = type(watch._suspicion)(suspect_s=0.12, gone_s=0.25)
         ada = network.start("ada", "a:1")
         await until(lambda: names(watch) == ["ada"])
         ada.says = lambda: asyncio.sleep(3600, "ada")
-        (member,) = await watch.asked(("ada",), time.monotonic(), 1e6)
-        assert watch.gone("ada")
+        (member,) = await watch.ask(("ada",), time.monotonic(), 1e6)
+        assert watch.is_gone("ada")
         assert not member.reachable
 
     watched(network, play)
 
 
 def test_a_worker_with_a_new_name_at_each_heartbeat_fills_nothing_and_delays_nobody(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         answers = 0
 
         async def renamed() -> str:
@@ -185,7 +185,7 @@ def test_a_worker_with_a_new_name_at_each_heartbeat_fills_nothing_and_delays_nob
         network.start("evil", "e:1").says = renamed
         await until(lambda: len(names(watch)) > 1)
         while answers < 100:
-            await watch.asked(names(watch), time.monotonic(), 1e6)
+            await watch.ask(names(watch), time.monotonic(), 1e6)
         await until(lambda: len(names(watch)) <= MAX_DEPARTED + 2)
         assert len(watch.beliefs()) <= MAX_DEPARTED + 2
         living = [m.facts.name for m in watch.members() if m.reachable]
@@ -198,7 +198,7 @@ def test_a_worker_with_a_new_name_at_each_heartbeat_fills_nothing_and_delays_nob
 def test_a_worker_that_claims_the_name_of_a_living_one_changes_nothing(network: Network) -> None:
     """Neither its answers nor its end count for the other, and both addresses are named."""
 
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         ada = network.start("ada", "a:1", "1")
         await until(lambda: names(watch) == ["ada"])
         other = network.start("ada", "b:1", "2")
@@ -220,7 +220,7 @@ def test_a_worker_that_claims_the_name_of_a_living_one_changes_nothing(network: 
 
 @pytest.mark.parametrize("name", ["ada", "bob"])
 def test_a_worker_whose_state_folder_was_copied_is_named(network: Network, name: str) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         network.start("ada", "a:1", "1", "x")
         await until(lambda: names(watch) == ["ada"])
         network.start(name, "b:1", "1", "y")
@@ -240,12 +240,12 @@ def test_a_worker_whose_state_folder_was_copied_is_named(network: Network, name:
 
 
 def test_a_worker_with_two_addresses_is_one(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         first = network.start("ada", "a:1", "1", "x")
         network.start("ada", "b:1", "1", "x")
         await until(lambda: len(names(watch)) == 1)
         for _ in range(5):
-            await watch.asked(("ada",), time.monotonic())
+            await watch.ask(("ada",), time.monotonic())
         assert not watch.duplicates()
         assert [w.name for w in await network.present(1)] == ["ada"]
         at = watch.members()[0].facts.control_address
@@ -258,13 +258,13 @@ def test_a_worker_with_two_addresses_is_one(network: Network) -> None:
 
 
 def test_a_worker_that_is_started_again_elsewhere_is_no_duplicate(network: Network) -> None:
-    async def play(watch: Watch) -> None:
+    async def play(watch: HeartbeatMonitor) -> None:
         before = network.start("ada", "a:1", "1", "x")
         await until(lambda: names(watch) == ["ada"])
         before.refuses = True
         network.start("ada", "b:1", "1", "y")
         await until(lambda: watch.members()[0].facts.control_address == "b:1")
-        await watch.asked(("ada",), time.monotonic())
+        await watch.ask(("ada",), time.monotonic())
         assert not watch.duplicates()
 
     watched(network, play)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.discovery import txt
-from cluster.discovery.interfaces import Interface, Reach, interfaces, preferred, reach
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
+from cluster.discovery import txt_record as txt
+from cluster.discovery.interfaces import Interface, Reach, interfaces, preferred_address, reach
 
 GOOD = {b"id": b"i", b"name": "Ada’s Mac".encode(), b"version": b"0.1", b"cluster": b"home"}  # noqa: RUF001
 
@@ -121,8 +121,8 @@ def test_a_machine_with_ipv6_alone_announces_over_it() -> None:
     ],
 )
 def test_which_of_several_addresses_is_taken(addresses: list[str], choice: str) -> None:
-    assert preferred(addresses, LOCAL) == choice
-    assert preferred(reversed(addresses), LOCAL) == choice
+    assert preferred_address(addresses, LOCAL) == choice
+    assert preferred_address(reversed(addresses), LOCAL) == choice
 
 
 def test_this_machine_has_a_loopback_interface() -> None:

@@ -6,8 +6,8 @@ from ipaddress import ip_interface
 
 import pytest
 
-from cluster.discovery.interfaces import Interface, Medium, address_on, preferred, reach
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
+from cluster.discovery.interfaces import Interface, Medium, address_on, preferred_address, reach
 
 
 def interface(name: str, *addresses: str, port: str = "") -> Interface:
@@ -38,10 +38,10 @@ def test_what_carries_an_interface(made: Interface, medium: Medium) -> None:
 
 def test_wired_goes_before_wifi_and_a_tunnel_comes_last() -> None:
     local = [WIFI, CABLE, VPN]
-    assert preferred(["192.168.1.9", "192.168.7.9", "100.100.0.9"], local) == "192.168.7.9"
-    assert preferred(["192.168.1.9", "100.100.0.9"], local) == "192.168.1.9"
-    assert preferred(["10.9.9.9", "100.100.0.9"], local) == "10.9.9.9"
-    assert preferred(["100.100.0.9"], local) == "100.100.0.9", "somebody named it, or it would not be announced"
+    assert preferred_address(["192.168.1.9", "192.168.7.9", "100.100.0.9"], local) == "192.168.7.9"
+    assert preferred_address(["192.168.1.9", "100.100.0.9"], local) == "192.168.1.9"
+    assert preferred_address(["10.9.9.9", "100.100.0.9"], local) == "10.9.9.9"
+    assert preferred_address(["100.100.0.9"], local) == "100.100.0.9", "somebody named it, or it would not be announced"
 
 
 def test_a_wildcard_is_not_announced_on_a_tunnel() -> None:

@@ -18,14 +18,15 @@ import pytest
 from zeroconf import DNSAddress, DNSPointer, DNSService, DNSText, ServiceStateChange, const
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import MAX_ROSTER
 from cluster.discovery import browse as browse_module
-from cluster.discovery import multicast, txt
+from cluster.discovery import multicast
+from cluster.discovery import txt_record as txt
 from cluster.discovery.announce import announce
 from cluster.discovery.browse import browse
-from cluster.discovery.roster import Roster
 from cluster.discovery.sighting import Sighting, Source
-from cluster.errors import InvalidOption
-from cluster.limits import MAX_ROSTER
+from cluster.discovery.sighting_table import SightingTable
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +206,7 @@ async def test_malformed_announcements_are_passed_over(cluster: str, caplog: pyt
 
 async def test_ten_thousand_strangers_leave_the_roster_bounded(cluster: str) -> None:
     zeroconf = AsyncZeroconf(interfaces=["127.0.0.1"])
-    roster = Roster()
+    roster = SightingTable()
     listener = browse_module._Listener(zeroconf, cluster, roster)
     try:
         for number in range(10_000):

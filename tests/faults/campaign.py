@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from faults.checker import SLACK_S, Verdict, check
 from faults.fleet import Fleet
 from faults.history import History

@@ -16,8 +16,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import Client, ClusterState
-from cluster.client.channel import means, trust_in
-from cluster.errors import MacpipeError
+from cluster.client.channel_setup import means, trust_in
+from cluster.core.errors import MacpipeError
 from faults.history import History
 from faults.monitor import StatusMonitor
 from faults.proxy import Proxy, owner

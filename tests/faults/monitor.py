@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 
 EVERY_S = 0.2
 PATIENCE_S = 20.0

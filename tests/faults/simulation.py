@@ -16,23 +16,20 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from cluster import __version__
-from cluster.coordinator.answer import Answer
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.coordinator.controls import WorkerControl
+from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_text import make_plain
 from cluster.coordinator.epoch_numbers import EpochNumbers
-from cluster.coordinator.layout import lay_out
-from cluster.coordinator.recovery import Means
+from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.planner import make_plan
+from cluster.coordinator.recovery import ServiceDeps
+from cluster.coordinator.replan import Assignment
 from cluster.coordinator.roster import Roster
-from cluster.coordinator.service import Service
+from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.succession import Heirs
-from cluster.coordinator.supply import Delivery, Supply
-from cluster.coordinator.text import plain
-from cluster.coordinator.watch import Watch
-from cluster.discovery.roster import Roster as Sightings
-from cluster.discovery.sighting import Sighting
-from cluster.discovery.static import static
-from cluster.errors import (
+from cluster.coordinator.weight_distribution import WeightDelivery, WeightDistribution
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import (
     BadFrame,
     LinkFailed,
     MacpipeError,
@@ -42,25 +39,18 @@ from cluster.errors import (
     WorkerLost,
     WorkerRefused,
 )
-from cluster.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
-from cluster.loads import FetchOrder, LoadProgress, StageProof
+from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
+from cluster.core.plan import FetchOrder, LoadProgress, ModelRef, ModelShape, Plan, StageProof, StageSpec
+from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
+from cluster.core.worker import WorkerInfo
+from cluster.discovery.sighting import Sighting
+from cluster.discovery.sighting_table import SightingTable as Sightings
+from cluster.discovery.static import static_source
 from cluster.membership.suspicion import Belief, Suspicion
 from cluster.security.trust import LocalTrust
-from cluster.transport.memory import MemoryNetwork
+from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
-from cluster.types import (
-    Accepted,
-    FinishEvent,
-    ModelRef,
-    ModelShape,
-    Plan,
-    Request,
-    SamplingParams,
-    StageSpec,
-    TokenEvent,
-    WorkerFacts,
-)
-from cluster.wire.frame import decode, encode
+from cluster.wire.frame_codec import decode, encode
 from faults.checker import STATUS_S, Verdict, check
 from faults.history import History
 from faults.scenario import ORDERLY, Asked, Fault, Kind, Moment, Scenario, pool, scenario
@@ -76,11 +66,11 @@ LEAVE_S = 1.5
 STATUS_EVERY_S = 0.02
 ENGINE_S = 0.03
 SPEED = {
-    "cluster.coordinator.watch.HEARTBEAT_S": 0.05,
-    "cluster.coordinator.watch.LOOK_S": 0.02,
-    "cluster.coordinator.watch.GONE_S": 0.25,
-    "cluster.coordinator.watch.ASK_S": 0.5,
-    "cluster.coordinator.watch.STATUS_ASK_S": 0.1,
+    "cluster.coordinator.heartbeat.HEARTBEAT_S": 0.05,
+    "cluster.coordinator.heartbeat.LOOK_S": 0.02,
+    "cluster.coordinator.heartbeat.GONE_S": 0.25,
+    "cluster.coordinator.heartbeat.ASK_S": 0.5,
+    "cluster.coordinator.heartbeat.STATUS_ASK_S": 0.1,
     "cluster.coordinator.service.HEARTBEAT_S": 0.05,
     "cluster.coordinator.recovery.RECOVERY_PAUSE_S": 0.01,
     "cluster.coordinator.recovery.RETURN_S": 0.5,
@@ -195,7 +185,7 @@ class Mac:
 
     # The control port
 
-    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         await self._reached(timeout_s)
         return self.facts(), self._problem
 
@@ -207,9 +197,9 @@ class Mac:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
         await asyncio.sleep(0)
 
-    def facts(self) -> WorkerFacts:
+    def facts(self) -> WorkerInfo:
         held = self._caches.spec if self._caches else None
-        return WorkerFacts(
+        return WorkerInfo(
             id=self.name,
             name=self.name,
             version=__version__,
@@ -247,7 +237,7 @@ class Mac:
         self._caches = Caches(spec)
         yield StageProof(self.name, ())
 
-    async def link(self, epoch: int, before: WorkerFacts | None) -> None:
+    async def link(self, epoch: int, before: WorkerInfo | None) -> None:
         await self._reached()
         caches = self._caches
         if caches is None or caches.spec.epoch != epoch:
@@ -371,7 +361,7 @@ class _Nobody:
     def __init__(self, address: str) -> None:
         self._refusal = WorkerRefused(f"nobody answers at {address}")
 
-    async def describe(self, timeout_s: float) -> tuple[WorkerFacts, str]:
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         await asyncio.sleep(0)
         raise self._refusal
 
@@ -381,32 +371,32 @@ class _Nobody:
 
 class _Macs(Roster):
     def __init__(self, macs: dict[str, Mac], sightings: Sightings | None) -> None:
-        source = sightings or static([m.address for m in macs.values()])
+        source = sightings or static_source([m.address for m in macs.values()])
         super().__init__(source, "sim", "me", LocalTrust())
         self._macs = macs
 
-    def control(self, address: str) -> WorkerControl:
+    def control(self, address: str) -> WorkerClient:
         there = (m for m in self._macs.values() if m.address == address)
-        return cast(WorkerControl, next(there, None) or _Nobody(address))
+        return cast(WorkerClient, next(there, None) or _Nobody(address))
 
 
-class _Unchecked(Delivery):
+class _Unchecked(WeightDelivery):
     async def check(self, proofs: Sequence[StageProof], waiting: Any) -> None:
         """There are no bytes to compare."""
 
 
-class _NoBytes(Supply):
+class _NoBytes(WeightDistribution):
     def __init__(self) -> None:
         """There is no store."""
 
     @asynccontextmanager
-    async def delivery(self, plan: Plan, checkpoint: Checkpoint, workers: Sequence[WorkerFacts]) -> Any:
+    async def delivery(self, plan: Plan, checkpoint: ModelInfo, workers: Sequence[WorkerInfo]) -> Any:
         yield _Unchecked((FetchOrder(()),) * len(plan.stages), cast(Any, None), cast(Any, None))
 
 
 class _Words:
     eos: frozenset[int] = frozenset()
-    parser = staticmethod(plain)
+    parser = staticmethod(make_plain)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return (1, 2)
@@ -484,29 +474,29 @@ class Simulation:
     async def open(self) -> None:
         """Until a token has gone through every stage."""
         roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", workers=STAGES)
-        self._watch = Watch(roster, self._believed, lambda: self.service.alive())
+        self._watch = HeartbeatMonitor(roster, self._believed, lambda: self.service.alive())
         self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
-        first = Heirs(lay_out(self.epochs.next(), SHAPE, workers, order), workers)
-        checkpoint = Checkpoint(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
-        means = Means(roster, self._watch, self._network, _NoBytes(), self.epochs)
-        self.service = Service(means, checkpoint, order, first, lambda said: None)
+        first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
+        checkpoint = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
+        means = ServiceDeps(roster, self._watch, self._network, _NoBytes(), self.epochs)
+        self.service = ModelService(means, checkpoint, order, first, lambda said: None)
         self._watch.start()
         await self.service.open(lambda progress: None)
         self._homes = [s.worker for s in self.service.plan.stages]
 
     def gone(self, name: str) -> bool:
         """Whether the coordinator believes that."""
-        return self._watch.gone(name)
+        return self._watch.is_gone(name)
 
     def _believed(self, belief: Belief) -> None:
-        self.service.believed(belief)
+        self.service.on_belief(belief)
 
     async def _request(self, i: int) -> None:
         asked, name = self.asked[self.played.requests[i]], f"r{i}"
         await asyncio.sleep(self.played.starts[i] / 10)
         self.history.note("sent", request=name)
-        answer = Answer(self.service.loop.post)
+        answer = AnswerQueue(self.service.loop.post)
         self.service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
         try:
             async for event in answer.events():

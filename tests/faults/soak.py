@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from faults.campaign import VOCABULARY
 from faults.scenario import pool
 from integration.daemons import Cluster, Footprint, children, wait_serving

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from faults.campaign import Campaign
 from faults.fleet import MODEL, Fleet
 from faults.scenario import Asked

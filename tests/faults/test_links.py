@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.errors import Unreachable
+from cluster.core.errors import Unreachable
 from cluster.security.trust import LocalTrust
-from cluster.transport.options import pulse_channel
-from cluster.transport.pulse import beat
-from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.grpc_setup import pulse_channel
+from cluster.transport.grpc_streams import DataServer, GrpcDialer
+from cluster.transport.liveness_stream import beat
 from cluster.transport.streams import Line, Outbox
 from faults.proxy import Proxy
 
@@ -81,8 +81,8 @@ def test_an_overloaded_machine_asks_again_before_it_takes_silence_for_a_cut(
         beats.release()
         return beat(request, context)
 
-    monkeypatch.setattr("cluster.transport.pulse.pulse_channel", open_pulse)
-    monkeypatch.setattr("cluster.transport.rings.beat", beat_and_tell)
+    monkeypatch.setattr("cluster.transport.liveness_stream.pulse_channel", open_pulse)
+    monkeypatch.setattr("cluster.transport.grpc_streams.beat", beat_and_tell)
     stream = GrpcDialer(LocalTrust(), lambda: lag[0]).pull(address, 1, lambda message: heard.set(), lost.append)
     assert beats.acquire(timeout=15)
     lag[0] = 1.0

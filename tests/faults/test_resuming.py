@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 
 from cluster.client import AsyncClient, Client
-from cluster.client.stream import Stream
-from cluster.errors import MacpipeError, RequestNotFound
+from cluster.client.streams import Stream
+from cluster.core.errors import MacpipeError, RequestNotFound
 from faults.campaign import Campaign
 from faults.fleet import Fleet
 

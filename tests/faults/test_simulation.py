@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import Aborted, NotServing
-from cluster.types import WorkerFacts
+from cluster.core.errors import Aborted, NotServing
+from cluster.core.worker import WorkerInfo
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
 
@@ -75,7 +75,7 @@ def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pyte
         spare = simulation.macs["dee"]
         link = spare.link
 
-        async def hang_first(epoch: int, before: WorkerFacts | None) -> None:
+        async def hang_first(epoch: int, before: WorkerInfo | None) -> None:
             spare.strike(Kind.STOP_ENGINE)
             async with asyncio.timeout(5):
                 while not simulation.gone("dee"):
@@ -132,7 +132,7 @@ def test_whoever_waits_for_a_drain_is_told_its_end(end: str) -> None:
         try:
             simulation.macs["dee"].loading.clear()
             bob.draining = True
-            drain = asyncio.create_task(service.moved_away("bob"))
+            drain = asyncio.create_task(service.move_away("bob"))
             async with asyncio.timeout(10):
                 while service.move is None:
                     await asyncio.sleep(0.01)

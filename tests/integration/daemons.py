@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from cluster.client import Client
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from parties import Lead, mtls, shared_lead
 
 START_S = 90

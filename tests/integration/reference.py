@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from cluster.limits import PREFILL_CHUNK
+from cluster.core.limits import PREFILL_CHUNK
 
 
 def greedy(folder: Path, prompt: Sequence[int], tokens: int, kv_bits: int | None = None) -> tuple[int, ...]:

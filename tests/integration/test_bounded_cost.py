@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from cluster.errors import InvalidGrammar, MacpipeError
+from cluster.core.errors import InvalidGrammar, MacpipeError
 from integration.daemons import START_S, Cluster, alive, children, gone
 
 pytestmark = pytest.mark.timeout(180)

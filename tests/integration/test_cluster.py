@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from cluster.client.state import WorkerState
-from cluster.errors import (
+from cluster.client.cluster_state import WorkerState
+from cluster.core.errors import (
     Aborted,
     Forbidden,
     InvalidOption,
@@ -22,7 +22,7 @@ from cluster.errors import (
     Unreachable,
 )
 from cluster.model.tokenizer import load_tokenizer
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.roles import Role
 from integration.daemons import START_S, Cluster
 from integration.reference import greedy

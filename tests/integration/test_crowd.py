@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cluster.client import AsyncClient, Client
-from cluster.errors import MacpipeError
-from cluster.limits import MIB
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import MIB
 from integration.daemons import Cluster, serve_model
 from integration.reference import greedy
 

@@ -17,7 +17,7 @@ import pytest
 
 from checkpoints import make, split, tune
 from cluster.client import Client
-from cluster.errors import DiskFull, ModelDiffers
+from cluster.core.errors import DiskFull, ModelDiffers
 from cluster.model.checkpoint import open_checkpoint
 from fake_hub import FakeHub
 from integration.daemons import Cluster, Daemon, Launch, bound, free_port, lifeline, wait_serving

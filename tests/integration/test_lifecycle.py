@@ -12,7 +12,7 @@ import pytest
 
 from cluster.client import Client
 from cluster.coordinator.identity import state_folder
-from cluster.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
+from cluster.core.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
 from integration.daemons import START_S, Cluster, Footprint, alive, children, gone, wait_serving
 
 pytestmark = pytest.mark.timeout(180)

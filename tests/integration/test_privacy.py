@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from cluster.client import Client
+from cluster.core.errors import MacpipeError
 from cluster.discovery.browse import browse
-from cluster.errors import MacpipeError
 from integration.daemons import Cluster, bound, children, free_port, lifeline
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.long]

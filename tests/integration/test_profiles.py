@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints import make
 from cluster.client import Client, ModelPlan
-from cluster.limits import LEARN_S
+from cluster.core.limits import LEARN_S
 from integration.daemons import Cluster
 
 

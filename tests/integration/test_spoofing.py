@@ -16,8 +16,8 @@ from zeroconf import DNSAddress, DNSOutgoing, DNSPointer, DNSService, DNSText, c
 
 from cluster import __version__
 from cluster.client import Client
-from cluster.discovery import txt
-from cluster.limits import MAX_ROSTER, MIB
+from cluster.core.limits import MAX_ROSTER, MIB
+from cluster.discovery import txt_record as txt
 from integration.daemons import Cluster, Footprint
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.long]

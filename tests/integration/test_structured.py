@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from checkpoints import make, make_tokenizer
 from cluster.client import ChatMessage, Client
-from cluster.errors import Aborted, InvalidGrammar, InvalidRequest
+from cluster.core.errors import Aborted, InvalidGrammar, InvalidRequest
 from integration.daemons import serve_model
 
 pytestmark = [pytest.mark.xdist_group("session-cluster"), pytest.mark.timeout(300)]

@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
-from cluster.types import Route
+from cluster.core.plan import Route
 from effort import chosen
 from integration.daemons import serve_model
 from integration.reference import greedy

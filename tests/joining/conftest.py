@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from cluster.joining.client import JoinOrder
-from cluster.joining.port import admitting
+from cluster.joining.join_port import admit_macs
 from cluster.security.admission import Admission
-from cluster.security.folder import ClusterFolder
-from cluster.security.founding import found
+from cluster.security.cluster_creation import create_cluster
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.roles import Role
 
 IDS = {Role.COORDINATOR: "c" * 16, Role.WORKER: "a" * 16, Role.ADMIN: "d" * 16}
@@ -21,7 +21,7 @@ IDS = {Role.COORDINATOR: "c" * 16, Role.WORKER: "a" * 16, Role.ADMIN: "d" * 16}
 @pytest.fixture
 def folder(tmp_path: Path) -> ClusterFolder:
     made = ClusterFolder(tmp_path / "leader", "lab")
-    found(made, "mac-1", IDS)
+    create_cluster(made, "mac-1", IDS)
     return made
 
 
@@ -34,7 +34,7 @@ def admission(folder: ClusterFolder) -> Admission:
 async def address(folder: ClusterFolder, caplog: pytest.LogCaptureFixture) -> AsyncIterator[str]:
     """The open join port; at the end nothing that was logged may be a secret."""
     caplog.set_level(logging.DEBUG, "cluster")
-    async with admitting(folder, "127.0.0.1", 0) as where:
+    async with admit_macs(folder, "127.0.0.1", 0) as where:
         yield where
 
 

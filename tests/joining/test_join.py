@@ -17,17 +17,18 @@ from typing import Any
 import anyio
 import pytest
 
-from cluster.address import parse_address
-from cluster.errors import ClockWrong, DuplicateName, ForeignAuthority, InvalidOption, TokenRefused, Unreachable
-from cluster.joining import client, port
+from cluster.core.errors import ClockWrong, DuplicateName, ForeignAuthority, InvalidOption, TokenRefused, Unreachable
+from cluster.core.text import parse_address
+from cluster.joining import client
+from cluster.joining import join_port as port
 from cluster.joining.client import JoinOrder, join
-from cluster.joining.forms import read_ask, read_refusal
-from cluster.joining.port import admitting
-from cluster.joining.service import Guesses
+from cluster.joining.join_forms import read_ask, read_refusal
+from cluster.joining.join_port import admit_macs
+from cluster.joining.join_service import GuessLimiter
 from cluster.security.admission import Admission
 from cluster.security.bounds import MAX_JOINS
-from cluster.security.folder import ClusterFolder
-from cluster.security.founding import found
+from cluster.security.cluster_creation import create_cluster
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.roles import Role
 
@@ -72,7 +73,7 @@ async def test_a_cluster_may_have_another_name_here(address: str, admission: Adm
 
 
 async def test_another_cluster_of_the_name_is_not_written_over(address: str, admission: Admission, mac: Mac) -> None:
-    found(ClusterFolder(mac.home, "lab"), "mac-2", IDS)
+    create_cluster(ClusterFolder(mac.home, "lab"), "mac-2", IDS)
     order = mac.order(admission, address)
     with pytest.raises(InvalidOption, match=r"in another cluster that it calls lab.*--cluster NAME"):
         await join(order)
@@ -165,7 +166,7 @@ async def test_a_stranger_with_another_authority_is_told_nothing(
     tmp_path: Path, admission: Admission, mac: Mac
 ) -> None:
     other = ClusterFolder(tmp_path / "other", "lab")
-    found(other, "mac-1", IDS)
+    create_cluster(other, "mac-1", IDS)
     order = mac.order(admission, "")
     async with stranger(other.party(Role.COORDINATOR), lambda _: other.authority.read_bytes()) as (one, where):
         with pytest.raises(ForeignAuthority, match=r"is not the coordinator that this token is from.*told nothing"):
@@ -179,7 +180,7 @@ async def test_a_stranger_that_shows_the_right_authority_is_told_nothing(
 ) -> None:
     """Everybody can show the authority's certificate; only the coordinator has one that it signed."""
     other = ClusterFolder(tmp_path / "other", "lab")
-    found(other, "mac-1", IDS)
+    create_cluster(other, "mac-1", IDS)
     order = mac.order(admission, "")
     async with stranger(other.party(Role.COORDINATOR), lambda _: folder.authority.read_bytes()) as (one, where):
         with pytest.raises(ForeignAuthority, match=r"right authority and is not its coordinator.*told nothing"):
@@ -237,19 +238,19 @@ async def test_a_coordinator_whose_certificate_is_not_valid_yet_is_diagnosed(
         return time.time() + 3 * 86_400
 
     ahead = ClusterFolder(tmp_path / "ahead", "lab")
-    found(ahead, "mac-1", IDS, later)
+    create_cluster(ahead, "mac-1", IDS, later)
     admission = Admission(ahead, later)
     monkeypatch.setattr(port, "Service", lambda _: port_service(admission, later))
-    async with admitting(ahead, "127.0.0.1", 0) as where:
+    async with admit_macs(ahead, "127.0.0.1", 0) as where:
         with pytest.raises(ClockWrong, match="this Mac's clock is 3 days behind the coordinator's"):
             await join(mac.order(admission, where))
-    assert admission.tokens.all()[0].used is None
+    assert admission.tokens.all_tokens()[0].used is None
 
 
 def port_service(admission: Admission, clock: Callable[[], float]) -> Any:
-    from cluster.joining.service import Service
+    from cluster.joining.join_service import JoinService
 
-    return Service(admission, clock)
+    return JoinService(admission, clock)
 
 
 # The port's bounds
@@ -308,7 +309,7 @@ def test_an_answer_that_is_no_refusal_is_none(body: bytes) -> None:
 
 
 def test_a_wrong_field_is_named_and_not_repeated() -> None:
-    from cluster.errors import InvalidRequest
+    from cluster.core.errors import InvalidRequest
 
     body = {"token": "0" * 8, "secret": "geheim", "csr": "", "id": "0" * 16, "name": "a", "clock": 1.0}
     with pytest.raises(InvalidRequest) as refused:
@@ -330,7 +331,7 @@ async def test_who_is_slow_is_cut_off(
 ) -> None:
     """With and without a handshake; and while MAX_JOINS say nothing one more is closed at once, and waits."""
     monkeypatch.setattr(port, "JOIN_S", 1.0)
-    async with admitting(folder, "127.0.0.1", 0) as address:
+    async with admit_macs(folder, "127.0.0.1", 0) as address:
         began = time.monotonic()
         slow = asyncio.create_task(talk(address, post(b"{", 100), 20))
         idle = [await asyncio.open_connection(*parse_address(address)) for _ in range(MAX_JOINS - 1)]
@@ -348,12 +349,12 @@ async def test_who_is_slow_is_cut_off(
 
 def test_wrong_secrets_are_answered_at_a_rate() -> None:
     now = [0.0]
-    guesses = Guesses(5, lambda: now[0])
-    assert [guesses.allowed() for _ in range(7)] == [True] * 5 + [False] * 2
+    guesses = GuessLimiter(5, lambda: now[0])
+    assert [guesses.allow() for _ in range(7)] == [True] * 5 + [False] * 2
     now[0] = 0.5
-    assert [guesses.allowed() for _ in range(4)] == [True, True, False, False]
+    assert [guesses.allow() for _ in range(4)] == [True, True, False, False]
     now[0] = 1000.0
-    assert [guesses.allowed() for _ in range(7)].count(True) == 5
+    assert [guesses.allow() for _ in range(7)].count(True) == 5
 
 
 async def test_guesses_are_slowed_down_and_those_who_know_are_not(address: str, admission: Admission, mac: Mac) -> None:
@@ -390,8 +391,8 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(
 
 
 async def test_a_taken_port_is_named(address: str, folder: ClusterFolder) -> None:
-    from cluster.errors import PortInUse
+    from cluster.core.errors import PortInUse
 
     with pytest.raises(PortInUse, match=r"cannot admit Macs on 127.0.0.1:.*--join-port"):
-        async with admitting(folder, *parse_address(address)):
+        async with admit_macs(folder, *parse_address(address)):
             pass

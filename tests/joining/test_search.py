@@ -10,12 +10,12 @@ import pytest
 from zeroconf import DNSAddress, DNSPointer, DNSService, DNSText, ServiceStateChange, const
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from cluster.core.errors import ForeignAuthority, MacpipeError, Unreachable
+from cluster.core.limits import MAX_ROSTER
 from cluster.discovery import browse as browse_module
-from cluster.discovery.joining import SERVICE, announce_join, door_of, look_for_join
-from cluster.discovery.roster import Roster
-from cluster.errors import ForeignAuthority, MacpipeError, Unreachable
-from cluster.joining.search import search
-from cluster.limits import MAX_ROSTER
+from cluster.discovery.join_announcement import SERVICE, announce_join, door_of, look_for_join
+from cluster.discovery.sighting_table import SightingTable
+from cluster.joining.coordinator_search import search
 from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
 
 pytestmark = pytest.mark.anyio
@@ -45,7 +45,7 @@ async def test_an_announcement_says_nothing_but_the_cluster(cluster_id: str) -> 
     zeroconf = AsyncZeroconf(interfaces=["127.0.0.1"])
     try:
         async with announce_join(cluster="lab", cluster_id=cluster_id, host="127.0.0.1", port=7701):
-            heard = Roster()
+            heard = SightingTable()
             said: list[dict[bytes, bytes | None]] = []
 
             def read(
@@ -79,7 +79,7 @@ def records(label: str, cluster_id: str, port: int) -> list[DNSPointer | DNSServ
 
 async def test_ten_thousand_strangers_are_tried_a_few_at_a_time_and_not_for_ever(cluster_id: str) -> None:
     zeroconf = AsyncZeroconf(interfaces=["127.0.0.1"])
-    roster, open_now, most, tried = Roster(), 0, 0, set()
+    roster, open_now, most, tried = SightingTable(), 0, 0, set()
 
     async def look(address: str) -> None:
         nonlocal open_now, most
@@ -110,7 +110,7 @@ async def test_ten_thousand_strangers_are_tried_a_few_at_a_time_and_not_for_ever
 
 
 async def test_the_one_that_proves_itself_wins_among_strangers(cluster_id: str) -> None:
-    roster = Roster()
+    roster = SightingTable()
     for number in range(30):
         roster.put(f"{number}", browse_module.Sighting(f"127.0.0.1:{9000 + number}"))
 
@@ -128,4 +128,4 @@ async def test_a_search_that_finds_nobody_says_what_to_do(cluster_id: str) -> No
         raise AssertionError
 
     with pytest.raises(Unreachable, match=rf"cluster {cluster_id} was found in .*macpipe serve.*--peer HOST:PORT"):
-        await search(Roster(), look, cluster_id, 0.05)
+        await search(SightingTable(), look, cluster_id, 0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.limits import (
+from cluster.core.limits import (
     ENGINE_SILENCE_S,
     FALSE_ALARM_S,
     FRAME_FLOOR_S,
@@ -13,7 +13,7 @@ from cluster.limits import (
     MAX_ROSTER,
     SLOW_ANSWER_S,
 )
-from cluster.membership.patience import Patience
+from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.membership.slowness import Alarms, Silence, SlowAnswers
 from cluster.membership.suspicion import Suspicion
 
@@ -68,7 +68,7 @@ def test_an_engine_that_computes_is_silent_for_ten_times_as_long_but_not_for_eve
 
 def test_a_worker_whose_machine_is_late_or_this_one_is_is_given_as_much_more() -> None:
     suspicion = Suspicion(suspect_s=1.0, gone_s=2.5)
-    suspicion.heard("a", 0.0)
+    suspicion.on_heard("a", 0.0)
     suspicion.note_lag("a", 0.5)
     assert suspicion.granted("a", 0.0) == 2.5 + 0.5 * LAG_STEPS
     assert suspicion.worst_lag() == 0.5
@@ -82,12 +82,12 @@ def test_a_worker_whose_machine_is_late_or_this_one_is_is_given_as_much_more() -
 
 def test_a_worker_that_answers_every_four_seconds_is_gone_twice_and_then_slow() -> None:
     suspicion, losses = Suspicion(suspect_s=1.0, gone_s=2.5), []
-    suspicion.heard("a", 0.0)
+    suspicion.on_heard("a", 0.0)
     for tenths in range(1, 400):
         now = tenths / 10
         suspicion.look(now)
         if tenths % 40 == 0:
-            suspicion.heard("a", now)
+            suspicion.on_heard("a", now)
             belief = suspicion.of("a")
             assert belief
             losses.append(belief.losses)
@@ -97,11 +97,11 @@ def test_a_worker_that_answers_every_four_seconds_is_gone_twice_and_then_slow() 
 
 
 def test_a_frame_that_was_overdue_gives_the_next_ring_twice_the_time_until_frames_are_steady() -> None:
-    patience = Patience(0.0, overdue=2)
+    patience = FrameDeadlines(0.0, overdue=2)
     patience.learn(0, 0.0, 0.01)
-    assert patience.due(0.0, 0) == pytest.approx(0.01 + 4 * FRAME_FLOOR_S)
-    assert patience.due(0.0, 0, 7.0) == pytest.approx(7.01 + 4 * FRAME_FLOOR_S)
+    assert patience.due_at(0.0, 0) == pytest.approx(0.01 + 4 * FRAME_FLOOR_S)
+    assert patience.due_at(0.0, 0, 7.0) == pytest.approx(7.01 + 4 * FRAME_FLOOR_S)
     for i in range(300):
         patience.learn(0, 0.0, 0.01 * (i + 2))
     assert (patience.overdue, patience.growth) == (0, 1.0)
-    assert Patience(0.0, overdue=99).growth == MAX_PATIENCE
+    assert FrameDeadlines(0.0, overdue=99).growth == MAX_PATIENCE

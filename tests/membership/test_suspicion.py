@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.limits import FRAME_FLOOR_S, FRAME_TIMEOUT_S
-from cluster.membership.patience import Patience
+from cluster.core.limits import FRAME_FLOOR_S, FRAME_TIMEOUT_S
+from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.membership.suspicion import Standing, Suspicion
 
 
 def watched(*workers: str, now: float = 0.0) -> Suspicion:
     suspicion = Suspicion(suspect_s=1.0, gone_s=2.5)
     for worker in workers:
-        suspicion.heard(worker, now)
+        suspicion.on_heard(worker, now)
     suspicion.look(now)
     return suspicion
 
@@ -37,18 +37,18 @@ def test_silence_makes_suspect_then_gone_and_a_word_brings_back() -> None:
     assert belief is not None
     assert (belief.since, belief.heard, belief.losses) == (2.5, 0.0, 1)
     assert "has not been heard for 2.5 s" in belief.why
-    (back,) = suspicion.heard("a", 3.0)
+    (back,) = suspicion.on_heard("a", 3.0)
     assert (back.standing, back.losses, back.why) == (Standing.UP, 1, "")
 
 
 def test_a_refusal_is_believed_at_once_and_told_once() -> None:
     suspicion = watched("a", "b")
-    (gone,) = suspicion.refused("a", "nobody listens there", 0.2)
+    (gone,) = suspicion.on_refusal("a", "nobody listens there", 0.2)
     assert gone.standing is Standing.GONE
-    assert suspicion.refused("a", "still nobody", 0.3) == ()
+    assert suspicion.on_refusal("a", "still nobody", 0.3) == ()
     assert standings(suspicion, 0.9, since=0.3) == []
-    assert suspicion.gone("a")
-    assert not suspicion.gone("b")
+    assert suspicion.is_gone("a")
+    assert not suspicion.is_gone("b")
 
 
 def test_a_slow_worker_is_never_gone() -> None:
@@ -58,14 +58,14 @@ def test_a_slow_worker_is_never_gone() -> None:
         changes = standings(suspicion, now + 1.9, since=now)
         now += 1.9
         assert not [c for c in changes if c[2] == "gone"]
-        suspicion.heard("a", now)
+        suspicion.on_heard("a", now)
 
 
 def test_time_in_which_nobody_looked_is_held_against_no_one() -> None:
     suspicion = watched("a", "b")
     assert standings(suspicion, 0.5) == []
     assert suspicion.look(60.0) == ()  # this machine slept for a minute
-    suspicion.heard("a", 60.1)
+    suspicion.on_heard("a", 60.1)
     assert next(c for c in standings(suspicion, 64.0, since=60.1) if c[2] == "gone")[1] == "b"
 
 
@@ -75,12 +75,12 @@ def test_whatever_happens_beliefs_are_sound(events: list[tuple[str, str, float]]
     for worker, what, later in events:
         now += later
         if what == "heard":
-            suspicion.heard(worker, now)
+            suspicion.on_heard(worker, now)
             heard[worker] = now
-            assert not suspicion.gone(worker)
+            assert not suspicion.is_gone(worker)
         elif what == "refused":
-            suspicion.refused(worker, "no", now)
-            assert suspicion.gone(worker)
+            suspicion.on_refusal(worker, "no", now)
+            assert suspicion.is_gone(worker)
         else:
             for belief in suspicion.look(now):
                 assert belief.standing is not Standing.UP
@@ -88,32 +88,32 @@ def test_whatever_happens_beliefs_are_sound(events: list[tuple[str, str, float]]
         assert all(b.since <= now and b.heard <= now for b in suspicion)
 
 
-def took(patience: Patience, tokens: int, seconds: float) -> None:
+def took(patience: FrameDeadlines, tokens: int, seconds: float) -> None:
     """A frame came back so long after the one before it."""
     patience.learn(tokens, 0.0, patience.alive_at + seconds)
 
 
 def test_nothing_is_overdue_before_anything_was_measured() -> None:
-    patience = Patience(5.0)
-    assert patience.due(7.0, 0) == 7.0 + FRAME_TIMEOUT_S
+    patience = FrameDeadlines(5.0)
+    assert patience.due_at(7.0, 0) == 7.0 + FRAME_TIMEOUT_S
     took(patience, 0, 0.01)
-    assert patience.granted(512) == FRAME_TIMEOUT_S
+    assert patience.allowed_seconds(512) == FRAME_TIMEOUT_S
 
 
 def test_quick_stages_get_the_floor_and_slow_ones_many_times_what_they_take() -> None:
-    patience = Patience(0.0)
+    patience = FrameDeadlines(0.0)
     took(patience, 0, 0.01)
-    assert patience.granted(0) == FRAME_FLOOR_S
+    assert patience.allowed_seconds(0) == FRAME_FLOOR_S
     took(patience, 0, 4.0)
-    assert patience.granted(0) == pytest.approx(40.0)
+    assert patience.allowed_seconds(0) == pytest.approx(40.0)
     for _ in range(1000):
         took(patience, 0, 0.01)
-    assert patience.due(0.0, 0) == pytest.approx(14.01 + FRAME_FLOOR_S)
+    assert patience.due_at(0.0, 0) == pytest.approx(14.01 + FRAME_FLOOR_S)
 
 
 def test_a_long_piece_of_a_prompt_gets_as_much_more() -> None:
-    patience = Patience(0.0)
+    patience = FrameDeadlines(0.0)
     took(patience, 0, 0.1)
     took(patience, 100, 2.0)
-    assert patience.granted(200) == pytest.approx(10 * (0.98 * 0.1 + 200 * 0.02))
-    assert patience.granted(10**9) == FRAME_TIMEOUT_S
+    assert patience.allowed_seconds(200) == pytest.approx(10 * (0.98 * 0.1 + 200 * 0.02))
+    assert patience.allowed_seconds(10**9) == FRAME_TIMEOUT_S

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make
-from cluster.model.survey import survey
-from cluster.types import ModelShape
+from cluster.core.plan import ModelShape
+from cluster.model.model_shape import read_shape
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,4 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def shape(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelShape]:
     """Architecture -> its survey."""
-    return cache(lambda arch: survey(checkpoint(arch), arch, None))
+    return cache(lambda arch: read_shape(checkpoint(arch), arch, None))

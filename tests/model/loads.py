@@ -16,7 +16,7 @@ import mlx.core as mx
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from cluster.model.survey import survey
+from cluster.model.model_shape import read_shape
 from model.ring import cuts, open_stage
 
 
@@ -27,7 +27,7 @@ def bytes_read() -> int:
 
 def loads(path: Path, stages: int) -> Iterator[dict[str, int]]:
     """Bytes of the slice, bytes read, MLX's peak above what was there, and whether the folder is mapped after it."""
-    shape = survey(path, path.name, None)
+    shape = read_shape(path, path.name, None)
     for i, layers in enumerate(cuts(shape, stages)):
         gc.collect()
         mx.clear_cache()

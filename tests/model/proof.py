@@ -16,14 +16,15 @@ import mlx.core as mx
 
 from architectures import Architecture
 from checkpoints import mixed_quantization, poison, split_experts, write
-from cluster.errors import BadCheckpoint, BadFrame
-from cluster.frames import Compute, Frame, Join, Leave, Step
+from cluster.core.errors import BadCheckpoint, BadFrame
+from cluster.core.frames import Compute, Frame, Join, Leave, Step
+from cluster.core.plan import LayerRange, ModelShape
+from cluster.core.request import SamplingParams
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.modules import layer_prefixes
+from cluster.model.model_shape import read_shape
+from cluster.model.module_tree import layer_prefixes
 from cluster.model.skeleton import open_skeleton
 from cluster.model.stage import Stage
-from cluster.model.survey import survey
-from cluster.types import LayerRange, ModelShape, SamplingParams
 from model.ring import ALL, PROMPT, Ring, cuts, edited, logprobs, open_stage, reference, tokens
 
 ANSWER = 6
@@ -83,7 +84,7 @@ class PoisonedRing(Ring):
 def prove(arch: Architecture, folder: Path) -> Row:
     """Everything, for one architecture: in 2, in 3 and at every clean cut; lanes; and the variants of its weights."""
     path = write(arch.config, folder / "float32")
-    shape = survey(path, arch.name, None)
+    shape = read_shape(path, arch.name, None)
     assert shape.clean_cuts
     whole = len(shape.clean_cuts) + 1
     want = reference(path, ANSWER)
@@ -106,7 +107,7 @@ def prove(arch: Architecture, folder: Path) -> Row:
 def prove_quickly(arch: Architecture, folder: Path) -> ModelShape:
     """The heart of it: cut in two, poisoned, in chunks, over bytes. -> what a survey of it says."""
     path = write(arch.config, folder)
-    shape = survey(path, arch.name, None)
+    shape = read_shape(path, arch.name, None)
     require_same(PoisonedRing(shape, path, cuts(shape, 2)), reference(path, ANSWER))
     return shape
 
@@ -124,7 +125,7 @@ def _variant(arch: Architecture, path: Path, **how: Any) -> str:
     except RuntimeError as error:
         assert "Currently only supports float32" in str(error), error
         return NO_KERNEL
-    shape = survey(path, arch.name, None)
+    shape = read_shape(path, arch.name, None)
     require_same(PoisonedRing(shape, path, cuts(shape, 2)), want)
     return SAME
 
@@ -134,7 +135,7 @@ def _unstacked(arch: Architecture, path: Path) -> str:
     if not split_experts(path, arch.stacks):
         return OTHER_LAYOUT if any("expert" in name for name in open_checkpoint(path).tensors) else "no experts"
     try:
-        shape = survey(path, arch.name, None)
+        shape = read_shape(path, arch.name, None)
     except BadCheckpoint:
         return OTHER_LAYOUT
     require_same(PoisonedRing(shape, path, cuts(shape, 2)), reference(path, ANSWER))

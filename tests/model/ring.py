@@ -12,11 +12,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from cluster.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
+from cluster.core.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
+from cluster.core.plan import LayerRange, ModelShape, StageSpec
+from cluster.core.request import SamplingParams
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.stage import Stage, load_stage
-from cluster.types import LayerRange, ModelShape, SamplingParams, StageSpec
-from cluster.wire.frame import decode, encode
+from cluster.wire.frame_codec import decode, encode
 
 PROMPT = tuple((i * 37 + 11) % 250 for i in range(41))
 CHUNKS = (7, 19, 14)

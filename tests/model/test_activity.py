@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make
-from cluster.model.survey import survey
-from cluster.types import ModelShape
+from cluster.core.plan import ModelShape
+from cluster.model.model_shape import read_shape
 
 
 def surveyed(arch: str, folder: Path) -> ModelShape:
-    return survey(make(arch, folder / arch), arch, None)
+    return read_shape(make(arch, folder / arch), arch, None)
 
 
 def test_a_dense_model_reads_all_of_its_layers_and_a_row_of_its_embedding(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_of_stacked_experts_a_token_reads_those_it_is_sent_to(
 
 def test_operations_do_not_depend_on_how_many_bits_a_weight_has(tmp_path: Path) -> None:
     wide = {"hidden_size": 64}
-    plain = survey(make("llama", tmp_path / "plain", **wide), "plain", None)
-    packed = survey(make("llama_4bit", tmp_path / "packed"), "packed", None)
+    plain = read_shape(make("llama", tmp_path / "plain", **wide), "plain", None)
+    packed = read_shape(make("llama_4bit", tmp_path / "packed"), "packed", None)
     assert plain.layer_bytes[0] > packed.layer_bytes[0]
     assert packed.flops[0] == packed.flops[1], "layer 1 has one matrix in 8 bits"

@@ -12,8 +12,8 @@ import pytest
 
 from architectures import Architecture, architectures, modules, not_models, refused
 from checkpoints import make, write
-from cluster.errors import ModelUnsupported
-from cluster.model.survey import survey
+from cluster.core.errors import ModelUnsupported
+from cluster.model.model_shape import read_shape
 from effort import chosen
 from model import table
 from model.proof import prove, prove_quickly
@@ -69,7 +69,7 @@ def test_what_is_not_served_is_refused_for_the_reason_given(name: str, tmp_path:
     if arch.cpu and not ON_CPU:
         pytest.skip("this one is for a CPU")
     with pytest.raises(ModelUnsupported) as refusal:
-        survey(_written(arch, tmp_path), name, None)
+        read_shape(_written(arch, tmp_path), name, None)
     assert arch.refusal in refusal.value.sentence
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import make, split
-from cluster.errors import BadCheckpoint, MacpipeError, ModelNotFound, ModelUnsupported
+from cluster.core.errors import BadCheckpoint, MacpipeError, ModelNotFound, ModelUnsupported
 from cluster.model import checkpoint as checkpoints
 from cluster.model.checkpoint import model_ref, open_checkpoint, resolve_model
 from cluster.model.safetensors import read_shard

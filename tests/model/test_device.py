@@ -10,17 +10,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from cluster.errors import InvalidOption
+from cluster.core.errors import InvalidOption
+from cluster.core.plan import ModelShape
 from cluster.model import device
-from cluster.types import ModelShape
 
 THREADED = """
 import sys, threading
 from pathlib import Path
 from cluster.model import device
 from cluster.model.stage import load_stage
-from cluster.model.survey import survey
-from cluster.frames import Compute, Frame, Join, Step
+from cluster.model.model_shape import survey
+from cluster.core.frames import Compute, Frame, Join, Step
 from cluster.types import LayerRange, SamplingParams, StageSpec
 
 def run(path):

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import make
-from cluster.errors import BadFrame, StageFailed, StaleEpoch
-from cluster.frames import (
+from cluster.core.errors import BadFrame, StageFailed, StaleEpoch
+from cluster.core.frames import (
     Compute,
     Drop,
     Edit,
@@ -27,9 +27,10 @@ from cluster.frames import (
     Tensor,
     Trim,
 )
+from cluster.core.plan import LayerRange, ModelShape
+from cluster.core.request import SamplingParams
+from cluster.model.model_shape import read_shape
 from cluster.model.stage import Stage
-from cluster.model.survey import survey
-from cluster.types import LayerRange, ModelShape, SamplingParams
 from model.ring import ALL, PROMPT, Ring, logprobs, open_stage, tokens
 
 GREEDY = SamplingParams()
@@ -322,7 +323,7 @@ def test_a_closed_stage_has_given_everything_back(tmp_path: Path) -> None:
     path = make("llama", tmp_path, layers=6)
     gc.collect()
     before = mx.get_active_memory()
-    one = open_stage(survey(path, "llama", None), path, LayerRange(0, 3), 0, 2)
+    one = open_stage(read_shape(path, "llama", None), path, LayerRange(0, 3), 0, 2)
     one.step(frame(Join(1, 2, GREEDY), step=prefill(1, 2)))
     assert mx.get_active_memory() > before + one.weight_bytes
     one.close()
@@ -334,7 +335,7 @@ def test_a_closed_stage_has_given_everything_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_bfloat16_crosses_cuts_as_it_is(stages: int, tmp_path: Path) -> None:
     path = make("llama", tmp_path, layers=3, dtype=mx.bfloat16)
-    shape = survey(path, "llama", None)
+    shape = read_shape(path, "llama", None)
     r = Ring(shape, path, stages)
     sent = r.stages[0].step(frame(Join(8, 2, GREEDY), step=prefill(1, 2, sequence=8))).tensors
     assert [t.dtype for t in sent] == ["bfloat16"] * (stages > 1)

@@ -10,15 +10,14 @@ import pytest
 from llguidance import LLMatcher
 
 from checkpoints import make
-from cluster.errors import InvalidGrammar, StageFailed
-from cluster.frames import Compute, Join, Step
-from cluster.grammar import Grammar, GrammarKind
+from cluster.core.errors import InvalidGrammar, StageFailed
+from cluster.core.frames import Compute, Join, Step
+from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.model import grammar_compiler
 from cluster.model.grammar_compiler import COMPILED_KEPT, GrammarCompiler
 from cluster.model.grammars import Constraint, Grammars
-from cluster.model.survey import survey
+from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
-from cluster.types import SamplingParams
 from model.ring import PROMPT, Ring
 
 SLOW = Grammar(GrammarKind.REGEX, "slow")
@@ -66,9 +65,9 @@ def test_one_that_is_late_fails_and_is_there_for_who_comes_later(
     with pytest.raises(InvalidGrammar, match="the regex was not compiled within"):
         compiler.constraint(SLOW, 0)
     monkeypatch.setattr(grammar_compiler, "GRAMMAR_WAIT_S", 10.0)
-    assert compiler.constraint(WORD, 0).allowed((), 0, 258) is not None
+    assert compiler.constraint(WORD, 0).allowed_mask((), 0, 258) is not None
     gate.set()
-    assert compiler.constraint(SLOW, 0).allowed((), 0, 258) is not None
+    assert compiler.constraint(SLOW, 0).allowed_mask((), 0, 258) is not None
 
 
 def test_one_that_cannot_be_compiled_says_why(compiler: GrammarCompiler) -> None:
@@ -104,7 +103,7 @@ def test_few_are_kept_and_few_may_wait(
 
 
 def test_a_late_grammar_fails_its_own_row_of_a_lane(folder: Path, gate: threading.Event) -> None:
-    ring = Ring(survey(folder, "llama", 512), folder, 2)
+    ring = Ring(read_shape(folder, "llama", 512), folder, 2)
     ring.send(Join(1, len(PROMPT), SamplingParams(grammar=SLOW)), Join(2, len(PROMPT), SamplingParams()))
     for sequence in (1, 2):
         ring.prefill(sequence, PROMPT[:-1])
@@ -119,7 +118,7 @@ def test_a_grammar_that_fails_at_a_token_fails_its_own_row(folder: Path, monkeyp
         raise StageFailed("the grammar does not allow it")
 
     monkeypatch.setattr(Constraint, "completed", fail)
-    ring = Ring(survey(folder, "llama", 512), folder, 2)
+    ring = Ring(read_shape(folder, "llama", 512), folder, 2)
     ring.send(Join(1, len(PROMPT), SamplingParams(grammar=WORD)), Join(2, len(PROMPT), SamplingParams()))
     for sequence in (1, 2):
         ring.prefill(sequence, PROMPT[:-1])

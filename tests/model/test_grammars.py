@@ -10,12 +10,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from checkpoints import SPECIAL_IDS, make
-from cluster.errors import InvalidGrammar
-from cluster.frames import Compute, Join, Leave, Restore, Sample, Save, Step, Trim
-from cluster.grammar import Grammar, GrammarKind
-from cluster.model.survey import survey
+from cluster.core.errors import InvalidGrammar
+from cluster.core.frames import Compute, Join, Leave, Restore, Sample, Save, Step, Trim
+from cluster.core.request import Grammar, GrammarKind, SamplingParams
+from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
-from cluster.types import SamplingParams
 from effort import chosen
 from model.ring import PROMPT, Ring, tokens
 
@@ -47,7 +46,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture
 def ring(folder: Path) -> Ring:
-    return Ring(survey(folder, "llama", 512), folder, 2)
+    return Ring(read_shape(folder, "llama", 512), folder, 2)
 
 
 def document(ring: Ring, sampling: SamplingParams, most: int = 200) -> list[Sample]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from cluster.chat import ChatOptions
-from cluster.errors import BadCheckpoint, InvalidRequest, MacpipeError, ModelUnsupported
+from cluster.core.errors import BadCheckpoint, InvalidRequest, MacpipeError, ModelUnsupported
+from cluster.core.request import ChatMessage, ChatOptions
 from cluster.model.checkpoint import open_checkpoint
+from cluster.model.model_shape import read_shape
 from cluster.model.skeleton import open_skeleton
-from cluster.model.survey import survey
 from cluster.model.tokenizer import load_tokenizer
-from cluster.types import ChatMessage
 
 USER = (ChatMessage("user", "hello"),)
 
@@ -47,7 +46,7 @@ def change(file: Path, **fields: Any) -> None:
 def everything(folder: Path) -> None:
     """All that is ever done to a model before its weights are read."""
     open_checkpoint(folder)
-    survey(folder, "hostile", None)
+    read_shape(folder, "hostile", None)
     tokenizer = load_tokenizer(folder)
     tokenizer.chat(USER)
 

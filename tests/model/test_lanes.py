@@ -13,10 +13,11 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import PECULIAR, SLICEABLE, make
-from cluster.errors import BadFrame, StageFailed
-from cluster.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
-from cluster.model.survey import survey
-from cluster.types import ModelShape, SamplingParams
+from cluster.core.errors import BadFrame, StageFailed
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
+from cluster.core.plan import ModelShape
+from cluster.core.request import SamplingParams
+from cluster.model.model_shape import read_shape
 from effort import chosen
 from model.ring import PROMPT, Ring, tokens
 
@@ -132,7 +133,7 @@ def test_a_sequence_in_a_lane_says_what_it_says_alone(arch: str, stages: int, ri
 
 def test_which_models_can_share_a_lane(tmp_path: Path, shape: Shapes) -> None:
     assert {arch for arch in (*SLICEABLE, *PECULIAR) if shape(arch).batchable} == {*SHARING, "llama4_text"}
-    chunked = survey(make("llama4", tmp_path, layers=4), "llama4", 64)
+    chunked = read_shape(make("llama4", tmp_path, layers=4), "llama4", 64)
     assert (chunked.batchable, chunked.trimmable) == (False, False)
 
 
@@ -149,8 +150,8 @@ def test_which_models_can_be_trimmed(checkpoint: Checkpoints, shape: Shapes) -> 
         "dbrx",
     }
     assert {arch for arch in (*SLICEABLE, *PECULIAR) if shape(arch).trimmable} == kept
-    assert survey(checkpoint("llama_sliding"), "llama_sliding", 15).trimmable  # it never fills its window
-    assert not survey(checkpoint("llama_sliding"), "llama_sliding", 16).trimmable
+    assert read_shape(checkpoint("llama_sliding"), "llama_sliding", 15).trimmable  # it never fills its window
+    assert not read_shape(checkpoint("llama_sliding"), "llama_sliding", 16).trimmable
 
 
 def test_a_model_whose_caches_cannot_batch_refuses_to(rings: Rings) -> None:

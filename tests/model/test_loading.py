@@ -15,9 +15,9 @@ import pytest
 
 from architectures import architectures
 from checkpoints import EXPERTS, hollow, make, mixed_quantization, split, split_experts
-from cluster.limits import SAMPLE_BYTES
+from cluster.core.limits import SAMPLE_BYTES
+from cluster.model.model_shape import read_shape
 from cluster.model.safetensors import read_shard
-from cluster.model.survey import survey
 from model.ring import ALL, Ring, cuts, edited, open_stage, tokens
 
 LAYERS = 12
@@ -79,10 +79,10 @@ def hollowed(path: Path, copy: Path, wanted: Callable[[str], bool]) -> Path:
 def test_placeholders_of_unconverted_shards_are_enough(tmp_path: Path) -> None:
     """Experts a tensor each, spread over shards, and on each worker's disk no byte but its own slice's."""
     path = make("qwen3_moe", tmp_path / "whole", layers=6)
-    want = tokens(Ring(survey(path, "whole", None), path, 1).answer(ALL, 8))
+    want = tokens(Ring(read_shape(path, "whole", None), path, 1).answer(ALL, 8))
     split_experts(path)
     split(path, 4)
-    shape = survey(path, "experts", None)
+    shape = read_shape(path, "experts", None)
     ring = Ring(shape, path, 3)
     for i, layers in enumerate(cuts(shape, 3)):
         local = tuple(f"model.layers.{n}." for n in range(layers.start, layers.end))

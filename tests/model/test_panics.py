@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import InvalidRequest, MacpipeError
+from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.request import ChatMessage
 from cluster.model.panics import is_panic, panics_raised_as
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
-from cluster.types import ChatMessage
 
 SLOW = "a" * 60 + "!"
 """The library of this regular expression gives up at it, with a panic."""

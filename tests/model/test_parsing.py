@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import make_tokenizer
-from cluster.chat import ChatOptions, Parsing, Tool, ToolCall, ToolChoice
-from cluster.errors import InvalidRequest
-from cluster.grammar import Grammar
+from cluster.core.errors import InvalidRequest
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Tool, ToolCall, ToolChoice
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
-from cluster.types import ChatMessage
 
 WEATHER = Tool(
     "weather",
@@ -222,7 +220,7 @@ def test_a_model_without_tools_says_so(tmp_path: Path) -> None:
 def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
     constraint = tokenizer.grammars().constraint(grammar, 0)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    mask = constraint.allowed(ids, len(ids), tokenizer.vocab_size)
+    mask = constraint.allowed_mask(ids, len(ids), tokenizer.vocab_size)
     return mask is not None and bool(mask[min(tokenizer.eos)])
 
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import SLICEABLE
-from cluster.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
-from cluster.types import ModelShape, SamplingParams
+from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
+from cluster.core.plan import ModelShape
+from cluster.core.request import SamplingParams
 from effort import chosen
 from model.ring import ALL, CHUNKS, PROMPT, Ring, logprobs, tokens
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from checkpoints import PECULIAR, SLICEABLE, make, split, split_experts
+from cluster.core.plan import LayerRange, ModelShape
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.provenance import tensor_map
-from cluster.model.survey import survey
-from cluster.types import LayerRange, ModelShape
+from cluster.model.model_shape import read_shape
+from cluster.model.tensor_map import tensor_map
 from effort import chosen
 from model.ring import ALL as SAMPLING
 from model.ring import PROMPT, Ring, cuts, edited, open_stage, reference, tokens
@@ -56,7 +56,7 @@ def test_tensors_that_mlx_lm_stacks_are_traced_to_their_parts(tmp_path: Path) ->
     folder = make("qwen3_moe", tmp_path / "moe")
     split_experts(folder)
     split(folder, 3)
-    shape = survey(folder, "moe", None)
+    shape = read_shape(folder, "moe", None)
     mapped = tensor_map(folder, shape.shared)
     assert any(".experts.3." in name for name in mapped.layers[0])
     assert mapped.of(LayerRange(0, shape.layers)) == open_checkpoint(folder).tensors.keys()

@@ -13,10 +13,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from checkpoints import make
-from cluster.errors import BadFrame, InvalidOption, ModelUnsupported
-from cluster.frames import Compute, Join, Leave, Restore, Save, Step, Trim
-from cluster.model.survey import survey
-from cluster.types import LayerRange
+from cluster.core.errors import BadFrame, InvalidOption, ModelUnsupported
+from cluster.core.frames import Compute, Join, Leave, Restore, Save, Step, Trim
+from cluster.core.plan import LayerRange
+from cluster.model.model_shape import read_shape
 from effort import chosen
 from model.ring import ALL, PROMPT, Ring, logprobs, open_stage, tokens
 
@@ -37,7 +37,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def quantized(path: Path, bits: int, stages: int, context: int = 300) -> Ring:
-    return Ring(survey(path, path.name, context, kv_bits=bits), path, stages, kv_bits=bits)
+    return Ring(read_shape(path, path.name, context, kv_bits=bits), path, stages, kv_bits=bits)
 
 
 def chunks(count: int) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def test_quantized_caches_stay_within_what_the_survey_charges(
     arch: str, bits: int, wide: Callable[[str], Path]
 ) -> None:
     context = 700
-    plain, less = (survey(wide(arch), arch, context, kv_bits=b) for b in (0, bits))
+    plain, less = (read_shape(wide(arch), arch, context, kv_bits=b) for b in (0, bits))
     ring = Ring(less, wide(arch), 3, kv_bits=bits)
     ring.send(Join(1, context, ALL))
     ring.prefill(1, (7,) * context, (1, 300, 255, 100))
@@ -108,7 +108,7 @@ def test_a_quantized_lane_takes_one_sequence(wide: Callable[[str], Path]) -> Non
         ring.send(Join(i, 2, ALL), step=Step(Compute.PREFILL, (i,), ((1, 2),)))
     with pytest.raises(BadFrame, match="cannot share a batch"):
         ring.send(step=Step(Compute.DECODE, (1, 2), ((3,), (4,))))
-    shape = survey(wide("llama"), "llama", 64, kv_bits=4)
+    shape = read_shape(wide("llama"), "llama", 64, kv_bits=4)
     assert (shape.batchable, shape.trimmable) == (False, True)
 
 
@@ -124,8 +124,8 @@ def test_a_quantized_lane_takes_one_sequence(wide: Callable[[str], Path]) -> Non
 )
 def test_models_that_cannot_be_quantized_are_refused(arch: str, words: str, checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ModelUnsupported, match=words):
-        survey(checkpoint(arch), arch, None, kv_bits=4)
-    shape = survey(checkpoint(arch), arch, None)
+        read_shape(checkpoint(arch), arch, None, kv_bits=4)
+    shape = read_shape(checkpoint(arch), arch, None)
     with pytest.raises(ModelUnsupported, match=words):
         open_stage(shape, checkpoint(arch), LayerRange(0, 6), 0, 1, kv_bits=4)
 
@@ -134,11 +134,11 @@ def test_an_attention_that_cannot_read_quantized_keys_is_refused(tmp_path: Path)
     """Latent attention takes the cached rows apart itself."""
     path = make("deepseek_v3", tmp_path, kv_lora_rank=64, qk_rope_head_dim=64)
     with pytest.raises(ModelUnsupported, match="cannot read quantized keys"):
-        survey(path, "deepseek_v3", None, kv_bits=8)
+        read_shape(path, "deepseek_v3", None, kv_bits=8)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 16, -4])
 def test_other_numbers_of_bits_are_refused(bits: int, wide: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidOption, match="4 or 8 bits") as refused:
-        survey(wide("llama"), "llama", None, kv_bits=bits)
+        read_shape(wide("llama"), "llama", None, kv_bits=bits)
     assert refused.value.field == "kv_bits"

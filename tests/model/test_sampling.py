@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
-from cluster.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
+from cluster.core.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
+from cluster.core.plan import ModelShape
+from cluster.core.request import SamplingParams, TopLogprob
 from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key
-from cluster.types import ModelShape, SamplingParams, TopLogprob
 from model.ring import PROMPT, Ring, tokens
 
 V = 16

@@ -12,14 +12,15 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import PECULIAR, SLICEABLE, make, poison
-from cluster.errors import ModelDiffers, ModelUnsupported, NoPlan, StageFailed
-from cluster.frames import Compute, Frame, Join, Leave, Step
+from cluster.core.errors import ModelDiffers, ModelUnsupported, NoPlan, StageFailed
+from cluster.core.frames import Compute, Frame, Join, Leave, Step
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, StageSpec
+from cluster.core.request import SamplingParams
+from cluster.model.model_shape import read_shape
 from cluster.model.skeleton import open_skeleton
 from cluster.model.slice import ModelSlice
 from cluster.model.stage import load_stage
-from cluster.model.survey import survey
 from cluster.model.trace import trace
-from cluster.types import LayerRange, ModelRef, ModelShape, SamplingParams, StageSpec
 from effort import chosen
 from model.ring import ALL, PROMPT, Ring, cuts, edited, logprobs, nothing, open_stage, reference, tokens
 
@@ -74,7 +75,7 @@ def test_a_stage_weighs_what_the_survey_says(arch: str, checkpoint: Checkpoints,
 
 def test_loading_never_holds_the_tensors_of_others(tmp_path: Path) -> None:
     path = make("llama", tmp_path, layers=12, intermediate_size=4096)
-    shape = survey(path, "llama", None)
+    shape = read_shape(path, "llama", None)
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -89,7 +90,7 @@ def test_only_a_stages_own_tensors_are_read(
 ) -> None:
     """Each stage is loaded from a copy in which every other layer is not-a-number."""
     sound = make(arch, tmp_path / "sound", layers=6)
-    shape = survey(sound, arch, None)
+    shape = read_shape(sound, arch, None)
     ring = Ring(shape, sound, 3)
     for i, layers in enumerate(cuts(shape, 3)):
         copy = shutil.copytree(sound, tmp_path / str(i))
@@ -101,7 +102,7 @@ def test_only_a_stages_own_tensors_are_read(
 
 def test_a_poisoned_layer_of_ones_own_is_noticed(tmp_path: Path) -> None:
     """The other side of the test above: not-a-number in a tensor that is read must not become a token."""
-    shape = survey(make("llama", tmp_path, layers=4), "llama", None)
+    shape = read_shape(make("llama", tmp_path, layers=4), "llama", None)
     poison(tmp_path, lambda name: ".layers.2." in name)
     ring = Ring(edited(shape, tmp_path), tmp_path, 2)
     with pytest.raises(StageFailed, match="not a number"):
@@ -121,7 +122,7 @@ def test_progress_is_told_layer_by_layer(checkpoint: Checkpoints, shape: Shapes)
 def test_a_looped_model_is_refused(tmp_path: Path) -> None:
     path = make("looped", tmp_path)
     with pytest.raises(ModelUnsupported, match=r"iquestloopcoder.*looped"):
-        survey(path, "looped", None)
+        read_shape(path, "looped", None)
 
 
 def test_another_copy_of_the_model_is_refused(tmp_path: Path, shape: Shapes) -> None:
@@ -157,7 +158,7 @@ def test_layers_that_are_not_there_are_refused(checkpoint: Checkpoints, shape: S
 
 def test_prefill_leaves_the_head_alone(tmp_path: Path) -> None:
     """The memory that a prefill takes has no room for the logits of its positions; a verify does compute them."""
-    shape = survey(make("llama_untied", tmp_path, vocab_size=8192), "llama_untied", None)
+    shape = read_shape(make("llama_untied", tmp_path, vocab_size=8192), "llama_untied", None)
     ring = Ring(shape, tmp_path, 1)
     row = tuple(i % 250 for i in range(200))
     logits_bytes = len(row) * 8192 * 4

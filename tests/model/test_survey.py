@@ -10,10 +10,11 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import SLICEABLE, make, split, split_experts
-from cluster.errors import InvalidOption
-from cluster.frames import Compute, Join, Step
-from cluster.model.survey import survey
-from cluster.types import LayerRange, ModelShape, SamplingParams
+from cluster.core.errors import InvalidOption
+from cluster.core.frames import Compute, Join, Step
+from cluster.core.plan import LayerRange, ModelShape
+from cluster.core.request import SamplingParams
+from cluster.model.model_shape import read_shape
 from effort import chosen
 from model.ring import Ring, tokens
 
@@ -27,7 +28,7 @@ def test_a_survey_reads_no_weight(arch: str, checkpoint: Checkpoints) -> None:
     gc.collect()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    shape = survey(path, arch, None)
+    shape = read_shape(path, arch, None)
     assert mx.get_peak_memory() - before < min(shape.layer_bytes) + 4096
     assert shape.layers == 6
     assert shape.clean_cuts == (1, 2, 3, 4, 5)
@@ -49,7 +50,7 @@ def test_a_survey_reads_no_weight(arch: str, checkpoint: Checkpoints) -> None:
 )
 def test_caches_stay_within_what_the_survey_charges(arch: str, context: int, checkpoint: Checkpoints) -> None:
     """The prompt comes in uneven chunks up to the last token of the context; a stage has two layers."""
-    shape = survey(checkpoint(arch), arch, context)
+    shape = read_shape(checkpoint(arch), arch, context)
     ring = Ring(shape, checkpoint(arch), 3)
     largest = [0] * 3
 
@@ -71,7 +72,7 @@ def test_caches_stay_within_what_the_survey_charges(arch: str, context: int, che
 def test_long_contexts_in_full_chunks_are_charged_closely(
     chunks: tuple[int, ...], context: int, checkpoint: Checkpoints
 ) -> None:
-    shape = survey(checkpoint("llama_sliding"), "llama_sliding", context)
+    shape = read_shape(checkpoint("llama_sliding"), "llama_sliding", context)
     ring = Ring(shape, checkpoint("llama_sliding"), 2)
     ring.send(Join(1, context, SamplingParams()))
     ring.prefill(1, [7] * context, chunks)
@@ -81,7 +82,7 @@ def test_long_contexts_in_full_chunks_are_charged_closely(
 
 
 def test_a_linear_layers_state_does_not_grow(checkpoint: Checkpoints) -> None:
-    short, long = (survey(checkpoint("qwen3_next"), "qwen3_next", n) for n in (256, 2048))
+    short, long = (read_shape(checkpoint("qwen3_next"), "qwen3_next", n) for n in (256, 2048))
     assert short.cache_bytes[0] == long.cache_bytes[0]
     assert short.cache_bytes[1] < long.cache_bytes[1]
 
@@ -109,19 +110,19 @@ def test_the_override_of_a_quantized_layer_is_seen(shape: Shapes) -> None:
 def test_the_context_is_what_was_asked_within_the_models_limit(
     asked: int | None, got: int, checkpoint: Checkpoints
 ) -> None:
-    assert survey(checkpoint("llama"), "llama", asked).max_context == got
+    assert read_shape(checkpoint("llama"), "llama", asked).max_context == got
 
 
 def test_the_context_defaults_to_ours_where_the_model_allows_more(tmp_path: Path) -> None:
     path = make("llama", tmp_path, max_position_embeddings=100_000)
-    assert survey(path, "llama", None).max_context == 4096
-    assert survey(path, "llama", 100_000).max_context == 100_000
+    assert read_shape(path, "llama", None).max_context == 4096
+    assert read_shape(path, "llama", 100_000).max_context == 100_000
 
 
 @pytest.mark.parametrize("asked", [2049, 0, -1])
 def test_a_context_that_cannot_be_is_refused(asked: int, checkpoint: Checkpoints) -> None:
     with pytest.raises(InvalidOption, match=f"{asked}.*(2048|at least 1)"):
-        survey(checkpoint("llama"), "llama", asked)
+        read_shape(checkpoint("llama"), "llama", asked)
 
 
 def test_an_unconverted_checkpoint_in_shards_says_the_same(tmp_path: Path, checkpoint: Checkpoints) -> None:
@@ -129,12 +130,12 @@ def test_an_unconverted_checkpoint_in_shards_says_the_same(tmp_path: Path, check
     path = make("qwen3_moe", tmp_path, layers=6)
     split_experts(path)
     split(path, 4)
-    shape = survey(path, "qwen3_moe", None)
-    same = survey(checkpoint("qwen3_moe"), "qwen3_moe", None)
+    shape = read_shape(path, "qwen3_moe", None)
+    same = read_shape(checkpoint("qwen3_moe"), "qwen3_moe", None)
     assert (shape.layer_bytes, shape.shared) == (same.layer_bytes, same.shared)
     said = tokens(Ring(shape, path, 3).answer(SamplingParams(), 8))
     assert said == tokens(Ring(same, checkpoint("qwen3_moe"), 3).answer(SamplingParams(), 8))
 
 
 def test_surveys_agree_across_calls(checkpoint: Checkpoints, shape: Shapes) -> None:
-    assert survey(checkpoint("qwen3_moe"), "qwen3_moe", None) == shape("qwen3_moe")
+    assert read_shape(checkpoint("qwen3_moe"), "qwen3_moe", None) == shape("qwen3_moe")

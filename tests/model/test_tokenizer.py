@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
 from checkpoints import SPECIAL_IDS, VOCABULARY, make_tokenizer
-from cluster.errors import BadCheckpoint, InvalidRequest
+from cluster.core.errors import BadCheckpoint, InvalidRequest
+from cluster.core.request import ChatMessage
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
-from cluster.types import ChatMessage
 
 END = SPECIAL_IDS["<|end|>"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import BadCheckpoint
-from cluster.limits import MAX_ADDED_TOKENS, MAX_CHAT_TEMPLATE_CHARS, MAX_SMALL_FILE_BYTES, MAX_TOKEN_CHARS
+from cluster.core.errors import BadCheckpoint
+from cluster.core.limits import MAX_ADDED_TOKENS, MAX_CHAT_TEMPLATE_CHARS, MAX_SMALL_FILE_BYTES, MAX_TOKEN_CHARS
 from cluster.model.tokenizer import load_tokenizer
 from cluster.model.tokenizer_bounds import require_bounded
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make
-from cluster.frames import Compute, Frame, Join, Step
+from cluster.core.frames import Compute, Frame, Join, Step
+from cluster.core.plan import LayerRange, StageSpec
+from cluster.core.request import SamplingParams
 from cluster.model.checkpoint import model_ref
 from cluster.model.stage import Stage, load_stage
 from cluster.model.warmup import warm
-from cluster.types import LayerRange, SamplingParams, StageSpec
 
 
 def stages(folder: Path) -> list[Stage]:

@@ -7,12 +7,11 @@ from itertools import combinations, pairwise, permutations
 
 from hypothesis import strategies as st
 
-from cluster.limits import MEMORY_MARGIN
+from cluster.core.limits import MEMORY_MARGIN
+from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import boundary_bytes, decode_s
-from cluster.placement.solve import Room, needed
-from cluster.profiles import Link, Profile
-from cluster.types import LayerRange, ModelRef, ModelShape, SharedWeight
+from cluster.placement.memory_split import Room, needed_bytes
 
 Layout = tuple[tuple[Candidate, ...], tuple[LayerRange, ...]]
 PROFILES = st.builds(
@@ -70,7 +69,7 @@ def layouts(shape: ModelShape, candidates: Candidates) -> Iterator[Layout]:
 
 
 def fits(shape: ModelShape, worker: Candidate, layers: LayerRange) -> bool:
-    return needed(shape, layers, 1) <= int(worker.room.nbytes * (1 - MEMORY_MARGIN))
+    return needed_bytes(shape, layers, 1) <= int(worker.room.nbytes * (1 - MEMORY_MARGIN))
 
 
 def stages_s(shape: ModelShape, layout: Layout) -> list[float]:

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import DoesNotFit, InvalidOption, NoPlan
-from cluster.limits import GIB
+from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
+from cluster.core.limits import GIB
+from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.chips import CHIPS, assumed
+from cluster.placement.chips import CHIPS, assumed_workers
 from cluster.placement.cost import decode_s, read_bytes
-from cluster.placement.propose import Wish, propose
-from cluster.placement.solve import Room
-from cluster.profiles import Link, Objective, Profile
-from cluster.types import LayerRange, ModelRef, ModelShape, SharedWeight
+from cluster.placement.memory_split import Room
+from cluster.placement.propose import PlanRequest, propose
 
 FAST, SLOW = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
 
@@ -39,14 +38,14 @@ def mac(name: str, gib: int, profile: Profile = FAST) -> Candidate:
     return Candidate(Room(name, gib * GIB), profile)
 
 
-def told(candidates: Candidates, wish: Wish | None = None, model: ModelShape | None = None) -> str:
-    made = propose(model or shape(), candidates, wish or Wish())
+def told(candidates: Candidates, wish: PlanRequest | None = None, model: ModelShape | None = None) -> str:
+    made = propose(model or shape(), candidates, wish or PlanRequest())
     return "\n".join((*made.reasons, *(f"{s.worker}: {s.why}" for s in made.spares)))
 
 
 def test_one_mac_that_holds_it_all_is_enough() -> None:
     candidates = Candidates([mac("slow", 100, SLOW), mac("fast", 100), mac("twin", 100)])
-    made = propose(shape(), candidates, Wish())
+    made = propose(shape(), candidates, PlanRequest())
     assert [w.name for w in made.workers] == ["fast"]
     assert {s.worker for s in made.spares} == {"slow", "twin"}
     said = told(candidates)
@@ -59,14 +58,14 @@ def test_one_mac_that_holds_it_all_is_enough() -> None:
 
 def test_throughput_takes_both_and_says_who_would_be_faster_alone() -> None:
     candidates = Candidates([mac("fast", 100), mac("slow", 100, replace(SLOW, bandwidth=4e11))])
-    made = propose(shape(), candidates, Wish(Objective.THROUGHPUT))
+    made = propose(shape(), candidates, PlanRequest(Objective.THROUGHPUT))
     assert len(made.workers) == 2
-    said = told(candidates, Wish(Objective.THROUGHPUT))
+    said = told(candidates, PlanRequest(Objective.THROUGHPUT))
     assert "fast alone would be faster for one user" in said
     assert "and for eight" not in said
     little = Candidates([mac("fast", 100), mac("slow", 100, SLOW)])
-    assert "; and for eight: 58.5 against 49.5" in told(little, Wish(Objective.THROUGHPUT))
-    latency = propose(shape(), candidates, Wish())
+    assert "; and for eight: 58.5 against 49.5" in told(little, PlanRequest(Objective.THROUGHPUT))
+    latency = propose(shape(), candidates, PlanRequest())
     assert made.forecast
     assert latency.forecast
     assert made.forecast.eight_users > latency.forecast.eight_users
@@ -84,7 +83,7 @@ def test_what_binds_is_named() -> None:
 
 def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
     candidates = Candidates([mac("fast", 100), mac("slow", 100, SLOW)])
-    wish = Wish(layers=(LayerRange(0, 5), LayerRange(5, 40)))
+    wish = PlanRequest(layers=(LayerRange(0, 5), LayerRange(5, 40)))
     assert [r.end for r in propose(shape(), candidates, wish).ranges] == [5, 40]
     assert "fast alone would be faster" in told(candidates, wish)
     with pytest.raises(DoesNotFit, match=r"slow lacks 16.5 GiB"):
@@ -104,27 +103,27 @@ def test_of_more_workers_than_ranges_the_best_hold_them_in_the_best_order() -> N
     candidates = Candidates([mac("slow", 100, SLOW), mac("small", 8), mac("fast", 40), mac("tiny", 4)])
     layers = (LayerRange(0, 5), LayerRange(5, 40))
     for stages in (None, 2):
-        made = propose(shape(), candidates, Wish(layers=layers, stages=stages))
+        made = propose(shape(), candidates, PlanRequest(layers=layers, stages=stages))
         assert [w.name for w in made.workers] == ["small", "fast"]
         assert made.ranges == layers
         assert {(s.worker, s.why) for s in made.spares} == {(n, "2 layer ranges were given") for n in ("slow", "tiny")}
     unmeasured = Candidates([mac(w.name, w.room.nbytes // GIB, Profile()) for w in candidates.workers])
-    made = propose(shape(), unmeasured, Wish(layers=(LayerRange(0, 25), LayerRange(25, 40))))
+    made = propose(shape(), unmeasured, PlanRequest(layers=(LayerRange(0, 25), LayerRange(25, 40))))
     assert [w.name for w in made.workers] == ["slow", "fast"], "the largest, in their order"
     with pytest.raises(DoesNotFit, match=r"offer 133 GiB; fast lacks 103 GiB"):
-        propose(shape(gib=4), candidates, Wish(layers=layers))
+        propose(shape(gib=4), candidates, PlanRequest(layers=layers))
 
 
 def test_what_fits_nowhere_is_refused_with_the_gib_missing() -> None:
     with pytest.raises(DoesNotFit, match=r"needs 40.6 GiB .* the workers offer 19 GiB; a lacks .* GiB; b lacks"):
-        propose(shape(), Candidates([mac("a", 10), mac("b", 10)]), Wish())
+        propose(shape(), Candidates([mac("a", 10), mac("b", 10)]), PlanRequest())
     with pytest.raises(NoPlan, match="3 workers"):
-        propose(shape(clean_cuts=(20,)), Candidates([mac(n, 100) for n in "abc"]), Wish(stages=3))
+        propose(shape(clean_cuts=(20,)), Candidates([mac(n, 100) for n in "abc"]), PlanRequest(stages=3))
 
 
 def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
     candidates = Candidates([mac("a", 30), mac("b", 60, Profile())])
-    made = propose(shape(), candidates, Wish())
+    made = propose(shape(), candidates, PlanRequest())
     assert [(w.name, len(r)) for w, r in zip(made.workers, made.ranges, strict=True)] == [("a", 13), ("b", 27)]
     assert made.forecast is None
     assert made.reasons == ("cut by memory, every worker as full as the others: the speed of b has not been measured",)
@@ -132,7 +131,7 @@ def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
 
 def test_a_number_of_workers_is_as_asked() -> None:
     candidates = Candidates([mac("a", 100, SLOW), mac("b", 100), mac("c", 100)])
-    made = propose(shape(), candidates, Wish(stages=2))
+    made = propose(shape(), candidates, PlanRequest(stages=2))
     assert [w.name for w in made.workers] == ["b", "c"]
     assert made.spares[0].why == "2 workers were asked for"
 
@@ -164,7 +163,7 @@ def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
 @pytest.mark.parametrize("row_cost", [0.0, 1.0, 2.7])
 def test_many_users_are_never_predicted_to_be_slower_than_one(lanes: int, row_cost: float) -> None:
     noisy = replace(FAST, row_cost=row_cost)
-    made = propose(shape(), Candidates([mac("a", 30, noisy), mac("b", 30, noisy)]), Wish(lanes=lanes)).forecast
+    made = propose(shape(), Candidates([mac("a", 30, noisy), mac("b", 30, noisy)]), PlanRequest(lanes=lanes)).forecast
     assert made
     assert made.eight_users >= made.one_user
     stage = LayerRange(0, 20)
@@ -172,7 +171,9 @@ def test_many_users_are_never_predicted_to_be_slower_than_one(lanes: int, row_co
 
 
 def test_a_prompt_is_as_long_as_the_context_allows() -> None:
-    roomy, tight = (propose(shape(max_context=n), Candidates([mac("a", 60)]), Wish()).forecast for n in (4096, 300))
+    roomy, tight = (
+        propose(shape(max_context=n), Candidates([mac("a", 60)]), PlanRequest()).forecast for n in (4096, 300)
+    )
     assert roomy
     assert tight
     assert (roomy.prompt_tokens, tight.prompt_tokens) == (2048, 300)
@@ -181,26 +182,26 @@ def test_a_prompt_is_as_long_as_the_context_allows() -> None:
 
 def test_an_assumed_mac_has_no_limit_to_be_raised() -> None:
     with pytest.raises(DoesNotFit, match="add a worker, or lower --max-context"):
-        propose(shape(), assumed("m4-24"), Wish())
+        propose(shape(), assumed_workers("m4-24"), PlanRequest())
     with pytest.raises(DoesNotFit, match="add a worker, raise --memory-limit, or lower --max-context"):
-        propose(shape(), Candidates([mac("a", 16)]), Wish())
+        propose(shape(), Candidates([mac("a", 16)]), PlanRequest())
 
 
 @pytest.mark.parametrize("written", ["2x m2-ultra-192", "2xm2-ultra-192", "m2-ultra-192x2"])
 def test_a_number_of_macs_goes_before_or_behind(written: str) -> None:
-    assert [w.name for w in assumed(written).workers] == ["m2-ultra-192#1", "m2-ultra-192#2"]
+    assert [w.name for w in assumed_workers(written).workers] == ["m2-ultra-192#1", "m2-ultra-192#2"]
 
 
 def test_macs_are_assumed_by_name() -> None:
-    made = assumed("m2-ultra-192, m4-pro-48x2,10GbE")
+    made = assumed_workers("m2-ultra-192, m4-pro-48x2,10GbE")
     assert [w.name for w in made.workers] == ["m2-ultra-192", "m4-pro-48#1", "m4-pro-48#2"]
     assert made.workers[0].room.nbytes == 144 * GIB
     assert made.workers[1].profile == made.workers[2].profile
     assert made.link.bandwidth == 1.15e9
-    assert assumed("m2-ultra-192 + 2x m4-pro-48 + 10gbe") == made
-    small, large = (assumed(w).workers[0].profile.bandwidth for w in ("m3-max-36", "m3-max-64"))
+    assert assumed_workers("m2-ultra-192 + 2x m4-pro-48 + 10gbe") == made
+    small, large = (assumed_workers(w).workers[0].profile.bandwidth for w in ("m3-max-36", "m3-max-64"))
     assert small < large
-    assert all(assumed(f"{chip}-32").workers for chip in CHIPS)
+    assert all(assumed_workers(f"{chip}-32").workers for chip in CHIPS)
 
 
 @pytest.mark.parametrize(
@@ -221,4 +222,4 @@ def test_macs_are_assumed_by_name() -> None:
 )
 def test_what_cannot_be_assumed_is_said(written: str, words: str) -> None:
     with pytest.raises(InvalidOption, match=words):
-        assumed(written)
+        assumed_workers(written)

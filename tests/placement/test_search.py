@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from cluster.limits import BALANCE_SLACK, GIB
+from cluster.core.limits import BALANCE_SLACK, GIB
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.search import Found, Search
-from cluster.placement.solve import Room
-from cluster.placement.table import StageTable
-from cluster.profiles import Objective, Profile
-from cluster.types import LayerRange, ModelRef, ModelShape
+from cluster.placement.memory_split import Room
+from cluster.placement.search import BestLayout, Search
+from cluster.placement.stage_table import StageTable
 from effort import effort
 from placement.instances import clusters, layouts, shapes, stages_s, total_s
 
@@ -40,7 +39,7 @@ def test_latency_is_what_trying_everything_finds(shape: ModelShape, candidates: 
     evened(shape, candidates, search(shape, candidates, Objective.LATENCY).best(), least)
 
 
-def evened(shape: ModelShape, candidates: Candidates, found: Found | None, least: float) -> None:
+def evened(shape: ModelShape, candidates: Candidates, found: BestLayout | None, least: float) -> None:
     """The default slack buys the quickest slowest stage that those workers in that order can have."""
     assert found
     bound = least * (1 + BALANCE_SLACK)

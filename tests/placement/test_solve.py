@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.errors import DoesNotFit, NoPlan
-from cluster.limits import GIB
-from cluster.placement.solve import Room, check, needed, solve
-from cluster.types import LayerRange, ModelRef, ModelShape, SharedWeight
+from cluster.core.errors import DoesNotFit, NoPlan
+from cluster.core.limits import GIB
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, SharedWeight
+from cluster.placement.memory_split import Room, check, needed_bytes, solve
 
 MODEL = ModelRef("m", "", "")
 
@@ -31,7 +31,7 @@ def shape(layer_bytes: list[int], unclean: tuple[int, ...] = (), shared: tuple[S
 
 
 def fullness(s: ModelShape, rooms: list[Room], ranges: tuple[LayerRange, ...]) -> float:
-    return max(needed(s, r, 1) / room.usable for r, room in zip(ranges, rooms, strict=True))
+    return max(needed_bytes(s, r, 1) / room.usable for r, room in zip(ranges, rooms, strict=True))
 
 
 @given(

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.chat import ChatMessage, ChatOptions
-from cluster.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing
-from cluster.grammar import Grammar, GrammarKind
+from cluster.core.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox import process as process_module
+from cluster.sandbox.job_messages import Encode, Limits, OpenModel, WarmUp, pack_job
 from cluster.sandbox.memory import resident_bytes
-from cluster.sandbox.messages import Encode, Limits, OpenModel, WarmUp, pack_job
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer
@@ -258,8 +257,8 @@ async def test_a_template_that_takes_too_long_is_a_bad_checkpoint(hostile: Path,
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from cluster.chat import ChatMessage, ChatOptions
-from cluster.sandbox.messages import Converse, Limits
+from cluster.core.request import ChatMessage, ChatOptions
+from cluster.sandbox.job_messages import Converse, Limits
 from cluster.sandbox.tokenizer import SandboxedTokenizer
 
 async def main():

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from cluster.frames import Compute, Drop, Edit, Failure, Frame, Join, Leave, Restore, Sample, Save, Trim
+from cluster.core.frames import (
+    Compute,
+    Drop,
+    Edit,
+    Failure,
+    Frame,
+    Join,
+    Leave,
+    Restore,
+    Sample,
+    Save,
+    StageTiming,
+    Trim,
+)
 from cluster.scheduler.capacity import Capacity
-from cluster.scheduler.turns import Turns
-from cluster.types import StageTiming
+from cluster.scheduler.reordering import ReorderBuffer
 
 EOS = 0
 
@@ -40,7 +52,7 @@ class Stages:
     """A ring of them. The token after a history depends on all of it, so that a wrong cache gives a wrong token."""
 
     def __init__(self, trimmable: bool = True) -> None:
-        self.frames = Turns()
+        self.frames = ReorderBuffer()
         self.fed: dict[int, tuple[int, ...]] = {}
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self._trimmable = trimmable

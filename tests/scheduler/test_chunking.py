@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chunking import chunks
+from cluster.core.plan import chunks
 
 
 @given(st.integers(1, 20_000), st.integers(1, 16))

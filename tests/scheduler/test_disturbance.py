@@ -14,10 +14,10 @@ from statistics import quantiles
 
 import pytest
 
-from cluster.frames import Compute, Frame, Sample, Step
+from cluster.core.frames import Compute, Frame, Sample, StageTiming, Step
+from cluster.core.request import Request, SamplingParams
+from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.turns import Turns
-from cluster.types import Request, SamplingParams, StageTiming
 from scheduler.stages import capacity
 
 STREAMS, TOKENS, PROMPT, LONG = 4, 300, 16, 4096
@@ -59,7 +59,7 @@ class Ring:
     def __post_init__(self) -> None:
         plan = capacity(lanes=2, rows=32, window=3, budget=10**9, chunk=512, max_step_ms=self.machine.budget)
         self.scheduler = Scheduler(1, plan, frozenset())
-        self.turns, self.busy = [Turns(), Turns()], [False, False]
+        self.turns, self.busy = [ReorderBuffer(), ReorderBuffer()], [False, False]
         self.context: defaultdict[tuple[int, int], int] = defaultdict(int)
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = count()
@@ -112,7 +112,7 @@ class Ring:
     def returned(self, frame: Frame) -> None:
         decodes = frame.step and frame.step.compute is Compute.DECODE
         samples = tuple(Sample(s, 0, 7) for s in frame.step.sequences) if frame.step and decodes else ()
-        outcome = self.scheduler.returned(replace(frame, edits=(), step=None, samples=samples))
+        outcome = self.scheduler.on_frame(replace(frame, edits=(), step=None, samples=samples))
         for event in outcome.events:
             self.said[event.request_id].append(self.now)
         self.send()

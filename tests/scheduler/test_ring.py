@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import Busy, PromptTooLong
-from cluster.frames import (
+from cluster.core.errors import Busy, PromptTooLong
+from cluster.core.frames import (
     Compute,
     Drop,
     Edit,
@@ -20,13 +20,14 @@ from cluster.frames import (
     Restore,
     Sample,
     Save,
+    StageTiming,
     Trim,
 )
-from cluster.limits import MAX_EDITS, MAX_PREFIXES
-from cluster.scheduler.outcome import Failed, Produced
+from cluster.core.limits import MAX_EDITS, MAX_PREFIXES
+from cluster.core.request import Request, SamplingParams
+from cluster.scheduler.outcome import Produced, SampleFailed
+from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.turns import Turns
-from cluster.types import Request, SamplingParams, StageTiming
 from effort import effort
 from scheduler.stages import Stages, capacity, continuation, next_token
 
@@ -35,7 +36,7 @@ class OneStage:
     """Breaks the sequences of a step that failed, refuses what touches them, and passes failures on."""
 
     def __init__(self, index: int, last: bool) -> None:
-        self.turns, self.index, self.last = Turns(), index, last
+        self.turns, self.index, self.last = ReorderBuffer(), index, last
         self.fed: dict[int, tuple[int, ...]] = {}
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self.broken: set[int] = set()
@@ -107,14 +108,14 @@ class Row:
     def _back(self, frame: Frame) -> None:
         timings = (StageTiming(0, 0, 1000, 0),)
         reply = Frame(1, frame.lane, frame.number, samples=frame.samples, timings=timings, error=frame.error)
-        for event in self.scheduler.returned(reply).events:
+        for event in self.scheduler.on_frame(reply).events:
             assert event.request_id not in self.ended
             if isinstance(event, Produced):
                 self.said[event.request_id].append(event.sample.token)
                 if event.finish:
                     self.ended[event.request_id] = "finished"
             else:
-                assert isinstance(event, Failed)
+                assert isinstance(event, SampleFailed)
                 self.ended[event.request_id] = event.reason
         self.write()
 
@@ -215,7 +216,7 @@ def test_a_long_prompt_ends_beside_an_endless_supply_of_short_ones() -> None:
             scheduler.submit(ask(f"s{shorts}", (shorts % 50 + 1,) * 41, 1))
             shorts += 1
         stages.take(scheduler.next_frames(0.0))
-        scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
         if all(s.request.id != "long" for s in scheduler.sequences):
             break
     assert all(s.request.id != "long" for s in scheduler.sequences)
@@ -234,7 +235,7 @@ def test_an_abort_in_prefill_stops_nobodys_token() -> None:
         for i in range(5):
             reply = stages.give()
             went += "D" if reply.samples else "-"
-            scheduler.returned(reply)
+            scheduler.on_frame(reply)
             if i == 1 and abort:
                 scheduler.end("long")
             stages.take(scheduler.next_frames(0.0))
@@ -256,7 +257,7 @@ def test_edits_gather_while_the_ring_is_slow() -> None:
         stages.take(scheduler.next_frames(0.0))
     assert len(stages.frames) <= 5
     while stages.frames:
-        scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
         stages.take(frames := scheduler.next_frames(0.0))
         assert all(len(f.edits) < 100 for f in frames)
     assert stages.fed == {}
@@ -269,14 +270,14 @@ def test_prefixes_are_bounded_in_number_and_dropping_all_fits_a_frame() -> None:
         scheduler.submit(ask(f"p{i}", (i % 251 + 1, i // 251 + 1, *range(1, 8)), 1))
         stages.take(scheduler.next_frames(0.0))
         while stages.frames:
-            scheduler.returned(stages.give())
+            scheduler.on_frame(stages.give())
             stages.take(scheduler.next_frames(0.0))
     assert len(stages.prefixes) == len(scheduler.prefixes) == MAX_PREFIXES
     scheduler.submit(ask("big", tuple(range(1, 59_000)), 900))
     stages.take(frames := scheduler.next_frames(0.0))
     assert max(len(f.edits) for f in frames) <= MAX_EDITS
     while stages.frames:
-        scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
         stages.take(scheduler.next_frames(0.0))
     assert len(stages.prefixes) == len(scheduler.prefixes)
 
@@ -288,7 +289,7 @@ def test_room_is_not_made_of_the_prefix_that_a_request_starts_from() -> None:
         scheduler.submit(ask(name, prompt))
         stages.take(scheduler.next_frames(0.0))
         while stages.frames:
-            scheduler.returned(stages.give())
+            scheduler.on_frame(stages.give())
             stages.take(scheduler.next_frames(0.0))
 
     first, other = tuple(range(100, 140)), tuple(range(200, 240))

@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MAX_JOINED_BYTES
+from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
+from cluster.core.limits import MAX_JOINED_BYTES
+from cluster.core.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
 from cluster.scheduler.capacity import Capacity
-from cluster.scheduler.outcome import Failed, Produced
+from cluster.scheduler.outcome import Produced, SampleFailed
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import Phase
-from cluster.types import FinishReason, Request, SamplingParams
 from effort import effort
 from scheduler.stages import EOS, Stages, capacity, continuation
 
@@ -37,7 +36,7 @@ def run_dry(scheduler: Scheduler, stages: Stages) -> dict[str, list[int]]:
     said: dict[str, list[int]] = defaultdict(list)
     stages.take(scheduler.next_frames(0.0))
     while stages.frames:
-        for event in scheduler.returned(stages.give()).events:
+        for event in scheduler.on_frame(stages.give()).events:
             if isinstance(event, Produced):
                 said[event.request_id].append(event.sample.token)
         stages.take(scheduler.next_frames(0.0))
@@ -63,7 +62,7 @@ def test_the_window_bounds_prefill_in_the_ring() -> None:
     scheduler.submit(request("a", prompt=21))
     stages.take(scheduler.next_frames(0.0))
     assert len(stages.frames) == 3
-    scheduler.returned(stages.give())
+    scheduler.on_frame(stages.give())
     stages.take(scheduler.next_frames(0.0))
     assert len(stages.frames) == 3
 
@@ -89,7 +88,7 @@ def test_lanes_are_rebalanced_when_they_drift_apart() -> None:
     for name in [n for n, at in lane.items() if at == 0]:
         scheduler.end(name)
     for _ in range(2):
-        scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
     stages.take(scheduler.next_frames(0.0))
     assert scheduler.lane_sizes == (2, 2)
     run_dry(scheduler, stages)
@@ -106,7 +105,7 @@ def test_decode_goes_between_the_chunks_of_somebody_elses_prompt() -> None:
     while stages.frames:
         reply = stages.give()
         order.append(Compute.DECODE if reply.samples else Compute.PREFILL)
-        scheduler.returned(reply)
+        scheduler.on_frame(reply)
         stages.take(scheduler.next_frames(0.0))
     longest = max(len(run) for run in "".join("P" if c is Compute.PREFILL else "D" for c in order[:60]).split("D"))
     assert longest <= 1
@@ -118,8 +117,8 @@ def test_an_answer_ends_by_length_or_by_end_of_sequence() -> None:
     scheduler, stages = Scheduler(1, capacity(), frozenset({token})), Stages()
     scheduler.submit(request("a", prompt=prompt, max_tokens=3))
     stages.take(scheduler.next_frames(0.0))
-    scheduler.returned(stages.give())
-    (event,) = scheduler.returned(stages.give()).events
+    scheduler.on_frame(stages.give())
+    (event,) = scheduler.on_frame(stages.give()).events
     assert isinstance(event, Produced)
     assert event.finish is FinishReason.STOP
     assert not event.counts
@@ -236,8 +235,8 @@ def test_a_failed_step_ends_the_requests_of_its_lane_alone() -> None:
     for name in "abc":
         scheduler.submit(request(name, prompt=1, max_tokens=2))
     stages.take(scheduler.next_frames(0.0))
-    failed = scheduler.returned(stages.give(FAILURE)).events
-    assert {e.request_id for e in failed if isinstance(e, Failed)} == {"a", "c"}
+    failed = scheduler.on_frame(stages.give(FAILURE)).events
+    assert {e.request_id for e in failed if isinstance(e, SampleFailed)} == {"a", "c"}
     assert set(run_dry(scheduler, stages)) == {"b"}
     assert stages.fed == {}
 
@@ -256,9 +255,9 @@ def test_a_frame_out_of_turn_is_no_frame_of_ours() -> None:
     scheduler.submit(request("a"))
     stages.take(scheduler.next_frames(0.0))
     with pytest.raises(BadFrame, match="not in the ring"):
-        scheduler.returned(Frame(1, 0, 5))
+        scheduler.on_frame(Frame(1, 0, 5))
     with pytest.raises(BadFrame, match="of epoch 2 came back in epoch 1"):
-        scheduler.returned(Frame(2, 0, 0))
+        scheduler.on_frame(Frame(2, 0, 0))
 
 
 def test_a_lost_frame_is_noticed_by_the_next_that_cannot_have_overtaken_it() -> None:
@@ -268,7 +267,7 @@ def test_a_lost_frame_is_noticed_by_the_next_that_cannot_have_overtaken_it() -> 
     stages.take(scheduler.next_frames(0.0))
     stages.give()
     with pytest.raises(BadFrame, match="came back before frame 0, which must have been lost"):
-        scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
 
 
 def samples(name: str, count: int, prompt: int = 21, max_tokens: int = 4) -> list[Request]:
@@ -287,7 +286,7 @@ def test_samples_of_one_prompt_prefill_it_once(trimmable: bool, rows: int, prefi
     stages.take(frames := scheduler.next_frames(0.0))
     while stages.frames:
         read += sum(len(f.step.tokens[0]) for f in frames if f.step and f.step.compute is Compute.PREFILL)
-        for event in scheduler.returned(stages.give()).events:
+        for event in scheduler.on_frame(stages.give()).events:
             assert isinstance(event, Produced)
             said[event.request_id].append(event.sample.token)
         stages.take(frames := scheduler.next_frames(0.0))
@@ -322,7 +321,7 @@ def test_a_complete_grammar_ends_an_answer_even_at_its_longest() -> None:
     scheduler.submit(request("a", prompt=1, max_tokens=1))
     stages.take(scheduler.next_frames(0.0))
     reply = stages.give()
-    (event,) = scheduler.returned(replace(reply, samples=(replace(reply.samples[0], final=True),))).events
+    (event,) = scheduler.on_frame(replace(reply, samples=(replace(reply.samples[0], final=True),))).events
     assert isinstance(event, Produced)
     assert event.finish is FinishReason.STOP
     assert event.counts
@@ -416,8 +415,8 @@ class World:
     def turn(self, fail: bool = False) -> None:
         if not self.stages.frames:
             return
-        for event in self.scheduler.returned(self.stages.give(FAILURE if fail else None)).events:
-            if isinstance(event, Failed):
+        for event in self.scheduler.on_frame(self.stages.give(FAILURE if fail else None)).events:
+            if isinstance(event, SampleFailed):
                 self.ended[event.request_id] += 1
                 continue
             assert not self.ended[event.request_id]
@@ -489,8 +488,8 @@ def test_edits_of_a_keep_come_before_the_leave() -> None:
     scheduler.submit(request("a", prompt=12, max_tokens=1))
     stages.take(scheduler.next_frames(0.0))
     while len(stages.frames) > 1:
-        scheduler.returned(stages.give())
-    scheduler.returned(stages.give())
+        scheduler.on_frame(stages.give())
+    scheduler.on_frame(stages.give())
     (frame,) = scheduler.next_frames(0.0)
     assert [type(e) for e in frame.edits] == [Save, Leave]
     stages.take([frame])
@@ -506,7 +505,7 @@ def test_a_new_epoch_goes_on_where_every_answer_was() -> None:
     said: dict[str, list[int]] = defaultdict(list)
     stages.take(scheduler.next_frames(0.0))
     for _ in range(20):
-        for event in scheduler.returned(stages.give()).events:
+        for event in scheduler.on_frame(stages.give()).events:
             assert isinstance(event, Produced)
             said[event.request_id].append(event.sample.token)
         stages.take(scheduler.next_frames(0.0))

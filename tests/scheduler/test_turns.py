@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.frames import Compute, Drop, Frame, Join, Leave, Restore, Save, Step
-from cluster.scheduler.turns import Turns
-from cluster.types import SamplingParams
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Save, Step
+from cluster.core.request import SamplingParams
+from cluster.scheduler.reordering import ReorderBuffer
 
 
 def prefill(number: int, sequence: int, *edits: Join | Leave | Save | Restore | Drop) -> Frame:
@@ -16,7 +16,7 @@ def decode(number: int, lane: int, *sequences: int, edits: tuple[Leave | Restore
 
 
 def order(*frames: Frame) -> list[int]:
-    turns = Turns()
+    turns = ReorderBuffer()
     for frame in frames:
         turns.add(frame, ready=True)
     taken = []
@@ -35,7 +35,7 @@ def test_a_sequence_keeps_its_own_order() -> None:
 
 
 def test_each_lane_overtakes_a_prefill_once() -> None:
-    turns = Turns()
+    turns = ReorderBuffer()
     turns.add(prefill(0, 1), ready=True)
     turns.add(prefill(1, 1), ready=True)
     taken = []
@@ -55,7 +55,7 @@ def test_edits_commute_only_where_they_touch_something_else() -> None:
 
 
 def test_a_frame_without_its_tensors_lets_others_pass_and_keeps_its_place() -> None:
-    turns = Turns()
+    turns = ReorderBuffer()
     turns.add(prefill(0, 1), ready=False)
     turns.add(prefill(1, 2), ready=True)
     turns.add(decode(2, 0, 1), ready=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cluster.core.request import Request, SamplingParams
+from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.sequence import Sequence
-from cluster.scheduler.waiting import Waiting
-from cluster.types import Request, SamplingParams
 
 
 def sequence(number: int, client: str) -> Sequence:
@@ -12,7 +12,7 @@ def sequence(number: int, client: str) -> Sequence:
 
 
 def test_clients_that_come_once_are_forgotten_under_constant_load() -> None:
-    waiting = Waiting(100)
+    waiting = FairQueue(100)
     for i in range(3):
         waiting.add(sequence(i, "stays"))
     for i in range(1000):

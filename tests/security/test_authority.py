@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.errors import ClockWrong, ClusterDamaged, InvalidOption, InvalidRequest, NoCluster, Unauthenticated
+from cluster.core.errors import ClockWrong, ClusterDamaged, InvalidOption, InvalidRequest, NoCluster, Unauthenticated
 from cluster.security.authority import Authority, authority_of, cluster_id_of
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Party, Role, name_of, party_of
 

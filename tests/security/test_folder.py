@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import Busy, ClusterDamaged, DiskFull, InvalidOption
+from cluster.core.errors import Busy, ClusterDamaged, DiskFull, InvalidOption
 from cluster.security.authority import Authority
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.roles import Role
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
+from cluster.core.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security import keys as module
-from cluster.security.folder import ClusterFolder
-from cluster.security.keys import TEXT, KeyLimits, Keys, KeyScope
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keys import TEXT, KeyLimits, KeyScope, KeyStore
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ def folder(tmp_path: Path) -> ClusterFolder:
 
 
 @pytest.fixture
-def keys(folder: ClusterFolder) -> Keys:
-    return Keys(folder)
+def keys(folder: ClusterFolder) -> KeyStore:
+    return KeyStore(folder)
 
 
-def test_a_key_opens_what_it_was_made_for_and_only_its_hash_is_kept(folder: ClusterFolder, keys: Keys) -> None:
+def test_a_key_opens_what_it_was_made_for_and_only_its_hash_is_kept(folder: ClusterFolder, keys: KeyStore) -> None:
     key, text = keys.create("amy", KeyScope.ADMIN, KeyLimits(60, 10_000, 4))
     assert TEXT.fullmatch(text)
-    other = Keys(folder)
+    other = KeyStore(folder)
     assert other.find(text) == key
     assert (key.name, key.scope, key.limits) == ("amy", KeyScope.ADMIN, KeyLimits(60, 10_000, 4))
     kept = folder.keys.read_bytes()
@@ -38,7 +38,7 @@ def test_a_key_opens_what_it_was_made_for_and_only_its_hash_is_kept(folder: Clus
     assert repr(key.digest) not in repr(key)
 
 
-def test_what_is_not_quite_the_key_opens_nothing(keys: Keys) -> None:
+def test_what_is_not_quite_the_key_opens_nothing(keys: KeyStore) -> None:
     _, text = keys.create("amy")
     _, other = keys.create("bob")
     swapped = text[:17] + other[17:]
@@ -49,11 +49,11 @@ def test_what_is_not_quite_the_key_opens_nothing(keys: Keys) -> None:
 
 @given(st.text(max_size=80))
 def test_no_text_breaks_the_lookup(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    assert Keys(ClusterFolder(tmp_path_factory.getbasetemp(), "none")).find(text) is None
+    assert KeyStore(ClusterFolder(tmp_path_factory.getbasetemp(), "none")).find(text) is None
 
 
 def test_hashes_are_compared_in_constant_time_whether_the_id_is_known_or_not(
-    keys: Keys, monkeypatch: pytest.MonkeyPatch
+    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, text = keys.create("amy")
     compared: list[tuple[bytes, bytes]] = []
@@ -69,21 +69,21 @@ def test_hashes_are_compared_in_constant_time_whether_the_id_is_known_or_not(
     assert [(len(a), len(b)) for a, b in compared] == [(32, 32)] * 3
 
 
-def test_a_revoked_key_is_refused_everywhere_at_the_next_look(folder: ClusterFolder, keys: Keys) -> None:
+def test_a_revoked_key_is_refused_everywhere_at_the_next_look(folder: ClusterFolder, keys: KeyStore) -> None:
     key, text = keys.create("amy")
-    running = Keys(folder)
+    running = KeyStore(folder)
     assert running.find(text)
     keys.revoke("amy")
     assert running.find(text) is None
-    assert running.known(key.id) is None
-    assert [one.revoked is None for one in running.everything()] == [False]
+    assert running.find_by_id(key.id) is None
+    assert [one.revoked is None for one in running.all_keys()] == [False]
     with pytest.raises(MemberNotFound, match="amy"):
         keys.revoke("amy")
     again, _ = keys.create("amy")
     assert keys.revoke(again.id).id == again.id
 
 
-def test_names_are_unique_and_keys_bounded(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_unique_and_keys_bounded(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_KEYS", 3)
     keys.create("a")
     with pytest.raises(DuplicateName, match="revoke it first"):
@@ -97,7 +97,7 @@ def test_names_are_unique_and_keys_bounded(keys: Keys, monkeypatch: pytest.Monke
     for name in ("b", "c"):
         keys.revoke(name)
     keys.create("d")
-    assert [k.name for k in keys.everything()] == ["a", "c", "d"], "the longest revoked one is forgotten"
+    assert [k.name for k in keys.all_keys()] == ["a", "c", "d"], "the longest revoked one is forgotten"
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2**31])
@@ -107,7 +107,7 @@ def test_a_limit_is_a_number_of_something(wrong: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"\x92\x01\x91\x91\xa1x", b"\x92\x02\x90"])
-def test_a_damaged_file_is_no_empty_one(folder: ClusterFolder, keys: Keys, content: bytes) -> None:
+def test_a_damaged_file_is_no_empty_one(folder: ClusterFolder, keys: KeyStore, content: bytes) -> None:
     folder.write(folder.keys, content)
     with pytest.raises(ClusterDamaged):
         keys.find("mpk_" + "0" * 12 + "_" + "a" * 43)

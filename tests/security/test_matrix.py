@@ -28,13 +28,13 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 import cluster.transport
+from cluster.security.access_rules import RULES
 from cluster.security.authority import Authority
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Role
-from cluster.security.rules import RULES
 from cluster.security.trust import Options, Trust
-from cluster.transport.options import bind, control_server
-from cluster.transport.rings import DataServer
+from cluster.transport.grpc_setup import bind, control_server
+from cluster.transport.grpc_streams import DataServer
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer, add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server

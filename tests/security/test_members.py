@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
+from cluster.core.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
 from cluster.security.bounds import MAX_MEMBERS
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.members import Member, Members
 from cluster.security.roles import Party, Role
 
@@ -153,7 +153,7 @@ def test_a_damaged_roster_is_an_error(folder: ClusterFolder, members: Members, d
 WRITER = """
 import sys
 from pathlib import Path
-from cluster.security.folder import ClusterFolder
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.members import Members
 from cluster.security.roles import Party, Role
 

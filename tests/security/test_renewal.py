@@ -8,13 +8,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from cluster.coordinator.belonging import Belonging
-from cluster.coordinator.roster import Member, Roster
-from cluster.discovery.static import static
-from cluster.errors import Busy, InvalidRequest, MemberNotFound
+from cluster.coordinator.certificate_rotation import CertificateRotation
+from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.core.errors import Busy, InvalidRequest, MemberNotFound
+from cluster.discovery.static import static_source
 from cluster.security.bounds import MAX_LEAVES_VALID
+from cluster.security.certificate_renewal import is_due, renew_certificate
 from cluster.security.keyring import make_request
-from cluster.security.renewal import is_due, renewed
 from cluster.security.roles import Role
 from parties import Lead
 
@@ -36,10 +36,10 @@ def test_a_coordinator_renews_its_own(lead: Lead) -> None:
     trust = lead.trust(Role.COORDINATOR)
     assert trust.serial == before.serial
 
-    async def nobody() -> tuple[Member, ...]:
+    async def nobody() -> tuple[RosterEntry, ...]:
         return ()
 
-    belonging = Belonging(Roster(static(()), "default", before.id, trust), nobody)
+    belonging = CertificateRotation(Roster(static_source(()), "default", before.id, trust), nobody)
     for _ in range(2):
         anyio.run(belonging.renew, trust.renewal)
     assert trust.serial != before.serial
@@ -56,12 +56,12 @@ def test_a_key_stays_where_it_was_made_and_is_used_for_its_own_certificate_alone
     renewal = lead.trust(Role.WORKER, "ada").renewal
     request = renewal.request()
     assert b"PRIVATE" not in request
-    for wrong in (b"", b"x", renewed(lead.folder, Role.WORKER, ada.id, make_request()[1], time.time())):
+    for wrong in (b"", b"x", renew_certificate(lead.folder, Role.WORKER, ada.id, make_request()[1], time.time())):
         with pytest.raises(InvalidRequest, match="not the certificate"):
             renewal.install(wrong)
     with pytest.raises(InvalidRequest, match="another party"):
-        renewal.install(renewed(lead.folder, Role.WORKER, bob.id, request, time.time()))
-    renewal.install(renewed(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time()))
+        renewal.install(renew_certificate(lead.folder, Role.WORKER, bob.id, request, time.time()))
+    renewal.install(renew_certificate(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time()))
     assert lead.trust(Role.WORKER, "ada").serial != ada.serial
 
 
@@ -69,10 +69,10 @@ def test_who_was_removed_gets_none_and_nobody_gets_more_than_can_be_revoked(lead
     ada = lead.admit_worker("ada", tmp_path)
     request = make_request()[1]
     for _ in range(MAX_LEAVES_VALID - 1):
-        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
+        renew_certificate(lead.folder, Role.WORKER, ada.id, request, time.time())
     with pytest.raises(Busy, match="valid still"):
-        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
+        renew_certificate(lead.folder, Role.WORKER, ada.id, request, time.time())
     lead.members.remove("ada")
     assert len(lead.members.revoked()) == MAX_LEAVES_VALID
     with pytest.raises(MemberNotFound):
-        renewed(lead.folder, Role.WORKER, ada.id, request, time.time())
+        renew_certificate(lead.folder, Role.WORKER, ada.id, request, time.time())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import (
+from cluster.core.errors import (
     Busy,
     ClockWrong,
     DuplicateName,
@@ -18,15 +18,15 @@ from cluster.errors import (
     MemberNotFound,
     TokenRefused,
 )
-from cluster.security.admission import Admission, Wish, clocks_in_words
+from cluster.security.admission import Admission, AdmissionRequest, clocks_in_words
 from cluster.security.authority import Authority
 from cluster.security.bounds import MAX_TOKENS
-from cluster.security.folder import ClusterFolder
-from cluster.security.founding import found
+from cluster.security.cluster_creation import create_cluster
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.members import Members
 from cluster.security.roles import Role, party_of
-from cluster.security.tokens import JoinToken, State, Tokens, WrongSecret
+from cluster.security.tokens import JoinToken, TokenState, TokenStore, WrongSecret
 
 HOUR, DAY = 3600.0, 86_400.0
 IDS = {Role.COORDINATOR: "c" * 16, Role.WORKER: "a" * 16, Role.ADMIN: "d" * 16}
@@ -48,7 +48,7 @@ def clock() -> Clock:
 @pytest.fixture
 def folder(tmp_path: Path, clock: Clock) -> ClusterFolder:
     made = ClusterFolder(tmp_path, "lab")
-    found(made, "mac-1", IDS, clock)
+    create_cluster(made, "mac-1", IDS, clock)
     return made
 
 
@@ -61,8 +61,10 @@ def token(door: Admission, role: Role = Role.WORKER, ttl_s: float = HOUR) -> Joi
     return door.tokens.issue(door.authority.fingerprint, role, ttl_s)
 
 
-def wish(token: JoinToken, csr: bytes = b"", *, name: str = "mac-2", number: int = 2, clock: float = 1.8e9) -> Wish:
-    return Wish(token.id, token.secret, csr or make_request()[1], f"{number:016x}", name, clock)
+def wish(
+    token: JoinToken, csr: bytes = b"", *, name: str = "mac-2", number: int = 2, clock: float = 1.8e9
+) -> AdmissionRequest:
+    return AdmissionRequest(token.id, token.secret, csr or make_request()[1], f"{number:016x}", name, clock)
 
 
 def admitted(door: Admission) -> list[str]:
@@ -115,7 +117,7 @@ def test_nothing_of_a_secret_is_kept(door: Admission, folder: ClusterFolder) -> 
         if path.is_file():
             assert one.secret not in path.read_bytes()
             assert one.secret.hex().encode() not in path.read_bytes()
-    assert one.secret.hex() not in repr(door.tokens.all())
+    assert one.secret.hex() not in repr(door.tokens.all_tokens())
 
 
 def test_the_same_key_may_ask_again_and_gets_the_same(door: Admission, clock: Clock) -> None:
@@ -140,7 +142,7 @@ def test_a_token_ends(door: Admission, clock: Clock) -> None:
     clock.now += HOUR
     with pytest.raises(TokenRefused, match="expired 2027-01-15 09:00 UTC; ask for a new one: `macpipe token create`"):
         door.admit(wish(one))
-    assert door.tokens.all()[0].state(clock.now) is State.EXPIRED
+    assert door.tokens.all_tokens()[0].state(clock.now) is TokenState.EXPIRED
     for ttl in (0.0, 59.0, 8 * DAY, float("nan")):
         with pytest.raises(InvalidOption, match="1 minute to 7 days"):
             token(door, ttl_s=ttl)
@@ -163,7 +165,7 @@ def test_a_guess_learns_nothing(door: Admission, tmp_path: Path, clock: Clock) -
     """Whether the id is unknown, its secret is wrong, or it is another cluster's: one and the same sentence."""
     mine = token(door)
     other = ClusterFolder(tmp_path / "other", "lab")
-    found(other, "mac-9", IDS, clock)
+    create_cluster(other, "mac-9", IDS, clock)
     foreign = token(Admission(other, clock))
     said = set()
     for guess in (JoinToken(mine.id, mine.role, b"f" * 32, b"0" * 16), JoinToken("0" * 8, mine.role, b"f" * 32, b"s")):
@@ -192,7 +194,7 @@ def test_a_refusal_for_another_reason_leaves_the_token(
     one = token(door)
     with pytest.raises(error):
         door.admit(wish(one, **bad))  # type: ignore[arg-type]
-    assert door.tokens.all()[0].used is None
+    assert door.tokens.all_tokens()[0].used is None
     door.admit(wish(one))
     assert admitted(door) == ["mac-2"]
 
@@ -236,7 +238,7 @@ def test_tokens_have_a_bound_and_are_forgotten(door: Admission, clock: Clock, mo
         token(door)
     clock.now += HOUR + DAY
     token(door)
-    assert len(door.tokens.all()) == 1
+    assert len(door.tokens.all_tokens()) == 1
 
 
 def test_a_cluster_is_made_whole_or_not_at_all(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +250,10 @@ def test_a_cluster_is_made_whole_or_not_at_all(tmp_path: Path, clock: Clock, mon
     with monkeypatch.context() as patch:
         patch.setattr(ClusterFolder, "keep", crash)
         with pytest.raises(KeyboardInterrupt):
-            found(folder, "mac-1", IDS, clock)
+            create_cluster(folder, "mac-1", IDS, clock)
     assert not folder.exists
     assert list(folder.path.parent.iterdir()) == []
-    made = found(folder, "mac-1", IDS, clock)
+    made = create_cluster(folder, "mac-1", IDS, clock)
     assert [(p.role.value, p.name) for p in made.parties] == [
         ("coordinator", "mac-1-coordinator"),
         ("worker", "mac-1"),
@@ -263,12 +265,12 @@ def test_a_cluster_is_made_whole_or_not_at_all(tmp_path: Path, clock: Clock, mon
         assert ring.party == party
         assert Members(folder).admits(party)
     with pytest.raises(InvalidOption, match="leads a cluster named lab already; `macpipe token create`"):
-        found(folder, "mac-1", IDS, clock)
+        create_cluster(folder, "mac-1", IDS, clock)
     folder.authority_key.unlink()
     with pytest.raises(InvalidOption, match="is in a cluster named lab already; choose another name"):
-        found(folder, "mac-1", IDS, clock)
+        create_cluster(folder, "mac-1", IDS, clock)
     with pytest.raises(InvalidOption, match="--name"):
-        found(ClusterFolder(tmp_path, "b"), "m" * 60, IDS, clock)
+        create_cluster(ClusterFolder(tmp_path, "b"), "m" * 60, IDS, clock)
 
 
 def test_two_who_found_at_once_make_one_cluster(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,12 +281,12 @@ def test_two_who_found_at_once_make_one_cluster(tmp_path: Path, clock: Clock, mo
     def late(draft: ClusterFolder, now: float) -> Authority:
         if not first:
             first.append("begun")
-            first.append(found(folder, "mac-1", IDS, clock).cluster_id)
+            first.append(create_cluster(folder, "mac-1", IDS, clock).cluster_id)
         return make(draft, now)
 
     monkeypatch.setattr(Authority, "make", late)
     with pytest.raises(InvalidOption, match="already"):
-        found(folder, "mac-2", IDS, clock)
+        create_cluster(folder, "mac-2", IDS, clock)
     assert Authority.load(folder).cluster_id == first[1]
     assert [member.name for member in Members(folder).current()][1] == "mac-1"
 
@@ -298,8 +300,8 @@ def test_clocks_in_words(ahead: float, words: str) -> None:
 
 
 def test_tokens_of_all_processes_are_one_list(folder: ClusterFolder, clock: Clock) -> None:
-    here, there = Tokens(folder, clock), Tokens(folder, clock)
+    here, there = TokenStore(folder, clock), TokenStore(folder, clock)
     one = here.issue(b"f" * 32, Role.CLIENT)
-    assert [t.id for t in there.all()] == [one.id]
+    assert [t.id for t in there.all_tokens()] == [one.id]
     there.revoke(one.id)
-    assert here.all()[0].state(clock.now) is State.REVOKED
+    assert here.all_tokens()[0].state(clock.now) is TokenState.REVOKED

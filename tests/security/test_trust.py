@@ -11,15 +11,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.errors import ClockWrong, InvalidOption, Unreachable
-from cluster.security.folder import ClusterFolder
+from cluster.core.errors import ClockWrong, InvalidOption, Unreachable
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
-from cluster.security.mutual import ClusterTrust
+from cluster.security.mtls import ClusterTrust
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Role
 from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, WORKER, LocalTrust, open_trust
-from cluster.transport.options import data_channel
-from cluster.transport.rings import DataServer, GrpcDialer
+from cluster.transport.grpc_setup import data_channel
+from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 from parties import Lead, shown_by
 
@@ -63,14 +63,14 @@ def test_no_port_and_no_channel_is_without_credentials() -> None:
     sources = {p: p.read_text() for p in (ROOT / "cluster").rglob("*.py") if not p.name.endswith("_pb2_grpc.py")}
     assert not [p for p, text in sources.items() if re.search(r"insecure_(port|channel)", text)]
     made = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if re.search(r"\b(grpc|aio)\.server\(", text)]
-    assert made == ["cluster/transport/options.py"]
+    assert made == ["cluster/transport/grpc_setup.py"]
     dialled = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if ".secure_channel" in text]
     assert sorted(dialled) == [
-        *("cluster/client/async_client.py", "cluster/client/client.py", "cluster/transport/options.py")
+        *("cluster/client/async_client.py", "cluster/client/client.py", "cluster/transport/grpc_setup.py")
     ]
     credentials = re.compile(r"grpc\.(local|ssl|dynamic_ssl)_\w*credentials\(")
     givers = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if credentials.search(text)]
-    assert sorted(givers) == ["cluster/security/mutual.py", "cluster/security/trust.py"]
+    assert sorted(givers) == ["cluster/security/mtls.py", "cluster/security/trust.py"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "::", "mac-1.local", "fd00::5"])  # noqa: S104

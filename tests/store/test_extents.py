@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.store.extents import Extents
+from cluster.store.byte_ranges import ByteRanges
 
 PIECES = st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 12))
 
@@ -15,7 +15,7 @@ PIECES = st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 12))
 @given(st.lists(PIECES, max_size=20), st.integers(0, 40), st.integers(0, 40))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_extents_are_a_set_of_bytes(pieces: list[tuple[bool, int, int]], start: int, end: int) -> None:
-    extents, there = Extents(), set[int]()
+    extents, there = ByteRanges(), set[int]()
     for adds, at, length in pieces:
         (extents.add if adds else extents.remove)(at, at + length)
         there = there | set(range(at, at + length)) if adds else there - set(range(at, at + length))

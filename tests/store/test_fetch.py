@@ -11,16 +11,16 @@ from threading import Event, Timer
 
 import pytest
 
-from cluster.errors import Aborted, DiskFull, FetchFailed, InvalidOption
-from cluster.limits import GIB, MIB
+from cluster.core.errors import Aborted, DiskFull, FetchFailed, InvalidOption
+from cluster.core.limits import GIB, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
-from cluster.store import run as runs
+from cluster.store import range_download as runs
+from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
+from cluster.store.disk_space import free_bytes
 from cluster.store.fetch import Fetch, Wanted
 from cluster.store.hub import Hub
-from cluster.store.manifest import Manifest
-from cluster.store.partial import Partial, place
-from cluster.store.space import free_bytes
+from cluster.store.partial_checkpoint import PartialCheckpoint, place
 from cluster.store.store import Store
 from disks import FailingDisk, SmallDisk
 from fake_hub import FakeHub
@@ -33,16 +33,16 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "FETCH_BACKOFF_S", 0.01)
 
 
-def opened(home: Path) -> Partial:
-    partial = Store(home).named("owner/tiny").partial
+def opened(home: Path) -> PartialCheckpoint:
+    partial = Store(home).find_by_name("owner/tiny").partial
     assert partial
     return partial
 
 
-def fetch(home: Path, partial: Partial, names: list[str], **options: object) -> Fetch:
+def fetch(home: Path, partial: PartialCheckpoint, names: list[str], **options: object) -> Fetch:
     made = Fetch(
         partial,
-        Manifest(home, partial.fingerprint),
+        DigestManifest(home, partial.fingerprint),
         Wanted(tuple(names)),
         hub=options.pop("hub", Hub(partial.origin.repo, partial.origin.commit)),  # type: ignore[arg-type]
         stop=options.pop("stop", Event()),  # type: ignore[arg-type]
@@ -52,11 +52,11 @@ def fetch(home: Path, partial: Partial, names: list[str], **options: object) -> 
     return made
 
 
-def of_layer(partial: Partial, layer: str = LAYER) -> list[str]:
+def of_layer(partial: PartialCheckpoint, layer: str = LAYER) -> list[str]:
     return [name for name in partial.tensors if name.startswith(layer)]
 
 
-def flip(partial: Partial, tensor: TensorInfo) -> None:
+def flip(partial: PartialCheckpoint, tensor: TensorInfo) -> None:
     """Damage its first byte on the disk."""
     with (partial.folder / tensor.file).open("r+b") as file:
         file.seek(tensor.offset)
@@ -65,7 +65,7 @@ def flip(partial: Partial, tensor: TensorInfo) -> None:
         file.write(bytes([old[0] ^ 1]))
 
 
-def neighbours(partial: Partial) -> tuple[list[str], list[str]]:
+def neighbours(partial: PartialCheckpoint) -> tuple[list[str], list[str]]:
     """Tensors of two slices that lie in one file, and are not all that it has."""
     own = of_layer(partial)
     file = partial.tensors[own[0]].file
@@ -74,7 +74,7 @@ def neighbours(partial: Partial) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def same_bytes(partial: Partial, published: Path, names: list[str]) -> bool:
+def same_bytes(partial: PartialCheckpoint, published: Path, names: list[str]) -> bool:
     whole = open_checkpoint(published).tensors
     return all(
         (partial.folder / t.file).read_bytes()[t.offset : t.end] == (published / t.file).read_bytes()[t.offset : t.end]
@@ -96,7 +96,7 @@ def test_two_models_with_the_same_headers_are_kept_apart(
 ) -> None:
     """As two fine-tunes of one model are."""
     hub.folders["owner/tuned"] = tuned
-    one, other = opened(tmp_path), Store(tmp_path).named("owner/tuned").partial
+    one, other = opened(tmp_path), Store(tmp_path).find_by_name("owner/tuned").partial
     assert other
     assert one.tensors == other.tensors
     assert one.folder != other.folder
@@ -116,7 +116,7 @@ def test_only_the_wanted_ranges_are_asked_for(hub: FakeHub, published: Path, tmp
     asked = len([one for one in hub.ranges if one[1] > 8 and one[0].endswith("safetensors")])
     assert asked - 3 <= len(names), "neighbours are asked for together"
     before = hub.weight_bytes
-    fetch(tmp_path, Partial(partial.folder), names)
+    fetch(tmp_path, PartialCheckpoint(partial.folder), names)
     assert hub.weight_bytes == before
 
 
@@ -140,8 +140,8 @@ def test_who_stops_in_the_middle_goes_on_there(hub: FakeHub, published: Path, tm
         fetch(tmp_path, partial, names, stop=stop)
     timer.join()
     hub.pace_s = 0
-    again = Partial(partial.folder)
-    had = sum(t.nbytes - again.missing(t) for t in again.tensors.values())
+    again = PartialCheckpoint(partial.folder)
+    had = sum(t.nbytes - again.missing_bytes(t) for t in again.tensors.values())
     assert had > 0
     told = fetch(tmp_path, again, names).progress
     assert told.hub == told.total - had < told.total
@@ -175,7 +175,7 @@ def test_wrong_bytes_of_an_unknown_file_are_caught_by_the_hubs_hash(
     assert f"{bad} did not come as the hub has it" in caplog.text
     assert same_bytes(partial, published, list(partial.tensors))
     assert not partial.unproved_files()
-    known = Manifest(tmp_path, partial.fingerprint).known
+    known = DigestManifest(tmp_path, partial.fingerprint).known
     assert all(known[name] == partial.digest(tensor) for name, tensor in partial.tensors.items())
 
 
@@ -185,7 +185,7 @@ def test_a_byte_that_flips_on_the_disk_is_fetched_again(hub: FakeHub, published:
     fetch(tmp_path, partial, names)
     tensor = partial.tensors[names[0]]
     flip(partial, tensor)
-    before, again = hub.weight_bytes, Partial(partial.folder)
+    before, again = hub.weight_bytes, PartialCheckpoint(partial.folder)
     fetch(tmp_path, again, names)
     assert hub.weight_bytes - before == tensor.nbytes
     assert same_bytes(again, published, names)
@@ -196,14 +196,14 @@ def test_another_slice_does_not_vouch_for_damaged_bytes(hub: FakeHub, published:
     own, others = neighbours(partial)
     fetch(tmp_path, partial, own)
     flip(partial, partial.tensors[own[0]])
-    fetch(tmp_path, Partial(partial.folder), others)
-    again = Partial(partial.folder)
+    fetch(tmp_path, PartialCheckpoint(partial.folder), others)
+    again = PartialCheckpoint(partial.folder)
     assert own[0] not in again.verified
     told = fetch(tmp_path, again, own).progress
     assert told.hub == partial.tensors[own[0]].nbytes
     assert same_bytes(again, published, own + others)
-    fetch(tmp_path, Partial(partial.folder), own + others, hub=None)
-    assert set(own + others) <= set(Partial(partial.folder).verified), "all is proved, and sealed"
+    fetch(tmp_path, PartialCheckpoint(partial.folder), own + others, hub=None)
+    assert set(own + others) <= set(PartialCheckpoint(partial.folder).verified), "all is proved, and sealed"
 
 
 def test_another_slice_does_not_vouch_for_missing_bytes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
@@ -212,10 +212,10 @@ def test_another_slice_does_not_vouch_for_missing_bytes(hub: FakeHub, published:
     fetch(tmp_path, partial, own)
     flip(partial, partial.tensors[own[0]])
     with pytest.raises(FetchFailed, match=own[0]):
-        fetch(tmp_path, Partial(partial.folder), own, hub=None)
-    fetch(tmp_path, Partial(partial.folder), others)
+        fetch(tmp_path, PartialCheckpoint(partial.folder), own, hub=None)
+    fetch(tmp_path, PartialCheckpoint(partial.folder), others)
     for _ in range(2):
-        again = Partial(partial.folder)
+        again = PartialCheckpoint(partial.folder)
         assert own[0] not in again.verified
         with pytest.raises(FetchFailed, match=own[0]):
             fetch(tmp_path, again, own, hub=None)
@@ -229,7 +229,7 @@ def test_a_digest_that_was_forgotten_verifies_nothing(hub: FakeHub, tmp_path: Pa
     fetch(tmp_path, partial, names)
     partial.drop(partial.tensors[names[0]], forget=True)
     partial.seal()
-    assert sorted(Partial(partial.folder).verified) == sorted(names[1:])
+    assert sorted(PartialCheckpoint(partial.folder).verified) == sorted(names[1:])
 
 
 def test_who_comes_second_takes_the_folder_of_the_first(
@@ -237,7 +237,7 @@ def test_who_comes_second_takes_the_folder_of_the_first(
 ) -> None:
     partial = opened(tmp_path)
     looks = iter((False, True))
-    monkeypatch.setattr("cluster.store.partial.is_partial", lambda _: next(looks))
+    monkeypatch.setattr("cluster.store.partial_checkpoint.is_partial", lambda _: next(looks))
     small = Hub(partial.origin.repo, partial.origin.commit).small
     assert place(tmp_path / "models", partial.origin, small) == partial.folder
     looks = iter((False, False))
@@ -281,11 +281,11 @@ def test_a_disk_that_fills_up_spoils_nothing_and_the_fetch_goes_on_after_it(
             fetch(home, partial, names, free=lambda _: GIB)
         assert not open_below(home)
         disk.free()
-        partial = Partial(partial.folder)  # as after a restart
+        partial = PartialCheckpoint(partial.folder)  # as after a restart
         assert same_bytes(partial, published, list(partial.verified))
     fetch(home, partial, names, free=lambda _: GIB)
-    assert same_bytes(Partial(partial.folder), published, names)
-    assert set(Partial(partial.folder).verified) == set(names)
+    assert same_bytes(PartialCheckpoint(partial.folder), published, names)
+    assert set(PartialCheckpoint(partial.folder).verified) == set(names)
 
 
 def test_what_is_known_of_a_model_counts_though_it_cannot_be_written(
@@ -295,12 +295,12 @@ def test_what_is_known_of_a_model_counts_though_it_cannot_be_written(
     failing_disk.room = 10
     found = digests(tmp_path, published, names, Event())
     assert set(found) == set(names)
-    manifest = Manifest(tmp_path, "ab" * 32)
+    manifest = DigestManifest(tmp_path, "ab" * 32)
     manifest.learn(found.items(), "this Mac")
     assert manifest.known == found
     failing_disk.room = None
     assert digests(tmp_path, published, names, Event()) == found
-    assert not Manifest(tmp_path, "ab" * 32).known
+    assert not DigestManifest(tmp_path, "ab" * 32).known
 
 
 def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(hub: FakeHub, published: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(hub: FakeHub, publ
     fetch(tmp_path, partial, names)
     journal = partial.folder / ".macpipe" / "journal.jsonl"
     os.truncate(journal, journal.stat().st_size - 7)
-    again = Partial(partial.folder)
+    again = PartialCheckpoint(partial.folder)
     fetch(tmp_path, again, list(again.tensors))
     assert same_bytes(again, published, list(again.tensors))
     digest = hashlib.sha256((published / again.tensors[names[0]].file).read_bytes()).hexdigest()

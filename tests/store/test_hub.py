@@ -8,22 +8,22 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from cluster.errors import BadCheckpoint, HubOffline, HubUnreachable, ModelForbidden, ModelNotFound
+from cluster.core.errors import BadCheckpoint, HubOffline, HubUnreachable, ModelForbidden, ModelNotFound
 from cluster.store import hub as hubs
-from cluster.store.files import git_blob, wanted
 from cluster.store.hub import Hub, HubName
-from cluster.store.partial import Partial
+from cluster.store.model_files import git_blob, is_wanted
+from cluster.store.partial_checkpoint import PartialCheckpoint
 from cluster.store.store import Store
 from fake_hub import FakeHub
 
 
 def test_a_model_that_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no model owner/large on http://127.*or it is private.*HF_TOKEN"):
-        Store(tmp_path).named("owner/large")
+        Store(tmp_path).find_by_name("owner/large")
     with pytest.raises(ModelNotFound, match=r"owner/tiny has no revision v9.*OWNER/NAME@REVISION"):
-        Store(tmp_path).named("owner/tiny@v9")
+        Store(tmp_path).find_by_name("owner/tiny@v9")
     with pytest.raises(ModelNotFound, match="neither a folder nor"):
-        Store(tmp_path).named("-/-")
+        Store(tmp_path).find_by_name("-/-")
 
 
 def test_a_gated_model_and_the_token_that_opens_it(
@@ -31,30 +31,30 @@ def test_a_gated_model_and_the_token_that_opens_it(
 ) -> None:
     hub.token = "hf_right"
     with pytest.raises(ModelForbidden, match=rf"owner/tiny is gated: ask for access on {hub.address}/owner/tiny"):
-        Store(tmp_path).named("owner/tiny")
+        Store(tmp_path).find_by_name("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ModelForbidden, match=r"owner/tiny is gated, and the token of this Mac .* does not open it"):
-        Store(tmp_path).named("owner/tiny")
+        Store(tmp_path).find_by_name("owner/tiny")
     hub.expired = "hf_wrong"
     with pytest.raises(ModelForbidden, match=r"does not know the token of this Mac: HF_TOKEN, .* is wrong or has exp"):
-        Store(tmp_path).named("owner/tiny")
+        Store(tmp_path).find_by_name("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert Store(tmp_path).named("owner/tiny").partial
+    assert Store(tmp_path).find_by_name("owner/tiny").partial
 
 
 def test_without_a_network_what_is_known_still_opens(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Store(tmp_path).named("owner/tiny@main").folder
+    folder = Store(tmp_path).find_by_name("owner/tiny@main").folder
     gone = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", gone)
-    assert Store(tmp_path).named("owner/tiny").folder == folder
+    assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
     with pytest.raises(HubUnreachable, match=rf"{gone} cannot be reached for owner/other.*HF_ENDPOINT"):
-        Store(tmp_path).named("owner/other")
+        Store(tmp_path).find_by_name("owner/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert Store(tmp_path).named("owner/tiny").folder == folder
+    assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
     with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*; unset it and do this again while online"):
-        Store(tmp_path).named("owner/other")
+        Store(tmp_path).find_by_name("owner/other")
 
 
 @pytest.mark.parametrize("address", ["notaurl", "http://", "ftp://a"])
@@ -66,14 +66,14 @@ def test_an_address_of_the_hub_that_is_none(address: str, tmp_path: Path, monkey
 
 
 def test_a_new_version_on_the_hub_is_another_model(hub: FakeHub, published: Path, tmp_path: Path) -> None:
-    old = Store(tmp_path).named("owner/tiny")
+    old = Store(tmp_path).find_by_name("owner/tiny")
     new = tmp_path / "new"
     new.mkdir()
     for file in published.iterdir():
         (new / file.name).write_bytes(file.read_bytes())
     (new / "config.json").write_bytes((published / "config.json").read_bytes() + b" ")
     hub.folders["owner/tiny"], hub.commit = new, "f" * 40
-    found = Store(tmp_path).named("owner/tiny")
+    found = Store(tmp_path).find_by_name("owner/tiny")
     assert found.folder != old.folder
     assert found.partial
     assert found.partial.origin.commit == hub.commit
@@ -100,19 +100,19 @@ def test_a_pickle_model_is_refused_before_anything_is_fetched(hub: FakeHub, publ
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     hub.folders["owner/pickled"] = pickled
     with pytest.raises(BadCheckpoint, match=r"pickle files only \(pytorch_model.bin\)"):
-        Store(tmp_path).named("owner/pickled")
+        Store(tmp_path).find_by_name("owner/pickled")
     assert not hub.served
 
 
 @pytest.mark.parametrize("name", ["../config.json", "a/model.safetensors", "model.py", "..", "evil.bin", "a\\b.json"])
 def test_no_other_files_are_taken(name: str) -> None:
-    assert not wanted(name)
+    assert not is_wanted(name)
 
 
 def test_a_partial_checkpoint_knows_where_it_is_from(hub: FakeHub, tmp_path: Path) -> None:
-    partial = Store(tmp_path).named("owner/tiny").partial
+    partial = Store(tmp_path).find_by_name("owner/tiny").partial
     assert partial
     assert (partial.origin.repo, partial.origin.commit) == ("owner/tiny", hub.commit)
-    assert Partial(partial.folder).origin == partial.origin
-    assert Store(tmp_path).kept(partial.fingerprint)
-    assert Store(tmp_path).kept("../" + partial.fingerprint) is None
+    assert PartialCheckpoint(partial.folder).origin == partial.origin
+    assert Store(tmp_path).find_kept(partial.fingerprint)
+    assert Store(tmp_path).find_kept("../" + partial.fingerprint) is None

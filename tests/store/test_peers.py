@@ -15,20 +15,20 @@ from threading import Event
 import grpc
 import pytest
 
-from cluster.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import open_checkpoint
 from cluster.security.trust import LocalTrust
+from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Wanted
-from cluster.store.files import StoredFile
 from cluster.store.hub import Hub
-from cluster.store.manifest import Manifest
-from cluster.store.partial import Partial, is_partial
-from cluster.store.peer import Peer
-from cluster.store.shelf import Shelf
+from cluster.store.model_files import StoredFile
+from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial
+from cluster.store.peer_client import Peer
 from cluster.store.store import Store
-from cluster.transport.options import bind, control_server
-from cluster.types import ModelRef
+from cluster.store.store_server import StoreServer
+from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 from fake_hub import FakeHub
 
@@ -45,8 +45,8 @@ def giving(tmp_path: Path) -> Iterator[Giving]:
     servers: list[grpc.aio.Server] = []
 
     async def start(home: Path, folder: Path) -> tuple[int, str]:
-        shelf = Shelf(Store(home))
-        item = shelf.put(folder, Partial(folder) if is_partial(folder) else None)
+        shelf = StoreServer(Store(home))
+        item = shelf.put(folder, PartialCheckpoint(folder) if is_partial(folder) else None)
         server = control_server(LocalTrust())
         servers.append(server)
         add_StoreServiceServicer_to_server(shelf, server)
@@ -80,14 +80,14 @@ def copied(published: Path, to: Path, *flipped: str) -> Path:
     return to
 
 
-def mine(home: Path, peers: list[Peer], fingerprint: str) -> Partial:
-    partial = Store(home).meant(ModelRef("elsewhere", "/nowhere/at/all", fingerprint), peers).partial
+def mine(home: Path, peers: list[Peer], fingerprint: str) -> PartialCheckpoint:
+    partial = Store(home).find_for_worker(ModelRef("elsewhere", "/nowhere/at/all", fingerprint), peers).partial
     assert partial
     return partial
 
 
-def take(home: Path, partial: Partial, peers: list[Peer], names: list[str], hub: Hub | None = None) -> Fetch:
-    manifest = Manifest(home, partial.fingerprint)
+def take(home: Path, partial: PartialCheckpoint, peers: list[Peer], names: list[str], hub: Hub | None = None) -> Fetch:
+    manifest = DigestManifest(home, partial.fingerprint)
     made = Fetch(partial, manifest, Wanted(tuple(names)), peers=peers, hub=hub, stop=Event())
     made.run()
     return made
@@ -108,7 +108,7 @@ def test_a_whole_folder_is_had_tensor_by_tensor(giving: Giving, published: Path,
 def test_a_part_gives_what_it_has_and_says_what_it_knows(
     hub: FakeHub, giving: Giving, published: Path, tmp_path: Path
 ) -> None:
-    partial = Store(tmp_path / "home-bob").named("owner/tiny").partial
+    partial = Store(tmp_path / "home-bob").find_by_name("owner/tiny").partial
     assert partial
     origin = Hub("owner/tiny", hub.commit)
     take(tmp_path / "home-bob", partial, [], [NAME], origin)
@@ -130,7 +130,7 @@ def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
     hub: FakeHub, giving: Giving, tmp_path: Path
 ) -> None:
     """Bob's files are as they were but for their time, and one tensor, which alone is fetched anew."""
-    partial = Store(tmp_path / "home-bob").named("owner/tiny").partial
+    partial = Store(tmp_path / "home-bob").find_by_name("owner/tiny").partial
     assert partial
     origin = Hub("owner/tiny", hub.commit)
     names = [name for name in partial.tensors if name.startswith(("model.layers.1.", "model.layers.2."))]
@@ -140,7 +140,7 @@ def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
     (partial.folder / partial.tensors[NAME].file).write_bytes(content)
     for file in {partial.tensors[name].file for name in names}:
         os.utime(partial.folder / file, ns=(1, 1))
-    doubted = Partial(partial.folder)
+    doubted = PartialCheckpoint(partial.folder)
     assert not doubted.verified
     assert doubted.doubtful(partial.tensors) == set(names)
     peer = giving("bob", partial.folder)
@@ -157,7 +157,7 @@ def test_damaged_bytes_are_taken_from_somebody_else(
 ) -> None:
     home, whole = tmp_path / "mine", open_checkpoint(published)
     bad, good = giving("bob", copied(published, tmp_path / "bad", NAME)), giving("cyd", published)
-    Manifest(home, whole.fingerprint).learn(digests(home, published, [NAME], Event()).items(), "a test")
+    DigestManifest(home, whole.fingerprint).learn(digests(home, published, [NAME], Event()).items(), "a test")
     partial = mine(home, [bad], whole.fingerprint)
     with pytest.raises(FetchFailed, match=f"worker bob has damaged bytes of the tensor {NAME}"):
         take(home, partial, [bad], [NAME])
@@ -173,7 +173,7 @@ def test_peers_that_know_different_digests_are_both_named(giving: Giving, publis
     for name, flipped in (("bob", ()), ("cyd", (NAME,))):
         folder = copied(published, tmp_path / name, *flipped)
         home = tmp_path / f"home-{name}"
-        Manifest(home, fingerprint).learn(digests(home, folder, [NAME], Event()).items(), name)
+        DigestManifest(home, fingerprint).learn(digests(home, folder, [NAME], Event()).items(), name)
         peers.append(giving(name, folder))
     partial = mine(tmp_path / "mine", peers, fingerprint)
     with pytest.raises(ModelDiffers, match=f"worker bob and worker cyd have different bytes of {NAME}"):

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import Unreachable
-from cluster.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
+from cluster.core.errors import Unreachable
+from cluster.core.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
 from cluster.security.trust import WORKER, LocalTrust
-from cluster.transport.options import data_channel
-from cluster.transport.probe import PROBE, measure_link
-from cluster.transport.rings import DataServer
+from cluster.transport.grpc_setup import data_channel
+from cluster.transport.grpc_streams import DataServer
+from cluster.transport.link_probe import PROBE, measure_link
 from cluster.transport.streams import Line
 
 

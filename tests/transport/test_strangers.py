@@ -15,8 +15,8 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
 
 from cluster.security.roles import Role
-from cluster.transport import options
-from cluster.transport.options import bind, control_channel, public_server
+from cluster.transport import grpc_setup as options
+from cluster.transport.grpc_setup import bind, control_channel, public_server
 from parties import Lead
 
 STRANGERS = 200

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from cluster.errors import StaleEpoch, Unreachable
-from cluster.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
+from cluster.core.errors import StaleEpoch, Unreachable
+from cluster.core.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
 from cluster.security.trust import LocalTrust
 from cluster.transport import streams
-from cluster.transport.memory import MemoryNetwork
-from cluster.transport.rings import PULL, DataServer, GrpcDialer
+from cluster.transport.grpc_streams import PULL, DataServer, GrpcDialer
+from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Dialer, Line, Outbox
 
 EPOCH = 7

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.errors import BadFrame
-from cluster.frames import (
+from cluster.core.errors import BadFrame
+from cluster.core.frames import (
     Compute,
     Drop,
     Failure,
@@ -23,14 +23,14 @@ from cluster.frames import (
     Sample,
     Save,
     SequenceFailure,
+    StageTiming,
     Step,
     Tensor,
     Trim,
 )
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MAX_FRAME_HEADER_BYTES
-from cluster.types import SamplingParams, StageTiming, TopLogprob
-from cluster.wire.frame import ITEM_BYTES, VERSION, decode, encode
+from cluster.core.limits import MAX_FRAME_HEADER_BYTES
+from cluster.core.request import Grammar, GrammarKind, SamplingParams, TopLogprob
+from cluster.wire.frame_codec import ITEM_BYTES, VERSION, decode, encode
 
 counts = st.integers(0, 2**63 - 1)
 small = st.integers(0, 9)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import BadFrame
-from cluster.frames import Compute, Frame, Step, Tensor
-from cluster.limits import BULK_BYTES, MAX_FRAME_BYTES
-from cluster.wire.frame import decode, encode, with_body
-from cluster.wire.parcels import Body, Head, pack, unpack
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Compute, Frame, Step, Tensor
+from cluster.core.limits import BULK_BYTES, MAX_FRAME_BYTES
+from cluster.wire.frame_codec import decode, encode, with_body
+from cluster.wire.message_split import FrameBody, FrameHead, pack, unpack
 
 
 def frame(compute: Compute, nbytes: int) -> Frame:
@@ -31,8 +31,8 @@ def test_a_cut_frame_comes_together_again() -> None:
     whole = frame(Compute.PREFILL, 2 * BULK_BYTES)
     first, second = pack(whole)
     head, body = unpack(first.message), unpack(second.message)
-    assert isinstance(head, Head)
-    assert isinstance(body, Body)
+    assert isinstance(head, FrameHead)
+    assert isinstance(body, FrameBody)
     assert not head.whole
     assert len(first.message) < 200
     assert (body.epoch, body.number) == (7, 3)
@@ -68,4 +68,4 @@ def test_strangers_bytes_are_a_parcel_or_a_bad_frame(data: bytes) -> None:
     except BadFrame as e:
         assert e.sentence
     else:
-        assert isinstance(parcel, Body)
+        assert isinstance(parcel, FrameBody)

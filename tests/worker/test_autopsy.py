@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE
 
 import pytest
 
-from cluster.worker.autopsy import LastWords, cause
+from cluster.worker.exit_diagnosis import LastWords, cause
 
 
 @pytest.mark.parametrize(

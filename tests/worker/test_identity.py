@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import DuplicateName, InvalidOption
+from cluster.core.errors import DuplicateName, InvalidOption
 from cluster.worker.identity import identity
 
 

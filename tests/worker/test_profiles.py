@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
-from cluster.profiles import Link, Profile
-from cluster.worker.profiles import ProfileFile
+from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
+from cluster.core.plan import Link, Profile
+from cluster.worker.profile_file import ProfileFile
 from cluster.worker.throttle import Throttle
 
 PROFILE = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2)

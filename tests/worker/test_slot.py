@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make
-from cluster.errors import LinkFailed, ModelDiffers, StaleEpoch
-from cluster.frames import Compute, Frame, Join, Leave, Step, Tensor
+from cluster.core.errors import LinkFailed, ModelDiffers, StaleEpoch
+from cluster.core.frames import Compute, Frame, Join, Leave, Step, Tensor
+from cluster.core.plan import LayerRange, StageSpec
+from cluster.core.request import SamplingParams
 from cluster.model.checkpoint import model_ref
-from cluster.transport.memory import MemoryNetwork
+from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
-from cluster.types import LayerRange, SamplingParams, StageSpec
-from cluster.wire.frame import decode, encode
-from cluster.wire.parcels import pack
-from cluster.worker import slot as slot_module
-from cluster.worker.slot import Slot
+from cluster.wire.frame_codec import decode, encode
+from cluster.wire.message_split import pack
+from cluster.worker import stage_host as slot_module
+from cluster.worker.stage_host import StageHost
 
 EPOCH = 11
 
@@ -31,20 +32,20 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StageSpec:
 
 
 @pytest.fixture
-def slot(spec: StageSpec) -> Iterator[Slot]:
-    slot = Slot(lambda job: job(), MemoryNetwork())
+def slot(spec: StageSpec) -> Iterator[StageHost]:
+    slot = StageHost(lambda job: job(), MemoryNetwork())
     slot.load(spec, lambda done, total: None)
     yield slot
     slot.unload()
 
 
-def outbox(slot: Slot) -> Outbox:
+def outbox(slot: StageHost) -> Outbox:
     box = slot.outbox(EPOCH, Line.URGENT)
     assert box is not None
     return box
 
 
-def replies(slot: Slot, *messages: bytes) -> list[Frame]:
+def replies(slot: StageHost, *messages: bytes) -> list[Frame]:
     """What came out for these messages."""
     box = outbox(slot)
     for message in messages:
@@ -60,7 +61,7 @@ def decode_step(number: int, sequence: int, token: int, *edits: Join | Leave) ->
 JOIN = Join(1, 1, SamplingParams())
 
 
-def test_a_frame_comes_back_as_a_token_with_its_timing(slot: Slot) -> None:
+def test_a_frame_comes_back_as_a_token_with_its_timing(slot: StageHost) -> None:
     (reply,) = replies(slot, encode(decode_step(0, 1, 5, JOIN)))
     assert reply.number == 0
     assert [(s.sequence, s.position) for s in reply.samples] == [(1, 1)]
@@ -69,14 +70,14 @@ def test_a_frame_comes_back_as_a_token_with_its_timing(slot: Slot) -> None:
     assert slot.sequences == 1
 
 
-def test_stale_frames_are_dropped(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+def test_stale_frames_are_dropped(slot: StageHost, caplog: pytest.LogCaptureFixture) -> None:
     stale = replace(decode_step(0, 1, 5, JOIN), epoch=EPOCH - 1)
     (reply,) = replies(slot, encode(stale), encode(decode_step(3, 1, 5, JOIN)))
     assert reply.number == 3
     assert "frame of epoch 10: epoch 11 is loaded" in caplog.text
 
 
-def test_bytes_that_are_no_frame_break_the_ring_off(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+def test_bytes_that_are_no_frame_break_the_ring_off(slot: StageHost, caplog: pytest.LogCaptureFixture) -> None:
     """A frame is missing then, so nothing after it could be right; the one who pulls sees the end at once."""
     box = outbox(slot)
     slot.received(encode(decode_step(0, 1, 5, JOIN)))
@@ -85,7 +86,7 @@ def test_bytes_that_are_no_frame_break_the_ring_off(slot: Slot, caplog: pytest.L
     assert "claims a header" in caplog.text
 
 
-def test_a_step_that_fails_goes_on_as_an_error_and_harms_nobody_else(slot: Slot) -> None:
+def test_a_step_that_fails_goes_on_as_an_error_and_harms_nobody_else(slot: StageHost) -> None:
     other = Join(2, 1, SamplingParams())
     failed, fine = replies(slot, encode(decode_step(0, 1, 10**6, JOIN)), encode(decode_step(1, 2, 5, other)))
     assert failed.error is not None
@@ -104,7 +105,7 @@ def test_a_decode_frame_goes_before_prefill_frames_that_wait(spec: StageSpec) ->
 
     def run(*messages: bytes) -> list[Frame]:
         jobs: list[Callable[[], None]] = []
-        slot = Slot(jobs.append, MemoryNetwork())
+        slot = StageHost(jobs.append, MemoryNetwork())
         slot.load(spec, lambda done, total: None)
         box = outbox(slot)
         for message in messages:
@@ -126,7 +127,7 @@ def test_a_decode_frame_goes_before_prefill_frames_that_wait(spec: StageSpec) ->
 def test_a_command_waits_for_one_frame_however_many_come(spec: StageSpec) -> None:
     """A saturated stage: for every frame that goes out another two come in. There is one job for all of them."""
     jobs: deque[Callable[[], None]] = deque()
-    slot = Slot(jobs.append, MemoryNetwork())
+    slot = StageHost(jobs.append, MemoryNetwork())
     slot.load(spec, lambda done, total: None)
     number, most = 0, 0
     carried_out: list[int] = []
@@ -144,14 +145,14 @@ def test_a_command_waits_for_one_frame_however_many_come(spec: StageSpec) -> Non
     assert most <= 2
 
 
-def test_every_frame_is_run_whatever_came_between(slot: Slot) -> None:
+def test_every_frame_is_run_whatever_came_between(slot: StageHost) -> None:
     frames = [decode_step(i, 1, 5, *([] if i else [JOIN])) for i in range(9)]
     assert [f.number for f in replies(slot, *map(encode, frames))] == list(range(9))
 
 
 def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) -> None:
     """Whichever arrives first, head or body; and a small frame that came meanwhile has been answered."""
-    first = Slot(lambda job: job(), MemoryNetwork())
+    first = StageHost(lambda job: job(), MemoryNetwork())
     long = replace(spec, count=2, max_context=1024)
     first.load(replace(long, layers=LayerRange(0, 2)), lambda done, total: None)
     tokens = tuple(i % 50 for i in range(600))
@@ -166,7 +167,7 @@ def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) 
     assert len(body) >= 600 * 32 * 4 > max(map(len, heads))
     orders = []
     for messages in ([body, *heads], [*heads, body]):
-        second = Slot(lambda job: job(), MemoryNetwork())
+        second = StageHost(lambda job: job(), MemoryNetwork())
         second.load(replace(long, index=1, layers=LayerRange(2, 4)), lambda done, total: None)
         answers = replies(second, *messages)
         second.unload()
@@ -176,7 +177,7 @@ def test_large_tensors_travel_apart_and_are_put_together_again(spec: StageSpec) 
     assert orders == [[0, 1, 2, 3], [0, 2, 1, 3]]
 
 
-def test_a_body_that_fits_no_head_breaks_the_ring_off(slot: Slot, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_body_that_fits_no_head_breaks_the_ring_off(slot: StageHost, caplog: pytest.LogCaptureFixture) -> None:
     box = outbox(slot)
     frame = replace(prefill(0, 1, 1, JOIN), tensors=(Tensor("float32", (40_000,), bytes(160_000)),))
     head, _ = pack(frame)
@@ -187,7 +188,7 @@ def test_a_body_that_fits_no_head_breaks_the_ring_off(slot: Slot, caplog: pytest
     assert "tensors need" in caplog.text
 
 
-def test_unloading_frees_everything_and_closes_the_outbox(slot: Slot) -> None:
+def test_unloading_frees_everything_and_closes_the_outbox(slot: StageHost) -> None:
     box = outbox(slot)
     slot.unload()
     assert list(box) == []
@@ -198,7 +199,7 @@ def test_unloading_frees_everything_and_closes_the_outbox(slot: Slot) -> None:
 
 
 def test_another_epoch_of_the_same_slice_reads_no_weight_and_forgets_every_sequence(
-    slot: Slot, spec: StageSpec, monkeypatch: pytest.MonkeyPatch
+    slot: StageHost, spec: StageSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = outbox(slot)
     slot.received(encode(decode_step(0, 1, 5, JOIN)))
@@ -213,7 +214,7 @@ def test_another_epoch_of_the_same_slice_reads_no_weight_and_forgets_every_seque
         slot.load(spec, lambda done, total: None)
 
 
-def test_links_are_checked(slot: Slot) -> None:
+def test_links_are_checked(slot: StageHost) -> None:
     with pytest.raises(StaleEpoch, match="epoch 11 is loaded"):
         slot.link(EPOCH + 1, "")
     with pytest.raises(LinkFailed, match="nobody is there"):
@@ -221,7 +222,7 @@ def test_links_are_checked(slot: Slot) -> None:
 
 
 def test_a_model_that_is_not_here_is_said_so(spec: StageSpec) -> None:
-    slot = Slot(lambda job: job(), MemoryNetwork())
+    slot = StageHost(lambda job: job(), MemoryNetwork())
     elsewhere = replace(spec.model, name="no/such-model", path=str(Path("no") / "such" / "folder"))
     with pytest.raises(ModelDiffers, match="no copy of no/such-model"):
         slot.load(replace(spec, model=elsewhere), lambda done, total: None)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import WorkerLost
-from cluster.worker import standby
+from cluster.core.errors import WorkerLost
+from cluster.worker import engine_launcher as standby
+from cluster.worker.engine_launcher import EngineLauncher
 from cluster.worker.settings import WorkerSettings
-from cluster.worker.standby import Standby
 from cluster.worker.supervisor import Supervisor
 
 COMMAND = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
 
 
-async def until_ready(kept: Standby) -> None:
+async def until_ready(kept: EngineLauncher) -> None:
     async with asyncio.timeout(10):
         while not kept.ready:
             await asyncio.sleep(0.01)
@@ -30,7 +30,7 @@ def test_the_one_in_waiting_is_taken_and_the_next_one_comes(monkeypatch: pytest.
     monkeypatch.setattr(standby, "STANDBY_AFTER_S", 0.05)
 
     async def scenario() -> None:
-        kept = Standby(COMMAND)
+        kept = EngineLauncher(COMMAND)
         first = await kept.take()
         keeping = asyncio.create_task(kept.keep())
         await until_ready(kept)
@@ -77,7 +77,7 @@ def test_a_standby_that_the_system_does_not_start_ends_nothing(monkeypatch: pyte
     monkeypatch.setattr(asyncio, "create_subprocess_exec", launches := Launches(3))
 
     async def scenario() -> None:
-        kept = Standby(COMMAND)
+        kept = EngineLauncher(COMMAND)
         keeping = asyncio.create_task(kept.keep())
         await until_ready(kept)
         assert launches.tried == 4

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import BadFrame, WorkerLost
-from cluster.limits import OVERLOADED_S
-from cluster.worker.messages import Done, Hello, Load, Reported, pack, read, unpacker
+from cluster.core.errors import BadFrame, WorkerLost
+from cluster.core.limits import OVERLOADED_S
+from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.pipe_messages import Done, Hello, Load, Reported, pack, read, unpacker
 from cluster.worker.settings import WorkerSettings
-from cluster.worker.standby import Standby
 from cluster.worker.supervisor import Supervisor
 
 EVIL = "open({!r}, 'w').close()\nraise SystemExit(3)\n"
@@ -44,7 +44,7 @@ def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> 
     async def body() -> None:
         supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
         program = f"import sys, time; sys.stdout.buffer.write({said!r}); sys.stdout.flush(); time.sleep(60)"
-        supervisor.standby = Standby([sys.executable, "-c", program])
+        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
         with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
             await supervisor.run()
 
@@ -61,7 +61,7 @@ def test_a_start_that_takes_long_is_waited_for_while_it_gets_anywhere(
 
     async def start(program: str) -> None:
         supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
-        supervisor.standby = Standby([sys.executable, "-c", program])
+        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
         running = asyncio.create_task(supervisor.run())
         try:
             await supervisor.wait_started()
@@ -90,7 +90,7 @@ def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
 
     async def body() -> None:
         supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
-        supervisor.standby = Standby([sys.executable, "-c", program])
+        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
         running = asyncio.create_task(supervisor.run())
         await supervisor.wait_started()
         assert await supervisor.report() == Reported(0, 0, 0), "of one that is slow: what it said last"
@@ -113,7 +113,7 @@ def test_an_engine_is_excused_while_this_machine_is_overloaded(tmp_path: Path, m
 
     async def body() -> None:
         supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None, lambda: lag[0])
-        supervisor.standby = Standby([sys.executable, "-c", program])
+        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
         running = asyncio.create_task(supervisor.run())
         await supervisor.wait_started()
         assert await supervisor.report() == Reported(0, 0, 0)

@@ -10,28 +10,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from cluster.api.desk import Desk
-from cluster.api.http.access import Access, DeclaredRoute, Door
+from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
 from cluster.api.http.errors import HANDLERS
-from cluster.api.http.guard import Guard
 from cluster.api.http.health import Health
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json
 from cluster.api.http.messages import Messages
+from cluster.api.http.middleware import RequestMiddleware
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.models import Models
-from cluster.api.http.names import Names
 from cluster.api.http.openapi import description
+from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.responses import Responses
-from cluster.api.http.sites import Sites
 from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
+from cluster.api.request_service import RequestService
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
 UNKNOWN: Final = "unknown"
 
 
-def application(desk: Desk, aliases: tuple[str, ...] = (), sites: Sites | None = None) -> ASGIApp:
+def application(desk: RequestService, aliases: tuple[str, ...] = (), sites: OriginPolicy | None = None) -> ASGIApp:
     """The whole surface over one coordinator; ``aliases`` are further names of the served model.
 
     Keys are needed where the desk keeps accounts of them.
@@ -42,14 +42,14 @@ def application(desk: Desk, aliases: tuple[str, ...] = (), sites: Sites | None =
 
     def observe(method: str, path: str, status: int, seconds: float) -> None:
         route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
-        desk.metrics.responded(route, status)
+        desk.metrics.count_response(route, status)
 
-    return Guard(app, observe, Door(app.routes, desk.accounts), sites, desk.bodies)
+    return RequestMiddleware(app, observe, Authorizer(app.routes, desk.accounts), sites, desk.bodies)
 
 
-def table(desk: Desk, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
+def table(desk: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
     """Every route, with what it needs where there is a cluster."""
-    names = Names(desk.coordinator, aliases)
+    names = ModelNames(desk.coordinator, aliases)
     health, models, tokenize = Health(desk, names), Models(names), Tokenize(names)
     document = description()
 
@@ -63,8 +63,8 @@ def table(desk: Desk, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
         *_get("/live", health.live, Access.ANYONE),
         *_get("/metrics", health.metrics, Access.ADMIN),
         *_get("/openapi.json", openapi),
-        *_get("/v1/models", models.all),
-        *_get("/v1/models/{model:path}", models.one),
+        *_get("/v1/models", models.list_models),
+        *_get("/v1/models/{model:path}", models.get_model),
         *_post("/v1/chat/completions", Chat(desk, names)),
         *_post("/v1/completions", Completions(desk, names)),
         *_post("/v1/responses", Responses(desk, names)),

@@ -25,8 +25,8 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.api.byte_budget import Charge
 from cluster.api.elements import ElementCounter
-from cluster.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
-from cluster.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
+from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
+from cluster.core.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
 
 LARGE: Final = 64 * KIB
 """Above this a body is parsed and translated off the event loop, one at a time: the largest takes 0.1 s in all."""
@@ -184,7 +184,7 @@ def _refusal(error: ErrorDetails) -> InvalidRequest:
     if not error["loc"]:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
     field = field_name(error["loc"], whole=kind in _OF_FIELDS)
-    told, code = _SENTENCES.get(kind, (f": {_told(error)}", "invalid_value"))
+    told, code = _SENTENCES.get(kind, (f": {_describe_error(error)}", "invalid_value"))
     return InvalidRequest(f"{field}{told}", field=field, code=code)
 
 
@@ -199,7 +199,7 @@ _OF_FIELDS: Final = frozenset({"extra_forbidden", "missing"})
 """What is wrong is that a field is there, or is not: its name, whatever that is, ends the place."""
 
 
-def _told(error: ErrorDetails) -> str:
+def _describe_error(error: ErrorDetails) -> str:
     """What is wrong, in JSON's words."""
     bounds = error.get("ctx", {})
     if error["type"] == "too_long":

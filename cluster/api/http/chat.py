@@ -10,12 +10,11 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from cluster.api import intake
-from cluster.api.desk import Asked, Desk
-from cluster.api.http.answers import (
-    Whole,
+from cluster.api import request_validation
+from cluster.api.http.answer_assembly import (
+    WholeAnswer,
     fields_named,
-    gathered,
+    gather_answers,
     grammar_fields,
     is_content,
     openai_usage,
@@ -23,17 +22,16 @@ from cluster.api.http.answers import (
     total,
 )
 from cluster.api.http.body import build, read
-from cluster.api.http.caller import caller_of
+from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.errors import openai_error, sentence_of
-from cluster.api.http.identity import new_id
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import chat_logprobs
-from cluster.api.http.names import Names
+from cluster.api.http.model_names import ModelNames
+from cluster.api.http.reasoning_effort import thinking_fields
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
-from cluster.api.http.thinking import thinking_fields
-from cluster.chat import ToolCallDelta
-from cluster.types import FinishEvent, TokenEvent
+from cluster.api.request_service import RequestService, RunningRequest
+from cluster.core.request import FinishEvent, TokenEvent, ToolCallDelta
 
 SCHEMA: Final = ".function.parameters"
 
@@ -42,16 +40,16 @@ SCHEMA: Final = ".function.parameters"
 class Chat:
     """The route."""
 
-    desk: Desk
-    names: Names
+    desk: RequestService
+    names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, ChatForm)
         checkpoint = self.names.checkpoint(form.model)
-        head = Head(new_id("chatcmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
+        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
         with fields_named(_fields(form)):
             message = await build(request, lambda: form.message(head.id))
-            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
+            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
@@ -68,7 +66,7 @@ def _fields(form: ChatForm) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ChunkHead:
     """What every chunk of one answer says alike."""
 
     id: str
@@ -79,14 +77,14 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-async def _completion(head: Head, asked: Asked, logprobs: bool) -> dict[str, Any]:
-    wholes = await gathered(asked)
+async def _completion(head: ChunkHead, asked: RunningRequest, logprobs: bool) -> dict[str, Any]:
+    wholes = await gather_answers(asked)
     usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned.tokens for w in wholes))
     choices = [_choice(i, whole, asked, logprobs) for i, whole in enumerate(wholes)]
     return {**head.of("chat.completion"), "choices": choices, "usage": usage}
 
 
-def _choice(index: int, whole: Whole, asked: Asked, logprobs: bool) -> dict[str, Any]:
+def _choice(index: int, whole: WholeAnswer, asked: RunningRequest, logprobs: bool) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": whole.text or (None if whole.calls else "")}
     message["refusal"] = None
     if whole.reasoning:
@@ -105,8 +103,8 @@ def _choice(index: int, whole: Whole, asked: Asked, logprobs: bool) -> dict[str,
 class Chunks:
     """A streamed answer: the role first, then what each token brought, then the reason, usage where asked, [DONE]."""
 
-    head: Head
-    asked: Asked
+    head: ChunkHead
+    asked: RunningRequest
     logprobs: bool
     usage: bool
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.api.bounds import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
-from cluster.api.http.formats import (
+from cluster.api.http.openai_formats import (
     ArgumentsChecker,
     Choosable,
     FunctionSpec,
@@ -19,14 +19,14 @@ from cluster.api.http.formats import (
     grammar_of,
     tool_of,
 )
+from cluster.api.http.reasoning_effort import Effort, thinking_of
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm
-from cluster.api.http.thinking import Effort, thinking_of
-from cluster.errors import InvalidRequest
-from cluster.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOOLS, MAX_TOP_LOGPROBS
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOOLS, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 
-class Part(Form):
+class ChatContentPart(Form):
     """A part of a message's content. Text alone can be read; the rest is known so that it can be refused by name."""
 
     type: str
@@ -52,11 +52,11 @@ class Call(Form):
     index: Ignored = None
 
 
-Parts: TypeAlias = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Parts: TypeAlias = Annotated[list[ChatContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 Calls: TypeAlias = Annotated[list[Call], Field(max_length=MAX_TURN_CALLS, fail_fast=True)]
 
 
-class Message(Form):
+class ChatMessageForm(Form):
     """One message; what belongs to one role alone is checked in ``message_of``.
 
     An assistant's reasoning is taken back under either of its names; ``name`` goes to the model's template.
@@ -75,7 +75,7 @@ class Message(Form):
     annotations: Ignored = None
 
 
-MessageList: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+MessageList: TypeAlias = Annotated[list[ChatMessageForm], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class FunctionTool(Form):
@@ -90,12 +90,12 @@ class NamedFunction(Form):
     name: Annotated[str, Field(min_length=1)]
 
 
-class NamedTool(Form):
+class ChatNamedTool(Form):
     type: Literal["function"]
     function: NamedFunction
 
 
-class StreamOptions(Form):
+class ChatStreamOptions(Form):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
@@ -111,9 +111,9 @@ class ChatForm(SamplingForm):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ChatStreamOptions | None = None
     tools: FunctionTools | None = None
-    tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | ChatNamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
@@ -156,13 +156,13 @@ class ChatForm(SamplingForm):
             raise InvalidRequest("stream_options were given without stream", field="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
-        sampling = self.sampling()
+        sampling = self.sampling_options()
         sampling.logprobs, sampling.top_logprobs = bool(self.logprobs), self.top_logprobs or 0
         return pb.ChatRequest(
             request_id=request_id,
             messages=messages_of(self.messages),
             sampling=sampling,
-            stop=self.stopping(self.longest),
+            stop=self.stop_options(self.longest),
             priority=self.priority,
             samples=self.samples,
             grammar=grammar_of(self.response_format),
@@ -171,7 +171,7 @@ class ChatForm(SamplingForm):
 
     def _template(self) -> pb.TemplateOptions:
         thinking = thinking_of(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, ChatNamedTool) else None
         return pb.TemplateOptions(
             tools=[tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ class ChatForm(SamplingForm):
         )
 
 
-def messages_of(messages: Sequence[Message]) -> list[pb.ChatMessage]:
+def messages_of(messages: Sequence[ChatMessageForm]) -> list[pb.ChatMessage]:
     """A conversation. Raises ``InvalidRequest``, also for a tool's message that answers no call."""
     turns: list[pb.ChatMessage] = []
     arguments, called = ArgumentsChecker(), set[str]()
@@ -194,7 +194,7 @@ def messages_of(messages: Sequence[Message]) -> list[pb.ChatMessage]:
     return turns
 
 
-def message_of(m: Message, field: str, arguments: ArgumentsChecker) -> pb.ChatMessage:
+def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> pb.ChatMessage:
     """One message. Raises ``InvalidRequest`` for what its role does not have."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
@@ -219,7 +219,7 @@ def _call(call: Call, field: str, arguments: ArgumentsChecker) -> pb.ToolCall:
     return pb.ToolCall(id=call.id, name=call.function.name, arguments=text)
 
 
-def text_of(content: str | list[Part] | None, field: str) -> str:
+def text_of(content: str | list[ChatContentPart] | None, field: str) -> str:
     """The text of a message's content. Raises ``InvalidRequest`` for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""

@@ -12,21 +12,28 @@ from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api import intake
-from cluster.api.desk import Asked, Desk
-from cluster.api.http.answers import Whole, fields_named, gathered, grammar_fields, openai_usage, plus, total
+from cluster.api import request_validation
+from cluster.api.http.answer_assembly import (
+    WholeAnswer,
+    fields_named,
+    gather_answers,
+    grammar_fields,
+    openai_usage,
+    plus,
+    total,
+)
 from cluster.api.http.body import build, read
-from cluster.api.http.caller import caller_of
-from cluster.api.http.chat import Head
+from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
 from cluster.api.http.errors import openai_error, sentence_of
-from cluster.api.http.identity import new_id
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import columns
-from cluster.api.http.names import Names
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.types import FinishEvent, TokenEvent, Usage
+from cluster.api.request_service import RequestService, RunningRequest
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.request import FinishEvent, TokenEvent, Usage
 
 KIND = "text_completion"
 
@@ -35,27 +42,27 @@ KIND = "text_completion"
 class Completions:
     """The route."""
 
-    desk: Desk
-    names: Names
+    desk: RequestService
+    names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
-        head = Head(new_id("cmpl-"), int(time.time()), self.names.shown(form.model, checkpoint))
+        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
         all_asked = await self._ask(form, head.id, checkpoint, request)
-        answer = _Answer(head, form, all_asked)
+        answer = _PromptAnswer(head, form, all_asked)
         if form.stream:
             return EventStream(answer.chunks())
         return Json(await while_connected(request, answer.whole))
 
     async def _ask(
-        self, form: CompletionsForm, request_id: str, checkpoint: Checkpoint, request: Request
-    ) -> list[Asked]:
+        self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
+    ) -> list[RunningRequest]:
         """Every prompt handed in, or none."""
         with fields_named({"samples": "n", "top_logprobs": "logprobs", **grammar_fields("response_format")}):
             messages = await build(request, lambda: form.messages(request_id))
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
-            taken = [await intake.generate_request(m, checkpoint, caller) for m in messages]
+            taken = [await request_validation.generate_request(m, checkpoint, caller) for m in messages]
             async with AsyncExitStack() as undo:
                 all_asked = []
                 for each in taken:
@@ -67,17 +74,17 @@ class Completions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _PromptAnswer:
     """The answers to all prompts; choice ``p * n + i`` is sample i of prompt p."""
 
-    head: Head
+    head: ChunkHead
     form: CompletionsForm
-    all_asked: Sequence[Asked]
+    all_asked: Sequence[RunningRequest]
 
     async def whole(self) -> dict[str, Any]:
         """The response's body."""
         async with asyncio.TaskGroup() as tasks:
-            gatherings = [tasks.create_task(gathered(asked)) for asked in self.all_asked]
+            gatherings = [tasks.create_task(gather_answers(asked)) for asked in self.all_asked]
         answers = [g.result() for g in gatherings]
         choices = [
             self._choice(p, i, whole, asked)
@@ -87,7 +94,7 @@ class _Answer:
         usage = openai_usage(reduce(plus, (total(w.finish for w in wholes) for wholes in answers)))
         return {**self.head.of(KIND), "choices": choices, "usage": usage}
 
-    def _choice(self, prompt: int, sample: int, whole: Whole, asked: Asked) -> dict[str, Any]:
+    def _choice(self, prompt: int, sample: int, whole: WholeAnswer, asked: RunningRequest) -> dict[str, Any]:
         echoed = self._echo(asked)
         logprobs = None if self.form.logprobs is None else columns(whole.tokens, asked, 0)
         return {
@@ -97,7 +104,7 @@ class _Answer:
             "finish_reason": whole.finish.reason.value if whole.finish else None,
         }
 
-    def _echo(self, asked: Asked) -> str:
+    def _echo(self, asked: RunningRequest) -> str:
         """The prompt as text, where it was asked for."""
         return asked.checkpoint.tokenizer.decode(asked.request.prompt) if self.form.echo else ""
 
@@ -105,7 +112,7 @@ class _Answer:
         """The stream's events, of all prompts as they come."""
         usage, offsets = Usage(0, 0), dict[int, int]()
         try:
-            async with _merged(self.all_asked) as events:
+            async with _merge_events(self.all_asked) as events:
                 if self.form.echo:
                     for p, asked in enumerate(self.all_asked):
                         for i in range(self.form.samples):
@@ -135,14 +142,14 @@ class _Answer:
 
 
 @asynccontextmanager
-async def _merged(
-    all_asked: Sequence[Asked],
+async def _merge_events(
+    all_asked: Sequence[RunningRequest],
 ) -> AsyncIterator[AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]]:
     """The events of all, each with its prompt's number, in the order in which they come. The first error ends all."""
     # One event of each is held at most: a reader that is slow makes the answers' own bounds hold.
     coming: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_asked))
 
-    async def pump(number: int, asked: Asked) -> None:
+    async def pump(number: int, asked: RunningRequest) -> None:
         try:
             async with aclosing(asked.events) as events:
                 async for e in events:

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_PROMPT_IDS
 from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
-from cluster.api.http.chat_form import StreamOptions
-from cluster.api.http.formats import ResponseFormat, grammar_of
+from cluster.api.http.chat_form import ChatStreamOptions
+from cluster.api.http.openai_formats import ResponseFormat, grammar_of
 from cluster.api.http.sampling_form import Count, SamplingForm
-from cluster.errors import InvalidRequest
-from cluster.limits import MAX_ANSWERS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_ANSWERS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -34,7 +34,7 @@ class CompletionsForm(SamplingForm):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ChatStreamOptions | None = None
     response_format: ResponseFormat | None = None
     priority: Annotated[Count, Field(le=9)] = 0
     user: Ignored = None
@@ -72,12 +72,12 @@ class CompletionsForm(SamplingForm):
         return [self._message(*each) for each in zip(ids, prompts, strict=True)]
 
     def _message(self, request_id: str, prompt: Prompt) -> pb.GenerateRequest:
-        sampling = self.sampling()
+        sampling = self.sampling_options()
         sampling.logprobs, sampling.top_logprobs = self.logprobs is not None, self.logprobs or 0
         message = pb.GenerateRequest(
             request_id=request_id,
             sampling=sampling,
-            stop=self.stopping(self.max_tokens),
+            stop=self.stop_options(self.max_tokens),
             priority=self.priority,
             grammar=grammar_of(self.response_format),
             samples=self.samples,

@@ -7,9 +7,9 @@ from typing import Any
 
 import h11
 
-from cluster.api.http.seats import Seat, Seats
-from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, LINGER_S
-from cluster.security.quiet_http import QuietProtocol
+from cluster.api.http.connection_limit import ConnectionLimit, ConnectionSlot
+from cluster.core.limits import CLOSE_S, HEADER_TIMEOUT_S, LINGER_S
+from cluster.security.quiet_h11 import QuietProtocol
 
 
 class Connection(QuietProtocol):
@@ -18,7 +18,7 @@ class Connection(QuietProtocol):
     ``seats`` is told whether ``seat`` owes a request.
     """
 
-    def __init__(self, seats: Seats, seat: Seat, **given: Any) -> None:
+    def __init__(self, seats: ConnectionLimit, seat: ConnectionSlot, **given: Any) -> None:
         super().__init__(**given)
         self._seats, self._seat = seats, seat
         self._head_since: float | None = None

@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.api.http.jsons import Json
-from cluster.errors import MacpipeError, PromptTooLong
-from cluster.limits import UNAVAILABLE_S
+from cluster.api.http.json_response import Json
+from cluster.core.errors import MacpipeError, PromptTooLong
+from cluster.core.limits import UNAVAILABLE_S
 
 log = logging.getLogger(__name__)
 

@@ -13,21 +13,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster import __version__
-from cluster.api.desk import Desk
-from cluster.api.http.access import TRUSTED
-from cluster.api.http.jsons import Json
-from cluster.api.http.names import Names, model_id
+from cluster.api.http.authorization import TRUSTED
+from cluster.api.http.json_response import Json
+from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.request_service import RequestService
 from cluster.coordinator.snapshot import ServingState
-from cluster.errors import MacpipeError
-from cluster.limits import UNAVAILABLE_S
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import UNAVAILABLE_S
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
     """The routes."""
 
-    desk: Desk
-    names: Names
+    desk: RequestService
+    names: ModelNames
 
     async def ready(self, request: Request) -> Json:
         """200 while a token goes through every stage, else 503 and why. Who has no key is told no more than that."""

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from cluster.api.desk import Asked
-from cluster.types import TokenEvent
+from cluster.api.request_service import RunningRequest
+from cluster.core.request import TokenEvent
 
 _REPLACEMENT: Final = "\ufffd"
 _LEAST: Final = -9999.0
 """What OpenAI says for a token that could not come: JSON has no infinity."""
 
 
-def chat_logprobs(tokens: Sequence[TokenEvent], asked: Asked) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[TokenEvent], asked: RunningRequest) -> dict[str, Any]:
     """``{"content": [...], "refusal": null}``."""
     return {"content": [entry(t, asked) for t in tokens], "refusal": None}
 
 
-def entry(token: TokenEvent, asked: Asked) -> dict[str, Any]:
+def entry(token: TokenEvent, asked: RunningRequest) -> dict[str, Any]:
     """One token with its alternatives. ``bytes`` is null where the token is a part of a character."""
     text = asked.checkpoint.tokenizer.token_text
-    top = [_one(text(t.token), t.logprob) for t in token.top]
-    return {**_one(text(token.token), token.logprob or 0.0), "top_logprobs": top}
+    top = [_logprob_entry(text(t.token), t.logprob) for t in token.top]
+    return {**_logprob_entry(text(token.token), token.logprob or 0.0), "top_logprobs": top}
 
 
-def _one(text: str, logprob: float) -> dict[str, Any]:
+def _logprob_entry(text: str, logprob: float) -> dict[str, Any]:
     whole = None if _REPLACEMENT in text else list(text.encode())
     return {"token": text, "logprob": max(logprob, _LEAST), "bytes": whole}
 
@@ -36,7 +36,7 @@ def _alternatives(token: TokenEvent, text: Callable[[int], str]) -> dict[str, fl
     return found | {text(token.token): max(token.logprob or 0.0, _LEAST)}
 
 
-def columns(tokens: Sequence[TokenEvent], asked: Asked, offset: int) -> dict[str, Any]:
+def columns(tokens: Sequence[TokenEvent], asked: RunningRequest, offset: int) -> dict[str, Any]:
     """``logprobs`` of completions; ``offset`` is where the first token's text begins."""
     text = asked.checkpoint.tokenizer.token_text
     offsets = []

@@ -10,18 +10,17 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from cluster.api import intake
-from cluster.api.desk import Asked, Desk
-from cluster.api.http.answers import Part, fields_named, gathered, grammar_fields
+from cluster.api import request_validation
+from cluster.api.http.answer_assembly import AnswerPart, fields_named, gather_answers, grammar_fields
 from cluster.api.http.body import build, read
-from cluster.api.http.caller import caller_of
+from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.errors import anthropic_error, sentence_of
-from cluster.api.http.identity import new_id
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.messages_form import MessagesForm
-from cluster.api.http.names import Names
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
-from cluster.types import FinishEvent, FinishReason, TokenEvent, Usage
+from cluster.api.request_service import RequestService, RunningRequest
+from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
 
 FIELDS: Final = {
     "prompt": "messages",
@@ -37,8 +36,8 @@ PING: Final = event({"type": "ping"}, "ping")
 class Messages:
     """The route."""
 
-    desk: Desk
-    names: Names
+    desk: RequestService
+    names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, MessagesForm)
@@ -47,15 +46,15 @@ class Messages:
         formatted = form.output_config is not None and form.output_config.format is not None
         with fields_named({**FIELDS, **grammar_fields("output_config.format" if formatted else "tools")}):
             message = await build(request, lambda: form.message(request_id))
-            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
+            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
-        model = self.names.shown(form.model, checkpoint)
+        model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
-            return EventStream(Stream(model, asked).events(), PING)
-        return Json(await while_connected(request, lambda: _whole(model, asked)))
+            return EventStream(MessageStream(model, asked).events(), PING)
+        return Json(await while_connected(request, lambda: _whole_response(model, asked)))
 
 
-def message_of(model: str, asked: Asked, usage: Usage) -> dict[str, Any]:
+def message_of(model: str, asked: RunningRequest, usage: Usage) -> dict[str, Any]:
     """The message before anything is in it."""
     return {
         "id": asked.request.id,
@@ -90,14 +89,14 @@ def ending(finish: FinishEvent) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": finish.stop or None}
 
 
-async def _whole(model: str, asked: Asked) -> dict[str, Any]:
-    (whole,) = await gathered(asked)
+async def _whole_response(model: str, asked: RunningRequest) -> dict[str, Any]:
+    (whole,) = await gather_answers(asked)
     assert whole.finish
     content = [_block(part) for part in whole.parts]
     return {**message_of(model, asked, whole.finish.usage), "content": content, **ending(whole.finish)}
 
 
-def _block(part: Part) -> dict[str, Any]:
+def _block(part: AnswerPart) -> dict[str, Any]:
     if part.call:
         return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": _object(part.call.arguments)}
     if part.reasoning:
@@ -115,11 +114,11 @@ def _object(text: str) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class Stream:
+class MessageStream:
     """A streamed message: blocks open, grow and close one after the other."""
 
     model: str
-    asked: Asked
+    asked: RunningRequest
     _open: str = ""
     """What the open block is: text, thinking, or a call by its number; empty before the first."""
     _index: int = field(default=-1)
@@ -136,9 +135,9 @@ class Stream:
                     for piece in self._grown(e):
                         yield piece
                     if isinstance(e, FinishEvent):
-                        yield self._closed()
-                        yield _named({"type": "message_delta", "delta": ending(e), "usage": usage_of(e.usage)})
-                        yield _named({"type": "message_stop"})
+                        yield self._close_block()
+                        yield _named_event({"type": "message_delta", "delta": ending(e), "usage": usage_of(e.usage)})
+                        yield _named_event({"type": "message_stop"})
         except Exception as error:  # headers are out: the stream is the only place left to say it
             yield event(anthropic_error(sentence_of(error, self.asked.request.id)), "error")
 
@@ -146,40 +145,40 @@ class Stream:
         """What of the prompt was kept is known with the first event, and clients believe what the start says."""
         cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
         usage = Usage(len(self.asked.request.prompt), 0, cached)
-        return _named({"type": "message_start", "message": message_of(self.model, self.asked, usage)})
+        return _named_event({"type": "message_start", "message": message_of(self.model, self.asked, usage)})
 
     def _grown(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         if e.reasoning:
-            yield self._opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            yield self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             yield self._delta({"type": "thinking_delta", "thinking": e.reasoning})
         if e.text:
-            yield self._opened("text", {"type": "text", "text": ""})
+            yield self._open_block("text", {"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": e.text})
         for call in e.calls:
             start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-            yield self._opened(f"call {call.index}", start)
+            yield self._open_block(f"call {call.index}", start)
             if call.arguments:
                 yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
-    def _opened(self, kind: str, block: dict[str, Any]) -> bytes:
+    def _open_block(self, kind: str, block: dict[str, Any]) -> bytes:
         """The events that make this the open block; none where it is."""
         if kind == self._open:
             return b""
-        closed = self._closed()
+        closed = self._close_block()
         self._open, self._index = kind, self._index + 1
-        return closed + _named({"type": "content_block_start", "index": self._index, "content_block": block})
+        return closed + _named_event({"type": "content_block_start", "index": self._index, "content_block": block})
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _named({"type": "content_block_delta", "index": self._index, "delta": delta})
+        return _named_event({"type": "content_block_delta", "index": self._index, "delta": delta})
 
-    def _closed(self) -> bytes:
+    def _close_block(self) -> bytes:
         """The event that closes the open block, if one is."""
         if not self._open:
             return b""
         signed = self._delta({"type": "signature_delta", "signature": ""}) if self._open == "thinking" else b""
         self._open = ""
-        return signed + _named({"type": "content_block_stop", "index": self._index})
+        return signed + _named_event({"type": "content_block_stop", "index": self._index})
 
 
-def _named(data: dict[str, Any]) -> bytes:
+def _named_event(data: dict[str, Any]) -> bytes:
     return event(data, data["type"])

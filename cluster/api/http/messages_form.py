@@ -12,12 +12,12 @@ from pydantic import Field
 
 from cluster.api.bounds import MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
-from cluster.api.http.formats import Name, check_answers, choice_of, schema_grammar
-from cluster.api.http.jsons import compact
+from cluster.api.http.json_response import compact
+from cluster.api.http.openai_formats import Name, check_answers, choice_of, schema_grammar
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
-from cluster.api.http.schemas import check_schema
-from cluster.errors import InvalidRequest
-from cluster.limits import MAX_MESSAGES, MAX_TOOLS
+from cluster.api.http.schema_check import check_schema
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
 from cluster.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -49,14 +49,14 @@ class Block(Form):
 Blocks: TypeAlias = Annotated[list[Block], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Message(Form):
+class AnthropicMessage(Form):
     """What a user, an assistant, or (in newer clients) the system said."""
 
     role: Literal["user", "assistant", "system"]
     content: Text | Blocks
 
 
-class ToolForm(Form):
+class AnthropicTool(Form):
     """A tool of the client's own. The server's tools have another ``type`` and are refused by it."""
 
     type: Literal["custom"] | None = None
@@ -71,13 +71,13 @@ class ToolForm(Form):
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
 
 
-class Choice(Form):
+class AnthropicToolChoice(Form):
     type: Literal["auto", "any", "tool", "none"]
     name: ShortText | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Form):
+class ThinkingForm(Form):
     """``budget_tokens`` cannot be enforced: how long to think is the model's to know; max_tokens bounds it all."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -99,11 +99,11 @@ class CountForm(Form):
     """What the counting of tokens takes: everything that makes the prompt."""
 
     model: ShortText
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Text | Blocks | None = None
-    tools: Annotated[list[ToolForm], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Choice | None = None
-    thinking: Thinking | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: ThinkingForm | None = None
     output_config: OutputConfig | None = None
     cache_control: Ignored = None
     context_management: Unsupported = None
@@ -176,7 +176,7 @@ class MessagesForm(CountForm):
         return message
 
 
-def _tool(tool: ToolForm, field: str) -> pb.Tool:
+def _tool(tool: AnthropicTool, field: str) -> pb.Tool:
     check_schema(tool.input_schema, f"{field}.input_schema")
     return pb.Tool(name=tool.name, description=tool.description or "", parameters=compact(tool.input_schema))
 
@@ -195,7 +195,7 @@ def _text(content: str | list[Block], field: str) -> str:
     return "\n".join(_has(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
-def _turns(message: Message, field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
+def _turns(message: AnthropicMessage, field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
     if message.role == "system" or isinstance(message.content, str):
         yield pb.ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
     elif message.role == "assistant":

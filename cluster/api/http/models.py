@@ -9,20 +9,20 @@ from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api.http.jsons import Json
-from cluster.api.http.names import Names, model_id
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.errors import MacpipeError, ModelNotFound, NotServing
+from cluster.api.http.json_response import Json
+from cluster.api.http.model_names import ModelNames, model_id
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import MacpipeError, ModelNotFound, NotServing
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
     """The two routes. ``created`` is when this coordinator started: a model has no date of its own."""
 
-    names: Names
+    names: ModelNames
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def all(self, request: Request) -> Json:
+    async def list_models(self, request: Request) -> Json:
         """The list; empty while nothing is served."""
         try:
             checkpoint = self.names.checkpoint(None)
@@ -30,16 +30,16 @@ class Models:
             return Json(_page([]))
         return Json(_page([self._model(name, checkpoint) for name in self.names.of(checkpoint)]))
 
-    async def one(self, request: Request) -> Json:
+    async def get_model(self, request: Request) -> Json:
         """One by any of its names. Raises ``ModelNotFound``."""
         asked = request.path_params["model"]
         try:
             checkpoint = self.names.checkpoint(asked)
         except NotServing as e:
             raise ModelNotFound(f"no model {asked[:64]} is served here: {e.sentence}", field="model") from None
-        return Json(self._model(self.names.shown(asked, checkpoint), checkpoint))
+        return Json(self._model(self.names.shown_name(asked, checkpoint), checkpoint))
 
-    def _model(self, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _model(self, name: str, checkpoint: ModelInfo) -> dict[str, Any]:
         shape = checkpoint.shape
         return {
             "id": name,

@@ -9,20 +9,19 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from cluster.api import intake
-from cluster.api.desk import Desk
-from cluster.api.http.answers import Part, Whole, fields_named, gathered, grammar_fields
+from cluster.api import request_validation
+from cluster.api.http.answer_assembly import AnswerPart, WholeAnswer, fields_named, gather_answers, grammar_fields
 from cluster.api.http.body import build, read
-from cluster.api.http.caller import caller_of
-from cluster.api.http.identity import new_id
-from cluster.api.http.jsons import Json
+from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import entry
-from cluster.api.http.names import Names
+from cluster.api.http.model_names import ModelNames
+from cluster.api.http.reasoning_effort import thinking_fields
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import Reply
-from cluster.api.http.responses_stream import Stream
+from cluster.api.http.responses_stream import ResponseStream
 from cluster.api.http.sse import EventStream, while_connected
-from cluster.api.http.thinking import thinking_fields
+from cluster.api.request_service import RequestService
 
 FIELDS: Final = {
     "messages": "input",
@@ -36,8 +35,8 @@ FIELDS: Final = {
 class Responses:
     """The route."""
 
-    desk: Desk
-    names: Names
+    desk: RequestService
+    names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, ResponsesForm)
@@ -46,25 +45,25 @@ class Responses:
         thinking = thinking_fields(form.chat_template_kwargs, "reasoning.effort")
         with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
             message = await build(request, lambda: form.message(request_id))
-            taken = await intake.chat_request(message, checkpoint, caller_of(request, None))
+            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
             asked = await self.desk.ask(taken, checkpoint)
-        reply = Reply(form, asked, self.names.shown(form.model, checkpoint), int(time.time()))
+        reply = Reply(form, asked, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
-            return EventStream(Stream(reply).events())
-        return Json(await while_connected(request, lambda: _whole(reply)))
+            return EventStream(ResponseStream(reply).events())
+        return Json(await while_connected(request, lambda: _whole_response(reply)))
 
 
-async def _whole(reply: Reply) -> dict[str, Any]:
-    (whole,) = await gathered(reply.asked)
+async def _whole_response(reply: Reply) -> dict[str, Any]:
+    (whole,) = await gather_answers(reply.asked)
     assert whole.finish
-    return reply.finished(items_of(reply, whole), whole.finish, whole.reasoned.tokens)
+    return reply.finish_object(items_of(reply, whole), whole.finish, whole.reasoned.tokens)
 
 
-def items_of(reply: Reply, whole: Whole) -> Sequence[dict[str, Any]]:
+def items_of(reply: Reply, whole: WholeAnswer) -> Sequence[dict[str, Any]]:
     """What came out, in the order in which it was said; an answer of no words is a message, too."""
     tokens = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
     items = []
-    for part in whole.parts or (Part(),):
+    for part in whole.parts or (AnswerPart(),):
         if part.call:
             items.append(reply.call(new_id("fc_"), part.call.id, part.call.name, part.call.arguments))
         elif part.reasoning:

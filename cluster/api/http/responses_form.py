@@ -12,7 +12,7 @@ from pydantic import Field
 
 from cluster.api.bounds import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported, first_entries
-from cluster.api.http.formats import (
+from cluster.api.http.openai_formats import (
     ArgumentsChecker,
     Choosable,
     FunctionSpec,
@@ -22,17 +22,17 @@ from cluster.api.http.formats import (
     schema_grammar,
     tool_of,
 )
+from cluster.api.http.reasoning_effort import Effort, thinking_of
 from cluster.api.http.sampling_form import Positive
-from cluster.api.http.thinking import Effort, thinking_of
-from cluster.errors import InvalidRequest
-from cluster.limits import MAX_TOOLS, MAX_TOP_LOGPROBS
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_TOOLS, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 LOGPROBS = "message.output_text.logprobs"
 TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-class Part(Form):
+class ResponsesContentPart(Form):
     type: str
     text: Text | None = None
     refusal: Text | None = None
@@ -46,10 +46,10 @@ class Part(Form):
     logprobs: Ignored = None
 
 
-Parts: TypeAlias = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Parts: TypeAlias = Annotated[list[ResponsesContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Item(Form):
+class InputItem(Form):
     """One item of the input. Which fields it has, its type says; a type left out means a message."""
 
     type: str = "message"
@@ -67,14 +67,14 @@ class Item(Form):
     namespace: Ignored = None
 
 
-class ToolForm(FunctionSpec):
+class ResponsesTool(FunctionSpec):
     """A function. The server's own tools (web_search and others) are refused by their type."""
 
     type: Literal["function"]
     defer_loading: Literal[False] | None = None
 
 
-class NamedTool(Form):
+class ResponsesNamedTool(Form):
     type: Literal["function"]
     name: Annotated[str, Field(min_length=1)]
 
@@ -98,7 +98,7 @@ class Reasoning(Form):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class StreamOptions(Form):
+class ResponsesStreamOptions(Form):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -112,7 +112,7 @@ class ResponsesForm(Form):
     """The body. Beside OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
 
     model: ShortText | None = None
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -121,14 +121,14 @@ class ResponsesForm(Form):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[ToolForm], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, Choosable] = None
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | ResponsesNamedTool | None, Choosable] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: JsonObject | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
     include: Included | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
@@ -168,14 +168,14 @@ class ResponsesForm(Form):
         )
         return pb.ChatRequest(
             request_id=request_id,
-            messages=[*self._instructed(), *self._turns()],
+            messages=[*self._instruction_messages(), *self._turns()],
             sampling=sampling,
             stop=pb.StopOptions(max_tokens=self.max_output_tokens),
             grammar=self._grammar(),
             template=self._template(),
         )
 
-    def _instructed(self) -> Iterator[pb.ChatMessage]:
+    def _instruction_messages(self) -> Iterator[pb.ChatMessage]:
         if self.instructions:
             yield pb.ChatMessage(role="system", content=self.instructions)
 
@@ -200,7 +200,7 @@ class ResponsesForm(Form):
     def _template(self) -> pb.TemplateOptions:
         effort = self.reasoning.effort if self.reasoning else None
         thinking = thinking_of(effort, self.chat_template_kwargs, "reasoning.effort")
-        named = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
+        named = self.tool_choice.name if isinstance(self.tool_choice, ResponsesNamedTool) else None
         return pb.TemplateOptions(
             tools=[tool_of(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())],
             tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ class _Turns:
         self._finish()
         return self._turns
 
-    def add(self, item: Item, field: str) -> None:
+    def add(self, item: InputItem, field: str) -> None:
         """Add one item. Raises ``InvalidRequest``."""
         if item.type == "message":
             self._add_message(item, field)
@@ -244,13 +244,13 @@ class _Turns:
                 f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type"
             )
 
-    def _add_call(self, item: Item, field: str) -> None:
+    def _add_call(self, item: InputItem, field: str) -> None:
         arguments = self._arguments.text(_has(item.arguments, f"{field}.arguments"), f"{field}.arguments")
         call_id, name = _has(item.call_id, f"{field}.call_id"), _has(item.name, f"{field}.name")
         self._assistant().tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
         self._called.add(call_id)
 
-    def _add_output(self, item: Item, field: str) -> None:
+    def _add_output(self, item: InputItem, field: str) -> None:
         if item.output is None:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
         told, call_id = _text(item.output, f"{field}.output"), _has(item.call_id, f"{field}.call_id")
@@ -258,7 +258,7 @@ class _Turns:
         check_answers(turn, self._called, f"{field}.call_id")
         self._begin(turn)
 
-    def _add_message(self, item: Item, field: str) -> None:
+    def _add_message(self, item: InputItem, field: str) -> None:
         if item.content is None:
             raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
         text, role = _text(item.content, f"{field}.content"), _has(item.role, f"{field}.role")
@@ -285,7 +285,7 @@ class _Turns:
             self._said, self._thought = [], []
 
 
-def _text(content: str | list[Part], field: str) -> str:
+def _text(content: str | list[ResponsesContentPart], field: str) -> str:
     if isinstance(content, str):
         return content
     for i, part in enumerate(content):

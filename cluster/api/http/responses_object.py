@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.api.desk import Asked
 from cluster.api.http.errors import openai_error
-from cluster.api.http.responses_form import NamedTool, ResponsesForm
-from cluster.errors import MacpipeError
-from cluster.types import FinishEvent, FinishReason, Usage
+from cluster.api.http.responses_form import ResponsesForm, ResponsesNamedTool
+from cluster.api.request_service import RunningRequest
+from cluster.core.errors import MacpipeError
+from cluster.core.request import FinishEvent, FinishReason, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +18,15 @@ class Reply:
     """One response: what was asked for, and what everything in it says alike."""
 
     form: ResponsesForm
-    asked: Asked
+    asked: RunningRequest
     model: str
     created_at: int
 
-    def begun(self, status: str = "in_progress") -> dict[str, Any]:
+    def begin_object(self, status: str = "in_progress") -> dict[str, Any]:
         """The object before anything came."""
         return self._object(status, [], None)
 
-    def finished(self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoned: int) -> dict[str, Any]:
+    def finish_object(self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoned: int) -> dict[str, Any]:
         """The object at the end: completed, or incomplete where the length ended it."""
         usage = usage_of(finish.usage, reasoned)
         if finish.reason is FinishReason.LENGTH:
@@ -39,7 +39,7 @@ class Reply:
         """The status of the last item: what the length cut off is incomplete, like the whole."""
         return "incomplete" if finish.reason is FinishReason.LENGTH else "completed"
 
-    def failed(self, items: Sequence[dict[str, Any]], error: MacpipeError) -> dict[str, Any]:
+    def fail_object(self, items: Sequence[dict[str, Any]], error: MacpipeError) -> dict[str, Any]:
         """The object where an error ended it."""
         told = openai_error(error)["error"]
         return self._object("failed", items, None) | {"error": {"code": told["code"], "message": told["message"]}}
@@ -78,7 +78,7 @@ class Reply:
 
     def _choice(self) -> object:
         choice = self.form.tool_choice
-        return choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto"
+        return choice.model_dump() if isinstance(choice, ResponsesNamedTool) else choice or "auto"
 
     def reasoning(self, item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
         """An item of reasoning. It comes back with the next request as it is: nothing of it is encrypted."""

@@ -7,20 +7,20 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.http.answers import is_content, reasoned
+from cluster.api.http.answer_assembly import is_content, reasoned
 from cluster.api.http.errors import sentence_of
-from cluster.api.http.identity import new_id
+from cluster.api.http.json_response import new_id
 from cluster.api.http.logprobs import entry
-from cluster.api.http.reasoned import Reasoned
+from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import Reply, output_text
 from cluster.api.http.sse import event
-from cluster.types import FinishEvent, TokenEvent
+from cluster.core.request import FinishEvent, TokenEvent
 
 Pieces = Iterator[dict[str, Any]]
 
 
 @dataclass(slots=True)
-class Item:
+class OutputItem:
     """The item that grows. ``kind`` is message, reasoning, or a call by its number."""
 
     kind: str
@@ -38,13 +38,13 @@ class Item:
 
 
 @dataclass(slots=True)
-class Stream:
+class ResponseStream:
     """One streamed response."""
 
     reply: Reply
     _number: int = 0
-    _reasoned: Reasoned = field(init=False)
-    _open: Item | None = None
+    _reasoned: ReasoningCounter = field(init=False)
+    _open: OutputItem | None = None
     _done: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,17 +54,17 @@ class Stream:
         """The stream's events. An error that ends the answer makes ``response.failed`` the last of them."""
         try:
             async with aclosing(self.reply.asked.events) as events:
-                yield self._event({"type": "response.created", "response": self.reply.begun()})
-                yield self._event({"type": "response.in_progress", "response": self.reply.begun()})
+                yield self._event({"type": "response.created", "response": self.reply.begin_object()})
+                yield self._event({"type": "response.in_progress", "response": self.reply.begin_object()})
                 async for e in events:
                     self._reasoned.add(e)
                     for piece in self._grown(e):
                         yield self._event(piece)
                     if isinstance(e, FinishEvent):
-                        for piece in self._finished(e):
+                        for piece in self._finish(e):
                             yield self._event(piece)
         except Exception as error:  # headers are out: the stream is the only place left to say it
-            failed = self.reply.failed(self._done, sentence_of(error, self.reply.asked.request.id))
+            failed = self.reply.fail_object(self._done, sentence_of(error, self.reply.asked.request.id))
             yield self._event({"type": "response.failed", "response": failed})
 
     def _event(self, data: dict[str, Any]) -> bytes:
@@ -72,48 +72,48 @@ class Stream:
         self._number += 1
         return event(numbered, data["type"])
 
-    def _finished(self, finish: FinishEvent) -> Pieces:
+    def _finish(self, finish: FinishEvent) -> Pieces:
         if not self._open and not self._done:
-            yield from self._opened("message")  # an answer of no words is a message, too
-        yield from self._closed(self.reply.ending(finish))
-        response = self.reply.finished(self._done, finish, self._reasoned.tokens)
+            yield from self._open_item("message")  # an answer of no words is a message, too
+        yield from self._close_item(self.reply.ending(finish))
+        response = self.reply.finish_object(self._done, finish, self._reasoned.tokens)
         yield {"type": f"response.{response['status']}", "response": response}
 
     def _grown(self, e: TokenEvent | FinishEvent) -> Pieces:
         if e.reasoning:
-            yield from self._opened("reasoning")
-            yield from self._added(e.reasoning, "response.reasoning_text.delta", {"content_index": 0})
+            yield from self._open_item("reasoning")
+            yield from self._add_part(e.reasoning, "response.reasoning_text.delta", {"content_index": 0})
         if e.text:
             logprobs = []
             if self.reply.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
                 logprobs = [entry(e, self.reply.asked)]
-            yield from self._opened("message")
+            yield from self._open_item("message")
             assert self._open
             self._open.logprobs += logprobs
-            yield from self._added(e.text, "response.output_text.delta", {"content_index": 0, "logprobs": logprobs})
+            yield from self._add_part(e.text, "response.output_text.delta", {"content_index": 0, "logprobs": logprobs})
         for call in e.calls:
-            yield from self._opened(f"call {call.index}", call.id, call.name)
+            yield from self._open_item(f"call {call.index}", call.id, call.name)
             if call.arguments:
-                yield from self._added(call.arguments, "response.function_call_arguments.delta", {})
+                yield from self._add_part(call.arguments, "response.function_call_arguments.delta", {})
 
-    def _added(self, text: str, kind: str, more: dict[str, Any]) -> Pieces:
+    def _add_part(self, text: str, kind: str, more: dict[str, Any]) -> Pieces:
         assert self._open
         self._open.text += text
         yield {"type": kind, **self._open.place, **more, "delta": text}
 
-    def _opened(self, kind: str, call_id: str = "", name: str = "") -> Pieces:
+    def _open_item(self, kind: str, call_id: str = "", name: str = "") -> Pieces:
         """The events that make this the open item; none where it is."""
         if self._open and self._open.kind == kind:
             return
-        yield from self._closed()
+        yield from self._close_item()
         prefix = {"message": "msg_", "reasoning": "rs_"}.get(kind, "fc_")
-        item = self._open = Item(kind, new_id(prefix), len(self._done), call_id, name)
+        item = self._open = OutputItem(kind, new_id(prefix), len(self._done), call_id, name)
         added = {"output_index": item.index, "item": self._object("in_progress")}
         yield {"type": "response.output_item.added", **added}
         if part := self._part(""):
             yield {"type": "response.content_part.added", **item.place, "content_index": 0, "part": part}
 
-    def _closed(self, status: str = "completed") -> Pieces:
+    def _close_item(self, status: str = "completed") -> Pieces:
         """The events that close the open item, if one is, whole or cut off."""
         item = self._open
         if not item:
@@ -125,7 +125,7 @@ class Stream:
         self._open = None
         yield {"type": "response.output_item.done", "output_index": item.index, "item": self._done[-1]}
 
-    def _text_done(self, item: Item) -> Pieces:
+    def _text_done(self, item: OutputItem) -> Pieces:
         if item.kind == "message":
             done = {"content_index": 0, "text": item.text, "logprobs": item.logprobs}
             yield {"type": "response.output_text.done", **item.place, **done}

@@ -7,8 +7,8 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from cluster.api.http.body import Form, first_entries
-from cluster.errors import InvalidRequest
-from cluster.limits import (
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import (
     LEAST_REPETITION_PENALTY,
     MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
@@ -44,7 +44,7 @@ class SamplingForm(Form):
     stop: StopString | StopStrings | None = None
     ignore_eos: bool = False
 
-    def sampling(self) -> pb.SamplingOptions:
+    def sampling_options(self) -> pb.SamplingOptions:
         """The options for the intake. Temperature is 1 where it was not given, as OpenAI has it."""
         return pb.SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -58,7 +58,7 @@ class SamplingForm(Form):
             seed=None if self.seed is None else self.seed % 2**64,
         )
 
-    def stopping(self, max_tokens: int | None) -> pb.StopOptions:
+    def stop_options(self, max_tokens: int | None) -> pb.StopOptions:
         """When the answer ends."""
         return pb.StopOptions(max_tokens=max_tokens, stop=stop_list(self.stop), ignore_eos=self.ignore_eos)
 

@@ -15,11 +15,11 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.address import format_address, is_loopback
 from cluster.api.http.connection import Connection
-from cluster.api.http.seats import Seats
-from cluster.errors import InvalidOption, PortInUse
-from cluster.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
+from cluster.api.http.connection_limit import ConnectionLimit
+from cluster.core.errors import InvalidOption, PortInUse
+from cluster.core.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
+from cluster.core.text import format_address, is_loopback
 from cluster.security.https import HttpCertificate
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, certificate: HttpCertificate | None) -> None:
         super().__init__(config)
         self._certificate = certificate
-        self._seats = Seats(MAX_CONNECTIONS)
+        self._seats = ConnectionLimit(MAX_CONNECTIONS)
         self._accepting: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._reported = -REPORT_S
@@ -155,7 +155,7 @@ def open_to_everybody(host: str) -> InvalidOption:
 
 
 @asynccontextmanager
-async def serving(
+async def serve(
     app: ASGIApp, listener: socket.socket, certificate: HttpCertificate | None = None
 ) -> AsyncIterator[str]:
     """Answer on ``listener`` until the block is left; its address. Requests under way get a moment to end."""

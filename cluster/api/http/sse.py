@@ -13,9 +13,9 @@ from typing import Final, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from cluster.api.http.jsons import compact
-from cluster.errors import Aborted
-from cluster.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
+from cluster.api.http.json_response import compact
+from cluster.core.errors import Aborted
+from cluster.core.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
 
 T = TypeVar("T")
 DONE: Final = b"data: [DONE]\n\n"
@@ -82,7 +82,7 @@ async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) ->
 async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
     """Run ``work`` to its end, or until the client goes away, or takes nothing any more."""
     working = asyncio.ensure_future(work())
-    watching = asyncio.ensure_future(_gone(receive))
+    watching = asyncio.ensure_future(_wait_disconnect(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -95,6 +95,6 @@ async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

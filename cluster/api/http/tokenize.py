@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from cluster.api import intake
-from cluster.api.http.answers import fields_named
+from cluster.api import request_validation
+from cluster.api.http.answer_assembly import fields_named
 from cluster.api.http.body import Form, ShortText, Text, build, read
 from cluster.api.http.chat_form import FunctionTools, MessageList, messages_of
-from cluster.api.http.formats import tool_of
-from cluster.api.http.jsons import Json
+from cluster.api.http.json_response import Json
 from cluster.api.http.messages_form import CountForm
-from cluster.api.http.names import Names, model_id
-from cluster.errors import InvalidRequest
+from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.http.openai_formats import tool_of
+from cluster.core.errors import InvalidRequest
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -44,7 +44,7 @@ class TokenizeForm(Form):
 class Tokenize:
     """The two routes."""
 
-    names: Names
+    names: ModelNames
 
     async def tokens(self, request: Request) -> Json:
         """Ids, and each as text."""
@@ -52,7 +52,7 @@ class Tokenize:
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"text": "prompt"}):
             message = await build(request, form.message)
-            tokenized = await intake.told(message, checkpoint)
+            tokenized = await request_validation.tokenize_bounded(message, checkpoint)
         return Json(
             {
                 "model": model_id(checkpoint),
@@ -70,5 +70,5 @@ class Tokenize:
         with fields_named({"template": "thinking"}):
             chat = await build(request, form.conversation)
             message = pb.TokenizeRequest(messages=chat.messages, template=chat.template)
-            count = await intake.counted(message, checkpoint)
+            count = await request_validation.count_tokens(message, checkpoint)
         return Json({"input_tokens": count})

@@ -37,7 +37,7 @@ def coordinator(settings: Any, report: Any) -> int:
         return wait_for_signal()
 
 
-for name, run in (("cluster.worker.daemon", worker), ("cluster.api.server", coordinator)):
+for name, run in (("cluster.worker.daemon", worker), ("cluster.api.daemon", coordinator)):
     module = types.ModuleType(name)
     module.run = run  # type: ignore[attr-defined]
     sys.modules[name] = module

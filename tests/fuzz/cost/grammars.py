@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import anyio
 
 from cluster.coordinator.grammars import GrammarCheck
-from cluster.errors import MacpipeError, StageFailed
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MAX_SCHEMA_BYTES, SANDBOX_PROCESSES
+from cluster.core.errors import MacpipeError, StageFailed
+from cluster.core.limits import MAX_SCHEMA_BYTES, SANDBOX_PROCESSES
+from cluster.core.request import Grammar, GrammarKind
 from cluster.model.grammars import Constraint
 from cluster.model.tokenizer import Tokenizer
 from fuzz.cost.recipe import Recipe, filled, size
@@ -63,7 +63,7 @@ async def _follow(constraint: Constraint, tokenizer: Tokenizer) -> None:
     tokens: list[int] = []
     for _ in range(FOLLOWED):
         await asyncio.sleep(0)
-        mask = constraint.allowed(tokens, len(tokens), tokenizer.vocab_size)
+        mask = constraint.allowed_mask(tokens, len(tokens), tokenizer.vocab_size)
         if mask is None:
             raise StageFailed("the grammar does not go on from a token that it allowed")
         left = [int(token) for token in mask.nonzero()[0] if token not in tokenizer.eos]

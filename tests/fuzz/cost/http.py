@@ -13,9 +13,9 @@ from uvicorn.server import ServerState
 
 from cluster.api.http.app import application
 from cluster.api.http.connection import Connection
+from cluster.api.http.connection_limit import ConnectionLimit
 from cluster.api.http.openapi import BODIES
-from cluster.api.http.seats import Seats
-from cluster.limits import KIB, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
+from cluster.core.limits import KIB, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from fuzz.cost.recipe import Recipe, filled
 from fuzz.cost.stand_in import PASSED, desk
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
@@ -341,7 +341,7 @@ def _heads() -> Entry:
 
     async def take(head: bytes) -> str:
         told: list[bytes] = []
-        seats = Seats(MAX_CONNECTIONS)
+        seats = ConnectionLimit(MAX_CONNECTIONS)
         seat = seats.take("127.0.0.1")
         assert seat
         connection = Connection(seats, seat, config=config, server_state=ServerState(), app_state={})

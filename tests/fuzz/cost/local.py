@@ -12,19 +12,19 @@ import anyio
 from zeroconf import DNSIncoming
 
 from cluster.coordinator.journal import Fsync, Journal
-from cluster.coordinator.records import HEADER
-from cluster.errors import MacpipeError
-from cluster.joining.forms import read_answer, read_ask, read_refusal
-from cluster.layers import parse_layers
-from cluster.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
-from cluster.security.authority import authority_of, requested_key
+from cluster.coordinator.request_records import HEADER
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
+from cluster.core.request import Request, SamplingParams
+from cluster.core.text import parse_layers
+from cluster.joining.join_forms import read_answer, read_ask, read_refusal
+from cluster.security.authority import authority_of, read_request_key
 from cluster.security.bounds import MAX_JOIN_BYTES, MAX_PEM_BYTES
-from cluster.security.folder import ClusterFolder
-from cluster.security.keys import Keys
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keys import KeyStore
 from cluster.security.roles import party_of
 from cluster.security.tokens import JoinToken
-from cluster.types import Request, SamplingParams
-from cluster.wire.frame import decode
+from cluster.wire.frame_codec import decode
 from cluster.worker.inbox import Inbox
 from fuzz.cost.recipe import Recipe, filled
 from fuzz.cost.target import TAKEN, CostTarget, Entry
@@ -79,7 +79,7 @@ def _txt() -> Entry:
 
 def _texts() -> Entry:
     """What people and strangers give for a name: keys, tokens, layers."""
-    keys = Keys(ClusterFolder(scratch("home"), "fuzz"))
+    keys = KeyStore(ClusterFolder(scratch("home"), "fuzz"))
 
     def read(data: bytes) -> None:
         text = data.decode("latin-1")
@@ -107,7 +107,7 @@ def _answered_to_join() -> Entry:
 
 def _certificate() -> Entry:
     def read(data: bytes) -> None:
-        for one in (party_of, requested_key, authority_of):
+        for one in (party_of, read_request_key, authority_of):
             try:
                 one(data)
             except (MacpipeError, ValueError):
@@ -187,9 +187,9 @@ def _written(path: Path, data: bytes) -> bool:
         asked = Request(
             f"r{number}", (1,) * min(prompt, 4_000_000), SamplingParams(seed=5), 16, client="c", samples=many
         )
-        journal.opened(asked, ())
+        journal.record_opened(asked, ())
         for token in range(min(said, 200_000)):
-            journal.said(asked.id, token % 1000, token % many)
+            journal.record_token(asked.id, token % 1000, token % many)
     journal.close()
     return True
 

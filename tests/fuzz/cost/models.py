@@ -8,15 +8,14 @@ from pathlib import Path
 
 import anyio
 
-from cluster.api import intake
-from cluster.api.conversation import converse
-from cluster.chat import ChatOptions
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.errors import MacpipeError
-from cluster.limits import MAX_PROMPT_CHARS, MAX_SMALL_FILE_BYTES, MIB
+from cluster.api import request_validation
+from cluster.api.chat_preparation import prepare_chat
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import MAX_PROMPT_CHARS, MAX_SMALL_FILE_BYTES, MIB
+from cluster.core.request import ChatMessage, ChatOptions
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox.tokenizer import SandboxedTokenizer
-from cluster.types import ChatMessage
 from fuzz.cost.recipe import Recipe
 from fuzz.cost.stand_in import LONG_CONTEXT, model_folder, outcome_of, served
 from fuzz.cost.target import TAKEN, CostTarget, Entry, job_limit, opening_limit
@@ -30,7 +29,7 @@ MAX_TOKENIZER_BYTES = 24 * MIB
 def _texts() -> Entry:
     async def take(text: bytes) -> str:
         try:
-            await intake.encoded(text.decode("utf-8", "replace"), served(), LONG_CONTEXT)
+            await request_validation.encode_text(text.decode("utf-8", "replace"), served(), LONG_CONTEXT)
         except MacpipeError as e:
             return outcome_of(e)
         return TAKEN
@@ -53,8 +52,8 @@ def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], 
                 text = SandboxedTokenizer(folder)
                 await text.open()
                 tokenizer = await anyio.to_thread.run_sync(load_tokenizer, folder)
-                checkpoint = Checkpoint(known.shape, tokenizer, known.tensors, known.found, text)
-                said = await converse(CHAT, ChatOptions(), None, checkpoint, LONG_CONTEXT)
+                checkpoint = ModelInfo(known.shape, tokenizer, known.tensors, known.found, text)
+                said = await prepare_chat(CHAT, ChatOptions(), None, checkpoint, LONG_CONTEXT)
             except MacpipeError as e:
                 return outcome_of(e)
             return TAKEN if said.count <= LONG_CONTEXT else "!! a prompt beyond every bound"

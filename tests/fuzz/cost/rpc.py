@@ -14,24 +14,24 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescr
 from google.protobuf.message import DecodeError
 
 from cluster.api.byte_budget import ByteBudget
-from cluster.api.cluster import Cluster
-from cluster.api.inference import Inference
+from cluster.api.cluster_service import ClusterServicer
+from cluster.api.inference_service import InferenceServicer
 from cluster.api.message_bounds import MessageBounds
-from cluster.coordinator.controls import _facts
-from cluster.errors import MacpipeError
-from cluster.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
-from cluster.macos import MachineFacts
+from cluster.coordinator.worker_client import _facts
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
+from cluster.platform.macos import MachineFacts
 from cluster.security.trust import LocalTrust
-from cluster.store.shelf import Shelf
 from cluster.store.store import Store
+from cluster.store.store_server import StoreServer
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
-from cluster.worker.control import Control
-from cluster.worker.profiles import ProfileFile
+from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
+from cluster.worker.worker_service import WorkerServicer
 from fuzz.cost.recipe import Recipe, filled, varint
 from fuzz.cost.stand_in import PASSED, Aborted, Context, Passed, desk, model_folder, outcome_of
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
@@ -83,14 +83,14 @@ class _Nothing:
 
 def _public(methods: _Methods) -> None:
     trust = LocalTrust()
-    add_InferenceServiceServicer_to_server(Inference(desk(), trust), methods)  # type: ignore[arg-type]
-    add_ClusterServiceServicer_to_server(Cluster(desk().coordinator, trust), methods)  # type: ignore[arg-type]
+    add_InferenceServiceServicer_to_server(InferenceServicer(desk(), trust), methods)  # type: ignore[arg-type]
+    add_ClusterServiceServicer_to_server(ClusterServicer(desk().coordinator, trust), methods)  # type: ignore[arg-type]
 
 
 def _worker(methods: _Methods) -> None:
     nothing: Any = _Nothing()
     home = scratch("home")
-    control = Control(
+    control = WorkerServicer(
         id="ab" * 8,
         settings=WorkerSettings(name="fuzz", home=home),
         trust=LocalTrust(),
@@ -103,7 +103,7 @@ def _worker(methods: _Methods) -> None:
 
 
 def _store(methods: _Methods) -> None:
-    shelf = Shelf(Store(scratch("home")))
+    shelf = StoreServer(Store(scratch("home")))
     shelf.put(model_folder(), None)
     add_StoreServiceServicer_to_server(shelf, methods)  # type: ignore[arg-type]
 

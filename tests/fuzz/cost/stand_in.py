@@ -11,18 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.api.desk import Desk
 from cluster.api.metrics import Metrics
-from cluster.chat import ChatOptions
-from cluster.coordinator.checkpoint import Checkpoint
+from cluster.api.request_service import RequestService
 from cluster.coordinator.grammars import GrammarCheck
-from cluster.errors import Busy, MacpipeError, RequestNotFound
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import MAX_SCHEMA_BYTES
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import Busy, MacpipeError, RequestNotFound
+from cluster.core.limits import MAX_SCHEMA_BYTES
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox.tokenizer import SandboxedTokenizer, TextService, Tokenized
-from cluster.types import ChatMessage, Request
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN
 from fuzz.targets.asked import served as plain_model
 from fuzz.targets.kept import scratch
@@ -62,16 +60,16 @@ class Coordinator:
     def __init__(self) -> None:
         self._grammars = GrammarCheck(MAX_SCHEMA_BYTES)
 
-    def checkpoint(self, name: str) -> Checkpoint:
+    def checkpoint(self, name: str) -> ModelInfo:
         return served()
 
     async def under_way(self) -> tuple[None, None]:
         return None, None
 
-    async def check_grammar(self, grammar: Grammar, checkpoint: Checkpoint) -> None:
+    async def check_grammar(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
         await self._grammars.check(grammar, checkpoint)
 
-    async def accept(self, request: Request, checkpoint: Checkpoint) -> NoReturn:
+    async def accept(self, request: Request, checkpoint: ModelInfo) -> NoReturn:
         if request.sampling.grammar:
             await self.check_grammar(request.sampling.grammar, checkpoint)
         raise Passed(PASSED)
@@ -92,10 +90,10 @@ class Coordinator:
         return busy
 
 
-def desk() -> Desk:
+def desk() -> RequestService:
     """The real desk, over the stand-in."""
     served()
-    return Desk(Coordinator(), Metrics())  # type: ignore[arg-type]
+    return RequestService(Coordinator(), Metrics())  # type: ignore[arg-type]
 
 
 _callers = itertools.count()
@@ -192,8 +190,8 @@ SANDBOX = LateSandbox()
 
 
 @functools.cache
-def served() -> Checkpoint:
+def served() -> ModelInfo:
     """The same, as a coordinator knows it, with a context that every prompt fits."""
     plain = plain_model()
     shape = replace(plain.shape, max_context=LONG_CONTEXT)
-    return Checkpoint(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX)
+    return ModelInfo(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cluster.limits import (
+from cluster.core.limits import (
     MIB,
     SANDBOX_CPU_S,
     SANDBOX_CPU_S_PER_MIB,

@@ -12,32 +12,32 @@ from typing import Any
 import h11
 from google.protobuf.message import DecodeError, Message
 
-from cluster.api import intake
+from cluster.api import request_validation
 from cluster.api.byte_budget import ByteBudget
-from cluster.api.cluster import _order
+from cluster.api.cluster_service import _order
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES
 from cluster.api.metrics import Metrics
-from cluster.coordinator.checkpoint import Checkpoint
-from cluster.errors import Busy, MacpipeError
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import Busy, MacpipeError
 from cluster.model.checkpoint import BUNDLED
-from cluster.model.survey import survey
+from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target
 from in_process import InProcess
 
-CALLER = intake.Caller("fuzz", None)
+CALLER = request_validation.Caller("fuzz", None)
 
 
 @functools.cache
-def served() -> Checkpoint:
+def served() -> ModelInfo:
     """The small model that comes along, as a coordinator knows it."""
     folder = BUNDLED / "faq"
     tokenizer = load_tokenizer(folder)
-    return Checkpoint(survey(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer))  # type: ignore[arg-type]
+    return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -164,7 +164,7 @@ class _Nobody:
 
     journal = None
 
-    def checkpoint(self, name: str) -> Checkpoint:
+    def checkpoint(self, name: str) -> ModelInfo:
         return served()
 
     async def under_way(self) -> tuple[None, None]:
@@ -261,15 +261,15 @@ PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
 
 
 async def _generated(message: inference_pb2.GenerateRequest) -> object:
-    return await intake.generate_request(message, served(), CALLER)
+    return await request_validation.generate_request(message, served(), CALLER)
 
 
 async def _chatted(message: inference_pb2.ChatRequest) -> object:
-    return await intake.chat_request(message, served(), CALLER)
+    return await request_validation.chat_request(message, served(), CALLER)
 
 
 async def _tokenized(message: inference_pb2.TokenizeRequest) -> object:
-    return await intake.told(message, served())
+    return await request_validation.tokenize_bounded(message, served())
 
 
 TARGETS = (

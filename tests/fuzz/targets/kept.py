@@ -17,17 +17,17 @@ from pathlib import Path
 import msgpack
 
 from cluster.coordinator import journal as coordinator_journal
-from cluster.coordinator.records import HEADER, as_data, pack_record, read_records
-from cluster.grammar import Grammar, GrammarKind
-from cluster.profiles import Link, Profile
-from cluster.sandbox.messages import HEADER as SANDBOX_HEADER
-from cluster.sandbox.messages import Failed as SandboxFailed
-from cluster.sandbox.messages import Prompt, Ready, pack_reply, pack_tokens, payload_size, unpack_reply
+from cluster.coordinator.request_records import HEADER, as_data, pack_record, read_records
+from cluster.core.plan import Link, Profile
+from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
+from cluster.sandbox.job_messages import HEADER as SANDBOX_HEADER
+from cluster.sandbox.job_messages import JobFailed as SandboxFailed
+from cluster.sandbox.job_messages import PromptReply, Ready, pack_reply, pack_tokens, payload_size, unpack_reply
 from cluster.sandbox.tokenizer import tokenized
-from cluster.store.manifest import Manifest
-from cluster.store.partial import Partial, place
-from cluster.types import Request, SamplingParams
-from cluster.worker import messages, profiles
+from cluster.store.digest_manifest import DigestManifest
+from cluster.store.partial_checkpoint import PartialCheckpoint, place
+from cluster.worker import pipe_messages as messages
+from cluster.worker import profile_file as profiles
 from fuzz.mutation import by_tree, spoil_bytes, spoil_json, spoil_lines, spoil_records
 from fuzz.targets.target import Prepared, Target
 
@@ -57,14 +57,14 @@ def engine_messages() -> Prepared:
 
     said = (
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
-        messages.Link(2, 7, "127.0.0.1:7000", "ab" * 8),
+        messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
         messages.Unload(3, 7),
-        messages.Report(4),
+        messages.GetReport(4),
         messages.Measure(5),
         messages.Hello(7000, "M3", "metal", "0.32", "0.32", 2**36, 2**35),
         messages.Progress(1, 5, 10),
         messages.Done(1),
-        messages.Failed(1, "BAD_CHECKPOINT", "no"),
+        messages.CommandFailed(1, "BAD_CHECKPOINT", "no"),
         messages.Reported(4, 1, 2, 3, 4),
         messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1),
     )
@@ -78,19 +78,19 @@ def sandbox_messages() -> Prepared:
         size = SANDBOX_HEADER.size
         payload_size(data[:size].ljust(size, b"\0"))
         reply = unpack_reply(data[size:])
-        if isinstance(reply, Prompt):
+        if isinstance(reply, PromptReply):
             tokenized(reply)
 
     grammar = Grammar(GrammarKind.REGEX, "a+", (1, 2))
-    replies = (Ready(), Prompt(2, pack_tokens((1, 2)), ("a", "b"), True, grammar), SandboxFailed("BUSY", "no", ""))
+    replies = (Ready(), PromptReply(2, pack_tokens((1, 2)), ("a", "b"), True, grammar), SandboxFailed("BUSY", "no", ""))
     return Prepared(run, tuple(map(pack_reply, replies)), spoil_bytes)
 
 
 def coordinator_journals() -> Prepared:
     plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
-    kept = [coordinator_journal.Kept(plain, 1e9, [[4, 5]])]
+    kept = [coordinator_journal.JournaledRequest(plain, 1e9, [[4, 5]])]
     old = [msgpack.packb((0, "a", 1e9, as_data(plain), [[4, 5]])), msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
-    new = [HEADER, *map(coordinator_journal._opened, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
+    new = [HEADER, *map(coordinator_journal._opened_record, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
     path = scratch("journal")
 
     def read(path: Path) -> None:
@@ -111,7 +111,7 @@ def coordinator_journals() -> Prepared:
 
 def worker_profiles() -> Prepared:
     known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),))
-    kept = profiles.Kept("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
+    kept = profiles.StoredProfile("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
 
     def read(path: Path) -> None:
         file = profiles.ProfileFile(path, "k", lambda: 1e9 + 1)
@@ -128,7 +128,7 @@ def manifests() -> Prepared:
     lines = b'["t.weight","' + b"ab" * 32 + b'"]\n["u.weight","' + b"cd" * 32 + b'"]\n["u.weight",""]\n'
 
     def read(path: Path) -> None:
-        for digest in Manifest(path.parent.parent, "ab").known.values():
+        for digest in DigestManifest(path.parent.parent, "ab").known.values():
             bytes.fromhex(digest)  # what the shelf makes of it
 
     return Prepared(_of_file(path, read), (lines,), spoil_lines, ())
@@ -137,8 +137,8 @@ def manifests() -> Prepared:
 def partials() -> Prepared:
     """The records of a partial checkpoint: its journal, and where it is from."""
     from cluster.model.checkpoint import BUNDLED
-    from cluster.model.editions import RECORDS
-    from cluster.store.files import ModelFiles, StoredFile
+    from cluster.model.weight_versions import RECORDS
+    from cluster.store.model_files import ModelFiles, StoredFile
 
     source = BUNDLED / "faq-draft"
     files = tuple(
@@ -151,7 +151,7 @@ def partials() -> Prepared:
 
     folder = place(scratch("models"), ModelFiles(files, "o/n", "c0ffee"), read_small)
     journal, origin = folder / RECORDS / "journal.jsonl", folder / RECORDS / "origin.json"
-    tensor = next(iter(Partial(folder).tensors.values()))
+    tensor = next(iter(PartialCheckpoint(folder).tensors.values()))
     sizes = (folder / tensor.file).stat()
     lines = [
         ["got", tensor.file, 0, sizes.st_size],
@@ -166,8 +166,8 @@ def partials() -> Prepared:
         about_origin, _, rest = data.partition(b"\n\n")
         journal.write_bytes(rest or kept_journal)
         origin.write_bytes(about_origin or kept_origin)
-        part = Partial(folder)
-        part.missing(tensor)
+        part = PartialCheckpoint(folder)
+        part.missing_bytes(tensor)
         part.unproved_files()
         assert all(bytes.fromhex(digest) for digest in part.verified.values())
 
@@ -176,13 +176,13 @@ def partials() -> Prepared:
 
 
 def held_ids() -> Prepared:
-    from cluster.idfile import held_id
+    from cluster.platform.paths import hold_id
 
     folder = scratch("id")
     folder.mkdir()
 
     def read(path: Path) -> None:
-        with held_id(path.parent) as known:
+        with hold_id(path.parent) as known:
             assert known.isalnum()
             assert known.isascii()
 

@@ -15,18 +15,17 @@ import httpx2
 from google.protobuf.message import DecodeError
 from mlx_lm import tool_parsers
 
-from cluster.chat import Parsing, Tool
-from cluster.coordinator.controls import _facts
-from cluster.errors import MacpipeError
-from cluster.grammar import Grammar, GrammarKind
+from cluster.coordinator.worker_client import _facts
+from cluster.core.errors import MacpipeError
+from cluster.core.request import Grammar, GrammarKind, Parsing, Tool
+from cluster.model.answer_parser import AnswerParser
 from cluster.model.checkpoint import BUNDLED, open_checkpoint
-from cluster.model.parsing import AnswerParser
 from cluster.model.safetensors import read_shard
 from cluster.model.skeleton import open_skeleton
 from cluster.model.tokenizer import load_tokenizer
 from cluster.store.hub import Hub, HubName, look_up
-from cluster.store.partial import place
-from cluster.store.peer import Peer
+from cluster.store.partial_checkpoint import place
+from cluster.store.peer_client import Peer
 from cluster.v1 import store_pb2, worker_pb2
 from fuzz.mutation import apart, joined, spoil_bytes, spoil_json, spoil_parts, spoil_proto
 from fuzz.targets.asked import served

@@ -7,14 +7,12 @@ from ipaddress import ip_interface
 
 from zeroconf.asyncio import AsyncServiceInfo
 
-from cluster.address import format_address, parse_address
-from cluster.cli.sizes import parse_size
-from cluster.client.replies import cluster_state, finish, load_event, plan, prompt, token
-from cluster.discovery import txt
-from cluster.discovery.browse import sighting_of
+from cluster.client.proto_decoding import cluster_state, finish, load_event, plan, prompt, token
+from cluster.core.errors import MacpipeError
+from cluster.core.text import format_address, parse_address, parse_layers, parse_size
+from cluster.discovery import txt_record as txt
+from cluster.discovery.browse import read_sighting
 from cluster.discovery.interfaces import Interface
-from cluster.errors import MacpipeError
-from cluster.layers import parse_layers
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_proto
 from fuzz.targets.target import Prepared, Target
@@ -31,7 +29,7 @@ def announcements() -> Prepared:
         info = AsyncServiceInfo(
             txt.SERVICE, f"x.{txt.SERVICE}", int.from_bytes(data[:2], "big"), 0, 0, data[10:], addresses=addresses
         )
-        found = sighting_of(info, local)
+        found = read_sighting(info, local)
         if found:
             parse_address(found.address)
             assert found.name.isprintable()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.errors import MacpipeError
-from cluster.security.authority import Authority, authority_of, requested_key
-from cluster.security.folder import ClusterFolder
+from cluster.core.errors import MacpipeError
+from cluster.security.authority import Authority, authority_of, read_request_key
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.members import Members
 from cluster.security.roles import Role, party_of
-from cluster.security.tokens import JoinToken, Tokens
+from cluster.security.tokens import JoinToken, TokenStore
 from fuzz.mutation import spoil_bytes, spoil_msgpack
 from fuzz.targets.kept import scratch
 from fuzz.targets.target import Prepared, Target
@@ -27,7 +27,7 @@ def _folder() -> ClusterFolder:
 
 def join_tokens() -> Prepared:
     folder = _folder()
-    issued = Tokens(folder).issue(bytes(range(32)), Role.WORKER)
+    issued = TokenStore(folder).issue(bytes(range(32)), Role.WORKER)
 
     def run(data: bytes) -> None:
         token = JoinToken.parse(data.decode("utf-8", "replace"))
@@ -43,7 +43,7 @@ def certificates() -> Prepared:
     signed = authority.sign(request, Role.WORKER, ID, "mac-1", time.time())
 
     def run(data: bytes) -> None:
-        for read in (party_of, requested_key):
+        for read in (party_of, read_request_key):
             try:
                 read(data)
             except MacpipeError:
@@ -80,11 +80,11 @@ def members() -> Prepared:
 
 def tokens() -> Prepared:
     folder = _folder()
-    issued = Tokens(folder).issue(bytes(range(32)), Role.WORKER)
+    issued = TokenStore(folder).issue(bytes(range(32)), Role.WORKER)
 
     def rows() -> None:
-        fresh = Tokens(folder)
-        for token in fresh.all():
+        fresh = TokenStore(folder)
+        for token in fresh.all_tokens():
             token.state(time.time())
         fresh.accept(issued.id, issued.secret, bytes(32))
 
@@ -92,21 +92,21 @@ def tokens() -> Prepared:
 
 
 def api_keys() -> Prepared:
-    from cluster.security.keys import Keys
+    from cluster.security.keys import KeyStore
 
     folder = _folder()
-    _, text = Keys(folder).create("mine")
+    _, text = KeyStore(folder).create("mine")
 
     def rows() -> None:
-        Keys(folder).find(text)
+        KeyStore(folder).find(text)
 
     return _state(folder.keys, rows)
 
 
 def key_texts() -> Prepared:
-    from cluster.security.keys import Keys
+    from cluster.security.keys import KeyStore
 
-    kept = Keys(_folder())
+    kept = KeyStore(_folder())
     _, text = kept.create("mine")
 
     def run(data: bytes) -> None:

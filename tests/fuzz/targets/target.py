@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.errors import MacpipeError
+from cluster.core.errors import MacpipeError
 from fuzz.mutation import Mutate, spoil_bytes
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.errors import MacpipeError
-from cluster.frames import (
+from cluster.core.errors import MacpipeError
+from cluster.core.frames import (
     Compute,
     Drop,
     Failure,
@@ -16,18 +16,18 @@ from cluster.frames import (
     Sample,
     Save,
     SequenceFailure,
+    StageTiming,
     Step,
     Tensor,
     Trim,
 )
-from cluster.grammar import Grammar, GrammarKind
-from cluster.limits import BULK_BYTES
+from cluster.core.limits import BULK_BYTES
+from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams, TopLogprob
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
-from cluster.transport.status import from_status, to_status
-from cluster.types import Request, SamplingParams, StageTiming, TopLogprob
-from cluster.wire.frame import decode, encode
-from cluster.wire.parcels import pack, unpack
+from cluster.transport.rich_errors import from_status, to_status
+from cluster.wire.frame_codec import decode, encode
+from cluster.wire.message_split import pack, unpack
 from cluster.worker.inbox import Inbox
 from fuzz.mutation import apart, joined, spoil_frame, spoil_parts, spoil_proto
 from fuzz.targets.target import Prepared, Target
@@ -97,8 +97,8 @@ def inboxes() -> Prepared:
 
 def _apart() -> tuple[bytes, bytes]:
     """A head and a body that are small, though large ones alone travel apart."""
-    from cluster.wire.frame import pack_header
-    from cluster.wire.parcels import _MARK, _NAME, checksum
+    from cluster.wire.frame_codec import pack_header
+    from cluster.wire.message_split import _MARK, _NAME, checksum
 
     frame = replace(BULKY, tensors=(TENSOR,))
     name = _NAME.pack(frame.epoch, frame.number)
@@ -119,7 +119,7 @@ def returns() -> Prepared:
         schedule = begun()
         for message in apart(data):
             schedule.next_frames(0.0)
-            schedule.returned(decode(message))
+            schedule.on_frame(decode(message))
 
     return Prepared(run, (joined(list(map(encode, _answered(begun())))),), spoil_parts(spoil_frame))
 
@@ -133,7 +133,7 @@ def _answered(schedule: Scheduler) -> list[Frame]:
             rows = frame.step.sequences if frame.step and decodes else ()
             samples = tuple(Sample(row, 2 + position, 42) for row in rows)
             said.append(Frame(EPOCH, frame.lane, frame.number, samples=samples, timings=(StageTiming(0, 1, 2, 3),)))
-            schedule.returned(said[-1])
+            schedule.on_frame(said[-1])
     return said
 
 

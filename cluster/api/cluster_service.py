@@ -1,0 +1,139 @@
+"""ClusterService: who is there, what is loaded, load and unload."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import anyio
+import grpc
+
+from cluster.api import proto_encoding as replies
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.limits import MAX_STEP_MS
+from cluster.core.plan import LoadProgress, Objective, Plan, Route
+from cluster.core.text import parse_layers
+from cluster.core.worker import WorkerInfo
+from cluster.security.trust import Trust
+from cluster.transport.rich_errors import abort
+from cluster.v1 import cluster_pb2 as pb
+from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ClusterServicer(ClusterServiceServicer):
+    """Speaks for one coordinator."""
+
+    def __init__(self, coordinator: Coordinator, trust: Trust) -> None:
+        self._coordinator, self._trust = coordinator, trust
+
+    async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
+        return replies.cluster_state(await self._coordinator.snapshot())
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
+        try:
+            order = _order(request)
+            async for p in self._progress(order):
+                yield pb.LoadModelResponse(progress=replies.progress(p))
+            state = replies.cluster_state(await self._coordinator.snapshot())
+            yield pb.LoadModelResponse(ready=state)
+        except MacpipeError as e:
+            await abort(context, e)
+
+    async def _progress(self, order: LoadOrder) -> AsyncIterator[LoadProgress]:
+        """A load's progress while it runs; a caller that goes away cancels the load."""
+        reports = _Queued()
+        load = asyncio.create_task(self._coordinator.load(order, reports))
+        load.add_done_callback(lambda _: reports.queue.put_nowait(None))
+        try:
+            while (p := await reports.queue.get()) is not None:
+                yield p
+            await load
+        finally:
+            load.cancel()
+
+    async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
+        try:
+            return replies.plan_reply(await self._coordinator.plan(_order(request)))
+        except MacpipeError as e:
+            await abort(context, e)
+            raise
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
+        try:
+            await self._coordinator.unload()
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.UnloadModelResponse()
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        try:
+            await self._coordinator.drain(request.worker, undo=request.undo)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.DrainResponse(cluster=replies.cluster_state(await self._coordinator.snapshot()))
+
+    async def RenewCertificate(
+        self, request: pb.RenewCertificateRequest, context: Context
+    ) -> pb.RenewCertificateResponse:
+        shown: Any = context.auth_context()
+        party, renewal = self._trust.party(shown), self._trust.renewal
+        try:
+            if party is None or renewal is None or self._trust.members is None:
+                raise InvalidRequest("this coordinator gives out no certificates")
+            from cluster.security.certificate_renewal import renew_certificate
+
+            certify = partial(renew_certificate, renewal.folder, party.role, party.id, request.request, time.time())
+            return pb.RenewCertificateResponse(certificate=await anyio.to_thread.run_sync(certify))
+        except MacpipeError as e:
+            await abort(context, e)
+
+
+class _Queued:
+    """A report whose progress a client reads; bounded by the number of progress steps of one load."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
+
+    def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def progress(self, progress: LoadProgress) -> None:
+        self.queue.put_nowait(progress)
+
+
+def _order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
+    if not r.model:
+        raise InvalidRequest("no model was named", field="model")
+    return LoadOrder(
+        model=r.model,
+        workers=r.workers or None,
+        layers=parse_layers(r.layers) if r.layers else None,
+        route=Route.RELAY if r.route == pb.ROUTE_RELAY else Route.DIRECT,
+        max_context=r.max_context or None,
+        lanes=r.lanes or None,
+        max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
+        kv_bits=_kv_bits(r.kv_bits),
+        objective=Objective.THROUGHPUT if r.objective == pb.OBJECTIVE_THROUGHPUT else Objective.LATENCY,
+        take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
+    )
+
+
+def _max_step_ms(asked: float) -> float:
+    if not math.isfinite(asked) or asked < 0:
+        raise InvalidRequest(f"max_step_ms is {asked:g}; it must be above 0", field="max_step_ms")
+    return asked or MAX_STEP_MS
+
+
+def _kv_bits(asked: int) -> int:
+    if asked not in (0, 4, 8):
+        raise InvalidRequest(f"kv_bits is {asked}; it must be 8 or 4", field="kv_bits")
+    return asked

@@ -1,0 +1,207 @@
+"""`macpipe serve`: one task group that owns discovery, coordinator and the public port, until a signal."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+
+import anyio
+from anyio.abc import TaskGroup
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # made by a star import
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from cluster.api.cluster_service import ClusterServicer
+from cluster.api.http.app import application
+from cluster.api.http.port_settings import HttpPort, http_port
+from cluster.api.http.server import listen, serve
+from cluster.api.inference_service import InferenceServicer, client_name
+from cluster.api.key_usage import KeyUsage
+from cluster.api.message_bounds import MessageBounds
+from cluster.api.metrics import Metrics
+from cluster.api.request_service import RequestService
+from cluster.coordinator.certificate_rotation import CertificateRotation
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.epoch_numbers import EpochNumbers
+from cluster.coordinator.identity import identity, state_folder
+from cluster.coordinator.journal import Journal
+from cluster.coordinator.reporter import Reporter
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import ServeSettings
+from cluster.coordinator.snapshot import ServingState
+from cluster.core.errors import MacpipeError, PortInUse
+from cluster.core.limits import JOIN_RETRY_S, LAST_WORDS_S
+from cluster.core.text import format_address
+from cluster.discovery.browse import browse
+from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
+from cluster.discovery.static import merge_sources, static_source
+from cluster.joining.join_port import EVERYWHERE, admit_macs
+from cluster.platform.overload import TimerLag
+from cluster.platform.private_files import protect_home
+from cluster.platform.process import first_error, stop_on_signal
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.trust import COORDINATOR, Trust, open_trust
+from cluster.store.store import Store
+from cluster.transport.grpc_setup import bind, public_server
+from cluster.transport.grpc_streams import GrpcDialer
+from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+
+DESCRIPTORS = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"],
+)
+SERVICES = tuple(service.full_name for service in DESCRIPTORS)
+
+
+def run(settings: ServeSettings, report: Reporter) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. Raises ``MacpipeError`` where serving cannot begin."""
+    try:
+        anyio.run(_run, settings, report)
+    except* MacpipeError as group:
+        raise first_error(group) from None
+    return 0
+
+
+async def _run(settings: ServeSettings, report: Reporter) -> None:
+    if settings.home:
+        protect_home(settings.home)
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        tasks.start_soon(stop_on_signal, tasks.cancel_scope)
+        source = static_source(settings.peers)
+        if not settings.peers_only:
+            source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
+        trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+        own_id = stack.enter_context(identity(settings.home, settings.cluster))
+        roster = Roster(source, settings.cluster, own_id, trust)
+        store = Store(settings.home)
+        lag = TimerLag().start()
+        dialer = GrpcDialer(trust, lag)
+        coordinator = Coordinator(
+            settings.cluster, roster, dialer, report, store, settings.max_schema_bytes, _epochs(settings), lag
+        )
+        coordinator.journal = _journal(settings)
+        entrance = http_port(settings)
+        accounts = KeyUsage(entrance.keys) if entrance.keys else None
+        desk, checks = RequestService(coordinator, Metrics(), accounts), health.HealthServicer()
+        tasks.start_soon(desk.end_revoked)
+        http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
+        address = await stack.enter_async_context(_public_port(settings, trust, desk, checks))
+        await stack.enter_async_context(_join_port(settings, report, tasks))
+        tasks.start_soon(_tell_health, coordinator, checks)
+        tasks.start_soon(CertificateRotation(roster, coordinator.members).keep)
+        await coordinator.load(settings.order)
+        plan = (await coordinator.snapshot()).plan
+        if plan:
+            report.serving(address, plan, http)
+        await anyio.sleep_forever()
+
+
+def _epochs(settings: ServeSettings) -> EpochNumbers:
+    """Numbers that are kept with this coordinator's id, where it has a place for one."""
+    home = settings.home
+    return EpochNumbers(state_folder(home, settings.cluster) / "epoch" if home else None)
+
+
+def _journal(settings: ServeSettings) -> Journal | None:
+    """The journal, where one was asked for and there is a place to keep it."""
+    if settings.journal is None or settings.home is None:
+        return None
+    return Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal)
+
+
+@asynccontextmanager
+async def _http_port(
+    settings: ServeSettings, entrance: HttpPort, desk: RequestService, report: Reporter
+) -> AsyncIterator[str]:
+    """The URL where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
+    if settings.http.address is None:
+        yield ""
+        return
+    try:
+        listener = listen(*settings.http.address, encrypted=entrance.certificate is not None)
+    except PortInUse as e:
+        if settings.http.wanted:
+            raise
+        report.problem(f"no HTTP: {e.sentence}")
+        yield ""
+        return
+    app = application(desk, settings.http.names, entrance.sites)
+    async with serve(app, listener, entrance.certificate) as address:
+        yield f"{'https' if entrance.certificate else 'http'}://{address}"
+
+
+@asynccontextmanager
+async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup) -> AsyncIterator[None]:
+    """Admit Macs, where this one leads a cluster. `macpipe init` may still be doing so: then this comes after it."""
+    folder = ClusterFolder(settings.home, settings.cluster)
+    if settings.join_port is None or not folder.leads:
+        yield
+        return
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(admit_macs(folder, settings.host or EVERYWHERE, settings.join_port))
+        except PortInUse as e:
+            if settings.join_wanted:
+                raise
+            report.problem(f"nobody can join here until the port is free: {e.sentence}")
+            tasks.start_soon(_join_later, folder, settings.host or EVERYWHERE, settings.join_port)
+        yield
+
+
+async def _join_later(folder: ClusterFolder, host: str, port: int) -> None:
+    while True:
+        await anyio.sleep(JOIN_RETRY_S)
+        with suppress(PortInUse):
+            async with admit_macs(folder, host, port):
+                await anyio.sleep_forever()
+
+
+@asynccontextmanager
+async def _public_port(
+    settings: ServeSettings, trust: Trust, desk: RequestService, checks: health.HealthServicer
+) -> AsyncIterator[str]:
+    """The public port's address, which answers status and health while the model still loads.
+
+    At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
+    """
+    bounds = MessageBounds(DESCRIPTORS, desk.bodies, partial(client_name, trust))
+    server, coordinator = public_server(trust, bounds), desk.coordinator
+    add_InferenceServiceServicer_to_server(InferenceServicer(desk, trust), server)
+    add_ClusterServiceServicer_to_server(ClusterServicer(coordinator, trust), server)
+    add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
+    hosts = _hosts(settings, trust)
+    port = settings.port
+    for host in hosts:
+        port = bind(server, trust, host, port)
+    await server.start()
+    try:
+        yield format_address(hosts[0], port)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await coordinator.close()
+            await server.stop(grace=LAST_WORDS_S)
+
+
+def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
+    """Where the public port listens; the first is what people are told."""
+    if settings.host or not trust.me:
+        return (settings.host or LOOPBACK,)
+    return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
+
+
+async def _tell_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
+    """Keep grpc.health.v1 true: SERVING only while a token has gone through every stage."""
+    while True:
+        serve = coordinator.state is ServingState.SERVING
+        status = health_pb2.HealthCheckResponse.SERVING if serve else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await checks.set(service, status)
+        await coordinator.changed.wait()
+        coordinator.changed.clear()

@@ -1,0 +1,49 @@
+"""Who calls, and until when: by its API key, else by the credential that was sent, as a hash, else by address."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from typing import Final
+
+from starlette.requests import Request
+
+from cluster.api.http.authorization import KEY
+from cluster.api.key_usage import client_of
+from cluster.api.request_validation import Caller
+from cluster.core.errors import InvalidRequest
+
+TIMEOUT_HEADER: Final = "x-request-timeout"
+"""Seconds that the whole answer may take; without it there is no deadline."""
+MAX_TIMEOUT_S: Final = 86_400.0
+
+
+def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
+    """``default_max_tokens`` None: as long as the context allows. Raises ``InvalidRequest`` for a bad deadline."""
+    return Caller(client_name(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+
+
+def client_name(request: Request) -> str:
+    """Whose the request is, as far as turns, kept prefixes and held bytes go."""
+    key = request.scope.get(KEY)
+    if key is not None:
+        return client_of(key)
+    credential = request.headers.get("authorization") or request.headers.get("x-api-key")
+    address = request.client.host if request.client else ""
+    return hashlib.sha256(credential.encode()).hexdigest() if credential else f"http:{address}"
+
+
+def _deadline(given: str | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"the header {TIMEOUT_HEADER} is {given[:32]!r}; it takes seconds, up to {MAX_TIMEOUT_S:.0f}",
+            field=TIMEOUT_HEADER,
+        )
+    return time.monotonic() + seconds

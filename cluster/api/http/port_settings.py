@@ -1,0 +1,66 @@
+"""What the HTTP port of a coordinator is: plain or encrypted, with keys or without, and by which names it is called."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final
+
+from cluster.api.http.origin_policy import OriginPolicy, check_host, check_origin
+from cluster.api.http.server import open_to_everybody
+from cluster.coordinator.settings import ServeSettings
+from cluster.core.text import is_loopback
+from cluster.discovery.interfaces import interfaces
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
+from cluster.security.keys import KeyStore
+
+_OWN: Final = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpPort:
+    """``keys`` None: nobody needs one. ``certificate`` None: it is plain, which it is on loopback alone."""
+
+    sites: OriginPolicy
+    keys: KeyStore | None
+    certificate: HttpCertificate | None
+
+
+def http_port(settings: ServeSettings) -> HttpPort:
+    """As the settings have it. Raises ``InvalidOption``, also where HTTP would be open to everybody."""
+    folder = ClusterFolder(settings.home, settings.cluster)
+    host = settings.http.address[0] if settings.http.address else _OWN[1]
+    network = not is_loopback(host)
+    if network and not folder.exists:
+        raise open_to_everybody(host)
+    named = tuple(check_host(name) for name in settings.http.hosts)
+    hosts = (*names_of_this_mac(host), *named) if network else named
+    sites = OriginPolicy(frozenset(hosts), frozenset(check_origin(one) for one in settings.http.origins))
+    return HttpPort(sites, KeyStore(folder) if folder.exists else None, _certificate(settings, folder, hosts, network))
+
+
+def _certificate(
+    settings: ServeSettings, folder: ClusterFolder, hosts: tuple[str, ...], network: bool
+) -> HttpCertificate | None:
+    if settings.http.certificate:
+        return GivenCertificate(*settings.http.certificate)
+    return OwnCertificate(folder, tuple(dict.fromkeys((*hosts, *_OWN)))) if network else None
+
+
+def names_of_this_mac(host: str) -> tuple[str, ...]:
+    """The names and addresses by which others of the network call it; those of ``host`` alone, where that is one."""
+    try:
+        specific = not ip_address(host).is_unspecified
+    except ValueError:
+        specific = True
+    addresses = [host.lower()] if specific else _addresses()
+    short = socket.gethostname().split(".")[0]
+    names = [socket.gethostname(), short, f"{short}.local"]
+    return tuple(dict.fromkeys((*(name.lower() for name in names if name), *addresses)))
+
+
+def _addresses() -> list[str]:
+    found = [a.ip for interface in interfaces() for a in interface.addresses]
+    return [str(ip) for ip in found if not (ip.is_loopback or (ip.version == 6 and ip.is_link_local))]

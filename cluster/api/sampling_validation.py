@@ -1,0 +1,83 @@
+"""Sampling and stop options as a client sent them, checked and completed. Every refusal names its field."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import (
+    LEAST_REPETITION_PENALTY,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    MOST_REPETITION_PENALTY,
+)
+from cluster.core.request import Grammar, SamplingParams
+from cluster.v1 import inference_pb2 as pb
+
+_DEFAULTS = SamplingParams()
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_POSITIVE = {"top_p"}
+"""This must be above zero, which would leave no token."""
+
+
+def sampling_params(o: pb.SamplingOptions, vocabulary: int, grammar: Grammar | None = None) -> SamplingParams:
+    """The options with defaults filled in; a seed that was not given is drawn. Raises ``InvalidRequest``."""
+    top_logprobs = o.top_logprobs if o.HasField("top_logprobs") else 0
+    if top_logprobs > MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs is {top_logprobs}; at most {MAX_TOP_LOGPROBS}", field="top_logprobs")
+    return replace(
+        SamplingParams(),
+        **{name: _number(o, name) for name in _RANGES},
+        grammar=grammar,
+        top_k=min(o.top_k, vocabulary),
+        logit_bias=_logit_bias(o, vocabulary),
+        seed=o.seed if o.HasField("seed") else secrets.randbits(63),
+        logprobs=o.logprobs or top_logprobs > 0,
+        top_logprobs=top_logprobs,
+    )
+
+
+def _number(o: pb.SamplingOptions, name: str) -> float:
+    if not o.HasField(name):  # type: ignore[arg-type]  # every key of _RANGES is an optional field
+        return float(getattr(_DEFAULTS, name))
+    value, (least, most) = float(getattr(o, name)), _RANGES[name]
+    if not math.isfinite(value) or not least <= value <= most or (name in _POSITIVE and value == 0):
+        bracket = "(" if name in _POSITIVE else "["
+        raise InvalidRequest(f"{name} is {value:g}; it must be in {bracket}{least:g}, {most:g}]", field=name)
+    return value
+
+
+def _logit_bias(o: pb.SamplingOptions, vocabulary: int) -> tuple[tuple[int, float], ...]:
+    if len(o.logit_bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"logit_bias has {len(o.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", field="logit_bias"
+        )
+    for token, bias in o.logit_bias.items():
+        if token >= vocabulary:
+            raise InvalidRequest(f"logit_bias names token {token}; the model has {vocabulary}", field="logit_bias")
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"logit_bias of token {token} is {bias:g}; it must be in [-100, 100]", field="logit_bias"
+            )
+    return tuple(sorted(o.logit_bias.items()))
+
+
+def stop_strings(o: pb.StopOptions) -> tuple[str, ...]:
+    """The stop strings, checked. Raises ``InvalidRequest``."""
+    if len(o.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"{len(o.stop)} stop strings were given; at most {MAX_STOP_STRINGS}", field="stop")
+    if not all(0 < len(s) <= MAX_STOP_CHARS for s in o.stop):
+        raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters", field="stop")
+    return tuple(dict.fromkeys(o.stop))

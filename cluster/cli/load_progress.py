@@ -1,0 +1,189 @@
+"""How a load looks on a terminal: who is there, the plan as a table, a bar for each worker, then where to ask.
+
+It draws and decides nothing. Where stderr is no terminal, it writes plain lines and fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TextIO
+
+from cluster.cli.screen import bytes_in_words, console, figure, printable, table
+from cluster.client.coordinator_address import DEFAULT_HOST, DEFAULT_PORT
+from cluster.core.plan import Forecast, LayerRange, LoadProgress, Plan, Route, Spare
+from cluster.core.worker import WorkerInfo
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+    from cluster.store.fetch import Fetched
+
+BAR_WIDTH: Final = 16
+"""So that a line with a worker's name, sizes, speed and state fits 80 columns."""
+PLAIN_STEP: Final = 10
+"""Percent between two plain lines of one worker."""
+
+
+class LoadBars:
+    """Progress of a load, a bar or some lines for each worker."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = console(stream)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, tuple[int, str]] = {}
+        self._noticed: set[tuple[str, str]] = set()
+
+    def show(self, progress: LoadProgress) -> None:
+        """Draw how far one stage is, below what is new to know of its bytes."""
+        for notice in [n for n in progress.notices if (progress.worker, n) not in self._noticed]:
+            self._noticed.add((progress.worker, notice))
+            self._console.print(printable(f"{progress.worker}: {notice}"), soft_wrap=True)
+        came = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
+        told = ", ".join(f"{bytes_in_words(count)} from {whom}" for count, whom in came if count)
+        what = f"{progress.worker} layers {progress.layers}"
+        self.show_as(
+            what, f"{progress.state} ({told})" if told else progress.state, progress.done_bytes, progress.total_bytes
+        )
+
+    def show_as(self, what: str, state: str, done: int, total: int) -> None:
+        """Draw how far something is. ``state`` says what is being done."""
+        if self._console.is_terminal:
+            self._draw(what, state, done, total)
+        else:
+            self._write(what, state, done, total)
+
+    def close(self) -> None:
+        """Leave the bars as they are; what is printed next comes below them."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
+        self._told.clear()
+        self._noticed.clear()
+
+    def _draw(self, what: str, state: str, done: int, total: int) -> None:
+        bars = self._bars = self._bars or self._start_bars()
+        known = self._tasks.get(what)
+        task = bars.add_task("", start=True, state="", visible=False) if known is None else known
+        self._tasks[what] = task
+        shown = printable(state)
+        bars.update(task, description=printable(what), completed=done, total=total or None, state=shown, visible=True)
+
+    def _start_bars(self) -> Progress:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        description = TextColumn("{task.description}", markup=False)
+        state = TextColumn("{task.fields[state]}", markup=False, style="dim")
+        sizes = DownloadColumn(binary_units=True)
+        bars = Progress(description, BarColumn(BAR_WIDTH), sizes, TransferSpeedColumn(), state, console=self._console)
+        bars.start()
+        return bars
+
+    def _write(self, what: str, state: str, done: int, total: int) -> None:
+        percent = 100 * done // total if total else 0
+        told = (percent // PLAIN_STEP, state.partition(" ")[0])
+        if self._told.get(what) != told:
+            self._told[what] = told
+            far = f", {percent}% of {bytes_in_words(total)}" if total else ""
+            self._console.print(f"{what}: {state}{far}", soft_wrap=True)
+
+
+class PullBar:
+    """How far one fetch is: a bar, or a line now and then."""
+
+    def __init__(self, stream: TextIO, model: str) -> None:
+        self._model = model
+        self._bars = LoadBars(stream)
+
+    def show(self, fetched: Fetched) -> None:
+        """Draw it."""
+        self._bars.show_as(printable(self._model), fetched.state, fetched.done, fetched.total)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bars.close()
+
+
+class TerminalReport:
+    """The ``Report`` of ``macpipe serve``; a context manager, so that bars are taken down however it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = console(stream)
+        self._bars = LoadBars(stream)
+        self._found: tuple[str, ...] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.close()
+
+    def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
+        """Say who is there, when that has changed."""
+        names = tuple(sorted(f"{worker.name} ({worker.chip or worker.backend})" for worker in found))
+        if names == self._found:
+            return
+        self._found = names
+        some = f"{len(names)} worker{'s' * (len(names) != 1)}"
+        count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
+        self._say(f"{count}: {', '.join(names)}" if names else f"waiting for {_workers_in_words(wanted)}")
+
+    def planned(self, plan: Plan) -> None:
+        """Show who gets what."""
+        self._say(f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:")
+        stages = [(s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.decode_ms) for s in plan.stages]
+        self._console.print(stage_table(stages))
+        for line in prospects(plan.forecast, plan.spares, plan.reasons):
+            self._say(line)
+        if plan.route is Route.RELAY:
+            self._say("activations go by way of this coordinator")
+
+    def progress(self, progress: LoadProgress) -> None:
+        """Move a worker's bar."""
+        self._bars.show(progress)
+
+    def serving(self, address: str, plan: Plan, http: str) -> None:
+        """Say where to ask, and how."""
+        self._bars.close()
+        self._say(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
+        default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
+        self._say(f"ask it: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
+
+    def problem(self, sentence: str) -> None:
+        """Say what a person should know."""
+        self._bars.close()
+        self._say(f"macpipe: {sentence}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(printable(line), soft_wrap=True)
+
+
+def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Table:
+    """A plan's stages: worker, layers, bytes of weights, bytes left beside them, a step's milliseconds (0: unknown)."""
+    numbers = frozenset({"weights", "left for caches", "ms a token"})
+    shown = table("stage", "worker", "layers", "weights", "left for caches", "ms a token", right=numbers)
+    for i, (worker, layers, weights, left, ms) in enumerate(stages):
+        figures = (bytes_in_words(weights), bytes_in_words(left), f"{ms:.1f}" if ms else "-")
+        shown.add_row(str(i), printable(worker), str(layers), *figures)
+    return shown
+
+
+def prospects(forecast: Forecast | None, spares: Iterable[Spare], reasons: Iterable[str]) -> Iterator[str]:
+    """What a plan promises, and why it is as it is: a line each."""
+    if forecast:
+        yield (
+            f"predicted: {figure(forecast.one_user)} tokens/s for one user, {figure(forecast.eight_users)} for eight"
+            f" together; {forecast.prompt_tokens} tokens of prompt take {forecast.first_token_s:.2g} s"
+            " to the first token"
+        )
+    yield from (f"spare: {spare.worker}: {spare.why}" for spare in spares)
+    yield from reasons
+
+
+def _workers_in_words(wanted: int | None) -> str:
+    if wanted is None:
+        return "workers (start one with `macpipe worker`)"
+    return f"{wanted} worker{'s' * (wanted != 1)} (start one with `macpipe worker`)"

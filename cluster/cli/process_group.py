@@ -1,0 +1,116 @@
+"""Some processes of ours on this machine that live and die together. It knows processes and nothing of what they say.
+
+None outlives this process: each gets a pipe as standard input that only this process holds open, and ends when it
+closes (``cluster.platform.process``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Final, Self
+
+from cluster.core.errors import MacpipeError
+from cluster.platform.process import isolated_environment
+
+GRACE_S: Final = 5.0
+"""What all processes together get between SIGTERM and SIGKILL."""
+LOG_LINES: Final = 20
+"""How much of a dead process's stderr is shown."""
+POLL_S: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedProcess:
+    """One process, and the file that its stderr goes to."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class ProcessGroup:
+    """Processes ``macpipe ...`` with their logs in ``folder``; leaving the context ends them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._members: list[ManagedProcess] = []
+
+    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start ``macpipe ARGUMENTS --exit-with-stdin``, in a session of its own: Ctrl-C here is not for it.
+
+        ``environment`` is added to this process's own.
+        """
+        log = self._folder / f"{name}.log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.cli.main", *arguments, "--exit-with-stdin"],
+                stdin=subprocess.PIPE,
+                stdout=stderr,
+                stderr=stderr,
+                start_new_session=True,
+                env={**isolated_environment(os.environ), **(environment or {})},
+            )
+        self._members.append(ManagedProcess(name, process, log))
+
+    def check(self) -> None:
+        """Raise MacpipeError with the last lines of its log if a process has ended."""
+        for member in self._members:
+            if (code := member.process.poll()) is not None:
+                lines = member.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+                said = "".join(f"\n  {line}" for line in lines) or " without a word"
+                raise MacpipeError(f"the {member.name} ended with {code}:{said}", process=member.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for member in reversed(self._members):
+            member.process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for member in self._members:
+            with suppress(subprocess.TimeoutExpired):
+                member.process.wait(max(0.0, deadline - time.monotonic()))
+        for member in self._members:
+            _end(member.process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session: its own children go with it
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+@contextmanager
+def end_on_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP unwind this process and exit with 128 + their number; a second one changes nothing."""
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server((host, 0)) as listener:
+        return int(listener.getsockname()[1])

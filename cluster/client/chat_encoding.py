@@ -1,0 +1,109 @@
+"""A conversation as protobuf: messages in any of the forms that are taken, and what the chat template is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from cluster.client.options import ChatKeywords, json_text, switch, text
+from cluster.core.errors import InvalidRequest
+from cluster.core.request import ChatMessage, Tool, ToolCall
+from cluster.v1 import inference_pb2 as pb
+
+Turn = ChatMessage | Mapping[str, Any] | tuple[str, str]
+"""One message: ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``."""
+
+CHOICES: Final = {
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+def chat_messages(messages: Iterable[Turn]) -> list[pb.ChatMessage]:
+    """Raises InvalidRequest naming the message that cannot be sent."""
+    if isinstance(messages, (str, Mapping, ChatMessage)):
+        raise InvalidRequest("messages must be a sequence of messages, not one alone", field="messages")
+    return [_encode_message(chat_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
+
+
+def _encode_message(turn: ChatMessage) -> pb.ChatMessage:
+    return pb.ChatMessage(
+        role=turn.role,
+        content=turn.content,
+        reasoning=turn.reasoning,
+        tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments=c.arguments) for c in turn.tool_calls],
+        tool_call_id=turn.tool_call_id,
+        name=turn.name,
+    )
+
+
+def chat_message(given: Turn, field: str = "message") -> ChatMessage:
+    """One message in any of the forms that ``Turn`` allows; raises InvalidRequest naming ``field``.
+
+    A mapping may hold ``reasoning``, ``tool_calls``, ``tool_call_id`` and ``name`` too, as ChatMessage does.
+    """
+    match given:
+        case ChatMessage():
+            message = given
+        case {"role": _, "content": _} if isinstance(given, Mapping) and given.keys() <= _KNOWN:
+            message = ChatMessage(**given)
+        case (role, content):
+            message = ChatMessage(role, content)
+        case _:
+            raise InvalidRequest(f"{field} must have a role and a content, and nothing that is unknown", field=field)
+    return ChatMessage(
+        **{name: text(f"{field}.{name}", getattr(message, name)) for name in ("role", "content", *_TEXTS)},
+        tool_calls=_calls(message.tool_calls, f"{field}.tool_calls"),
+    )
+
+
+_TEXTS: Final = ("reasoning", "tool_call_id", "name")
+_KNOWN: Final = frozenset(("role", "content", *_TEXTS, "tool_calls"))
+
+
+def _calls(given: object, field: str) -> tuple[ToolCall, ...]:
+    calls = tuple(given) if isinstance(given, (list, tuple)) else None
+    if calls is None or not all(isinstance(call, ToolCall) for call in calls):
+        raise InvalidRequest(f"{field} must be a sequence of ToolCall", field=field)
+    return tuple(ToolCall(text(field, call.id), text(field, call.name), text(field, call.arguments)) for call in calls)
+
+
+def template_options(options: ChatKeywords) -> pb.TemplateOptions:
+    """The fields of ``options`` that say how messages become a prompt. Raises InvalidRequest naming the field."""
+    sent = pb.TemplateOptions(
+        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(options.get("tools") or ())],
+        tool_choice=_choice(text("tool_choice", options.get("tool_choice") or "")),
+        reasoning_effort=text("reasoning_effort", options.get("reasoning_effort") or ""),
+    )
+    if (parallel := options.get("parallel_tool_calls")) is not None:
+        sent.parallel_tool_calls = switch("parallel_tool_calls", parallel)
+    if (thinking := options.get("enable_thinking")) is not None:
+        sent.enable_thinking = switch("enable_thinking", thinking)
+    if further := options.get("chat_template_kwargs"):
+        sent.chat_template_kwargs = json_text("chat_template_kwargs", further)
+    return sent
+
+
+def _choice(wanted: str) -> pb.ToolChoice:
+    if not wanted:
+        return pb.ToolChoice()
+    if wanted in CHOICES:
+        return pb.ToolChoice(mode=CHOICES[wanted])
+    return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=wanted)
+
+
+def _tool(given: Tool | Mapping[str, object], field: str) -> pb.Tool:
+    if isinstance(given, Mapping):
+        function = given.get("function", given)
+        if not isinstance(function, Mapping) or "name" not in function:
+            raise InvalidRequest(f"{field} must be a Tool, or a mapping with a name", field=field)
+        name, description = function["name"], function.get("description") or ""
+        parameters: object = function.get("parameters") or ""
+    else:
+        name, description, parameters = given.name, given.description, given.parameters
+    return pb.Tool(
+        name=text(f"{field}.name", name),
+        description=text(f"{field}.description", description),
+        parameters=json_text(f"{field}.parameters", parameters) if parameters else "",
+    )

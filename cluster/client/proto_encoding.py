@@ -1,0 +1,167 @@
+"""What a caller says, as protobuf. Nothing is waited for here, so both clients share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeVar
+
+from google.protobuf.message import Message
+
+from cluster.client.chat_encoding import Turn, chat_messages, template_options
+from cluster.client.options import (
+    ChatKeywords,
+    LoadOptions,
+    Options,
+    check_names,
+    grammar_option,
+    number,
+    sampling_options,
+    stop_options,
+    text,
+    whole_number,
+)
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_CONTROL_BYTES, MIB
+from cluster.core.plan import Objective, Route
+from cluster.v1 import cluster_pb2, inference_pb2
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+ROUTES: Final = {
+    Route.DIRECT: cluster_pb2.ROUTE_DIRECT,
+    Route.RELAY: cluster_pb2.ROUTE_RELAY,
+}
+
+OBJECTIVES: Final = {
+    Objective.LATENCY: cluster_pb2.OBJECTIVE_LATENCY,
+    Objective.THROUGHPUT: cluster_pb2.OBJECTIVE_THROUGHPUT,
+}
+
+M = TypeVar("M", bound=Message)
+
+
+def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options)
+    request = inference_pb2.GenerateRequest(
+        request_id=text("request_id", options.get("request_id") or ""),
+        model=text("model", options.get("model") or ""),
+        sampling=sampling_options(options),
+        stop=stop_options(options),
+        priority=whole_number("priority", options.get("priority") or 0),
+        samples=whole_number("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
+        grammar=grammar_option(options),
+    )
+    if isinstance(prompt, str):
+        request.text = text("prompt", prompt)
+    else:
+        request.tokens.ids.extend(_token_ids(prompt))
+        request.tokens.SetInParent()
+    return _sendable(request, "prompt")
+
+
+def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb2.ChatRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options, ChatKeywords)
+    request = inference_pb2.ChatRequest(
+        request_id=text("request_id", options.get("request_id") or ""),
+        model=text("model", options.get("model") or ""),
+        messages=chat_messages(messages),
+        sampling=sampling_options(options),
+        stop=stop_options(options),
+        priority=whole_number("priority", options.get("priority") or 0),
+        samples=whole_number("samples", options.get("samples") or 0),
+        stage_timings=bool(options.get("stage_timings")),
+        grammar=grammar_option(options),
+        template=template_options(options),
+    )
+    return _sendable(request, "messages")
+
+
+def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:
+    """``given`` is a text, or messages to which the chat template is applied."""
+    request = inference_pb2.TokenizeRequest(model=text("model", model))
+    if isinstance(given, str):
+        request.text = text("text", given)
+    else:
+        request.messages.extend(chat_messages(given))
+    return _sendable(request, "text" if isinstance(given, str) else "messages")
+
+
+def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
+    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    check_names(options, LoadOptions)
+    return cluster_pb2.LoadModelRequest(
+        model=text("model", model),
+        layers=text("layers", options.get("layers") or ""),
+        route=ROUTES[_route(options.get("route") or Route.DIRECT)],
+        max_step_ms=number("max_step_ms", options.get("max_step_ms") or 0.0),
+        workers=whole_number("workers", options.get("workers") or 0),
+        max_context=whole_number("max_context", options.get("max_context") or 0),
+        lanes=whole_number("lanes", options.get("lanes") or 0),
+        kv_bits=whole_number("kv_bits", options.get("kv_bits") or 0),
+        take_back=bool(options.get("take_back")),
+        objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
+    )
+
+
+def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
+    """``max_step_ms`` plays no part in a plan. Raises as ``load_request`` does."""
+    load = load_request(model, options)
+    return cluster_pb2.PlanRequest(
+        model=load.model,
+        workers=load.workers,
+        layers=load.layers,
+        route=load.route,
+        max_context=load.max_context,
+        lanes=load.lanes,
+        kv_bits=load.kv_bits,
+        objective=load.objective,
+    )
+
+
+def resume_request(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
+    """Raises InvalidRequest for what cannot be sent."""
+    name = text("request_id", request_id)
+    if isinstance(offset, Sequence) and not offset:
+        raise InvalidRequest("offset is empty; give one number, or one a sample", field="offset")
+    if isinstance(offset, Sequence):
+        return inference_pb2.ResumeRequest(request_id=name, offsets=[whole_number("offset", n) for n in offset])
+    return inference_pb2.ResumeRequest(request_id=name, offset=whole_number("offset", offset))
+
+
+def abort_request(request_id: str) -> inference_pb2.AbortRequest:
+    """Raises InvalidRequest for an id that cannot be sent."""
+    return inference_pb2.AbortRequest(request_id=text("request_id", request_id))
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+        raise InvalidRequest(f"prompt must be text or token ids, not {type(prompt).__name__}", field="prompt")
+    return [whole_number("prompt", token) for token in prompt]
+
+
+def _route(given: Route | str) -> Route:
+    try:
+        return Route(given)
+    except ValueError:
+        raise InvalidRequest(f"route must be direct or relay, not {given!r}", field="route") from None
+
+
+def _objective(given: Objective | str) -> Objective:
+    try:
+        return Objective(given)
+    except ValueError:
+        raise InvalidRequest(f"objective must be latency or throughput, not {given!r}", field="objective") from None
+
+
+def _sendable(request: M, field: str) -> M:
+    size = request.ByteSize()
+    if size > MAX_CONTROL_BYTES:
+        raise InvalidRequest(
+            f"{field} is too long: the request takes {size / MIB:.1f} MiB, and one message may hold"
+            f" {MAX_CONTROL_BYTES / MIB:.0f} MiB",
+            field=field,
+        )
+    return request

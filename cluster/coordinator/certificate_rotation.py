@@ -1,0 +1,80 @@
+"""Who belongs to the cluster, kept true on every Mac: removals are told at once, certificates renewed in time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.core.errors import MacpipeError
+from cluster.core.worker import WorkerInfo
+from cluster.security.bounds import RENEWAL_LOOK_S, REVOCATION_LOOK_S
+
+if TYPE_CHECKING:
+    from cluster.security.certificate_renewal import Renewal
+    from cluster.security.cluster_folder import ClusterFolder
+
+log = logging.getLogger(__name__)
+
+
+class CertificateRotation:
+    """``ask`` has every worker describe itself, which tells it who was removed. Idle where there is no cluster."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        ask: Callable[[], Awaitable[tuple[RosterEntry, ...]]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._roster, self._ask, self._clock = roster, ask, clock
+        self._trust = roster.trust
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        if self._trust.members is None or (renewal := self._trust.renewal) is None:
+            return
+        known, looked = self._trust.members.revoked(), float("-inf")
+        while True:
+            try:
+                if known != (known := self._trust.members.revoked()):
+                    await self._ask()
+                if time.monotonic() - looked > RENEWAL_LOOK_S:
+                    looked = time.monotonic()
+                    await self.renew(renewal)
+            except MacpipeError as e:
+                log.warning("who belongs to the cluster could not be looked at: %s", e.sentence)
+            await anyio.sleep(REVOCATION_LOOK_S)
+
+    async def renew(self, renewal: Renewal) -> None:
+        """Renew what is due: this coordinator's own certificate, then the workers' that answer now."""
+        from cluster.security.certificate_renewal import is_due
+
+        if is_due(*self._trust.valid, self._clock()):
+            await anyio.to_thread.run_sync(self._renew_own, renewal)
+        for member in await self._ask():
+            if member.reachable and member.facts.certificate[1] and is_due(*member.facts.certificate, self._clock()):
+                await self._renew_worker(member.facts, renewal.folder)
+
+    def _renew_own(self, renewal: Renewal) -> None:
+        from cluster.security.certificate_renewal import renew_certificate
+
+        own = renewal.held().party
+        renewal.install(renew_certificate(renewal.folder, own.role, own.id, renewal.request(), self._clock()))
+        log.info("this coordinator's certificate was renewed")
+
+    async def _renew_worker(self, facts: WorkerInfo, folder: ClusterFolder) -> None:
+        from cluster.security.certificate_renewal import renew_certificate
+        from cluster.security.roles import Role
+
+        certify = partial(renew_certificate, folder, Role.WORKER, facts.id, now=self._clock())
+        try:
+            await self._roster.control(facts.control_address).renew(certify)
+        except MacpipeError as e:
+            log.warning("the certificate of worker %s was not renewed: %s", facts.name, e.sentence)
+        else:
+            log.info("the certificate of worker %s was renewed", facts.name)

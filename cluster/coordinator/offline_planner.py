@@ -1,0 +1,72 @@
+"""Plans without a coordinator: for Macs that are only assumed, or for the workers that are found. Loads nothing."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.planner import plan_over
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import NoPlan
+from cluster.core.plan import LoadProgress, Plan, Route
+from cluster.core.worker import WorkerInfo
+from cluster.discovery.browse import browse
+from cluster.discovery.static import merge_sources, static_source
+from cluster.model.device import close_thread
+from cluster.model.model_shape import read_shape
+from cluster.placement.chips import assumed_workers, assumption
+from cluster.security.trust import ADMIN, open_trust
+from cluster.store.store import Store
+from cluster.transport.grpc_streams import GrpcDialer
+
+__all__ = ["plan_for", "plan_over_found"]
+
+
+def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
+    """The plan for Macs that are written as for ``placement.chips.assumed``. Call on a thread that ends with it.
+
+    Raises ``NoPlan`` where fewer are named than the order wants. Of a model of the hub, small files and headers are
+    fetched, and kept in ``home``.
+    """
+    candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
+    if order.workers and order.workers > len(candidates.workers):
+        raise NoPlan(f"{order.workers} workers were asked for, --assume names {len(candidates.workers)}")
+    try:
+        shape = read_shape(
+            Store(home).find_by_name(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits
+        )
+    finally:
+        close_thread()
+    made = plan_over(0, shape, candidates, order)
+    return replace(made, reasons=(assumption(candidates), *made.reasons))
+
+
+async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], home: Path) -> Plan:
+    """The plan for the workers of a cluster that answer now. Raises ``NoWorkers`` where none does."""
+    async with browse(cluster) as source:
+        trust = open_trust(home, cluster, ADMIN)
+        roster = Roster(merge_sources(static_source(peers), source), cluster, secrets.token_hex(8), trust)
+        coordinator = Coordinator(cluster, roster, GrpcDialer(trust), _Silence(), Store(home))
+        try:
+            await roster.gather(order.workers, order.wait_s, _Silence())
+            return await coordinator.plan(order)
+        finally:
+            await coordinator.close()
+
+
+class _Silence:
+    """A report that nobody reads."""
+
+    def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def progress(self, progress: LoadProgress) -> None: ...
+
+    def serving(self, address: str, plan: Plan, http: str) -> None: ...
+
+    def problem(self, sentence: str) -> None: ...

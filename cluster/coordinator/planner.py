@@ -1,0 +1,91 @@
+"""From a model's shape and the workers that are there to a plan, and what it can take. Decides; loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import LANE_ROWS, MAX_STAGES, PREFIX_SHARE
+from cluster.core.plan import Link, ModelShape, Plan, PlannedStage, Route, StageSpec
+from cluster.core.worker import WorkerInfo
+from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.memory_split import Room
+from cluster.placement.propose import PlanRequest, Proposal, propose
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.kv_cost import Cost
+
+Links = Mapping[tuple[str, str], Link]
+
+
+def make_plan(
+    epoch: int, shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
+) -> Plan:
+    """The plan for some of these workers. ``links`` are by the names (from, to). Raises as ``plan_over`` does."""
+    macs = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
+    return plan_over(epoch, shape, Candidates(macs, links or {}, relay=order.route is Route.RELAY), order)
+
+
+def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
+    """The plan as the order wants it. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
+    if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
+        raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
+    wish = PlanRequest(order.objective, order.workers, order.layers, order.lanes)
+    proposal = propose(shape, candidates, wish)
+    stages = _stages(epoch, shape, proposal, order.kv_bits)
+    lanes, rows = order.lanes or len(stages), LANE_ROWS if shape.batchable else 1
+    full = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
+    return Plan(
+        epoch=epoch,
+        model=shape.model,
+        stages=stages,
+        route=order.route,
+        max_context=shape.max_context,
+        max_sequences=min(full, lanes * rows),
+        lanes=lanes,
+        rows=rows,
+        objective=order.objective,
+        forecast=proposal.forecast,
+        spares=proposal.spares,
+        reasons=(*proposal.reasons, *_why_unbatchable(shape, order)),
+    )
+
+
+def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
+    """Why requests do not decode together, where they cannot."""
+    if shape.batchable:
+        return ()
+    who = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.model.name}"
+    return (f"{who} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
+
+
+def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> tuple[PlannedStage, ...]:
+    count, stages = len(proposal.ranges), []
+    for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
+        spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, kv_bits)
+        used = shape.stage_bytes(layers)
+        left = worker.room.usable - used
+        stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
+    return tuple(stages)
+
+
+def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
+    """What the scheduler may put on the plan's stages."""
+    layers = [s.layers for s in plan.stages]
+
+    @lru_cache(maxsize=4096)
+    def cost_of(tokens: int) -> Cost:
+        return tuple(shape.stage_cache_bytes(own, tokens) for own in layers)
+
+    budget = tuple(s.cache_bytes for s in plan.stages)
+    return Capacity(
+        lanes=plan.lanes,
+        rows=plan.rows,
+        window=len(plan.stages) + 1,
+        budget=budget,
+        prefix_budget=tuple(int(b * PREFIX_SHARE) for b in budget),
+        cost_of=cost_of,
+        trimmable=shape.trimmable,
+        max_step_ms=max_step_ms,
+    )

@@ -1,0 +1,91 @@
+"""Loads a plan: every slice at once, then the links between stages, then the coordinator's own streams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import anyio
+
+from cluster.coordinator.ring import RingStage
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import LinkFailed, MacpipeError
+from cluster.core.plan import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageProof
+from cluster.core.worker import WorkerInfo
+from cluster.platform.process import first_error
+from cluster.security.trust import worker_of
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[LoadProgress], None]
+
+
+async def load_slices(
+    stages: Sequence[PlannedStage],
+    controls: Sequence[WorkerClient],
+    orders: Sequence[FetchOrder],
+    progress: Progress,
+) -> tuple[StageProof, ...]:
+    """Make every worker hold its slice; what their tensors hash to, stage by stage.
+
+    Raises the first error; the other loads are cancelled.
+    """
+    proofs: dict[int, StageProof] = {}
+
+    async def load(stage: PlannedStage, control: WorkerClient, order: FetchOrder) -> None:
+        proofs[stage.spec.index] = await _load(stage, control, order, progress)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for one in zip(stages, controls, orders, strict=True):
+                tasks.start_soon(load, *one)
+    except* MacpipeError as group:
+        raise first_error(group) from None
+    return tuple(proofs[stage.spec.index] for stage in stages)
+
+
+async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress) -> StageProof:
+    proof = StageProof(stage.worker, ())
+    async for p in control.load(stage.spec, order):
+        if isinstance(p, StageProof):
+            proof = p
+            continue
+        total = p.total_bytes or stage.weight_bytes
+        done = total if p.state in ("hashing", "ready") else p.done_bytes
+        progress(replace(p, worker=stage.worker, done_bytes=done, total_bytes=total))
+    return proof
+
+
+async def link_stages(
+    plan: Plan, workers: Sequence[WorkerInfo], controls: Sequence[WorkerClient]
+) -> tuple[RingStage, ...]:
+    """Connect each stage to the one before it, all at once, or leave the hop to the coordinator where that cannot be.
+
+    Raises the first error; the other links are given up.
+    """
+    inlets: dict[int, Route] = {}
+
+    async def link(i: int, control: WorkerClient) -> None:
+        before = workers[i - 1] if i and plan.route is Route.DIRECT else None
+        inlets[i] = await _link(control, plan.epoch, before)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for i, control in enumerate(controls):
+                tasks.start_soon(link, i, control)
+    except* MacpipeError as group:
+        raise first_error(group) from None
+    return tuple(RingStage(w.name, w.data_address, inlets[i], worker_of(w.id)) for i, w in enumerate(workers))
+
+
+async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> Route:
+    if before:
+        try:
+            await control.link(epoch, before)
+        except LinkFailed as e:
+            log.warning("%s; the coordinator relays this hop", e.sentence)
+        else:
+            return Route.DIRECT
+    await control.link(epoch, None)
+    return Route.RELAY

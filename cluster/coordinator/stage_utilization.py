@@ -1,0 +1,52 @@
+"""How busy each stage was of late: its compute as a share of the time in which the ring held anything at all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from cluster.core.frames import StageTiming
+from cluster.core.limits import OCCUPANCY_S
+
+
+class StageUtilization:
+    """Fed with every frame that comes back; times are the engine loop's clock, in seconds."""
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._frames: deque[tuple[float, float, tuple[int, ...]]] = deque()
+        self._last = 0.0
+        self._active_s = 0.0
+        self._busy_s = [0.0] * stages
+
+    @property
+    def active_s(self) -> float:
+        """Seconds in which the ring held anything at all, from the beginning."""
+        return self._active_s
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds that each stage computed, from the beginning."""
+        return tuple(self._busy_s)
+
+    def frame(self, sent_at: float, now: float, timings: Sequence[StageTiming]) -> None:
+        """A frame came back. The ring was in use since it went out, or since the frame before came back."""
+        active = now - max(sent_at, self._last)
+        self._last = now
+        self._active_s += active
+        compute = [0] * self._stages
+        for timing in timings:
+            if timing.stage < self._stages:
+                compute[timing.stage] = timing.compute_us
+                self._busy_s[timing.stage] += timing.compute_us / 1e6
+        self._frames.append((now, active, tuple(compute)))
+        while self._frames[0][0] < now - OCCUPANCY_S:
+            self._frames.popleft()
+
+    def bubbles(self) -> tuple[float, ...]:
+        """The share of the ring's active time in which each stage computed nothing; 0 where nothing was measured."""
+        active = sum(f[1] for f in self._frames)
+        if active <= 0:
+            return (0.0,) * self._stages
+        busy = [sum(f[2][i] for f in self._frames) / 1e6 for i in range(self._stages)]
+        return tuple(max(0.0, 1.0 - b / active) for b in busy)

@@ -1,0 +1,153 @@
+"""The coordinator's part in bytes: which tensors a worker needs, where it gets them, and whether all hold one model.
+
+It opens a store port for the time of a load, on the address by which workers see this Mac, so that its folder and what
+it knows of digests are there for them. It moves no bytes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from threading import Event
+
+import anyio
+
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.roster import Roster
+from cluster.core.errors import ModelDiffers
+from cluster.core.limits import HEARTBEAT_S
+from cluster.core.plan import FetchOrder, Plan, StageProof, StorePlace
+from cluster.core.text import format_address, parse_address
+from cluster.core.worker import WorkerInfo
+from cluster.security.trust import worker_of
+from cluster.store.digest_manifest import DigestManifest
+from cluster.store.digests import digests
+from cluster.store.store import FoundModel, Store
+from cluster.store.store_server import StoreServer
+from cluster.transport.grpc_setup import bind, control_server
+from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+
+COORDINATOR = "the coordinator"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDelivery:
+    """One load's orders, stage by stage, and the check of what came of them."""
+
+    orders: tuple[FetchOrder, ...]
+    manifest: DigestManifest
+    own: asyncio.Task[dict[str, str]]
+    """What the coordinator's own folder hashes to; nothing where it has no whole one."""
+
+    async def check(self, proofs: Sequence[StageProof], waiting: Callable[[], None]) -> None:
+        """Raise ModelDiffers, naming worker and tensor, unless all workers hold the tensors of one model.
+
+        ``waiting`` is called now and then while the coordinator's own folder is still being hashed.
+        """
+        for proof, order in zip(proofs, self.orders, strict=True):
+            if missing := set(order.tensors) - {name for name, _ in proof.digests}:
+                raise ModelDiffers(
+                    f"worker {proof.worker} did not prove its copy of the tensor {min(missing)}", worker=proof.worker
+                )
+        while not self.own.done():
+            waiting()
+            await asyncio.wait([self.own], timeout=HEARTBEAT_S)
+        self.manifest.learn((await self.own).items(), f"{COORDINATOR}'s folder")
+        compare(proofs, self.manifest)
+        for proof in proofs:
+            self.manifest.learn(proof.digests, f"worker {proof.worker}")
+
+
+def compare(proofs: Sequence[StageProof], manifest: DigestManifest) -> None:
+    """Hold proofs against the manifest, then against each other. Raises ModelDiffers, naming worker and tensor."""
+    seen: dict[str, tuple[str, str]] = {}
+    for proof in proofs:
+        for name, digest in proof.digests:
+            known = manifest.known.get(name)
+            other, theirs = seen.setdefault(name, (proof.worker, digest))
+            if known not in (None, digest):
+                raise ModelDiffers(
+                    f"worker {proof.worker} has another version of the tensor {name} (sha256 {digest[:12]}, expected "
+                    f"{known[:12] if known else ''}): its copy of the model is damaged or not this one. Remove that "
+                    f"copy and load again; if all Macs have a new version, remove {manifest.path}",
+                    worker=proof.worker,
+                    tensor=name,
+                )
+            if theirs != digest:
+                raise ModelDiffers(
+                    f"worker {other} and worker {proof.worker} have different bytes of the tensor {name} (sha256 "
+                    f"{theirs[:12]} and {digest[:12]}). Give both the same copy of the model and load again",
+                    worker=proof.worker,
+                    tensor=name,
+                )
+
+
+class WeightDistribution:
+    """Says what each worker needs. ``roster`` knows who else may have something."""
+
+    def __init__(self, store: Store, roster: Roster) -> None:
+        self._store, self._roster, self._trust = store, roster, roster.trust
+        self._shelf = StoreServer(store)
+
+    @asynccontextmanager
+    async def delivery(
+        self, plan: Plan, checkpoint: ModelInfo, workers: Sequence[WorkerInfo]
+    ) -> AsyncIterator[WeightDelivery]:
+        """Within, the coordinator's store answers, and its folder is hashed."""
+        found, stop = checkpoint.found, Event()
+        item = await anyio.to_thread.run_sync(self._shelf.put, found.folder, found.partial)
+        orders = _orders(plan, checkpoint)
+        names = sorted({name for order in orders for name in order.tensors})
+        own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
+        own.add_done_callback(lambda done: done.cancelled() or done.exception())  # a load that failed asks no more
+        async with AsyncExitStack() as stack:
+            stack.callback(own.cancel)
+            stack.callback(stop.set)
+            hosts = [await anyio.to_thread.run_sync(_host_towards, worker.control_address) for worker in workers]
+            ports = {host: await self._port(stack, host) for host in sorted(set(hosts))}
+            peers = [self._peers(workers, w, ports[host]) for w, host in zip(workers, hosts, strict=True)]
+            told = [replace(order, peers=theirs) for order, theirs in zip(orders, peers, strict=True)]
+            yield WeightDelivery(tuple(told), item.manifest, own)
+
+    def _own_digests(self, found: FoundModel, names: Sequence[str], stop: Event) -> dict[str, str]:
+        return {} if found.partial else digests(self._store.home, found.folder, names, stop)
+
+    def _peers(self, workers: Sequence[WorkerInfo], mine: WorkerInfo, port: str) -> tuple[StorePlace, ...]:
+        """Whom a worker may ask: the coordinator, then all other workers, those of the plan first."""
+        others = [*workers, *(m.facts for m in self._roster.members if m.reachable)]
+        named = {w.control_address: w for w in others if w.control_address != mine.control_address}
+        own = StorePlace(COORDINATOR, port, self._trust.me)
+        return own, *(StorePlace(f"worker {w.name}", address, worker_of(w.id)) for address, w in named.items())
+
+    async def _port(self, stack: AsyncExitStack, host: str) -> str:
+        """A store port on that address of this Mac's, open until the stack unwinds."""
+        server = control_server(self._trust)
+        add_StoreServiceServicer_to_server(self._shelf, server)
+        port = bind(server, self._trust, host, 0)
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        return format_address(host, port)
+
+
+def _orders(plan: Plan, checkpoint: ModelInfo) -> list[FetchOrder]:
+    """What each stage needs; a tensor of several stages is fetched by the first of them."""
+    origin = checkpoint.found.partial.origin if checkpoint.found.partial else None
+    repo, commit = (origin.repo, origin.commit) if origin else ("", "")
+    orders, taken = [], set[str]()
+    for stage in plan.stages:
+        names = checkpoint.tensors.of(stage.layers)
+        orders.append(FetchOrder(tuple(sorted(names)), tuple(sorted(names & taken)), (), repo, commit))
+        taken |= names
+    return orders
+
+
+def _host_towards(worker: str) -> str:
+    """The address by which a worker sees this Mac. Nothing is sent: connecting a UDP socket only picks a route."""
+    host, port = parse_address(worker)
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])

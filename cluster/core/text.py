@@ -1,0 +1,124 @@
+"""Addresses, layer ranges, sizes and durations as people write them."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final
+
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import MAX_STAGES
+from cluster.core.plan import LayerRange
+
+HIGHEST_PORT = 65_535
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of ``mac-1.local:7000``, ``10.0.0.5:7000`` or ``[fd00::5]:7000``.
+
+    Raises InvalidOption, with a sentence that says what is wrong.
+    """
+    host, colon, port = text.rpartition(":")
+    if "/" in text or any(c.isspace() or not c.isprintable() for c in text):
+        raise InvalidOption(f"{text!r} is not an address: write host:port, without a scheme, a path or spaces")
+    if not colon or not host or port.endswith("]"):
+        raise InvalidOption(f"{text!r} is not an address: write host:port, such as mac-1.local:7000")
+    return _parse_host(host, text), _parse_port(port, text)
+
+
+def _parse_host(host: str, text: str) -> str:
+    bracketed = host.startswith("[") and host.endswith("]")
+    inner = host[1:-1] if bracketed else host
+    if ":" in inner and not bracketed:
+        raise InvalidOption(f"{text!r} is ambiguous: write an IPv6 address in brackets, such as [fd00::5]:7000")
+    if not inner or "[" in inner or "]" in inner or (bracketed and ":" not in inner):
+        raise InvalidOption(f"{text!r} is not an address: brackets hold an IPv6 address, such as [fd00::5]:7000")
+    return inner
+
+
+def _parse_port(port: str, text: str) -> int:
+    if not (port.isascii() and port.isdigit()) or len(port) > 5 or not 1 <= int(port) <= HIGHEST_PORT:
+        raise InvalidOption(f"{text!r} has no usable port: {port!r} is not a number from 1 to {HIGHEST_PORT}")
+    return int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """The notation that ``parse_address`` reads; IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the address is this machine's own; a name other than ``localhost`` is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+_RANGE: Final = re.compile(r"\s*(?P<first>[0-9]{1,6})\s*(-\s*(?P<last>[0-9]{1,6})\s*)?")
+
+
+def parse_layers(written: str) -> tuple[LayerRange, ...]:
+    """One range a stage, from layer 0 on without a gap. Raises InvalidOption that names the bad part."""
+    if written.count(",") >= MAX_STAGES:
+        raise InvalidOption(f"--layers names more than {MAX_STAGES} stages", field="layers")
+    ranges: list[LayerRange] = []
+    for part in written.split(","):
+        due, found = ranges[-1].end if ranges else 0, parse_range(part)
+        if found.start != due:
+            raise _wrong(part, f"must begin with layer {due}: the ranges start at 0 and leave no gap")
+        ranges.append(found)
+    return tuple(ranges)
+
+
+def parse_range(part: str) -> LayerRange:
+    """One range, anywhere. Raises InvalidOption."""
+    found = _RANGE.fullmatch(part)
+    if not found:
+        raise _wrong(part, "is no range; write --layers like 0-3,4-7")
+    first, last = int(found["first"]), int(found["last"] or found["first"])
+    if last < first:
+        raise _wrong(part, "ends before it begins")
+    return LayerRange(first, last + 1)
+
+
+def _wrong(part: str, why: str) -> InvalidOption:
+    return InvalidOption(f"--layers: {part.strip()[:64]!r} {why}", field="layers")
+
+
+_SIZE: Final = re.compile(
+    r"(?P<number>[0-9]{1,18}(\.[0-9]{1,18})?)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE
+)
+_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(written: str, option: str) -> int:
+    """Bytes. ``24G`` and ``24GB`` are powers of ten, ``24GiB`` of two. Raises InvalidOption that names ``option``."""
+    found = _SIZE.fullmatch(written.strip())
+    base = 1024 if found and found["binary"] else 1000
+    size = int(float(found["number"]) * base ** _POWERS[found["prefix"].lower()]) if found else 0
+    if size <= 0:
+        raise InvalidOption(f"{option} {written!r} is no size; write it like 24GiB", field=option.lstrip("-"))
+    return size
+
+
+_DURATION: Final = re.compile(r"(?P<number>\d{1,9}(\.\d{1,3})?)\s*(?P<unit>[smhd]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_duration(written: str, option: str) -> float:
+    """Seconds; raises ``InvalidOption`` that names ``option``."""
+    found = _DURATION.fullmatch(written.strip().lower())
+    if not found:
+        raise InvalidOption(f"{option} {written!r} is no duration; write it like 30m or 2h", field=option.lstrip("-"))
+    return float(found["number"]) * _SECONDS[found["unit"]]
+
+
+def duration_in_words(seconds: float) -> str:
+    """``59 min``, ``2 h``, ``3 days``: as much as a person wants to know of a wait."""
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if round(seconds / size) >= 2:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,55 @@
+"""What an announcement says: the service's type, its instance's name and its TXT record, written and read.
+
+Everything read here was written by a stranger. Nothing in it is secret, and nothing in it is believed: it is a hint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Final
+
+from cluster.core.errors import InvalidOption
+
+SERVICE: Final = "_macpipe._tcp.local."
+MAX_FIELD_BYTES: Final = 128
+"""Longest id, name, version or cluster. A TXT string holds 255 bytes; host names have at most 63."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """The fields of the TXT record: printable text of at most ``MAX_FIELD_BYTES`` bytes; only ``name`` may be empty."""
+
+    id: str
+    name: str
+    version: str
+    cluster: str
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            text: str = getattr(self, field.name)
+            if len(text.encode("utf-8", "replace")) > MAX_FIELD_BYTES or not text.isprintable():
+                raise InvalidOption(f"a worker's {field.name} is printable text of at most {MAX_FIELD_BYTES} bytes")
+            if not text and field.name != "name":
+                raise InvalidOption(f"a worker's {field.name} is empty")
+
+
+def write(announcement: Announcement) -> dict[bytes, bytes]:
+    return {field.name.encode(): getattr(announcement, field.name).encode() for field in fields(announcement)}
+
+
+def read(properties: Mapping[bytes, bytes | None]) -> Announcement | None:
+    """What a stranger announced, or nothing when it is malformed; fields that we don't know are left alone."""
+    try:
+        values = {f.name: (properties[f.name.encode()] or b"").decode() for f in fields(Announcement)}
+        return Announcement(**values)
+    except (KeyError, UnicodeDecodeError, InvalidOption):
+        return None
+
+
+def instance(announcement: Announcement) -> str:
+    """A DNS label for people that no other id shares: their name, shortened, and the start of the id's hash."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", announcement.name).strip("-")[:40]
+    return f"{readable or 'worker'}-{hashlib.sha256(announcement.id.encode()).hexdigest()[:12]}"

@@ -1,0 +1,91 @@
+"""From a step's logits to its samples, every row by its own sequence's settings.
+
+Rows that are plainly greedy share one argmax; the others are picked one by one. It knows rows and samplers, nothing
+of caches or layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+import mlx.core as mx
+
+from cluster.core.errors import MacpipeError, StageFailed
+from cluster.core.frames import Sample, SequenceFailure
+from cluster.model.sampling import Picked, greedy
+from cluster.model.sequences import LiveSequence
+
+__all__ = ["BatchSampling"]
+
+
+class BatchSampling:
+    """What is to be sampled, built lazily: evaluate ``arrays``, then ask for ``samples`` and ``failures``.
+
+    ``logits`` [rows, length, vocabulary] are those of ``rows``, whose tokens were fed already; the last ``sampled``
+    positions of each row are picked.
+    """
+
+    def __init__(self, rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> None:
+        self._asked = [(live, len(live.tokens) - sampled + 1 + i) for live in rows for i in range(sampled)]
+        _, length, vocabulary = logits.shape
+        flat = logits[:, length - sampled :, :].reshape(len(self._asked), vocabulary)
+        self._plain = [i for i, (live, _) in enumerate(self._asked) if live.sampler.plain]
+        self._shared = greedy(_rows(flat, self._plain)) if self._plain else None
+        self._failures: dict[int, SequenceFailure] = {}
+        self._own = {
+            i: picked
+            for i, (live, at) in enumerate(self._asked)
+            if not live.sampler.plain and (picked := self._pick(live, flat[i : i + 1], at, guessed=sampled > 1))
+        }
+
+    def _pick(self, live: LiveSequence, logits: mx.array, at: int, *, guessed: bool) -> Picked | None:
+        """None, and a failure of this sequence alone, where its grammar cannot be followed."""
+        try:
+            return live.sampler.pick(logits, live.tokens, at, guessed=guessed)
+        except MacpipeError as error:
+            self._failures.setdefault(live.id, SequenceFailure(live.id, error.reason, error.sentence))
+            return None
+
+    def arrays(self) -> list[mx.array]:
+        shared = [] if self._shared is None else self._shared.arrays()
+        return [*shared, *(array for pick in self._own.values() for array in pick.arrays())]
+
+    def results(self) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
+        """The samples, row by row, and a failure for each sequence that has an output which is not finite."""
+        shared = dict(zip(self._plain, _pairs(self._shared), strict=True))
+        samples: list[Sample] = []
+        failures = dict(self._failures)
+        for i, (live, at) in enumerate(self._asked):
+            if live.id in failures:
+                continue
+            token, norm = shared[i] if i in shared else _pairs(self._own[i])[0]
+            if not isfinite(norm):
+                failures[live.id] = _failure(live.id, at)
+            else:
+                logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
+                try:
+                    final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
+                except MacpipeError as error:  # its grammar's; the other rows go on
+                    failures[live.id] = SequenceFailure(live.id, error.reason, error.sentence)
+                    continue
+                samples.append(Sample(live.id, at, token, logprob, top, final))
+        return tuple(s for s in samples if s.sequence not in failures), tuple(failures.values())
+
+
+def _failure(sequence: int, position: int) -> SequenceFailure:
+    return SequenceFailure(sequence, StageFailed.reason, f"the model's output at position {position} is not a number")
+
+
+def _rows(flat: mx.array, rows: list[int]) -> mx.array:
+    return flat if len(rows) == flat.shape[0] else flat[mx.array(rows)]
+
+
+def _pairs(picked: Picked | None) -> list[tuple[int, float]]:
+    """Token and log-sum-exp of each row of an evaluated pick."""
+    if picked is None:
+        return []
+    tokens: Any = picked.token.tolist()  # a reshape here would be another evaluation, and another wait for the device
+    norms: Any = picked.norm.tolist()
+    return [(token, norm) for token, (norm,) in zip(tokens, norms, strict=True)]

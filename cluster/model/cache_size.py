@@ -1,0 +1,79 @@
+"""How many bytes of cache one sequence takes on each layer, found on mlx-lm's own caches without evaluating one.
+
+A short symbolic run fills the caches; then they are grown, symbolically, to the context's length in the worst way
+that the scheduler's chunks allow. The cost does not depend on that length. It knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, KVCache
+
+from cluster.core import limits
+from cluster.model.kv_quantization import KVQuantization
+from cluster.model.module_tree import Module, stand_ins, tree_bytes
+from cluster.model.symbolic_run import record
+from cluster.model.trace import LENGTHS, Trace
+
+__all__ = ["cache_curve"]
+
+
+def cache_curve(
+    model: Module, traced: Trace, lengths: Sequence[int], quantization: KVQuantization | None = None
+) -> list[tuple[int, ...]]:
+    """Bytes for each layer of one sequence of each of ``lengths`` tokens, at most, however its prompt was chunked.
+
+    A cache that several layers use is charged to the first of them; one that no layer is called with, to the first
+    layer and (it is kept there too) the last.
+    """
+    with stand_ins(model):
+        short, long = (record(model, length).caches for length in LENGTHS)
+    pairs = list(zip(short, long, strict=True))
+    return [_bytes_per_layer(traced, [_at(n, copy.deepcopy(a), b, quantization) for a, b in pairs]) for n in lengths]
+
+
+def _bytes_per_layer(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Each cache's bytes at the layer that is charged for it."""
+    charged = [0] * traced.layers
+    for cache, size in enumerate(sizes):
+        users = [layer for layer, caches in enumerate(traced.layer_caches) if cache in caches]
+        for layer in users[:1] or {0, traced.layers - 1}:
+            charged[layer] += size
+    return tuple(charged)
+
+
+def _at(tokens: int, short: Any, long: Any, quantization: KVQuantization | None = None) -> int:
+    """The size of a cache at ``tokens`` tokens, from its states after the two runs."""
+    if isinstance(short, CacheList):
+        return sum(_at(tokens, a, b) for a, b in zip(short.caches, long.caches, strict=True))
+    if isinstance(getattr(short, "keys", None), mx.array) and hasattr(short, "update_and_fetch"):
+        rows = short.keys, short.values
+        return _grown(tokens, short if quantization is None else quantization.apply(short), *rows)
+    few, many = (tree_bytes(cache.state) for cache in (short, long))
+    a_token = -(-(many - few) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
+    return many + max(0, a_token) * max(0, tokens - LENGTHS[1])
+
+
+def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array) -> int:
+    """Grow a cache of rows like ``keys`` and ``values``: all but one chunk at once, then that chunk.
+
+    A buffer grows by whole blocks from wherever it ended, so it may be up to a block less one longer than its tokens.
+    A rotating cache keeps its window less one and the last chunk whole, until the next token comes.
+    """
+    longest = tokens + KVCache.step - 1
+    chunk = min(limits.PREFILL_CHUNK, tokens)
+    for part in (longest - chunk - LENGTHS[0], chunk):
+        if part > 0:
+            if hasattr(cache, "maybe_trim_front"):
+                cache.maybe_trim_front()
+            cache.update_and_fetch(_blank(keys, part), _blank(values, part))
+    return tree_bytes([cache.keys, cache.values])
+
+
+def _blank(like: mx.array, tokens: int) -> mx.array:
+    batch, heads, _, size = like.shape
+    return mx.zeros((batch, heads, tokens, size), like.dtype)

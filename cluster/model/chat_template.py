@@ -1,0 +1,167 @@
+"""A conversation under the model's own chat template, with what that template takes beside the messages.
+
+What it does not take is refused by name: a model that was never told of the tools would answer as if there were none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_RENDERED_CHARS
+from cluster.core.request import ChatMessage, ChatOptions, Tool
+from cluster.model.output_markers import OutputMarkers
+from cluster.model.panics import panics_raised_as
+
+__all__ = ["ChatTemplate", "describe_tool"]
+
+OURS: Final = frozenset(
+    {"messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"chat_template", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"padding", "truncation", "max_length", "enable_thinking", "thinking", "reasoning_effort"}
+)
+"""Arguments that are not a client's to give, or have a field of their own."""
+
+
+class ChatTemplate:
+    """The template of one tokenizer."""
+
+    def __init__(self, wrapper: TokenizerWrapper, marks: OutputMarkers) -> None:
+        self._wrapper, self._marks = wrapper, marks
+        self._names = _names(wrapper)
+
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
+        """Token ids up to where the answer begins. Raises InvalidRequest; ``Tokenizer.chat`` says when."""
+        if not self._wrapper.has_chat_template:
+            raise InvalidRequest(
+                "this model has no chat template; send it raw text instead (completions, or generate --raw)",
+                field="messages",
+            )
+        self._require_tools(messages, options)
+        arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}
+        if options.offered:
+            arguments["tools"] = [describe_tool(tool) for tool in options.offered]
+        written = [_message_fields(message) for message in messages]
+        try:
+            text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
+                written, tokenize=False, add_generation_prompt=True, **arguments
+            )
+        except MemoryError:  # of a process with limits, which says so itself
+            raise
+        except Exception as error:  # a template is a program of the model's: it can raise anything
+            why = str(error)[:1000] or type(error).__name__
+            raise InvalidRequest(f"the model's chat template refused them: {why}", field="messages") from error
+        if len(text) > MAX_RENDERED_CHARS:
+            raise InvalidRequest(
+                f"the model's chat template makes {len(text)} characters of them; at most {MAX_RENDERED_CHARS}",
+                field="messages",
+            )
+        with panics_raised_as(InvalidRequest("the model's tokenizer fails at these messages", field="messages")):
+            return tuple(self._wrapper.encode(text, add_special_tokens=False))
+
+    def _takes(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def _require_tools(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
+        if options.offered and not self._takes("tools"):
+            raise InvalidRequest("this model's chat template does not take tools; leave them out", field="tools")
+        if options.offered and self._marks.parse is None:
+            raise InvalidRequest(
+                "how this model writes its calls of tools is not known here, so they could not be told from text; "
+                "leave the tools out",
+                field="tools",
+            )
+        if any(m.tool_calls for m in messages) and not self._takes("tool_calls"):
+            raise InvalidRequest("this model's chat template does not take calls of tools", field="messages")
+
+    def _thinking_fields(self, options: ChatOptions) -> dict[str, Any]:
+        wanted = options.enable_thinking
+        if wanted is None and options.reasoning_effort == "none":
+            wanted = False
+        if wanted is None or (not wanted and not self._marks.think_start):
+            return {}
+        if not self._takes("enable_thinking") and not self._takes("thinking"):
+            raise InvalidRequest(
+                f"this model's chat template cannot switch reasoning {'on' if wanted else 'off'}",
+                field="enable_thinking" if options.enable_thinking is not None else "reasoning_effort",
+            )
+        return {"enable_thinking": wanted}
+
+    def _effort(self, options: ChatOptions) -> dict[str, Any]:
+        effort = options.reasoning_effort
+        if not effort or (effort == "none" and not self._takes("reasoning_effort")):
+            return {}
+        if not self._takes("reasoning_effort"):
+            raise InvalidRequest(
+                "this model's chat template does not take reasoning_effort; leave it out", field="reasoning_effort"
+            )
+        return {"reasoning_effort": effort}
+
+    def _further(self, options: ChatOptions) -> dict[str, Any]:
+        if not options.template:
+            return {}
+        try:
+            given = json.loads(options.template)
+        except ValueError as error:
+            raise InvalidRequest(f"chat_template_kwargs is not JSON: {error}", field="chat_template_kwargs") from error
+        if not isinstance(given, dict):
+            raise InvalidRequest("chat_template_kwargs must be a JSON object", field="chat_template_kwargs")
+        for name in given:
+            if name in OURS or not self._takes(name):
+                why = "has a place of its own in the request" if name in OURS else "is unknown to the model's template"
+                raise InvalidRequest(f"chat_template_kwargs: {name[:64]!r} {why}", field="chat_template_kwargs")
+        return given
+
+
+def describe_tool(tool: Tool) -> dict[str, Any]:
+    """A tool as templates and mlx-lm's parsers read it. Raises InvalidRequest where its parameters are no object."""
+    try:
+        parameters = json.loads(tool.parameters) if tool.parameters else {"type": "object", "properties": {}}
+    except ValueError as error:
+        raise InvalidRequest(f"the parameters of tool {tool.name!r} are not JSON: {error}", field="tools") from error
+    if not isinstance(parameters, dict):
+        raise InvalidRequest(f"the parameters of tool {tool.name!r} must be a JSON object", field="tools")
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _message_fields(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates read it; what is not there is left out."""
+    written: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        written |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
+        written["thinking"] = message.reasoning
+    if message.tool_calls:
+        written["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    if message.tool_call_id:
+        written["tool_call_id"] = message.tool_call_id
+    if message.name:
+        written["name"] = message.name
+    return written
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError as error:
+        raise InvalidRequest(f"the arguments of a call are not JSON: {error}", field="messages") from error
+    if not isinstance(arguments, dict):
+        raise InvalidRequest("the arguments of a call must be a JSON object", field="messages")
+    return arguments
+
+
+def _names(wrapper: TokenizerWrapper) -> frozenset[str] | None:
+    """Every name in the template's text; None for a template that is a program of mlx-lm's or the tokenizer's own."""
+    template = wrapper.chat_template
+    texts = template.values() if isinstance(template, dict) else (template,)
+    if wrapper._chat_template is not None or not all(isinstance(text, str) for text in texts):
+        return None
+    return frozenset(name for text in texts for name in re.findall(r"[A-Za-z_]\w*", str(text)))

@@ -1,0 +1,90 @@
+"""One symbolic run of a whole model, layer by layer: what each layer was called with and what it returned.
+
+The arrays it records are lazy: building them costs time and no memory. It knows nothing of cuts or stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from cluster.model.module_tree import Module
+from cluster.model.pytree import take_apart
+
+__all__ = ["LayerCall", "Recording", "calls_replaced", "record"]
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """``caches`` are the indices of the caches among the call's arguments; ``arrays`` fill ``template``'s holes."""
+
+    layer: int
+    caches: frozenset[int]
+    template: Any
+    arrays: list[mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """``caches`` is mlx-lm's list after the run; ``logits`` has shape [rows, length, vocabulary]."""
+
+    length: int
+    calls: list[LayerCall]
+    caches: list[Any]
+    logits: mx.array
+
+
+@contextmanager
+def calls_replaced(layers: Sequence[Module], call_of: Callable[[int, Call], Call]) -> Iterator[None]:
+    """For a while, calling layer i calls ``call_of(i, its own call)`` instead."""
+    classes = [type(layer) for layer in layers]
+    try:
+        for i, layer in enumerate(layers):
+            replace_call(layer, call_of(i, classes[i].__call__))
+        yield
+    finally:
+        for layer, cls in zip(layers, classes, strict=True):
+            layer.__class__ = cls
+
+
+def replace_call(layer: Module, call: Call) -> None:
+    """Make this one layer answer its calls with ``call``.
+
+    Python looks ``__call__`` up on the class, so the layer gets a subclass of its own class of the same name; its
+    attributes and every ``isinstance`` stay true.
+    """
+    cls = type(layer)
+    layer.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def record(model: Module, length: int, warm: int = 0, rows: int = 1, before: Sequence[Any] | None = None) -> Recording:
+    """Run ``rows`` sequences of ``length`` tokens through the model symbolically, after ``warm`` tokens of context.
+
+    ``before`` are the caches to begin with, new ones by default.
+    """
+    caches = make_prompt_cache(model) if before is None else list(before)
+    calls: list[LayerCall] = []
+    index = {id(cache): i for i, cache in enumerate(caches)}
+
+    def recorded(layer: int, own: Call) -> Call:
+        def call(self: Module, *args: Any, **kwargs: Any) -> Any:
+            used = frozenset(index[id(v)] for v in (*args, *kwargs.values()) if id(v) in index)
+            value = own(self, *args, **kwargs)
+            calls.append(LayerCall(layer, used, *take_apart(value)))
+            return value
+
+        return call
+
+    with calls_replaced(model.layers, recorded):
+        if warm:
+            model(mx.zeros((rows, warm), mx.int32), cache=caches)
+            calls.clear()
+        out = model(mx.zeros((rows, length), mx.int32), cache=caches)
+    return Recording(length, calls, caches, out[0] if isinstance(out, tuple) else out)

@@ -1,0 +1,87 @@
+"""Which tensors of the files each layer is made of, and each module outside the layers.
+
+mlx-lm renames, splits, stacks and drops tensors as it opens a model, each architecture in its own way. So the model is
+opened once more over stand-ins for the files' tensors, and MLX's lazy graph is asked which of them each weight comes
+from. Headers are read, no tensor is. It knows names of tensors and of modules, nothing of who holds or fetches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+
+from cluster.core.plan import LayerRange, SharedWeight
+from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.model.lazy_graph import LazyGraph
+from cluster.model.module_tree import module_arrays, named_modules
+from cluster.model.skeleton import open_skeleton
+
+__all__ = ["TensorMap", "tensor_map"]
+
+DTYPES: Final[Mapping[str, mx.Dtype]] = {
+    "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
+    "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32,
+    "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8, "F8_E8M0": mx.uint8, "F4": mx.uint8, "C64": mx.complex64,
+}  # fmt: skip
+"""What MLX makes of the format's types: it reads the small floats as bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """``layers`` has the names of each layer's tensors; ``shared`` those of a module, with the layers that read it."""
+
+    layers: tuple[frozenset[str], ...]
+    shared: tuple[tuple[frozenset[str], tuple[int, ...]], ...]
+
+    def of(self, layers: LayerRange) -> frozenset[str]:
+        """The tensors that a stage with these layers reads."""
+        mine = range(layers.start, layers.end)
+        outside = (names for names, readers in self.shared if any(layer in mine for layer in readers))
+        return frozenset().union(*self.layers[layers.start : layers.end], *outside)
+
+
+def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:
+    """Map the checkpoint in ``path``, whose ``shared`` modules a survey found. Raises what ``open_skeleton`` raises."""
+    tensors = open_checkpoint(path).tensors
+    with _stand_ins_loaded(tensors) as stand_ins:
+        model = open_skeleton(path)
+    groups = [_join_arrays(a for _, m in named_modules(layer) for a in module_arrays(m)) for layer in model.layers]
+    modules = dict(named_modules(model))
+    groups += [_join_arrays(module_arrays(modules[weight.name])) for weight in shared]
+    mx.eval(stand_ins)
+    graph = LazyGraph(stand_ins, groups)
+    names = [frozenset(graph.parameters_in(graph.ancestors([group]))) for group in groups]
+    count = len(model.layers)
+    return TensorMap(
+        tuple(names[:count]),
+        tuple((found, weight.layers) for found, weight in zip(names[count:], shared, strict=True)),
+    )
+
+
+@contextmanager
+def _stand_ins_loaded(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, mx.array]]:
+    """For a while, MLX loads a zero of each tensor's shape and dtype where it would load the tensor."""
+    stand_ins = {t.name: mx.broadcast_to(mx.zeros((), DTYPES[t.dtype]), t.shape) for t in tensors.values()}
+    mx.eval(stand_ins)
+    real, module = mx.load, mx
+
+    def load(file: Any, *_args: Any, **_kwargs: Any) -> dict[str, mx.array]:
+        name = Path(file).name
+        return {t.name: stand_ins[t.name] for t in tensors.values() if t.file == name}
+
+    module.load = load
+    try:
+        yield stand_ins
+    finally:
+        module.load = real
+
+
+def _join_arrays(arrays: Iterable[mx.array]) -> mx.array:
+    """One array that depends on all of them: a graph can name about a thousand arrays, no more."""
+    sums = [mx.sum(array).astype(mx.float32) for array in arrays]
+    return mx.stack(sums) if sums else mx.zeros(())

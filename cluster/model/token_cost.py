@@ -1,0 +1,112 @@
+"""What one token makes a model read and compute, found on the skeleton by a symbolic run of one token.
+
+Weights are read whole, with two exceptions that the run shows: of stacked experts (mlx-lm's switch layers) a token
+reads as many as the layer is called with, and of an embedding that is only looked up, one row. Experts that a model
+keeps apart (dbrx) count as read whole. It knows modules and bytes; it knows nothing of speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.quantized import QuantizedEmbedding
+from mlx_lm.models import switch_layers
+
+from cluster.model.module_tree import Module, module_arrays, named_modules, stand_ins
+from cluster.model.symbolic_run import record
+
+__all__ = ["TokenCost", "watch"]
+
+_SWITCHES = (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear)
+_EMBEDDINGS = (Embedding, QuantizedEmbedding)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """``shares`` has, by path, the part of each switch layer that one token reads; ``heads`` the embeddings that the
+    model multiplies with; ``crossing`` the bytes that each layer returns for one token.
+    """
+
+    shares: Mapping[str, float]
+    heads: frozenset[str]
+    crossing: tuple[int, ...]
+
+    def read_bytes(self, path: str, module: Module) -> float:
+        """Bytes of the module's own arrays that one token reads."""
+        return _bytes(module) * self.shares.get(path, 1.0)
+
+    def expert_bytes(self, path: str, module: Module) -> int:
+        return _bytes(module) if path in self.shares else 0
+
+    def flops(self, path: str, module: Module) -> float:
+        """Multiplications and additions of one token with the module's own weights."""
+        return 2 * _numbers(module) * self.shares.get(path, 1.0)
+
+    def lookup_bytes(self, module: Module) -> int | None:
+        """A row of an embedding; None for any other module."""
+        return sum(a.nbytes // a.shape[0] for a in module_arrays(module)) if isinstance(module, _EMBEDDINGS) else None
+
+
+def watch(model: Module, kept: Mapping[int, Sequence[int]]) -> TokenCost:
+    """Run one token through ``model``. ``kept`` says which arrays of a layer's value cross the cut after it."""
+    shares: dict[str, float] = {}
+    heads: set[str] = set()
+    with stand_ins(model), ExitStack() as stack:
+        for path, module in named_modules(model):
+            if isinstance(module, _SWITCHES):
+                stack.enter_context(_methods(module, __call__=_count_experts(path, module, shares)))
+            elif isinstance(module, _EMBEDDINGS):
+                stack.enter_context(_methods(module, as_linear=_note_heads(path, module, heads)))
+        calls = record(model, 1).calls
+    crossing = [sum(call.arrays[i].nbytes for i in kept.get(call.layer + 1, ())) for call in calls]
+    return TokenCost(shares, frozenset(heads), tuple(crossing))
+
+
+@contextmanager
+def _methods(module: Module, **methods: Any) -> Any:
+    """For a while, this one module has these methods; Python looks some up on the class, so it gets a class."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **methods})
+    try:
+        yield
+    finally:
+        module.__class__ = cls
+
+
+def _count_experts(path: str, module: Module, shares: dict[str, float]) -> Any:
+    call, experts = type(module).__call__, module["weight"].shape[0]
+
+    def counting(self: Module, x: mx.array, indices: mx.array, *rest: Any, **named: Any) -> Any:
+        shares[path] = min(1.0, max(shares.get(path, 0.0), indices.size / experts))
+        return call(self, x, indices, *rest, **named)
+
+    return counting
+
+
+def _note_heads(path: str, module: Module, heads: set[str]) -> Any:
+    multiply = getattr(type(module), "as_linear")  # noqa: B009  # nn.Module is all that the type checker sees
+
+    def noting(self: Module, x: mx.array) -> Any:
+        heads.add(path)
+        return multiply(self, x)
+
+    return noting
+
+
+def _bytes(module: Module) -> int:
+    return sum(array.nbytes for array in module_arrays(module))
+
+
+def _numbers(module: Module) -> int:
+    """Numbers in a matrix, however many bits each has; vectors cost next to nothing."""
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or weight.ndim < 2:
+        return 0
+    packed = 32 // module.bits if weight.dtype == mx.uint32 and hasattr(module, "bits") else 1
+    return prod(weight.shape) * packed

@@ -1,0 +1,103 @@
+"""The grammar of an answer that must call a tool, in the format that the model itself writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+from cluster.core.errors import InvalidRequest
+from cluster.core.request import ChatOptions, Grammar, GrammarKind, Tool, ToolChoice
+from cluster.model.chat_template import describe_tool
+from cluster.model.grammars import JSON_STYLE
+from cluster.model.output_markers import OutputMarkers, quote_lark
+from cluster.model.schema_support import unkept
+
+__all__ = ["tool_call_grammar"]
+
+
+def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | None:
+    """``Tokenizer.calling`` says what this does and raises."""
+    if options.tool_choice not in (ToolChoice.REQUIRED, ToolChoice.NAMED):
+        return None
+    tools = [t for t in options.tools if options.tool_choice is ToolChoice.REQUIRED or t.name == options.tool_name]
+    if not tools:
+        wanted = f"the tool {options.tool_name[:64]!r}" if options.tool_choice is ToolChoice.NAMED else "a tool"
+        raise InvalidRequest(f"tool_choice asks for {wanted}, which was not given", field="tool_choice")
+    write = WRITERS.get(marks.format)
+    if write is None:
+        raise InvalidRequest(
+            "this model's calls of tools are in a format that no grammar is known for here; use tool_choice auto",
+            field="tool_choice",
+        )
+    return Grammar(GrammarKind.LARK, write(tools, marks, options.parallel_tool_calls))
+
+
+def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    r"""``<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>``, once or more often."""
+    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    again = ' ("\\n"? call)*' if several else ""
+    return "\n".join(
+        (
+            f"start: call{again}",
+            f'call: {start} "\\n"? body "\\n"? {end}',
+            f"body: {_json({'anyOf': [_call_schema(tool) for tool in tools]})}",
+        )
+    )
+
+
+def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
+    head, middle = marks.spelled(marks.call_start), marks.spelled("[ARGS]")
+    rules = [
+        f"tool_{i}: {head} {quote_lark(tool.name)} {middle} {_json(_parameters(tool))}" for i, tool in enumerate(tools)
+    ]
+    return "\n".join((_start(len(tools), several), *rules))
+
+
+def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """``functions.name:0<|tool_call_argument_begin|>{...}`` between marks of the call and of the section."""
+    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    begin, middle, close = map(
+        marks.spelled, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+    )
+    rules = [
+        f"tool_{i}: {begin} {quote_lark(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {middle} "
+        f"{_json(_parameters(tool))} {close}"
+        for i, tool in enumerate(tools)
+    ]
+    calls = _start(len(tools), several).removeprefix("start: ")
+    return "\n".join((f"start: {start} {calls} {end}", *rules))
+
+
+WRITERS: Final[Mapping[str, Callable[[Sequence[Tool], OutputMarkers, bool], str]]] = MappingProxyType(
+    {"json_tools": _json_tools, "mistral": _mistral, "kimi_k2": _kimi_k2}
+)
+"""By mlx-lm's name for a format. The others write arguments in ways that a JSON schema does not describe."""
+
+
+def _start(tools: int, several: bool) -> str:
+    return f"start: ({' | '.join(f'tool_{i}' for i in range(tools))}){'+' if several else ''}"
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """A rule's part that is a document of ``schema``, laid out as grammars of JSON are here."""
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+
+
+def _parameters(tool: Tool) -> Any:
+    parameters = describe_tool(tool)["function"]["parameters"]
+    if why := unkept(parameters):
+        raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be bound: {why}", field="tools")
+    return parameters
+
+
+def _call_schema(tool: Tool) -> dict[str, Any]:
+    properties = {"name": {"const": tool.name}, "arguments": _parameters(tool)}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }

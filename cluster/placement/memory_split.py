@@ -1,0 +1,128 @@
+"""Cuts a model over workers by memory: the fullest worker is as little full as it can be.
+
+Exact by dynamic programming over clean cuts, in the workers' given order. It knows bytes; it refuses to know speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.core.errors import DoesNotFit, NoPlan
+from cluster.core.limits import GIB, MEMORY_MARGIN
+from cluster.core.plan import LayerRange, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A worker by name, and the bytes it offers for weights, caches and work; an ``adjustable`` one may offer more."""
+
+    worker: str
+    nbytes: int
+    adjustable: bool = True
+
+    @property
+    def usable(self) -> int:
+        return int(self.nbytes * (1 - MEMORY_MARGIN))
+
+
+def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
+    """Bytes that a stage takes: its weights, and the caches of ``sequences`` full-length sequences."""
+    return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)
+
+
+def solve(shape: ModelShape, rooms: Sequence[Room], sequences: int) -> tuple[LayerRange, ...]:
+    """One range a room, in order. Raises ``NoPlan`` for too few clean cuts, ``DoesNotFit`` with the GiB missing."""
+    if len(shape.clean_cuts) < len(rooms) - 1:
+        raise NoPlan(_too_few_cuts(shape, len(rooms)))
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for i, room in enumerate(rooms):
+        last = i == len(rooms) - 1
+        ends = [shape.layers] if last else list(shape.clean_cuts)
+        best = _extend(shape, best, ends, room, sequences)
+    _, ends_found = best[shape.layers]
+    ranges = tuple(LayerRange(a, b) for a, b in zip((0, *ends_found), ends_found, strict=False))
+    check(shape, rooms, ranges, sequences)
+    return ranges
+
+
+def _extend(
+    shape: ModelShape,
+    best: dict[int, tuple[float, tuple[int, ...]]],
+    ends: list[int],
+    room: Room,
+    sequences: int,
+) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """The best fullness for each end that this room may have, over all ends of the room before."""
+    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+    for end in ends:
+        options = [
+            (max(full, needed_bytes(shape, LayerRange(start, end), sequences) / max(room.usable, 1)), (*cuts, end))
+            for start, (full, cuts) in best.items()
+            if start < end
+        ]
+        if options:
+            found[end] = min(options)
+    return found
+
+
+def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange], sequences: int) -> None:
+    """Hold a layout against cuts and memory. Raises ``NoPlan`` or ``DoesNotFit``."""
+    check_cuts(shape, ranges)
+    short = [
+        (room, missing)
+        for room, layers in zip(rooms, ranges, strict=True)
+        if (missing := needed_bytes(shape, layers, sequences) - room.usable) > 0
+    ]
+    if short:
+        raise DoesNotFit(_does_not_fit(shape, rooms, ranges, sequences, short), missing_bytes=str(_sum(short)))
+
+
+def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
+    """Whether the model has these layers, and may be cut between them. Raises ``NoPlan``."""
+    if ranges[-1].end != shape.layers:
+        raise NoPlan(f"{shape.model.name} has layers 0-{shape.layers - 1}, but the ranges end at {ranges[-1].end - 1}")
+    reasons = dict(shape.unclean)
+    for layers in ranges[1:]:
+        if layers.start in reasons:
+            raise NoPlan(
+                f"{shape.model.name} cannot be cut before layer {layers.start}: {reasons[layers.start]}; "
+                f"it can be cut before {_join_numbers(shape.clean_cuts)}"
+            )
+
+
+def _sum(short: list[tuple[Room, int]]) -> int:
+    return sum(missing for _, missing in short)
+
+
+def _join_numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def _too_few_cuts(shape: ModelShape, workers: int) -> str:
+    most = len(shape.clean_cuts) + 1
+    return (
+        f"{shape.model.name} has {shape.layers} layers and can be cut into {most} stage{'s' * (most != 1)} at most, "
+        f"but there are {workers} workers; use --workers {most} or fewer"
+    )
+
+
+def _does_not_fit(
+    shape: ModelShape,
+    rooms: Sequence[Room],
+    ranges: Sequence[LayerRange],
+    sequences: int,
+    short: list[tuple[Room, int]],
+) -> str:
+    total = sum(needed_bytes(shape, layers, sequences) for layers in ranges)
+    names = "; ".join(f"{room.worker} lacks {_gib(missing)}" for room, missing in short)
+    raised = "raise --memory-limit, " if any(room.adjustable for room in rooms) else ""
+    return (
+        f"{shape.model.name} does not fit: it needs {_gib(total)} with {sequences} x {shape.max_context} tokens of "
+        f"context, the workers offer {_gib(sum(r.usable for r in rooms))}; {names}; "
+        f"add a worker, {raised}or lower --max-context"
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.3g} GiB"

@@ -1,0 +1,67 @@
+"""Every possible stage of a model in one matrix a worker: its seconds, where it fits, between any two clean cuts.
+
+Row and column are positions among the cuts; a stage from a row to a column at or before it is infinitely slow, and so
+is one that does not fit.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.core.limits import REFERENCE_CONTEXT
+from cluster.core.plan import LayerRange, ModelShape, SharedWeight
+from cluster.placement.candidates import Candidate
+from cluster.placement.cost import boundary_bytes, shared_read
+
+__all__ = ["Matrix", "StageTable"]
+
+Matrix: TypeAlias = npt.NDArray[np.float64]
+
+
+class StageTable:
+    """Bytes of every stage of ``shape``, worked out once; ``seconds`` and ``hop_s`` read from them for a worker."""
+
+    def __init__(self, shape: ModelShape, sequences: int) -> None:
+        self.positions = (0, *shape.clean_cuts, shape.layers)
+        self.fingerprint = shape.model.fingerprint
+        cuts = np.array(self.positions)
+        self.lengths: Matrix = (cuts[None, :] - cuts[:, None]).astype(np.float64)
+        self.boundary: Matrix = np.array([boundary_bytes(shape, p) if p < shape.layers else 0 for p in cuts], float)
+        self.needed = self._between(shape.layer_bytes) + sequences * self._between(shape.cache_bytes)
+        self.read = self._between(shape.active_bytes or shape.layer_bytes)
+        self.read += self._between(_reference_caches(shape))
+        for weight in shape.shared:
+            self._add(weight, shape.layers)
+
+    def _between(self, of_layers: tuple[int, ...]) -> Matrix:
+        sums = np.array([0, *accumulate(of_layers)], float)[list(self.positions)]
+        return np.asarray(sums[None, :] - sums[:, None])
+
+    def _add(self, weight: SharedWeight, layers: int) -> None:
+        """A weight outside the layers: held, and read, once by every stage that has one of its layers."""
+        for i, start in enumerate(self.positions):
+            for j, end in enumerate(self.positions[i + 1 :], i + 1):
+                if any(start <= layer < end for layer in weight.layers):
+                    self.needed[i, j] += weight.nbytes
+                    self.read[i, j] += shared_read(weight, LayerRange(start, end), layers, 1)
+
+    def seconds(self, worker: Candidate, *, unbounded: bool = False) -> Matrix:
+        """A decode step's seconds on every stage that fits ``worker``; on all of them where ``unbounded``."""
+        p = worker.profile
+        seconds = p.step_s + self.lengths * p.layer_s + self.read / p.bandwidth
+        seconds = seconds * p.correction(self.fingerprint)
+        bad = self.lengths <= 0
+        if not unbounded:
+            bad |= self.needed > worker.room.usable
+        return np.where(bad, np.inf, seconds)
+
+
+def _reference_caches(shape: ModelShape) -> tuple[int, ...]:
+    """Bytes a layer of one sequence of the reference length."""
+    layers = range(shape.layers)
+    context = min(REFERENCE_CONTEXT, shape.max_context)
+    return tuple(shape.stage_cache_bytes(LayerRange(i, i + 1), context) for i in layers)

@@ -1,0 +1,140 @@
+"""Private files and folders: modes 0600 and 0700 whatever the umask, and files that are replaced whole or not at all.
+
+It knows paths, modes and bytes. It refuses to know what a file is for.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from cluster.core.errors import DiskFull, InvalidOption, MacpipeError
+
+log = logging.getLogger(__name__)
+
+OTHERS: Final = 0o077
+"""The permissions of everybody but the owner."""
+_WRITERS: Final = 0o022
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BROKEN: Final = frozenset({errno.EIO, errno.EROFS})
+_STATE_FOLDERS: Final = frozenset({"clusters", "coordinators", "digests", "manifests", "models", "workers"})
+"""All that macpipe keeps directly in a state folder."""
+
+
+def make_private_folder(path: Path, top: Path | None = None) -> None:
+    """Create ``path`` and its missing parents with mode 0700; close to others what exists from ``top`` down to it.
+
+    Without ``top`` only ``path`` itself is closed. Raises OSError, also where a folder belongs to somebody else.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        with suppress(FileExistsError):  # another process made it meanwhile
+            folder.mkdir(mode=0o700)  # not parents=True, whose folders follow the umask
+    for folder in (path, *path.parents):
+        if not folder.is_relative_to(top or path):
+            break
+        if stat.S_IMODE(folder.stat().st_mode) & OTHERS:
+            folder.chmod(0o700)
+
+
+def protect_home(home: Path) -> None:
+    """Create macpipe's state folder, or close it to other users if it holds nothing but macpipe's files.
+
+    Raises InvalidOption where other users can replace what is in it. A folder that cannot be made is no error here:
+    whoever writes to it says so.
+    """
+    try:
+        if not home.exists():
+            make_private_folder(home)
+        found = home.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        if not mode & OTHERS or mode & stat.S_ISVTX:
+            return  # nobody else can do more than make files of their own
+        if found.st_uid == os.geteuid() and _holds_state_alone(home):
+            home.chmod(0o700)
+            log.warning("state folder: closed to other users path=%s mode_before=%03o", home, mode)
+            return
+    except OSError as e:
+        log.info("state folder: not checked reason=%s path=%s", e.strerror, home)
+        return
+    if mode & _WRITERS:
+        raise InvalidOption(
+            f"other users of this machine can replace files in {home} (mode {mode:03o}); say `chmod 700 {home}`, or set"
+            " MACPIPE_HOME to a folder that is yours"
+        )
+
+
+def _holds_state_alone(home: Path) -> bool:
+    return all(name in _STATE_FOLDERS or name.startswith(".") for name in os.listdir(home))  # noqa: PTH208
+
+
+def create_private_file(path: Path) -> int:
+    """A descriptor of a new empty file, to append to, in place of whatever a crash or somebody else left there.
+
+    Follows no link. Raises OSError.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a file for reading that is neither a link nor a pipe nor a device. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(file, "rb")
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of ``data``, in as many writes as it takes. Raises OSError; a part may have been written then."""
+    left = memoryview(data)
+    while left:
+        written = os.write(file, left)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left = left[written:]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put ``content`` in ``path``, whole and on disk, or leave what is there. Raises OSError."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    file = create_private_file(fresh)
+    try:
+        try:
+            write_all(file, content)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
+    """The error to raise where ``path`` could not be written: DiskFull for a disk's fault, else InvalidOption."""
+    why = error.strerror or type(error).__name__
+    if error.errno in _FULL:
+        return DiskFull(f"cannot write {what} to {path}: {why}; free some room there and try again", path=str(path))
+    if error.errno in _BROKEN:
+        return DiskFull(f"cannot write {what} to {path}: {why}; check that disk, then try again", path=str(path))
+    return InvalidOption(f"cannot write {what} to {path}: {why}; set MACPIPE_HOME to a folder that is yours")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` outlive a power cut."""
+    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(file)
+    finally:
+        os.close(file)

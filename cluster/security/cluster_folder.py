@@ -1,0 +1,144 @@
+"""A cluster's folder on one machine: where its certificates, keys and lists are, and how they are written.
+
+Folders are 0700, files 0600, and a file is replaced by rename, so that whoever reads sees the old or the new one. What
+is in the files is for others to know.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.core.errors import Busy, ClusterDamaged
+from cluster.platform.private_files import OTHERS, make_private_folder, not_written, replace_file
+from cluster.security.bounds import STATE_LOCK_S
+from cluster.security.keyring import Keyring
+from cluster.security.name_check import check_name
+from cluster.security.roles import Role
+
+_LOOK_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFolder:
+    """The folder of ``cluster`` under ``home`` (MACPIPE_HOME), which need not exist."""
+
+    home: Path
+    cluster: str
+
+    def __post_init__(self) -> None:
+        check_name(self.cluster, "a cluster's")
+
+    @property
+    def path(self) -> Path:
+        return self.home / "clusters" / self.cluster
+
+    @property
+    def exists(self) -> bool:
+        """Whether this machine is in the cluster."""
+        return self.authority.is_file()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine admits others: it holds the authority's key."""
+        return self.authority_key.is_file()
+
+    @property
+    def authority(self) -> Path:
+        """The authority's certificate, which every party holds."""
+        return self.path / "authority.pem"
+
+    @property
+    def authority_key(self) -> Path:
+        return self.path / "authority-key.pem"
+
+    @property
+    def members(self) -> Path:
+        return self.path / "members.msgpack"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.msgpack"
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys.msgpack"
+
+    def party(self, role: Role, name: str = "") -> Path:
+        """Where a party of this machine keeps its certificate and key. A worker has a ``name``, the others have none.
+
+        Raises ``InvalidOption`` for a worker's name that is none.
+        """
+        if role is Role.WORKER:
+            return self.path / "workers" / check_name(name, "a worker's")
+        return self.path / role.value
+
+    def revoked(self, worker: str) -> Path:
+        """Where a worker keeps which serials it was told are revoked."""
+        return self.party(Role.WORKER, worker) / "revoked.msgpack"
+
+    def keyring(self, role: Role, name: str = "") -> Keyring | None:
+        """What this machine holds as ``role``; None where it is not that.
+
+        Raises ``ClusterDamaged`` where the files do not belong together, or others of this machine may read the key.
+        """
+        folder = self.party(role, name)
+        if not (self.exists and (folder / "certificate.pem").is_file()):
+            return None
+        key = folder / "key.pem"
+        with suppress(FileNotFoundError):
+            if key.stat().st_mode & OTHERS:
+                raise ClusterDamaged(f"{key} can be read by others of this machine; say `chmod 600 {key}`")
+        return Keyring.load(folder, self.authority)
+
+    def caller(self) -> Keyring | None:
+        """What this machine asks coordinators with: an admin's keyring, else a client's, else None."""
+        return self.keyring(Role.ADMIN) or self.keyring(Role.CLIENT)
+
+    def keep(self, role: Role, name: str, *, key: bytes, certificate: bytes) -> None:
+        """Write a party's key and certificate. Who reads between the two writes tries again (``Keyring.load``)."""
+        folder = self.party(role, name)
+        self.write(folder / "key.pem", key)
+        self.write(folder / "certificate.pem", certificate)
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Put ``content`` in ``path`` (of this folder), whole or not at all; raises ``InvalidOption`` where it cannot.
+
+        Folders on the way are made as well, for the owner alone.
+        """
+        try:
+            make_private_folder(path.parent, self.path.parent)
+            replace_file(path, content)
+        except OSError as e:
+            raise not_written(e, path, "cluster state") from e
+
+    @contextmanager
+    def lock(self, wait_s: float = STATE_LOCK_S) -> Iterator[None]:
+        """Be the only one, of all processes and threads, that edits the folder; raises ``Busy`` after ``wait_s``."""
+        try:
+            make_private_folder(self.path, self.path.parent)
+            file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise not_written(e, self.path, "cluster state") from e
+        try:
+            _take(file, wait_s)
+            yield
+        finally:
+            os.close(file)
+
+
+def _take(file: int, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise Busy("another macpipe command is editing this cluster; try again", retry_after_s=1.0) from None
+        time.sleep(_LOOK_S)

@@ -1,0 +1,285 @@
+"""A partial checkpoint: a folder that mlx-lm opens like any other, of which only some tensors' bytes are there.
+
+The safetensors files have their full length and their real headers; the rest is holes (APFS, ext4 and the like keep no
+blocks for them) until ranges are written. It knows what is there and what was verified, and nothing of sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from threading import RLock
+
+from cluster.core.errors import BadCheckpoint
+from cluster.core.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES, MIB
+from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.model.weight_versions import ORIGIN, RECORDS
+from cluster.platform.private_files import create_private_file, make_private_folder, not_written, write_all
+from cluster.store.append_log import AppendLog, Entry
+from cluster.store.byte_ranges import ByteRanges
+from cluster.store.model_files import ModelFiles, StoredFile, is_digest, origin_of
+
+READ_BYTES = 4 * MIB
+Read = Callable[[StoredFile], bytes]
+
+
+class PartialCheckpoint:
+    """The partial checkpoint in ``folder``. Thread-safe; several processes may fill one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        checkpoint = open_checkpoint(folder)
+        self.fingerprint, self.tensors = checkpoint.fingerprint, checkpoint.tensors
+        self.origin = read_origin(folder)
+        self._journal = AppendLog(folder / RECORDS / "journal.jsonl")
+        self._lock = RLock()
+        self._extents = {tensor.file: ByteRanges() for tensor in self.tensors.values()}
+        self._noted: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
+        self._stats: dict[str, tuple[int, int]] = {}
+        for entry in self._journal.entries():
+            self._replay(entry)
+        sound = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
+        self._verified = {t: d for t, d in self._noted.items() if self._complete(t) and self.tensors[t].file in sound}
+        self._damaged: set[str] = set()
+
+    def _replay(self, entry: Entry) -> None:
+        match entry:
+            case ["got", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
+                self._extents[file].add(start, end)
+            case ["lost", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
+                self._extents[file].remove(start, end)
+            case ["sum", str(tensor), ""]:
+                self._noted.pop(tensor, None)
+            case ["sum", str(tensor), str(digest)] if is_digest(digest):
+                self._noted[tensor] = digest
+            case ["whole", str(file), str(digest)]:
+                self._whole[file] = digest
+            case ["stat", str(file), int(size), int(mtime)]:
+                self._stats[file] = (size, mtime)
+
+    @property
+    def verified(self) -> dict[str, str]:
+        """The tensors that are here and were verified, with their digests; a copy."""
+        with self._lock:
+            return dict(self._verified)
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """The tensors that were found damaged by ``recheck``, and were not fetched again since."""
+        with self._lock:
+            return frozenset(self._damaged)
+
+    def doubtful(self, tensors: Iterable[str]) -> set[str]:
+        """Those that are here and were verified once, but not since their file changed on the disk."""
+        with self._lock:
+            return {t for t in tensors if t in self._noted and t not in self._verified and self._complete(t)}
+
+    def recheck(self, tensor: TensorInfo) -> bool:
+        """Hash a doubtful tensor anew: it counts as verified again, or else as damaged, and not here. -> which."""
+        try:
+            digest = self.digest(tensor)
+        except OSError:  # what cannot be read is as good as damaged
+            digest = ""
+        with self._lock:
+            if not self.doubtful([tensor.name]):
+                return True  # a fetch has settled it meanwhile
+            if digest == self._noted[tensor.name]:
+                self.accept([(tensor.name, digest)])
+                return True
+            self.drop(tensor)
+            self._damaged.add(tensor.name)
+            return False
+
+    def noted_digest(self, tensor: str) -> str:
+        """What the tensor hashed to when it was verified, perhaps long ago; empty: it never was."""
+        return self._noted.get(tensor, "")
+
+    def gaps(self, file: str, start: int, end: int) -> list[tuple[int, int]]:
+        with self._lock:
+            return self._extents[file].gaps(start, end)
+
+    def missing_bytes(self, tensor: TensorInfo) -> int:
+        """Bytes of it that are not here."""
+        return sum(end - start for start, end in self.gaps(tensor.file, tensor.offset, tensor.end))
+
+    def writer(self, file: str) -> int:
+        """A descriptor for ``os.pwrite``; the caller closes it. Raises DiskFull or InvalidOption."""
+        try:
+            return os.open(self.folder / file, os.O_WRONLY)
+        except OSError as e:
+            raise not_written(e, self.folder / file, "the model") from e
+
+    def note(self, descriptor: int, file: str, start: int, end: int) -> None:
+        """Make written bytes last, then remember that they are there. Raises DiskFull or InvalidOption."""
+        try:
+            os.fsync(descriptor)
+        except OSError as e:
+            raise not_written(e, self.folder / file, "the model") from e
+        with self._lock:
+            self._journal.append([["got", file, start, end]])
+            self._extents[file].add(start, end)
+
+    def digest(self, tensor: TensorInfo) -> str:
+        """SHA-256 of the tensor's bytes as they are on disk, in hex."""
+        return hash_range(self.folder / tensor.file, tensor.offset, tensor.end)
+
+    def accept(self, sums: Iterable[tuple[str, str]]) -> None:
+        """These tensors are here, and hash to that."""
+        with self._lock:
+            sums = list(sums)
+            self._journal.append(["sum", name, digest] for name, digest in sums)
+            self._noted.update(sums)
+            self._verified.update(sums)
+            self._damaged.difference_update(name for name, _ in sums)
+
+    def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
+        """The bytes of this tensor are wrong: they count as not there. ``forget``: so is the digest that was noted."""
+        with self._lock:
+            self._extents[tensor.file].remove(tensor.offset, tensor.end)
+            self._verified.pop(tensor.name, None)  # first, since they are wrong whether that can be written or not
+            lost: list[Entry] = [["lost", tensor.file, tensor.offset, tensor.end]]
+            if forget:
+                self._noted.pop(tensor.name, None)
+                lost.append(["sum", tensor.name, ""])
+            self._journal.append(lost)
+
+    def seal(self) -> None:
+        """Note the files' sizes and times: while these stay, what was verified needs no second look.
+
+        A file with a tensor that was verified once, but not since the file changed, keeps what was noted before.
+        """
+        with self._lock:
+            doubtful = {self.tensors[t].file for t in self.doubtful(self._noted)}
+            now = {file: self._stat(file) for file in self._extents if file not in doubtful}
+            self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
+            self._stats |= now
+
+    def unproved_files(self) -> list[StoredFile]:
+        """Files all of whose bytes are here, and which nobody has held against the hub's hash yet."""
+        whole = [f for f in self.origin.files if f.sha256 and f.name in self._extents]
+        return [f for f in whole if not self.gaps(f.name, 0, f.size) and self._whole.get(f.name) != f.sha256]
+
+    def prove(self, file: StoredFile) -> bool:
+        """Whether the whole file hashes to what the hub says."""
+        if hash_range(self.folder / file.name, 0, file.size) != file.sha256:
+            return False
+        with self._lock:
+            self._journal.append([["whole", file.name, file.sha256]])
+            self._whole[file.name] = file.sha256
+        return True
+
+    def _complete(self, tensor: str) -> bool:
+        return tensor in self.tensors and not self.missing_bytes(self.tensors[tensor])
+
+    def _stat(self, file: str) -> tuple[int, int]:
+        found = (self.folder / file).stat()
+        return found.st_size, found.st_mtime_ns
+
+
+def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> Path:
+    """Make the partial checkpoint of ``origin`` in the folder ``models``, or find the one that is there.
+
+    ``read`` gives a small file's content, and a safetensors file's length field and header. Raises BadCheckpoint where
+    what it gives does not make a model, or not the one whose fingerprint is ``expected``; DiskFull or InvalidOption
+    where it cannot be written.
+    """
+    try:
+        make_private_folder(models)
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=models))
+    except OSError as e:
+        raise not_written(e, models, "a model") from e
+    try:
+        fingerprint = _fill(made, origin, read)
+        if expected and fingerprint != expected:
+            raise BadCheckpoint(
+                f"The headers that came are not those of this model (fingerprint {fingerprint[:12]}, "
+                f"expected {expected[:12]}). Load it again."
+            )
+        folder = models / fingerprint
+        if not is_partial(folder):
+            _move(made, folder)
+        return folder
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Give the complete folder ``made`` its name; one that another process has given that name meanwhile is as good."""
+    try:
+        made.rename(folder)
+    except OSError as e:
+        if not is_partial(folder):
+            raise not_written(e, folder, "a model") from e
+
+
+def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
+    """Write small files, headers and holes. -> the fingerprint."""
+    journal = AppendLog(made / RECORDS / "journal.jsonl")
+    _require_bounds(origin)
+    total = 0
+    for file in origin.files:
+        content = read(file)
+        total += len(content)
+        if total > MAX_MODEL_READ_BYTES or len(content) > file.size:
+            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
+        if not file.weights and not file.matches(content):
+            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
+        _write_file(made / file.name, content, file.size if file.weights else len(content))
+        if file.weights:
+            journal.append([["got", file.name, 0, len(content)]])
+    _write_file(made / RECORDS / ORIGIN, json.dumps(asdict(origin)).encode())
+    return open_checkpoint(made).fingerprint
+
+
+def _write_file(path: Path, content: bytes, size: int = 0) -> None:
+    """A new file that begins with ``content`` and has holes up to ``size``. Raises DiskFull or InvalidOption."""
+    try:
+        make_private_folder(path.parent)
+        file = create_private_file(path)
+        try:
+            write_all(file, content)
+            os.ftruncate(file, max(size, len(content)))
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as e:
+        raise not_written(e, path, "a model") from e
+
+
+def _require_bounds(origin: ModelFiles) -> None:
+    """Raise BadCheckpoint for more bytes than a disk could ever have, before a file is made."""
+    claimed = sum(file.size for file in origin.files)
+    if claimed > MAX_MODEL_BYTES:
+        raise BadCheckpoint(f"The model's files are said to have {claimed} bytes; at most {MAX_MODEL_BYTES} are taken.")
+
+
+def read_origin(folder: Path) -> ModelFiles:
+    """Where a partial checkpoint is from. Raises BadCheckpoint where that cannot be read any more."""
+    try:
+        return origin_of(json.loads((folder / RECORDS / ORIGIN).read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(
+            f"the records of the model in {str(folder)!r} are damaged; remove that folder and load the model again"
+        ) from error
+
+
+def is_partial(folder: Path) -> bool:
+    return (folder / RECORDS / ORIGIN).is_file()
+
+
+def hash_range(path: Path, start: int, end: int) -> str:
+    """SHA-256 of some bytes of a file, in hex; a file that is too short gives the hash of what is there."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end and (data := file.read(min(READ_BYTES, end - start))):
+            digest.update(data)
+            start += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""Another Mac's store, asked over gRPC: what it has of a model, and the bytes. The other side is ``shelf``.
+
+It believes nothing: names are checked here, and bytes are hashed by whoever asked for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from cluster.core.errors import BadCheckpoint, FetchFailed
+from cluster.core.limits import (
+    CONTROL_TIMEOUT_S,
+    FETCH_RANGE_BYTES,
+    MAX_CHECKPOINT_TENSORS,
+    MAX_MODEL_FILES,
+    MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_SMALL_FILE_BYTES,
+    MAX_TENSORS_NAMED,
+    PEER_CALL_TIMEOUT_S,
+)
+from cluster.model.checkpoint import TensorInfo
+from cluster.security.trust import WORKER, Trust
+from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
+from cluster.transport.grpc_setup import data_channel
+from cluster.transport.rich_errors import from_rpc_error
+from cluster.v1 import store_pb2 as pb
+from cluster.v1.store_pb2_grpc import StoreServiceStub
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a peer has of one model: names of tensors, and the digests (hex) that it knows.
+
+    It hashes ``checking`` anew since their file changed on its disk, and has found ``damaged`` to be just that.
+    """
+
+    here: frozenset[str] = frozenset()
+    coming: frozenset[str] = frozenset()
+    checking: frozenset[str] = frozenset()
+    damaged: frozenset[str] = frozenset()
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class Peer:
+    """The store of ``name`` at ``address``, for one model. A context manager; its calls may come from any thread.
+
+    ``party`` is who must answer there (see ``cluster.security.trust``).
+
+    Raises the peer's own MacpipeError, or Unreachable, where a call fails.
+    """
+
+    def __init__(self, trust: Trust, name: str, address: str, fingerprint: str, party: str = WORKER) -> None:
+        self.address, self.label, self._fingerprint = address, name, fingerprint
+        self._channel = data_channel(trust, address, party)
+        self._stub = StoreServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._channel.close()
+
+    def describe(self) -> ModelFiles:
+        """The model's files."""
+        request = pb.DescribeModelRequest(fingerprint=self._fingerprint)
+        with self._failures():
+            answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
+        files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
+        if len(files) > MAX_MODEL_FILES:
+            raise BadCheckpoint(
+                f"{self.label} names {len(files)} files of one model; at most {MAX_MODEL_FILES} are taken."
+            )
+        strange = [file.name for file in files if not is_wanted(file.name)]
+        if strange:
+            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
+        return ModelFiles(files, answer.repo, answer.commit)
+
+    def small(self, file: StoredFile) -> bytes:
+        """A small file; of a safetensors file its length field and header."""
+        most = MAX_SAFETENSORS_HEADER_BYTES + 8 if file.weights else MAX_SMALL_FILE_BYTES
+        request = pb.ReadFileRequest(fingerprint=self._fingerprint, file=file.name)
+        content = bytearray()
+        with self._failures():
+            for part in self._stub.ReadFile(request, timeout=PEER_CALL_TIMEOUT_S):
+                content += part.data
+                if len(content) > most:
+                    raise BadCheckpoint(f"{self.label} sends more of {file.name} than such a file may have.")
+        return bytes(content)
+
+    def holdings(self, names: Sequence[str]) -> Holdings:
+        """What is there now; where few names are given, of these alone."""
+        found: dict[int, set[str]] = {presence: set() for presence in pb.Presence.values()}
+        digests: dict[str, str] = {}
+        few = names if len(names) <= MAX_TENSORS_NAMED else ()
+        request = pb.ListTensorsRequest(fingerprint=self._fingerprint, tensors=few)
+        with self._failures():
+            for part in self._stub.ListTensors(request, timeout=CONTROL_TIMEOUT_S):
+                for one in part.tensors:
+                    found.setdefault(one.presence, set()).add(one.name)
+                    if one.sha256:
+                        digests[one.name] = one.sha256.hex()
+                if len(digests) + sum(map(len, found.values())) > 2 * MAX_CHECKPOINT_TENSORS:
+                    raise FetchFailed(f"{self.label} names more tensors than a model has.")
+        return Holdings(
+            here=frozenset(found[pb.PRESENCE_HERE]),
+            coming=frozenset(found[pb.PRESENCE_COMING]),
+            checking=frozenset(found[pb.PRESENCE_CHECKING]),
+            damaged=frozenset(found[pb.PRESENCE_DAMAGED]),
+            digests=digests,
+        )
+
+    def read(self, tensors: tuple[TensorInfo, ...], offset: int, length: int) -> Iterator[bytes]:
+        """``length`` bytes from ``offset`` on of these tensors, one behind the other, in pieces."""
+        names = [tensor.name for tensor in tensors]
+        while length:
+            piece = min(length, FETCH_RANGE_BYTES)
+            request = pb.ReadTensorsRequest(fingerprint=self._fingerprint, tensors=names, offset=offset, length=piece)
+            yield from self._piece(request, piece)
+            offset, length = offset + piece, length - piece
+
+    def _piece(self, request: pb.ReadTensorsRequest, left: int) -> Iterator[bytes]:
+        call = self._stub.ReadTensors(request, timeout=PEER_CALL_TIMEOUT_S)
+        try:
+            with self._failures():
+                for part in call:
+                    left -= len(part.data)
+                    if left < 0:
+                        raise FetchFailed(f"{self.label} sent more than was asked for.")
+                    yield part.data
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+        if left:
+            raise FetchFailed(f"{self.label} ended {left} bytes early.")
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address, peer="store") from error

@@ -1,0 +1,73 @@
+"""How long a message takes from one data port to another place, and how many bytes a second arrive.
+
+A stream like those that carry frames: the asker names a size, the data port answers with as many bytes. What is asked
+for is bounded on both ends. It knows nothing of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from queue import SimpleQueue
+from statistics import median
+from typing import Any
+
+import grpc
+
+from cluster.core.errors import Unreachable
+from cluster.core.limits import PROBE_BYTES, PROBE_MESSAGES, PROBE_TIMEOUT_S, PROBES
+from cluster.core.plan import Link
+from cluster.security.trust import WORKER, Trust
+from cluster.transport.grpc_setup import data_channel
+
+__all__ = ["ProbeHandlers", "measure_link"]
+
+PROBE = "/cluster.v1.StageService/Probe"
+_SIZE_BYTES = 4
+
+
+class ProbeHandlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its typing stub alone
+    """The end that answers."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return grpc.stream_stream_rpc_method_handler(_answers) if handler_call_details.method == PROBE else None
+
+
+def _answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    for request in islice(requests, PROBES + PROBE_MESSAGES + 1):
+        yield bytes(min(int.from_bytes(request[:_SIZE_BYTES], "little"), PROBE_BYTES))
+
+
+def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
+    """Time the way from the data port of ``peer`` at ``address`` to here.
+
+    Blocks, for ``limits.PROBE_TIMEOUT_S`` at most. At most ``PROBE_MESSAGES`` x ``PROBE_BYTES``
+    travel. Raises ``Unreachable``.
+    """
+    channel = data_channel(trust, address, peer)
+    sizes: SimpleQueue[int | None] = SimpleQueue()
+    asked = (n.to_bytes(_SIZE_BYTES, "little") for n in iter(sizes.get, None))
+    try:
+        answers: Any = channel.stream_stream(PROBE, None, None)(asked, timeout=PROBE_TIMEOUT_S)
+
+        def seconds(size: int) -> float:
+            began = time.perf_counter()
+            sizes.put(size)
+            next(answers)
+            return time.perf_counter() - began
+
+        return _link(seconds)
+    except grpc.RpcError as e:
+        raise Unreachable(f"the link from {address} could not be measured: {e.details()}") from e
+    finally:
+        sizes.put(None)
+        channel.close()
+
+
+def _link(seconds: Callable[[int], float]) -> Link:
+    """The first message opens the connection and counts for nothing."""
+    seconds(0)
+    round_trip = median(seconds(0) for _ in range(PROBES))
+    bulk = median(seconds(PROBE_BYTES) for _ in range(PROBE_MESSAGES))
+    return Link(round_trip, PROBE_BYTES / max(bulk - round_trip, 1e-6))

@@ -1,0 +1,183 @@
+"""Macpipe's errors as gRPC's rich errors, and back.
+
+It knows google.rpc.Status and how grpc words its own failures. It refuses to know who calls whom: the address and the
+peer's name are given. What is sent is bounded, since gRPC replaces an error whose metadata is large by one of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from cluster.core.errors import (
+    Aborted,
+    Busy,
+    DeadlineExceeded,
+    Forbidden,
+    InvalidRequest,
+    MacpipeError,
+    OtherParty,
+    Unauthenticated,
+    Unreachable,
+    VersionMismatch,
+)
+from cluster.security.handshake_errors import handshake_failure
+
+DOMAIN: Final = "macpipe"
+COORDINATOR: Final = "coordinator"
+STATUS_METADATA_KEY: Final = "grpc-status-details-bin"
+ELLIPSIS: Final = "…"
+MAX_SENTENCE_BYTES: Final = 1024
+"""The sentence travels twice, once percent-encoded (threefold), and gRPC bounds all metadata to 8 KiB."""
+MAX_DETAIL_BYTES: Final = 1024
+"""Keys and values of all details together; further ones are left out."""
+
+
+def to_status(error: MacpipeError) -> Status:
+    """The google.rpc.Status that tells all of ``error``; give it to ``grpc_status.rpc_status.to_status``.
+
+    It holds an ErrorInfo (domain ``macpipe``), a RetryInfo where there is a time to come back, and a BadRequest where
+    a field is named. Sentence and details are cut to ``MAX_SENTENCE_BYTES`` and ``MAX_DETAIL_BYTES``.
+    """
+    sentence = cut(error.sentence, MAX_SENTENCE_BYTES)
+    status = Status(code=_code(error).value[0], message=sentence)
+    status.details.add().Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_bound_details(error.details)))
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
+    if error.field:
+        violation = BadRequest.FieldViolation(field=cut(error.field, MAX_DETAIL_BYTES), description=error.reason)
+        status.details.add().Pack(BadRequest(field_violations=[violation]))
+    return status
+
+
+def from_status(status: Status) -> MacpipeError | None:
+    """The error that ``to_status`` was given; None where the status carries no ErrorInfo of ours.
+
+    A reason that this version does not know becomes a MacpipeError with the detail ``reason``.
+    """
+    info, retry, fields = ErrorInfo(), RetryInfo(), BadRequest()
+    for detail in status.details:
+        for known in (info, retry, fields):
+            detail.Unpack(known)
+    if info.domain != DOMAIN:
+        return None
+    kind = MacpipeError.kind(info.reason)
+    error = (kind or MacpipeError)(
+        status.message,
+        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
+        field=fields.field_violations[0].field if fields.field_violations else "",
+    )
+    error.details = dict(info.metadata) | ({} if kind else {"reason": info.reason})
+    return error
+
+
+def from_rpc_error(error: grpc.RpcError, address: str, *, peer: str = COORDINATOR) -> MacpipeError:
+    """What a failed call means. ``address`` and ``peer`` (``worker mac-a``) name the other side in the sentence.
+
+    The peer's own error comes back as the class it was; a failure of the connection, or of gRPC, becomes the nearest
+    class. Works on what ``grpc`` and ``grpc.aio`` raise.
+    """
+    return _read_carried(error) or _describe_rpc_error(error, address, peer)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MacpipeError) -> NoReturn:
+    """End a grpc.aio handler's call with ``error`` as its rich status."""
+    status = to_status(error)
+    packed: Any = ((STATUS_METADATA_KEY, status.SerializeToString()),)
+    await context.abort(_code(error), status.message, packed)
+
+
+def cut(text: str, limit: int) -> str:
+    """``text``, or what ``limit`` bytes of UTF-8 hold of it, ended by an ellipsis. Lone surrogates become ``?``."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - len(ELLIPSIS.encode())].decode("utf-8", "ignore") + ELLIPSIS
+
+
+def _code(error: MacpipeError) -> grpc.StatusCode:
+    return grpc.StatusCode[error.grpc_status]
+
+
+def _bound_details(details: dict[str, str]) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    left = MAX_DETAIL_BYTES
+    for given, value in details.items():
+        key = cut(given, MAX_DETAIL_BYTES)
+        left -= len(key.encode())
+        if left < len(ELLIPSIS.encode()):
+            break
+        kept[key] = cut(str(value), left)
+        left -= len(kept[key].encode())
+    return kept
+
+
+def _read_carried(error: grpc.RpcError) -> MacpipeError | None:
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
+        if key == STATUS_METADATA_KEY and isinstance(value, bytes):
+            return _parse_status(value)
+    return None
+
+
+def _parse_status(data: bytes) -> MacpipeError | None:
+    try:
+        return from_status(Status.FromString(data))
+    except DecodeError:  # something between here and the peer answered in its stead
+        return None
+
+
+def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> MacpipeError:
+    code, said = error.code(), cut(error.details() or "", MAX_SENTENCE_BYTES)
+    match code:
+        case grpc.StatusCode.UNAVAILABLE:
+            return _unreachable(said, address, peer)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"the call to the {peer} at {address} was not done in time")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(f"the {peer} at {address} refused this Mac: {said}")
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return Forbidden(said or f"the {peer} at {address} does not allow this")
+        case grpc.StatusCode.CANCELLED:
+            return Aborted(f"the call to the {peer} at {address} was cancelled")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return VersionMismatch(
+                f"what listens at {address} does not know this call: is it a {peer} of this version?"
+            )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said:
+            return InvalidRequest(f"a message to or from the {peer} is larger than one may be ({said})")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Busy(f"the {peer} at {address} is busy: {said}")
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(said or f"the {peer} at {address} refused the request")
+        case _:
+            return MacpipeError(f"the {peer} at {address} failed: {said or code.name}", code=code.name)
+
+
+def _unreachable(said: str, address: str, peer: str) -> Unreachable:
+    if "Hostname Verification" in said:
+        return OtherParty(f"what answers at {address} is of this cluster, but not the {peer} that was meant")
+    if why := handshake_failure(said):
+        return Unreachable(f"the {peer} at {address} is out of reach: {why}")
+    if "http1" in said or "parsing HTTP/2" in said:
+        return Unreachable(f"what listens at {address} does not speak gRPC; give the {peer}'s gRPC port")
+    if "failed to connect" not in said.lower() and "resol" not in said.lower():
+        return Unreachable(f"the connection to the {peer} at {address} broke ({said or 'no reason given'})")
+    if peer != COORDINATOR:
+        return Unreachable(f"nobody answers at {address}, where the {peer} should be ({_cause(said)})")
+    return Unreachable(
+        f"no coordinator answers at {address} ({_cause(said)}); start one with `macpipe serve MODEL`,"
+        " or name another with --coordinator HOST:PORT or MACPIPE_COORDINATOR"
+    )
+
+
+def _cause(said: str) -> str:
+    """The last and most telling part of grpc's chain of causes: ``Connection refused``."""
+    return said.rsplit(": ", 1)[-1].strip(" []()") or "no reason given"

@@ -1,0 +1,86 @@
+"""Cache edits as short msgpack lists: a code, then the edit's fields in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
+from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARK_TOKENS
+from cluster.core.request import Grammar, GrammarKind, SamplingParams
+from cluster.wire.header_fields import Fields
+
+_JOIN = 0
+_PLAIN: dict[int, tuple[Callable[..., Edit], int]] = {
+    1: (Leave, 1), 2: (Trim, 2), 3: (Save, 2), 4: (Restore, 2), 5: (Drop, 1)
+}  # fmt: skip
+"""Edits whose fields are all whole numbers: code to type and number of fields."""
+
+_GRAMMARS = frozenset(kind.value for kind in GrammarKind)
+_CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
+
+
+def pack_edit(edit: Edit) -> list[Any]:
+    if isinstance(edit, Join):
+        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling)]
+    return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
+
+
+def unpack_edit(value: Any) -> Edit:
+    """Raises ``BadFrame`` where the value is no edit."""
+    if type(value) is not list or not value or type(value[0]) is not int:
+        raise BadFrame("a frame's edit is not a list that begins with its code")
+    if value[0] == _JOIN:
+        f = Fields(value, "join", 4)
+        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]))
+    if value[0] not in _PLAIN:
+        raise BadFrame(f"a frame's edit has the unknown code {value[0]}")
+    kind, count = _PLAIN[value[0]]
+    f = Fields(value, "edit", 1 + count)
+    return kind(*(f.count(i) for i in range(1, 1 + count)))
+
+
+def _pack_sampling(p: SamplingParams) -> list[Any]:
+    return [
+        p.temperature,
+        p.top_p,
+        p.top_k,
+        p.min_p,
+        p.repetition_penalty,
+        p.presence_penalty,
+        p.frequency_penalty,
+        p.logit_bias,
+        p.seed,
+        p.logprobs,
+        p.top_logprobs,
+        None if (g := p.grammar) is None else (g.kind.value, g.source, g.free_until),
+    ]
+
+
+def _unpack_sampling(value: Any) -> SamplingParams:
+    f = Fields(value, "sampling", 12)
+    bias = [Fields(row, "bias", 2) for row in f.rows(7, MAX_LOGIT_BIAS)]
+    return SamplingParams(
+        temperature=f.number(0),
+        top_p=f.number(1),
+        top_k=f.count(2),
+        min_p=f.number(3),
+        repetition_penalty=f.number(4),
+        presence_penalty=f.number(5),
+        frequency_penalty=f.number(6),
+        logit_bias=tuple((row.count(0), row.number(1)) for row in bias),
+        seed=f.seed(8),
+        logprobs=f.flag(9),
+        top_logprobs=f.count(10),
+        grammar=_unpack_grammar(f.optional_list(11)),
+    )
+
+
+def _unpack_grammar(value: list[Any] | None) -> Grammar | None:
+    if value is None:
+        return None
+    f = Fields(value, "grammar", 3)
+    if f.text(0) not in _GRAMMARS:
+        raise BadFrame(f"a grammar of unknown kind {f.text(0)[:32]!r}")
+    return Grammar(GrammarKind(f.text(0)), f.text(1), f.counts(2, MAX_MARK_TOKENS))

@@ -1,0 +1,230 @@
+"""The activation frame as bytes: ``u32 header length | u32 CRC-32 of all that follows | msgpack header | tensors``.
+
+Numbers are little-endian, tensors are their own bytes. TCP's checksum lets some damage through, and a flipped bit of an
+activation would be a wrong token that nobody notices: a damaged frame is refused instead.
+
+The bytes of large tensors may travel apart (``cluster.wire.message_split``); the header says so. It knows the layout and
+every bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
+whatever is wrong is a ``BadFrame`` with a sentence.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain, pairwise
+from math import prod
+from typing import Any
+
+import msgpack
+
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Compute, Failure, Frame, Sample, SequenceFailure, StageTiming, Step, Tensor
+from cluster.core.limits import (
+    MAX_EDITS,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_HEADER_BYTES,
+    MAX_ROWS,
+    MAX_STAGES,
+    MAX_TENSOR_RANK,
+    MAX_TENSORS,
+    MAX_TOP_LOGPROBS,
+)
+from cluster.core.request import TopLogprob
+from cluster.wire.edit_codec import pack_edit, unpack_edit
+from cluster.wire.header_fields import Fields, pack_ids, unpack_ids
+
+VERSION = 5
+_PREFIX = struct.Struct("<II")
+_FIELDS = 12
+
+ITEM_BYTES = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "complex64": 8,
+}  # fmt: skip
+"""Bytes of one element, by MLX's name for the type."""
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame as one message, built by a single copy of the tensors' bytes."""
+    header = pack_header(frame, apart=False)
+    return b"".join((header, *_bodies(frame)))
+
+
+def pack_header(frame: Frame, *, apart: bool) -> bytes:
+    """The frame's length prefix and header. ``apart``: the tensors' bytes do not follow it."""
+    header = msgpack.packb(
+        (
+            VERSION,
+            frame.epoch,
+            frame.lane,
+            frame.number,
+            [pack_edit(e) for e in frame.edits],
+            _pack_step(frame.step),
+            [(t.dtype, t.shape) for t in frame.tensors],
+            [_pack_sample(s) for s in frame.samples],
+            list(chain.from_iterable((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in frame.timings)),
+            None if (e := frame.error) is None else (e.stage, e.reason, e.sentence),
+            [(f.sequence, f.reason, f.sentence) for f in frame.failures],
+            apart,
+        )
+    )
+    body = [] if apart else _bodies(frame)
+    return bytes(_PREFIX.pack(len(header), checksum(header, *body)) + header)
+
+
+def _bodies(frame: Frame) -> list[memoryview]:
+    return [memoryview(t.data).cast("B") for t in frame.tensors]
+
+
+def checksum(*parts: bytes | memoryview) -> int:
+    """CRC-32 of the parts one after another: 7 us for 16 KiB, 4 ms for 8 MiB."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found
+
+
+def require_checksum(message: memoryview, start: int, stated: int) -> None:
+    """Raise ``BadFrame`` unless the message's bytes from ``start`` on have that checksum."""
+    if checksum(message[start:]) != stated:
+        raise BadFrame(f"a frame of {len(message)} bytes was damaged on its way: its checksum is another")
+
+
+def decode(message: bytes) -> Frame:
+    """The frame in a message; tensors are views into it. Raises ``BadFrame``."""
+    frame, apart = decode_head(message)
+    if apart:
+        raise BadFrame(f"the tensors of frame {frame.number} travel apart, where whole frames were expected")
+    return frame
+
+
+def decode_head(message: bytes) -> tuple[Frame, bool]:
+    """The frame in a message, and whether its tensors' bytes travel apart: they are empty then. Raises ``BadFrame``."""
+    view = memoryview(message)
+    end = _header_end(view)
+    f = Fields(_unpack(view[_PREFIX.size : end]), "header", _FIELDS)
+    if f.count(0) != VERSION:
+        raise BadFrame(f"the frame has layout version {f.count(0)}; this program reads {VERSION}")
+    apart = f.flag(11)
+    frame = Frame(
+        epoch=f.count(1),
+        lane=f.count(2),
+        number=f.count(3),
+        edits=tuple(unpack_edit(e) for e in f.rows(4, MAX_EDITS)),
+        step=_unpack_step(f.optional_list(5)),
+        tensors=_apart(f.rows(6, MAX_TENSORS)) if apart else _tensors(f.rows(6, MAX_TENSORS), view[end:]),
+        samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_FRAME_HEADER_BYTES)),
+        timings=_timings(f.counts(8, 4 * MAX_STAGES)),
+        error=_unpack_failure(f.optional_list(9)),
+        failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
+    )
+    if apart and len(view) > end:
+        raise BadFrame(f"a frame whose tensors travel apart carries {len(view) - end} bytes of them")
+    return frame, apart
+
+
+def with_body(frame: Frame, body: memoryview) -> Frame:
+    """The frame with its tensors' bytes, which came apart. Raises ``BadFrame`` where they do not fit its header."""
+    return replace(frame, tensors=_tensors([[t.dtype, list(t.shape)] for t in frame.tensors], body))
+
+
+def _header_end(view: memoryview) -> int:
+    if len(view) > MAX_FRAME_BYTES:
+        raise BadFrame(f"a frame of {len(view)} bytes is above the bound of {MAX_FRAME_BYTES}")
+    if len(view) < _PREFIX.size:
+        raise BadFrame(f"a frame of {len(view)} bytes has no header")
+    length, stated = _PREFIX.unpack_from(view)
+    if length > MAX_FRAME_HEADER_BYTES or _PREFIX.size + length > len(view):
+        raise BadFrame(f"a frame of {len(view)} bytes claims a header of {length}")
+    require_checksum(view, _PREFIX.size, stated)
+    return int(_PREFIX.size + length)
+
+
+def _unpack(header: memoryview) -> Any:
+    try:
+        return msgpack.unpackb(header, use_list=True, max_ext_len=0, max_map_len=0, max_bin_len=MAX_FRAME_HEADER_BYTES)
+    except (ValueError, RecursionError, msgpack.UnpackException) as e:
+        raise BadFrame(f"the frame's header is not msgpack of ours: {e}") from e
+
+
+def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
+    if step is None:
+        return None
+    width = len(step.tokens[0])
+    return int(step.compute), step.sequences, width, pack_ids(chain.from_iterable(step.tokens))
+
+
+def _unpack_step(value: list[Any] | None) -> Step | None:
+    if value is None:
+        return None
+    f = Fields(value, "step", 4)
+    sequences, width, ids = f.counts(1, MAX_ROWS), f.count(2), unpack_ids(f.blob(3))
+    if not sequences or not width or len(sequences) * width != len(ids):
+        raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
+    rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
+    return Step(_compute(f.count(0)), sequences, rows)
+
+
+def _compute(code: int) -> Compute:
+    try:
+        return Compute(code)
+    except ValueError as e:
+        raise BadFrame(f"a step of unknown kind {code}") from e
+
+
+def _apart(rows: Iterable[Any]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(dtype, shape, b"") for dtype, shape in map(_read_description, rows))
+
+
+def _read_description(row: Any) -> tuple[str, tuple[int, ...]]:
+    f = Fields(row, "tensor", 2)
+    dtype, shape = f.text(0), f.counts(1, MAX_TENSOR_RANK)
+    if dtype not in ITEM_BYTES:
+        raise BadFrame(f"a tensor of unknown type {dtype[:32]!r}")
+    return dtype, shape
+
+
+def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
+    tensors, start = [], 0
+    for dtype, shape in map(_read_description, rows):
+        end = start + ITEM_BYTES[dtype] * prod(shape)
+        if end > len(body):
+            raise BadFrame(f"a frame's tensors need {end} bytes, it carries {len(body)}")
+        tensors.append(Tensor(dtype, shape, body[start:end]))
+        start = end
+    if start != len(body):
+        raise BadFrame(f"a frame carries {len(body) - start} bytes that belong to no tensor")
+    return tuple(tensors)
+
+
+def _pack_sample(s: Sample) -> tuple[Any, ...]:
+    return s.sequence, s.position, s.token, s.logprob, [(t.token, t.logprob) for t in s.top], s.final
+
+
+def _unpack_sample(value: Any) -> Sample:
+    f = Fields(value, "sample", 6)
+    logprob = None if value[3] is None else f.number(3)
+    top = [Fields(row, "alternative", 2) for row in f.rows(4, MAX_TOP_LOGPROBS)]
+    alternatives = tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
+    return Sample(f.count(0), f.count(1), f.count(2), logprob, alternatives, f.flag(5))
+
+
+def _unpack_failure(value: list[Any] | None) -> Failure | None:
+    if value is None:
+        return None
+    f = Fields(value, "error", 3)
+    return Failure(f.count(0), f.text(1), f.text(2))
+
+
+def _unpack_sequence_failure(value: Any) -> SequenceFailure:
+    f = Fields(value, "failure", 3)
+    return SequenceFailure(f.count(0), f.text(1), f.text(2))
+
+
+def _timings(flat: tuple[int, ...]) -> tuple[StageTiming, ...]:
+    if len(flat) % 4:
+        raise BadFrame("a frame's timings are not four numbers a stage")
+    return tuple(StageTiming(*flat[i : i + 4]) for i in range(0, len(flat), 4))

@@ -1,0 +1,104 @@
+"""Checked access to the untrusted lists that a header is made of, and token ids as packed bytes."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+from cluster.core.errors import BadFrame
+
+_MAX_COUNT = 2**63 - 1
+_IDS = "I" if array("I").itemsize == 4 else "L"
+
+
+class Fields:
+    """A list of exactly ``count`` fields; each accessor checks one, and raises ``BadFrame`` naming it."""
+
+    __slots__ = ("_value", "_what")
+
+    def __init__(self, value: Any, what: str, count: int) -> None:
+        if type(value) is not list or len(value) != count:
+            raise BadFrame(f"a frame's {what} is not a list of {count} fields")
+        self._value: list[Any] = value
+        self._what = what
+
+    def _bad(self, i: int, wanted: str) -> BadFrame:
+        return BadFrame(f"field {i} of a frame's {self._what} is not {wanted}")
+
+    def count(self, i: int) -> int:
+        """A whole number from 0 to 2^63 - 1."""
+        value = self._value[i]
+        if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+            raise self._bad(i, "a whole number")
+        return value
+
+    def seed(self, i: int) -> int:
+        """A whole number of 64 bits."""
+        value = self._value[i]
+        if type(value) is not int or not 0 <= value < 2**64:
+            raise self._bad(i, "a seed of 64 bits")
+        return value
+
+    def number(self, i: int) -> float:
+        value = self._value[i]
+        if type(value) not in (float, int):
+            raise self._bad(i, "a number")
+        return float(value)
+
+    def flag(self, i: int) -> bool:
+        value = self._value[i]
+        if type(value) is not bool:
+            raise self._bad(i, "true or false")
+        return value
+
+    def text(self, i: int) -> str:
+        value = self._value[i]
+        if type(value) is not str:
+            raise self._bad(i, "text")
+        return value
+
+    def blob(self, i: int) -> bytes:
+        value = self._value[i]
+        if type(value) is not bytes:
+            raise self._bad(i, "bytes")
+        return value
+
+    def rows(self, i: int, most: int) -> list[Any]:
+        """A list of at most ``most`` entries."""
+        value = self._value[i]
+        if type(value) is not list or len(value) > most:
+            raise self._bad(i, f"a list of at most {most}")
+        return value
+
+    def counts(self, i: int, most: int) -> tuple[int, ...]:
+        """A list of at most ``most`` whole numbers."""
+        value = self.rows(i, most)
+        if not all(type(n) is int and 0 <= n <= _MAX_COUNT for n in value):
+            raise self._bad(i, "a list of whole numbers")
+        return tuple(value)
+
+    def optional_list(self, i: int) -> list[Any] | None:
+        value = self._value[i]
+        if value is not None and type(value) is not list:
+            raise self._bad(i, "a list or nothing")
+        return value
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian u32."""
+    packed = array(_IDS, ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(data: bytes) -> tuple[int, ...]:
+    """The reverse of ``packed_ids``. Raises ``BadFrame`` where the length is no multiple of four."""
+    if len(data) % 4:
+        raise BadFrame(f"token ids of {len(data)} bytes are not whole")
+    ids = array(_IDS, data)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return tuple(ids)

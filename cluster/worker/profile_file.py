@@ -1,0 +1,111 @@
+"""What a worker keeps of its own measurements, in its folder: its profile, what frames taught, and its links.
+
+A file of another version, chip or backend counts for nothing, and so does one that cannot be read: both mean measuring
+again. It knows figures and a file; it measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LEARN_STEP, LINK_KEPT_S
+from cluster.core.plan import Link, Profile
+from cluster.platform.private_files import replace_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProfile:
+    """``key`` says under what circumstances it was measured; ``links`` are by the other worker's id and host."""
+
+    key: str
+    profile: Profile = field(default_factory=Profile)
+    links: tuple[tuple[str, Link, float], ...] = ()
+    """The other worker's id and host, the link from there, and when it was measured in seconds since 1970."""
+
+
+class ProfileFile:
+    """One worker's file. ``kept`` is what it holds now."""
+
+    def __init__(self, path: Path, key: str, now: Callable[[], float] = time.time) -> None:
+        self._path, self._now = path, now
+        self.kept = _read(path, key)
+
+    def put(self, profile: Profile) -> None:
+        """Keep a new measurement; what frames taught about the old one is forgotten."""
+        self._keep(replace(self.kept, profile=profile))
+
+    def learn(self, fingerprint: str, ratio: float) -> None:
+        """Keep that a model's frames took ``ratio`` times what the profile predicts; the oldest of many is dropped."""
+        if not math.isfinite(ratio) or not self.kept.profile.known:
+            return
+        bounded = min(max(ratio, 1 / CORRECTION_BOUND), CORRECTION_BOUND)
+        before = dict(self.kept.profile.corrections).get(fingerprint, 0.0)
+        if abs(bounded - before) <= LEARN_STEP * before:
+            return
+        others = [pair for pair in self.kept.profile.corrections if pair[0] != fingerprint]
+        learned = (*others, (fingerprint, round(bounded, 4)))[-KEPT_CORRECTIONS:]
+        self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))
+
+    def link(self, worker: str, address: str) -> Link | None:
+        """The link from a worker, where it was measured of late and to the same host."""
+        way = _way(worker, address)
+        fresh = (link for known, link, at in self.kept.links if known == way and 0 <= self._now() - at < LINK_KEPT_S)
+        return next(fresh, None)
+
+    def put_link(self, worker: str, address: str, link: Link) -> None:
+        way = _way(worker, address)
+        others = [entry for entry in self.kept.links if entry[0] != way]
+        self._keep(replace(self.kept, links=(*others, (way, link, self._now()))[-KEPT_LINKS:]))
+
+    def _keep(self, kept: StoredProfile) -> None:
+        self.kept = kept
+        try:
+            replace_file(self._path, json.dumps(asdict(kept), indent=1).encode())
+        except OSError as e:  # a full disk costs the next start two seconds, nothing else
+            log.warning("cannot keep this worker's profile in %s: %s", self._path, e.strerror)
+
+
+def _way(worker: str, address: str) -> str:
+    """The port is another at each start, the host is not."""
+    return f"{worker} {address.rpartition(':')[0]}"
+
+
+def _read(path: Path, key: str) -> StoredProfile:
+    try:
+        kept = _read_profile(json.loads(path.read_text()))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # not there, damaged, or of another form
+        return StoredProfile(key)
+    return kept if kept.key == key else StoredProfile(key)
+
+
+def _link(round_trip_s: float, bandwidth: float) -> Link:
+    if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
+        raise ValueError("a link is no link")
+    return Link(float(round_trip_s), float(bandwidth))
+
+
+def _read_profile(facts: Any) -> StoredProfile:
+    profile = facts["profile"]
+    learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections"))
+    figures = {name: float(value) for name, value in profile.items()}
+    ratios = dict(learned).values()
+    if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *ratios)) or not all(r > 0 for r in ratios):
+        raise ValueError("a figure is no figure")
+    links = tuple((str(way), _link(**link), float(at)) for way, link, at in facts["links"])
+    return StoredProfile(str(facts["key"]), Profile(**figures, corrections=learned), links)

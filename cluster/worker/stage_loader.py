@@ -1,0 +1,141 @@
+"""What a worker does around its engine's reading: come to the slice's bytes first, and prove them meanwhile.
+
+It knows the store and the messages of a load; it knows nothing of engines beyond the progress that one tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+
+from cluster.core.limits import FETCH_TICK_S, MAX_TENSORS_NAMED
+from cluster.core.plan import ModelRef
+from cluster.security.trust import Trust
+from cluster.store.digests import digests
+from cluster.store.fetch import Fetch, Fetched, Wanted
+from cluster.store.hub import Hub
+from cluster.store.peer_client import Peer
+from cluster.store.store import FoundModel, Store
+from cluster.store.store_server import StoreServer
+from cluster.v1 import worker_pb2 as pb
+from cluster.worker.pipe_messages import Progress
+
+Result = TypeVar("Result")
+Read = Callable[[Path], AsyncIterator[Progress]]
+"""Have the engine read the slice from a folder."""
+
+
+class StageLoader:
+    """The bytes of one worker, kept in ``home``. Lives on one event loop; what blocks runs on threads."""
+
+    def __init__(self, home: Path, trust: Trust) -> None:
+        self._store, self._trust = Store(home), trust
+        self.shelf = StoreServer(self._store)
+
+    async def stage(self, request: pb.LoadStageRequest, read: Read) -> AsyncGenerator[pb.LoadStageResponse, None]:
+        """Fetch what is missing, have the engine read, and tell what the slice's tensors hash to.
+
+        Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing it ends the fetch.
+        """
+        job = _LoadJob(self._store, self._trust, self.shelf, request)
+        task = _background(job.fetch)
+        try:
+            async for fetched in _watch_job(task, job):
+                done, total = (fetched.done, fetched.total) if fetched else (0, 0)
+                yield _progress_message(fetched.state if fetched else "checking", fetched, done, total)
+            found, got = await task, job.progress
+            hashing = _background(lambda: job.prove(found))
+            async for p in read(found.folder):
+                yield _progress_message("reading", got, p.done_bytes, p.total_bytes)
+            async for _ in _watch_job(hashing, job):
+                yield _progress_message("hashing", got)
+            for batch in _batches(await hashing):
+                yield _progress_message("hashing", got, digests=batch)
+        finally:
+            job.stop.set()
+
+
+class _LoadJob:
+    """One load's fetch and proof; ``fetch`` and ``prove`` run on threads."""
+
+    def __init__(self, store: Store, trust: Trust, shelf: StoreServer, request: pb.LoadStageRequest) -> None:
+        self._store, self._trust, self._shelf, self._request = store, trust, shelf, request
+        self._running: Fetch | None = None
+        self.stop = Event()
+
+    @property
+    def progress(self) -> Fetched | None:
+        """How far the fetch is; None where nothing has to be fetched."""
+        return self._running.progress if self._running else None
+
+    def fetch(self) -> FoundModel:
+        """Make the slice's tensors be on this Mac. -> where."""
+        r = self._request
+        with ExitStack() as stack:
+            peers = [stack.enter_context(Peer(self._trust, p.name, p.address, r.fingerprint, p.party)) for p in r.peers]
+            found = self._store.find_for_worker(ModelRef(r.model, r.path, r.fingerprint), peers)
+            item = self._shelf.put(found.folder, found.partial)
+            if found.partial:
+                hub = Hub(r.repo, r.commit) if r.repo else None
+                deferred = frozenset(r.deferred)
+                item.coming = frozenset(r.tensors) - deferred
+                self._running = Fetch(
+                    found.partial,
+                    item.manifest,
+                    Wanted(tuple(r.tensors), deferred),
+                    peers=peers,
+                    hub=hub,
+                    stop=self.stop,
+                    what=f"{r.model} (layers {r.start_layer}-{r.end_layer - 1})",
+                )
+                try:
+                    self._running.run()
+                finally:
+                    item.coming = frozenset()
+        return found
+
+    def prove(self, found: FoundModel) -> dict[str, str]:
+        """What the slice's tensors hash to."""
+        if found.partial:
+            verified = found.partial.verified
+            return {name: verified[name] for name in self._request.tensors}
+        return digests(self._store.home, found.folder, self._request.tensors, self.stop)
+
+
+def _background(work: Callable[[], Result]) -> asyncio.Task[Result]:
+    """Do it on a thread. Where nobody waits for the end any more, how it ended is of no interest."""
+    task = asyncio.create_task(asyncio.to_thread(work))
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
+
+
+async def _watch_job(
+    task: asyncio.Task[FoundModel] | asyncio.Task[dict[str, str]], job: _LoadJob
+) -> AsyncIterator[Fetched | None]:
+    """How far the job is, now and then, until its task is done."""
+    while not task.done():
+        await asyncio.wait([task], timeout=FETCH_TICK_S)
+        yield job.progress
+
+
+def _progress_message(
+    state: str, got: Fetched | None, done: int = 0, total: int = 0, digests: Sequence[pb.TensorDigest] = ()
+) -> pb.LoadStageResponse:
+    return pb.LoadStageResponse(
+        state=state,
+        done_bytes=done,
+        total_bytes=total,
+        hub_bytes=got.hub if got else 0,
+        peer_bytes=got.peers if got else 0,
+        notices=got.notices if got else (),
+        digests=digests,
+    )
+
+
+def _batches(proved: dict[str, str]) -> list[list[pb.TensorDigest]]:
+    told = [pb.TensorDigest(name=name, sha256=bytes.fromhex(digest)) for name, digest in proved.items()]
+    return [told[at : at + MAX_TENSORS_NAMED] for at in range(0, len(told), MAX_TENSORS_NAMED)]

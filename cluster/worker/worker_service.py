@@ -1,0 +1,280 @@
+"""The worker's control plane: WorkerService over its supervisor. Thin: it translates, the engine does."""
+
+from __future__ import annotations
+
+import math
+import platform
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import anyio
+import grpc
+
+from cluster import __version__
+from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
+from cluster.core.limits import HOLD_S, OVERLOADED_S, RESTART_S
+from cluster.core.plan import Profile
+from cluster.discovery.interfaces import interface_of
+from cluster.platform.macos import MachineFacts, memory_pressure
+from cluster.platform.overload import Lag, no_lag
+from cluster.security.bounds import MAX_REVOKED
+from cluster.security.trust import COORDINATOR, Trust, worker_of
+from cluster.transport.link_probe import measure_link
+from cluster.transport.rich_errors import abort
+from cluster.v1 import worker_pb2 as pb
+from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
+from cluster.worker.pipe_messages import Hello, LinkStage, Load, Progress, Reported, Unload
+from cluster.worker.profile_file import ProfileFile
+from cluster.worker.settings import WorkerSettings
+from cluster.worker.stage_loader import StageLoader
+from cluster.worker.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from cluster.security.certificate_renewal import Renewal
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
+SAME_ID = (
+    "another coordinator of the same id, since a state folder was copied; stop one of the two, or give one a "
+    "MACPIPE_HOME of its own"
+)
+Asking: TypeAlias = pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
+RELEASE_LOOK_S = 0.05
+_NOTHING = Hello(0, "", "", "", "", 0, 0)
+
+
+@dataclass
+class WorkerServicer(WorkerServiceServicer):
+    """Answers the coordinator. ``loaded`` is the slice that the living engine holds, None where it holds none."""
+
+    id: str
+    settings: WorkerSettings
+    trust: Trust
+    supervisor: Supervisor
+    supplies: StageLoader
+    file: ProfileFile
+    machine: MachineFacts
+    lag: Lag = no_lag
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    loaded: pb.LoadStageRequest | None = None
+    draining: bool = False
+    stopping: bool = False
+    removed: anyio.Event = field(default_factory=anyio.Event)
+    """This Mac is no member of its cluster any more."""
+    _loaded_by: Hello | None = field(default=None)
+    _heard: float = field(default=-math.inf)
+
+    def __post_init__(self) -> None:
+        """A bound address stays where it is, so its interface is looked up once and not for every heartbeat."""
+        self._interface = self.settings.interface or interface_of(self.settings.host)
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        await self._learn_revoked(request, context)
+        if request.coordinator and self.loaded and _asker(request) == _asker(self.loaded):
+            self._heard = time.monotonic()
+        report, problem = await self._report()
+        hello, valid = self.supervisor.hello or _NOTHING, self.trust.valid
+        held = self._loaded_request() or pb.LoadStageRequest()  # after the report: an engine that is gone holds nothing
+        return pb.DescribeResponse(
+            id=self.id,
+            name=self.settings.name,
+            version=__version__,
+            cluster=self.settings.cluster,
+            data_port=hello.port,
+            chip=hello.chip,
+            backend=hello.backend,
+            mlx_version=f"{hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
+            memory_total=hello.memory_total,
+            memory_limit=hello.memory_limit,
+            memory_used=report.memory_used,
+            memory_peak=report.memory_peak,
+            epoch=held.epoch,
+            start_layer=held.start_layer,
+            end_layer=held.end_layer,
+            model=held.model,
+            sequences=report.sequences,
+            problem=problem,
+            holder=self._holder(),
+            instance=self.instance,
+            holder_instance=held.instance if self._holder_lives() else "",
+            profile=_profile(self.file.kept.profile),
+            interface=self._interface,
+            gpu_cores=self.machine.gpu_cores,
+            memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
+            busy_ms=report.busy_ms,
+            computing=self.supervisor.computing,
+            lag_seconds=lag_s if (lag_s := self.lag()) >= OVERLOADED_S else 0.0,
+            owner=held.coordinator,
+            fingerprint=held.fingerprint,
+            kv_bits=held.kv_bits,
+            draining=self.draining or self.stopping,
+            stopping=self.stopping,
+            clock=time.time(),
+            certificate_begins=valid[0],
+            certificate_ends=valid[1],
+        )
+
+    async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
+        """Refuse whom the cluster's coordinator says is out of it; nobody else is believed."""
+        kept = self.trust.revocations
+        shown: Any = context.auth_context()
+        party = self.trust.party(shown) if kept else None
+        if kept and party and party.role == COORDINATOR:
+            told = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
+            if told != kept.known():
+                await anyio.to_thread.run_sync(kept.learn, told)
+            if self.trust.serial in told:
+                self.removed.set()
+
+    def _holder(self) -> str:
+        """The coordinator whose heartbeat was heard of late, while its stage is held."""
+        held = self._loaded_request()
+        return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
+
+    def _holder_lives(self) -> bool:
+        """Whether the process that holds the stage was heard so lately that it cannot have been started again since."""
+        return bool(self._holder()) and time.monotonic() - self._heard < RESTART_S
+
+    def _loaded_request(self) -> pb.LoadStageRequest | None:
+        """What is loaded, unless the engine that loaded it is gone."""
+        return self.loaded if self._loaded_by is not None and self._loaded_by is self.supervisor.hello else None
+
+    async def _report(self) -> tuple[Reported, str]:
+        try:
+            return await self.supervisor.report(), ""
+        except MacpipeError as e:
+            return Reported(0, 0, 0), e.sentence or "the engine is ending"
+
+    async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
+        await self._refuse_others(request, context)
+        if (held := self._loaded_request()) and request.epoch < held.epoch:
+            why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
+            await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
+        self.loaded = None
+        try:
+            async with aclosing(self.supplies.stage(request, lambda path: self._read(request, path))) as events:
+                async for event in events:
+                    yield event
+        except MacpipeError as e:
+            await abort(context, e)
+        self.loaded, self._loaded_by, self._heard = request, self.supervisor.hello, time.monotonic()
+        yield pb.LoadStageResponse(ready=True)
+
+    def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
+        return self.supervisor.events(lambda call: _load(call, request, folder))
+
+    async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
+        try:
+            await self.supervisor.ask(lambda call: LinkStage(call, request.epoch, request.pull_from, request.peer))
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.LinkStageResponse()
+
+    async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
+        await self._refuse_others(request, context)
+        try:
+            await self.supervisor.ask(lambda call: Unload(call, request.epoch))
+        except MacpipeError as e:
+            await abort(context, e)
+        if self.loaded and self.loaded.epoch <= request.epoch:
+            self.loaded = None
+        return pb.UnloadStageResponse()
+
+    async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
+        link = None if request.afresh else self.file.link(request.worker, request.address)
+        if link is None:
+            try:
+                peer = worker_of(request.worker)
+                link = await anyio.to_thread.run_sync(measure_link, self.trust, request.address, peer)
+            except MacpipeError as e:
+                await abort(context, e)
+            self.file.put_link(request.worker, request.address, link)
+        return pb.MeasureLinkResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth)
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
+        await self._refuse_others(request, context)
+        self.draining = not request.undo
+        return pb.DrainWorkerResponse()
+
+    async def wait_released(self) -> None:
+        """Say from now on that this worker stops; return once no coordinator needs it any more."""
+        self.stopping = True
+        while True:
+            if not self._holder():
+                return
+            await anyio.sleep(RELEASE_LOOK_S)
+
+    async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
+        await self._refuse_others(request, context)
+        self.loaded = None
+        self.supervisor.reset(request.why)
+        return pb.ResetEngineResponse()
+
+    async def _refuse_others(self, request: Asking, context: Context) -> None:
+        held, holder = self._loaded_request(), self._holder()
+        if held and holder and holder != request.coordinator:
+            await abort(context, WorkerTaken(f"it serves {held.model} for {OTHER}"))
+        if held and self._holder_lives() and held.instance != request.instance:
+            await abort(context, WorkerTaken(f"it serves {held.model} for {SAME_ID}"))
+
+    async def RequestCertificate(
+        self, request: pb.RequestCertificateRequest, context: Context
+    ) -> pb.RequestCertificateResponse:
+        renewal = await self._renewal(context)
+        return pb.RequestCertificateResponse(request=await anyio.to_thread.run_sync(renewal.request))
+
+    async def InstallCertificate(
+        self, request: pb.InstallCertificateRequest, context: Context
+    ) -> pb.InstallCertificateResponse:
+        renewal = await self._renewal(context)
+        try:
+            await anyio.to_thread.run_sync(renewal.install, request.certificate)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.InstallCertificateResponse()
+
+    async def _renewal(self, context: Context) -> Renewal:
+        if (renewal := self.trust.renewal) is None:
+            await abort(context, InvalidRequest("this worker is in no cluster, and has no certificate"))
+        return renewal
+
+    async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
+        self.file.learn(request.fingerprint, request.ratio)
+        return pb.LearnRatioResponse()
+
+
+def _asker(request: Asking | pb.DescribeRequest) -> tuple[str, str]:
+    """Which process of which coordinator asks."""
+    return request.coordinator, request.instance
+
+
+def _profile(p: Profile) -> pb.Profile:
+    return pb.Profile(
+        bandwidth=p.bandwidth,
+        layer_s=p.layer_s,
+        step_s=p.step_s,
+        flops=p.flops,
+        row_cost=p.row_cost,
+        corrections=[pb.Ratio(fingerprint=model, ratio=ratio) for model, ratio in p.corrections],
+    )
+
+
+def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:
+    return Load(
+        call=call,
+        epoch=r.epoch,
+        index=r.index,
+        count=r.count,
+        model=r.model,
+        path=str(folder),
+        fingerprint=r.fingerprint,
+        start_layer=r.start_layer,
+        end_layer=r.end_layer,
+        max_context=r.max_context,
+        kv_bits=r.kv_bits,
+    )
