@@ -18,10 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {
-        *("", "address", "chat", "chunking", "errors", "frames", "grammar", "home", "idfile", "layers"),
-        *("lifetime", "limits", "loads", "macos", "overload", "private_files", "profiles", "types", "v1"),
-    },
+    {"", "core", "platform", "v1"},
     {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
     {"joining", "sandbox", "store"},
@@ -168,8 +165,85 @@ def test_help_starts_without_mlx() -> None:
     assert loaded & HEAVY == set()
 
 
+def test_the_architecture_page_lists_every_room() -> None:
+    """Its table has a row for each folder of ``cluster/``, on the floor that is enforced here."""
+    page = (ROOT / "ops" / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = {room: int(floor) for floor, room in re.findall(r"^\| (\d) \| `(\w+)` \|", page, re.MULTILINE)}
+    folders = {p.name for p in (ROOT / "cluster").iterdir() if p.is_dir() and not p.name.startswith("__")}
+    assert rows == {room: FLOOR[room] for room in folders}
+
+
+def definitions() -> dict[str, list[str]]:
+    """Where each class of ``cluster/`` is defined, generated code aside."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "cluster").rglob("*.py")):
+        if "v1" not in path.relative_to(ROOT).parts:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_no_class_name_has_two_meanings() -> None:
+    twice = {name: places for name, places in definitions().items() if len(places) > 1}
+    assert not twice, twice
+
+
+def import_circles() -> list[list[str]]:
+    """Groups of modules that import each other, found by Tarjan's algorithm over module-level imports."""
+    modules = {}
+    for path in (ROOT / "cluster").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "v1" not in parts:
+            modules[".".join(parts).removesuffix(".__init__")] = (path, parts[:-1])
+    graph = {}
+    for module, (path, package) in modules.items():
+        names = imported(ast.parse(path.read_text(encoding="utf-8")), package)
+        graph[module] = {n if n in modules else n.rpartition(".")[0] for _, n in names} & modules.keys() - {module}
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    circles: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == index[module]:
+            circle = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(circle) > 1:
+                circles.append(sorted(circle))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return circles
+
+
+def test_no_modules_import_each_other() -> None:
+    assert import_circles() == []
+
+
+SENTENCE = re.compile(r"""\bin (\w+\.)*(sentence|message|problem|str\((e|err|error|exc|exception)\))(?!\w)""")
+
+
+def test_no_code_looks_into_a_sentence() -> None:
+    """Errors carry a reason. A sentence may be reworded at any time, and holds names that others chose."""
+    found = []
+    for path in sorted((ROOT / "cluster").rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if SENTENCE.search(line.partition("#")[0]) and " for " not in line:
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
 BROKEN = {
-    "types.py": ("import cluster.wire.frame_codec", "(floor 0) imports wire"),
+    "core/frames.py": ("import cluster.wire.frame_codec", "core (floor 0) imports wire"),
     "wire/frame.py": ("def f():\n    import asyncio", ":2: wire is pure and imports asyncio"),
     "placement/solve.py": ("from os.path import join", "placement is pure and imports os"),
     "scheduler/plan.py": ("from cluster.wire import frame", "scheduler (floor 1) imports wire (floor 1)"),

@@ -1,4 +1,4 @@
-"""What one request may hold and cost, in HTTP and in gRPC, each with its reason; ``cluster.core.limits`` has the rest."""
+"""Bounds of one request, over HTTP and gRPC, each with its reason. ``cluster.core.limits`` has all others."""
 
 from __future__ import annotations
 

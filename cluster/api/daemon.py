@@ -31,9 +31,9 @@ from cluster.coordinator.journal import Journal
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
-from cluster.coordinator.snapshot import ServingState
 from cluster.core.errors import MacpipeError, PortInUse
 from cluster.core.limits import JOIN_RETRY_S, LAST_WORDS_S
+from cluster.core.state import ServingState
 from cluster.core.text import format_address
 from cluster.discovery.browse import browse
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
@@ -43,7 +43,8 @@ from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
 from cluster.security.cluster_folder import ClusterFolder
-from cluster.security.trust import COORDINATOR, Trust, open_trust
+from cluster.security.credentials import open_trust
+from cluster.security.trust import COORDINATOR, Trust
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.transport.grpc_streams import GrpcDialer

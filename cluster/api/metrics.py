@@ -11,10 +11,10 @@ from prometheus_client.registry import Collector
 from cluster import __version__
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.loop_view import LoopView
-from cluster.coordinator.snapshot import ServingState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
+from cluster.core.state import ServingState
 from cluster.scheduler.sequence import Phase
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -7,9 +7,10 @@ import time
 from cluster import __version__
 from cluster.coordinator.loop_view import LoopView, RequestView
 from cluster.coordinator.roster import RosterEntry
-from cluster.coordinator.snapshot import Repair, ServingState, Snapshot
+from cluster.coordinator.snapshot import Snapshot
 from cluster.core.plan import LoadProgress, Objective, Plan, PlannedStage, Route
 from cluster.core.request import FinishEvent, FinishReason, Request, StageFigures, TokenEvent, ToolCallDelta
+from cluster.core.state import Repair, ServingState
 from cluster.membership.suspicion import Belief, Standing
 from cluster.model.tokenizer import Tokenizer
 from cluster.scheduler.sequence import Phase
@@ -188,9 +189,9 @@ def _repair(r: Repair) -> cpb.Repair:
     return cpb.Repair(
         worker=r.worker,
         cause=r.cause,
-        since_seconds=r.since_s,
+        since_seconds=r.since_seconds,
         doing=r.doing,
-        expected_seconds=r.expected_s,
+        expected_seconds=r.expected_seconds,
         attempts=r.attempts,
     )
 

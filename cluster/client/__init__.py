@@ -12,21 +12,22 @@ Errors are the classes of ``cluster.core.errors``.
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.client import Client
-from cluster.client.cluster_state import (
-    ClusterState,
-    LiveRequest,
-    ModelPlan,
-    Repair,
-    RequestState,
-    ServingState,
-    StageState,
-    WorkerState,
-)
+from cluster.client.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState, WorkerState
 from cluster.client.options import ChatKeywords, Options
-from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens
 from cluster.client.streams import Loading, Stream
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
-from cluster.core.request import ChatMessage, FinishReason, StageFigures, Tool, ToolCall, ToolCallDelta, Usage
+from cluster.core.request import (
+    ChatMessage,
+    FinishReason,
+    StageFigures,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
+from cluster.core.state import Repair, ServingState
 
 __all__ = [
     "AsyncClient",

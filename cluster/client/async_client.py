@@ -17,7 +17,7 @@ from cluster.client.channel_setup import means, trust_in
 from cluster.client.chat_encoding import Turn
 from cluster.client.cluster_state import ClusterState, ModelPlan
 from cluster.client.coordinator_address import coordinator_address
-from cluster.client.deadlines import answer_timeout_s, check_timeout_s, failures_told
+from cluster.client.deadlines import answer_timeout_s, check_timeout_s, closed_error, failures_told
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
@@ -53,6 +53,7 @@ class AsyncClient:
         self._renewal = OwnRenewal(trust)
         self._credentials, self._grpc_options = means(trust, self.address)
         self._opened: aio.Channel | None = None
+        self._closed = False
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a text, or token ids, without a chat template. See Options for the keywords."""
@@ -129,12 +130,13 @@ class AsyncClient:
         Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
         worker answers.
         """
-        with failures_told(self.address):
+        with failures_told(self.address, lambda: self._closed):
             reply = await self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
         return replies.cluster_state(reply.cluster)
 
     async def close(self) -> None:
         """Close the connection; calls that still run end with Aborted."""
+        self._closed = True
         if self._opened is not None:
             await self._opened.close(grace=None)
 
@@ -148,6 +150,8 @@ class AsyncClient:
 
     @property
     def _channel(self) -> aio.Channel:
+        if self._closed:
+            raise closed_error()
         if self._opened is None:  # not before: a channel belongs to the loop that runs while it is made
             self._opened = aio.secure_channel(self.address, self._credentials, options=self._grpc_options)
         return self._opened
@@ -172,5 +176,5 @@ class AsyncClient:
         self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S
     ) -> R:
         await self._renew()
-        with failures_told(self.address):
+        with failures_told(self.address, lambda: self._closed):
             return await method(request, timeout=self._timeout_s or usual_s)

@@ -10,7 +10,8 @@ import grpc
 from cluster.core.limits import CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS, CONNECT_TIMEOUT_S, MAX_CONTROL_BYTES
 from cluster.core.text import parse_address
 from cluster.platform.paths import state_home
-from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, Options, Trust, open_trust
+from cluster.security.credentials import open_trust
+from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, Options, Trust
 
 CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
 DEFAULT_CLUSTER: Final = "default"

@@ -16,7 +16,7 @@ from cluster.client.channel_setup import means, trust_in
 from cluster.client.chat_encoding import Turn
 from cluster.client.cluster_state import ClusterState, ModelPlan
 from cluster.client.coordinator_address import coordinator_address
-from cluster.client.deadlines import answer_timeout_s, check_timeout_s, failures_told
+from cluster.client.deadlines import answer_timeout_s, check_timeout_s, closed_error, failures_told
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
@@ -50,6 +50,7 @@ class Client:
         self._renewal = OwnRenewal(trust)
         credentials, options = means(trust, self.address)
         self._channel = grpc.secure_channel(self.address, credentials, options=options)
+        self._closed = False
         self._inference = InferenceServiceStub(self._channel)
         self._cluster = ClusterServiceStub(self._channel)
 
@@ -130,12 +131,13 @@ class Client:
         Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
         worker answers.
         """
-        with failures_told(self.address):
+        with failures_told(self.address, lambda: self._closed):
             reply = self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
         return replies.cluster_state(reply.cluster)
 
     def close(self) -> None:
         """Close the connection; calls that still run end with Aborted."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -145,7 +147,9 @@ class Client:
         self.close()
 
     def _renew(self) -> None:
-        """Get a further certificate for the next client of this machine, where it is time."""
+        """Get a further certificate for the next client of this machine, where it is time. Raises once closed."""
+        if self._closed:
+            raise closed_error()
         if self._renewal.wanted:
             request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
             with suppress(grpc.RpcError):  # the old one is good for weeks
@@ -153,5 +157,5 @@ class Client:
 
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
         self._renew()
-        with failures_told(self.address):
+        with failures_told(self.address, lambda: self._closed):
             return method(request, timeout=self._timeout_s or usual_s)

@@ -6,18 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare
-
-
-class ServingState(StrEnum):
-    """What the coordinator is doing; ``FAILED`` comes with a sentence in ``ClusterState.problem``."""
-
-    IDLE = "idle"
-    LOADING = "loading"
-    SERVING = "serving"
-    RECOVERING = "recovering"
-    FAILED = "failed"
-    UNKNOWN = "unknown"
-    """A state that this client's version has no word for."""
+from cluster.core.state import Repair, ServingState
 
 
 class RequestState(StrEnum):
@@ -60,20 +49,6 @@ class WorkerState:
     """Its clock over the coordinator's; below 0: it is behind."""
     lag_seconds: float = 0.0
     """How late things happen on its machine; 0.0 unless that is overloaded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Repair:
-    """What is being done about a loss, or to move layers as planned. ``expected_seconds`` counts from its beginning; 0:
-    it waits for a Mac.
-    """
-
-    worker: str
-    cause: str
-    since_seconds: float
-    doing: str
-    expected_seconds: float
-    attempts: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -20,16 +20,24 @@ STALL_TIMEOUT_S: Final = LOAD_STALL_S + CONTROL_TIMEOUT_S
 
 
 @contextmanager
-def failures_told(address: str) -> Iterator[None]:
-    """Raise the MacpipeError that a failed call to ``address`` means, in place of grpc's exception."""
+def failures_told(address: str, is_closed: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise the MacpipeError that a failed call to ``address`` means, in place of grpc's exception.
+
+    grpc raises a bare error for a call on a closed channel; ``is_closed`` says whether that is why.
+    """
     try:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, address) from error
-    except ValueError as error:
-        if "channel closed" in str(error).lower() or "closed channel" in str(error).lower():
-            raise MacpipeError("this client is closed; make a new one") from error
+    except (ValueError, grpc.aio.UsageError) as error:
+        if is_closed():
+            raise closed_error() from error
         raise
+
+
+def closed_error() -> MacpipeError:
+    """The error of a call on a client that was closed."""
+    return MacpipeError("this client is closed; make a new one")
 
 
 def answer_timeout_s(options: Options, default: float | None) -> float | None:

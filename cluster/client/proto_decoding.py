@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from cluster.client.cluster_state import (
-    ClusterState,
-    LiveRequest,
-    ModelPlan,
-    Repair,
-    RequestState,
-    ServingState,
-    StageState,
-    WorkerState,
-)
-from cluster.client.results import Finish, Model, Prompt, Timings, Token, Tokens, TopLogprob
+from cluster.client.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState, WorkerState
+from cluster.client.results import Finish, Model, Prompt, Timings, Token, Tokens
 from cluster.core.errors import MacpipeError, VersionMismatch
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
-from cluster.core.request import FinishReason, StageFigures, ToolCallDelta, Usage
+from cluster.core.request import FinishReason, StageFigures, ToolCallDelta, TopLogprob, Usage
+from cluster.core.state import Repair, ServingState
 from cluster.v1 import cluster_pb2, inference_pb2
 
 FINISH_REASONS: Final = {
@@ -49,7 +41,7 @@ def prompt(reply: inference_pb2.PromptInfo) -> Prompt:
 def token(reply: inference_pb2.TokenEvent) -> Token:
     """One token of an answer."""
     logprob = reply.logprob if reply.HasField("logprob") else None
-    top = tuple(TopLogprob(one.token, one.text, one.logprob) for one in reply.top)
+    top = tuple(TopLogprob(one.token, one.logprob, one.text) for one in reply.top)
     calls, stages = _calls(reply.tool_calls), tuple(map(_figures, reply.stages))
     return Token(reply.index, reply.token, reply.text, logprob, top, reply.reasoning, calls, reply.sample, stages)
 

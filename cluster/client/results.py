@@ -7,16 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One alternative at a position, most probable first."""
-
-    token: int
-    text: str
-    logprob: float
+from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, TopLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)

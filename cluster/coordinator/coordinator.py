@@ -30,7 +30,7 @@ from cluster.coordinator.request_timings import LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import Repair, ServingState, Snapshot
+from cluster.coordinator.snapshot import Snapshot
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.errors import (
     Aborted,
@@ -55,6 +55,7 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.request import Grammar, Request
+from cluster.core.state import Repair, ServingState
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.platform.overload import Lag, no_lag

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from cluster.coordinator.roster import RosterEntry
 from cluster.core.errors import MacpipeError, WorkerLost
 from cluster.core.plan import Plan, PlannedStage
+from cluster.core.text import with_subject
 
 
 def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry]) -> MacpipeError:
@@ -31,8 +32,7 @@ def _verdict(stage: PlannedStage, member: RosterEntry | None) -> str:
     if member is None:
         return f"worker {stage.worker} is not there"
     if member.problem:
-        named = stage.worker in member.problem
-        return member.problem if named else f"worker {stage.worker}: {member.problem}"
+        return with_subject(stage.worker, member.problem, f"worker {stage.worker}")
     facts = member.facts
     if not facts.epoch:
         return f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"

@@ -19,7 +19,8 @@ from cluster.discovery.static import merge_sources, static_source
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
 from cluster.placement.chips import assumed_workers, assumption
-from cluster.security.trust import ADMIN, open_trust
+from cluster.security.credentials import open_trust
+from cluster.security.trust import ADMIN
 from cluster.store.store import Store
 from cluster.transport.grpc_streams import GrpcDialer
 

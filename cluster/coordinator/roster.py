@@ -110,13 +110,12 @@ class Roster:
 
     def objection(self, facts: WorkerInfo) -> str:
         """Why a worker that answered cannot be used; empty where it can."""
-        theirs = facts.mlx_version.rpartition(" ")[2]
         if facts.cluster != self._cluster:
             return f"{facts.name} belongs to the cluster {facts.cluster}, not to {self._cluster}"
         if facts.version != __version__:
             return _other_version(facts.name, "macpipe", facts.version, __version__)
-        if theirs != MLX_LM:
-            return _other_version(facts.name, "mlx-lm", theirs, MLX_LM)
+        if _mlx_lm_of(facts) != MLX_LM:
+            return _other_version(facts.name, "mlx-lm", _mlx_lm_of(facts), MLX_LM)
         if facts.holder and facts.holder != self._coordinator:
             return f"{facts.name} serves {facts.model} for another coordinator"
         if self.has_other_owner(facts):
@@ -179,7 +178,7 @@ class Roster:
         usable = [m.facts.name for m in self.members if not m.problem]
         others = [m.problem for m in self.members if m.problem]
         others += [f"{m.facts.name} is drained" for m in self.members if m.facts.draining]
-        if others and any("runs macpipe" in o or "runs mlx-lm" in o for o in others):
+        if any(m.problem and _is_other_version(m.facts) for m in self.members):
             return VersionMismatch("; ".join(others))
         found = f"found {', '.join(usable)}" if usable else "found no worker"
         return NoWorkers(
@@ -239,6 +238,15 @@ def shared_id(workers: Sequence[WorkerInfo]) -> str:
     """The problem of workers that have one id."""
     where = " and ".join(f"{f.name} at {f.control_address}" for f in workers)
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
+
+
+def _mlx_lm_of(facts: WorkerInfo) -> str:
+    return facts.mlx_version.rpartition(" ")[2]
+
+
+def _is_other_version(facts: WorkerInfo) -> bool:
+    """Whether a worker answered that runs another version; one that has not answered names none."""
+    return bool(facts.version) and (facts.version != __version__ or _mlx_lm_of(facts) != MLX_LM)
 
 
 def _other_version(name: str, what: str, theirs: str, ours: str) -> str:

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
 from cluster.core.plan import Plan
+from cluster.core.state import Repair, ServingState
 from cluster.membership.suspicion import Belief
-
-
-class ServingState(StrEnum):
-    IDLE = "idle"
-    LOADING = "loading"
-    SERVING = "serving"
-    RECOVERING = "recovering"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Repair:
-    """What is being done about a loss, or to move layers as planned. ``expected_s`` counts from its beginning; 0: it
-    waits for a Mac.
-    """
-
-    worker: str
-    cause: str
-    since_s: float
-    doing: str
-    expected_s: float
-    attempts: int
 
 
 @dataclass(frozen=True, slots=True)

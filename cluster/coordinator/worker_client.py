@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import anyio
 import grpc
 
-from cluster.core.errors import DeadlineExceeded, OtherParty, Unreachable, WorkerLost, WorkerRefused, WorkerReplaced
+from cluster.core.errors import (
+    DeadlineExceeded,
+    OtherParty,
+    PortClosed,
+    Unreachable,
+    WorkerLost,
+    WorkerRefused,
+    WorkerReplaced,
+)
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     GONE_S,
@@ -215,7 +223,8 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
         if isinstance(error, OtherParty):
             raise WorkerReplaced(error.sentence, worker=name) from e
         if isinstance(error, Unreachable):
-            raise (WorkerRefused if "refused" in error.sentence else WorkerLost)(error.sentence, worker=name) from e
+            kind = WorkerRefused if isinstance(error, PortClosed) else WorkerLost
+            raise kind(error.sentence, worker=name) from e
         named = type(error)(f"worker {name}: {error.sentence}")
         named.details = error.details | {"worker": name}  # not as arguments: the worker chose their names
         raise named from e

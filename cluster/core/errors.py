@@ -1,7 +1,7 @@
 """One exception tree. Each error knows its sentence, its machine-readable reason, its gRPC and its HTTP status.
 
 The sentence names the cause and the way out; it is what a person sees, on every surface. Codes are plain strings and
-numbers so that this module imports nothing; ``cluster.transport.rich_errors`` turns them into rich gRPC errors and back.
+numbers, so this module imports nothing. ``cluster.transport.rich_errors`` converts them to rich gRPC errors and back.
 """
 
 from __future__ import annotations
@@ -251,6 +251,12 @@ class Unreachable(MacpipeError):
     """Nobody answers at an address."""
 
     reason, grpc_status, http_status = "UNREACHABLE", "UNAVAILABLE", 503
+
+
+class PortClosed(Unreachable):
+    """Nothing listens at the address: the process that did has ended."""
+
+    reason = "PORT_CLOSED"
 
 
 class LinkFailed(MacpipeError):

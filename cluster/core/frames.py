@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cluster.core.request import (
-    SamplingParams,
-    TopLogprob,
-)
+from cluster.core.request import SamplingParams, TopLogprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.core.plan import (
-    LayerRange,
-)
+from cluster.core.plan import LayerRange
 
 
 class GrammarKind(StrEnum):
@@ -187,6 +185,8 @@ class TopLogprob:
 
     token: int
     logprob: float
+    text: str = ""
+    """Only clients are told it; stages and the coordinator know the id."""
 
 
 @dataclass(frozen=True, slots=True)

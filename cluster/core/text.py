@@ -122,3 +122,8 @@ def duration_in_words(seconds: float) -> str:
         if round(seconds / size) >= 2:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def with_subject(name: str, text: str, label: str = "") -> str:
+    """``text``, after ``label`` (by default ``name``) and a colon where it does not mention ``name`` itself."""
+    return text if name in text else f"{label or name}: {text}"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.core.plan import (
-    LayerRange,
-    Profile,
-)
+from cluster.core.plan import LayerRange, Profile
 
 
 @dataclass(frozen=True, slots=True)

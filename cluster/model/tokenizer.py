@@ -5,6 +5,7 @@ It never runs code that comes with a model. It knows nothing of models' weights,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,12 +57,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _unusable(path: Path, error: Exception) -> BadCheckpoint:
-    if "contains custom code" in str(error):
+    if _has_own_code(path):
         return BadCheckpoint(
             f"the tokenizer in {str(path)!r} wants its own Python code to be run; macpipe never runs code that comes "
             "with a model; use a conversion with a tokenizer.json"
         )
     return BadCheckpoint(f"the tokenizer in {str(path)!r} cannot be used: {type(error).__name__}: {str(error)[:2000]}")
+
+
+def _has_own_code(path: Path) -> bool:
+    """Whether the folder names a Python class of its own as its tokenizer."""
+    try:
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in config.get("auto_map", ())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _eos_ids(config: dict[str, Any]) -> list[int] | None:

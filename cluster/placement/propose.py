@@ -70,8 +70,8 @@ def _as_told(shape: ModelShape, candidates: Candidates, wish: PlanRequest, layer
     check_cuts(shape, layers)
     if wish.stages not in (None, len(layers)):
         raise NoPlan(
-            f"{_count_ranges(len(layers))} given and --workers {wish.stages}; give as many ranges as workers, or leave one "
-            "of the two out"
+            f"{_count_ranges(len(layers))} given and --workers {wish.stages}; give as many ranges as workers,"
+            " or leave one of the two out"
         )
     if len(layers) > len(candidates.workers):
         there = len(candidates.workers)

@@ -25,7 +25,7 @@ def isolated_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     That folder may be a model's, and have modules of its own. This program is found where it is, from any folder.
     """
-    places = [str(Path(__file__).parent.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    places = [str(Path(__file__).parent.parent.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     found = [absolute_path(Path(place)) for place in places if place]
     return {**environment, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(map(str, found))}
 

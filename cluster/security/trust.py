@@ -2,21 +2,15 @@
 
 Without a cluster a process speaks with its own machine alone. In a cluster every connection is mutual TLS (``mutual``):
 both ends show a certificate of the cluster's authority, and who dials insists on the name of the party that it means.
-Nobody else in the tree makes credentials. Cryptography is imported where there is a cluster, and not before: it takes a
-tenth of a second, which no command should wait for in vain.
+``credentials`` says which of the two holds here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
-
-from cluster.core.errors import InvalidOption
-from cluster.core.text import is_loopback
-from cluster.security.name_check import check_name
 
 if TYPE_CHECKING:
     from cluster.security.certificate_renewal import Renewal
@@ -81,64 +75,3 @@ class Trust(Protocol):
     @property
     def renewal(self) -> Renewal | None:
         """How this process gets a further certificate; None without a cluster."""
-
-
-def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
-    """What this machine holds of ``cluster``, as the first of ``roles`` that it has; else alone on itself.
-
-    ``name`` is a worker's. Raises ``InvalidOption`` for a name that is none, ``ClusterDamaged`` for unusable files.
-    """
-    check_name(cluster, "a cluster's")  # it is the name of a folder too
-    if is_member(home, cluster):
-        from cluster.security.mtls import open_cluster_trust
-
-        return open_cluster_trust(home, cluster, roles, name) or LocalTrust(cluster)
-    return LocalTrust(cluster)
-
-
-def is_member(home: Path, cluster: str) -> bool:
-    """Whether this machine is in the cluster."""
-    return (home / "clusters" / cluster / "authority.pem").is_file()
-
-
-class LocalTrust:
-    """No cluster: gRPC's local credentials, whose server refuses a peer that is not on this machine."""
-
-    me: Final = ""
-    serial: Final = 0
-    valid: Final = (0.0, 0.0)
-    members: Final = None
-    revocations: Final = None
-    renewal: Final = None
-
-    def __init__(self, cluster: str = "default") -> None:
-        self._cluster = cluster
-
-    def server(self, host: str) -> grpc.ServerCredentials:
-        if not is_loopback(host):
-            raise InvalidOption(
-                f"whoever reaches {host} could use it: without a cluster macpipe listens on this machine alone. Make a"
-                f" cluster with `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}`",
-                field="host",
-            )
-        return grpc.local_server_credentials()
-
-    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
-        if not is_loopback(host):
-            raise InvalidOption(
-                f"{host} is another machine, and this one has no certificate for it: make a cluster with"
-                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}` (the token of a Mac"
-                " that asks comes from `macpipe token create --role client`)",
-                field="host",
-            )
-        return grpc.local_channel_credentials(), []
-
-    @property
-    def _named(self) -> str:
-        return "" if self._cluster == "default" else f" --cluster {self._cluster}"
-
-    def party(self, shown: Shown) -> Party | None:
-        return None
-
-    def revoked(self, serial: int) -> bool:
-        return False

@@ -15,15 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from cluster.core.errors import (
-    Aborted,
-    DiskFull,
-    FetchFailed,
-    InvalidOption,
-    MacpipeError,
-    ModelDiffers,
-    ModelNotFound,
-)
+from cluster.core.errors import Aborted, DiskFull, FetchFailed, InvalidOption, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.core.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.digest_manifest import DigestManifest

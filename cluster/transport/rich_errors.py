@@ -6,6 +6,9 @@ peer's name are given. What is sent is bounded, since gRPC replaces an error who
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -22,6 +25,7 @@ from cluster.core.errors import (
     InvalidRequest,
     MacpipeError,
     OtherParty,
+    PortClosed,
     Unauthenticated,
     Unreachable,
     VersionMismatch,
@@ -161,6 +165,10 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
             return MacpipeError(f"the {peer} at {address} failed: {said or code.name}", code=code.name)
 
 
+_REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()\d\]]*\Z")
+"""How grpc's chain of causes ends where nothing listens. grpc has no code for it; a name cannot stand at the end."""
+
+
 def _unreachable(said: str, address: str, peer: str) -> Unreachable:
     if "Hostname Verification" in said:
         return OtherParty(f"what answers at {address} is of this cluster, but not the {peer} that was meant")
@@ -171,7 +179,8 @@ def _unreachable(said: str, address: str, peer: str) -> Unreachable:
     if "failed to connect" not in said.lower() and "resol" not in said.lower():
         return Unreachable(f"the connection to the {peer} at {address} broke ({said or 'no reason given'})")
     if peer != COORDINATOR:
-        return Unreachable(f"nobody answers at {address}, where the {peer} should be ({_cause(said)})")
+        kind = PortClosed if _REFUSED.search(said) else Unreachable
+        return kind(f"nobody answers at {address}, where the {peer} should be ({_cause(said)})")
     return Unreachable(
         f"no coordinator answers at {address} ({_cause(said)}); start one with `macpipe serve MODEL`,"
         " or name another with --coordinator HOST:PORT or MACPIPE_COORDINATOR"

@@ -1,7 +1,6 @@
 """The data plane's interface: what the coordinator and the engines ask of it, whatever carries the bytes.
 
-``cluster.transport.grpc_streams`` carries them over gRPC, ``cluster.transport.in_memory`` within one process for tests, where it
-can lose, delay and cut.
+``grpc_streams`` carries them over gRPC; ``in_memory`` within one process for tests, where it can lose, delay and cut.
 
 A stage owns an ``Outbox`` for each line: its finished frames, in order, for the one party that pulls them. A stream
 belongs to one line and has a connection of its own, so that what is urgent never waits behind bulk. A stage takes

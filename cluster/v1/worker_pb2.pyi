@@ -199,7 +199,7 @@ Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
 class Profile(_message.Message):
-    """Bytes and floating-point operations a second; seconds. cluster/profiles.py says how a step's time follows."""
+    """Bytes and floating-point operations a second; seconds. cluster/core/plan.py says how a step's time follows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -3,8 +3,8 @@
 Numbers are little-endian, tensors are their own bytes. TCP's checksum lets some damage through, and a flipped bit of an
 activation would be a wrong token that nobody notices: a damaged frame is refused instead.
 
-The bytes of large tensors may travel apart (``cluster.wire.message_split``); the header says so. It knows the layout and
-every bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
+The bytes of large tensors may travel apart (``message_split``); the header says so. It knows the layout and every
+bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
 whatever is wrong is a ``BadFrame`` with a sentence.
 """
 

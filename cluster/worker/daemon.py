@@ -41,7 +41,8 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.platform.macos import machine_facts
     from cluster.platform.overload import TimerLag
-    from cluster.security.trust import WORKER, open_trust
+    from cluster.security.credentials import open_trust
+    from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.identity import identity
     from cluster.worker.profiler import ensure_profile

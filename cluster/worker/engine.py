@@ -23,7 +23,8 @@ from cluster.core.errors import BadFrame, MacpipeError, StaleEpoch
 from cluster.model import device
 from cluster.model import device_speed as speed
 from cluster.platform.overload import TimerLag
-from cluster.security.trust import WORKER, Trust, open_trust
+from cluster.security.credentials import open_trust
+from cluster.security.trust import WORKER, Trust
 from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.worker.pipe_messages import (
     Begin,

@@ -20,9 +20,10 @@ from figures import Figure, options, print_figures
 
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.credentials import open_trust
 from cluster.security.keyring import make_request
 from cluster.security.roles import Role
-from cluster.security.trust import COORDINATOR, WORKER, Trust, open_trust
+from cluster.security.trust import COORDINATOR, WORKER, Trust
 from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox
 

@@ -14,9 +14,10 @@ from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.status import far_off, headline, overloaded
-from cluster.client.cluster_state import ClusterState, ServingState, StageState
+from cluster.client.cluster_state import ClusterState, StageState
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
+from cluster.core.state import ServingState
 from cluster.core.text import parse_layers, parse_size
 from cluster.core.worker import WorkerInfo
 from cluster.platform.paths import state_home

@@ -521,3 +521,22 @@ def test_the_client_needs_no_mlx_and_no_model_library() -> None:
 def test_a_stream_is_a_stream(coordinator: Coordinator) -> None:
     with Client(coordinator.address) as client:
         assert isinstance(client.stream("Hi"), Stream)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "cluster", "models", "unload"])
+def test_a_closed_client_says_so(coordinator: Coordinator, method: str) -> None:
+    given = ("Why?",) if method in {"generate", "stream"} else ()
+    client = Client(coordinator.address)
+    client.close()
+    with pytest.raises(errors.MacpipeError, match="this client is closed"):
+        getattr(client, method)(*given)
+
+    async def ask() -> None:
+        client = AsyncClient(coordinator.address)
+        await client.close()
+        result = getattr(client, method)(*given)
+        if hasattr(result, "__await__"):
+            await result
+
+    with pytest.raises(errors.MacpipeError, match="this client is closed"):
+        asyncio.run(ask())

@@ -15,7 +15,7 @@ from cluster.core.errors import MacpipeError, WorkerLost
 from cluster.core.limits import GONE_S
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.static import static_source
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import PING_S, control_channel
 
 ADDRESS, TAKES_S = "127.0.0.1:1", 0.15

@@ -47,7 +47,7 @@ from cluster.discovery.sighting import Sighting
 from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.discovery.static import static_source
 from cluster.membership.suspicion import Belief, Suspicion
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode

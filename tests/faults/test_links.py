@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from cluster.core.errors import Unreachable
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import pulse_channel
 from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.liveness_stream import beat

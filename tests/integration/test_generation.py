@@ -16,14 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cluster.client import AsyncClient, Client
-from cluster.core.errors import (
-    Aborted,
-    DeadlineExceeded,
-    InvalidRequest,
-    ModelNotFound,
-    PromptTooLong,
-    RequestNotFound,
-)
+from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, RequestNotFound
 from cluster.core.limits import KIB, MIB
 from cluster.model.checkpoint import resolve_model
 from cluster.model.tokenizer import load_tokenizer

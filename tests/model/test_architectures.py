@@ -42,7 +42,7 @@ def test_the_table_belongs_to_this_mlx_lm() -> None:
 @pytest.mark.parametrize("wrong", ["lama", "--chek"])
 def test_who_asks_for_no_module_is_told(wrong: str) -> None:
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, root / "ops" / "coverage.py", wrong], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, root / "ops" / "prove_models.py", wrong], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"ops/models takes --check, or names of served modules; {wrong} is none\n"
 

@@ -13,11 +13,12 @@ import pytest
 
 from cluster.core.errors import ClockWrong, InvalidOption, Unreachable
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.credentials import LocalTrust, open_trust
 from cluster.security.keyring import make_request
 from cluster.security.mtls import ClusterTrust
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Role
-from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, WORKER, LocalTrust, open_trust
+from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, WORKER
 from cluster.transport.grpc_setup import data_channel
 from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.streams import Line, Outbox

@@ -18,7 +18,7 @@ import pytest
 from cluster.core.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
 from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import open_checkpoint
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Wanted

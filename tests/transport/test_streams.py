@@ -14,7 +14,7 @@ import pytest
 
 from cluster.core.errors import StaleEpoch, Unreachable
 from cluster.core.limits import MAX_FRAME_BYTES, MAX_FRAMES_WAITING, MIB
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.transport import streams
 from cluster.transport.grpc_streams import PULL, DataServer, GrpcDialer
 from cluster.transport.in_memory import MemoryNetwork

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from cluster.api.http.json_response import Json
 from cluster.core.errors import MacpipeError, PromptTooLong
 from cluster.core.limits import UNAVAILABLE_S
+from cluster.core.text import with_subject
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def anthropic_error(error: MacpipeError) -> dict[str, Any]:
     """``{"type": "error", "error": {type, message}}``; the field stands before the sentence."""
     status = error.http_status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    message = error.sentence if error.field in error.sentence else f"{error.field}: {error.sentence}"
+    message = with_subject(error.field, error.sentence)
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 

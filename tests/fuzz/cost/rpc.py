@@ -21,7 +21,7 @@ from cluster.coordinator.worker_client import _facts
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from cluster.platform.macos import MachineFacts
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2

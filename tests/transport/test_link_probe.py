@@ -8,7 +8,8 @@ import pytest
 
 from cluster.core.errors import Unreachable
 from cluster.core.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
-from cluster.security.trust import WORKER, LocalTrust
+from cluster.security.credentials import LocalTrust
+from cluster.security.trust import WORKER
 from cluster.transport.grpc_setup import data_channel
 from cluster.transport.grpc_streams import DataServer
 from cluster.transport.link_probe import PROBE, measure_link

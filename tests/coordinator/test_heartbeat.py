@@ -21,7 +21,7 @@ from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Sighting
 from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.membership.suspicion import Standing
-from cluster.security.trust import LocalTrust
+from cluster.security.credentials import LocalTrust
 
 
 def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerInfo:

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from cluster.coordinator.worker_client import _errors_of, _read_with_stall_limit
-from cluster.core.errors import WorkerLost
+from cluster.core.errors import WorkerLost, WorkerRefused
 from cluster.v1 import worker_pb2 as pb
 
 
@@ -23,6 +23,28 @@ def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -
     with pytest.raises(WorkerLost, match="worker ada was closed under a call") as caught:
         asyncio.run(call())
     assert caught.value.details == {"worker": "ada"}
+
+
+REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to host: "
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (REFUSED + "Connection refused", WorkerRefused),
+        (REFUSED + "connect: Connection refused (111)", WorkerRefused),
+        (REFUSED + "Timeout occurred: refused-1", WorkerLost),
+        ("DNS resolution failed for refused-1:7000: Connection refused by the server: try later", WorkerLost),
+    ],
+)
+def test_only_a_closed_port_counts_as_a_refusal_whatever_the_mac_is_called(said: str, kind: type[WorkerLost]) -> None:
+    async def call() -> None:
+        async with _errors_of("refused-1", "127.0.0.1:1"):
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), said)
+
+    with pytest.raises(WorkerLost) as caught:
+        asyncio.run(call())
+    assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("news", [True, False])
