@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import cluster
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
@@ -99,6 +101,8 @@ def violations(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)}: {room_of(module)} is on no floor"
             continue
         for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), parts[:-1]):
+            if module == "cluster" and name.startswith("cluster.client"):
+                continue  # the package hands the clients out, and imports them when they are asked for
             if why := broken_rule(room_of(module), name):
                 yield f"{path.relative_to(root)}:{line}: {why}"
 
@@ -157,6 +161,15 @@ def test_the_client_starts_without_mlx() -> None:
     loaded = loaded_by("cluster.client")
     assert "grpc" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_the_package_hands_out_the_clients_and_loads_them_only_then() -> None:
+    assert not loaded_by("cluster.core.request") & (HEAVY | {"grpc"})
+    program = "import sys, cluster; from cluster import AsyncClient, Client; import cluster.client as c; "
+    program += "assert (cluster.Client, AsyncClient) == (c.Client, c.AsyncClient); assert 'mlx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=50, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'Server'"):
+        _ = cluster.Server
 
 
 def test_help_starts_without_mlx() -> None:
