@@ -1,1 +1,1 @@
-"""The public surfaces. Thin: they validate, translate, and hand requests to the coordinator."""
+"""The public APIs, gRPC and HTTP: thin adapters that validate and translate requests for the coordinator."""

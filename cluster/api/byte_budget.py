@@ -1,6 +1,7 @@
-"""Bytes that requests hold in memory, over all clients and for each, from their first byte until they end.
+"""Bounds the bytes that requests hold in memory, in total and per client.
 
-It counts; it reads no request. Belongs to the coordinator's event loop.
+A request is charged from its first byte until it ends. This module only counts; it never reads a request. Use it from
+the coordinator's event loop only.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ _CODE: Final = "too_many_bytes"
 
 
 class ByteBudget:
-    """``most`` bytes in all. A client may hold no more than what is left free after it.
+    """A budget of ``most`` bytes, shared by all clients.
 
-    So one client gets half of the budget, two get a third each, and a newcomer always finds room.
+    A client may hold at most as many bytes as are still free after its charge. One client alone can hold half of the
+    budget, two clients a third each, and there is always room for a new client.
     """
 
     def __init__(self, most: int = MAX_INTAKE_BYTES) -> None:
-        self._most, self._held = most, Counter[str]()
+        self._most = most
+        self._held = Counter[str]()
 
     @property
     def held(self) -> int:
@@ -30,38 +33,40 @@ class ByteBudget:
         return self._held.total()
 
     def open(self, client: str) -> Charge:
-        """An account of one request of ``client``, which must be closed when the request ends."""
+        """Return the charge of a new request of ``client``; close it when the request ends."""
         return Charge(self, client)
 
     def take(self, client: str, count: int) -> None:
-        """Charge ``count`` bytes to ``client``. Raises ``Busy`` and charges nothing where they do not fit."""
+        """Charge ``count`` bytes to ``client``. Raises ``Busy``, and charges nothing, if they do not fit."""
         if self._held[client] + count > self._most - self.held - count:
             raise Busy(
-                f"the requests under way hold {self.held // MIB} MiB, yours {self._held[client] // MIB} MiB of them; "
-                f"at most {self._most // MIB} MiB are held, shared between clients: try again when one has ended",
+                f"too many bytes in progress: all requests hold {self.held // MIB} MiB, yours hold "
+                f"{self._held[client] // MIB} MiB; all clients share {self._most // MIB} MiB; try again when a request "
+                "has ended",
                 retry_after_s=RETRY_AFTER_S,
                 code=_CODE,
             )
         self._held[client] += count
 
     def give_back(self, client: str, count: int) -> None:
-        """Undo ``take``."""
+        """Release ``count`` bytes that ``take`` charged."""
         self._held[client] -= count
         if self._held[client] <= 0:
             del self._held[client]
 
 
 class Charge:
-    """What one request holds; a context that gives everything back. The first ``FREE_BODY_BYTES`` are free."""
+    """The bytes charged for one request; a context manager that releases them all. ``FREE_BODY_BYTES`` are free."""
 
     def __init__(self, budget: ByteBudget, client: str) -> None:
-        self._budget, self._client = budget, client
+        self._budget = budget
+        self._client = client
         self.size = 0
-        """Bytes that have arrived."""
+        """Bytes received so far."""
         self._taken = 0
 
     def add(self, count: int) -> None:
-        """So many bytes more have arrived. Raises ``Busy``."""
+        """Charge ``count`` more received bytes. Raises ``Busy``."""
         due = max(0, self.size + count - FREE_BODY_BYTES) - self._taken
         if due > 0:
             self._budget.take(self._client, due)

@@ -1,4 +1,4 @@
-"""A conversation, as every surface takes it in: its bounds, before it is rendered and tokenized."""
+"""Checks the bounds of a conversation, then renders and tokenizes it. Used by gRPC and HTTP alike."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ async def prepare_chat(
     *,
     texts: bool = False,
 ) -> Tokenized:
-    """The conversation under the model's chat template. ``grammar`` is what the answer's content must be, if anything.
+    """Render and tokenize a conversation with the model's chat template.
 
-    Raises ``InvalidRequest`` naming the field: bounds, roles, what the model's template does not know, tools that are
-    asked for by name and not given, and a grammar beside tools that must be called.
+    ``grammar`` constrains the content of the answer; None leaves it free. ``texts`` adds the text of each token.
+
+    Raises ``InvalidRequest``, naming the field, for a broken bound, an unknown role, an option that the model's
+    template does not support, a tool choice that names a missing tool, and a grammar together with required tools.
     """
-    await anyio.to_thread.run_sync(_check, messages, options)  # as long as the request: too long for the event loop
+    # The time grows with the size of the request: too long for the event loop.
+    await anyio.to_thread.run_sync(_check, messages, options)
     return await checkpoint.text.converse(messages, options, grammar, max_tokens, texts=texts)
 
 
@@ -41,9 +44,13 @@ def _check(messages: Sequence[ChatMessage], options: ChatOptions) -> None:
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
-    """Raises ``InvalidRequest`` where there are none, too many, or one of an unknown role; ``TooLarge``."""
+    """Check a conversation's messages.
+
+    Raises ``InvalidRequest`` for no messages, too many messages or characters, an unknown role, and for tool calls or
+    reasoning outside an assistant message. Raises ``TooLarge`` if tool call arguments have too many JSON elements.
+    """
     if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"{len(messages)} messages were given; 1 to {MAX_MESSAGES} are taken", field="messages")
+        raise InvalidRequest(f"{len(messages)} messages were given; send 1 to {MAX_MESSAGES}", field="messages")
     for i, m in enumerate(messages):
         if m.role not in ROLES:
             raise InvalidRequest(
@@ -51,31 +58,40 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
                 field="messages",
             )
         if m.role != "assistant" and (m.tool_calls or m.reasoning):
-            raise InvalidRequest(f"message {i} is no assistant's and has tool calls or reasoning", field="messages")
+            raise InvalidRequest(
+                f"message {i} has the role {m.role}; only assistant messages may have tool calls or reasoning",
+                field="messages",
+            )
     length = sum(map(_length, messages))
     if length > MAX_PROMPT_CHARS:
-        raise InvalidRequest(f"the messages have {length} characters; at most {MAX_PROMPT_CHARS}", field="messages")
+        raise InvalidRequest(
+            f"the messages have {length} characters; send at most {MAX_PROMPT_CHARS}", field="messages"
+        )
     elements = ElementCounter()
     for call in (call for m in messages for call in m.tool_calls):
-        elements.feed(call.arguments.encode("utf-8", "replace"))  # templates take them as JSON
+        elements.feed(call.arguments.encode("utf-8", "replace"))  # chat templates parse arguments as JSON
 
 
 def _length(message: ChatMessage) -> int:
-    """Characters that a template may put into the prompt."""
-    called = sum(len(call.id) + len(call.name) + len(call.arguments) for call in message.tool_calls)
-    return len(message.content) + len(message.reasoning) + len(message.tool_call_id) + len(message.name) + called
+    """Return how many characters of a message a template may put into the prompt."""
+    calls = sum(len(call.id) + len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning) + len(message.tool_call_id) + len(message.name) + calls
 
 
 def check_options(options: ChatOptions) -> None:
-    """Raises ``InvalidRequest`` for too many tools, names that are none or come twice, and too long an argument."""
+    """Check the tools and the template arguments.
+
+    Raises ``InvalidRequest`` for too many tools, a duplicate or invalid tool name, and too long descriptions, schemas
+    or template arguments. Raises ``TooLarge`` if tool schemas have too many JSON elements.
+    """
     if len(options.tools) > MAX_TOOLS:
-        raise InvalidRequest(f"{len(options.tools)} tools were given; at most {MAX_TOOLS}", field="tools")
+        raise InvalidRequest(f"{len(options.tools)} tools were given; send at most {MAX_TOOLS}", field="tools")
     names = [tool.name for tool in options.tools]
     if len(set(names)) != len(names):
         raise InvalidRequest("two tools have the same name", field="tools")
     length = sum(len(tool.description) + len(tool.parameters) for tool in options.tools)
     if length > MAX_TOOLS_CHARS:
-        raise InvalidRequest(f"the tools have {length} characters; at most {MAX_TOOLS_CHARS}", field="tools")
+        raise InvalidRequest(f"the tools have {length} characters; send at most {MAX_TOOLS_CHARS}", field="tools")
     elements = ElementCounter()
     for tool in options.tools:
         elements.feed(tool.parameters.encode("utf-8", "replace"))
@@ -83,6 +99,6 @@ def check_options(options: ChatOptions) -> None:
         raise InvalidRequest(f"a tool's name must have 1 to {MAX_TOOL_NAME_CHARS} characters", field="tools")
     if len(options.template) > MAX_TEMPLATE_CHARS:
         raise InvalidRequest(
-            f"chat_template_kwargs has {len(options.template)} characters; at most {MAX_TEMPLATE_CHARS}",
+            f"chat_template_kwargs has {len(options.template)} characters; send at most {MAX_TEMPLATE_CHARS}",
             field="chat_template_kwargs",
         )

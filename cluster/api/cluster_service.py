@@ -1,4 +1,4 @@
-"""ClusterService: who is there, what is loaded, load and unload."""
+"""The gRPC ClusterService: cluster status, and loading, planning, unloading and draining."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ClusterServicer(ClusterServiceServicer):
-    """Speaks for one coordinator."""
+    """Serves ClusterService for one coordinator."""
 
     def __init__(self, coordinator: Coordinator, trust: Trust) -> None:
-        self._coordinator, self._trust = coordinator, trust
+        self._coordinator = coordinator
+        self._trust = trust
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return replies.cluster_state(await self._coordinator.snapshot())
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         try:
-            order = _order(request)
+            order = _load_order(request)
             async for p in self._progress(order):
                 yield pb.LoadModelResponse(progress=replies.progress(p))
             state = replies.cluster_state(await self._coordinator.snapshot())
@@ -48,12 +49,12 @@ class ClusterServicer(ClusterServiceServicer):
             await abort(context, e)
 
     async def _progress(self, order: LoadOrder) -> AsyncIterator[LoadProgress]:
-        """A load's progress while it runs; a caller that goes away cancels the load."""
-        reports = _Queued()
-        load = asyncio.create_task(self._coordinator.load(order, reports))
-        load.add_done_callback(lambda _: reports.queue.put_nowait(None))
+        """Run a load and yield its progress. Closing the iterator cancels the load."""
+        reporter = _ProgressQueue()
+        load = asyncio.create_task(self._coordinator.load(order, reporter))
+        load.add_done_callback(lambda _: reporter.queue.put_nowait(None))
         try:
-            while (p := await reports.queue.get()) is not None:
+            while (p := await reporter.queue.get()) is not None:
                 yield p
             await load
         finally:
@@ -61,7 +62,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
-            return replies.plan_reply(await self._coordinator.plan(_order(request)))
+            return replies.plan_reply(await self._coordinator.plan(_load_order(request)))
         except MacpipeError as e:
             await abort(context, e)
             raise
@@ -83,11 +84,14 @@ class ClusterServicer(ClusterServiceServicer):
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
-        shown: Any = context.auth_context()
-        party, renewal = self._trust.party(shown), self._trust.renewal
+        auth_context: Any = context.auth_context()
+        party = self._trust.party(auth_context)
+        renewal = self._trust.renewal
         try:
             if party is None or renewal is None or self._trust.members is None:
-                raise InvalidRequest("this coordinator gives out no certificates")
+                raise InvalidRequest(
+                    "this coordinator does not issue certificates; ask the coordinator that leads the cluster"
+                )
             from cluster.security.certificate_renewal import renew_certificate
 
             certify = partial(renew_certificate, renewal.folder, party.role, party.id, request.request, time.time())
@@ -96,8 +100,8 @@ class ClusterServicer(ClusterServiceServicer):
             await abort(context, e)
 
 
-class _Queued:
-    """A report whose progress a client reads; bounded by the number of progress steps of one load."""
+class _ProgressQueue:
+    """A reporter that queues progress for a client. The queue is bounded by the progress steps of one load."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
@@ -110,9 +114,9 @@ class _Queued:
         self.queue.put_nowait(progress)
 
 
-def _order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
+def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
     if not r.model:
-        raise InvalidRequest("no model was named", field="model")
+        raise InvalidRequest("the model is missing; name a Hugging Face id or a folder", field="model")
     return LoadOrder(
         model=r.model,
         workers=r.workers or None,
@@ -127,13 +131,13 @@ def _order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
     )
 
 
-def _max_step_ms(asked: float) -> float:
-    if not math.isfinite(asked) or asked < 0:
-        raise InvalidRequest(f"max_step_ms is {asked:g}; it must be above 0", field="max_step_ms")
-    return asked or MAX_STEP_MS
+def _max_step_ms(value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise InvalidRequest(f"max_step_ms is {value:g}; it must be above 0", field="max_step_ms")
+    return value or MAX_STEP_MS
 
 
-def _kv_bits(asked: int) -> int:
-    if asked not in (0, 4, 8):
-        raise InvalidRequest(f"kv_bits is {asked}; it must be 8 or 4", field="kv_bits")
-    return asked
+def _kv_bits(value: int) -> int:
+    if value not in (0, 4, 8):
+        raise InvalidRequest(f"kv_bits is {value}; it must be 8 or 4", field="kv_bits")
+    return value

@@ -1,4 +1,4 @@
-"""`macpipe serve`: one task group that owns discovery, coordinator and the public port, until a signal."""
+"""`macpipe serve`: one task group that runs discovery, the coordinator and the public ports until a signal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SERVICES = tuple(service.full_name for service in DESCRIPTORS)
 
 
 def run(settings: ServeSettings, report: Reporter) -> int:
-    """Serve until SIGINT or SIGTERM; the exit code. Raises ``MacpipeError`` where serving cannot begin."""
+    """Serve until SIGINT or SIGTERM, then return the exit code. Raises ``MacpipeError`` if serving cannot start."""
     try:
         anyio.run(_run, settings, report)
     except* MacpipeError as group:
@@ -87,14 +87,15 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
             settings.cluster, roster, dialer, report, store, settings.max_schema_bytes, _epochs(settings), lag
         )
         coordinator.journal = _journal(settings)
-        entrance = http_port(settings)
-        accounts = KeyUsage(entrance.keys) if entrance.keys else None
-        desk, checks = RequestService(coordinator, Metrics(), accounts), health.HealthServicer()
-        tasks.start_soon(desk.end_revoked)
-        http = await stack.enter_async_context(_http_port(settings, entrance, desk, report))
-        address = await stack.enter_async_context(_public_port(settings, trust, desk, checks))
+        http_port_settings = http_port(settings)
+        accounts = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
+        service = RequestService(coordinator, Metrics(), accounts)
+        checks = health.HealthServicer()
+        tasks.start_soon(service.end_revoked)
+        http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
+        address = await stack.enter_async_context(_public_port(settings, trust, service, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
-        tasks.start_soon(_tell_health, coordinator, checks)
+        tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).keep)
         await coordinator.load(settings.order)
         plan = (await coordinator.snapshot()).plan
@@ -104,13 +105,13 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
 
 
 def _epochs(settings: ServeSettings) -> EpochNumbers:
-    """Numbers that are kept with this coordinator's id, where it has a place for one."""
+    """Return the epoch numbers, stored beside this coordinator's id if it has a home folder."""
     home = settings.home
     return EpochNumbers(state_folder(home, settings.cluster) / "epoch" if home else None)
 
 
 def _journal(settings: ServeSettings) -> Journal | None:
-    """The journal, where one was asked for and there is a place to keep it."""
+    """Return the journal; None if it is off or there is no home folder."""
     if settings.journal is None or settings.home is None:
         return None
     return Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal)
@@ -118,28 +119,35 @@ def _journal(settings: ServeSettings) -> Journal | None:
 
 @asynccontextmanager
 async def _http_port(
-    settings: ServeSettings, entrance: HttpPort, desk: RequestService, report: Reporter
+    settings: ServeSettings, http_port_settings: HttpPort, service: RequestService, report: Reporter
 ) -> AsyncIterator[str]:
-    """The URL where HTTP is answered; empty where it is not wanted, or its port is taken and nobody insists."""
+    """Serve HTTP and yield its URL; an empty URL if HTTP is off, or its default port is in use.
+
+    Raises ``PortInUse`` if the user asked for this port.
+    """
     if settings.http.address is None:
         yield ""
         return
     try:
-        listener = listen(*settings.http.address, encrypted=entrance.certificate is not None)
+        listener = listen(*settings.http.address, encrypted=http_port_settings.certificate is not None)
     except PortInUse as e:
         if settings.http.wanted:
             raise
-        report.problem(f"no HTTP: {e.sentence}")
+        report.problem(f"HTTP is off: {e.sentence}")
         yield ""
         return
-    app = application(desk, settings.http.names, entrance.sites)
-    async with serve(app, listener, entrance.certificate) as address:
-        yield f"{'https' if entrance.certificate else 'http'}://{address}"
+    app = application(service, settings.http.names, http_port_settings.sites)
+    async with serve(app, listener, http_port_settings.certificate) as address:
+        yield f"{'https' if http_port_settings.certificate else 'http'}://{address}"
 
 
 @asynccontextmanager
 async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup) -> AsyncIterator[None]:
-    """Admit Macs, where this one leads a cluster. `macpipe init` may still be doing so: then this comes after it."""
+    """Admit Macs if this one leads a cluster.
+
+    While `macpipe init` still uses the port, retry in the background. Raises ``PortInUse`` if the user asked for this
+    port.
+    """
     folder = ClusterFolder(settings.home, settings.cluster)
     if settings.join_port is None or not folder.leads:
         yield
@@ -150,12 +158,12 @@ async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup
         except PortInUse as e:
             if settings.join_wanted:
                 raise
-            report.problem(f"nobody can join here until the port is free: {e.sentence}")
-            tasks.start_soon(_join_later, folder, settings.host or EVERYWHERE, settings.join_port)
+            report.problem(f"no Mac can join until the join port is free: {e.sentence}")
+            tasks.start_soon(_retry_join_port, folder, settings.host or EVERYWHERE, settings.join_port)
         yield
 
 
-async def _join_later(folder: ClusterFolder, host: str, port: int) -> None:
+async def _retry_join_port(folder: ClusterFolder, host: str, port: int) -> None:
     while True:
         await anyio.sleep(JOIN_RETRY_S)
         with suppress(PortInUse):
@@ -165,15 +173,16 @@ async def _join_later(folder: ClusterFolder, host: str, port: int) -> None:
 
 @asynccontextmanager
 async def _public_port(
-    settings: ServeSettings, trust: Trust, desk: RequestService, checks: health.HealthServicer
+    settings: ServeSettings, trust: Trust, service: RequestService, checks: health.HealthServicer
 ) -> AsyncIterator[str]:
-    """The public port's address, which answers status and health while the model still loads.
+    """Serve gRPC and yield the address. The port answers status and health while the model still loads.
 
-    At the end the coordinator closes first, so that live requests end with its reason and not with a broken line.
+    On exit the coordinator closes first, so that live requests end with its error and not with a broken connection.
     """
-    bounds = MessageBounds(DESCRIPTORS, desk.bodies, partial(client_name, trust))
-    server, coordinator = public_server(trust, bounds), desk.coordinator
-    add_InferenceServiceServicer_to_server(InferenceServicer(desk, trust), server)
+    bounds = MessageBounds(DESCRIPTORS, service.bodies, partial(client_name, trust))
+    server = public_server(trust, bounds)
+    coordinator = service.coordinator
+    add_InferenceServiceServicer_to_server(InferenceServicer(service, trust), server)
     add_ClusterServiceServicer_to_server(ClusterServicer(coordinator, trust), server)
     add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
@@ -191,17 +200,17 @@ async def _public_port(
 
 
 def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
-    """Where the public port listens; the first is what people are told."""
+    """Return the hosts on which the public port listens; the first is the one shown to users."""
     if settings.host or not trust.me:
         return (settings.host or LOOPBACK,)
     return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
-async def _tell_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
-    """Keep grpc.health.v1 true: SERVING only while a token has gone through every stage."""
+async def _update_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
+    """Keep grpc.health.v1 up to date: SERVING only once a token has passed through every stage."""
     while True:
-        serve = coordinator.state is ServingState.SERVING
-        status = health_pb2.HealthCheckResponse.SERVING if serve else health_pb2.HealthCheckResponse.NOT_SERVING
+        serving = coordinator.state is ServingState.SERVING
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", *SERVICES):
             await checks.set(service, status)
         await coordinator.changed.wait()

@@ -1,8 +1,8 @@
-"""Counts the elements of a JSON text on its raw bytes, as they arrive, before anything is parsed.
+"""Bounds the elements of a JSON text on its raw bytes, as they arrive and before they are parsed.
 
-What a parser builds of a body, and what it costs, follows from the number of its elements, not from its length: 16 MiB
-may be one string or eight million lists. It refuses to know whether the text is valid JSON: for a valid text the counts
-are exact, and a parser stops at the first error of any other, before which they are exact too.
+The cost of parsing depends on the number of elements, not on the length: 16 MiB may be one string or eight million
+lists. This module does not check whether the text is valid JSON. The counts are exact for valid JSON. For invalid JSON
+they are exact up to the first error, which is where a parser stops.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from cluster.core.errors import TooLarge
 from cluster.core.limits import KIB
 
 _STEP: Final = 64 * KIB
-"""Bytes looked at in one go, so that no step takes longer than a few milliseconds."""
+"""Bytes per step, so that no step takes longer than a few milliseconds."""
 _SPACE: Final = b" \t\r\n"
 
 
 class ElementCounter:
-    """Feed it the text piece by piece. ``commas`` bounds the commas; brackets and colons have ``MAX_ELEMENTS``."""
+    """Counts the elements of one text, fed in pieces.
+
+    ``commas`` bounds the commas; ``MAX_ELEMENTS`` bounds the brackets and colons.
+    """
 
     def __init__(self, commas: int = MAX_ELEMENTS) -> None:
         self._most_commas = commas
@@ -27,7 +30,7 @@ class ElementCounter:
         self._quoted = self._escaped = False
 
     def feed(self, data: bytes) -> None:
-        """Count the next bytes. Raises ``TooLarge``."""
+        """Count the next bytes. Raises ``TooLarge`` if a bound is exceeded."""
         for start in range(0, len(data), _STEP):
             self._count(data[start : start + _STEP])
 
@@ -38,14 +41,14 @@ class ElementCounter:
         self._numbers += len(outside.translate(None, _SPACE))
         if self._commas > self._most_commas or self._marks > MAX_ELEMENTS:
             raise TooLarge(
-                f"the body has more elements than a request may have ({self._most_commas} commas, {MAX_ELEMENTS} "
-                "brackets and colons); send fewer or longer ones"
+                f"the JSON has too many elements: at most {self._most_commas} commas and {MAX_ELEMENTS} brackets and "
+                "colons are allowed; send fewer or longer elements"
             )
         if self._numbers > MAX_NUMBER_BYTES:
-            raise TooLarge(f"the body has more than {MAX_NUMBER_BYTES} bytes of numbers; send fewer or shorter ones")
+            raise TooLarge(f"the JSON has more than {MAX_NUMBER_BYTES} bytes of numbers; send fewer or shorter numbers")
 
     def _outside_strings(self, data: bytes) -> bytes:
-        """``data`` without its strings. Escapes go first: then each quote that is left opens or closes one."""
+        """Return ``data`` without its strings. Once escapes are removed, each remaining quote opens or closes one."""
         if self._escaped:
             data = data[1:]
         if b"\\" in data:
@@ -53,7 +56,7 @@ class ElementCounter:
         self._escaped = data.endswith(b"\\")
         self._quotes += data.count(b'"')
         if self._quotes > 2 * (self._most_commas + 2 * MAX_ELEMENTS):
-            raise TooLarge("the body has more strings than a request may have; send fewer of them")
+            raise TooLarge("the JSON has too many strings; send fewer")
         pieces = data.split(b'"')
         outside = b"".join(pieces[int(self._quoted) :: 2])
         self._quoted ^= len(pieces) % 2 == 0
@@ -61,5 +64,5 @@ class ElementCounter:
 
 
 def count_elements(text: str) -> None:
-    """Check a JSON text that came inside of a string. Raises ``TooLarge``."""
+    """Check a JSON text that arrived inside a string. Raises ``TooLarge``."""
     ElementCounter().feed(text.encode("utf-8", "replace"))

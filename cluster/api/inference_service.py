@@ -1,4 +1,4 @@
-"""InferenceService: prompts in, tokens out. A call that ends early, for whatever reason, ends its request."""
+"""The gRPC InferenceService: generation, chat, tokenization and aborts. A call that ends early ends its request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import grpc
 from cluster.api import proto_encoding as replies
 from cluster.api import request_validation
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
 from cluster.core.request import Request, TokenEvent
@@ -28,10 +27,12 @@ Reply = TypeVar("Reply", pb.GenerateResponse, pb.ChatResponse)
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """Speaks for one coordinator, by way of its desk."""
+    """Serves InferenceService for one coordinator."""
 
-    def __init__(self, desk: RequestService, trust: Trust) -> None:
-        self._desk, self._coordinator, self._trust = desk, desk.coordinator, trust
+    def __init__(self, service: RequestService, trust: Trust) -> None:
+        self._service = service
+        self._coordinator = service.coordinator
+        self._trust = trust
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async for reply in self._answer(request, request_validation.generate_request, pb.GenerateResponse, context):
@@ -44,26 +45,23 @@ class InferenceServicer(InferenceServiceServicer):
     async def _answer(
         self,
         message: pb.GenerateRequest | pb.ChatRequest,
-        take_in: Callable[..., Awaitable[Request]],
+        build_request: Callable[..., Awaitable[Request]],
         reply: type[Reply],
         context: Context,
     ) -> AsyncIterator[Reply]:
         try:
             checkpoint = self._coordinator.checkpoint(message.model)
-            request = await take_in(message, checkpoint, self._caller(context))
-            async for answered in self._events(request, checkpoint, reply):
-                yield answered
+            request = await build_request(message, checkpoint, self._caller(context))
+            running = await self._service.ask(request, checkpoint)
+            async for message_out in self._stream_events(running, reply):
+                yield message_out
         except MacpipeError as e:
             await abort(context, e)
 
-    async def _events(self, request: Request, checkpoint: ModelInfo, reply: type[Reply]) -> AsyncIterator[Reply]:
-        asked = await self._desk.ask(request, checkpoint)
-        async for told in self._stream_events(asked, reply):
-            yield told
-
-    async def _stream_events(self, asked: RunningRequest, reply: type[Reply]) -> AsyncIterator[Reply]:
-        request, checkpoint = asked.request, asked.checkpoint
-        async with aclosing(asked.events) as events:
+    async def _stream_events(self, running: RunningRequest, reply: type[Reply]) -> AsyncIterator[Reply]:
+        request = running.request
+        checkpoint = running.checkpoint
+        async with aclosing(running.events) as events:
             yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
             async for event in events:
                 if isinstance(event, TokenEvent):
@@ -72,26 +70,28 @@ class InferenceServicer(InferenceServiceServicer):
                     yield reply(finish=replies.finish_info(event))
 
     def _owner(self, context: Context) -> str | None:
-        """Whose requests the caller may end: its own; anybody's (None) if it leads, or all here are of this Mac."""
+        """Return the client whose requests the caller may end; None means every client's.
+
+        Admins, the coordinator, and every caller without a cluster (all are on this Mac) may end every request.
+        """
         party = self._trust.party(context.auth_context())
         return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
 
     def _caller(self, context: Context) -> request_validation.Caller:
-        left = context.time_remaining()
-        return request_validation.Caller(
-            client_name(self._trust, context), None if left is None else time.monotonic() + left
-        )
+        left_s = context.time_remaining()
+        deadline = None if left_s is None else time.monotonic() + left_s
+        return request_validation.Caller(client_name(self._trust, context), deadline)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
             checkpoint = self._coordinator.checkpoint("")
             if len(request.offsets) > MAX_SAMPLES:
                 raise InvalidRequest(
-                    f"{len(request.offsets)} offsets were given; at most {MAX_SAMPLES}", field="offsets"
+                    f"{len(request.offsets)} offsets were given; send at most {MAX_SAMPLES}", field="offsets"
                 )
             offsets = tuple(request.offsets) or (request.offset,)
-            asked = await self._desk.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
-            async for reply in self._stream_events(asked, pb.GenerateResponse):
+            running = await self._service.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
+            async for reply in self._stream_events(running, pb.GenerateResponse):
                 yield reply
         except MacpipeError as e:
             await abort(context, e)
@@ -119,21 +119,21 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         try:
-            await self._desk.abort(request.request_id, self._owner(context))
+            await self._service.abort(request.request_id, self._owner(context))
         except MacpipeError as e:
             await abort(context, e)
         return pb.AbortResponse()
 
 
 def client_name(trust: Trust, context: Context) -> str:
-    """Who calls: in a cluster whoever the certificate says, wherever it calls from."""
-    shown: Any = context.auth_context()
-    party = trust.party(shown)
-    return f"{party.role}.{party.id}" if party else _caller_of(context)
+    """Return the caller's name: the party of its certificate in a cluster, from whichever address it calls."""
+    auth_context: Any = context.auth_context()
+    party = trust.party(auth_context)
+    return f"{party.role}.{party.id}" if party else _anonymous_name(context)
 
 
-def _caller_of(context: Context) -> str:
-    """By the credential that was sent, as a hash, else by the address without its port."""
+def _anonymous_name(context: Context) -> str:
+    """Return a hash of the credential that was sent, else the address without its port."""
     metadata = dict(context.invocation_metadata() or ())
     credential = str(metadata.get("authorization", ""))
     return hashlib.sha256(credential.encode()).hexdigest() if credential else context.peer().rpartition(":")[0]

@@ -1,7 +1,8 @@
-"""What each API key may use and has used: requests, tokens, and what is under way. It counts; it reads no request.
+"""Rate limits and usage of each API key: requests, tokens and concurrency. It only counts; it reads no request.
 
-Both rates are buckets that hold a minute's worth and are refilled evenly. Tokens of a prompt are taken before it is
-read; those of an answer as they come, which may leave less than nothing: what comes next waits for that much longer.
+Requests and tokens have a token bucket each, which holds one minute's worth and refills evenly. Prompt tokens are
+charged before the prompt is processed, answer tokens as they are generated. Answer tokens may push the level below
+zero; the next request then waits that much longer.
 """
 
 from __future__ import annotations
@@ -24,90 +25,95 @@ _OWNER: Final = "key:"
 
 
 def client_of(key: ApiKey) -> str:
-    """Whose requests are whose: turns are shared between keys, and kept prefixes stay with theirs."""
+    """Return the client name of a key. Scheduling is fair between clients, and cached prefixes are per client."""
     return f"{_OWNER}{key.id}"
 
 
 class TokenBucket:
-    """``most`` at once, and as much a minute; ``now`` is in seconds of any clock."""
+    """A bucket with room for ``most``, refilled with ``most`` per minute; ``now`` is in seconds of any one clock."""
 
     def __init__(self, most: int, now: float) -> None:
-        self.most, self._level, self._then = most, float(most), now
+        self.most = most
+        self._level = float(most)
+        self._updated = now
 
     def level(self, now: float) -> float:
-        """What is left; below zero where more was taken than foreseen."""
-        self._level = min(self.most, self._level + (now - self._then) * self.most / _MINUTE_S)
-        self._then = now
+        """Return the current level; negative if more was taken than it held."""
+        self._level = min(self.most, self._level + (now - self._updated) * self.most / _MINUTE_S)
+        self._updated = now
         return self._level
 
     def take(self, count: float, now: float) -> None:
-        """Take it, whatever is left."""
+        """Take ``count``, even if the level becomes negative."""
         self._level = self.level(now) - count
 
     def wait_s(self, count: float, now: float) -> float:
-        """How long until ``count`` are there; what is more than it ever holds waits until it is full."""
+        """Return the seconds until the bucket holds ``count``, or until it is full if ``count`` exceeds ``most``."""
         return max(0.0, (min(count, self.most) - self.level(now)) * _MINUTE_S / self.most)
 
 
 @dataclass(slots=True)
 class _Usage:
-    """Of one key; a bucket where it has a limit."""
+    """The usage of one key; a bucket is None where the key has no limit."""
 
     key: ApiKey
     requests: TokenBucket | None
     tokens: TokenBucket | None
-    under_way: int = field(default=0)
+    running: int = field(default=0)
 
 
 class KeyUsage:
-    """The accounts of one coordinator. Belongs to its event loop."""
+    """The usage of all keys of one coordinator. Use it from the coordinator's event loop only."""
 
     def __init__(self, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._keys, self._clock = keys, clock
+        self._keys = keys
+        self._clock = clock
         self._accounts: dict[str, _Usage] = {}
 
     def identify(self, given: Sequence[str]) -> ApiKey:
-        """The key that one of these texts is. Raises ``Unauthenticated``."""
+        """Return the first valid key among the given texts. Raises ``Unauthenticated`` if there is none."""
         key = next((found for text in given if (found := self._keys.find(text))), None)
         if key:
             return key
         if given:
             raise Unauthenticated(
-                "the API key is none of this cluster's, or was revoked; `macpipe key list` on the coordinator's Mac "
-                "shows those that are good",
+                "the API key is unknown or was revoked; `macpipe key list` on the coordinator's Mac lists the valid "
+                "keys",
                 code="invalid_api_key",
             )
         raise Unauthenticated(
-            "an API key is needed: send it as `Authorization: Bearer mpk_...` or `x-api-key: mpk_...`; `macpipe key "
-            "create NAME` on the coordinator's Mac makes one",
+            "an API key is required: send it as `Authorization: Bearer mpk_...` or `x-api-key: mpk_...`; `macpipe key "
+            "create NAME` on the coordinator's Mac creates one",
             code="invalid_api_key",
         )
 
     @contextmanager
     def request(self, key: ApiKey) -> Iterator[None]:
-        """While one request of ``key`` is answered. Raises ``LimitReached``."""
-        account, now = self._account(key), self._clock()
+        """Count one request of ``key`` while the context is open. Raises ``LimitReached``."""
+        account = self._account(key)
+        now = self._clock()
         most = key.limits.at_once
-        if most is not None and account.under_way >= most:
+        if most is not None and account.running >= most:
             raise LimitReached(
-                f"the key {key.name} has {account.under_way} requests under way, and may have {most}; try again when "
+                f"the key {key.name} has {account.running} requests in progress; its limit is {most}; try again when "
                 "one has ended",
                 retry_after_s=RETRY_AFTER_S,
                 code=_CODE,
             )
         if account.requests:
             if wait := account.requests.wait_s(1, now):
-                raise _spent(key, f"{account.requests.most} requests a minute", "none is left", wait)
+                raise _rate_error(key, f"{account.requests.most} requests a minute", "none are left", wait)
             account.requests.take(1, now)
-        account.under_way += 1
+        account.running += 1
         try:
             yield
         finally:
-            account.under_way -= 1
+            account.running -= 1
 
     def prompt(self, client: str, tokens: int) -> None:
-        """A prompt of ``client`` is about to be read. Raises ``Unauthenticated`` where its key was revoked meanwhile,
-        and ``LimitReached``. Whoever has no key is no concern of this.
+        """Charge the tokens of a prompt, before it is processed. Clients without a key are not limited.
+
+        Raises ``Unauthenticated`` if the key was revoked meanwhile, and ``LimitReached``.
         """
         if self.is_revoked(client):
             raise revoked_error()
@@ -118,54 +124,55 @@ class KeyUsage:
         if wait := account.tokens.wait_s(tokens, now):
             left = max(0, math.floor(account.tokens.level(now)))
             allowed = f"{account.tokens.most} tokens a minute"
-            raise _spent(account.key, allowed, f"{left} are left and the prompt has {tokens}", wait)
+            raise _rate_error(account.key, allowed, f"{left} are left and the prompt has {tokens}", wait)
         account.tokens.take(tokens, now)
 
     def count_tokens(self, client: str, tokens: int) -> None:
-        """So many tokens of an answer came."""
+        """Charge ``tokens`` generated tokens."""
         account = self._accounts.get(client)
         if account and account.tokens:
             account.tokens.take(tokens, self._clock())
 
     def is_revoked(self, client: str) -> bool:
-        """Whether ``client`` is a key that is good no more."""
+        """Return whether ``client`` is a key that is no longer valid."""
         return client.startswith(_OWNER) and self._keys.find_by_id(client.removeprefix(_OWNER)) is None
 
     def figures(self, key: ApiKey) -> dict[str, str]:
-        """What is left, as the headers that OpenAI's clients read; none for what has no limit."""
-        account, now = self._account(key), self._clock()
-        told = {}
+        """Return OpenAI's ``x-ratelimit-*`` headers for ``key``; a quantity without a limit has none."""
+        account = self._account(key)
+        now = self._clock()
+        headers = {}
         for name, bucket in (("requests", account.requests), ("tokens", account.tokens)):
             if bucket:
-                told[f"x-ratelimit-limit-{name}"] = str(bucket.most)
-                told[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level(now))))
-                told[f"x-ratelimit-reset-{name}"] = f"{bucket.wait_s(bucket.most, now):.0f}s"
-        return told
+                headers[f"x-ratelimit-limit-{name}"] = str(bucket.most)
+                headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level(now))))
+                headers[f"x-ratelimit-reset-{name}"] = f"{bucket.wait_s(bucket.most, now):.0f}s"
+        return headers
 
     def _account(self, key: ApiKey) -> _Usage:
         client = client_of(key)
         if client not in self._accounts:
             if len(self._accounts) >= MAX_KEYS:
-                self._forget()
-            limits = key.limits
-            requests, tokens = self._bucket(limits.requests_a_minute), self._bucket(limits.tokens_a_minute)
+                self._drop_revoked()
+            requests = self._bucket(key.limits.requests_a_minute)
+            tokens = self._bucket(key.limits.tokens_a_minute)
             self._accounts[client] = _Usage(key, requests, tokens)
         return self._accounts[client]
 
     def _bucket(self, most: int | None) -> TokenBucket | None:
         return None if most is None else TokenBucket(most, self._clock())
 
-    def _forget(self) -> None:
-        """Drop the accounts of keys that are gone; there are at most ``MAX_KEYS`` others."""
-        for client in [c for c, a in self._accounts.items() if not a.under_way and self.is_revoked(c)]:
+    def _drop_revoked(self) -> None:
+        """Drop the usage of revoked keys without requests; at most ``MAX_KEYS`` keys are valid."""
+        for client in [c for c, a in self._accounts.items() if not a.running and self.is_revoked(c)]:
             del self._accounts[client]
 
 
 def revoked_error() -> Unauthenticated:
-    """What ends the requests of a key that was revoked while they were under way."""
+    """Return the error that ends a request whose key is revoked while it runs."""
     return Unauthenticated("the API key was revoked", code="invalid_api_key")
 
 
-def _spent(key: ApiKey, allowed: str, left: str, wait_s: float) -> LimitReached:
+def _rate_error(key: ApiKey, allowed: str, left: str, wait_s: float) -> LimitReached:
     sentence = f"the key {key.name} may use {allowed}; {left}; try again in {max(1, math.ceil(wait_s))} s"
     return LimitReached(sentence, retry_after_s=wait_s, code=_CODE)

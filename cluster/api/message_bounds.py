@@ -1,7 +1,7 @@
-"""Public gRPC requests, counted and charged while they are still bytes, before protobuf builds objects of them.
+"""Bounds public gRPC requests on their wire format, before protobuf builds objects from them.
 
-16 MiB of empty submessages are eight million objects. gRPC's own bound is on bytes, so a message's fields are counted
-on the wire format. It knows the requests' descriptors. It refuses to know what a request means.
+gRPC bounds the bytes of a message only, and 16 MiB of empty submessages become eight million objects. So this module
+counts fields. It knows the descriptors of the requests, but not what a request means.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 _VARINT: Final = 0
 _BYTES: Final = 2
 _SIZES: Final = {1: 8, 3: 0, 4: 0, 5: 4}
-"""Bytes of a value by its type on the wire; a group's ends have none, and its fields are counted like others."""
-_MORE: Final = bytes(range(128, 256))
-"""Bytes of a varint that another one follows."""
+"""Bytes of a value by wire type. The tags that start and end a group have no value; a group's fields count as usual."""
+_CONTINUED: Final = bytes(range(128, 256))
+"""Bytes of a varint that are not its last."""
 
 
 def count_fields(data: bytes, message: Descriptor) -> None:
-    """Bound the fields that ``data`` has as a ``message``, in all submessages together, and its packed numbers.
+    """Check the number of fields and packed numbers in ``data``, an encoded ``message`` with all its submessages.
 
-    Raises ``TooLarge``. What is malformed ends the count: protobuf refuses it there, after building what was counted.
+    Raises ``TooLarge``. Malformed data ends the count: protobuf stops there too, and built only what was counted.
     """
-    if len(data) <= MAX_FIELDS:  # a field has two bytes at least
+    if len(data) <= MAX_FIELDS:  # a field has at least two bytes
         return
-    count, numbers, outer = 0, 0, [(0, len(data), _kind_of(message))]
+    count = 0
+    numbers = 0
+    outer = [(0, len(data), _message_type(message))]
     while outer:
         at, end, kind = outer.pop()
         while at < end:
             count += 1
             if count > MAX_FIELDS:
-                raise TooLarge(f"the request has more than {MAX_FIELDS} fields, those of its parts included")
+                raise TooLarge(
+                    f"the request has more than {MAX_FIELDS} fields, submessages included; send fewer messages or tools"
+                )
             tag, at = _varint(data, at)
             if tag & 7 != _BYTES:
                 at = _skip(data, at, tag & 7)
@@ -57,21 +61,21 @@ def count_fields(data: bytes, message: Descriptor) -> None:
                 end, kind = at + size, part
                 continue
             if tag >> 3 in kind.packed:
-                numbers += len(data[at : at + size].translate(None, _MORE))
+                numbers += len(data[at : at + size].translate(None, _CONTINUED))
             at += size
     if numbers > MAX_PROMPT_IDS:
-        raise TooLarge(f"the request has more than {MAX_PROMPT_IDS} numbers in a list")
+        raise TooLarge(f"the request has more than {MAX_PROMPT_IDS} numbers in its lists; send fewer token ids")
 
 
 def _skip(data: bytes, at: int, wire: int) -> int:
-    """Where the value at ``at`` ends, of a type without a length; past the end of ``data`` for an unknown type."""
+    """Return the end of the value at ``at``, whose wire type has no length; past the end for an unknown type."""
     if wire == _VARINT:
         return _varint(data, at)[1]
     return at + _SIZES.get(wire, len(data))
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at ``at``, and where the next field begins; past the end of ``data`` where it is cut off."""
+    """Return the number at ``at`` and the offset after it; an offset past the end of ``data`` if it is cut off."""
     value = shift = 0
     while at < len(data):
         byte = data[at]
@@ -84,37 +88,40 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Kind:
-    """A message's fields by number: those that hold messages, and those that hold lists of varints."""
+class _MessageType:
+    """The field numbers of a message type: ``parts`` hold submessages, ``packed`` hold lists of varints."""
 
-    parts: dict[int, _Kind]
+    parts: dict[int, _MessageType]
     packed: frozenset[int]
 
 
 @functools.cache
-def _kind_of(message: Descriptor) -> _Kind:
-    """Of a message that does not hold itself, as none of the public ones does."""
-    parts = {f.number: _kind_of(f.message_type) for f in message.fields if f.message_type}
+def _message_type(message: Descriptor) -> _MessageType:
+    """Return the type of a message that is not recursive; no public message is."""
+    parts = {f.number: _message_type(f.message_type) for f in message.fields if f.message_type}
     varints = (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64, FieldDescriptor.CPPTYPE_INT32)
-    return _Kind(parts, frozenset(f.number for f in message.fields if f.is_repeated and f.cpp_type in varints))
+    packed = frozenset(f.number for f in message.fields if f.is_repeated and f.cpp_type in varints)
+    return _MessageType(parts, packed)
 
 
 class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
-    """Stands before ``services``: a request is charged to ``bodies`` until it ends, counted, and only then parsed.
+    """Intercepts ``services``: charges a request to ``bodies`` until it ends, bounds its fields, then parses it.
 
-    ``client`` names who calls, as ``Charge`` takes it.
+    ``client`` returns the caller's name, to which its bytes are charged.
     """
 
     def __init__(
         self, services: tuple[ServiceDescriptor, ...], bodies: ByteBudget, client: Callable[[Context], str]
     ) -> None:
         self._requests = {f"/{s.full_name}/{m.name}": m.input_type for s in services for m in s.methods}
-        self._bodies, self._client = bodies, client
+        self._bodies = bodies
+        self._client = client
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
-        handler, message = await continuation(details), self._requests.get(details.method)
+        handler = await continuation(details)
+        message = self._requests.get(details.method)
         if handler is None or message is None or handler.request_streaming:
             return handler
         parse = functools.partial(_parse, message, handler.request_deserializer)
@@ -154,10 +161,10 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
 
 
 def _parse(message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
-    """The request. Raises ``TooLarge``, and ``InvalidRequest`` where it is none."""
+    """Parse a request. Raises ``TooLarge``, and ``InvalidRequest`` if it is malformed."""
     assert deserialize, "generated servicers always have one"
     count_fields(data, message)
     try:
         return deserialize(data)
     except DecodeError:
-        raise InvalidRequest(f"the request is not a {message.name} as protobuf writes it") from None
+        raise InvalidRequest(f"the request is not a valid protobuf encoding of {message.name}") from None

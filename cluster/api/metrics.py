@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts and times of requests, and what is under way. Counts, never a word of a text."""
+"""Prometheus metrics: counts and latencies of requests, and gauges of the ring's state. They never hold any text."""
 
 from __future__ import annotations
 
@@ -22,28 +22,35 @@ _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1
 
 
 class Metrics:
-    """The counters of one coordinator, over every surface."""
+    """The metrics of one coordinator, over gRPC and HTTP."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a line for each count that says when it began: nobody reads them
+        # Nobody reads the "_created" series, which double the number of lines.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter("macpipe_requests", "Answers that ended, by outcome.", ["outcome"], registry=registry)
-        self._tokens = Counter("macpipe_tokens", "Tokens of whole answers, by kind.", ["kind"], registry=registry)
+        self._requests = Counter("macpipe_requests", "Finished requests, by outcome.", ["outcome"], registry=registry)
+        self._tokens = Counter("macpipe_tokens", "Tokens of complete answers, by kind.", ["kind"], registry=registry)
         self._responses = Counter(
             "macpipe_http_responses", "HTTP responses, by route and status.", ["route", "status"], registry=registry
         )
         self._ttft = Histogram(
-            "macpipe_time_to_first_token_seconds", "From acceptance.", buckets=_TTFT_S, registry=registry
+            "macpipe_time_to_first_token_seconds",
+            "Time from acceptance to the first token.",
+            buckets=_TTFT_S,
+            registry=registry,
         )
         self._tpot = Histogram(
-            "macpipe_time_per_output_token_seconds", "Mean of each answer.", buckets=_TPOT_S, registry=registry
+            "macpipe_time_per_output_token_seconds",
+            "Mean time per output token of an answer.",
+            buckets=_TPOT_S,
+            registry=registry,
         )
 
     def count_finished(self, event: FinishEvent) -> None:
-        """A whole answer."""
+        """Count a complete sample of an answer."""
         self._requests.labels(event.reason.value).inc()
         usage = event.usage
-        if event.sample == 0:  # the prompt is read once for all samples
+        if event.sample == 0:  # the prompt is processed once for all samples
             self._tokens.labels("prompt").inc(usage.prompt_tokens)
             self._tokens.labels("cached").inc(usage.cached_tokens)
         self._tokens.labels("completion").inc(usage.completion_tokens)
@@ -52,49 +59,56 @@ class Metrics:
             self._tpot.observe(event.tpot_ms / 1e3)
 
     def count_error(self, error: MacpipeError) -> None:
-        """A request that was refused, or ended early."""
+        """Count a request that was rejected or failed."""
         self._requests.labels(error.reason.lower()).inc()
 
     def count_abandoned(self) -> None:
-        """A request whose client went away."""
+        """Count a request whose client disconnected."""
         self._requests.labels(Aborted.reason.lower()).inc()
 
     def count_response(self, route: str, status: int) -> None:
-        """An HTTP response; ``route`` is the pattern, so that labels stay few. Status 0: the client had gone."""
+        """Count an HTTP response.
+
+        ``route`` is the route's pattern, so that there are few labels. Status 0 means that the client had disconnected;
+        it is counted as 499.
+        """
         self._responses.labels(route, str(status or 499)).inc()
 
     def exposition(
         self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None = None
     ) -> bytes:
-        """Everything in Prometheus' text format, with the state of this moment."""
-        now = CollectorRegistry()
-        now.register(_Now(state, plan, loop, journal))
-        return generate_latest(self._registry) + generate_latest(now)
+        """Return all metrics in Prometheus' text format, with gauges of the given state."""
+        gauges = CollectorRegistry()
+        gauges.register(_StateCollector(state, plan, loop, journal))
+        return generate_latest(self._registry) + generate_latest(gauges)
 
 
-class _Now(Collector):
-    """The gauges, from one look at the coordinator."""
+class _StateCollector(Collector):
+    """Collects the gauges of one state of the coordinator."""
 
     def __init__(self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None) -> None:
-        self._state, self._plan, self._loop, self._journal = state, plan, loop, journal
+        self._state = state
+        self._plan = plan
+        self._loop = loop
+        self._journal = journal
 
     def collect(self) -> Iterator[Metric]:
-        yield _gauge("macpipe_info", "Which macpipe.", ["version"], [([__version__], 1)])
+        yield _gauge("macpipe_info", "The macpipe version.", ["version"], [([__version__], 1)])
         states = [([s.value], float(s is self._state)) for s in ServingState]
-        yield _gauge("macpipe_state", "1 for what the coordinator is doing.", ["state"], states)
+        yield _gauge("macpipe_state", "1 for the coordinator's current state.", ["state"], states)
         if self._journal:
             on = float(not self._journal.problem)
-            yield _gauge("macpipe_journal_on", "1 while live requests are kept on disk.", [], [([], on)])
+            yield _gauge("macpipe_journal_on", "1 while live requests are journaled to disk.", [], [([], on)])
         if self._plan and self._loop:
             yield from self._requests(self._loop)
             yield from self._stages(self._plan, self._loop)
 
     def _requests(self, loop: LoopView) -> Iterator[Metric]:
         phases = [([p.value], float(sum(r.phase is p for r in loop.requests))) for p in Phase]
-        yield _gauge("macpipe_requests_live", "Requests under way, by phase.", ["phase"], phases)
+        yield _gauge("macpipe_requests_live", "Live requests, by phase.", ["phase"], phases)
         lanes = [([str(i)], float(size)) for i, size in enumerate(loop.lane_sizes)]
-        yield _gauge("macpipe_lane_sequences", "Sequences that decode in each lane.", ["lane"], lanes)
-        yield _gauge("macpipe_kept_prefixes", "Prefixes kept for later requests.", [], [([], float(loop.prefixes))])
+        yield _gauge("macpipe_lane_sequences", "Decoding sequences in each lane.", ["lane"], lanes)
+        yield _gauge("macpipe_kept_prefixes", "Prefixes cached for later requests.", [], [([], float(loop.prefixes))])
 
     def _stages(self, plan: Plan, loop: LoopView) -> Iterator[Metric]:
         def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
@@ -102,11 +116,13 @@ class _Now(Collector):
 
         labels = ["stage", "worker"]
         yield _gauge(
-            "macpipe_kv_reserved_bytes", "Caches promised to live requests.", labels, by_stage(loop.reserved_bytes)
+            "macpipe_kv_reserved_bytes", "KV cache reserved for live requests.", labels, by_stage(loop.reserved_bytes)
         )
-        yield _gauge("macpipe_kv_prefix_bytes", "Caches of kept prefixes.", labels, by_stage(loop.prefix_bytes))
+        yield _gauge(
+            "macpipe_kv_prefix_bytes", "KV cache held by cached prefixes.", labels, by_stage(loop.prefix_bytes)
+        )
         room = by_stage(s.cache_bytes for s in plan.stages)
-        yield _gauge("macpipe_kv_capacity_bytes", "Room for caches.", labels, room)
+        yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
         bubbles = by_stage(loop.bubbles)
         yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
 

@@ -1,4 +1,4 @@
-"""Public messages as the house's nouns: what a conversation is made of, and what an answer must be."""
+"""Decodes public protobuf messages into core types: chat messages, chat options and grammars."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CHOICES = {
 
 
 def messages(given: Sequence[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
-    """The messages of a conversation; nothing but their number is checked. Raises ``InvalidRequest``."""
+    """Decode a conversation. Only the number of messages is checked. Raises ``InvalidRequest``."""
     if len(given) > MAX_MESSAGES:
-        raise InvalidRequest(f"{len(given)} messages were given; at most {MAX_MESSAGES}", field="messages")
+        raise InvalidRequest(f"{len(given)} messages were given; send at most {MAX_MESSAGES}", field="messages")
     return tuple(
         ChatMessage(
             m.role,
@@ -36,9 +36,9 @@ def messages(given: Sequence[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
 
 
 def template_options(given: pb.TemplateOptions) -> ChatOptions:
-    """How messages become a prompt. Raises ``InvalidRequest`` for an unknown choice of tools, and too many of them."""
+    """Decode the options of a chat template. Raises ``InvalidRequest`` for an unknown tool choice or too many tools."""
     if len(given.tools) > MAX_TOOLS:
-        raise InvalidRequest(f"{len(given.tools)} tools were given; at most {MAX_TOOLS}", field="tools")
+        raise InvalidRequest(f"{len(given.tools)} tools were given; send at most {MAX_TOOLS}", field="tools")
     choice = _CHOICES.get(given.tool_choice.mode)
     if choice is None:
         raise InvalidRequest(f"tool_choice has the unknown mode {given.tool_choice.mode}", field="tool_choice")
@@ -54,7 +54,7 @@ def template_options(given: pb.TemplateOptions) -> ChatOptions:
 
 
 def grammar(given: pb.Grammar) -> Grammar | None:
-    """What the answer must be, if anything. Raises ``InvalidRequest`` where nothing is said."""
+    """Decode the grammar of an answer; None if it is unconstrained. Raises ``InvalidRequest`` if it is empty."""
     match given.WhichOneof("kind"):
         case None:
             return None

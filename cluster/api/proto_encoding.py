@@ -1,4 +1,4 @@
-"""The coordinator's nouns as public messages."""
+"""Encodes the coordinator's types as public protobuf messages."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _add_reasons(reply: cpb.GetClusterResponse | cpb.PlanResponse, plan: Plan) -
 
 
 def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
-    # Not strict: a recovery with another number of stages may lie between the two looks.
+    # Not strict: plan and loop view are two snapshots; a recovery between them may change the number of stages.
     load = zip(reply.stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=False)
     for stage, reserved, prefixes, bubble in load:
         stage.reserved_bytes, stage.prefix_bytes, stage.bubble_share = reserved, prefixes, bubble

@@ -1,6 +1,6 @@
-"""The desk: where every surface hands in a request and gets its events; what became of it is counted here.
+"""Submits requests for gRPC and HTTP, streams their events, and counts their outcomes.
 
-A request whose events nobody reads any more is ended.
+A request ends when its events are no longer read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Events = AsyncGenerator[TokenEvent | FinishEvent, None]
 
 @dataclass(frozen=True, slots=True)
 class RunningRequest:
-    """An accepted request. Its ``events`` must be read to their end, or closed."""
+    """An accepted request. Read its ``events`` to the end, or close them."""
 
     request: Request
     checkpoint: ModelInfo
@@ -36,17 +36,24 @@ class RunningRequest:
 
 
 class RequestService:
-    """Speaks for one coordinator. ``accounts`` are those of its API keys, where there is a cluster."""
+    """The requests of one coordinator. ``accounts`` is the usage of its API keys; None without a cluster."""
 
     def __init__(self, coordinator: Coordinator, metrics: Metrics, accounts: KeyUsage | None = None) -> None:
-        self.coordinator, self.metrics, self.accounts = coordinator, metrics, accounts
+        self.coordinator = coordinator
+        self.metrics = metrics
+        self.accounts = accounts
         self.bodies = ByteBudget()
-        """Bytes that the requests of every surface hold."""
+        """The bytes held by all requests, gRPC and HTTP together."""
         self._live: dict[str, str] = {}
+        """The client of each live request, by request id."""
 
     async def ask(self, request: Request, checkpoint: ModelInfo) -> RunningRequest:
-        """Hand in a request; returns once it has a lane or a place in the queue. Raises what refuses it."""
-        with self._refusals_counted():
+        """Submit a request. Return once it has a lane or a place in the queue.
+
+        Raises ``Unauthenticated`` or ``LimitReached`` for its key, ``InvalidGrammar``, or the error with which the
+        coordinator rejects it.
+        """
+        with self._count_errors():
             if self.accounts:
                 self.accounts.prompt(request.client, len(request.prompt))
             try:
@@ -58,32 +65,32 @@ class RequestService:
     async def resume(
         self, request_id: str, offsets: Sequence[int], client: str, checkpoint: ModelInfo
     ) -> RunningRequest:
-        """Go on with an answer from the journal. Raises what the coordinator does, and what refuses it."""
-        with self._refusals_counted():
+        """Resume an answer from the journal at ``offsets``, one for each sample. Raises the coordinator's errors."""
+        with self._count_errors():
             request, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._wait_accepted(request, answer, checkpoint)
 
     async def abort(self, request_id: str, client: str | None) -> None:
-        """End a request, if it is that ``client``'s; anybody's for None. Raises ``RequestNotFound``."""
+        """End a live request of ``client``; of any client if None. Raises ``RequestNotFound``."""
         if client is not None and self._live.get(request_id) != client:
-            raise RequestNotFound(f"no live request of yours has the id {request_id}")
+            raise RequestNotFound(f"you have no live request with the id {request_id}")
         await self.coordinator.abort(request_id)
 
     async def end_revoked(self) -> None:
-        """For ever: end the answers whose key is good no more."""
+        """End live requests whose key was revoked, every ``KEY_LOOK_S`` seconds. Never returns if there are keys."""
         while self.accounts:
             await asyncio.sleep(KEY_LOOK_S)
             try:
-                gone = {client for client in set(self._live.values()) if self.accounts.is_revoked(client)}
-            except ClusterDamaged as e:  # new requests are refused with it; those under way were let in
-                log.error("%s", e.sentence)
+                revoked = {client for client in set(self._live.values()) if self.accounts.is_revoked(client)}
+            except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
+                log.error("cannot check for revoked keys: %s", e.sentence)
                 continue
-            for request_id in [one for one, client in self._live.items() if client in gone]:
+            for request_id in [one for one, client in self._live.items() if client in revoked]:
                 with suppress(RequestNotFound, MacpipeError):
                     await self.coordinator.abort(request_id)
 
     @contextmanager
-    def _refusals_counted(self) -> Iterator[None]:
+    def _count_errors(self) -> Iterator[None]:
         try:
             yield
         except MacpipeError as e:
@@ -103,7 +110,7 @@ class RequestService:
     async def _events(
         self, request: Request, answer: AnswerQueue
     ) -> AsyncGenerator[Accepted | TokenEvent | FinishEvent, None]:
-        whole = False
+        ended = False
         self._live[request.id] = request.client
         try:
             async for event in answer.events():
@@ -112,15 +119,15 @@ class RequestService:
                 elif self.accounts and isinstance(event, TokenEvent):
                     self.accounts.count_tokens(request.client, 1)
                 yield event
-            whole = True
+            ended = True
         except MacpipeError as e:
             self.metrics.count_error(e)
-            whole = True
+            ended = True
             if self.accounts and self.accounts.is_revoked(request.client):
                 raise revoked_error() from e
             raise
         finally:
             self._live.pop(request.id, None)
-            if not whole:
+            if not ended:
                 answer.abandon()
                 self.metrics.count_abandoned()

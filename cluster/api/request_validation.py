@@ -1,4 +1,4 @@
-"""Intake: a client's message becomes a tokenized request that fits the promised context, or a clear error."""
+"""Validates a client's message and builds a tokenized request that fits the context, or raises a clear error."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from cluster.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, as far as turns and kept prefixes go, and until when (monotonic seconds; None: for ever).
+    """Who sends a request, and its deadline.
 
-    ``default_max_tokens`` is how long an answer may be where the request does not say; None: as the context allows.
+    ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
+    clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
+    as the context allows.
     """
 
     client: str
@@ -39,68 +41,76 @@ class Caller:
 
 
 async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
-    """Raises ``InvalidRequest`` or ``PromptTooLong``."""
+    """Build the request for a prompt. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if message.WhichOneof("prompt") == "tokens":
-        prompt = await anyio.to_thread.run_sync(_known_ids, message.tokens.ids, checkpoint)
+        prompt = await anyio.to_thread.run_sync(_check_ids, message.tokens.ids, checkpoint)
     else:
-        prompt = _fitting(await encode_text(message.text, checkpoint, checkpoint.shape.max_context), checkpoint)
+        tokenized = await encode_text(message.text, checkpoint, checkpoint.shape.max_context)
+        prompt = _check_length(tokenized, checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
     return _request(message, prompt, grammar(message.grammar), checkpoint, caller)
 
 
 async def chat_request(message: pb.ChatRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
-    """Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    said, wanted = messages(message.messages), grammar(message.grammar)
+    """Build the request for a conversation. Raises ``InvalidRequest`` or ``PromptTooLong``."""
+    conversation = messages(message.messages)
+    answer_grammar = grammar(message.grammar)
     options = template_options(message.template)
-    tokenized = await prepare_chat(said, options, wanted, checkpoint, checkpoint.shape.max_context)
-    request = _request(message, _fitting(tokenized, checkpoint), tokenized.grammar, checkpoint, caller)
+    tokenized = await prepare_chat(conversation, options, answer_grammar, checkpoint, checkpoint.shape.max_context)
+    prompt = _check_length(tokenized, checkpoint)
+    request = _request(message, prompt, tokenized.grammar, checkpoint, caller)
     return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
 
 
 async def encode_text(text: str, checkpoint: ModelInfo, max_tokens: int, *, texts: bool = False) -> Tokenized:
-    """Tokenize a text. No ids come back where there are more than ``max_tokens``."""
+    """Tokenize a text. The result has no ids if there are more than ``max_tokens``. Raises ``InvalidRequest``."""
     if len(text) > MAX_PROMPT_CHARS:
-        raise InvalidRequest(f"the prompt has {len(text)} characters; at most {MAX_PROMPT_CHARS}", field="prompt")
+        raise InvalidRequest(f"the prompt has {len(text)} characters; send at most {MAX_PROMPT_CHARS}", field="prompt")
     return await checkpoint.text.encode(text, max_tokens, texts=texts)
 
 
 async def count_tokens(message: pb.TokenizeRequest, checkpoint: ModelInfo) -> int:
-    """Count the tokens of a text, or of a conversation under the model's chat template."""
-    return (await _tokenized(message, checkpoint, 0, texts=False)).count
+    """Count the tokens of a text, or of a conversation rendered with the model's chat template."""
+    return (await _tokenize(message, checkpoint, 0, texts=False)).count
 
 
 async def tokenize_bounded(message: pb.TokenizeRequest, checkpoint: ModelInfo) -> Tokenized:
-    """The tokens themselves, each with its text: there may not be any number of them."""
-    tokenized = await _tokenized(message, checkpoint, MAX_TOLD_TOKENS, texts=True)
+    """Return at most ``MAX_TOLD_TOKENS`` tokens, each with its text. Raises ``InvalidRequest`` if there are more."""
+    tokenized = await _tokenize(message, checkpoint, MAX_TOLD_TOKENS, texts=True)
     if tokenized.count > MAX_TOLD_TOKENS:
         raise InvalidRequest(
-            f"it has {tokenized.count} tokens; at most {MAX_TOLD_TOKENS} can be told one by one",
+            f"the input has {tokenized.count} tokens; at most {MAX_TOLD_TOKENS} can be listed; send a shorter input",
             field="messages" if message.messages else "text",
         )
     return tokenized
 
 
-async def _tokenized(message: pb.TokenizeRequest, checkpoint: ModelInfo, max_tokens: int, *, texts: bool) -> Tokenized:
+async def _tokenize(message: pb.TokenizeRequest, checkpoint: ModelInfo, max_tokens: int, *, texts: bool) -> Tokenized:
     if message.messages and message.text:
-        raise InvalidRequest("text and messages were given; give one of them", field="messages")
+        raise InvalidRequest("both text and messages were given; send one of them", field="messages")
     if message.messages:
-        said, options = messages(message.messages), template_options(message.template)
-        return await prepare_chat(said, options, None, checkpoint, max_tokens, texts=texts)
+        conversation = messages(message.messages)
+        options = template_options(message.template)
+        return await prepare_chat(conversation, options, None, checkpoint, max_tokens, texts=texts)
     return await encode_text(message.text, checkpoint, max_tokens, texts=texts)
 
 
-def _fitting(tokenized: Tokenized, checkpoint: ModelInfo) -> tuple[int, ...]:
-    """The prompt's ids. Raises ``PromptTooLong`` where they are too many for the context, answer or no answer."""
-    _room(tokenized.count, checkpoint.shape.max_context)
+def _check_length(tokenized: Tokenized, checkpoint: ModelInfo) -> tuple[int, ...]:
+    """Return the prompt's ids. Raises ``PromptTooLong`` if they leave no room for an answer."""
+    _max_answer_tokens(tokenized.count, checkpoint.shape.max_context)
     return tokenized.ids
 
 
-def _known_ids(ids: Sequence[int], checkpoint: ModelInfo) -> tuple[int, ...]:
-    """The ids of a prompt, counted before they are copied. Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    _room(len(ids), checkpoint.shape.max_context)
+def _check_ids(ids: Sequence[int], checkpoint: ModelInfo) -> tuple[int, ...]:
+    """Return the token ids of a prompt, counted before they are copied.
+
+    Raises ``InvalidRequest`` for an id outside the vocabulary, or ``PromptTooLong``.
+    """
+    _max_answer_tokens(len(ids), checkpoint.shape.max_context)
     prompt = tuple(ids)
-    size, largest = checkpoint.vocabulary, max(prompt, default=0)
+    size = checkpoint.vocabulary
+    largest = max(prompt, default=0)
     if largest >= size:
         raise InvalidRequest(f"the prompt has the token id {largest}; the model has {size} tokens", field="prompt")
     return prompt
@@ -109,26 +119,29 @@ def _known_ids(ids: Sequence[int], checkpoint: ModelInfo) -> tuple[int, ...]:
 def _request(
     message: pb.GenerateRequest | pb.ChatRequest,
     prompt: tuple[int, ...],
-    bound: Grammar | None,
+    answer_grammar: Grammar | None,
     checkpoint: ModelInfo,
     caller: Caller,
 ) -> Request:
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
-    if not message.request_id.isprintable():  # it stands in logs, where a line's end would begin a line of its own
+    if not message.request_id.isprintable():  # it is logged: a line break in it could forge a log line
         raise InvalidRequest("the request id has characters that cannot be printed", field="request_id")
     if message.samples > MAX_SAMPLES:
-        raise InvalidRequest(f"{message.samples} samples were asked for; at most {MAX_SAMPLES}", field="samples")
-    if bound and message.stop.ignore_eos:
         raise InvalidRequest(
-            "an answer that is bound to a grammar ends with it; leave ignore_eos out", field="ignore_eos"
+            f"{message.samples} samples were requested; at most {MAX_SAMPLES} are allowed", field="samples"
+        )
+    if answer_grammar and message.stop.ignore_eos:
+        raise InvalidRequest(
+            "ignore_eos cannot be used with a grammar, which ends the answer itself; leave ignore_eos out",
+            field="ignore_eos",
         )
     if message.priority > MAX_PRIORITY:
         raise InvalidRequest(f"priority is {message.priority}; it must be from 0 to {MAX_PRIORITY}", field="priority")
     return Request(
         id=message.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
-        sampling=sampling_params(message.sampling, checkpoint.vocabulary, bound),
+        sampling=sampling_params(message.sampling, checkpoint.vocabulary, answer_grammar),
         max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context, caller.default_max_tokens),
         stop=stop_strings(message.stop),
         ignore_eos=message.stop.ignore_eos,
@@ -141,23 +154,26 @@ def _request(
 
 
 def _max_tokens(stop: pb.StopOptions, prompt: int, context: int, default: int | None) -> int:
-    """How long the answer may be; what was asked for is refused rather than shortened."""
-    room = _room(prompt, context)
+    """Return the maximum length of the answer in tokens.
+
+    Raises ``PromptTooLong`` if the requested length does not fit; it is never shortened.
+    """
+    room = _max_answer_tokens(prompt, context)
     if not stop.HasField("max_tokens"):
         return min(default or room, room)
     if stop.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
     if stop.max_tokens > room:
         raise PromptTooLong(
-            f"prompt ({prompt}) and max_tokens ({stop.max_tokens}) need {prompt + stop.max_tokens} tokens, the context "
-            f"has {context}; ask for at most {room}, or serve with a larger --max-context",
+            f"prompt ({prompt}) and max_tokens ({stop.max_tokens}) need {prompt + stop.max_tokens} tokens, but the "
+            f"context has {context}; ask for at most {room}, or serve with a larger --max-context",
             field="max_tokens",
         )
     return int(stop.max_tokens)
 
 
-def _room(prompt: int, context: int) -> int:
-    """Tokens that an answer may have. Raises ``PromptTooLong`` where there is none."""
+def _max_answer_tokens(prompt: int, context: int) -> int:
+    """Return the tokens left for an answer. Raises ``PromptTooLong`` if there are none."""
     if prompt >= context:
         raise PromptTooLong(
             f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "

@@ -1,4 +1,4 @@
-"""Sampling and stop options as a client sent them, checked and completed. Every refusal names its field."""
+"""Validates sampling and stop options, and fills in defaults. Every error names its field."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "frequency_penalty": (-2.0, 2.0),
 }
 _POSITIVE = {"top_p"}
-"""This must be above zero, which would leave no token."""
+"""Options that must be above zero, since zero would leave no token to sample."""
 
 
 def sampling_params(o: pb.SamplingOptions, vocabulary: int, grammar: Grammar | None = None) -> SamplingParams:
-    """The options with defaults filled in; a seed that was not given is drawn. Raises ``InvalidRequest``."""
+    """Return the options with defaults filled in and a random seed if none was given. Raises ``InvalidRequest``."""
     top_logprobs = o.top_logprobs if o.HasField("top_logprobs") else 0
     if top_logprobs > MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"top_logprobs is {top_logprobs}; at most {MAX_TOP_LOGPROBS}", field="top_logprobs")
+        raise InvalidRequest(
+            f"top_logprobs is {top_logprobs}; it must be at most {MAX_TOP_LOGPROBS}", field="top_logprobs"
+        )
     return replace(
         SamplingParams(),
         **{name: _number(o, name) for name in _RANGES},
@@ -62,11 +64,13 @@ def _number(o: pb.SamplingOptions, name: str) -> float:
 def _logit_bias(o: pb.SamplingOptions, vocabulary: int) -> tuple[tuple[int, float], ...]:
     if len(o.logit_bias) > MAX_LOGIT_BIAS:
         raise InvalidRequest(
-            f"logit_bias has {len(o.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", field="logit_bias"
+            f"logit_bias has {len(o.logit_bias)} entries; send at most {MAX_LOGIT_BIAS}", field="logit_bias"
         )
     for token, bias in o.logit_bias.items():
         if token >= vocabulary:
-            raise InvalidRequest(f"logit_bias names token {token}; the model has {vocabulary}", field="logit_bias")
+            raise InvalidRequest(
+                f"logit_bias has the token id {token}; the model has {vocabulary} tokens", field="logit_bias"
+            )
         if not -100 <= bias <= 100:
             raise InvalidRequest(
                 f"logit_bias of token {token} is {bias:g}; it must be in [-100, 100]", field="logit_bias"
@@ -75,9 +79,9 @@ def _logit_bias(o: pb.SamplingOptions, vocabulary: int) -> tuple[tuple[int, floa
 
 
 def stop_strings(o: pb.StopOptions) -> tuple[str, ...]:
-    """The stop strings, checked. Raises ``InvalidRequest``."""
+    """Return the stop strings without duplicates. Raises ``InvalidRequest`` for too many, an empty or a long one."""
     if len(o.stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"{len(o.stop)} stop strings were given; at most {MAX_STOP_STRINGS}", field="stop")
+        raise InvalidRequest(f"{len(o.stop)} stop strings were given; send at most {MAX_STOP_STRINGS}", field="stop")
     if not all(0 < len(s) <= MAX_STOP_CHARS for s in o.stop):
         raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters", field="stop")
     return tuple(dict.fromkeys(o.stop))

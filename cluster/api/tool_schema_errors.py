@@ -1,4 +1,4 @@
-"""Which tool it is, where the grammar of calls cannot be compiled: clients wrote tools, and know of no grammar."""
+"""Names the tool whose schema cannot be compiled. Clients send tools and do not know the grammar made from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from cluster.core.errors import InvalidGrammar
 from cluster.core.limits import BLAME_TIMEOUT_S
 from cluster.core.request import Grammar, GrammarKind, Request
 
-_OURS = "the json_schema cannot be compiled: "
+_PREFIX = "the json_schema cannot be compiled: "
 
 
 async def blame_tool(
     error: InvalidGrammar, request: Request, checkpoint: ModelInfo, coordinator: Coordinator
 ) -> InvalidGrammar:
-    """``error`` in terms of the tool whose parameters are at fault, with the field ``tools[i]``; else as it is."""
+    """Return an error that names the tool with the invalid parameters, with the field ``tools[i]``.
+
+    Return ``error`` unchanged if it does not come from a tool, or no tool is found within ``BLAME_TIMEOUT_S``.
+    """
     tools = request.parsing.tools if request.parsing else ()
     if error.field != GrammarKind.LARK.value or not tools:
         return error
@@ -27,9 +30,10 @@ async def blame_tool(
             try:
                 await coordinator.check_grammar(Grammar(GrammarKind.JSON_SCHEMA, tool.parameters), checkpoint)
             except InvalidGrammar as found:
-                why = found.sentence.removeprefix(_OURS)
+                why = found.sentence.removeprefix(_PREFIX)
                 return InvalidGrammar(
-                    f"the parameters of tool {tool.name!r} cannot be enforced, which tool_choice asks for: {why}",
+                    f"tool_choice requires a call that follows the tool's schema, but the parameters of tool "
+                    f"{tool.name!r} cannot be enforced: {why}",
                     field=f"tools[{i}]",
                 )
     return error

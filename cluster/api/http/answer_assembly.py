@@ -33,9 +33,10 @@ class AnswerPart:
 
 @dataclass(slots=True)
 class WholeAnswer:
-    """One sample of an answer, as far as it is known; ``parts`` are the same in the order in which they were said.
+    """One sample of an answer, as generated so far.
 
-    ``tokens`` are those of the content, where log-probabilities were asked for; ``reasoned`` counts those of reasoning.
+    ``parts`` holds the same text and calls in the order of generation. ``tokens`` holds the content's tokens if
+    log-probabilities were requested. ``reasoned`` counts the reasoning tokens.
     """
 
     reasoned: ReasoningCounter
@@ -77,15 +78,15 @@ def is_content(event: TokenEvent) -> bool:
     return event.logprob is not None and not event.reasoning and not event.calls
 
 
-def reasoned(asked: RunningRequest) -> list[ReasoningCounter]:
+def reasoned(running: RunningRequest) -> list[ReasoningCounter]:
     """A count of reasoning for each sample."""
-    return [ReasoningCounter(asked.checkpoint.tokenizer.reasoning_end) for _ in range(asked.request.samples)]
+    return [ReasoningCounter(running.checkpoint.tokenizer.reasoning_end) for _ in range(running.request.samples)]
 
 
-async def gather_answers(asked: RunningRequest) -> list[WholeAnswer]:
+async def gather_answers(running: RunningRequest) -> list[WholeAnswer]:
     """Every sample of the answer, whole. Raises what ended it instead."""
-    wholes = [WholeAnswer(count) for count in reasoned(asked)]
-    async with aclosing(asked.events) as events:
+    wholes = [WholeAnswer(count) for count in reasoned(running)]
+    async with aclosing(running.events) as events:
         async for event in events:
             wholes[event.sample].add(event)
     return wholes

@@ -31,26 +31,28 @@ Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
 UNKNOWN: Final = "unknown"
 
 
-def application(desk: RequestService, aliases: tuple[str, ...] = (), sites: OriginPolicy | None = None) -> ASGIApp:
+def application(
+    service: RequestService, aliases: tuple[str, ...] = (), origin_policy: OriginPolicy | None = None
+) -> ASGIApp:
     """The whole surface over one coordinator; ``aliases`` are further names of the served model.
 
-    Keys are needed where the desk keeps accounts of them.
+    Keys are needed where the service keeps accounts of them.
     """
-    routes = table(desk, aliases)
+    routes = table(service, aliases)
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
     known = frozenset(route.path for route in routes)
 
     def observe(method: str, path: str, status: int, seconds: float) -> None:
         route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
-        desk.metrics.count_response(route, status)
+        service.metrics.count_response(route, status)
 
-    return RequestMiddleware(app, observe, Authorizer(app.routes, desk.accounts), sites, desk.bodies)
+    return RequestMiddleware(app, observe, Authorizer(app.routes, service.accounts), origin_policy, service.bodies)
 
 
-def table(desk: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
+def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
     """Every route, with what it needs where there is a cluster."""
-    names = ModelNames(desk.coordinator, aliases)
-    health, models, tokenize = Health(desk, names), Models(names), Tokenize(names)
+    names = ModelNames(service.coordinator, aliases)
+    health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
     document = description()
 
     async def openapi(request: Request) -> Response:
@@ -65,10 +67,10 @@ def table(desk: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredR
         *_get("/openapi.json", openapi),
         *_get("/v1/models", models.list_models),
         *_get("/v1/models/{model:path}", models.get_model),
-        *_post("/v1/chat/completions", Chat(desk, names)),
-        *_post("/v1/completions", Completions(desk, names)),
-        *_post("/v1/responses", Responses(desk, names)),
-        *_post("/v1/messages", Messages(desk, names)),
+        *_post("/v1/chat/completions", Chat(service, names)),
+        *_post("/v1/completions", Completions(service, names)),
+        *_post("/v1/responses", Responses(service, names)),
+        *_post("/v1/messages", Messages(service, names)),
         *_post("/v1/messages/count_tokens", tokenize.count),
         *_post("/tokenize", tokenize.tokens),
     ]

@@ -40,7 +40,7 @@ SCHEMA: Final = ".function.parameters"
 class Chat:
     """The route."""
 
-    desk: RequestService
+    service: RequestService
     names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
@@ -50,11 +50,11 @@ class Chat:
         with fields_named(_fields(form)):
             message = await build(request, lambda: form.message(head.id))
             taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            asked = await self.desk.ask(taken, checkpoint)
+            running = await self.service.ask(taken, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
-            return EventStream(Chunks(head, asked, bool(form.logprobs), usage).events())
-        return Json(await while_connected(request, lambda: _completion(head, asked, bool(form.logprobs))))
+            return EventStream(Chunks(head, running, bool(form.logprobs), usage).events())
+        return Json(await while_connected(request, lambda: _completion(head, running, bool(form.logprobs))))
 
 
 def _fields(form: ChatForm) -> dict[str, str]:
@@ -77,14 +77,14 @@ class ChunkHead:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-async def _completion(head: ChunkHead, asked: RunningRequest, logprobs: bool) -> dict[str, Any]:
-    wholes = await gather_answers(asked)
+async def _completion(head: ChunkHead, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
+    wholes = await gather_answers(running)
     usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned.tokens for w in wholes))
-    choices = [_choice(i, whole, asked, logprobs) for i, whole in enumerate(wholes)]
+    choices = [_choice(i, whole, running, logprobs) for i, whole in enumerate(wholes)]
     return {**head.of("chat.completion"), "choices": choices, "usage": usage}
 
 
-def _choice(index: int, whole: WholeAnswer, asked: RunningRequest, logprobs: bool) -> dict[str, Any]:
+def _choice(index: int, whole: WholeAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": whole.text or (None if whole.calls else "")}
     message["refusal"] = None
     if whole.reasoning:
@@ -94,7 +94,7 @@ def _choice(index: int, whole: WholeAnswer, asked: RunningRequest, logprobs: boo
             {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
             for c in whole.calls
         ]
-    shown = chat_logprobs(whole.tokens, asked) if logprobs else None
+    shown = chat_logprobs(whole.tokens, running) if logprobs else None
     reason = whole.finish.reason.value if whole.finish else None
     return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
 
@@ -104,17 +104,17 @@ class Chunks:
     """A streamed answer: the role first, then what each token brought, then the reason, usage where asked, [DONE]."""
 
     head: ChunkHead
-    asked: RunningRequest
+    running: RunningRequest
     logprobs: bool
     usage: bool
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer is the last of them."""
         finishes: list[FinishEvent] = []
-        counts = reasoned(self.asked)
+        counts = reasoned(self.running)
         try:
-            async with aclosing(self.asked.events) as events:
-                for i in range(self.asked.request.samples):
+            async with aclosing(self.running.events) as events:
+                for i in range(self.running.request.samples):
                     yield self._chunk(i, {"role": "assistant", "content": ""})
                 async for e in events:
                     if isinstance(e, FinishEvent):
@@ -141,7 +141,7 @@ class Chunks:
         shown = isinstance(e, TokenEvent) and self.logprobs and is_content(e)
         pieces = []
         if delta or shown:
-            logprobs = chat_logprobs([e], self.asked) if shown else None  # type: ignore[list-item]  # shown: a token
+            logprobs = chat_logprobs([e], self.running) if shown else None  # type: ignore[list-item]  # shown: a token
             pieces.append(self._chunk(e.sample, delta, logprobs))
         pieces += [self._chunk(e.sample, {"tool_calls": [_call(c)]}) for c in e.calls]
         if isinstance(e, FinishEvent):

@@ -42,15 +42,15 @@ KIND = "text_completion"
 class Completions:
     """The route."""
 
-    desk: RequestService
+    service: RequestService
     names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
-        all_asked = await self._ask(form, head.id, checkpoint, request)
-        answer = _PromptAnswer(head, form, all_asked)
+        all_running = await self._ask(form, head.id, checkpoint, request)
+        answer = _PromptAnswer(head, form, all_running)
         if form.stream:
             return EventStream(answer.chunks())
         return Json(await while_connected(request, answer.whole))
@@ -64,13 +64,13 @@ class Completions:
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
             taken = [await request_validation.generate_request(m, checkpoint, caller) for m in messages]
             async with AsyncExitStack() as undo:
-                all_asked = []
+                all_running = []
                 for each in taken:
-                    asked = await self.desk.ask(each, checkpoint)
-                    undo.push_async_callback(asked.events.aclose)
-                    all_asked.append(asked)
+                    running = await self.service.ask(each, checkpoint)
+                    undo.push_async_callback(running.events.aclose)
+                    all_running.append(running)
                 undo.pop_all()
-        return all_asked
+        return all_running
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,24 @@ class _PromptAnswer:
 
     head: ChunkHead
     form: CompletionsForm
-    all_asked: Sequence[RunningRequest]
+    all_running: Sequence[RunningRequest]
 
     async def whole(self) -> dict[str, Any]:
         """The response's body."""
         async with asyncio.TaskGroup() as tasks:
-            gatherings = [tasks.create_task(gather_answers(asked)) for asked in self.all_asked]
+            gatherings = [tasks.create_task(gather_answers(running)) for running in self.all_running]
         answers = [g.result() for g in gatherings]
         choices = [
-            self._choice(p, i, whole, asked)
-            for p, (asked, wholes) in enumerate(zip(self.all_asked, answers, strict=True))
+            self._choice(p, i, whole, running)
+            for p, (running, wholes) in enumerate(zip(self.all_running, answers, strict=True))
             for i, whole in enumerate(wholes)
         ]
         usage = openai_usage(reduce(plus, (total(w.finish for w in wholes) for wholes in answers)))
         return {**self.head.of(KIND), "choices": choices, "usage": usage}
 
-    def _choice(self, prompt: int, sample: int, whole: WholeAnswer, asked: RunningRequest) -> dict[str, Any]:
-        echoed = self._echo(asked)
-        logprobs = None if self.form.logprobs is None else columns(whole.tokens, asked, 0)
+    def _choice(self, prompt: int, sample: int, whole: WholeAnswer, running: RunningRequest) -> dict[str, Any]:
+        echoed = self._echo(running)
+        logprobs = None if self.form.logprobs is None else columns(whole.tokens, running, 0)
         return {
             "index": prompt * self.form.samples + sample,
             "text": echoed + whole.text,
@@ -104,27 +104,27 @@ class _PromptAnswer:
             "finish_reason": whole.finish.reason.value if whole.finish else None,
         }
 
-    def _echo(self, asked: RunningRequest) -> str:
+    def _echo(self, running: RunningRequest) -> str:
         """The prompt as text, where it was asked for."""
-        return asked.checkpoint.tokenizer.decode(asked.request.prompt) if self.form.echo else ""
+        return running.checkpoint.tokenizer.decode(running.request.prompt) if self.form.echo else ""
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The stream's events, of all prompts as they come."""
         usage, offsets = Usage(0, 0), dict[int, int]()
         try:
-            async with _merge_events(self.all_asked) as events:
+            async with _merge_events(self.all_running) as events:
                 if self.form.echo:
-                    for p, asked in enumerate(self.all_asked):
+                    for p, running in enumerate(self.all_running):
                         for i in range(self.form.samples):
-                            yield self._chunk(p * self.form.samples + i, self._echo(asked))
+                            yield self._chunk(p * self.form.samples + i, self._echo(running))
                 async for prompt, e in events:
-                    asked, index = self.all_asked[prompt], prompt * self.form.samples + e.sample
+                    running, index = self.all_running[prompt], prompt * self.form.samples + e.sample
                     logprobs = None
                     if isinstance(e, FinishEvent):
                         prompted = e.usage if e.sample == 0 else Usage(0, e.usage.completion_tokens)
                         usage = plus(usage, prompted)
                     elif self.form.logprobs is not None:
-                        logprobs = columns([e], asked, offsets.get(index, 0))
+                        logprobs = columns([e], running, offsets.get(index, 0))
                         offsets[index] = offsets.get(index, 0) + len(e.text)
                     reason = e.reason.value if isinstance(e, FinishEvent) else None
                     if e.text or logprobs or reason:
@@ -143,15 +143,15 @@ class _PromptAnswer:
 
 @asynccontextmanager
 async def _merge_events(
-    all_asked: Sequence[RunningRequest],
+    all_running: Sequence[RunningRequest],
 ) -> AsyncIterator[AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]]:
     """The events of all, each with its prompt's number, in the order in which they come. The first error ends all."""
     # One event of each is held at most: a reader that is slow makes the answers' own bounds hold.
-    coming: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_asked))
+    coming: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_running))
 
-    async def pump(number: int, asked: RunningRequest) -> None:
+    async def pump(number: int, running: RunningRequest) -> None:
         try:
-            async with aclosing(asked.events) as events:
+            async with aclosing(running.events) as events:
                 async for e in events:
                     await coming.put((number, e))
             await coming.put((number, None))
@@ -159,7 +159,7 @@ async def _merge_events(
             await coming.put((number, e))
 
     async def events() -> AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]:
-        left = len(all_asked)
+        left = len(all_running)
         while left:
             number, e = await coming.get()
             if isinstance(e, Exception):
@@ -169,7 +169,7 @@ async def _merge_events(
                 continue
             yield number, e
 
-    pumps = [asyncio.create_task(pump(i, asked)) for i, asked in enumerate(all_asked)]
+    pumps = [asyncio.create_task(pump(i, running)) for i, running in enumerate(all_running)]
     try:
         yield events()
     finally:

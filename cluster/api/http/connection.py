@@ -15,27 +15,27 @@ from cluster.security.quiet_h11 import QuietProtocol
 class Connection(QuietProtocol):
     """``sweep`` is called every second or so: a timer for each of some thousand connections would cost more.
 
-    ``seats`` is told whether ``seat`` owes a request.
+    ``limit`` is told whether ``slot`` owes a request.
     """
 
-    def __init__(self, seats: ConnectionLimit, seat: ConnectionSlot, **given: Any) -> None:
+    def __init__(self, limit: ConnectionLimit, slot: ConnectionSlot, **given: Any) -> None:
         super().__init__(**given)
-        self._seats, self._seat = seats, seat
+        self._limit, self._slot = limit, slot
         self._head_since: float | None = None
         self._refused_since: float | None = None
         self._closing_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self._seat.close = transport.abort
+        self._slot.close = transport.abort
         self._head_since = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._seats.leave(self._seat)
+        self._limit.leave(self._slot)
         super().connection_lost(exc)
 
     def on_invalid_request(self) -> None:
-        self._seats.invalid_requests += 1
+        self._limit.invalid_requests += 1
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -46,14 +46,14 @@ class Connection(QuietProtocol):
         if self._refused_since is not None and not self._body_due():
             self._refused_since = None
             self._await_next()
-        self._update_seat()
+        self._update_slot()
 
     def on_response_complete(self) -> None:
         """The answer is out. What the client still sends of a request that was not read is thrown away for a while."""
         super().on_response_complete()
         if self._body_due():
             self._refused_since = self.loop.time()
-        self._update_seat()
+        self._update_slot()
 
     def sweep(self, now: float) -> None:
         """Close what has waited too long; ``now`` is the loop's time."""
@@ -66,11 +66,11 @@ class Connection(QuietProtocol):
         elif self._refused_since is not None and now - self._refused_since > LINGER_S:
             self.transport.close()
 
-    def _update_seat(self) -> None:
+    def _update_slot(self) -> None:
         if self.conn.their_state is h11.IDLE:
-            self._seats.wait(self._seat, idle=self.cycle is not None)
+            self._limit.wait(self._slot, idle=self.cycle is not None)
         else:
-            self._seats.serve(self._seat)
+            self._limit.serve(self._slot)
 
     def _body_due(self) -> bool:
         """Whether the answer is out, and the body of its request is not in. What comes then is the next request."""

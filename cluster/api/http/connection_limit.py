@@ -61,41 +61,41 @@ class ConnectionLimit:
         if len(self._taken) >= self._most and not self.make_room():
             self.turned_away += 1
             return None
-        seat = ConnectionSlot(_network(address))
-        self._taken.add(seat)
-        self.wait(seat, idle=False)
-        return seat
+        slot = ConnectionSlot(_network(address))
+        self._taken.add(slot)
+        self.wait(slot, idle=False)
+        return slot
 
     def make_room(self) -> bool:
         """Close one waiting connection; whether there was one."""
         heaviest = max(self._waiting.values(), key=len, default=None)
         if heaviest is None:
             return False
-        seat = next(iter(heaviest.silent or heaviest.idle))
-        self.leave(seat)
-        seat.close()
+        slot = next(iter(heaviest.silent or heaviest.idle))
+        self.leave(slot)
+        slot.close()
         self.made_room += 1
         return True
 
-    def wait(self, seat: ConnectionSlot, *, idle: bool) -> None:
-        """``seat`` owes a request from now on; one that waits already keeps its turn."""
-        if seat.queue is None and seat in self._taken:
-            waiting = self._waiting.setdefault(seat.origin, _WaitingConnection())
-            seat.queue = waiting.idle if idle else waiting.silent
-            seat.queue[seat] = None
+    def wait(self, slot: ConnectionSlot, *, idle: bool) -> None:
+        """``slot`` owes a request from now on; one that waits already keeps its turn."""
+        if slot.queue is None and slot in self._taken:
+            waiting = self._waiting.setdefault(slot.origin, _WaitingConnection())
+            slot.queue = waiting.idle if idle else waiting.silent
+            slot.queue[slot] = None
 
-    def serve(self, seat: ConnectionSlot) -> None:
-        """A request of ``seat`` is under way: it keeps its place."""
-        if seat.queue is not None:
-            del seat.queue[seat]
-            seat.queue = None
-            if not self._waiting[seat.origin]:
-                del self._waiting[seat.origin]
+    def serve(self, slot: ConnectionSlot) -> None:
+        """A request of ``slot`` is under way: it keeps its place."""
+        if slot.queue is not None:
+            del slot.queue[slot]
+            slot.queue = None
+            if not self._waiting[slot.origin]:
+                del self._waiting[slot.origin]
 
-    def leave(self, seat: ConnectionSlot) -> None:
+    def leave(self, slot: ConnectionSlot) -> None:
         """The connection is closed; its place is free at once. May be said again."""
-        self.serve(seat)
-        self._taken.discard(seat)
+        self.serve(slot)
+        self._taken.discard(slot)
 
 
 def _network(address: str) -> str:

@@ -26,12 +26,12 @@ from cluster.core.state import ServingState
 class Health:
     """The routes."""
 
-    desk: RequestService
+    service: RequestService
     names: ModelNames
 
     async def ready(self, request: Request) -> Json:
         """200 while a token goes through every stage, else 503 and why. Who has no key is told no more than that."""
-        state = self.desk.coordinator.state
+        state = self.service.coordinator.state
         if not request.scope.get(TRUSTED):
             return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
         facts: dict[str, Any] = {"status": state.value, "version": __version__}
@@ -49,15 +49,15 @@ class Health:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text."""
-        coordinator = self.desk.coordinator
+        coordinator = self.service.coordinator
         plan, loop = await coordinator.under_way()
-        text = self.desk.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
+        text = self.service.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:
         """For people who open the address in a browser, and clients that knock first."""
         return Response(
-            f"macpipe {__version__}: {self.desk.coordinator.state.value}.\n"
+            f"macpipe {__version__}: {self.service.coordinator.state.value}.\n"
             "OpenAI clients use /v1, Anthropic clients this address itself. See /health, /v1/models, /openapi.json.\n",
             media_type="text/plain",
         )

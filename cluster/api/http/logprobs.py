@@ -13,14 +13,14 @@ _LEAST: Final = -9999.0
 """What OpenAI says for a token that could not come: JSON has no infinity."""
 
 
-def chat_logprobs(tokens: Sequence[TokenEvent], asked: RunningRequest) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
     """``{"content": [...], "refusal": null}``."""
-    return {"content": [entry(t, asked) for t in tokens], "refusal": None}
+    return {"content": [entry(t, running) for t in tokens], "refusal": None}
 
 
-def entry(token: TokenEvent, asked: RunningRequest) -> dict[str, Any]:
+def entry(token: TokenEvent, running: RunningRequest) -> dict[str, Any]:
     """One token with its alternatives. ``bytes`` is null where the token is a part of a character."""
-    text = asked.checkpoint.tokenizer.token_text
+    text = running.checkpoint.tokenizer.token_text
     top = [_logprob_entry(text(t.token), t.logprob) for t in token.top]
     return {**_logprob_entry(text(token.token), token.logprob or 0.0), "top_logprobs": top}
 
@@ -36,9 +36,9 @@ def _alternatives(token: TokenEvent, text: Callable[[int], str]) -> dict[str, fl
     return found | {text(token.token): max(token.logprob or 0.0, _LEAST)}
 
 
-def columns(tokens: Sequence[TokenEvent], asked: RunningRequest, offset: int) -> dict[str, Any]:
+def columns(tokens: Sequence[TokenEvent], running: RunningRequest, offset: int) -> dict[str, Any]:
     """``logprobs`` of completions; ``offset`` is where the first token's text begins."""
-    text = asked.checkpoint.tokenizer.token_text
+    text = running.checkpoint.tokenizer.token_text
     offsets = []
     for token in tokens:
         offsets.append(offset)

@@ -36,7 +36,7 @@ PING: Final = event({"type": "ping"}, "ping")
 class Messages:
     """The route."""
 
-    desk: RequestService
+    service: RequestService
     names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
@@ -47,17 +47,17 @@ class Messages:
         with fields_named({**FIELDS, **grammar_fields("output_config.format" if formatted else "tools")}):
             message = await build(request, lambda: form.message(request_id))
             taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            asked = await self.desk.ask(taken, checkpoint)
+            running = await self.service.ask(taken, checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
-            return EventStream(MessageStream(model, asked).events(), PING)
-        return Json(await while_connected(request, lambda: _whole_response(model, asked)))
+            return EventStream(MessageStream(model, running).events(), PING)
+        return Json(await while_connected(request, lambda: _whole_response(model, running)))
 
 
-def message_of(model: str, asked: RunningRequest, usage: Usage) -> dict[str, Any]:
+def message_of(model: str, running: RunningRequest, usage: Usage) -> dict[str, Any]:
     """The message before anything is in it."""
     return {
-        "id": asked.request.id,
+        "id": running.request.id,
         "type": "message",
         "role": "assistant",
         "model": model,
@@ -89,11 +89,11 @@ def ending(finish: FinishEvent) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": finish.stop or None}
 
 
-async def _whole_response(model: str, asked: RunningRequest) -> dict[str, Any]:
-    (whole,) = await gather_answers(asked)
+async def _whole_response(model: str, running: RunningRequest) -> dict[str, Any]:
+    (whole,) = await gather_answers(running)
     assert whole.finish
     content = [_block(part) for part in whole.parts]
-    return {**message_of(model, asked, whole.finish.usage), "content": content, **ending(whole.finish)}
+    return {**message_of(model, running, whole.finish.usage), "content": content, **ending(whole.finish)}
 
 
 def _block(part: AnswerPart) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class MessageStream:
     """A streamed message: blocks open, grow and close one after the other."""
 
     model: str
-    asked: RunningRequest
+    running: RunningRequest
     _open: str = ""
     """What the open block is: text, thinking, or a call by its number; empty before the first."""
     _index: int = field(default=-1)
@@ -127,7 +127,7 @@ class MessageStream:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer is the last of them."""
         try:
-            async with aclosing(self.asked.events) as events:
+            async with aclosing(self.running.events) as events:
                 async for e in events:
                     if not self._begun:
                         self._begun = True
@@ -139,13 +139,13 @@ class MessageStream:
                         yield _named_event({"type": "message_delta", "delta": ending(e), "usage": usage_of(e.usage)})
                         yield _named_event({"type": "message_stop"})
         except Exception as error:  # headers are out: the stream is the only place left to say it
-            yield event(anthropic_error(sentence_of(error, self.asked.request.id)), "error")
+            yield event(anthropic_error(sentence_of(error, self.running.request.id)), "error")
 
     def _start(self, first: TokenEvent | FinishEvent) -> bytes:
         """What of the prompt was kept is known with the first event, and clients believe what the start says."""
         cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
-        usage = Usage(len(self.asked.request.prompt), 0, cached)
-        return _named_event({"type": "message_start", "message": message_of(self.model, self.asked, usage)})
+        usage = Usage(len(self.running.request.prompt), 0, cached)
+        return _named_event({"type": "message_start", "message": message_of(self.model, self.running, usage)})
 
     def _grown(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         if e.reasoning:

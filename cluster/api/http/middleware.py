@@ -30,7 +30,7 @@ Observe = Callable[[str, str, int, float], None]
 
 
 class RequestMiddleware:
-    """Wraps the application: ``sites`` may call it, and ``door`` lets in who has what a route needs.
+    """Wraps the application: ``origin_policy`` may call it, and ``authorizer`` lets in who has what a route needs.
 
     ``bodies`` counts the bytes that requests hold, until each has ended.
     """
@@ -39,11 +39,16 @@ class RequestMiddleware:
         self,
         app: ASGIApp,
         observe: Observe,
-        door: Authorizer,
-        sites: OriginPolicy | None = None,
+        authorizer: Authorizer,
+        origin_policy: OriginPolicy | None = None,
         bodies: ByteBudget | None = None,
     ) -> None:
-        self._app, self._observe, self._door, self._sites = app, observe, door, sites or OriginPolicy()
+        self._app, self._observe, self._authorizer, self._origins = (
+            app,
+            observe,
+            authorizer,
+            origin_policy or OriginPolicy(),
+        )
         self._bodies = bodies or ByteBudget()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,17 +75,17 @@ class RequestMiddleware:
                 "transfer-encoding alone, in HTTP/1.1",
                 field="transfer-encoding",
             )
-        self._sites.check(headers)
-        if (answer := self._sites.preflight(scope["method"], headers)) is not None:
+        self._origins.check(headers)
+        if (answer := self._origins.preflight(scope["method"], headers)) is not None:
             await Response(status_code=204, headers=answer)(scope, receive, reply.send)
             return
-        with self._door.authorize(scope, headers), self._bodies.open(client_name(Request(scope))) as charge:
+        with self._authorizer.authorize(scope, headers), self._bodies.open(client_name(Request(scope))) as charge:
             scope[CHARGE] = charge
             await self._app(scope, receive, reply.send)
 
     def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:
         """What every response has, errors as well."""
-        return {**self._sites.cross(headers.get("origin")), **self._door.figures(scope.get(KEY))}
+        return {**self._origins.cross(headers.get("origin")), **self._authorizer.figures(scope.get(KEY))}
 
 
 def is_ambiguous(scope: Scope, headers: Headers) -> bool:

@@ -35,7 +35,7 @@ FIELDS: Final = {
 class Responses:
     """The route."""
 
-    desk: RequestService
+    service: RequestService
     names: ModelNames
 
     async def __call__(self, request: Request) -> Json | EventStream:
@@ -46,22 +46,22 @@ class Responses:
         with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
             message = await build(request, lambda: form.message(request_id))
             taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            asked = await self.desk.ask(taken, checkpoint)
-        reply = Reply(form, asked, self.names.shown_name(form.model, checkpoint), int(time.time()))
+            running = await self.service.ask(taken, checkpoint)
+        reply = Reply(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
             return EventStream(ResponseStream(reply).events())
         return Json(await while_connected(request, lambda: _whole_response(reply)))
 
 
 async def _whole_response(reply: Reply) -> dict[str, Any]:
-    (whole,) = await gather_answers(reply.asked)
+    (whole,) = await gather_answers(reply.running)
     assert whole.finish
     return reply.finish_object(items_of(reply, whole), whole.finish, whole.reasoned.tokens)
 
 
 def items_of(reply: Reply, whole: WholeAnswer) -> Sequence[dict[str, Any]]:
     """What came out, in the order in which it was said; an answer of no words is a message, too."""
-    tokens = [entry(t, reply.asked) for t in whole.tokens] if reply.form.logprobs else []
+    tokens = [entry(t, reply.running) for t in whole.tokens] if reply.form.logprobs else []
     items = []
     for part in whole.parts or (AnswerPart(),):
         if part.call:

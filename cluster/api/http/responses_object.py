@@ -18,7 +18,7 @@ class Reply:
     """One response: what was asked for, and what everything in it says alike."""
 
     form: ResponsesForm
-    asked: RunningRequest
+    running: RunningRequest
     model: str
     created_at: int
 
@@ -45,7 +45,7 @@ class Reply:
         return self._object("failed", items, None) | {"error": {"code": told["code"], "message": told["message"]}}
 
     def _object(self, status: str, items: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        form, request = self.form, self.asked.request
+        form, request = self.form, self.running.request
         effort = form.reasoning.effort if form.reasoning else None
         return {
             "id": request.id,

@@ -48,12 +48,12 @@ class ResponseStream:
     _done: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        (self._reasoned,) = reasoned(self.reply.asked)
+        (self._reasoned,) = reasoned(self.reply.running)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream's events. An error that ends the answer makes ``response.failed`` the last of them."""
         try:
-            async with aclosing(self.reply.asked.events) as events:
+            async with aclosing(self.reply.running.events) as events:
                 yield self._event({"type": "response.created", "response": self.reply.begin_object()})
                 yield self._event({"type": "response.in_progress", "response": self.reply.begin_object()})
                 async for e in events:
@@ -64,7 +64,7 @@ class ResponseStream:
                         for piece in self._finish(e):
                             yield self._event(piece)
         except Exception as error:  # headers are out: the stream is the only place left to say it
-            failed = self.reply.fail_object(self._done, sentence_of(error, self.reply.asked.request.id))
+            failed = self.reply.fail_object(self._done, sentence_of(error, self.reply.running.request.id))
             yield self._event({"type": "response.failed", "response": failed})
 
     def _event(self, data: dict[str, Any]) -> bytes:
@@ -86,7 +86,7 @@ class ResponseStream:
         if e.text:
             logprobs = []
             if self.reply.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
-                logprobs = [entry(e, self.reply.asked)]
+                logprobs = [entry(e, self.reply.running)]
             yield from self._open_item("message")
             assert self._open
             self._open.logprobs += logprobs

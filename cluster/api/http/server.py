@@ -39,13 +39,13 @@ _TICKS: Final = round(SWEEP_S / 0.1)
 class _Server(uvicorn.Server):
     """Uvicorn without its own signal handlers: the daemon has one place that ends it.
 
-    It accepts connections itself, since each needs a seat from its first packet, handshakes included.
+    It accepts connections itself, since each needs a slot from its first packet, handshakes included.
     """
 
     def __init__(self, config: uvicorn.Config, certificate: HttpCertificate | None) -> None:
         super().__init__(config)
         self._certificate = certificate
-        self._seats = ConnectionLimit(MAX_CONNECTIONS)
+        self._limit = ConnectionLimit(MAX_CONNECTIONS)
         self._accepting: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._reported = -REPORT_S
@@ -77,7 +77,7 @@ class _Server(uvicorn.Server):
             for task in self._accepting:
                 if task.done():
                     task.result()  # raises: a port that accepts no more must not go unnoticed
-            if now - self._reported >= REPORT_S and (counts := self._seats.take_counts()):
+            if now - self._reported >= REPORT_S and (counts := self._limit.take_counts()):
                 self._reported = now
                 log.warning("http connections closed: %s", " ".join(f"{name}={n}" for name, n in counts.items()))
         return await super().on_tick(counter)
@@ -91,27 +91,27 @@ class _Server(uvicorn.Server):
                     accepted, address = await loop.sock_accept(listener)
                 except OSError as e:
                     if e.errno in EXHAUSTED:
-                        self._seats.make_room()
+                        self._limit.make_room()
                         await asyncio.sleep(ACCEPT_PAUSE_S)
                     break
                 self._open(accepted, address[0])
             await asyncio.sleep(0)
 
     def _open(self, accepted: socket.socket, address: str) -> None:
-        """Give a new connection a seat, and begin to serve it; close it where there is none."""
-        seat = self._seats.take(address)
-        if seat is None:
+        """Give a new connection a slot, and begin to serve it; close it where there is none."""
+        slot = self._limit.take(address)
+        if slot is None:
             accepted.close()
             return
-        connection = Connection(self._seats, seat, config=self.config, server_state=self.server_state, app_state={})
+        connection = Connection(self._limit, slot, config=self.config, server_state=self.server_state, app_state={})
         task = asyncio.create_task(self._connect(accepted, connection))
-        seat.close = task.cancel
+        slot.close = task.cancel
         self._opening.add(task)
 
         def finish(task: asyncio.Task[None]) -> None:
             self._opening.discard(task)
             if task.cancelled() or task.exception() or connection.transport is None:
-                self._seats.leave(seat)
+                self._limit.leave(slot)
                 accepted.close()
 
         task.add_done_callback(finish)

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.api import request_validation
 from cluster.api.byte_budget import ByteBudget
-from cluster.api.cluster_service import _order
+from cluster.api.cluster_service import _load_order
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES
@@ -276,8 +276,8 @@ TARGETS = (
     Target("generate", 40, _proto(inference_pb2.GenerateRequest, lambda m: awaited(_generated(m)), *GENERATES)),
     Target("chat", 20, _proto(inference_pb2.ChatRequest, lambda m: awaited(_chatted(m)), CHAT_PLAIN, CHAT_PROTO)),
     Target("tokenize", 20, _proto(inference_pb2.TokenizeRequest, lambda m: awaited(_tokenized(m)), *TOKENIZE)),
-    Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _order, LOAD)),
-    Target("plan", 30, _proto(cluster_pb2.PlanRequest, _order, PLAN)),
+    Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _load_order, LOAD)),
+    Target("plan", 30, _proto(cluster_pb2.PlanRequest, _load_order, PLAN)),
     Target("http", 30, http_requests),
     *(Target(f"form{path.replace('/', '-')}", 60, _form(form, SEEDS[path])) for path, form, _ in BODIES),
 )
