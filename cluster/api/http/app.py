@@ -1,4 +1,4 @@
-"""Every route and what answers it."""
+"""The HTTP application: its routes, their access levels and their handlers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ UNKNOWN: Final = "unknown"
 def application(
     service: RequestService, aliases: tuple[str, ...] = (), origin_policy: OriginPolicy | None = None
 ) -> ASGIApp:
-    """The whole surface over one coordinator; ``aliases`` are further names of the served model.
+    """Return the HTTP application of one coordinator; ``aliases`` are further names of the served model.
 
-    Keys are needed where the service keeps accounts of them.
+    Requests need an API key if ``service`` has accounts.
     """
     routes = table(service, aliases)
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
@@ -50,7 +50,7 @@ def application(
 
 
 def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
-    """Every route, with what it needs where there is a cluster."""
+    """Return all routes, each with the access level that it needs in a cluster."""
     names = ModelNames(service.coordinator, aliases)
     health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
     document = description()
@@ -77,7 +77,7 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
 
 
 def _get(path: str, answer: Endpoint, access: Access = Access.INFERENCE) -> list[DeclaredRoute]:
-    """GET and HEAD, and what OPTIONS says of them."""
+    """Return a route for GET, HEAD and OPTIONS."""
     return _routes(path, answer, ("GET", "HEAD"), access)
 
 

@@ -1,4 +1,4 @@
-"""Who may enter a route: each declares what it needs, and one that declares nothing lets nobody in."""
+"""Authorizes HTTP requests. Each route declares its access level; a route without one denies every request."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cluster.core.errors import Forbidden, MacpipeError
 from cluster.security.keys import ApiKey, KeyScope
 
 TRUSTED: Final = "macpipe.trusted"
-"""In a request's scope: whether who asks may know more than that somebody answers here."""
+"""Key in the ASGI scope: whether the caller is authorized, and so may see details such as the version."""
 KEY: Final = "macpipe.key"
-"""In a request's scope: the key that it came with, if it needed one."""
+"""Key in the ASGI scope: the API key of the request, if the route needs one."""
 
 
 class Access(StrEnum):
-    """What a route needs, where there is a cluster: nothing, or a key of a scope."""
+    """What a route requires in a cluster: nothing, or a key with a scope."""
 
     ANYONE = "anyone"
     INFERENCE = "inference"
@@ -30,7 +30,7 @@ class Access(StrEnum):
 
 
 class DeclaredRoute(Route):
-    """A route that says what it needs."""
+    """A route with a declared access level."""
 
     def __init__(self, path: str, endpoint: Any, *, access: Access, methods: Sequence[str]) -> None:
         super().__init__(path, endpoint, methods=list(methods))
@@ -38,38 +38,41 @@ class DeclaredRoute(Route):
 
 
 class Authorizer:
-    """In front of ``routes``. Without ``accounts`` there is no cluster: who is on this machine is let in."""
+    """Authorizes requests for ``routes``. Without ``accounts`` there is no cluster: callers on this Mac are allowed."""
 
     def __init__(self, routes: Sequence[BaseRoute], accounts: KeyUsage | None = None) -> None:
-        self._routes, self._accounts = tuple(routes), accounts
+        self._routes = tuple(routes)
+        self._accounts = accounts
 
     @contextmanager
     def authorize(self, scope: Scope, headers: Headers) -> Iterator[ApiKey | None]:
-        """While the request is answered; yields its key.
+        """Authorize a request and yield its key; keep the context open until the request is answered.
 
         Raises ``Unauthenticated``, ``Forbidden`` or ``LimitReached``.
         """
         needed = self.required_access(scope)
         if needed is None:
-            raise Forbidden(f"{scope['path']} declares nobody who may use it")
+            raise Forbidden(f"{scope['path']} declares no access level, so nobody may use it")
         scope[TRUSTED] = self._accounts is None
         if self._accounts is None:
             yield None
             return
         given = credentials(headers)
         if needed is Access.ANYONE:
-            scope[TRUSTED] = self._find_key(given)
+            scope[TRUSTED] = self._has_valid_key(given)
             yield None
             return
         scope[KEY] = key = self._accounts.identify(given)
         if not key.scope.covers(KeyScope(needed.value)):
-            raise Forbidden(f"{scope['path']} needs a key of the scope {needed}; {key.name} is one for {key.scope}")
+            raise Forbidden(
+                f"{scope['path']} requires a key with the scope {needed}; the key {key.name} has the scope {key.scope}"
+            )
         with self._accounts.request(key):
             scope[TRUSTED] = True
             yield key
 
     def required_access(self, scope: Scope) -> Access | None:
-        """What the route needs that would answer; a key of any kind where there is none. None: nobody gets in."""
+        """Return the access level of the matching route; INFERENCE if none matches. None denies."""
         matches = [(route.matches(scope)[0], route) for route in self._routes]
         for wanted in (Match.FULL, Match.PARTIAL):
             found = next((route for match, route in matches if match is wanted), None)
@@ -78,10 +81,10 @@ class Authorizer:
         return Access.INFERENCE
 
     def figures(self, key: ApiKey | None) -> dict[str, str]:
-        """Headers that say what the key has left."""
+        """Return the rate limit headers of the key."""
         return self._accounts.figures(key) if self._accounts and key else {}
 
-    def _find_key(self, given: Sequence[str]) -> bool:
+    def _has_valid_key(self, given: Sequence[str]) -> bool:
         assert self._accounts
         try:
             return bool(given and self._accounts.identify(given))
@@ -90,7 +93,7 @@ class Authorizer:
 
 
 def credentials(headers: Headers) -> tuple[str, ...]:
-    """The texts that may be a key, as OpenAI's and as Anthropic's clients send it."""
+    """Return the possible keys in the headers ``authorization`` (OpenAI) and ``x-api-key`` (Anthropic)."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     found = (bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip())
     return tuple(dict.fromkeys(filter(None, found)))

@@ -1,4 +1,7 @@
-"""Who calls, and until when: by its API key, else by the credential that was sent, as a hash, else by address."""
+"""The caller of an HTTP request and its deadline.
+
+The caller's name is its API key's id, else a hash of the credential that it sent, else its address.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,20 @@ from cluster.api.request_validation import Caller
 from cluster.core.errors import InvalidRequest
 
 TIMEOUT_HEADER: Final = "x-request-timeout"
-"""Seconds that the whole answer may take; without it there is no deadline."""
+"""Request header: seconds that the whole answer may take. Without it there is no deadline."""
 MAX_TIMEOUT_S: Final = 86_400.0
 
 
 def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
-    """``default_max_tokens`` None: as long as the context allows. Raises ``InvalidRequest`` for a bad deadline."""
+    """Return the caller. ``default_max_tokens`` None allows as many tokens as the context.
+
+    Raises ``InvalidRequest`` for an invalid deadline.
+    """
     return Caller(client_name(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
 
 
 def client_name(request: Request) -> str:
-    """Whose the request is, as far as turns, kept prefixes and held bytes go."""
+    """Return the name under which a request is counted for fair queueing, cached prefixes and the byte budget."""
     key = request.scope.get(KEY)
     if key is not None:
         return client_of(key)
@@ -43,7 +49,7 @@ def _deadline(given: str | None) -> float | None:
         seconds = math.nan
     if not 0 < seconds <= MAX_TIMEOUT_S:
         raise InvalidRequest(
-            f"the header {TIMEOUT_HEADER} is {given[:32]!r}; it takes seconds, up to {MAX_TIMEOUT_S:.0f}",
+            f"the header {TIMEOUT_HEADER} is {given[:32]!r}; it must be a number of seconds up to {MAX_TIMEOUT_S:.0f}",
             field=TIMEOUT_HEADER,
         )
     return time.monotonic() + seconds

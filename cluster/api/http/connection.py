@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's own, with an end to each state in which a client could keep it for nothing."""
+"""A client's HTTP connection: uvicorn's, with a timeout for each state in which an idle client could hold it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from cluster.security.quiet_h11 import QuietProtocol
 
 
 class Connection(QuietProtocol):
-    """``sweep`` is called every second or so: a timer for each of some thousand connections would cost more.
+    """One connection with timeouts; it reports to ``limit`` whether ``slot`` waits for a request.
 
-    ``limit`` is told whether ``slot`` owes a request.
+    The server calls ``sweep`` about once a second, which costs less than a timer for each of some thousand connections.
     """
 
     def __init__(self, limit: ConnectionLimit, slot: ConnectionSlot, **given: Any) -> None:
         super().__init__(**given)
-        self._limit, self._slot = limit, slot
+        self._limit = limit
+        self._slot = slot
         self._head_since: float | None = None
-        self._refused_since: float | None = None
+        """Loop time of the connection or of the current head's first bytes; None once the head is complete."""
+        self._discarding_since: float | None = None
+        """Loop time since which the rest of a request's body is discarded; None if none is."""
         self._closing_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -43,27 +46,27 @@ class Connection(QuietProtocol):
             self._head_since = None
         elif self._head_since is None and self.conn.trailing_data[0]:
             self._head_since = self.loop.time()
-        if self._refused_since is not None and not self._body_due():
-            self._refused_since = None
-            self._await_next()
+        if self._discarding_since is not None and not self._is_discarding_body():
+            self._discarding_since = None
+            self._restart_keep_alive()
         self._update_slot()
 
     def on_response_complete(self) -> None:
-        """The answer is out. What the client still sends of a request that was not read is thrown away for a while."""
+        """Handle the end of a response. The rest of an unread request body is discarded for at most ``LINGER_S``."""
         super().on_response_complete()
-        if self._body_due():
-            self._refused_since = self.loop.time()
+        if self._is_discarding_body():
+            self._discarding_since = self.loop.time()
         self._update_slot()
 
     def sweep(self, now: float) -> None:
-        """Close what has waited too long; ``now`` is the loop's time."""
+        """Close the connection if its state has timed out; ``now`` is the loop's time."""
         if self.transport.is_closing():
             self._closing_since = self._closing_since or now
             if now - self._closing_since > CLOSE_S:
                 self.transport.abort()
         elif self._head_since is not None and now - self._head_since > HEADER_TIMEOUT_S:
-            self._say_late()
-        elif self._refused_since is not None and now - self._refused_since > LINGER_S:
+            self._send_timeout()
+        elif self._discarding_since is not None and now - self._discarding_since > LINGER_S:
             self.transport.close()
 
     def _update_slot(self) -> None:
@@ -72,20 +75,20 @@ class Connection(QuietProtocol):
         else:
             self._limit.serve(self._slot)
 
-    def _body_due(self) -> bool:
-        """Whether the answer is out, and the body of its request is not in. What comes then is the next request."""
+    def _is_discarding_body(self) -> bool:
+        """Return whether the response is complete but the request's body is still arriving."""
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
-    def _await_next(self) -> None:
-        """Arm uvicorn's timer anew, which the body that was thrown away has stopped, unless a request came with it."""
+    def _restart_keep_alive(self) -> None:
+        """Restart uvicorn's keep-alive timer, which the discarded body stopped, unless a request followed the body."""
         if self.conn.their_state is h11.IDLE and self._head_since is None:
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
-    def _say_late(self) -> None:
-        """408, if the head that has begun allows an answer."""
+    def _send_timeout(self) -> None:
+        """Send 408, if the incomplete head still allows a response, and close."""
         if self.conn.our_state is h11.IDLE:
             close = [(b"connection", b"close"), (b"content-length", b"0")]
             self.transport.write(self.conn.send(h11.Response(status_code=408, headers=close, reason=b"Late")) or b"")

@@ -1,9 +1,10 @@
-"""Places for HTTP connections, and who gives one up when all are taken.
+"""Limits the number of HTTP connections, and decides which one to close when all slots are in use.
 
-It decides; it touches no socket. A connection waits while it owes a request: since it was accepted (silent), or since
-its last answer (idle). Only waiting ones make room. The address with most waiting connections loses one, silent before
-idle, oldest first: so a flood from one address costs the others nothing, and a client that was just accepted can send
-its request before its turn comes. Belongs to one event loop; every operation costs at most a look at each address.
+This module only decides; it touches no socket. A connection waits while it has no request in progress: since it was
+accepted (silent), or since its last response (idle). Only waiting connections are closed. The address with the most
+waiting connections loses one: silent before idle, oldest first. So a flood from one address does not harm others, and a
+new client has time to send its request. Use it from one event loop only. Each operation is at most linear in the
+number of addresses.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from ipaddress import IPv6Address, ip_address
 from typing import Final
 
 _PREFIX: Final = 8
-"""Bytes of an IPv6 address that name a network: its owner has all the rest."""
+"""Bytes of an IPv6 address that identify the network (/64); one owner controls all addresses in it."""
 
 
 @dataclass(eq=False, slots=True)
 class ConnectionSlot:
-    """One connection's place. ``close`` cuts the connection off."""
+    """The slot of one connection. ``origin`` is its address or network; ``close`` closes the connection."""
 
     origin: str
     close: Callable[[], object] = lambda: None
     queue: dict[ConnectionSlot, None] | None = None
-    """Where it waits; None while a request is under way."""
+    """The queue in which it waits; None while a request is in progress."""
 
 
 @dataclass(slots=True)
-class _WaitingConnection:
-    """Connections of one address that owe a request, oldest first."""
+class _WaitingSlots:
+    """The waiting connections of one address, oldest first."""
 
     silent: dict[ConnectionSlot, None] = field(default_factory=dict)
     idle: dict[ConnectionSlot, None] = field(default_factory=dict)
@@ -39,25 +40,25 @@ class _WaitingConnection:
 
 
 class ConnectionLimit:
-    """``most`` places. What it counts, ``take_counts`` tells."""
+    """At most ``most`` connections. ``take_counts`` returns the counters of closed and rejected ones."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken: set[ConnectionSlot] = set()
-        self._waiting: dict[str, _WaitingConnection] = {}
+        self._waiting: dict[str, _WaitingSlots] = {}
         self.made_room = self.turned_away = self.invalid_requests = 0
 
     def __len__(self) -> int:
         return len(self._taken)
 
     def take_counts(self) -> dict[str, int]:
-        """What was counted since the last time, and is not 0."""
+        """Return the counters that are not 0, and reset them."""
         counts = {name: getattr(self, name) for name in ("made_room", "turned_away", "invalid_requests")}
         self.made_room = self.turned_away = self.invalid_requests = 0
         return {name: count for name, count in counts.items() if count}
 
     def take(self, address: str) -> ConnectionSlot | None:
-        """A place for a new connection, silent as yet. None where all are taken by requests under way."""
+        """Return a slot for a new connection; None if all slots have a request in progress."""
         if len(self._taken) >= self._most and not self.make_room():
             self.turned_away += 1
             return None
@@ -67,7 +68,7 @@ class ConnectionLimit:
         return slot
 
     def make_room(self) -> bool:
-        """Close one waiting connection; whether there was one."""
+        """Close one waiting connection. Return whether there was one."""
         heaviest = max(self._waiting.values(), key=len, default=None)
         if heaviest is None:
             return False
@@ -78,14 +79,14 @@ class ConnectionLimit:
         return True
 
     def wait(self, slot: ConnectionSlot, *, idle: bool) -> None:
-        """``slot`` owes a request from now on; one that waits already keeps its turn."""
+        """Mark ``slot`` as waiting for a request. A slot that already waits keeps its position."""
         if slot.queue is None and slot in self._taken:
-            waiting = self._waiting.setdefault(slot.origin, _WaitingConnection())
+            waiting = self._waiting.setdefault(slot.origin, _WaitingSlots())
             slot.queue = waiting.idle if idle else waiting.silent
             slot.queue[slot] = None
 
     def serve(self, slot: ConnectionSlot) -> None:
-        """A request of ``slot`` is under way: it keeps its place."""
+        """Mark ``slot`` as having a request in progress, so that it is not closed."""
         if slot.queue is not None:
             del slot.queue[slot]
             slot.queue = None
@@ -93,13 +94,13 @@ class ConnectionLimit:
                 del self._waiting[slot.origin]
 
     def leave(self, slot: ConnectionSlot) -> None:
-        """The connection is closed; its place is free at once. May be said again."""
+        """Free the slot of a closed connection. Calling it again has no effect."""
         self.serve(slot)
         self._taken.discard(slot)
 
 
 def _network(address: str) -> str:
-    """Whom connections from ``address`` are counted for: an IPv4 address, or an IPv6 network."""
+    """Return what connections from ``address`` are counted by: the IPv4 address, or the IPv6 network as hex."""
     try:
         parsed = ip_address(address.partition("%")[0])
     except ValueError:

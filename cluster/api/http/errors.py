@@ -1,4 +1,4 @@
-"""Errors as HTTP clients read them: OpenAI's body, or Anthropic's on its own routes. Nothing of a prompt is in them."""
+"""Encodes errors in OpenAI's format, or in Anthropic's on its routes. Errors never contain text of a prompt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cluster.core.text import with_subject
 log = logging.getLogger(__name__)
 
 ANTHROPIC_ROUTES: Final = "/v1/messages"
-_COME_BACK: Final = frozenset({429, 503})
-"""These always say when."""
+_RETRYABLE: Final = frozenset({429, 503})
+"""Statuses that always have a retry-after header."""
 _OPENAI_TYPES: Final[Mapping[int, str]] = MappingProxyType(
     {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 )
@@ -39,7 +39,7 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = MappingProxyType(
 
 
 def openai_error(error: MacpipeError) -> dict[str, Any]:
-    """``{"error": {message, type, param, code}}``."""
+    """Return ``{"error": {message, type, param, code}}``."""
     status = error.http_status
     kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = {"message": error.sentence, "type": kind, "param": error.field or None, "code": _code(error)}
@@ -47,7 +47,7 @@ def openai_error(error: MacpipeError) -> dict[str, Any]:
 
 
 def anthropic_error(error: MacpipeError) -> dict[str, Any]:
-    """``{"type": "error", "error": {type, message}}``; the field stands before the sentence."""
+    """Return ``{"type": "error", "error": {type, message}}``; the message starts with the field."""
     status = error.http_status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     message = with_subject(error.field, error.sentence)
@@ -55,70 +55,72 @@ def anthropic_error(error: MacpipeError) -> dict[str, Any]:
 
 
 def _code(error: MacpipeError) -> str:
-    """What OpenAI calls it where clients look for that name, else our own reason in small letters."""
+    """Return OpenAI's code where clients depend on it, else the error's own code or its reason in lower case."""
     if isinstance(error, PromptTooLong):
         return "context_length_exceeded"
     return error.details.get("code", error.reason.lower())
 
 
 def error_response(path: str, error: MacpipeError) -> Json:
-    """The response that ends a request with ``error``."""
+    """Return the response that ends a request with ``error``; ``path`` selects the format."""
     body = anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
     headers = {}
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     retry_after_s = UNAVAILABLE_S if error.retry_after_s is None else error.retry_after_s
-    if error.http_status in _COME_BACK or error.retry_after_s is not None:
+    if error.http_status in _RETRYABLE or error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     return Json(body, error.http_status, headers)
 
 
 async def on_macpipe_error(request: Request, error: Exception) -> Json:
-    """Starlette's handler for our own tree."""
+    """Handle a ``MacpipeError`` for Starlette."""
     assert isinstance(error, MacpipeError)
     return error_response(request.url.path, error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Json:
-    """Starlette's handler for what its router refuses: no such route, or not by this method."""
+    """Handle an error of Starlette's router: an unknown route, or a wrong method."""
     assert isinstance(error, HTTPException)
-    path, method = request.url.path, request.method
+    path = request.url.path
     if error.status_code == 405:
-        sentence = f"{path} does not take {method}; it takes {(error.headers or {}).get('Allow', 'other methods')}"
+        allowed = (error.headers or {}).get("Allow", "other methods")
+        sentence = f"{path} does not support {request.method}; use {allowed}"
     elif error.status_code == 404:
-        sentence = f"there is no {path} here; GET /openapi.json lists what there is"
+        sentence = f"there is no route {path}; GET /openapi.json lists all routes"
     else:
         sentence = error.detail
-    refusal = routing_error(error.status_code, sentence)
-    response = error_response(path, refusal)
+    response = error_response(path, routing_error(error.status_code, sentence))
     response.headers.update(error.headers or {})
     return response
 
 
 async def on_fault(request: Request, error: Exception) -> Json:
-    """Starlette's handler for everything else: a fault of ours."""
+    """Handle every other exception, which is a bug in macpipe."""
     return error_response(request.url.path, internal_error(error, request.scope["request_id"]))
 
 
 def routing_error(status: int, sentence: str) -> MacpipeError:
-    """An error that only HTTP knows, such as 405."""
-    refusal = MacpipeError(sentence, code={404: "unknown_url", 405: "method_not_allowed"}.get(status, "invalid"))
-    refusal.http_status = status  # type: ignore[misc]  # this one instance's
-    return refusal
+    """Return an error that exists in HTTP only, such as 405."""
+    error = MacpipeError(sentence, code={404: "unknown_url", 405: "method_not_allowed"}.get(status, "invalid"))
+    error.http_status = status  # type: ignore[misc]  # set on this instance only
+    return error
 
 
 def internal_error(error: Exception, request_id: str) -> MacpipeError:
-    """What a client is told of a fault of ours: where to find it in the log, not what it was."""
-    log.error("request %s failed", request_id, exc_info=error)
-    return MacpipeError(f"macpipe failed; its log says more under the request id {request_id}", code="internal_error")
+    """Log a bug and return the error for the client: it names the log entry and hides the details."""
+    log.error("http request failed: internal error request=%s", request_id, exc_info=error)
+    return MacpipeError(
+        f"internal error; macpipe's log has the details under the request id {request_id}", code="internal_error"
+    )
 
 
 def sentence_of(error: Exception, request_id: str) -> MacpipeError:
-    """``error`` as one of ours; what is not, is a fault of ours."""
+    """Return ``error`` if it is a ``MacpipeError``, else an internal error."""
     return error if isinstance(error, MacpipeError) else internal_error(error, request_id)
 
 
 HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]] = MappingProxyType(
     {MacpipeError: on_macpipe_error, HTTPException: on_http_exception, Exception: on_fault}
 )
-"""What Starlette calls for each kind of error."""
+"""Starlette's handler for each class of error."""

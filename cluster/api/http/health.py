@@ -1,6 +1,6 @@
-"""GET /health, /ready, /live and /metrics: whether a token goes through every stage, and what is under way.
+"""GET /, /health, /ready, /live and /metrics: whether a token can pass through every stage, and current metrics.
 
-It asks no worker: what it tells is what the coordinator knows already, so that probes cost nothing.
+It asks no worker, only the coordinator, so that probes cost nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from cluster.core.state import ServingState
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The routes."""
+    """The routes' handlers."""
 
     service: RequestService
     names: ModelNames
 
     async def ready(self, request: Request) -> Json:
-        """200 while a token goes through every stage, else 503 and why. Who has no key is told no more than that."""
+        """Return 200 while a token can pass through every stage, else 503 and the reason.
+
+        Callers without a valid key get the status only.
+        """
         state = self.service.coordinator.state
         if not request.scope.get(TRUSTED):
             return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
@@ -44,21 +47,22 @@ class Health:
         return _ready(state, facts)
 
     async def live(self, request: Request) -> Json:
-        """200 as long as this process answers at all."""
+        """Return 200 as long as this process answers."""
         return Json({"status": "live", **({"version": __version__} if request.scope.get(TRUSTED) else {})})
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus' text."""
+        """Return the metrics in Prometheus' text format."""
         coordinator = self.service.coordinator
         plan, loop = await coordinator.under_way()
         text = self.service.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:
-        """For people who open the address in a browser, and clients that knock first."""
+        """Return a short text for browsers, and for clients that probe the address first."""
         return Response(
             f"macpipe {__version__}: {self.service.coordinator.state.value}.\n"
-            "OpenAI clients use /v1, Anthropic clients this address itself. See /health, /v1/models, /openapi.json.\n",
+            "The base URL is /v1 for OpenAI clients, this address for Anthropic clients. "
+            "See /health, /v1/models, /openapi.json.\n",
             media_type="text/plain",
         )
 

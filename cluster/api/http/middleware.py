@@ -1,6 +1,6 @@
-"""What stands before every route: who may ask, an id for each request, and no error without a body.
+"""Middleware for every request: origin checks, authorization, byte accounting, request ids, and error bodies.
 
-It asks ``Sites`` by whose leave a page calls, and the ``Door`` for a key. It knows no route.
+``OriginPolicy`` decides which web pages may call, ``Authorizer`` checks API keys. This module knows no routes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from cluster.core.errors import InvalidRequest, MacpipeError
 
 _ID: Final = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Observe = Callable[[str, str, int, float], None]
-"""Told of each response: method, path, status, seconds."""
+"""Called after each response with its method, path, status (0 if none was sent) and duration in seconds."""
 
 
 class RequestMiddleware:
-    """Wraps the application: ``origin_policy`` may call it, and ``authorizer`` lets in who has what a route needs.
+    """Wraps an application.
 
-    ``bodies`` counts the bytes that requests hold, until each has ended.
+    ``authorizer`` checks the API key that a route requires, ``origin_policy`` the page that calls. ``bodies`` counts
+    the bytes that each request holds until it ends.
     """
 
     def __init__(
@@ -43,12 +44,10 @@ class RequestMiddleware:
         origin_policy: OriginPolicy | None = None,
         bodies: ByteBudget | None = None,
     ) -> None:
-        self._app, self._observe, self._authorizer, self._origins = (
-            app,
-            observe,
-            authorizer,
-            origin_policy or OriginPolicy(),
-        )
+        self._app = app
+        self._observe = observe
+        self._authorizer = authorizer
+        self._origins = origin_policy or OriginPolicy()
         self._bodies = bodies or ByteBudget()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +60,7 @@ class RequestMiddleware:
             await self._answer(scope, headers, receive, reply)
         except MacpipeError as e:
             await reply.fail(e, receive)
-        except Exception as e:  # the surface's edge; what was answered with 500 has been told and logged already
+        except Exception as e:  # the outermost handler; an error that was answered with 500 is logged already
             if reply.status != 500:
                 await reply.fail(internal_error(e, reply.id), receive)
         finally:
@@ -71,8 +70,8 @@ class RequestMiddleware:
         if is_ambiguous(scope, headers):
             reply.closing = True
             raise InvalidRequest(
-                "the request's headers state the length of its body in two ways; send content-length alone, or "
-                "transfer-encoding alone, in HTTP/1.1",
+                "the length of the request's body is ambiguous; send either content-length or, in HTTP/1.1, "
+                "transfer-encoding",
                 field="transfer-encoding",
             )
         self._origins.check(headers)
@@ -84,37 +83,43 @@ class RequestMiddleware:
             await self._app(scope, receive, reply.send)
 
     def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:
-        """What every response has, errors as well."""
+        """Return the headers that every response has, including errors."""
         return {**self._origins.cross(headers.get("origin")), **self._authorizer.figures(scope.get(KEY))}
 
 
 def is_ambiguous(scope: Scope, headers: Headers) -> bool:
-    """Whether a proxy in front may see another end of the body than we do, and smuggle a request in behind it.
+    """Return whether a proxy in front could see a different end of the body, which allows request smuggling.
 
-    RFC 9112, 6.1: the connection is closed after such a request.
+    The connection is closed after such a request (RFC 9112, section 6.1).
     """
     return "transfer-encoding" in headers and ("content-length" in headers or scope.get("http_version") == "1.0")
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id where it is harmless in a log, else a new one."""
+    """Return the client's request id if it is safe in a log, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
 
 
 class _Reply:
-    """One response on its way: it gets the id's header and ``more``, and an error while nothing was sent yet."""
+    """One response. It adds the request id and the headers that ``more`` returns.
+
+    ``closing`` closes the connection after the response. ``status`` is 0 until the headers are sent.
+    """
 
     def __init__(self, send: Send, scope: Scope, request_id: str, more: Callable[[], Mapping[str, str]]) -> None:
-        self._send, self._scope, self.id, self._more = send, scope, request_id, more
-        self._began = time.monotonic()
+        self._send = send
+        self._scope = scope
+        self.id = request_id
+        self._more = more
+        self._started = time.monotonic()
         self.closing = False
         self.status = 0
         scope["request_id"] = request_id
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._started
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -125,5 +130,5 @@ class _Reply:
 
     async def fail(self, error: MacpipeError, receive: Receive) -> None:
         if self.status:
-            return  # headers are out: closing the connection unfinished is all that can be said
+            return  # the headers are sent: the client only sees that the connection closes early
         await error_response(self._scope["path"], error)(self._scope, receive, self.send)

@@ -1,7 +1,7 @@
-"""By which names this API may be called, and whose web pages may call it.
+"""Checks the Host and Origin headers: which host names this API answers to, and which web pages may call it.
 
-A page that somebody visits can send requests to machines that only its visitor can reach. The Host header says by which
-name a page believes to call us (a name of its own that leads here is a trick), Origin says whose page it is.
+A web page can send requests to machines that only its visitor can reach. An unknown Host reveals DNS rebinding: the
+page's own name resolves to this machine. Origin tells which site the page is from.
 """
 
 from __future__ import annotations
@@ -24,36 +24,42 @@ _RATES: Final = (
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
 )
 _SHOWN: Final = ", ".join(("x-request-id", "retry-after", *_RATES))
-"""Headers that a page may read."""
+"""Response headers that a page may read."""
 
 
 @dataclass(frozen=True, slots=True)
 class OriginPolicy:
-    """``hosts`` are names beside loopback's own, in small letters; ``origins`` such as ``https://chat.example:8443``."""
+    """The allowed hosts and origins, in lower case.
+
+    ``hosts`` are names beside those of loopback. ``origins`` are such as ``https://chat.example:8443``.
+    """
 
     hosts: frozenset[str] = field(default_factory=frozenset)
     origins: frozenset[str] = field(default_factory=frozenset)
 
     def check(self, headers: Headers) -> None:
-        """Raises ``Forbidden``."""
+        """Check a request's Host and Origin. Raises ``Forbidden``."""
         host = _host_of(f"//{headers.get('host', '')}")
-        if not host or not (is_loopback(host) or host in self.hosts):
-            name = host[:64] or "a host without a name"
+        if not host:
+            raise Forbidden("the request has no valid Host header; send the address that is called, such as localhost")
+        if not (is_loopback(host) or host in self.hosts):
+            name = host[:64]
             raise Forbidden(
-                f"this is not {name}; call it by its address, such as localhost, or serve with --http-allow-host {name}"
+                f"the host name {name} is not allowed; use an address such as localhost, or serve with "
+                f"--http-allow-host {name}"
             )
         origin = headers.get("origin")
         if origin is not None and not self._is_same_origin(origin, headers["host"]) and not self.allows(origin):
             raise Forbidden(
-                f"web pages of {origin[:128]} may not use this API; --http-allow-origin lets some in by name"
+                f"web pages of {origin[:128]} may not use this API; serve with --http-allow-origin to allow an origin"
             )
 
     def allows(self, origin: str | None) -> bool:
-        """Whether pages of ``origin`` were let in by name."""
+        """Return whether pages of ``origin`` are allowed by --http-allow-origin."""
         return origin is not None and origin.lower() in self.origins
 
     def cross(self, origin: str | None) -> dict[str, str]:
-        """Headers with which a browser shows an answer to a page of ``origin``; nothing for those not let in."""
+        """Return the CORS headers that let a page of ``origin`` read a response; none grants access if not allowed."""
         if not self.origins:
             return {}
         if origin is None or not self.allows(origin):
@@ -61,16 +67,19 @@ class OriginPolicy:
         return {"vary": "origin", "access-control-allow-origin": origin, "access-control-expose-headers": _SHOWN}
 
     def preflight(self, method: str, headers: Headers) -> dict[str, str] | None:
-        """The answer's headers where a browser asks whether a page may ask; None where this is no such question."""
-        wanted = headers.get("access-control-request-method")
-        if method != "OPTIONS" or wanted is None or not self.allows(headers.get("origin")):
+        """Return the response headers of a CORS preflight request; None if this is no preflight of an allowed origin.
+
+        Raises ``Forbidden`` for an invalid method or too many headers.
+        """
+        requested_method = headers.get("access-control-request-method")
+        if method != "OPTIONS" or requested_method is None or not self.allows(headers.get("origin")):
             return None
-        asked = headers.get("access-control-request-headers", "")
-        if not _METHOD.fullmatch(wanted) or len(asked) > MAX_CORS_HEADER_CHARS:
-            raise Forbidden("that is no method that a page can ask for")
-        answer = {"access-control-allow-methods": wanted, "access-control-max-age": f"{PREFLIGHT_S:.0f}"}
-        if _HEADERS.fullmatch(asked):
-            answer["access-control-allow-headers"] = asked
+        requested_headers = headers.get("access-control-request-headers", "")
+        if not _METHOD.fullmatch(requested_method) or len(requested_headers) > MAX_CORS_HEADER_CHARS:
+            raise Forbidden("the preflight request has an invalid method or too many headers")
+        answer = {"access-control-allow-methods": requested_method, "access-control-max-age": f"{PREFLIGHT_S:.0f}"}
+        if _HEADERS.fullmatch(requested_headers):
+            answer["access-control-allow-headers"] = requested_headers
         if headers.get("access-control-request-private-network") == "true":
             answer["access-control-allow-private-network"] = "true"
         return answer
@@ -84,22 +93,25 @@ class OriginPolicy:
 
 
 def check_host(given: str) -> str:
-    """A name for ``Sites.hosts``. Raises ``InvalidOption``."""
+    """Return a normalized entry for ``OriginPolicy.hosts``. Raises ``InvalidOption``."""
     host = _host_of(f"//{given}")
     if not host or host != given.lower().strip("[]").rstrip("."):
         raise InvalidOption(
-            f"--http-allow-host is {given[:64]}; it takes a name or an address without a port, such as mac-1.example",
+            f"--http-allow-host is {given[:64]}; give a name or an address without a port, such as mac-1.example",
             field="http_allow_host",
         )
     return host
 
 
 def check_origin(given: str) -> str:
-    """A name for ``Sites.origins``. Raises ``InvalidOption``: any is none, since pages would use it unasked."""
+    """Return a normalized entry for ``OriginPolicy.origins``.
+
+    Raises ``InvalidOption``. ``*`` is rejected: any web page could call the API.
+    """
     if not _ORIGIN.fullmatch(given.lower()):
         raise InvalidOption(
-            f"--http-allow-origin is {given[:64]}; it takes an origin, such as https://chat.example:8443; there is no "
-            "wildcard, since any page that somebody visits could then use this API",
+            f"--http-allow-origin is {given[:64]}; give an origin, such as https://chat.example:8443; wildcards are "
+            "not supported, since any web page could then call this API",
             field="http_allow_origin",
         )
     return given.lower()

@@ -1,4 +1,4 @@
-"""What the HTTP port of a coordinator is: plain or encrypted, with keys or without, and by which names it is called."""
+"""Derives the HTTP port's settings: plain or TLS, with or without API keys, and the allowed hosts and origins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _OWN: Final = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class HttpPort:
-    """``keys`` None: nobody needs one. ``certificate`` None: it is plain, which it is on loopback alone."""
+    """The settings of a coordinator's HTTP port.
+
+    ``keys`` None: no API key is needed. ``certificate`` None: plain HTTP, which is allowed on loopback only.
+    """
 
     sites: OriginPolicy
     keys: KeyStore | None
@@ -29,7 +32,7 @@ class HttpPort:
 
 
 def http_port(settings: ServeSettings) -> HttpPort:
-    """As the settings have it. Raises ``InvalidOption``, also where HTTP would be open to everybody."""
+    """Return the port that ``settings`` describe. Raises ``InvalidOption``, also if HTTP would be open to everybody."""
     folder = ClusterFolder(settings.home, settings.cluster)
     host = settings.http.address[0] if settings.http.address else _OWN[1]
     network = not is_loopback(host)
@@ -50,7 +53,7 @@ def _certificate(
 
 
 def names_of_this_mac(host: str) -> tuple[str, ...]:
-    """The names and addresses by which others of the network call it; those of ``host`` alone, where that is one."""
+    """Return the names and addresses of this Mac on the network; only ``host``'s address if it is a specific one."""
     try:
         specific = not ip_address(host).is_unspecified
     except ValueError:

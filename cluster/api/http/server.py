@@ -1,4 +1,4 @@
-"""The HTTP port, served by uvicorn inside the coordinator's own event loop: plain on loopback alone, else over TLS."""
+"""The HTTP port, served by uvicorn in the coordinator's event loop. Plain HTTP on loopback only, else TLS."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ log = logging.getLogger(__name__)
 
 SWEEP_S: Final = 1.0
 ACCEPTS_AT_ONCE: Final = 64
-"""Connections accepted before others get their turn of the event loop."""
+"""Connections accepted before other tasks run."""
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Why no connection can be accepted for now; any other error is that one client's."""
+"""Errors of accept() that mean exhausted resources; any other error concerns a single client."""
 ACCEPT_PAUSE_S: Final = 0.1
 REPORT_S: Final = 60.0
-"""How often at most the log tells of connections that were closed on clients."""
+"""Minimum interval between log lines about closed connections."""
 _TICKS: Final = round(SWEEP_S / 0.1)
-"""Uvicorn ticks ten times a second."""
+"""Uvicorn ticks per sweep; uvicorn ticks ten times a second."""
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its own signal handlers: the daemon has one place that ends it.
+    """Uvicorn without signal handlers, since the daemon handles signals in one place.
 
-    It accepts connections itself, since each needs a slot from its first packet, handshakes included.
+    It accepts connections itself, so that a connection needs a slot from the start, before its TLS handshake.
     """
 
     def __init__(self, config: uvicorn.Config, certificate: HttpCertificate | None) -> None:
@@ -55,7 +55,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen. uvicorn's own way would accept whatever comes, and count a connection once its handshake is done."""
+        """Start to accept. Uvicorn's version accepts without limit and counts a connection after its handshake."""
         self.servers = []
         self._accepting = [asyncio.create_task(self._accept(listener)) for listener in sockets or ()]
         self.started = True
@@ -67,23 +67,23 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Once a second, beside what uvicorn does."""
+        """Once a second: sweep connections, refresh the certificate, and log closed connections."""
         if counter % _TICKS == 0:
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
-                connection.sweep(now)  # type: ignore[union-attr]  # all are of our own kind
+                connection.sweep(now)  # type: ignore[union-attr]  # all are instances of Connection
             if self._certificate:
                 self._certificate.refresh()
             for task in self._accepting:
                 if task.done():
-                    task.result()  # raises: a port that accepts no more must not go unnoticed
+                    task.result()  # raises, so that a port that stopped accepting does not go unnoticed
             if now - self._reported >= REPORT_S and (counts := self._limit.take_counts()):
                 self._reported = now
                 log.warning("http connections closed: %s", " ".join(f"{name}={n}" for name, n in counts.items()))
         return await super().on_tick(counter)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept for ever. A pause between batches lets requests of those who came first be read before more come."""
+        """Accept forever. The pause between batches lets earlier connections be read before more are accepted."""
         loop = asyncio.get_running_loop()
         while True:
             for _ in range(ACCEPTS_AT_ONCE):
@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0)
 
     def _open(self, accepted: socket.socket, address: str) -> None:
-        """Give a new connection a slot, and begin to serve it; close it where there is none."""
+        """Serve a new connection, or close it if there is no free slot."""
         slot = self._limit.take(address)
         if slot is None:
             accepted.close()
@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int, *, encrypted: bool = False) -> socket.socket:
-    """A listening socket. Raises ``InvalidOption`` off loopback unless it is for TLS, and ``PortInUse``."""
+    """Return a listening socket. Raises ``PortInUse``, and ``InvalidOption`` for plain HTTP off loopback."""
     if not (encrypted or is_loopback(host)):
         raise open_to_everybody(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -138,18 +138,18 @@ def listen(host: str, port: int, *, encrypted: bool = False) -> socket.socket:
         listener.close()
         raise PortInUse(
             f"cannot listen on {format_address(host, port)} for HTTP: {(e.strerror or str(e)).lower()}; choose "
-            "another with --http HOST:PORT, or none with --http off"
+            "another address with --http HOST:PORT, or turn HTTP off with --http off"
         ) from e
     listener.setblocking(False)
     return listener
 
 
 def open_to_everybody(host: str) -> InvalidOption:
-    """Why HTTP is not opened there."""
+    """Return the error for an HTTP port that would be open to everybody."""
     return InvalidOption(
-        f"HTTP on {host} would be open to everybody on the network: there is no cluster, and so there are no keys and "
-        "no certificate. Make one with `macpipe init`; or give --http an address of this machine alone, such as "
-        "127.0.0.1:8080, and forward the port with ssh -L where needed",
+        f"HTTP on {host} would be open to everybody on the network: without a cluster there are no keys and no "
+        "certificate. Create a cluster with `macpipe init`; or give --http a loopback address, such as "
+        "127.0.0.1:8080, and forward the port with ssh -L if needed",
         field="http",
     )
 
@@ -158,7 +158,7 @@ def open_to_everybody(host: str) -> InvalidOption:
 async def serve(
     app: ASGIApp, listener: socket.socket, certificate: HttpCertificate | None = None
 ) -> AsyncIterator[str]:
-    """Answer on ``listener`` until the block is left; its address. Requests under way get a moment to end."""
+    """Serve on ``listener`` and yield its address. On exit, live requests have ``LAST_WORDS_S`` seconds to end."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -178,7 +178,7 @@ async def serve(
     host, port = listener.getsockname()[:2]
 
     async def run() -> None:
-        with anyio.CancelScope(shield=True):  # it ends when told to, so that streams get their last words
+        with anyio.CancelScope(shield=True):  # should_exit ends it, so that streams can send their last event
             await server.serve([listener])
 
     async with anyio.create_task_group() as tasks:

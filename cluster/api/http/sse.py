@@ -1,6 +1,6 @@
-"""Server-sent events: written as they come, with a comment where nothing does, until the end or until nobody reads.
+"""Server-sent events, with comments during silence. A stream ends with its events or when the client disconnects.
 
-Whatever ends a stream, the iterator behind it is closed, which frees its request.
+However a stream ends, its iterator is closed, which ends the request behind it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _HEADERS: Final = (
 
 
 def event(data: object, name: str = "") -> bytes:
-    """One event; ``name`` where the API names its events."""
+    """Return one encoded event; ``name`` is for APIs that name their events."""
     return (f"event: {name}\n" if name else "").encode() + f"data: {compact(data)}\n\n".encode()
 
 
 class EventStream:
-    """A response whose body is the events of ``events``. ``idle`` is sent whenever nothing came for a while."""
+    """A streamed response with the given events. ``idle`` is sent after ``STREAM_COMMENT_S`` without an event."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], idle: bytes = COMMENT) -> None:
-        self._events, self._idle = events, idle
+        self._events = events
+        self._idle = idle
         self._wrote = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +59,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": b""})
 
     async def _comment(self, send: Send) -> None:
-        """Break every silence; an event is written whole before this can speak."""
+        """Send ``idle`` during silence. It never splits an event: each event is written in one send."""
         while True:
             self._wrote = False
             await asyncio.sleep(STREAM_COMMENT_S)
@@ -67,7 +68,7 @@ class EventStream:
 
 
 async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
-    """What ``work`` returns. It is cancelled, and ``Aborted`` raised, when the client goes away."""
+    """Return the result of ``work``. If the client disconnects, cancel it. Raises ``Aborted``."""
     done: list[T] = []
 
     async def run() -> None:
@@ -75,12 +76,12 @@ async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) ->
 
     await _until_gone(request.receive, run)
     if not done:
-        raise Aborted("the client went away")
+        raise Aborted("the client disconnected")
     return done[0]
 
 
 async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
-    """Run ``work`` to its end, or until the client goes away, or takes nothing any more."""
+    """Run ``work`` to its end, or until the client disconnects or stops reading."""
     working = asyncio.ensure_future(work())
     watching = asyncio.ensure_future(_wait_disconnect(receive))
     try:
@@ -88,7 +89,7 @@ async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
         if working.done():
             await working
     except (TimeoutError, OSError):
-        return  # a connection that takes no bytes is as good as closed
+        return  # a client that does not read is treated as disconnected
     finally:
         working.cancel()
         watching.cancel()
