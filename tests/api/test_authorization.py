@@ -245,7 +245,10 @@ async def test_requests_a_minute(keys: KeyStore, accounts: KeyUsage, clock: Cloc
 def test_requests_at_once(keys: KeyStore, accounts: KeyUsage) -> None:
     key, _ = keys.create("amy", limits=KeyLimits(at_once=2))
     with accounts.request(key), accounts.request(key):
-        with pytest.raises(LimitReached, match="2 requests in progress; its limit is 2") as caught, accounts.request(key):
+        with (
+            pytest.raises(LimitReached, match="2 requests in progress; its limit is 2") as caught,
+            accounts.request(key),
+        ):
             pass
         assert caught.value.retry_after_s
     with accounts.request(key):

@@ -149,11 +149,11 @@ def test_one_error_is_made_where_a_hundred_thousand_could_be(
     """An object of bounded entries may have one error each; everything else stops at the first."""
     weighed = []
 
-    def weigh(error: Any, weigh: Any = bodies._weight) -> Any:
+    def weigh(error: Any, weigh: Any = bodies._relevance) -> Any:
         weighed.append(error)
         return weigh(error)
 
-    monkeypatch.setattr(bodies, "_weight", weigh)
+    monkeypatch.setattr(bodies, "_relevance", weigh)
     with pytest.raises(InvalidRequest) as caught:
         parse(body.encode(), form)
     assert caught.value.field == field

@@ -74,7 +74,7 @@ def test_every_sampling_field_arrives() -> None:
         ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "one of them"),
         ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "requires stream"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": ""}, "stop", "at least 1"),
         ({"stop": [5]}, "stop[0]", "string"),
@@ -95,8 +95,8 @@ def test_every_sampling_field_arrives() -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),
         ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", "developer"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "no text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "text alone"),
-        ({"messages": [{**TURN, "tool_call_id": "x"}]}, "messages[0].tool_call_id", "tools"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "only text"),
+        ({"messages": [{**TURN, "tool_call_id": "x"}]}, "messages[0].tool_call_id", "only tool messages"),
         ({"messages": [TURN, {**TOLD, "tool_call_id": "y"}]}, "messages[1].tool_call_id", "no call"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {**TOLD, "tool_call_id": "y"}]},
@@ -129,8 +129,8 @@ def test_every_sampling_field_arrives() -> None:
             "response_format.json_schema.name",
             "letters",
         ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "which call"),
-        ({"messages": [{**TURN, "tool_calls": [CALL]}]}, "messages[0].tool_calls", "no assistant's"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "has no tool_call_id"),
+        ({"messages": [{**TURN, "tool_calls": [CALL]}]}, "messages[0].tool_calls", "only assistant"),
     ],
 )
 def test_a_refusal_names_its_field(more: dict[str, Any], field: str, word: str) -> None:

@@ -99,7 +99,7 @@ def test_refusals_have_anthropics_shape(client: Anthropic) -> None:
         "type": "error",
         "error": {
             "type": "not_found_error",
-            "message": "no model claude-9 is served here; there is faq, gpt-4o-mini",
+            "message": "the model claude-9 is not served here; use faq, gpt-4o-mini",
         },
     }
     image = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}

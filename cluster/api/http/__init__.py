@@ -1,1 +1,1 @@
-"""The HTTP surface: OpenAI's and Anthropic's, over the same intake as gRPC. It translates, and decides nothing else."""
+"""The HTTP API in OpenAI's and Anthropic's formats. It only translates; validation is shared with gRPC."""

@@ -1,4 +1,4 @@
-"""Whole answers, gathered from their events, and the pieces of them that every surface writes alike."""
+"""Collects whole answers from their events, and encodes the parts that several HTTP endpoints share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.core.request import FinishEvent, GrammarKind, TokenEvent, Usage
 
 @dataclass(slots=True)
 class Called:
-    """A call of an answer, as far as it is known."""
+    """A tool call of an answer, as generated so far."""
 
     id: str
     name: str
@@ -24,7 +24,7 @@ class Called:
 
 @dataclass(slots=True)
 class AnswerPart:
-    """A stretch of an answer of one kind: ``call`` in one, else text, of the reasoning or of the content."""
+    """A contiguous part of an answer: a tool call if ``call`` is set, else text of the reasoning or the content."""
 
     text: str = ""
     reasoning: bool = False
@@ -48,12 +48,12 @@ class WholeAnswer:
     finish: FinishEvent | None = None
 
     def add(self, event: TokenEvent | FinishEvent) -> None:
-        """The next event of this sample."""
+        """Add the next event of this sample."""
         self.reasoned.add(event)
         self.text += event.text
         self.reasoning += event.reasoning
-        self._say(event.reasoning, reasoning=True)
-        self._say(event.text, reasoning=False)
+        self._append_text(event.reasoning, reasoning=True)
+        self._append_text(event.text, reasoning=False)
         for delta in event.calls:
             if delta.index == len(self.calls):
                 self.calls.append(Called(delta.id, delta.name))
@@ -65,7 +65,7 @@ class WholeAnswer:
         if is_content(event):
             self.tokens.append(event)
 
-    def _say(self, text: str, *, reasoning: bool) -> None:
+    def _append_text(self, text: str, *, reasoning: bool) -> None:
         if not text:
             return
         if not self.parts or self.parts[-1].call or self.parts[-1].reasoning is not reasoning:
@@ -74,17 +74,17 @@ class WholeAnswer:
 
 
 def is_content(event: TokenEvent) -> bool:
-    """Whether the token belongs to the content, whose log-probabilities are told: not to reasoning or a call."""
+    """Return whether the token is content with a log-probability, and not part of reasoning or a tool call."""
     return event.logprob is not None and not event.reasoning and not event.calls
 
 
 def reasoned(running: RunningRequest) -> list[ReasoningCounter]:
-    """A count of reasoning for each sample."""
+    """Return a reasoning counter for each sample."""
     return [ReasoningCounter(running.checkpoint.tokenizer.reasoning_end) for _ in range(running.request.samples)]
 
 
 async def gather_answers(running: RunningRequest) -> list[WholeAnswer]:
-    """Every sample of the answer, whole. Raises what ended it instead."""
+    """Read the answer to its end and return every sample. Raises the error that ended it early."""
     wholes = [WholeAnswer(count) for count in reasoned(running)]
     async with aclosing(running.events) as events:
         async for event in events:
@@ -93,15 +93,15 @@ async def gather_answers(running: RunningRequest) -> list[WholeAnswer]:
 
 
 def total(finishes: Iterable[FinishEvent | None]) -> Usage:
-    """The usage of several samples of one prompt, which is read, and counted, once."""
-    all_of_them = [f.usage for f in finishes if f]
-    completion = sum(u.completion_tokens for u in all_of_them)
-    first = all_of_them[0] if all_of_them else Usage(0, 0)
+    """Return the usage of all samples of one prompt. The prompt is processed once, so it is counted once."""
+    usages = [f.usage for f in finishes if f]
+    completion = sum(u.completion_tokens for u in usages)
+    first = usages[0] if usages else Usage(0, 0)
     return Usage(first.prompt_tokens, completion, first.cached_tokens)
 
 
 def plus(a: Usage, b: Usage) -> Usage:
-    """The usage of two prompts."""
+    """Return the usage of two prompts together."""
     return Usage(
         a.prompt_tokens + b.prompt_tokens,
         a.completion_tokens + b.completion_tokens,
@@ -110,7 +110,7 @@ def plus(a: Usage, b: Usage) -> Usage:
 
 
 def openai_usage(usage: Usage, reasoned: int | None = None) -> dict[str, Any]:
-    """``usage`` of chat and completions; ``reasoned`` None where there is no reasoning to count."""
+    """Return the ``usage`` object of chat and completions; ``reasoned`` counts reasoning tokens, None omits them."""
     details = {} if reasoned is None else {"completion_tokens_details": {"reasoning_tokens": reasoned}}
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -122,13 +122,16 @@ def openai_usage(usage: Usage, reasoned: int | None = None) -> dict[str, Any]:
 
 
 def grammar_fields(field: str) -> dict[str, str]:
-    """What the intake calls the grammar of an answer, as ``field``; names for ``fields_named``."""
+    """Map all names that validation uses for a grammar to ``field``, for ``fields_named``."""
     return dict.fromkeys(("grammar", "response_format", *(kind.value for kind in GrammarKind)), field)
 
 
 @contextmanager
 def fields_named(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the intake under the names that this surface's fields have; ``tools[]``: where a tool's schema is."""
+    """Rename the field of an ``InvalidRequest`` to the name that this endpoint gives it.
+
+    ``names`` maps validation's field names to the endpoint's; ``tools[]`` maps to the path from a tool to its schema.
+    """
     try:
         yield
     except InvalidRequest as e:

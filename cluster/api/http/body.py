@@ -1,4 +1,4 @@
-"""A request's body: read within bounds, then checked against its form. Every refusal names the field."""
+"""Reads a request's body within bounds and validates it against its form. Every error names the field."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLa
 from cluster.core.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
 
 LARGE: Final = 64 * KIB
-"""Above this a body is parsed and translated off the event loop, one at a time: the largest takes 0.1 s in all."""
+"""Bytes above which a body is parsed and translated in a thread, one at a time; the largest takes 0.1 s in total."""
 CHARGE: Final = "macpipe.charge"
-"""In a request's scope: the ``Charge`` that counts the bytes of its body."""
+"""Key in the ASGI scope: the ``Charge`` of the request's body."""
 MAX_FIELD_CHARS: Final = 256
-"""Of the field that an error names, where its parts are names of the client's."""
+"""Characters of a field name in an error; its parts may be names that the client chose."""
 _parsing: Final = anyio.CapacityLimiter(1)
 
 
 class Form(BaseModel):
-    """A JSON object as a client sends it: no field that is not named here, no string where a number is due.
+    """A JSON object as a client sends it. Unknown fields and type coercion (a string for a number) are rejected.
 
-    ``most_commas`` bounds the commas of a whole body of this form.
+    ``most_commas`` bounds the commas in a body of this form.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -49,7 +49,7 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keep_one_unknown(cls, value: Any) -> Any:
-        """Drop all unknown fields but the first, since each would get an error of its own, and one is shown."""
+        """Drop all unknown fields but the first: each would cost an error, and only one error is shown."""
         known = _names_of(cls)
         if not isinstance(value, dict) or value.keys() <= known:
             return value
@@ -68,45 +68,49 @@ def _refuse(value: object) -> None:
 
 
 def _drop(value: object) -> None:
-    """Keep nothing of a value that nobody reads."""
+    """Replace an ignored value with None."""
 
 
 def _bound_values(value: object) -> object:
-    """Refuse an object of too many values, before each of them is looked at."""
-    waiting, count = [value], 0
-    while waiting:
-        one = waiting.pop()
+    """Reject a JSON value with too many values inside, before they are validated."""
+    pending = [value]
+    count = 0
+    while pending:
+        one = pending.pop()
         inner = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         count += len(inner)
         if count > MAX_JSON_VALUES:
             raise PydanticCustomError(
-                "too_many_values", "at most {most} values can be in it", {"most": MAX_JSON_VALUES}
+                "too_many_values", "it must have at most {most} values", {"most": MAX_JSON_VALUES}
             )
-        waiting.extend(inner)
+        pending.extend(inner)
     return value
 
 
 Unsupported = Annotated[Any, AfterValidator(_refuse), WithJsonSchema({"type": "null"})]
-"""A field that the API we follow has and we have not: null, or a 400 that says so."""
+"""A field that the original API has and macpipe does not support: null, else a 400 that says so."""
 Ignored = Annotated[Any, AfterValidator(_drop), WithJsonSchema({})]
-"""A field that changes no answer in the API we follow either: notes of the client's, hints for caches and billing."""
+"""A field that does not change the answer in the original API either, such as client notes or hints for caches."""
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
-"""What the model reads."""
+"""Text that becomes part of the prompt."""
 ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 """A name or an id."""
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_bound_values)]
-"""An object whose fields are the client's own: a schema, arguments."""
+"""An object whose fields the client defines: a schema, or arguments."""
 F = TypeVar("F", bound=Form)
 T = TypeVar("T")
 
 
 def first_entries(most: int) -> BeforeValidator:
-    """Keep of an object the first ``most`` + 1 entries: the bound refuses them, and no further one gets an error."""
+    """Keep only the first ``most`` + 1 entries of an object: enough to break the bound, and to bound the errors."""
     return BeforeValidator(lambda value: dict(islice(value.items(), most + 1)) if isinstance(value, dict) else value)
 
 
 async def read(request: Request, form: type[F]) -> F:
-    """The request's body as ``form``. Raises ``InvalidRequest``, ``TooLarge``, ``Busy`` or ``DeadlineExceeded``."""
+    """Read the request's body as ``form``.
+
+    Raises ``InvalidRequest``, ``TooLarge``, ``Busy``, ``DeadlineExceeded``, or ``Aborted`` if the client disconnects.
+    """
     body = await _receive_body(request, ElementCounter(form.most_commas))
     if len(body) > LARGE:
         return await anyio.to_thread.run_sync(_parse, body, form, limiter=_parsing)
@@ -114,16 +118,16 @@ async def read(request: Request, form: type[F]) -> F:
 
 
 async def build(request: Request, make: Callable[[], T]) -> T:
-    """What ``make`` makes of the form that was read from ``request``; off the event loop where the body was large."""
+    """Return ``make()``, which translates the request's form; in a thread if the body was large."""
     charge: Charge = request.scope[CHARGE]
     return await anyio.to_thread.run_sync(make, limiter=_parsing) if charge.size > LARGE else make()
 
 
 async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:
-    stated = request.headers.get("content-length", "0")
-    if not (stated.isascii() and stated.isdigit()):
-        raise InvalidRequest("the header content-length is no number", field="content-length")
-    if len(stated) > len(str(MAX_BODY_BYTES)) or int(stated) > MAX_BODY_BYTES:
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise InvalidRequest("the header content-length is not a number", field="content-length")
+    if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
         raise _too_large()
     charge: Charge = request.scope[CHARGE]
     body = bytearray()
@@ -138,22 +142,22 @@ async def _receive_body(request: Request, elements: ElementCounter) -> bytearray
     except TimeoutError:
         raise DeadlineExceeded(f"the request's body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
     except ClientDisconnect:
-        raise Aborted("the client went away") from None
+        raise Aborted("the client disconnected") from None
     return body
 
 
 def _too_large() -> TooLarge:
-    return TooLarge(f"the request's body is longer than {MAX_BODY_BYTES // MIB} MiB")
+    return TooLarge(f"the request's body is longer than {MAX_BODY_BYTES // MIB} MiB; send a shorter one")
 
 
 def parse(body: bytes, form: type[F]) -> F:
-    """``body`` as ``form``. Raises ``TooLarge``, and ``InvalidRequest`` for the first field that is wrong."""
+    """Parse ``body`` as ``form``. Raises ``TooLarge``, and ``InvalidRequest`` for an invalid field."""
     ElementCounter(form.most_commas).feed(body)
     return _parse(body, form)
 
 
 def _parse(body: bytes | bytearray, form: type[F]) -> F:
-    """The same for a body whose elements were counted. Parsing and validating hold the GIL, each for at most 50 ms."""
+    """Parse a body whose elements were counted. Parsing and validating hold the GIL for at most 50 ms each."""
     if not body.strip():
         raise InvalidRequest("the request has no body; send a JSON object")
     try:
@@ -163,14 +167,15 @@ def _parse(body: bytes | bytearray, form: type[F]) -> F:
     try:
         return form.model_validate(parsed)
     except ValidationError as e:
-        raise _refusal(max(e.errors(include_url=False, include_input=False), key=_weight)) from None
+        raise _invalid_request(max(e.errors(include_url=False, include_input=False), key=_relevance)) from None
 
 
-def _weight(error: ErrorDetails) -> tuple[bool, int, bool]:
-    """One error is told, the one that weighs most. Where a value may be of several kinds, each kind has its own errors.
+def _relevance(error: ErrorDetails) -> tuple[bool, int, bool]:
+    """Return the sort key of an error; only the most relevant error is shown.
 
-    What only breaks a bound was of the right kind; else the kind that came furthest is what was meant; and a type that
-    is not known says more than the fields that it lacks.
+    A value of a union type has errors for each branch. A broken bound means that the branch was right, so it comes
+    first. Else the deepest error belongs to the branch that the client meant. An unknown ``type`` explains more than
+    the fields that are missing for it.
     """
     kind = error["type"]
     return kind.startswith(_BOUNDS), len(error["loc"]), kind == "literal_error"
@@ -179,13 +184,13 @@ def _weight(error: ErrorDetails) -> tuple[bool, int, bool]:
 _BOUNDS: Final = ("too_", "string_too_", "string_pattern", "greater_than", "less_than")
 
 
-def _refusal(error: ErrorDetails) -> InvalidRequest:
+def _invalid_request(error: ErrorDetails) -> InvalidRequest:
     kind = error["type"]
     if not error["loc"]:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
-    field = field_name(error["loc"], whole=kind in _OF_FIELDS)
-    told, code = _SENTENCES.get(kind, (f": {_describe_error(error)}", "invalid_value"))
-    return InvalidRequest(f"{field}{told}", field=field, code=code)
+    field = field_name(error["loc"], whole=kind in _FIELD_ERRORS)
+    description, code = _SENTENCES.get(kind, (f": {_describe_error(error)}", "invalid_value"))
+    return InvalidRequest(f"{field}{description}", field=field, code=code)
 
 
 _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
@@ -195,27 +200,27 @@ _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-_OF_FIELDS: Final = frozenset({"extra_forbidden", "missing"})
-"""What is wrong is that a field is there, or is not: its name, whatever that is, ends the place."""
+_FIELD_ERRORS: Final = frozenset({"extra_forbidden", "missing"})
+"""Errors about the presence of a field: the last part of their location is always a field name."""
 
 
 def _describe_error(error: ErrorDetails) -> str:
-    """What is wrong, in JSON's words."""
+    """Describe an error in JSON's terms."""
     bounds = error.get("ctx", {})
     if error["type"] == "too_long":
-        return f"at most {bounds['max_length']} entries can be given"
+        return f"it must have at most {bounds['max_length']} entries"
     if error["type"] == "too_short":
-        return f"at least {bounds['min_length']} entry must be given"
+        return f"it must have at least {bounds['min_length']} entry"
     if error["type"] in _OBJECTS:
         return "input should be an object"
     if error["type"] == "list_type":
         return "input should be an array"
     if error["type"] == "string_pattern_mismatch":
-        return "letters, digits, _ and - can be in it, and nothing else"
-    said = error["msg"]
+        return "it may have only letters, digits, _ and -"
+    message = error["msg"]
     for python, json in _WORDS:
-        said = said.replace(python, json)
-    return said[:1].lower() + said[1:]
+        message = message.replace(python, json)
+    return message[:1].lower() + message[1:]
 
 
 _OBJECTS: Final = frozenset({"model_type", "model_attributes_type", "dict_type"})
@@ -223,9 +228,9 @@ _WORDS: Final = ((" should be False", " should be false"), (" should be True", "
 
 
 def field_name(location: tuple[int | str, ...], *, whole: bool = False) -> str:
-    """``messages[0].content`` of a place in the body; names of a union's branches are left out.
+    """Return a location in the body in the form ``messages[0].content``, without the names of union branches.
 
-    ``whole``: its last part is a field's name in any case.
+    ``whole``: the last part is always a field name.
     """
     name = ""
     for i, part in enumerate(location, 1):
@@ -239,7 +244,7 @@ def field_name(location: tuple[int | str, ...], *, whole: bool = False) -> str:
 
 
 def _is_field(part: str) -> bool:
-    """Whether it can be a field's name: branches are named after types, like ``constrained-str`` and ``list[Part]``."""
+    """Return whether a part is a field name. Union branches have type names: ``constrained-str``, ``list[Part]``."""
     return part.removeprefix("constrained-") not in _BRANCHES and "[" not in part and not part[:1].isupper()
 
 

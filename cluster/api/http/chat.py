@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: one answer or several, whole or as a stream of chunks."""
+"""POST /v1/chat/completions: one or several samples, as one response or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCHEMA: Final = ".function.parameters"
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """The route."""
+    """The route's handler."""
 
     service: RequestService
     names: ModelNames
@@ -49,8 +49,8 @@ class Chat:
         head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
         with fields_named(_fields(form)):
             message = await build(request, lambda: form.message(head.id))
-            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(taken, checkpoint)
+            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
+            running = await self.service.ask(core_request, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
             return EventStream(Chunks(head, running, bool(form.logprobs), usage).events())
@@ -58,16 +58,16 @@ class Chat:
 
 
 def _fields(form: ChatForm) -> dict[str, str]:
-    """What the intake's fields are called here. Where no format was asked for, the grammar is that of the tools."""
+    """Map validation's field names to this endpoint's. Without a response format, a grammar comes from the tools."""
     length = "max_tokens" if form.max_tokens else "max_completion_tokens"
-    bound = grammar_fields("response_format" if form.response_format else "tools")
+    grammar = grammar_fields("response_format" if form.response_format else "tools")
     thinking = thinking_fields(form.chat_template_kwargs, "reasoning_effort")
-    return {"prompt": "messages", "max_tokens": length, "samples": "n", "tools[]": SCHEMA, **thinking, **bound}
+    return {"prompt": "messages", "max_tokens": length, "samples": "n", "tools[]": SCHEMA, **thinking, **grammar}
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHead:
-    """What every chunk of one answer says alike."""
+    """The fields that all chunks of one answer share."""
 
     id: str
     created: int
@@ -101,7 +101,7 @@ def _choice(index: int, whole: WholeAnswer, running: RunningRequest, logprobs: b
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """A streamed answer: the role first, then what each token brought, then the reason, usage where asked, [DONE]."""
+    """A streamed answer: first the role, then a delta per token, the finish reason, usage if requested, and [DONE]."""
 
     head: ChunkHead
     running: RunningRequest
@@ -109,7 +109,7 @@ class Chunks:
     usage: bool
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream's events. An error that ends the answer is the last of them."""
+        """Yield the stream's events. If an error ends the answer, it is the last event."""
         finishes: list[FinishEvent] = []
         counts = reasoned(self.running)
         try:
@@ -122,7 +122,7 @@ class Chunks:
                     counts[e.sample].add(e)
                     for piece in self._pieces(e):
                         yield piece
-        except Exception as error:  # headers are out: the stream is the only place left to say it
+        except Exception as error:  # the headers are sent, so the error can only go into the stream
             yield event(openai_error(sentence_of(error, self.head.id)))
             return
         if self.usage:
@@ -132,7 +132,7 @@ class Chunks:
         yield DONE
 
     def _pieces(self, e: TokenEvent | FinishEvent) -> list[bytes]:
-        """The chunks of one event, most often one: each piece of a call has its own. Nothing to show makes none."""
+        """Return the chunks of one event: usually one, one more per tool call delta, none if nothing is visible."""
         delta: dict[str, Any] = {}
         if e.reasoning:
             delta |= {"reasoning_content": e.reasoning, "reasoning": e.reasoning}
@@ -159,7 +159,7 @@ class Chunks:
 
 
 def _call(delta: ToolCallDelta) -> dict[str, Any]:
-    """A call's first piece has id, type and name; all have the index."""
+    """Encode a tool call delta. The first delta of a call has id, type and name; all have the index."""
     function: dict[str, Any] = {"arguments": delta.arguments}
     if not delta.id and not delta.name:
         return {"index": delta.index, "function": function}

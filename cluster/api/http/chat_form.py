@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions as clients send it, and its translation into the request that gRPC takes."""
+"""The body of POST /v1/chat/completions, and its translation into a gRPC ChatRequest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cluster.v1 import inference_pb2 as pb
 
 
 class ChatContentPart(Form):
-    """A part of a message's content. Text alone can be read; the rest is known so that it can be refused by name."""
+    """A part of a message's content. Only text is supported; the other fields let errors name the part."""
 
     type: str
     text: Text | None = None
@@ -44,7 +44,7 @@ class CalledFunction(Form):
 
 
 class Call(Form):
-    """A call that an assistant made. ``index`` comes back from clients that kept it from a stream."""
+    """A tool call of an assistant. Clients that copied it from a stream also send ``index``."""
 
     id: ShortText
     type: Literal["function"] = "function"
@@ -57,9 +57,9 @@ Calls: TypeAlias = Annotated[list[Call], Field(max_length=MAX_TURN_CALLS, fail_f
 
 
 class ChatMessageForm(Form):
-    """One message; what belongs to one role alone is checked in ``message_of``.
+    """One message; ``message_of`` checks the fields that only one role may have.
 
-    An assistant's reasoning is taken back under either of its names; ``name`` goes to the model's template.
+    An assistant's reasoning is accepted under both of its names. ``name`` goes to the model's template.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -101,7 +101,7 @@ class ChatStreamOptions(Form):
 
 
 class ChatForm(SamplingForm):
-    """The body. Beside OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs."""
+    """The body. It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs."""
 
     model: ShortText | None = None
     messages: MessageList
@@ -142,22 +142,24 @@ class ChatForm(SamplingForm):
 
     @property
     def longest(self) -> int | None:
-        """Under whichever name it was given. Raises ``InvalidRequest`` where the two differ."""
+        """The maximum length in tokens, under either name. Raises ``InvalidRequest`` if the two names differ."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old and new and old != new:
             raise InvalidRequest(
-                f"max_tokens is {old} and max_completion_tokens {new}; give one of them", field="max_completion_tokens"
+                f"max_tokens is {old} and max_completion_tokens is {new}; send one of them",
+                field="max_completion_tokens",
             )
         return new or old
 
     def message(self, request_id: str) -> pb.ChatRequest:
-        """The request. Raises ``InvalidRequest``, naming the field."""
+        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
         if self.stream_options and not self.stream:
-            raise InvalidRequest("stream_options were given without stream", field="stream_options")
+            raise InvalidRequest("stream_options requires stream to be true", field="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
+            raise InvalidRequest("top_logprobs requires logprobs to be true", field="top_logprobs")
         sampling = self.sampling_options()
-        sampling.logprobs, sampling.top_logprobs = bool(self.logprobs), self.top_logprobs or 0
+        sampling.logprobs = bool(self.logprobs)
+        sampling.top_logprobs = self.top_logprobs or 0
         return pb.ChatRequest(
             request_id=request_id,
             messages=messages_of(self.messages),
@@ -183,27 +185,34 @@ class ChatForm(SamplingForm):
 
 
 def messages_of(messages: Sequence[ChatMessageForm]) -> list[pb.ChatMessage]:
-    """A conversation. Raises ``InvalidRequest``, also for a tool's message that answers no call."""
+    """Translate a conversation. Raises ``InvalidRequest``, also for a tool message that answers no earlier call."""
     turns: list[pb.ChatMessage] = []
-    arguments, called = ArgumentsChecker(), set[str]()
+    arguments = ArgumentsChecker()
+    call_ids = set[str]()
     for i, message in enumerate(messages):
         turn = message_of(message, f"messages[{i}]", arguments)
-        check_answers(turn, called, f"messages[{i}].tool_call_id")
-        called.update(call.id for call in turn.tool_calls)
+        check_answers(turn, call_ids, f"messages[{i}].tool_call_id")
+        call_ids.update(call.id for call in turn.tool_calls)
         turns.append(turn)
     return turns
 
 
 def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> pb.ChatMessage:
-    """One message. Raises ``InvalidRequest`` for what its role does not have."""
+    """Translate one message. Raises ``InvalidRequest`` for a field that its role requires or does not allow."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
     if m.role != "assistant" and m.tool_calls:
-        raise InvalidRequest(f"{field} has tool_calls and is no assistant's", field=f"{field}.tool_calls")
+        raise InvalidRequest(
+            f"{field} has the role {m.role}; only assistant messages may have tool_calls", field=f"{field}.tool_calls"
+        )
     if m.role == "tool" and not m.tool_call_id:
-        raise InvalidRequest(f"{field} does not say which call it answers", field=f"{field}.tool_call_id")
+        raise InvalidRequest(
+            f"{field} has no tool_call_id; send the id of the call that it answers", field=f"{field}.tool_call_id"
+        )
     if m.role != "tool" and m.tool_call_id:
-        raise InvalidRequest(f"{field}.tool_call_id is for tools' messages alone", field=f"{field}.tool_call_id")
+        raise InvalidRequest(
+            f"{field} has the role {m.role}; only tool messages may have tool_call_id", field=f"{field}.tool_call_id"
+        )
     return pb.ChatMessage(
         role="system" if m.role == "developer" else m.role,
         content=text_of(m.content, f"{field}.content"),
@@ -220,13 +229,13 @@ def _call(call: Call, field: str, arguments: ArgumentsChecker) -> pb.ToolCall:
 
 
 def text_of(content: str | list[ChatContentPart] | None, field: str) -> str:
-    """The text of a message's content. Raises ``InvalidRequest`` for parts that are not text."""
+    """Return the text of a message's content. Raises ``InvalidRequest`` for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     for i, part in enumerate(content):
         if part.type not in ("text", "refusal"):
             raise InvalidRequest(
-                f"{field}[{i}] is of type {part.type[:32]}; this model reads text alone", field=f"{field}[{i}]"
+                f"{field}[{i}] has the type {part.type[:32]}; only text is supported", field=f"{field}[{i}]"
             )
         if part.text is None and part.refusal is None:
             raise InvalidRequest(f"{field}[{i}] has no text", field=f"{field}[{i}].text")

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text that goes on where prompts end; several prompts in one request are answered at once."""
+"""POST /v1/completions: continues prompts. Several prompts in one request are answered concurrently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KIND = "text_completion"
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """The route."""
+    """The route's handler."""
 
     service: RequestService
     names: ModelNames
@@ -58,15 +58,15 @@ class Completions:
     async def _ask(
         self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
     ) -> list[RunningRequest]:
-        """Every prompt handed in, or none."""
+        """Submit all prompts. If one is rejected, end those that were accepted and raise its error."""
         with fields_named({"samples": "n", "top_logprobs": "logprobs", **grammar_fields("response_format")}):
             messages = await build(request, lambda: form.messages(request_id))
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
-            taken = [await request_validation.generate_request(m, checkpoint, caller) for m in messages]
+            requests = [await request_validation.generate_request(m, checkpoint, caller) for m in messages]
             async with AsyncExitStack() as undo:
                 all_running = []
-                for each in taken:
-                    running = await self.service.ask(each, checkpoint)
+                for one in requests:
+                    running = await self.service.ask(one, checkpoint)
                     undo.push_async_callback(running.events.aclose)
                     all_running.append(running)
                 undo.pop_all()
@@ -82,10 +82,10 @@ class _PromptAnswer:
     all_running: Sequence[RunningRequest]
 
     async def whole(self) -> dict[str, Any]:
-        """The response's body."""
+        """Return the body of a response that is not streamed."""
         async with asyncio.TaskGroup() as tasks:
-            gatherings = [tasks.create_task(gather_answers(running)) for running in self.all_running]
-        answers = [g.result() for g in gatherings]
+            gathered = [tasks.create_task(gather_answers(running)) for running in self.all_running]
+        answers = [task.result() for task in gathered]
         choices = [
             self._choice(p, i, whole, running)
             for p, (running, wholes) in enumerate(zip(self.all_running, answers, strict=True))
@@ -105,12 +105,13 @@ class _PromptAnswer:
         }
 
     def _echo(self, running: RunningRequest) -> str:
-        """The prompt as text, where it was asked for."""
+        """Return the prompt as text if ``echo`` is set, else an empty text."""
         return running.checkpoint.tokenizer.decode(running.request.prompt) if self.form.echo else ""
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The stream's events, of all prompts as they come."""
-        usage, offsets = Usage(0, 0), dict[int, int]()
+        """Yield the stream's events, of all prompts in the order of arrival."""
+        usage = Usage(0, 0)
+        offsets = dict[int, int]()
         try:
             async with _merge_events(self.all_running) as events:
                 if self.form.echo:
@@ -118,7 +119,8 @@ class _PromptAnswer:
                         for i in range(self.form.samples):
                             yield self._chunk(p * self.form.samples + i, self._echo(running))
                 async for prompt, e in events:
-                    running, index = self.all_running[prompt], prompt * self.form.samples + e.sample
+                    running = self.all_running[prompt]
+                    index = prompt * self.form.samples + e.sample
                     logprobs = None
                     if isinstance(e, FinishEvent):
                         prompted = e.usage if e.sample == 0 else Usage(0, e.usage.completion_tokens)
@@ -129,7 +131,7 @@ class _PromptAnswer:
                     reason = e.reason.value if isinstance(e, FinishEvent) else None
                     if e.text or logprobs or reason:
                         yield self._chunk(index, e.text, logprobs, reason)
-        except Exception as error:  # headers are out: the stream is the only place left to say it
+        except Exception as error:  # the headers are sent, so the error can only go into the stream
             yield event(openai_error(sentence_of(error, self.head.id)))
             return
         if self.form.stream_options and self.form.stream_options.include_usage:
@@ -145,23 +147,26 @@ class _PromptAnswer:
 async def _merge_events(
     all_running: Sequence[RunningRequest],
 ) -> AsyncIterator[AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]]:
-    """The events of all, each with its prompt's number, in the order in which they come. The first error ends all."""
-    # One event of each is held at most: a reader that is slow makes the answers' own bounds hold.
-    coming: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_running))
+    """Merge the events of all prompts in the order of arrival, each with its prompt's number.
+
+    The first error ends all prompts. The queue holds at most one event per prompt, so that a slow reader slows the
+    prompts down and their own bounds apply.
+    """
+    merged: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_running))
 
     async def pump(number: int, running: RunningRequest) -> None:
         try:
             async with aclosing(running.events) as events:
                 async for e in events:
-                    await coming.put((number, e))
-            await coming.put((number, None))
-        except Exception as e:  # told to the reader, who ends the others
-            await coming.put((number, e))
+                    await merged.put((number, e))
+            await merged.put((number, None))
+        except Exception as e:  # the reader raises it, which ends the other prompts
+            await merged.put((number, e))
 
     async def events() -> AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]:
         left = len(all_running)
         while left:
-            number, e = await coming.get()
+            number, e = await merged.get()
             if isinstance(e, Exception):
                 raise e
             if e is None:

@@ -1,4 +1,4 @@
-"""POST /v1/completions as clients send it, and its translation into requests that gRPC takes, one a prompt."""
+"""The body of POST /v1/completions, and its translation into one gRPC GenerateRequest per prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cluster.core.limits import MAX_ANSWERS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_L
 from cluster.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS: Final = 16
-"""OpenAI's, on this endpoint."""
+"""OpenAI's default for this endpoint."""
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Prompt = Text | Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
 
 
 class CompletionsForm(SamplingForm):
-    """The body. Beside OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, response_format, priority."""
+    """The body. It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, response_format, priority."""
 
     most_commas: ClassVar[int] = MAX_ELEMENTS + MAX_PROMPT_IDS
 
@@ -46,34 +46,37 @@ class CompletionsForm(SamplingForm):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One prompt or several, as several. An empty list is one prompt of no tokens, which the intake refuses."""
+        """The prompts as a list. An empty list is one prompt without tokens, which validation rejects."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]  # a list of ids
         return self.prompt
 
     def check(self) -> None:
-        """Raises ``InvalidRequest`` for fields that do not go together."""
+        """Raise ``InvalidRequest`` for fields that cannot be combined."""
         if self.best_of is not None and self.best_of != self.samples:
-            raise InvalidRequest("best_of other than n is not supported here; leave it out", field="best_of")
+            raise InvalidRequest("best_of must equal n; leave it out", field="best_of")
         if self.echo and self.logprobs is not None:
-            raise InvalidRequest("the prompt has no logprobs here; leave out echo or logprobs", field="echo")
+            raise InvalidRequest("logprobs of the prompt are not supported; leave out echo or logprobs", field="echo")
         if self.stream_options and not self.stream:
-            raise InvalidRequest("stream_options were given without stream", field="stream_options")
+            raise InvalidRequest("stream_options requires stream to be true", field="stream_options")
         if len(self.prompts) * self.samples > MAX_ANSWERS:
             raise InvalidRequest(
-                f"{len(self.prompts)} prompts with {self.samples} answers each; at most {MAX_ANSWERS} in all", field="n"
+                f"{len(self.prompts)} prompts with {self.samples} answers each are too many; "
+                f"send at most {MAX_ANSWERS} answers in total",
+                field="n",
             )
 
     def messages(self, request_id: str) -> list[pb.GenerateRequest]:
-        """A request for each prompt. Raises ``InvalidRequest``, naming the field."""
+        """Return a request for each prompt. Raises ``InvalidRequest``, naming the field."""
         self.check()
         prompts = self.prompts
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
-        return [self._message(*each) for each in zip(ids, prompts, strict=True)]
+        return [self._message(one_id, prompt) for one_id, prompt in zip(ids, prompts, strict=True)]
 
     def _message(self, request_id: str, prompt: Prompt) -> pb.GenerateRequest:
         sampling = self.sampling_options()
-        sampling.logprobs, sampling.top_logprobs = self.logprobs is not None, self.logprobs or 0
+        sampling.logprobs = self.logprobs is not None
+        sampling.top_logprobs = self.logprobs or 0
         message = pb.GenerateRequest(
             request_id=request_id,
             sampling=sampling,

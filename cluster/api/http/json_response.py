@@ -1,4 +1,4 @@
-"""JSON as the HTTP API writes it, and the ids of its objects."""
+"""Encodes JSON responses, and creates the ids of their objects."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from starlette.responses import JSONResponse
 
 
 def compact(data: Any) -> str:
-    """JSON without spaces."""
+    """Return ``data`` as JSON without spaces."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
 class Json(JSONResponse):
-    """A whole response."""
+    """A JSON response that is not streamed."""
 
     def render(self, content: Any) -> bytes:
-        """The body."""
+        """Return the body: compact JSON and a line break."""
         return f"{compact(content)}\n".encode()
 
 
 def new_id(prefix: str) -> str:
-    """Such as ``chatcmpl-0f3a...``."""
+    """Return a random id with ``prefix``, such as ``chatcmpl-0f3a...``."""
     return f"{prefix}{secrets.token_hex(12)}"

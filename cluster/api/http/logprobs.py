@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two notations: chat's list of tokens, and the columns of completions."""
+"""Encodes log-probabilities in OpenAI's two formats: the token list of chat, and the columns of completions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cluster.core.request import TokenEvent
 
 _REPLACEMENT: Final = "\ufffd"
 _LEAST: Final = -9999.0
-"""What OpenAI says for a token that could not come: JSON has no infinity."""
+"""OpenAI's value for an impossible token, since JSON has no infinity."""
 
 
 def chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
-    """``{"content": [...], "refusal": null}``."""
+    """Return ``{"content": [...], "refusal": null}``."""
     return {"content": [entry(t, running) for t in tokens], "refusal": None}
 
 
 def entry(token: TokenEvent, running: RunningRequest) -> dict[str, Any]:
-    """One token with its alternatives. ``bytes`` is null where the token is a part of a character."""
+    """Encode one token with its alternatives. ``bytes`` is null if the token is only part of a character."""
     text = running.checkpoint.tokenizer.token_text
     top = [_logprob_entry(text(t.token), t.logprob) for t in token.top]
     return {**_logprob_entry(text(token.token), token.logprob or 0.0), "top_logprobs": top}
@@ -31,13 +31,13 @@ def _logprob_entry(text: str, logprob: float) -> dict[str, Any]:
 
 
 def _alternatives(token: TokenEvent, text: Callable[[int], str]) -> dict[str, float]:
-    """By text; the token that was picked is always among them."""
+    """Return the log-probability of each alternative by its text, including the sampled token."""
     found = {text(o.token): max(o.logprob, _LEAST) for o in token.top}
     return found | {text(token.token): max(token.logprob or 0.0, _LEAST)}
 
 
 def columns(tokens: Sequence[TokenEvent], running: RunningRequest, offset: int) -> dict[str, Any]:
-    """``logprobs`` of completions; ``offset`` is where the first token's text begins."""
+    """Return the ``logprobs`` of completions; ``offset`` is the character at which the first token's text begins."""
     text = running.checkpoint.tokenizer.token_text
     offsets = []
     for token in tokens:

@@ -1,4 +1,4 @@
-"""POST /v1/messages: Anthropic's shape, whole or as its named events."""
+"""POST /v1/messages: an answer in Anthropic's format, as one response or as a stream of named events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PING: Final = event({"type": "ping"}, "ping")
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """The route."""
+    """The route's handler."""
 
     service: RequestService
     names: ModelNames
@@ -46,8 +46,8 @@ class Messages:
         formatted = form.output_config is not None and form.output_config.format is not None
         with fields_named({**FIELDS, **grammar_fields("output_config.format" if formatted else "tools")}):
             message = await build(request, lambda: form.message(request_id))
-            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(taken, checkpoint)
+            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
+            running = await self.service.ask(core_request, checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
             return EventStream(MessageStream(model, running).events(), PING)
@@ -55,7 +55,7 @@ class Messages:
 
 
 def message_of(model: str, running: RunningRequest, usage: Usage) -> dict[str, Any]:
-    """The message before anything is in it."""
+    """Return a message without content."""
     return {
         "id": running.request.id,
         "type": "message",
@@ -69,7 +69,7 @@ def message_of(model: str, running: RunningRequest, usage: Usage) -> dict[str, A
 
 
 def usage_of(usage: Usage) -> dict[str, int]:
-    """Anthropic counts what was read from the cache apart from the rest of the input."""
+    """Return Anthropic's usage object, which counts cached prompt tokens separately from the other input tokens."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -79,7 +79,7 @@ def usage_of(usage: Usage) -> dict[str, int]:
 
 
 def ending(finish: FinishEvent) -> dict[str, Any]:
-    """Why it stopped, and at which of the stop sequences."""
+    """Return the stop reason, and the stop sequence that was found."""
     if finish.reason is FinishReason.TOOL_CALLS:
         reason = "tool_use"
     elif finish.reason is FinishReason.LENGTH:
@@ -105,7 +105,7 @@ def _block(part: AnswerPart) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A call's arguments. A model that was free to write what it likes, and stopped midway, may have written none."""
+    """Parse a call's arguments. Return ``{}`` if they are invalid, as in an unconstrained or truncated answer."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -115,39 +115,40 @@ def _object(text: str) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class MessageStream:
-    """A streamed message: blocks open, grow and close one after the other."""
+    """A streamed message. Its blocks are opened, extended and closed one after the other."""
 
     model: str
     running: RunningRequest
     _open: str = ""
-    """What the open block is: text, thinking, or a call by its number; empty before the first."""
+    """The kind of the open block: ``text``, ``thinking``, or ``call`` with its number; empty if none is open."""
     _index: int = field(default=-1)
-    _begun: bool = False
+    _started: bool = False
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream's events. An error that ends the answer is the last of them."""
+        """Yield the stream's events. If an error ends the answer, it is the last event."""
         try:
             async with aclosing(self.running.events) as events:
                 async for e in events:
-                    if not self._begun:
-                        self._begun = True
+                    if not self._started:
+                        self._started = True
                         yield self._start(e)
-                    for piece in self._grown(e):
+                    for piece in self._extend(e):
                         yield piece
                     if isinstance(e, FinishEvent):
                         yield self._close_block()
                         yield _named_event({"type": "message_delta", "delta": ending(e), "usage": usage_of(e.usage)})
                         yield _named_event({"type": "message_stop"})
-        except Exception as error:  # headers are out: the stream is the only place left to say it
+        except Exception as error:  # the headers are sent, so the error can only go into the stream
             yield event(anthropic_error(sentence_of(error, self.running.request.id)), "error")
 
     def _start(self, first: TokenEvent | FinishEvent) -> bytes:
-        """What of the prompt was kept is known with the first event, and clients believe what the start says."""
+        """Return ``message_start``. It waits for the first event, which knows the number of cached tokens."""
         cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
         usage = Usage(len(self.running.request.prompt), 0, cached)
         return _named_event({"type": "message_start", "message": message_of(self.model, self.running, usage)})
 
-    def _grown(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
+    def _extend(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
+        """Yield the events that add one token's output to the blocks."""
         if e.reasoning:
             yield self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             yield self._delta({"type": "thinking_delta", "thinking": e.reasoning})
@@ -161,18 +162,19 @@ class MessageStream:
                 yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def _open_block(self, kind: str, block: dict[str, Any]) -> bytes:
-        """The events that make this the open block; none where it is."""
+        """Return the events that open this block and close the previous one; empty if it is already open."""
         if kind == self._open:
             return b""
         closed = self._close_block()
-        self._open, self._index = kind, self._index + 1
+        self._open = kind
+        self._index += 1
         return closed + _named_event({"type": "content_block_start", "index": self._index, "content_block": block})
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
         return _named_event({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close_block(self) -> bytes:
-        """The event that closes the open block, if one is."""
+        """Return the events that close the open block; empty if none is open."""
         if not self._open:
             return b""
         signed = self._delta({"type": "signature_delta", "signature": ""}) if self._open == "thinking" else b""

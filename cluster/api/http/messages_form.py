@@ -1,6 +1,6 @@
-"""POST /v1/messages as Anthropic's clients send it, and its translation into the request that gRPC takes.
+"""The body of POST /v1/messages, and its translation into a gRPC ChatRequest.
 
-One of their messages may hold several results of tools and text; each becomes a message of its own.
+One Anthropic message may hold several tool results and text; each becomes a separate message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT = "text"
 
 
 class Block(Form):
-    """A block of content. Which fields it has, its type says; types that are no text are refused by name."""
+    """A content block. Its type determines its fields; types that are not text are rejected by name."""
 
     type: str
     text: Text | None = None
@@ -50,14 +50,14 @@ Blocks: TypeAlias = Annotated[list[Block], Field(max_length=MAX_PARTS, fail_fast
 
 
 class AnthropicMessage(Form):
-    """What a user, an assistant, or (in newer clients) the system said."""
+    """A message of a user, an assistant or (in newer clients) the system."""
 
     role: Literal["user", "assistant", "system"]
     content: Text | Blocks
 
 
 class AnthropicTool(Form):
-    """A tool of the client's own. The server's tools have another ``type`` and are refused by it."""
+    """A tool of the client. Anthropic's server tools have another ``type``, which is rejected."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -78,7 +78,7 @@ class AnthropicToolChoice(Form):
 
 
 class ThinkingForm(Form):
-    """``budget_tokens`` cannot be enforced: how long to think is the model's to know; max_tokens bounds it all."""
+    """The thinking options. ``budget_tokens`` cannot be enforced; max_tokens bounds reasoning and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Positive | None = None
@@ -96,7 +96,7 @@ class OutputConfig(Form):
 
 
 class CountForm(Form):
-    """What the counting of tokens takes: everything that makes the prompt."""
+    """The body of /v1/messages/count_tokens: all fields that determine the prompt."""
 
     model: ShortText
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -110,11 +110,12 @@ class CountForm(Form):
     mcp_servers: Unsupported = None
 
     def conversation(self) -> pb.ChatRequest:
-        """Messages, tools, and what the answer must be. Raises ``InvalidRequest``, naming the field."""
-        turns, called = list(_system(self.system)), set[str]()
+        """Translate messages, tools and the answer's format. Raises ``InvalidRequest``, naming the field."""
+        turns = list(_system(self.system))
+        call_ids = set[str]()
         for i, message in enumerate(self.messages):
-            for turn in _turns(message, f"messages[{i}]", called):
-                called.update(call.id for call in turn.tool_calls)
+            for turn in _turns(message, f"messages[{i}]", call_ids):
+                call_ids.update(call.id for call in turn.tool_calls)
                 turns.append(turn)
         output = self.output_config
         return pb.ChatRequest(
@@ -124,9 +125,10 @@ class CountForm(Form):
         )
 
     def _template(self) -> pb.TemplateOptions:
-        choice, thinking = self.tool_choice, self.thinking
+        choice = self.tool_choice
+        thinking = self.thinking
         if choice and choice.type == "tool" and not choice.name:
-            raise InvalidRequest("tool_choice does not name the tool", field="tool_choice.name")
+            raise InvalidRequest("tool_choice has no name; name the tool to call", field="tool_choice.name")
         mode = {"any": "required", "tool": choice.name or ""}.get(choice.type, choice.type) if choice else "auto"
         single = choice is not None and choice.disable_parallel_tool_use
         return pb.TemplateOptions(
@@ -157,11 +159,11 @@ class MessagesForm(CountForm):
     inference_geo: Unsupported = None
 
     def message(self, request_id: str) -> pb.ChatRequest:
-        """The request. Raises ``InvalidRequest``, naming the field."""
-        if self.messages[-1].role == "assistant":  # a template would end that turn and begin a new one, unasked
+        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
+        if self.messages[-1].role == "assistant":  # the chat template would end that turn and begin a new one
             raise InvalidRequest(
-                "the last of messages is the assistant's; going on with its text (prefill) is not supported here: end "
-                "with the user's message",
+                "the last message is the assistant's; continuing its text (prefill) is not supported; end with a user "
+                "message",
                 field=f"messages[{len(self.messages) - 1}].role",
                 code="unsupported_parameter",
             )
@@ -187,72 +189,74 @@ def _system(system: str | list[Block] | None) -> Iterator[pb.ChatMessage]:
 
 
 def _text(content: str | list[Block], field: str) -> str:
-    """The text of blocks that can be nothing but text."""
+    """Return the text of blocks. Raises ``InvalidRequest`` for a block that is not text."""
     if isinstance(content, str):
         return content
     for i, block in enumerate(content):
-        _require(block, (TEXT,), f"{field}[{i}]")
-    return "\n".join(_has(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
+        _check_type(block, (TEXT,), f"{field}[{i}]")
+    return "\n".join(_required(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
-def _turns(message: AnthropicMessage, field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
+def _turns(message: AnthropicMessage, field: str, call_ids: Collection[str]) -> Iterator[pb.ChatMessage]:
+    """Translate one message; ``call_ids`` are the ids of all earlier tool calls."""
     if message.role == "system" or isinstance(message.content, str):
         yield pb.ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
     elif message.role == "assistant":
         yield _assistant(message.content, f"{field}.content")
     else:
-        yield from _user(message.content, f"{field}.content", called)
+        yield from _user(message.content, f"{field}.content", call_ids)
 
 
 def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
     message = pb.ChatMessage(role="assistant")
-    said, thought = list[str](), list[str]()
+    texts = list[str]()
+    thoughts = list[str]()
     for i, block in enumerate(blocks):
         at = f"{field}[{i}]"
-        _require(block, (TEXT, "thinking", "redacted_thinking", "tool_use"), at)
+        _check_type(block, (TEXT, "thinking", "redacted_thinking", "tool_use"), at)
         if block.type == TEXT:
-            said.append(_has(block.text, f"{at}.text"))
+            texts.append(_required(block.text, f"{at}.text"))
         elif block.type == "thinking":
-            thought.append(_has(block.thinking, f"{at}.thinking"))
+            thoughts.append(_required(block.thinking, f"{at}.thinking"))
         elif block.type == "tool_use":
-            arguments = compact(_has(block.input, f"{at}.input"))
-            call = pb.ToolCall(id=_has(block.id, f"{at}.id"), name=_has(block.name, f"{at}.name"), arguments=arguments)
-            message.tool_calls.append(call)
-    message.content, message.reasoning = "".join(said), "".join(thought)
+            arguments = compact(_required(block.input, f"{at}.input"))
+            call_id = _required(block.id, f"{at}.id")
+            name = _required(block.name, f"{at}.name")
+            message.tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
+    message.content = "".join(texts)
+    message.reasoning = "".join(thoughts)
     return message
 
 
-def _user(blocks: list[Block], field: str, called: Collection[str]) -> Iterator[pb.ChatMessage]:
-    """Results of tools first, as they must be, then what the user says beside them."""
-    said = []
+def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterator[pb.ChatMessage]:
+    """Yield the tool results, which must come first, then the user's text."""
+    texts = []
     for i, block in enumerate(blocks):
         at = f"{field}[{i}]"
-        _require(block, (TEXT, "tool_result"), at)
+        _check_type(block, (TEXT, "tool_result"), at)
         if block.type == TEXT:
-            said.append(_has(block.text, f"{at}.text"))
+            texts.append(_required(block.text, f"{at}.text"))
         else:
             result = _result(block, at)
-            check_answers(result, called, f"{at}.tool_use_id")
+            check_answers(result, call_ids, f"{at}.tool_use_id")
             yield result
-    if said:
-        yield pb.ChatMessage(role="user", content="\n".join(said))
+    if texts:
+        yield pb.ChatMessage(role="user", content="\n".join(texts))
 
 
 def _result(block: Block, field: str) -> pb.ChatMessage:
     text = _text(block.content or "", f"{field}.content")
-    told = f"Error: {text}" if block.is_error else text
-    return pb.ChatMessage(role="tool", content=told, tool_call_id=_has(block.tool_use_id, f"{field}.tool_use_id"))
+    content = f"Error: {text}" if block.is_error else text
+    call_id = _required(block.tool_use_id, f"{field}.tool_use_id")
+    return pb.ChatMessage(role="tool", content=content, tool_call_id=call_id)
 
 
-def _require(block: Block, kinds: tuple[str, ...], field: str) -> None:
+def _check_type(block: Block, kinds: tuple[str, ...], field: str) -> None:
     if block.type not in kinds:
-        raise InvalidRequest(
-            f"{field} is of type {block.type[:32]}; taken are {', '.join(kinds)}: this model reads text alone",
-            field=field,
-        )
+        raise InvalidRequest(f"{field} has the type {block.type[:32]}; supported here: {', '.join(kinds)}", field=field)
 
 
-def _has(value: T | None, field: str) -> T:
+def _required(value: T | None, field: str) -> T:
     if value is None:
         raise InvalidRequest(f"{field} is missing", field=field)
     return value

@@ -1,4 +1,4 @@
-"""By which names a client may call the served model: its id, what people named it, ``default``, or nothing."""
+"""The names under which clients may request the served model: its id, its aliases, ``default``, or no name."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ DEFAULT: Final = "default"
 
 
 class ModelNames:
-    """``aliases`` are further names of whatever is served."""
+    """The names of the served model; ``aliases`` are additional ones."""
 
     def __init__(self, coordinator: Coordinator, aliases: tuple[str, ...] = ()) -> None:
-        self._coordinator, self._aliases = coordinator, aliases
+        self._coordinator = coordinator
+        self._aliases = aliases
 
-    def checkpoint(self, asked: str | None) -> ModelInfo:
-        """The served model. Raises ``NotServing``, and ``ModelNotFound`` where another is meant."""
+    def checkpoint(self, requested: str | None) -> ModelInfo:
+        """Return the served model. Raises ``NotServing``, and ``ModelNotFound`` if ``requested`` is another model."""
         checkpoint = self._coordinator.checkpoint("")
         known = (*self.of(checkpoint), checkpoint.shape.model.name, DEFAULT, "", None)
-        if asked not in known:
+        if requested not in known:
             listed = ", ".join(self.of(checkpoint))
-            raise ModelNotFound(f"no model {str(asked)[:64]} is served here; there is {listed}", field="model")
+            raise ModelNotFound(f"the model {str(requested)[:64]} is not served here; use {listed}", field="model")
         return checkpoint
 
     def of(self, checkpoint: ModelInfo) -> tuple[str, ...]:
-        """Its names for clients, the id first. A folder's id is its last part: its place is nobody else's business."""
+        """Return the model's public names, its id first."""
         return tuple(dict.fromkeys((model_id(checkpoint), *self._aliases)))
 
-    def shown_name(self, asked: str | None, checkpoint: ModelInfo) -> str:
-        """What an answer says that it is from: the name that was asked for, where it is one of those listed."""
-        return asked if asked and asked in self.of(checkpoint) else model_id(checkpoint)
+    def shown_name(self, requested: str | None, checkpoint: ModelInfo) -> str:
+        """Return the model name for a response: the requested name if it is public, else the id."""
+        return requested if requested and requested in self.of(checkpoint) else model_id(checkpoint)
 
 
 def model_id(checkpoint: ModelInfo) -> str:
-    """A Hugging Face id or bundled name as it is; a folder's last part."""
+    """Return the public id: a Hugging Face id or bundled name unchanged, a folder's last part (its path is private)."""
     name = checkpoint.shape.model.name
     return PurePath(name).name if name.startswith(("/", ".", "~")) else name

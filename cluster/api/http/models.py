@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: what is served, under each of its names, in OpenAI's and Anthropic's fields."""
+"""GET /v1/models and /v1/models/{id}: the served model under each of its names, in OpenAI's and Anthropic's format."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cluster.core.errors import MacpipeError, ModelNotFound, NotServing
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The two routes. ``created`` is when this coordinator started: a model has no date of its own."""
+    """The handlers of both routes. ``created`` is the coordinator's start in Unix seconds: a model has no date."""
 
     names: ModelNames
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def list_models(self, request: Request) -> Json:
-        """The list; empty while nothing is served."""
+        """Return the list of models; empty while nothing is served."""
         try:
             checkpoint = self.names.checkpoint(None)
         except MacpipeError:
@@ -31,13 +31,13 @@ class Models:
         return Json(_page([self._model(name, checkpoint) for name in self.names.of(checkpoint)]))
 
     async def get_model(self, request: Request) -> Json:
-        """One by any of its names. Raises ``ModelNotFound``."""
-        asked = request.path_params["model"]
+        """Return the model with one of its names. Raises ``ModelNotFound``."""
+        name = request.path_params["model"]
         try:
-            checkpoint = self.names.checkpoint(asked)
+            checkpoint = self.names.checkpoint(name)
         except NotServing as e:
-            raise ModelNotFound(f"no model {asked[:64]} is served here: {e.sentence}", field="model") from None
-        return Json(self._model(self.names.shown_name(asked, checkpoint), checkpoint))
+            raise ModelNotFound(f"the model {name[:64]} is not served here: {e.sentence}", field="model") from None
+        return Json(self._model(self.names.shown_name(name, checkpoint), checkpoint))
 
     def _model(self, name: str, checkpoint: ModelInfo) -> dict[str, Any]:
         shape = checkpoint.shape
@@ -57,6 +57,6 @@ class Models:
 
 
 def _page(data: list[dict[str, Any]]) -> dict[str, Any]:
-    """All of them: there is never another page."""
+    """Return a page with all models; there is never a second page."""
     ids = [model["id"] for model in data] or [None]
     return {"object": "list", "data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}

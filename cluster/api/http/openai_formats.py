@@ -1,4 +1,4 @@
-"""Tools and answer formats in OpenAI's notation, as the intake takes them."""
+"""Translates OpenAI's tools, tool choices and response formats into gRPC messages."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _MODES = {
 def _no_allowed_tools(choice: object) -> object:
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         raise PydanticCustomError(
-            "allowed_tools", "allowed_tools is not supported here; give those tools alone in tools"
+            "allowed_tools", "allowed_tools is not supported here; send only those tools in tools"
         )
     return choice
 
 
 Choosable = BeforeValidator(_no_allowed_tools)
-"""For tool_choice: what OpenAI has there beside what we take."""
+"""A validator for tool_choice: rejects OpenAI's ``allowed_tools``, which is not supported."""
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
-"""Of a tool, or of a schema: what OpenAI and Anthropic take there."""
+"""The name of a tool or a schema, in the characters that OpenAI and Anthropic allow."""
 
 
 class FunctionSpec(Form):
-    """A function that the model may call. Calls that must be made always keep to the schema, ``strict`` or not."""
+    """A function that the model may call. Required calls always follow the schema, with or without ``strict``."""
 
     name: Name
     description: str | None = None
@@ -47,7 +47,7 @@ class FunctionSpec(Form):
 
 
 class JsonSchema(Form):
-    """A named schema. Answers always keep to it, ``strict`` or not."""
+    """A named schema. Answers always follow it, with or without ``strict``."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -58,7 +58,7 @@ class JsonSchema(Form):
 
 
 class ResponseFormat(Form):
-    """What an answer must be; ``regex`` and ``lark`` are ours."""
+    """The required format of an answer; ``regex`` and ``lark`` are macpipe's additions."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"]
     json_schema: JsonSchema | None = None
@@ -66,58 +66,61 @@ class ResponseFormat(Form):
     lark: str | None = None
 
 
-def grammar_of(asked: ResponseFormat | None, field: str = "response_format") -> pb.Grammar | None:
-    """The grammar of a format. Raises ``InvalidRequest`` where it lacks what its type needs."""
-    if asked is None or asked.type == "text":
+def grammar_of(requested: ResponseFormat | None, field: str = "response_format") -> pb.Grammar | None:
+    """Return the grammar of a format; None if the answer is free. Raises ``InvalidRequest`` for a missing field."""
+    if requested is None or requested.type == "text":
         return None
-    if asked.type == "json_object":
+    if requested.type == "json_object":
         return pb.Grammar(json_object=True)
-    if asked.type == "json_schema":
-        if asked.json_schema is None or asked.json_schema.schema_ is None:
+    if requested.type == "json_schema":
+        if requested.json_schema is None or requested.json_schema.schema_ is None:
             raise InvalidRequest(f"{field} has no schema", field=f"{field}.json_schema")
-        return schema_grammar(asked.json_schema.schema_)
-    source = asked.regex if asked.type == "regex" else asked.lark
+        return schema_grammar(requested.json_schema.schema_)
+    source = requested.regex if requested.type == "regex" else requested.lark
     if source is None:
-        raise InvalidRequest(f"{field} has no {asked.type}", field=f"{field}.{asked.type}")
-    return pb.Grammar(regex=source) if asked.type == "regex" else pb.Grammar(lark=source)
+        raise InvalidRequest(f"{field} has no {requested.type}", field=f"{field}.{requested.type}")
+    return pb.Grammar(regex=source) if requested.type == "regex" else pb.Grammar(lark=source)
 
 
 def schema_grammar(schema: dict[str, Any]) -> pb.Grammar:
-    """The grammar of a JSON schema."""
+    """Return the grammar of a JSON schema."""
     return pb.Grammar(json_schema=compact(schema))
 
 
 def tool_of(spec: FunctionSpec, field: str) -> pb.Tool:
-    """A tool for the model's template. Raises ``InvalidRequest`` where ``field``.parameters are no schema."""
+    """Translate a tool. Raises ``InvalidRequest`` if its parameters are not a JSON Schema."""
     check_schema(spec.parameters or {}, f"{field}.parameters")
     schema = compact(spec.parameters) if spec.parameters else ""
     return pb.Tool(name=spec.name, description=spec.description or "", parameters=schema)
 
 
 def choice_of(choice: str, *, named: bool) -> pb.ToolChoice:
-    """``choice`` is auto, none or required, or the name of the tool that must be called."""
+    """Translate a tool choice: auto, none or required, or (``named``) the name of the tool that must be called."""
     if named:
         return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=choice)
     return pb.ToolChoice(mode=_MODES[choice])
 
 
-def check_answers(turn: pb.ChatMessage, called: Collection[str], field: str) -> None:
-    """Raises ``InvalidRequest`` where ``turn`` is a tool's and answers none of the calls whose ids are ``called``."""
-    if turn.role == "tool" and turn.tool_call_id not in called:
-        raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}, which no call before it has", field=field)
+def check_answers(turn: pb.ChatMessage, call_ids: Collection[str], field: str) -> None:
+    """Raise ``InvalidRequest`` if ``turn`` is a tool message that answers none of the earlier ``call_ids``."""
+    if turn.role == "tool" and turn.tool_call_id not in call_ids:
+        raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}; no call before it has this id", field=field)
 
 
 class ArgumentsChecker:
-    """Checks the arguments of a conversation's calls, whose elements are bounded together.
+    """Checks the arguments of all tool calls of a conversation, and bounds their JSON elements together.
 
-    They come as JSON in strings, where the count of the body's own elements does not reach.
+    Arguments are JSON inside strings, which the element count of the body does not cover.
     """
 
     def __init__(self) -> None:
         self._elements = ElementCounter()
 
     def text(self, arguments: str, field: str) -> str:
-        """``arguments`` as they came; a JSON object. Raises ``InvalidRequest`` or ``TooLarge``."""
+        """Return ``arguments`` unchanged, or ``{}`` if empty.
+
+        Raises ``InvalidRequest`` if they are not a JSON object, or ``TooLarge``.
+        """
         data = arguments.encode() or b"{}"
         self._elements.feed(data)
         try:

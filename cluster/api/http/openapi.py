@@ -1,4 +1,4 @@
-"""The description of this API: made from the forms that check the requests, so that the two cannot differ."""
+"""The OpenAPI document, generated from the forms that validate requests so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.tokenize import TokenizeForm
 
 BODIES: Final[tuple[tuple[str, type[Form], str], ...]] = (
-    ("/v1/chat/completions", ChatForm, "An answer to a conversation, OpenAI's way."),
-    ("/v1/completions", CompletionsForm, "Text that goes on where a prompt ends."),
-    ("/v1/responses", ResponsesForm, "OpenAI's newer shape; nothing is stored."),
-    ("/v1/messages", MessagesForm, "An answer to a conversation, Anthropic's way."),
-    ("/v1/messages/count_tokens", CountForm, "How long that conversation's prompt is."),
-    ("/tokenize", TokenizeForm, "What the model would read."),
+    ("/v1/chat/completions", ChatForm, "Answers a conversation, in OpenAI's format."),
+    ("/v1/completions", CompletionsForm, "Continues a prompt."),
+    ("/v1/responses", ResponsesForm, "Answers a conversation, in OpenAI's newer format; nothing is stored."),
+    ("/v1/messages", MessagesForm, "Answers a conversation, in Anthropic's format."),
+    ("/v1/messages/count_tokens", CountForm, "Counts the prompt tokens of a conversation."),
+    ("/tokenize", TokenizeForm, "Returns the tokens of a text or a conversation."),
 )
 READINGS: Final[tuple[tuple[str, str], ...]] = (
-    ("/v1/models", "What is served, under each of its names."),
-    ("/v1/models/{model}", "One of them."),
-    ("/health", "200 while a token goes through every stage, else 503 and why."),
-    ("/ready", "The same."),
+    ("/v1/models", "Lists the served model under each of its names."),
+    ("/v1/models/{model}", "Returns one model."),
+    ("/health", "200 while a token can pass through every stage, else 503 and the reason."),
+    ("/ready", "The same as /health."),
     ("/live", "200 as long as the coordinator's process answers."),
-    ("/metrics", "Prometheus' text."),
+    ("/metrics", "Metrics in Prometheus' text format."),
 )
 _TEMPLATE: Final = "#/components/schemas/{model}"
 
 
 def description() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """Return the OpenAPI 3.1 document."""
     references, schemas = models_json_schema([(form, "validation") for _, form, _ in BODIES], ref_template=_TEMPLATE)
     paths = {path: {"post": _post(text, references[form, "validation"])} for path, form, text in BODIES}
     paths |= {path: {"get": _get(path, text)} for path, text in READINGS}
@@ -61,8 +61,8 @@ def _get(path: str, text: str) -> dict[str, Any]:
 def _responses(kind: str) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model="Error")}}}
     return {
-        "200": {"description": "Done.", "content": {kind: {}}},
-        "default": {"description": "Refused, or failed.", "content": error},
+        "200": {"description": "Success.", "content": {kind: {}}},
+        "default": {"description": "Rejected or failed.", "content": error},
     }
 
 

@@ -1,6 +1,6 @@
-"""Whether and how hard to think, as OpenAI's clients say it.
+"""Reads the thinking switch and the reasoning effort from OpenAI requests.
 
-In a field of its own, or, as most clients of open models do, among the arguments of the model's template.
+Clients send them in a separate field or, as most clients of open models do, in ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from cluster.core.errors import InvalidRequest
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _KWARGS: Final = "chat_template_kwargs"
 _SWITCHES: Final = ("enable_thinking", "thinking")
-"""Templates differ in the name; both mean the same."""
+"""Template arguments that turn thinking on or off; the name depends on the model's template."""
 _EFFORT: Final = "reasoning_effort"
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFields:
-    """``enable`` None and ``effort`` "" leave it to the template, whose further arguments are ``template``, as JSON."""
+    """The thinking switch and the effort; ``enable`` None and ``effort`` "" are the template's defaults.
+
+    ``template`` holds the remaining template arguments as JSON; empty if there are none.
+    """
 
     enable: bool | None
     effort: str
@@ -29,26 +32,26 @@ class ReasoningFields:
 
 
 def thinking_of(effort: str | None, kwargs: Mapping[str, Any] | None, field: str) -> ReasoningFields:
-    """What ``effort``, the request's ``field``, and the template's arguments say together.
+    """Combine ``effort``, which the request has in ``field``, with the template arguments ``kwargs``.
 
-    Raises ``InvalidRequest`` where they contradict each other, or are none.
+    Raises ``InvalidRequest`` if they contradict each other or are invalid.
     """
     given = kwargs or {}
     efforts = {field: effort, f"{_KWARGS}.{_EFFORT}": _effort(given.get(_EFFORT))}
-    said = {place: value != "none" for place, value in efforts.items() if value is not None}
-    said |= {f"{_KWARGS}.{name}": _switch(name, given[name]) for name in _SWITCHES if given.get(name) is not None}
-    if len(set(said.values())) > 1 or len({e for e in efforts.values() if e is not None}) > 1:
-        *_, last = said
-        raise InvalidRequest(f"{' and '.join(said)} contradict each other; give one of them", field=last)
-    wanted = next((e for e in efforts.values() if e is not None), None)
-    switched = any(given.get(name) is not None for name in _SWITCHES)
-    enable = next(iter(said.values())) if switched or wanted == "none" else None
+    enabled = {place: value != "none" for place, value in efforts.items() if value is not None}
+    enabled |= {f"{_KWARGS}.{name}": _switch(name, given[name]) for name in _SWITCHES if given.get(name) is not None}
+    if len(set(enabled.values())) > 1 or len({e for e in efforts.values() if e is not None}) > 1:
+        *_, last = enabled
+        raise InvalidRequest(f"{' and '.join(enabled)} contradict each other; send one of them", field=last)
+    chosen = next((e for e in efforts.values() if e is not None), None)
+    has_switch = any(given.get(name) is not None for name in _SWITCHES)
+    enable = next(iter(enabled.values())) if has_switch or chosen == "none" else None
     rest = {name: value for name, value in given.items() if name not in (*_SWITCHES, _EFFORT)}
-    return ReasoningFields(enable, "" if wanted in (None, "none") else wanted, compact(rest) if rest else "")
+    return ReasoningFields(enable, "" if chosen in (None, "none") else chosen, compact(rest) if rest else "")
 
 
 def thinking_fields(kwargs: Mapping[str, Any] | None, field: str) -> dict[str, str]:
-    """What the intake's names for it are called where they came from; ``field`` is the effort's own."""
+    """Map validation's field names to those in the request; ``field`` is the request's separate effort field."""
     given = {name for name, value in (kwargs or {}).items() if value is not None}
     effort = f"{_KWARGS}.{_EFFORT}" if _EFFORT in given else field
     switch = next((f"{_KWARGS}.{name}" for name in _SWITCHES if name in given), effort)
@@ -57,7 +60,7 @@ def thinking_fields(kwargs: Mapping[str, Any] | None, field: str) -> dict[str, s
 
 def _effort(value: object) -> str | None:
     if value is None or value in get_args(Effort):
-        return value  # type: ignore[return-value]  # one of the words
+        return value  # type: ignore[return-value]  # a member of Effort
     place = f"{_KWARGS}.{_EFFORT}"
     raise InvalidRequest(f"{place} must be one of {', '.join(get_args(Effort))}", field=place)
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses: the route, and the response object as it stands at any moment."""
+"""POST /v1/responses: the route's handler, and the output items of a response that is not streamed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIELDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """The route."""
+    """The route's handler."""
 
     service: RequestService
     names: ModelNames
@@ -45,8 +45,8 @@ class Responses:
         thinking = thinking_fields(form.chat_template_kwargs, "reasoning.effort")
         with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
             message = await build(request, lambda: form.message(request_id))
-            taken = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(taken, checkpoint)
+            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
+            running = await self.service.ask(core_request, checkpoint)
         reply = Reply(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
             return EventStream(ResponseStream(reply).events())
@@ -60,7 +60,7 @@ async def _whole_response(reply: Reply) -> dict[str, Any]:
 
 
 def items_of(reply: Reply, whole: WholeAnswer) -> Sequence[dict[str, Any]]:
-    """What came out, in the order in which it was said; an answer of no words is a message, too."""
+    """Return the output items in the order of generation. An empty answer has one empty message."""
     tokens = [entry(t, reply.running) for t in whole.tokens] if reply.form.logprobs else []
     items = []
     for part in whole.parts or (AnswerPart(),):
@@ -70,7 +70,7 @@ def items_of(reply: Reply, whole: WholeAnswer) -> Sequence[dict[str, Any]]:
             items.append(reply.reasoning(new_id("rs_"), part.text))
         else:
             items.append(reply.message(new_id("msg_"), part.text, tokens))
-            tokens = []  # told with the first message; there is another one only after a call
+            tokens = []  # the first message has all log-probabilities; another message follows only after a call
     if whole.finish:
         items[-1]["status"] = reply.ending(whole.finish)
     return items

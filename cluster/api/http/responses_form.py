@@ -1,6 +1,6 @@
-"""POST /v1/responses as clients send it, and its translation into the request that gRPC takes.
+"""The body of POST /v1/responses, and its translation into a gRPC ChatRequest.
 
-Nothing is stored: a conversation comes whole with each request, reasoning and calls among its items.
+Nothing is stored: each request has the whole conversation, including reasoning and tool calls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Parts: TypeAlias = Annotated[list[ResponsesContentPart], Field(max_length=MAX_PA
 
 
 class InputItem(Form):
-    """One item of the input. Which fields it has, its type says; a type left out means a message."""
+    """One item of the input. Its type determines its fields; the default type is a message."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -68,7 +68,7 @@ class InputItem(Form):
 
 
 class ResponsesTool(FunctionSpec):
-    """A function. The server's own tools (web_search and others) are refused by their type."""
+    """A function. OpenAI's server tools (web_search and others) have another type, which is rejected."""
 
     type: Literal["function"]
     defer_loading: Literal[False] | None = None
@@ -109,7 +109,7 @@ Included: TypeAlias = Annotated[
 
 
 class ResponsesForm(Form):
-    """The body. Beside OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
+    """The body. It adds to OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
 
     model: ShortText | None = None
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
@@ -156,7 +156,7 @@ class ResponsesForm(Form):
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
     def message(self, request_id: str) -> pb.ChatRequest:
-        """The request. Raises ``InvalidRequest``, naming the field."""
+        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
         sampling = pb.SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
@@ -182,20 +182,20 @@ class ResponsesForm(Form):
     def _turns(self) -> list[pb.ChatMessage]:
         if isinstance(self.input, str):
             return [pb.ChatMessage(role="user", content=self.input)]
-        turns = _Turns()
+        turns = _ConversationBuilder()
         for i, item in enumerate(self.input):
             turns.add(item, f"input[{i}]")
         return turns.messages()
 
     def _grammar(self) -> pb.Grammar | None:
-        asked = self.text.format if self.text else None
-        if asked is None or asked.type == "text":
+        requested = self.text.format if self.text else None
+        if requested is None or requested.type == "text":
             return None
-        if asked.type == "json_object":
+        if requested.type == "json_object":
             return pb.Grammar(json_object=True)
-        if asked.json_schema is None:
+        if requested.json_schema is None:
             raise InvalidRequest("text.format has no schema", field="text.format.schema")
-        return schema_grammar(asked.json_schema)
+        return schema_grammar(requested.json_schema)
 
     def _template(self) -> pb.TemplateOptions:
         effort = self.reasoning.effort if self.reasoning else None
@@ -211,17 +211,17 @@ class ResponsesForm(Form):
         )
 
 
-class _Turns:
-    """The conversation of a list of items. What an assistant thought, said and called makes one turn of it.
+class _ConversationBuilder:
+    """Builds a conversation from input items. Consecutive items of the assistant become one message.
 
-    Text is gathered in lists: to add to a message's text copies all of it.
+    Text is collected in lists, since appending to a protobuf string copies all of it.
     """
 
     def __init__(self) -> None:
         self._turns: list[pb.ChatMessage] = []
-        self._said: list[str] = []
-        self._thought: list[str] = []
-        self._called: set[str] = set()
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._call_ids: set[str] = set()
         self._arguments = ArgumentsChecker()
 
     def messages(self) -> list[pb.ChatMessage]:
@@ -234,42 +234,45 @@ class _Turns:
             self._add_message(item, field)
         elif item.type == "reasoning":
             self._assistant()
-            self._thought.append(_text(item.content or item.summary or "", f"{field}.content"))
+            self._thoughts.append(_text(item.content or item.summary or "", f"{field}.content"))
         elif item.type == "function_call":
             self._add_call(item, field)
         elif item.type == "function_call_output":
             self._add_output(item, field)
         else:
             raise InvalidRequest(
-                f"{field} is of type {item.type[:32]}, which is not supported here", field=f"{field}.type"
+                f"{field} has the type {item.type[:32]}, which is not supported here", field=f"{field}.type"
             )
 
     def _add_call(self, item: InputItem, field: str) -> None:
-        arguments = self._arguments.text(_has(item.arguments, f"{field}.arguments"), f"{field}.arguments")
-        call_id, name = _has(item.call_id, f"{field}.call_id"), _has(item.name, f"{field}.name")
+        arguments = self._arguments.text(_required(item.arguments, f"{field}.arguments"), f"{field}.arguments")
+        call_id = _required(item.call_id, f"{field}.call_id")
+        name = _required(item.name, f"{field}.name")
         self._assistant().tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
-        self._called.add(call_id)
+        self._call_ids.add(call_id)
 
     def _add_output(self, item: InputItem, field: str) -> None:
         if item.output is None:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
-        told, call_id = _text(item.output, f"{field}.output"), _has(item.call_id, f"{field}.call_id")
-        turn = pb.ChatMessage(role="tool", content=told, tool_call_id=call_id)
-        check_answers(turn, self._called, f"{field}.call_id")
+        output = _text(item.output, f"{field}.output")
+        call_id = _required(item.call_id, f"{field}.call_id")
+        turn = pb.ChatMessage(role="tool", content=output, tool_call_id=call_id)
+        check_answers(turn, self._call_ids, f"{field}.call_id")
         self._begin(turn)
 
     def _add_message(self, item: InputItem, field: str) -> None:
         if item.content is None:
             raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
-        text, role = _text(item.content, f"{field}.content"), _has(item.role, f"{field}.role")
+        text = _text(item.content, f"{field}.content")
+        role = _required(item.role, f"{field}.role")
         if role == "assistant":
             self._assistant()
-            self._said.append(text)
+            self._texts.append(text)
         else:
             self._begin(pb.ChatMessage(role="system" if role == "developer" else role, content=text))
 
     def _assistant(self) -> pb.ChatMessage:
-        """The assistant's turn that the last item began, or a new one."""
+        """Return the assistant's message: the last one if it is the assistant's, else a new one."""
         if not self._turns or self._turns[-1].role != "assistant":
             self._begin(pb.ChatMessage(role="assistant"))
         return self._turns[-1]
@@ -279,10 +282,12 @@ class _Turns:
         self._turns.append(turn)
 
     def _finish(self) -> None:
-        """Give the last turn the text that was gathered for it."""
-        if self._said or self._thought:
-            self._turns[-1].content, self._turns[-1].reasoning = "".join(self._said), "".join(self._thought)
-            self._said, self._thought = [], []
+        """Set the collected text and reasoning on the last message."""
+        if self._texts or self._thoughts:
+            self._turns[-1].content = "".join(self._texts)
+            self._turns[-1].reasoning = "".join(self._thoughts)
+            self._texts = []
+            self._thoughts = []
 
 
 def _text(content: str | list[ResponsesContentPart], field: str) -> str:
@@ -291,12 +296,12 @@ def _text(content: str | list[ResponsesContentPart], field: str) -> str:
     for i, part in enumerate(content):
         if part.type not in TEXTS:
             raise InvalidRequest(
-                f"{field}[{i}] is of type {part.type[:32]}; this model reads text alone", field=f"{field}[{i}]"
+                f"{field}[{i}] has the type {part.type[:32]}; only text is supported", field=f"{field}[{i}]"
             )
     return "".join(part.text or part.refusal or "" for part in content)
 
 
-def _has(value: str | None, field: str) -> str:
+def _required(value: str | None, field: str) -> str:
     if value is None:
         raise InvalidRequest(f"{field} is missing", field=field)
     return value

@@ -1,4 +1,4 @@
-"""The response object of /v1/responses and its items, as they stand at any moment."""
+"""Encodes the response object of /v1/responses and its items, in every state of an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.core.request import FinishEvent, FinishReason, Usage
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One response: what was asked for, and what everything in it says alike."""
+    """Encodes one response from its request; ``created_at`` is in Unix seconds."""
 
     form: ResponsesForm
     running: RunningRequest
@@ -23,11 +23,11 @@ class Reply:
     created_at: int
 
     def begin_object(self, status: str = "in_progress") -> dict[str, Any]:
-        """The object before anything came."""
+        """Return the object without output."""
         return self._object(status, [], None)
 
     def finish_object(self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoned: int) -> dict[str, Any]:
-        """The object at the end: completed, or incomplete where the length ended it."""
+        """Return the final object: completed, or incomplete if the maximum length ended it."""
         usage = usage_of(finish.usage, reasoned)
         if finish.reason is FinishReason.LENGTH:
             cut = self._object("incomplete", items, usage)
@@ -36,16 +36,17 @@ class Reply:
 
     @staticmethod
     def ending(finish: FinishEvent) -> str:
-        """The status of the last item: what the length cut off is incomplete, like the whole."""
+        """Return the status of the last item: incomplete if the maximum length ended the answer."""
         return "incomplete" if finish.reason is FinishReason.LENGTH else "completed"
 
     def fail_object(self, items: Sequence[dict[str, Any]], error: MacpipeError) -> dict[str, Any]:
-        """The object where an error ended it."""
-        told = openai_error(error)["error"]
-        return self._object("failed", items, None) | {"error": {"code": told["code"], "message": told["message"]}}
+        """Return the object of a response that an error ended."""
+        body = openai_error(error)["error"]
+        return self._object("failed", items, None) | {"error": {"code": body["code"], "message": body["message"]}}
 
     def _object(self, status: str, items: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        form, request = self.form, self.running.request
+        form = self.form
+        request = self.running.request
         effort = form.reasoning.effort if form.reasoning else None
         return {
             "id": request.id,
@@ -73,27 +74,27 @@ class Reply:
         }
 
     def _format(self) -> dict[str, Any]:
-        asked = self.form.text.format if self.form.text else None
-        return asked.model_dump(by_alias=True, exclude_none=True) if asked else {"type": "text"}
+        requested = self.form.text.format if self.form.text else None
+        return requested.model_dump(by_alias=True, exclude_none=True) if requested else {"type": "text"}
 
     def _choice(self) -> object:
         choice = self.form.tool_choice
         return choice.model_dump() if isinstance(choice, ResponsesNamedTool) else choice or "auto"
 
     def reasoning(self, item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
-        """An item of reasoning. It comes back with the next request as it is: nothing of it is encrypted."""
+        """Return a reasoning item. It is not encrypted, so that clients can send it back with the next request."""
         content = [{"type": "reasoning_text", "text": text}] if status != "in_progress" else []
         return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
 
     def message(
         self, item_id: str, text: str, logprobs: Sequence[dict[str, Any]] = (), status: str = "completed"
     ) -> dict[str, Any]:
-        """The item of what the assistant says."""
+        """Return a message item of the assistant."""
         content = [output_text(text, logprobs)] if status != "in_progress" else []
         return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def call(self, item_id: str, call_id: str, name: str, text: str, status: str = "completed") -> dict[str, Any]:
-        """An item of a call; ``text`` is its arguments."""
+        """Return a function call item; ``text`` holds its arguments."""
         return {
             "id": item_id,
             "type": "function_call",
@@ -105,12 +106,12 @@ class Reply:
 
 
 def output_text(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """A part of a message."""
+    """Return a text part of a message."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 def usage_of(usage: Usage, reasoned: int) -> dict[str, Any]:
-    """Under the names that this endpoint has for it."""
+    """Return the usage object with this endpoint's names; ``reasoned`` counts reasoning tokens."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},

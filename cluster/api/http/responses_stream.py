@@ -1,4 +1,4 @@
-"""The events of a streamed response: every item is added, grows, is done; every event has its number."""
+"""Streams a response as numbered events. Each item is added, extended and done before the next one is added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Pieces = Iterator[dict[str, Any]]
 
 @dataclass(slots=True)
 class OutputItem:
-    """The item that grows. ``kind`` is message, reasoning, or a call by its number."""
+    """The open item. ``kind`` is ``message``, ``reasoning``, or ``call`` with its number."""
 
     kind: str
     id: str
@@ -33,7 +33,7 @@ class OutputItem:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where an event of it belongs."""
+        """The fields that assign an event to this item."""
         return {"item_id": self.id, "output_index": self.index}
 
 
@@ -51,19 +51,19 @@ class ResponseStream:
         (self._reasoned,) = reasoned(self.reply.running)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream's events. An error that ends the answer makes ``response.failed`` the last of them."""
+        """Yield the stream's events. If an error ends the answer, ``response.failed`` is the last event."""
         try:
             async with aclosing(self.reply.running.events) as events:
                 yield self._event({"type": "response.created", "response": self.reply.begin_object()})
                 yield self._event({"type": "response.in_progress", "response": self.reply.begin_object()})
                 async for e in events:
                     self._reasoned.add(e)
-                    for piece in self._grown(e):
+                    for piece in self._extend(e):
                         yield self._event(piece)
                     if isinstance(e, FinishEvent):
                         for piece in self._finish(e):
                             yield self._event(piece)
-        except Exception as error:  # headers are out: the stream is the only place left to say it
+        except Exception as error:  # the headers are sent, so the error can only go into the stream
             failed = self.reply.fail_object(self._done, sentence_of(error, self.reply.running.request.id))
             yield self._event({"type": "response.failed", "response": failed})
 
@@ -74,12 +74,13 @@ class ResponseStream:
 
     def _finish(self, finish: FinishEvent) -> Pieces:
         if not self._open and not self._done:
-            yield from self._open_item("message")  # an answer of no words is a message, too
+            yield from self._open_item("message")  # an empty answer has one empty message
         yield from self._close_item(self.reply.ending(finish))
         response = self.reply.finish_object(self._done, finish, self._reasoned.tokens)
         yield {"type": f"response.{response['status']}", "response": response}
 
-    def _grown(self, e: TokenEvent | FinishEvent) -> Pieces:
+    def _extend(self, e: TokenEvent | FinishEvent) -> Pieces:
+        """Yield the events that add one token's output to the items."""
         if e.reasoning:
             yield from self._open_item("reasoning")
             yield from self._add_part(e.reasoning, "response.reasoning_text.delta", {"content_index": 0})
@@ -102,7 +103,7 @@ class ResponseStream:
         yield {"type": kind, **self._open.place, **more, "delta": text}
 
     def _open_item(self, kind: str, call_id: str = "", name: str = "") -> Pieces:
-        """The events that make this the open item; none where it is."""
+        """Yield the events that open this item and close the previous one; nothing if it is already open."""
         if self._open and self._open.kind == kind:
             return
         yield from self._close_item()
@@ -114,7 +115,7 @@ class ResponseStream:
             yield {"type": "response.content_part.added", **item.place, "content_index": 0, "part": part}
 
     def _close_item(self, status: str = "completed") -> Pieces:
-        """The events that close the open item, if one is, whole or cut off."""
+        """Yield the events that close the open item with ``status``; nothing if none is open."""
         item = self._open
         if not item:
             return

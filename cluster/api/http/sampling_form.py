@@ -1,4 +1,4 @@
-"""How a token is picked and when an answer ends, as JSON bodies say it. What a value may be, the intake says."""
+"""Sampling and stop fields that several JSON bodies share. ``cluster.api.sampling_validation`` checks the values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Biases: TypeAlias = Annotated[
 
 
 class SamplingForm(Form):
-    """The fields that chat and completions share. ``top_k`` 0 or -1 is off."""
+    """The fields that chat and completions share. ``top_k`` 0 or -1 turns it off."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -45,7 +45,7 @@ class SamplingForm(Form):
     ignore_eos: bool = False
 
     def sampling_options(self) -> pb.SamplingOptions:
-        """The options for the intake. Temperature is 1 where it was not given, as OpenAI has it."""
+        """Translate the sampling fields. The default temperature is 1, as at OpenAI. Raises ``InvalidRequest``."""
         return pb.SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
@@ -59,12 +59,12 @@ class SamplingForm(Form):
         )
 
     def stop_options(self, max_tokens: int | None) -> pb.StopOptions:
-        """When the answer ends."""
+        """Translate the fields that end an answer."""
         return pb.StopOptions(max_tokens=max_tokens, stop=stop_list(self.stop), ignore_eos=self.ignore_eos)
 
 
 def stop_list(stop: str | list[str] | None) -> list[str]:
-    """One stop string or several, as several."""
+    """Return the stop strings as a list."""
     return [stop] if isinstance(stop, str) else stop or []
 
 

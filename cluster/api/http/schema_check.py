@@ -1,4 +1,4 @@
-"""Whether what a tool takes is written as a JSON Schema. What of that can be enforced, the grammars' compiler says."""
+"""Checks the types in a tool's JSON Schema. The grammar compiler decides what of a schema can be enforced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _NAMED: Final = ("$defs", "definitions", "dependentSchemas", "patternProperties"
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a schema stands. Written out for an error alone: deep schemas would have a long path each."""
+    """The location of a schema. Its path is built only for an error, since paths in deep schemas are long."""
 
     outer: _Place | None
     name: str
 
     @property
     def path(self) -> str:
-        names, place = [], self
+        names = []
+        place = self
         while place.outer:
             names.append(place.name)
             place = place.outer
@@ -35,23 +36,26 @@ class _Place:
 
 
 def check_schema(schema: dict[str, Any], field: str) -> None:
-    """Raises ``InvalidRequest``, naming the place, for a type that JSON has not: every model would guess at it."""
-    waiting = [(schema, _Place(None, field))]
-    while waiting:
-        one, place = waiting.pop()
+    """Raise ``InvalidRequest``, naming the location, for a type that JSON Schema does not have.
+
+    A model would have to guess what such a type means.
+    """
+    pending = [(schema, _Place(None, field))]
+    while pending:
+        one, place = pending.pop()
         kinds = one.get("type")
         for kind in kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]:
             if not isinstance(kind, str) or kind not in _TYPES:
                 path = place.path
                 raise InvalidRequest(
-                    f"{path}.type is none that JSON Schema has; there are {', '.join(sorted(_TYPES))}",
+                    f"{path}.type is not a JSON Schema type; use one of {', '.join(sorted(_TYPES))}",
                     field=f"{path}.type",
                 )
-        waiting.extend(_inner(one, place))
+        pending.extend(_inner(one, place))
 
 
 def _inner(schema: dict[str, Any], place: _Place) -> Iterator[tuple[dict[str, Any], _Place]]:
-    """The schemas right within one, each with its place."""
+    """Yield the direct subschemas of a schema, each with its location."""
     for word, value in schema.items():
         if word in _NAMED and isinstance(value, dict):
             found = [(inner, _Place(place, f".{word}.{name[:64]}")) for name, inner in value.items()]

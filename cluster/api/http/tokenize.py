@@ -1,4 +1,4 @@
-"""POST /tokenize and /v1/messages/count_tokens: what the model would read, without having it read."""
+"""POST /tokenize and /v1/messages/count_tokens: the tokens of a prompt, without running the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.v1 import inference_pb2 as pb
 
 
 class TokenizeForm(Form):
-    """A text, or a conversation as chat completions take it; not both."""
+    """The body of /tokenize: either a text or a conversation in the format of chat completions."""
 
     model: ShortText | None = None
     prompt: Text | None = None
@@ -27,11 +27,11 @@ class TokenizeForm(Form):
     tools: FunctionTools | None = None
 
     def message(self) -> pb.TokenizeRequest:
-        """The request. Raises ``InvalidRequest``, naming the field."""
+        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
         if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequest("give prompt or messages, and not both", field="prompt")
+            raise InvalidRequest("send either prompt or messages", field="prompt")
         if self.tools and not self.messages:
-            raise InvalidRequest("tools need messages", field="tools")
+            raise InvalidRequest("tools require messages; add messages or leave tools out", field="tools")
         tools = [tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())]
         return pb.TokenizeRequest(
             text=self.prompt or "",
@@ -42,12 +42,12 @@ class TokenizeForm(Form):
 
 @dataclass(frozen=True, slots=True)
 class Tokenize:
-    """The two routes."""
+    """The handlers of both routes."""
 
     names: ModelNames
 
     async def tokens(self, request: Request) -> Json:
-        """Ids, and each as text."""
+        """Return the token ids and the text of each."""
         form = await read(request, TokenizeForm)
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"text": "prompt"}):
@@ -64,7 +64,7 @@ class Tokenize:
         )
 
     async def count(self, request: Request) -> Json:
-        """Anthropic's: how long a prompt would be."""
+        """Return the number of prompt tokens, in Anthropic's format."""
         form = await read(request, CountForm)
         checkpoint = self.names.checkpoint(form.model)
         with fields_named({"template": "thinking"}):
