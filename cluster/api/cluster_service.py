@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import anyio
 import grpc
 
-from cluster.api import proto_encoding as replies
+from cluster.api import proto_encoding
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidRequest, MacpipeError
@@ -36,14 +36,14 @@ class ClusterServicer(ClusterServiceServicer):
         self._trust = trust
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
-        return replies.cluster_state(await self._coordinator.snapshot())
+        return proto_encoding.cluster_state(await self._coordinator.snapshot())
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         try:
             order = _load_order(request)
             async for p in self._progress(order):
-                yield pb.LoadModelResponse(progress=replies.progress(p))
-            state = replies.cluster_state(await self._coordinator.snapshot())
+                yield pb.LoadModelResponse(progress=proto_encoding.progress(p))
+            state = proto_encoding.cluster_state(await self._coordinator.snapshot())
             yield pb.LoadModelResponse(ready=state)
         except MacpipeError as e:
             await abort(context, e)
@@ -62,7 +62,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
-            return replies.plan_reply(await self._coordinator.plan(_load_order(request)))
+            return proto_encoding.plan_reply(await self._coordinator.plan(_load_order(request)))
         except MacpipeError as e:
             await abort(context, e)
             raise
@@ -79,7 +79,7 @@ class ClusterServicer(ClusterServiceServicer):
             await self._coordinator.drain(request.worker, undo=request.undo)
         except MacpipeError as e:
             await abort(context, e)
-        return pb.DrainResponse(cluster=replies.cluster_state(await self._coordinator.snapshot()))
+        return pb.DrainResponse(cluster=proto_encoding.cluster_state(await self._coordinator.snapshot()))
 
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from cluster.api import proto_encoding as replies
-from cluster.api import request_validation
+from cluster.api import proto_encoding, request_validation
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
@@ -62,12 +61,12 @@ class InferenceServicer(InferenceServiceServicer):
         request = running.request
         checkpoint = running.checkpoint
         async with aclosing(running.events) as events:
-            yield reply(prompt=replies.prompt_info(request, checkpoint.shape.model.name))
+            yield reply(prompt=proto_encoding.prompt_info(request, checkpoint.shape.model.name))
             async for event in events:
                 if isinstance(event, TokenEvent):
-                    yield reply(token=replies.token_event(event, checkpoint.tokenizer))
+                    yield reply(token=proto_encoding.token_event(event, checkpoint.tokenizer))
                 else:
-                    yield reply(finish=replies.finish_info(event))
+                    yield reply(finish=proto_encoding.finish_info(event))
 
     def _owner(self, context: Context) -> str | None:
         """Return the client whose requests the caller may end; None means every client's.

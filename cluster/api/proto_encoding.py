@@ -61,13 +61,13 @@ def token_event(event: TokenEvent, tokenizer: Tokenizer) -> pb.TokenEvent:
         logprob=event.logprob,
         top=top,
         reasoning=event.reasoning,
-        tool_calls=map(_call, event.calls),
+        tool_calls=map(_encode_call, event.calls),
         sample=event.sample,
-        stages=map(_figures, event.stages),
+        stages=map(_encode_figures, event.stages),
     )
 
 
-def _figures(s: StageFigures) -> pb.StageFigures:
+def _encode_figures(s: StageFigures) -> pb.StageFigures:
     return pb.StageFigures(
         worker=s.worker,
         start_layer=s.layers.start,
@@ -78,7 +78,7 @@ def _figures(s: StageFigures) -> pb.StageFigures:
     )
 
 
-def _call(delta: ToolCallDelta) -> pb.ToolCallDelta:
+def _encode_call(delta: ToolCallDelta) -> pb.ToolCallDelta:
     return pb.ToolCallDelta(index=delta.index, id=delta.id, name=delta.name, arguments=delta.arguments)
 
 
@@ -95,9 +95,9 @@ def finish_info(event: FinishEvent) -> pb.FinishInfo:
         text=event.text,
         usage=usage,
         timings=timings,
-        stages=map(_figures, event.stages),
+        stages=map(_encode_figures, event.stages),
         reasoning=event.reasoning,
-        tool_calls=map(_call, event.calls),
+        tool_calls=map(_encode_call, event.calls),
         sample=event.sample,
     )
 
@@ -123,10 +123,10 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         version=__version__,
         state=_STATES[s.state],
         problem=s.problem,
-        workers=[_worker(m, None if m.duplicate else beliefs.get(m.facts.name)) for m in s.members],
+        workers=[_encode_worker(m, None if m.duplicate else beliefs.get(m.facts.name)) for m in s.members],
         recoveries=s.recoveries,
         queued=sum(r.phase is Phase.QUEUED for r in s.loop.requests) if s.loop else 0,
-        requests=[_request(r) for r in s.loop.requests] if s.loop else [],
+        requests=[_encode_request(r) for r in s.loop.requests] if s.loop else [],
         lane_sizes=s.loop.lane_sizes if s.loop else [],
         prefixes=s.loop.prefixes if s.loop else 0,
         requests_finished=s.finished,
@@ -136,15 +136,15 @@ def cluster_state(s: Snapshot) -> cpb.GetClusterResponse:
         lag_seconds=s.lag_s,
     )
     if s.repair:
-        reply.repair.CopyFrom(_repair(s.repair))
+        reply.repair.CopyFrom(_encode_repair(s.repair))
     if s.move:
-        reply.move.CopyFrom(_repair(s.move))
+        reply.move.CopyFrom(_encode_repair(s.move))
     if s.plan:
         reply.model, reply.epoch = s.plan.model.name, s.plan.epoch
         reply.layers = s.plan.stages[-1].layers.end
         reply.max_context, reply.max_sequences = s.plan.max_context, s.plan.max_sequences
         reply.route = _ROUTES[s.plan.route]
-        reply.stages.extend(_stage(p, r.inlet) for p, r in zip(s.plan.stages, s.ring, strict=True))
+        reply.stages.extend(_encode_stage(p, r.inlet) for p, r in zip(s.plan.stages, s.ring, strict=True))
         _add_reasons(reply, s.plan)
     if s.loop:
         _add_load(reply, s.loop)
@@ -158,7 +158,7 @@ def plan_reply(plan: Plan) -> cpb.PlanResponse:
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
         route=_ROUTES[plan.route],
-        stages=[_stage(stage, plan.route) for stage in plan.stages],
+        stages=[_encode_stage(stage, plan.route) for stage in plan.stages],
     )
     _add_reasons(reply, plan)
     return reply
@@ -185,7 +185,7 @@ def _add_load(reply: cpb.GetClusterResponse, loop: LoopView) -> None:
         stage.busy_seconds, stage.active_seconds = busy_s, loop.active_s
 
 
-def _repair(r: Repair) -> cpb.Repair:
+def _encode_repair(r: Repair) -> cpb.Repair:
     return cpb.Repair(
         worker=r.worker,
         cause=r.cause,
@@ -196,7 +196,7 @@ def _repair(r: Repair) -> cpb.Repair:
     )
 
 
-def _worker(m: RosterEntry, belief: Belief | None) -> cpb.Worker:
+def _encode_worker(m: RosterEntry, belief: Belief | None) -> cpb.Worker:
     f = m.facts
     return cpb.Worker(
         id=f.id,
@@ -227,7 +227,7 @@ def _worker(m: RosterEntry, belief: Belief | None) -> cpb.Worker:
     )
 
 
-def _stage(planned: PlannedStage, inlet: Route) -> cpb.Stage:
+def _encode_stage(planned: PlannedStage, inlet: Route) -> cpb.Stage:
     return cpb.Stage(
         index=planned.spec.index,
         worker=planned.worker,
@@ -240,7 +240,7 @@ def _stage(planned: PlannedStage, inlet: Route) -> cpb.Stage:
     )
 
 
-def _request(r: RequestView) -> cpb.LiveRequest:
+def _encode_request(r: RequestView) -> cpb.LiveRequest:
     return cpb.LiveRequest(
         request_id=r.id,
         state=_PHASES[r.phase],
