@@ -1,4 +1,4 @@
-"""The Python client of a running coordinator: ``Client`` blocks, ``AsyncClient`` awaits. It needs no mlx.
+"""The Python client of a running coordinator: blocking ``Client``, asyncio ``AsyncClient``. It does not need mlx.
 
     from cluster.client import Client
 
@@ -6,7 +6,7 @@
         for piece in client.stream_chat([("user", "Who are you?")], max_tokens=64).texts():
             print(piece, end="", flush=True)
 
-Errors are the classes of ``cluster.core.errors``.
+Errors are subclasses of MacpipeError, in ``cluster.core.errors``.
 """
 
 from cluster.client.async_client import AsyncClient

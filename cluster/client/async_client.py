@@ -1,4 +1,4 @@
-"""The asynchronous client: the twin of ``cluster.client.client``, and await where that waits. For asyncio."""
+"""The asyncio client. It has the same methods as ``cluster.client.client``, as coroutines."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 class AsyncClient:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
-    It connects at the first call, and again after a break, and belongs to the event loop of its first call; close it,
-    or use ``async with``. In ``cluster``, else ``MACPIPE_CLUSTER``, else ``default``, it shows the certificate that
-    this machine has there; without one it speaks with this machine alone. ``timeout_s`` bounds every call that brings
-    no bound of its own; without it answers may take as long as they take, and other calls 10 s. Every method raises a
-    MacpipeError of ``cluster.core.errors``, and nothing of gRPC's.
+    It connects at the first call, reconnects after a lost connection, and belongs to the event loop of its first call.
+    Close it, or use ``async with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's
+    certificate. Without a certificate, the client reaches only a coordinator on this machine. ``timeout_s`` is the
+    default deadline of a call. Without it, answers have no deadline and other calls have 10 s. Every method raises
+    subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(
@@ -56,51 +56,52 @@ class AsyncClient:
         self._closed = False
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Continue a text, or token ids, without a chat template. See Options for the keywords."""
+        """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
         return await self.stream(prompt, **options).completion()
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
-        """``generate``, token by token. Needs a running event loop, but no await."""
+        """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
         request = requests.generate_request(prompt, options)
         call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
         return AsyncStream(call, self.address)
 
     async def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
-        """Answer a conversation as the assistant. See ChatKeywords and Options for the keywords.
+        """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
 
         A message is ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``.
         """
         return await self.stream_chat(messages, **options).completion()
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> AsyncStream:
-        """``chat``, token by token. Needs a running event loop, but no await."""
+        """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return AsyncStream(call, self.address)
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> AsyncStream:
-        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again; one offset
-        a sample where several were asked for. Needs a running event loop, but no await.
+        """Stream the rest of an answer after the coordinator restarted.
 
-        Iterating raises RequestNotFound, also where the coordinator keeps no journal.
+        ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Not a
+        coroutine, but needs a running event loop. Iterating raises RequestNotFound if the request is unknown or the
+        coordinator keeps no journal.
         """
         request = requests.resume_request(request_id, offset)
         return AsyncStream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
-        """The token ids that the model would read for a text, or for messages with the chat template."""
+        """Tokenize a text, or messages after the chat template is applied."""
         return replies.tokens(await self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
 
     async def models(self) -> tuple[Model, ...]:
-        """The models that are being served: none or one."""
+        """Return the served models: zero or one."""
         return replies.models(await self._ask(self._inference.ListModels, inference_pb2.ListModelsRequest()))
 
     async def abort(self, request_id: str) -> None:
-        """End a live request, whoever asked for it; raises RequestNotFound."""
+        """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
         await self._ask(self._inference.Abort, requests.abort_request(request_id))
 
     async def cluster(self) -> ClusterState:
-        """The state of everything: workers, stages, live requests."""
+        """Return the cluster's state: workers, stages and live requests."""
         return replies.cluster_state(await self._ask(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
     def load(
@@ -108,34 +109,34 @@ class AsyncClient:
         model: str,
         **options: Unpack[LoadOptions],
     ) -> AsyncLoading:
-        """Plan, load, link and warm a model; ``await client.load(...).wait()`` waits for the end.
+        """Plan, load, link and warm up a model. ``await client.load(...).wait()`` waits until it serves.
 
-        Raises TypeError for an unknown option.
+        Raise TypeError for an unknown option.
         """
         request = requests.load_request(model, options)
         return AsyncLoading(self._cluster.LoadModel(request), self.address)
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
-        """Who would hold what of a model, and how fast that would be; nothing is loaded. Options as for ``load``."""
+        """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.plan_request(model, options)
         return replies.plan(await self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
 
     async def unload(self) -> None:
-        """End live requests and free the workers' memory."""
+        """Unload the model: end live requests and free the workers' memory."""
         await self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
 
     async def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
-        """Move a worker's layers to others while requests go on, and give it none until that is undone.
+        """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.
 
-        Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
-        worker answers.
+        Wait until the other workers have loaded; there is no deadline. Raise NoPlan if they cannot hold the layers,
+        WorkerLost if the worker does not exist or does not answer.
         """
         with failures_told(self.address, lambda: self._closed):
             reply = await self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
         return replies.cluster_state(reply.cluster)
 
     async def close(self) -> None:
-        """Close the connection; calls that still run end with Aborted."""
+        """Close the connection. Running calls end with Aborted."""
         self._closed = True
         if self._opened is not None:
             await self._opened.close(grace=None)
@@ -152,7 +153,7 @@ class AsyncClient:
     def _channel(self) -> aio.Channel:
         if self._closed:
             raise closed_error()
-        if self._opened is None:  # not before: a channel belongs to the loop that runs while it is made
+        if self._opened is None:  # opened lazily: a channel belongs to the event loop that is running when it is made
             self._opened = aio.secure_channel(self.address, self._credentials, options=self._grpc_options)
         return self._opened
 
@@ -165,10 +166,10 @@ class AsyncClient:
         return ClusterServiceStub(self._channel)
 
     async def _renew(self) -> None:
-        """Get a further certificate for the next client of this machine, where it is time."""
+        """Renew this machine's certificate if it is due; the next client uses it."""
         if self._renewal.wanted:
             request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
-            with suppress(aio.AioRpcError):  # the old one is good for weeks
+            with suppress(aio.AioRpcError):  # not urgent: the current certificate is valid for weeks
                 reply = await self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S)
                 self._renewal.install(reply.certificate)
 

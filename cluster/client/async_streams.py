@@ -1,4 +1,4 @@
-"""The asynchronous twins of ``cluster.client.streams``: the same objects, and await where those wait."""
+"""The asyncio client's streams. They have the same methods as those in ``cluster.client.streams``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.core.errors import Aborted
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
+if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
     from grpc import aio
 
     AnswerCall = (
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 
 class AsyncStream(Transcribed):
-    """An answer on its way: iterate over it with ``async for`` for its tokens.
+    """An answer in progress: iterate over it with ``async for`` to get its tokens.
 
-    Leaving the ``async with`` block before the end cancels the call, all the way down to the workers; so does leaving
-    the loop, as soon as the event loop runs again. Iterating raises the MacpipeError that ended the answer early; an
-    answer that ends without one is whole.
+    Leaving the ``async with`` block early cancels the call, down to the workers. Leaving the loop early does the same
+    as soon as the event loop runs again. Iterating raises the MacpipeError that ended the answer early. An answer that
+    ends without an error is complete.
     """
 
     def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
@@ -43,13 +43,13 @@ class AsyncStream(Transcribed):
         self._address = address
 
     async def wait_accepted(self) -> Prompt:
-        """Wait for the coordinator to accept the request; raises the MacpipeError with which it refused."""
+        """Wait until the coordinator accepts the request. Raise its MacpipeError if it refuses."""
         while self._transcript.prompt is None:
             await self._advance()
         return self._transcript.prompt
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        """The tokens as they come. The last words may be in ``finish.text``: ``texts`` has them all."""
+        """Yield tokens as they arrive. The last text may be in ``finish.text`` only; ``texts`` yields all of it."""
         try:
             while (tokens := await self._advance()) is not None:
                 for token in tokens:
@@ -58,7 +58,7 @@ class AsyncStream(Transcribed):
             self.cancel()
 
     async def texts(self) -> AsyncIterator[str]:
-        """The answer's text, piece by piece as it becomes printable; together they are ``completion().text``."""
+        """Yield the answer's text as it becomes printable. The pieces add up to ``completion().text``."""
         try:
             async for token in self:
                 if token.text and token.sample == 0:
@@ -69,13 +69,13 @@ class AsyncStream(Transcribed):
             yield self.finish.text
 
     async def completion(self) -> Completion:
-        """Wait for the end; returns the whole answer, with the tokens that were already taken from here."""
+        """Wait for the end. Return the whole answer, including tokens that were already iterated over."""
         async for _ in self:
             pass
         return self._transcript.completion()
 
     def cancel(self) -> None:
-        """End the call now; who waits for a token gets Aborted. Does nothing once the answer is complete."""
+        """Cancel the call; a reader waiting for a token gets Aborted. Do nothing once the answer is complete."""
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -87,7 +87,7 @@ class AsyncStream(Transcribed):
         self.cancel()
 
     async def _advance(self) -> tuple[Token, ...] | None:
-        """The tokens of the next event; None once the stream has ended as it should."""
+        """Return the tokens of the next event, or None after a complete answer."""
         with failures_told(self._address):
             reply = await _read_uncancelled(self._call.read(), self._address)
         if isinstance(reply, (inference_pb2.GenerateResponse, inference_pb2.ChatResponse)):
@@ -97,9 +97,9 @@ class AsyncStream(Transcribed):
 
 
 class AsyncLoading:
-    """A load on its way: iterate for LoadProgress of each stage and, last, the ClusterState; or ``await wait()``.
+    """A load in progress: iterate for the LoadProgress of each stage and a final ClusterState, or ``await wait()``.
 
-    Leaving the loop early cancels the load. Raises DeadlineExceeded when nothing is heard for ``stall_s`` seconds.
+    Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
     def __init__(self, call: LoadCall, address: str, stall_s: float = STALL_TIMEOUT_S) -> None:
@@ -110,22 +110,22 @@ class AsyncLoading:
     async def __aiter__(self) -> AsyncIterator[LoadProgress | ClusterState]:
         event = None
         try:
-            while (coming := await self._next_event()) is not None:
-                event = coming
+            while (following := await self._next_event()) is not None:
+                event = following
                 yield event
         finally:
             self.cancel()
         require_serving(event)
 
     async def wait(self) -> ClusterState:
-        """Wait for the end; returns the cluster's state once it serves."""
+        """Wait for the end. Return the cluster's state once it serves."""
         last = None
         async for event in self:
             last = event
         return require_serving(last)
 
     def cancel(self) -> None:
-        """Give the load up. Does nothing once it is done."""
+        """Cancel the load. Do nothing once it is done."""
         self._call.cancel()
 
     async def _next_event(self) -> LoadProgress | ClusterState | None:
@@ -139,9 +139,9 @@ class AsyncLoading:
 
 
 async def _read_uncancelled(read: Awaitable[T], address: str) -> T:
-    """Await ``read``; raises Aborted where the call was cancelled but this task was not.
+    """Await ``read``. Raise Aborted if the call was cancelled but this task was not.
 
-    Grpc.aio raises CancelledError for both, and only the second may unwind a task group.
+    grpc.aio raises CancelledError in both cases, but only a cancelled task may unwind its task group.
     """
     try:
         return await read

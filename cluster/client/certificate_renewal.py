@@ -1,4 +1,4 @@
-"""Renews the certificate with which this machine asks, some weeks before it ends, by the way of a call."""
+"""Renews this machine's client certificate some weeks before it expires, along with an ordinary call."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ log = logging.getLogger(__name__)
 
 
 class OwnRenewal:
-    """One try a client: ``wanted`` says whether it is time; ``request`` comes before the call, ``install`` after."""
+    """At most one renewal per client: check ``wanted``, send ``request``, then ``install`` the reply."""
 
     def __init__(self, trust: Trust) -> None:
-        self._trust, self._tried = trust, False
+        self._trust = trust
+        self._tried = False
 
     @property
     def wanted(self) -> bool:
-        """True once at most."""
+        """Whether a renewal is due. True at most once."""
         if self._tried or not self._trust.me:
             return False
         from cluster.security.certificate_renewal import is_due
@@ -28,12 +29,14 @@ class OwnRenewal:
         return is_due(*self._trust.valid, time.time())
 
     def request(self) -> bytes:
+        """Return the certificate signing request."""
         assert self._trust.renewal
         return self._trust.renewal.request()
 
     def install(self, certificate: bytes) -> None:
+        """Store the new certificate. Log a failure: the current certificate is still valid."""
         assert self._trust.renewal
         try:
             self._trust.renewal.install(certificate)
         except MacpipeError as e:
-            log.warning("this machine's certificate was not renewed: %s", e.sentence)
+            log.warning("certificate not renewed: %s", e.sentence)

@@ -1,4 +1,4 @@
-"""How the client's gRPC connection is set up: as whom, in which cluster, and with which of grpc's options."""
+"""Sets up the client's gRPC channel: its identity, its cluster and its channel options."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_timeout_ms", CLIENT_KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.ping_timeout_ms", CLIENT_KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),  # also the longest wait for one connect
+    ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),  # also the timeout of one connection attempt
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),
-    ("grpc.enable_http_proxy", 0),  # the cluster is on this network: http_proxy is for elsewhere
+    ("grpc.enable_http_proxy", 0),  # the cluster is on the local network: ignore http_proxy
 )
 
 
 def trust_in(cluster: str | None) -> Trust:
-    """As whom this machine asks in ``cluster``, else in that of ``MACPIPE_CLUSTER``: an admin, a client, or nobody."""
+    """Return this machine's identity in ``cluster`` (else ``MACPIPE_CLUSTER``): admin, client or anonymous."""
     return open_trust(state_home(), cluster or os.environ.get(CLUSTER_VARIABLE) or DEFAULT_CLUSTER, ADMIN, CLIENT)
 
 
 def means(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, Options]:
-    """Credentials and options for the coordinator at ``address``. Raises as ``Trust.channel`` does."""
-    credentials, named = trust.channel(parse_address(address)[0], COORDINATOR)
-    return credentials, [*CHANNEL_OPTIONS, *named]
+    """Return channel credentials and options for the coordinator at ``address``. Raise as ``Trust.channel`` does."""
+    host, _ = parse_address(address)
+    credentials, name_options = trust.channel(host, COORDINATOR)
+    return credentials, [*CHANNEL_OPTIONS, *name_options]

@@ -1,4 +1,4 @@
-"""A conversation as protobuf: messages in any of the forms that are taken, and what the chat template is told."""
+"""Encodes a conversation as protobuf: messages in any accepted form, and the options of the chat template."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CHOICES: Final = {
 
 
 def chat_messages(messages: Iterable[Turn]) -> list[pb.ChatMessage]:
-    """Raises InvalidRequest naming the message that cannot be sent."""
+    """Encode messages. Raise InvalidRequest naming the message that cannot be sent."""
     if isinstance(messages, (str, Mapping, ChatMessage)):
-        raise InvalidRequest("messages must be a sequence of messages, not one alone", field="messages")
+        raise InvalidRequest("messages must be a sequence of messages, not a single message", field="messages")
     return [_encode_message(chat_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
 
 
@@ -39,9 +39,9 @@ def _encode_message(turn: ChatMessage) -> pb.ChatMessage:
 
 
 def chat_message(given: Turn, field: str = "message") -> ChatMessage:
-    """One message in any of the forms that ``Turn`` allows; raises InvalidRequest naming ``field``.
+    """Convert any form of ``Turn`` to a ChatMessage. Raise InvalidRequest naming ``field``.
 
-    A mapping may hold ``reasoning``, ``tool_calls``, ``tool_call_id`` and ``name`` too, as ChatMessage does.
+    A mapping may also hold ChatMessage's ``reasoning``, ``tool_calls``, ``tool_call_id`` and ``name``.
     """
     match given:
         case ChatMessage():
@@ -51,7 +51,7 @@ def chat_message(given: Turn, field: str = "message") -> ChatMessage:
         case (role, content):
             message = ChatMessage(role, content)
         case _:
-            raise InvalidRequest(f"{field} must have a role and a content, and nothing that is unknown", field=field)
+            raise InvalidRequest(f"{field} must have a role, a content and no unknown keys", field=field)
     return ChatMessage(
         **{name: text(f"{field}.{name}", getattr(message, name)) for name in ("role", "content", *_TEXTS)},
         tool_calls=_calls(message.tool_calls, f"{field}.tool_calls"),
@@ -70,7 +70,7 @@ def _calls(given: object, field: str) -> tuple[ToolCall, ...]:
 
 
 def template_options(options: ChatKeywords) -> pb.TemplateOptions:
-    """The fields of ``options`` that say how messages become a prompt. Raises InvalidRequest naming the field."""
+    """Encode the ``options`` of the chat template. Raise InvalidRequest naming the field."""
     sent = pb.TemplateOptions(
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(options.get("tools") or ())],
         tool_choice=_choice(text("tool_choice", options.get("tool_choice") or "")),

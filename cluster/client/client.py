@@ -1,4 +1,4 @@
-"""The blocking client. It knows the calls and their deadlines; conversions and streams are next door."""
+"""The blocking client: one method per RPC, with its deadline. Conversions and streams are in sibling modules."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 class Client:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
-    It connects at the first call, and again after a break. It may be shared by threads; close it, or use ``with``.
-    In ``cluster``, else ``MACPIPE_CLUSTER``, else ``default``, it shows the certificate that this machine has there;
-    without one it speaks with this machine alone. ``timeout_s`` bounds every call that brings no bound of its own;
-    without it answers may take as long as they take, and other calls 10 s. Every method raises a MacpipeError of
-    ``cluster.core.errors``, and nothing of gRPC's.
+    It connects at the first call and reconnects after a lost connection. Threads may share it. Close it, or use
+    ``with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's certificate. Without a
+    certificate, the client reaches only a coordinator on this machine. ``timeout_s`` is the default deadline of a call.
+    Without it, answers have no deadline and other calls have 10 s. Every method raises subclasses of MacpipeError
+    (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(
@@ -55,53 +55,53 @@ class Client:
         self._cluster = ClusterServiceStub(self._channel)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Continue a text, or token ids, without a chat template. See Options for the keywords."""
+        """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
         return self.stream(prompt, **options).completion()
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """``generate``, token by token."""
+        """Stream the answer of ``generate`` token by token."""
         self._renew()
         request = requests.generate_request(prompt, options)
         call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
 
     def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
-        """Answer a conversation as the assistant. See ChatKeywords and Options for the keywords.
+        """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
 
         A message is ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``.
         """
         return self.stream_chat(messages, **options).completion()
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
-        """``chat``, token by token."""
+        """Stream the answer of ``chat`` token by token."""
         self._renew()
         request = requests.chat_request(messages, options)
         call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
         return Stream(call, self.address)
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> Stream:
-        """The rest of an answer, from token ``offset`` on, after its coordinator died and was started again; one offset
-        a sample where several were asked for.
+        """Stream the rest of an answer after the coordinator restarted.
 
-        Raises RequestNotFound, also where the coordinator keeps no journal.
+        ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Iterating
+        raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
         """
         request = requests.resume_request(request_id, offset)
         return Stream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
-        """The token ids that the model would read for a text, or for messages with the chat template."""
+        """Tokenize a text, or messages after the chat template is applied."""
         return replies.tokens(self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
 
     def models(self) -> tuple[Model, ...]:
-        """The models that are being served: none or one."""
+        """Return the served models: zero or one."""
         return replies.models(self._ask(self._inference.ListModels, inference_pb2.ListModelsRequest()))
 
     def abort(self, request_id: str) -> None:
-        """End a live request, whoever asked for it; raises RequestNotFound."""
+        """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
         self._ask(self._inference.Abort, requests.abort_request(request_id))
 
     def cluster(self) -> ClusterState:
-        """The state of everything: workers, stages, live requests."""
+        """Return the cluster's state: workers, stages and live requests."""
         return replies.cluster_state(self._ask(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
     def load(
@@ -109,34 +109,34 @@ class Client:
         model: str,
         **options: Unpack[LoadOptions],
     ) -> Loading:
-        """Plan, load, link and warm a model; ``client.load(...).wait()`` waits for the end.
+        """Plan, load, link and warm up a model. ``client.load(...).wait()`` waits until it serves.
 
-        Raises TypeError for an unknown option.
+        Raise TypeError for an unknown option.
         """
         request = requests.load_request(model, options)
         return Loading(self._cluster.LoadModel(request), self.address)
 
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
-        """Who would hold what of a model, and how fast that would be; nothing is loaded. Options as for ``load``."""
+        """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.plan_request(model, options)
         return replies.plan(self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
 
     def unload(self) -> None:
-        """End live requests and free the workers' memory."""
+        """Unload the model: end live requests and free the workers' memory."""
         self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
 
     def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
-        """Move a worker's layers to others while requests go on, and give it none until that is undone.
+        """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.
 
-        Waits for as long as the others load. Raises NoPlan where they cannot hold the layers, WorkerLost where no such
-        worker answers.
+        Wait until the other workers have loaded; there is no deadline. Raise NoPlan if they cannot hold the layers,
+        WorkerLost if the worker does not exist or does not answer.
         """
         with failures_told(self.address, lambda: self._closed):
             reply = self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
         return replies.cluster_state(reply.cluster)
 
     def close(self) -> None:
-        """Close the connection; calls that still run end with Aborted."""
+        """Close the connection. Running calls end with Aborted."""
         self._closed = True
         self._channel.close()
 
@@ -147,12 +147,12 @@ class Client:
         self.close()
 
     def _renew(self) -> None:
-        """Get a further certificate for the next client of this machine, where it is time. Raises once closed."""
+        """Renew this machine's certificate if it is due; the next client uses it. Raise MacpipeError once closed."""
         if self._closed:
             raise closed_error()
         if self._renewal.wanted:
             request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
-            with suppress(grpc.RpcError):  # the old one is good for weeks
+            with suppress(grpc.RpcError):  # not urgent: the current certificate is valid for weeks
                 self._renewal.install(self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S).certificate)
 
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:

@@ -1,4 +1,4 @@
-"""What a client is told about the cluster itself. Frozen, typed, free of protobuf. Bytes are bytes."""
+"""The cluster's state as a client sees it: frozen dataclasses without protobuf. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.core.state import Repair, ServingState
 
 
 class RequestState(StrEnum):
-    """Where a live request is."""
+    """The phase of a live request."""
 
     QUEUED = "queued"
     PREFILL = "prefill"
@@ -20,7 +20,7 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """One Mac. ``memory_limit`` is what macpipe may use of ``memory_total``; ``sequences`` counts held caches."""
+    """One worker. macpipe may use ``memory_limit`` of ``memory_total``; ``sequences`` counts its KV caches."""
 
     id: str
     name: str
@@ -46,16 +46,17 @@ class WorkerState:
     losses: int = 0
     draining: bool = False
     clock_ahead_seconds: float = 0.0
-    """Its clock over the coordinator's; below 0: it is behind."""
+    """The worker's clock minus the coordinator's; negative if it is behind."""
     lag_seconds: float = 0.0
-    """How late things happen on its machine; 0.0 unless that is overloaded."""
+    """Scheduling delay on the worker's machine; 0.0 unless the machine is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageState:
-    """Which layers a worker (by its name) holds; ``cache_bytes`` is room for all sequences at the promised context.
+    """The layers that a worker (by name) holds.
 
-    ``inlet`` is how its input arrives; the coordinator itself feeds the first stage.
+    ``cache_bytes`` is room for all sequences at the promised context length. ``inlet`` is the route of the stage's
+    input; the coordinator feeds the first stage.
     """
 
     index: int
@@ -68,20 +69,21 @@ class StageState:
     prefix_bytes: int = 0
     bubble_share: float = 0.0
     predicted_ms: float = 0.0
-    """A decode step of one row, as predicted when it was planned; 0: the worker's speed was not known."""
+    """Predicted time of a decode step of one row, from planning; 0 if the worker's speed was unknown."""
     measured_ms: float = 0.0
-    """What the last decode frames took (the median); 0: too few yet."""
+    """Median time of the last decode frames; 0 while there are too few."""
     expected_ms: float = 0.0
-    """What was predicted for the very same frames."""
+    """Predicted time of those same frames."""
     measured_frames: int = 0
     busy_seconds: float = 0.0
-    """That it computed since the model was loaded, and ``active_seconds`` in which the ring held anything at all."""
+    """Compute time since the model was loaded."""
     active_seconds: float = 0.0
+    """Time since the model was loaded with a frame in flight anywhere in the ring."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRequest:
-    """A request that has not ended. ``lane`` is None while it waits."""
+    """A request that has not ended. ``lane`` is None while it is queued."""
 
     request_id: str
     state: RequestState
@@ -95,7 +97,7 @@ class LiveRequest:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Everything at one moment: who is there, who holds what, what runs. Empty ``model``: none is loaded."""
+    """A snapshot of workers, stages and live requests. ``model`` is empty if no model is loaded."""
 
     cluster: str
     version: str
@@ -124,14 +126,14 @@ class ClusterState:
     spares: tuple[Spare, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What does not work as asked for while answers go on, a sentence each."""
+    """Options that are not in effect although the cluster serves; one sentence each."""
     lag_seconds: float = 0.0
-    """How late things happen on the coordinator's machine; 0.0 unless that is overloaded."""
+    """Scheduling delay on the coordinator's machine; 0.0 unless the machine is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """Who would hold what of a model. ``forecast`` is None where a worker's speed is not known."""
+    """A plan for a model that is not loaded. ``forecast`` is None if a worker's speed is unknown."""
 
     model: str
     layers: int

@@ -1,4 +1,4 @@
-"""Where the coordinator is: an argument, else MACPIPE_COORDINATOR, else this machine. It opens nothing."""
+"""Determines the coordinator's address: an argument, else MACPIPE_COORDINATOR, else this machine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DEFAULT_PORT: Final = 7700
 
 
 def coordinator_address(given: str | None = None) -> str:
-    """``host:port`` of the coordinator to talk to; a host alone gets the default port.
+    """Return the coordinator's ``host:port``. A host without a port gets the default port.
 
-    Raises InvalidOption for what is no address (a URL, a port out of range), saying where it was written.
+    Raise InvalidOption for an invalid address (a URL, a port out of range), naming the option or variable.
     """
     written = (given or os.environ.get(COORDINATOR_VARIABLE) or DEFAULT_HOST).strip()
-    alone = ":" not in written or written.endswith("]")
+    has_no_port = ":" not in written or written.endswith("]")
     try:
-        return format_address(*parse_address(f"{written}:{DEFAULT_PORT}" if alone else written))
+        return format_address(*parse_address(f"{written}:{DEFAULT_PORT}" if has_no_port else written))
     except InvalidOption as wrong:
         source = "--coordinator" if given else COORDINATOR_VARIABLE
         raise InvalidOption(f"{source}: {wrong.sentence}", field="coordinator") from None

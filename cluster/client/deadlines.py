@@ -1,4 +1,4 @@
-"""What both clients hold of a call: how long it may take, and what its failure means. It makes no call itself."""
+"""Deadlines and errors of calls, shared by both clients. It makes no call itself."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cluster.core.plan import LoadProgress
 from cluster.transport.rich_errors import from_rpc_error
 
 STALL_TIMEOUT_S: Final = LOAD_STALL_S + CONTROL_TIMEOUT_S
-"""A load that says nothing for this long: the coordinator's own bound and the time to tell of it."""
+"""Longest silence of a load: the coordinator's own timeout, plus the time to report it."""
 
 
 @contextmanager
 def failures_told(address: str, is_closed: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Raise the MacpipeError that a failed call to ``address`` means, in place of grpc's exception.
+    """Translate gRPC errors of a call to ``address`` into MacpipeError.
 
-    grpc raises a bare error for a call on a closed channel; ``is_closed`` says whether that is why.
+    gRPC raises ValueError or UsageError for a call on a closed channel. ``is_closed`` tells whether that is the cause.
     """
     try:
         yield
@@ -36,30 +36,30 @@ def failures_told(address: str, is_closed: Callable[[], bool] = lambda: False) -
 
 
 def closed_error() -> MacpipeError:
-    """The error of a call on a client that was closed."""
+    """Return the error of a call on a closed client."""
     return MacpipeError("this client is closed; make a new one")
 
 
 def answer_timeout_s(options: Options, default: float | None) -> float | None:
-    """Seconds that an answer may take: the option, else the client's own, else None. Raises InvalidRequest."""
+    """Return an answer's timeout in seconds: the option, else the client's, else None. Raise InvalidRequest."""
     given = options.get("timeout_s")
     return default if given is None else check_timeout_s(given)
 
 
 def check_timeout_s(given: float | None) -> float | None:
-    """``given`` if it is None or above 0; raises InvalidRequest."""
+    """Return ``given`` if it is None or above 0. Raise InvalidRequest otherwise."""
     if given is not None and number("timeout_s", given) <= 0:
         raise InvalidRequest(f"timeout_s must be above 0, not {given}", field="timeout_s")
     return given
 
 
 def require_serving(last: LoadProgress | ClusterState | None) -> ClusterState:
-    """The last event of a load, if it is what a load must end with; raises MacpipeError."""
+    """Return the last event of a load if it is a ClusterState. Raise MacpipeError otherwise."""
     if not isinstance(last, ClusterState):
-        raise MacpipeError("the coordinator ended the load without saying that it serves")
+        raise MacpipeError("the load ended without a final state; see `macpipe status`")
     return last
 
 
 def stall_error(stall_s: float) -> DeadlineExceeded:
-    """The error of a load that said nothing for ``stall_s`` seconds."""
-    return DeadlineExceeded(f"the load has not moved for {stall_s:.0f} s")
+    """Return the error of a load without an event for ``stall_s`` seconds."""
+    return DeadlineExceeded(f"the load made no progress for {stall_s:.0f} s")

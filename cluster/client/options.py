@@ -1,7 +1,7 @@
-"""What a caller may ask of an answer, and its place in protobuf.
+"""Options of a request and their protobuf encoding.
 
-It checks only what protobuf could not hold (types, signs, sizes); the coordinator checks the rest, so that there is one
-opinion on what is allowed.
+It checks only what protobuf cannot represent: types, signs and sizes. The coordinator checks the rest, so that the
+rules exist in one place.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ UINT64_MAX: Final = 2**64 - 1
 
 
 class Options(TypedDict, total=False):
-    """Keywords of every method that asks for an answer; None and left out both mean the coordinator's default.
+    """Keywords of every method that generates an answer. None or a missing key means the coordinator's default.
 
-    ``max_tokens`` of the answer (512); ``stop`` is one string or several; ``ignore_eos`` goes on past the model's own
-    end. ``temperature`` 0 is greedy, the default. ``logprobs`` reports each token's log-probability and
-    ``top_logprobs`` that many alternatives. ``request_id`` is for ``abort``; the coordinator makes one if it is empty.
-    ``samples`` asks for several answers. One of ``json_schema``, ``json_object``, ``regex`` and ``lark`` binds the
-    answer. ``priority`` 0 to 9 moves a request ahead when clients take turns. ``stage_timings`` has every token tell
-    where its time went. ``timeout_s`` bounds the whole answer;
-    without it, the client's ``timeout_s`` does.
+    ``max_tokens`` limits the answer (default 512). ``stop`` is one string or several. ``ignore_eos`` continues past the
+    model's end-of-sequence token. ``temperature`` 0, the default, is greedy. ``logprobs`` reports each token's
+    log-probability, ``top_logprobs`` that many alternatives. ``request_id`` identifies the request for ``abort``; if it
+    is empty, the coordinator generates one. ``samples`` is the number of answers. At most one of ``json_schema``,
+    ``json_object``, ``regex`` and ``lark`` constrains the answer. ``priority`` (0 to 9) moves a request ahead in the
+    fair queue. ``stage_timings`` adds the stages' timings to every token. ``timeout_s`` is the deadline of the whole
+    answer; it overrides the client's ``timeout_s``.
     """
 
     model: str
@@ -59,11 +59,12 @@ class Options(TypedDict, total=False):
 
 
 class ChatKeywords(Options, total=False):
-    """Keywords of ``chat`` beside those of Options.
+    """Keywords of ``chat`` in addition to those of Options.
 
-    ``tools`` are what the model may call: Tool, or a mapping as OpenAI's API takes it; ``tool_choice`` is "auto",
-    "none", "required" or a tool's name, and ``parallel_tool_calls`` False allows one call alone. ``enable_thinking``,
-    ``reasoning_effort`` and ``chat_template_kwargs`` are for the model's chat template, where it takes them.
+    ``tools`` lists the tools that the model may call: Tool, or a mapping in the form of OpenAI's API. ``tool_choice``
+    is "auto", "none", "required" or a tool's name. ``parallel_tool_calls`` False allows at most one call.
+    ``enable_thinking``, ``reasoning_effort`` and ``chat_template_kwargs`` are passed to the model's chat template; a
+    template may ignore them.
     """
 
     tools: Sequence[Tool | Mapping[str, object]]
@@ -75,12 +76,12 @@ class ChatKeywords(Options, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-    """Keywords of ``load``; None and left out both mean the coordinator's default.
+    """Keywords of ``load``. None or a missing key means the coordinator's default.
 
-    ``workers`` takes those that are best for ``objective`` (``latency`` or ``throughput``); ``layers`` as in
-    ``0-3,4-7``, else as planned; ``lanes`` one a stage.
-    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode; ``kv_bits`` 8 or 4 quantises
-    caches; with ``take_back`` workers that were lost get their layers back once they return.
+    ``workers`` is how many to use: those that are best for ``objective`` (``latency`` or ``throughput``). ``layers``
+    sets the ranges, as in ``0-3,4-7``; the default is the planner's. ``lanes`` defaults to one per stage.
+    ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
+    caches. ``take_back`` returns a lost worker's layers to it when it comes back.
     """
 
     workers: int | None
@@ -95,7 +96,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 def sampling_options(options: Options) -> pb.SamplingOptions:
-    """The fields of ``options`` that say how a token is picked. Raises InvalidRequest naming the field."""
+    """Encode the sampling fields of ``options``. Raise InvalidRequest naming the field."""
     values: dict[str, Any] = {
         name: check(name, options[name])  # type: ignore[literal-required]
         for name, check in SAMPLING_FIELDS.items()
@@ -105,7 +106,7 @@ def sampling_options(options: Options) -> pb.SamplingOptions:
 
 
 def stop_options(options: Options) -> pb.StopOptions:
-    """The fields of ``options`` that say when an answer ends. Raises InvalidRequest naming the field."""
+    """Encode the stop conditions of ``options``. Raise InvalidRequest naming the field."""
     stop = options.get("stop") or ()
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     bound = options.get("max_tokens")
@@ -117,12 +118,12 @@ def stop_options(options: Options) -> pb.StopOptions:
 
 
 def grammar_option(options: Options) -> pb.Grammar | None:
-    """What ``options`` bind the answer to. Raises InvalidRequest naming the field, also where two are given."""
+    """Encode the grammar of ``options``. Raise InvalidRequest naming the field, also if there is more than one."""
     given = [name for name in ("json_schema", "json_object", "regex", "lark") if options.get(name)]
     if not given:
         return None
     if len(given) > 1:
-        raise InvalidRequest(f"{' and '.join(given)} were given; an answer is bound to one of them", field=given[1])
+        raise InvalidRequest(f"{' and '.join(given)} cannot be combined; give only one of them", field=given[1])
     match given[0]:
         case "json_object":
             return pb.Grammar(json_object=switch("json_object", options["json_object"]))
@@ -135,7 +136,7 @@ def grammar_option(options: Options) -> pb.Grammar | None:
 
 
 def json_text(field: str, value: object) -> str:
-    """``value`` as JSON text: a mapping, or what is that text already."""
+    """Return ``value`` as JSON text. It is a mapping, or already JSON text."""
     if isinstance(value, str):
         return text(field, value)
     if not isinstance(value, Mapping):
@@ -147,25 +148,25 @@ def json_text(field: str, value: object) -> str:
 
 
 def check_names(options: Mapping[str, object], known: type = Options) -> None:
-    """Raise TypeError for a keyword that is no option, as a call with a wrong keyword does."""
+    """Raise TypeError for an unknown keyword, as Python does for a function call."""
     unknown = options.keys() - known.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
 
 
 def text(field: str, value: object) -> str:
-    """``value`` if it is text that can be sent: a ``str`` without lone surrogates."""
+    """Return ``value`` if it is a ``str`` without lone surrogates, so that UTF-8 can encode it."""
     if not isinstance(value, str):
         raise InvalidRequest(f"{field} must be text, not {type(value).__name__}", field=field)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRequest(f"{field} holds half a character (a lone surrogate)", field=field) from None
+        raise InvalidRequest(f"{field} holds a lone surrogate, which UTF-8 cannot encode", field=field) from None
     return value
 
 
 def whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
-    """``value`` if it is a whole number from 0 to ``most``."""
+    """Return ``value`` if it is an integer from 0 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{field} must be a whole number, not {value!r}", field=field)
     if not 0 <= value <= most:
@@ -174,26 +175,26 @@ def whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
 
 
 def seed(field: str, value: object) -> int:
-    """``value`` if it is a seed: a whole number of 64 bits, without a sign."""
+    """Return ``value`` if it is a seed: an unsigned 64-bit integer."""
     return whole_number(field, value, UINT64_MAX)
 
 
 def number(field: str, value: object) -> float:
-    """``value`` if it is a finite number."""
+    """Return ``value`` if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidRequest(f"{field} must be a number, not {value!r}", field=field)
     return float(value)
 
 
 def switch(field: str, value: object) -> bool:
-    """``value`` if it is True or False."""
+    """Return ``value`` if it is True or False."""
     if not isinstance(value, bool):
         raise InvalidRequest(f"{field} must be True or False, not {value!r}", field=field)
     return value
 
 
 def biases(field: str, value: object) -> dict[int, float]:
-    """``value`` if it maps token ids to finite numbers."""
+    """Return ``value`` if it maps token ids to finite numbers."""
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{field} must map token ids to numbers, not {value!r}", field=field)
     return {whole_number(field, token): number(field, bias) for token, bias in value.items()}

@@ -1,4 +1,4 @@
-"""What the coordinator says, out of protobuf. Nothing is waited for here, so both clients share it."""
+"""Decodes the coordinator's protobuf replies. It does no I/O, so both clients share it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ REQUEST_STATES: Final = {
 
 
 def prompt(reply: inference_pb2.PromptInfo) -> Prompt:
-    """The acceptance of a request."""
+    """Decode the acceptance of a request."""
     samples = max(reply.samples, 1)
     return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
 
 
 def token(reply: inference_pb2.TokenEvent) -> Token:
-    """One token of an answer."""
+    """Decode one token of an answer."""
     logprob = reply.logprob if reply.HasField("logprob") else None
     top = tuple(TopLogprob(one.token, one.logprob, one.text) for one in reply.top)
-    calls, stages = _calls(reply.tool_calls), tuple(map(_figures, reply.stages))
+    calls = _calls(reply.tool_calls)
+    stages = tuple(map(_figures, reply.stages))
     return Token(reply.index, reply.token, reply.text, logprob, top, reply.reasoning, calls, reply.sample, stages)
 
 
@@ -51,44 +52,51 @@ def _calls(deltas: Iterable[inference_pb2.ToolCallDelta]) -> tuple[ToolCallDelta
 
 
 def finish(reply: inference_pb2.FinishInfo) -> Finish:
-    """The end of an answer. Raises VersionMismatch for a reason that this version does not know."""
+    """Decode the end of an answer. Raise VersionMismatch for an unknown finish reason."""
     reason = FINISH_REASONS.get(reply.reason)
     if reason is None:
-        raise VersionMismatch(f"the coordinator ended the answer for reason {reply.reason}, unknown to this version")
+        raise VersionMismatch(f"unknown finish reason {reply.reason} from the coordinator; update this client")
     usage = Usage(reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.cached_tokens)
     timings = Timings(reply.timings.ttft_ms, reply.timings.tpot_ms, reply.timings.tokens_per_second)
-    stages, calls = tuple(_figures(stage) for stage in reply.stages), _calls(reply.tool_calls)
+    stages = tuple(_figures(stage) for stage in reply.stages)
+    calls = _calls(reply.tool_calls)
     return Finish(reason, reply.text, usage, timings, stages, reply.reasoning, calls, reply.sample)
 
 
 def tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
-    """A tokenized text."""
+    """Decode a tokenized text."""
     return Tokens(tuple(reply.ids), tuple(reply.texts))
 
 
 def models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
-    """The models that are being served."""
+    """Decode the served models."""
     return tuple(Model(one.id, one.layers, one.max_context, one.fingerprint) for one in reply.models)
 
 
 def load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterState:
-    """Progress of one stage, or the state of the cluster once it serves."""
+    """Decode the progress of one stage, or the final state of the cluster. Raise VersionMismatch for other events."""
     match reply.WhichOneof("event"):
         case "progress":
             one = reply.progress
             layers = layer_range(one.start_layer, one.end_layer)
-            sizes = one.done_bytes, one.total_bytes
             return LoadProgress(
-                one.worker, layers, *sizes, one.state, one.hub_bytes, one.peer_bytes, tuple(one.notices)
+                one.worker,
+                layers,
+                one.done_bytes,
+                one.total_bytes,
+                one.state,
+                one.hub_bytes,
+                one.peer_bytes,
+                tuple(one.notices),
             )
         case "ready":
             return cluster_state(reply.ready)
         case _:
-            raise VersionMismatch("the coordinator told of a load in a way that is unknown to this version")
+            raise VersionMismatch("unknown load event from the coordinator; update this client")
 
 
 def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
-    """The whole cluster at one moment."""
+    """Decode a snapshot of the cluster."""
     return ClusterState(
         cluster=reply.cluster,
         version=reply.version,
@@ -122,7 +130,7 @@ def cluster_state(reply: cluster_pb2.GetClusterResponse) -> ClusterState:
 
 
 def plan(reply: cluster_pb2.PlanResponse) -> ModelPlan:
-    """Who would hold what."""
+    """Decode a plan."""
     return ModelPlan(
         model=reply.model,
         layers=reply.layers,
@@ -144,8 +152,8 @@ def _spares(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) ->
 def _forecast(reply: cluster_pb2.GetClusterResponse | cluster_pb2.PlanResponse) -> Forecast | None:
     if not reply.HasField("forecast"):
         return None
-    told = reply.forecast
-    return Forecast(told.one_user, told.eight_users, told.first_token_seconds, told.prompt_tokens)
+    forecast = reply.forecast
+    return Forecast(forecast.one_user, forecast.eight_users, forecast.first_token_seconds, forecast.prompt_tokens)
 
 
 def _objective(reply: cluster_pb2.Objective.ValueType) -> Objective:
@@ -153,11 +161,11 @@ def _objective(reply: cluster_pb2.Objective.ValueType) -> Objective:
 
 
 def layer_range(start: int, end: int) -> LayerRange:
-    """``start .. end - 1``; raises MacpipeError where the coordinator sent no range."""
+    """Return the layers ``start`` to ``end - 1``. Raise MacpipeError for an invalid range."""
     try:
         return LayerRange(start, end)
     except ValueError as wrong:
-        raise MacpipeError(f"the coordinator sent a broken answer: {wrong}") from wrong
+        raise MacpipeError(f"protocol error from the coordinator: {wrong}") from wrong
 
 
 def _figures(reply: inference_pb2.StageFigures) -> StageFigures:

@@ -1,4 +1,4 @@
-"""What a caller says, as protobuf. Nothing is waited for here, so both clients share it."""
+"""Encodes a caller's requests as protobuf. It does no I/O, so both clients share it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ M = TypeVar("M", bound=Message)
 
 
 def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    """Encode ``generate``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options)
     request = inference_pb2.GenerateRequest(
         request_id=text("request_id", options.get("request_id") or ""),
@@ -58,11 +58,11 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
     else:
         request.tokens.ids.extend(_token_ids(prompt))
         request.tokens.SetInParent()
-    return _sendable(request, "prompt")
+    return _check_size(request, "prompt")
 
 
 def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb2.ChatRequest:
-    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    """Encode ``chat``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options, ChatKeywords)
     request = inference_pb2.ChatRequest(
         request_id=text("request_id", options.get("request_id") or ""),
@@ -76,21 +76,21 @@ def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_p
         grammar=grammar_option(options),
         template=template_options(options),
     )
-    return _sendable(request, "messages")
+    return _check_size(request, "messages")
 
 
 def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:
-    """``given`` is a text, or messages to which the chat template is applied."""
+    """Encode ``tokenize``: a text, or messages to which the chat template is applied."""
     request = inference_pb2.TokenizeRequest(model=text("model", model))
     if isinstance(given, str):
         request.text = text("text", given)
     else:
         request.messages.extend(chat_messages(given))
-    return _sendable(request, "text" if isinstance(given, str) else "messages")
+    return _check_size(request, "text" if isinstance(given, str) else "messages")
 
 
 def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
-    """Raises InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
+    """Encode ``load``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options, LoadOptions)
     return cluster_pb2.LoadModelRequest(
         model=text("model", model),
@@ -107,7 +107,7 @@ def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReque
 
 
 def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
-    """``max_step_ms`` plays no part in a plan. Raises as ``load_request`` does."""
+    """Encode ``plan``, which has no ``max_step_ms``. Raise as ``load_request`` does."""
     load = load_request(model, options)
     return cluster_pb2.PlanRequest(
         model=load.model,
@@ -122,17 +122,17 @@ def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
 
 
 def resume_request(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
-    """Raises InvalidRequest for what cannot be sent."""
+    """Encode ``resume``. Raise InvalidRequest naming a field that cannot be sent."""
     name = text("request_id", request_id)
     if isinstance(offset, Sequence) and not offset:
-        raise InvalidRequest("offset is empty; give one number, or one a sample", field="offset")
+        raise InvalidRequest("offset is empty; give one number, or one per sample", field="offset")
     if isinstance(offset, Sequence):
         return inference_pb2.ResumeRequest(request_id=name, offsets=[whole_number("offset", n) for n in offset])
     return inference_pb2.ResumeRequest(request_id=name, offset=whole_number("offset", offset))
 
 
 def abort_request(request_id: str) -> inference_pb2.AbortRequest:
-    """Raises InvalidRequest for an id that cannot be sent."""
+    """Encode ``abort``. Raise InvalidRequest for an id that cannot be sent."""
     return inference_pb2.AbortRequest(request_id=text("request_id", request_id))
 
 
@@ -156,11 +156,11 @@ def _objective(given: Objective | str) -> Objective:
         raise InvalidRequest(f"objective must be latency or throughput, not {given!r}", field="objective") from None
 
 
-def _sendable(request: M, field: str) -> M:
+def _check_size(request: M, field: str) -> M:
     size = request.ByteSize()
     if size > MAX_CONTROL_BYTES:
         raise InvalidRequest(
-            f"{field} is too long: the request takes {size / MIB:.1f} MiB, and one message may hold"
+            f"{field} is too long: the request has {size / MIB:.1f} MiB, and the limit is"
             f" {MAX_CONTROL_BYTES / MIB:.0f} MiB",
             field=field,
         )

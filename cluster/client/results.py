@@ -1,7 +1,4 @@
-"""What a client is told about an answer. Frozen, typed, free of protobuf.
-
-Times are milliseconds. It knows nothing of how an answer arrives.
-"""
+"""The parts of an answer as a client sees them: frozen dataclasses without protobuf. Times are in milliseconds."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallD
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of an answer. ``text`` is what became printable with it: whole characters, perhaps none.
+    """One token of an answer. ``text`` is the text that became printable with it: whole characters, possibly empty.
 
-    ``index`` counts from 0 in each ``sample``. ``logprob`` and ``top`` are there when they were asked for. In a chat
-    ``text`` is content; what became known of the reasoning and of calls of tools stands beside it. ``stages`` are there
-    where ``stage_timings`` asked for them: what the frames since the token before took.
+    ``index`` counts from 0 within each ``sample``. ``logprob`` and ``top`` are set if the request asked for them. In a
+    chat, ``text`` is content; ``reasoning`` and ``calls`` hold the new parts of the reasoning and of tool calls.
+    ``stages`` is set if ``stage_timings`` was: the stages' times for the frames since the previous token.
     """
 
     index: int
@@ -32,7 +29,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The request was accepted: its id, the model that answers, and the seed and bound that apply."""
+    """The acceptance of a request: its id, model and prompt length, and the effective seed and token limit."""
 
     request_id: str
     model: str
@@ -44,7 +41,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """``ttft_ms`` runs from acceptance to the first token, ``tpot_ms`` is the mean between later ones."""
+    """Speed of an answer. ``ttft_ms``: acceptance to first token. ``tpot_ms``: mean time between later tokens."""
 
     ttft_ms: float
     tpot_ms: float
@@ -53,7 +50,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a complete answer. ``text`` was held back until now: it could have become a stop string."""
+    """The end of a complete answer. ``text`` was held back because it could have become a stop string."""
 
     reason: FinishReason
     text: str
@@ -67,7 +64,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the answers of a prompt, whole. ``tool_calls`` are those that the model wants to be made."""
+    """One complete sample. ``tool_calls`` are the calls that the model requests."""
 
     text: str
     reasoning: str
@@ -80,10 +77,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. ``tokens`` are its ids, ``events`` the tokens with their texts and log-probabilities.
+    """A complete answer. ``tokens`` holds token ids, ``events`` the tokens with their texts and log-probabilities.
 
-    ``text`` ends before a stop string; ``tokens`` may go on to where it was recognised. Where several samples were
-    asked for, these are of the first, and ``choices`` has all of them.
+    ``text`` ends before a stop string; ``tokens`` may extend to the token that completed it. With several samples, the
+    fields describe the first one, and ``choices`` holds all of them.
     """
 
     text: str
@@ -106,7 +103,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A text as the model would read it; ``texts`` are for people (a byte that is no character shows as U+FFFD)."""
+    """A tokenized text. ``texts`` is for display: a byte that is not a whole character shows as U+FFFD."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
@@ -117,7 +114,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that is being served. ``max_context`` counts tokens of prompt and answer together."""
+    """A served model. ``max_context`` counts the tokens of prompt and answer together."""
 
     id: str
     layers: int

@@ -1,6 +1,6 @@
-"""What a blocking client hands out while the coordinator is still talking: an answer, or a load.
+"""The blocking client's streams: the tokens of an answer, and the progress of a load.
 
-Each owns one call. Whoever stops listening cancels it, so that no Mac computes for nobody.
+Each owns one gRPC call and cancels it when the caller stops iterating, so that the workers stop computing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from cluster.core.errors import MacpipeError
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-if TYPE_CHECKING:  # grpc's classes are generic for type checkers alone
+if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
     import grpc
 
     AnswerCall = grpc.CallIterator[inference_pb2.GenerateResponse] | grpc.CallIterator[inference_pb2.ChatResponse]
 
 
 class Stream(Transcribed):
-    """An answer on its way: iterate over it for its tokens.
+    """An answer in progress: iterate over it to get its tokens.
 
-    Leaving the loop or the ``with`` block before the end cancels the call, all the way down to the workers. Iterating
-    raises the MacpipeError that ended the answer early; an answer that ends without one is whole.
+    Leaving the loop or the ``with`` block early cancels the call, down to the workers. Iterating raises the
+    MacpipeError that ended the answer early. An answer that ends without an error is complete.
     """
 
     def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
@@ -38,13 +38,13 @@ class Stream(Transcribed):
         self._address = address
 
     def wait_accepted(self) -> Prompt:
-        """Wait for the coordinator to accept the request; raises the MacpipeError with which it refused."""
+        """Wait until the coordinator accepts the request. Raise its MacpipeError if it refuses."""
         while self._transcript.prompt is None:
             self._advance()
         return self._transcript.prompt
 
     def __iter__(self) -> Iterator[Token]:
-        """The tokens as they come. The last words may be in ``finish.text``: ``texts`` has them all."""
+        """Yield tokens as they arrive. The last text may be in ``finish.text`` only; ``texts`` yields all of it."""
         try:
             while (tokens := self._advance()) is not None:
                 yield from tokens
@@ -52,19 +52,19 @@ class Stream(Transcribed):
             self.cancel()
 
     def texts(self) -> Iterator[str]:
-        """The answer's text, piece by piece as it becomes printable; together they are ``completion().text``."""
+        """Yield the answer's text as it becomes printable. The pieces add up to ``completion().text``."""
         yield from (token.text for token in self if token.text and token.sample == 0)
         if self.finish and self.finish.text:
             yield self.finish.text
 
     def completion(self) -> Completion:
-        """Wait for the end; returns the whole answer, with the tokens that were already taken from here."""
+        """Wait for the end. Return the whole answer, including tokens that were already iterated over."""
         for _ in self:
             pass
         return self._transcript.completion()
 
     def cancel(self) -> None:
-        """End the call now; who waits for a token gets Aborted. Does nothing once the answer is complete."""
+        """Cancel the call; a reader waiting for a token gets Aborted. Do nothing once the answer is complete."""
         self._call.cancel()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
@@ -74,7 +74,7 @@ class Stream(Transcribed):
         self.cancel()
 
     def _advance(self) -> tuple[Token, ...] | None:
-        """The tokens of the next event; None once the stream has ended as it should."""
+        """Return the tokens of the next event, or None after a complete answer."""
         with failures_told(self._address):
             for reply in self._call:
                 return self._transcript.accept(reply)
@@ -83,9 +83,9 @@ class Stream(Transcribed):
 
 
 class Loading:
-    """A load on its way: iterate for LoadProgress of each stage and, last, the ClusterState; or ``wait``.
+    """A load in progress: iterate for the LoadProgress of each stage and a final ClusterState, or call ``wait``.
 
-    Leaving the loop early cancels the load. Raises DeadlineExceeded when nothing is heard for ``stall_s`` seconds.
+    Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
     def __init__(
@@ -99,22 +99,22 @@ class Loading:
     def __iter__(self) -> Iterator[LoadProgress | ClusterState]:
         event = None
         try:
-            while (coming := self._next_event()) is not None:
-                event = coming
+            while (following := self._next_event()) is not None:
+                event = following
                 yield event
         finally:
             self.cancel()
         require_serving(event)
 
     def wait(self) -> ClusterState:
-        """Wait for the end; returns the cluster's state once it serves."""
+        """Wait for the end. Return the cluster's state once it serves."""
         last = None
         for event in self:
             last = event
         return require_serving(last)
 
     def cancel(self) -> None:
-        """Give the load up. Does nothing once it is done."""
+        """Cancel the load. Do nothing once it is done."""
         self._call.cancel()  # type: ignore[no-untyped-call]
 
     def _next_event(self) -> LoadProgress | ClusterState | None:

@@ -1,7 +1,7 @@
-"""An answer as it comes in: events in their order, and whether it is whole.
+"""Assembles an answer from its events and checks their order.
 
-It knows what order the contract promises and holds the coordinator to it: a missing, repeated or reordered token is an
-error, as is an end that was not announced. It waits for nothing, so both clients share it.
+A missing, repeated or reordered token is an error, and so is a stream that ends without a finish event. It does no I/O,
+so both clients share it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Reply = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
 class _Answer:
-    """What has come of one sample."""
+    """The received part of one sample."""
 
     def __init__(self, offset: int = 0) -> None:
         self._offset = offset
@@ -26,24 +26,24 @@ class _Answer:
         self.finish: Finish | None = None
 
     @property
-    def said(self) -> list[Token | Finish]:
+    def events(self) -> list[Token | Finish]:
         return [*self.tokens, *([self.finish] if self.finish else [])]
 
     @property
     def text(self) -> str:
-        return "".join(event.text for event in self.said)
+        return "".join(event.text for event in self.events)
 
     def append(self, token: Token) -> None:
-        due = self._offset + len(self.tokens)
-        if token.index != due or self.finish:
-            raise MacpipeError(f"the coordinator sent a broken answer: token {token.index} where {due} was due")
+        expected = self._offset + len(self.tokens)
+        if token.index != expected or self.finish:
+            raise _protocol_error(f"got token {token.index}, expected {'no more tokens' if self.finish else expected}")
         self.tokens.append(token)
 
     def choice(self, finish: Finish) -> Choice:
         return Choice(
             text=self.text,
-            reasoning="".join(event.reasoning for event in self.said),
-            tool_calls=_join_calls([delta for event in self.said for delta in event.calls]),
+            reasoning="".join(event.reasoning for event in self.events),
+            tool_calls=_join_calls([delta for event in self.events for delta in event.calls]),
             tokens=tuple(token.token for token in self.tokens),
             events=tuple(self.tokens),
             finish_reason=finish.reason,
@@ -52,7 +52,7 @@ class _Answer:
 
 
 def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
-    """The calls that these pieces make up."""
+    """Join deltas into tool calls, in the order of their indices."""
     calls: dict[int, ToolCall] = {}
     for piece in deltas:
         known = calls.get(piece.index, ToolCall("", "", ""))
@@ -62,19 +62,19 @@ def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
 
 
 class Transcript:
-    """What has come of an answer. ``prompt`` is None until it was accepted, ``finish`` until all of it is complete.
+    """The received part of an answer. ``prompt`` is None until acceptance, ``finish`` until all samples are complete.
 
-    Where several samples were asked for, ``text`` and ``finish`` are the first one's.
+    With several samples, ``text`` and ``finish`` are those of the first one.
     """
 
     def __init__(self, offset: int | Sequence[int] = 0) -> None:
         self.prompt: Prompt | None = None
         self._offset = offset
-        self._answers = [_Answer(self._begins_at(0))]
+        self._answers = [_Answer(self._offset_of(0))]
 
     @property
     def finish(self) -> Finish | None:
-        """How the first sample ended, once all have."""
+        """How the first sample ended; None until all samples have ended."""
         return self._answers[0].finish if self.complete else None
 
     @property
@@ -91,15 +91,15 @@ class Transcript:
         return self._answers[0].text
 
     def accept(self, reply: Reply) -> tuple[Token, ...]:
-        """Take in one event; returns the tokens it brought, none or one. Raises MacpipeError for one out of order."""
+        """Add one event. Return its tokens: zero or one. Raise MacpipeError for an event out of order."""
         event = reply.WhichOneof("event")
         opening = self.prompt is None
         if self.complete or (event == "prompt") is not opening:
-            raise MacpipeError(f"the coordinator sent a broken answer: {event or 'an unknown event'} out of order")
+            raise _protocol_error(f"{event or 'unknown event'} out of order")
         match event:
             case "prompt":
                 self.prompt = replies.prompt(reply.prompt)
-                self._answers = [_Answer(self._begins_at(i)) for i in range(self.prompt.samples)]
+                self._answers = [_Answer(self._offset_of(i)) for i in range(self.prompt.samples)]
             case "token":
                 token = replies.token(reply.token)
                 self._answer(token.sample).append(token)
@@ -107,35 +107,35 @@ class Transcript:
             case "finish":
                 self._end(replies.finish(reply.finish))
             case _:
-                raise VersionMismatch("the coordinator sent an event that is unknown to this version")
+                raise VersionMismatch("unknown event from the coordinator; update this client")
         return ()
 
-    def _begins_at(self, sample: int) -> int:
+    def _offset_of(self, sample: int) -> int:
         if isinstance(self._offset, Sequence):
             return self._offset[min(sample, len(self._offset) - 1)]
         return self._offset
 
     def _answer(self, sample: int) -> _Answer:
         if sample >= len(self._answers):
-            raise MacpipeError(f"the coordinator sent a broken answer: sample {sample} of {len(self._answers)}")
+            raise _protocol_error(f"got sample {sample}, expected fewer than {len(self._answers)}")
         return self._answers[sample]
 
     def _end(self, finish: Finish) -> None:
         answer = self._answer(finish.sample)
         if answer.finish:
-            raise MacpipeError("the coordinator sent a broken answer: finish out of order")
+            raise _protocol_error("finish out of order")
         answer.finish = finish
 
     def close(self) -> None:
-        """The stream has ended. Raises MacpipeError if the answer has not."""
+        """Check the end of the stream. Raise MacpipeError if the answer is incomplete."""
         if not self.complete:
-            raise self._cut_short()
+            raise self._incomplete_error()
 
     def completion(self) -> Completion:
-        """The whole answer; raises MacpipeError while it is not whole."""
+        """Return the complete answer. Raise MacpipeError while it is incomplete."""
         prompt, finish = self.prompt, self.finish
         if prompt is None or finish is None:
-            raise self._cut_short()
+            raise self._incomplete_error()
         choices = tuple(answer.choice(answer.finish) for answer in self._answers if answer.finish)
         first = choices[0]
         return Completion(
@@ -154,28 +154,32 @@ class Transcript:
             choices=choices,
         )
 
-    def _cut_short(self) -> MacpipeError:
-        told = sum(len(answer.tokens) for answer in self._answers)
-        return MacpipeError(f"the coordinator ended the answer after {told} tokens without saying why")
+    def _incomplete_error(self) -> MacpipeError:
+        count = sum(len(answer.tokens) for answer in self._answers)
+        return MacpipeError(f"the answer ended after {count} tokens without a finish event")
+
+
+def _protocol_error(what: str) -> MacpipeError:
+    return MacpipeError(f"protocol error from the coordinator: {what}")
 
 
 class Transcribed:
-    """What both streams let be seen of their answer while it comes."""
+    """Properties of a partial answer, shared by both clients' streams."""
 
     def __init__(self, offset: int | Sequence[int] = 0) -> None:
         self._transcript = Transcript(offset)
 
     @property
     def prompt(self) -> Prompt | None:
-        """What was accepted; None until the coordinator has said so (see ``wait_accepted``)."""
+        """The request's acceptance; None until it arrives (see ``wait_accepted``)."""
         return self._transcript.prompt
 
     @property
     def text(self) -> str:
-        """The answer's text so far; all of it once ``finish`` is there."""
+        """The answer's text so far; complete once ``finish`` is set."""
         return self._transcript.text
 
     @property
     def finish(self) -> Finish | None:
-        """How the answer ended; None until it has."""
+        """How the answer ended; None while it is in progress."""
         return self._transcript.finish
