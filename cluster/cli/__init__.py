@@ -1,1 +1,1 @@
-"""The command line: one command a file. It knows terminals, exit codes and processes; the work is done elsewhere."""
+"""The command line, one command per file. It handles terminals, exit codes and processes only."""

@@ -1,4 +1,4 @@
-"""An answer's figures: a line for people, an object for machines."""
+"""Summarizes an answer: one line for people, or an object for ``--json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def in_words(finish: Finish) -> str:
-    """One line: how many tokens, how fast, where the time went."""
+    """Return one line: token counts, speed, and each stage's compute time."""
     usage, timings = finish.usage, finish.timings
     cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
     cut = "; cut off at --max-tokens" if finish.reason is FinishReason.LENGTH else ""
@@ -23,7 +23,7 @@ def in_words(finish: Finish) -> str:
 
 
 def in_facts(completion: Completion) -> dict[str, Any]:
-    """What ``--json`` prints; ``logprobs`` and ``trace`` are there if they were asked for."""
+    """Return the object that ``--json`` prints, with ``logprobs`` and ``trace`` if the request asked for them."""
     facts = {
         "text": completion.text,
         "tokens": completion.tokens,

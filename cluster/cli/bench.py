@@ -1,4 +1,4 @@
-"""``macpipe bench``: how fast a running cluster is, for one user and for several."""
+"""``macpipe bench``: measures the speed of a running cluster for one and for several users."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 PROMPT: Final = 512
 LEAST_PROMPT: Final = 16
-"""Shorter ones are not worth keeping to the scheduler, and the second turn needs them kept."""
+"""The scheduler does not cache shorter prefixes, and the second turn needs a cached prefix."""
 
 
 def bench(
-    users: Annotated[str, typer.Option(metavar="N,N,...", help="How many ask at once, one after the other.")] = (
-        "1,2,4,8,16"
-    ),
+    users: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent users, measured one after the other.")
+    ] = ("1,2,4,8,16"),
     prompt: Annotated[
-        int | None, typer.Option(min=LEAST_PROMPT, help=f"Tokens of a prompt. [default: {PROMPT}, or what fits]")
+        int | None, typer.Option(min=LEAST_PROMPT, help=f"Tokens per prompt. [default: {PROMPT}, or what fits]")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often each number of users is measured.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds per number of users.")] = 3,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Measure how fast the cluster answers.
 
-    Asks as any client would. Prompts are random tokens, so that no kept prefix serves them; a second turn of each user
-    then shows decoding alone. Other requests slow it down and are slowed down, and what it leaves among the kept
-    prefixes takes the place of older ones.
+    Sends requests through the public API. Prompts are random tokens, so the prefix cache does not help. A second turn
+    of each user then measures decoding alone. Other requests and the bench slow each other down, and the bench's
+    prompts replace older entries of the prefix cache.
     """
     with errors_in_json(json):
         asked = parse_users(users)
@@ -48,7 +48,7 @@ def bench(
             state, address = _require_serving(client), client.address
         trial = Trial(asked, _prompt_length(prompt, tokens, state.max_context), tokens, rounds)
         _announce(trial, state)
-        report = measure(address, trial, _tell, cluster)
+        report = measure(address, trial, _print_progress, cluster)
         if json:
             from cluster.cli.json_output import print_json
 
@@ -60,11 +60,13 @@ def bench(
 
 
 def parse_users(written: str) -> tuple[int, ...]:
-    """``1,2,4`` in ascending order, each once. Raises InvalidOption."""
+    """Parse ``1,2,4`` into ascending numbers without duplicates. Raise InvalidOption."""
     try:
         numbers = sorted({int(one) for one in written.split(",")})
     except ValueError:
-        raise InvalidOption(f"--users {written!r} is no list of numbers; write it like 1,2,4", field="users") from None
+        raise InvalidOption(
+            f"--users {written!r} is not a list of numbers; use a form like 1,2,4", field="users"
+        ) from None
     if numbers[0] < 1 or numbers[-1] > MAX_QUEUE:
         raise InvalidOption(f"--users {written!r}: each number must be from 1 to {MAX_QUEUE}", field="users")
     return tuple(numbers)
@@ -77,19 +79,21 @@ def _require_serving(client: Client) -> ClusterState:
     state = client.cluster()
     if state.state is not ServingState.SERVING:
         why = f": {state.problem}" if state.problem else ""
-        raise NotServing(f"the coordinator at {client.address} is {state.state}{why}; `macpipe load MODEL` loads one")
+        raise NotServing(
+            f"the coordinator at {client.address} is {state.state}{why}; load a model with `macpipe load MODEL`"
+        )
     return state
 
 
 def _prompt_length(prompt: int | None, tokens: int, context: int) -> int:
-    """Tokens of a prompt that leaves room for both turns. Raises InvalidOption where what was asked for does not."""
+    """Return a prompt length in tokens that leaves room for both turns. Raise InvalidOption if ``prompt`` does not."""
     room = context - 2 * tokens
     wanted = prompt or LEAST_PROMPT
     if room < wanted:
-        way = f"--prompt {room}" if room >= LEAST_PROMPT else f"--tokens {max((context - LEAST_PROMPT) // 2, 0)}"
+        largest = f"--prompt {room}" if room >= LEAST_PROMPT else f"--tokens {max((context - LEAST_PROMPT) // 2, 0)}"
         raise InvalidOption(
-            f"a prompt of {wanted} tokens and two answers of {tokens} do not fit the context of {context}; at most"
-            f" {way} does, or serve with a larger --max-context",
+            f"a prompt of {wanted} tokens and two answers of {tokens} exceed the context of {context} tokens; use at"
+            f" most {largest}, or serve with a larger --max-context",
             field="prompt",
         )
     return prompt or min(PROMPT, room)
@@ -99,18 +103,18 @@ def _announce(trial: Trial, state: ClusterState) -> None:
     from cluster.cli.screen import note
 
     if state.requests:
-        note(f"{len(state.requests)} other requests are live: these are the figures of a busy cluster")
+        note(f"{len(state.requests)} other requests are live: the results are those of a busy cluster")
     note(
         f"{state.model} on {len(state.stages)} stages: random prompts of {trial.prompt} tokens, answers of"
         f" {trial.tokens}, {trial.rounds} round{'s' * (trial.rounds != 1)} ..."
     )
 
 
-def _tell(level: LoadLevel) -> None:
-    """One line of progress."""
+def _print_progress(level: LoadLevel) -> None:
+    """Print one line of progress on stderr."""
     from cluster.cli.screen import note
 
     rate = level.answers.tokens_per_second
-    note(f"{level.users} user{'s' * (level.users != 1)}: {rate:.1f} tokens/s once the prompts are read")
+    note(f"{level.users} user{'s' * (level.users != 1)}: {rate:.1f} tokens/s after prefill")
     if not any(stage.compute_ms for stage in level.stages):
-        note("  the stages had no room to keep these prompts, so the second turn read them again")
+        note("  the stages had no room to keep these prompts, so the second turn repeated their prefill")

@@ -1,4 +1,4 @@
-"""A bench's report for people: four tables on stdout, each with a line that says what it shows. It computes nothing."""
+"""Prints a bench report: four tables on stdout, each below a sentence that describes it. It computes nothing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ if TYPE_CHECKING:
     from cluster.cli.load_generator import BenchReport, LoadLevel
     from cluster.cli.throughput import Roofline
 
-STAGES: Final = "Where a token's time goes, of answers alone. Idle: of the time in which the ring was in use."
+STAGES: Final = "Time per token of decoding, by stage. Idle: share of the time with a frame in flight."
 WORDS: Final = frozenset({"worker", "layers"})
 
 
 def show_report(report: BenchReport) -> None:
-    """Print it. Milliseconds, unless it says otherwise."""
+    """Print the report. Times are in milliseconds unless a column says otherwise."""
     screen = console(sys.stdout)
     rate = report.prefill_tokens_per_second
     parts = (
         (f"One prompt of {report.prompt_tokens} random tokens alone: {rate:.0f} tokens/s of prefill.", None),
-        ("Prompts and answers. All users ask at once; nothing is kept of their prompts.", _prompts(report.levels)),
-        ("Answers alone. The same users go on; the stages kept what was said.", _answers(report.levels)),
+        (
+            "Prefill and decoding. All users send a request at once; no prompt is in the prefix cache.",
+            _prompts(report.levels),
+        ),
+        (
+            "Decoding alone. The same users send a second turn; the first one is in the prefix cache.",
+            _answers(report.levels),
+        ),
         (STAGES, _stages(report.levels)),
         (_roofline_words(report), _roofline(report.roofline)),
     )
@@ -34,14 +40,14 @@ def show_report(report: BenchReport) -> None:
             screen.print(shown)
         screen.print()
     screen.print(
-        "ms, but where it says otherwise; tokens/s: tokens of all users over the wall time of all", soft_wrap=True
+        "Times are in ms unless noted. tokens/s: tokens of all users over the wall time of all.", soft_wrap=True
     )
 
 
 def _roofline_words(report: BenchReport) -> str:
     users = report.levels[0].users
     who = "one user" if users == 1 else f"{users} users"
-    return f"Compute of a token for {who}, beside the time to read the slice's weights once (floor) and the plan's own."
+    return f"Compute time per token for {who}. Floor: the time to read the stage's weights once."
 
 
 def _prompts(levels: tuple[LoadLevel, ...]) -> Table:
@@ -89,10 +95,10 @@ def _numbers(*columns: str) -> Table:
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds with two decimals: a hop is some hundredths; a dash for what is not known."""
+    """Format milliseconds with two decimals (a hop takes some hundredths), or a dash if unknown."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def share(value: float | None) -> str:
-    """In percent; a dash for what is not known."""
+    """Format a share in percent, or a dash if unknown."""
     return "-" if value is None else f"{value:.0%}"

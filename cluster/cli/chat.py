@@ -1,4 +1,4 @@
-"""``macpipe chat``: a conversation on the terminal, or one turn a line of standard input."""
+"""``macpipe chat``: a conversation on the terminal, or one turn per line of standard input."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ SUGGESTIONS: Final = ("Who are you?", "What can you do?", "What is a hop?")
 def chat(
     options: Any,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Say this, print the answer, and end.")
+        str | None,
+        typer.Option("--message", "-m", metavar="TEXT", help="Send this message, print the answer, and exit."),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Start with this system message.")] = None,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
 ) -> None:
-    """Talk with the model.
+    """Chat with the model.
 
-    It remembers the conversation; /help lists the commands. From a pipe, each line is a turn.
+    The conversation is kept; /help lists the commands. From a pipe, each line is one turn.
     """
     with errors_in_json(json):
         if json and message is None:
@@ -46,23 +47,23 @@ def chat(
             if message is None:
                 converse(client, options, system or "")
             else:
-                _say_once(client, message, system, options, json=json)
+                _send_once(client, message, system, options, json=json)
 
 
 def converse(client: Client, options: Options, system: str = "") -> None:
-    """Talk until Ctrl-D, /quit or the end of standard input. Raises NotServing if no model is loaded."""
+    """Chat until Ctrl-D, /quit or the end of standard input. Raise NotServing if no model is loaded."""
     from cluster.cli.chat_session import ChatSession
 
     state = client.cluster()
     if state.state != "serving":
         raise NotServing(state.problem or f"the coordinator at {client.address} serves no model; see `macpipe status`")
-    talk = ChatSession(client, options, system)
+    session = ChatSession(client, options, system)
     if sys.stdin.isatty():
         _greet(state)
-        _talk_on_terminal(talk)
+        _chat_on_terminal(session)
     else:
         for line in _read_piped_lines():
-            if not talk.take(line):
+            if not session.take(line):
                 return
 
 
@@ -70,34 +71,34 @@ def _greet(state: ClusterState) -> None:
     from cluster.cli.screen import note
 
     stages = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
-    note(f"{state.model} on {stages}. /help lists the commands, Ctrl-D ends.")
+    note(f"{state.model} on {stages}. /help lists the commands, Ctrl-D exits.")
     if state.model == BUNDLED:
         note(f"Try: {'  '.join(SUGGESTIONS)}")
 
 
-def _talk_on_terminal(talk: ChatSession) -> None:
-    """Ctrl-C ends an answer, or empties the line; an error ends a turn, not the conversation."""
+def _chat_on_terminal(session: ChatSession) -> None:
+    """Read turns from the terminal. Ctrl-C ends an answer or clears the line; an error ends only its turn."""
     from cluster.cli.screen import note
     from cluster.core.errors import MacpipeError
 
     _edit_lines()
     while True:
         try:
-            if not talk.take(input(PROMPT)):
+            if not session.take(input(PROMPT)):
                 return
         except EOFError:
             note("")
             return
         except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit ends)")
+            note("\n(Ctrl-D or /quit exits)")
         except UnicodeDecodeError:
-            note("macpipe: that was not UTF-8 text")
+            note("macpipe: the input is not UTF-8 text")
         except MacpipeError as error:
             note(f"macpipe: {error.sentence}")
 
 
 def _edit_lines() -> None:
-    """Let ``input`` edit lines and remember them, where Python was built with readline."""
+    """Enable line editing and history for ``input``, if Python was built with readline."""
     try:
         import readline  # noqa: F401
     except ImportError:
@@ -111,7 +112,7 @@ def _read_piped_lines() -> Iterator[str]:
         raise InvalidOption("standard input is not UTF-8 text", field="message") from None
 
 
-def _say_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
+def _send_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
     from cluster.cli.answer_summary import in_facts
     from cluster.cli.generate import print_stream
     from cluster.cli.json_output import print_json

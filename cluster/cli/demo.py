@@ -1,4 +1,4 @@
-"""``macpipe demo``: a whole cluster on this machine, with the model that comes along."""
+"""``macpipe demo``: runs a whole cluster on this machine, with the bundled model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 HOST: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = ENGINE_START_TIMEOUT_S + DISCOVERY_TIMEOUT_S + CANARY_TIMEOUT_S
-"""Engines start, workers are found, a first token goes through: each within its own bound."""
+"""Sum of the timeouts of the steps: engines start, workers are discovered, a first token passes."""
 
 
 def demo(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, print the answer, and end.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Send this prompt, print the answer, and exit.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=8, help="How many workers; the model has 8 layers.")] = 2,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=8, help="Number of workers; the model has 8 layers.")] = 2,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = None,
 ) -> None:
     """Try a whole cluster on this machine.
 
-    Starts workers and a coordinator, loads the small model that comes along, and opens a chat with it. Everything is
-    gone again at the end.
+    Starts workers and a coordinator, loads the small bundled model, and opens a chat with it. Stops and deletes
+    everything at the end.
     """
     import tempfile
     from pathlib import Path
@@ -45,43 +45,44 @@ def demo(
     with (
         end_on_signals(),
         tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
-        ProcessGroup(Path(folder)) as fleet,
+        ProcessGroup(Path(folder)) as processes,
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
-        cluster = start(fleet, Path(folder), workers, address)
-        use(fleet, address, cluster, prompt, max_tokens)
+        cluster = start(processes, Path(folder), workers, address)
+        use(processes, address, cluster, prompt, max_tokens)
 
 
-def use(fleet: ProcessGroup, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
-    """Talk with the coordinator once it serves. (Grpc is imported here: it does not like to fork.)"""
+def use(processes: ProcessGroup, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
+    """Wait until the coordinator serves, then send the prompt or open a chat."""
+    # gRPC is not fork-safe: import it only after all processes were started.
     from cluster.client import Client
 
     with Client(address, cluster=cluster) as client:
-        state = wait_until_serving(fleet, client)
+        state = wait_until_serving(processes, client)
         if prompt is None:
             invite(client, cluster, max_tokens)
         else:
             answer(client, state, prompt, max_tokens)
 
 
-def start(fleet: ProcessGroup, folder: Path, workers: int, address: str) -> str:
-    """Start every process; the name of their cluster. The coordinator finds the workers by mDNS on loopback."""
+def start(processes: ProcessGroup, folder: Path, workers: int, address: str) -> str:
+    """Start all processes and return their cluster's name. The coordinator discovers workers by mDNS on loopback."""
     import secrets
 
     cluster = f"demo-{secrets.token_hex(4)}"
     for number in range(1, workers + 1):
         name = f"demo-{number}"
         own = ["--name", name, "--host", HOST, "--home", str(folder / name), "--profile", "off", "--no-standby"]
-        fleet.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
+        processes.start(f"worker {name}", ["worker", "--cluster", cluster, *own])
     port = address.rpartition(":")[2]
     own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]
     own += ["--home", str(folder / "coordinator")]
-    fleet.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
+    processes.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
     return cluster
 
 
-def wait_until_serving(fleet: ProcessGroup, client: Client) -> ClusterState:
-    """Wait for the first model; raises MacpipeError when a process ends, loading fails, or time is up."""
+def wait_until_serving(processes: ProcessGroup, client: Client) -> ClusterState:
+    """Wait until the coordinator serves. Raise MacpipeError if a process ends, loading fails, or time is up."""
     import time
 
     from cluster.cli.process_group import POLL_S
@@ -89,7 +90,7 @@ def wait_until_serving(fleet: ProcessGroup, client: Client) -> ClusterState:
 
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        fleet.check()
+        processes.check()
         if is_listening(client.address):
             state = client.cluster()
             if state.state == "serving":
@@ -97,11 +98,11 @@ def wait_until_serving(fleet: ProcessGroup, client: Client) -> ClusterState:
             if state.state == "failed":
                 raise MacpipeError(state.problem)
         time.sleep(POLL_S)
-    raise DeadlineExceeded(f"the coordinator does not serve after {START_TIMEOUT_S:.0f} s")
+    raise DeadlineExceeded(f"the coordinator did not start serving within {START_TIMEOUT_S:.0f} s")
 
 
 def is_listening(address: str) -> bool:
-    """Whether somebody accepts connections at ``address``."""
+    """Return whether ``address`` accepts TCP connections."""
     import socket
 
     host, _, port = address.rpartition(":")
@@ -113,16 +114,16 @@ def is_listening(address: str) -> bool:
 
 
 def invite(client: Client, cluster: str, max_tokens: int | None) -> None:
-    """Say where to ask from elsewhere, and open the chat."""
+    """Print how to send requests from another terminal, and open the chat."""
     from cluster.cli.screen import note
 
-    there = f"MACPIPE_COORDINATOR={client.address} MACPIPE_CLUSTER={cluster}"
-    note(f"from another terminal: {there} macpipe generate -p 'Who are you?'")
+    variables = f"MACPIPE_COORDINATOR={client.address} MACPIPE_CLUSTER={cluster}"
+    note(f"from another terminal: {variables} macpipe generate -p 'Who are you?'")
     converse(client, {"max_tokens": max_tokens})
 
 
 def answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | None) -> None:
-    """Print the answer on stdout, and who gave it on stderr."""
+    """Print the answer on stdout, and the stages that computed it on stderr."""
     from cluster.cli.answer_summary import in_words
     from cluster.cli.generate import print_stream
     from cluster.cli.screen import note

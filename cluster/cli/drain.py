@@ -1,4 +1,4 @@
-"""``macpipe drain NAME``: have a worker's layers moved away, so that its Mac can be taken."""
+"""``macpipe drain NAME``: moves a worker's layers to others, so that its Mac can be taken out of use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.cli.options import Cluster, Coordinator, Json
 
 
 def drain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The worker, as `macpipe status` calls it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The worker's name, as in `macpipe status`.")],
     undo: Annotated[bool, typer.Option("--undo", help="Take the worker back into use.")] = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -20,7 +20,7 @@ def drain(
 ) -> None:
     """Move a worker's layers to others.
 
-    Answers that are under way go on. The worker is given no layers until it is undone or the worker starts again.
+    Running answers continue. The worker gets no layers until --undo or until it restarts.
     """
     from cluster.client import Client
 
@@ -32,5 +32,5 @@ def drain(
             print_json(state)
             return
         held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
-        done = "is in use again" if undo else "holds nothing"
-        sys.stdout.write(f"{name} {done}{f'; {held}' if held else ''}\n")
+        outcome = "is in use again" if undo else "holds no layers"
+        sys.stdout.write(f"{name} {outcome}{f'; {held}' if held else ''}\n")

@@ -1,6 +1,6 @@
-"""Where a process ends: every error becomes one sentence on stderr and an exit code, never a traceback.
+"""Turns every error of a command into one sentence on stderr and an exit code.
 
-MACPIPE_DEBUG=1 shows the traceback too.
+MACPIPE_DEBUG=1 also prints the traceback.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ INTERRUPTED: Final = 130
 
 @contextmanager
 def run_with_error_boundary() -> Iterator[None]:
-    """Run a command line; whatever escapes from it ends the process with its sentence and its code."""
-    for quiet in (("GRPC_VERBOSITY", "NONE"), ("TRANSFORMERS_VERBOSITY", "error")):
-        os.environ.setdefault(*quiet)  # their log lines say nothing that our sentences do not
+    """Run the command in the ``with`` block. Exit with a sentence and a code if it raises."""
+    for variable, level in (("GRPC_VERBOSITY", "NONE"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(variable, level)  # their log lines add nothing to our error sentences
     open_standard_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # an ASCII terminal shows ? and does not end the command
+                stream.reconfigure(errors="replace")  # print ? on an ASCII terminal instead of failing
         yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -41,29 +41,29 @@ def run_with_error_boundary() -> Iterator[None]:
     except MacpipeError as error:
         complain(error.sentence)
         sys.exit(exit_code(error))
-    except Exception as error:  # the process's edge: a person gets a sentence, whatever went wrong
+    except Exception as error:  # the edge of the process: report any error as a sentence
         hint = "" if is_debugging() else f"; set {DEBUG_VARIABLE}=1 for the traceback"
         complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
         sys.exit(FAILED)
 
 
 def open_standard_streams() -> None:
-    """Let a process that was started with a standard stream closed read nothing, or write to nowhere, instead.
+    """Open /dev/null for each standard stream that was closed at start.
 
-    Else the first files and connections that it opens would be taken for its input and output.
+    Otherwise the next file or connection would get its number and be used as standard input or output.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextmanager
 def errors_in_json(wanted: bool) -> Iterator[None]:
-    """If ``wanted``, print an error as one JSON object on stdout and exit with 1; wrong usage is told on stderr."""
+    """If ``wanted``, print a MacpipeError as one JSON object and exit with 1. InvalidOption passes through."""
     try:
         yield
     except MacpipeError as error:
@@ -79,23 +79,23 @@ def errors_in_json(wanted: bool) -> Iterator[None]:
 
 
 def exit_code(error: MacpipeError) -> int:
-    """2 where the command was called wrongly, 1 where it failed."""
+    """Return 2 for wrong usage, 1 for a failure."""
     return WRONG_USAGE if isinstance(error, InvalidOption) else FAILED
 
 
 def complain(sentence: str) -> None:
-    """One line on stderr; the traceback before it when MACPIPE_DEBUG is set."""
+    """Print one line on stderr, after the traceback if MACPIPE_DEBUG is set."""
     if is_debugging():
         traceback.print_exc()
     typer.echo(f"macpipe: {sentence}", err=True)
 
 
 def is_debugging() -> bool:
-    """Whether a person asked for tracebacks."""
+    """Return whether MACPIPE_DEBUG is set."""
     return os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}
 
 
 def end_after_broken_pipe() -> NoReturn:
-    """Exit without a word: nobody reads stdout, and Python's own flush at exit must not complain either."""
+    """Exit silently: nobody reads stdout. Redirect it so that Python's flush at exit does not fail either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(FAILED)

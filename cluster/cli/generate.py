@@ -1,4 +1,4 @@
-"""``macpipe generate``: one answer, printed as it comes."""
+"""``macpipe generate``: prints one answer as it arrives."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Read the prompt from a file.")
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    logprobs: Annotated[
-        int | None, typer.Option(min=0, help="With --json: log-probabilities, and this many alternatives.")
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Send this system message before the prompt.")
     ] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="With --json: where the time of each token went.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show figures on stderr.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="With --json: add log-probabilities and this many alternatives.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="With --json: add each token's time per stage.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print statistics on stderr.")] = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
@@ -39,7 +41,9 @@ def generate(
     """Print the answer to a prompt."""
     with errors_in_json(json):
         if raw and system is not None:
-            raise InvalidOption("--system needs the chat template, and --raw is without it", field="system")
+            raise InvalidOption(
+                "--system needs the chat template, which --raw turns off; give only one of them", field="system"
+            )
         if logprobs is not None and not json:
             raise InvalidOption("--logprobs needs --json", field="logprobs")
         if trace and not json:
@@ -56,7 +60,7 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the one place that was named. Raises InvalidOption for none, for two, and for no text."""
+    """Read the prompt from --prompt or --file. Raise InvalidOption unless exactly one is given and it is UTF-8 text."""
     if (prompt is None) == (file is None):
         raise InvalidOption("give the prompt with -p TEXT, -p - (standard input) or --file FILE", field="prompt")
     try:
@@ -93,9 +97,9 @@ def _ask(client: Client, text: str, system: str | None, options: Options, *, raw
 
 
 def print_stream(stream: Stream) -> None:
-    """Print an answer as it comes, ended by a line break.
+    """Print an answer as it arrives, and end with a line break.
 
-    The line is ended however the answer ends, so that what follows on the screen starts a line of its own.
+    The line break is printed after an error too, so that later output starts on a new line.
     """
     from cluster.cli.screen import say
 

@@ -1,4 +1,4 @@
-"""``macpipe init``: make a cluster, so that other Macs can be let in."""
+"""``macpipe init``: creates a cluster that other Macs can join."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ MAX_MACS = 64
 
 
 def init(
-    macs: Annotated[int, typer.Option(min=0, max=MAX_MACS, help="Print as many tokens, each for one other Mac.")] = 1,
+    macs: Annotated[int, typer.Option(min=0, max=MAX_MACS, help="Print this many join tokens, one per other Mac.")] = 1,
     name: Annotated[
         str | None, typer.Option(help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
     cluster: Cluster = "default",
-    wait: Annotated[bool, typer.Option(help="Stay, and admit the Macs, until all have joined.")] = True,
+    wait: Annotated[bool, typer.Option(help="Keep running and admit Macs until all have joined.")] = True,
     host: JoinHost = "",
     join_port: JoinPort = None,
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="Keep the cluster here; else MACPIPE_HOME.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
 ) -> None:
-    """Make a cluster that this Mac leads.
+    """Create a cluster that this Mac leads.
 
-    From then on every connection is encrypted, and only Macs that joined are heard. Prints what to type on the others.
+    From then on every connection is encrypted, and only members can connect. Prints the commands for the other Macs.
     """
     from cluster.coordinator.identity import id_of as coordinator_id
     from cluster.platform.private_files import protect_home
@@ -46,31 +46,32 @@ def init(
     from cluster.worker.identity import id_of as worker_id
 
     with errors_in_json(json):
-        folder, called = ClusterFolder(state_home(home), cluster), name or short_host_name()
+        folder = ClusterFolder(state_home(home), cluster)
+        member_name = name or short_host_name()
         protect_home(folder.home)
         coordinator = coordinator_id(folder.home, cluster)
-        ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, called), Role.ADMIN: coordinator}
-        made = create_cluster(folder, called, ids)
+        ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, member_name), Role.ADMIN: coordinator}
+        made = create_cluster(folder, member_name, ids)
         tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
         _, key = KeyStore(folder).create("first", KeyScope.ADMIN)
-        _tell(folder.cluster, made, tokens, key, json)
+        _print_result(folder.cluster, made, tokens, key, json)
         if tokens and wait:
             from cluster.cli.join_port import admit
 
             raise typer.Exit(admit(folder, tokens, host, join_port))
 
 
-def _tell(cluster: str, made: CreatedCluster, tokens: list[JoinToken], key: str, json: bool) -> None:
+def _print_result(cluster: str, made: CreatedCluster, tokens: list[JoinToken], key: str, json: bool) -> None:
     if json:
         from cluster.cli.json_output import print_json
 
-        print_json({**_facts(cluster, made, tokens), "api_key": key})
+        print_json({**_cluster_as_json(cluster, made, tokens), "api_key": key})
     else:
         sys.stdout.write("\n".join([*_headline(cluster, made), *_what_next(cluster, tokens), *_http(key)]) + "\n")
     sys.stdout.flush()
 
 
-def _facts(cluster: str, made: CreatedCluster, tokens: list[JoinToken]) -> dict[str, Any]:
+def _cluster_as_json(cluster: str, made: CreatedCluster, tokens: list[JoinToken]) -> dict[str, Any]:
     here = [{"role": party.role.value, "name": party.name, "id": party.id} for party in made.parties]
     facts = {"cluster": cluster, "cluster_id": made.cluster_id, "fingerprint": made.fingerprint.hex(), "members": here}
     return facts | {"tokens": [{"id": token.id, "role": token.role.value, "token": token.text} for token in tokens]}
@@ -78,14 +79,14 @@ def _facts(cluster: str, made: CreatedCluster, tokens: list[JoinToken]) -> dict[
 
 def _headline(cluster: str, made: CreatedCluster) -> list[str]:
     who = [f"  {party.role:<12} {party.name}" for party in made.parties]
-    return [f"cluster {cluster} is made, and this Mac leads it ({made.cluster_id}):", *who, ""]
+    return [f"created cluster {cluster}, led by this Mac ({made.cluster_id}):", *who, ""]
 
 
 def _what_next(cluster: str, tokens: list[JoinToken]) -> list[str]:
     option = "" if cluster == "default" else f" --cluster {cluster}"
     if not tokens:
         return ["`macpipe token create` admits another Mac."]
-    others = "the other Mac" if len(tokens) == 1 else f"each of the {len(tokens)} other Macs, a line each"
+    others = "the other Mac" if len(tokens) == 1 else f"the {len(tokens)} other Macs, one line on each"
     return [
         f"Within an hour, on {others}:",
         "",
@@ -96,4 +97,4 @@ def _what_next(cluster: str, tokens: list[JoinToken]) -> list[str]:
 
 
 def _http(key: str) -> list[str]:
-    return ["", "HTTP asks for an API key now. This one opens all, and is shown this once:", "", key]
+    return ["", "HTTP now requires an API key. This one has admin scope and is shown only once:", "", key]

@@ -1,4 +1,4 @@
-"""``macpipe join TOKEN``: bring this Mac into a cluster."""
+"""``macpipe join TOKEN``: adds this Mac to a cluster."""
 
 from __future__ import annotations
 
@@ -24,32 +24,36 @@ STDIN = "-"
 
 def join(
     token: Annotated[
-        str, typer.Argument(metavar="TOKEN", help="What `macpipe init` or `macpipe token create` printed; - reads it.")
+        str,
+        typer.Argument(metavar="TOKEN", help="From `macpipe init` or `macpipe token create`; - reads standard input."),
     ],
     name: Annotated[
         str | None, typer.Option(help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
     peer: Annotated[
-        str, typer.Option(metavar="HOST[:PORT]", help="The coordinator's Mac, where it cannot be discovered.")
+        str, typer.Option(metavar="HOST[:PORT]", help="The coordinator's Mac, if it cannot be discovered.")
     ] = "",
     cluster: Annotated[
-        str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="Call it this here.", show_default="its name")
+        str,
+        typer.Option(
+            metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster's name on this Mac.", show_default="its name"
+        ),
     ] = "",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="Keep keys here; else MACPIPE_HOME.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
 ) -> None:
-    """Bring this Mac into a cluster.
+    """Add this Mac to a cluster.
 
-    Finds the coordinator, makes sure that it is the one the token is from, and gets a certificate. The key stays here.
+    Finds the coordinator, verifies that it issued the token, and gets a certificate. The private key stays here.
     """
     if token != STDIN:
-        _hide(token)
+        _hide_token(token)
     from cluster.security.tokens import JoinToken
 
     with errors_in_json(json):
-        parsed = JoinToken.parse(_read() if token == STDIN else token)
+        parsed = JoinToken.parse(_read_token() if token == STDIN else token)
         joined = _join(parsed, name or short_host_name(), peer, cluster, state_home(home))
-        _tell(joined, json)
+        _print_result(joined, json)
 
 
 def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -> Joined:
@@ -71,7 +75,7 @@ def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -
     return anyio.run(join, JoinOrder(home, token, own_id, name, peer, cluster))
 
 
-def _tell(joined: Joined, json: bool) -> None:
+def _print_result(joined: Joined, json: bool) -> None:
     from cluster.cli.json_output import print_json
     from cluster.cli.screen import note, printable
 
@@ -83,8 +87,8 @@ def _tell(joined: Joined, json: bool) -> None:
         more = {"name": party.name, "id": party.id, "coordinator": joined.address}
         print_json(facts | more | {"clock_ahead_seconds": round(joined.clock_ahead_s, 1)})
         return
-    said = f"{party.name} is {'an' if party.role == 'admin' else 'a'} {party.role} of cluster {joined.cluster} now"
-    sys.stdout.write(printable(f"{said}; {_what_next(joined)}\n"))
+    outcome = f"{party.name} is {'an' if party.role == 'admin' else 'a'} {party.role} of cluster {joined.cluster} now"
+    sys.stdout.write(printable(f"{outcome}; {_what_next(joined)}\n"))
 
 
 def _what_next(joined: Joined) -> str:
@@ -95,19 +99,19 @@ def _what_next(joined: Joined) -> str:
     return f"start it with `macpipe worker{name}{cluster}`"
 
 
-def _read() -> str:
-    """A token from stdin: piped, or typed."""
+def _read_token() -> str:
+    """Read a token from stdin, a pipe or a terminal. Raise InvalidOption if there is none."""
     if sys.stdin.isatty():
         sys.stderr.write("token: ")
         sys.stderr.flush()
     line = sys.stdin.readline(1024).strip()
     if not line:
-        raise InvalidOption("no join token came on stdin", field="token")
+        raise InvalidOption("no join token on standard input", field="token")
     return line
 
 
-def _hide(token: str) -> None:
-    """Become the same command with the token on stdin: everybody on this machine can read what a process was given."""
+def _hide_token(token: str) -> None:
+    """Re-execute this command with the token on stdin: every user of this machine can read a process's arguments."""
     words = [STDIN if word == token else word for word in sys.orig_argv]
     if not (token.strip() and len(token) <= MAX_TOKEN_CHARS and words != sys.orig_argv and sys.executable):
         return
@@ -117,4 +121,4 @@ def _hide(token: str) -> None:
     os.dup2(reader, 0)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *words[1:]])  # noqa: S606  # no shell: the words are this process's own
+    os.execv(sys.executable, [sys.executable, *words[1:]])  # noqa: S606  # no shell: the arguments are this process's own

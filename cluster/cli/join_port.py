@@ -1,4 +1,4 @@
-"""Waiting for Macs: the join port while a command stays in the foreground, and word of everyone who came."""
+"""Admits Macs while a command runs in the foreground, and reports each Mac that joined."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ if TYPE_CHECKING:
     from cluster.security.tokens import JoinToken, TokenStore
 
 LOOK_S: Final = 0.5
-"""How often it is looked whether a token was used: the port that admits may be another process's."""
+"""Interval for polling the tokens' state: another process may be the one that admits."""
 
 Cluster = Annotated[str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster's name on this Mac.")]
 JoinHost = Annotated[
-    str, typer.Option("--host", help="Admit Macs on this address.", show_default="all, but no VPN is announced")
+    str,
+    typer.Option(
+        "--host", help="Admit Macs on this address.", show_default="all addresses; VPN addresses are not announced"
+    ),
 ]
 JoinPort = Annotated[
     int | None,
-    typer.Option(min=0, max=65535, help="Admit Macs on this port; 0 takes a free one.", show_default="7701"),
+    typer.Option(min=0, max=65535, help="Admit Macs on this port; 0 picks a free one.", show_default="7701"),
 ]
 
 
 def admit(folder: ClusterFolder, tokens: Sequence[JoinToken], host: str, port: int | None) -> int:
-    """Admit Macs until each of ``tokens`` was used or ended, or Ctrl-C; the exit code: 0 unless one ended unused."""
+    """Admit Macs until each of ``tokens`` is used or ended, or Ctrl-C. Return the exit code: 1 if one ended unused."""
     import anyio
 
     from cluster.core.errors import MacpipeError
@@ -49,26 +52,26 @@ async def _admit(folder: ClusterFolder, ids: list[str], host: str, port: int | N
     from cluster.platform.process import stop_on_signal
     from cluster.security.tokens import TokenStore
 
-    waiting = _JoinWatch(TokenStore(folder), ids)
+    watch = _JoinWatch(TokenStore(folder), ids)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(stop_on_signal, tasks.cancel_scope)
-        where = await _open(stack, folder, host, port)
-        note(f"waiting for {_macs(len(ids))} {where}; Ctrl-C ends this, and `macpipe serve` admits them as well")
-        while not waiting.over():
-            for word in waiting.news():
-                note(word)
-            await anyio.sleep(0 if waiting.over() else LOOK_S)
+        where = await _start_admitting(stack, folder, host, port)
+        note(f"waiting for {_macs(len(ids))} {where}; Ctrl-C stops waiting, and `macpipe serve` admits them too")
+        while not watch.is_over():
+            for line in watch.check():
+                note(line)
+            await anyio.sleep(0 if watch.is_over() else LOOK_S)
         tasks.cancel_scope.cancel()
-    if waiting.over():
-        return waiting.unused
-    sys.stderr.write("\r")  # over the terminal's ^C
-    note(f"nobody is waited for any more; {_macs(len(waiting.open))} may still join while `macpipe serve` runs")
+    if watch.is_over():
+        return watch.unused
+    sys.stderr.write("\r")  # overwrite the terminal's ^C
+    note(f"stopped waiting; {_macs(len(watch.open))} may still join while `macpipe serve` runs")
     return 0
 
 
-async def _open(stack: AsyncExitStack, folder: ClusterFolder, host: str, port: int | None) -> str:
-    """Where Macs are admitted: on a port of this process, or on that of a coordinator of this cluster that runs."""
+async def _start_admitting(stack: AsyncExitStack, folder: ClusterFolder, host: str, port: int | None) -> str:
+    """Open the join port unless this cluster's running coordinator has it. Return in words where Macs are admitted."""
     from cluster.core.errors import PortInUse
     from cluster.joining.join_port import EVERYWHERE, admit_macs
     from cluster.security.bounds import DEFAULT_JOIN_PORT
@@ -78,7 +81,7 @@ async def _open(stack: AsyncExitStack, folder: ClusterFolder, host: str, port: i
         address = await stack.enter_async_context(admit_macs(folder, host or EVERYWHERE, wanted))
     except PortInUse:
         if port is None and await _coordinator_admits(folder, DEFAULT_JOIN_PORT):
-            return "at the coordinator that runs here"
+            return "at this Mac's running coordinator"
         raise
     return f"on port {address.rpartition(':')[2]}"
 
@@ -95,34 +98,35 @@ async def _coordinator_admits(folder: ClusterFolder, port: int) -> bool:
 
 
 class _JoinWatch:
-    """Which tokens are open still; exit code ``unused`` is 1 where one ended without a Mac."""
+    """Tokens that are still open. ``unused`` is the exit code: 1 if a token ended without being used."""
 
     def __init__(self, tokens: TokenStore, ids: list[str]) -> None:
         self._tokens = tokens
         self.open = set(ids)
         self.unused = 0
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
+        """Return whether every token was used or ended."""
         return not self.open
 
-    def news(self) -> list[str]:
-        """A line for each token that was used or ended since the last look."""
+    def check(self) -> list[str]:
+        """Return a line for each token that was used or ended since the last call."""
         import time
 
         from cluster.security.tokens import TokenState
 
-        said = []
+        lines = []
         for token in self._tokens.all_tokens():
             state = token.state(time.time())
             if token.id not in self.open or state is TokenState.OPEN:
                 continue
             self.open.discard(token.id)
             if state is TokenState.USED:
-                said.append(f"{token.user} joined as {token.role}")
+                lines.append(f"{token.user} joined as {token.role}")
             else:
                 self.unused = 1
-                said.append(f"a token for a {token.role} ({token.id}) is {state} and was not used")
-        return said
+                lines.append(f"a token for a {token.role} ({token.id}) is {state} and was not used")
+        return lines
 
 
 def _macs(count: int) -> str:

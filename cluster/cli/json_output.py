@@ -1,4 +1,4 @@
-"""Facts for machines: frozen dataclasses as one JSON object on stdout. Layer ranges are ``[start, end)`` pairs."""
+"""Prints frozen dataclasses as one JSON object on stdout. Layer ranges are ``[start, end)`` pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def print_json(facts: Any) -> None:
 
 
 def to_json_types(value: Any) -> Any:
-    """``value`` in JSON's own types; a number that JSON has not (NaN) becomes null."""
+    """Convert ``value`` to JSON types. NaN and infinity, which JSON lacks, become null."""
     match value:
         case LayerRange():
             return [value.start, value.end]

@@ -1,6 +1,6 @@
-"""``macpipe key create|list|revoke``: the API keys of the cluster that this Mac leads.
+"""``macpipe key create|list|revoke``: manages the API keys of the cluster that this Mac leads.
 
-They edit a file that the running coordinator reads again; no coordinator has to run.
+The commands edit a file that a running coordinator rereads. They work without a coordinator too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from cluster.security.keys import ApiKey, KeyScope, KeyStore
 
 BOUNDS: Final = ("requests/min", "tokens/min", "at once")
-key = typer.Typer(name="key", help="Make, show and revoke API keys of the cluster's HTTP.", no_args_is_help=True)
-InCluster = Annotated[str, typer.Option(help="Of this cluster.", envvar="MACPIPE_CLUSTER")]
-Home = Annotated[Path | None, typer.Option(help="Where state is kept; else MACPIPE_HOME, else the usual place.")]
+key = typer.Typer(name="key", help="Create, list and revoke the cluster's API keys for HTTP.", no_args_is_help=True)
+InCluster = Annotated[str, typer.Option(help="The cluster's name on this Mac.", envvar="MACPIPE_CLUSTER")]
+Home = Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME, else the default.")]
 Bound = Annotated[int | None, typer.Option(min=1, show_default="no limit")]
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFacts:
-    """A key for machines. Limits are null where there are none; times are seconds since the epoch."""
+    """A key as JSON. A limit is null if there is none; times are Unix seconds."""
 
     id: str
     name: str
@@ -42,15 +42,15 @@ class KeyFacts:
 
 @dataclass(frozen=True, slots=True)
 class NewKey(KeyFacts):
-    """With the text, which is told this once."""
+    """A created key with its secret, which is shown only once."""
 
     key: str
 
 
 @key.command()
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for, or whose it is.")],
-    scope: Annotated[str, typer.Option(help="inference, or admin: metrics, too.")] = "inference",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The key's purpose or owner.")],
+    scope: Annotated[str, typer.Option(help="inference, or admin: also metrics.")] = "inference",
     requests_per_minute: Bound = None,
     tokens_per_minute: Bound = None,
     concurrency: Bound = None,
@@ -58,9 +58,9 @@ def create(
     home: Home = None,
     json: Json = False,
 ) -> None:
-    """Make a key and print it; it is shown this once.
+    """Create a key and print it; it is shown only once.
 
-    Tokens are those of prompts and answers together. A running coordinator takes it at once.
+    Token limits count prompts and answers together. A running coordinator accepts the key at once.
     """
     from cluster.security.keys import KeyLimits
 
@@ -73,44 +73,44 @@ def create(
             print_json(NewKey(**facts(made), key=text))
             return
         sys.stdout.write(f"{text}\n")
-        sys.stderr.write(f"keep it: it is not shown again. Take it back with `macpipe key revoke {name}`\n")
+        sys.stderr.write(f"save this key: it is not shown again. Revoke it with `macpipe key revoke {name}`\n")
 
 
 @key.command("list")
 def show(cluster: InCluster = "default", home: Home = None, json: Json = False) -> None:
-    """Show the keys, never their secrets."""
+    """List the keys without their secrets."""
     with errors_in_json(json):
-        known = keys_of(cluster, home).all_keys()
+        keys = keys_of(cluster, home).all_keys()
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"keys": [KeyFacts(**facts(one)) for one in known]})
-        elif known:
-            _table(known)
+            print_json({"keys": [KeyFacts(**facts(one)) for one in keys]})
+        elif keys:
+            _print_table(keys)
         else:
-            sys.stdout.write("no keys; make one with `macpipe key create NAME`\n")
+            sys.stdout.write("no keys; create one with `macpipe key create NAME`\n")
 
 
 @key.command()
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME|ID", help="As `macpipe key list` shows it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id, as in `macpipe key list`.")],
     cluster: InCluster = "default",
     home: Home = None,
     json: Json = False,
 ) -> None:
-    """Refuse a key from now on; answers to it that are under way end within seconds."""
+    """Revoke a key; its running answers end within seconds."""
     with errors_in_json(json):
-        gone = keys_of(cluster, home).revoke(name)
+        revoked = keys_of(cluster, home).revoke(name)
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json(KeyFacts(**facts(gone)))
+            print_json(KeyFacts(**facts(revoked)))
             return
-        sys.stdout.write(f"{gone.name} ({gone.id}) is revoked\n")
+        sys.stdout.write(f"{revoked.name} ({revoked.id}) is revoked\n")
 
 
 def keys_of(cluster: str, home: Path | None) -> KeyStore:
-    """The keys of a cluster that this Mac leads. Raises ``NoCluster``."""
+    """Return the key store of a cluster that this Mac leads. Raise NoCluster if it does not lead it."""
     from cluster.core.errors import NoCluster
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.keys import KeyStore
@@ -118,15 +118,14 @@ def keys_of(cluster: str, home: Path | None) -> KeyStore:
     folder = ClusterFolder(state_home(home), cluster)
     if not folder.leads:
         raise NoCluster(
-            f"this Mac does not lead a cluster named {cluster}, so it has no keys to give: make one with `macpipe"
-            " init`, or ask on the Mac where that was done. Without a cluster HTTP needs no key, but is for this Mac"
-            " alone"
+            f"this Mac does not lead a cluster named {cluster}, so it has no API keys: create one with `macpipe init`,"
+            " or run this on the Mac that leads it. Without a cluster, HTTP needs no key but accepts only this Mac"
         )
     return KeyStore(folder)
 
 
 def check_scope(given: str) -> KeyScope:
-    """Raises ``InvalidOption``."""
+    """Parse a scope. Raise InvalidOption."""
     from cluster.core.errors import InvalidOption
     from cluster.security.keys import KeyScope
 
@@ -137,7 +136,7 @@ def check_scope(given: str) -> KeyScope:
 
 
 def facts(one: ApiKey) -> dict[str, Any]:
-    """The fields of ``KeyFacts``."""
+    """Return the fields of ``KeyFacts``."""
     limits = one.limits
     return {
         "id": one.id,
@@ -151,16 +150,16 @@ def facts(one: ApiKey) -> dict[str, Any]:
     }
 
 
-def _table(known: tuple[ApiKey, ...]) -> None:
+def _print_table(keys: tuple[ApiKey, ...]) -> None:
     from datetime import datetime
 
     from cluster.cli.screen import console, printable, table
 
     shown = table("name", "scope", *BOUNDS, "made", "id", "", right=frozenset(BOUNDS))
-    for one in known:
+    for one in keys:
         bounds = (one.limits.requests_a_minute, one.limits.tokens_a_minute, one.limits.at_once)
         made = datetime.fromtimestamp(one.made).astimezone().strftime("%Y-%m-%d")
         state = "revoked" if one.revoked else ""
-        told = ("-" if bound is None else str(bound) for bound in bounds)
-        shown.add_row(*(printable(cell) for cell in (one.name, one.scope.value, *told, made, one.id, state)))
+        limits = ("-" if bound is None else str(bound) for bound in bounds)
+        shown.add_row(*(printable(cell) for cell in (one.name, one.scope.value, *limits, made, one.id, state)))
     console(sys.stdout).print(shown)

@@ -1,4 +1,4 @@
-"""``macpipe launch CLIENT``: the environment in which a known client talks to this coordinator, printed or run with."""
+"""``macpipe launch CLIENT``: prints a known client's environment for the coordinator, or starts the client in it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ADDRESS_VARIABLE: Final = "MACPIPE_HTTP"
 DEFAULT_HTTP: Final = "127.0.0.1:8080"
 KEY_VARIABLE: Final = "MACPIPE_API_KEY"
 ANY_KEY: Final = "macpipe"
-"""Clients insist on a key; without a cluster nothing checks it."""
+"""A placeholder: clients require a key, but without a cluster nothing checks it."""
 AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-"""Whom to believe: the first two for Python's clients, instead of all others; the last for Node's, beside them."""
+"""Variables for a CA certificate. The first two replace Python clients' CAs; the last adds to those of Node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a client is started with; nothing to start where it is whatever the user runs next."""
+    """A client's environment and command. ``command`` is empty if the user chooses the program."""
 
     environment: Mapping[str, str]
     command: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the coordinator says of itself; ``authority`` is the certificate that vouches for it, where one has to."""
+    """A served model. ``authority`` is the path of the cluster's CA certificate; empty if HTTPS does not need it."""
 
     base: str
     model: str
@@ -54,26 +54,27 @@ class Served:
 
 def launch(
     ctx: typer.Context,
-    client: Annotated[str, typer.Argument(metavar="CLIENT", help="claude, codex, aider and others; see below.")],
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="claude, codex, aider or another; see above.")],
     http: Annotated[
         str | None,
         typer.Option(
-            metavar="[https://]HOST:PORT", help="The coordinator's HTTP; else MACPIPE_HTTP, else 127.0.0.1:8080."
+            metavar="[https://]HOST:PORT",
+            help="The coordinator's HTTP address; else MACPIPE_HTTP, else 127.0.0.1:8080.",
         ),
     ] = None,
     cluster: Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")] = "default",
-    run: Annotated[bool, typer.Option("--run", help="Start the client. Arguments after -- do so too.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Start the client, as arguments after -- do too.")] = False,
     json_wanted: Json = False,
 ) -> None:
     """Print the environment for a client, or start it with -- ARGS.
 
     In a cluster it passes on the API key in MACPIPE_API_KEY.
 
-    Known are claude, codex, aider, goose, opencode, qwen; openai and anthropic are for everything made with
-    their SDKs. `eval "$(macpipe launch claude)"` sets a shell up.
+    Clients: claude, codex, aider, goose, opencode, qwen. Use openai or anthropic for programs built with those
+    SDKs. `eval "$(macpipe launch claude)"` sets the variables in a shell.
     """
     if client not in CLIENTS:
-        raise InvalidOption(f"no client {client} is known; there is {', '.join(CLIENTS)}", field="client")
+        raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
     address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
     found = trusting(CLIENTS[client], ask(address, os.environ.get(KEY_VARIABLE, ""), authority(cluster)))
     if run or ctx.args:
@@ -85,7 +86,7 @@ def launch(
 
 
 def authority(cluster: str) -> Path | None:
-    """The certificate of the cluster's authority, where this machine has it."""
+    """Return the path of the cluster's CA certificate, or None if this machine has no such cluster."""
     from cluster.security.cluster_folder import ClusterFolder
 
     folder = ClusterFolder(state_home(), cluster)
@@ -93,10 +94,11 @@ def authority(cluster: str) -> Path | None:
 
 
 def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
-    """The served model. Raises Unreachable, Unauthenticated, and NotServing's sentence where nothing is served."""
+    """Ask the coordinator for the served model. Raise Unreachable, Unauthenticated, or MacpipeError if it has none."""
     from http.client import HTTPException
 
-    secure, address = given.startswith("https://"), given.removeprefix("https://").removeprefix("http://")
+    secure = given.startswith("https://")
+    address = given.removeprefix("https://").removeprefix("http://")
     connection = _connection(address, secure, vouching)
     try:
         connection.request("GET", "/health", headers={"authorization": f"Bearer {key}"} if key else {})
@@ -109,12 +111,12 @@ def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
     finally:
         connection.close()
     if facts.keys() == {"status"}:
-        raise Unauthenticated(f"the coordinator at {given} asks for an API key: put a good one into {KEY_VARIABLE}")
+        raise Unauthenticated(f"the coordinator at {given} requires an API key: set {KEY_VARIABLE} to a valid one")
     if "model" not in facts:
-        raise MacpipeError(str(facts.get("message", f"what answers at {given} is no coordinator")))
+        raise MacpipeError(str(facts.get("message", f"the server at {given} is not a coordinator")))
     base = f"{'https' if secure else 'http'}://{address}"
-    vouched = str(vouching) if secure and vouching else ""
-    return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, vouched)
+    ca_path = str(vouching) if secure and vouching else ""
+    return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, ca_path)
 
 
 def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnection:
@@ -134,14 +136,14 @@ def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnec
 
 
 def trusting(client: Callable[[Served], Launch], served: Served) -> Launch:
-    """What the client is started with, and whom it has to believe."""
+    """Return the client's launch, with the variables that make it trust the cluster's CA."""
     found = client(served)
-    believed = dict.fromkeys(AUTHORITIES if served.authority else (), served.authority)
-    return replace(found, environment={**found.environment, **believed})
+    trusted = dict.fromkeys(AUTHORITIES if served.authority else (), served.authority)
+    return replace(found, environment={**found.environment, **trusted})
 
 
 def shell_lines(found: Launch) -> str:
-    """Lines for a shell."""
+    """Return ``export`` lines for a shell."""
     from shlex import join, quote
 
     lines = [f"export {name}={quote(value)}" for name, value in found.environment.items()]
@@ -149,10 +151,10 @@ def shell_lines(found: Launch) -> str:
 
 
 def start(found: Launch, client: str, arguments: list[str]) -> None:
-    """Become the client. Raises MacpipeError where it is not installed."""
+    """Replace this process with the client. Raise MacpipeError if it is not installed."""
     command = [*(found.command or arguments[:1]), *(arguments if found.command else arguments[1:])]
     if not command:
-        raise InvalidOption(f"{client} is no program; name one after --", field="client")
+        raise InvalidOption(f"{client} is not a program; give a command after --", field="client")
     try:
         os.execvpe(command[0], command, {**os.environ, **found.environment})  # noqa: S606  # the user's own program
     except FileNotFoundError:
@@ -178,14 +180,14 @@ def _claude(s: Served) -> Launch:
 
 
 def _codex(s: Served) -> Launch:
-    """Codex reads no environment for this: its options name a provider."""
+    """Pass the provider as options: Codex does not read it from the environment."""
     provider = f'{{name="macpipe",base_url="{s.openai}",env_key="{KEY_VARIABLE}",wire_api="responses"}}'
     options = {
         "model_provider": "macpipe",
         "model_providers.macpipe": provider,
         "model_context_window": str(s.context),
         "web_search": "disabled",
-        "features.multi_agent": "false",  # it offers tools of a kind that no server but OpenAI's knows
+        "features.multi_agent": "false",  # its tools have a type that only OpenAI's server knows
     }
     settings = (part for name, value in options.items() for part in ("-c", f"{name}={value}"))
     return Launch({KEY_VARIABLE: s.key}, ("codex", "-m", s.model, *settings))

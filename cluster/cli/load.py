@@ -1,4 +1,4 @@
-"""``macpipe load MODEL``: have a running coordinator load a model."""
+"""``macpipe load MODEL``: loads a model on a running coordinator."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def load(
     cluster: Cluster = None,
     json: Json = False,
 ) -> None:
-    """Have a running coordinator load MODEL.
+    """Load MODEL on a running coordinator.
 
-    It takes the place of the model that is being served.
+    It replaces the served model.
     """
     from cluster.client import Client
     from cluster.core.text import parse_layers
@@ -77,7 +77,7 @@ def load(
 
 
 def follow(loading: Loading) -> ClusterState:
-    """Show a load's progress on stderr until it is done; returns the cluster's state."""
+    """Show a load's progress on stderr until it is done. Return the cluster's state."""
     from cluster.cli.load_progress import LoadBars
     from cluster.client.deadlines import require_serving
     from cluster.core.plan import LoadProgress

@@ -1,8 +1,8 @@
-"""Users who ask a running coordinator at the same time, over the public client API, and what came of it.
+"""Sends concurrent requests to a running coordinator over the public client API, and measures the answers.
 
-Prompts are random tokens, so that no kept prefix serves them. Each user then takes a second turn: its prompt and the
-answer. The stages have kept all of that but its last token, so the second turn has one frame a token, and is decoding
-and nothing else, at the length of context that the prompt made.
+Prompts are random tokens, so the prefix cache does not help. Each user then sends a second turn: its prompt and the
+answer. The stages have cached all of it but the last token. So the second turn has one frame per token and measures
+decoding alone, at the prompt's context length.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from cluster.core.errors import MacpipeError, NotServing
 from cluster.platform.process import first_error
 
 ALPHABET: Final = f"{string.printable} The layers of a large model on several Macs, streamed from stage to stage."
-"""What random prompts are drawn from: its tokens are in every vocabulary, whatever the tokenizer."""
+"""Text whose tokens make up random prompts. Every tokenizer can encode it."""
 WARM_TOKENS: Final = 8
-"""Kernels are compiled at the first frame of each width; these tokens are thrown away."""
+"""Tokens of a warm-up request, not measured: kernels are compiled at the first frame of each width."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadLevel:
-    """So many users. ``prompts`` is their first turn, nothing of it kept; ``answers`` their second, all but decode."""
+    """Results for one number of users. ``prompts``: first turns, uncached. ``answers``: second turns, decoding only."""
 
     users: int
     prompts: Turn
@@ -48,7 +48,7 @@ class LoadLevel:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Everything that was measured. ``roofline`` and the predictions are for ``levels[0]``."""
+    """All results. ``roofline`` and its predictions are for ``levels[0]``."""
 
     model: str
     version: str
@@ -63,7 +63,7 @@ class BenchReport:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is asked: prompts and answers of so many tokens, so often, by so many users in turn."""
+    """What to measure: tokens per prompt and per answer, rounds, and the numbers of users in order."""
 
     users: tuple[int, ...]
     prompt: int
@@ -72,7 +72,7 @@ class Trial:
 
 
 def measure(address: str, trial: Trial, done: Callable[[LoadLevel], None], cluster: str | None = None) -> BenchReport:
-    """Run the trial; ``done`` is told each level as it ends. Raises the MacpipeError that ended any of its requests."""
+    """Run the trial, and call ``done`` after each level. Raise the MacpipeError of the first request that fails."""
     try:
         return asyncio.run(_measure(address, trial, done, cluster))
     except BaseExceptionGroup as group:
@@ -83,15 +83,15 @@ def measure(address: str, trial: Trial, done: Callable[[LoadLevel], None], clust
 
 async def _measure(address: str, trial: Trial, done: Callable[[LoadLevel], None], cluster: str | None) -> BenchReport:
     async with AsyncClient(address, cluster=cluster) as client:
-        crowd = LoadGenerator(client, await vocabulary(client), trial)
-        await crowd.ask_all([crowd.prompt()], WARM_TOKENS)
-        alone = [answer for _ in range(trial.rounds) for answer, _ in await crowd.ask_all([crowd.prompt()], 1)]
+        generator = LoadGenerator(client, await vocabulary(client), trial)
+        await generator.ask_all([generator.prompt()], WARM_TOKENS)
+        alone = [answer for _ in range(trial.rounds) for answer, _ in await generator.ask_all([generator.prompt()], 1)]
         levels: list[LoadLevel] = []
-        lines: list[Roofline] = []
+        stage_rooflines: list[Roofline] = []
         for users in trial.users:
-            levels.append(await crowd.level(users))
+            levels.append(await generator.level(users))
             state = await client.cluster()
-            lines = lines or rooflines(levels[0], state)
+            stage_rooflines = stage_rooflines or rooflines(levels[0], state)
             done(levels[-1])
         return BenchReport(
             model=state.model,
@@ -102,46 +102,48 @@ async def _measure(address: str, trial: Trial, done: Callable[[LoadLevel], None]
             rounds=trial.rounds,
             prefill_tokens_per_second=prefill_rate(alone),
             levels=tuple(levels),
-            roofline=tuple(lines),
+            roofline=tuple(stage_rooflines),
         )
 
 
 async def vocabulary(client: AsyncClient) -> tuple[int, ...]:
-    """Ids of plain tokens, so no end of sequence; the client API has no other way to learn any."""
+    """Return ids of plain-text tokens, without special tokens. Tokenizing is the client API's only way to get ids."""
     found = await client.tokenize(ALPHABET)
     plain = {i for i, text in zip(found.ids, found.texts, strict=True) if text and text in ALPHABET}
     return tuple(plain) or found.ids
 
 
 class LoadGenerator:
-    """Asks as several users do. Its randomness is the system's: two runs share no prompt."""
+    """Sends requests as several users. Prompts come from the system's randomness, so runs share none."""
 
     def __init__(self, client: AsyncClient, vocabulary: Sequence[int], trial: Trial) -> None:
-        self._client, self._vocabulary, self._trial = client, vocabulary, trial
+        self._client = client
+        self._vocabulary = vocabulary
+        self._trial = trial
         self._random = random.SystemRandom()
 
     def prompt(self, tokens: int | None = None) -> list[int]:
-        """A prompt that nobody has asked before."""
+        """Return a random prompt. It is not in the prefix cache."""
         return self._random.choices(self._vocabulary, k=tokens or self._trial.prompt)
 
     async def level(self, users: int) -> LoadLevel:
-        """Both turns of so many users, in every round."""
+        """Measure both turns of ``users`` users in every round."""
         await self.ask_all([self.prompt(WARM_TOKENS) for _ in range(users)], WARM_TOKENS)
         first: list[list[Arrivals]] = []
         second: list[list[Arrivals]] = []
         activity = []
         for _ in range(self._trial.rounds):
             prompts = [self.prompt() for _ in range(users)]
-            said = await self.ask_all(prompts, self._trial.tokens)
-            first.append([answer for answer, _ in said])
+            answers = await self.ask_all(prompts, self._trial.tokens)
+            first.append([answer for answer, _ in answers])
             before = activities(await self._client.cluster())
-            turns = [[*p, *tokens] for p, (_, tokens) in zip(prompts, said, strict=True)]
+            turns = [[*p, *tokens] for p, (_, tokens) in zip(prompts, answers, strict=True)]
             second.append([answer for answer, _ in await self.ask_all(turns, self._trial.tokens)])
             activity.append((before, activities(await self._client.cluster())))
         return LoadLevel(users, turn(first), turn(second), stage_times(second, activity))
 
     async def ask_all(self, prompts: Sequence[list[int]], tokens: int) -> list[tuple[Arrivals, list[int]]]:
-        """An answer of so many tokens to each prompt, all asked at once; a failure of one ends them all."""
+        """Send all prompts at once, for answers of ``tokens`` tokens. A failed request cancels the others."""
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._ask(prompt, tokens)) for prompt in prompts]
         return [task.result() for task in tasks]
@@ -149,21 +151,22 @@ class LoadGenerator:
     async def _ask(self, prompt: list[int], tokens: int) -> tuple[Arrivals, list[int]]:
         asked_at = time.perf_counter()
         async with self._client.stream(prompt, max_tokens=tokens, ignore_eos=True) as stream:
-            came = [(time.perf_counter(), token.token) async for token in stream]
-        if stream.finish is None or len(came) != tokens:
-            raise NotServing(f"an answer of {tokens} tokens was asked for, and {len(came)} came")
-        usage, at = stream.finish.usage, tuple(moment for moment, _ in came)
+            received = [(time.perf_counter(), token.token) async for token in stream]
+        if stream.finish is None or len(received) != tokens:
+            raise NotServing(f"the request was for {tokens} tokens, but the answer has {len(received)}")
+        usage = stream.finish.usage
+        at = tuple(moment for moment, _ in received)
         arrivals = Arrivals(asked_at, at, usage.prompt_tokens, usage.cached_tokens, stream.finish.stages)
-        return arrivals, [token for _, token in came]
+        return arrivals, [token for _, token in received]
 
 
 def activities(state: ClusterState) -> list[StageActivity]:
-    """Each stage's counters now."""
+    """Return each stage's current counters."""
     return [StageActivity(stage.busy_seconds, stage.active_seconds) for stage in state.stages]
 
 
 def rooflines(level: LoadLevel, state: ClusterState) -> list[Roofline]:
-    """Each stage's measured compute beside its bounds. A plan predicts for one row, so only one user is held to it."""
+    """Compare each stage's compute time to its bounds. A plan predicts one row, so it applies to one user only."""
     bandwidths = {worker.name: worker.bandwidth for worker in state.workers}
     return [
         roofline(

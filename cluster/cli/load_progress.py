@@ -1,6 +1,6 @@
-"""How a load looks on a terminal: who is there, the plan as a table, a bar for each worker, then where to ask.
+"""Shows a load on a terminal: the workers, the plan as a table, a progress bar per worker, then the address.
 
-It draws and decides nothing. Where stderr is no terminal, it writes plain lines and fewer of them.
+It decides nothing. If stderr is not a terminal, it writes plain lines, and fewer of them.
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ if TYPE_CHECKING:
     from cluster.store.fetch import Fetched
 
 BAR_WIDTH: Final = 16
-"""So that a line with a worker's name, sizes, speed and state fits 80 columns."""
+"""Narrow enough for a line with a worker's name, sizes, speed and state in 80 columns."""
 PLAIN_STEP: Final = 10
-"""Percent between two plain lines of one worker."""
+"""Percent of progress between two plain lines of one worker."""
 
 
 class LoadBars:
-    """Progress of a load, a bar or some lines for each worker."""
+    """Progress of a load: one bar per worker, or some lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = console(stream)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._told: dict[str, tuple[int, str]] = {}
+        self._printed: dict[str, tuple[int, str]] = {}
         self._noticed: set[tuple[str, str]] = set()
 
     def show(self, progress: LoadProgress) -> None:
-        """Draw how far one stage is, below what is new to know of its bytes."""
+        """Print the stage's new notices, then draw its progress."""
         for notice in [n for n in progress.notices if (progress.worker, n) not in self._noticed]:
             self._noticed.add((progress.worker, notice))
             self._console.print(printable(f"{progress.worker}: {notice}"), soft_wrap=True)
-        came = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
-        told = ", ".join(f"{bytes_in_words(count)} from {whom}" for count, whom in came if count)
+        sources = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
+        received = ", ".join(f"{bytes_in_words(count)} from {source}" for count, source in sources if count)
         what = f"{progress.worker} layers {progress.layers}"
-        self.show_as(
-            what, f"{progress.state} ({told})" if told else progress.state, progress.done_bytes, progress.total_bytes
-        )
+        state = f"{progress.state} ({received})" if received else progress.state
+        self.show_as(what, state, progress.done_bytes, progress.total_bytes)
 
     def show_as(self, what: str, state: str, done: int, total: int) -> None:
-        """Draw how far something is. ``state`` says what is being done."""
+        """Draw the progress of ``what``. ``state`` names the current step."""
         if self._console.is_terminal:
             self._draw(what, state, done, total)
         else:
             self._write(what, state, done, total)
 
     def close(self) -> None:
-        """Leave the bars as they are; what is printed next comes below them."""
+        """Stop updating the bars. Later output appears below them."""
         if self._bars is not None:
             self._bars.stop()
         self._bars = None
         self._tasks.clear()
-        self._told.clear()
+        self._printed.clear()
         self._noticed.clear()
 
     def _draw(self, what: str, state: str, done: int, total: int) -> None:
@@ -84,31 +83,31 @@ class LoadBars:
 
     def _write(self, what: str, state: str, done: int, total: int) -> None:
         percent = 100 * done // total if total else 0
-        told = (percent // PLAIN_STEP, state.partition(" ")[0])
-        if self._told.get(what) != told:
-            self._told[what] = told
+        step = (percent // PLAIN_STEP, state.partition(" ")[0])
+        if self._printed.get(what) != step:
+            self._printed[what] = step
             far = f", {percent}% of {bytes_in_words(total)}" if total else ""
             self._console.print(f"{what}: {state}{far}", soft_wrap=True)
 
 
 class PullBar:
-    """How far one fetch is: a bar, or a line now and then."""
+    """Progress of one download: a bar, or some lines."""
 
     def __init__(self, stream: TextIO, model: str) -> None:
         self._model = model
         self._bars = LoadBars(stream)
 
     def show(self, fetched: Fetched) -> None:
-        """Draw it."""
+        """Draw the progress."""
         self._bars.show_as(printable(self._model), fetched.state, fetched.done, fetched.total)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         self._bars.close()
 
 
 class TerminalReport:
-    """The ``Report`` of ``macpipe serve``; a context manager, so that bars are taken down however it ends."""
+    """The ``Report`` of ``macpipe serve``. As a context manager, it also stops its bars after an error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = console(stream)
@@ -122,7 +121,7 @@ class TerminalReport:
         self._bars.close()
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
-        """Say who is there, when that has changed."""
+        """Print the workers found so far, if they changed."""
         names = tuple(sorted(f"{worker.name} ({worker.chip or worker.backend})" for worker in found))
         if names == self._found:
             return
@@ -132,28 +131,28 @@ class TerminalReport:
         self._say(f"{count}: {', '.join(names)}" if names else f"waiting for {_workers_in_words(wanted)}")
 
     def planned(self, plan: Plan) -> None:
-        """Show who gets what."""
+        """Print the plan."""
         self._say(f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:")
         stages = [(s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.decode_ms) for s in plan.stages]
         self._console.print(stage_table(stages))
         for line in prospects(plan.forecast, plan.spares, plan.reasons):
             self._say(line)
         if plan.route is Route.RELAY:
-            self._say("activations go by way of this coordinator")
+            self._say("activations are relayed by this coordinator")
 
     def progress(self, progress: LoadProgress) -> None:
-        """Move a worker's bar."""
+        """Update a worker's bar."""
         self._bars.show(progress)
 
     def serving(self, address: str, plan: Plan, http: str) -> None:
-        """Say where to ask, and how."""
+        """Print the addresses and an example command."""
         self._bars.close()
         self._say(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
         default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
-        self._say(f"ask it: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
+        self._say(f"try: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
 
     def problem(self, sentence: str) -> None:
-        """Say what a person should know."""
+        """Print a problem that the operator should know."""
         self._bars.close()
         self._say(f"macpipe: {sentence}")
 
@@ -162,7 +161,7 @@ class TerminalReport:
 
 
 def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Table:
-    """A plan's stages: worker, layers, bytes of weights, bytes left beside them, a step's milliseconds (0: unknown)."""
+    """Format a plan's stages: worker, layers, weight bytes, bytes left for caches, ms per decode step (0: unknown)."""
     numbers = frozenset({"weights", "left for caches", "ms a token"})
     shown = table("stage", "worker", "layers", "weights", "left for caches", "ms a token", right=numbers)
     for i, (worker, layers, weights, left, ms) in enumerate(stages):
@@ -172,7 +171,7 @@ def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Ta
 
 
 def prospects(forecast: Forecast | None, spares: Iterable[Spare], reasons: Iterable[str]) -> Iterator[str]:
-    """What a plan promises, and why it is as it is: a line each."""
+    """Yield lines with a plan's predicted speed, its spare workers and its reasons."""
     if forecast:
         yield (
             f"predicted: {figure(forecast.one_user)} tokens/s for one user, {figure(forecast.eight_users)} for eight"

@@ -1,4 +1,4 @@
-"""A daemon's standard error, which a full disk must not turn into an error of the daemon."""
+"""Keeps a daemon running when the disk that holds its standard error is full or fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STDERR: Final = 2
 
 
 class _LossyStderr(io.RawIOBase):
-    """Standard error that drops what the disk does not take. A pipe that nobody reads is an error as ever."""
+    """Standard error that drops data on disk errors. A broken pipe still raises."""
 
     def writable(self) -> bool:
         return True
@@ -28,7 +28,7 @@ class _LossyStderr(io.RawIOBase):
         return os.isatty(_STDERR)
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write ``data``, or lose it; how many of its bytes are done with."""
+        """Write ``data``, or drop it on a disk error. Return the number of bytes written or dropped."""
         try:
             return os.write(_STDERR, data)
         except OSError as e:
@@ -38,9 +38,9 @@ class _LossyStderr(io.RawIOBase):
 
 
 def survive_full_log() -> None:
-    """From now on, lines on standard error are lost where it is a file on a disk that is full or fails."""
+    """Replace ``sys.stderr`` so that lines are dropped, not raised, when its disk is full or fails."""
     before = sys.stderr
-    if isinstance(before, io.TextIOWrapper) and before.fileno() == _STDERR:  # else somebody has replaced it
+    if isinstance(before, io.TextIOWrapper) and before.fileno() == _STDERR:  # otherwise it was already replaced
         before.flush()
         raw = io.BufferedWriter(_LossyStderr())
         sys.stderr = io.TextIOWrapper(raw, encoding=before.encoding, errors="replace", line_buffering=True)

@@ -1,6 +1,6 @@
-"""The command ``macpipe``: its subcommands, and the edge of the process where errors become exit codes.
+"""The ``macpipe`` command and its subcommands.
 
-Nothing heavy is imported here: each command imports what it needs once it runs.
+Imports here are light, so that ``--help`` is fast: each command imports the rest when it runs.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from cluster.cli.worker import worker
 
 
 class Commands(TyperGroup):
-    """The group of all commands, in the order of a first day with macpipe."""
+    """All commands, in the order in which a new user needs them."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; Ctrl-C ends it without a word, with 130."""
+        """Run a command. Ctrl-C ends it silently with exit code 130."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order in which they were added, not by alphabet."""
+        """Return the commands in the order of their definition, not alphabetically."""
         return list(self.commands)
 
 
@@ -69,7 +69,7 @@ app.command(context_settings={"allow_extra_args": True})(launch)
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and end, if ``wanted``."""
+    """Print the version and exit, if ``wanted``."""
     if wanted:
         typer.echo(f"macpipe {__version__}")
         raise typer.Exit
@@ -85,7 +85,7 @@ def begin(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C."""
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C."""
     with run_with_error_boundary():
         app(args=arguments, prog_name="macpipe")
 

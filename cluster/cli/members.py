@@ -1,4 +1,4 @@
-"""``macpipe members``: who belongs to the cluster, as its coordinator's Mac knows it."""
+"""``macpipe members``: lists the cluster's members, from the files of the coordinator's Mac."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ if TYPE_CHECKING:
 
 
 def members(
-    everyone: Annotated[bool, typer.Option("--all", help="Also those who were removed.")] = False,
+    everyone: Annotated[bool, typer.Option("--all", help="Include removed members.")] = False,
     cluster: Cluster = "default",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
 ) -> None:
-    """Show who was admitted to the cluster that this Mac leads."""
+    """List the members of the cluster that this Mac leads."""
     from cluster.security.authority import Authority
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.members import Members
 
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
-        cluster_id, roster = Authority.load(folder).cluster_id, Members(folder)
+        cluster_id = Authority.load(folder).cluster_id
+        roster = Members(folder)
         known = roster.everyone() if everyone else roster.current()
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"cluster": cluster, "cluster_id": cluster_id, "members": [_facts(one) for one in known]})
+            print_json(
+                {"cluster": cluster, "cluster_id": cluster_id, "members": [_member_as_json(one) for one in known]}
+            )
         else:
-            _table(known)
+            _print_table(known)
 
 
-def _facts(one: Member) -> dict[str, Any]:
+def _member_as_json(one: Member) -> dict[str, Any]:
     until = max((issued.not_after for issued in one.issued), default=None)
     facts = {"name": one.name, "role": one.role.value, "id": one.id, "since": one.since}
     return facts | {"certificate_until": until, "removed": one.removed}
 
 
-def _table(known: tuple[Member, ...]) -> None:
+def _print_table(known: tuple[Member, ...]) -> None:
     from cluster.cli.screen import console, printable, table
 
     shown = table("name", "role", "id", "since", "certificate")

@@ -1,7 +1,7 @@
-"""The options that several commands share, and how the options of an answer get into a command.
+"""Options that several commands share, and their conversion to ``cluster.client.Options``.
 
-It turns words of the command line into ``cluster.client.Options``; what a value may be, the coordinator says.
-(Annotations are evaluated here, not kept as text: ``takes_answer_options`` moves them to other modules.)
+The coordinator checks the values. This module does not import ``annotations`` from ``__future__``, because
+``takes_answer_options`` moves its evaluated annotations to other modules.
 """
 
 import inspect
@@ -26,28 +26,30 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def answer_options(
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always picks the most likely token.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+        float | None, typer.Option(help="Sample from the most likely tokens of this total probability.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Draw from this many likeliest tokens.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: say again less often.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many most likely tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the top probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat tokens less often.")] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: prefer what the answer has not said.")
+        float | None, typer.Option(help="Above 0: prefer tokens that are not in the answer yet.")
     ] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="The same, by how often it was said.")] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: avoid tokens by how often they occurred.")
+    ] = None,
     logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN=BIAS", help="Favour a token id, or avoid it. Repeatable.")
+        list[str] | None, typer.Option(metavar="TOKEN=BIAS", help="Make a token id more or less likely. Repeatable.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end.")] = False,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="Insist on this model.")] = "",
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the same seed gives the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. Repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Require this model.")] = "",
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Deadline of the answer.")] = None,
 ) -> "Options":
-    """The options that were given, for the client."""
+    """Return the command line's options for the client."""
     return {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -67,7 +69,7 @@ def answer_options(
 
 
 def takes_answer_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` the parameters of ``answer_options`` in place of its own parameter ``options``."""
+    """Replace the parameter ``options`` of ``command`` by the parameters of ``answer_options``."""
     own = inspect.signature(command, eval_str=True).parameters
     shared = inspect.signature(answer_options).parameters
 
@@ -76,14 +78,15 @@ def takes_answer_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, options=options)
 
     merged = {name: one for name, one in own.items() if name != "options"} | dict(shared)
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__ = command.__name__
+    run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {name: one.annotation for name, one in merged.items()}
     return run
 
 
 def parse_biases(given: list[str] | tuple[str, ...]) -> dict[int, float] | None:
-    """``["5=-1.5"]`` as ``{5: -1.5}``; None where there are none. Raises InvalidOption."""
+    """Parse ``["5=-1.5"]`` into ``{5: -1.5}``, or None if empty. Raise InvalidOption."""
     try:
         pairs = [one.split("=") for one in given]
         return {int(token): float(bias) for token, bias in pairs} or None

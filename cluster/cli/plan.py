@@ -1,4 +1,4 @@
-"""``macpipe plan MODEL``: who would hold what, how fast that would be, and why. Nothing is loaded."""
+"""``macpipe plan MODEL``: shows a plan, its predicted speed and its reasons, without loading anything."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def plan(
     model: Model,
     assume: Annotated[
         str | None,
-        typer.Option(
-            metavar="MACS", help="Plan for these, not for those that are here: m2-ultra-192,m4-pro-48x2,10gbe."
-        ),
+        typer.Option(metavar="MACS", help="Plan for these Macs, not the real ones: m2-ultra-192,m4-pro-48x2,10gbe."),
     ] = None,
     objective: HowGood = Objective.LATENCY,
     context: Annotated[
@@ -46,15 +44,15 @@ def plan(
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
     ] = None,
     cluster: Annotated[
-        str, typer.Option(envvar="MACPIPE_CLUSTER", help="Ask in this cluster; without a coordinator, its workers.")
+        str, typer.Option(envvar="MACPIPE_CLUSTER", help="The cluster; without a coordinator, plan for its workers.")
     ] = "default",
-    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Look for them this long.")] = WAIT_S,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Search for workers this long.")] = WAIT_S,
     json: Json = False,
 ) -> None:
-    """Show who would hold what of MODEL, and how fast that would be.
+    """Show the plan for MODEL and its predicted speed.
 
-    Reads MODEL's headers and loads nothing. Asks the coordinator where one runs, else the workers that it finds.
-    With --json, layers are [first, first after]: [0, 27] are layers 0-26.
+    Reads MODEL's headers and loads nothing. Asks the coordinator if one runs, else plans for the discovered workers.
+    With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.coordinator.settings import LoadOrder
     from cluster.core.text import parse_layers
@@ -72,7 +70,7 @@ def plan(
             objective=objective,
         )
         if assume is not None and (coordinator or peer):
-            raise InvalidOption("give --assume, or --coordinator or --peer, not both", field="assume")
+            raise InvalidOption("--assume cannot be combined with --coordinator or --peer", field="assume")
         if assume is not None:
             made = plan_assumed(order, assume)
         else:
@@ -83,14 +81,14 @@ def plan(
 
 
 def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
-    """For Macs that are known by their chips alone."""
+    """Plan for assumed Macs, from their chips' published figures."""
     from cluster.coordinator.offline_planner import plan_for
 
     return _as_client_plan(plan_for(order, assume, state_home()))
 
 
 def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cluster: str) -> ModelPlan | None:
-    """A running coordinator's; None where none was named and none runs at the usual address."""
+    """Return a running coordinator's plan. Return None if none was named and none runs at the default address."""
     from cluster.client import Client
 
     with Client(coordinator, cluster=cluster) as client:
@@ -112,7 +110,7 @@ def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cl
 
 
 def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:
-    """For the workers that this process finds."""
+    """Plan for the workers that this process discovers."""
     import anyio
 
     from cluster.coordinator.offline_planner import plan_over_found
@@ -121,7 +119,7 @@ def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelP
 
 
 def _as_client_plan(made: object) -> ModelPlan:
-    """A plan as a coordinator would tell it, so that both look alike."""
+    """Convert a plan to the form in which a coordinator reports it."""
     from cluster.api.proto_encoding import plan_reply
     from cluster.client.proto_decoding import plan
     from cluster.core.plan import Plan
@@ -131,7 +129,7 @@ def _as_client_plan(made: object) -> ModelPlan:
 
 
 def show(made: ModelPlan, json: bool) -> None:
-    """On stdout: one JSON object, or a table and its reasons."""
+    """Print one JSON object on stdout, or a table and the plan's reasons."""
     if json:
         from cluster.cli.json_output import print_json
 

@@ -1,7 +1,7 @@
-"""Some processes of ours on this machine that live and die together. It knows processes and nothing of what they say.
+"""Runs several ``macpipe`` processes on this machine with one lifetime. It does not interpret their output.
 
-None outlives this process: each gets a pipe as standard input that only this process holds open, and ends when it
-closes (``cluster.platform.process``).
+No process outlives this one. Each has a pipe as standard input that only this process holds open, and exits when the
+pipe closes (``cluster.platform.process``).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from cluster.core.errors import MacpipeError
 from cluster.platform.process import isolated_environment
 
 GRACE_S: Final = 5.0
-"""What all processes together get between SIGTERM and SIGKILL."""
+"""Total time for all processes between SIGTERM and SIGKILL."""
 LOG_LINES: Final = 20
-"""How much of a dead process's stderr is shown."""
+"""How many of the last log lines of an exited process are shown."""
 POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class ManagedProcess:
-    """One process, and the file that its stderr goes to."""
+    """A process and its log file."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -39,16 +39,16 @@ class ManagedProcess:
 
 
 class ProcessGroup:
-    """Processes ``macpipe ...`` with their logs in ``folder``; leaving the context ends them all."""
+    """``macpipe`` processes with their logs in ``folder``. Leaving the context ends them all."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._members: list[ManagedProcess] = []
 
     def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Start ``macpipe ARGUMENTS --exit-with-stdin``, in a session of its own: Ctrl-C here is not for it.
+        """Start ``macpipe ARGUMENTS --exit-with-stdin`` in its own session, so that Ctrl-C does not reach it.
 
-        ``environment`` is added to this process's own.
+        ``environment`` extends this process's environment.
         """
         log = self._folder / f"{name}.log"
         with log.open("wb") as stderr:
@@ -63,12 +63,12 @@ class ProcessGroup:
         self._members.append(ManagedProcess(name, process, log))
 
     def check(self) -> None:
-        """Raise MacpipeError with the last lines of its log if a process has ended."""
+        """Raise MacpipeError with the last log lines if a process has exited."""
         for member in self._members:
             if (code := member.process.poll()) is not None:
                 lines = member.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-                said = "".join(f"\n  {line}" for line in lines) or " without a word"
-                raise MacpipeError(f"the {member.name} ended with {code}:{said}", process=member.name)
+                output = "".join(f"\n  {line}" for line in lines) or " no output"
+                raise MacpipeError(f"the {member.name} exited with {code}:{output}", process=member.name)
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +87,7 @@ class ProcessGroup:
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a session: its own children go with it
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session, so this kills its children too
     process.wait()
     if process.stdin is not None:
         process.stdin.close()
@@ -95,7 +95,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def end_on_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP unwind this process and exit with 128 + their number; a second one changes nothing."""
+    """Make SIGTERM and SIGHUP unwind the block and exit with 128 + signal number. Further signals are ignored."""
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -111,6 +111,6 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
+    """Return a TCP port of ``host`` that is free now."""
     with socket.create_server((host, 0)) as listener:
         return int(listener.getsockname()[1])

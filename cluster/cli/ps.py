@@ -1,4 +1,4 @@
-"""``macpipe ps``: the requests that are live, their lanes, and what they take of the stages."""
+"""``macpipe ps``: shows live requests, their lanes, and the stages' memory use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
 
 
 def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
-    """Show the requests that are live, and how busy the stages are."""
+    """Show live requests and how busy the stages are."""
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
@@ -42,7 +42,7 @@ def _show(state: ClusterState) -> None:
         screen.print(_table(state.requests))
     if state.stages:
         lanes = ", ".join(map(str, state.lane_sizes))
-        screen.print(f"\nlanes of {lanes}; {state.queued} waiting; {state.prefixes} prefixes kept")
+        screen.print(f"\nlanes of {lanes}; {state.queued} queued; {state.prefixes} cached prefixes")
         screen.print(_stages(state))
 
 
@@ -67,11 +67,11 @@ def _table(requests: tuple[LiveRequest, ...]) -> Table:
 
     shown = table("request", "state", "prompt", "cached", "answer", "lane", "age", right=RIGHT)
     for one in requests:
-        read = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
+        prefilled = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
             printable(one.request_id),
             one.state,
-            str(one.prompt_tokens) if read else f"{one.prefilled_tokens} of {one.prompt_tokens}",
+            str(one.prompt_tokens) if prefilled else f"{one.prefilled_tokens} of {one.prompt_tokens}",
             str(one.cached_tokens),
             str(one.completion_tokens),
             "-" if one.lane is None else str(one.lane),

@@ -1,4 +1,4 @@
-"""``macpipe pull MODEL``: fetch a model of the hub, or the layers that this Mac is to hold, ahead of serving."""
+"""``macpipe pull MODEL``: downloads a model or some of its layers from the Hugging Face hub, ahead of serving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What is on this Mac now. ``bytes`` are those of the tensors asked for, ``fetched_bytes`` what came for it."""
+    """The result of a pull. ``bytes`` is the size of the requested tensors, ``fetched_bytes`` what was downloaded."""
 
     model: str
     folder: str
@@ -39,17 +39,16 @@ class Pulled:
 def pull(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id: OWNER/NAME[@REVISION].")],
     layers: Annotated[
-        str | None, typer.Option(metavar="A-B", help="Only what a stage with these layers reads.", show_default="all")
+        str | None,
+        typer.Option(metavar="A-B", help="Only the tensors that a stage with these layers reads.", show_default="all"),
     ] = None,
-    home: Annotated[
-        Path | None, typer.Option(help="Keep it in this folder; else MACPIPE_HOME, else the usual place.")
-    ] = None,
+    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME, else the default.")] = None,
     json: Json = False,
 ) -> None:
-    """Fetch MODEL, or some layers of it.
+    """Download MODEL, or some of its layers.
 
-    Only the byte ranges that are missing are fetched, and verified. A worker of this Mac finds them. What was
-    interrupted goes on where it stopped. With --json, layers are [first, first after]: [0, 27] are layers 0-26.
+    Downloads only missing byte ranges, and verifies them. This Mac's worker uses them. An interrupted download
+    continues where it stopped. With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.cli.json_output import print_json
     from cluster.cli.screen import bytes_in_words
@@ -57,8 +56,8 @@ def pull(
 
     with errors_in_json(json):
         wanted = parse_range(layers) if layers else None
-        kept = state_home(home)
-        pulled = fetch(model, Store(kept).find_by_name(model), wanted, kept)
+        folder = state_home(home)
+        pulled = fetch(model, Store(folder).find_by_name(model), wanted, folder)
         if json:
             print_json(pulled)
         else:
@@ -67,7 +66,7 @@ def pull(
 
 
 def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) -> Pulled:
-    """Fetch what is missing, with progress on stderr."""
+    """Download what is missing, with progress on stderr."""
     from threading import Event
 
     from cluster.model.checkpoint import open_checkpoint
@@ -77,16 +76,18 @@ def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) 
 
     checkpoint = open_checkpoint(found.folder)
     names = _tensors_of_layers(found.folder, model, layers) if layers else tuple(checkpoint.tensors)
-    came, commit = 0, ""
+    fetched_bytes = 0
+    commit = ""
     if found.partial:
         origin = found.partial.origin
-        commit, stop = origin.commit, Event()
+        commit = origin.commit
+        stop = Event()
         hub = Hub(origin.repo, commit) if origin.repo else None
         manifest = DigestManifest(home, checkpoint.fingerprint)
         job = Fetch(found.partial, manifest, Wanted(names), hub=hub, stop=stop, what=model)
-        came = _run_with_progress(job, stop, model).hub
+        fetched_bytes = _run_with_progress(job, stop, model).hub
     size = sum(checkpoint.tensors[name].nbytes for name in names)
-    return Pulled(model, str(found.folder), checkpoint.fingerprint, commit, layers, len(names), size, came)
+    return Pulled(model, str(found.folder), checkpoint.fingerprint, commit, layers, len(names), size, fetched_bytes)
 
 
 def _tensors_of_layers(folder: Path, model: str, layers: LayerRange) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def _tensors_of_layers(folder: Path, model: str, layers: LayerRange) -> tuple[st
 
 
 def _run_with_progress(job: Fetch, stop: Event, model: str) -> Fetched:
-    """Run the fetch on a thread, and show how far it is; Ctrl-C stops it between two pieces."""
+    """Run the download on a thread and show its progress. Ctrl-C stops it between two pieces."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
     from cluster.cli.load_progress import PullBar

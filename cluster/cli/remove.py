@@ -1,4 +1,4 @@
-"""``macpipe remove NAME``: throw a Mac out of the cluster."""
+"""``macpipe remove NAME``: removes a member from the cluster."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cluster.platform.paths import state_home
 
 
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The member, as `macpipe members` calls it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name, as in `macpipe members`.")],
     cluster: Cluster = "default",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
 ) -> None:
-    """Throw a member out of the cluster.
+    """Remove a member from the cluster.
 
-    Its certificates are refused from now on. A running coordinator takes note within seconds, and answers go on
-    without it. It can come back by a new token alone.
+    Its certificates are refused from now on. A running coordinator notices within seconds, and answers continue
+    without it. Only a new join token lets it back in.
     """
     from cluster.security.authority import Authority
     from cluster.security.cluster_folder import ClusterFolder
@@ -32,10 +32,10 @@ def remove(
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
         Authority.load(folder)
-        gone = Members(folder).remove(name)
+        removed = Members(folder).remove(name)
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"name": gone.name, "role": gone.role.value, "id": gone.id, "removed": gone.removed})
+            print_json({"name": removed.name, "role": removed.role.value, "id": removed.id, "removed": removed.removed})
         else:
-            sys.stdout.write(f"{gone.name} ({gone.role}) is removed; its certificates are refused from now on\n")
+            sys.stdout.write(f"{removed.name} ({removed.role}) is removed; its certificates are refused from now on\n")

@@ -1,4 +1,4 @@
-"""What people see: consoles for tables and progress, and text that is safe to put on a terminal."""
+"""Terminal output: consoles, tables, formatted numbers, and text without control characters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PIPE_COLUMNS: Final = 200
-"""Width of a table that no terminal shows: wide enough to cut nothing."""
+"""Table width if the output is not a terminal: wide enough to avoid wrapping."""
 
 _HARMLESS: Final = {"\n", "\t"}
 
 
 def console(stream: TextIO) -> Console:
-    """A console on ``stream`` that never guesses: no markup, no emoji, no highlighting."""
+    """Return a console on ``stream`` that prints text literally: no markup, no emoji codes, no highlighting."""
     from rich.console import Console
 
     width = None if stream.isatty() else PIPE_COLUMNS
@@ -26,7 +26,7 @@ def console(stream: TextIO) -> Console:
 
 
 def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
-    """An open table with these headings; those in ``right`` hold numbers."""
+    """Return a table with these headings and no border. The columns in ``right`` are right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -37,12 +37,12 @@ def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
 
 
 def figure(number: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Format with three significant digits, or as an integer from 100 on."""
     return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 def bytes_in_words(count: int) -> str:
-    """``1.5 GiB``: three digits are enough for people."""
+    """Format a size like ``1.5 GiB``."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -50,7 +50,7 @@ def bytes_in_words(count: int) -> str:
 
 
 def seconds_in_words(seconds: float) -> str:
-    """``2 h 5 min``, ``12 s``."""
+    """Format a duration like ``2 h 5 min`` or ``12 s``."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = int(seconds // 60)
@@ -58,23 +58,23 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Put a piece of an answer on stdout at once; a terminal gets no control characters from a model."""
+    """Write part of an answer to stdout and flush. A terminal gets no control characters from the model."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A line on stderr, for people."""
+    """Write a line to stderr."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
 def printable(text: str) -> str:
-    """``text`` without the control characters by which it could write elsewhere on the screen."""
+    """Replace the control characters with which ``text`` could write elsewhere on the screen."""
     return "".join(c if c.isprintable() or c in _HARMLESS or c == " " else _visible(c) for c in text)
 
 
 def _visible(character: str) -> str:
-    """A stand-in for C0 and C1 controls; other unprintables (joiners in emoji) stay."""
+    """Return a replacement for C0 and C1 controls. Keep other unprintable characters, such as joiners in emoji."""
     code = ord(character)
     return "�" if code < 32 or 127 <= code < 160 else character

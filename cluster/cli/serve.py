@@ -1,4 +1,4 @@
-"""``macpipe serve MODEL``: the coordinator."""
+"""``macpipe serve MODEL``: runs the coordinator."""
 
 from __future__ import annotations
 
@@ -29,64 +29,69 @@ Model = Annotated[
         metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="as many as are best")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="the best number")]
 Layers = Annotated[
     str | None,
     typer.Option(
         metavar="RANGES",
-        help="Who holds what, like 0-3,4-7: one range a worker, in their order of name, or of more workers the best.",
-        show_default="as planned",
+        help="Layers per stage, like 0-3,4-7. Ranges go to workers in order of name, or to the best if there are more.",
+        show_default="planned",
     ),
 ]
-HowRoute = Annotated[Route, typer.Option(help="Activations go worker to worker, or by way of the coordinator.")]
+HowRoute = Annotated[
+    Route, typer.Option(help="Send activations directly between workers, or relay them through the coordinator.")
+]
 MaxContext = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of prompt and answer to keep room for.", show_default="4096, or less")
+    int | None,
+    typer.Option(min=1, help="Reserve memory for this many tokens of prompt and answer.", show_default="4096, or less"),
 ]
 
 Lanes = Annotated[
-    int | None, typer.Option(min=1, help="Batches that overlap in the stages.", show_default="one a stage")
+    int | None, typer.Option(min=1, help="Number of batches in the pipeline at once.", show_default="one per stage")
 ]
 MaxStepMs = Annotated[
     float,
-    typer.Option(min=1, metavar="MS", help="What a piece of a prompt may take of a stage while others get tokens."),
+    typer.Option(min=1, metavar="MS", help="Limit a prefill chunk's time on a stage while others decode."),
 ]
 
 Http = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Answer HTTP here, or off.", show_default="127.0.0.1:8080")
+    str, typer.Option(metavar="HOST:PORT", help="Serve HTTP on this address, or off.", show_default="127.0.0.1:8080")
 ]
 
 ServedNames = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="A further name of the model over HTTP. Repeatable.")
+    list[str] | None, typer.Option(metavar="NAME", help="Another name of the model over HTTP. Repeatable.")
 ]
 AllowHosts = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="HTTP may be called by this name, too. Repeatable.")
+    list[str] | None, typer.Option(metavar="NAME", help="Accept this host name over HTTP too. Repeatable.")
 ]
 AllowOrigins = Annotated[
-    list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages from here may use HTTP. Repeatable.")
+    list[str] | None, typer.Option(metavar="ORIGIN", help="Allow web pages of this origin to use HTTP. Repeatable.")
 ]
 HttpCert = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="HTTPS with this certificate (PEM), not the cluster's own.")
+    Path | None, typer.Option(metavar="FILE", help="Certificate for HTTPS (PEM), instead of the cluster's own.")
 ]
-HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The key of --http-cert (PEM).")]
-HowGood = Annotated[Objective, typer.Option(help="Best for one user's next token, or for many users' tokens together.")]
+HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --http-cert (PEM).")]
+HowGood = Annotated[Objective, typer.Option(help="Optimize for one user's speed, or for many users' total speed.")]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
-        min=1, max=MOST_SCHEMA_BYTES, metavar="BYTES", help="How long a JSON schema, regex or Lark grammar may be."
+        min=1, max=MOST_SCHEMA_BYTES, metavar="BYTES", help="Maximum size of a JSON schema, regex or Lark grammar."
     ),
 ]
 
 Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
 Home = Annotated[
-    Path | None, typer.Option(help="Keep state and parts of models here; else MACPIPE_HOME, else the usual place.")
+    Path | None, typer.Option(help="Folder for state and parts of models; else MACPIPE_HOME, else the default.")
 ]
 KeepJournal = Annotated[
     Fsync | None,
-    typer.Option(help="Keep live requests on disk, synced this often, so that answers outlive the coordinator."),
+    typer.Option(help="Keep live requests on disk, synced this often, so that answers survive a coordinator restart."),
 ]
 TakeBack = Annotated[
     bool,
-    typer.Option("--take-back", help="Give lost workers their layers back when they return; else they are spares."),
+    typer.Option(
+        "--take-back", help="Give lost workers their layers back when they return. By default they become spares."
+    ),
 ]
 Peers = Annotated[
     list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
@@ -101,8 +106,8 @@ ClusterName = Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="Use wo
 KvBits = Annotated[
     int,
     typer.Option(
-        help="Quantise caches to 8 or 4 bits: longer contexts fit, but a lane takes one request at a time.",
-        show_default="as they are",
+        help="Quantize KV caches to 8 or 4 bits: longer contexts fit, but a lane takes one request at a time.",
+        show_default="not quantized",
     ),
 ]
 
@@ -111,7 +116,7 @@ def serve(
     model: Model,
     workers: Workers = None,
     peer: Peers = None,
-    peers_only: Annotated[bool, typer.Option("--peers-only", help="Look for no other workers than --peer's.")] = False,
+    peers_only: Annotated[bool, typer.Option("--peers-only", help="Use --peer workers only.")] = False,
     layers: Layers = None,
     route: HowRoute = Route.DIRECT,
     host: Host = "",
@@ -136,9 +141,9 @@ def serve(
     journal: KeepJournal = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Find workers, load MODEL, and answer.
+    """Find workers, load MODEL, and serve requests.
 
-    Lays the model's layers over the workers, loads them, and takes requests. Stays in the foreground; Ctrl-C ends it.
+    Assigns the model's layers to the workers, loads them, and serves requests. Runs in the foreground; Ctrl-C ends it.
     """
     from cluster.coordinator.settings import ServeSettings
 
@@ -195,12 +200,12 @@ def _http(
 
 
 def names(given: list[str] | None) -> tuple[str, ...]:
-    """What a repeatable option was given."""
+    """Return the values of a repeatable option."""
     return tuple(given or ())
 
 
 def http_address(given: str) -> tuple[str, int] | None:
-    """Where HTTP is answered; None for ``off``. Port 0 takes a free one. Raises InvalidOption."""
+    """Parse the HTTP address. Return None for ``off``; port 0 picks a free one. Raise InvalidOption."""
     if given == "off":
         return None
     host, _, port = given.rpartition(":")
@@ -208,16 +213,16 @@ def http_address(given: str) -> tuple[str, int] | None:
 
 
 def certificate_files(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
-    """Both or neither. Raises InvalidOption."""
+    """Return both files, or None if neither is given. Raise InvalidOption for only one."""
     if certificate and key:
         return certificate, key
     if certificate or key:
-        raise InvalidOption("--http-cert and --http-key belong together; give both or none", field="http_cert")
+        raise InvalidOption("--http-cert and --http-key must be given together", field="http_cert")
     return None
 
 
 def check_kv_bits(bits: int) -> int:
-    """``bits`` if caches can have as many; 0 leaves them as they are."""
+    """Return ``bits`` if it is 4, 8, or 0 for no quantization. Raise InvalidOption otherwise."""
     if bits not in (0, 4, 8):
         raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")
     return bits

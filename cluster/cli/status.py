@@ -1,4 +1,4 @@
-"""``macpipe status``: who is there, who holds what."""
+"""``macpipe status``: shows the workers and the layers that each holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
     """Show workers, the model and its layers.
 
-    With --json, layers are [first, first after]: [0, 27] are layers 0-26.
+    With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.client import Client
 
@@ -36,7 +36,7 @@ def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json 
 
 
 def show_state(state: ClusterState) -> None:
-    """The cluster on stdout, for people."""
+    """Print the cluster's state on stdout."""
     from cluster.cli.screen import console, printable, seconds_in_words
 
     screen = console(sys.stdout)
@@ -56,9 +56,9 @@ def show_state(state: ClusterState) -> None:
         if worker.lag_seconds:
             screen.print(printable(overloaded(worker.name, worker.lag_seconds)), soft_wrap=True)
         if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
-            ahead, apart = worker.clock_ahead_seconds > 0, seconds_in_words(abs(worker.clock_ahead_seconds))
-            said = f"{worker.name}'s clock is {apart} {'ahead' if ahead else 'behind'}"
-            screen.print(printable(said), soft_wrap=True)
+            difference = seconds_in_words(abs(worker.clock_ahead_seconds))
+            direction = "ahead" if worker.clock_ahead_seconds > 0 else "behind"
+            screen.print(printable(f"{worker.name}'s clock is {difference} {direction}"), soft_wrap=True)
         if off := far_off(worker.name, [stage for stage in state.stages if stage.worker == worker.name]):
             screen.print(printable(off), soft_wrap=True)
         if worker.problem:
@@ -66,26 +66,26 @@ def show_state(state: ClusterState) -> None:
 
 
 def overloaded(worker: str, lag_s: float) -> str:
-    """That a worker's machine is overloaded, and the way out."""
+    """Return a warning that a worker's machine is overloaded, with the remedy."""
     return (
-        f"{worker}: the machine is overloaded, everything there happens up to {lag_s:.1f} s late: end other programs on"
-        f" it, or move its layers elsewhere with `macpipe drain {worker}`"
+        f"{worker}: the machine is overloaded and responds up to {lag_s:.1f} s late: end other programs on it, or"
+        f" move its layers elsewhere with `macpipe drain {worker}`"
     )
 
 
 def far_off(worker: str, held: list[StageState]) -> str:
-    """That a worker's steps take something else than was predicted, and the way out; empty where they do not."""
+    """Return a warning that a worker's step time differs from the prediction, with the remedy, or an empty string."""
     predicted, measured = _step_ms(held)
     if not (predicted and measured) or 1 / FAR_OFF <= measured / predicted <= FAR_OFF:
         return ""
     return (
-        f"{worker}: a step takes {measured:.2f} ms, {predicted:.2f} ms were predicted: it is busy now, or was when its"
-        " speed was measured; `macpipe worker --profile new` there measures again"
+        f"{worker}: a step takes {measured:.2f} ms, predicted {predicted:.2f} ms: the Mac is busy now, or was when its"
+        " speed was measured; measure again there with `macpipe worker --profile new`"
     )
 
 
 def headline(state: ClusterState) -> list[str]:
-    """What to know first: the state in a sentence, then figures."""
+    """Return the first lines: the state in a sentence, then problems and counts."""
     from cluster.cli.screen import seconds_in_words
 
     up = seconds_in_words(state.uptime_seconds)
@@ -95,7 +95,7 @@ def headline(state: ClusterState) -> list[str]:
     lines += [f"warning: {warning}" for warning in state.warnings]
     if state.lag_seconds:
         lines.append(
-            "problem: the coordinator's machine is overloaded, everything there happens up to"
+            "problem: the coordinator's machine is overloaded and responds up to"
             f" {state.lag_seconds:.1f} s late: end other programs on it"
         )
     if state.repair:
@@ -115,7 +115,7 @@ def headline(state: ClusterState) -> list[str]:
 
 
 def move_in_words(move: Repair) -> str:
-    """Why layers are moved while requests go on, since when, and how long it should take."""
+    """Describe a planned move of layers: cause, step, elapsed and expected time."""
     return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_expected_text(move)}"
 
 
@@ -124,7 +124,7 @@ def _expected_text(repair: Repair) -> str:
 
 
 def repair_in_words(repair: Repair) -> str:
-    """What is being done about a loss, since when, and how long it should take."""
+    """Describe a recovery: elapsed and expected time, attempt, step."""
     expected = _expected_text(repair)
     return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
 
@@ -158,7 +158,7 @@ def _workers(state: ClusterState) -> Table:
 
 
 def _decode_ms(held: list[StageState]) -> tuple[str, str]:
-    """A decode step's milliseconds: as predicted (for the frames that were measured, once they are), as measured."""
+    """Format a decode step's predicted and measured milliseconds, or dashes if unknown."""
     if not held:
         return "-", "-"
     predicted, measured = _step_ms(held)
@@ -166,6 +166,9 @@ def _decode_ms(held: list[StageState]) -> tuple[str, str]:
 
 
 def _step_ms(held: list[StageState]) -> tuple[float, float]:
-    """A decode step as predicted and as measured; 0 where that is not known."""
+    """Return a decode step's predicted and measured ms; 0 if unknown.
+
+    Once frames are measured, the prediction is for those same frames.
+    """
     measured = sum(stage.measured_ms for stage in held)
     return sum((stage.expected_ms if measured else 0) or stage.predicted_ms for stage in held), measured

@@ -1,8 +1,8 @@
-"""From when tokens arrived to how fast that is. Pure arithmetic: it asks nobody, and has no clock.
+"""Computes throughput and latency from the arrival times of tokens. Pure arithmetic, without I/O or a clock.
 
-The rate of several users is the tokens of all over the wall time of all, from the first question to the last token:
-never one user's rate times their number. Percentiles are over every gap between two tokens of one answer, of all users
-and rounds together.
+The rate of several users is the tokens of all users over their wall time, from the first request to the last token. It
+is never one user's rate times the number of users. Percentiles are over all gaps between consecutive tokens of an
+answer, of all users and rounds together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cluster.core.plan import LayerRange
 from cluster.core.request import StageFigures
 
 FRESH_TOKENS: Final = 8
-"""A second turn that has to read more than this anew was not kept; its figures would hold a prefill."""
+"""A second turn with more uncached tokens than this counts as a cache miss: its times include a prefill."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """One answer as its client saw it: when it was asked for and when each token came, in seconds of one clock."""
+    """Arrival times of one answer at the client: of the request and of each token, in seconds of one clock."""
 
     asked_at: float
     tokens_at: tuple[float, ...]
@@ -32,19 +32,20 @@ class Arrivals:
 
     @property
     def kept(self) -> bool:
-        """Whether the stages still held all but the last words of the prompt."""
+        """Whether all of the prompt but its last tokens was in the prefix cache."""
         return self.prompt_tokens - self.cached_tokens <= FRESH_TOKENS
 
 
 Round = Sequence[Arrivals]
-"""The answers of users who asked at the same time."""
+"""The answers of concurrent users."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What users see who all ask at once. TTFT runs from the question to the first token, TPOT is between two.
+    """Latency and throughput of concurrent users.
 
-    ``tokens`` came in ``wall_seconds``, over all rounds. ``kept_share`` is how much of the prompts the stages held.
+    TTFT is the time from request to first token, TPOT the time between two tokens. ``tokens`` and ``wall_seconds`` are
+    totals over all rounds. ``kept_share`` is the fraction of prompt tokens that came from the prefix cache.
     """
 
     ttft_p50_ms: float
@@ -59,7 +60,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class StageActivity:
-    """A stage's counters at one moment: seconds that it computed, and seconds in which the ring held anything."""
+    """A stage's counters at one moment: compute seconds, and seconds with a frame in flight in the ring."""
 
     busy_s: float
     active_s: float
@@ -67,9 +68,9 @@ class StageActivity:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Where a token's time goes on one stage, in milliseconds; None where it is not known.
+    """Time per token on one stage, in milliseconds; None if unknown.
 
-    ``bubble_share`` is how much of the time in which the ring held anything this stage computed nothing.
+    ``bubble_share`` is the fraction of the time with a frame in flight in which this stage computed nothing.
     """
 
     worker: str
@@ -82,9 +83,9 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """A stage's compute a token beside what memory allows and what was predicted; None where it is not known.
+    """A stage's compute time per token, its memory-bandwidth floor and its prediction; None if unknown.
 
-    ``floor_ms`` is the time to read the slice's weights once; ``share`` is the floor over what was measured.
+    ``floor_ms`` is the time to read the stage's weights once. ``share`` is ``floor_ms`` over ``measured_ms``.
     """
 
     worker: str
@@ -98,11 +99,12 @@ class Roofline:
 
 
 def turn(rounds: Sequence[Round]) -> Turn:
-    """The figures of some rounds of equally many users; every answer has two tokens or more."""
+    """Summarize rounds with equal numbers of users. Every answer must have at least two tokens."""
     answers = [answer for one in rounds for answer in one]
     firsts = [(a.tokens_at[0] - a.asked_at) * 1e3 for a in answers]
     gaps = [(later - earlier) * 1e3 for a in answers for earlier, later in pairwise(a.tokens_at)]
-    tokens, wall_s = sum(len(a.tokens_at) for a in answers), sum(map(wall, rounds))
+    tokens = sum(len(a.tokens_at) for a in answers)
+    wall_s = sum(map(wall, rounds))
     return Turn(
         ttft_p50_ms=median(firsts),
         ttft_max_ms=max(firsts),
@@ -116,26 +118,26 @@ def turn(rounds: Sequence[Round]) -> Turn:
 
 
 def wall(answers: Round) -> float:
-    """Seconds from the first question to the last token of all."""
+    """Return the seconds from the first request to the last token of all answers."""
     return max(a.tokens_at[-1] for a in answers) - min(a.asked_at for a in answers)
 
 
 def p99(values: Sequence[float]) -> float:
-    """The 99th percentile, between the two values that it falls between."""
+    """Return the 99th percentile, interpolated between values."""
     return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def prefill_rate(answers: Round) -> float:
-    """Tokens a second of prompts that were read alone, each up to its first token: the median."""
+    """Return the median prefill rate, in tokens per second, of prompts sent one at a time."""
     return median((a.prompt_tokens - a.cached_tokens) / (a.tokens_at[0] - a.asked_at) for a in answers)
 
 
 def stage_times(
     rounds: Sequence[Round], activity: Sequence[tuple[Sequence[StageActivity], Sequence[StageActivity]]]
 ) -> tuple[StageTime, ...]:
-    """Each stage's part of a token, from second turns; ``activity`` is each round's, before and after.
+    """Return each stage's time per token in second turns. ``activity`` has each round's counters, before and after.
 
-    Only answers whose prompt was kept count: of the others, nobody can tell reading from decoding.
+    Only answers with a cached prompt count: for the others, prefill and decoding cannot be told apart.
     """
     answers = [answer for one in rounds for answer in one]
     kept = [a for a in answers if a.kept]
@@ -154,14 +156,14 @@ def stage_times(
 
 
 def bubble_share(spans: Sequence[tuple[StageActivity, StageActivity]]) -> float | None:
-    """How much of the ring's active time a stage computed nothing, over these spans; None where that is not known."""
+    """Return the fraction of the ring's active time in which a stage computed nothing; None if unknown."""
     active_s = sum(after.active_s - before.active_s for before, after in spans)
     busy_s = sum(after.busy_s - before.busy_s for before, after in spans)
     return min(max(1 - busy_s / active_s, 0.0), 1.0) if active_s > 0 else None
 
 
 def roofline(time: StageTime, weight_bytes: int, bandwidth: float, predicted_ms: float) -> Roofline:
-    """``bandwidth`` is in bytes a second; 0 means that it is not known, as it does for ``predicted_ms``."""
+    """Compare a stage's time to its bounds. ``bandwidth`` is in bytes/s; 0 means unknown, also for ``predicted_ms``."""
     floor_ms = weight_bytes / bandwidth * 1e3 if bandwidth else None
     return Roofline(
         worker=time.worker,

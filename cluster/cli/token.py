@@ -1,4 +1,4 @@
-"""``macpipe token create|list|revoke``: who may still join."""
+"""``macpipe token create|list|revoke``: manages join tokens."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ if TYPE_CHECKING:
 
 token = typer.Typer(
     name="token",
-    help="Let Macs join: make, show and revoke join tokens.",
+    help="Create, list and revoke join tokens.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Home = Annotated[Path | None, typer.Option(help="The cluster is kept here; else MACPIPE_HOME.")]
+Home = Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")]
 
 
 @token.command()
 def create(
     role: Annotated[
-        str, typer.Option(metavar="ROLE", help="What it makes of a Mac: worker, client (may ask), admin (may load).")
+        str, typer.Option(metavar="ROLE", help="The Mac's role: worker, client (inference) or admin (also load).")
     ] = "worker",
-    ttl: Annotated[str, typer.Option(metavar="DURATION", help="How long it lasts, like 30m, 2h or 1d.")] = "1h",
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay, and admit the Mac, until it joined.")] = False,
+    ttl: Annotated[str, typer.Option(metavar="DURATION", help="Lifetime, like 30m, 2h or 1d.")] = "1h",
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Keep running and admit the Mac until it has joined.")
+    ] = False,
     host: JoinHost = "",
     join_port: JoinPort = None,
     cluster: Cluster = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """Make a join token: it admits one Mac.
+    """Create a join token for one Mac.
 
-    A running `macpipe serve` on this Mac takes it; where none runs, stay with --wait.
+    A running `macpipe serve` on this Mac accepts it; if none runs, use --wait.
     """
     from cluster.security.authority import Authority
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
-        folder, seconds = ClusterFolder(state_home(home), cluster), parse_duration(ttl, "--ttl")
+        folder = ClusterFolder(state_home(home), cluster)
+        seconds = parse_duration(ttl, "--ttl")
         made = TokenStore(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
-        _tell(made, seconds, json)
+        _print_token(made, seconds, json)
         if wait:
             from cluster.cli.join_port import admit
 
@@ -62,9 +65,9 @@ def create(
 
 @token.command(name="list")
 def show(cluster: Cluster = "default", json: Json = False, home: Home = None) -> None:
-    """Show join tokens, without their secrets.
+    """List join tokens without their secrets.
 
-    Until a day after their end.
+    Ended tokens are listed for a day.
     """
     from cluster.security.authority import Authority
     from cluster.security.cluster_folder import ClusterFolder
@@ -73,25 +76,26 @@ def show(cluster: Cluster = "default", json: Json = False, home: Home = None) ->
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
         Authority.load(folder)
-        known, now = TokenStore(folder).all_tokens(), time.time()
+        known = TokenStore(folder).all_tokens()
+        now = time.time()
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"tokens": [_facts(one, now) for one in known]})
+            print_json({"tokens": [_token_as_json(one, now) for one in known]})
         elif known:
-            _table(known, now)
+            _print_table(known, now)
         else:
-            sys.stdout.write("no join tokens; make one with `macpipe token create`\n")
+            sys.stdout.write("no join tokens; create one with `macpipe token create`\n")
 
 
 @token.command()
 def revoke(
-    id: Annotated[str, typer.Argument(metavar="ID", help="As `macpipe token list` shows it.")],  # noqa: A002
+    id: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as in `macpipe token list`.")],  # noqa: A002
     cluster: Cluster = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """End a join token; who joined by it stays (see `macpipe remove`)."""
+    """Revoke a join token; a Mac that used it stays a member."""
     from cluster.security.authority import Authority
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.tokens import TokenStore
@@ -103,9 +107,9 @@ def revoke(
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json(_facts(ended, time.time()))
+            print_json(_token_as_json(ended, time.time()))
             return
-        joined = f"; {ended.user} joined by it and stays" if ended.used is not None else ""
+        joined = f"; {ended.user} joined with it and stays a member" if ended.used is not None else ""
         sys.stdout.write(f"token {ended.id} is revoked{joined}\n")
 
 
@@ -118,7 +122,7 @@ def _role(written: str) -> Any:
     return found
 
 
-def _tell(made: JoinToken, seconds: float, json: bool) -> None:
+def _print_token(made: JoinToken, seconds: float, json: bool) -> None:
     from cluster.cli.screen import note
 
     if json:
@@ -128,16 +132,16 @@ def _tell(made: JoinToken, seconds: float, json: bool) -> None:
         print_json(facts | {"ttl_seconds": seconds})
     else:
         sys.stdout.write(f"macpipe join {made.text}\n")
-        note(f"for one {made.role}, within {duration_in_words(seconds)}, while `macpipe serve` runs here")
+        note(f"valid for one {made.role}, for {duration_in_words(seconds)}, while `macpipe serve` runs here")
     sys.stdout.flush()
 
 
-def _facts(one: IssuedToken, now: float) -> dict[str, Any]:
+def _token_as_json(one: IssuedToken, now: float) -> dict[str, Any]:
     times = {"created": one.issued, "expires": one.expires, "used": one.used, "revoked": one.revoked}
     return {"id": one.id, "role": one.role.value, "state": one.state(now).value, "member": one.user or None} | times
 
 
-def _table(known: tuple[IssuedToken, ...], now: float) -> None:
+def _print_table(known: tuple[IssuedToken, ...], now: float) -> None:
     from cluster.cli.screen import console, printable, table
 
     shown = table("token", "role", "made", "state")

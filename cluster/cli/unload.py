@@ -1,4 +1,4 @@
-"""``macpipe unload``: have a running coordinator let its model go."""
+"""``macpipe unload``: unloads a running coordinator's model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cluster.cli.options import Cluster, Coordinator
 
 
 def unload(coordinator: Coordinator = None, cluster: Cluster = None) -> None:
-    """Have a running coordinator unload.
+    """Unload the model of a running coordinator.
 
-    Ends the answers that are under way and frees the workers' memory.
+    Ends running answers and frees the workers' memory.
     """
     from cluster.client import Client
 

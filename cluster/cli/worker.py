@@ -1,4 +1,4 @@
-"""``macpipe worker``: the daemon on each Mac."""
+"""``macpipe worker``: runs the worker daemon on a Mac."""
 
 from __future__ import annotations
 
@@ -25,35 +25,33 @@ def worker(
             help="Listen on this address.", show_default=f"{LOOPBACK}, or this Mac's best address in a cluster"
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 picks a free one.")] = 0,
     data_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Take activations on this port; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="Receive activations on this port; 0 picks a free one.")
     ] = 0,
     cluster: Annotated[
-        str, typer.Option(envvar="MACPIPE_CLUSTER", help="Be seen by coordinators of this cluster.")
+        str, typer.Option(envvar="MACPIPE_CLUSTER", help="The cluster that this worker belongs to.")
     ] = "default",
-    memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, like 24GiB.")
-    ] = None,
+    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory limit, like 24GiB.")] = None,
     interface: Annotated[
         str | None, typer.Option(metavar="NAME", help="Listen on this network interface, like en0, instead of --host.")
     ] = None,
     profile: Annotated[
-        Profiling, typer.Option(help="This Mac's speed: as kept from the first start, measured anew, or left unknown.")
+        Profiling, typer.Option(help="This Mac's speed: from the first start, measured again, or unknown.")
     ] = Profiling.KEPT,
     standby: Annotated[
-        bool, typer.Option(help="Keep a second engine ready (100 MB), so that one that dies is replaced at once.")
+        bool, typer.Option(help="Keep a second engine ready (100 MB) to replace a dead one at once.")
     ] = True,
     throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
     home: Annotated[
         Path | None,
-        typer.Option(help="Keep this worker's state in this folder; else MACPIPE_HOME, else the usual place."),
+        typer.Option(help="The state folder; else MACPIPE_HOME, else the default."),
     ] = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Lend this Mac to a cluster.
+    """Run a worker on this Mac.
 
-    Holds the layers that a coordinator gives it, and runs them. Stays in the foreground; Ctrl-C ends it.
+    Loads and runs the layers that a coordinator assigns. Runs in the foreground; Ctrl-C ends it.
     """
     from cluster.worker.daemon import run
 
@@ -79,7 +77,7 @@ def worker(
 
 
 def _host(host: str | None, interface: str | None) -> str:
-    """The address to listen on: the interface's, where one is named; empty: as it is best."""
+    """Return the address to listen on: the interface's if one is named. Empty means automatic."""
     if interface is None:
         return host or ""
     if host is not None:

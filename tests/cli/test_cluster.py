@@ -74,7 +74,7 @@ def test_init_says_what_to_type_and_where(here: Macpipe, home: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     tokens = [JoinToken.parse(one) for one in re.findall(r"^macpipe join (mpj1\.\w+)$", done.stdout, re.MULTILINE)]
     assert [token.role for token in tokens] == [Role.WORKER, Role.WORKER]
-    assert f"cluster lab is made, and this Mac leads it ({tokens[0].cluster_id}):" in done.stdout
+    assert f"created cluster lab, led by this Mac ({tokens[0].cluster_id}):" in done.stdout
     assert (
         "Then `macpipe worker --cluster lab` on every Mac, and here `macpipe serve MODEL --cluster lab`." in done.stdout
     )
@@ -121,7 +121,7 @@ def test_tokens_are_made_shown_and_revoked(here: Macpipe, home: str, cluster: di
     token = JoinToken.parse(made.stdout.removeprefix("macpipe join "))
     assert (token.role, made.stderr) == (
         Role.CLIENT,
-        "for one client, within 2 h, while `macpipe serve` runs here\n",
+        "valid for one client, for 2 h, while `macpipe serve` runs here\n",
     )
     shown = here("token", "list", MACPIPE_HOME=home)
     assert f"{token.id}  client  " in shown.stdout

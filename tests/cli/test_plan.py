@@ -46,7 +46,7 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
         (
             ["faq", "--assume", "m4-pro-48", "--coordinator", "127.0.0.1:1"],
             2,
-            ["--assume", "--coordinator", "not both"],
+            ["--assume", "--coordinator", "cannot be combined"],
         ),
         (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),

@@ -73,7 +73,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal: Open, coordinator: Co
     assert [message.role for message in coordinator.script.seen[-1].messages] == ["user", "assistant", "user"]
     chat.wait_for("> ")
     chat.type(CTRL_C)
-    chat.wait_for("Ctrl-D or /quit ends")
+    chat.wait_for("Ctrl-D or /quit exits")
     chat.type("/quit\n")
     code, shown = chat.end()
     assert code == 0

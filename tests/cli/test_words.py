@@ -121,13 +121,13 @@ def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
     assert far_off("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
     for took in (10.67, 200.0):
         said = far_off("a", [replace(held, measured_ms=took, expected_ms=51.51)])
-        assert said.startswith(f"a: a step takes {took:.2f} ms, 51.51 ms were predicted")
+        assert said.startswith(f"a: a step takes {took:.2f} ms, predicted 51.51 ms")
         assert "`macpipe worker --profile new`" in said
 
 
 def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
     said = overloaded("ada", 1.26)
-    assert said.startswith("ada: the machine is overloaded, everything there happens up to 1.3 s late")
+    assert said.startswith("ada: the machine is overloaded and responds up to 1.3 s late")
     assert "`macpipe drain ada`" in said
     state = ClusterState("c", "1", ServingState.IDLE, "", "", 0, 0, 0, 0, Route.DIRECT, (), (), (), 0, 0, 1.0)
     assert not [line for line in headline(state) if "overloaded" in line]
