@@ -1,4 +1,4 @@
-"""The requests that the engine loop is answering, and their samples."""
+"""Hold the live requests of the engine loop, and their samples."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from cluster.core.request import FinishEvent, FinishReason, Request, TokenEvent,
 
 
 def split_samples(request: Request) -> tuple[Request, ...]:
-    """One request a sample, ``ID``, ``ID#1`` and so on. Sample 0 is what one alone would be."""
+    """Return one request per sample, with ids ``ID``, ``ID#1``, ... Sample 0 equals a request for one sample."""
     return (request, *(_sample(request, i) for i in range(1, request.samples)))
 
 
 def _sample(request: Request, index: int) -> Request:
-    """Its seed is BLAKE2b-64 of (seed, index), both as unsigned little-endian 64-bit integers."""
-    given = b"".join(n.to_bytes(8, "little") for n in (request.sampling.seed, index))
-    digest = hashlib.blake2b(given, digest_size=8, person=b"macpipe.sample").digest()
+    """Derive a sample's request.
+
+    Its seed is the upper 63 bits of BLAKE2b-64 of (seed, index), both as unsigned little-endian 64-bit integers.
+    """
+    seed_and_index = b"".join(n.to_bytes(8, "little") for n in (request.sampling.seed, index))
+    digest = hashlib.blake2b(seed_and_index, digest_size=8, person=b"macpipe.sample").digest()
     sampling = replace(request.sampling, seed=int.from_bytes(digest, "little") >> 1)
     return replace(request, id=f"{request.id}#{index}", sampling=sampling)
 
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """A client's request with the samples of it that are live, by their ids. They end together where one fails."""
+    """A client's request and the ids of its live samples. If one sample fails, all end."""
 
     request: Request
     answer: AnswerQueue
@@ -37,7 +40,7 @@ class ActiveRequest:
 
 @dataclass(slots=True)
 class ActiveSample:
-    """A sample of a request that has not ended. It outlives rings: its text and its reader wait for the next one."""
+    """A sample that has not ended. It outlives rings: its text and its reader wait for the next ring."""
 
     asked: ActiveRequest
     request: Request
@@ -46,42 +49,42 @@ class ActiveSample:
     tally: RequestTimings
     accepted_at: float
     skip: int = 0
-    """Tokens of the answer that its reader has already."""
+    """Number of tokens that the reader already has, and that are not sent again."""
     replays: int = 0
-    """Rings that were lost since its last token."""
+    """Number of rings lost since its last token."""
 
     def say(self, index: int, picked: Sample, cached: int = 0) -> bool:
-        """Tell the reader a token, unless it has that already; False where it is too far behind.
+        """Send a token to the reader, unless the reader already has it. Return False if the reader is too far behind.
 
-        ``cached`` tokens of the prompt were kept from before.
+        ``cached`` is the number of prompt tokens that came from a kept prefix.
         """
         event = self._event(index, picked, cached)
         return index < self.skip or self.asked.answer.put(event)
 
     def say_again(self, tokens: Iterable[int]) -> None:
-        """Tell the reader what a coordinator before this one had said, as far as it has not heard it."""
+        """Send the tokens that a previous coordinator produced, except those that the reader already has."""
         for index, token in enumerate(tokens):
             event = self._event(index, Sample(0, 0, token))
             if index >= self.skip:
                 self.asked.answer.repeat(event)
 
     def _event(self, index: int, picked: Sample, cached: int = 0) -> TokenEvent:
-        said = self.text.add(picked.token)
+        parsed = self.text.add(picked.token)
         return TokenEvent(
             index,
             picked.token,
-            said.text,
+            parsed.text,
             picked.logprob,
             picked.top,
-            reasoning=said.reasoning,
-            calls=said.calls,
+            reasoning=parsed.reasoning,
+            calls=parsed.calls,
             sample=self.sample,
             stages=self.tally.lap() if self.request.stage_timings else (),
             cached_tokens=cached,
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> FinishEvent:
-        """The answer's end, with what was still held back."""
+        """Return the answer's last event, with the text held back so far."""
         rest, reason = self.text.finish(reason)
         ttft, tpot, figures = self.tally.ttft_ms, self.tally.tpot_ms, self.tally.figures()
         finish = FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, self.sample)

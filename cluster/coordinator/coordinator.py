@@ -1,6 +1,6 @@
-"""The coordinator: one cluster, at most one loaded model, and every request on its way.
+"""Run one cluster: at most one loaded model and all requests to it.
 
-It holds the state machine idle -> loading -> serving -> failed and hands each step to the module that knows how.
+Owns the state machine idle -> loading -> serving -> failed, and delegates each step to the module that implements it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ from cluster.transport.streams import Dialer
 
 
 class Coordinator:
-    """Lives on one event loop; its methods are called there. ``report`` is told of everything, whoever asked for it."""
+    """The coordinator of one cluster. All methods must be called on the event loop that created it.
+
+    ``report`` receives every event, no matter which client caused it.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class Coordinator:
         lag: Lag = no_lag,
     ) -> None:
         self.journal: Journal | None = None
-        """Where live requests are kept for a coordinator to come; set before anything is loaded."""
+        """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
@@ -92,7 +95,7 @@ class Coordinator:
         self._watch = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
         self.changed = asyncio.Event()
-        """Set whenever ``state`` may have changed; whoever waits clears it."""
+        """Set whenever ``state`` may have changed. The waiter clears it."""
 
     @property
     def state(self) -> ServingState:
@@ -107,8 +110,8 @@ class Coordinator:
     def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
         if belief.losses and belief.standing is Standing.UP:
-            away = time.monotonic() - belief.lost_at[-1]
-            self._report.problem(f"worker {belief.worker} is back after {away:.0f} s")
+            absent_s = time.monotonic() - belief.lost_at[-1]
+            self._report.problem(f"worker {belief.worker} is back after {absent_s:.0f} s")
         if self._service:
             self._service.on_belief(belief)
 
@@ -118,13 +121,13 @@ class Coordinator:
     # Loading
 
     async def load(self, order: LoadOrder, follower: LoadReporter | None = None) -> None:
-        """Serve a model instead of what is being served.
+        """Load a model and serve it in place of the current one.
 
-        Raises ``MacpipeError``. What is being served stays until there are workers and a plan for the new model; where
-        that then cannot be loaded, nothing is served.
+        The current model is served until workers and a plan for the new one are found. If the new model then fails to
+        load, nothing is served. Raises ``MacpipeError``.
         """
         if self._loading.locked():
-            raise NotServing("another model is being loaded; wait for it to end")
+            raise NotServing("another model is being loaded; wait until that load ends")
         report = BothReporters(self._report, follower) if follower else self._report
         async with self._loading:
             self.changed.set()
@@ -144,48 +147,55 @@ class Coordinator:
 
     async def _replace_with(self, checkpoint: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
         if self._service:
-            await self._service.teach()  # what is loaded next is planned by what this one showed
+            await self._service.teach()  # the next plan uses the step times measured here
         wanted = len(order.layers) if order.layers and order.workers is None else order.workers
         found = await self._roster.gather(wanted, order.wait_s, report)
         found, order = await self._prefer_held_slices(checkpoint, order, found)
         number = self._epochs.next(m.facts.epoch for m in self._roster.members)
-        plan = await self._lay_out(number, checkpoint.shape, found, order)
+        plan = await self._make_plan(number, checkpoint.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         self._watch.start()
-        service = await self._opened(checkpoint, order, Assignment(plan, workers), report)
+        service = await self._open_service(checkpoint, order, Assignment(plan, workers), report)
         service.loop.totals = self._totals
         service.loop.journal = self.journal
         self._service = service
 
-    async def _opened(
-        self, checkpoint: ModelInfo, order: LoadOrder, heirs: Assignment, report: LoadReporter
+    async def _open_service(
+        self, checkpoint: ModelInfo, order: LoadOrder, assignment: Assignment, report: LoadReporter
     ) -> ModelService:
-        """A service that has answered a token. A worker that holds a newer epoch of ours is given a newer one still."""
-        means = ServiceDeps(self._roster, self._watch, self._dialer, self._supply, self._epochs)
+        """Return a service that has produced a token.
+
+        If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``WorkerLost``
+        after ``EPOCH_TRIES`` tries.
+        """
+        deps = ServiceDeps(self._roster, self._watch, self._dialer, self._supply, self._epochs)
         for _ in range(EPOCH_TRIES):
-            service = ModelService(means, checkpoint, order, heirs, self._say)
+            service = ModelService(deps, checkpoint, order, assignment, self._report_problem)
             try:
                 await service.open(report.progress)
             except StaleEpoch as e:
                 if not self._epochs.learn_refusal(e):
                     raise
-                heirs = replace(heirs, plan=heirs.plan.of_epoch(self._epochs.next()))
+                assignment = replace(assignment, plan=assignment.plan.of_epoch(self._epochs.next()))
             else:
                 return service
-        raise WorkerLost("workers hold newer epochs than any that this coordinator gives out; start them again")
+        raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
 
     async def plan(self, order: LoadOrder) -> Plan:
-        """What ``load`` would do with the workers that are there now; nothing changes. Raises ``MacpipeError``."""
+        """Return the plan that ``load`` would use with the workers present now. Change nothing.
+
+        Raises ``MacpipeError``.
+        """
         shape = await self._reader.survey(order.model, order.max_context, order.kv_bits)
         found = await self._roster.present(order.workers)
-        return await self._lay_out(0, shape, found, order)
+        return await self._make_plan(0, shape, found, order)
 
-    async def _lay_out(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
-        """The plan over some of these workers, their links measured where speeds are known at all."""
+    async def _make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
+        """Return a plan over some of these workers. Measure their links only if every worker's speed is known."""
         links: Links = {}
         if len(found) > 1 and all(w.profile.known for w in found):
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
@@ -194,7 +204,11 @@ class Coordinator:
     async def _prefer_held_slices(
         self, checkpoint: ModelInfo, order: LoadOrder, workers: tuple[WorkerInfo, ...]
     ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
-        """Prefer slices that workers hold for this coordinator since before it was started again, once all are seen."""
+        """Return the workers and the order that reuse slices held since before this coordinator restarted.
+
+        Look ``ADOPTION_LOOKS`` times, since not every worker may have answered yet. Without a complete set of slices,
+        return ``workers`` and ``order`` unchanged.
+        """
         for _ in range(ADOPTION_LOOKS):
             members = [m.facts for m in self._roster.members if not m.problem]
             adopted = adoptable_plan(checkpoint.shape, order, members)
@@ -204,14 +218,17 @@ class Coordinator:
             await self._roster.refresh()
         return workers, order
 
-    def _say(self, sentence: str) -> None:
+    def _report_problem(self, sentence: str) -> None:
         self.changed.set()
         self._report.problem(sentence)
 
     async def unload(self) -> None:
-        """End live requests and free the workers' memory; nothing happens where nothing is loaded."""
+        """End live requests and free the workers' memory. Do nothing if no model is loaded.
+
+        Raises ``NotServing`` while a model is being loaded.
+        """
         if self._loading.locked():
-            raise NotServing("a model is being loaded; wait for it to end")
+            raise NotServing("a model is being loaded; wait until that load ends")
         async with self._loading:
             await self._close(NotServing("the model was unloaded"))
         self.changed.set()
@@ -224,7 +241,7 @@ class Coordinator:
         self._roster.pin(())
 
     async def close(self) -> None:
-        """Stop: live requests end, workers are told."""
+        """End live requests, release the workers and stop."""
         await self._close(NotServing("the coordinator is stopping"))
         await self._watch.close()
         if self._refreshing:
@@ -236,11 +253,11 @@ class Coordinator:
     # Serving
 
     def checkpoint(self, model: str) -> ModelInfo:
-        """The served model. Raises ``NotServing``, and ``ModelNotFound`` where another name is asked for."""
+        """Return the served model. Raises ``NotServing``, or ``ModelNotFound`` if ``model`` is another name."""
         service = self._require_service()
         name = service.plan.model.name
         if model and model != name:
-            raise ModelNotFound(f"no model {model} is served here; {name} is", field="model")
+            raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
         return service.checkpoint
 
     def _require_service(self) -> ModelService:
@@ -251,70 +268,71 @@ class Coordinator:
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
     async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
-        """``submit``, after making sure that the request's grammar can be enforced (see ``GrammarCheck``).
+        """Check the request's grammar (see ``GrammarCheck``), then ``submit`` the request.
 
-        Raises ``InvalidGrammar`` with the compiler's reason, and what ``submit`` raises.
+        Raises ``InvalidGrammar`` with the compiler's reason, and whatever ``submit`` raises.
         """
         if request.sampling.grammar:
             await self.check_grammar(request.sampling.grammar, checkpoint)
         return self.submit(request, checkpoint)
 
     async def check_grammar(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
-        """Raises ``InvalidGrammar`` where it cannot be enforced (see ``GrammarCheck``)."""
+        """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``GrammarCheck``)."""
         await self._grammars.check(grammar, checkpoint)
 
     def submit(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
-        """Take a request that was made for ``checkpoint``; its answer begins with ``Accepted`` or is an error.
+        """Queue a request that was tokenized for ``checkpoint``.
 
-        Raises ``NotServing``, also where another model has been loaded since.
+        The returned queue yields ``Accepted`` first, or an error. Raises ``NotServing`` if no model is served, or if
+        another model was loaded in the meantime.
         """
         service = self._require_service()
         if service.checkpoint is not checkpoint:
-            raise NotServing("another model was loaded while the prompt was read; send it again")
-        answer = _answer(service.loop, request)
+            raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
+        answer = _create_answer(service.loop, request)
         service.loop.submit(request, answer)
         return answer
 
     def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
-        """Go on with an answer that a coordinator before this one had begun, from a token on: one for each sample, or
-        one for all.
+        """Resume an answer that a previous coordinator began. ``client`` must be the client that sent it.
 
-        Raises ``RequestNotFound`` where the journal has no such request of that client, ``InvalidRequest`` for another
-        number of offsets than there are samples.
+        ``offsets`` are the numbers of tokens that the client already has: one per sample, or one for all samples.
+        Raises ``RequestNotFound`` if the journal has no such request of this client, and ``InvalidRequest`` if the
+        number of offsets is neither one nor the number of samples.
         """
         service = self._require_service()
         kept = self.journal.take(request_id, client) if self.journal else None
         if kept is None:
             why = "" if self.journal else ": this coordinator keeps no journal; serve with --journal"
-            raise RequestNotFound(f"there is no answer to {request_id} to go on with{why}")
-        said, skip = continue_request(kept, offsets)
+            raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
+        tokens, skip = continue_request(kept, offsets)
         request = kept.request
-        answer = _answer(service.loop, request)
-        service.loop.submit(request, answer, said, skip)
+        answer = _create_answer(service.loop, request)
+        service.loop.submit(request, answer, tokens, skip)
         return request, answer
 
     async def abort(self, request_id: str) -> None:
-        """End a request wherever it is. Raises ``RequestNotFound``, ``DeadlineExceeded`` where the loop is stuck."""
+        """End a request in any phase. Raises ``RequestNotFound``, or ``DeadlineExceeded`` if the loop is stuck."""
         error = Aborted(f"the request {request_id} was aborted")
         ended = self._require_service().loop.end(request_id, error)
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 was_live = await asyncio.wrap_future(ended)
         except TimeoutError:
-            why = f"the request {request_id} was not ended within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
+            why = f"request {request_id} did not end within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
             raise DeadlineExceeded(why) from None
         if not was_live:
             raise RequestNotFound(f"no live request has the id {request_id}")
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
-        """Move a worker's layers to others and give it none; ``undo`` takes it back into use.
+        """Move a worker's layers to other workers and stop using it; ``undo`` takes it back into use.
 
-        Raises ``WorkerLost`` where there is no such worker, ``NoPlan`` where its layers cannot go elsewhere: then it
-        stays in use.
+        Raises ``WorkerLost`` if no such worker answers. Raises ``NoPlan`` if no other workers can hold its layers; the
+        worker then stays in use.
         """
         member = next((m for m in await self.members() if m.facts.name == worker), None)
         if member is None or not member.reachable:
-            raise WorkerLost(f"no worker named {worker} answers; `macpipe status` shows who is there", worker=worker)
+            raise WorkerLost(f"no worker named {worker} answers; `macpipe status` lists the workers", worker=worker)
         control = self._roster.control(member.facts.control_address)
         await control.drain(undo=undo)
         if self._service is None:
@@ -328,13 +346,15 @@ class Coordinator:
             await control.drain(undo=True)
             raise
 
-    # Looking
+    # Status
 
     async def snapshot(self) -> Snapshot:
-        """Everything, asked afresh."""
-        members, loop = await self.members(), await self._view()
+        """Return the state of the whole cluster, with current answers from the workers and the loop."""
+        members = await self.members()
+        loop = await self._view()
         service = self._service
-        repair, move = (_repair(service.recovery), _repair(service.move)) if service else (None, None)
+        repair = _describe_repair(service.recovery) if service else None
+        move = _describe_repair(service.move) if service else None
         epoch = service.epoch if service else None
         return Snapshot(
             cluster=self._cluster,
@@ -356,16 +376,19 @@ class Coordinator:
         )
 
     async def under_way(self) -> tuple[Plan | None, LoopView | None]:
-        """The plan that is served and what its loop has to do, without asking any worker."""
-        plan, loop = self._service.plan if self._service else None, await self._view()
-        return plan, loop
+        """Return the served plan and the engine loop's view. Ask no worker."""
+        plan = self._service.plan if self._service else None
+        return plan, await self._view()
 
     async def members(self) -> tuple[RosterEntry, ...]:
-        """Every worker as it is known within ``STATUS_ASK_S``: from heartbeats while a model is served."""
-        return await self._watch.everybody() if self._service else await self._refreshed()
+        """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""
+        return await self._watch.everybody() if self._service else await self._refresh_roster()
 
-    async def _refreshed(self) -> tuple[RosterEntry, ...]:
-        """The roster's members. All who ask at once share one look; it goes on where they do not wait for its end."""
+    async def _refresh_roster(self) -> tuple[RosterEntry, ...]:
+        """Refresh the roster and return its members; after ``STATUS_ASK_S``, return the last known members.
+
+        Concurrent callers share one refresh. It continues after a caller times out.
+        """
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._roster.refresh())
         done, _ = await asyncio.wait((self._refreshing,), timeout=STATUS_ASK_S)
@@ -379,14 +402,15 @@ class Coordinator:
         return None
 
 
-def _repair(recovery: Recovery | None) -> Repair | None:
+def _describe_repair(recovery: Recovery | None) -> Repair | None:
     if recovery is None:
         return None
-    cause, since = recovery.cause, time.monotonic() - recovery.began
+    cause = recovery.cause
+    elapsed_s = time.monotonic() - recovery.began
     worker = cause.details.get("worker", "")
-    return Repair(worker, cause.sentence, since, recovery.doing, recovery.expected_s, recovery.attempts)
+    return Repair(worker, cause.sentence, elapsed_s, recovery.doing, recovery.expected_s, recovery.attempts)
 
 
-def _answer(loop: EngineLoop, request: Request) -> AnswerQueue:
-    """One that ends its request where nobody reads it any more."""
-    return AnswerQueue(loop.post, lambda: loop.end(request.id, Aborted("the client went away")), request.samples)
+def _create_answer(loop: EngineLoop, request: Request) -> AnswerQueue:
+    """Create an answer queue that ends its request if the client stops reading."""
+    return AnswerQueue(loop.post, lambda: loop.end(request.id, Aborted("the client disconnected")), request.samples)
