@@ -1,8 +1,8 @@
-"""The journal: what a coordinator that died had accepted and said, so that its successor can go on.
+"""Keep a journal of live requests and their tokens, so that a restarted coordinator can resume their answers.
 
-A file of records (see ``records``), appended to as tokens come: a request, a token of it, its end. It holds token ids,
-which are as good as text: so there is one only where a person asked for it, nobody else may read it, and what has ended
-is gone from it when it is next rewritten. It knows requests; it refuses to know who serves them.
+The journal is an append-only file of records (see ``request_records``): a request, each of its tokens, its end. Token
+ids reveal the text, so the journal exists only if the operator asks for it, only its owner can read the file, and the
+next rewrite drops requests that have ended. This module knows requests; it refuses to know who serves them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 
 _OPENED, _SAID, _ENDED, _SAID_SO_FAR, _STILL_LIVE = range(5)
 _TOKEN_BYTES: Final = 5
-"""What a token takes at most in a rewritten file."""
+"""Maximum size of a token in a rewritten file."""
 Said = tuple[tuple[int, ...], ...]
-"""Tokens of each sample of an answer; () stands for none of any."""
+"""Token ids of each sample of an answer. () means that no sample has tokens yet."""
 
 
 class Fsync(StrEnum):
-    """When records reach the disk itself: a process that dies loses nothing in any case, a power cut does."""
+    """When records are flushed to disk. A crash of the process loses nothing with any value; a power cut may."""
 
     NEVER = "never"
     SECOND = "second"
@@ -56,8 +56,10 @@ class Fsync(StrEnum):
 
 @dataclass(slots=True)
 class JournaledRequest:
-    """A request that has not ended, and its answer so far, a list a sample: also of those that are complete, since the
-    request is live until all are. ``at`` is the wall clock's seconds when it was last known to be live.
+    """A live request and its answer so far.
+
+    ``said`` has a list of token ids per sample, complete samples included: a request is live until all its samples are
+    complete. ``at`` is the wall clock time, in seconds, at which the request was last known to be live.
     """
 
     request: Request
@@ -66,11 +68,11 @@ class JournaledRequest:
 
 
 class Journal:
-    """The journal in ``path``, for one coordinator. Only the engine loop's thread writes to it.
+    """The journal of one coordinator, in ``path``. Only the engine loop's thread writes to it.
 
-    No method raises for a disk that fails. The journal is off then: ``problem`` says why, requests are answered as
-    ever, and the file stays as it was after its last whole record. Every ``JOURNAL_RETRY_S`` all live requests are
-    written to a new file; once that works the journal is on again and misses nothing.
+    No method raises on a disk error. Instead the journal switches off: ``problem`` says why, requests are still
+    answered, and the file keeps every record up to the last complete one. Every ``JOURNAL_RETRY_S`` the journal tries
+    to write all live requests to a new file. When that succeeds, it is on again and complete.
     """
 
     def __init__(
@@ -80,27 +82,27 @@ class Journal:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path, self._fsync, self._clock, self._monotonic = path, fsync, clock, monotonic
+        self._path, self._fsync = path, fsync
+        self._clock, self._monotonic = clock, monotonic
         self.problem = ""
-        """Why nothing is written now, as a sentence; empty while the journal is on."""
+        """Why the journal is off, as a sentence; empty while it is on."""
         self._before = {i: k for i, k in _read(path, clock()).items() if not self._expired(k)}
         self._live: dict[str, JournaledRequest] = {}
-        self._records = {
-            i: _opened_record(k) for i, k in self._before.items()
-        }  # packed once: a long prompt takes a while
+        # packed once, since a long prompt takes a while to pack
+        self._records = {i: _opened_record(k) for i, k in self._before.items()}
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
         self._noted_live_at = clock()
         self._rewrite()
 
-    # What a coordinator before this one left
+    # Requests of the previous coordinator
 
     def take(self, request_id: str, client: str) -> JournaledRequest | None:
-        """A request that was not ended when the coordinator before this one died; None where there is none.
+        """Return a request that was live when the previous coordinator died; None if ``client`` has no such request.
 
-        It is its client's alone. It stays here until it was accepted again, or ``RESUME_S`` are over: who asks for it
-        in a wrong way, or while nothing is served, may ask again.
+        The request stays in the journal until it is accepted again, or until ``RESUME_S`` have passed. So a client may
+        retry after an invalid call, or after a call while no model is served.
         """
         kept = self._before.get(request_id)
         return None if kept is None or kept.request.client != client or self._expired(kept) else kept
@@ -108,40 +110,43 @@ class Journal:
     def _expired(self, kept: JournaledRequest) -> bool:
         return self._clock() - kept.at > RESUME_S
 
-    # What this one does
+    # Requests of this coordinator
 
     def record_opened(self, request: Request, said: Said) -> None:
-        """A request was accepted; ``said`` is what its answers begin with already, () where they begin with nothing."""
+        """Record an accepted request. ``said`` are the tokens that its samples already have, () for none."""
         self._forget(request.id)
         kept = JournaledRequest(
             replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples]
         )
         try:
-            _require_plain(replace(kept.request, prompt=()))  # a prompt is token ids in any case
+            _require_plain(replace(kept.request, prompt=()))  # the prompt holds only token ids
             record = _opened_record(kept)
         except (TypeError, ValueError, OverflowError) as e:
-            log.info("journal: request left out reason=%s request=%s", e, request.id)
+            log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
         if self._needed() + len(record) > JOURNAL_BYTES:
-            log.info("journal: request left out reason=full of live requests request=%s", request.id)
+            log.info("journal: request not recorded reason=full of live requests request=%s", request.id)
             return
         self._live[request.id], self._records[request.id] = kept, record
         self._record(record)
 
     def record_token(self, request_id: str, token: int, sample: int = 0) -> None:
-        """A live request got a token."""
+        """Record a token of a live request. Ignore other requests."""
         if kept := self._live.get(request_id):
             kept.said[sample].append(token)
             self._record(pack_record(_SAID, request_id, token, sample))
 
     def record_ended(self, request_id: str) -> None:
-        """A request is live no more."""
+        """Record the end of a live request. Ignore other requests."""
         if request_id in self._live:
             self._forget(request_id)
             self._record(pack_record(_ENDED, request_id))
 
     def flush(self) -> None:
-        """Write what was recorded since the last flush: after readers were told, who need not wait for a disk."""
+        """Write the records since the last flush.
+
+        Call it after the readers have their tokens, so that they do not wait for the disk.
+        """
         if self.problem:
             if self._monotonic() >= self._retry_at:
                 self._rewrite()
@@ -151,14 +156,14 @@ class Journal:
             self._append()
 
     def close(self) -> None:
-        """Write what is left, and let go of the file."""
+        """Write the remaining records and close the file."""
         self.flush()
         self._close_file()
 
     def _needed(self) -> int:
-        """Bytes that a rewritten file would have, at most."""
-        said = sum(len(tokens) for kept in self._live.values() for tokens in kept.said)
-        return sum(map(len, self._records.values())) + _TOKEN_BYTES * said
+        """Return the maximum size of a rewritten file in bytes."""
+        tokens = sum(len(sample) for kept in self._live.values() for sample in kept.said)
+        return sum(map(len, self._records.values())) + _TOKEN_BYTES * tokens
 
     def _forget(self, request_id: str) -> None:
         self._before.pop(request_id, None)
@@ -166,12 +171,12 @@ class Journal:
         self._records.pop(request_id, None)
 
     def _record(self, record: bytes) -> None:
-        if not self.problem:  # else it is in the file that is written once that works
+        if not self.problem:  # while off, nothing is pending: the next rewrite contains all live requests
             self._pending.append(record)
 
     def _append(self) -> None:
         if self._clock() - self._noted_live_at >= JOURNAL_LIVE_S:
-            self._pending.append(self._still_live())
+            self._pending.append(self._pack_still_live())
         records = b"".join(self._pending)
         self._pending.clear()
         try:
@@ -182,19 +187,22 @@ class Journal:
                 self._synced = now
             self._size += len(records)
         except OSError as e:
-            with suppress(OSError):  # where even this fails, the part of a record is known by its checksum
+            with suppress(OSError):  # if this fails too, the checksum shows that the last record is incomplete
                 os.ftruncate(self._file, self._size)
             self._switch_off(e)
 
-    def _still_live(self) -> bytes:
-        """The record of who is live now: the time to resume an answer begins at its coordinator's end."""
+    def _pack_still_live(self) -> bytes:
+        """Return the record of the requests that are live now; b"" if there are none.
+
+        ``RESUME_S`` counts from the time when a request was last known to be live.
+        """
         self._noted_live_at = self._clock()
         for kept in self._live.values():
             kept.at = self._noted_live_at
         return pack_record(_STILL_LIVE, "", self._noted_live_at, list(self._live)) if self._live else b""
 
     def _rewrite(self) -> None:
-        """Put a new file with all that has not ended in the old one's place; the old one stays where that fails."""
+        """Replace the file with one that holds only live requests. On failure, keep the old file."""
         for request_id in [i for i, kept in self._before.items() if self._expired(kept)]:
             self._forget(request_id)
         fresh = self._path.with_suffix(".new")
@@ -202,8 +210,8 @@ class Journal:
             make_private_folder(self._path.parent)
             file = create_private_file(fresh)
             try:
-                said = (pack_record(_SAID_SO_FAR, i, kept.said) for i, kept in self._live.items())
-                content = b"".join((HEADER, *self._records.values(), *said, self._still_live()))
+                answers = (pack_record(_SAID_SO_FAR, i, kept.said) for i, kept in self._live.items())
+                content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
                 write_all(file, content)
                 os.fsync(file)
                 fresh.replace(self._path)
@@ -222,17 +230,17 @@ class Journal:
     def _switch_off(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__
         if not self.problem:
-            log.error("journal: off reason=%s path=%s", why, self._path)
+            log.error("journal: switched off reason=%s path=%s", why, self._path)
         self.problem = (
-            f"the journal is off, since {self._path} cannot be written ({why}): answers go on, but cannot be resumed"
-            f" if the coordinator ends now; it is tried again every {JOURNAL_RETRY_S:.0f} s"
+            f"the journal is off, since {self._path} cannot be written ({why}): answers continue, but cannot be resumed"
+            f" if the coordinator ends now; the journal is retried every {JOURNAL_RETRY_S:.0f} s"
         )
         self._retry_at = self._monotonic() + JOURNAL_RETRY_S
         self._pending.clear()
 
     def _switch_on(self) -> None:
         if self.problem:
-            log.warning("journal: on again path=%s live=%d", self._path, len(self._live))
+            log.warning("journal: switched on again path=%s live=%d", self._path, len(self._live))
         self.problem = ""
         self._pending.clear()
 
@@ -244,28 +252,31 @@ class Journal:
 
 
 def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
-    """With what the answers of a request go on, and how many tokens of each its reader has.
+    """Return the tokens that each sample of a resumed request starts with, and how many of them the reader already has.
 
-    A token that may have ended its answer is computed anew, and so are those whose log-probabilities are yet to be
-    told. Raises ``InvalidRequest`` for another number of offsets than one, or one a sample.
+    A token that may have ended its answer is computed again. So are tokens that the reader does not have yet, if their
+    log-probabilities were requested. Raises ``InvalidRequest`` unless there is one offset, or one per sample.
     """
     request = kept.request
     skip = tuple(offsets) * (request.samples if len(offsets) == 1 else 1)
     if len(skip) != request.samples:
-        raise InvalidRequest(f"{len(skip)} offsets were given for {request.samples} samples", field="offsets")
+        raise InvalidRequest(
+            f"got {len(skip)} offsets for {request.samples} samples; give one offset, or one per sample",
+            field="offsets",
+        )
     ends = [min(request.max_tokens - 1, n) if request.sampling.logprobs else request.max_tokens - 1 for n in skip]
     return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
 
 
 def _opened_record(kept: JournaledRequest) -> bytes:
-    """The record of a request and all that it has said; raises TypeError where a field is more than data."""
+    """Return the record of a request and its answer so far. Raises ``TypeError`` if a field is not plain data."""
     return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
 
 def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
-    """Requests that have not ended; a file that is cut off or damaged counts up to there.
+    """Return the live requests in the file, by id. If the file is cut off or damaged, use the records before that.
 
-    What seems to have come after ``now``, since the clock went back, counts as of now.
+    Times after ``now`` are set to ``now``: they mean that the wall clock was set back.
     """
     found: dict[str, JournaledRequest] = {}
     try:
@@ -275,38 +286,38 @@ def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
     except FileNotFoundError:
         return {}
     except OSError as e:
-        log.warning("journal: not read reason=%s path=%s", e.strerror, path)
+        log.warning("journal: file not read reason=%s path=%s", e.strerror, path)
     except (TypeError, ValueError, KeyError, IndexError) as e:
-        log.warning("journal: damaged, the rest is ignored reason=%s path=%s", type(e).__name__, path)
+        log.warning("journal: damaged record, rest of file ignored reason=%s path=%s", type(e).__name__, path)
     for kept in found.values():
         kept.at = min(kept.at, now)
     return found
 
 
-def _apply(found: dict[str, JournaledRequest], kind: int, request_id: str, *facts: Any) -> None:
+def _apply(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
     if kind == _OPENED:
-        at, request, said = facts
+        at, request, said = values
         found[request_id] = _require(JournaledRequest(from_data(request), at, said), request_id)
     elif kind == _SAID:
-        token, sample = facts
+        token, sample = values
         found[request_id].said[sample].append(*token_ids([token]))
     elif kind == _SAID_SO_FAR:
-        (said,) = facts
+        (said,) = values
         found[request_id].said = _require_said(said, found[request_id].request.samples)
     elif kind == _ENDED:
         found.pop(request_id, None)
     elif kind == _STILL_LIVE:
-        at, live = facts
-        for one in live:
-            found[one].at = _require_time(at)
+        at, live = values
+        for live_id in live:
+            found[live_id].at = _require_time(at)
     else:
-        raise ValueError("a record of no known kind")
+        raise ValueError("unknown kind of record")
 
 
 def _require(kept: JournaledRequest, request_id: object) -> JournaledRequest:
-    """What was read, where each field has the type that it was written with. Raises TypeError."""
+    """Return ``kept`` if every field has the type that it was written with. Raises ``TypeError``."""
     if kept.request.id != request_id:
-        raise TypeError("a record is about another request than it was written with")
+        raise TypeError("the request id of the record does not match its request")
     _require_time(kept.at)
     _require_said(kept.said, kept.request.samples)
     return kept
@@ -314,20 +325,20 @@ def _require(kept: JournaledRequest, request_id: object) -> JournaledRequest:
 
 def _require_time(at: Any) -> float:
     if type(at) not in (int, float):
-        raise TypeError("a time is no number")
+        raise TypeError("a time is not a number")
     return float(at)
 
 
 def _require_said(said: Any, samples: int) -> list[list[int]]:
     if type(said) is not list or len(said) != samples or not all(type(tokens) is list for tokens in said):
-        raise TypeError("what was said is no list of token ids a sample")
+        raise TypeError("the answer is not one list of token ids per sample")
     for tokens in said:
         token_ids(tokens)
     return said
 
 
 def _require_plain(request: Request) -> None:
-    """Raise TypeError or ValueError for a request that is another one once it was written and read."""
+    """Raise ``TypeError`` or ``ValueError`` if writing and reading the request does not restore it exactly."""
     record = _opened_record(JournaledRequest(request, 0.0))
     if from_data(unpack_record(record)[3]) != request:
-        raise TypeError("it asks for more than the journal keeps")
+        raise TypeError("the request has fields that the journal cannot store")

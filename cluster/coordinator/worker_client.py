@@ -1,4 +1,4 @@
-"""The coordinator's end of one worker's control plane: WorkerService as typed calls with deadlines."""
+"""Call one worker's control plane: WorkerService as typed methods with deadlines."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
     from cluster.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
 _SERIAL_BYTES = 20
-"""A certificate's serial has at most so many."""
+"""Maximum size of a certificate's serial number."""
 _RETIRED = 4
-"""Connections that are kept open for the calls on them."""
+"""Maximum number of replaced connections that stay open for the calls still running on them."""
 
 
 class WorkerClient:
-    """One worker at ``address``. Every call raises ``WorkerLost`` naming it where it does not answer.
+    """Client of the worker at ``address``. Every call raises ``WorkerLost``, naming it, if it does not answer.
 
-    In a cluster it is asked who it is first, as any worker, and then dialled anew by the id that it said: from there
-    on TLS proves that id. ``coordinator`` and ``instance`` are the id and the process that ask. ``revoked`` says which
-    serials the worker has to refuse.
+    In a cluster, the first connection accepts any worker's certificate and asks for the worker's id. The client then
+    reconnects with that id as the expected peer, so from there on TLS proves the id. ``coordinator`` and ``instance``
+    are the id and the process of the caller. ``revoked`` returns the certificate serials that the worker must refuse.
     """
 
     def __init__(
@@ -71,17 +71,18 @@ class WorkerClient:
         self._coordinator, self._instance = coordinator, instance
         self._trust, self._revoked = trust, revoked
         self._retired: list[grpc.aio.Channel] = []
-        self._ahead_s = 0.0
+        self._clock_ahead_s = 0.0
         self._ping_s = PING_S
         self._dial(WORKER)
 
     def _dial(self, peer: str) -> None:
-        self._peer, self._serial = peer, self._trust.serial
+        self._peer = peer
+        self._serial = self._trust.serial
         self._channel = control_channel(self._trust, self.address, peer, self._ping_s)
-        self._any = WorkerServiceStub(self._channel)
+        self._unverified_stub = WorkerServiceStub(self._channel)
 
     async def _redial(self, peer: str) -> None:
-        """Calls under way keep the connection that they have, unless they outlive a few more."""
+        """Reconnect. Running calls keep their old connection until ``_RETIRED`` more reconnects."""
         self._retired.append(self._channel)
         self._dial(peer)
         if len(self._retired) > _RETIRED:
@@ -89,68 +90,83 @@ class WorkerClient:
 
     @property
     def _stub(self) -> WorkerServiceAsyncStub:
-        """For all that only the worker that was described may be asked."""
+        """The stub for calls that require a verified worker id. Raises ``WorkerLost`` before the id is verified."""
         if self._trust.me and self._peer == WORKER:
-            raise WorkerLost(f"worker {self.name} at {self.address} has not shown who it is", worker=self.name)
-        return self._any
+            raise WorkerLost(f"worker {self.name} at {self.address} has not proved its id", worker=self.name)
+        return self._unverified_stub
 
     async def describe(self, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerInfo, str]:
-        """What the worker says of itself, and its problem (empty: none). Also this coordinator's heartbeat."""
-        await self._adapt(timeout_s)
-        if self._serial != self._trust.serial:  # renewed: the next connection must show the new certificate
+        """Return the worker's description and its problem, "" if it has none.
+
+        The worker takes this call as the coordinator's heartbeat. Raises ``WorkerReplaced`` if another worker answers.
+        """
+        await self._adapt_ping(timeout_s)
+        if self._serial != self._trust.serial:  # renewed: the new certificate needs a new connection
             await self._redial(self._peer)
         try:
             answer = await self._call_describe(timeout_s)
             if self._trust.me and self._peer == WORKER:
-                await self._redial(_party(answer.id))
+                await self._redial(_party_of(answer.id))
                 answer = await self._call_describe(timeout_s)
         except WorkerReplaced:
             await self._redial(WORKER)
             raise
         self.name = answer.name
-        facts = replace(_facts(answer, self.address), clock_ahead_s=self._ahead_s if answer.clock else 0.0)
+        facts = replace(_read_info(answer, self.address), clock_ahead_s=self._clock_ahead_s if answer.clock else 0.0)
         return facts, answer.problem
 
-    async def _adapt(self, timeout_s: float) -> None:
-        """Dial a worker that turned out to be slow, and is given longer to answer, with as much more time for pings."""
+    async def _adapt_ping(self, timeout_s: float) -> None:
+        """Scale the ping timeout with ``timeout_s``: a slow worker also answers pings late."""
         wanted_s = PING_S * timeout_s / GONE_S
         if wanted_s >= 4 * self._ping_s or wanted_s <= PING_S < self._ping_s:
             self._ping_s = max(PING_S, wanted_s)
             await self._redial(self._peer)
 
     def _deadline(self) -> float:
-        """Seconds for a call that moves no weights: more where the worker turned out to be slow."""
+        """Return the timeout, in seconds, of a call that moves no weights; longer for a slow worker."""
         return CONTROL_TIMEOUT_S * self._ping_s / PING_S
 
     async def _call_describe(self, timeout_s: float) -> pb.DescribeResponse:
         request = pb.DescribeRequest(
             coordinator=self._coordinator, instance=self._instance, revoked=_serials(self._revoked())
         )
-        asked = time.time()
+        asked_at = time.time()
         async with self._map_errors():
-            answer = await self._any.Describe(request, timeout=timeout_s)
-        self._ahead_s = answer.clock - (asked + time.time()) / 2
-        if self._trust.me and self._peer not in (WORKER, _party(answer.id)):
-            raise WorkerReplaced(f"the worker at {self.address} says that it is another than it is", worker=self.name)
+            answer = await self._unverified_stub.Describe(request, timeout=timeout_s)
+        self._clock_ahead_s = answer.clock - (asked_at + time.time()) / 2
+        if self._trust.me and self._peer not in (WORKER, _party_of(answer.id)):
+            raise WorkerReplaced(
+                f"the worker at {self.address} reports an id that does not match its certificate", worker=self.name
+            )
         return answer
 
     async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
-        """Load a slice: its progress, and last what its tensors hash to. Raises what the worker raised."""
+        """Load a slice. Yield its progress, then a ``StageProof`` with the digests of its tensors.
+
+        Raises the worker's error, or ``WorkerLost`` if the load stalls.
+        """
         call = self._stub.LoadStage(_load_request(spec, order, self._coordinator, self._instance))
-        proof: list[tuple[str, str]] = []
+        digests: list[tuple[str, str]] = []
         async with self._map_errors():
-            async for p in _read_with_stall_limit(call, self.name):
-                state = "ready" if p.ready else p.state
-                proof += [(one.name, one.sha256.hex()) for one in p.digests]
-                if len(proof) > len(order.tensors):
-                    raise WorkerLost(f"worker {self.name} proves tensors that it was not asked for", worker=self.name)
-                told = tuple(p.notices)
-                sizes = p.done_bytes, p.total_bytes
-                yield LoadProgress(self.name, spec.layers, *sizes, state, p.hub_bytes, p.peer_bytes, told)
-        yield StageProof(self.name, tuple(proof))
+            async for message in _read_with_stall_limit(call, self.name):
+                digests += [(digest.name, digest.sha256.hex()) for digest in message.digests]
+                if len(digests) > len(order.tensors):
+                    why = f"worker {self.name} sent digests of tensors that it was not asked for"
+                    raise WorkerLost(why, worker=self.name)
+                yield LoadProgress(
+                    self.name,
+                    spec.layers,
+                    message.done_bytes,
+                    message.total_bytes,
+                    "ready" if message.ready else message.state,
+                    message.hub_bytes,
+                    message.peer_bytes,
+                    tuple(message.notices),
+                )
+        yield StageProof(self.name, tuple(digests))
 
     async def link(self, epoch: int, before: WorkerInfo | None) -> None:
-        """Have the worker pull from the stage ``before``; with None it is fed."""
+        """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it."""
         async with self._map_errors():
             source, party = (before.data_address, worker_of(before.id)) if before else ("", "")
             request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party)
@@ -162,38 +178,41 @@ class WorkerClient:
             await self._stub.UnloadStage(request, timeout=timeout_s)
 
     async def measure_link(self, source: WorkerInfo) -> Link:
-        """The way from ``source`` to this worker, as measured of late or now. Raises ``Unreachable`` likewise."""
+        """Return the link from ``source`` to this worker, measured recently or now.
+
+        Raises ``WorkerLost``, also if the worker cannot reach ``source`` or the figures are impossible.
+        """
         async with self._map_errors():
             request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address)
             answer = await self._stub.MeasureLink(request, timeout=CONTROL_TIMEOUT_S)
-        figures = answer.round_trip_s, answer.bandwidth
-        if not all(map(math.isfinite, figures)) or answer.round_trip_s < 0 or answer.bandwidth <= 0:
-            raise WorkerLost(f"worker {self.name} measured a link that cannot be", worker=self.name)
-        return Link(*figures)
+        finite = math.isfinite(answer.round_trip_s) and math.isfinite(answer.bandwidth)
+        if not finite or answer.round_trip_s < 0 or answer.bandwidth <= 0:
+            raise WorkerLost(f"worker {self.name} reports an impossible link measurement", worker=self.name)
+        return Link(answer.round_trip_s, answer.bandwidth)
 
     async def learn(self, fingerprint: str, ratio: float) -> None:
-        """Tell the worker what a model's frames took there over what its profile predicts."""
+        """Send the worker the ratio of measured to predicted step time for a model, by the model's fingerprint."""
         async with self._map_errors():
             request = pb.LearnRatioRequest(fingerprint=fingerprint, ratio=ratio)
             await self._stub.LearnRatio(request, timeout=CONTROL_TIMEOUT_S)
 
     async def drain(self, *, undo: bool = False) -> None:
-        """Have the worker want to hold nothing; ``undo`` takes that back."""
+        """Drain the worker: it asks to hold no layers. ``undo`` ends the drain."""
         async with self._map_errors():
             request = pb.DrainWorkerRequest(coordinator=self._coordinator, instance=self._instance, undo=undo)
             await self._stub.DrainWorker(request, timeout=CONTROL_TIMEOUT_S)
 
     async def reset(self, why: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Have the worker kill its engine, which starts again and holds nothing then."""
+        """Tell the worker to kill its engine. The engine restarts and then holds no layers."""
         async with self._map_errors():
             request = pb.ResetEngineRequest(coordinator=self._coordinator, instance=self._instance, why=why)
             await self._stub.ResetEngine(request, timeout=timeout_s)
 
     async def renew(self, certify: Callable[[bytes], bytes]) -> None:
-        """Have the worker show a further certificate: ``certify`` makes it of the worker's request, on a thread."""
+        """Renew the worker's certificate. ``certify`` makes it from the worker's signing request, on a thread."""
         async with self._map_errors():
-            asked = await self._stub.RequestCertificate(pb.RequestCertificateRequest(), timeout=CONTROL_TIMEOUT_S)
-        certificate = await anyio.to_thread.run_sync(certify, asked.request)
+            answer = await self._stub.RequestCertificate(pb.RequestCertificateRequest(), timeout=CONTROL_TIMEOUT_S)
+        certificate = await anyio.to_thread.run_sync(certify, answer.request)
         async with self._map_errors():
             fresh = pb.InstallCertificateRequest(certificate=certificate)
             await self._stub.InstallCertificate(fresh, timeout=CONTROL_TIMEOUT_S)
@@ -203,19 +222,19 @@ class WorkerClient:
             await channel.close(None)
 
     def _map_errors(self) -> AbstractAsyncContextManager[None]:
-        return _errors_of(self.name, self.address)
+        return _map_rpc_errors(self.name, self.address)
 
 
 @asynccontextmanager
-async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
-    """Turn RPC errors into ours, each naming the worker."""
+async def _map_rpc_errors(name: str, address: str) -> AsyncIterator[None]:
+    """Map RPC errors to ``MacpipeError``, each naming the worker."""
     try:
         yield
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task and task.cancelling():
             raise
-        raise WorkerLost(f"the channel to worker {name} was closed under a call", worker=name) from None
+        raise WorkerLost(f"the channel to worker {name} was closed during a call", worker=name) from None
     except grpc.aio.AioRpcError as e:
         error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
         if isinstance(error, DeadlineExceeded):
@@ -226,15 +245,19 @@ async def _errors_of(name: str, address: str) -> AsyncIterator[None]:
             kind = WorkerRefused if isinstance(error, PortClosed) else WorkerLost
             raise kind(error.sentence, worker=name) from e
         named = type(error)(f"worker {name}: {error.sentence}")
-        named.details = error.details | {"worker": name}  # not as arguments: the worker chose their names
+        named.details = error.details | {"worker": name}  # not as keyword arguments: the worker chose the keys
         raise named from e
 
 
 async def _read_with_stall_limit(
     call: grpc.aio.UnaryStreamCall[pb.LoadStageRequest, pb.LoadStageResponse], worker: str
 ) -> AsyncIterator[pb.LoadStageResponse]:
-    """The call's messages. A stall ends it: no message for ``LOAD_STALL_S``, or none with news for ``LOAD_STUCK_S``."""
-    last, since = pb.LoadStageResponse(), time.monotonic()
+    """Yield the call's messages.
+
+    Raises ``WorkerLost`` on a stall: no message for ``LOAD_STALL_S``, or no changed message for ``LOAD_STUCK_S``.
+    """
+    last = pb.LoadStageResponse()
+    changed_at = time.monotonic()
     while True:
         try:
             message = await asyncio.wait_for(call.read(), LOAD_STALL_S)
@@ -243,14 +266,15 @@ async def _read_with_stall_limit(
         if not isinstance(message, pb.LoadStageResponse):
             return
         if message != last:
-            last, since = message, time.monotonic()
-        elif time.monotonic() - since > LOAD_STUCK_S:
+            last = message
+            changed_at = time.monotonic()
+        elif time.monotonic() - changed_at > LOAD_STUCK_S:
             raise _stalled(worker, LOAD_STUCK_S)
         yield message
 
 
 def _stalled(worker: str, seconds: float) -> WorkerLost:
-    return WorkerLost(f"worker {worker}: a load made no progress for {seconds:.0f} s", worker=worker)
+    return WorkerLost(f"worker {worker}: the load made no progress for {seconds:.0f} s", worker=worker)
 
 
 def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance: str) -> pb.LoadStageRequest:
@@ -275,12 +299,12 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance
     )
 
 
-def _party(worker_id: str) -> str:
-    """Who is dialled; an id that is none is refused before it gets into a name."""
+def _party_of(worker_id: str) -> str:
+    """Return the TLS party of a worker id. Raises ``WorkerReplaced`` for an invalid id, before it becomes a name."""
     from cluster.security.roles import ID
 
     if not ID.fullmatch(worker_id):
-        raise WorkerReplaced("it says an id that is none")
+        raise WorkerReplaced("the worker reports an invalid id")
     return worker_of(worker_id)
 
 
@@ -288,17 +312,17 @@ def _serials(revoked: Iterable[int]) -> list[bytes]:
     return [serial.to_bytes(_SERIAL_BYTES) for serial in sorted(revoked)[:MAX_REVOKED]]
 
 
-def _require_sense(a: pb.DescribeResponse, address: str) -> None:
-    """Raise ``WorkerLost`` for a description that no worker gives: what is in it goes to terminals and into plans."""
+def _require_plausible(a: pb.DescribeResponse, address: str) -> None:
+    """Raise ``WorkerLost`` for an implausible description: its values are printed to terminals and used in plans."""
     own = (a.id, a.name, a.instance, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface)
     texts = (*own, a.holder, a.owner, a.holder_instance)
-    sound = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
-    if not sound or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
-        raise WorkerLost(f"what answers at {address} describes itself as no worker does; is it macpipe?")
+    valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
+    if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
+        raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
 
 
-def _facts(a: pb.DescribeResponse, address: str) -> WorkerInfo:
-    _require_sense(a, address)
+def _read_info(a: pb.DescribeResponse, address: str) -> WorkerInfo:
+    _require_plausible(a, address)
     host, _ = parse_address(address)
     data_host = f"[{host}]" if ":" in host else host
     return WorkerInfo(
@@ -320,7 +344,7 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerInfo:
         memory_peak=a.memory_peak,
         sequences=a.sequences,
         holder=a.holder,
-        profile=_profile(a.profile),
+        profile=_read_profile(a.profile),
         interface=a.interface,
         gpu_cores=a.gpu_cores,
         memory_pressure=a.memory_pressure,
@@ -338,8 +362,8 @@ def _facts(a: pb.DescribeResponse, address: str) -> WorkerInfo:
     )
 
 
-def _profile(p: pb.Profile) -> Profile:
-    """What a worker says of its speed; figures that make no sense count as unknown."""
+def _read_profile(p: pb.Profile) -> Profile:
+    """Return the speed that a worker reports; the empty profile if a figure is invalid."""
     figures = (p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, *(c.ratio for c in p.corrections))
     if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
         return Profile()

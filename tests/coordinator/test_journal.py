@@ -140,7 +140,7 @@ def test_each_sample_goes_on_from_where_it_was(tmp_path: Path) -> None:
     assert kept
     assert continue_request(kept, (1, 0, 1)) == (((7,), (), (8, 9)), (1, 0, 1))
     assert continue_request(kept, (0,)) == (((7,), (), (8, 9)), (0, 0, 0))
-    with pytest.raises(InvalidRequest, match="2 offsets were given for 3 samples"):
+    with pytest.raises(InvalidRequest, match="got 2 offsets for 3 samples"):
         continue_request(kept, (1, 0))
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from cluster.coordinator.worker_client import _errors_of, _read_with_stall_limit
+from cluster.coordinator.worker_client import _map_rpc_errors, _read_with_stall_limit
 from cluster.core.errors import WorkerLost, WorkerRefused
 from cluster.v1 import worker_pb2 as pb
 
@@ -17,10 +17,10 @@ def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -
     """GRPC tells the call's task that it was cancelled, which nobody did."""
 
     async def call() -> None:
-        async with _errors_of("ada", "127.0.0.1:1"):
+        async with _map_rpc_errors("ada", "127.0.0.1:1"):
             raise asyncio.CancelledError
 
-    with pytest.raises(WorkerLost, match="worker ada was closed under a call") as caught:
+    with pytest.raises(WorkerLost, match="worker ada was closed during a call") as caught:
         asyncio.run(call())
     assert caught.value.details == {"worker": "ada"}
 
@@ -39,7 +39,7 @@ REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0
 )
 def test_only_a_closed_port_counts_as_a_refusal_whatever_the_mac_is_called(said: str, kind: type[WorkerLost]) -> None:
     async def call() -> None:
-        async with _errors_of("refused-1", "127.0.0.1:1"):
+        async with _map_rpc_errors("refused-1", "127.0.0.1:1"):
             raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), said)
 
     with pytest.raises(WorkerLost) as caught:
@@ -68,13 +68,13 @@ def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest
     if news:
         assert asyncio.run(load()) == 9
     else:
-        with pytest.raises(WorkerLost, match="worker ada: a load made no progress"):
+        with pytest.raises(WorkerLost, match="worker ada: the load made no progress"):
             asyncio.run(load())
 
 
 def test_a_call_that_is_cancelled_stays_so() -> None:
     async def call() -> None:
-        async with _errors_of("ada", "127.0.0.1:1"):
+        async with _map_rpc_errors("ada", "127.0.0.1:1"):
             await asyncio.sleep(3600)
 
     async def run() -> None:
