@@ -1,4 +1,4 @@
-"""The proof that stages work: a token that went through every one of them."""
+"""Prove that the stages work, by a token that passes all of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ async def run_canary(
     watch: HeartbeatMonitor,
     timeout_s: float = CANARY_TIMEOUT_S,
 ) -> None:
-    """Return once a token of this epoch came back: a live request's, or that of a canary sent for the purpose.
+    """Wait for a token of this epoch, from a live request or from the canary request that this function sends.
 
-    Raises the first trouble instead, which stays in the queue's place no more, and ``WorkerLost`` where none comes or a
-    worker of the plan is gone: it may have been so since before anybody listened for troubles of this epoch.
+    Raises the first error in ``troubles``, and removes it there. Raises ``WorkerLost`` if no token comes within
+    ``timeout_s``, or if a worker of the plan is gone: it may have gone before this epoch reported to ``troubles``.
     """
-    canary = _canary(plan, checkpoint)
+    canary = _create_request(plan, checkpoint)
     answer = AnswerQueue(loop.post)
     loop.submit(canary, answer)
     try:
@@ -40,11 +40,11 @@ async def run_canary(
                 watch.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise WorkerLost(f"no token came through the stages within {timeout_s:.0f} s") from None
+        raise WorkerLost(f"no token passed the stages within {timeout_s:.0f} s") from None
     finally:
-        loop.end(canary.id, Aborted("the canary is not needed any more"))
+        loop.end(canary.id, Aborted("the canary is no longer needed"))
 
 
-def _canary(plan: Plan, checkpoint: ModelInfo) -> Request:
+def _create_request(plan: Plan, checkpoint: ModelInfo) -> Request:
     ids = (checkpoint.tokenizer.encode("Hello") or (0,))[:2]
     return Request(f"canary-{plan.epoch}", ids, SamplingParams(), max_tokens=1)

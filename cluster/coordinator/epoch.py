@@ -1,4 +1,4 @@
-"""One epoch: a plan, the workers that hold its slices, and the streams between them. How it is opened and let go."""
+"""Open and release an epoch: a plan, the workers that hold its slices, and the streams between them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 _NOTHING = FetchOrder((), (), (), "", "")
 ControlOf = Callable[[str], WorkerClient]
-"""The control plane of the worker at an address."""
+"""Returns the client of the worker at a control address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Slices that are loaded and linked. ``controls`` are those of ``workers``, in the plan's order."""
+    """Loaded and linked slices. ``workers`` and their clients ``controls`` are in the order of the plan's stages."""
 
     plan: Plan
     workers: tuple[WorkerInfo, ...]
@@ -40,7 +40,10 @@ class Epoch:
 
 @dataclass(slots=True)
 class EpochBuilder:
-    """How epochs are opened; ``progress`` is told on the event loop, ``received`` and ``lost`` on streams' threads."""
+    """Loads, links and connects epochs.
+
+    ``progress`` is called on the event loop, ``received`` and ``lost`` on the streams' threads.
+    """
 
     dialer: Dialer
     supply: WeightDistribution
@@ -50,45 +53,47 @@ class EpochBuilder:
     received: Received
     lost: StageLost
     rate: float = 0.0
-    """Bytes a second that the last load of weights read, over all workers; 0 before any."""
+    """Bytes per second of the last load, over all workers; 0 before the first load."""
 
     async def load(self, plan: Plan, workers: Sequence[WorkerInfo], only: Collection[str] | None = None) -> None:
-        """Make every worker, or ``only`` some, hold its slice; one that holds it already reads and proves nothing.
+        """Load the slices of all workers, or of those named in ``only``. Raises ``MacpipeError``.
 
-        Where ``only`` some are asked and none of them lacks anything, the coordinator's folder is not looked at either:
-        a recovery waits for nothing. Raises ``MacpipeError``.
+        A worker that already holds its slice reads and proves nothing. If all workers in ``only`` hold theirs, the
+        coordinator's own folder is not read either, so that a recovery does not wait for it.
         """
-        began, controls = time.monotonic(), self._controls(workers)
-        asked = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
-        missing = [i for i in asked if not holds(workers[i], plan.stages[i])]
-        stages, called = [plan.stages[i] for i in asked], [controls[i] for i in asked]
+        began = time.monotonic()
+        controls = self._controls(workers)
+        selected = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
+        missing = [i for i in selected if not holds(workers[i], plan.stages[i])]
+        stages = [plan.stages[i] for i in selected]
+        selected_controls = [controls[i] for i in selected]
         if only is not None and not missing:
-            await load_slices(stages, called, [_NOTHING] * len(asked), self.progress)
+            await load_slices(stages, selected_controls, [_NOTHING] * len(selected), self.progress)
             return
         async with self.supply.delivery(plan, self.checkpoint, workers) as delivery:
-            orders = [delivery.orders[i] if i in missing else _NOTHING for i in asked]
-            proofs = await load_slices(stages, called, orders, self.progress)
-            due = [p for i, p in zip(asked, proofs, strict=True) if i in missing]
-            news = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
-            await news.check(due, lambda: self._tell(plan, "hashing"))
-        if read := sum(plan.stages[i].weight_bytes for i in missing):
-            self.rate = read / max(time.monotonic() - began, 1e-3)
+            orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
+            proofs = await load_slices(stages, selected_controls, orders, self.progress)
+            new_proofs = [p for i, p in zip(selected, proofs, strict=True) if i in missing]
+            new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
+            await new_delivery.check(new_proofs, lambda: self._report_all(plan, "hashing"))
+        if read_bytes := sum(plan.stages[i].weight_bytes for i in missing):
+            self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
 
-    def _tell(self, plan: Plan, state: str) -> None:
+    def _report_all(self, plan: Plan, state: str) -> None:
         for stage in plan.stages:
             self.progress(LoadProgress(stage.worker, stage.layers, stage.weight_bytes, stage.weight_bytes, state))
 
     async def link(self, plan: Plan, workers: Sequence[WorkerInfo]) -> Epoch:
-        """Connect stages that are loaded with each other. Raises ``MacpipeError``."""
+        """Link the loaded stages with each other. Raises ``MacpipeError``."""
         controls = self._controls(workers)
         return Epoch(plan, tuple(workers), await link_stages(plan, workers, controls), controls)
 
     async def connect(self, epoch: Epoch) -> Ring:
-        """Open the coordinator's own streams. Raises ``Unreachable`` or ``StaleEpoch``."""
+        """Open the coordinator's own streams to the stages. Raises ``Unreachable`` or ``StaleEpoch``."""
         ring = await anyio.to_thread.run_sync(
             lambda: Ring(self.dialer, epoch.plan.epoch, epoch.stages, self.received, self.lost)
         )
-        self._tell(epoch.plan, "ready")
+        self._report_all(epoch.plan, "ready")
         return ring
 
     def _controls(self, workers: Sequence[WorkerInfo]) -> tuple[WorkerClient, ...]:
@@ -96,7 +101,7 @@ class EpochBuilder:
 
 
 async def farewell(epoch: int, controls: Sequence[WorkerClient]) -> None:
-    """Ask workers to free the slices of an epoch or an older one; one that does not answer is left alone."""
+    """Ask workers to free their slices of this epoch or an older one. Ignore workers that do not answer in time."""
     with anyio.move_on_after(FAREWELL_S):
         async with anyio.create_task_group() as tasks:
             for control in controls:

@@ -1,7 +1,7 @@
-"""A recovery: from the loss of a stage to the first token through the stages of a new epoch.
+"""Recover from the loss of a stage: open a new epoch and wait for its first token.
 
-It looks who is there, has the next plan decided, loads what is missing, links, and hands the engine loop its new ring.
-Whatever fails on the way, a second loss too, is another try with what is known then.
+A recovery asks the workers, gets the next plan, loads missing slices, links the stages and gives the engine loop a new
+ring. After any failure, a second loss included, it tries again with what is known then.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from cluster.transport.streams import Dialer
 log = logging.getLogger(__name__)
 
 EXCUSES = 3
-"""So many overdue frames in a row may be an overloaded machine's doing."""
+"""Up to this many overdue frames in a row may be caused by an overloaded machine."""
 Troubles = asyncio.Queue[MacpipeError]
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceDeps:
-    """What a service works with: the cluster's workers, and how to reach them."""
+    """The dependencies of a service: the cluster's workers, and the means to reach them."""
 
     roster: Roster
     watch: HeartbeatMonitor
@@ -60,7 +60,7 @@ class ServiceDeps:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryContext:
-    """The model that is served, and what keeps it going. ``troubles`` has what went wrong and was not looked into."""
+    """The served model and the parts that a recovery uses. ``troubles`` queues failures that are not handled yet."""
 
     means: ServiceDeps
     checkpoint: ModelInfo
@@ -71,192 +71,201 @@ class RecoveryContext:
 
 
 class Recovery:
-    """One way from ``epoch``, whose ring is lost, to the next. ``doing`` says in words what it is at."""
+    """One recovery from ``epoch`` to the next. ``doing`` describes the current step in words."""
 
     def __init__(self, site: RecoveryContext, epoch: Epoch, cause: MacpipeError, without: Collection[str] = ()) -> None:
-        self._site, self._epoch = site, epoch
+        self._context, self._epoch = site, epoch
         self._without = set(without)
-        """Who is given no layers: those who leave, who could not load theirs, or who cannot be reached."""
-        self._missed: set[str] = set()
-        """Whose data port could not be reached once: a second time, and somebody else gets the layers."""
+        """Workers that get no layers: they are draining, failed to load, or cannot be reached."""
+        self._unreachable_once: set[str] = set()
+        """Workers whose data port could not be reached once. After a second failure, they get no layers."""
         self.cause = cause
         self.began = time.monotonic()
-        self.doing = "looking who is there"
+        self.doing = "asking the workers"
         self.attempts = 0
         self.switched = False
-        """Whether a move has taken the old ring down, or seen it break."""
+        """Whether a move has closed the old ring, or has seen it break."""
         self.refused = False
-        """Whether live requests have ended because nothing fits."""
+        """Whether live requests were ended, because no plan fits or all tries failed."""
         self._missing_bytes = 0
 
     @property
     def expected_s(self) -> float:
-        """How long it should take from its beginning, as far as that is known; 0 where it waits for a Mac."""
-        rate = self._site.opening.rate
+        """Expected duration in seconds from the beginning, as far as it is known; 0 while it waits for a Mac."""
+        rate = self._context.opening.rate
         return 0.0 if self.refused else 1.0 + (self._missing_bytes / rate if rate else 0.0)
 
     async def run(self) -> Epoch:
-        """Returns once a token has gone through every stage of the new epoch; as often as it takes, until cancelled."""
-        self._site.loop.hold()
+        """Try until a token has passed every stage of a new epoch, or until cancelled. Return that epoch."""
+        self._context.loop.hold()
         await self._find_cause()
         while True:
             self.attempts += 1
-            _forget(self._site.troubles)
+            _drop_all(self._context.troubles)
             try:
-                return await self._try()
+                return await self._try_once()
             except (NoPlan, NoWorkers) as e:
-                self._wait_for_macs(e)
-            except _EngineReturns as e:
+                self._on_no_plan(e)
+            except _EngineRestarting as e:
                 self.doing = e.sentence
             except MacpipeError as e:
-                self._try_otherwise(e)
+                self._on_failed_try(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def move(self, chosen: Assignment | None = None) -> Epoch:
-        """The same while the old ring still runs: slices are loaded first, and requests wait for the switch alone.
+        """Open the next epoch while the old ring still runs. Slices load first, so requests wait only for the switch.
 
-        Raises ``NoPlan`` or ``NoWorkers`` where the layers cannot go elsewhere, and what a load raises. Raises the loss
-        where the old ring breaks meanwhile: requests do not wait for a planned load. Unless ``switched``, nothing has
-        changed then.
+        Raises ``NoPlan`` or ``NoWorkers`` if the layers cannot be moved, and the errors of a load. If the old ring
+        breaks during the load, raises that loss, since requests must not wait for a planned load. After an error,
+        nothing has changed unless ``switched``.
         """
-        chosen = chosen or self._chosen(self._site.means.watch.members())
-        strangers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
+        chosen = chosen or self._choose_assignment(self._context.means.watch.members())
+        newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
-        self.doing = f"moving layers to {', '.join(sorted(strangers)) or 'those who stay'}"
-        self._site.means.roster.pin((*self._epoch.workers, *chosen.workers))
+        self.doing = f"moving layers to {', '.join(sorted(newcomers)) or 'the remaining workers'}"
+        self._context.means.roster.pin((*self._epoch.workers, *chosen.workers))
         try:
-            load = self._site.opening.load(chosen.plan, chosen.workers, only=strangers)
+            load = self._context.opening.load(chosen.plan, chosen.workers, only=newcomers)
             await self._while_all_live(chosen, load, ring_runs=True)
         except BaseException:
-            self._site.means.roster.pin(self._epoch.workers)
+            self._context.means.roster.pin(self._epoch.workers)
             raise
         self.switched = True
-        self._site.loop.hold()
+        self._context.loop.hold()
         return await self._open(chosen)
 
     async def _find_cause(self) -> None:
-        """Ask everybody who held a stage; what hangs is killed, so that it can come back."""
+        """Ask the workers that held a stage which of them failed. Reset engines that hang, so that they restart."""
         members = await self._ask_workers()
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members)
-        log.warning("the ring of epoch %d is lost: %s", plan.epoch, self.cause.sentence)
-        patience = self._site.loop.patience
-        if patience.overdue <= EXCUSES:  # an engine that was slow so often hangs, whatever it computes
+        log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
+        patience = self._context.loop.patience
+        if patience.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
             members = tuple(m for m in members if not is_excused(m))
         busy_ms = FRAME_FLOOR_S * 500 * patience.growth / 2
         stuck = find_hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
-        mute = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
+        unresponsive = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
         for member in members:
-            if member.facts.name == stuck or member.facts.name in mute:
+            if member.facts.name == stuck or member.facts.name in unresponsive:
                 await self._reset(member)
 
     async def _reset(self, member: RosterEntry) -> None:
         self.cause = WorkerLost(f"the engine of worker {member.facts.name} hangs", worker=member.facts.name)
         try:
-            await self._site.opening.control(member.facts.control_address).reset(self.cause.sentence)
+            await self._context.opening.control(member.facts.control_address).reset(self.cause.sentence)
         except MacpipeError as e:
-            log.info("could not reset an engine: %s", e.sentence)
+            log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.facts.name)
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
-        mine = [s.worker for s in self._epoch.plan.stages]
-        return await self._site.means.watch.ask(mine, time.monotonic())
+        names = [s.worker for s in self._epoch.plan.stages]
+        return await self._context.means.watch.ask(names, time.monotonic())
 
-    async def _try(self) -> Epoch:
+    async def _try_once(self) -> Epoch:
         members = await self._ask_workers()
         self._await_engines(members)
-        chosen = self._chosen(members)
+        chosen = self._choose_assignment(members)
         return await self._open(chosen)
 
     def _await_engines(self, members: tuple[RosterEntry, ...]) -> None:
-        """Raise while a crashed engine is on its way back, unless it crashes all the time."""
-        mine = {s.worker for s in self._epoch.plan.stages}
+        """Raise ``_EngineRestarting`` while a crashed engine restarts, unless it crashes repeatedly."""
+        names = {s.worker for s in self._epoch.plan.stages}
         for m in members:
-            belief = self._site.means.watch.belief(m.facts.name)
+            belief = self._context.means.watch.belief(m.facts.name)
             steady = belief is None or belief.lost_since(time.monotonic() - CRASHES_S) < ENGINE_CRASHES
-            if m.facts.name in mine and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
-                raise _EngineReturns(f"waiting for the engine of {m.facts.name}: {m.problem}")
+            if m.facts.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
+                raise _EngineRestarting(f"waiting for the engine of {m.facts.name}: {m.problem}")
 
     @property
     def _elapsed(self) -> float:
         return time.monotonic() - self.began
 
-    def _chosen(self, members: tuple[RosterEntry, ...]) -> Assignment:
-        site, plan = self._site, self._epoch.plan
-        number = site.means.epochs.next(m.facts.epoch for m in members)
-        return reassign_layers(number, plan, site.checkpoint.shape, site.order, members, self._without)
+    def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
+        context = self._context
+        plan = self._epoch.plan
+        number = context.means.epochs.next(m.facts.epoch for m in members)
+        return reassign_layers(number, plan, context.checkpoint.shape, context.order, members, self._without)
 
     async def _open(self, chosen: Assignment) -> Epoch:
-        site = self._site
+        context = self._context
         missing = [s for s, w in zip(chosen.plan.stages, chosen.workers, strict=True) if not holds(w, s)]
         self._missing_bytes = sum(s.weight_bytes for s in missing)
         loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
-        self.doing = f"loading {loads}" if loads else "linking the stages anew"
-        site.means.roster.pin(chosen.workers)
-        await self._while_all_live(chosen, site.opening.load(chosen.plan, chosen.workers))
-        epoch = await site.opening.link(chosen.plan, chosen.workers)
-        ring = await site.opening.connect(epoch)
-        self.doing = "bringing live requests back"
-        limits = capacity(chosen.plan, site.checkpoint.shape, site.order.max_step_ms)
-        pace = StepTimes(site.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
-        site.loop.resume(chosen.plan, limits, ring, pace)
+        self.doing = f"loading {loads}" if loads else "linking the stages again"
+        context.means.roster.pin(chosen.workers)
+        await self._while_all_live(chosen, context.opening.load(chosen.plan, chosen.workers))
+        epoch = await context.opening.link(chosen.plan, chosen.workers)
+        ring = await context.opening.connect(epoch)
+        self.doing = "replaying live requests"
+        limits = capacity(chosen.plan, context.checkpoint.shape, context.order.max_step_ms)
+        pace = StepTimes(context.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
+        context.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
         patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
-        await run_canary(site.loop, epoch.plan, site.checkpoint, site.troubles, site.means.watch, patience_s)
+        await run_canary(
+            context.loop, epoch.plan, context.checkpoint, context.troubles, context.means.watch, patience_s
+        )
         return epoch
 
     async def _while_all_live(
         self, chosen: Assignment, load: Coroutine[Any, Any, None], *, ring_runs: bool = False
     ) -> None:
-        """Carry a load out, unless one of its workers goes: a stopped Mac never says that it has failed.
+        """Run a load, and cancel it if one of its workers is gone, since a stopped Mac never reports an error.
 
-        While the old ring still runs (``ring_runs``), its loss ends the load too.
+        With ``ring_runs``, the loss of the old ring also ends the load. Raises ``WorkerLost``, that loss, or the load's
+        error.
         """
         names = {w.name for w in chosen.workers}
         task = asyncio.create_task(load)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a loss that was seen first is told
+        task.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # its error is ignored if a loss is raised first
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
-                self._site.means.watch.require(names, "while it was loading")
-                if ring_runs and not self._site.troubles.empty():
+                self._context.means.watch.require(names, "while it was loading")
+                if ring_runs and not self._context.troubles.empty():
                     self.switched = True
-                    raise self._site.troubles.get_nowait()
+                    raise self._context.troubles.get_nowait()
             await task
         finally:
             task.cancel()
 
-    def _try_otherwise(self, why: MacpipeError) -> None:
-        """A try has failed. Who was there and could not do it is left out of the next one."""
-        log.warning("recovery, attempt %d: %s", self.attempts, why.sentence)
+    def _on_failed_try(self, why: MacpipeError) -> None:
+        """Handle a failed try. A worker that answered but failed is left out of the next try.
+
+        End live requests after ``RECOVERY_TRIES`` tries and ``RECOVERY_WAIT_S``.
+        """
+        log.warning("recovery: attempt failed reason=%s attempt=%d", why.sentence, self.attempts)
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
         if isinstance(why, StaleEpoch):
-            self._site.means.epochs.learn_refusal(why)  # the worker is fine, the number was too small
+            self._context.means.epochs.learn_refusal(why)  # the worker is fine; only the epoch number was too small
         elif worker and not isinstance(why, WorkerLost):
-            patient = isinstance(why, Unreachable) and worker not in self._missed
-            (self._missed if patient else self._without).add(worker)
+            retry_worker = isinstance(why, Unreachable) and worker not in self._unreachable_once
+            (self._unreachable_once if retry_worker else self._without).add(worker)
         if not self.refused and self.attempts >= RECOVERY_TRIES and self._elapsed > RECOVERY_WAIT_S:
             self.refused = True
-            self._site.loop.refuse(unservable(self.cause, why))
+            self._context.loop.refuse(unservable(self.cause, why))
 
-    def _wait_for_macs(self, why: MacpipeError) -> None:
-        """Nothing fits now. Requests wait for a while; then they end, and serving waits on without them."""
+    def _on_no_plan(self, why: MacpipeError) -> None:
+        """Handle that no plan fits. Requests wait up to ``RECOVERY_WAIT_S`` and then end; the recovery continues."""
         self.doing = f"waiting for a Mac: {why.sentence}"
         self._without.clear()  # a folder that was missing may have been copied in the meantime
         if not self.refused and self._elapsed > RECOVERY_WAIT_S:
             self.refused = True
-            self._site.loop.refuse(unservable(self.cause, why))
+            self._context.loop.refuse(unservable(self.cause, why))
 
 
-class _EngineReturns(Exception):
-    """A crashed engine is being started again: nothing else is tried meanwhile. ``sentence`` says so."""
+class _EngineRestarting(Exception):
+    """A crashed engine is restarting, so the recovery waits for it. ``sentence`` says which."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
         self.sentence = sentence
 
 
-def _forget(troubles: Troubles) -> None:
+def _drop_all(troubles: Troubles) -> None:
     while not troubles.empty():
         troubles.get_nowait()

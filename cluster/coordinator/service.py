@@ -1,7 +1,7 @@
-"""One model being served, from its load until it is unloaded, through as many epochs as that takes.
+"""Serve one model from load to unload, through any number of epochs.
 
-Its one task waits for trouble (a ring that broke, a worker that fell silent) and for workers that want to leave, and
-answers each with a new epoch, in which every live request goes on where it was.
+One task waits for failures (a broken ring, a silent worker) and for draining workers. It handles each with a new epoch,
+in which every live request continues where it was.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ Said = Callable[[str], None]
 
 
 class ModelService:
-    """``said`` is told a sentence whenever something happens that a person should know.
+    """A model that is loaded and served. ``said`` is called with a sentence about each event that a person should know.
 
-    ``recovery`` is what is being done about a loss; None while the model is served. ``move`` is one that was planned,
-    for a worker that leaves or comes home, during which requests go on.
+    ``recovery`` is the recovery that is running after a loss; None while the model is served. ``move`` is a planned
+    move, for a worker that drains or comes back; requests continue during a move.
     """
 
     def __init__(
         self, means: ServiceDeps, checkpoint: ModelInfo, order: LoadOrder, first: Assignment, said: Said
     ) -> None:
-        self._means, self._said, self._first = means, said, first
+        self._deps, self._notify, self._first = means, said, first
         self.checkpoint = checkpoint
         self._events = asyncio.get_running_loop()
-        self._troubles: Troubles = asyncio.Queue()  # bounded by one for each ring and each change of belief
+        self._failures: Troubles = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
         self._tasks: list[asyncio.Task[None]] = []
-        self._refused_leave: dict[str, float] = {}
+        self._move_refused_at: dict[str, float] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
-        self._no_return_before = 0.0
-        self._touched: set[str] = set()
+        self._no_restore_before = 0.0
+        self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, checkpoint.shape, order.max_step_ms)
         scheduler = Scheduler(first.plan.epoch, limits, checkpoint.tokenizer.eos)
         tokenizer = checkpoint.tokenizer
@@ -91,62 +91,65 @@ class ModelService:
         return self._epoch
 
     async def open(self, progress: Progress) -> None:
-        """Load, link, and send one token through every stage. Raises ``MacpipeError``; then nothing is held."""
-        opening = EpochBuilder(
-            self._means.dialer,
-            self._means.supply,
+        """Load and link the stages, and send one token through all of them.
+
+        Raises ``MacpipeError``; the workers' memory is then freed.
+        """
+        builder = EpochBuilder(
+            self._deps.dialer,
+            self._deps.supply,
             self.checkpoint,
             self._control,
             progress,
             self.loop.on_message,
             self.loop.on_stream_lost,
         )
-        self._site = RecoveryContext(self._means, self.checkpoint, self._order, opening, self.loop, self._troubles)
+        self._context = RecoveryContext(self._deps, self.checkpoint, self._order, builder, self.loop, self._failures)
         plan, workers = self._first.plan, self._first.workers
         try:
-            await opening.load(plan, workers)
-            self._epoch = await opening.link(plan, workers)
-            self.loop.start(await opening.connect(self._epoch))
-            await run_canary(self.loop, plan, self.checkpoint, self._troubles, self._means.watch)
+            await builder.load(plan, workers)
+            self._epoch = await builder.link(plan, workers)
+            self.loop.start(await builder.connect(self._epoch))
+            await run_canary(self.loop, plan, self.checkpoint, self._failures, self._deps.watch)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))
             raise
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._teach_now_and_then())]
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._teach_periodically())]
 
     async def close(self, error: MacpipeError) -> None:
-        """End live requests with ``error`` and free the workers' memory, as far as they answer in time."""
+        """End live requests with ``error``, and free the memory of those workers that answer in time."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for name in tuple(self._leaving):
             self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
-        await farewell(self._means.epochs.last, [self._means.roster.control(a) for a in self._touched])
+        await farewell(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
 
     def _control(self, address: str) -> WorkerClient:
-        self._touched.add(address)
-        return self._means.roster.control(address)
+        self._contacted.add(address)
+        return self._deps.roster.control(address)
 
-    # What can go wrong
+    # Failures
 
     def _broken(self, cause: MacpipeError) -> None:
-        """The loop's thread has lost its ring."""
-        self._events.call_soon_threadsafe(self._troubles.put_nowait, cause)
+        """Queue the loss of the ring. Called on the loop's thread."""
+        self._events.call_soon_threadsafe(self._failures.put_nowait, cause)
 
     def on_belief(self, belief: Belief) -> None:
-        """A worker's standing has changed."""
+        """Handle a changed belief: if a worker that holds a stage is gone, treat the ring as lost."""
         if belief.worker in self._holders() and belief.standing is Standing.GONE:
             cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
             self.loop.suspect(cause)
 
     def alive(self) -> set[str]:
-        """Workers through whom a frame went a moment ago."""
-        lately = time.monotonic() - self.loop.patience.alive_at < HEARTBEAT_S and self.recovery is None
-        return self._holders() if lately else set()
+        """Return the workers that a frame passed within the last ``HEARTBEAT_S``."""
+        recent = time.monotonic() - self.loop.patience.alive_at < HEARTBEAT_S and self.recovery is None
+        return self._holders() if recent else set()
 
     async def teach(self) -> None:
-        """Tell every worker what its frames took over what its profile predicts, where enough have been seen."""
+        """Send each worker its ratio of measured to predicted step time, if enough frames were measured."""
         epoch = self._epoch
         if epoch is None or self.recovery:
             return
@@ -155,51 +158,52 @@ class ModelService:
             async with anyio.create_task_group() as tasks:
                 for pace, control in zip(view.pace, epoch.controls, strict=False):
                     if pace.ratio:
-                        tasks.start_soon(_learn, control, epoch.plan.model.fingerprint, pace.ratio)
+                        tasks.start_soon(_teach_worker, control, epoch.plan.model.fingerprint, pace.ratio)
 
-    async def _teach_now_and_then(self) -> None:
+    async def _teach_periodically(self) -> None:
         while True:
             await asyncio.sleep(LEARN_S)
             await self.teach()
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         while True:
             try:
-                await self._keep_once()
-            except Exception as e:  # this task's edge: requests wait for it, so it must not end before the service
-                log.exception("service: a recovery or a move failed epoch=%d", self.plan.epoch)
-                self._troubles.put_nowait(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+                await self._handle_next()
+            except Exception as e:  # top of the task: requests wait for it, so it must outlive errors
+                log.exception("service: recovery or move failed epoch=%d", self.plan.epoch)
+                self._failures.put_nowait(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
                 await asyncio.sleep(RECOVERY_PAUSE_S)
 
-    async def _keep_once(self) -> None:
+    async def _handle_next(self) -> None:
         try:
             async with asyncio.timeout(HEARTBEAT_S):
-                cause = await self._troubles.get()
+                cause = await self._failures.get()
         except TimeoutError:
-            await self._let_leave()
-            await self._let_return()
+            await self._move_draining()
+            await self._restore_layers()
         else:
             await self._recover(cause)
 
     async def _recover(self, cause: MacpipeError) -> None:
         assert self._epoch
-        self.recovery = recovery = Recovery(self._site, self._epoch, cause)
-        self._said(f"{cause.sentence}; recovering")
+        self.recovery = recovery = Recovery(self._context, self._epoch, cause)
+        self._notify(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
         self.recovery = None
         self._end_leaves_after_loss()
         self.recoveries += 1
-        self._tell("serving again", recovery)
+        self._notify_done("serving again", recovery)
 
-    def _tell(self, what: str, recovery: Recovery) -> None:
-        took = time.monotonic() - recovery.began
-        held = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
-        self._said(f"{what} after {took:.1f} s ({recovery.cause.sentence}): {held}")
+    def _notify_done(self, what: str, recovery: Recovery) -> None:
+        elapsed_s = time.monotonic() - recovery.began
+        layers = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
+        self._notify(f"{what} after {elapsed_s:.1f} s ({recovery.cause.sentence}): {layers}")
 
     async def _carry_out(self, move: Recovery, chosen: Assignment | None = None) -> None:
-        """Move layers while requests go on; what goes wrong after the switch is a loss like any other.
+        """Move layers while requests continue.
 
-        Raises what went wrong before it: then the old ring still runs.
+        Raises an error that occurs before the switch to the new ring; the old ring then still runs. An error after the
+        switch starts a recovery.
         """
         self.move = move
         try:
@@ -210,37 +214,44 @@ class ModelService:
             self.move = None
             await self._recover(e)
         else:
-            self._tell("layers moved", move)
+            self._notify_done("layers moved", move)
         finally:
             self.move = None
 
-    # Workers that want to leave
+    # Draining workers
 
     async def move_away(self, name: str) -> None:
-        """Return once a drained worker holds nothing.
+        """Wait until a drained worker holds no layers.
 
-        Raises ``NoPlan`` where its layers cannot go elsewhere, ``Aborted`` where the drain is undone, ``WorkerLost``
-        where the worker crashes meanwhile and keeps its layers, ``DeadlineExceeded`` after ``MOVE_S``.
+        Raises ``NoPlan`` if no other workers can hold its layers, ``Aborted`` if the drain is undone, ``WorkerLost`` if
+        the worker crashes in the meantime and keeps its layers, and ``DeadlineExceeded`` after ``MOVE_S``.
         """
         if name not in self._holders():
             return
         if (leaving := self._leaving.get(name)) is None:
             leaving = self._leaving[name] = self._events.create_future()
-            leaving.add_done_callback(lambda done: done.cancelled() or done.exception())  # its client may have gone
+            leaving.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # the client may have disconnected
         try:
             async with asyncio.timeout(MOVE_S):
                 await asyncio.shield(leaving)
         except TimeoutError:
-            raise DeadlineExceeded(f"the layers of {name} were not loaded elsewhere within {MOVE_S:.0f} s") from None
+            raise DeadlineExceeded(
+                f"the layers of {name} were not moved to other workers within {MOVE_S:.0f} s"
+            ) from None
 
     def stays(self, name: str) -> None:
-        """A worker that was drained is used again: nobody waits for its layers to move any more."""
+        """End the wait of ``move_away`` for a worker whose drain was undone."""
         self._end_leave(name, Aborted(f"the drain of {name} was undone"))
 
     def _end_leaves_after_loss(self) -> None:
-        """A recovery gave the layers out anew: a worker that was to leave has none now, or was started again."""
+        """End all waits of ``move_away`` after a recovery.
+
+        The recovery reassigned the layers. A draining worker has none now, unless it restarted, which ends its drain.
+        """
         for name in tuple(self._leaving):
-            why = f"worker {name} was lost while it was drained, and is back with its layers; drain it again"
+            why = f"worker {name} was lost during its drain and has its layers back; drain it again"
             self._end_leave(name, WorkerLost(why, worker=name) if name in self._holders() else None)
 
     def _end_leave(self, name: str, error: MacpipeError | None = None) -> None:
@@ -255,16 +266,16 @@ class ModelService:
     def _holders(self) -> set[str]:
         return {s.worker for s in self.plan.stages}
 
-    async def _let_leave(self) -> None:
-        """Move the layers of a worker that wants to hold nothing."""
-        for member in self._means.watch.members():
+    async def _move_draining(self) -> None:
+        """Move the layers of the first draining worker that holds a stage."""
+        for member in self._deps.watch.members():
             name, facts = member.facts.name, member.facts
-            if facts.draining and not member.problem and name in self._holders() and self._may_leave(name):
+            if facts.draining and not member.problem and name in self._holders() and self._may_retry_move(name):
                 await self._move_from(facts)
                 return
 
-    def _may_leave(self, name: str) -> bool:
-        return time.monotonic() - self._refused_leave.get(name, -DRAIN_RETRY_S) >= DRAIN_RETRY_S
+    def _may_retry_move(self, name: str) -> bool:
+        return time.monotonic() - self._move_refused_at.get(name, -DRAIN_RETRY_S) >= DRAIN_RETRY_S
 
     async def _move_from(self, leaver: WorkerInfo) -> None:
         assert self._epoch
@@ -273,7 +284,7 @@ class ModelService:
         without = {name}
         while True:
             try:
-                await self._carry_out(Recovery(self._site, self._epoch, cause, without))
+                await self._carry_out(Recovery(self._context, self._epoch, cause, without))
                 break
             except MacpipeError as e:
                 worker = e.details.get("worker", "")
@@ -286,43 +297,47 @@ class ModelService:
             await self._release(leaver)
 
     async def _cannot_leave(self, leaver: WorkerInfo, why: MacpipeError) -> None:
-        """Nobody else can hold its layers. One that stops in any case goes once nobody waits for an answer."""
+        """Handle a drain that is impossible, since no other workers can hold the layers.
+
+        A worker that is stopping anyway is released once no request is live.
+        """
         name = leaver.name
-        self._refused_leave[name] = time.monotonic()
-        self._said(f"worker {name} wants to leave, but its layers cannot go elsewhere: {why.sentence}")
+        self._move_refused_at[name] = time.monotonic()
+        self._notify(f"worker {name} cannot be drained, since no other workers can hold its layers: {why.sentence}")
         self._end_leave(name, why)
         if leaver.stopping and await self._is_idle():
             await self._release(leaver)
 
     async def _is_idle(self) -> bool:
-        """Whether no request is under way, as far as the loop says so in time."""
+        """Return whether no request is live; False if the loop does not answer within ``CONTROL_TIMEOUT_S``."""
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
             return not (await asyncio.wrap_future(self.loop.view())).requests
         return False
 
-    async def _let_return(self) -> None:
-        """Where that is wished, give those who were lost their layers back, once they have been there for a while."""
-        if not self._order.take_back or time.monotonic() < self._no_return_before:
+    async def _restore_layers(self) -> None:
+        """Give lost workers their layers back once up for ``STEADY_S``, if the order has ``take_back``."""
+        if not self._order.take_back or time.monotonic() < self._no_restore_before:
             return
-        since, watch = time.monotonic() - STEADY_S, self._means.watch
+        since = time.monotonic() - STEADY_S
+        watch = self._deps.watch
         steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
-        number = self._means.epochs.next
-        back = WorkerLost("workers that were lost take their layers back")
+        next_number = self._deps.epochs.next
+        cause = WorkerLost("workers that were lost are back and take their layers again")
         try:
-            home = restore_plan(number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
-            if home and self._epoch:
-                await self._carry_out(Recovery(self._site, self._epoch, back), home)
+            assignment = restore_plan(next_number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
+            if assignment and self._epoch:
+                await self._carry_out(Recovery(self._context, self._epoch, cause), assignment)
         except MacpipeError as e:
-            self._no_return_before = time.monotonic() + DRAIN_RETRY_S
-            self._said(f"workers that were lost cannot take their layers back: {e.sentence}")
+            self._no_restore_before = time.monotonic() + DRAIN_RETRY_S
+            self._notify(f"workers that are back cannot take their layers again: {e.sentence}")
 
     async def _release(self, leaver: WorkerInfo) -> None:
-        await farewell(self._means.epochs.last, [self._control(leaver.control_address)])
+        await farewell(self._deps.epochs.last, [self._control(leaver.control_address)])
         self._end_leave(leaver.name)
 
 
-async def _learn(control: WorkerClient, fingerprint: str, ratio: float) -> None:
+async def _teach_worker(control: WorkerClient, fingerprint: str, ratio: float) -> None:
     try:
         await control.learn(fingerprint, ratio)
     except MacpipeError as e:
-        log.info("a ratio was not learned: %s", e.sentence)
+        log.info("service: ratio not learned reason=%s", e.sentence)

@@ -238,14 +238,14 @@ def test_an_error_that_nobody_foresaw_does_not_end_the_task_that_requests_wait_f
         simulation = Simulation(scenario(0, asked), asked)
         await simulation.open()
         service = simulation.service
-        foreseen = service._let_leave
+        foreseen = service._move_draining
 
         async def fail() -> None:
-            monkeypatch.setattr(service, "_let_leave", foreseen)
+            monkeypatch.setattr(service, "_move_draining", foreseen)
             raise ZeroDivisionError("unforeseen")
 
         try:
-            monkeypatch.setattr(service, "_let_leave", fail)
+            monkeypatch.setattr(service, "_move_draining", fail)
             async with asyncio.timeout(10):
                 while not service.recoveries:
                     await asyncio.sleep(0.01)
