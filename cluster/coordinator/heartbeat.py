@@ -1,7 +1,7 @@
-"""The watch: asks every worker how it is, all the time, and keeps what each said last.
+"""Send heartbeats to every worker and keep the last answer of each.
 
-It carries out what ``cluster.membership`` judges: heartbeats in, beliefs out. To the workers its asking is the sign
-that their coordinator lives. It refuses to know what a plan is.
+Feeds answers to ``cluster.membership`` and reports its beliefs. The workers take a heartbeat as the sign that their
+coordinator is alive. This module refuses to know what a plan is.
 """
 
 from __future__ import annotations
@@ -28,35 +28,38 @@ Told = Callable[[Belief], None]
 
 
 class HeartbeatMonitor:
-    """``told`` hears of every change of belief; ``alive`` names workers through whom a frame went a moment ago."""
+    """Heartbeats of all workers.
+
+    ``told`` is called with every changed belief. ``alive`` returns the workers that a frame passed a moment ago.
+    """
 
     def __init__(self, roster: Roster, told: Told, alive: Callable[[], Collection[str]], lag: Lag = no_lag) -> None:
-        self._roster, self._told, self._alive, self._lag = roster, told, alive, lag
+        self._roster, self._on_change, self._alive, self._lag = roster, told, alive, lag
         self._suspicion = Suspicion()
         self._table = WorkerTable(self.is_gone)
         self._beats: dict[str, asyncio.Task[None]] = {}
-        self._hurry: dict[str, asyncio.Event] = {}
-        self._news = asyncio.Event()
-        self._look: asyncio.Task[None] | None = None
+        self._ask_now: dict[str, asyncio.Event] = {}
+        self._changed = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to ask; nothing happens where that has begun."""
-        if self._look is None:
-            self._look = asyncio.create_task(self._run())
+        """Start sending heartbeats. Do nothing if already started."""
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        tasks = [t for t in (self._look, self._closing, *self._beats.values()) if t]
+        tasks = [t for t in (self._loop_task, self._closing, *self._beats.values()) if t]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def members(self) -> tuple[RosterEntry, ...]:
-        """Every worker that is asked or left a short while ago, by name, as it is believed to be."""
+        """Return every worker that is asked or left recently, sorted by name, with its believed state."""
         return tuple(self._entry_of(name) for name in self._table.names())
 
     def duplicates(self) -> tuple[RosterEntry, ...]:
-        """Workers that answer under a name or an id that another living worker has."""
+        """Return the workers that use the name or the id of another living worker."""
         return self._table.duplicates(time.monotonic())
 
     def belief(self, worker: str) -> Belief | None:
@@ -66,15 +69,15 @@ class HeartbeatMonitor:
         return tuple(self._suspicion)
 
     async def everybody(self) -> tuple[RosterEntry, ...]:
-        """``members`` once all who are not gone have answered, or after ``STATUS_ASK_S``."""
+        """Return ``members`` once all workers that are not gone have answered, or after ``STATUS_ASK_S``."""
         return await self.ask(self._table.names(), time.monotonic(), STATUS_ASK_S)
 
     def lag(self) -> float:
-        """How late things happen on the slowest machine of the cluster, in seconds. Any thread may ask."""
+        """Return the scheduling lag of the slowest machine in the cluster, in seconds. Thread-safe."""
         return max(self._lag(), self._suspicion.worst_lag())
 
     def up_since(self, worker: str, when: float) -> bool:
-        """Whether the worker has been up all the time since then."""
+        """Return whether the worker has been up without a break since ``when`` (monotonic seconds)."""
         belief = self._suspicion.of(worker)
         return belief is not None and belief.standing is Standing.UP and belief.since <= when
 
@@ -82,27 +85,27 @@ class HeartbeatMonitor:
         return self._suspicion.is_gone(worker)
 
     def require(self, workers: Iterable[str], when: str) -> None:
-        """Raises WorkerLost where one of these counts as gone; ``when`` ends its sentence."""
+        """Raise ``WorkerLost`` if one of ``workers`` counts as gone; ``when`` ends its sentence."""
         for worker in workers:
             if self.is_gone(worker):
-                raise WorkerLost(f"worker {worker} went {when}", worker=worker)
+                raise WorkerLost(f"worker {worker} was lost {when}", worker=worker)
 
     async def ask(
         self, workers: Collection[str], since: float, within_s: float | None = None
     ) -> tuple[RosterEntry, ...]:
-        """Ask these now; ``members`` once each has answered after ``since`` or counts as gone, or after ``within_s``.
+        """Ask all workers now. Return ``members`` once each of ``workers`` has answered after ``since`` or is gone.
 
-        By default that is ``ASK_S``. A worker that is not asked, since its announcement was withdrawn, is not waited
-        for. One whose engine has crashed counts as gone, but is waited for: its daemon answers, and may have a new
-        engine to tell of.
+        Return after ``within_s`` seconds at the latest; None means ``ASK_S``. Do not wait for a worker whose
+        announcement was withdrawn, since it is not asked. Do wait for a worker whose engine crashed, although it counts
+        as gone: its daemon still answers and may report a new engine.
         """
-        self._attend()
-        for hurry in self._hurry.values():
-            hurry.set()
+        self._update_asked()
+        for ask_now in self._ask_now.values():
+            ask_now.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(ASK_S if within_s is None else within_s):
                 while any(self._table.owes_answer(w, since) for w in workers):
-                    await self._news.wait()
+                    await self._changed.wait()
         return self.members()
 
     def _entry_of(self, name: str) -> RosterEntry:
@@ -112,7 +115,7 @@ class HeartbeatMonitor:
         if member.problem:
             return member
         if not self._table.is_asked(name):
-            return RosterEntry(member.facts, f"worker {name} has left: it is not announced any more", reachable=False)
+            return RosterEntry(member.facts, f"worker {name} has left: it is no longer announced", reachable=False)
         belief = self._suspicion.of(name)
         if belief and belief.standing is Standing.GONE:
             return RosterEntry(member.facts, f"worker {name} {belief.why}", reachable=False)
@@ -120,24 +123,24 @@ class HeartbeatMonitor:
 
     async def _run(self) -> None:
         while True:
-            self._attend()
+            self._update_asked()
             now = time.monotonic()
             for worker in self._alive():
                 if self._suspicion.of(worker) and not self._suspicion.is_gone(worker):
-                    self._tell(self._suspicion.on_heard(worker, now))
-            self._tell(self._suspicion.look(now, self._lag()))
+                    self._report(self._suspicion.on_heard(worker, now))
+            self._report(self._suspicion.look(now, self._lag()))
             await asyncio.sleep(LOOK_S)
 
-    def _attend(self) -> None:
-        """Ask whoever is announced or holds a stage, and nobody else; wake those who wait for one that has left."""
+    def _update_asked(self) -> None:
+        """Ask exactly the workers that are announced or hold a stage. Wake those who wait for a worker that left."""
         addresses = self._roster.addresses()
         for address in addresses - self._beats.keys():
-            self._hurry[address] = asyncio.Event()
+            self._ask_now[address] = asyncio.Event()
             self._beats[address] = asyncio.create_task(self._beat(address))
         departed = self._beats.keys() - addresses
         for address in departed:
             self._beats.pop(address).cancel()
-            del self._hurry[address]
+            del self._ask_now[address]
         for name in self._table.ask_only(addresses, time.monotonic()):
             self._suspicion.forget(name)
         if departed:
@@ -146,35 +149,36 @@ class HeartbeatMonitor:
                 self._closing = asyncio.create_task(self._roster.forget_absent())
 
     async def _beat(self, address: str) -> None:
-        hurry, patience_s = self._hurry[address], GONE_S
+        ask_now = self._ask_now[address]
+        timeout_s = GONE_S
         while True:
-            hurry.clear()
-            patience_s = await self._ask(address, patience_s)
+            ask_now.clear()
+            timeout_s = await self._ask(address, timeout_s)
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
-                    await hurry.wait()
+                    await ask_now.wait()
             except TimeoutError:
                 continue
 
-    async def _ask(self, address: str, patience_s: float) -> float:
-        """Ask once, for so long; how long to ask next: after no answer longer, else a slow one would never arrive."""
+    async def _ask(self, address: str, timeout_s: float) -> float:
+        """Ask once. Return the timeout of the next ask: longer after a timeout, or a slow worker could never answer."""
         began = time.monotonic()
-        patience_s = max(patience_s, GONE_S + extra_s(self._lag()))
+        timeout_s = max(timeout_s, GONE_S + extra_s(self._lag()))
         try:
-            facts, problem = await self._roster.control(address).describe(patience_s)
+            facts, problem = await self._roster.control(address).describe(timeout_s)
         except MacpipeError as e:
             self._on_failure(address, e)
-            if time.monotonic() - began >= patience_s:
-                return min(2 * patience_s, MAX_PATIENCE * GONE_S)
+            if time.monotonic() - began >= timeout_s:
+                return min(2 * timeout_s, MAX_PATIENCE * GONE_S)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task and task.cancelling():
                 raise
-            log.debug("the channel to %s was closed under a heartbeat", address)
+            log.debug("heartbeat: channel closed during a call address=%s", address)
         else:
             self._on_answer(address, facts, problem)
             return max(GONE_S, min(2 * (time.monotonic() - began), MAX_PATIENCE * GONE_S))
-        return patience_s
+        return timeout_s
 
     def _on_answer(self, address: str, facts: WorkerInfo, problem: str) -> None:
         now = time.monotonic()
@@ -182,29 +186,35 @@ class HeartbeatMonitor:
         member = self._roster.member(facts, problem)
         change = self._table.answered(address, member, now)
         for name in change.replaced:
-            self._tell(self._suspicion.on_refusal(name, f"was replaced by {facts.name} at {address}", now))
+            self._report(self._suspicion.on_refusal(name, f"was replaced by {facts.name} at {address}", now))
         if not change.name:
             return
         if problem or not member.reachable:
-            self._tell(self._suspicion.on_refusal(facts.name, member.problem, now))
+            self._report(self._suspicion.on_refusal(facts.name, member.problem, now))
         else:
-            self._tell(self._suspicion.on_heard(facts.name, now))
+            self._report(self._suspicion.on_heard(facts.name, now))
         self._suspicion.note_lag(facts.name, facts.lag_s)
 
     def _on_failure(self, address: str, error: MacpipeError) -> None:
-        """Only who lives at this address now is meant: a worker that was started again has another."""
+        """Handle that nobody answered at ``address``. A worker that restarted at another address is not affected."""
         for name in self._table.failed(address, error.sentence):
             if isinstance(error, WorkerRefused):
-                self._tell(self._suspicion.on_refusal(name, error.sentence, time.monotonic()))
+                self._report(self._suspicion.on_refusal(name, error.sentence, time.monotonic()))
         self._wake()
 
     def _wake(self) -> None:
-        """Let those look again who wait for news."""
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        """Wake the callers of ``ask``, so that they check again."""
+        changed = self._changed
+        self._changed = asyncio.Event()
+        changed.set()
 
-    def _tell(self, beliefs: tuple[Belief, ...]) -> None:
+    def _report(self, beliefs: tuple[Belief, ...]) -> None:
         for belief in beliefs:
             self._wake()
-            log.info("worker %s is %s: %s", belief.worker, belief.standing, belief.why or "heard")
-            self._told(belief)
+            log.info(
+                "heartbeat: belief changed reason=%s worker=%s standing=%s",
+                belief.why or "heard",
+                belief.worker,
+                belief.standing,
+            )
+            self._on_change(belief)

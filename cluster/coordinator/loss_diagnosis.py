@@ -1,6 +1,6 @@
-"""Who is to blame when a ring breaks: a stream that ends tells which neighbour saw it, not which Mac is gone.
+"""Find the worker that broke a ring. A closed stream names only the neighbour that noticed, not the Mac that is gone.
 
-Pure: what workers say of themselves goes in, names and sentences come out.
+Pure: takes the workers' descriptions and returns names and sentences.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cluster.core.text import with_subject
 
 
 def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry]) -> MacpipeError:
-    """The loss, with the workers named that no longer hold their stage; ``cause`` itself where all of them do."""
+    """Return a ``WorkerLost`` naming the workers that no longer hold their stage; ``cause`` if all still do."""
     found = verdicts(plan, members)
     if not found:
         return cause
@@ -22,7 +22,7 @@ def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry]) ->
 
 
 def verdicts(plan: Plan, members: Iterable[RosterEntry]) -> dict[str, str]:
-    """What is wrong with each worker of a plan that no longer holds its stage, by name; empty where all do."""
+    """Return a sentence for each worker of a plan that no longer holds its stage, by worker name."""
     known = {m.facts.name: m for m in members}
     found = ((s.worker, _verdict(s, known.get(s.worker))) for s in plan.stages)
     return {worker: why for worker, why in found if why}
@@ -30,7 +30,7 @@ def verdicts(plan: Plan, members: Iterable[RosterEntry]) -> dict[str, str]:
 
 def _verdict(stage: PlannedStage, member: RosterEntry | None) -> str:
     if member is None:
-        return f"worker {stage.worker} is not there"
+        return f"worker {stage.worker} is missing"
     if member.problem:
         return with_subject(stage.worker, member.problem, f"worker {stage.worker}")
     facts = member.facts
@@ -42,22 +42,23 @@ def _verdict(stage: PlannedStage, member: RosterEntry | None) -> str:
 
 
 def find_hanging(plan: Plan, members: Iterable[RosterEntry], busy_ms: float) -> str | None:
-    """The worker of the plan whose engine has been at one step for longest, where that is too long."""
-    mine = {s.worker for s in plan.stages}
-    busy = [(m.facts.busy_ms, m.facts.name) for m in members if m.facts.name in mine and not m.problem]
+    """Return the plan's worker with the longest running step, if that step has taken ``busy_ms`` or more."""
+    planned = {s.worker for s in plan.stages}
+    busy = [(m.facts.busy_ms, m.facts.name) for m in members if m.facts.name in planned and not m.problem]
     longest, worker = max(busy, default=(0, ""))
     return worker if longest >= busy_ms else None
 
 
 def is_excused(member: RosterEntry) -> bool:
-    """Whether its engine is slow rather than hung: it computes, or its machine is overloaded."""
+    """Return whether the engine is slow rather than hung: it computes, or its machine is overloaded."""
     return member.facts.computing or member.facts.lag_s > 0
 
 
 def unservable(cause: MacpipeError, why: MacpipeError) -> WorkerLost:
-    """For requests that end because nothing fits: whose loss it was, and what is missing."""
-    worker, missing = cause.details.get("worker", ""), why.details.get("missing_bytes", "")
-    sentence = f"{cause.sentence}; what is left cannot serve: {why.sentence}"
+    """Return the error of requests that end because no plan fits: the lost worker, and the missing bytes if known."""
+    worker = cause.details.get("worker", "")
+    missing = why.details.get("missing_bytes", "")
+    sentence = f"{cause.sentence}; the remaining workers cannot serve the model: {why.sentence}"
     return (
         WorkerLost(sentence, worker=worker, missing_bytes=missing) if missing else WorkerLost(sentence, worker=worker)
     )

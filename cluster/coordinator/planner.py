@@ -1,4 +1,4 @@
-"""From a model's shape and the workers that are there to a plan, and what it can take. Decides; loads nothing."""
+"""Make a plan from a model's shape and the available workers, and compute its capacity. Loads nothing."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ Links = Mapping[tuple[str, str], Link]
 def make_plan(
     epoch: int, shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
 ) -> Plan:
-    """The plan for some of these workers. ``links`` are by the names (from, to). Raises as ``plan_over`` does."""
+    """Return a plan over some of these workers. ``links`` are keyed by the names (from, to).
+
+    Raises the errors of ``plan_over``.
+    """
     macs = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
     return plan_over(epoch, shape, Candidates(macs, links or {}, relay=order.route is Route.RELAY), order)
 
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
-    """The plan as the order wants it. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
+    """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
     if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
         raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
-    wish = PlanRequest(order.objective, order.workers, order.layers, order.lanes)
-    proposal = propose(shape, candidates, wish)
+    request = PlanRequest(order.objective, order.workers, order.layers, order.lanes)
+    proposal = propose(shape, candidates, request)
     stages = _stages(epoch, shape, proposal, order.kv_bits)
-    lanes, rows = order.lanes or len(stages), LANE_ROWS if shape.batchable else 1
-    full = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
+    lanes = order.lanes or len(stages)
+    rows = LANE_ROWS if shape.batchable else 1
+    full_contexts = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
     return Plan(
         epoch=epoch,
         model=shape.model,
         stages=stages,
         route=order.route,
         max_context=shape.max_context,
-        max_sequences=min(full, lanes * rows),
+        max_sequences=min(full_contexts, lanes * rows),
         lanes=lanes,
         rows=rows,
         objective=order.objective,
@@ -53,15 +57,16 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
 
 
 def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
-    """Why requests do not decode together, where they cannot."""
+    """Return the reason why requests cannot decode in one batch; () if they can."""
     if shape.batchable:
         return ()
-    who = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.model.name}"
-    return (f"{who} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
+    subject = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.model.name}"
+    return (f"{subject} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
 
 
 def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> tuple[PlannedStage, ...]:
-    count, stages = len(proposal.ranges), []
+    count = len(proposal.ranges)
+    stages: list[PlannedStage] = []
     for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
         spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, kv_bits)
         used = shape.stage_bytes(layers)
@@ -71,7 +76,7 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> 
 
 
 def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
-    """What the scheduler may put on the plan's stages."""
+    """Return the limits within which the scheduler may load the plan's stages."""
     layers = [s.layers for s in plan.stages]
 
     @lru_cache(maxsize=4096)

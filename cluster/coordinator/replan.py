@@ -1,6 +1,7 @@
-"""Who takes over when a stage is lost: the next epoch's plan. Decides; loads nothing.
+"""Decide the next epoch's plan after the loss of a stage. Loads nothing.
 
-In this order: the same workers, where all are back; a spare for each that is not; a new cut over those who are left.
+Preference, in this order: the same workers, if all are back; a spare for each missing worker; a new cut over the
+remaining workers.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ def reassign_layers(
     members: Iterable[RosterEntry],
     without: Collection[str] = (),
 ) -> Assignment:
-    """Raises ``NoWorkers`` where nobody is left, ``NoPlan`` or ``DoesNotFit`` where those who are cannot do it."""
+    """Return the plan of the next epoch over the usable members, except those named in ``without``.
+
+    Raises ``NoWorkers`` if no worker is left, and ``NoPlan`` or ``DoesNotFit`` if the model does not fit on the rest.
+    """
     usable = {m.facts.name: m.facts for m in members if not m.problem and not m.facts.draining}
     fit = {name: facts for name, facts in usable.items() if name not in without}
     if not fit:
         raise NoWorkers("no worker is left")
-    same = _same_cut(epoch, plan, shape, order, fit)
-    return same or _new_cut(epoch, plan, shape, order, fit)
+    same = _keep_cut(epoch, plan, shape, order, fit)
+    return same or _make_new_cut(epoch, plan, shape, order, fit)
 
 
 def restore_plan(
@@ -49,24 +53,27 @@ def restore_plan(
     order: LoadOrder,
     steady: Iterable[WorkerInfo],
 ) -> Assignment | None:
-    """The first plan again, once all its workers are among the steady ones; None before, and where it is in place.
+    """Return the first plan under a new epoch, if all its workers are among ``steady``.
 
-    ``number`` gives the number of its epoch.
+    Return None if some are missing, or if ``plan`` already has the first plan's workers and layers. ``number`` returns
+    the epoch number.
     """
-    if _cut(first.plan) == _cut(plan):
+    if _cut_of(first.plan) == _cut_of(plan):
         return None
-    there = {f.name: f for f in steady if not f.draining}
-    if not all(w.name in there for w in first.workers):
+    available = {f.name: f for f in steady if not f.draining}
+    if not all(w.name in available for w in first.workers):
         return None
-    return _laid(number(), shape, order, [there[w.name] for w in first.workers], [s.layers for s in first.plan.stages])
+    return _assign(
+        number(), shape, order, [available[w.name] for w in first.workers], [s.layers for s in first.plan.stages]
+    )
 
 
-def _cut(plan: Plan) -> list[tuple[str, LayerRange]]:
+def _cut_of(plan: Plan) -> list[tuple[str, LayerRange]]:
     return [(s.worker, s.layers) for s in plan.stages]
 
 
 def holds(facts: WorkerInfo, stage: PlannedStage) -> bool:
-    """Whether the worker has the stage's weights in memory, of whatever epoch."""
+    """Return whether the worker has the stage's weights in memory, from any epoch."""
     spec = stage.spec
     held = facts.fingerprint, facts.layers, facts.kv_bits
     return bool(facts.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits)
@@ -75,13 +82,15 @@ def holds(facts: WorkerInfo, stage: PlannedStage) -> bool:
 def adoptable_plan(
     shape: ModelShape, order: LoadOrder, members: Iterable[WorkerInfo]
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder] | None:
-    """Workers and order such that slices which are held already stay where they are; None where they are not whole.
+    """Return workers and an order that keep all held slices where they are; None if these do not form a whole model.
 
-    A coordinator that was started again finds its workers still holding the model, and adopts them so.
+    A restarted coordinator uses this to adopt workers that still hold its model.
     """
-    mine = [f for f in members if f.epoch and f.fingerprint == shape.model.fingerprint and f.kv_bits == order.kv_bits]
-    newest = max((f.epoch for f in mine), default=0)
-    holders = sorted((f for f in mine if f.epoch == newest and f.layers), key=lambda f: f.layers or _NO_LAYERS)
+    matching = [
+        f for f in members if f.epoch and f.fingerprint == shape.model.fingerprint and f.kv_bits == order.kv_bits
+    ]
+    newest = max((f.epoch for f in matching), default=0)
+    holders = sorted((f for f in matching if f.epoch == newest and f.layers), key=lambda f: f.layers or _NO_LAYERS)
     ranges = tuple(f.layers for f in holders if f.layers)
     ends = [0, *(r.end for r in ranges)]
     whole = bool(ranges) and ends[-1] == shape.layers and [r.start for r in ranges] == ends[:-1]
@@ -94,50 +103,53 @@ def adoptable_plan(
 _NO_LAYERS = LayerRange(0, 1)
 
 
-def _same_cut(
+def _keep_cut(
     epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerInfo]
 ) -> Assignment | None:
-    """The same ranges, a spare in the place of each worker that is not there; None where there are too few."""
+    """Return the same layer ranges with a spare for each missing worker; None if the spares do not suffice."""
     spares = [facts for name, facts in fit.items() if name not in {s.worker for s in plan.stages}]
     workers: list[WorkerInfo] = []
     for stage in plan.stages:
-        chosen = fit.get(stage.worker) or _best(stage, spares)
+        chosen = fit.get(stage.worker) or _best_spare(stage, spares)
         if chosen is None:
             return None
         if chosen in spares:
             spares.remove(chosen)
         workers.append(chosen)
     try:
-        return _laid(epoch, shape, order, workers, [s.layers for s in plan.stages])
+        return _assign(epoch, shape, order, workers, [s.layers for s in plan.stages])
     except DoesNotFit:
         return None
 
 
-def _best(stage: PlannedStage, spares: Sequence[WorkerInfo]) -> WorkerInfo | None:
-    """The spare that has the layers already, else the largest."""
+def _best_spare(stage: PlannedStage, spares: Sequence[WorkerInfo]) -> WorkerInfo | None:
+    """Return the spare that already holds the layers, else the one with the largest memory limit."""
     return max(spares, key=lambda f: (holds(f, stage), f.memory_limit), default=None)
 
 
-def _new_cut(epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerInfo]) -> Assignment:
-    """Those who are left in the order of the plan, then spares, as many as the model has pieces for.
+def _make_new_cut(
+    epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerInfo]
+) -> Assignment:
+    """Return a new cut over the plan's remaining workers in their order, then spares, up to the model's piece count.
 
-    Where that does not fit, since a worker is too small for any piece, the smallest is left out. Raises ``DoesNotFit``.
+    If that does not fit because a worker is too small for any piece, leave out the smallest worker and try again.
+    Raises ``DoesNotFit``.
     """
     before = [s.worker for s in plan.stages]
     ordered = sorted(fit.values(), key=lambda f: (before.index(f.name) if f.name in before else len(before), f.name))
     refusal: DoesNotFit | None = None
     while True:
         try:
-            return _laid(epoch, shape, order, ordered[: len(shape.clean_cuts) + 1], None)
+            return _assign(epoch, shape, order, ordered[: len(shape.clean_cuts) + 1], None)
         except DoesNotFit as e:
-            refusal = refusal or e  # its figures are those of all workers
+            refusal = refusal or e  # the first error has the figures of all workers
             if len(ordered) == 1:
                 raise refusal from None
             ordered.remove(min(ordered, key=lambda f: f.memory_limit))
 
 
-def _laid(
+def _assign(
     epoch: int, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo], layers: list[LayerRange] | None
 ) -> Assignment:
-    asked = replace(order, layers=tuple(layers) if layers else None, workers=len(workers))
-    return Assignment(make_plan(epoch, shape, workers, asked), tuple(workers))
+    narrowed = replace(order, layers=tuple(layers) if layers else None, workers=len(workers))
+    return Assignment(make_plan(epoch, shape, workers, narrowed), tuple(workers))

@@ -1,7 +1,8 @@
-"""The ring: the data streams of one epoch as the coordinator holds them.
+"""Hold the coordinator's data streams of one epoch.
 
-It feeds stage 0, pulls from the last stage, and carries the hops that are relayed, on both lines: tokens in and samples
-out are small and always urgent. Who feeds whom is told; it refuses to know what a frame says.
+The ring feeds stage 0, pulls from the last stage, and relays the hops that have no direct link. A relayed hop uses both
+lines. The feed of stage 0 and the pull use only the urgent line, since tokens and samples are small and always urgent.
+The caller decides who feeds whom. This module refuses to know what a frame contains.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 
 StageLost = Callable[[int, str, str], None]
-"""Told the epoch, a worker's name and a sentence when one of the coordinator's streams with it breaks."""
+"""Called with the epoch, a worker's name and a sentence when one of the coordinator's streams to it breaks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingStage:
-    """A stage's worker, its data address, how its input arrives (stage 0's is always fed), and who answers there."""
+    """A stage's worker, data address, input route (stage 0 is always fed), and expected TLS party."""
 
     worker: str
     address: str
@@ -50,7 +51,7 @@ class Ring:
     def _open(
         self, dialer: Dialer, epoch: int, stages: Sequence[RingStage], received: Received, lost: StageLost
     ) -> Sender:
-        """The feed of stage 0."""
+        """Open all streams and return the feed of stage 0."""
         first, last = stages[0], stages[-1]
         for before, after in pairwise(stages):
             if after.inlet is Route.RELAY:
@@ -89,7 +90,7 @@ def _pull(
 
 @contextmanager
 def _map_errors(stage: RingStage) -> Iterator[None]:
-    """Whoever cannot be reached is named."""
+    """Name the worker in ``Unreachable``."""
     try:
         yield
     except Unreachable as e:

@@ -1,7 +1,7 @@
-"""The roster: the workers that answered, not merely the addresses that were announced.
+"""Keep the roster: the workers that answered, not just the addresses that were announced.
 
-An announcement is a hint; a worker counts once it has described itself over its control port and is of this cluster
-and this version.
+An announcement is only a hint. A worker counts once it has described itself over its control port, and belongs to this
+cluster and runs this version.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ COPIED: Final = (
     "to a folder of its own"
 )
 MLX_LM: Final = version("mlx-lm")
-"""Read once: it is compared with every heartbeat, and takes a millisecond to find."""
+"""Read once, since the lookup takes a millisecond and every heartbeat compares it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
-    """A worker that was seen: what it says of itself, or why it does not count."""
+    """A worker that was seen: its description, and the problem that makes it unusable ("" for none)."""
 
     facts: WorkerInfo
     problem: str = ""
     reachable: bool = True
     duplicate: bool = False
-    """Another living worker has its id, which is its problem."""
+    """Whether another living worker has its id; ``problem`` says so."""
 
 
 class Roster:
-    """The workers of one cluster, found through ``source``. ``trust`` knows who was admitted."""
+    """The workers of one cluster, found through ``source``. ``trust`` holds the admitted members."""
 
     def __init__(self, source: Source, cluster: str, coordinator: str, trust: Trust) -> None:
         self._source, self._cluster, self._coordinator = source, cluster, coordinator
@@ -58,12 +58,12 @@ class Roster:
         self.members: tuple[RosterEntry, ...] = ()
 
     def pin(self, workers: Sequence[WorkerInfo]) -> None:
-        """Keep asking these, who hold a stage, even where they are announced no more; in place of any before."""
+        """Keep asking the workers that hold a stage, even if no longer announced. Replaces the previous set."""
         self._pinned = {w.control_address: w for w in workers}
 
     async def refresh(self) -> tuple[RosterEntry, ...]:
-        """Ask everybody who is announced, at once, to describe themselves; members by name."""
-        async with self._refreshing:  # another's view of who is announced must not close what this one talks to
+        """Ask all announced workers at once to describe themselves. Return the members, sorted by name."""
+        async with self._refreshing:  # a concurrent refresh could close channels that this one uses
             return await self._refresh()
 
     async def _refresh(self) -> tuple[RosterEntry, ...]:
@@ -73,33 +73,35 @@ class Roster:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
         await self._forget(self._controls.keys() - addresses)
-        by_worth = sorted(answers.values(), key=lambda m: m.reachable)
-        unique = {(m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_worth}
+        by_reachable = sorted(answers.values(), key=lambda m: m.reachable)
+        unique = {
+            (m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_reachable
+        }  # reachable ones win
         ordered = sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id, m.facts.control_address))
         self.members = _with_duplicates(ordered)
         return self.members
 
     def addresses(self) -> set[str]:
-        """Where workers may be: what is announced, and who holds a stage."""
+        """Return the control addresses of all announced workers and of those that hold a stage."""
         return self._pinned.keys() | {s.address for s in self._source.current()}
 
     async def _ask(self, address: str, answers: dict[str, RosterEntry]) -> None:
         try:
             facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
-            known = self._pinned.get(address) or _stranger(address)
+            known = self._pinned.get(address) or _unknown_worker(address)
             answers[address] = RosterEntry(known, e.sentence, reachable=False)
         else:
             answers[address] = self.member(facts, problem)
 
     def member(self, facts: WorkerInfo, problem: str) -> RosterEntry:
-        """A worker that answered. One that does not belong to the cluster is like one that is out of reach."""
-        if stranger := self.stranger(facts):
-            return RosterEntry(facts, stranger, reachable=False)
+        """Return the entry of a worker that answered. A worker outside the cluster counts as unreachable."""
+        if why := self.stranger(facts):
+            return RosterEntry(facts, why, reachable=False)
         return RosterEntry(facts, problem or self.objection(facts))
 
     def stranger(self, facts: WorkerInfo) -> str:
-        """Why a worker, whose certificate is fine, does not belong to the cluster; empty where it does."""
+        """Return why a worker with a valid certificate is not a member of the cluster; "" if it is."""
         members = self.trust.members
         if members is None or any(m.role == WORKER and m.id == facts.id for m in members.current()):
             return ""
@@ -109,7 +111,7 @@ class Roster:
         return self.trust.members.revoked() if self.trust.members else frozenset()
 
     def objection(self, facts: WorkerInfo) -> str:
-        """Why a worker that answered cannot be used; empty where it can."""
+        """Return why a worker that answered cannot be used; "" if it can."""
         if facts.cluster != self._cluster:
             return f"{facts.name} belongs to the cluster {facts.cluster}, not to {self._cluster}"
         if facts.version != __version__:
@@ -126,15 +128,15 @@ class Roster:
         return ""
 
     def has_other_owner(self, facts: WorkerInfo) -> bool:
-        """Whether another living coordinator of this one's id holds the worker, or did until a moment ago."""
+        """Return whether another process with this coordinator's id holds the worker, or did until a moment ago."""
         return facts.holder == self._coordinator and facts.holder_instance not in ("", self.instance)
 
     def owns(self, facts: WorkerInfo) -> bool:
-        """Whether the worker holds a slice that this coordinator, or one before it of the same id, has given it."""
+        """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
         return bool(facts.epoch) and facts.owner == self._coordinator
 
     def control(self, address: str) -> WorkerClient:
-        """The control plane of the worker at an address."""
+        """Return the client of the worker at an address; create it on first use."""
         if address not in self._controls:
             self._controls[address] = WorkerClient(
                 self.trust, address, self._coordinator, self.instance, self._revoked_serials
@@ -142,39 +144,41 @@ class Roster:
         return self._controls[address]
 
     async def gather(self, wanted: int | None, wait_s: float, report: LoadReporter) -> tuple[WorkerInfo, ...]:
-        """Wait until ``wanted`` usable workers are there, or more; with None, until one is and no more come for a
-        moment. All that are there are returned: who of them is best, the plan says.
+        """Wait for at least ``wanted`` usable workers; with None, for one, until no more come for ``SETTLE_S``.
 
-        Raises ``NoWorkers`` or ``VersionMismatch`` after ``wait_s``, ``DuplicateName`` or ``DuplicateId`` at once, and
-        ``DuplicateId`` after ``RESTART_S`` where another living coordinator has this one's id. Until then that may be
-        this one's own life before, whose workers are to be adopted.
+        Return all usable workers: the plan picks the best of them. Raises ``NoWorkers`` or ``VersionMismatch`` after
+        ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId`` after ``RESTART_S`` if
+        another coordinator process has this one's id: until then, it may be the previous process of this coordinator,
+        whose workers are to be adopted.
         """
-        told: tuple[str, ...] | None = None
+        reported: tuple[str, ...] | None = None
         began = time.monotonic()
         with anyio.move_on_after(wait_s):
             while True:
                 usable = _usable(await self.refresh(), wanted)
-                if told != (told := tuple(f.name for f in usable)):
+                names = tuple(f.name for f in usable)
+                if names != reported:
+                    reported = names
                     report.waiting(usable, wanted)
-                if taken := next((m for m in self.members if self.has_other_owner(m.facts)), None):
+                if conflicting := next((m for m in self.members if self.has_other_owner(m.facts)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
-                        raise DuplicateId(taken.problem)
+                        raise DuplicateId(conflicting.problem)
                 elif (wanted and len(usable) >= wanted) or (not wanted and usable and await self._wait_settled()):
                     return usable
                 await self._source.changed(SETTLE_S)
-        raise self._nobody(wanted, wait_s)
+        raise self._too_few_workers(wanted, wait_s)
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
-        """The usable workers that are there now. Raises as ``gather`` does, without its wait."""
+        """Return the usable workers present now. Raises the errors of ``gather``, without waiting."""
         usable = _usable(await self.refresh(), wanted)
         if len(usable) < (wanted or 1):
-            raise self._nobody(wanted, 0.0)
+            raise self._too_few_workers(wanted, 0.0)
         return usable
 
     async def _wait_settled(self) -> bool:
         return not await self._source.changed(SETTLE_S)
 
-    def _nobody(self, wanted: int | None, wait_s: float) -> MacpipeError:
+    def _too_few_workers(self, wanted: int | None, wait_s: float) -> MacpipeError:
         usable = [m.facts.name for m in self.members if not m.problem]
         others = [m.problem for m in self.members if m.problem]
         others += [f"{m.facts.name} is drained" for m in self.members if m.facts.draining]
@@ -189,7 +193,7 @@ class Roster:
         )
 
     async def forget_absent(self) -> None:
-        """Close the channels to addresses that are neither announced nor hold a stage any more."""
+        """Close the channels to addresses that are no longer announced and hold no stage."""
         async with self._refreshing:
             await self._forget(self._controls.keys() - self.addresses())
 
@@ -202,9 +206,9 @@ class Roster:
 
 
 def _usable(members: Sequence[RosterEntry], wanted: int | None) -> tuple[WorkerInfo, ...]:
-    """Members without a problem, namesakes left out where ``wanted`` can be had without them.
+    """Return the members without a problem. Leave out workers that share a name if ``wanted`` can be met without them.
 
-    Raises ``DuplicateName`` or ``DuplicateId`` where it cannot.
+    Raises ``DuplicateName`` or ``DuplicateId`` if it cannot.
     """
     copied = next((m for m in members if m.duplicate), None)
     fine = tuple(m.facts for m in members if not m.problem and not m.facts.draining)
@@ -220,7 +224,7 @@ def _usable(members: Sequence[RosterEntry], wanted: int | None) -> tuple[WorkerI
 
 
 def _with_duplicates(members: Sequence[RosterEntry]) -> tuple[RosterEntry, ...]:
-    """The members, those with a problem that share an id with another process that answers."""
+    """Return the members, with a problem set on those that share their id with another process that answers."""
     by_id: dict[str, list[RosterEntry]] = {}
     for member in members:
         if member.reachable and member.facts.id:
@@ -235,7 +239,7 @@ def _with_duplicates(members: Sequence[RosterEntry]) -> tuple[RosterEntry, ...]:
 
 
 def shared_id(workers: Sequence[WorkerInfo]) -> str:
-    """The problem of workers that have one id."""
+    """Return the problem of several workers that have the same id."""
     where = " and ".join(f"{f.name} at {f.control_address}" for f in workers)
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
 
@@ -245,7 +249,7 @@ def _mlx_lm_of(facts: WorkerInfo) -> str:
 
 
 def _is_other_version(facts: WorkerInfo) -> bool:
-    """Whether a worker answered that runs another version; one that has not answered names none."""
+    """Return whether a worker runs another version; False for a worker that never answered."""
     return bool(facts.version) and (facts.version != __version__ or _mlx_lm_of(facts) != MLX_LM)
 
 
@@ -253,8 +257,8 @@ def _other_version(name: str, what: str, theirs: str, ours: str) -> str:
     return f"{name} runs {what} {theirs}, this coordinator {ours}; install the same version on both"
 
 
-def _stranger(address: str) -> WorkerInfo:
-    """A worker of which only the address is known."""
+def _unknown_worker(address: str) -> WorkerInfo:
+    """Return the description of a worker of which only the address is known."""
     return WorkerInfo(
         id="",
         name=address,

@@ -1,4 +1,4 @@
-"""What a person decided when starting a coordinator."""
+"""Hold the settings of a coordinator, as chosen by the operator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.security.bounds import DEFAULT_JOIN_PORT
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Which model to serve and how to lay it out; the fields mean what they mean in ``ServeSettings``."""
+    """The model to serve and how to place it. The fields are documented in ``ServeSettings``."""
 
     model: str
     workers: int | None = None
@@ -30,10 +30,12 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
-    """``address`` is where HTTP is answered, None nowhere; where ``wanted`` is false nobody asked for it, and a
-    taken port is no reason to give up. ``names`` are further names of the model. ``hosts`` and ``origins`` are by which
-    names, beside this machine's own, and from whose pages it may be called; ``certificate`` are PEM files of a chain
-    and its key, None takes the cluster's own.
+    """Settings of the HTTP server.
+
+    ``address`` is the listening address; None disables HTTP. ``wanted`` is False if the address is only the default: a
+    port in use is then not an error. ``names`` are further names of the model. ``hosts`` are the host names, besides
+    this machine's own, under which clients may call it; ``origins`` are the web origins that may call it.
+    ``certificate`` holds the paths of the PEM files of a certificate chain and its key; None uses the cluster's own.
     """
 
     address: tuple[str, int] | None = None
@@ -46,20 +48,22 @@ class HttpSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """``workers`` None takes as many as are best for ``objective``, of those that are there once one is; ``layers``
-    None leaves the cuts to the planner.
+    """All settings of ``macpipe serve``.
 
-    ``host`` empty is loopback, and in a cluster this machine's best address beside it. ``home`` is the folder where
-    parts of models are kept, the coordinator's id, and the journal where there is one:
-    ``journal`` says how it reaches the disk, None keeps none. ``peers`` are ``host:port`` control addresses of workers
-    that Zeroconf cannot see; with ``peers_only`` nobody else is looked for. ``max_context`` None takes the default,
-    less where the model allows less. ``wait_s`` bounds the wait for workers. ``lanes`` None makes one a stage.
-    ``max_step_ms`` bounds what a prefill chunk takes of a stage while others decode. ``kv_bits`` 8 or 4 quantises
-    caches; 0 leaves them as they are. ``max_schema_bytes`` bounds the grammar of one answer. With ``take_back`` workers
-    that were lost get their layers back once they are there again; without, they are spares.
+    ``workers`` is the number of workers; None uses the number that is best for ``objective``, of those present once
+    at least one is. ``layers`` are the layer ranges of the stages; None leaves the cuts to the planner. ``peers`` are
+    ``host:port`` control addresses of workers that Zeroconf cannot see; ``peers_only`` disables the search for others.
+    ``wait_s`` is the maximum wait for workers in seconds. With ``take_back``, lost workers get their layers back once
+    they return; without it, they become spares.
 
-    ``join_port`` is where a cluster admits Macs, None nowhere; where ``join_wanted`` is false nobody asked for it,
-    and a taken port is no reason to give up.
+    ``host`` is the listening address; "" means loopback, in a cluster also this machine's best address. ``home`` is the
+    folder for parts of models, the coordinator's id and the journal. ``journal`` says when the journal is flushed to
+    disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None disables it.
+    ``join_wanted`` is False if the port is only the default: a port in use is then not an error.
+
+    ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
+    one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
+    ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``max_schema_bytes`` is the maximum size of one answer's grammar.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Loads a plan: every slice at once, then the links between stages, then the coordinator's own streams."""
+"""Load the slices of a plan concurrently, then link the stages."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ async def load_slices(
     orders: Sequence[FetchOrder],
     progress: Progress,
 ) -> tuple[StageProof, ...]:
-    """Make every worker hold its slice; what their tensors hash to, stage by stage.
+    """Load every slice. Return a proof with the digests of its tensors for each stage, in order.
 
-    Raises the first error; the other loads are cancelled.
+    Raises the first error and cancels the other loads.
     """
     proofs: dict[int, StageProof] = {}
 
@@ -38,8 +38,8 @@ async def load_slices(
 
     try:
         async with anyio.create_task_group() as tasks:
-            for one in zip(stages, controls, orders, strict=True):
-                tasks.start_soon(load, *one)
+            for stage, control, order in zip(stages, controls, orders, strict=True):
+                tasks.start_soon(load, stage, control, order)
     except* MacpipeError as group:
         raise first_error(group) from None
     return tuple(proofs[stage.spec.index] for stage in stages)
@@ -60,9 +60,9 @@ async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, p
 async def link_stages(
     plan: Plan, workers: Sequence[WorkerInfo], controls: Sequence[WorkerClient]
 ) -> tuple[RingStage, ...]:
-    """Connect each stage to the one before it, all at once, or leave the hop to the coordinator where that cannot be.
+    """Link each stage to the one before it, all concurrently. If a link fails, the coordinator relays that hop.
 
-    Raises the first error; the other links are given up.
+    Raises the first other error and cancels the other links.
     """
     inlets: dict[int, Route] = {}
 
@@ -84,7 +84,7 @@ async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) ->
         try:
             await control.link(epoch, before)
         except LinkFailed as e:
-            log.warning("%s; the coordinator relays this hop", e.sentence)
+            log.warning("link: coordinator relays the hop reason=%s", e.sentence)
         else:
             return Route.DIRECT
     await control.link(epoch, None)

@@ -1,7 +1,7 @@
-"""The coordinator's part in bytes: which tensors a worker needs, where it gets them, and whether all hold one model.
+"""Tell workers which tensors to fetch and from where, and check that all hold the same model.
 
-It opens a store port for the time of a load, on the address by which workers see this Mac, so that its folder and what
-it knows of digests are there for them. It moves no bytes itself.
+During a load it opens a store port on the address by which workers see this Mac, so that they can read the
+coordinator's folder and known digests. It moves no bytes itself.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ COORDINATOR = "the coordinator"
 
 @dataclass(frozen=True, slots=True)
 class WeightDelivery:
-    """One load's orders, stage by stage, and the check of what came of them."""
+    """The fetch orders of one load, one per stage, and the check of the result."""
 
     orders: tuple[FetchOrder, ...]
     manifest: DigestManifest
     own: asyncio.Task[dict[str, str]]
-    """What the coordinator's own folder hashes to; nothing where it has no whole one."""
+    """Digests of the coordinator's own folder, by tensor name; empty if the folder is incomplete."""
 
     async def check(self, proofs: Sequence[StageProof], waiting: Callable[[], None]) -> None:
-        """Raise ModelDiffers, naming worker and tensor, unless all workers hold the tensors of one model.
+        """Raise ``ModelDiffers``, naming worker and tensor, unless all workers hold the tensors of one model.
 
-        ``waiting`` is called now and then while the coordinator's own folder is still being hashed.
+        ``waiting`` is called every ``HEARTBEAT_S`` while the coordinator's own folder is being hashed.
         """
         for proof, order in zip(proofs, self.orders, strict=True):
             if missing := set(order.tensors) - {name for name, _ in proof.digests}:
@@ -62,7 +62,7 @@ class WeightDelivery:
 
 
 def compare(proofs: Sequence[StageProof], manifest: DigestManifest) -> None:
-    """Hold proofs against the manifest, then against each other. Raises ModelDiffers, naming worker and tensor."""
+    """Compare proofs with the manifest and with each other. Raises ``ModelDiffers``, naming worker and tensor."""
     seen: dict[str, tuple[str, str]] = {}
     for proof in proofs:
         for name, digest in proof.digests:
@@ -71,7 +71,7 @@ def compare(proofs: Sequence[StageProof], manifest: DigestManifest) -> None:
             if known not in (None, digest):
                 raise ModelDiffers(
                     f"worker {proof.worker} has another version of the tensor {name} (sha256 {digest[:12]}, expected "
-                    f"{known[:12] if known else ''}): its copy of the model is damaged or not this one. Remove that "
+                    f"{known[:12] if known else ''}): its copy of the model is damaged or another version. Remove that "
                     f"copy and load again; if all Macs have a new version, remove {manifest.path}",
                     worker=proof.worker,
                     tensor=name,
@@ -86,46 +86,49 @@ def compare(proofs: Sequence[StageProof], manifest: DigestManifest) -> None:
 
 
 class WeightDistribution:
-    """Says what each worker needs. ``roster`` knows who else may have something."""
+    """Builds the fetch orders of a load. ``roster`` lists further workers that may have tensors."""
 
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store, self._roster, self._trust = store, roster, roster.trust
-        self._shelf = StoreServer(store)
+        self._store_server = StoreServer(store)
 
     @asynccontextmanager
     async def delivery(
         self, plan: Plan, checkpoint: ModelInfo, workers: Sequence[WorkerInfo]
     ) -> AsyncIterator[WeightDelivery]:
-        """Within, the coordinator's store answers, and its folder is hashed."""
-        found, stop = checkpoint.found, Event()
-        item = await anyio.to_thread.run_sync(self._shelf.put, found.folder, found.partial)
+        """Open the coordinator's store and hash its folder until the context ends."""
+        found = checkpoint.found
+        stop = Event()
+        item = await anyio.to_thread.run_sync(self._store_server.put, found.folder, found.partial)
         orders = _orders(plan, checkpoint)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
-        own.add_done_callback(lambda done: done.cancelled() or done.exception())  # a load that failed asks no more
+        own.add_done_callback(lambda done: done.cancelled() or done.exception())  # a failed load never reads the result
         async with AsyncExitStack() as stack:
             stack.callback(own.cancel)
             stack.callback(stop.set)
             hosts = [await anyio.to_thread.run_sync(_host_towards, worker.control_address) for worker in workers]
-            ports = {host: await self._port(stack, host) for host in sorted(set(hosts))}
+            ports = {host: await self._open_port(stack, host) for host in sorted(set(hosts))}
             peers = [self._peers(workers, w, ports[host]) for w, host in zip(workers, hosts, strict=True)]
-            told = [replace(order, peers=theirs) for order, theirs in zip(orders, peers, strict=True)]
-            yield WeightDelivery(tuple(told), item.manifest, own)
+            orders_with_peers = [
+                replace(order, peers=own_peers) for order, own_peers in zip(orders, peers, strict=True)
+            ]
+            yield WeightDelivery(tuple(orders_with_peers), item.manifest, own)
 
     def _own_digests(self, found: FoundModel, names: Sequence[str], stop: Event) -> dict[str, str]:
         return {} if found.partial else digests(self._store.home, found.folder, names, stop)
 
-    def _peers(self, workers: Sequence[WorkerInfo], mine: WorkerInfo, port: str) -> tuple[StorePlace, ...]:
-        """Whom a worker may ask: the coordinator, then all other workers, those of the plan first."""
+    def _peers(self, workers: Sequence[WorkerInfo], worker: WorkerInfo, port: str) -> tuple[StorePlace, ...]:
+        """Return where a worker may fetch from: the coordinator, then the plan's workers, then all others."""
         others = [*workers, *(m.facts for m in self._roster.members if m.reachable)]
-        named = {w.control_address: w for w in others if w.control_address != mine.control_address}
+        named = {w.control_address: w for w in others if w.control_address != worker.control_address}
         own = StorePlace(COORDINATOR, port, self._trust.me)
         return own, *(StorePlace(f"worker {w.name}", address, worker_of(w.id)) for address, w in named.items())
 
-    async def _port(self, stack: AsyncExitStack, host: str) -> str:
-        """A store port on that address of this Mac's, open until the stack unwinds."""
+    async def _open_port(self, stack: AsyncExitStack, host: str) -> str:
+        """Open a store port on this Mac's address ``host`` until ``stack`` unwinds. Return its address."""
         server = control_server(self._trust)
-        add_StoreServiceServicer_to_server(self._shelf, server)
+        add_StoreServiceServicer_to_server(self._store_server, server)
         port = bind(server, self._trust, host, 0)
         await server.start()
         stack.push_async_callback(server.stop, None)
@@ -133,19 +136,20 @@ class WeightDistribution:
 
 
 def _orders(plan: Plan, checkpoint: ModelInfo) -> list[FetchOrder]:
-    """What each stage needs; a tensor of several stages is fetched by the first of them."""
+    """Return the order of each stage. A tensor shared by several stages is fetched by the first of them."""
     origin = checkpoint.found.partial.origin if checkpoint.found.partial else None
     repo, commit = (origin.repo, origin.commit) if origin else ("", "")
-    orders, taken = [], set[str]()
+    orders: list[FetchOrder] = []
+    assigned: set[str] = set()
     for stage in plan.stages:
         names = checkpoint.tensors.of(stage.layers)
-        orders.append(FetchOrder(tuple(sorted(names)), tuple(sorted(names & taken)), (), repo, commit))
-        taken |= names
+        orders.append(FetchOrder(tuple(sorted(names)), tuple(sorted(names & assigned)), (), repo, commit))
+        assigned |= names
     return orders
 
 
 def _host_towards(worker: str) -> str:
-    """The address by which a worker sees this Mac. Nothing is sent: connecting a UDP socket only picks a route."""
+    """Return the address by which a worker sees this Mac. Sends nothing: connecting a UDP socket only picks a route."""
     host, port = parse_address(worker)
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,7 +1,7 @@
-"""The worker table: which answer speaks for which worker name, and for how long a worker that left is remembered.
+"""Map answers to worker names, detect duplicates, and remember workers that left for a while.
 
-Pure: answers, addresses and times go in, entries come out. It refuses to know how anybody is asked. A worker can claim
-any name at any heartbeat, so the table holds one entry for each address that is asked, and a few more.
+Pure: takes answers, addresses and times, and returns entries. It refuses to know how workers are asked. A worker can
+claim any name at any heartbeat, so the table is bounded: one entry per asked address, plus ``MAX_DEPARTED``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from cluster.core.limits import MAX_DEPARTED, REMEMBER_S, RESTART_S
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What was heard last of one name. ``address`` is where it is asked again; empty once another name answers there.
+    """The last answer of one worker name.
 
-    ``heard`` is the injected clock's seconds.
+    ``address`` is the control address at which it is asked again; empty once another name answers there. ``heard`` is
+    the time of the answer, in seconds of the injected clock.
     """
 
     member: RosterEntry
@@ -27,14 +28,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an answer changed: the name that it speaks for (empty: none), and the names that it replaced."""
+    """The effect of an answer: the worker name that it updated ("" for a duplicate), and the names that it replaced."""
 
     name: str = ""
     replaced: tuple[str, ...] = ()
 
 
 class WorkerTable:
-    """Entries by worker name. ``gone`` says whether a worker is believed to be gone."""
+    """Entries by worker name. ``gone`` returns whether a worker is believed to be gone."""
 
     def __init__(self, gone: Callable[[str], bool]) -> None:
         self._gone = gone
@@ -52,19 +53,22 @@ class WorkerTable:
         return self._entries.get(name)
 
     def at(self, address: str) -> tuple[str, ...]:
-        """The names that are asked at an address: one, or none."""
+        """Return the names that are asked at an address: at most one."""
         return tuple(name for name, entry in self._entries.items() if entry.address == address)
 
     def duplicates(self, now: float) -> tuple[RosterEntry, ...]:
-        """Workers that answer under a name or an id that another living worker has, each with that problem.
+        """Return the workers that use the name or the id of another living worker, each with that problem.
 
-        One that was started again is none, though its old address was asked last a moment ago.
+        A conflict counts only after ``RESTART_S``: for a worker that restarted, the old address may still be asked.
         """
         found = sorted(self._duplicates.items())
         return tuple(member for _, (member, since) in found if now - since > RESTART_S)
 
     def ask_only(self, addresses: Collection[str], now: float) -> tuple[str, ...]:
-        """Say who is asked from now on; the names that are forgotten now: too many, or not asked for too long."""
+        """Set the addresses that are asked from now on. Return the names that are dropped.
+
+        A name that is no longer asked is dropped after ``REMEMBER_S``, or if there are more than ``MAX_DEPARTED``.
+        """
         self._asked = frozenset(addresses)
         self._duplicates = {a: m for a, m in self._duplicates.items() if a in self._asked}
         departed = sorted((n for n in self._entries if not self.is_asked(n)), key=lambda n: self._entries[n].heard)
@@ -85,12 +89,13 @@ class WorkerTable:
         return entry is not None and entry.heard < since and self.is_asked(name) and self._lives(name, entry)
 
     def answered(self, address: str, member: RosterEntry, now: float) -> Change:
-        """Enter what answered at an address.
+        """Enter the answer from an address.
 
-        A name, and an id, belong to the worker that has them until that one is not asked any more, or is gone: whoever
-        else answers under them is a duplicate.
+        A name and an id belong to their worker until it is no longer asked or is gone. Another process that answers
+        with them is a duplicate.
         """
-        facts, rival = member.facts, self._rival(address, member)
+        facts = member.facts
+        rival = self._find_rival(address, member)
         replaced = tuple(name for name in self.at(address) if name != facts.name)
         for name in replaced:
             self._replace(name, address, facts.name)
@@ -98,10 +103,10 @@ class WorkerTable:
             self._duplicates.pop(address, None)
             self._entries[facts.name] = Entry(member, now, address)
             return Change(facts.name, replaced)
-        return Change(self._answered_twice(address, member, rival, now), replaced)
+        return Change(self._resolve_rival(address, member, rival, now), replaced)
 
-    def _rival(self, address: str, member: RosterEntry) -> Entry | None:
-        """The living worker at another address that has the name or the id of the one that answered."""
+    def _find_rival(self, address: str, member: RosterEntry) -> Entry | None:
+        """Return the living worker at another address that has the name or the id of ``member``."""
         facts = member.facts
         known = self._entries.get(facts.name)
         if known and known.address == address:
@@ -110,8 +115,8 @@ class WorkerTable:
         living = {n: self._entries[n] for n in (facts.name, *(f.name for f in same)) if self.is_asked(n)}
         return next((e for n, e in living.items() if e.address != address and self._lives(n, e)), None)
 
-    def _answered_twice(self, address: str, member: RosterEntry, rival: Entry, now: float) -> str:
-        """The name that the answer speaks for where one worker has two addresses; empty where there are two workers."""
+    def _resolve_rival(self, address: str, member: RosterEntry, rival: Entry, now: float) -> str:
+        """Return the worker's name if it answers at two addresses; "" if these are two workers, a duplicate."""
         facts, other = member.facts, rival.member.facts
         if (facts.id, facts.instance, facts.name) == (other.id, other.instance, other.name):
             self._duplicates.pop(address, None)
@@ -127,11 +132,11 @@ class WorkerTable:
 
     def _replace(self, name: str, address: str, other: str) -> None:
         entry = self._entries[name]
-        why = f"worker {name} is not at {address} any more: {other} answers there"
+        why = f"worker {name} is no longer at {address}: {other} answers there"
         self._entries[name] = Entry(RosterEntry(entry.member.facts, why, reachable=False), entry.heard, "")
 
     def failed(self, address: str, problem: str) -> tuple[str, ...]:
-        """Nobody answered at an address; the names that are asked there."""
+        """Mark the worker at an address as unreachable. Return the names that are asked there."""
         self._duplicates.pop(address, None)
         names = self.at(address)
         for name in names:
@@ -140,5 +145,5 @@ class WorkerTable:
         return names
 
     def _lives(self, name: str, entry: Entry) -> bool:
-        """An engine that crashed counts as gone, but its daemon answers, and may have a new one to tell of."""
+        """Return whether the worker is alive. A worker whose engine crashed counts as gone, but its daemon answers."""
         return entry.member.reachable or not self._gone(name)

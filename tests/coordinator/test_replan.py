@@ -105,7 +105,7 @@ def test_the_guilty_are_named_and_not_their_neighbours() -> None:
     assert "lost layers 2-3" in verdicts(PLAN, members(*restarted))["bob"]
     taken = (STAGES[0], replace(STAGES[1], epoch=EPOCH + 5, model="other"), STAGES[2])
     assert "another coordinator loaded other there" in verdicts(PLAN, members(*taken))["bob"]
-    assert verdicts(PLAN, members(*STAGES[:2])) == {"cyd": "worker cyd is not there"}
+    assert verdicts(PLAN, members(*STAGES[:2])) == {"cyd": "worker cyd is missing"}
 
 
 def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
