@@ -1,1 +1,1 @@
-"""The coordinator: finds workers, plans, loads, and drives one model's frames round the ring."""
+"""The coordinator: finds workers, plans, loads slices, and sends one model's frames around the ring."""

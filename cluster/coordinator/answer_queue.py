@@ -1,6 +1,7 @@
-"""An answer on its way from the engine loop's thread to the task that serves its client.
+"""Pass an answer's events from the engine loop's thread to the task that serves the client.
 
-Bounded: a client that leaves too many events unread loses its request, with the reason, and slows nobody else.
+The queue is bounded: if a client leaves too many events unread, its request ends with that reason. Other clients are
+not slowed down.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ Queue: TypeAlias = asyncio.Queue[Event | MacpipeError]
 
 
 class EventBatch:
-    """What one thread has for its answers' readers. It waits for ``deliver`` and goes out together: to wake an event
-    loop costs a thread more than everything else that it does for a token.
+    """Collects the events of one thread until ``deliver``.
+
+    Events are delivered together because waking an event loop costs more than all other work for a token.
     """
 
     def __init__(self) -> None:
@@ -30,18 +32,18 @@ class EventBatch:
         self._waiting.setdefault(loop, []).append((queue, event))
 
     def deliver(self) -> None:
-        """Hand over all that was put."""
-        waiting, self._waiting = self._waiting, {}
+        """Deliver all collected events to their queues."""
+        waiting = self._waiting
+        self._waiting = {}
         for loop, events in waiting.items():
-            with suppress(RuntimeError):  # a loop that is closed has no readers
+            with suppress(RuntimeError):  # a closed loop has no readers
                 loop.call_soon_threadsafe(_hand_over, events)
 
 
 class AnswerQueue:
-    """Made on the event loop that reads it; written from the thread whose ``post`` it is. ``abandon`` ends its request
-    early.
+    """The queue of one answer. Create and read it on one event loop; write it on the thread that owns ``post``.
 
-    It is over with the ``FinishEvent`` of each of its ``samples``.
+    ``abandon`` ends the request early. The answer is complete once each of its ``samples`` has a ``FinishEvent``.
     """
 
     def __init__(self, post: EventBatch, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
@@ -52,7 +54,7 @@ class AnswerQueue:
         self._written = self._read = self._repeated = 0
 
     def put(self, event: Event | MacpipeError) -> bool:
-        """Post an event to the reader; False where the reader is too far behind to take more tokens."""
+        """Send an event to the reader. Return False, and drop a token, if the reader is too far behind."""
         unread = self._written - max(self._read, self._repeated)
         if isinstance(event, TokenEvent) and unread >= self._samples * MAX_UNREAD_EVENTS:
             return False
@@ -60,7 +62,7 @@ class AnswerQueue:
         return True
 
     def repeat(self, event: TokenEvent) -> None:
-        """Post what was said before, ahead of everything new: it is there at once, however slow its reader is."""
+        """Send a token of an earlier coordinator. These tokens do not count as unread, so the bound ignores them."""
         self._put(event)
         self._repeated = self._written
 
@@ -69,7 +71,7 @@ class AnswerQueue:
         self._post.put(self._loop, self._events, event)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Everything up to the last ``FinishEvent``. Raises the error that ended the request instead."""
+        """Yield all events up to the last ``FinishEvent``. Raises the error if one ended the request."""
         unfinished = self._samples
         while unfinished:
             event = await self._events.get()

@@ -1,6 +1,6 @@
-"""Text of an answer from its tokens: whole characters only, and nothing that could still become a stop string.
+"""Turn an answer's tokens into text: whole characters only, and nothing that could still become a stop string.
 
-Where the answer is parsed, its reasoning and calls of tools are told from its content.
+If the answer is parsed, split it into reasoning, tool calls and content.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cluster.model.answer_parser import Parsed
 
 
 class Decoder(Protocol):
-    """Tokens in, whole characters out."""
+    """Decodes tokens to text, in whole characters."""
 
     def add(self, token: int) -> str: ...
 
@@ -21,7 +21,7 @@ class Decoder(Protocol):
 
 
 class Parser(Protocol):
-    """Text in, what it turned out to be out. ``called``: there was a call of a tool in it."""
+    """Splits text into reasoning, tool calls and content. ``called`` is True once there was a tool call."""
 
     @property
     def called(self) -> bool: ...
@@ -32,7 +32,7 @@ class Parser(Protocol):
 
 
 class Plain:
-    """The parser of answers that are not parsed: all is content."""
+    """The parser of answers that are not parsed: all text is content."""
 
     called = False
 
@@ -44,12 +44,12 @@ class Plain:
 
 
 def make_plain(parsing: Parsing) -> Parser:
-    """What makes a ``Plain``, whatever is asked for."""
+    """Return a ``Plain``; ``parsing`` is ignored."""
     return Plain()
 
 
 class AnswerText:
-    """What one answer says, from its tokens."""
+    """The text of one answer, parsed if its request asks for it."""
 
     def __init__(self, request: Request, decoder: Decoder, parser: Callable[[Parsing], Parser]) -> None:
         self._text = TextStream(decoder, request.stop)
@@ -57,20 +57,20 @@ class AnswerText:
 
     @property
     def stopped_by(self) -> str:
-        """The stop string that came up; empty where none did."""
+        """The stop string that appeared; "" if none did."""
         return self._text.stopped_by
 
     @property
     def stopped(self) -> bool:
-        """A stop string has appeared: nothing more is said."""
+        """Whether a stop string has appeared; no text follows it."""
         return self._text.stopped
 
     def add(self, token: int) -> Parsed:
-        """What became certain with this token."""
+        """Return the output that became certain with this token."""
         return self._parser.add(self._text.add(token))
 
     def finish(self, reason: FinishReason) -> tuple[Parsed, FinishReason]:
-        """What was held back, and why the answer is over, of which ``reason`` is what the schedule knows."""
+        """Return the output held back so far and the final finish reason. ``reason`` is the scheduler's."""
         rest = self._parser.add(self._text.flush())
         if self.stopped:
             reason = FinishReason.STOP
@@ -81,7 +81,7 @@ class AnswerText:
 
 
 class TextStream:
-    """The text of one answer. Once a stop string has appeared, ``stopped_by`` is it and nothing more comes out."""
+    """The text of one answer, up to the first stop string, which is then in ``stopped_by``."""
 
     def __init__(self, decoder: Decoder, stop: tuple[str, ...]) -> None:
         self._decoder, self._stop = decoder, stop
@@ -90,11 +90,11 @@ class TextStream:
         self.stopped_by = ""
 
     def add(self, token: int) -> str:
-        """The text that became certain with this token, perhaps none."""
+        """Return the text that became certain with this token; may be ""."""
         return self._emit(self._decoder.add(token), last=False)
 
     def flush(self) -> str:
-        """The rest, at the end of the answer."""
+        """Return the remaining text at the end of the answer."""
         return self._emit(self._decoder.flush(), last=True)
 
     def _emit(self, text: str, *, last: bool) -> str:
@@ -112,6 +112,6 @@ class TextStream:
 
 
 def _possible_start(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of ``text`` with which a stop string could begin."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of a stop string."""
     longest = min(len(text), max((len(s) - 1 for s in stop), default=0))
     return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)

@@ -1,4 +1,4 @@
-"""Who belongs to the cluster, kept true on every Mac: removals are told at once, certificates renewed in time."""
+"""Keep cluster membership current on every Mac: announce removals at once and renew certificates in time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class CertificateRotation:
-    """``ask`` has every worker describe itself, which tells it who was removed. Idle where there is no cluster."""
+    """Spreads revocations and renews certificates. Does nothing without a cluster.
+
+    ``ask`` asks every worker to describe itself; that call also carries the list of revoked certificates.
+    """
 
     def __init__(
         self,
@@ -35,23 +38,24 @@ class CertificateRotation:
         self._trust = roster.trust
 
     async def keep(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         if self._trust.members is None or (renewal := self._trust.renewal) is None:
             return
-        known, looked = self._trust.members.revoked(), float("-inf")
+        known = self._trust.members.revoked()
+        checked_at = float("-inf")
         while True:
             try:
                 if known != (known := self._trust.members.revoked()):
                     await self._ask()
-                if time.monotonic() - looked > RENEWAL_LOOK_S:
-                    looked = time.monotonic()
+                if time.monotonic() - checked_at > RENEWAL_LOOK_S:
+                    checked_at = time.monotonic()
                     await self.renew(renewal)
             except MacpipeError as e:
-                log.warning("who belongs to the cluster could not be looked at: %s", e.sentence)
+                log.warning("certificates: cannot refresh cluster membership reason=%s", e.sentence)
             await anyio.sleep(REVOCATION_LOOK_S)
 
     async def renew(self, renewal: Renewal) -> None:
-        """Renew what is due: this coordinator's own certificate, then the workers' that answer now."""
+        """Renew the certificates that are due: this coordinator's, then those of the workers that answer now."""
         from cluster.security.certificate_renewal import is_due
 
         if is_due(*self._trust.valid, self._clock()):
@@ -65,7 +69,7 @@ class CertificateRotation:
 
         own = renewal.held().party
         renewal.install(renew_certificate(renewal.folder, own.role, own.id, renewal.request(), self._clock()))
-        log.info("this coordinator's certificate was renewed")
+        log.info("certificates: renewed own certificate")
 
     async def _renew_worker(self, facts: WorkerInfo, folder: ClusterFolder) -> None:
         from cluster.security.certificate_renewal import renew_certificate
@@ -75,6 +79,6 @@ class CertificateRotation:
         try:
             await self._roster.control(facts.control_address).renew(certify)
         except MacpipeError as e:
-            log.warning("the certificate of worker %s was not renewed: %s", facts.name, e.sentence)
+            log.warning("certificates: not renewed reason=%s worker=%s", e.sentence, facts.name)
         else:
-            log.info("the certificate of worker %s was renewed", facts.name)
+            log.info("certificates: renewed worker=%s", facts.name)

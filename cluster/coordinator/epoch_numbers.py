@@ -1,6 +1,6 @@
-"""The numbers of epochs: each is larger than any before, over restarts, and wherever the wall clock goes.
+"""Issue epoch numbers that always increase, across restarts and even if the wall clock is set back.
 
-It knows numbers, one clock and one small file. It refuses to know what an epoch is.
+This module knows numbers, one clock and one small file. It refuses to know what an epoch is.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from cluster.platform.private_files import make_private_folder, replace_file
 log = logging.getLogger(__name__)
 
 RESERVED = 60_000
-"""Numbers that one write of the file covers: a minute of milliseconds, in which nobody needs the disk."""
+"""Numbers reserved by one write of the file: a minute in milliseconds, so most numbers need no disk access."""
 LONGEST_AHEAD = 100 * 365 * 86_400_000
-"""A worker that claims a number so many milliseconds ahead of this clock lies: believed, it would use the range up."""
-_MOST_CHARS = 20
+"""Maximum milliseconds that a claimed number may be ahead of this clock. A larger one could use up the range."""
+_MAX_CHARS = 20
 
 
 class EpochNumbers:
-    """Gives out numbers. ``file`` keeps them over restarts; without it the workers' numbers and the clock have to do.
+    """Issues epoch numbers. A number is the clock's milliseconds, or the last number plus one if that is larger.
 
-    ``clock`` is nanoseconds since 1970: a number is its milliseconds where that is larger than all before.
+    ``file`` keeps the numbers across restarts. Without it, only the workers' numbers and the clock prevent reuse.
+    ``clock`` returns nanoseconds since 1970.
     """
 
     def __init__(self, file: Path | None = None, clock: Callable[[], int] = time.time_ns) -> None:
@@ -33,7 +34,7 @@ class EpochNumbers:
         self._last = self._reserved = _read(file) if file else 0
 
     def next(self, known: Iterable[int] = ()) -> int:
-        """A number larger than all that were given out, kept, learned or are ``known`` to be in use."""
+        """Return a number larger than all issued, stored, learned and ``known`` ones."""
         for number in known:
             self.learn(number)
         self._last = max(self._now_ms(), self._last + 1)
@@ -43,41 +44,41 @@ class EpochNumbers:
 
     @property
     def last(self) -> int:
-        """The largest number that was given out or learned; 0 before any."""
+        """The largest number issued or learned; 0 at first."""
         return self._last
 
     def learn(self, number: int) -> bool:
-        """Take a number as used; whether it is larger than all that were known. One that cannot be is ignored."""
+        """Mark a number as used. Return False for one that is not larger than ``last``, or is implausibly large."""
         if not self._last < number <= self._now_ms() + LONGEST_AHEAD:
             return False
         self._last = number
         return True
 
     def learn_refusal(self, refusal: StaleEpoch) -> bool:
-        """Take what a worker refused for as used; whether a number after it can be accepted."""
-        said = refusal.details.get("epoch", "")
-        return said.isascii() and said.isdecimal() and len(said) <= _MOST_CHARS and self.learn(int(said))
+        """Mark the number named in a worker's refusal as used. Return whether a retry with a larger number may work."""
+        text = refusal.details.get("epoch", "")
+        return text.isascii() and text.isdecimal() and len(text) <= _MAX_CHARS and self.learn(int(text))
 
     def _now_ms(self) -> int:
         return self._clock() // 1_000_000
 
     def _reserve(self, file: Path) -> None:
-        """Keep a number ahead of the last one, so that most numbers need no write. Tried again where that fails."""
+        """Store a number ahead of the last one, so that most numbers need no write. A failed write is retried later."""
         reserved = self._last + RESERVED
         try:
             make_private_folder(file.parent)
             replace_file(file, f"{reserved}\n".encode())
         except OSError as e:
-            log.warning("epoch numbers: not kept file=%s error=%s", file, e.strerror)
+            log.warning("epoch numbers: not stored reason=%s file=%s", e.strerror, file)
         else:
             self._reserved = reserved
 
 
 def _read(file: Path) -> int:
-    """The number in the file; 0 where there is none."""
+    """Return the number in the file; 0 if the file is missing or invalid."""
     try:
-        with file.open("rb") as kept:
-            said = kept.read(_MOST_CHARS + 1).strip()
+        with file.open("rb") as opened:
+            text = opened.read(_MAX_CHARS + 1).strip()
     except OSError:
         return 0
-    return int(said) if said.isdigit() and len(said) <= _MOST_CHARS else 0
+    return int(text) if text.isdigit() and len(text) <= _MAX_CHARS else 0

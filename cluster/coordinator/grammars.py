@@ -1,4 +1,4 @@
-"""Whether a grammar can be enforced, found out before its request is accepted, at a bounded cost."""
+"""Check at a bounded cost, before a request is accepted, whether its grammar can be enforced."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from cluster.core.request import Grammar
 
 
 class GrammarCheck:
-    """``max_bytes`` bounds a grammar's source."""
+    """Checks grammars. ``max_bytes`` is the maximum size of a grammar's source."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
 
     async def check(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
-        """Raises ``InvalidGrammar``: too long, impossible to compile (with the reason), or too much work.
+        """Raise ``InvalidGrammar`` if the grammar is too long, does not compile (with the reason) or is too costly.
 
-        Raises ``Busy`` where too many others wait.
+        Raises ``Busy`` if too many checks are waiting.
         """
         size = len(grammar.source.encode())
         if size > self._max_bytes:
             raise InvalidGrammar(
-                f"the {grammar.kind.value} has {size} bytes; at most {self._max_bytes} are taken (--max-schema-bytes)",
+                f"the {grammar.kind.value} has {size} bytes; the limit is {self._max_bytes} (--max-schema-bytes)",
                 field=grammar.kind.value,
             )
         await checkpoint.text.check_grammar(grammar)

@@ -1,4 +1,4 @@
-"""Who a coordinator is to its workers: over restarts the same, so that they know whose slices they hold."""
+"""Give a coordinator an id that survives restarts, so that its workers know whose slices they hold."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ log = logging.getLogger(__name__)
 
 
 def state_folder(home: Path, cluster: str) -> Path:
-    """Where the coordinator of a cluster keeps its state on this machine."""
+    """Return the folder for the state of a cluster's coordinator on this machine."""
     return home / "coordinators" / "".join(c if c.isalnum() or c in "-_." else "_" for c in cluster)
 
 
 def id_of(home: Path, cluster: str) -> str:
-    """The id of this machine's coordinator of ``cluster``, whether it runs or not; raises ``InvalidOption``."""
+    """Return the id of this machine's coordinator of ``cluster``, running or not.
+
+    Raises ``InvalidOption`` if the id cannot be stored.
+    """
     folder = state_folder(home, cluster)
     try:
         return read_id(folder)
@@ -30,10 +33,10 @@ def id_of(home: Path, cluster: str) -> str:
 
 @contextmanager
 def identity(home: Path | None, cluster: str) -> Iterator[str]:
-    """The id of this machine's coordinator of ``cluster``, until the context ends.
+    """Yield the id of this machine's coordinator of ``cluster``, and hold it until the context ends.
 
-    A second coordinator at the same time, and one that cannot keep a file, gets an id for this life alone: it serves
-    as well, and only its successor is a stranger to the workers.
+    A second coordinator at the same time, or one that cannot store a file, gets an id for this process only. It serves
+    like any other, but the workers will not recognize it after a restart.
     """
     with ExitStack() as stack:
         found = ""
@@ -41,5 +44,5 @@ def identity(home: Path | None, cluster: str) -> Iterator[str]:
             try:
                 found = stack.enter_context(hold_id(state_folder(home, cluster)))
             except OSError as e:
-                log.info("this coordinator has an id for this life alone: %s", e.strerror)
+                log.info("identity: id is valid for this process only reason=%s", e.strerror)
         yield found or secrets.token_hex(8)

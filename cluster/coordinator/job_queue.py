@@ -1,4 +1,4 @@
-"""What other threads want of the engine loop's thread, in the order in which they said so."""
+"""Queue jobs from other threads for the engine loop's thread, in order of arrival."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Job = Callable[[], None]
 
 
 class JobQueue:
-    """Bounded by what feeds it: frames by the ring's window, requests by the open calls."""
+    """A thread-safe job queue. Its producers bound its size: the ring's window bounds frames, open calls requests."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -23,31 +23,34 @@ class JobQueue:
         self._closed = False
 
     def put(self, job: Job) -> bool:
-        """Have something done; False after ``close``, when nobody would do it."""
+        """Queue a job. Return False after ``close``."""
         with self._closing:
             if not self._closed:
                 self._jobs.put(job)
             return not self._closed
 
     def close(self) -> None:
-        """Take no more jobs; ``get`` returns None after those that were taken."""
+        """Accept no more jobs. ``get`` returns the jobs accepted before, then None."""
         with self._closing:
             self._closed = True
             self._jobs.put(None)
 
     def ask(self, question: Callable[[], T]) -> Future[T]:
-        """Have something done, for its answer: ``NotServing`` after ``close``. Whoever waits may have gone by then."""
+        """Queue a call and return a future of its result. The caller may cancel the future.
+
+        After ``close``, the future fails with ``NotServing``.
+        """
         future: Future[T] = Future()
 
-        def tell() -> None:
+        def answer_question() -> None:
             answer = question()
             if future.set_running_or_notify_cancel():
                 future.set_result(answer)
 
-        if not self.put(tell):
-            future.set_exception(NotServing("the model is not served any more; ask again once another is"))
+        if not self.put(answer_question):
+            future.set_exception(NotServing("the model is no longer served; try again once a model is loaded"))
         return future
 
     def get(self, patience_s: float | None) -> Job | None:
-        """The next job; None once closed. Raises queue.Empty where none comes in time."""
+        """Return the next job; None once closed. Raises ``queue.Empty`` after ``patience_s``; None waits for ever."""
         return self._jobs.get(timeout=patience_s)

@@ -1,6 +1,6 @@
-"""The links between workers, asked of those who receive. Every pair is measured at most once a day.
+"""Measure the links between workers. The receiving worker measures; each pair is measured at most once a day.
 
-In round k each worker times the way from the one k places on, so nobody sends or receives twice at once.
+In round k, each worker measures the link from the worker k places ahead, so no worker sends or receives twice at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 
 async def measure_links(workers: Sequence[WorkerInfo], controls: Sequence[WorkerClient]) -> dict[tuple[str, str], Link]:
-    """By the names (from, to). A pair that cannot be measured is left out: the plan takes an ordinary link for it."""
+    """Return the links, keyed by the names (from, to).
+
+    A pair that cannot be measured is left out; the plan assumes an ordinary link for it.
+    """
     links: dict[tuple[str, str], Link] = {}
     for distance in range(1, len(workers)):
         async with anyio.create_task_group() as tasks:
@@ -35,4 +38,4 @@ async def _measure(
     try:
         links[source.name, worker.name] = await control.measure_link(source)
     except MacpipeError as e:
-        log.info("the link from %s to %s was not measured: %s", source.name, worker.name, e.sentence)
+        log.info("link: not measured reason=%s from=%s to=%s", e.sentence, source.name, worker.name)

@@ -1,4 +1,4 @@
-"""What an engine loop shows of itself: its live requests, its lanes, its memory."""
+"""Hold a snapshot of an engine loop: its live requests, lanes and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.scheduler.sequence import Phase, Sequence
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """A live request as ``macpipe ps`` shows it."""
+    """A live request, as shown by ``macpipe ps``. ``age_s`` is the time since it was accepted."""
 
     id: str
     phase: Phase
@@ -40,7 +40,7 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class LoopView:
-    """What the loop has under way. Bytes and shares have an entry a stage, ``lane_sizes`` one a lane."""
+    """The state of an engine loop. ``lane_sizes`` has one entry per lane; other figures have one per stage."""
 
     requests: tuple[RequestView, ...]
     lane_sizes: tuple[int, ...]
@@ -56,7 +56,7 @@ class LoopView:
     def of(
         cls, scheduler: Scheduler, ages: Mapping[str, float], occupancy: StageUtilization, pace: StepTimes | None
     ) -> LoopView:
-        """``ages`` are seconds since a request was accepted, by its id; one without is not shown."""
+        """Build the view. ``ages`` maps request ids to seconds since acceptance; others are omitted."""
         live = ((s, ages.get(s.request.id)) for s in scheduler.sequences)
         return cls(
             requests=tuple(RequestView.of(s, age) for s, age in live if age is not None),

@@ -1,6 +1,6 @@
-"""A model as the coordinator knows it: its shape, its tensors and its tokenizer, read without loading a weight.
+"""Read a model's shape, tensor map and tokenizer without loading weights.
 
-Of a model of the hub that is not here, only small files and headers are fetched for this.
+For a model of the hub that is not on this Mac, fetch only small files and headers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """``tokenizer`` may know fewer ids than the model has logits; those it knows are taken from clients.
+    """What the coordinator knows of a model.
 
-    ``tokenizer`` decodes what the model says. What clients send goes to ``text``, which bounds the cost.
+    ``tokenizer`` decodes the model's output. Text from clients goes to ``text`` instead, which bounds the cost. The
+    tokenizer may know fewer ids than the model has logits; clients may send only ids that it knows.
     """
 
     shape: ModelShape
@@ -45,26 +46,26 @@ class ModelInfo:
         return self.tokenizer.vocab_size
 
     async def close(self) -> None:
-        """End the processes of ``text``. Requests that they are reading fail."""
+        """End the processes of ``text``. Requests that they are tokenizing fail."""
         await self.text.close()
 
 
 class ModelReader:
-    """Reads checkpoints on one MLX thread of its own, for as long as the coordinator lives."""
+    """Reads checkpoints on its own MLX thread, which lives until ``close``."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
 
     async def read(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelInfo:
-        """Survey a model. Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and
-        for one of the hub ``ModelForbidden`` or ``HubUnreachable``.
+        """Read a model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
 
-        The tokenizer is loaded in a process with limits first, which says no to a hostile one.
+        Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and for a model of the
+        hub also ``ModelForbidden`` or ``HubUnreachable``.
         """
-        process = await SandboxProcess.start()  # its imports take as long as the survey
+        process = await SandboxProcess.start()  # started first, since its imports take as long as reading the headers
         try:
-            found, shape = await self._on_thread(_found, self._store, name, max_context, kv_bits)
+            found, shape = await self._on_thread(_find_model, self._store, name, max_context, kv_bits)
             text = SandboxedTokenizer(found.folder)
             await text.open(process)
         except BaseException:
@@ -72,31 +73,34 @@ class ModelReader:
                 await process.stop()
             raise
         try:
-            return await self._on_thread(_loaded, found, shape, text)
+            return await self._on_thread(_load_info, found, shape, text)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await text.close()
             raise
 
     async def survey(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelShape:
-        """A model's shape alone, from its headers: its tokenizer and weights may be elsewhere. Raises likewise."""
-        return (await self._on_thread(_found, self._store, name, max_context, kv_bits))[1]
+        """Read only a model's shape, from its headers: tokenizer and weights may be elsewhere.
+
+        Raises the errors of ``read``.
+        """
+        return (await self._on_thread(_find_model, self._store, name, max_context, kv_bits))[1]
 
     async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.wrap_future(self._pool.submit(work, *arguments))
 
     def close(self) -> None:
-        """Give the thread's MLX streams back, and end it."""
+        """Release the thread's MLX streams and end it."""
         self._pool.submit(close_thread).result()
         self._pool.shutdown()
 
 
-def _found(store: Store, name: str, max_context: int | None, kv_bits: int) -> tuple[FoundModel, ModelShape]:
+def _find_model(store: Store, name: str, max_context: int | None, kv_bits: int) -> tuple[FoundModel, ModelShape]:
     found = store.find_by_name(name)
     return found, _measure_shape(found, name, max_context, kv_bits)
 
 
-def _loaded(found: FoundModel, shape: ModelShape, text: TextService) -> ModelInfo:
+def _load_info(found: FoundModel, shape: ModelShape, text: TextService) -> ModelInfo:
     tensors = tensor_map(found.folder, shape.shared)
     return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text)
 
@@ -104,6 +108,6 @@ def _loaded(found: FoundModel, shape: ModelShape, text: TextService) -> ModelInf
 def _measure_shape(found: FoundModel, name: str, max_context: int | None, kv_bits: int) -> ModelShape:
     if max_context is not None and max_context < MIN_CONTEXT:
         raise InvalidOption(
-            f"a context of {max_context} tokens was asked for; at least {MIN_CONTEXT}", field="max_context"
+            f"max_context is {max_context} tokens; it must be at least {MIN_CONTEXT}", field="max_context"
         )
     return read_shape(found.folder, name, max_context, kv_bits=kv_bits)

@@ -1,4 +1,4 @@
-"""Plans without a coordinator: for Macs that are only assumed, or for the workers that are found. Loads nothing."""
+"""Plan without a running coordinator, for assumed Macs or for the workers found now. Loads nothing."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ __all__ = ["plan_for", "plan_over_found"]
 
 
 def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
-    """The plan for Macs that are written as for ``placement.chips.assumed``. Call on a thread that ends with it.
+    """Return the plan for assumed Macs, in the syntax of ``placement.chips.assumed_workers``.
 
-    Raises ``NoPlan`` where fewer are named than the order wants. Of a model of the hub, small files and headers are
-    fetched, and kept in ``home``.
+    Call it on a thread that ends afterwards, since it closes the thread's MLX streams. For a model of the hub, fetch
+    small files and headers into ``home``. Raises ``NoPlan`` if ``macs`` names fewer Macs than the order asks for.
     """
     candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
     if order.workers and order.workers > len(candidates.workers):
-        raise NoPlan(f"{order.workers} workers were asked for, --assume names {len(candidates.workers)}")
+        raise NoPlan(f"{order.workers} workers were asked for, but --assume names {len(candidates.workers)}")
     try:
         shape = read_shape(
             Store(home).find_by_name(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits
         )
     finally:
         close_thread()
-    made = plan_over(0, shape, candidates, order)
-    return replace(made, reasons=(assumption(candidates), *made.reasons))
+    plan = plan_over(0, shape, candidates, order)
+    return replace(plan, reasons=(assumption(candidates), *plan.reasons))
 
 
 async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], home: Path) -> Plan:
-    """The plan for the workers of a cluster that answer now. Raises ``NoWorkers`` where none does."""
+    """Return the plan for the workers of a cluster that answer now. Raises ``NoWorkers`` if none does."""
     async with browse(cluster) as source:
         trust = open_trust(home, cluster, ADMIN)
         roster = Roster(merge_sources(static_source(peers), source), cluster, secrets.token_hex(8), trust)
-        coordinator = Coordinator(cluster, roster, GrpcDialer(trust), _Silence(), Store(home))
+        coordinator = Coordinator(cluster, roster, GrpcDialer(trust), _NullReporter(), Store(home))
         try:
-            await roster.gather(order.workers, order.wait_s, _Silence())
+            await roster.gather(order.workers, order.wait_s, _NullReporter())
             return await coordinator.plan(order)
         finally:
             await coordinator.close()
 
 
-class _Silence:
-    """A report that nobody reads."""
+class _NullReporter:
+    """A reporter that ignores all events."""
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What a coordinator tells people: whoever asked for a load follows it, whoever started it learns of everything."""
+"""Define how a coordinator reports to people: on one load to its caller, and on all events to the operator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cluster.core.worker import WorkerInfo
 
 
 class LoadReporter(Protocol):
-    """How a load goes. Called on the coordinator's event loop; must not block."""
+    """Receives the progress of a load. Called on the coordinator's event loop; must not block."""
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
-        """Who is there so far; called whenever that changes."""
+        """Report the usable workers found so far. Called whenever they change."""
 
     def planned(self, plan: Plan) -> None: ...
 
@@ -21,17 +21,17 @@ class LoadReporter(Protocol):
 
 
 class Reporter(LoadReporter, Protocol):
-    """Everything that whoever started the coordinator should see."""
+    """Receives all events that the operator should see."""
 
     def serving(self, address: str, plan: Plan, http: str) -> None:
-        """A token has gone through every stage; requests are taken at ``address``, and at the URL ``http`` if any."""
+        """Report that a token passed every stage. Requests go to ``address``, and to the URL ``http`` unless ""."""
 
     def problem(self, sentence: str) -> None:
-        """Something a person should know; serving goes on or is over, as the sentence says."""
+        """Report a problem. The sentence says whether serving continues."""
 
 
 class BothReporters:
-    """Two reports of one load."""
+    """Passes the progress of a load to two reporters."""
 
     def __init__(self, first: LoadReporter, second: LoadReporter) -> None:
         self._reports = (first, second)

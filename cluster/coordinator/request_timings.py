@@ -1,4 +1,4 @@
-"""Where one request's time went: first token, mean time between tokens, and each stage's share."""
+"""Measure one request: time to first token, mean time per token, and the share of each stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Spent:
 
 
 class RequestTimings:
-    """Sums a request's frames. Times given are the engine loop's clock, in seconds."""
+    """Sums the frames of one request. Arguments are times of the engine loop's clock, in seconds."""
 
     def __init__(self, accepted_at: float, stages: Sequence[PlannedStage]) -> None:
         self._accepted_at = accepted_at
@@ -29,7 +29,7 @@ class RequestTimings:
         self.go_on(stages)
 
     def go_on(self, stages: Sequence[PlannedStage]) -> None:
-        """From now on the frames are computed by these; what others have done still counts."""
+        """Switch to the stages of a new epoch. The time spent on earlier stages still counts."""
         self._stages = [self._spent.setdefault((s.worker, s.layers), _Spent()) for s in stages]
 
     def frame(self, outcome: Outcome, now: float) -> None:
@@ -51,7 +51,7 @@ class RequestTimings:
 
     @property
     def tpot_ms(self) -> float:
-        """Mean milliseconds between tokens; 0 where there were fewer than two."""
+        """Mean milliseconds between tokens; 0 for fewer than two tokens."""
         return (self._last_token_at - self._first_token_at) * 1e3 / max(self._tokens - 1, 1)
 
     def figures(self) -> tuple[StageFigures, ...]:
@@ -63,23 +63,32 @@ class RequestTimings:
         )
 
     def lap(self) -> tuple[StageFigures, ...]:
-        """The figures of the frames since the lap before."""
-        before, now = self._lap, self.figures()
+        """Return the figures of the frames since the previous call."""
+        before = self._lap
+        now = self.figures()
         self._lap = {(f.worker, f.layers): f for f in now}
-        return tuple(_since(f, before.get((f.worker, f.layers))) for f in now)
+        return tuple(_subtract(f, before.get((f.worker, f.layers))) for f in now)
 
 
-def _since(now: StageFigures, before: StageFigures | None) -> StageFigures:
-    """Not below 0: after a recovery, what was on the wire before is shared by more stages."""
+def _subtract(now: StageFigures, before: StageFigures | None) -> StageFigures:
+    """Return the difference of two figures.
+
+    Wire time is at least 0: after a recovery, the earlier wire time is shared among more stages.
+    """
     if before is None:
         return now
-    compute, wait = now.compute_ms - before.compute_ms, now.wait_ms - before.wait_ms
-    return StageFigures(now.worker, now.layers, compute, max(now.wire_ms - before.wire_ms, 0.0), wait)
+    return StageFigures(
+        now.worker,
+        now.layers,
+        now.compute_ms - before.compute_ms,
+        max(now.wire_ms - before.wire_ms, 0.0),
+        now.wait_ms - before.wait_ms,
+    )
 
 
 @dataclass(slots=True)
 class LoopTotals:
-    """Complete answers and their tokens, over a coordinator's life."""
+    """Numbers of complete answers and of tokens since the coordinator started."""
 
     finished: int = 0
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""The state of everything at one moment, as ``macpipe status`` and ``macpipe ps`` show it."""
+"""Hold the state of the cluster at one moment, as shown by ``macpipe status`` and ``macpipe ps``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cluster.membership.suspicion import Belief
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """``plan`` and ``loop`` are None while nothing is loaded.
+    """The state of the cluster. ``plan`` and ``loop`` are None while nothing is loaded.
 
-    ``problem`` is a sentence, and ``repair`` there, while ``state`` is recovering or failed; ``move`` is there while
-    layers are moved as planned.
+    While ``state`` is recovering or failed, ``problem`` is a sentence and ``repair`` is set. ``move`` is set during a
+    planned move of layers.
     """
 
     cluster: str
@@ -35,6 +35,6 @@ class Snapshot:
     recoveries: int = 0
     beliefs: tuple[Belief, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What does not work as asked for while answers go on, a sentence each."""
+    """Sentences on features that do not work while requests are still answered."""
     lag_s: float = 0.0
-    """How late things happen on this machine; 0.0 unless it is overloaded."""
+    """Scheduling lag of this machine in seconds; 0.0 unless it is overloaded."""

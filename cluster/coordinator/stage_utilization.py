@@ -1,4 +1,4 @@
-"""How busy each stage was of late: its compute as a share of the time in which the ring held anything at all."""
+"""Measure how busy each stage is: its recent compute time as a share of the time with a frame in flight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.core.limits import OCCUPANCY_S
 
 
 class StageUtilization:
-    """Fed with every frame that comes back; times are the engine loop's clock, in seconds."""
+    """Sums the frames that come back. Arguments are times of the engine loop's clock, in seconds."""
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
@@ -21,16 +21,16 @@ class StageUtilization:
 
     @property
     def active_s(self) -> float:
-        """Seconds in which the ring held anything at all, from the beginning."""
+        """Seconds with a frame in flight, since the epoch began."""
         return self._active_s
 
     @property
     def busy_s(self) -> tuple[float, ...]:
-        """Seconds that each stage computed, from the beginning."""
+        """Compute time of each stage in seconds, since the epoch began."""
         return tuple(self._busy_s)
 
     def frame(self, sent_at: float, now: float, timings: Sequence[StageTiming]) -> None:
-        """A frame came back. The ring was in use since it went out, or since the frame before came back."""
+        """Add a frame that came back. The ring was active since its send, or since the previous frame's return."""
         active = now - max(sent_at, self._last)
         self._last = now
         self._active_s += active
@@ -44,7 +44,7 @@ class StageUtilization:
             self._frames.popleft()
 
     def bubbles(self) -> tuple[float, ...]:
-        """The share of the ring's active time in which each stage computed nothing; 0 where nothing was measured."""
+        """Return each stage's idle share of the active time in the last ``OCCUPANCY_S``; 0 without measurements."""
         active = sum(f[1] for f in self._frames)
         if active <= 0:
             return (0.0,) * self._stages

@@ -1,8 +1,8 @@
-"""What decode frames took on each stage, beside what was predicted for the very same frames.
+"""Compare the measured time of decode frames on each stage with the time predicted for the same frames.
 
-Every frame has its own prediction: its rows, and the context that they have on average. The ratio of the two is what a
-worker's profile is corrected by: its median over the last frames, so that a frame which waited for another program, or
-compiled a kernel, counts no more than any other. It keeps figures; it sends nothing.
+Each frame has its own prediction, from its rows and their mean context. The ratio of measured to predicted time
+corrects a worker's profile. It is the median over the last frames, so that a frame which waited for another program or
+compiled a kernel counts no more than any other. This module keeps figures; it sends nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from cluster.placement.cost import decode_s
 
 @dataclass(frozen=True, slots=True)
 class StageStepTime:
-    """Medians of a stage's last ``frames`` decode frames, in milliseconds; all 0 below limits.LEAST_FRAMES.
+    """Medians of a stage's last ``frames`` decode frames, in milliseconds; 0 for fewer than ``limits.LEAST_FRAMES``.
 
-    ``expected_ms`` is what the plan predicted for them, ``ratio`` measured over what the profile alone, without any
-    correction, says; 0 where the worker's speed is not known.
+    ``expected_ms`` is the plan's prediction. ``ratio`` is the measured time over the prediction of the profile without
+    corrections; 0 if the worker's speed is unknown.
     """
 
     frames: int = 0
@@ -33,7 +33,7 @@ class StageStepTime:
 
 
 class StepTimes:
-    """Fed with every decode frame that comes back. ``profiles`` are the stages', as they were when it was planned."""
+    """Step times of a plan's stages. ``profiles`` are the profiles with which the stages were planned, in order."""
 
     def __init__(self, shape: ModelShape, stages: Sequence[PlannedStage], profiles: Sequence[Profile]) -> None:
         self._shape, self._ranges = shape, [s.layers for s in stages]
@@ -42,23 +42,23 @@ class StepTimes:
         self._frames: list[deque[tuple[float, float]]] = [deque(maxlen=LEARNED_FRAMES) for _ in stages]
 
     def frame(self, timings: Sequence[StageTiming], rows: int, context: int) -> None:
-        """A decode frame of so many rows, with so many tokens of context in each on average."""
+        """Add a decode frame of ``rows`` rows with a mean context of ``context`` tokens."""
         for timing in timings:
             if timing.stage < len(self._frames):
                 bare = decode_s(self._shape, self._bare[timing.stage], self._ranges[timing.stage], rows, context)
                 self._frames[timing.stage].append((timing.compute_us / 1e3, bare * 1e3))
 
     def stages(self) -> tuple[StageStepTime, ...]:
-        return tuple(_pace(frames, c) for frames, c in zip(self._frames, self._corrections, strict=True))
+        return tuple(_summarize(frames, c) for frames, c in zip(self._frames, self._corrections, strict=True))
 
 
-def _pace(frames: Sequence[tuple[float, float]], correction: float) -> StageStepTime:
+def _summarize(frames: Sequence[tuple[float, float]], correction: float) -> StageStepTime:
     if len(frames) < LEAST_FRAMES:
         return StageStepTime(len(frames))
     known = all(bare > 0 for _, bare in frames)
     return StageStepTime(
         frames=len(frames),
-        measured_ms=median(took for took, _ in frames),
+        measured_ms=median(measured for measured, _ in frames),
         expected_ms=median(bare for _, bare in frames) * correction,
-        ratio=median(took / bare for took, bare in frames) if known else 0.0,
+        ratio=median(measured / bare for measured, bare in frames) if known else 0.0,
     )

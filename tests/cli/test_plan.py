@@ -41,7 +41,7 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
     [
         (["faq", "--assume", "macbook"], 2, ["macbook", "m4-pro-48x2,10gbe"]),
         (["faq", "--assume", "m4-pro-48", "--layers", "0-3,4-7"], 1, ["2 layer ranges", "there is 1 worker"]),
-        (["faq", "--assume", "m4-pro-48x2", "--workers", "3"], 1, ["3 workers were asked for, --assume names 2"]),
+        (["faq", "--assume", "m4-pro-48x2", "--workers", "3"], 1, ["3 workers were asked for, but --assume names 2"]),
         (["faq", "--assume", "m4-pro-48x2", "--workers", "3", "--layers", "0-3,4-7"], 1, ["--assume names 2"]),
         (
             ["faq", "--assume", "m4-pro-48", "--coordinator", "127.0.0.1:1"],

@@ -57,7 +57,7 @@ def test_a_folder_that_takes_no_file_stops_nobody(tmp_path: Path, caplog: pytest
     (tmp_path / "not a folder").write_text("")
     numbers = EpochNumbers(tmp_path / "not a folder" / "epoch", Clock())
     assert (numbers.next(), numbers.next()) == (NOW, NOW + 1)
-    assert "epoch numbers: not kept" in caplog.text
+    assert "epoch numbers: not stored" in caplog.text
 
 
 def test_a_number_is_larger_than_those_that_workers_hold() -> None:
