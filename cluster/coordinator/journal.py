@@ -39,7 +39,7 @@ from cluster.platform.private_files import (
 
 log = logging.getLogger(__name__)
 
-_OPENED, _SAID, _ENDED, _SAID_SO_FAR, _STILL_LIVE = range(5)
+_OPENED, _TOKEN, _ENDED, _ALL_TOKENS, _STILL_LIVE = range(5)
 _TOKEN_BYTES: Final = 5
 """Maximum size of a token in a rewritten file."""
 Said = tuple[tuple[int, ...], ...]
@@ -86,10 +86,10 @@ class Journal:
         self._clock, self._monotonic = clock, monotonic
         self.problem = ""
         """Why the journal is off, as a sentence; empty while it is on."""
-        self._before = {i: k for i, k in _read(path, clock()).items() if not self._expired(k)}
+        self._previous = {i: k for i, k in _read_live(path, clock()).items() if not self._expired(k)}
         self._live: dict[str, JournaledRequest] = {}
         # packed once, since a long prompt takes a while to pack
-        self._records = {i: _opened_record(k) for i, k in self._before.items()}
+        self._records = {i: _opened_record(k) for i, k in self._previous.items()}
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
@@ -104,7 +104,7 @@ class Journal:
         The request stays in the journal until it is accepted again, or until ``RESUME_S`` have passed. So a client may
         retry after an invalid call, or after a call while no model is served.
         """
-        kept = self._before.get(request_id)
+        kept = self._previous.get(request_id)
         return None if kept is None or kept.request.client != client or self._expired(kept) else kept
 
     def _expired(self, kept: JournaledRequest) -> bool:
@@ -119,7 +119,7 @@ class Journal:
             replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples]
         )
         try:
-            _require_plain(replace(kept.request, prompt=()))  # the prompt holds only token ids
+            _require_round_trip(replace(kept.request, prompt=()))  # the prompt holds only token ids
             record = _opened_record(kept)
         except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
@@ -134,7 +134,7 @@ class Journal:
         """Record a token of a live request. Ignore other requests."""
         if kept := self._live.get(request_id):
             kept.said[sample].append(token)
-            self._record(pack_record(_SAID, request_id, token, sample))
+            self._record(pack_record(_TOKEN, request_id, token, sample))
 
     def record_ended(self, request_id: str) -> None:
         """Record the end of a live request. Ignore other requests."""
@@ -166,7 +166,7 @@ class Journal:
         return sum(map(len, self._records.values())) + _TOKEN_BYTES * tokens
 
     def _forget(self, request_id: str) -> None:
-        self._before.pop(request_id, None)
+        self._previous.pop(request_id, None)
         self._live.pop(request_id, None)
         self._records.pop(request_id, None)
 
@@ -203,14 +203,14 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Replace the file with one that holds only live requests. On failure, keep the old file."""
-        for request_id in [i for i, kept in self._before.items() if self._expired(kept)]:
+        for request_id in [i for i, kept in self._previous.items() if self._expired(kept)]:
             self._forget(request_id)
         fresh = self._path.with_suffix(".new")
         try:
             make_private_folder(self._path.parent)
             file = create_private_file(fresh)
             try:
-                answers = (pack_record(_SAID_SO_FAR, i, kept.said) for i, kept in self._live.items())
+                answers = (pack_record(_ALL_TOKENS, i, kept.said) for i, kept in self._live.items())
                 content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
                 write_all(file, content)
                 os.fsync(file)
@@ -273,7 +273,7 @@ def _opened_record(kept: JournaledRequest) -> bytes:
     return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
 
-def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
+def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
     """Return the live requests in the file, by id. If the file is cut off or damaged, use the records before that.
 
     Times after ``now`` are set to ``now``: they mean that the wall clock was set back.
@@ -282,7 +282,7 @@ def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
     try:
         with open_regular_file(path) as file:
             for record in read_records(file):
-                _apply(found, *record)
+                _apply_record(found, *record)
     except FileNotFoundError:
         return {}
     except OSError as e:
@@ -294,16 +294,16 @@ def _read(path: Path, now: float) -> dict[str, JournaledRequest]:
     return found
 
 
-def _apply(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
+def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
     if kind == _OPENED:
         at, request, said = values
-        found[request_id] = _require(JournaledRequest(from_data(request), at, said), request_id)
-    elif kind == _SAID:
+        found[request_id] = _require_valid(JournaledRequest(from_data(request), at, said), request_id)
+    elif kind == _TOKEN:
         token, sample = values
         found[request_id].said[sample].append(*token_ids([token]))
-    elif kind == _SAID_SO_FAR:
+    elif kind == _ALL_TOKENS:
         (said,) = values
-        found[request_id].said = _require_said(said, found[request_id].request.samples)
+        found[request_id].said = _require_tokens(said, found[request_id].request.samples)
     elif kind == _ENDED:
         found.pop(request_id, None)
     elif kind == _STILL_LIVE:
@@ -314,12 +314,12 @@ def _apply(found: dict[str, JournaledRequest], kind: int, request_id: str, *valu
         raise ValueError("unknown kind of record")
 
 
-def _require(kept: JournaledRequest, request_id: object) -> JournaledRequest:
+def _require_valid(kept: JournaledRequest, request_id: object) -> JournaledRequest:
     """Return ``kept`` if every field has the type that it was written with. Raises ``TypeError``."""
     if kept.request.id != request_id:
         raise TypeError("the request id of the record does not match its request")
     _require_time(kept.at)
-    _require_said(kept.said, kept.request.samples)
+    _require_tokens(kept.said, kept.request.samples)
     return kept
 
 
@@ -329,7 +329,7 @@ def _require_time(at: Any) -> float:
     return float(at)
 
 
-def _require_said(said: Any, samples: int) -> list[list[int]]:
+def _require_tokens(said: Any, samples: int) -> list[list[int]]:
     if type(said) is not list or len(said) != samples or not all(type(tokens) is list for tokens in said):
         raise TypeError("the answer is not one list of token ids per sample")
     for tokens in said:
@@ -337,7 +337,7 @@ def _require_said(said: Any, samples: int) -> list[list[int]]:
     return said
 
 
-def _require_plain(request: Request) -> None:
+def _require_round_trip(request: Request) -> None:
     """Raise ``TypeError`` or ``ValueError`` if writing and reading the request does not restore it exactly."""
     record = _opened_record(JournaledRequest(request, 0.0))
     if from_data(unpack_record(record)[3]) != request:

@@ -218,9 +218,8 @@ class Recovery:
         """
         names = {w.name for w in chosen.workers}
         task = asyncio.create_task(load)
-        task.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # its error is ignored if a loss is raised first
+        # retrieves the load's error, which nobody awaits if a loss is raised first
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)

@@ -73,10 +73,9 @@ class Roster:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
         await self._forget(self._controls.keys() - addresses)
+        # reachable members come last, so they replace unreachable ones of the same process
         by_reachable = sorted(answers.values(), key=lambda m: m.reachable)
-        unique = {
-            (m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_reachable
-        }  # reachable ones win
+        unique = {(m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_reachable}
         ordered = sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id, m.facts.control_address))
         self.members = _with_duplicates(ordered)
         return self.members

@@ -230,9 +230,8 @@ class ModelService:
             return
         if (leaving := self._leaving.get(name)) is None:
             leaving = self._leaving[name] = self._events.create_future()
-            leaving.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # the client may have disconnected
+            # retrieves the error, which nobody awaits if the client has disconnected
+            leaving.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             async with asyncio.timeout(MOVE_S):
                 await asyncio.shield(leaving)

@@ -103,7 +103,8 @@ class WeightDistribution:
         orders = _orders(plan, checkpoint)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
-        own.add_done_callback(lambda done: done.cancelled() or done.exception())  # a failed load never reads the result
+        # retrieves the error, which nobody awaits if the load fails
+        own.add_done_callback(lambda done: done.cancelled() or done.exception())
         async with AsyncExitStack() as stack:
             stack.callback(own.cancel)
             stack.callback(stop.set)

@@ -79,12 +79,12 @@ class WorkerTable:
         return forgotten
 
     def is_asked(self, name: str) -> bool:
-        """Whether a heartbeat goes to the worker: nobody waits for an answer of one that is not asked."""
+        """Return whether the worker gets heartbeats. Nobody waits for the answer of a worker that does not."""
         entry = self._entries.get(name)
         return entry is not None and entry.address in self._asked
 
     def owes_answer(self, name: str, since: float) -> bool:
-        """Whether an answer of the worker that is newer than ``since`` will come, or its absence will be judged."""
+        """Return whether an answer newer than ``since`` is due: the worker will answer, or be declared gone."""
         entry = self._entries.get(name)
         return entry is not None and entry.heard < since and self.is_asked(name) and self._lives(name, entry)
 
