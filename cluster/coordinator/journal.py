@@ -89,7 +89,7 @@ class Journal:
         self._previous = {i: k for i, k in _read_live(path, clock()).items() if not self._expired(k)}
         self._live: dict[str, JournaledRequest] = {}
         # packed once, since a long prompt takes a while to pack
-        self._records = {i: _opened_record(k) for i, k in self._previous.items()}
+        self._records = {i: _pack_opened(k) for i, k in self._previous.items()}
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
@@ -120,7 +120,7 @@ class Journal:
         )
         try:
             _require_round_trip(replace(kept.request, prompt=()))  # the prompt holds only token ids
-            record = _opened_record(kept)
+            record = _pack_opened(kept)
         except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
@@ -268,7 +268,7 @@ def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Sa
     return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
 
 
-def _opened_record(kept: JournaledRequest) -> bytes:
+def _pack_opened(kept: JournaledRequest) -> bytes:
     """Return the record of a request and its answer so far. Raises ``TypeError`` if a field is not plain data."""
     return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
 
@@ -339,6 +339,6 @@ def _require_tokens(said: Any, samples: int) -> list[list[int]]:
 
 def _require_round_trip(request: Request) -> None:
     """Raise ``TypeError`` or ``ValueError`` if writing and reading the request does not restore it exactly."""
-    record = _opened_record(JournaledRequest(request, 0.0))
+    record = _pack_opened(JournaledRequest(request, 0.0))
     if from_data(unpack_record(record)[3]) != request:
         raise TypeError("the request has fields that the journal cannot store")

@@ -17,7 +17,7 @@ from cluster.api.byte_budget import ByteBudget
 from cluster.api.cluster_service import ClusterServicer
 from cluster.api.inference_service import InferenceServicer
 from cluster.api.message_bounds import MessageBounds
-from cluster.coordinator.worker_client import _facts
+from cluster.coordinator.worker_client import _read_info
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from cluster.platform.macos import MachineFacts
@@ -150,7 +150,7 @@ def _entry(service: ServiceDescriptor, method: str) -> Entry:
 def _facts_entry() -> Entry:
     async def take(data: bytes) -> str:
         try:
-            _facts(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000")
+            _read_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000")
         except MacpipeError as e:
             return outcome_of(e)
         except DecodeError:

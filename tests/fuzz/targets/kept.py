@@ -90,7 +90,7 @@ def coordinator_journals() -> Prepared:
     plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
     kept = [coordinator_journal.JournaledRequest(plain, 1e9, [[4, 5]])]
     old = [msgpack.packb((0, "a", 1e9, as_data(plain), [[4, 5]])), msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
-    new = [HEADER, *map(coordinator_journal._opened_record, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
+    new = [HEADER, *map(coordinator_journal._pack_opened, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
     path = scratch("journal")
 
     def read(path: Path) -> None:
