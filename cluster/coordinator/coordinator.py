@@ -169,8 +169,8 @@ class Coordinator:
     ) -> ModelService:
         """Return a service that has produced a token.
 
-        If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``WorkerLost``
-        after ``EPOCH_TRIES`` tries.
+        If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
+        if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
         """
         deps = ServiceDeps(self._roster, self._watch, self._dialer, self._supply, self._epochs)
         for _ in range(EPOCH_TRIES):
