@@ -1,11 +1,11 @@
-"""The model room: everything that knows MLX and mlx-lm, and nothing else in the tree does.
+"""Open, slice and run models. Only this package knows MLX and mlx-lm.
 
-A checkpoint folder goes in; what comes out is its shape (``survey``), a running run of its layers (``stage``), and its
-tokenizer (``tokenizer``). The way to read it is the way a model is opened: ``checkpoint`` (JSON and headers, no MLX),
-``skeleton`` (mlx-lm's own model, nothing read), ``trace`` (what its graph says), ``slice`` (ghosts and the outlet),
-``stage`` (frames in, frames out). It knows nothing of networks, workers or requests.
+The input is a checkpoint folder. The outputs are its shape (``model_shape``), a runnable stage (``stage``) and its
+tokenizer (``tokenizer``). Read the modules in the order in which a model is opened: ``checkpoint`` (JSON and headers,
+no MLX), ``skeleton`` (mlx-lm's own model, weights not read), ``trace`` (analysis of its graph), ``slice`` (runs some of
+the layers), ``stage`` (frames in, frames out). It knows nothing of networks, workers or requests.
 
-Importing this package imports no MLX: the checkpoint module has to work where no model ever runs.
+Importing this package does not import MLX: the checkpoint module also runs on machines that never run a model.
 """
 
 from cluster.model.import_limits import keep_limits_on_import

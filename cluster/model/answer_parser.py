@@ -1,8 +1,8 @@
-"""An answer's text as it comes, told apart: reasoning, content, and calls of tools through mlx-lm's parsers.
+"""Splits the streamed text of an answer into reasoning, content and tool calls, with mlx-lm's parsers.
 
-Where a format lets them, a call's arguments are told as they come; it is a call from where they begin, whatever comes
-of them. Else a call is parsed once it is whole. What turns out to be none (broken JSON, a tool that was not given, an
-answer cut off inside) is content after all: nothing that the model said is lost but marks and the blanks around them.
+If the call format allows it, a call's arguments are streamed; the call then counts as a call from their first
+character, whatever follows. Otherwise a call is parsed once it is complete. If the text is not a valid call (broken
+JSON, an unknown tool, an answer that ends inside it), it is content. Only markers and the blanks around them are lost.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from cluster.model.partial_tool_call import PartialToolCall
 __all__ = ["AnswerParser", "Parsed"]
 
 PIECE: Final = 64
-"""Characters of arguments in one delta."""
+"""Characters of arguments in one delta of a call that is parsed as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What became known with a piece of text, in this order."""
+    """The output of one parsing step; clients receive the fields in this order."""
 
     reasoning: str = ""
     text: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
 
 
-class _In(Enum):
+class _State(Enum):
     REASONING = 0
     CONTENT = 1
     CALL = 2
@@ -51,28 +51,30 @@ class _Out:
 
 
 class AnswerParser:
-    """Takes the text of one answer in pieces. ``called``: a call was found, so the answer ends for its tools."""
+    """Parses the text of one answer, piece by piece."""
 
     def __init__(self, marks: OutputMarkers, parsing: Parsing) -> None:
-        self._marks, self._tools = marks, parsing.tools
-        self._in = _In.REASONING if parsing.thinking else _In.CONTENT
+        self._marks = marks
+        self._tools = parsing.tools
+        self._state = _State.REASONING if parsing.thinking else _State.CONTENT
         self._held = ""
-        """Text that could still become a mark, or blanks that may not count."""
+        """Text not yet emitted: a possible marker, blanks that may be dropped, or an unparsed call."""
         self._fresh = parsing.thinking or bool(marks.think_start)
-        """Nothing of the part has been said yet: blanks at its beginning do not count."""
+        """Whether the current part is still empty: its leading blanks are dropped."""
         self._blanks = ""
-        """Those before a call, which come back where it is none."""
+        """Blanks before a call; they are emitted if the call turns out to be content."""
         self._calls = 0
         self._names = frozenset(tool.name for tool in parsing.tools)
         self._open: PartialToolCall | None = None
-        """The call that is being told."""
+        """The call whose arguments are being streamed."""
 
     @property
     def called(self) -> bool:
+        """Return whether a tool call was found; the finish reason is then a tool call."""
         return self._calls > 0
 
     def add(self, text: str) -> Parsed:
-        """What became certain with this text."""
+        """Add ``text`` and return the output that is certain now."""
         out = _Out()
         self._held += text
         while self._step(out):
@@ -80,122 +82,124 @@ class AnswerParser:
         return out.parsed()
 
     def flush(self, *, whole: bool) -> Parsed:
-        """The rest. ``whole``: the model ended the answer itself, so that a call without an end mark may be one."""
+        """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid."""
         out = _Out()
-        if self._in is _In.CALL:
+        if self._state is _State.CALL:
             body, self._held = self._held, ""
-            self._in = _In.CONTENT
-            if not self._close_call(body, out) and not (whole and self._call(body, out)):
-                self._say(self._blanks + self._marks.call_start + body, out)
+            self._state = _State.CONTENT
+            if not self._close_call(body, out) and not (whole and self._parse_calls(body, out)):
+                self._emit_text(self._blanks + self._marks.call_start + body, out)
         else:
-            self._say(self._held, out, last=True)
+            self._emit_text(self._held, out, last=True)
             self._held = ""
         return out.parsed()
 
     def _step(self, out: _Out) -> bool:
-        """Take what is held up to the next mark; False where more text is needed."""
+        """Process the held text up to the next marker. Return False if more text is needed."""
         mark, at = self._next_mark()
         if at < 0:
-            if self._in is _In.CALL:
-                self._go_on(out)
+            if self._state is _State.CALL:
+                self._emit_certain_arguments(out)
             else:
-                self._speak(out)
+                self._emit_certain_text(out)
             return False
-        before, self._held = self._held[:at], self._held[at + len(mark) :]
-        self._pass(mark, before, out)
+        before = self._held[:at]
+        self._held = self._held[at + len(mark) :]
+        self._handle_marker(mark, before, out)
         return True
 
-    def _pass(self, mark: str, before: str, out: _Out) -> None:
-        """A mark came up, after ``before``."""
-        if self._in is _In.CALL:
-            self._in = _In.CONTENT
-            if not self._close_call(before, out) and not self._call(before, out):
-                self._say(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
+    def _handle_marker(self, mark: str, before: str, out: _Out) -> None:
+        """Process ``mark`` and the text ``before`` it."""
+        if self._state is _State.CALL:
+            self._state = _State.CONTENT
+            if not self._close_call(before, out) and not self._parse_calls(before, out):
+                self._emit_text(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
             return
         if mark in self._marks.noise:
             self._held = before + self._held
             return
-        said = before.rstrip() if self._blanks_wait() else before
-        self._say(said, out)
-        self._blanks = "" if self._fresh else before[len(said) :]
-        self._in = {
-            self._marks.think_start: _In.REASONING,
-            self._marks.think_end: _In.CONTENT,
-            self._marks.call_start: _In.CALL,
+        emitted = before.rstrip() if self._holds_blanks() else before
+        self._emit_text(emitted, out)
+        self._blanks = "" if self._fresh else before[len(emitted) :]
+        self._state = {
+            self._marks.think_start: _State.REASONING,
+            self._marks.think_end: _State.CONTENT,
+            self._marks.call_start: _State.CALL,
         }[mark]
-        self._fresh = self._in is not _In.CALL
+        self._fresh = self._state is not _State.CALL
 
     def _marks_here(self) -> tuple[str, ...]:
         m = self._marks
         calls = (m.call_start,) if self._tools and m.call_start else ()
-        match self._in:
-            case _In.CALL:
+        match self._state:
+            case _State.CALL:
                 return (m.call_end,) if m.call_end else ()
-            case _In.REASONING:
+            case _State.REASONING:
                 return (m.think_end, *calls, *m.noise)
-            case _In.CONTENT:
+            case _State.CONTENT:
                 return (*((m.think_start,) if m.think_start else ()), *calls, *m.noise)
 
     def _next_mark(self) -> tuple[str, int]:
-        """The mark that comes first, the longest where several begin there, and where; "" and -1 for none."""
+        """Return the first marker (the longest if several start there) and its index; ("", -1) if there is none."""
         found = [(at, -len(mark), mark) for mark in self._marks_here() if (at := self._held.find(mark)) >= 0]
         at, _, mark = min(found, default=(-1, 0, ""))
         return mark, at
 
-    def _speak(self, out: _Out) -> None:
-        """Say what cannot be part of a mark any more; blanks at the end wait for what follows them."""
+    def _emit_certain_text(self, out: _Out) -> None:
+        """Emit the held text that cannot belong to a marker. Hold trailing blanks until the next text is known."""
         keep = _possible_start(self._held, self._marks_here())
-        sure = self._held[: len(self._held) - keep]
-        said = sure.rstrip() if self._blanks_wait() else sure
-        self._held = self._held[len(said) :]
-        self._say(said, out)
+        certain = self._held[: len(self._held) - keep]
+        emitted = certain.rstrip() if self._holds_blanks() else certain
+        self._held = self._held[len(emitted) :]
+        self._emit_text(emitted, out)
 
-    def _blanks_wait(self) -> bool:
-        """Whether blanks before the next mark would not count."""
-        return self._in is _In.REASONING or bool(self._tools)
+    def _holds_blanks(self) -> bool:
+        """Return whether blanks before the next marker are dropped, so that they must be held."""
+        return self._state is _State.REASONING or bool(self._tools)
 
-    def _say(self, text: str, out: _Out, *, last: bool = False) -> None:
+    def _emit_text(self, text: str, out: _Out, *, last: bool = False) -> None:
         if self._fresh:
             text = text.lstrip()
-        if last and (self._in is _In.REASONING or self.called):
+        if last and (self._state is _State.REASONING or self.called):
             text = text.rstrip()
         if text:
             self._fresh = False
-            (out.reasoning if self._in is _In.REASONING else out.text).append(text)
+            (out.reasoning if self._state is _State.REASONING else out.text).append(text)
 
-    def _go_on(self, out: _Out) -> None:
-        """Tell what is certain of a call that has not ended."""
+    def _emit_certain_arguments(self, out: _Out) -> None:
+        """Emit the arguments of an unfinished call that are certain."""
         self._held = self._open_call(self._held, out)
         if self._open:
-            sure = len(self._held) - _possible_start(self._held, self._marks_here())
-            self._argue(self._open.add(self._held[:sure]), out)
-            self._held = self._held[sure:]
+            certain = len(self._held) - _possible_start(self._held, self._marks_here())
+            self._emit_arguments(self._open.add(self._held[:certain]), out)
+            self._held = self._held[certain:]
 
     def _open_call(self, body: str, out: _Out) -> str:
-        """Tell whose call it is, as soon as that is known; what is left of ``body``."""
-        if self._open or not (begun := PartialToolCall.begun(body, self._marks.format, self._names)):
+        """Emit the tool's name once it is known. Return the rest of ``body``."""
+        if self._open or not (opened := PartialToolCall.begun(body, self._marks.format, self._names)):
             return body
-        self._open, at = begun
+        self._open, at = opened
         out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))
         self._calls += 1
         return body[at:]
 
     def _close_call(self, body: str, out: _Out) -> bool:
-        """The end of a call, before which ``body`` stands; False where nothing of it was told."""
+        """End the streamed call with ``body``. Return False if no call was being streamed."""
         rest = self._open_call(body, out)
         if not self._open:
             return False
-        self._argue(self._open.add(rest), out)
-        self._open, self._fresh = None, True
+        self._emit_arguments(self._open.add(rest), out)
+        self._open = None
+        self._fresh = True
         return True
 
-    def _argue(self, arguments: str, out: _Out) -> None:
+    def _emit_arguments(self, arguments: str, out: _Out) -> None:
         if arguments:
             out.calls.append(ToolCallDelta(self._calls - 1, arguments=arguments))
 
-    def _call(self, body: str, out: _Out) -> bool:
-        """Parse a call's text, which may hold several; False where it is none."""
-        found = _calls(body, self._marks, self._tools)
+    def _parse_calls(self, body: str, out: _Out) -> bool:
+        """Parse and emit the calls in ``body``. Return False if there is no valid call."""
+        found = _read_calls(body, self._marks, self._tools)
         for identity, name, arguments in found:
             out.calls.append(ToolCallDelta(self._calls, identity, name))
             pieces = (arguments[i : i + PIECE] for i in range(0, len(arguments), PIECE))
@@ -205,23 +209,23 @@ class AnswerParser:
         return bool(found)
 
 
-def _calls(body: str, marks: OutputMarkers, tools: Sequence[Tool]) -> list[tuple[str, str, str]]:
-    """Id, name and arguments of the calls in a text; none at all where one of them is broken."""
+def _read_calls(body: str, marks: OutputMarkers, tools: Sequence[Tool]) -> list[tuple[str, str, str]]:
+    """Return id, name and arguments of the calls in ``body``; an empty list if any of them is invalid."""
     assert marks.parse is not None, "tools were offered to a model without a parser"
     try:
         parsed = marks.parse(body, [describe_tool(tool) for tool in tools])
-        return [_check_calls(one, tools) for one in (parsed if isinstance(parsed, list) else [parsed])]
-    except Exception:  # a parser raises whatever broken text makes it raise; that text is content then
+        return [_check_call(one, tools) for one in (parsed if isinstance(parsed, list) else [parsed])]
+    except Exception:  # parsers may raise anything for invalid text; such text is content
         return []
 
 
-def _check_calls(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
-    """Raises ValueError, KeyError or TypeError for what is no call of one of these tools."""
+def _check_call(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
+    """Return id, name and arguments. Raises ValueError, KeyError or TypeError if it is no call of ``tools``."""
     name, arguments = call["name"], call.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict) or name not in {tool.name for tool in tools}:
-        raise ValueError("no call of a tool that was given")
+        raise ValueError("not a call of an offered tool")
     identity = call.get("id")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     return identity if isinstance(identity, str) and identity else _new_id(), name, text
@@ -232,6 +236,6 @@ def _new_id() -> str:
 
 
 def _possible_start(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` with which a mark could begin."""
+    """Return the length of the longest suffix of ``text`` that is a prefix of a marker."""
     longest = min(len(text), max((len(mark) - 1 for mark in marks), default=0))
     return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)

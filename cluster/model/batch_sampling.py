@@ -1,7 +1,7 @@
-"""From a step's logits to its samples, every row by its own sequence's settings.
+"""Samples the tokens of one step, each row with the settings of its sequence.
 
-Rows that are plainly greedy share one argmax; the others are picked one by one. It knows rows and samplers, nothing
-of caches or layers.
+Greedy rows share one argmax; the other rows are sampled one by one. It knows rows and samplers, nothing of caches or
+layers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["BatchSampling"]
 
 
 class BatchSampling:
-    """What is to be sampled, built lazily: evaluate ``arrays``, then ask for ``samples`` and ``failures``.
+    """Holds the lazy samples of one step: evaluate ``arrays()``, then call ``results()``.
 
-    ``logits`` [rows, length, vocabulary] are those of ``rows``, whose tokens were fed already; the last ``sampled``
-    positions of each row are picked.
+    ``logits`` [rows, length, vocabulary] belong to ``rows``, whose ``tokens`` already include those of the step. The
+    last ``sampled`` positions of each row are sampled.
     """
 
     def __init__(self, rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> None:
@@ -41,7 +41,7 @@ class BatchSampling:
         }
 
     def _pick(self, live: LiveSequence, logits: mx.array, at: int, *, guessed: bool) -> Picked | None:
-        """None, and a failure of this sequence alone, where its grammar cannot be followed."""
+        """Sample one position. If the grammar fails, record a failure of this sequence alone and return None."""
         try:
             return live.sampler.pick(logits, live.tokens, at, guessed=guessed)
         except MacpipeError as error:
@@ -49,11 +49,12 @@ class BatchSampling:
             return None
 
     def arrays(self) -> list[mx.array]:
+        """Return the arrays to evaluate before ``results()``."""
         shared = [] if self._shared is None else self._shared.arrays()
         return [*shared, *(array for pick in self._own.values() for array in pick.arrays())]
 
     def results(self) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
-        """The samples, row by row, and a failure for each sequence that has an output which is not finite."""
+        """Return the samples, row by row, and the failures: a non-finite output or a grammar that failed."""
         shared = dict(zip(self._plain, _pairs(self._shared), strict=True))
         samples: list[Sample] = []
         failures = dict(self._failures)
@@ -67,7 +68,7 @@ class BatchSampling:
                 logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
                 try:
                     final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
-                except MacpipeError as error:  # its grammar's; the other rows go on
+                except MacpipeError as error:  # a grammar failure concerns this sequence alone
                     failures[live.id] = SequenceFailure(live.id, error.reason, error.sentence)
                     continue
                 samples.append(Sample(live.id, at, token, logprob, top, final))
@@ -75,7 +76,7 @@ class BatchSampling:
 
 
 def _failure(sequence: int, position: int) -> SequenceFailure:
-    return SequenceFailure(sequence, StageFailed.reason, f"the model's output at position {position} is not a number")
+    return SequenceFailure(sequence, StageFailed.reason, f"the model's output at position {position} is not finite")
 
 
 def _rows(flat: mx.array, rows: list[int]) -> mx.array:
@@ -83,9 +84,9 @@ def _rows(flat: mx.array, rows: list[int]) -> mx.array:
 
 
 def _pairs(picked: Picked | None) -> list[tuple[int, float]]:
-    """Token and log-sum-exp of each row of an evaluated pick."""
+    """Return token and log-sum-exp of each row of an evaluated pick."""
     if picked is None:
         return []
-    tokens: Any = picked.token.tolist()  # a reshape here would be another evaluation, and another wait for the device
+    tokens: Any = picked.token.tolist()  # a reshape would need another evaluation and wait for the device again
     norms: Any = picked.norm.tolist()
     return [(token, norm) for token, (norm,) in zip(tokens, norms, strict=True)]

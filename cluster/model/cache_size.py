@@ -1,7 +1,7 @@
-"""How many bytes of cache one sequence takes on each layer, found on mlx-lm's own caches without evaluating one.
+"""Computes the cache bytes of one sequence on each layer, from mlx-lm's own caches and without evaluating them.
 
-A short symbolic run fills the caches; then they are grown, symbolically, to the context's length in the worst way
-that the scheduler's chunks allow. The cost does not depend on that length. It knows nothing of weights.
+A short symbolic run fills the caches. They are then grown, symbolically, to the context's length in the worst way that
+the scheduler's chunks allow. The cost of this does not depend on the length. It knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["cache_curve"]
 def cache_curve(
     model: Module, traced: Trace, lengths: Sequence[int], quantization: KVQuantization | None = None
 ) -> list[tuple[int, ...]]:
-    """Bytes for each layer of one sequence of each of ``lengths`` tokens, at most, however its prompt was chunked.
+    """Return, for each of ``lengths`` (tokens), an upper bound of one sequence's cache bytes on each layer.
 
-    A cache that several layers use is charged to the first of them; one that no layer is called with, to the first
-    layer and (it is kept there too) the last.
+    The bound holds for any chunking of the prompt. A cache that several layers use is charged to the first of them. A
+    cache that no layer is called with is charged to the first layer and to the last, since both keep it.
     """
     with stand_ins(model):
         short, long = (record(model, length).caches for length in LENGTHS)
@@ -37,7 +37,7 @@ def cache_curve(
 
 
 def _bytes_per_layer(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Each cache's bytes at the layer that is charged for it."""
+    """Charge each cache's bytes to its layer."""
     charged = [0] * traced.layers
     for cache, size in enumerate(sizes):
         users = [layer for layer, caches in enumerate(traced.layer_caches) if cache in caches]
@@ -47,22 +47,22 @@ def _bytes_per_layer(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _at(tokens: int, short: Any, long: Any, quantization: KVQuantization | None = None) -> int:
-    """The size of a cache at ``tokens`` tokens, from its states after the two runs."""
+    """Return the bytes of a cache at ``tokens`` tokens, from its states after the two runs."""
     if isinstance(short, CacheList):
         return sum(_at(tokens, a, b) for a, b in zip(short.caches, long.caches, strict=True))
     if isinstance(getattr(short, "keys", None), mx.array) and hasattr(short, "update_and_fetch"):
         rows = short.keys, short.values
         return _grown(tokens, short if quantization is None else quantization.apply(short), *rows)
-    few, many = (tree_bytes(cache.state) for cache in (short, long))
-    a_token = -(-(many - few) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
-    return many + max(0, a_token) * max(0, tokens - LENGTHS[1])
+    short_bytes, long_bytes = (tree_bytes(cache.state) for cache in (short, long))
+    bytes_per_token = -(-(long_bytes - short_bytes) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
+    return long_bytes + max(0, bytes_per_token) * max(0, tokens - LENGTHS[1])
 
 
 def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array) -> int:
-    """Grow a cache of rows like ``keys`` and ``values``: all but one chunk at once, then that chunk.
+    """Grow a cache of rows like ``keys`` and ``values``, and return its bytes: all but one chunk first, then the chunk.
 
-    A buffer grows by whole blocks from wherever it ended, so it may be up to a block less one longer than its tokens.
-    A rotating cache keeps its window less one and the last chunk whole, until the next token comes.
+    A buffer grows in whole blocks from its current end, so it may exceed its tokens by up to one block minus one token.
+    A rotating cache holds its window minus one token and the whole last chunk until the next token arrives.
     """
     longest = tokens + KVCache.step - 1
     chunk = min(limits.PREFILL_CHUNK, tokens)

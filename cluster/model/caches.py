@@ -1,8 +1,9 @@
-"""The caches of one sequence or of a batch on one stage, and the full-length list that the model wants to see.
+"""Holds the caches of a sequence or a batch on one stage, and builds the full cache list that the model expects.
 
-The caches are mlx-lm's own, made by the model. Entries of layers that live elsewhere alias a local cache of the same
-kind, or a tracker: a cache of one number a token that only follows along, for masks and offsets are read off it. So
-every stage holds a cache of every kind that the model has, and decides alike what can be trimmed.
+The caches are mlx-lm's own, created by the model. The entry of a layer on another stage is an alias of a local cache of
+the same kind, or a tracker: a cache of one number per token. Models read masks and offsets from these entries, so a
+tracker must advance with the tokens. Every stage therefore holds a cache of each kind in the model, and all stages
+agree on what can be trimmed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _SIZES = ("max_size", "keep", "chunk_size", "window_size")
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Which of the model's caches a stage keeps.
+    """Selects the caches that a stage keeps, as indices into mlx-lm's list.
 
-    ``own`` are indices into mlx-lm's list: its layers', and one of each kind that stays empty. ``trackers`` are the
-    ones kept as trackers; ``view`` says for each entry of that list which of (own + trackers) stands there.
-    ``quantization`` is for its own; trackers hold next to nothing.
+    ``own`` are the caches of the stage's layers, and one of each kind that stays empty. ``trackers`` are kept as
+    trackers. ``view`` maps each entry of mlx-lm's list to an index into (own + trackers). ``quantization`` applies to
+    ``own`` only; trackers are small.
     """
 
     own: tuple[int, ...]
@@ -45,97 +46,98 @@ class CacheLayout:
     def of(
         cls, model: Module, traced: Trace, layers: LayerRange, quantization: KVQuantization | None = None
     ) -> CacheLayout:
-        """Lay out the caches of a stage with these layers. Raises ModelUnsupported for a kind it cannot follow."""
+        """Lay out the caches of a stage with ``layers``. Raises ModelUnsupported for a cache that cannot be tracked."""
         blank = make_prompt_cache(model)
         kinds = [(i in traced.idle, *_kind(cache)) for i, cache in enumerate(blank)]
         own = _own_caches(traced, layers)
-        stands = {kinds[i]: i for i in reversed(own)}
-        more = []
+        first_of_kind = {kinds[i]: i for i in reversed(own)}
+        extra = []
         for i, kind in enumerate(kinds):
-            if kind not in stands:
-                stands[kind] = i
-                more.append(i)
-        own += tuple(i for i in more if i in traced.idle)
-        trackers = tuple(i for i in more if i not in traced.idle)
+            if kind not in first_of_kind:
+                first_of_kind[kind] = i
+                extra.append(i)
+        own += tuple(i for i in extra if i in traced.idle)
+        trackers = tuple(i for i in extra if i not in traced.idle)
         for i in trackers:
-            _require_followable(blank[i])
+            _require_trackable(blank[i])
         held = own + trackers
-        view = tuple(held.index(i if i in own else stands[kind]) for i, kind in enumerate(kinds))
+        view = tuple(held.index(i if i in own else first_of_kind[kind]) for i, kind in enumerate(kinds))
         return cls(own, trackers, view, quantization)
 
 
 class HeldCaches:
-    """The caches that a stage holds for what it computes at once: ``held`` are its own, then the trackers."""
+    """Holds the caches of one sequence or one batch: ``held`` has the stage's own caches, then the trackers."""
 
     def __init__(self, layout: CacheLayout, held: list[Any]) -> None:
         self._layout = layout
         self._held = held
 
     def view(self) -> list[Any]:
-        """The list that the model is called with."""
+        """Return the cache list for a call of the model."""
         return [self._held[i] for i in self._layout.view]
 
     def follow(self, batch: int, tokens: int) -> None:
-        """The model has seen so many more tokens: let the trackers know, and quantize what has just begun."""
+        """Advance the trackers by ``tokens`` tokens of ``batch`` rows, and quantize caches that were just filled."""
         own = len(self._layout.own)
         for tracker in self._held[own:]:
-            _follow(tracker, batch, tokens)
+            _advance_tracker(tracker, batch, tokens)
         if self._layout.quantization is not None:
             self._held[:own] = [self._layout.quantization.apply(cache) for cache in self._held[:own]]
 
     def arrays(self) -> list[mx.array]:
-        """Everything that has to be evaluated after a step."""
+        """Return the arrays to evaluate after a step."""
         return tree_arrays([cache.state for cache in self._held])
 
     def own_arrays(self) -> list[mx.array]:
-        """The arrays of this stage's own caches. Trackers (8 bytes a token) are left out."""
+        """Return the arrays of the stage's own caches, without the trackers (8 bytes a token)."""
         return tree_arrays([cache.state for cache in self._held[: len(self._layout.own)]])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those."""
+        """Return the bytes of the stage's own caches."""
         return tree_bytes(self.own_arrays())
 
 
 class SequenceCaches(HeldCaches):
-    """One sequence's caches on one stage."""
+    """The caches of one sequence on one stage."""
 
     @classmethod
     def new(cls, model: Module, layout: CacheLayout) -> Self:
-        """Empty ones."""
+        """Create empty caches."""
         blank = make_prompt_cache(model)
         return cls(layout, [blank[i] for i in (*layout.own, *layout.trackers)])
 
     def copy(self) -> SequenceCaches:
-        """A twin that shares the arrays' memory until one of the two writes.
+        """Return a copy that shares the arrays' memory until one of the two writes.
 
-        Caches write in place (``keys[..., a:b, :] = new``), which gives the written array object a new value and
-        leaves every other object that held the old one alone. A deep copy makes objects of its own for every array,
-        by reference, so what one twin writes the other never sees.
+        Caches write in place (``keys[..., a:b, :] = new``). Such a write gives the array object a new value and does
+        not change other objects that refer to the old value. A deep copy creates a new object for each array but
+        copies no data, so the copies never see each other's writes.
         """
         return SequenceCaches(self._layout, copy.deepcopy(self._held))
 
     def trimmed(self, tokens: int) -> SequenceCaches | None:
-        """A copy without the last ``tokens`` tokens, or None where a cache cannot give them back."""
-        twin = self.copy()
-        if not all(cache.is_trimmable() for cache in twin._held):
+        """Return a copy without the last ``tokens`` tokens, or None if a cache cannot be trimmed by that many."""
+        copied = self.copy()
+        if not all(cache.is_trimmable() for cache in copied._held):
             return None
-        return twin if all(cache.trim(tokens) == tokens for cache in twin._held) else None
+        return copied if all(cache.trim(tokens) == tokens for cache in copied._held) else None
 
 
 class BatchCaches(HeldCaches):
-    """The caches of several sequences, a row each, in mlx-lm's own batch kinds: shorter rows are padded on the left.
+    """The caches of several sequences, one row each, as mlx-lm's batch caches: shorter rows are padded on the left.
 
-    Every change is evaluated cache by cache, so that no more than one cache is there twice at a time.
+    Each change is evaluated cache by cache, so that at most one cache exists twice at a time.
     """
 
     @classmethod
     def merged(cls, parts: Sequence[SequenceCaches]) -> Self:
-        """A row for each of ``parts``, which are used up."""
-        layout, held = parts[0]._layout, []
+        """Create a batch with a row for each of ``parts``. Consumes ``parts``."""
+        layout = parts[0]._layout
+        held: list[Any] = []
         for i in range(len(parts[0]._held)):
             caches = [part._held[i] for part in parts]
-            _level(caches)
+            _pad_token_states(caches)
             held.append(caches[0].merge(caches))
             mx.eval(held[i].state)
             for part in parts:
@@ -143,29 +145,29 @@ class BatchCaches(HeldCaches):
         return cls(layout, held)
 
     def extend(self, parts: Sequence[SequenceCaches]) -> None:
-        """Add a row for each of ``parts``, which are used up."""
+        """Add a row for each of ``parts``. Consumes ``parts``."""
         more = BatchCaches.merged(parts)
         for i, cache in enumerate(self._held):
-            _level([cache, more._held[i]])
+            _pad_token_states([cache, more._held[i]])
             cache.extend(more._held[i])
             mx.eval(cache.state)
             more._held[i] = None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Have these rows, in this order, and no others."""
+        """Keep only ``rows``, in this order."""
         for cache in self._held:
             cache.filter(list(rows))
             mx.eval(cache.state)
 
     def extract(self, row: int) -> SequenceCaches:
-        """A copy of one row, as if that sequence had always been alone."""
-        alone = SequenceCaches(self._layout, [_extract(cache, row) for cache in self._held])
-        mx.eval(alone.arrays())
-        return alone
+        """Return a copy of one row, without padding."""
+        single = SequenceCaches(self._layout, [_extract(cache, row) for cache in self._held])
+        mx.eval(single.arrays())
+        return single
 
 
 def _own_caches(traced: Trace, layers: LayerRange) -> tuple[int, ...]:
-    """Caches of the stage's layers; the first and the last stage also keep those that no layer is called with."""
+    """Return the caches of the stage's layers. The first and last stage also keep caches that no layer uses."""
     own = set[int]().union(*traced.layer_caches[layers.start : layers.end])
     if layers.start == 0 or layers.end == traced.layers:
         own |= set(range(traced.caches)).difference(*traced.layer_caches)
@@ -173,25 +175,25 @@ def _own_caches(traced: Trace, layers: LayerRange) -> tuple[int, ...]:
 
 
 def _kind(cache: Any) -> tuple[Any, ...]:
-    """Two caches of one kind that have seen the same tokens give the same masks and offsets."""
+    """Return a key of the cache's kind: caches of one kind give the same masks and offsets after the same tokens."""
     if isinstance(cache, CacheList):
         return ("CacheList", *(_kind(part) for part in cache.caches))
     return (type(cache).__name__, *(getattr(cache, name, None) for name in _SIZES))
 
 
-def _require_followable(cache: Any) -> None:
+def _require_trackable(cache: Any) -> None:
     if isinstance(cache, CacheList):
         for part in cache.caches:
-            _require_followable(part)
+            _require_trackable(part)
     elif not (isinstance(cache, ArraysCache) or hasattr(cache, "update_and_fetch") or hasattr(cache, "update_window")):
-        raise ModelUnsupported(f"macpipe does not know how a {type(cache).__name__} counts its tokens")
+        raise ModelUnsupported(f"this model's {type(cache).__name__} cannot be tracked by macpipe; use another model")
 
 
-def _follow(cache: Any, batch: int, tokens: int) -> None:
-    """Advance one tracker as the layers that it stands for would."""
+def _advance_tracker(cache: Any, batch: int, tokens: int) -> None:
+    """Advance one tracker as the layers that it represents would."""
     if isinstance(cache, CacheList):
         for part in cache.caches:
-            _follow(part, batch, tokens)
+            _advance_tracker(part, batch, tokens)
     elif isinstance(cache, ArraysCache):
         for i, state in enumerate(cache.cache):
             cache[i] = mx.zeros((batch, 1)) if state is None else state
@@ -203,10 +205,10 @@ def _follow(cache: Any, batch: int, tokens: int) -> None:
         cache.update_window(mx.zeros((batch, tokens, 1)))
 
 
-def _level(caches: Sequence[Any]) -> None:
-    """Give remembered tokens (int [rows, tokens]) of short sequences as many columns as the longest has, zeros first.
+def _pad_token_states(caches: Sequence[Any]) -> None:
+    """Pad token histories (int [rows, tokens]) with zeros on the left, to the columns of the longest one.
 
-    A model that reads the last n tokens takes zeros for those before the beginning (longcat_flash_ngram).
+    A model that reads the last n tokens treats zeros as the tokens before the start (longcat_flash_ngram).
     """
     if not isinstance(caches[0], ArraysCache):
         return
@@ -220,11 +222,11 @@ def _level(caches: Sequence[Any]) -> None:
 
 
 def _extract(cache: Any, row: int) -> Any:
-    """mlx-lm's ``extract``, which an empty state of an ArraysCache would break."""
+    """Extract one row. Replaces mlx-lm's ``extract``, which fails for an ArraysCache with an empty state."""
     if isinstance(cache, CacheList):
         return CacheList(*(_extract(part, row) for part in cache.caches))  # type: ignore[no-untyped-call]
     if isinstance(cache, ArraysCache):
-        alone = ArraysCache(len(cache.cache))
-        alone.cache = [None if state is None else mx.contiguous(state[row : row + 1]) for state in cache.cache]
-        return alone
+        single = ArraysCache(len(cache.cache))
+        single.cache = [None if state is None else mx.contiguous(state[row : row + 1]) for state in cache.cache]
+        return single
     return cache.extract(row)

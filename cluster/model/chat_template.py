@@ -1,6 +1,7 @@
-"""A conversation under the model's own chat template, with what that template takes beside the messages.
+"""Renders conversations with the model's own chat template, including tools and template arguments.
 
-What it does not take is refused by name: a model that was never told of the tools would answer as if there were none.
+An argument that the template does not use is rejected by name: otherwise the model would, for example, never see the
+tools and answer as if there were none.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ OURS: Final = frozenset(
     | {"chat_template", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"}
     | {"padding", "truncation", "max_length", "enable_thinking", "thinking", "reasoning_effort"}
 )
-"""Arguments that are not a client's to give, or have a field of their own."""
+"""Template arguments that clients may not set, or that have their own request field."""
 
 
 class ChatTemplate:
     """The template of one tokenizer."""
 
     def __init__(self, wrapper: TokenizerWrapper, marks: OutputMarkers) -> None:
-        self._wrapper, self._marks = wrapper, marks
+        self._wrapper = wrapper
+        self._marks = marks
         self._names = _names(wrapper)
 
     def render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
-        """Token ids up to where the answer begins. Raises InvalidRequest; ``Tokenizer.chat`` says when."""
+        """Return the prompt's token ids, up to the start of the answer. Raises as ``Tokenizer.chat``."""
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template; send it raw text instead (completions, or generate --raw)",
@@ -51,17 +53,18 @@ class ChatTemplate:
             text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
                 written, tokenize=False, add_generation_prompt=True, **arguments
             )
-        except MemoryError:  # of a process with limits, which says so itself
+        except MemoryError:  # the sandbox reports its memory limit itself
             raise
-        except Exception as error:  # a template is a program of the model's: it can raise anything
+        except Exception as error:  # a template is a program that comes with the model: it can raise anything
             why = str(error)[:1000] or type(error).__name__
-            raise InvalidRequest(f"the model's chat template refused them: {why}", field="messages") from error
+            raise InvalidRequest(f"the model's chat template rejects the messages: {why}", field="messages") from error
         if len(text) > MAX_RENDERED_CHARS:
             raise InvalidRequest(
-                f"the model's chat template makes {len(text)} characters of them; at most {MAX_RENDERED_CHARS}",
+                f"the rendered messages have {len(text)} characters; at most {MAX_RENDERED_CHARS} are allowed; "
+                "make them shorter",
                 field="messages",
             )
-        with panics_raised_as(InvalidRequest("the model's tokenizer fails at these messages", field="messages")):
+        with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
             return tuple(self._wrapper.encode(text, add_special_tokens=False))
 
     def _takes(self, name: str) -> bool:
@@ -69,15 +72,18 @@ class ChatTemplate:
 
     def _require_tools(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
         if options.offered and not self._takes("tools"):
-            raise InvalidRequest("this model's chat template does not take tools; leave them out", field="tools")
+            raise InvalidRequest("this model's chat template does not support tools; leave them out", field="tools")
         if options.offered and self._marks.parse is None:
             raise InvalidRequest(
-                "how this model writes its calls of tools is not known here, so they could not be told from text; "
+                "macpipe cannot parse tool calls of this model, since it does not know their format; "
                 "leave the tools out",
                 field="tools",
             )
         if any(m.tool_calls for m in messages) and not self._takes("tool_calls"):
-            raise InvalidRequest("this model's chat template does not take calls of tools", field="messages")
+            raise InvalidRequest(
+                "this model's chat template does not support tool calls; leave them out of the messages",
+                field="messages",
+            )
 
     def _thinking_fields(self, options: ChatOptions) -> dict[str, Any]:
         wanted = options.enable_thinking
@@ -98,7 +104,7 @@ class ChatTemplate:
             return {}
         if not self._takes("reasoning_effort"):
             raise InvalidRequest(
-                "this model's chat template does not take reasoning_effort; leave it out", field="reasoning_effort"
+                "this model's chat template does not support reasoning_effort; leave it out", field="reasoning_effort"
             )
         return {"reasoning_effort": effort}
 
@@ -113,13 +119,13 @@ class ChatTemplate:
             raise InvalidRequest("chat_template_kwargs must be a JSON object", field="chat_template_kwargs")
         for name in given:
             if name in OURS or not self._takes(name):
-                why = "has a place of its own in the request" if name in OURS else "is unknown to the model's template"
+                why = "cannot be set here" if name in OURS else "is not used by the model's chat template"
                 raise InvalidRequest(f"chat_template_kwargs: {name[:64]!r} {why}", field="chat_template_kwargs")
         return given
 
 
 def describe_tool(tool: Tool) -> dict[str, Any]:
-    """A tool as templates and mlx-lm's parsers read it. Raises InvalidRequest where its parameters are no object."""
+    """Return a tool as templates and mlx-lm's parsers read it. Raises InvalidRequest for invalid parameters."""
     try:
         parameters = json.loads(tool.parameters) if tool.parameters else {"type": "object", "properties": {}}
     except ValueError as error:
@@ -131,7 +137,7 @@ def describe_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _message_fields(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates read it; what is not there is left out."""
+    """Return a message as templates read it, without empty fields."""
     written: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
         written |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
@@ -152,14 +158,14 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text or "{}")
     except ValueError as error:
-        raise InvalidRequest(f"the arguments of a call are not JSON: {error}", field="messages") from error
+        raise InvalidRequest(f"the arguments of a tool call are not JSON: {error}", field="messages") from error
     if not isinstance(arguments, dict):
-        raise InvalidRequest("the arguments of a call must be a JSON object", field="messages")
+        raise InvalidRequest("the arguments of a tool call must be a JSON object", field="messages")
     return arguments
 
 
 def _names(wrapper: TokenizerWrapper) -> frozenset[str] | None:
-    """Every name in the template's text; None for a template that is a program of mlx-lm's or the tokenizer's own."""
+    """Return every name in the template's text; None if the template is Python code of mlx-lm or the tokenizer."""
     template = wrapper.chat_template
     texts = template.values() if isinstance(template, dict) else (template,)
     if wrapper._chat_template is not None or not all(isinstance(text, str) for text in texts):

@@ -1,7 +1,7 @@
-"""A checkpoint folder: where it is, whether it can be served, what it holds, and the fingerprint of all that.
+"""Finds, validates and fingerprints a checkpoint folder.
 
-It reads JSON and safetensors headers, never a tensor, and imports no MLX: the coordinator's early checks and the
-command line use it where no model runs. It refuses pickle files, and never runs code that comes with a model.
+It reads JSON and safetensors headers, never a tensor, and does not import MLX: the coordinator's early checks and the
+command line use it in processes that run no model. It rejects pickle files and never runs code that comes with a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Checkpoint", "TensorInfo", "model_ref", "open_checkpoint", "resolve_
 BUNDLED: Final = Path(__file__).parent.parent / "bundled"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth")
 WEIGHTS: Final = "model*.safetensors"
-"""The files that mlx-lm reads; others (``consolidated.safetensors``) hold the same weights a second time."""
+"""The files that mlx-lm reads; others (``consolidated.safetensors``) duplicate the same weights."""
 INDEX: Final = "model.safetensors.index.json"
 TOKENIZER_FILES: Final = (
     "added_tokens.json",
@@ -41,18 +41,18 @@ TOKENIZER_FILES: Final = (
     "vocab.json",
     "vocab.txt",
 )
-"""What can change which tokens a text becomes, or where an answer ends. Sorted: the fingerprint depends on it."""
+"""Files that affect tokenization or the end of an answer. Keep them sorted: the fingerprint depends on the order."""
 LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 FETCHED: Final = ("*.json", "model*.safetensors", "tokenizer.model", "tiktoken.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose every header has been read and checked.
+    """A checkpoint folder whose headers have all been validated.
 
-    ``config`` is config.json; ``tensors`` maps each tensor's name to its description; ``editions`` maps each
-    weight file to what tells it from others with the same header; ``fingerprint`` is a hex SHA-256 over config,
-    tokenizer, headers and editions, the same on every machine that holds the same files.
+    ``config`` is config.json. ``tensors`` maps each tensor's name to its description. ``editions`` maps each weight
+    file to a content version, which distinguishes files with equal headers. ``fingerprint`` is a hex SHA-256 over
+    config, tokenizer, headers and editions; it is equal on all machines that hold the same files.
     """
 
     path: Path
@@ -63,9 +63,9 @@ class Checkpoint:
 
 
 def resolve_model(name: str) -> Path:
-    """The folder that ``name`` means: a folder, a bundled model, or a Hugging Face id in the local cache.
+    """Return the folder of ``name``: a folder, a bundled model, or a Hugging Face id in the local cache.
 
-    Raises ModelNotFound, with the command that would fetch it. Nothing is fetched here: the store does that.
+    Fetches nothing; the store does that. Raises ModelNotFound, whose sentence names the command that fetches the model.
     """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -75,7 +75,7 @@ def resolve_model(name: str) -> Path:
     if "/" in name and not name.startswith(("/", ".", "~")):
         return _find_cached(name)
     raise ModelNotFound(
-        f"there is no folder {name!r}, and no model of that name comes with macpipe; "
+        f"model {name!r} not found: it is neither a folder nor a bundled model; "
         "give a folder, a Hugging Face id (owner/name), or a bundled model's name"
     )
 
@@ -87,9 +87,9 @@ def _find_cached(repo: str) -> Path:
     try:
         found = snapshot_download(name, revision=revision or None, local_files_only=True, allow_patterns=list(FETCHED))
         return Path(found)
-    except (OSError, ValueError) as error:  # not there, there in part, or not an id at all
+    except (OSError, ValueError) as error:  # missing, incomplete, or not a valid id
         raise ModelNotFound(
-            f"{repo!r} is neither a folder nor wholly in this machine's Hugging Face cache; "
+            f"{repo!r} is neither a folder nor complete in this machine's Hugging Face cache; "
             f"fetch it with: macpipe pull {repo}"
         ) from error
 
@@ -98,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check the headers of the checkpoint in folder ``path``.
 
     Raises ModelNotFound (no folder, no config.json), BadCheckpoint (pickle files, missing or damaged files) and
-    ModelUnsupported (a model that wants its own Python code to be run).
+    ModelUnsupported (a model that needs its own Python code).
     """
     if not path.is_dir():
         raise ModelNotFound(f"there is no model folder {str(path)!r} on this machine")
@@ -107,12 +107,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ModelNotFound(f"{str(path)!r} has no config.json: it is not a model folder")
     try:
         return _read(path, config_file)
-    except OSError as error:  # no right to read it, or a link of the cache that leads nowhere
+    except OSError as error:  # no permission to read it, or a dangling link of the cache
         raise BadCheckpoint(f"a file of the model cannot be read: {error}") from error
 
 
 def model_ref(name: str) -> ModelRef:
-    """Resolve and open the model ``name``: what a plan needs to speak of it. Raises as those two do."""
+    """Resolve and open the model ``name``. Raises the errors of ``resolve_model`` and ``open_checkpoint``."""
     path = resolve_model(name)
     return ModelRef(name=name, path=str(path), fingerprint=open_checkpoint(path).fingerprint)
 
@@ -141,30 +141,36 @@ def _refuse_links(path: Path) -> None:
         file = path / name
         if file.is_symlink() and not any(file.resolve().is_relative_to(home) for home in homes):
             raise BadCheckpoint(
-                f"{name} in {str(path)!r} is a link that leads out of the model's folder; put the file itself there",
+                f"{name} in {str(path)!r} is a link to a file outside the model's folder; put the file itself there",
                 file=name,
             )
 
 
 def _require_layers(config: Mapping[str, Any], tensors: int) -> None:
-    """A model is built layer by layer before a weight is missed, so there may not be more layers than tensors."""
+    """Raise BadCheckpoint if the config has more layers than the files have tensors.
+
+    Otherwise mlx-lm would build all those layers before it notices missing weights.
+    """
     nested = config.get("text_config")
     for source in (config, nested if isinstance(nested, Mapping) else {}):
         for key in LAYER_KEYS:
             layers = source.get(key)
             if isinstance(layers, int) and layers > tensors:
                 raise BadCheckpoint(
-                    f"config.json speaks of {layers} layers ({key}), the files have {tensors} tensors: they are not of "
-                    "one model; copy or fetch the model again",
+                    f"config.json has {layers} layers ({key}), but the files have only {tensors} tensors: they do not "
+                    "belong together; copy or fetch the model again",
                     file="config.json",
                 )
 
 
 def _small_file(path: Path) -> bytes:
-    """The content of a config or tokenizer file. Raises BadCheckpoint for one that is larger than any."""
+    """Return the content of a config or tokenizer file. Raises BadCheckpoint if it is too large or not a file."""
     size = path.stat().st_size
     if size > MAX_SMALL_FILE_BYTES or not path.is_file():
-        raise BadCheckpoint(f"{path.name} has {size} bytes; no config or tokenizer file has so many", file=path.name)
+        raise BadCheckpoint(
+            f"{path.name} has {size} bytes or is not a regular file; at most {MAX_SMALL_FILE_BYTES} bytes are allowed",
+            file=path.name,
+        )
     return path.read_bytes()
 
 
@@ -174,21 +180,24 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path.name} is damaged: it is not JSON ({error})", file=path.name) from error
     if not isinstance(content, dict):
-        raise BadCheckpoint(f"{path.name} is damaged: it holds no JSON object", file=path.name)
+        raise BadCheckpoint(f"{path.name} is damaged: it is not a JSON object", file=path.name)
     return content
 
 
 def _refuse_code(config: Mapping[str, Any]) -> None:
-    """``model_file`` asks mlx-lm to run a Python file of the checkpoint's. (``auto_map`` is never looked at.)"""
+    """Raise ModelUnsupported if the config has ``model_file``: mlx-lm would run that Python file of the checkpoint.
+
+    ``auto_map`` needs no check: nothing reads it.
+    """
     if config.get("model_file") is not None:
         raise ModelUnsupported(
-            f"this model wants its own Python code to be run (model_file {config['model_file']!r} in config.json); "
+            f"this model needs its own Python code (model_file {config['model_file']!r} in config.json); "
             "macpipe never runs code that comes with a model; use a conversion that mlx-lm supports by itself"
         )
 
 
 def _shard_names(path: Path) -> list[str]:
-    """Names of the weight files, sorted; every file that an index names is among them."""
+    """Return the sorted names of the weight files. Raises BadCheckpoint if one is missing or there are none."""
     found = sorted(file.name for file in path.glob(WEIGHTS))
     if not found:
         raise _no_weights(path)
@@ -215,15 +224,15 @@ def _no_weights(path: Path) -> BadCheckpoint:
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         return BadCheckpoint(
-            f"{str(path)!r} has its weights in pickle files only ({pickles[0]}); a pickle can run code as it is "
-            "read, so macpipe refuses it; use a safetensors version of the model",
+            f"{str(path)!r} has its weights in pickle files only ({pickles[0]}); reading a pickle can run code, "
+            "so macpipe rejects it; use a safetensors version of the model",
             file=pickles[0],
         )
-    return BadCheckpoint(f"{str(path)!r} has no weights: no file in it is called {WEIGHTS}")
+    return BadCheckpoint(f"{str(path)!r} has no weights: no file matches {WEIGHTS}; copy or fetch the model again")
 
 
 def _fingerprint(path: Path, shards: Iterable[Shard], editions: Mapping[str, str]) -> str:
-    """Hash names and bytes, each with its length before it, so that no two different folders read alike."""
+    """Hash names and bytes, each prefixed with its length, so that different folders have different inputs."""
     digest = hashlib.sha256()
 
     def add(name: str, content: bytes) -> None:

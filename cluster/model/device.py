@@ -1,7 +1,7 @@
-"""The device that MLX computes on: what it is, what it may hold, and how to leave it tidy.
+"""Selects and describes MLX's compute device, sets its memory limits and releases its memory.
 
-It knows MLX's device information and this machine's memory; it knows nothing of models. On Macs the limit is Metal's
-recommended working set, on CUDA the GPU's memory, on a CPU a share of the RAM that this process may use.
+It knows MLX's device information and this machine's memory, nothing of models. The memory limit is Metal's recommended
+working set on Macs, the GPU's memory on CUDA, and a share of the RAM that this process may use on a CPU.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ __all__ = [
 ]
 
 CPU_SHARE: Final = 0.75
-"""Of RAM: what a CPU worker takes by default, about what Metal recommends of a Mac's unified memory."""
+"""Share of RAM that a CPU worker may use by default, similar to Metal's recommendation for unified memory."""
 CGROUPS: Final = Path("/sys/fs/cgroup")
 VARIABLE: Final = "MACPIPE_DEVICE"
 SPARE_SHARE: Final = 0.05
-"""Of the limit: what MLX may keep of buffers that nothing uses, so that steps need not ask the driver for memory."""
+"""Share of the limit that MLX may keep as unused buffers, so that steps do not have to allocate from the driver."""
 
 
 def choose() -> None:
-    """Compute on the device that MACPIPE_DEVICE names, ``cpu`` or ``gpu``; unset, on the best that is there.
+    """Select the device that MACPIPE_DEVICE names, ``cpu`` or ``gpu``; if it is unset, keep MLX's default.
 
-    Raises InvalidOption. Call first: what has been computed stays where it was.
+    Call this before any computation: existing arrays stay on their device. Raises InvalidOption for another value, or
+    for ``gpu`` if there is none.
     """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "cpu", "gpu"):
@@ -53,7 +54,10 @@ def choose() -> None:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """``backend`` is "metal", "cuda" or "cpu"; memory is in bytes. ``memory_limit`` is the default, before options."""
+    """A compute device. ``backend`` is "metal", "cuda" or "cpu"; memory is in bytes.
+
+    ``memory_limit`` is the default limit, before options.
+    """
 
     chip: str
     backend: str
@@ -64,7 +68,7 @@ class DeviceFacts:
 
 
 def device_facts() -> DeviceFacts:
-    """What this process computes on. Touches no GPU memory."""
+    """Describe the device of this process. Allocates no GPU memory."""
     info = _info()
     backend = _backend()
     total = _memory_total(info)
@@ -79,22 +83,22 @@ def device_facts() -> DeviceFacts:
 
 
 def compiles() -> bool:
-    """Whether kernels are compiled for a shape when it first comes, and not with MLX: on GPUs."""
+    """Return whether kernels are compiled at the first use of a shape: true on GPUs. CPU kernels come with MLX."""
     return _backend() != "cpu"
 
 
 def memory_used() -> int:
-    """Bytes in live arrays of this process; buffers that MLX keeps for reuse are not counted."""
+    """Return the bytes in live arrays of this process, without the buffers that MLX keeps for reuse."""
     return mx.get_active_memory()
 
 
 def memory_peak() -> int:
-    """The most bytes that live arrays of this process took at once."""
+    """Return the peak number of bytes in live arrays of this process."""
     return mx.get_peak_memory()
 
 
 def set_limits(limit: int) -> None:
-    """Let MLX take at most ``limit`` bytes, few of them spare buffers; on a Mac also keep it resident: no paging."""
+    """Limit MLX to ``limit`` bytes, of which a small share are spare buffers. On a Mac also wire them: no paging."""
     mx.set_memory_limit(limit)
     mx.set_cache_limit(int(limit * SPARE_SHARE))
     if _backend() == "metal":
@@ -102,13 +106,13 @@ def set_limits(limit: int) -> None:
 
 
 def release() -> None:
-    """Give back what nothing refers to any more: Python's rings first, then MLX's spare buffers."""
+    """Free unreferenced memory: collect Python's reference cycles first, then clear MLX's spare buffers."""
     gc.collect()
     mx.clear_cache()
 
 
 def close_thread() -> None:
-    """Call as the MLX thread ends: streams that outlive their thread crash the process on its way out."""
+    """Clear the thread's streams at the end of the MLX thread: leftover streams crash the process at exit."""
     mx.clear_streams()
 
 
@@ -139,7 +143,7 @@ def _ram() -> int:
 
 
 def _cgroup_limits() -> list[int]:
-    """Memory limits of this process's control groups and of those around them; none where there is no Linux."""
+    """Return the memory limits (bytes) of this process's control group and its ancestors; empty outside Linux."""
     try:
         own = Path("/proc/self/cgroup").read_text().partition("0::")[2].strip().lstrip("/")
     except OSError:
@@ -152,5 +156,5 @@ def _cgroup_limits() -> list[int]:
 def _limit_in(file: Path) -> int | None:
     try:
         return int(file.read_text())
-    except (OSError, ValueError):  # not there, not ours to read, or "max"
+    except (OSError, ValueError):  # missing, not readable, or "max"
         return None

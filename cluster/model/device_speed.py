@@ -1,8 +1,8 @@
-"""Times what a worker's device does with a model's layers: the figures of a ``Profile``.
+"""Measures the speed of a worker's device on model layers: the figures of a ``Profile``.
 
-The layers are mlx-lm's own llama blocks with 4-bit weights, so kernels, launches and Python are those of a real step.
-Narrow ones show what a layer costs whatever its size, wide ones at what rate weights are read. Nothing is downloaded;
-the weights are constants, of which MLX reads every byte like any other.
+The layers are mlx-lm's own llama blocks with 4-bit weights, so kernels, launches and Python code are those of a real
+step. Narrow layers show the fixed cost of a layer, wide layers the rate at which weights are read. Nothing is
+downloaded: the weights are constants, and MLX reads every byte of them as it does for real weights.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from cluster.model.module_tree import tree_bytes
 __all__ = ["Stretch", "measure"]
 
 Stretch = Callable[[float], None]
-"""Told how long a step took; may wait, to make a device look slower."""
+"""Called with the seconds that a step took. It may sleep to make a device look slower."""
 ROWS: Final = 8
 BUDGET_S: Final = 1.5
-"""For all timings, beside one run of each that compiles kernels."""
+"""Seconds for all timed rounds, without the first run of each job, which compiles kernels."""
 LEAST, MOST = 5, 100
-"""Rounds."""
+"""Minimum and maximum number of rounds."""
 SHALLOW, DEEP = 2, 18
+"""Layers of the two narrow models."""
 PACKED: Final = 0x76543210
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """How large the wide layers are, how many, and the tokens of the timed prompt. No cache may hold them."""
+    """Size and number of the wide layers, and tokens of the timed prompt. The layers must not fit a processor cache."""
 
     hidden: int
     intermediate: int
@@ -47,7 +48,7 @@ class _Scale:
 
 @dataclass(frozen=True, slots=True)
 class _Measurement:
-    """A step of some tokens in each of some sequences, from empty caches."""
+    """A step of ``tokens`` [rows, length], from empty caches."""
 
     model: Any
     tokens: mx.array
@@ -63,7 +64,7 @@ _NARROW: Final = 64
 
 
 def measure(stretch: Stretch) -> Profile:
-    """Takes two or three seconds, half a gigabyte on a GPU, and the MLX thread."""
+    """Measure the device. Takes two or three seconds and half a gigabyte on a GPU; runs on the MLX thread."""
     scale = _CPU if mx.default_device().type == mx.cpu else _GPU
     narrow, deeper = (_layers(_NARROW, 2 * _NARROW, n, scale.dtype) for n in (SHALLOW, DEEP))
     wide = _layers(scale.hidden, scale.intermediate, scale.layers, scale.dtype)
@@ -75,25 +76,25 @@ def measure(stretch: Stretch) -> Profile:
     narrow_s = max((deep - shallow) / (DEEP - SHALLOW), 0.0)
     step_s = max(shallow - SHALLOW * narrow_s, 0.0)
     wide_s = (one - step_s) / scale.layers
-    a_byte = max(wide_s - narrow_s, 1e-9) / (_bytes(wide) - _bytes(narrow))
-    layer_s = max(narrow_s - a_byte * _bytes(narrow), 0.0)
-    reading = max(one - step_s - scale.layers * layer_s, 1e-9)
+    byte_s = max(wide_s - narrow_s, 1e-9) / (_layer_bytes(wide) - _layer_bytes(narrow))
+    layer_s = max(narrow_s - byte_s * _layer_bytes(narrow), 0.0)
+    reading_s = max(one - step_s - scale.layers * layer_s, 1e-9)
     return Profile(
-        bandwidth=1 / a_byte,
+        bandwidth=1 / byte_s,
         layer_s=layer_s,
         step_s=step_s,
-        flops=2 * scale.tokens * _numbers(scale) / max(prompt - one + reading, 1e-9),
-        row_cost=min(max((many - one) / reading / (ROWS - 1), 0.0), 1.0),  # rows can be run one after another
+        flops=2 * scale.tokens * _count_weights(scale) / max(prompt - one + reading_s, 1e-9),
+        row_cost=min(max((many - one) / reading_s / (ROWS - 1), 0.0), 1.0),  # never above 1: rows can run in turn
     )
 
 
-def _bytes(model: Any) -> int:
-    """Bytes of a layer's weights."""
+def _layer_bytes(model: Any) -> int:
+    """Return the bytes of the first layer's weights."""
     return tree_bytes(model.model.layers[0].parameters())
 
 
 def _layers(hidden: int, intermediate: int, layers: int, dtype: mx.Dtype) -> Any:
-    """A llama of so many layers with 4-bit weights that are all alike; its vocabulary weighs next to nothing."""
+    """Build a llama with constant 4-bit weights and a vocabulary of negligible size."""
     heads = max(hidden // 128, 1)
     model: Any = Model(ModelArgs("llama", hidden, layers, intermediate, heads, rms_norm_eps=1e-5, vocab_size=64))
     model.set_dtype(dtype)
@@ -107,19 +108,22 @@ def _constant(array: mx.array) -> mx.array:
     return mx.full(array.shape, PACKED if array.dtype == mx.uint32 else 1e-3, array.dtype)
 
 
-def _numbers(scale: _Scale) -> int:
-    """Weights that a token is multiplied with: four square matrices and three of the feed-forward a layer."""
+def _count_weights(scale: _Scale) -> int:
+    """Count the weights that multiply a token: per layer, four square matrices and three feed-forward ones."""
     return scale.layers * scale.hidden * (4 * scale.hidden + 3 * scale.intermediate)
 
 
 def _times(jobs: Sequence[_Measurement], stretch: Stretch) -> list[float]:
-    """Each job's seconds. They take turns, so that what else the machine does falls on all of them alike; and since
-    that only ever adds, the quickest round counts.
+    """Return the seconds of each job's fastest round.
+
+    The jobs take turns, so that other load on the machine affects all of them alike. Such load only ever adds time, so
+    the fastest round is the best estimate.
     """
     for job in jobs:
         job.run()  # compiles kernels
-    began, rounds = time.perf_counter(), list[list[float]]()
-    while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - began < BUDGET_S):
+    start = time.perf_counter()
+    rounds: list[list[float]] = []
+    while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - start < BUDGET_S):
         rounds.append([_time_call(job, stretch) for job in jobs])
     return [min(times) for times in zip(*rounds, strict=True)]
 

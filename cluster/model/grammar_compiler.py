@@ -1,7 +1,7 @@
-"""Compiling grammars on the last stage, off the thread that computes.
+"""Compiles grammars on the last stage, on threads other than the compute thread.
 
-Compiling begins when a sequence joins. The compute thread waits for it at the sequence's first token, for a bounded
-time; a grammar that fails or is late fails its own sequence.
+Compilation starts when a sequence joins. At the sequence's first token the compute thread waits for it, for a bounded
+time. If a grammar fails or is late, only its sequence fails.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from cluster.model.grammars import Constraint, Grammars
 __all__ = ["GrammarCompiler"]
 
 THREADS: Final = 2
-"""A large grammar delays another one little; llguidance does not hold the interpreter's lock."""
+"""Two threads, so that a large grammar hardly delays a small one; llguidance releases the GIL."""
 COMPILED_KEPT: Final = 16
-"""Compiled grammars kept: many requests bring the same one, and the samples of a prompt always do."""
+"""Compiled grammars to keep: many requests share a grammar, and all samples of one prompt do."""
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer, which ``make`` loads on a thread of the compiler. Its methods may be called by any
-    thread.
-    """
+    """Compiles grammars for one tokenizer, which ``make`` loads on a compiler thread. Thread-safe."""
 
     def __init__(self, make: Callable[[], Grammars]) -> None:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="grammars")
@@ -39,18 +37,18 @@ class GrammarCompiler:
         self._compiled: OrderedDict[tuple[GrammarKind, str], Future[LLMatcher]] = OrderedDict()
 
     def begin(self, grammar: Grammar) -> None:
-        """Start to compile ``grammar``, unless it is compiled or under way. Returns at once and raises nothing."""
+        """Start to compile ``grammar``, unless it is compiled or being compiled. Does not block and never raises."""
         self._future(grammar)
 
     def constraint(self, grammar: Grammar, start: int) -> Constraint:
-        """Bind a sequence whose answer begins at token ``start``. Waits until ``grammar`` is compiled.
+        """Return the constraint of a sequence whose answer starts at token ``start``. Blocks until it is compiled.
 
-        Raises InvalidGrammar: it cannot be compiled, not within ``GRAMMAR_WAIT_S``, or too many others wait. Raises
-        BadCheckpoint for a tokenizer that cannot be loaded.
+        Raises InvalidGrammar if ``grammar`` does not compile, not within ``GRAMMAR_WAIT_S``, or if too many others
+        wait. Raises BadCheckpoint if the tokenizer cannot be loaded.
         """
         compiled = self._future(grammar)
         if compiled is None:
-            raise InvalidGrammar(f"{MAX_STAGE_COMPILES} other grammars wait to be compiled; try again in a moment")
+            raise InvalidGrammar(f"{MAX_STAGE_COMPILES} other grammars are waiting to be compiled; try again later")
         try:
             matcher = compiled.result(GRAMMAR_WAIT_S)
         except TimeoutError:
@@ -61,11 +59,11 @@ class GrammarCompiler:
         return Constraint(matcher.deep_copy(), self._grammars.result().eos, start, grammar)
 
     def close(self) -> None:
-        """Compile nothing more. What is under way ends by itself."""
+        """Cancel waiting compilations. Those that run finish by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _future(self, grammar: Grammar) -> Future[LLMatcher] | None:
-        """The compiled ``grammar`` or the one under way; None where too many are."""
+        """Return the future of ``grammar``, new or known; None if too many compilations are unfinished."""
         key = (grammar.kind, grammar.source)
         with self._lock:
             found = self._compiled.get(key)
@@ -81,7 +79,7 @@ class GrammarCompiler:
         return self._grammars.result().compile(grammar)
 
     def _forget_oldest(self) -> None:
-        """Drop finished grammars beyond those kept. Those under way stay: their sequences wait for them."""
+        """Drop the oldest finished grammars beyond ``COMPILED_KEPT``. Keep unfinished ones: sequences wait for them."""
         finished = [key for key, one in self._compiled.items() if one.done()]
         for key in finished[: max(0, len(finished) - COMPILED_KEPT)]:
             del self._compiled[key]

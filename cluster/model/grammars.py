@@ -1,8 +1,8 @@
-"""Grammars: from what an answer must be to the tokens that may come next, through llguidance.
+"""Compiles grammars and computes masks of the tokens that they allow next, with llguidance.
 
-It knows token ids and a tokenizer; it refuses to know logits, sequences and frames. llguidance's own limits bound a
-mask, the same in a check and on the last stage. They do not bound compiling: check a grammar in a process that can be
-killed (``cluster.sandbox``), and what it needs there it will need on a stage.
+It knows token ids and a tokenizer, nothing of logits, sequences and frames. llguidance's limits bound the cost of a
+mask, equally in a check and on the last stage. They do not bound compilation: check a grammar first in a process that
+can be killed (``cluster.sandbox``). A stage then needs the same resources as that check.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ if TYPE_CHECKING:  # a type of the stubs alone
 __all__ = ["Constraint", "Grammars"]
 
 MASK_LIMITS: Final = LLParserLimits(step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=MASK_PARSER_ITEMS)
-"""What one mask may cost. Everybody's tokens on a stage wait for it."""
+"""Limits of one mask, since all sequences of a stage wait for it."""
 _EXCERPT: Final = re.compile(r"\d+ \||\^+$")
-"""A line of the source with its number, and what points into it."""
+"""Matches a numbered source line, and the line of carets below it."""
 _TOO_LOW: Final = re.compile(r"-0*[1-9][0-9]{18}")
-"""Near the lowest number of 64 bits, as a constant, llguidance 1.9 ends the process."""
+"""Matches constants near the lowest 64-bit integer: llguidance 1.9 aborts the process on them."""
 _QUOTED: Final = re.compile(r'(?<=invalid regex )"[^\n]*"(?= \()|"[^"\n]{33,}"')
 JSON_STYLE: Final[JsonCompileOptions] = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,20}"}
-"""Any usual layout, but no endless run of blanks: models that are bound to JSON like to get lost in one."""
+"""Allows any usual layout but bounds runs of blanks: models restricted to JSON tend to emit endless ones."""
 
 
 class Grammars:
-    """The compiler for one tokenizer, for any thread. ``eos`` are the ids that end an answer."""
+    """Compiles grammars for one tokenizer; thread-safe. ``eos`` are the ids that end an answer."""
 
     def __init__(self, wrapper: TokenizerWrapper, eos: frozenset[int]) -> None:
-        """Takes about 1 s for a large vocabulary. Raises InvalidGrammar for a tokenizer that cannot be used."""
+        """Prepare the tokenizer: about 1 s for a large vocabulary. Raises InvalidGrammar if it is not supported."""
         try:
             with panics_raised_as(ValueError("llguidance failed")):
                 read = from_tokenizer(wrapper._tokenizer, eos_token=sorted(eos) or None)
                 spelling = _Spelling(wrapper._tokenizer.backend_tokenizer, read)
                 self._tokenizer = LLTokenizer(Spelled(spelling), eos_token=sorted(eos) or None)
-        except Exception as error:  # llguidance raises whatever an unknown kind of tokenizer makes it raise
-            raise InvalidGrammar(f"this model's tokenizer cannot be bound to a grammar: {error}") from error
+        except Exception as error:  # llguidance may raise anything for an unknown kind of tokenizer
+            raise InvalidGrammar(f"this model's tokenizer does not support grammars: {error}") from error
         self.eos = tuple(sorted(eos))
 
     def check(self, grammar: Grammar) -> None:
-        """Do what a stage does for the first token of an answer: compile ``grammar`` and compute a mask.
+        """Compile ``grammar`` and compute a mask, as a stage does for the first token of an answer.
 
-        Unbounded in time and memory. Raises InvalidGrammar with the reason.
+        Time and memory are unbounded. Raises InvalidGrammar with the reason.
         """
         constraint = self.constraint(replace(grammar, free_until=()), 0)
         try:
@@ -70,12 +70,12 @@ class Grammars:
             raise _refusal(grammar, error.sentence) from error
 
     def constraint(self, grammar: Grammar, start: int) -> Constraint:
-        """Compile ``grammar`` and bind a sequence whose answer begins at token ``start``. Raises InvalidGrammar."""
+        """Compile ``grammar`` for a sequence whose answer starts at token ``start``. Raises InvalidGrammar."""
         return Constraint(self.compile(grammar), self.eos, start, grammar)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """Compile ``grammar``. Unbounded in time and memory. Raises InvalidGrammar with the reason."""
-        with panics_raised_as(_refusal(grammar, "it makes the compiler fail")):
+        """Compile ``grammar``. Time and memory are unbounded. Raises InvalidGrammar with the reason."""
+        with panics_raised_as(_refusal(grammar, "the compiler fails on it")):
             matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=MASK_LIMITS)
             if matcher.is_error():
                 raise _refusal(grammar, matcher.get_error())
@@ -83,10 +83,10 @@ class Grammars:
 
 
 class _Spelling:
-    """A tokenizer as llguidance asks for it, whose text is never a mark: ``<|user|>`` in a grammar is spelled out.
+    """A tokenizer for llguidance that never turns text into special tokens: ``<|user|>`` in a grammar is plain text.
 
-    By itself llguidance takes such text for the model's own token of that name, which it then refuses as text. A mark
-    that is meant stands in Lark without quotes.
+    Without it, llguidance encodes such text as the special token of that name and then rejects this token as text. A
+    Lark grammar names a special token without quotes.
     """
 
     def __init__(self, backend: Tokenizer, read: LLTokenizer) -> None:
@@ -107,82 +107,87 @@ class _Spelling:
 
 
 class Constraint:
-    """One sequence's place in its grammar, found from its tokens alone: whatever they become, it follows.
+    """Tracks one sequence's position in its grammar. The position depends on the sequence's tokens alone.
 
-    The tokens from ``start`` on are the answer. The grammar begins after the first occurrence of ``free_until`` there;
-    before it, everything but the end of the answer is allowed.
+    The tokens from ``start`` on are the answer. The grammar starts after the first occurrence of ``free_until`` there;
+    before it, all tokens are allowed except those that end the answer.
     """
 
     def __init__(self, matcher: LLMatcher, eos: tuple[int, ...], start: int, grammar: Grammar) -> None:
-        self._matcher, self._eos, self._start, self._free_until = matcher, eos, start, grammar.free_until
+        self._matcher = matcher
+        self._eos = eos
+        self._start = start
+        self._free_until = grammar.free_until
         self._by_id = grammar.kind is GrammarKind.LARK and "<[" in grammar.source
         self.forget()
 
     def forget(self) -> None:
-        """The tokens before are no longer what they were (a trim, a restored prefix): follow them anew."""
+        """Reset the position, after earlier tokens have changed (a trim, a restored prefix)."""
         self._matcher.reset()
-        self._begun: int | None = None if self._free_until else self._start
+        self._grammar_start: int | None = None if self._free_until else self._start
         self._end = self._start
 
     def allowed_mask(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
-        """Which of ``vocabulary`` ids may stand at ``position``, after ``tokens[:position]``: bool [vocabulary].
+        """Return which of ``vocabulary`` ids may follow ``tokens[:position]``: bool [vocabulary].
 
-        None where those tokens are none that the grammar allows: a guess that is about to be taken back. Raises
-        InvalidGrammar where a mask is too much work, and where nothing may stand there.
+        Return None if the grammar does not allow ``tokens[:position]``, as for a draft that will be rejected. Raises
+        InvalidGrammar if the mask costs too much or allows no token.
         """
-        with panics_raised_as(InvalidGrammar("the grammar makes its compiler fail")):
+        with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
             return self._mask(vocabulary) if self._follow(tokens, position) else None
 
     def _mask(self, vocabulary: int) -> NDArray[np.bool_]:
         mask = np.ones(vocabulary, dtype=np.bool_)
-        if self._begun is not None:
+        if self._grammar_start is not None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             known = np.unpackbits(bits, bitorder="little", count=min(vocabulary, 8 * len(bits)))
             mask[: len(known)], mask[len(known) :] = known, False
-        mask[[i for i in self._eos if i < vocabulary]] = self._begun is not None and self._matcher.is_accepting()
+        mask[[i for i in self._eos if i < vocabulary]] = (
+            self._grammar_start is not None and self._matcher.is_accepting()
+        )
         if self._matcher.is_error():
             raise InvalidGrammar(
-                f"the grammar takes too much work for one token: {_first_line(self._matcher.get_error())}"
+                f"the grammar is too expensive for one token: {_first_line(self._matcher.get_error())}; make it simpler"
             )
         if not mask.any():
             raise InvalidGrammar(
-                "the grammar came to a place where no token may stand; one that ends answers cannot be a part of one"
+                "the grammar allows no token at this position; it cannot contain tokens that end an answer"
             )
         return mask
 
     def is_complete_after(self, tokens: Sequence[int], token: int) -> bool:
-        """Whether nothing but the end can follow ``token``, picked after ``tokens``; which is then certain to be it.
+        """Return whether only the end of the answer can follow ``token``, which was sampled after ``tokens``.
 
-        Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails.
+        Raises StageFailed if the grammar does not allow ``token``, InvalidGrammar if the compiler fails.
         """
-        with panics_raised_as(InvalidGrammar("the grammar makes its compiler fail")):
+        with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
             return self._completed(tokens, token)
 
     def _completed(self, tokens: Sequence[int], token: int) -> bool:
-        if self._begun is None or token in self._eos or self._end != len(tokens):
+        if self._grammar_start is None or token in self._eos or self._end != len(tokens):
             return False
-        # Where a grammar names tokens by their ids, llguidance does not find back from one; a copy costs twice as much.
+        # llguidance cannot roll back a token that a grammar names by id. A copy works but costs twice as much.
         matcher = self._matcher.deep_copy() if self._by_id else self._matcher
         if not matcher.consume_token(token):
-            raise StageFailed(f"the grammar does not allow token {token}, which was picked under it")
+            raise StageFailed(f"the grammar does not allow token {token}, although its mask did")
         done: bool = matcher.is_stopped()
         if not self._by_id:
             matcher.rollback(1)
         return done
 
     def _follow(self, tokens: Sequence[int], position: int) -> bool:
-        """Advance over what came since. False where the grammar does not allow it; then it stays where that begins."""
-        if self._begun is None:
-            self._begun = self._find_start(tokens, position)
-            self._end = position if self._begun is None else self._begun
-        if self._begun is None:
+        """Advance over the new tokens. Return False, and stop at the first bad token, if the grammar forbids one."""
+        if self._grammar_start is None:
+            self._grammar_start = self._find_start(tokens, position)
+            self._end = position if self._grammar_start is None else self._grammar_start
+        if self._grammar_start is None:
             return True
         new = list(tokens[self._end : position])
         self._end += self._matcher.try_consume_tokens(new)
         return self._end >= position
 
     def _find_start(self, tokens: Sequence[int], position: int) -> int | None:
-        """Where the grammar begins, if the part before it has ended."""
+        """Return the position at which the grammar starts; None if ``free_until`` has not occurred."""
         mark = list(self._free_until)
         first = max(self._start, self._end - len(mark) + 1)
         places = range(first, position - len(mark) + 1)
@@ -190,9 +195,9 @@ class Constraint:
 
 
 def _source(grammar: Grammar) -> str:
-    """The grammar as llguidance reads it. Raises InvalidGrammar."""
+    """Return the grammar in llguidance's format. Raises InvalidGrammar."""
     if grammar.kind is not GrammarKind.REGEX and _TOO_LOW.search(grammar.source):
-        raise _refusal(grammar, "it has a whole number of more than 18 digits below zero")
+        raise _refusal(grammar, "it has a negative integer of more than 18 digits")
     match grammar.kind:
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.source))
@@ -215,9 +220,9 @@ def _refusal(grammar: Grammar, why: str) -> InvalidGrammar:
 
 
 def _without_source(why: str, source: str) -> str:
-    """The compiler's words without the excerpts that it shows: errors carry names and places, no text of a client's."""
-    said = _QUOTED.sub('"..."', why)
-    lines = (line.strip() for line in said.splitlines())
+    """Return the compiler's message without excerpts of the source: errors must not contain a client's text."""
+    redacted = _QUOTED.sub('"..."', why)
+    lines = (line.strip() for line in redacted.splitlines())
     return "; ".join(line for line in lines if line and not _EXCERPT.match(line) and line not in source).replace(
         ":;", ":"
     )

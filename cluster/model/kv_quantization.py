@@ -1,8 +1,8 @@
-"""Whether and how a model's keys and values can be kept in 4 or 8 bits, found by trying it symbolically.
+"""Chooses how to quantize a model's keys and values to 4 or 8 bits, and tests it with a symbolic run.
 
-The caches are mlx-lm's own QuantizedKVCache, and when they begin is as in its ``generate_step`` with
-``quantized_kv_start=0``: the step that fills an empty cache still reads what it has just computed, every later one
-reads quantized keys and values. It knows caches of a whole model, nothing of stages.
+The caches are mlx-lm's own QuantizedKVCache. They start as in its ``generate_step`` with ``quantized_kv_start=0``: the
+step that fills an empty cache reads unquantized keys and values, every later step reads quantized ones. It knows the
+caches of a whole model, nothing of stages.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ __all__ = ["KVQuantization", "choose_quantization"]
 
 BITS: Final = (4, 8)
 GROUPS: Final = (64, 32)
-"""Numbers that share a scale, the preferred size first; a head's width has to be a multiple of it."""
+"""Group sizes (numbers that share a scale), the preferred size first. A head's width must be a multiple of it."""
 CONTEXT: Final = 3
-"""Tokens before the trial steps; any small number will do."""
+"""Tokens before the trial steps; any small number works."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVQuantization:
-    """``bits`` of each number, and how many numbers share a scale."""
+    """Bits per number, and how many numbers share a scale."""
 
     bits: int
     group_size: int
 
     def apply(self, cache: Any) -> Any:
-        """The cache in so many bits, or itself where it holds no keys and values or has been quantized."""
+        """Return the quantized cache; ``cache`` itself if it has no keys and values or is already quantized."""
         if not hasattr(cache, "to_quantized"):
             return cache
         return cache.to_quantized(group_size=self.group_size, bits=self.bits)
 
 
 def choose_quantization(model: Module, kv_bits: int) -> KVQuantization | None:
-    """How to keep the model's keys and values in ``kv_bits`` bits; None for 0, which means as they are.
+    """Return how to quantize the model's keys and values to ``kv_bits`` bits; None for 0 (no quantization).
 
-    Raises InvalidOption for other numbers than 0, 4 and 8, and ModelUnsupported for a model that cannot do it.
+    Raises InvalidOption unless ``kv_bits`` is 0, 4 or 8. Raises ModelUnsupported if the model does not allow it.
     """
     if kv_bits == 0:
         return None
     if kv_bits not in BITS:
-        raise InvalidOption(f"keys and values can be kept in 4 or 8 bits, not in {kv_bits}", field="kv_bits")
+        raise InvalidOption(f"invalid kv_bits {kv_bits}: keys and values can have 4 or 8 bits", field="kv_bits")
     with stand_ins(model):
         caches = record(model, CONTEXT).caches
         _require_plain(caches)
@@ -59,28 +59,28 @@ def choose_quantization(model: Module, kv_bits: int) -> KVQuantization | None:
 
 
 def _require_plain(caches: Sequence[Any]) -> None:
-    """Caches that grow with the context must be plain ones; recurrent states stay as they are."""
+    """Raise ModelUnsupported unless all caches that grow with the context are plain. Recurrent states may stay."""
     growing = [cache for cache in caches if not isinstance(cache, ArraysCache)]
     for cache in growing:
         if not hasattr(cache, "to_quantized") or hasattr(cache, "max_size"):
             raise ModelUnsupported(
-                f"keys and values of this model cannot be quantized: it uses a {type(cache).__name__}, for which "
+                f"this model's keys and values cannot be quantized: it uses a {type(cache).__name__}, for which "
                 "mlx-lm has no quantized form; load it without kv_bits"
             )
     if not growing:
-        raise ModelUnsupported("this model keeps no keys and values that could be quantized; load it without kv_bits")
+        raise ModelUnsupported("this model has no keys and values to quantize; load it without kv_bits")
 
 
 def _group_size(caches: Sequence[Any]) -> int:
-    """The largest group that divides the width of every head."""
+    """Return the largest group that divides the width of every head. Raises ModelUnsupported if there is none."""
     filled = [cache for cache in caches if not isinstance(cache, ArraysCache)]
     widths = sorted({array.shape[-1] for cache in filled for array in (cache.keys, cache.values)})
     for group in GROUPS:
         if all(width % group == 0 for width in widths):
             return group
     raise ModelUnsupported(
-        f"keys and values of this model cannot be quantized: its heads are {' and '.join(map(str, widths))} wide, and "
-        f"only multiples of {GROUPS[-1]} can be; load it without kv_bits"
+        f"this model's keys and values cannot be quantized: its heads are {' and '.join(map(str, widths))} wide, "
+        f"which must be a multiple of {GROUPS[-1]}; load it without kv_bits"
     )
 
 
@@ -88,8 +88,8 @@ def _try(model: Module, length: int, chosen: KVQuantization) -> None:
     before = [chosen.apply(cache) for cache in record(model, CONTEXT).caches]
     try:
         record(model, length, before=before)
-    except Exception as error:  # model code raises whatever quantized keys make it raise
+    except Exception as error:  # model code may raise anything when it meets quantized keys
         raise ModelUnsupported(
-            f"the attention of this model cannot read quantized keys and values ({type(error).__name__}: "
+            f"this model's attention cannot read quantized keys and values ({type(error).__name__}: "
             f"{str(error)[:200]}); load it without kv_bits"
         ) from error

@@ -1,8 +1,8 @@
-"""Where each live sequence's caches are: by themselves, or as a row of a lane's batch.
+"""Keeps each live sequence's caches, either separate or as a row of a lane's batch.
 
-A frame names the sequences of its step, and that is all it takes: ``gather`` makes the lane's batch hold just them, in
-that order. A row whose sequence has left stays until the batch is gathered next, so that leaving and joining cost one
-change of the batch. It knows ids and caches, and computes nothing else.
+A frame names the sequences of its step, and ``gather`` makes the lane's batch hold exactly these, in that order. The
+row of a sequence that has left stays until the next ``gather``, so that leaving and joining cost one change of the
+batch. It knows ids and caches; it does not run models.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["LaneCaches"]
 
 @dataclass(slots=True)
 class _Batch:
-    """``rows`` has the sequence of each row, None where it has left."""
+    """The batch of a lane. ``rows`` has the sequence of each row, None if the sequence has left."""
 
     rows: list[int | None]
     caches: BatchCaches
 
 
 class LaneCaches:
-    """Every live sequence's caches, by the sequence's id."""
+    """Holds every live sequence's caches, by the sequence's id."""
 
     def __init__(self) -> None:
         self._alone: dict[int, SequenceCaches] = {}
@@ -33,17 +33,17 @@ class LaneCaches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them, a batch's padding and the rows of sequences that have just left included."""
+        """Return the bytes of all caches, with a batch's padding and the rows of sequences that have left."""
         held: list[HeldCaches] = [*self._alone.values(), *(batch.caches for batch in self._batches.values())]
         return sum(caches.nbytes for caches in held)
 
     def put(self, sequence: int, caches: SequenceCaches) -> None:
-        """Give a sequence these caches instead of those it had."""
+        """Set a sequence's caches; any it had before are removed."""
         self.remove(sequence)
         self._alone[sequence] = caches
 
     def remove(self, sequence: int) -> None:
-        """Forget a sequence's caches, if it has any. A batch goes with its last sequence."""
+        """Remove a sequence's caches, if it has any. A batch is removed with its last sequence."""
         self._alone.pop(sequence, None)
         lane = self._lane_of.pop(sequence, None)
         if lane is not None:
@@ -53,20 +53,20 @@ class LaneCaches:
                 del self._batches[lane]
 
     def alone(self, sequence: int) -> SequenceCaches:
-        """A sequence's caches by themselves, taken out of its batch if they are in one."""
+        """Return a sequence's separate caches. If it is a row of a batch, move it out of the batch first."""
         if sequence in self._lane_of:
             self.put(sequence, self._extract(sequence))
         return self._alone[sequence]
 
     def copy(self, sequence: int) -> SequenceCaches:
-        """A copy of a sequence's caches, which stay where they are."""
+        """Return a copy of a sequence's caches, without moving them."""
         return self._extract(sequence) if sequence in self._lane_of else self._alone[sequence].copy()
 
     def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
-        """The caches to compute one step of these different sequences with, rows in their order.
+        """Return the caches for one step of ``sequences`` (without duplicates), rows in that order.
 
-        One sequence computes alone and leaves the lane's batch as it is. For more, the batch becomes just these: new
-        ones come in from wherever they are, and live ones that are not named go by themselves.
+        A single sequence uses separate caches, and the lane's batch stays as it is. For several, the batch is changed
+        to hold exactly these: new ones move in from wherever they are, and other live ones move out.
         """
         if len(sequences) == 1:
             return self.alone(sequences[0])

@@ -1,7 +1,7 @@
-"""Reading one stage's weights, piece by piece, and nobody else's.
+"""Loads the weights of one stage, piece by piece, and no others.
 
-It knows the order: check the fingerprint, build the skeleton, trace it, cut it, then evaluate what is local. What is
-not local stays lazy on purpose. It knows nothing of sequences.
+It knows the order: check the fingerprint, build the skeleton, trace it, cut it, then evaluate the local weights. Other
+weights stay lazy on purpose, so that they are never read. It knows nothing of sequences.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ __all__ = ["load_slice"]
 
 
 def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> tuple[ModelSlice, int, int]:
-    """-> the slice with its weights in memory, the vocabulary's size, and the bytes of those weights."""
+    """Return the slice with its weights in memory, the vocabulary's size, and the bytes of those weights.
+
+    ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers if
+    the fingerprint differs, BadCheckpoint if the files cannot be read, and the errors of ``open_checkpoint``,
+    ``open_skeleton``, ``trace`` and ``ModelSlice``.
+    """
     found = open_checkpoint(path).fingerprint
     if found != spec.model.fingerprint:
         raise ModelDiffers(
-            f"the files in {str(path)!r} are not those of the coordinator's {spec.model.name} (fingerprint "
+            f"the files in {str(path)!r} differ from the coordinator's {spec.model.name} (fingerprint "
             f"{found[:12]}, expected {spec.model.fingerprint[:12]}); copy the coordinator's folder to this machine"
         )
     model = open_skeleton(path)
@@ -36,7 +41,7 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
 
 
 def _read(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
-    """Evaluate array by array: one that is put together on the way (stacked experts) is there twice, no more is."""
+    """Evaluate array by array, so that only an array built from parts (stacked experts) exists twice at a time."""
     total = sum(array.nbytes for piece in _pieces(part) for array in piece)
     done = 0
     progress(done, total)
@@ -52,12 +57,12 @@ def _read(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
 def _evaluate(array: mx.array) -> None:
     try:
         mx.eval(array)
-    except RuntimeError as error:  # MLX's one exception for files that vanish or shrink while they are read
+    except RuntimeError as error:  # MLX raises this for files that vanish or shrink during the read
         raise BadCheckpoint(f"the model's files could not be read: {error}") from error
 
 
 def _pieces(part: ModelSlice) -> Iterator[list[mx.array]]:
-    """What progress is told of: the modules outside the layers, then each layer."""
+    """Return the units of progress: the modules outside the layers, then each layer."""
     yield part.outside_arrays()
     for layer in range(part.layers.start, part.layers.end):
         yield part.layer_arrays(layer)

@@ -1,6 +1,6 @@
-"""A model's shape, as placement needs it: what each layer weighs, what its cache takes, where it may be cut.
+"""Computes a model's shape for placement: the bytes of each layer and its cache, and where the model may be cut.
 
-Everything is found on the skeleton: no weight is read. It knows bytes, and nothing of workers or speed.
+Everything is computed on the skeleton; no weights are read. It knows bytes, nothing of workers or speed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from cluster.model.trace import Trace, trace
 __all__ = ["read_shape"]
 
 CURVE: Final = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072)
+"""Sequence lengths, in tokens, at which the curve of cache sizes is sampled."""
 CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-"""What configs call the longest context that a model was made for, the usual name first."""
+"""Config keys of the longest context that a model was trained for, the most common first."""
 
 
 def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int = 0) -> ModelShape:
-    """Look at the checkpoint in ``path``, which people call ``name``.
+    """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
-    ``max_context`` is in tokens; None means as much as the model allows, up to limits.DEFAULT_MAX_CONTEXT.
-    ``kv_bits`` 4 or 8 keeps keys and values in so many bits. Raises InvalidOption for more than the model allows,
-    ModelUnsupported for what cannot be sliced or quantized, and what ``open_checkpoint`` raises.
+    ``max_context`` is in tokens; None means the model's limit, at most limits.DEFAULT_MAX_CONTEXT. ``kv_bits`` is 4 or
+    8 to quantize keys and values, else 0. Raises InvalidOption if ``max_context`` exceeds the model's limit,
+    ModelUnsupported if the model cannot be sliced or quantized, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
     context = _context(checkpoint.config, max_context)
@@ -64,24 +65,22 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
 
 
 def _lengths(context: int) -> list[int]:
-    """Where the curve of cache sizes is taken: fine enough to charge a short sequence little, ``context`` the last."""
+    """Return the lengths of the curve of cache sizes: ``context`` last, and dense where sequences are short."""
     return [*(n for n in CURVE if n < context), context]
 
 
 def _context(config: Mapping[str, Any], asked: int | None) -> int:
     if asked is not None and asked < 1:
-        raise InvalidOption(f"a context of {asked} tokens was asked for; it must be at least 1", field="max_context")
+        raise InvalidOption(f"invalid context of {asked} tokens: it must be at least 1", field="max_context")
     limit = _context_limit(config)
     if asked is not None and limit is not None and asked > limit:
-        raise InvalidOption(
-            f"a context of {asked} tokens was asked for, but the model allows {limit}", field="max_context"
-        )
+        raise InvalidOption(f"invalid context of {asked} tokens: the model allows at most {limit}", field="max_context")
     wanted = asked or limits.DEFAULT_MAX_CONTEXT
     return wanted if limit is None else min(wanted, limit)
 
 
 def _context_limit(config: Mapping[str, Any]) -> int | None:
-    """The model's own limit; None for a model that names none (state-space models have none)."""
+    """Return the model's own limit; None if its config has none (as for state-space models)."""
     nested = config.get("text_config")
     for source in (config, nested if isinstance(nested, Mapping) else {}):
         named = [source[key] for key in CONTEXT_KEYS if isinstance(source.get(key), int)]
@@ -95,7 +94,7 @@ def _layer_bytes(layer: Module) -> int:
 
 
 def _layers(model: Module, traced: Trace) -> list[list[tuple[str, Module]]]:
-    """The modules of each layer with their paths from the model."""
+    """Return the modules of each layer with their paths from the model."""
     return [
         [(".".join(filter(None, (prefix, path))), module) for path, module in named_modules(layer)]
         for prefix, layer in zip(traced.prefixes, model.layers, strict=True)

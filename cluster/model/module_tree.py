@@ -1,7 +1,7 @@
-"""MLX modules as this room reads them: their paths, the arrays they own, and stand-ins for those arrays.
+"""Typed access to MLX module trees: paths, the arrays that a module owns, and stand-ins for those arrays.
 
-mlx.nn's ``Module`` is a dict of arrays and children whose methods carry no types; this module gives them some. It
-knows trees of modules, and nothing of what they compute.
+mlx.nn's ``Module`` is a dict of arrays and children, and its methods are untyped. This module adds the types. It knows
+trees of modules, nothing of what they compute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module  # type checkers cannot see it as nn.Module
+from mlx.nn.layers.base import Module  # type checkers do not see nn.Module
 from mlx.utils import tree_flatten
 
 __all__ = [
@@ -27,19 +27,22 @@ __all__ = [
 
 
 def named_modules(model: Module) -> list[tuple[str, Module]]:
-    """Every module with its path from ``model``, itself included (with an empty path)."""
+    """Return every module with its path from ``model``; ``model`` itself has the empty path."""
     found: list[tuple[str, Module]] = model.named_modules()  # type: ignore[no-untyped-call]
     return found
 
 
 def parameters(model: Module) -> dict[str, mx.array]:
-    """Path -> parameter, as MLX's checkpoints name them."""
+    """Return the parameters by path, named as in MLX's checkpoints."""
     paths: Any = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]
     return dict(paths)
 
 
 def tree_arrays(tree: Any) -> list[mx.array]:
-    """The arrays in nested lists, tuples and dicts; each step asks for every cache's. MLX's own names each leaf too."""
+    """Return the arrays in nested lists, tuples and dicts.
+
+    Every step calls this for every cache. ``tree_flatten`` of MLX is slower, since it also builds a name for each leaf.
+    """
     if isinstance(tree, mx.array):
         return [tree]
     if isinstance(tree, dict):
@@ -50,27 +53,27 @@ def tree_arrays(tree: Any) -> list[mx.array]:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of those arrays, evaluated or not."""
+    """Return the bytes of the arrays in ``tree``, evaluated or not."""
     return sum(array.nbytes for array in tree_arrays(tree))
 
 
 def module_arrays(module: Module) -> list[mx.array]:
-    """The arrays that ``module`` itself owns, private ones (``_freqs``) too, without its children's."""
+    """Return the arrays that ``module`` itself owns, also private ones (``_freqs``), without those of its children."""
     return [value for value in module.values() if isinstance(value, mx.array)]
 
 
 def layer_prefixes(model: Module) -> tuple[str, ...]:
-    """The module path of each layer, in order."""
+    """Return the module path of each layer, in order."""
     names = {id(module): name for name, module in named_modules(model)}
     return tuple(names.get(id(layer), f"?{i}") for i, layer in enumerate(model.layers))
 
 
 @contextmanager
 def stand_ins(model: Module) -> Iterator[None]:
-    """For a while, every parameter is a broadcast zero of its shape and dtype: evaluated, and four bytes in size.
+    """Replace every parameter, inside the block, by an evaluated broadcast zero of its shape and dtype (four bytes).
 
-    So the graph of a run has evaluated leaves, and a forward that evaluates something on its way (a router's choice)
-    finds something to evaluate. Models keep derived arrays on themselves as they run: everything is put back.
+    The graph of a run then has evaluated leaves, and a forward pass that evaluates an intermediate value (a router's
+    choice) works. Models store derived arrays as attributes while they run; at the end all attributes are restored.
     """
     saved = [(module, dict(module), dict(vars(module))) for _, module in named_modules(model)]
     try:

@@ -1,4 +1,4 @@
-"""How a model marks its reasoning and its calls of tools in its text, as mlx-lm knows it of its tokenizer."""
+"""The markers of reasoning and tool calls in a model's text, as mlx-lm derives them from the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["OutputMarkers"]
 
 
 class OutputMarkers:
-    """``parse`` is mlx-lm's parser: the text of a call, without its marks, and the tools as the template reads them.
+    """Holds the markers of one model. A marker that the model does not use is empty.
 
-    Empty marks are those that a model does not use; ``call_end`` is empty too where the end of the answer ends a call.
-    ``format`` is mlx-lm's name for how calls are written, "" where it has none.
+    ``call_end`` is also empty if the end of the answer ends a call. ``parse`` is mlx-lm's parser: it takes the text of
+    a call, without its markers, and the tools as the template reads them. ``format`` is mlx-lm's name of the call
+    format, "" if it has none.
     """
 
     def __init__(self, wrapper: TokenizerWrapper) -> None:
@@ -28,21 +29,22 @@ class OutputMarkers:
         self.parse: Callable[[str, Any], Any] | None = wrapper.tool_parser
         self.format: str = (wrapper.init_kwargs.get("tool_parser_type") or "") if self.parse else ""
         self.noise: tuple[str, ...] = tuple(wrapper.structural_markers)
-        """Marks that say nothing: they are left out of the text."""
+        """Markers without content; they are removed from the text."""
 
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
-        """Whether ``prompt`` ends inside the reasoning: its last mark opens it, and nothing was said since."""
+        """Return whether ``prompt`` ends inside the reasoning: its last marker opens it, and only blanks follow."""
         if not self.think_start:
             return False
         ids = list(prompt)
-        start, end = self._wrapper.rfind_think_start(ids), self._wrapper.rfind_think_end(ids)  # type: ignore[no-untyped-call]
+        start = self._wrapper.rfind_think_start(ids)  # type: ignore[no-untyped-call]
+        end = self._wrapper.rfind_think_end(ids)  # type: ignore[no-untyped-call]
         if start <= end:
             return False
-        said: str = self._wrapper.decode(ids[start + len(self._wrapper.think_start_tokens) :])
-        return not said.strip()
+        text: str = self._wrapper.decode(ids[start + len(self._wrapper.think_start_tokens) :])
+        return not text.strip()
 
     def spelled(self, mark: str) -> str:
-        """``mark`` as it stands in a Lark grammar: added tokens by their ids, everything else as text."""
+        """Return ``mark`` as a Lark expression: added tokens by their ids, everything else as text."""
         tokens = self._wrapper.encode(mark, add_special_tokens=False)
         return " ".join(self._token(token) for token in tokens)
 
@@ -53,5 +55,5 @@ class OutputMarkers:
 
 
 def quote_lark(text: str) -> str:
-    """``text`` as a Lark string."""
+    """Return ``text`` as a Lark string."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Panics of Rust libraries as ordinary errors.
+"""Turns panics of Rust libraries into ordinary errors.
 
-pyo3 raises a panic as ``PanicException``, which is no ``Exception``: handlers of errors let it pass, and it ends
-threads that have to go on. Its text may repeat what the library was given, so it is dropped.
+pyo3 raises a panic as ``PanicException``, which is not an ``Exception``: error handlers do not catch it, and it ends
+threads that must keep running. Its text is dropped, since it may repeat the library's input.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ __all__ = ["is_panic", "panics_raised_as"]
 
 
 def is_panic(error: BaseException) -> bool:
-    """Tell whether ``error`` is a panic. Each library has a class of its own for them, and none exports it."""
+    """Return whether ``error`` is a panic. Each library has its own class for panics and does not export it."""
     return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
 
 
 @contextmanager
 def panics_raised_as(error: Exception) -> Iterator[None]:
-    """Raise ``error`` where the body panics."""
+    """Raise ``error`` if the body panics."""
     try:
         yield
     except BaseException as raised:

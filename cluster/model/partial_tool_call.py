@@ -1,6 +1,6 @@
-"""A call of a tool while the model still writes it: its arguments as they come, for formats in which they are JSON.
+"""Streams the arguments of a tool call while the model writes them, for formats whose arguments are JSON.
 
-It knows the text of one call after its opening mark. Where a text cannot be read so, the call is read once it is whole.
+It knows the text of one call after its opening marker. Calls in other formats are parsed once they are complete.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ __all__ = ["PartialToolCall"]
 _HEADS: Final = {
     "json_tools": re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL),
 }
-"""By mlx-lm's name for a format: all that stands before the object of arguments."""
+"""Patterns of the text before the arguments object, by mlx-lm's name of the format."""
 
 
 @dataclass(slots=True)
 class PartialToolCall:
-    """The call of tool ``name``; what it is given that is no part of the arguments is left out."""
+    """A call of tool ``name`` in progress. Text that does not belong to the arguments is dropped."""
 
     name: str
     _depth: int = 0
     _quoted: bool = False
     _escaped: bool = False
-    _over: bool = False
+    _complete: bool = False
 
     @classmethod
     def begun(cls, text: str, form: str, names: Collection[str]) -> tuple[PartialToolCall, int] | None:
-        """The call that ``text`` begins, and where its arguments do; None while that is not known, or is not so."""
+        """Return the call that ``text`` starts and the index of its arguments.
+
+        Return None if the head is incomplete, in another format, or names a tool that is not among ``names``.
+        """
         head = _HEADS[form].match(text) if form in _HEADS else None
         if head is None:
             return None
@@ -42,22 +45,23 @@ class PartialToolCall:
         return (cls(name), head.end()) if name in names else None
 
     def add(self, text: str) -> str:
-        """The part of ``text`` that belongs to the arguments."""
+        """Return the part of ``text`` that belongs to the arguments."""
         end = 0
-        while end < len(text) and not self._over:
-            self._pass(text[end])
+        while end < len(text) and not self._complete:
+            self._advance(text[end])
             end += 1
         return text[:end]
 
-    def _pass(self, character: str) -> None:
+    def _advance(self, character: str) -> None:
         if self._escaped:
             self._escaped = False
         elif self._quoted:
-            self._escaped, self._quoted = character == "\\", character != '"'
+            self._escaped = character == "\\"
+            self._quoted = character != '"'
         elif character == '"':
             self._quoted = True
         elif character in "{[":
             self._depth += 1
         elif character in "}]":
             self._depth -= 1
-            self._over = self._depth == 0
+            self._complete = self._depth == 0

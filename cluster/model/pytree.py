@@ -1,7 +1,7 @@
-"""A layer's return value, taken apart into arrays and put together again.
+"""Splits a layer's return value into arrays and a template, and rebuilds it.
 
-Layers return an array, a tuple of arrays, a dict, or a small object that carries arrays. What crosses a cut is the
-arrays; the template of the rest is the same on both sides. It knows nothing of layers or frames.
+Layers return an array, a tuple of arrays, a dict, or a small object that contains arrays. Only the arrays cross a cut;
+the template is the same on both sides. It knows nothing of layers or frames.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ __all__ = ["put_together", "take_apart"]
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """Where array ``index`` goes."""
+    """The place of array ``index`` in a template."""
 
     index: int
 
 
 def take_apart(value: Any) -> tuple[Any, list[mx.array]]:
-    """-> a template with a Hole for each array, and the arrays in order. ``value`` is left as it was."""
+    """Return a template with a Hole for each array, and the arrays in order. ``value`` is not changed."""
     arrays: list[mx.array] = []
 
-    def dig(leaf: Any) -> Any:
+    def take_array(leaf: Any) -> Any:
         if not isinstance(leaf, mx.array):
             return leaf
         arrays.append(leaf)
         return Hole(len(arrays) - 1)
 
-    return _map(value, dig), arrays
+    return _map(value, take_array), arrays
 
 
 def put_together(template: Any, arrays: list[mx.array | None]) -> Any:
-    """Fill the holes; a hole whose array is None (it did not cross the cut) becomes None."""
+    """Return the value with its holes filled. A hole whose array is None (it did not cross the cut) becomes None."""
     return _map(template, lambda leaf: arrays[leaf.index] if isinstance(leaf, Hole) else leaf)
 
 
 def _map(part: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of nested containers with ``change`` applied to everything in them that is none.
+    """Return a copy of nested containers with ``change`` applied to every leaf.
 
-    It recurs by itself: a closure that called itself would be a ring of references that holds its arrays until the
-    collector comes by.
+    This is a plain function because a recursive closure is a reference cycle: it would hold its arrays until the
+    garbage collector runs.
     """
     if isinstance(part, (tuple, list)):
         items = [_map(item, change) for item in part]
@@ -55,14 +55,14 @@ def _map(part: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(part, dict) and not isinstance(part, Module):
         return {key: _map(item, change) for key, item in part.items()}
     if _carries_arrays(part):
-        twin = copy.copy(part)
+        copied = copy.copy(part)
         for name, item in vars(part).items():
-            setattr(twin, name, _map(item, change))
-        return twin
+            setattr(copied, name, _map(item, change))
+        return copied
     return change(part)
 
 
 def _carries_arrays(part: Any) -> bool:
-    """A plain object such as kimi_k3's ResidualBlocks, but no array, hole, module, class or function."""
+    """Return whether ``part`` is a plain object (kimi_k3's ResidualBlocks), not an array, hole, module or callable."""
     plain = hasattr(part, "__dict__") and not callable(part)
     return plain and not isinstance(part, (mx.array, Hole, Module, type))

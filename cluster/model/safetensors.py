@@ -1,6 +1,6 @@
-"""The header of a safetensors file: which tensors lie where. Reads no tensor, imports no MLX.
+"""Reads and validates the header of a safetensors file. Reads no tensor and does not import MLX.
 
-It refuses to trust the file: every length and offset is checked against the file's real size before it is used.
+It does not trust the file: every length and offset is checked against the file's real size before it is used.
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes.
 Source: https://huggingface.co/docs/safetensors/index#format.
 """
@@ -24,14 +24,14 @@ BITS: Final = {
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits an element takes, by the format's name for its type."""
+"""Bits of one element, by the format's name of its type."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its file's header describes it. ``dtype`` is the format's name (``BF16``); ``file`` a bare name.
+    """A tensor's entry in a header. ``dtype`` is the format's name (``BF16``); ``file`` is a name without a folder.
 
-    Its bytes are ``offset .. offset + nbytes - 1`` of the file.
+    The tensor's bytes are ``offset .. offset + nbytes - 1`` of the file.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file: its header as it stands on disk, and the tensors that the header names."""
+    """One file: the raw bytes of its header, and the tensors in that header."""
 
     file: str
     header: bytes
@@ -56,9 +56,9 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check the header of one file. Raises BadCheckpoint naming the file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise BadCheckpoint(f"{path.name} is no file; copy or fetch it again", file=path.name)
+    """Read and check the header of one file. Raises BadCheckpoint, which names the file."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise BadCheckpoint(f"{path.name} is not a regular file; copy or fetch it again", file=path.name)
     size = path.stat().st_size
     header = _header_bytes(path, size)
     entries = _header_json(path, header)
@@ -81,7 +81,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
         if size < 8:
             raise BadCheckpoint(f"{path.name} is cut short: {8 - size} bytes of its header's length are missing")
         if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
-            raise _damaged_header(path, f"it says that it is {length} bytes long")
+            raise _damaged_header(path, f"its stated length of {length} bytes is above the limit")
         header = file.read(length)
     if len(header) < length:
         raise BadCheckpoint(
@@ -104,13 +104,13 @@ def _header_json(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def _describe(path: Path, data: int, name: str, entry: Any) -> TensorInfo:
-    """Check one entry of a file whose tensors' bytes begin at ``data``."""
+    """Check one header entry. ``data`` is the offset of the file's first tensor byte."""
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
         bits = BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged_header(path, f"the entry of {name[:200]!r} is not one of a tensor") from error
+        raise _damaged_header(path, f"the entry of {name[:200]!r} does not describe a tensor") from error
     numbers = (*shape, start, end)
     if not all(type(n) is int and n >= 0 for n in numbers) or (end - start) * 8 != prod(shape) * bits:
         raise _damaged_header(path, f"the offsets of {name[:200]!r} do not match its shape")

@@ -1,10 +1,14 @@
-"""From logits to a token: bias, penalties, log-probabilities, filters, and the draw.
+"""Samples a token from logits: bias, penalties, log-probabilities, filters, and the random draw.
 
-The arithmetic and its order are mlx-lm's (``generate_step``: processors, minus log-sum-exp, sampler), so that greedy
-tokens and log-probabilities are bit-equal to it. Three things are ours: penalties look at the whole history, kept as
-one vector that grows by a scatter a token; the filters are not compiled, since mlx-lm's are compiled anew for every
-value that a client sends, and all of them kept; and the draw depends on nothing but (seed, position), so a seed gives
-the same text at any number of stages, any load, and after a recovery. It knows nothing of frames, caches or layers.
+The arithmetic and its order are those of mlx-lm (``generate_step``: processors, minus log-sum-exp, sampler), so greedy
+tokens and log-probabilities are bit-equal to mlx-lm's. There are three differences:
+
+- Penalties use the whole history, kept as one vector that is updated by one scatter per token.
+- The filters are not compiled: mlx-lm compiles its filters for every value that a client sends, and keeps them all.
+- The draw depends only on (seed, position), so a seed gives the same text with any number of stages, under any load
+  and after a recovery.
+
+It knows nothing of frames, caches or layers.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ from cluster.model.grammars import Constraint
 __all__ = ["Picked", "Sampler", "draw_key", "greedy"]
 
 COLDEST: Final = 1e-5
-"""Below this temperature a draw is the most probable token; dividing by less overflows."""
+"""Lower temperatures select the most probable token, since dividing by them overflows."""
 
 
 def draw_key(seed: int, position: int) -> mx.array:
-    """The key of the draw for the token at ``position``: uint32[2], from BLAKE2b-64 of (seed, position).
+    """Return the random key of the token at ``position``: uint32[2], from BLAKE2b-64 of (seed, position).
 
-    Both are taken as unsigned 64-bit little-endian integers (modulo 2^64); the digest's two little-endian words are
-    the key. Counter-based: no draw depends on how many were made before it.
+    Both are encoded as unsigned 64-bit little-endian integers (modulo 2^64). The digest's two little-endian words are
+    the key. The generator is counter-based: a draw does not depend on earlier draws.
     """
     counter = b"".join((n % 2**64).to_bytes(8, "little") for n in (seed, position))
     digest = hashlib.blake2b(counter, digest_size=8, person=b"macpipe.draw").digest()
@@ -41,8 +45,10 @@ def draw_key(seed: int, position: int) -> mx.array:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """A pick before it is evaluated. ``token`` and ``norm`` (the log-sum-exp) have one element a row;
-    ``logprobs`` [vocabulary] is there when somebody asked for it.
+    """A sampled token, not evaluated yet.
+
+    ``token`` and ``norm`` (the log-sum-exp) have one element per row. ``logprobs`` [vocabulary] is None unless the
+    request asks for log-probabilities.
     """
 
     token: mx.array
@@ -54,13 +60,13 @@ class Picked:
 
 
 def greedy(logits: mx.array) -> Picked:
-    """The most probable token of each row of ``logits`` [rows, vocabulary], as ``Sampler.pick`` finds it."""
+    """Return the most probable token of each row of ``logits`` [rows, vocabulary], equal to ``Sampler.pick``."""
     norm = mx.logsumexp(logits, axis=-1, keepdims=True)
     return Picked(mx.argmax(logits - norm, axis=-1), norm, None)
 
 
 class Sampler:
-    """How one sequence's tokens are picked. ``vocabulary`` is the number of logits."""
+    """Samples the tokens of one sequence. ``vocabulary`` is the number of logits."""
 
     def __init__(
         self,
@@ -70,7 +76,8 @@ class Sampler:
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self.params = params
-        self._prompt_length, self._grammars = prompt_length, grammars
+        self._prompt_length = prompt_length
+        self._grammars = grammars
         self._constraint: Constraint | None = None
         self._vocabulary = vocabulary
         self._bias = _columns(params.logit_bias)
@@ -78,22 +85,22 @@ class Sampler:
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._answer = _Counts(vocabulary, prompt_length) if penalised else None
         if params.grammar is not None and grammars is not None:
-            grammars.begin(params.grammar)  # the prompt is read meanwhile
+            grammars.begin(params.grammar)  # compiles during the prefill
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the most probable token is asked for: then ``greedy`` does."""
+        """Return whether ``greedy`` suffices: only the most probable token is needed, without any adjustment."""
         p = self.params
         adjusted = self._bias is not None or self._seen is not None or self._answer is not None
         return p.temperature < COLDEST and not adjusted and not p.logprobs and not self.bound
 
     @property
     def bound(self) -> bool:
-        """Whether a grammar rules tokens out."""
+        """Return whether a grammar restricts the tokens."""
         return self.params.grammar is not None
 
     def forget(self) -> None:
-        """The tokens before are no longer what they were (a trim, a restored prefix): count them anew."""
+        """Reset the token counts and the grammar, after earlier tokens have changed (a trim, a restored prefix)."""
         for counts in (self._seen, self._answer):
             if counts is not None:
                 counts.reset()
@@ -101,10 +108,10 @@ class Sampler:
             self._constraint.forget()
 
     def pick(self, logits: mx.array, tokens: Sequence[int], position: int, *, guessed: bool = False) -> Picked:
-        """Pick the token at ``position`` from ``logits`` [1, vocabulary], after ``tokens[:position]``; lazily.
+        """Sample the token at ``position`` lazily, from ``logits`` [1, vocabulary] after ``tokens[:position]``.
 
-        ``guessed``: some of the tokens may be taken back, so those that a grammar does not allow are no error. Raises
-        InvalidGrammar and StageFailed where a grammar cannot be followed.
+        ``guessed`` means that ``tokens`` contains drafts that may be rejected, so tokens that a grammar does not allow
+        are not an error. Raises InvalidGrammar if the grammar fails, StageFailed if the tokens violate it.
         """
         logits = self._adjust(logits, tokens, position)
         if self.params.grammar is not None:
@@ -115,11 +122,11 @@ class Sampler:
         return Picked(token, norm, logprobs.squeeze(0) if self.params.logprobs else None)
 
     def completes(self, tokens: Sequence[int], token: int) -> bool:
-        """Whether ``token``, picked after all of ``tokens``, completes the grammar so that only an end can follow."""
+        """Return whether only the end can follow ``token``, sampled after all of ``tokens``, by the grammar."""
         return self._constraint is not None and self._constraint.is_complete_after(tokens, token)
 
     def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
-        """The picked token's log-probability and the best alternatives, where they were asked for."""
+        """Return the token's log-probability and the best alternatives; (None, ()) if they are not requested."""
         if picked.logprobs is None:
             return None, ()
         own: Any = picked.logprobs[picked.token.item()].item()
@@ -128,22 +135,23 @@ class Sampler:
     def _bind(self, grammar: Grammar) -> Constraint:
         if self._constraint is None:
             if self._grammars is None:
-                raise InvalidGrammar("this stage has no tokenizer to bind answers with")
+                raise InvalidGrammar("this stage has no tokenizer, so it cannot apply a grammar")
             self._constraint = self._grammars.constraint(grammar, self._prompt_length)
         return self._constraint
 
     def _apply_mask(
         self, logits: mx.array, constraint: Constraint, tokens: Sequence[int], position: int, guessed: bool
     ) -> mx.array:
-        """After bias and penalties, so that nothing brings back what the grammar rules out."""
+        """Apply the grammar's mask, after bias and penalties so that they cannot re-enable a forbidden token."""
         allowed = constraint.allowed_mask(tokens, position, self._vocabulary)
         if allowed is None and not guessed:
-            raise StageFailed(f"the answer up to position {position} is none that its grammar allows")
+            raise StageFailed(f"the answer up to position {position} violates its grammar")
         return logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _adjust(self, logits: mx.array, tokens: Sequence[int], position: int) -> mx.array:
-        """Bias, then penalties, in mlx-lm's order."""
-        p, own = self.params, logits
+        """Apply bias, then penalties, in mlx-lm's order."""
+        p = self.params
+        own = logits
         if self._bias is not None:
             ids, biases = self._bias
             logits = _clamp_logits(logits.at[:, ids].add(biases), own)
@@ -167,22 +175,22 @@ class Sampler:
             logprobs = _min_p(logprobs, p.min_p)
         if 0 < p.top_k < self._vocabulary:
             logprobs = _top_k(logprobs, p.top_k)
-        # The best is moved to 0 first: else a low temperature takes all of a flat distribution to minus infinity.
+        # The maximum is shifted to 0 first: otherwise a low temperature sends a flat distribution to minus infinity.
         above = (logprobs - mx.max(logprobs, axis=-1, keepdims=True)).astype(mx.float32)
         return mx.random.categorical(above * (1 / p.temperature), key=draw_key(p.seed, position))
 
 
 def _clamp_logits(logits: mx.array, own: mx.array) -> mx.array:
-    """``logits`` within what their type holds, so that no penalty makes an infinity of a number.
+    """Return ``logits`` clipped to the range of their type, so that no penalty turns a number into an infinity.
 
-    What is none in the model's ``own`` stays: a token that the model rules out, or an output that is not a number.
+    Non-finite values of the model's ``own`` logits stay: an excluded token, or an output that is not a number.
     """
     most = mx.finfo(logits.dtype).max
     return mx.where(mx.isfinite(own), mx.clip(logits, -most, most), own)
 
 
 def _top_p(logprobs: mx.array, mass: float) -> mx.array:
-    """Only the most probable tokens whose predecessors hold less than ``mass`` of the probability."""
+    """Keep the most probable tokens whose predecessors hold less than ``mass`` of the probability."""
     best = -mx.sort(-logprobs, axis=-1)
     probabilities = mx.exp(best.astype(mx.float32))
     before = mx.cumsum(probabilities, axis=-1, inclusive=False)
@@ -192,19 +200,19 @@ def _top_p(logprobs: mx.array, mass: float) -> mx.array:
 
 
 def _min_p(logprobs: mx.array, share: float) -> mx.array:
-    """Only tokens at least ``share`` times as probable as the best."""
+    """Keep tokens that are at least ``share`` times as probable as the best."""
     least = mx.max(logprobs, axis=-1, keepdims=True) + math.log(share)
     return mx.where(logprobs < least, -float("inf"), logprobs)
 
 
 def _top_k(logprobs: mx.array, count: int) -> mx.array:
-    """Only the ``count`` most probable tokens; equal ones at the end are taken as argpartition has them."""
+    """Keep the ``count`` most probable tokens; argpartition breaks ties."""
     others = mx.argpartition(-logprobs, kth=count - 1, axis=-1)[..., count:]
     return mx.put_along_axis(logprobs, others, mx.array(-float("inf"), logprobs.dtype), axis=-1)
 
 
 class _Counts:
-    """How often each token occurs from index ``start`` on: float32 [vocabulary], kept up to date by scatters."""
+    """Counts each token's occurrences from index ``start`` on: float32 [vocabulary], updated by scatters."""
 
     def __init__(self, vocabulary: int, start: int) -> None:
         self._vocabulary = vocabulary
@@ -216,10 +224,11 @@ class _Counts:
         self._end = self._start
 
     def after(self, tokens: Sequence[int], position: int) -> mx.array:
-        """Counts over ``tokens[start:position]``. Positions never go back but through a reset."""
+        """Return the counts over ``tokens[start:position]``. ``position`` must not decrease between resets."""
         if position > self._end:
             new = mx.array(list(tokens[self._end : position]))
-            self._counts, self._end = self._counts.at[new].add(1), position
+            self._counts = self._counts.at[new].add(1)
+            self._end = position
         return self._counts
 
 
@@ -228,7 +237,7 @@ def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[mx.array, mx.array] 
 
 
 def _best(logprobs: mx.array, count: int) -> tuple[TopLogprob, ...]:
-    """The ``count`` most probable tokens, ties by token id; fewer where a grammar leaves fewer."""
+    """Return the ``count`` most probable tokens, ties by token id; fewer if a grammar allows fewer."""
     if count <= 0:
         return ()
     size = logprobs.shape[-1]

@@ -1,7 +1,7 @@
-"""What of JSON Schema a grammar takes and does not keep: the compiler says nothing of it, so it is refused here.
+"""Detects JSON Schema keywords that the grammar compiler accepts but does not enforce, so that they can be rejected.
 
-A grammar cannot remember which keys have come. Where a schema leaves their names open, a key may come twice, and the
-number of members that it counts is more than what a reader of the document finds.
+A grammar cannot remember which keys have occurred. If a schema leaves key names open, a key may occur twice. The
+grammar then counts more members than a reader of the document finds.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Any, Final
 __all__ = ["unkept"]
 
 _DATA: Final = frozenset({"const", "default", "enum", "examples"})
-"""What stands there is no schema."""
+"""Keywords whose values are data, not schemas."""
 
 
 def unkept(schema: Any) -> str:
-    """Why documents could break ``schema``, a parsed one, for a sentence; "" where they cannot."""
-    waiting = [schema]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            if _counts_open_keys(one):
-                return "minProperties of more than 1 is kept only where that many properties are required by name"
-            waiting += [inner for key, inner in one.items() if key not in _DATA]
-        elif isinstance(one, list):
-            waiting += one
+    """Return why a document could violate the parsed ``schema`` despite its grammar, as a clause; "" if it cannot."""
+    pending = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            if _counts_open_keys(node):
+                return "minProperties above 1 is enforced only if that many properties are required by name"
+            pending += [inner for key, inner in node.items() if key not in _DATA]
+        elif isinstance(node, list):
+            pending += node
     return ""
 
 

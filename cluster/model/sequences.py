@@ -1,7 +1,7 @@
-"""What a stage remembers between frames: its live sequences and kept prefixes, and the six edits that change them.
+"""Holds a stage's state between frames: live sequences and kept prefixes. Applies the six edits that change it.
 
-Every stage applies the same edits in the same order and so holds the same ids. It knows caches only as something
-that can be made, copied, trimmed and gathered, and computes nothing.
+All stages apply the same edits in the same order, so they hold the same ids. It only creates, copies, trims and gathers
+caches; it does not run models.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ __all__ = ["LiveSequence", "SequenceTable"]
 
 @dataclass(slots=True)
 class LiveSequence:
-    """``tokens`` are all that were fed so far, prompt and answer. ``broken`` says why no step may use it any more.
+    """A live sequence. ``tokens`` are those fed so far, prompt and answer.
 
-    ``kept`` is the prefix that holds just what this sequence does, while there is one.
+    ``broken`` is the reason why no further step may use it, "" if there is none. ``kept`` refers to a prefix with
+    exactly this sequence's state, if there is one.
     """
 
     id: int
@@ -34,7 +35,7 @@ class LiveSequence:
     kept: ReferenceType[Prefix] | None = None
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """A step has put these tokens into its caches."""
+        """Add ``tokens``, which a step has written to the caches."""
         self.tokens.extend(tokens)
         self.kept = None
 
@@ -48,9 +49,9 @@ class Prefix:
 
 
 class SequenceTable:
-    """Live sequences and prefixes by id. ``vocabulary`` bounds the ids that a logit bias may name.
+    """Holds live sequences and prefixes by id. ``vocabulary`` bounds the token ids in a logit bias.
 
-    ``grammars`` compiles for those that are bound to a grammar; only a stage that samples needs one.
+    ``grammars`` compiles the sequences' grammars; only a stage that samples needs it.
     """
 
     def __init__(
@@ -76,55 +77,57 @@ class SequenceTable:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches; memory that a prefix still shares with a sequence is counted for both."""
+        """Return the bytes of all caches. Memory that a prefix shares with a sequence counts twice."""
         return self._lanes.nbytes + self.prefix_bytes
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the kept prefixes. One that is kept under two ids, nothing computed in between, counts once."""
+        """Return the bytes of the kept prefixes. A prefix saved under two ids without a step in between counts once."""
         return sum(prefix.caches.nbytes for prefix in {id(p): p for p in self._prefixes.values()}.values())
 
     def get(self, sequence: int) -> LiveSequence:
-        """Raises BadFrame for an id that is not live."""
+        """Return a live sequence. Raises BadFrame if the id is not live."""
         if sequence not in self._live:
             raise BadFrame(f"sequence {sequence} is not live on this stage")
         return self._live[sequence]
 
     def usable(self, sequence: int) -> LiveSequence:
-        """As ``get``, and raises BadFrame for a sequence that an earlier failure left in pieces."""
+        """Return a live sequence. Raises BadFrame if the id is not live, or if an earlier failure broke it."""
         live = self.get(sequence)
         if live.broken:
-            raise BadFrame(f"sequence {sequence} can only leave: {live.broken}")
+            raise BadFrame(f"sequence {sequence} is broken and can only leave: {live.broken}")
         return live
 
     def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
-        """The caches to compute one step of ``lane`` with; ``Lanes.gather`` says how."""
+        """Return the caches for one step of ``lane``; see ``LaneCaches.gather``."""
         return self._lanes.gather(lane, sequences)
 
     def mark_broken(self, sequences: Sequence[int], why: str) -> None:
-        """Refuse every further use of these, until they leave, and free their caches. Unknown ids are passed over."""
+        """Reject further use of ``sequences`` until they leave, and free their caches. Unknown ids are ignored."""
         for sequence in sequences:
             if sequence in self._live and not self._live[sequence].broken:
                 self._live[sequence].broken = why
                 self._lanes.remove(sequence)
 
     def apply(self, edits: Sequence[Edit], step: Sequence[int] = ()) -> None:
-        """Apply edits in order. One that cannot be done changes nothing; the rest are still applied, since the other
-        stages apply them too. Then the first refusal is raised (BadFrame), unless there is a step of others: it goes
-        on then, and the sequence of the refused edit can only leave.
+        """Apply ``edits`` in order. ``step`` has the sequences of the frame's step.
+
+        An invalid edit changes nothing, and the rest are still applied, since the other stages apply them too. If the
+        frame has a step without the edit's sequence, that sequence is marked broken and the step goes on. Otherwise
+        the first error is raised (BadFrame) after all edits.
         """
-        elsewhere = {e.sequence for e in edits if not isinstance(e, Drop)} - set(step) if step else set()
-        refusals: list[BadFrame] = []
+        not_in_step = {e.sequence for e in edits if not isinstance(e, Drop)} - set(step) if step else set()
+        errors: list[BadFrame] = []
         for edit in edits:
             try:
                 self._apply(edit)
-            except BadFrame as refusal:
-                if isinstance(edit, Trim | Save | Restore) and edit.sequence in elsewhere:
-                    self.mark_broken([edit.sequence], refusal.sentence)
+            except BadFrame as error:
+                if isinstance(edit, Trim | Save | Restore) and edit.sequence in not_in_step:
+                    self.mark_broken([edit.sequence], error.sentence)
                 else:
-                    refusals.append(refusal)
-        if refusals:
-            raise refusals[0]
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _apply(self, edit: Edit) -> None:
         match edit:
@@ -144,7 +147,7 @@ class SequenceTable:
 
     def _join(self, edit: Join) -> None:
         if edit.sequence in self._live:
-            raise BadFrame(f"sequence {edit.sequence} joins a second time")
+            raise BadFrame(f"sequence {edit.sequence} is already live and cannot join again")
         outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
         if outside:
             raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens")
@@ -160,7 +163,9 @@ class SequenceTable:
             return
         caches = self._lanes.alone(live.id).trimmed(excess) if length > 0 else self._new_caches()
         if caches is None:
-            raise BadFrame(f"sequence {live.id} cannot be trimmed: its model's caches do not keep what {length} needs")
+            raise BadFrame(
+                f"sequence {live.id} cannot be trimmed to {length} tokens: the model's caches do not allow it"
+            )
         self._lanes.put(live.id, caches)
         del live.tokens[length:]
         live.kept = None
@@ -175,12 +180,13 @@ class SequenceTable:
 
     def _restore(self, live: LiveSequence, prefix: int) -> None:
         if live.tokens:
-            raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only a new one can start from a prefix")
+            raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only an empty one can restore a prefix")
         if prefix not in self._prefixes:
             why = f"prefix {prefix} is not kept on this stage"
-            self.mark_broken([live.id], why)  # it holds nothing here: a step of it would give wrong tokens
+            self.mark_broken([live.id], why)  # its caches are empty here, so a step would give wrong tokens
             raise BadFrame(why)
         kept = self._prefixes[prefix]
         self._lanes.put(live.id, kept.caches.copy())
-        live.tokens, live.kept = list(kept.tokens), ref(kept)
+        live.tokens = list(kept.tokens)
+        live.kept = ref(kept)
         live.sampler.forget()

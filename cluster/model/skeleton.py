@@ -1,7 +1,7 @@
-"""mlx-lm's own model, built from a checkpoint without reading a weight.
+"""Builds mlx-lm's own model from a checkpoint, without reading weights.
 
-The sanitizing of names, the quantization with its per-layer overrides and the architecture itself are all mlx-lm's.
-This module knows how to open a model and what can go wrong with that; it knows nothing of cuts.
+mlx-lm sanitizes the names, applies the quantization with its per-layer overrides, and implements the architecture.
+This module knows how to open a model and which errors can occur; it knows nothing of cuts.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from cluster.model.module_tree import Module
 __all__ = ["open_skeleton"]
 
 LONGEST: Final = 400
-"""Characters of mlx-lm's own words that go into a sentence."""
+"""Characters of an mlx-lm message that go into an error sentence."""
 
 
 def open_skeleton(path: Path) -> Module:
-    """The whole model with every array lazy: nothing is read until an array is evaluated.
+    """Return the whole model with lazy arrays: nothing is read until an array is evaluated.
 
     Raises ModelUnsupported (mlx-lm does not know the architecture) or BadCheckpoint (weights or config do not fit it).
     """
     try:
         model: Module = load_model(path, lazy=True, trust_remote_code=False)[0]
-    except SystemExit as ended:  # what mlx-lm's olmo does when it has printed which package it misses
+    except SystemExit as ended:  # mlx-lm's olmo exits if a package is missing, after printing its name
         raise ModelUnsupported(
-            f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed"
+            f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed; install it"
         ) from ended
-    except Exception as error:  # model code raises whatever its config makes it raise; all of it means this folder
+    except Exception as error:  # model code may raise anything for an invalid config
         raise _open_error(path, error) from error
     if not hasattr(model, "layers"):
-        raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to cut between")
+        raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to split")
     return model
 
 
@@ -43,10 +43,10 @@ def _open_error(path: Path, error: Exception) -> MacpipeError:
     if isinstance(error, ValueError) and what.startswith("Model type "):
         return ModelUnsupported(f"mlx-lm does not know this architecture: {what}")
     if isinstance(error, KeyError) and error.args == ("model_type",):
-        return BadCheckpoint("config.json does not say which model_type this is", file="config.json")
+        return BadCheckpoint("config.json has no model_type; copy or fetch the model again", file="config.json")
     return BadCheckpoint(f"mlx-lm cannot build the model in {str(path)!r}: {type(error).__name__}: {shorten(what)}")
 
 
 def shorten(text: str) -> str:
-    """As much of a library's message as a person will read."""
+    """Return the beginning of a library's message, at most ``LONGEST`` characters."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -1,11 +1,11 @@
-"""A run of a model's layers that answers to the model's own forward: no architecture is written again.
+"""Runs a range of a model's layers through the model's own forward, so that no architecture is reimplemented.
 
-Layers before the slice become ghosts: the same objects with the same attributes, without their arrays, whose call
-returns what came from the stage before. The slice's last layer raises its value out of the forward, so that the
-layers after it, the norm and the head never run. Embedding and masks are built by the model's code and, MLX being
-lazy, never computed where a ghost throws them away.
+Layers before the slice become ghosts: the same objects with the same attributes but without arrays. A call of a ghost
+returns the value from the previous stage. The slice's last layer raises its value out of the forward as an exception,
+so later layers, the norm and the head never run. The model's code still builds embedding and masks; MLX is lazy, so
+they are not computed if a ghost discards them.
 
-It knows layers and arrays; it knows nothing of frames, sequences' ids or sampling.
+It knows layers and arrays, nothing of frames, sequence ids or sampling.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["ModelSlice"]
 
 
 class _Outlet(Exception):
-    """No error: it carries the value out of the model's forward."""
+    """Carries the value out of the model's forward. Not an error."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -37,12 +37,11 @@ class _Outlet(Exception):
 
 
 class ModelSlice:
-    """Layers ``layers`` of ``model``, which becomes this slice's own and is changed for good.
+    """Layers ``layers`` of ``model``. The slice takes ownership of ``model`` and modifies it permanently.
 
-    ``inlet`` and ``outlet`` describe what crosses the cuts on either side; None where the model begins or ends.
-    ``batchable`` says whether ``run`` takes the caches of a batch. ``kv_bits`` 4 or 8 quantizes its caches, 0 does not.
-    Raises NoPlan when a cut is not clean or the model has no such layers, and what
-    ``choose_quantization`` raises.
+    ``inlet`` and ``outlet`` describe the values that cross the cuts before and after it; None at the model's start or
+    end. ``batchable``: ``run`` accepts the caches of a batch. ``kv_bits`` is 4 or 8 to quantize its caches, else 0.
+    Raises NoPlan if a cut is not clean or the model has no such layers, and the errors of ``choose_quantization``.
     """
 
     def __init__(self, model: Module, traced: Trace, layers: LayerRange, kv_bits: int = 0) -> None:
@@ -60,21 +59,21 @@ class ModelSlice:
         self._replace_calls()
 
     def layer_arrays(self, layer: int) -> list[mx.array]:
-        """Every array that one local layer owns."""
+        """Return all arrays of one local layer."""
         return [array for _, module in named_modules(self._model.layers[layer]) for array in module_arrays(module)]
 
     def outside_arrays(self) -> list[mx.array]:
-        """Every array outside the local layers that this slice reads: embedding, norm, head."""
+        """Return the arrays outside the local layers that this slice reads: embedding, norm, head."""
         return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
 
     def new_caches(self) -> SequenceCaches:
         return SequenceCaches.new(self._model, self._layout)
 
     def run(self, tokens: mx.array, caches: HeldCaches, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
-        """Build the forward of one step, and set the device to work on its beginning; nothing is waited for.
+        """Build the forward of one step and start the device on its first part, without waiting.
 
-        ``tokens`` has shape [batch, length]; ``incoming`` are the inlet's arrays. -> the outlet's arrays, or the
-        logits [batch, length, vocabulary] alone on the last slice.
+        ``tokens`` has shape [batch, length]; ``incoming`` are the inlet's arrays. Return the outlet's arrays; on the
+        last slice, only the logits [batch, length, vocabulary].
         """
         if self.inlet is not None:
             self._incoming = _put_together(self.inlet, incoming)
@@ -89,7 +88,7 @@ class ModelSlice:
         return outgoing
 
     def _drop_other_arrays(self) -> None:
-        """Remove the arrays of the other layers, but for modules that this slice reads too or shares with them."""
+        """Remove the arrays of the other layers, except those of modules that this slice also uses."""
         layers = list(self._model.layers)
         local = layers[self.layers.start : self.layers.end]
         kept = {id(module) for layer in local for _, module in named_modules(layer)}
@@ -100,13 +99,13 @@ class ModelSlice:
                 del module[key]
 
     def _replace_calls(self) -> None:
-        started = _starts(self.layers)
+        start_points = _start_points(self.layers)
         for i, layer in enumerate(self._model.layers):
             if i < self.layers.start:
                 replace_call(layer, self._ghost)
             elif i >= self.layers.end:
                 replace_call(layer, _never)
-            elif i in started:
+            elif i in start_points:
                 replace_call(layer, _start_device_after(type(layer).__call__))
         if self.outlet is not None:
             last = self._model.layers[self.layers.end - 1]
@@ -117,18 +116,18 @@ class ModelSlice:
         return self._incoming
 
 
-def _starts(layers: LayerRange) -> frozenset[int]:
-    """After which layers the device is set to work on what has been built so far, while Python builds the rest.
+def _start_points(layers: LayerRange) -> frozenset[int]:
+    """Return the layers after which the device starts on the graph built so far, while Python builds the rest.
 
-    The first, since until then the device waits, and then ever more at a time: a start costs tens of microseconds, and
-    building is faster than computing. The last layer is evaluated with the step.
+    The first start follows the first layer, since the device is idle until then. The distance then doubles: a start
+    costs tens of microseconds, and building is faster than computing. The last layer is evaluated with the step.
     """
     count = layers.end - layers.start
     return frozenset(layers.start + 2**i - 1 for i in range(count.bit_length()) if 2**i < count)
 
 
 def _start_device_after(own: Any) -> Any:
-    """A layer's call, which sets the device to work on what it returns."""
+    """Wrap a layer's call so that the device starts to compute its return value."""
 
     def call(self: Module, *args: Any, **kwargs: Any) -> Any:
         value = own(self, *args, **kwargs)
@@ -147,7 +146,7 @@ def _raise_out(value: Any) -> None:
 
 
 def _put_together(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
-    """The value that a ghost returns: the arrays that crossed the cut, put where the template has its holes."""
+    """Return the value of a ghost: the template with the arrays that crossed the cut."""
     arrays: list[mx.array | None] = [None] * inlet.holes
     for hole, array in zip(inlet.kept, incoming, strict=True):
         arrays[hole] = array
@@ -165,7 +164,7 @@ def _any_in(readers: frozenset[int], layers: LayerRange) -> bool:
 
 def _require_clean(traced: Trace, layers: LayerRange) -> None:
     if layers.end > traced.layers:
-        raise NoPlan(f"layers {layers} were asked for, but the model has only {traced.layers}")
+        raise NoPlan(f"invalid layers {layers}: the model has only {traced.layers} layers")
     for cut in (layers.start, layers.end):
         if cut in traced.unclean:
             raise NoPlan(f"the model cannot be cut before layer {cut}: {traced.unclean[cut]}")

@@ -1,7 +1,7 @@
-"""One stage: frames in, frames out. It holds a slice of the model and the caches of every live sequence.
+"""Executes frames on one stage: a slice of the model and the caches of every live sequence.
 
-It knows the frame and the slice. It refuses to know where frames come from, when, or who waits for them: no network,
-no clock, no thread. One thread per process loads it and steps it.
+It knows frames and the slice. It knows nothing of where frames come from or who waits for them: it uses no network, no
+clock and no threads. One thread per process loads and steps it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from cluster.model.trace import Boundary
 __all__ = ["Stage", "load_stage"]
 
 STEPS_BETWEEN_CLEARS: Final = 256
-"""Steps after which MLX's buffer cache is emptied, as mlx-lm does. After each prefill chunk too would cost a GPU the
-time to free, and to ask again for, what the next chunk needs."""
+"""Steps between two clears of MLX's buffer cache, as in mlx-lm. Clearing after each prefill chunk as well would make a
+GPU free memory and allocate it again for the next chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What a step made: tensors for the next stage, or the last stage's samples and failures."""
+    """The output of a step: tensors for the next stage, or the last stage's samples and failures."""
 
     tensors: tuple[Tensor, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -43,7 +43,7 @@ class _Result:
 
 
 def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> Stage:
-    """Build the stage that ``spec`` describes from the checkpoint in ``path``, reading its own tensors only.
+    """Load the stage that ``spec`` describes from the checkpoint in ``path``, reading only the stage's own tensors.
 
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
     NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
@@ -60,8 +60,8 @@ def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
 class Stage:
     """A loaded stage. Not thread-safe: only the thread that loaded it may use it.
 
-    ``weight_bytes`` is what its weights take. ``grammars`` compiles what the last stage binds answers with; the stage
-    closes it.
+    ``weight_bytes`` is the size of its weights. ``grammars`` compiles the grammars of answers on the last stage; the
+    stage closes it.
     """
 
     def __init__(
@@ -82,66 +82,72 @@ class Stage:
 
     @property
     def inlet(self) -> Boundary | None:
-        """What comes in; None where the model begins."""
+        """Return the description of the incoming arrays; None on the first stage."""
         return self._require_loaded().inlet
 
     @property
     def batchable(self) -> bool:
-        """Whether a step may have several sequences."""
+        """Return whether a step may have several sequences."""
         return self._require_loaded().batchable
 
     @property
     def sequences(self) -> int:
-        """Live sequences."""
+        """Return the number of live sequences."""
         return self._table.sequences
 
     @property
     def prefixes(self) -> int:
-        """Kept prefixes."""
+        """Return the number of kept prefixes."""
         return self._table.prefixes
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches of sequences and prefixes."""
+        """Return the bytes of the caches of sequences and prefixes."""
         return self._table.cache_bytes
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the kept prefixes alone; what two ids keep of one state counts once."""
+        """Return the bytes of the kept prefixes alone; a prefix saved under two ids counts once."""
         return self._table.prefix_bytes
 
     def close(self) -> None:
-        """Free weights and caches. Every later step raises StageFailed."""
+        """Free weights and caches. All later steps raise StageFailed."""
         self._slice = None
         if self._grammars:
             self._grammars.close()
         self._table = SequenceTable(_no_caches, self._vocabulary)
-        gc.collect()  # a slice's replaced calls refer back to it: only the collector frees such a ring
+        gc.collect()  # a slice's replaced calls refer back to it: only the collector frees such a cycle
         mx.clear_cache()
 
     def begin_epoch(self, spec: StageSpec) -> None:
-        """Serve the same layers under a new plan's epoch: weights stay, sequences and prefixes go.
+        """Serve the same layers in a new plan's epoch: keep the weights, drop sequences and prefixes.
 
-        Raises StaleEpoch when ``spec`` wants another model, other layers or other ``kv_bits``: that is a load.
+        Raises StaleEpoch if ``spec`` has another model, other layers or other ``kv_bits``: that needs a new load.
         """
         if _load_key(spec) != _load_key(self.spec):
-            raise StaleEpoch(f"this stage holds layers {self.spec.layers} of {self.spec.model.name}; load it anew")
+            raise StaleEpoch(
+                f"this stage holds layers {self.spec.layers} of {self.spec.model.name}, not those of the new plan; "
+                "load it again"
+            )
         self.spec = spec
         self._table = SequenceTable(self._require_loaded().new_caches, self._vocabulary, self._grammars)
         mx.clear_cache()
 
     def step(self, frame: Frame) -> Frame:
-        """Apply the frame's edits in order, compute its step, and return the frame for the next stage; the last stage
-        returns the reply (samples and failures, no edits, no step).
+        """Apply the frame's edits in order, compute its step, and return the frame for the next stage.
 
-        Raises StaleEpoch before anything is applied; BadFrame for a frame that asks the impossible; StageFailed when
-        the model's forward fails. Edits have been applied then. A frame that carries an error is passed on with its
-        edits applied. Either way the sequences of its step are refused until they leave: some stages have computed
-        it and some have not, and going on would give wrong tokens. A sequence that alone has an output which is not
-        finite is among the failures, and refused likewise; where none has a finite one, that is a StageFailed.
+        The last stage returns the reply (samples and failures, no edits, no step). A frame that carries an error is
+        passed on with its edits applied and its step not computed.
+
+        Raises StaleEpoch before any edit is applied. Raises BadFrame for an invalid frame and StageFailed if the
+        model's forward fails; edits are applied in both cases. After an error the sequences of the step are rejected
+        until they leave: only some stages have computed the step, and continuing would give wrong tokens.
+
+        If only some sequences have a non-finite output, each of them is among the failures and is rejected until it
+        leaves. If all have one, StageFailed is raised.
         """
         if frame.epoch != self.spec.epoch:
-            raise StaleEpoch(f"a frame of epoch {frame.epoch} came to a stage of epoch {self.spec.epoch}")
+            raise StaleEpoch(f"the frame has epoch {frame.epoch}, but this stage has epoch {self.spec.epoch}")
         try:
             self._apply_edits(frame)
             if frame.error is not None:
@@ -155,7 +161,7 @@ class Stage:
 
     def _break(self, step: Step | None, why: str) -> None:
         if step is not None:
-            self._table.mark_broken(step.sequences, f"a step of it failed: {why}")
+            self._table.mark_broken(step.sequences, f"one of its steps failed: {why}")
 
     def _onward(self, frame: Frame, result: _Result) -> Frame:
         if self.spec.last:
@@ -166,17 +172,17 @@ class Stage:
         try:
             self._table.apply(frame.edits, frame.step.sequences if frame.step else ())
         except BadFrame:
-            if frame.error is None:  # else the stage that gave up has refused the same edit, and said so
+            if frame.error is None:  # otherwise the stage that failed has reported this edit already
                 raise
 
     def _compute(self, lane: int, step: Step, tensors: tuple[Tensor, ...]) -> _Result:
-        """Check everything that can be checked, then run."""
+        """Validate the step and its tensors, then run it."""
         part = self._require_loaded()
         rows = self._checked_rows(part, step)
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
             result = self._run(part, lane, rows, step, incoming)
-        except Exception as error:  # whatever MLX or the model's code raises: these sequences end, the stage goes on
+        except Exception as error:  # MLX or model code may raise anything; it must end only these sequences
             raise self._failure(rows, error) from error
         for failure in result.failures:
             self._table.mark_broken([failure.sequence], failure.sentence)
@@ -189,13 +195,15 @@ class Stage:
         return self._slice
 
     def _checked_rows(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
-        """The step's sequences, row by row."""
+        """Return the step's sequences, row by row. Raises BadFrame if the step is invalid."""
         _require_rows(step)
         if len(step.sequences) > 1 and not part.batchable:
-            raise BadFrame(f"a step names {len(step.sequences)} sequences; this model's caches cannot share a batch")
+            raise BadFrame(
+                f"the step has {len(step.sequences)} sequences, but this model's caches cannot share a batch"
+            )
         low, high = min(map(min, step.tokens)), max(map(max, step.tokens))
         if low < 0 or high >= self._vocabulary:
-            raise BadFrame(f"a step names tokens {low} to {high}; the model has 0 to {self._vocabulary - 1}")
+            raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
@@ -218,12 +226,12 @@ class Stage:
     def _evaluate_and_sample(
         self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]
     ) -> _Result:
-        """Evaluate the step and pick its tokens; a prefill leaves the head uncomputed."""
+        """Evaluate the step and sample its tokens. For a prefill, do not compute the head."""
         if step.compute is Compute.PREFILL:
             mx.eval(states)
             return _Result()
         if any(live.sampler.bound for live in rows):
-            mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # so that the model computes meanwhile
+            mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
         picks = BatchSampling(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
         mx.eval(picks.arrays(), states)
         samples, failures = picks.results()
@@ -238,26 +246,28 @@ class Stage:
         return StageFailed(f"{where} could not compute a step of sequence {of}: {what}")
 
     def _tidy(self) -> None:
-        """Give MLX's spare buffers back every so many steps; between, the device's cache limit bounds them."""
+        """Clear MLX's spare buffers every ``STEPS_BETWEEN_CLEARS`` steps. The device's cache limit also bounds them."""
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
 
 
 def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int]:
-    """What of a spec takes a load to change."""
+    """Return the fields of a spec that only a new load can change."""
     return spec.model.fingerprint, spec.layers, spec.kv_bits
 
 
 def _require_rows(step: Step) -> None:
-    """Raise BadFrame unless there is a row of tokens, all of one length, for each of different sequences."""
+    """Raise BadFrame unless the sequences are distinct and each has one row of tokens, all of the same length."""
     if not step.sequences or len(set(step.sequences)) != len(step.sequences):
-        raise BadFrame(f"a step names {len(step.sequences)} sequences; it must name different ones, at least one")
+        raise BadFrame(f"the step has {len(step.sequences)} sequences; they must be distinct, and at least one")
     lengths = {len(row) for row in step.tokens}
     if len(step.tokens) != len(step.sequences) or len(lengths) != 1:
-        raise BadFrame(f"a step of {len(step.sequences)} sequences has {len(step.tokens)} rows of {sorted(lengths)}")
+        raise BadFrame(
+            f"the step has {len(step.sequences)} sequences but {len(step.tokens)} rows of {sorted(lengths)} tokens"
+        )
     if lengths == {0}:
-        raise BadFrame(f"a step of sequence {step.sequences[0]} has no tokens")
+        raise BadFrame(f"the step of sequence {step.sequences[0]} has no tokens")
 
 
 def _no_caches() -> NoReturn:

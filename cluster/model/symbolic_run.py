@@ -1,6 +1,6 @@
-"""One symbolic run of a whole model, layer by layer: what each layer was called with and what it returned.
+"""Runs a whole model symbolically and records each layer's caches and return value.
 
-The arrays it records are lazy: building them costs time and no memory. It knows nothing of cuts or stages.
+The recorded arrays are lazy: they cost time to build but no memory. It knows nothing of cuts or stages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """``caches`` are the indices of the caches among the call's arguments; ``arrays`` fill ``template``'s holes."""
+    """One call of a layer. ``caches`` are the indices of the caches among its arguments.
+
+    ``template`` and ``arrays`` are the return value as ``take_apart`` splits it.
+    """
 
     layer: int
     caches: frozenset[int]
@@ -33,7 +36,7 @@ class LayerCall:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """``caches`` is mlx-lm's list after the run; ``logits`` has shape [rows, length, vocabulary]."""
+    """A recorded run. ``caches`` is mlx-lm's list after it; ``logits`` has shape [rows, length, vocabulary]."""
 
     length: int
     calls: list[LayerCall]
@@ -43,7 +46,7 @@ class Recording:
 
 @contextmanager
 def calls_replaced(layers: Sequence[Module], call_of: Callable[[int, Call], Call]) -> Iterator[None]:
-    """For a while, calling layer i calls ``call_of(i, its own call)`` instead."""
+    """Replace the call of each layer i, inside the block, by ``call_of(i, original_call)``."""
     classes = [type(layer) for layer in layers]
     try:
         for i, layer in enumerate(layers):
@@ -55,10 +58,10 @@ def calls_replaced(layers: Sequence[Module], call_of: Callable[[int, Call], Call
 
 
 def replace_call(layer: Module, call: Call) -> None:
-    """Make this one layer answer its calls with ``call``.
+    """Replace the call of this one layer by ``call``.
 
-    Python looks ``__call__`` up on the class, so the layer gets a subclass of its own class of the same name; its
-    attributes and every ``isinstance`` stay true.
+    Python looks ``__call__`` up on the class, so the layer gets a new subclass of its class, with the same name.
+    Attributes and ``isinstance`` checks still work.
     """
     cls = type(layer)
     layer.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
@@ -67,7 +70,7 @@ def replace_call(layer: Module, call: Call) -> None:
 def record(model: Module, length: int, warm: int = 0, rows: int = 1, before: Sequence[Any] | None = None) -> Recording:
     """Run ``rows`` sequences of ``length`` tokens through the model symbolically, after ``warm`` tokens of context.
 
-    ``before`` are the caches to begin with, new ones by default.
+    ``before`` are the initial caches, new ones by default.
     """
     caches = make_prompt_cache(model) if before is None else list(before)
     calls: list[LayerCall] = []

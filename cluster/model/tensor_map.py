@@ -1,8 +1,9 @@
-"""Which tensors of the files each layer is made of, and each module outside the layers.
+"""Maps each layer, and each module outside the layers, to the file tensors that it is built from.
 
-mlx-lm renames, splits, stacks and drops tensors as it opens a model, each architecture in its own way. So the model is
-opened once more over stand-ins for the files' tensors, and MLX's lazy graph is asked which of them each weight comes
-from. Headers are read, no tensor is. It knows names of tensors and of modules, nothing of who holds or fetches them.
+When mlx-lm opens a model it renames, splits, stacks and drops tensors, differently for each architecture. So this
+module opens the model with stand-ins for the files' tensors and looks up in MLX's lazy graph which stand-ins each
+weight depends on. It reads headers but no tensors. It knows names of tensors and modules, nothing of who holds or
+fetches them.
 """
 
 from __future__ import annotations
@@ -28,25 +29,28 @@ DTYPES: Final[Mapping[str, mx.Dtype]] = {
     "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32,
     "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8, "F8_E8M0": mx.uint8, "F4": mx.uint8, "C64": mx.complex64,
 }  # fmt: skip
-"""What MLX makes of the format's types: it reads the small floats as bytes."""
+"""MLX's type for each type of the format; MLX reads the small floats as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """``layers`` has the names of each layer's tensors; ``shared`` those of a module, with the layers that read it."""
+    """Tensor names by layer and by shared module.
+
+    ``shared`` has, for each module outside the layers, its tensor names and the layers that read it.
+    """
 
     layers: tuple[frozenset[str], ...]
     shared: tuple[tuple[frozenset[str], tuple[int, ...]], ...]
 
     def of(self, layers: LayerRange) -> frozenset[str]:
-        """The tensors that a stage with these layers reads."""
-        mine = range(layers.start, layers.end)
-        outside = (names for names, readers in self.shared if any(layer in mine for layer in readers))
+        """Return the names of the tensors that a stage with ``layers`` reads."""
+        local = range(layers.start, layers.end)
+        outside = (names for names, readers in self.shared if any(layer in local for layer in readers))
         return frozenset().union(*self.layers[layers.start : layers.end], *outside)
 
 
 def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:
-    """Map the checkpoint in ``path``, whose ``shared`` modules a survey found. Raises what ``open_skeleton`` raises."""
+    """Map the checkpoint in ``path``; ``shared`` is that of its ``ModelShape``. Raises as ``open_skeleton``."""
     tensors = open_checkpoint(path).tensors
     with _stand_ins_loaded(tensors) as stand_ins:
         model = open_skeleton(path)
@@ -65,10 +69,11 @@ def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:
 
 @contextmanager
 def _stand_ins_loaded(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, mx.array]]:
-    """For a while, MLX loads a zero of each tensor's shape and dtype where it would load the tensor."""
+    """Make ``mx.load`` return, inside the block, zeros of each tensor's shape and dtype instead of the tensors."""
     stand_ins = {t.name: mx.broadcast_to(mx.zeros((), DTYPES[t.dtype]), t.shape) for t in tensors.values()}
     mx.eval(stand_ins)
-    real, module = mx.load, mx
+    module = mx
+    original = mx.load
 
     def load(file: Any, *_args: Any, **_kwargs: Any) -> dict[str, mx.array]:
         name = Path(file).name
@@ -78,10 +83,10 @@ def _stand_ins_loaded(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, m
     try:
         yield stand_ins
     finally:
-        module.load = real
+        module.load = original
 
 
 def _join_arrays(arrays: Iterable[mx.array]) -> mx.array:
-    """One array that depends on all of them: a graph can name about a thousand arrays, no more."""
+    """Return one array that depends on all ``arrays``: a graph can name only about a thousand arrays."""
     sums = [mx.sum(array).astype(mx.float32) for array in arrays]
     return mx.stack(sums) if sums else mx.zeros(())

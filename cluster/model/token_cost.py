@@ -1,8 +1,8 @@
-"""What one token makes a model read and compute, found on the skeleton by a symbolic run of one token.
+"""Computes what a model reads and computes for one token, by a symbolic run of one token on the skeleton.
 
-Weights are read whole, with two exceptions that the run shows: of stacked experts (mlx-lm's switch layers) a token
-reads as many as the layer is called with, and of an embedding that is only looked up, one row. Experts that a model
-keeps apart (dbrx) count as read whole. It knows modules and bytes; it knows nothing of speed.
+A token reads all weights, with two exceptions that the run detects: of stacked experts (mlx-lm's switch layers) it
+reads as many as the layer is called with, and of an embedding that is only looked up it reads one row. Experts in
+separate modules (dbrx) count as fully read. It knows modules and bytes, nothing of speed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ _EMBEDDINGS = (Embedding, QuantizedEmbedding)
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """``shares`` has, by path, the part of each switch layer that one token reads; ``heads`` the embeddings that the
-    model multiplies with; ``crossing`` the bytes that each layer returns for one token.
+    """The cost of one token.
+
+    ``shares`` has, by path, the fraction of each switch layer that a token reads. ``heads`` are the paths of embeddings
+    that the model also multiplies with. ``crossing`` has, for each layer, the bytes that cross the cut after it.
     """
 
     shares: Mapping[str, float]
@@ -38,23 +40,24 @@ class TokenCost:
     crossing: tuple[int, ...]
 
     def read_bytes(self, path: str, module: Module) -> float:
-        """Bytes of the module's own arrays that one token reads."""
+        """Return the bytes of the module's own arrays that one token reads."""
         return _bytes(module) * self.shares.get(path, 1.0)
 
     def expert_bytes(self, path: str, module: Module) -> int:
+        """Return the bytes of a switch layer's own arrays; 0 for any other module."""
         return _bytes(module) if path in self.shares else 0
 
     def flops(self, path: str, module: Module) -> float:
-        """Multiplications and additions of one token with the module's own weights."""
-        return 2 * _numbers(module) * self.shares.get(path, 1.0)
+        """Return the multiplications and additions of one token with the module's own weights."""
+        return 2 * _count_weights(module) * self.shares.get(path, 1.0)
 
     def lookup_bytes(self, module: Module) -> int | None:
-        """A row of an embedding; None for any other module."""
+        """Return the bytes of an embedding's row; None for any other module."""
         return sum(a.nbytes // a.shape[0] for a in module_arrays(module)) if isinstance(module, _EMBEDDINGS) else None
 
 
 def watch(model: Module, kept: Mapping[int, Sequence[int]]) -> TokenCost:
-    """Run one token through ``model``. ``kept`` says which arrays of a layer's value cross the cut after it."""
+    """Run one token through ``model``. ``kept`` maps a cut to the array indices of the layer's value that cross it."""
     shares: dict[str, float] = {}
     heads: set[str] = set()
     with stand_ins(model), ExitStack() as stack:
@@ -70,7 +73,7 @@ def watch(model: Module, kept: Mapping[int, Sequence[int]]) -> TokenCost:
 
 @contextmanager
 def _methods(module: Module, **methods: Any) -> Any:
-    """For a while, this one module has these methods; Python looks some up on the class, so it gets a class."""
+    """Replace methods of this one module inside the block. Python looks some up on the class, so it gets a subclass."""
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **methods})
     try:
@@ -90,7 +93,7 @@ def _count_experts(path: str, module: Module, shares: dict[str, float]) -> Any:
 
 
 def _note_heads(path: str, module: Module, heads: set[str]) -> Any:
-    multiply = getattr(type(module), "as_linear")  # noqa: B009  # nn.Module is all that the type checker sees
+    multiply = getattr(type(module), "as_linear")  # noqa: B009  # the type checker only knows nn.Module
 
     def noting(self: Module, x: mx.array) -> Any:
         heads.add(path)
@@ -103,8 +106,8 @@ def _bytes(module: Module) -> int:
     return sum(array.nbytes for array in module_arrays(module))
 
 
-def _numbers(module: Module) -> int:
-    """Numbers in a matrix, however many bits each has; vectors cost next to nothing."""
+def _count_weights(module: Module) -> int:
+    """Count the numbers in a matrix, independent of their bits; 0 for a vector, whose cost is negligible."""
     weight = module.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim < 2:
         return 0

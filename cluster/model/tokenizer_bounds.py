@@ -1,6 +1,6 @@
-"""Bounds on a tokenizer's files, looked at before the tokenizer is loaded.
+"""Checks the bounds of a tokenizer's files before the tokenizer is loaded.
 
-Loading takes time that grows with the square of the added tokens, and a chat template is compiled as a program.
+The load time grows with the square of the added tokens, and a chat template is compiled as a program.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TEXT_FILES: Final = ("merges.txt", "tiktoken.model", "tokenizer.model", "vocab.t
 
 
 def require_bounded(folder: Path) -> None:
-    """Raise BadCheckpoint, naming the file, where the tokenizer in ``folder`` exceeds a bound.
+    """Raise BadCheckpoint, which names the file, if the tokenizer in ``folder`` exceeds a bound.
 
-    A file that cannot be parsed passes: loading it gives the better error.
+    A file that cannot be parsed passes, since the loader reports a better error.
     """
     for name in (*JSON_FILES, *TEXT_FILES):
         _require_size(folder / name)
@@ -75,7 +75,7 @@ def _require_bounded_json(file: Path) -> None:
 
 
 def _contents(tokens: Any, *, keys: bool = False) -> list[str]:
-    """The text of each token: of an object's keys or values, or of a list; "" for one that has another form."""
+    """Return the text of each token in a list or in an object's keys or values; "" for a token of another form."""
     items: Iterable[Any] = ()
     if isinstance(tokens, dict):
         items = tokens if keys else tokens.values()
@@ -107,7 +107,7 @@ def _require_templates(file: Path, template: Any) -> None:
 
 
 def _template_texts(template: Any) -> Iterator[str]:
-    """A template is a text, or several as ``[{"name": ..., "template": ...}]`` or ``{name: text}``."""
+    """Return the texts of a template: a string, ``[{"name": ..., "template": ...}]`` or ``{name: text}``."""
     if isinstance(template, str):
         yield template
     elif isinstance(template, dict):

@@ -1,4 +1,4 @@
-"""The grammar of an answer that must call a tool, in the format that the model itself writes."""
+"""Builds the grammar of an answer that must call a tool, in the model's own call format."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["tool_call_grammar"]
 
 
 def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | None:
-    """``Tokenizer.calling`` says what this does and raises."""
+    """Return the grammar of an answer that must call a tool; see ``Tokenizer.calling``."""
     if options.tool_choice not in (ToolChoice.REQUIRED, ToolChoice.NAMED):
         return None
     tools = [t for t in options.tools if options.tool_choice is ToolChoice.REQUIRED or t.name == options.tool_name]
     if not tools:
         wanted = f"the tool {options.tool_name[:64]!r}" if options.tool_choice is ToolChoice.NAMED else "a tool"
-        raise InvalidRequest(f"tool_choice asks for {wanted}, which was not given", field="tool_choice")
+        raise InvalidRequest(f"tool_choice requires {wanted}, which is not among the tools", field="tool_choice")
     write = WRITERS.get(marks.format)
     if write is None:
         raise InvalidRequest(
-            "this model's calls of tools are in a format that no grammar is known for here; use tool_choice auto",
+            "macpipe has no grammar for this model's tool call format; use tool_choice auto",
             field="tool_choice",
         )
     return Grammar(GrammarKind.LARK, write(tools, marks, options.parallel_tool_calls))
@@ -57,7 +57,7 @@ def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
 
 
 def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
-    """``functions.name:0<|tool_call_argument_begin|>{...}`` between marks of the call and of the section."""
+    """``functions.name:0<|tool_call_argument_begin|>{...}`` between the markers of the call and of the section."""
     start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
     begin, middle, close = map(
         marks.spelled, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
@@ -74,7 +74,7 @@ def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
 WRITERS: Final[Mapping[str, Callable[[Sequence[Tool], OutputMarkers, bool], str]]] = MappingProxyType(
     {"json_tools": _json_tools, "mistral": _mistral, "kimi_k2": _kimi_k2}
 )
-"""By mlx-lm's name for a format. The others write arguments in ways that a JSON schema does not describe."""
+"""Writers by mlx-lm's name of the format. A JSON schema cannot describe the arguments of the other formats."""
 
 
 def _start(tools: int, several: bool) -> str:
@@ -82,14 +82,14 @@ def _start(tools: int, several: bool) -> str:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    """A rule's part that is a document of ``schema``, laid out as grammars of JSON are here."""
+    """Return a Lark expression for a document of ``schema``, with the layout rules of ``JSON_STYLE``."""
     return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
 
 
 def _parameters(tool: Tool) -> Any:
     parameters = describe_tool(tool)["function"]["parameters"]
     if why := unkept(parameters):
-        raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be bound: {why}", field="tools")
+        raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be enforced: {why}", field="tools")
     return parameters
 
 

@@ -1,7 +1,7 @@
-"""What a symbolic run tells about a model: where it may be cut, what crosses a cut, and who needs what.
+"""Analyses a model with symbolic runs: where it may be cut, what crosses a cut, and which layers read which weights.
 
-No weight is read and nothing is evaluated. The run is made at two lengths, since some flows exist only once a block
-of tokens is full (compressed groups, chunked attention, sparse indexers). It knows nothing of workers or plans.
+It reads no weights and evaluates nothing. It uses two lengths, since some data flows exist only after a block of tokens
+is full (compressed groups, chunked attention, sparse indexers). It knows nothing of workers or plans.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["LENGTHS", "Boundary", "Leaf", "Trace", "trace"]
 LENGTHS: Final = (3, 129)
 """Tokens of the two runs: fewer than any block, and one more than a block of 128."""
 WARM: Final = 5
-"""Context of the run that shows whether a boundary value grows with it; any small number will do."""
+"""Tokens of context in the run that shows whether a boundary value grows with it; any small number works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One array that crosses a cut.
 
-    ``dims`` has its sizes for one sequence: a number, "batch" (sequences), "length" (tokens of the step), or None
-    where it depends on the length in another way. ``dtype`` is MLX's.
+    ``dims`` has its dimensions: a number, "batch" (sequences), "length" (tokens of the step), or None if the size
+    depends on the length in another way. ``dtype`` is MLX's.
     """
 
     dtype: mx.Dtype
@@ -40,7 +40,10 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """What crosses a cut: the layer's return value, of which only the arrays numbered ``kept`` are sent."""
+    """The value that crosses a cut: a layer's return value. Only the arrays with the indices ``kept`` are sent.
+
+    ``template`` has ``holes`` holes for arrays; ``leaves`` describe the kept ones, in order.
+    """
 
     template: Any
     holes: int
@@ -50,11 +53,12 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A model's map. ``cut`` e lies before layer e; ``unclean`` gives a reason for each cut that must not be used.
+    """The analysis of a model. Cut e is before layer e; ``unclean`` maps each cut that must not be used to a reason.
 
-    ``layer_caches`` has the indices of mlx-lm's caches that each layer is called with; ``caches`` is how many there
-    are, ``idle`` those that stay empty (a layer without attention may be called with one). ``shared`` maps the path of
-    each module outside the layers to the layers whose stage reads its weights.
+    ``prefixes`` are the layers' module paths. ``layer_caches`` has, for each layer, the indices of the mlx-lm caches
+    that it is called with. ``caches`` is their number. ``idle`` are those that stay empty (a layer without attention
+    may be called with one). ``shared`` maps the path of each module outside the layers to layers: a stage with one of
+    them reads the module's weights.
     """
 
     vocabulary: int
@@ -76,9 +80,9 @@ class Trace:
 
 
 def trace(model: Module) -> Trace:
-    """Trace ``model``, whose parameters are stand-ins while it runs and are put back afterwards.
+    """Trace ``model``. Its parameters are replaced by stand-ins during the runs and restored afterwards.
 
-    Raises ModelUnsupported when the model does not call each of its layers once, in order, or cannot run here at all.
+    Raises ModelUnsupported if the model does not call each of its layers once, in order, or cannot run on this machine.
     """
     try:
         studies = [_study(model, length) for length in LENGTHS]
@@ -86,7 +90,7 @@ def trace(model: Module) -> Trace:
             pair = record(model, LENGTHS[0], rows=2)
     except MacpipeError:
         raise
-    except Exception as error:  # model code raises whatever this device makes it raise (a kernel that only Macs have)
+    except Exception as error:  # model code may raise anything on an unsupported device (a kernel for Macs only)
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise ModelUnsupported(f"{_kind(model)} models cannot run on this machine: {why}") from error
     unclean = {cut: why for study in reversed(studies) for cut, why in study.unclean().items()}
@@ -106,16 +110,16 @@ def trace(model: Module) -> Trace:
 
 
 def _study(model: Module, length: int) -> _Study:
-    """Each has stand-ins of its own: some models (gemma3n) put what they computed in a weight's place as they run."""
+    """Run one study with new stand-ins, since some models (gemma3n) overwrite weights with computed values."""
     with stand_ins(model):
         return _Study(model, length)
 
 
 class _Study:
-    """One run of one length, with its graph, and the questions that are put to it."""
+    """One run of one length and its graph, with methods that analyse the graph."""
 
     def __init__(self, model: Module, length: int) -> None:
-        weights = parameters(model)  # taken before the run: some models assign parameters in their forward
+        weights = parameters(model)  # read before the run: some models assign parameters in their forward
         self.run = record(model, length)
         self.prefixes = layer_prefixes(model)
         _require_order(self.run, self.prefixes, model)
@@ -129,19 +133,20 @@ class _Study:
         self._opaque = self._loses_layers()
 
     def _ancestors_after(self, cut: int) -> set[str]:
-        """What the layers from ``cut`` on and the logits depend on, not looking past the value at the cut."""
+        """Return the nodes that layers from ``cut`` on and the logits depend on; the search ends at the cut's value."""
         return self._graph.ancestors([self.run.logits, *self._states[cut:]], stop=self.value(cut))
 
     def value(self, cut: int) -> list[mx.array]:
-        """The arrays in the return value of the layer before the cut."""
+        """Return the arrays in the return value of the layer before the cut."""
         return self.run.calls[cut - 1].arrays
 
     def kept(self, cut: int) -> list[int]:
-        """Which of them anything after the cut depends on; all, where the graph does not say."""
+        """Return the indices of the arrays in ``value(cut)`` that later nodes depend on; all if there are none."""
         nodes = self._graph.nodes(self.value(cut))
         return [i for i, node in enumerate(nodes) if node in self._after[cut]] or list(range(len(nodes)))
 
     def unclean(self) -> dict[int, str]:
+        """Return the cuts that must not be used, each with the reason."""
         reasons = {cut: self._leak(cut) or self._growth(cut) for cut in self.cuts}
         return {cut: why for cut, why in reasons.items() if why}
 
@@ -156,7 +161,7 @@ class _Study:
         return f"the value that layer {cut - 1} returns grows with the context" if grown else ""
 
     def outside(self, start: int, end: int, kept: list[int]) -> set[str]:
-        """Paths of the modules outside the layers whose weights a stage with layers start .. end - 1 reads."""
+        """Return the paths of modules outside the layers whose weights a stage with layers start .. end - 1 reads."""
         if self._opaque:
             return {_module(path) for path, owner in self._owner.items() if owner is None}
         last = end == len(self.prefixes)
@@ -167,7 +172,7 @@ class _Study:
         return {_module(path) for path in paths if self._owner[path] not in range(start, end)}
 
     def _loses_layers(self) -> bool:
-        """A forward that evaluates on its way (dbrx: ``inds.tolist()``) cuts the graph: early layers drop out."""
+        """Return whether the graph lacks layers: a forward that evaluates values (dbrx: ``inds.tolist()``) cuts it."""
         seen = {self._owner[path] for path in self._graph.parameters_in(self._graph.ancestors([self.run.logits]))}
         return any(owner not in seen for owner in self._owner.values() if owner is not None)
 
@@ -185,13 +190,13 @@ def _kind(model: Module) -> str:
 
 
 def _join_arrays(states: list[Any]) -> mx.array:
-    """One array that depends on everything in a layer's caches: a graph can name about a thousand arrays, no more."""
+    """Return one array that depends on all arrays in ``states``: a graph can name only about a thousand arrays."""
     sums = [mx.sum(array).astype(mx.float32) for array in tree_arrays(states)]
     return mx.stack(sums) if sums else mx.zeros(())
 
 
 def _owner(path: str, prefixes: tuple[str, ...]) -> int | None:
-    """The layer that a parameter belongs to."""
+    """Return the layer that a parameter belongs to; None if it is outside the layers."""
     return next((i for i, p in enumerate(prefixes) if path.startswith(p + ".") or path == p), None)
 
 
@@ -200,14 +205,14 @@ def _module(path: str) -> str:
 
 
 def _boundary(cut: int, kept: tuple[int, ...], runs: list[Recording]) -> Boundary:
-    """``runs`` are the short one, the long one, and the short one of two sequences."""
+    """Describe the value at ``cut``. ``runs`` are the short run, the long run, and the short run of two sequences."""
     calls = [run.calls[cut - 1] for run in runs]
     crossing = [[call.arrays[i] for call in calls] for i in kept]
     return Boundary(calls[0].template, len(calls[0].arrays), kept, tuple(_leaf(*arrays) for arrays in crossing))
 
 
 def _leaf(short: mx.array, long: mx.array, pair: mx.array) -> Leaf:
-    """Read off the three runs which dims follow the length and which the number of sequences."""
+    """Compare the three runs to find which dimensions depend on the length and which on the number of sequences."""
     dims: list[int | str | None] = []
     for one, grown, two in zip(short.shape, long.shape, pair.shape, strict=True):
         if (one, grown, two) == (*LENGTHS, LENGTHS[0]):
@@ -222,9 +227,10 @@ def _leaf(short: mx.array, long: mx.array, pair: mx.array) -> Leaf:
 def _shared_modules(
     clean: list[int], kept: Mapping[int, list[int]], studies: list[_Study]
 ) -> dict[str, frozenset[int]]:
-    """Module path -> a layer of every segment between clean cuts that reads it: its first layer, or the last one's end.
+    """Map each shared module's path to one layer of every segment between clean cuts that reads it.
 
-    A stage is a row of whole segments, and what it reads is what its segments read.
+    That layer is layer 0 for the first segment and the segment's last layer otherwise. A stage consists of whole
+    segments, so it reads exactly what its segments read.
     """
     readers: dict[str, set[int]] = {}
     for start, end in pairwise(clean):

@@ -1,7 +1,7 @@
-"""Runs a loaded stage on made-up input in the shapes that will come, so that no request waits for kernels to compile.
+"""Runs a loaded stage on dummy input of the expected shapes, so that no request waits for kernels to compile.
 
-A GPU's kernels are compiled when a shape is first seen: tens of seconds for the first tokens on CUDA. It knows frames
-and the cut's arrays, and leaves the stage as it was.
+A GPU's kernels are compiled at the first use of a shape: tens of seconds for the first tokens on CUDA. It knows frames
+and the cut's arrays, and leaves the stage unchanged.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from cluster.model.trace import Boundary
 __all__ = ["warm"]
 
 CHUNKS: Final = (128, 512)
-"""Tokens of a prefill: the shortest and the longest chunk of a long prompt."""
+"""Tokens of the prefills: the shortest and the longest chunk of a long prompt."""
 ROWS: Final = (1, 2, 4, 8)
-"""Sequences of a decode step; kernels of more rows are those of eight or of a chunk."""
+"""Rows of the decode steps; more rows use the kernels of eight rows or of a chunk."""
 
 
 def warm(stage: Stage) -> None:
-    """Prefill and decode ``stage``, which holds no sequence, and free all of it again. What fails here fails later."""
+    """Run prefills and decodes on ``stage``, which must hold no sequence, and free their caches again.
+
+    Errors are ignored: the canary will fail in the same way and report it.
+    """
     inlet = stage.inlet
     if inlet and any(dim is None for leaf in inlet.leaves for dim in leaf.dims):
-        return  # what would come in cannot be made up
+        return  # the shape of the incoming arrays is unknown
     sequences = tuple(range(1, ROWS[-1] + 1))
     joins = tuple(Join(s, 1, SamplingParams()) for s in sequences)
     try:
@@ -42,7 +45,7 @@ def warm(stage: Stage) -> None:
         for rows in ROWS if stage.batchable else ROWS[:1]:
             _run(stage, inlet, Compute.DECODE, sequences[:rows], 1)
     except MacpipeError:
-        pass  # the canary will say it where it is heard
+        pass  # the canary fails in the same way and reports it
     finally:
         stage.step(Frame(stage.spec.epoch, 0, 0, tuple(map(Leave, sequences))))
         mx.clear_cache()
@@ -55,7 +58,7 @@ def _run(stage: Stage, inlet: Boundary | None, compute: Compute, sequences: Sequ
 
 
 def _dummy_input(inlet: Boundary | None, batch: int, length: int) -> tuple[Tensor, ...]:
-    """Zeros in the shapes that cross the cut."""
+    """Return zeros in the shapes that cross the cut."""
     known = {"batch": batch, "length": length}
     made = []
     for leaf in inlet.leaves if inlet else ():

@@ -1,8 +1,8 @@
-"""Editions: what tells weight files apart whose headers are alike, as those of two fine-tunes of one model are.
+"""Computes content versions ("editions") of weight files, which distinguish files with equal headers.
 
-An edition is cheap where a hash of the whole file is not: the hub's own name for the file's content where that is
-known, else a hash of samples. Files that differ in single numbers may be of one edition: digests of tensors tell those
-apart.
+Two fine-tunes of one model have equal headers, for example. Hashing whole files is too slow, so an edition is the hub's
+name of the file's content if that is known, else a hash of samples. Files that differ only in a few numbers may have
+the same edition; digests of tensors distinguish those.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from cluster.core.limits import MAX_SAMPLED_TENSORS, SAMPLE_BYTES
 from cluster.model.safetensors import Shard, TensorInfo
 
 RECORDS: Final = ".macpipe"
-"""The folder inside a partial checkpoint where its records are."""
+"""The folder inside a partial checkpoint that holds its records."""
 ORIGIN: Final = "origin.json"
-"""The record of where a partial checkpoint is from: its files, each with its edition."""
+"""The record of a partial checkpoint's origin: its files, each with its edition."""
 _BLOB: Final = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
 def read_editions(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
-    """File -> edition. Of a partial checkpoint they are on record, since most of its bytes may not be there."""
-    shards, noted = list(shards), _read_noted(folder)
+    """Return each file's edition. A partial checkpoint may lack most bytes, so its record has the editions."""
+    shards = list(shards)
+    recorded = _read_recorded(folder)
     step = 1 + sum(len(shard.tensors) for shard in shards) // MAX_SAMPLED_TENSORS
     return {
-        shard.file: noted.get(shard.file)
+        shard.file: recorded.get(shard.file)
         or _blob(folder / shard.file)
         or _sample_tensors(folder / shard.file, shard, step)
         for shard in shards
     }
 
 
-def _read_noted(folder: Path) -> Mapping[str, str]:
-    """From the record of a partial checkpoint; a damaged one says nothing here, and is refused where it is read."""
+def _read_recorded(folder: Path) -> Mapping[str, str]:
+    """Read the editions in a partial checkpoint's record; none if it is damaged, since its own reader rejects it."""
     try:
         record = json.loads((folder / RECORDS / ORIGIN).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -53,7 +54,7 @@ def _read_noted(folder: Path) -> Mapping[str, str]:
 
 
 def _blob(path: Path) -> str:
-    """In the Hugging Face cache a file is a link to a blob, which has the hub's name for its content."""
+    """Return the hub's name of the file's content, "" if unknown. In the hub's cache, files link to blobs so named."""
     if not path.is_symlink():
         return ""
     target = path.readlink()
@@ -61,7 +62,7 @@ def _blob(path: Path) -> str:
 
 
 def _sample_tensors(path: Path, shard: Shard, step: int) -> str:
-    """Of every ``step``-th tensor, the bytes in its middle."""
+    """Hash the middle bytes of every ``step``-th tensor."""
     digest = hashlib.sha256()
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -73,6 +74,6 @@ def _sample_tensors(path: Path, shard: Shard, step: int) -> str:
 
 
 def _middle(tensor: TensorInfo) -> tuple[int, int]:
-    """How many bytes, and where."""
+    """Return the length and file offset of a tensor's sample."""
     length = min(SAMPLE_BYTES, tensor.nbytes)
     return length, tensor.offset + (tensor.nbytes - length) // 2

@@ -124,7 +124,7 @@ def test_regex_and_lark(client: OpenAI) -> None:
     assert say(type="lark", lark='start: "on" | "off"') in ("on", "off")
     for mark in ("<|user|>", "<|end|>"):
         assert say(type="lark", lark=f'start: "a{mark}b"') == f"a{mark}b", "text that reads like a mark is text"
-    with pytest.raises(openai.BadRequestError, match="no token may stand"):
+    with pytest.raises(openai.BadRequestError, match="allows no token"):
         say(type="lark", lark="start: <|end|>")
 
 

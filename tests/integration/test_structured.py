@@ -140,7 +140,7 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_before_acceptance(client: 
         client.generate("x", lark=f'start: "{"a" * 70_000}"')
     with pytest.raises(InvalidRequest, match="ignore_eos"):
         client.generate("x", regex="a", ignore_eos=True)
-    with pytest.raises(InvalidRequest, match="does not take tools"):
+    with pytest.raises(InvalidRequest, match="does not support tools"):
         client.chat([("user", "x")], tools=[{"name": "clock"}])
 
 

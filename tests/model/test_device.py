@@ -19,12 +19,13 @@ import sys, threading
 from pathlib import Path
 from cluster.model import device
 from cluster.model.stage import load_stage
-from cluster.model.model_shape import survey
+from cluster.model.model_shape import read_shape
 from cluster.core.frames import Compute, Frame, Join, Step
-from cluster.types import LayerRange, SamplingParams, StageSpec
+from cluster.core.plan import LayerRange, StageSpec
+from cluster.core.request import SamplingParams
 
 def run(path):
-    shape = survey(path, "m", 64)
+    shape = read_shape(path, "m", 64)
     stage = load_stage(StageSpec(1, 0, 1, shape.model, LayerRange(0, shape.layers), 64), path, lambda done, total: None)
     hot = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=3)
     reply = stage.step(Frame(1, 0, 0, (Join(1, 2, hot),), Step(Compute.DECODE, (1,), ((1, 2),))))

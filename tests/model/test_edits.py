@@ -178,13 +178,13 @@ def test_leave_and_drop_of_unknown_ids_do_nothing(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("edits", "words"),
     [
-        ((Join(1, 3, GREEDY),), "second time"),
+        ((Join(1, 3, GREEDY),), "cannot join again"),
         ((Join(2, 3, SamplingParams(logit_bias=((320, 1.0),))),), "logit_bias names token 320"),
         ((Trim(1, 4),), "cannot be trimmed to 4"),
         ((Trim(1, -1),), "cannot be trimmed to -1"),
         ((Trim(5, 1),), "not live"),
         ((Save(5, 1),), "not live"),
-        ((Restore(1, 1),), "only a new one"),
+        ((Restore(1, 1),), "only an empty one"),
         ((Join(2, 3, GREEDY), Restore(2, 1)), "prefix 1 is not kept"),
     ],
 )
@@ -204,9 +204,9 @@ def test_impossible_edits_are_refused(edits: tuple[Edit, ...], words: str, stage
         (prefill(320), "320"),
         (prefill(-1), "tokens -1 to"),
         (prefill(*[1] * 2049), "2048"),
-        (Step(Compute.PREFILL, (1, 1), ((1,), (2,))), "different ones"),
+        (Step(Compute.PREFILL, (1, 1), ((1,), (2,))), "must be distinct"),
         (Step(Compute.PREFILL, (1, 2), ((1,), (2, 3))), r"rows of \[1, 2\]"),
-        (Step(Compute.PREFILL, (1, 2), ((1,),)), "has 1 rows"),
+        (Step(Compute.PREFILL, (1, 2), ((1,),)), "but 1 rows"),
         (Step(Compute.PREFILL, (), ()), "at least one"),
     ],
 )
@@ -250,7 +250,7 @@ def test_tensors_are_checked_before_they_are_used(
 
 
 def test_the_first_stage_takes_no_tensors(stage: Stage) -> None:
-    with pytest.raises(BadFrame, match="where 0 cross"):
+    with pytest.raises(BadFrame, match="0 are expected at this cut"):
         stage.step(frame(Join(1, 2, GREEDY), step=prefill(1, 2), tensors=(_tensor(),)))
 
 
@@ -269,7 +269,7 @@ def test_a_new_epoch_keeps_the_weights_and_nothing_else(ring: Rings) -> None:
     with pytest.raises(StaleEpoch):
         one.step(frame())
     one.step(frame(Join(1, 2, GREEDY), step=prefill(1, 2), epoch=2))
-    with pytest.raises(StaleEpoch, match="load it anew"):
+    with pytest.raises(StaleEpoch, match="load it again"):
         one.begin_epoch(replace(one.spec, layers=LayerRange(0, 3)))
 
 
@@ -294,9 +294,9 @@ def test_the_first_refusal_of_an_edit_is_the_one_that_is_told(ring: Rings) -> No
     r = ring("llama")
     r.send(Join(1, 2, GREEDY))
     twice = frame(Join(1, 2, GREEDY), Join(2, 2, GREEDY), step=prefill(1, 2, sequence=2))
-    with pytest.raises(BadFrame, match="second time"):
+    with pytest.raises(BadFrame, match="cannot join again"):
         r.stages[0].step(twice)
-    told = Failure(0, "BAD_FRAME", "sequence 1 joins a second time")
+    told = Failure(0, "BAD_FRAME", "sequence 1 is already live and cannot join again")
     assert r.stages[1].step(replace(twice, error=told)) == Frame(1, 0, 0, error=told)
     assert [one.sequences for one in r.stages] == [2, 2]
 

@@ -92,7 +92,7 @@ def test_few_are_kept_and_few_may_wait(
 ) -> None:
     monkeypatch.setattr(grammar_compiler, "MAX_STAGE_COMPILES", 1)
     compiler.begin(SLOW)
-    with pytest.raises(InvalidGrammar, match="1 other grammars wait"):
+    with pytest.raises(InvalidGrammar, match="1 other grammars are waiting"):
         compiler.constraint(WORD, 0)
     gate.set()
     monkeypatch.setattr(grammar_compiler, "GRAMMAR_WAIT_S", 10.0)
@@ -117,7 +117,7 @@ def test_a_grammar_that_fails_at_a_token_fails_its_own_row(folder: Path, monkeyp
     def fail(self: Constraint, tokens: object, token: int) -> bool:
         raise StageFailed("the grammar does not allow it")
 
-    monkeypatch.setattr(Constraint, "completed", fail)
+    monkeypatch.setattr(Constraint, "is_complete_after", fail)
     ring = Ring(read_shape(folder, "llama", 512), folder, 2)
     ring.send(Join(1, len(PROMPT), SamplingParams(grammar=WORD)), Join(2, len(PROMPT), SamplingParams()))
     for sequence in (1, 2):

@@ -101,7 +101,7 @@ def test_a_template_or_parser_is_one_of_mlx_lms_or_none(field: str, kind: object
 def test_a_chat_template_stays_in_its_sandbox(template: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(folder)
-    with pytest.raises(InvalidRequest, match="chat template refused"):
+    with pytest.raises(InvalidRequest, match="chat template rejects"):
         tokenizer.chat(USER, ChatOptions())
 
 
@@ -128,7 +128,7 @@ def test_a_small_file_that_leads_out_of_the_folder_is_refused(name: str, folder:
     secret.write_text('{"private": "text"}')
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(BadCheckpoint, match=f"{name} .* leads out of the model's folder"):
+    with pytest.raises(BadCheckpoint, match=f"{name} .* is a link to a file outside the model's folder"):
         open_checkpoint(folder)
 
 
@@ -153,7 +153,7 @@ def test_an_index_cannot_lead_out_of_the_folder(name: str, folder: Path) -> None
 
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "model-2.safetensors")
-    with pytest.raises(BadCheckpoint, match="is no file"):
+    with pytest.raises(BadCheckpoint, match="is not a regular file"):
         open_checkpoint(folder)
 
 
@@ -161,7 +161,7 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
 def test_a_file_that_no_model_has_is_not_read_into_memory(file: str, folder: Path) -> None:
     with (folder / file).open("r+b") as grown:
         grown.truncate(1 << 40)
-    with pytest.raises(BadCheckpoint, match="bytes; no config or tokenizer file has so many"):
+    with pytest.raises(BadCheckpoint, match="bytes or is not a regular file; at most"):
         open_checkpoint(folder)
 
 

@@ -115,7 +115,7 @@ def test_a_quantized_lane_takes_one_sequence(wide: Callable[[str], Path]) -> Non
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
-        ("llama", "heads are 8 wide.*multiples of 32"),
+        ("llama", "heads are 8 wide.*multiple of 32"),
         ("llama_sliding", "a RotatingKVCache"),
         ("falcon_h1", "a CacheList"),
         ("mamba2", "no keys and values"),

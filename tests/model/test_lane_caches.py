@@ -222,12 +222,12 @@ def test_a_row_that_is_not_a_number_fails_alone(rings: Rings) -> None:
     spoil(ring, row=1)
     reply = decode(ring, 0, trio)
     assert reply.failures == (
-        SequenceFailure(2, StageFailed.reason, "the model's output at position 40 is not a number"),
+        SequenceFailure(2, StageFailed.reason, "the model's output at position 40 is not finite"),
     )
     assert [s.sequence for s in reply.samples] == [1, 3]
     trio[0].hear(reply.samples[0])
     trio[2].hear(reply.samples[1])
-    with pytest.raises(BadFrame, match=r"sequence 2 can only leave"):
+    with pytest.raises(BadFrame, match=r"sequence 2 is broken and can only leave"):
         ring.send(Save(2, 1))
     ring.send(Leave(2))
     for _ in range(4):

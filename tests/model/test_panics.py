@@ -43,10 +43,10 @@ def test_a_panic_is_none_of_pythons_errors(panicking: Tokenizer) -> None:
 
 
 def test_text_at_which_the_tokenizer_panics_is_a_bad_request(panicking: Tokenizer) -> None:
-    with pytest.raises(InvalidRequest, match="the model's tokenizer fails at this text") as refused:
+    with pytest.raises(InvalidRequest, match="the model's tokenizer fails on this text") as refused:
         panicking.encode(SLOW)
     assert refused.value.field == "prompt"
-    with pytest.raises(InvalidRequest, match="the model's tokenizer fails at these messages") as refused:
+    with pytest.raises(InvalidRequest, match="the model's tokenizer fails on these messages") as refused:
         panicking.chat([ChatMessage("user", SLOW)])
     assert refused.value.field == "messages"
     assert panicking.encode("the")
@@ -54,7 +54,7 @@ def test_text_at_which_the_tokenizer_panics_is_a_bad_request(panicking: Tokenize
 
 def test_tokens_at_which_the_decoder_panics_are_an_error(panicking: Tokenizer) -> None:
     ids = [token for letter in SLOW for token in panicking.encode(letter)]
-    with pytest.raises(MacpipeError, match="fails at the text of its tokens"):
+    with pytest.raises(MacpipeError, match="cannot decode its own tokens"):
         panicking.decode(ids)
 
 
