@@ -1,1 +1,1 @@
-"""Work whose cost depends on foreign input, done in processes that can be killed."""
+"""Runs work whose cost depends on untrusted input in processes that can be killed."""

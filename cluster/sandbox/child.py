@@ -1,7 +1,7 @@
-"""The sandbox process: loads one model's tokenizer and does jobs one after another, each within its limits.
+"""The sandbox process: loads one model's tokenizer and runs jobs one after another, each within its limits.
 
-Jobs come on stdin and replies go to stdout. It ends when stdin does, so it never outlives its parent. A job that
-exceeds its CPU time ends the process by SIGPROF. Where memory runs out, Python raises an error and Rust aborts.
+It reads jobs from stdin and writes replies to stdout. It ends when stdin closes, so it never outlives its parent. If a
+job exceeds its CPU time, SIGPROF kills the process. If memory runs out, Python raises an error and Rust aborts.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ HELLO: Final = (ChatMessage("user", "Hello"),)
 
 
 class JobRunner:
-    """Does jobs with the tokenizer that the first of them names."""
+    """Runs jobs with the tokenizer of the first job."""
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer
 
     def reply(self, job: Job) -> bytes:
-        """Do a job within its limits, and serialize what comes of it."""
+        """Run a job within its limits. Return the serialized reply or error."""
         try:
             with limited(job.limits):
                 return pack_reply(self.do(job))
@@ -60,15 +60,15 @@ class JobRunner:
         return pack_reply(JobFailed(failed.reason, failed.sentence, failed.field))
 
     def do(self, job: Job) -> Reply:
-        """Do a job without limits. Raises whatever the job raises."""
+        """Run a job without limits. Raises whatever the job raises."""
         if isinstance(job, OpenModel):
             self._open(job)
             return Ready()
         if self._tokenizer is None:
-            raise BadFrame("a job came before the model was opened")
+            raise BadFrame("a job arrived before the model was opened")
         match job:
             case WarmUp():
-                with suppress(InvalidRequest):  # of a template that wants another conversation; it is compiled by then
+                with suppress(InvalidRequest):  # the template may reject this message, but it is compiled by then
                     self._tokenizer.chat(HELLO)
                 return Ready()
             case Encode():
@@ -82,12 +82,12 @@ class JobRunner:
     def _open(self, job: OpenModel) -> None:
         self._tokenizer = load_tokenizer(Path(job.folder))
         if job.grammars:
-            with suppress(InvalidGrammar):  # of a tokenizer that no grammar can be bound to; each check says so
+            with suppress(InvalidGrammar):  # the tokenizer does not support grammars; each check reports that
                 self._tokenizer.grammars()
 
 
 def _failure(job: Job, error: BaseException) -> MacpipeError:
-    """The error that the parent is told. Raises ``error`` where it is neither an error nor a panic."""
+    """Return the error to report to the parent. Raise ``error`` itself if it is neither an Exception nor a panic."""
     if isinstance(error, MacpipeError):
         return error
     if isinstance(error, MemoryError):
@@ -106,26 +106,28 @@ def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) 
 
 
 def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
-    """Render and tokenize, and find out what binds the answer."""
+    """Render and tokenize a conversation, and return the grammar of its answer. Raises InvalidRequest."""
     calling = tokenizer.calling(job.options)
     if calling and job.grammar:
         raise InvalidRequest(
-            f"tool_choice asks for a call of a tool, the format for a {job.grammar.kind.value}; an answer cannot be "
-            "both: leave one of them out",
+            f"tool_choice requires a tool call, but the format requires a {job.grammar.kind.value}; an answer cannot "
+            "be both: leave one of them out",
             field="tool_choice",
         )
     ids = tokenizer.chat(job.messages, job.options)
-    parsing, wanted = tokenizer.parsing(ids, job.options), calling or job.grammar
+    parsing = tokenizer.parsing(ids, job.options)
     prompt = _prompt(tokenizer, ids, job)
-    bound = tokenizer.bound(wanted, parsing) if wanted else None
-    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, bound)
+    grammar = calling or job.grammar
+    if grammar:
+        grammar = tokenizer.bound(grammar, parsing)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar)
 
 
 @contextmanager
 def limited(limits: Limits) -> Iterator[None]:
-    """Run the body within ``limits``: SIGPROF ends the process where it takes more CPU time, memory is refused to it.
+    """Run the body within ``limits``. If it exceeds its CPU time, SIGPROF kills the process.
 
-    Only Linux limits memory here. Elsewhere the parent watches it.
+    If it exceeds its memory, allocations fail. Only Linux limits memory here; elsewhere the parent watches it.
     """
     unlimited = resource.getrlimit(resource.RLIMIT_DATA)
     if sys.platform == "linux":
@@ -139,35 +141,35 @@ def limited(limits: Limits) -> Iterator[None]:
 
 
 def _data_bytes() -> int:
-    """What RLIMIT_DATA counts of this process, plus its stack."""
+    """Return the bytes of this process that count towards RLIMIT_DATA, plus its stack."""
     pages = int(Path("/proc/self/statm").read_bytes().split()[5])
     return pages * resource.getpagesize()
 
 
 def _end_with_parent() -> None:
-    """End this process once the other end of stdin is closed, also in the middle of a job."""
+    """End this process when the other end of stdin closes, even in the middle of a job."""
     poll = select.poll()
-    poll.register(0, 0)  # nothing asked for: only its end is reported
+    poll.register(0, 0)  # no events: only the end of stdin is reported
     poll.poll()
     os._exit(0)
 
 
 def _separate_stdout() -> BinaryIO:
-    """Keep stdout for replies alone: whatever a library prints goes to stderr."""
+    """Reserve stdout for replies; redirect the output of libraries to stderr."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return replies
 
 
 def _silence() -> None:
-    """Drop what libraries print from now on: a panic prints what it was given, which may be a prompt."""
+    """Discard all further output of libraries: a panic prints its input, which may be a prompt."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
 
 
 def _read(jobs: BinaryIO) -> Job | None:
-    """Read the next job; None at the end. Raises ``BadFrame``."""
+    """Read the next job; return None at the end of input. Raises ``BadFrame``."""
     header = jobs.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
@@ -178,12 +180,14 @@ def _read(jobs: BinaryIO) -> Job | None:
 
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to us too; the parent ends us
+        signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but only the parent ends this one
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold prompts
+    # A core dump would contain prompts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    worker, replies = JobRunner(), _separate_stdout()
+    worker = JobRunner()
+    replies = _separate_stdout()
     while (job := _read(sys.stdin.buffer)) is not None:
         reply = worker.reply(job)
         if isinstance(job, OpenModel):

@@ -1,4 +1,4 @@
-"""What a client is told when its job exceeds a limit or crashes: an error of that one request, naming the limit."""
+"""The errors of jobs that exceed a limit or crash. Each fails one request and names the limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CRASHED = "makes a library fail"
 
 
 def job_error(job: Job, why: str) -> MacpipeError:
-    """The error for a job that could not be done; ``why`` is a predicate, such as "needs too much memory"."""
+    """Return the error of a failed job; ``why`` is a predicate, such as "needs too much memory"."""
     match job:
         case OpenModel():
             return BadCheckpoint(f"loading the tokenizer in {job.folder!r} {why}; is the model from a trusted source?")
@@ -31,10 +31,10 @@ def job_error(job: Job, why: str) -> MacpipeError:
 
 
 def cpu_exceeded(limits: Limits) -> str:
-    """The predicate for ``job_error``."""
+    """Return the predicate for ``job_error``."""
     return f"needs more than {limits.cpu_s:.1f} s of CPU time"
 
 
 def memory_exceeded(limits: Limits) -> str:
-    """The predicate for ``job_error``."""
+    """Return the predicate for ``job_error``."""
     return f"needs more than {limits.memory_bytes >> 20} MiB of memory"

@@ -1,6 +1,6 @@
-"""Jobs and replies between a sandbox process and its parent: msgpack, each with its length before it.
+"""Encodes jobs and replies between a sandbox process and its parent: msgpack with a length prefix.
 
-A child that a hostile model has corrupted may send anything, so every message is bounded and validated.
+A hostile model may corrupt the child, which may then send anything. So every message is bounded and validated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEADER: Final = struct.Struct("!I")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one job may use: CPU seconds, bytes of memory beyond what the process holds, and seconds of wall time."""
+    """Limits of one job: CPU seconds, bytes of memory beyond those that the process holds, and wall-clock seconds."""
 
     cpu_s: float
     memory_bytes: int
@@ -53,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """Load the tokenizer in ``folder``, always the first job; with ``grammars``, prepare it to compile grammars."""
+    """Load the tokenizer in ``folder``; always the first job. ``grammars``: also prepare it to compile grammars."""
 
     folder: str
     grammars: bool
@@ -63,7 +63,7 @@ class OpenModel:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """Compile the chat template by rendering a message, whatever the template says to it."""
+    """Compile the chat template by rendering a message; it does not matter whether the template accepts it."""
 
     limits: Limits
     kind: Literal["warm_up"] = "warm_up"
@@ -111,9 +111,9 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class PromptReply:
-    """A tokenized prompt: ``count`` tokens; ``ids`` is empty where that exceeds the job's ``max_tokens``.
+    """A tokenized prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the job's ``max_tokens``.
 
-    ``ids`` are uint32 in native byte order. ``thinking`` and ``grammar`` are a conversation's.
+    ``ids`` are uint32 in native byte order. ``thinking`` and ``grammar`` are set for conversations only.
     """
 
     count: int
@@ -141,12 +141,12 @@ _REPLIES: Final[TypeAdapter[Reply]] = TypeAdapter(Annotated[Reply, Field(discrim
 
 
 def pack_job(job: Job) -> bytes:
-    """Serialize ``job`` with its length. Raises ``BadFrame`` for one larger than a message may be."""
+    """Serialize ``job`` with its length prefix. Raises ``BadFrame`` if it is too large."""
     return _framed(_JOBS.dump_python(job))
 
 
 def pack_reply(reply: Reply) -> bytes:
-    """Serialize ``reply`` with its length. Raises ``BadFrame`` for one larger than a message may be."""
+    """Serialize ``reply`` with its length prefix. Raises ``BadFrame`` if it is too large."""
     return _framed(_REPLIES.dump_python(reply))
 
 
@@ -163,7 +163,7 @@ def unpack_reply(body: bytes) -> Reply:
 
 
 def payload_size(header: bytes) -> int:
-    """Read the length of the message that follows ``header``. Raises ``BadFrame`` for one that is too long."""
+    """Return the length in bytes of the message after ``header``. Raises ``BadFrame`` if it is too large."""
     (size,) = HEADER.unpack(header)
     if size > MAX_SANDBOX_MESSAGE_BYTES:
         raise BadFrame(f"a sandbox message has {size} bytes; at most {MAX_SANDBOX_MESSAGE_BYTES} are allowed")
@@ -181,7 +181,7 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
     try:
         ids.frombytes(data)
     except ValueError as error:
-        raise BadFrame("token ids from the sandbox are not whole numbers of 32 bits") from error
+        raise BadFrame(f"token ids from the sandbox have {len(data)} bytes, which is not a multiple of 4") from error
     return tuple(ids)
 
 

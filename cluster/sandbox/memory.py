@@ -1,4 +1,4 @@
-"""How much memory a process of this machine holds."""
+"""Measures the memory of a process on this machine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Final
 __all__ = ["resident_bytes"]
 
 ANSWER_S: Final = 2.0
-"""What ``ps`` gets."""
+"""Timeout of ``ps``, in seconds."""
 
 
 def resident_bytes(pid: int, platform: str = sys.platform) -> int:
-    """Measure the resident memory of process ``pid``; 0 where it has ended or nothing is known. May block for ms."""
+    """Return the resident bytes of process ``pid``; 0 if it has ended or is unknown. May block for milliseconds."""
     try:
         return _from_proc(pid) if platform == "linux" else _from_ps(pid)
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
-"""A bounded number of sandbox processes for one model, and the jobs that wait for one.
+"""Runs jobs in a bounded pool of sandbox processes for one model, and queues jobs while all are busy.
 
-A process that a job has ended is replaced at once, so that the next job waits for a start at most.
+A process that a job has killed is replaced at once, so that the next job waits at most for a process start.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ T = TypeVar("T")
 
 
 class ProcessPool:
-    """Runs jobs in at most ``size`` processes, each of which does the jobs ``opening`` first. Lives on one event loop.
+    """Runs jobs in at most ``size`` processes, each of which runs the jobs ``opening`` first. Uses one event loop.
 
-    Processes are started as they are needed: a further one once a job has waited for ``SANDBOX_GROW_S`` and none is
-    being started. At most ``waiting`` jobs wait; one more is refused.
+    Processes start on demand: another one starts when a job has waited for ``SANDBOX_GROW_S`` and none is starting. At
+    most ``waiting`` jobs wait; further jobs are rejected with ``Busy``.
     """
 
     def __init__(
         self, opening: Sequence[Job], size: int = SANDBOX_PROCESSES, waiting: int = MAX_SANDBOX_WAITING
     ) -> None:
-        self._opening, self._size, self._max_waiting = opening, size, waiting
+        self._opening = opening
+        self._size = size
+        self._max_waiting = waiting
         self._processes: set[SandboxProcess] = set()
-        """Those that have opened the model."""
+        """Processes that have opened the model."""
         self._opening_now: set[SandboxProcess] = set()
         self._starting = 0
-        """How many are being started or open the model."""
+        """Number of processes that are starting or opening the model."""
         self._idle: list[SandboxProcess] = []
         self._waiting: deque[asyncio.Future[SandboxProcess]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -46,25 +48,25 @@ class ProcessPool:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The living processes, those that still open the model among them."""
+        """Return the ids of the live processes, including those that are opening the model."""
         return tuple(process.pid for process in self._processes | self._opening_now if process.alive)
 
     async def open(self, process: SandboxProcess | None = None) -> None:
-        """Open the model in a first process: ``process``, if one was started before. Raises ``BadCheckpoint``."""
+        """Open the model in a first process: ``process`` if given, else a new one. Raises ``BadCheckpoint``."""
         self._starting += 1
         await self._launch(process)
 
     async def run(self, job: Job) -> Reply:
-        """Do ``job`` once a process is free. Where the caller is cancelled, the job goes on until its limits end it.
+        """Run ``job`` when a process is free. If the caller is cancelled, the job continues within its limits.
 
-        Raises what ``SandboxProcess.run`` raises, ``Busy`` where too many jobs wait or this one waits for too long, and
-        ``NotServing`` where the pool is closed.
+        Raises the errors of ``SandboxProcess.run``, ``Busy`` if too many jobs wait or this one waits too long, and
+        ``NotServing`` if the pool is closed.
         """
         process = await self._acquire()
         return await asyncio.shield(self._spawn(self._work(process, job)))
 
     async def close(self) -> None:
-        """Kill every process. Jobs, and those that wait, fail with ``NotServing``."""
+        """Kill every process. Running and waiting jobs fail with ``NotServing``."""
         self._closed = True
         self._fail_waiting(_closed())
         async with anyio.create_task_group() as tasks:
@@ -87,14 +89,17 @@ class ProcessPool:
                 return process
             self._processes.discard(process)
         if len(self._waiting) >= self._max_waiting:
-            raise Busy(f"{self._max_waiting} requests wait to be read; try again later", retry_after_s=RETRY_AFTER_S)
+            raise Busy(
+                f"{self._max_waiting} requests are waiting to be tokenized; try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
         waiting: asyncio.Future[SandboxProcess] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         try:
             return await self._wait(waiting)
         except BaseException:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                self._release(waiting.result())  # it came as the caller gave up
+                self._release(waiting.result())  # a process was assigned while the caller was cancelled
             raise
         finally:
             with suppress(ValueError):
@@ -110,13 +115,13 @@ class ProcessPool:
             await asyncio.wait((waiting,), timeout=SANDBOX_WAIT_S)
         if not waiting.done():
             raise Busy(
-                f"the request waited for {SANDBOX_WAIT_S:.0f} s to be read; try again later",
+                f"the request waited {SANDBOX_WAIT_S:.0f} s to be tokenized; try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
         return waiting.result()
 
     def _release(self, process: SandboxProcess) -> None:
-        """Give a process to the job that waits for longest. Replace one that is dead."""
+        """Give ``process`` to the job that has waited longest. If it is dead, replace it."""
         if not process.alive:
             self._processes.discard(process)
             self._grow()
@@ -129,18 +134,18 @@ class ProcessPool:
         self._idle.append(process)
 
     def _grow(self) -> None:
-        """Start a process, if there may be one more."""
+        """Start another process unless the pool is full or closed."""
         if not self._closed and len(self._processes) + self._starting < self._size:
             self._starting += 1
             self._spawn(self._launch(None))
 
     async def _launch(self, process: SandboxProcess | None) -> None:
-        """Start a process, or take ``process``, and open the model in it."""
+        """Open the model in ``process``, or in a new process if it is None, and add it to the pool."""
         try:
             process = process or await SandboxProcess.start()
             await self._open(process)
         except MacpipeError as error:
-            self._nobody_comes(error)
+            self._fail_waiting_without_processes(error)
             raise
         finally:
             self._starting -= 1
@@ -161,8 +166,8 @@ class ProcessPool:
         finally:
             self._opening_now.discard(process)
 
-    def _nobody_comes(self, error: MacpipeError) -> None:
-        """Tell those who wait that no process could be started, unless there are others."""
+    def _fail_waiting_without_processes(self, error: MacpipeError) -> None:
+        """Fail the waiting jobs with ``error`` if the pool has no other process."""
         if not self._processes:
             self._fail_waiting(error)
 
@@ -181,8 +186,8 @@ class ProcessPool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waited for it has been told
+            task.exception()  # mark it as retrieved: the waiting caller has already received it
 
 
 def _closed() -> NotServing:
-    return NotServing("the model was unloaded while the request was read; send it again")
+    return NotServing("the model was unloaded while the request was being tokenized; send it again")

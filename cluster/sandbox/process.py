@@ -1,7 +1,7 @@
-"""One sandbox process, as its parent sees it: one job at a time, and no job lasts.
+"""Controls one sandbox process from its parent: one job at a time, each within its limits.
 
-The process ends itself where a job exceeds its CPU time. The parent ends it where a job exceeds its wall time, or its
-memory, which the parent watches: not every system limits that.
+The process kills itself if a job exceeds its CPU time. The parent kills it if a job exceeds its wall time or its
+memory. The parent watches the memory because not every system can limit it.
 """
 
 from __future__ import annotations
@@ -27,41 +27,45 @@ from cluster.sandbox.memory import resident_bytes
 __all__ = ["SandboxProcess"]
 
 QUIET: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""A job is one thread's work, and nobody is told which libraries are not installed."""
+"""Makes each job single-threaded and suppresses warnings about missing libraries."""
 
 END_S: Final = 2.0
-"""What a process gets to end that was killed or has closed its socket."""
+"""Seconds that a process may take to end after it was killed or has closed its socket."""
 
 
 class SandboxProcess:
-    """A ``python -m cluster.sandbox.child``, and the socket that is its stdin and stdout.
+    """A ``python -m cluster.sandbox.child`` process and the socket that is its stdin and stdout.
 
-    asyncio's own processes are of no use here: where starting one is cancelled, or one is killed whose answer is only
-    half read, asyncio waits for ever.
+    It does not use asyncio's subprocesses: asyncio waits forever if a start is cancelled, or if a process is killed
+    whose reply is only partly read.
     """
 
     def __init__(self, child: Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._child, self._reader, self._writer = child, reader, writer
+        self._child = child
+        self._reader = reader
+        self._writer = writer
         self._resident = 0
-        """Bytes that it held after its first job, or after the last long one."""
+        """Resident bytes after the first job or after the last long one."""
         self._initial = 0
-        """Bytes that it held after its first job."""
+        """Resident bytes after the first job."""
         self._was_watched = False
-        """The job took long enough for a look at its memory."""
+        """Whether the job took long enough for a measurement of its memory."""
         self._verdict: str | None = None
-        """Why this parent has killed it, for ``job_error``."""
+        """Why the parent has killed the process, for ``job_error``; None if it has not."""
         self._stopped = False
 
     @staticmethod
     async def start() -> SandboxProcess:
-        """Start a process. It imports its libraries first; a job that is sent meanwhile waits.
+        """Start a process. A job that is sent while it still imports its libraries waits.
 
-        Raises ``Busy`` where this machine can start no more processes.
+        Raises ``Busy`` if this machine cannot start another process.
         """
         try:
             child, ours = _spawn()
         except OSError as error:
-            raise Busy(f"no process can be started: {error.strerror}", retry_after_s=RETRY_AFTER_S) from error
+            raise Busy(
+                f"cannot start a sandbox process: {error.strerror}; try again later", retry_after_s=RETRY_AFTER_S
+            ) from error
         try:
             return SandboxProcess(child, *await asyncio.open_unix_connection(sock=ours, limit=MIB))
         except BaseException:
@@ -72,7 +76,7 @@ class SandboxProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it can take a job."""
+        """Return whether the process can run a job."""
         return self._child.poll() is None and self._verdict is None
 
     @property
@@ -80,11 +84,11 @@ class SandboxProcess:
         return self._child.pid
 
     async def run(self, job: Job) -> Reply:
-        """Do ``job``; returns when it is done or dead, even where nobody waits for it any more.
+        """Run ``job`` and return its reply, or raise once it has failed or the process has died.
 
-        Raises what the job raises; where it exceeds a limit or crashes, the ``job_error`` that says so; ``Busy`` where
-        it does not get its CPU time within its wall time; and ``BadFrame`` for a job too large to send. See ``alive``
-        for what is left of the process.
+        Raises the job's own errors, ``job_error`` if it exceeds a limit or crashes, ``Busy`` if it does not get its CPU
+        time within its wall time, and ``BadFrame`` if it is too large to send. ``alive`` tells afterwards whether the
+        process can still be used.
         """
         message = pack_job(job)
         watch = asyncio.create_task(self._watch_memory(job))
@@ -94,12 +98,12 @@ class SandboxProcess:
         except TimeoutError:
             await self._kill("")
             raise Busy(
-                f"this machine is overloaded: within {job.limits.wall_s:.0f} s a job did not get "
-                f"{job.limits.cpu_s:.1f} s of CPU time; try again later",
+                f"this machine is overloaded: a job did not get {job.limits.cpu_s:.1f} s of CPU time within "
+                f"{job.limits.wall_s:.0f} s; try again later",
                 retry_after_s=RETRY_AFTER_S,
             ) from None
         except (OSError, EOFError, BadFrame):
-            await anyio.to_thread.run_sync(self._reap)  # so that it is known what ended it
+            await anyio.to_thread.run_sync(self._reap)  # the exit code tells why the process ended
             await self._kill("")
             raise self._ended(job) from None
         finally:
@@ -113,7 +117,7 @@ class SandboxProcess:
         return reply
 
     async def stop(self) -> None:
-        """Kill it. A job that it has fails with ``NotServing``."""
+        """Kill the process. A running job fails with ``NotServing``."""
         self._stopped = True
         await self._kill("")
 
@@ -124,7 +128,7 @@ class SandboxProcess:
         return unpack_reply(await self._reader.readexactly(payload_size(header)))
 
     async def _measure(self) -> None:
-        """Find out what the process holds between jobs. One that keeps too much of a job's memory is ended."""
+        """Measure the memory that the process holds between jobs. Kill it if it keeps too much of a job's memory."""
         self._resident = await anyio.to_thread.run_sync(resident_bytes, self.pid)
         self._initial = self._initial or self._resident
         if self._resident > self._initial + SANDBOX_MEMORY_BYTES:
@@ -147,14 +151,14 @@ class SandboxProcess:
         await anyio.to_thread.run_sync(self._reap)
 
     def _reap(self) -> None:
-        """Wait until a process has ended that was killed, or has closed its socket: that takes a moment at most."""
+        """Wait up to ``END_S`` for the end of the process, after it was killed or has closed its socket."""
         with suppress(TimeoutExpired):
             self._child.wait(END_S)
 
     def _ended(self, job: Job) -> MacpipeError:
-        """The error of a job in whose midst the process has ended."""
+        """Return the error of a job during which the process ended."""
         if self._stopped:
-            return NotServing("the model was unloaded while the request was read; send it again")
+            return NotServing("the model was unloaded while the request was being tokenized; send it again")
         if self._verdict:
             return job_error(job, self._verdict)
         code = self._child.returncode or 0
@@ -166,7 +170,7 @@ class SandboxProcess:
 
 
 def _spawn() -> tuple[Popen[bytes], socket.socket]:
-    """Start a child; its process and our end of its socket. Raises OSError."""
+    """Start a child. Return its process and the parent's end of its socket. Raises OSError."""
     environment = {**isolated_environment(os.environ), **QUIET}
     ours, theirs = socket.socketpair()
     with theirs:

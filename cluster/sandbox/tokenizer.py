@@ -1,7 +1,7 @@
-"""A model's tokenizer, chat template and grammar compiler, whose every use has a bounded cost.
+"""Provides a model's tokenizer, chat template and grammar compiler at a bounded cost per use.
 
-What a text, a schema or a hostile model may cost is not known before, so the work is done in processes that can be
-killed. Where a limit is hit, that one request fails with an error that names the limit.
+The cost of a text, a schema or a hostile model is not known in advance, so the work runs in processes that can be
+killed. If a job hits a limit, only its request fails, with an error that names the limit.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from cluster.sandbox.process import SandboxProcess
 __all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "tokenized"]
 
 CHECKS_KEPT: Final = 256
-"""Grammars of which it is remembered whether they can be enforced."""
+"""Number of grammars whose check result is cached."""
 OPENING: Final = Limits(SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES, SANDBOX_OPEN_WALL_S)
 WARMING_UP: Final = Limits(SANDBOX_WARM_UP_CPU_S, SANDBOX_MEMORY_BYTES, SANDBOX_OPEN_WALL_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt of ``count`` tokens. ``ids`` is empty where that is more than the caller takes.
+    """A prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the caller's ``max_tokens``.
 
-    ``texts`` has the text of each token, where it was asked for. ``thinking``: a conversation's answer begins inside
-    the reasoning. ``grammar`` is what the answer is bound to, if anything.
+    ``texts`` has the text of each token if it was requested. ``thinking``: a conversation's answer starts inside the
+    reasoning. ``grammar`` is the grammar of the answer, if there is one.
     """
 
     count: int
@@ -68,7 +68,7 @@ class Tokenized:
 
 
 class TextService(Protocol):
-    """What requests need of a tokenizer. Each method raises ``Busy`` and ``NotServing`` beside its own errors."""
+    """The tokenizer operations that requests need. Each method also raises ``Busy`` and ``NotServing``."""
 
     async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
         """Tokenize ``text``. Raises ``InvalidRequest``."""
@@ -82,37 +82,37 @@ class TextService(Protocol):
         *,
         texts: bool = False,
     ) -> Tokenized:
-        """Render and tokenize a conversation whose answer ``grammar`` binds, if anything. Raises ``InvalidRequest``."""
+        """Render and tokenize a conversation; ``grammar`` is that of its answer, if any. Raises ``InvalidRequest``."""
 
     async def check_grammar(self, grammar: Grammar) -> None:
-        """Raise ``InvalidGrammar`` where the last stage could not enforce ``grammar``, or not at a bounded cost."""
+        """Raise ``InvalidGrammar`` if the last stage could not enforce ``grammar`` at a bounded cost."""
 
     async def close(self) -> None:
-        """End all that is under way, with ``NotServing``."""
+        """Fail all running and waiting jobs with ``NotServing``."""
 
 
 class SandboxedTokenizer:
-    """The ``TextService`` for the model in ``folder``. Lives on one event loop.
+    """The ``TextService`` for the model in ``folder``. Uses one event loop.
 
-    Prompts and grammars have processes of their own, so a schema that keeps its process busy delays no prompt. Those
-    for grammars are started with the first one.
+    Prompts and grammars use separate processes, so that an expensive schema does not delay prompts. The processes for
+    grammars start with the first grammar.
     """
 
     def __init__(self, folder: Path) -> None:
         self._text = ProcessPool((OpenModel(str(folder), False, OPENING), WarmUp(WARMING_UP)))
         self._grammars = ProcessPool((OpenModel(str(folder), True, OPENING),))
         self._checks: OrderedDict[tuple[GrammarKind, bytes], asyncio.Task[MacpipeError | None]] = OrderedDict()
-        """The last checks, by the grammar: requests bring the same ones again, also at the same time."""
+        """The latest checks by grammar, since requests often use the same grammar, also concurrently."""
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Its processes."""
+        """Return the ids of the live processes."""
         return self._text.pids + self._grammars.pids
 
     async def open(self, process: SandboxProcess | None = None) -> None:
-        """Load the tokenizer, in ``process`` if one was started before.
+        """Load the tokenizer: in ``process`` if it is given, else in a new process.
 
-        Raises ``BadCheckpoint`` for one that cannot be used, or whose loading exceeds a limit.
+        Raises ``BadCheckpoint`` if the tokenizer is unusable or its loading exceeds a limit.
         """
         await self._text.open(process)
 
@@ -141,12 +141,12 @@ class SandboxedTokenizer:
         error = await asyncio.shield(check)
         if isinstance(error, InvalidGrammar):
             raise InvalidGrammar(error.sentence, field=error.field)
-        if error:  # of this moment, not of the grammar
+        if error:  # a temporary error, not one of the grammar: do not cache it
             self._checks.pop(key, None)
             raise error
 
     async def _check(self, grammar: Grammar) -> MacpipeError | None:
-        """Check ``grammar``; return why it cannot be enforced, or what kept it from being checked."""
+        """Check ``grammar``. Return None, or the error: it cannot be enforced, or the check itself failed."""
         try:
             await self._grammars.run(CheckGrammar(grammar, _limits(0)))
         except MacpipeError as error:
@@ -161,12 +161,12 @@ class SandboxedTokenizer:
     async def _prompt(self, job: Job) -> Tokenized:
         reply = await self._text.run(job)
         if not isinstance(reply, PromptReply):
-            raise BadFrame("the sandbox answered something else than it was asked")
+            raise BadFrame("the sandbox sent a reply of the wrong type")
         return tokenized(reply)
 
 
 def tokenized(prompt: PromptReply) -> Tokenized:
-    """A reply as callers read it. Raises ``BadFrame``."""
+    """Convert a reply for callers. Raises ``BadFrame`` if its token ids are invalid."""
     return Tokenized(prompt.count, unpack_tokens(prompt.ids), prompt.texts, prompt.thinking, prompt.grammar)
 
 
@@ -176,7 +176,7 @@ def _length(message: ChatMessage) -> int:
 
 
 def _limits(size: int) -> Limits:
-    """What a job may cost whose text has ``size`` bytes."""
+    """Return the limits of a job whose text has ``size`` bytes."""
     cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
     memory = SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size
     return Limits(cpu_s, memory, min(cpu_s * SANDBOX_WALL_FACTOR, SANDBOX_OPEN_WALL_S))

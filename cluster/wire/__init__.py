@@ -1,1 +1,1 @@
-"""Bytes on the data plane. The only room that decodes what a peer's data stream sends."""
+"""Encodes and decodes frames on the data plane. Only this package decodes a peer's data stream."""

@@ -1,4 +1,4 @@
-"""Cache edits as short msgpack lists: a code, then the edit's fields in order."""
+"""Encodes cache edits as short msgpack lists: a code, then the edit's fields in order."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ _JOIN = 0
 _PLAIN: dict[int, tuple[Callable[..., Edit], int]] = {
     1: (Leave, 1), 2: (Trim, 2), 3: (Save, 2), 4: (Restore, 2), 5: (Drop, 1)
 }  # fmt: skip
-"""Edits whose fields are all whole numbers: code to type and number of fields."""
+"""Edits with only integer fields: code -> type and number of fields."""
 
 _GRAMMARS = frozenset(kind.value for kind in GrammarKind)
 _CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
 
 
 def pack_edit(edit: Edit) -> list[Any]:
+    """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
         return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling)]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
 
 
 def unpack_edit(value: Any) -> Edit:
-    """Raises ``BadFrame`` where the value is no edit."""
+    """Return the edit in ``value``. Raises ``BadFrame`` if it is invalid."""
     if type(value) is not list or not value or type(value[0]) is not int:
-        raise BadFrame("a frame's edit is not a list that begins with its code")
+        raise BadFrame("a frame's edit is not a list that starts with an integer code")
     if value[0] == _JOIN:
         f = Fields(value, "join", 4)
         return Join(f.count(1), f.count(2), _unpack_sampling(value[3]))

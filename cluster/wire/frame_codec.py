@@ -1,11 +1,11 @@
-"""The activation frame as bytes: ``u32 header length | u32 CRC-32 of all that follows | msgpack header | tensors``.
+"""Encodes frames as bytes: ``u32 header length | u32 CRC-32 of all that follows | msgpack header | tensors``.
 
-Numbers are little-endian, tensors are their own bytes. TCP's checksum lets some damage through, and a flipped bit of an
-activation would be a wrong token that nobody notices: a damaged frame is refused instead.
+Numbers are little-endian; tensors are raw bytes. TCP's checksum misses some damage, and a flipped bit in an activation
+would silently give a wrong token, so a damaged frame is rejected.
 
-The bytes of large tensors may travel apart (``message_split``); the header says so. It knows the layout and every
-bound; it refuses to know what a frame means. Each field is checked before anything is allocated from it, and
-whatever is wrong is a ``BadFrame`` with a sentence.
+The bytes of large tensors may travel in a separate message (``message_split``); a flag in the header says so. It knows
+the layout and every bound, nothing of what a frame means. Each field is checked before anything is allocated from it.
+Every error is a ``BadFrame``.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
     "float16": 2, "bfloat16": 2, "float32": 4, "complex64": 8,
 }  # fmt: skip
-"""Bytes of one element, by MLX's name for the type."""
+"""Bytes of one element, by MLX's name of the type."""
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as one message, built by a single copy of the tensors' bytes."""
+    """Return the frame as one message. The tensors' bytes are copied once."""
     header = pack_header(frame, apart=False)
     return b"".join((header, *_bodies(frame)))
 
 
 def pack_header(frame: Frame, *, apart: bool) -> bytes:
-    """The frame's length prefix and header. ``apart``: the tensors' bytes do not follow it."""
+    """Return the frame's length prefix and header. ``apart``: the tensors' bytes are sent in a separate message."""
     header = msgpack.packb(
         (
             VERSION,
@@ -80,34 +80,37 @@ def _bodies(frame: Frame) -> list[memoryview]:
 
 
 def checksum(*parts: bytes | memoryview) -> int:
-    """CRC-32 of the parts one after another: 7 us for 16 KiB, 4 ms for 8 MiB."""
-    found = 0
+    """Return the CRC-32 of the concatenated parts: 7 us for 16 KiB, 4 ms for 8 MiB."""
+    crc = 0
     for part in parts:
-        found = zlib.crc32(part, found)
-    return found
+        crc = zlib.crc32(part, crc)
+    return crc
 
 
 def require_checksum(message: memoryview, start: int, stated: int) -> None:
-    """Raise ``BadFrame`` unless the message's bytes from ``start`` on have that checksum."""
+    """Raise ``BadFrame`` unless the message's bytes from ``start`` on have the checksum ``stated``."""
     if checksum(message[start:]) != stated:
-        raise BadFrame(f"a frame of {len(message)} bytes was damaged on its way: its checksum is another")
+        raise BadFrame(f"a frame of {len(message)} bytes was damaged in transit: its checksum does not match")
 
 
 def decode(message: bytes) -> Frame:
-    """The frame in a message; tensors are views into it. Raises ``BadFrame``."""
+    """Return the frame in a message; its tensors are views into it. Raises ``BadFrame``."""
     frame, apart = decode_head(message)
     if apart:
-        raise BadFrame(f"the tensors of frame {frame.number} travel apart, where whole frames were expected")
+        raise BadFrame(f"the tensors of frame {frame.number} are in a separate message; a whole frame was expected")
     return frame
 
 
 def decode_head(message: bytes) -> tuple[Frame, bool]:
-    """The frame in a message, and whether its tensors' bytes travel apart: they are empty then. Raises ``BadFrame``."""
+    """Return the frame in a message, and whether its tensors' bytes are in a separate message (here they are empty).
+
+    Raises ``BadFrame``.
+    """
     view = memoryview(message)
     end = _header_end(view)
     f = Fields(_unpack(view[_PREFIX.size : end]), "header", _FIELDS)
     if f.count(0) != VERSION:
-        raise BadFrame(f"the frame has layout version {f.count(0)}; this program reads {VERSION}")
+        raise BadFrame(f"the frame has layout version {f.count(0)}; this program reads version {VERSION}")
     apart = f.flag(11)
     frame = Frame(
         epoch=f.count(1),
@@ -122,18 +125,18 @@ def decode_head(message: bytes) -> tuple[Frame, bool]:
         failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
     )
     if apart and len(view) > end:
-        raise BadFrame(f"a frame whose tensors travel apart carries {len(view) - end} bytes of them")
+        raise BadFrame(f"a frame with a separate body has {len(view) - end} bytes after its header")
     return frame, apart
 
 
 def with_body(frame: Frame, body: memoryview) -> Frame:
-    """The frame with its tensors' bytes, which came apart. Raises ``BadFrame`` where they do not fit its header."""
+    """Return the frame with its tensors' bytes from a separate message. Raises ``BadFrame`` if they do not fit."""
     return replace(frame, tensors=_tensors([[t.dtype, list(t.shape)] for t in frame.tensors], body))
 
 
 def _header_end(view: memoryview) -> int:
     if len(view) > MAX_FRAME_BYTES:
-        raise BadFrame(f"a frame of {len(view)} bytes is above the bound of {MAX_FRAME_BYTES}")
+        raise BadFrame(f"a frame of {len(view)} bytes is above the limit of {MAX_FRAME_BYTES}")
     if len(view) < _PREFIX.size:
         raise BadFrame(f"a frame of {len(view)} bytes has no header")
     length, stated = _PREFIX.unpack_from(view)
@@ -147,7 +150,7 @@ def _unpack(header: memoryview) -> Any:
     try:
         return msgpack.unpackb(header, use_list=True, max_ext_len=0, max_map_len=0, max_bin_len=MAX_FRAME_HEADER_BYTES)
     except (ValueError, RecursionError, msgpack.UnpackException) as e:
-        raise BadFrame(f"the frame's header is not msgpack of ours: {e}") from e
+        raise BadFrame(f"the frame's header is not valid msgpack: {e}") from e
 
 
 def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
@@ -192,7 +195,7 @@ def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
     for dtype, shape in map(_read_description, rows):
         end = start + ITEM_BYTES[dtype] * prod(shape)
         if end > len(body):
-            raise BadFrame(f"a frame's tensors need {end} bytes, it carries {len(body)}")
+            raise BadFrame(f"a frame's tensors need at least {end} bytes, but it has {len(body)}")
         tensors.append(Tensor(dtype, shape, body[start:end]))
         start = end
     if start != len(body):
@@ -226,5 +229,5 @@ def _unpack_sequence_failure(value: Any) -> SequenceFailure:
 
 def _timings(flat: tuple[int, ...]) -> tuple[StageTiming, ...]:
     if len(flat) % 4:
-        raise BadFrame("a frame's timings are not four numbers a stage")
+        raise BadFrame("a frame's timings are not four numbers per stage")
     return tuple(StageTiming(*flat[i : i + 4]) for i in range(0, len(flat), 4))

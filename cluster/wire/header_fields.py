@@ -1,4 +1,4 @@
-"""Checked access to the untrusted lists that a header is made of, and token ids as packed bytes."""
+"""Validates the fields of an untrusted frame header, and packs token ids as bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IDS = "I" if array("I").itemsize == 4 else "L"
 
 
 class Fields:
-    """A list of exactly ``count`` fields; each accessor checks one, and raises ``BadFrame`` naming it."""
+    """A list of exactly ``count`` fields. Each accessor checks one field and raises ``BadFrame``, which names it."""
 
     __slots__ = ("_value", "_what")
 
@@ -28,14 +28,14 @@ class Fields:
         return BadFrame(f"field {i} of a frame's {self._what} is not {wanted}")
 
     def count(self, i: int) -> int:
-        """A whole number from 0 to 2^63 - 1."""
+        """Return a whole number from 0 to 2^63 - 1."""
         value = self._value[i]
         if type(value) is not int or not 0 <= value <= _MAX_COUNT:
             raise self._bad(i, "a whole number")
         return value
 
     def seed(self, i: int) -> int:
-        """A whole number of 64 bits."""
+        """Return an unsigned 64-bit number."""
         value = self._value[i]
         if type(value) is not int or not 0 <= value < 2**64:
             raise self._bad(i, "a seed of 64 bits")
@@ -66,14 +66,14 @@ class Fields:
         return value
 
     def rows(self, i: int, most: int) -> list[Any]:
-        """A list of at most ``most`` entries."""
+        """Return a list of at most ``most`` entries."""
         value = self._value[i]
         if type(value) is not list or len(value) > most:
             raise self._bad(i, f"a list of at most {most}")
         return value
 
     def counts(self, i: int, most: int) -> tuple[int, ...]:
-        """A list of at most ``most`` whole numbers."""
+        """Return at most ``most`` whole numbers."""
         value = self.rows(i, most)
         if not all(type(n) is int and 0 <= n <= _MAX_COUNT for n in value):
             raise self._bad(i, "a list of whole numbers")
@@ -87,7 +87,7 @@ class Fields:
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
-    """Token ids as little-endian u32."""
+    """Return token ids as little-endian u32."""
     packed = array(_IDS, ids)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -95,9 +95,9 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> tuple[int, ...]:
-    """The reverse of ``packed_ids``. Raises ``BadFrame`` where the length is no multiple of four."""
+    """Return the token ids that ``pack_ids`` packed. Raises ``BadFrame`` unless the length is a multiple of four."""
     if len(data) % 4:
-        raise BadFrame(f"token ids of {len(data)} bytes are not whole")
+        raise BadFrame(f"token ids have {len(data)} bytes, which is not a multiple of 4")
     ids = array(_IDS, data)
     if sys.byteorder == "big":
         ids.byteswap()

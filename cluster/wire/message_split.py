@@ -1,9 +1,9 @@
-"""A frame as what travels: one message, or a small head and a large body on lines of their own.
+"""Splits frames into messages: one message, or a small head and a large body for separate streams.
 
-The bytes of a prefill chunk are large and may take their time; everything else is small and may not wait behind them
-(a chunk of 8 MiB delays the frame after it by 63 ms at 1 Gb/s). So a prefill frame with large tensors is cut in two:
-its head, which says what is coming, and its body, ``u32 0 | u32 CRC-32 of the rest | u64 epoch | u64 number | the
-tensors' bytes``. They may arrive in either order. It knows kinds and sizes; it refuses to know what carries them.
+A prefill chunk is large and not urgent. Everything else is small and must not wait behind it (a chunk of 8 MiB delays
+the next frame by 63 ms at 1 Gb/s). So a prefill frame with large tensors is split in two: its head, a header without
+tensors, and its body, ``u32 0 | u32 CRC-32 of the rest | u64 epoch | u64 number | the tensors' bytes``. They may
+arrive in either order. It knows message kinds and sizes, nothing of the transport.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = struct.Struct("<QQ")
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message, and whether it belongs on the line for bulk."""
+    """A message, and whether it belongs on the bulk stream."""
 
     message: bytes
     bulk: bool = False
@@ -30,7 +30,7 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True)
 class FrameBody:
-    """The tensors' bytes of the frame with that number."""
+    """The tensors' bytes of the frame with this epoch and number."""
 
     epoch: int
     number: int
@@ -39,14 +39,14 @@ class FrameBody:
 
 @dataclass(frozen=True, slots=True)
 class FrameHead:
-    """A frame; ``whole`` unless its tensors' bytes come in a body."""
+    """A frame. ``whole`` is False if its tensors' bytes come in a separate body."""
 
     frame: Frame
     whole: bool
 
 
 def pack(frame: Frame) -> tuple[Parcel, ...]:
-    """The frame's messages, the head first."""
+    """Return the frame's messages, the head first."""
     if not _is_bulk(frame):
         return (Parcel(encode(frame)),)
     name = _NAME.pack(frame.epoch, frame.number)
@@ -56,9 +56,9 @@ def pack(frame: Frame) -> tuple[Parcel, ...]:
 
 
 def unpack(message: bytes) -> FrameHead | FrameBody:
-    """What a message is. Raises ``BadFrame``."""
+    """Return the frame head or body in a message. Raises ``BadFrame``."""
     if len(message) > MAX_FRAME_BYTES:
-        raise BadFrame(f"a frame of {len(message)} bytes is above the bound of {MAX_FRAME_BYTES}")
+        raise BadFrame(f"a frame of {len(message)} bytes is above the limit of {MAX_FRAME_BYTES}")
     start = _MARK.size + _NAME.size
     if len(message) >= start and message[:4] == bytes(4):
         view = memoryview(message)
