@@ -1,8 +1,9 @@
 """Splits the streamed text of an answer into reasoning, content and tool calls, with mlx-lm's parsers.
 
 If the call format allows it, a call's arguments are streamed; the call then counts as a call from their first
-character, whatever follows. Otherwise a call is parsed once it is complete. If the text is not a valid call (broken
-JSON, an unknown tool, an answer that ends inside it), it is content. Only markers and the blanks around them are lost.
+character, even if it is cut off later. Otherwise a call is parsed once it is complete. If the text is not a valid call
+(broken JSON, an unknown tool, an answer that ends inside it), it is content. Only markers and the blanks around them
+are lost.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class _Out:
     calls: list[ToolCallDelta] = field(default_factory=list)
 
     def parsed(self) -> Parsed:
+        """Return the collected output."""
         return Parsed("".join(self.reasoning), "".join(self.text), tuple(self.calls))
 
 
@@ -85,7 +87,8 @@ class AnswerParser:
         """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid."""
         out = _Out()
         if self._state is _State.CALL:
-            body, self._held = self._held, ""
+            body = self._held
+            self._held = ""
             self._state = _State.CONTENT
             if not self._close_call(body, out) and not (whole and self._parse_calls(body, out)):
                 self._emit_text(self._blanks + self._marks.call_start + body, out)

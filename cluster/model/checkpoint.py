@@ -132,9 +132,10 @@ def _read(path: Path, config_file: Path) -> Checkpoint:
 
 
 def _refuse_links(path: Path) -> None:
-    """Small files are given to other Macs, so one may not be a link to something else of this machine's.
+    """Raise BadCheckpoint if a small file links to a file outside the model's folder.
 
-    The Hugging Face cache is made of links, to the folder ``blobs`` beside the one of its snapshots.
+    Small files are sent to other Macs, so such a link could leak another file of this machine. Links of the Hugging
+    Face cache are allowed: they lead to the folder ``blobs`` beside the folder of snapshots.
     """
     homes = (path.resolve(), (path.parent.parent / "blobs").resolve())
     for name in ("config.json", INDEX, *TOKENIZER_FILES):

@@ -95,7 +95,8 @@ class _Spelling:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         known = range(read.vocab_size)
-        self.eos_token_id, self.bos_token_id = read.eos_token, None
+        self.eos_token_id = read.eos_token
+        self.bos_token_id = None
         self.special_token_ids = [i for i in known if read.is_special_token(i)]
         self.tokens = [read.decode_bytes([i]) for i in known]
 

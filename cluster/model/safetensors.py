@@ -43,6 +43,7 @@ class TensorInfo:
 
     @property
     def end(self) -> int:
+        """Return the file offset after the tensor's last byte."""
         return self.offset + self.nbytes
 
 

@@ -56,6 +56,7 @@ class Picked:
     logprobs: mx.array | None
 
     def arrays(self) -> list[mx.array]:
+        """Return the arrays to evaluate."""
         return [self.token, self.norm, *([] if self.logprobs is None else [self.logprobs])]
 
 
@@ -220,6 +221,7 @@ class _Counts:
         self.reset()
 
     def reset(self) -> None:
+        """Set all counts to 0."""
         self._counts = mx.zeros((self._vocabulary,))
         self._end = self._start
 

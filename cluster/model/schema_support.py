@@ -29,6 +29,7 @@ def unkept(schema: Any) -> str:
 
 
 def _counts_open_keys(schema: dict[str, Any]) -> bool:
-    least, required = schema.get("minProperties"), schema.get("required")
+    least = schema.get("minProperties")
+    required = schema.get("required")
     known = len(set(map(str, required))) if isinstance(required, list) else 0
     return isinstance(least, int | float) and least > max(1, known)

@@ -69,10 +69,12 @@ class SequenceTable:
 
     @property
     def sequences(self) -> int:
+        """Return the number of live sequences."""
         return len(self._live)
 
     @property
     def prefixes(self) -> int:
+        """Return the number of kept prefixes."""
         return len(self._prefixes)
 
     @property

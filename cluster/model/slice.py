@@ -67,6 +67,7 @@ class ModelSlice:
         return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
 
     def new_caches(self) -> SequenceCaches:
+        """Create empty caches for one sequence."""
         return SequenceCaches.new(self._model, self._layout)
 
     def run(self, tokens: mx.array, caches: HeldCaches, incoming: Sequence[mx.array] = ()) -> list[mx.array]:

@@ -201,7 +201,8 @@ class Stage:
             raise BadFrame(
                 f"the step has {len(step.sequences)} sequences, but this model's caches cannot share a batch"
             )
-        low, high = min(map(min, step.tokens)), max(map(max, step.tokens))
+        low = min(map(min, step.tokens))
+        high = max(map(max, step.tokens))
         if low < 0 or high >= self._vocabulary:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         rows = [self._table.usable(sequence) for sequence in step.sequences]

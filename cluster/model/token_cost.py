@@ -83,7 +83,8 @@ def _methods(module: Module, **methods: Any) -> Any:
 
 
 def _count_experts(path: str, module: Module, shares: dict[str, float]) -> Any:
-    call, experts = type(module).__call__, module["weight"].shape[0]
+    call = type(module).__call__
+    experts = module["weight"].shape[0]
 
     def counting(self: Module, x: mx.array, indices: mx.array, *rest: Any, **named: Any) -> Any:
         shares[path] = min(1.0, max(shares.get(path, 0.0), indices.size / experts))

@@ -35,7 +35,7 @@ def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | N
 
 
 def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
-    r"""``<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>``, once or more often."""
+    r"""Return the grammar of ``<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>``, once or more often."""
     start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
     again = ' ("\\n"? call)*' if several else ""
     return "\n".join(
@@ -48,7 +48,7 @@ def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> s
 
 
 def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
-    """``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
+    """Return the grammar of ``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
     head, middle = marks.spelled(marks.call_start), marks.spelled("[ARGS]")
     rules = [
         f"tool_{i}: {head} {quote_lark(tool.name)} {middle} {_json(_parameters(tool))}" for i, tool in enumerate(tools)
@@ -57,7 +57,10 @@ def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
 
 
 def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
-    """``functions.name:0<|tool_call_argument_begin|>{...}`` between the markers of the call and of the section."""
+    """Return the grammar of Kimi K2's calls, once or more often.
+
+    A call is ``functions.name:0<|tool_call_argument_begin|>{...}`` between markers; a section with markers holds all.
+    """
     start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
     begin, middle, close = map(
         marks.spelled, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")

@@ -72,10 +72,12 @@ class Trace:
 
     @property
     def layers(self) -> int:
+        """Return the number of layers."""
         return len(self.prefixes)
 
     @property
     def clean(self) -> tuple[int, ...]:
+        """Return the cuts that may be used."""
         return tuple(cut for cut in range(1, self.layers) if cut not in self.unclean)
 
 

@@ -179,6 +179,7 @@ def _read(jobs: BinaryIO) -> Job | None:
 
 
 def main() -> int:
+    """Serve jobs from stdin until it closes. Return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but only the parent ends this one
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -81,6 +81,7 @@ class SandboxProcess:
 
     @property
     def pid(self) -> int:
+        """Return the id of the process."""
         return self._child.pid
 
     async def run(self, job: Job) -> Reply:

@@ -164,7 +164,9 @@ def _unpack_step(value: list[Any] | None) -> Step | None:
     if value is None:
         return None
     f = Fields(value, "step", 4)
-    sequences, width, ids = f.counts(1, MAX_ROWS), f.count(2), unpack_ids(f.blob(3))
+    sequences = f.counts(1, MAX_ROWS)
+    width = f.count(2)
+    ids = unpack_ids(f.blob(3))
     if not sequences or not width or len(sequences) * width != len(ids):
         raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
     rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
@@ -191,7 +193,8 @@ def _read_description(row: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
-    tensors, start = [], 0
+    tensors: list[Tensor] = []
+    start = 0
     for dtype, shape in map(_read_description, rows):
         end = start + ITEM_BYTES[dtype] * prod(shape)
         if end > len(body):

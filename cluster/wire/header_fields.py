@@ -42,24 +42,28 @@ class Fields:
         return value
 
     def number(self, i: int) -> float:
+        """Return a number; integers are converted to float."""
         value = self._value[i]
         if type(value) not in (float, int):
             raise self._bad(i, "a number")
         return float(value)
 
     def flag(self, i: int) -> bool:
+        """Return a boolean."""
         value = self._value[i]
         if type(value) is not bool:
             raise self._bad(i, "true or false")
         return value
 
     def text(self, i: int) -> str:
+        """Return a string."""
         value = self._value[i]
         if type(value) is not str:
             raise self._bad(i, "text")
         return value
 
     def blob(self, i: int) -> bytes:
+        """Return bytes."""
         value = self._value[i]
         if type(value) is not bytes:
             raise self._bad(i, "bytes")
@@ -80,6 +84,7 @@ class Fields:
         return tuple(value)
 
     def optional_list(self, i: int) -> list[Any] | None:
+        """Return a list or None."""
         value = self._value[i]
         if value is not None and type(value) is not list:
             raise self._bad(i, "a list or nothing")
