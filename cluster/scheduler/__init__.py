@@ -1,1 +1,1 @@
-"""Decides which frame is written next. Pure: it is told events, it returns frames and tokens; no I/O, no clock."""
+"""Decides which frame to write next. Pure: events in, frames and tokens out; no I/O, no clock."""

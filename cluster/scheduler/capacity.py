@@ -1,4 +1,4 @@
-"""What a loaded plan can take: lanes, rows, the ring's window, and memory for caches stage by stage."""
+"""The capacity of a loaded plan: lanes, rows, prefill window, and each stage's memory for KV caches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from cluster.scheduler.kv_cost import Cost, CostOf
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """``budget`` is for all caches, ``prefix_budget`` the part of it that kept prefixes may take; bytes a stage.
+    """The scheduler's limits for one loaded plan.
 
-    ``rows`` is how many sequences a lane may hold (1 where caches cannot batch), ``window`` how many prefill frames
-    may be in the ring, ``chunk`` their tokens at most, ``max_step_ms`` what one may cost while others decode.
+    ``budget``: bytes for all caches, per stage. ``prefix_budget``: the part of it that kept prefixes may use.
+    ``rows``: maximum sequences per lane (1 if the caches cannot be batched). ``window``: maximum prefill frames in
+    the ring. ``chunk``: maximum tokens per prefill frame. ``max_step_ms``: maximum time of a prefill frame on a stage
+    while other sequences decode; None means no maximum. ``queue``: maximum waiting requests.
     """
 
     lanes: int
@@ -28,11 +30,11 @@ class Capacity:
     queue: int = MAX_QUEUE
 
     def never_fits(self, tokens: int) -> str:
-        """Why a sequence of so many tokens can never be taken; empty where it can."""
+        """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can."""
         for stage, (cost, budget) in enumerate(zip(self.cost_of(tokens), self.budget, strict=True)):
             if cost > budget:
                 return (
-                    f"{tokens} tokens of prompt and answer need {cost / GIB:.3g} GiB of caches on stage {stage}, "
-                    f"which has {budget / GIB:.3g} GiB for them; ask for fewer"
+                    f"{tokens} tokens of prompt and answer need {cost / GIB:.3g} GiB of KV cache on stage {stage}, "
+                    f"which has {budget / GIB:.3g} GiB; shorten the prompt or lower max_tokens"
                 )
         return ""

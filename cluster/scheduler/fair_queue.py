@@ -1,8 +1,9 @@
-"""The queue: first come first served, shared fairly between clients.
+"""The queue of waiting requests, shared fairly between clients.
 
-Start-time fair queueing: each client has a clock that advances by what its requests cost (tokens they may take,
-divided by 1 + priority); the next request is the oldest of the client whose clock is furthest behind. A client that
-sends a hundred requests waits for itself, not the others for it, and nobody starves.
+It uses start-time fair queueing. Each client has a virtual clock. Taking a request advances its client's clock by the
+request's cost: its maximum tokens (prompt and answer) divided by 1 + priority. The next request is the oldest request
+of the client whose clock is furthest behind. A client that sends a hundred requests delays itself, not other clients,
+and no client starves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cluster.scheduler.sequence import Sequence
 
 
 class FairQueue:
-    """Requests that wait, at most ``most``."""
+    """At most ``most`` waiting requests."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -27,7 +28,7 @@ class FairQueue:
         return len(self._returning) + sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All of them, in order of arrival; those that were put back first."""
+        """Iterate over all waiting requests: first those that were put back, then the rest in order of arrival."""
         arrived = sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id)
         return iter((*self._returning, *arrived))
 
@@ -40,27 +41,27 @@ class FairQueue:
         self._queues.setdefault(client, deque()).append(sequence)
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
-        """These had their turn already, and lost their place through no fault of theirs: they go first."""
+        """Put admitted requests that lost their stages back at the front. They keep their order and are not charged."""
         self._returning = deque((*sequences, *self._returning))
 
     def first(self) -> Sequence | None:
-        """Whose turn it is."""
+        """Return the request that is next, or None if the queue is empty."""
         if self._returning:
             return self._returning[0]
-        client = self._turn()
+        client = self._next_client()
         return self._queues[client][0] if client is not None else None
 
     def take(self) -> Sequence:
-        """Take out whose turn it is; its client's clock advances, unless it was put back."""
+        """Remove and return the next request. Advance its client's clock, unless the request was put back."""
         if self._returning:
             return self._returning.popleft()
-        client = self._turn()
-        assert client is not None, "nobody waits"
+        client = self._next_client()
+        assert client is not None, "the queue is empty"
         sequence = self._queues[client].popleft()
         self._now = self._clocks[client]
         request = sequence.request
         self._clocks[client] += (len(request.prompt) + request.max_tokens) / (1 + request.priority)
-        self._tidy(client)
+        self._discard_idle_clocks(client)
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
@@ -68,18 +69,21 @@ class FairQueue:
             self._returning.remove(sequence)
             return
         self._queues[sequence.request.client].remove(sequence)
-        self._tidy(sequence.request.client)
+        self._discard_idle_clocks(sequence.request.client)
 
-    def _turn(self) -> str | None:
+    def _next_client(self) -> str | None:
         waiting = self._queues.items()
         return min(waiting, key=lambda item: (self._clocks[item[0]], item[1][0].id), default=(None, None))[0]
 
-    def _tidy(self, client: str) -> None:
-        """Forget empty queues, and the clocks that say nothing: who comes back starts from now at the earliest."""
+    def _discard_idle_clocks(self, client: str) -> None:
+        """Delete the client's queue if it is empty, and the clocks of idle clients that are not ahead.
+
+        Such a clock carries no information: ``add`` starts a returning client at the current virtual time or later.
+        """
         if not self._queues[client]:
             del self._queues[client]
-        for passed in [c for c, t in self._clocks.items() if t <= self._now and c not in self._queues]:
-            del self._clocks[passed]
+        for idle in [c for c, t in self._clocks.items() if t <= self._now and c not in self._queues]:
+            del self._clocks[idle]
         if not self._queues:
             self._clocks.clear()
             self._now = 0.0

@@ -1,7 +1,8 @@
-"""The log of one epoch: frames as they are written, the edits that wait for one, and what is in the ring.
+"""Writes the frames of one epoch, and tracks pending edits and the frames in the ring.
 
-Edits keep their order and ride on the next frame, unless that would make somebody's token wait for a frame in the ring
-that they touch; then they go by themselves.
+Edits keep their order and travel on the next frame. The exception: an edit that touches what a frame in the ring
+touches would make a decode frame wait for that frame, and delay its tokens. Then the edits travel in a frame of their
+own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cluster.scheduler.reordering import touched_by
 
 
 class FrameWriter:
-    """``edits`` may be added to at any time; ``written`` counts frames."""
+    """The frame log of ``epoch``. The scheduler appends to ``edits`` at any time; ``written`` counts frames."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
@@ -22,13 +23,13 @@ class FrameWriter:
         self.written = 0
 
     def write(self, lane: int, step: Step, prefills: int, now: float) -> Frame:
-        """The next frame, with the edits that wait unless they would hold it up."""
+        """Write a frame for ``step``. It carries the pending edits, unless they would delay a decode step."""
         sequences = step.sequences
-        held = step.compute is Compute.DECODE and self._delays(sequences)
-        return self._write_frame(lane, sequences, prefills, 0 if held else len(self.edits), step, now)
+        edits_wait = step.compute is Compute.DECODE and self._edits_would_delay(sequences)
+        return self._write_frame(lane, sequences, prefills, 0 if edits_wait else len(self.edits), step, now)
 
     def heavy(self, now: float) -> list[Frame]:
-        """Frames of edits alone, as long as those that wait are too many, or their grammars too long, for one frame."""
+        """Write edit-only frames until the pending edits, and the grammars in them, fit into one frame."""
         self.edits[:] = tidy(self.edits)
         frames = []
         while count := first_load(self.edits):
@@ -36,21 +37,26 @@ class FrameWriter:
         return frames
 
     def rest(self, now: float) -> list[Frame]:
-        """A frame for the edits that no step took along; one in the ring at a time: in a slow one they gather."""
+        """Write one edit-only frame for the edits that no step carried.
+
+        At most one such frame is in the ring at a time, so that a slow ring gets few frames with many edits each.
+        """
         if not self.edits or self.flights.bare:
             return []
         return [self._write_frame(-1, (), 0, len(self.edits), None, now)]
 
-    def _delays(self, sequences: tuple[int, ...]) -> bool:
-        """Whether a step of these, which needs none of the edits, would wait with them for a frame in the ring."""
+    def _edits_would_delay(self, sequences: tuple[int, ...]) -> bool:
+        """Return whether a step of ``sequences`` needs no pending edit, but would wait for a frame with them."""
         own, edited = touched_by(sequences, ()), touched_by((), self.edits)
         return own.isdisjoint(edited) and self.flights.meet(edited)
 
     def _write_frame(
         self, lane: int, sequences: tuple[int, ...], prefills: int, count: int, step: Step | None, now: float
     ) -> Frame:
-        """A frame that takes the first ``count`` edits along."""
-        number, edits, compute = self.written, tuple(self.edits[:count]), step.compute if step else None
+        """Write a frame that carries the first ``count`` edits."""
+        number = self.written
+        edits = tuple(self.edits[:count])
+        compute = step.compute if step else None
         self.written += 1
         del self.edits[:count]
         self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched_by(sequences, edits)))

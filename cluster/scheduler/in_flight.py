@@ -1,4 +1,4 @@
-"""Flights: the frames that are in the ring. It knows which may have overtaken which, so a lost one is noticed."""
+"""Tracks the frames that are in the ring. It knows which frames may overtake which, so it detects a lost frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from cluster.scheduler.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class InFlightFrame:
-    """A frame in the ring: what it computes, for whom, how many prompt tokens it prefills, and all that it touches."""
+    """A frame in the ring: its compute, its sequences, the number of prompt tokens it prefills, and what it touches.
+
+    ``compute`` is None for an edit-only frame. ``sent_at`` is in seconds of the injected clock.
+    """
 
     number: int
     lane: int
@@ -24,46 +27,47 @@ class InFlightFrame:
 
 
 class InFlightFrames:
-    """Frames of one epoch, in the order in which they were written."""
+    """The frames of one epoch that are in the ring, in the order in which they were written."""
 
     def __init__(self) -> None:
         self._flights: dict[int, InFlightFrame] = {}
         self._leaving: dict[int, Sequence] = {}
-        """Over, but a frame of theirs is in the ring: their rows and caches are still taken."""
+        """Sequences that have ended but still have a frame in the ring, so their rows and caches are still in use."""
 
     def __len__(self) -> int:
         return len(self._flights)
 
     @property
     def prefills(self) -> int:
-        """Prefill frames in the ring."""
+        """The number of prefill frames in the ring."""
         return sum(f.compute is Compute.PREFILL for f in self._flights.values())
 
     def oldest(self) -> tuple[float, int] | None:
-        """When the frame longest in the ring was written, and what it prefills; None where the ring is empty."""
+        """Return when the oldest frame in the ring was written and how many tokens it prefills; None if empty."""
         return next(((f.sent_at, f.prefills) for f in self._flights.values()), None)
 
     @property
     def bare(self) -> bool:
-        """Whether a frame of edits alone is in the ring."""
+        """Whether an edit-only frame is in the ring."""
         return any(f.compute is None for f in self._flights.values())
 
     def meet(self, touched: Touched) -> bool:
-        """Whether a frame in the ring touches any of these."""
+        """Return whether a frame in the ring touches any of these."""
         return any(not touched.isdisjoint(f.touched) for f in self._flights.values())
 
     def hold(self, sequence: Sequence) -> bool:
-        """Whether a frame in the ring is about a sequence; it is remembered then, for ``left`` to return."""
-        if held := self.meet(frozenset([("sequence", sequence.id)])):
+        """Return whether a frame in the ring touches the sequence. If so, hold it until ``take_left`` returns it."""
+        if in_ring := self.meet(frozenset([("sequence", sequence.id)])):
             self._leaving[sequence.id] = sequence
-        return held
+        return in_ring
 
     @property
     def leaving(self) -> tuple[Sequence, ...]:
+        """Sequences that have ended but still have a frame in the ring."""
         return tuple(self._leaving.values())
 
     def take_left(self) -> list[Sequence]:
-        """Take out those of ``leaving`` whose last frame is back."""
+        """Remove and return the sequences in ``leaving`` whose last frame has come back."""
         back = [s for s in self._leaving.values() if not self.meet(frozenset([("sequence", s.id)]))]
         for sequence in back:
             del self._leaving[sequence.id]
@@ -73,18 +77,24 @@ class InFlightFrames:
         self._flights[flight.number] = flight
 
     def land(self, frame: Frame) -> InFlightFrame:
-        """Take out the frame that came back. Raises ``BadFrame`` for one that is not there, and where one was lost."""
+        """Remove and return the record of a frame that came back.
+
+        Raise ``BadFrame`` if the frame is not in the ring, answers a sequence twice, or shows that another was lost.
+        """
         if frame.number not in self._flights:
-            raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back, which is not in the ring")
+            raise BadFrame(f"unexpected frame {frame.number} of epoch {frame.epoch}: it is not in the ring")
         flight = self._flights.pop(frame.number)
-        told = [*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)]
-        if len(set(told)) < len(told):
-            raise BadFrame(f"frame {frame.number} of epoch {frame.epoch} came back with two answers for one sequence")
+        answered = [*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)]
+        if len(set(answered)) < len(answered):
+            raise BadFrame(f"invalid frame {frame.number} of epoch {frame.epoch}: two answers for one sequence")
         self._require_none_lost(flight)
         return flight
 
     def _require_none_lost(self, back: InFlightFrame) -> None:
-        """An older frame may still be out only where ``cluster.scheduler.reordering`` lets it be overtaken."""
+        """Raise ``BadFrame`` if an older frame is still in the ring that ``back`` could not have overtaken.
+
+        ``cluster.scheduler.reordering`` defines which frames may overtake which.
+        """
         behind_prefill = False
         for older in self._flights.values():
             if older.number > back.number:
@@ -93,4 +103,4 @@ class InFlightFrames:
             behind_prefill = behind_prefill or prefill
             same = not set(older.sequences).isdisjoint(back.sequences)
             if same or not behind_prefill or (prefill and back.compute is Compute.PREFILL):
-                raise BadFrame(f"frame {back.number} came back before frame {older.number}, which must have been lost")
+                raise BadFrame(f"frame {older.number} was lost: frame {back.number} came back before it")

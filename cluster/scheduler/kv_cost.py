@@ -1,24 +1,24 @@
-"""What sequences take of each stage's memory, in the worst case, before they are admitted."""
+"""Computes the worst-case KV cache memory of sequences on each stage, before they are admitted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
 Cost = tuple[int, ...]
-"""Bytes, one entry a stage."""
+"""Bytes, one entry per stage."""
 
 CostOf = Callable[[int], Cost]
-"""What the caches of one sequence of so many tokens take at most."""
+"""Returns the maximum cache size of one sequence with the given number of tokens."""
 
 
 def lane_cost(lengths: Sequence[int], cost_of: CostOf) -> Cost:
-    """A lane's caches at their worst: a batch pads every sequence to the longest of them."""
+    """Return the worst-case cache size of a lane. A batch pads every sequence to the length of the longest."""
     longest = cost_of(max(lengths))
     return tuple(len(lengths) * nbytes for nbytes in longest)
 
 
 def total(costs: Iterable[Cost], stages: int) -> Cost:
-    """The sum over lanes or sequences, stage by stage."""
+    """Return the sum over lanes or sequences, per stage."""
     sums = [0] * stages
     for cost in costs:
         for i, nbytes in enumerate(cost):

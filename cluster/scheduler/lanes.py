@@ -1,4 +1,7 @@
-"""Lanes: the batches that decode together, one in each stage at a time. It keeps them even."""
+"""Assigns sequences to lanes and keeps the lanes balanced.
+
+A lane is a batch of sequences that decode together. With several lanes, each stage can work on a different one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterator
 from cluster.scheduler.sequence import Sequence
 
 Allowed = Callable[[list[list[Sequence]]], bool]
-"""Whether memory allows lanes with these members."""
+"""Returns whether memory allows lanes with these members."""
 
 
 class LaneAssignment:
@@ -26,14 +29,14 @@ class LaneAssignment:
         return sum(map(len, self.members))
 
     def with_one_more(self, sequence: Sequence) -> list[list[Sequence]] | None:
-        """What the lanes would hold with this sequence in the emptiest; None where all are full."""
+        """Return the lanes' members with this sequence added to the emptiest lane, or None if all lanes are full."""
         lane = self._emptiest()
         if len(self.members[lane]) >= self._rows:
             return None
         return [[*m, sequence] if i == lane else m for i, m in enumerate(self.members)]
 
     def enter(self, sequence: Sequence) -> None:
-        """Put a sequence in the emptiest lane."""
+        """Add a sequence to the emptiest lane."""
         sequence.lane = self._emptiest()
         self.members[sequence.lane].append(sequence)
 
@@ -41,7 +44,10 @@ class LaneAssignment:
         self.members[sequence.lane].remove(sequence)
 
     def rebalance(self, allowed: Allowed) -> None:
-        """Move sequences that no frame is computing until no two lanes differ by more than one, as memory allows."""
+        """Move sequences between lanes until no two lanes differ by more than one, as far as memory allows.
+
+        A sequence whose decode frame is in the ring is not moved.
+        """
         while self._move_one(allowed):
             pass
 
@@ -65,9 +71,9 @@ class LaneAssignment:
         return True
 
     def ready(self) -> Iterator[tuple[int, list[Sequence]]]:
-        """Lanes that are not busy and whose members have a token to feed, with those members.
+        """Yield each idle lane that has members with a token to feed, together with those members.
 
-        They come in the order in which they began to decode, so that a batch only ever grows at its end.
+        The members are in the order in which they began to decode, so that a batch only grows at its end.
         """
         for lane, members in enumerate(self.members):
             waiting = [s for s in members if s.next_token is not None]
@@ -75,7 +81,7 @@ class LaneAssignment:
                 yield lane, sorted(waiting, key=lambda s: s.turn or self._turns + 1)
 
     def begin(self, lane: int, sequences: list[Sequence]) -> None:
-        """A decode frame of these went out."""
+        """Mark a lane busy: a decode frame of ``sequences`` was written."""
         for sequence in sequences:
             if not sequence.turn:
                 self._turns += 1
@@ -83,7 +89,7 @@ class LaneAssignment:
         self._busy[lane] = frozenset(s.id for s in sequences)
 
     def end(self, lane: int) -> None:
-        """A lane's decode frame came back."""
+        """Mark a lane idle: its decode frame came back."""
         self._busy[lane] = frozenset()
 
     def _emptiest(self) -> int:

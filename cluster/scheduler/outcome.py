@@ -1,4 +1,4 @@
-"""What the scheduler returns when a frame has come back."""
+"""The scheduler's results for a frame that came back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.core.request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """A request's next token. ``finish`` is set with the last; an end-of-sequence token is no part of the answer."""
+    """A request's next token. ``finish`` is set on the last one. An end-of-sequence token is not part of the answer."""
 
     request_id: str
     index: int
@@ -19,12 +19,12 @@ class Produced:
     counts: bool
     """False for the end-of-sequence token."""
     cached: int
-    """Prompt tokens that a kept prefix brought."""
+    """Prompt tokens taken from a kept prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFailed:
-    """A stage could not do a step of this request, which has been taken out."""
+    """A stage failed a step of this request. The scheduler has removed the request."""
 
     request_id: str
     stage: int
@@ -34,7 +34,7 @@ class SampleFailed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The stages of a new epoch can never hold this request, which has been taken out."""
+    """The stages of a new epoch can never hold this request. The scheduler has removed it."""
 
     request_id: str
     sentence: str
@@ -42,15 +42,15 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A frame's way round the ring is over. ``request_ids`` are the live requests that it computed for."""
+    """The result of one frame that came back. ``request_ids`` are the live requests that it computed for."""
 
     request_ids: tuple[str, ...]
     timings: tuple[StageTiming, ...]
     sent_at: float
     events: tuple[Produced | SampleFailed, ...] = ()
     rows: int = 0
-    """Sequences that decoded together; 0 for any other frame."""
+    """Sequences in a decode frame; 0 for a frame that failed or was not a decode frame."""
     context: int = 0
-    """Tokens that each of them has, on average."""
+    """Average number of tokens of the frame's live sequences, prompt and answer."""
     prefills: int = 0
-    """Tokens that the frame prefilled."""
+    """Prompt tokens that the frame prefilled."""

@@ -1,4 +1,4 @@
-"""Edits that wait for a frame: which cancel out, what they touch, and how many of them a frame may carry."""
+"""Rules for pending edits: which cancel each other out, and how many a frame may carry."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save
 from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES
 
 MOST = MAX_EDITS // 2
-"""A frame's edits before it has a step; what that brings along takes far less than the other half."""
+"""Maximum pending edits for the next frame. The edits that come with its step need far less than the other half."""
 
 
 def tidy(edits: Sequence[Edit]) -> list[Edit]:
-    """Without those that would do nothing: of a sequence that joins and leaves here, of a prefix kept and dropped here.
+    """Return the edits without those that cancel out.
 
-    What is copied from such a sequence on the way keeps all of its edits.
+    A sequence that joins and leaves within ``edits`` needs none of its edits, unless a prefix is saved from it. A
+    prefix that is saved and dropped within ``edits`` needs neither edit, unless it is restored in between.
     """
     used = {e.prefix for e in edits if isinstance(e, Restore)}
     dropped = {e.prefix for e in edits if isinstance(e, Drop)}
@@ -27,9 +28,9 @@ def tidy(edits: Sequence[Edit]) -> list[Edit]:
 
 
 def first_load(edits: Sequence[Edit]) -> int:
-    """How many of ``edits`` a frame of its own has to take away, so that the rest may fit one; 0 where all do.
+    """Return how many leading edits to send in an edit-only frame; 0 if all fit into the next frame.
 
-    Grammars and edits of one frame are bounded.
+    A frame has a maximum number of edits and a maximum total size of grammars.
     """
     total = 0
     for i, edit in enumerate(edits):

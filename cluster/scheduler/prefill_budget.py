@@ -1,4 +1,4 @@
-"""How many tokens a prefill frame may carry: few enough that stages overlap, and that nobody waits above the budget."""
+"""Chooses the size of prefill chunks: small enough that stages overlap and that decoding is not delayed too long."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from cluster.core.plan import next_chunk, overlapping_chunk
 
 _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
-"""Before anything was measured, while others decode."""
+"""Tokens per chunk while others decode and nothing has been measured yet."""
 _LEAST_CHUNK = 4
-"""Tokens that a chunk carries above the budget too, where a frame without any token is what costs the time."""
+"""Minimum tokens per chunk, even above the budget, if the fixed cost of a frame dominates."""
 _LEAST_SPREAD = 0.1
-"""Chunks whose lengths differ by less, of their mean, do not tell a frame's cost from a token's."""
+"""Minimum relative spread of chunk lengths (of their mean) that separates the cost per frame from that per token."""
 _LEAST_SLOPE = 0.01
-"""A token costs at least this share of what it does on average; less is noise."""
+"""Minimum marginal cost of a token, as a share of its average cost; a smaller slope is noise."""
 _MOST_GROWTH = 4
-"""A chunk is at most so many times as long as the longest of late: how far a line through short ones can be trusted."""
+"""Maximum ratio of a chunk to the longest recent one: a line fitted to short chunks is not trusted further."""
 _LEAST_FRAMES = 2.0
-"""A chunk may cost so many times what a frame does without any token: half of its time is work then."""
+"""A chunk may always cost this many times a frame's fixed cost, so that half of its time is useful work."""
 
 
 class PrefillBudget:
-    """Learns what a chunk costs the slowest stage, so much a frame and so much a token, from the frames that come back.
+    """Learns a chunk's cost on the slowest stage, per frame and per token, from the frames that come back.
 
-    A frame weighs by its tokens: a hundred short prompts say little of what a long chunk takes.
+    A chunk's weight grows with its tokens: a hundred short prompts tell little about the cost of a long chunk.
     """
 
     def __init__(self, chunk: int, stages: int, max_step_ms: float | None) -> None:
@@ -34,7 +34,7 @@ class PrefillBudget:
         self._step_us = self._longest = 0.0
 
     def learn(self, compute: Compute | None, tokens: int, timings: Sequence[StageTiming]) -> None:
-        """A frame came back, computed by every stage: a decode step, or a chunk of so many tokens of a prompt."""
+        """Learn from a frame that every stage computed: a decode step, or a prompt chunk of ``tokens`` tokens."""
         if compute is Compute.DECODE:
             us = sum(t.compute_us for t in timings)
             self._step_us += (us - self._step_us) * (_SMOOTHING if self._step_us else 1.0)
@@ -44,7 +44,8 @@ class PrefillBudget:
     def _learn_chunk(self, tokens: int, timings: Sequence[StageTiming]) -> None:
         if not timings or tokens < 1:
             return
-        us, kept = max(t.compute_us for t in timings), (1 - _SMOOTHING) ** (tokens / self._chunk)
+        us = max(t.compute_us for t in timings)
+        kept = (1 - _SMOOTHING) ** (tokens / self._chunk)
         self._longest = max(kept * self._longest, tokens)
         self._frames = kept * self._frames + 1
         self._tokens = kept * self._tokens + tokens
@@ -53,11 +54,12 @@ class PrefillBudget:
         self._tokens_by_us = kept * self._tokens_by_us + tokens * us
 
     def chunk(self, whole: int, left: int, *, others_decode: bool) -> int:
-        """Tokens of the next frame, for a prompt of which ``whole`` tokens have to be prefilled, ``left`` still do.
+        """Return the number of tokens in the next chunk of a prompt.
 
-        While others decode it takes a stage no longer than the budget, nor longer than a decode step takes all of them:
-        the time between two tokens of theirs doubles at most. Where a single token costs more, it is one at a time;
-        where a frame without any does, a few more tokens change little.
+        ``whole`` tokens of the prompt need prefill; ``left`` of them have not been sent. While others decode, a chunk
+        takes a stage no longer than the budget, and no longer than all stages together take for a decode step. So the
+        time between two tokens at most doubles. If a single token costs more than that, chunks have one token; if the
+        fixed cost of a frame does, a few more tokens change little.
         """
         chunk = overlapping_chunk(whole, self._stages, self._chunk)
         if not others_decode or self._max_step_ms is None:
@@ -76,8 +78,10 @@ class PrefillBudget:
         return max(least, min(most, affordable, int(_MOST_GROWTH * self._longest)))
 
     def _cost(self) -> tuple[float, float]:
-        """Microseconds a frame and a token: a line through what was measured, or all by tokens where lengths differ
-        too little to tell the two apart, or where longer frames took less: a long context's, once chunks got shorter.
+        """Return the microseconds per frame and per token: a line fitted to the measured chunks.
+
+        The whole cost is attributed to the tokens if the lengths differ too little to separate the two, or if longer
+        chunks took less time. The latter happens when a long context slows down chunks that have become shorter.
         """
         tokens, us = self._tokens / self._frames, self._us / self._frames
         spread = self._tokens_squared / self._frames - tokens * tokens

@@ -1,7 +1,7 @@
-"""The prefix cache's index: what is kept on the stages, for whom, how large, and what goes first.
+"""The index of the prefix cache: which prefixes the stages keep, their owners and sizes, and the eviction order.
 
-Every stage keeps the same prefixes, since they are made and dropped by edits in frames; this is the only place that
-knows which. Prefixes of one owner (an API key) are never given to another.
+All stages keep the same prefixes, because edits in frames create and drop them. Only this index knows which prefixes
+exist. A prefix of one owner (an API key) is never used for another owner.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ class _Kept:
     owner: str
     cost: Cost
     source: int
-    """The sequence that it is a copy of."""
+    """Id of the sequence that the prefix was copied from."""
 
 
 class Prefixes:
-    """``trimmable`` says whether a model's caches can be cut back: if not, only a whole prefix is a hit."""
+    """The kept prefixes, in LRU order, within ``budget`` bytes per stage.
+
+    ``trimmable``: whether the model's caches can be trimmed. If not, only a whole prefix is a hit.
+    """
 
     def __init__(self, budget: Cost, *, trimmable: bool) -> None:
         self._budget, self._trimmable = budget, trimmable
@@ -41,11 +44,14 @@ class Prefixes:
 
     @property
     def used(self) -> Cost:
-        """Bytes on each stage."""
+        """Bytes used on each stage."""
         return tuple(self._used)
 
     def find(self, owner: str, prompt: Sequence[int]) -> Match | None:
-        """The best prefix for a prompt; its length leaves at least the last token to compute. Counts as a use."""
+        """Return the best prefix for a prompt, or None. Counts as a use for the LRU order.
+
+        The match leaves at least the prompt's last token to compute.
+        """
         tree = self._trees.get(owner)
         if tree is None:
             return None
@@ -57,7 +63,7 @@ class Prefixes:
         return match
 
     def keep(self, owner: str, tokens: tuple[int, ...], cost: Cost, source: int = 0) -> tuple[int | None, list[int]]:
-        """Make room for a prefix: its id (None where it is too large to keep) and the ids to drop before it."""
+        """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first."""
         if len(tokens) < MIN_HIT or any(c > b for c, b in zip(cost, self._budget, strict=True)):
             return None, []
         dropped = self.shrink_to(tuple(b - c for b, c in zip(self._budget, cost, strict=True)))
@@ -76,19 +82,19 @@ class Prefixes:
         return self._made, dropped
 
     def passing(self) -> int:
-        """An id for a prefix that is dropped in the frame in which it is saved: it takes no memory of its own."""
+        """Return an id for a temporary prefix: one frame both saves and drops it, so it needs no memory of its own."""
         self._made += 1
         return self._made
 
     def shrink_to(self, room: Cost) -> list[int]:
-        """Drop the least recently used until no stage holds more than ``room``; the ids that went."""
+        """Drop the least recently used prefixes until every stage is within ``room`` bytes. Return the dropped ids."""
         dropped = []
         while self._kept and any(used > r for used, r in zip(self._used, room, strict=True)):
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
 
     def forget(self, sources: Sequence[int]) -> list[int]:
-        """Drop what was copied from these, since a step of them failed; the ids that went."""
+        """Drop the prefixes copied from these sequences, because a step of them failed. Return the dropped ids."""
         return [self._drop(entry) for entry, kept in list(self._kept.items()) if kept.source in sources]
 
     def _drop(self, entry: int) -> int:

@@ -1,6 +1,6 @@
-"""A radix tree over token ids: which kept prefix shares the longest beginning with a prompt.
+"""A radix tree over token ids. It finds the kept prefix that has the longest common prefix with a prompt.
 
-It knows sequences of integers and the ids they were stored under, nothing else.
+It knows sequences of integers and the ids they are stored under, nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(slots=True)
 class _Node:
-    """A point in the tree. ``edge`` are the tokens on the way from its parent; ``entry`` ends here, if any does."""
+    """A node of the tree. ``edge``: the tokens from its parent to here; ``entry``: the id that ends here, if any."""
 
     edge: Tokens = ()
     entry: int | None = None
@@ -22,7 +22,7 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An entry and how many of the asked tokens it begins with. ``whole``: the entry has no other tokens."""
+    """An entry, and the length of its common prefix with the query. ``whole``: the entry has no further tokens."""
 
     entry: int
     length: int
@@ -30,7 +30,7 @@ class Match:
 
 
 class RadixTree:
-    """Entries by their tokens; two entries of the same tokens cannot be."""
+    """Entry ids by token sequence. Each token sequence has at most one entry."""
 
     def __init__(self) -> None:
         self._root = _Node()
@@ -43,7 +43,7 @@ class RadixTree:
         return self._tokens[entry]
 
     def insert(self, tokens: Tokens, entry: int) -> int | None:
-        """Store an entry; the id that these very tokens were stored under before, which is gone now."""
+        """Store an entry. Return the id of the entry with the same tokens that it replaces, or None."""
         node, rest = self._root, tokens
         while rest:
             child = node.children.get(rest[0])
@@ -67,17 +67,17 @@ class RadixTree:
         return upper
 
     def remove(self, entry: int) -> None:
-        """Forget an entry; one that is not there is no error."""
+        """Remove an entry. Do nothing if it does not exist."""
         tokens = self._tokens.pop(entry, None)
         if tokens is None:
             return
         path = list(self._path(tokens))
         path[-1].entry = None
         for parent, node in zip(path[-2::-1], path[:0:-1], strict=True):
-            _tidy(parent, node)
+            _prune(parent, node)
 
     def _path(self, tokens: Tokens) -> Iterator[_Node]:
-        """The nodes from the root to where these stored tokens end."""
+        """Yield the nodes from the root to the node where these stored tokens end."""
         node, at = self._root, 0
         yield node
         while at < len(tokens):
@@ -86,7 +86,7 @@ class RadixTree:
             yield node
 
     def longest(self, asked: Tokens) -> Match | None:
-        """The entry that shares the longest beginning with ``asked``; None where none shares a token."""
+        """Return an entry with the longest common prefix with ``asked``, or None if no entry shares a token."""
         node, at = self._root, 0
         while True:
             child = node.children.get(asked[at]) if at < len(asked) else None
@@ -102,7 +102,7 @@ class RadixTree:
         return Match(entry, at, len(self._tokens[entry]) == at)
 
     def longest_whole(self, asked: Tokens) -> Match | None:
-        """The longest entry that ``asked`` begins with, all of it."""
+        """Return the longest entry that is a prefix of ``asked``, or None."""
         node, at, best = self._root, 0, None
         while at < len(asked) and (child := node.children.get(asked[at])):
             if asked[at : at + len(child.edge)] != child.edge:
@@ -113,25 +113,25 @@ class RadixTree:
         return best
 
     def beginnings(self, tokens: Tokens) -> list[int]:
-        """The other entries that ``tokens`` begins with."""
+        """Return the entries that are proper prefixes of ``tokens``. The tokens must be stored."""
         return [n.entry for n in self._path(tokens) if n.entry is not None and self._tokens[n.entry] != tokens]
 
 
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two sequences."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
 def _any_entry(node: _Node) -> int:
-    """An entry at or below a node; every leaf has one."""
+    """Return an entry at or below a node. Every leaf has one."""
     while node.entry is None:
         node = next(iter(node.children.values()))
     return node.entry
 
 
-def _tidy(parent: _Node, node: _Node) -> None:
-    """Drop a node that has become a useless leaf, or join it with its only child."""
+def _prune(parent: _Node, node: _Node) -> None:
+    """Delete a node that has no entry and no children, or merge it with its only child."""
     if node.entry is not None or len(node.children) > 1:
         return
     if not node.children:

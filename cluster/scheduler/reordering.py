@@ -1,9 +1,9 @@
-"""Whose turn it is on a stage: a decode frame may overtake prefill frames that are waiting.
+"""Chooses the next frame to run on a stage. A decode frame may overtake waiting prefill frames.
 
-Frames that touch different sequences and different kept prefixes commute, so a stage may run them in either order
-and hold the same state afterwards. A decode frame takes a few milliseconds and somebody is waiting for its token; a
-prefill frame takes many. So a decode frame goes first, once a lane for each prefill frame: nobody's next token waits
-for more than one chunk a stage, and no prompt starves behind lanes that never pause.
+Frames that touch different sequences and different kept prefixes commute: a stage may run them in either order and
+ends in the same state. A decode frame takes a few milliseconds and a client is waiting for its token; a prefill frame
+takes much longer. So decode frames go first, but each lane may overtake a prefill frame only once. A next token waits
+for at most one chunk per stage, and no prompt starves behind lanes that decode without pause.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.core.frames import Compute, Drop, Edit, Frame, Restore, Save
 from cluster.core.limits import MAX_FRAMES_WAITING
 
 Touched = frozenset[tuple[str, int]]
-"""Sequences and kept prefixes, by kind and id."""
+"""Sequences and kept prefixes, as pairs of kind (``sequence`` or ``prefix``) and id."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class _WaitingFrame:
 
 
 class ReorderBuffer:
-    """The frames that wait on one stage, in the order in which they arrived."""
+    """The frames that wait on one stage, in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: list[_WaitingFrame] = []
@@ -40,28 +40,31 @@ class ReorderBuffer:
         return (w.frame for w in self._waiting)
 
     def add(self, frame: Frame, *, ready: bool) -> None:
-        """A frame arrived; one that is not ``ready`` lacks its tensors. Raises ``BadFrame`` where too many wait."""
+        """Add a frame that arrived. A frame that is not ``ready`` still lacks its tensors.
+
+        Raise ``BadFrame`` if ``MAX_FRAMES_WAITING`` frames wait already.
+        """
         if len(self._waiting) >= MAX_FRAMES_WAITING:
-            raise BadFrame(f"{len(self._waiting)} frames wait on one stage")
+            raise BadFrame(f"too many frames wait on one stage: {len(self._waiting)}")
         self._waiting.append(_WaitingFrame(frame, ready, touched(frame)))
 
     def lacking(self, number: int) -> Frame | None:
-        """The waiting frame of that number that lacks its tensors, if there is one."""
+        """Return the waiting frame ``number`` if it lacks its tensors, else None."""
         return next((w.frame for w in self._waiting if w.frame.number == number and not w.ready), None)
 
     def complete(self, frame: Frame) -> None:
-        """The tensors of a waiting frame arrived; here it is whole."""
+        """Replace a waiting frame by the complete ``frame``: its tensors arrived."""
         for waiting in self._waiting:
             if waiting.frame.number == frame.number:
                 waiting.frame, waiting.ready = frame, True
 
     def take(self) -> Frame | None:
-        """The frame to run next, which waits no more; None where none can run yet."""
+        """Remove and return the frame to run next, or None if no frame can run yet."""
         if not self._waiting:
             return None
         head = self._waiting[0]
         if _prefills(head.frame) and (passing := self._find_overtaking(head)):
-            if head.ready:  # a head that could not run was not kept waiting
+            if head.ready:  # a head that cannot run yet was not delayed, so its lane may overtake again
                 self._overtook.add(passing.frame.lane)
             return self._take_out(passing)
         if not head.ready:
@@ -75,25 +78,28 @@ class ReorderBuffer:
         return waiting.frame
 
     def _find_overtaking(self, head: _WaitingFrame) -> _WaitingFrame | None:
-        """The first decode frame that commutes with all before it, of a lane that has not overtaken ``head`` yet."""
+        """Return the first decode frame that commutes with all frames before it and may still overtake ``head``.
+
+        Its lane must not have overtaken ``head`` yet, if ``head`` is ready to run.
+        """
         spent = self._overtook if head.ready else frozenset()
         before: set[tuple[str, int]] = set()
         for waiting in self._waiting:
-            may = waiting.ready and _decodes(waiting.frame) and waiting.frame.lane not in spent
-            if may and before.isdisjoint(waiting.touched):
+            eligible = waiting.ready and _decodes(waiting.frame) and waiting.frame.lane not in spent
+            if eligible and before.isdisjoint(waiting.touched):
                 return waiting
             before |= waiting.touched
         return None
 
 
 def touched(frame: Frame) -> Touched:
-    """Everything whose state a frame reads or changes."""
+    """Return the sequences and prefixes whose state a frame reads or changes."""
     rows = frame.step.sequences if frame.step else ()
     return touched_by(rows, frame.edits)
 
 
 def touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
-    """What a step of ``sequences`` and these edits touch."""
+    """Return the sequences and prefixes that a step of ``sequences`` and ``edits`` touch."""
     return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _of_edit(e))])
 
 

@@ -1,4 +1,4 @@
-"""Several answers of one prompt: edits that start them from a copy of it."""
+"""Builds the edits that start several answers (samples) of one prompt from a copy of its caches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from cluster.scheduler.sequence import Sequence
 
 
 def copies(leader: Sequence, followers: Several[Sequence], prefix: int) -> list[Edit]:
-    """Let ``followers`` join with what the stages hold of ``leader``: all of its prompt but the last token.
+    """Return the edits that let ``followers`` join with a copy of the leader's caches.
 
-    The copy is whole, so caches that cannot be trimmed can be copied too; and it is dropped in the same frame.
+    The caches hold all of the prompt but its last token. The copy is whole, so it also works for caches that cannot be
+    trimmed. The same frame drops the prefix again.
     """
     edits: list[Edit] = [Save(leader.id, prefix)]
     for sequence in followers:

@@ -1,12 +1,12 @@
-"""The scheduler: requests and lanes in, the next frames out.
+"""The scheduler: requests in, the next frames out.
 
-A request waits its turn, enters the emptiest lane once every stage has room for its worst case, starts from the
-longest kept prefix, and sends the rest of its prompt as a row of prefill frames that do not wait for each other.
-Decode frames, one a lane, go before prefill frames; while others decode, a prefill frame is no longer than the pace
-allows, and each of their lanes goes once before the next one.
+A request waits in the fair queue until every stage has room for its worst case. Then it enters the emptiest lane and
+starts from the longest kept prefix. The rest of its prompt is sent as several prefill frames that do not wait for each
+other. Decode frames, one per lane, go before prefill frames. While other sequences decode, the prefill budget limits
+the size of a prefill frame, and each of their lanes gets one decode frame before the next prefill frame.
 
-Frames of one sequence come back in the order in which they were written; a decode frame may overtake prefill frames of
-others (``cluster.scheduler.reordering``). Every frame that is written comes back, or the ring is lost.
+Frames of one sequence come back in the order in which they were written. A decode frame may overtake prefill frames of
+other sequences (``cluster.scheduler.reordering``). Every frame that is written comes back, or the ring is lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cluster.scheduler.sequence import Phase, Sequence
 
 
 class Scheduler:
-    """The schedule of one model, over as many epochs as it takes. ``eos`` are the token ids that end an answer."""
+    """Schedules the requests of one model, across epochs. ``eos`` are the token ids that end an answer."""
 
     def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
         self._eos = eos
@@ -42,17 +42,17 @@ class Scheduler:
         self._epoch, self._capacity = epoch, capacity
         self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
-        self._pacing = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
+        self._prefill_budget = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
         self._log = FrameWriter(epoch)
         self._flights, self._edits = self._log.flights, self._log.edits
         self._lanes_since_prefill: set[int] = set()
 
-    # What can be asked
+    # Queries
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """Every live request in the order of arrival, the waiting ones last."""
+        """Every live request in order of arrival: first those in a lane, then the waiting ones."""
         return (*sorted(self._lanes, key=lambda s: s.id), *self._waiting)
 
     @property
@@ -65,7 +65,7 @@ class Scheduler:
 
     @property
     def reserved(self) -> Cost:
-        """Bytes of each stage's caches that live sequences may come to take."""
+        """Worst-case bytes of the live sequences' caches, per stage."""
         return self._cost(self._lanes.members)
 
     @property
@@ -76,21 +76,23 @@ class Scheduler:
         return self._flights.oldest()
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a live request."""
+        """Return the earliest deadline of a live request, or None if no request has one."""
         return min((d for s in self._by_request.values() if (d := s.request.deadline) is not None), default=None)
 
     def overdue(self, now: float) -> list[str]:
-        """Requests whose deadline has passed, wherever they are."""
+        """Return the ids of all live requests, waiting or not, whose deadline has passed."""
         return [i for i, s in self._by_request.items() if s.request.deadline is not None and s.request.deadline <= now]
 
-    # What can happen
+    # Events
 
     def submit(self, *requests: Request, said: tuple[tuple[int, ...], ...] = ()) -> None:
-        """Accept requests, all or none. Several are samples of one prompt, which the first of them prefills for all,
-        unless the answers have begun with what they have ``said`` already.
+        """Accept all of the requests, or none.
 
-        Raises ``Busy`` where the queue is full, ``PromptTooLong`` for one that can never fit, ``InvalidRequest`` for
-        an id that is taken.
+        Several requests are samples of one prompt. The first prefills the prompt for all, unless ``said`` is given:
+        the answers so far, one per request, of requests that are resumed.
+
+        Raise ``Busy`` if the queue is full, ``PromptTooLong`` for a request that can never fit, and
+        ``InvalidRequest`` for an id that is already live.
         """
         for request in requests:
             if request.id in self._by_request:
@@ -99,7 +101,8 @@ class Scheduler:
                 raise PromptTooLong(why, field="max_tokens")
         if not self._waiting.has_room(len(requests)):
             raise Busy(
-                f"{len(self._lanes)} requests are being answered and {len(self._waiting)} wait; try again later",
+                f"the queue is full: {len(self._lanes)} requests are running and {len(self._waiting)} wait; "
+                "try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
         leader: Sequence | None = None
@@ -112,8 +115,10 @@ class Scheduler:
         self._admit()
 
     def begin_epoch(self, epoch: int, capacity: Capacity) -> tuple[Refused, ...]:
-        """Other stages are ready, which hold nothing: whoever had a lane is prefilled anew with all it has said, before
-        those that wait. Requests that these stages can never hold are taken out and returned.
+        """Continue on the empty stages of a new epoch.
+
+        Requests that had a lane are prefilled again with their answers so far, before those that wait. Remove and
+        return the requests that the new stages can never hold.
         """
         lost = sorted(self._lanes, key=lambda s: s.id)
         for sequence in self._by_request.values():
@@ -127,7 +132,10 @@ class Scheduler:
         return tuple(refused)
 
     def end(self, request_id: str) -> Sequence:
-        """Take a request out, if it is there; its caches are kept or freed. Raises ``RequestNotFound``."""
+        """Remove and return a request. Its caches are kept as a prefix or freed.
+
+        Raise ``RequestNotFound`` if it is not live.
+        """
         sequence = self._by_request.get(request_id)
         if sequence is None:
             raise RequestNotFound(f"no live request has the id {request_id}")
@@ -135,26 +143,33 @@ class Scheduler:
         return sequence
 
     def on_frame(self, frame: Frame) -> Outcome:
-        """Account for a frame that the last stage sent back. Raises ``BadFrame`` where that cannot be."""
+        """Account for a frame that the last stage sent back. Raise ``BadFrame`` if it is unexpected or invalid."""
         if frame.epoch != self._epoch:
-            raise BadFrame(f"a frame of epoch {frame.epoch} came back in epoch {self._epoch}")
+            raise BadFrame(f"unexpected frame of epoch {frame.epoch}: the current epoch is {self._epoch}")
         flight = self._flights.land(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
         if not frame.error:
-            self._pacing.learn(flight.compute, flight.prefills, frame.timings)
+            self._prefill_budget.learn(flight.compute, flight.prefills, frame.timings)
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
         for sequence in live:
             sequence.prefilled += flight.prefills
         events = self._events(live, frame)
-        self._let_go(flight, frame)
+        self._free_finished(flight, frame)
         rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
-        took = rows, context, flight.prefills
-        return Outcome(tuple(s.request.id for s in live), frame.timings, flight.sent_at, events, *took)
+        return Outcome(
+            tuple(s.request.id for s in live),
+            frame.timings,
+            flight.sent_at,
+            events,
+            rows=rows,
+            context=context,
+            prefills=flight.prefills,
+        )
 
     def next_frames(self, now: float) -> list[Frame]:
-        """Every frame that can be written now, decode before prefill; edits ride on the first of them."""
+        """Return every frame that can be written now, decode before prefill. The first one carries the edits."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
         frames = [*self._log.heavy(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
@@ -170,11 +185,11 @@ class Scheduler:
         return total(costs, len(self._capacity.budget))
 
     def _room(self) -> Cost:
-        """Bytes that live sequences may take beside what prefixes take."""
+        """Return the bytes that live sequences may use beside the kept prefixes, per stage."""
         return tuple(b - p for b, p in zip(self._capacity.budget, self._prefixes.used, strict=True))
 
     def _admit(self) -> None:
-        """Let in whose turn it is, while memory lasts; nobody passes one who waits for memory."""
+        """Admit waiting requests in turn while memory lasts. None overtakes a request that waits for memory."""
         while (sequence := self._waiting.first()) and self._make_room(sequence):
             self._waiting.take()
             self._lanes.enter(sequence)
@@ -182,7 +197,7 @@ class Scheduler:
             self._join(sequence)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Drop prefixes, the oldest first, as far as a sequence needs; False where even all would not do."""
+        """Drop least recently used prefixes until a sequence fits. Return False if it does not fit even without any."""
         members = self._lanes.with_one_more(sequence)
         if members is None:
             return False
@@ -190,14 +205,16 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.find(sequence.request.client, sequence.base)  # what it will start from goes last
+        self._prefixes.find(sequence.request.client, sequence.base)  # a use: the prefix it starts from is dropped last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
         return True
 
     def _join(self, sequence: Sequence) -> None:
         if sequence.follows:
             return
-        request, sequence.joined, sequence.served = sequence.request, True, self._log.written
+        request = sequence.request
+        sequence.joined = True
+        sequence.served = self._log.written
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
         if match := self._prefixes.find(request.client, sequence.base):
             self._edits.append(Restore(sequence.id, match.entry))
@@ -208,7 +225,7 @@ class Scheduler:
         self._finish_prompt(sequence)
 
     def _finish_prompt(self, leader: Sequence) -> None:
-        """Once all of a prompt is on its way, its decode may follow, and other samples of it start from a copy."""
+        """Once a prompt is sent completely, let it decode, and start the other samples from a copy of it."""
         if leader.unsent:
             return
         leader.next_token = leader.base[-1]
@@ -219,15 +236,16 @@ class Scheduler:
             self._keep(leader)
 
     def _hand_over(self, leader: Sequence) -> None:
-        """A sample has gone: the next one that still waits for its prompt prefills it for the others."""
-        heirs = [s for s in self._by_request.values() if s.leader is leader and not s.joined]
-        if not heirs:
+        """Make the next sample that still waits for the prompt prefill it for the others: its leader is gone."""
+        followers = [s for s in self._by_request.values() if s.leader is leader and not s.joined]
+        if not followers:
             return
-        heir, heirs[0].leader = heirs[0], None
-        for other in heirs[1:]:
-            other.leader = heir
-        if heir.phase is not Phase.QUEUED:
-            self._join(heir)
+        new_leader = followers[0]
+        new_leader.leader = None
+        for other in followers[1:]:
+            other.leader = new_leader
+        if new_leader.phase is not Phase.QUEUED:
+            self._join(new_leader)
 
     def _remove(self, sequence: Sequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
@@ -244,14 +262,17 @@ class Scheduler:
         self._admit()
 
     def _leave(self, sequence: Sequence) -> None:
-        """Nothing of it is in the ring: the stages hold the same of it, unless a step of it failed."""
+        """Keep or free the caches of a sequence that has no frame in the ring.
+
+        All stages hold the same state of it now, unless a step of it failed; then nothing is kept.
+        """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
             self._keep(sequence)
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
 
-    def _let_go(self, flight: InFlightFrame, frame: Frame) -> None:
-        """Free the sequences whose last frame came back, and what was copied from one whose step failed."""
+    def _free_finished(self, flight: InFlightFrame, frame: Frame) -> None:
+        """Free ended sequences whose last frame came back, and prefixes copied from a sequence whose step failed."""
         failed = flight.sequences if frame.error else tuple(f.sequence for f in frame.failures)
         self._edits += map(Drop, self._prefixes.forget(failed) if failed else ())
         for sequence in self._flights.leaving:
@@ -262,7 +283,7 @@ class Scheduler:
             self._admit()
 
     def _keep(self, sequence: Sequence) -> None:
-        """Have the stages keep what they hold of a sequence, where there is room for it."""
+        """Save the caches of a sequence as a prefix on all stages, if there is room."""
         cost = self._capacity.cost_of(max(len(sequence.fed), 1))
         if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
             return
@@ -288,12 +309,13 @@ class Scheduler:
         )
 
     def _fail_sample(self, sequence: Sequence, failure: SequenceFailure) -> SampleFailed:
-        """One row of a lane went wrong on the last stage; the others have their samples."""
+        """Remove a sequence whose row failed on the last stage. The other rows of its lane have their samples."""
         self._remove(sequence, keep=False)
         return SampleFailed(sequence.request.id, len(self._capacity.budget) - 1, failure.reason, failure.sentence)
 
     def _account_sample(self, sequence: Sequence, sample: Sample) -> Produced:
-        request, index = sequence.request, sequence.produced
+        request = sequence.request
+        index = sequence.produced
         ended = sample.token in self._eos and not request.ignore_eos
         finish = FinishReason.STOP if ended else None
         if not ended:
@@ -323,19 +345,22 @@ class Scheduler:
         return self._log.write(lane, step, 0, now)
 
     def _neediest(self) -> Sequence | None:
-        """Whose prompt has waited longest for its turn. Who comes new waits behind those that wait already."""
+        """Return the sequence whose prompt has waited longest for a chunk. A new one goes behind those that wait."""
         return min((s for s in self._lanes if s.unsent and s.joined), key=lambda s: (s.served, s.id), default=None)
 
     def _prefillable(self) -> Sequence | None:
-        """Whose prompt goes on, unless a decoding lane is to go first: one chunk at most between two steps."""
+        """Return the sequence to prefill next, or None if a decoding lane goes first.
+
+        With a step limit, at most one chunk goes between two decode steps of a lane.
+        """
         sequence = self._neediest()
-        paced = self._capacity.max_step_ms is not None
-        if sequence and paced and not self._lanes_decoding(sequence) <= self._lanes_since_prefill:
+        limited = self._capacity.max_step_ms is not None
+        if sequence and limited and not self._lanes_decoding(sequence) <= self._lanes_since_prefill:
             return None
         return sequence
 
     def _lanes_decoding(self, but: Sequence) -> set[int]:
-        """The lanes in which others decode."""
+        """Return the lanes in which sequences other than ``but`` decode."""
         return {s.lane for s in self._lanes if s is not but and s.phase is Phase.DECODE}
 
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
@@ -343,7 +368,7 @@ class Scheduler:
         others = bool(self._lanes_decoding(sequence))
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
-        count = self._pacing.chunk(whole, sequence.unsent, others_decode=others)
+        count = self._prefill_budget.chunk(whole, sequence.unsent, others_decode=others)
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))

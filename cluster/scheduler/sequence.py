@@ -1,4 +1,4 @@
-"""One accepted request on its way: how much of its prompt is on the stages, and what it has said so far."""
+"""The state of one accepted request: how much of its prompt is on the stages, and its answer so far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.core.request import Request
 
 
 class Phase(StrEnum):
-    """Where a request is."""
+    """The phase of a request."""
 
     QUEUED = "queued"
     PREFILL = "prefill"
@@ -20,9 +20,9 @@ class Phase(StrEnum):
 class Sequence:
     """The scheduler's record of a request. Only the scheduler changes it.
 
-    All but the last token of ``base`` are prefilled; the last one is the first decode step, as in mlx-lm. The base is
-    the prompt, and after a recovery the prompt and what was said until then. ``prefilled`` counts tokens of it that
-    are on every stage, ``cached`` those of them that a kept prefix brought.
+    ``base`` is the prompt; after a recovery, the prompt and the answer so far. All but its last token are prefilled;
+    the last token is the first decode step, as in mlx-lm. ``prefilled`` counts the tokens of ``base`` that are on
+    every stage; ``cached`` counts those of them that came from a kept prefix. ``lane`` is -1 while queued.
     """
 
     request: Request
@@ -31,19 +31,19 @@ class Sequence:
     prefilled: int = 0
     cached: int = 0
     turn: int = 0
-    """When it began to decode, among all sequences; 0 before."""
+    """Rank by start of decoding among all sequences, from 1; 0 before it decodes."""
     fed: list[int] = field(default_factory=list)
-    """Every token in a frame that was written, those of a restored prefix too."""
+    """Every token in the frames written so far, including those of a restored prefix."""
     leader: Sequence | None = None
-    """Another sample of the same prompt, which prefills it for this one."""
+    """Another sample of the same prompt, which prefills the prompt for this one."""
     joined: bool = False
-    """The stages have been told of it."""
+    """A ``Join`` edit for it has been issued."""
     broken: bool = False
-    """A step of it failed: stages do not hold the same of it any more."""
+    """A step of it failed, so the stages may hold different states of it."""
     served: int = 0
-    """How many frames had been written when its prompt last had its turn, or when it joined."""
+    """The number of frames written when its last prefill chunk was sent, or when it joined."""
     next_token: int | None = None
-    """The token that the next decode frame feeds; None while one is under way."""
+    """The token that the next decode frame feeds; None while a decode frame is in the ring."""
     said: list[int] = field(default_factory=list)
     """The answer so far."""
     base: tuple[int, ...] = field(init=False)
@@ -52,17 +52,23 @@ class Sequence:
         self.base = (*self.request.prompt, *self.said)
 
     def begin_anew(self) -> None:
-        """The stages have forgotten it: all that was said has to be prefilled again, and it needs a lane.
+        """Reset it to queued: the stages lost its state, so prompt and answer so far must be prefilled again.
 
-        Samples of one prompt have parted by now, so none follows another.
+        Samples of one prompt may have diverged, so none follows another any more.
         """
         self.base = (*self.request.prompt, *self.said)
-        self.lane, self.prefilled, self.cached, self.turn = -1, 0, 0, 0
-        self.fed, self.next_token, self.joined, self.leader = [], None, False, None
+        self.lane = -1
+        self.prefilled = 0
+        self.cached = 0
+        self.turn = 0
+        self.fed = []
+        self.next_token = None
+        self.joined = False
+        self.leader = None
 
     @property
     def produced(self) -> int:
-        """Tokens of the answer so far."""
+        """The number of tokens in the answer so far."""
         return len(self.said)
 
     @property
@@ -77,15 +83,15 @@ class Sequence:
 
     @property
     def follows(self) -> bool:
-        """Whether it waits for its leader's prompt, to start from a copy of it."""
+        """Whether it waits for its leader's prompt to be sent, to start from a copy of it."""
         return self.leader is not None and self.leader.unsent > 0
 
     @property
     def unsent(self) -> int:
-        """Tokens of the base that still have to go out as prefill."""
+        """The number of tokens of ``base`` that still have to be sent in prefill frames."""
         return max(self.prefill_length - len(self.fed), 0)
 
     @property
     def reserved(self) -> int:
-        """Tokens that its caches hold at most."""
+        """The maximum number of tokens that its caches hold."""
         return len(self.request.prompt) + self.request.max_tokens

@@ -256,7 +256,7 @@ def test_a_frame_out_of_turn_is_no_frame_of_ours() -> None:
     stages.take(scheduler.next_frames(0.0))
     with pytest.raises(BadFrame, match="not in the ring"):
         scheduler.on_frame(Frame(1, 0, 5))
-    with pytest.raises(BadFrame, match="of epoch 2 came back in epoch 1"):
+    with pytest.raises(BadFrame, match="unexpected frame of epoch 2: the current epoch is 1"):
         scheduler.on_frame(Frame(2, 0, 0))
 
 
@@ -266,7 +266,7 @@ def test_a_lost_frame_is_noticed_by_the_next_that_cannot_have_overtaken_it() -> 
         scheduler.submit(request(name, prompt=prompt, max_tokens=3))
     stages.take(scheduler.next_frames(0.0))
     stages.give()
-    with pytest.raises(BadFrame, match="came back before frame 0, which must have been lost"):
+    with pytest.raises(BadFrame, match="frame 0 was lost: frame 1 came back before it"):
         scheduler.on_frame(stages.give())
 
 
