@@ -1,6 +1,6 @@
-"""A record that only grows: one JSON list a line. A line that was cut off by a crash counts as not written.
+"""An append-only log file: one JSON list per line. A line that a crash cut off counts as not written.
 
-Several processes may append to one file: each line goes out in one write.
+Several processes may append to one file, because each ``append`` is a single write.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Entry = list[str | int]
 
 
 class AppendLog:
-    """The file ``path``, made with its first entry."""
+    """The log in the file ``path``, which the first ``append`` creates."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def entries(self) -> Iterator[Entry]:
-        """What was appended, oldest first; lines that are no entries are left out."""
+        """Yield the entries, oldest first. Skip invalid lines."""
         if not self._path.is_file():
             return
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -35,7 +35,7 @@ class AppendLog:
                 yield entry
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Write entries at the end. Raises DiskFull, or InvalidOption, where not all of them could be written."""
+        """Append entries. Raise DiskFull or InvalidOption if not all of them could be written."""
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
         if not text:
             return
@@ -43,19 +43,19 @@ class AppendLog:
             make_private_folder(self._path.parent)
             file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                self._write(file, self._heal() + text.encode())
+                self._write(file, self._missing_newline() + text.encode())
             finally:
                 os.close(file)
         except OSError as e:
             raise not_written(e, self._path, "a model's records") from e
 
     def _write(self, file: int, lines: bytes) -> None:
-        """One write: a second one could come behind another process's lines."""
+        """Write in one call: a second one could land behind another process's lines."""
         if os.write(file, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _heal(self) -> bytes:
-        """A line end, where a crash has cut the last line off."""
+    def _missing_newline(self) -> bytes:
+        """Return a newline if a crash has cut off the last line, else nothing."""
         with self._path.open("rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 return b""

@@ -1,4 +1,4 @@
-"""Which bytes of a file are there: a set of ranges. Pure."""
+"""A set of byte ranges: which bytes of a file are present. Pure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from bisect import bisect_left, bisect_right
 
 
 class ByteRanges:
-    """Disjoint ranges ``[start, end)``, kept in order; neighbours are one."""
+    """Disjoint, sorted ranges ``[start, end)``. Adjacent ranges are merged."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
     def add(self, start: int, end: int) -> None:
-        """These bytes are there now."""
+        """Add a range."""
         if start >= end:
             return
         first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
@@ -23,7 +23,7 @@ class ByteRanges:
         self._ends[first:last] = [end]
 
     def remove(self, start: int, end: int) -> None:
-        """These bytes are there no more."""
+        """Remove a range."""
         kept = [(a, b) for a, b in zip(self._starts, self._ends, strict=True) if b <= start or a >= end]
         for a, b in zip(self._starts, self._ends, strict=True):
             if a < end and b > start:
@@ -32,8 +32,9 @@ class ByteRanges:
         self._starts, self._ends = [a for a, _ in kept], [b for _, b in kept]
 
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
-        """What is not there of ``[start, end)``, in order."""
-        found, at = [], start
+        """Return the missing parts of ``[start, end)``, in order."""
+        found = []
+        at = start
         for i in range(bisect_right(self._ends, start), len(self._starts)):
             if self._starts[i] >= end:
                 break

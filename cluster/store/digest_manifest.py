@@ -1,6 +1,6 @@
-"""What the tensors of one model hash to, as far as this Mac has learned it. The first to be seen counts.
+"""The known SHA-256 digests of one model's tensors. The first digest seen for a tensor is the reference.
 
-A manifest knows names and SHA-256 digests, and nothing of where bytes are.
+A manifest knows names and digests, and nothing of where the bytes are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class DigestManifest:
-    """The digests known for the model ``fingerprint``, kept in ``home``. Digests are lower-case hex. Thread-safe."""
+    """The known digests of the model ``fingerprint``, saved in ``home``. Digests are lower-case hex. Thread-safe."""
 
     def __init__(self, home: Path, fingerprint: str) -> None:
         self.path = home / "manifests" / f"{fingerprint}.jsonl"
@@ -37,7 +37,7 @@ class DigestManifest:
         return self._known
 
     def learn(self, digests: Iterable[tuple[str, str]], whose: str) -> None:
-        """Add what ``whose`` copy hashes to. Raises ModelDiffers, naming the tensor, where it is known otherwise."""
+        """Add the digests of the copy on ``whose``. Raise ModelDiffers if one contradicts a known digest."""
         with self._writing:
             fresh: dict[str, str] = {}
             for name, digest in digests:
@@ -48,22 +48,22 @@ class DigestManifest:
             self._keep([name, digest] for name, digest in fresh.items())
 
     def forget(self, names: Iterable[str]) -> None:
-        """What was learned of these was wrong."""
+        """Delete the digests of these tensors: they were wrong."""
         with self._writing:
             gone = [name for name in names if self._known.pop(name, None)]
             self._keep([name, ""] for name in gone)
 
     def _keep(self, entries: Iterable[Entry]) -> None:
-        """Write what is known already: where that fails, it is so until this process ends, and learned anew then."""
+        """Persist entries. If that fails, they are known until this process ends and are learned again after that."""
         try:
             self._journal.append(entries)
         except MacpipeError as e:
-            log.warning("manifest: not kept reason=%s", e.sentence)
+            log.warning("manifest: cannot save digests reason=%s", e.sentence)
 
     def _differs(self, name: str, digest: str, whose: str) -> ModelDiffers:
         return ModelDiffers(
-            f"{whose} has other bytes of the tensor {name} than this model had before (sha256 {digest[:12]}, expected "
-            f"{self._known.get(name, '')[:12]}): that copy is damaged or of another version. Remove it and load again; "
-            f"if it is the right one, remove {self.path}",
+            f"{whose} has different bytes of the tensor {name} than this model had before (sha256 {digest[:12]}, "
+            f"expected {self._known.get(name, '')[:12]}): that copy is damaged or of another version. "
+            f"Remove it and load again; if that copy is the right one, remove {self.path}",
             tensor=name,
         )

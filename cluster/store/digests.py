@@ -1,4 +1,4 @@
-"""What the tensors of a whole folder hash to, hashed once: results are kept by each file's size, time and inode."""
+"""Hashes the tensors of a complete folder, and caches the digests by each file's size, modification time and inode."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Stopped = Callable[[], bool]
 
 
 def digests(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict[str, str]:
-    """Name -> SHA-256 in hex of those tensors of the checkpoint in ``folder``; fewer where ``stop`` was set.
+    """Return the SHA-256 in hex by name of these tensors of the checkpoint in ``folder``; fewer if ``stop`` is set.
 
-    Raises what ``open_checkpoint`` raises, and KeyError for a tensor that the model has not.
+    Raise what ``open_checkpoint`` raises, and KeyError for a tensor that the model does not have.
     """
     tensors = open_checkpoint(folder).tensors
     asked = [tensors[name] for name in names]
@@ -30,8 +30,8 @@ def digests(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict
     unknown = [tensor for tensor in asked if tensor.name not in cache.known]
 
     def hash_one(tensor: TensorInfo) -> tuple[TensorInfo, str]:
-        done = "" if stop.is_set() else hash_range(folder / tensor.file, tensor.offset, tensor.end)
-        return tensor, done
+        digest = "" if stop.is_set() else hash_range(folder / tensor.file, tensor.offset, tensor.end)
+        return tensor, digest
 
     with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash") as pool:
         cache.keep((tensor, digest) for tensor, digest in pool.map(hash_one, unknown) if digest)
@@ -39,7 +39,7 @@ def digests(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict
 
 
 class _Cache:
-    """Digests of one folder that were found while its files were as they are now."""
+    """The persistent digests of one folder that are valid for the current state of its files."""
 
     def __init__(self, home: Path, folder: Path, files: Iterable[str]) -> None:
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
@@ -55,8 +55,8 @@ class _Cache:
         fresh = list(found)
         try:
             self._journal.append([t.file, self._now[t.file], t.name, digest] for t, digest in fresh)
-        except MacpipeError as e:  # they are hashed again the next time
-            log.warning("digests: not kept reason=%s", e.sentence)
+        except MacpipeError as e:  # the tensors are hashed again next time
+            log.warning("digests: cannot save digests reason=%s", e.sentence)
         self.known.update((t.name, digest) for t, digest in fresh)
 
 

@@ -1,4 +1,4 @@
-"""Room on the disk: asked before the first byte is fetched, told with figures."""
+"""Checks free disk space before the first byte is fetched."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from cluster.core.limits import DISK_MARGIN_BYTES, GIB, MIB
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written where ``folder`` is, or will be."""
+    """Return the free bytes on the disk of ``folder``, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def require_room(folder: Path, needed: int, free: int, what: str) -> None:
-    """Raise DiskFull unless ``needed`` bytes fit into ``free`` with the margin that a system disk needs."""
+    """Raise DiskFull unless ``needed`` bytes fit into ``free`` and leave ``DISK_MARGIN_BYTES`` free for the system."""
     if needed and needed + DISK_MARGIN_BYTES > free:
         raise DiskFull(
-            f"{what} needs {size_in_words(needed)} more on disk, and {size_in_words(free)} are free at {folder} "
-            f"({size_in_words(DISK_MARGIN_BYTES)} stay free). Free some, or set MACPIPE_HOME to another disk",
+            f"{what} needs {size_in_words(needed)} more on disk, but only {size_in_words(free)} are free at "
+            f"{folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or set MACPIPE_HOME to "
+            "another disk",
             needed_bytes=str(needed),
             free_bytes=str(free),
             path=str(folder),

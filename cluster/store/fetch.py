@@ -1,8 +1,9 @@
-"""Fetching: fill a partial checkpoint with the tensors that are wanted, from whoever has them, and verify each.
+"""Fills a partial checkpoint with the wanted tensors from peers and the hub, and verifies each tensor.
 
-One ``Fetch`` is one load's. It decides in rounds who is asked for what: peers that have a tensor, else the hub; who
-gave wrong bytes or none is not asked for that tensor again. It blocks, on threads of its own, until all is there or
-nobody is left to ask. It knows sources by what they can read; it knows nothing of gRPC or HTTP.
+A ``Fetch`` belongs to one load and works in rounds. Each round assigns the missing tensors to sources: a peer that has
+the tensor, else the hub. A source that failed or sent wrong bytes is not asked for that tensor again. ``run`` blocks,
+with threads of its own, until all tensors are present or no source is left. Sources are anything that can read ranges;
+this module knows nothing of gRPC or HTTP.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Free = Callable[[Path], int]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Names of tensors; those in ``deferred`` come from a peer that fetches them first."""
+    """Names of the tensors to fetch. For those in ``deferred``, wait for a peer that fetches them first."""
 
     tensors: tuple[str, ...]
     deferred: frozenset[str] = frozenset()
@@ -41,23 +42,27 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """How far a fetch is. ``done`` counts what was there before; the rest is what came, by source. Bytes."""
+    """The progress of a fetch, in bytes.
+
+    ``done`` of ``total`` are present, including bytes from before the fetch. ``hub`` and ``peers`` count the bytes
+    received from each kind of source.
+    """
 
     done: int
     total: int
     hub: int
     peers: int
     notices: tuple[str, ...] = ()
-    """What a person should know: whose bytes are damaged."""
+    """Messages for the user about damaged bytes."""
 
     @property
     def state(self) -> str:
-        """What is being done, for people: where all is here, it is only looked at."""
+        """The activity to show to the user: ``checking`` if all bytes are present already, else ``fetching``."""
         return "fetching" if self.hub or self.peers or self.done < self.total else "checking"
 
 
 class Fetch:
-    """Makes every wanted tensor of ``partial`` be there, verified. ``stop`` ends it between two pieces."""
+    """Fetches and verifies every wanted tensor of ``partial``. ``stop`` ends it between two pieces."""
 
     def __init__(
         self,
@@ -71,8 +76,14 @@ class Fetch:
         what: str = "the model",
         free: Free = free_bytes,
     ) -> None:
-        self._partial, self._manifest, self._wanted = partial, manifest, wanted
-        self._peers, self._hub, self._stop, self._what, self._free = peers, hub, stop, what, free
+        self._partial = partial
+        self._manifest = manifest
+        self._wanted = wanted
+        self._peers = peers
+        self._hub = hub
+        self._stop = stop
+        self._what = what
+        self._free = free
         self._tensors = [partial.tensors[name] for name in wanted.tensors]
         self._holdings: dict[Peer, Holdings] = {}
         self._failed: dict[tuple[str, str], MacpipeError] = {}
@@ -84,7 +95,7 @@ class Fetch:
 
     @property
     def progress(self) -> Fetched:
-        """How far it is; may be asked on any thread."""
+        """The current progress. May be read from any thread."""
         missing = sum(self._partial.missing_bytes(tensor) for tensor in self._tensors)
         counted = self._counted
         return Fetched(
@@ -92,30 +103,32 @@ class Fetch:
         )
 
     def run(self) -> None:
-        """Fetch. Raises DiskFull before the first byte, Aborted once stopped, ModelDiffers where the sources have
-        different models, FetchFailed and what the hub's refusals mean where a tensor can be had from nobody.
+        """Fetch and verify all wanted tensors.
+
+        Raise DiskFull before the first byte is fetched, Aborted once stopped, ModelDiffers if sources have different
+        bytes of a tensor, and FetchFailed or the last source's error if no source can provide a tensor.
         """
         self._verify([tensor for tensor in self._tensors if tensor.name not in self._partial.verified], None)
         missing = self._missing_tensors()
         needed = sum(self._partial.missing_bytes(tensor) for tensor in missing)
         require_room(self._partial.folder, needed, self._free(self._partial.folder), self._what)
         self._fetch(missing)
-        if self._find_disproved_file():  # whoever gave wrong bytes is not known, and gets a second chance
+        if self._drop_mismatched_file():  # it is unknown which source sent the wrong bytes, so all may try once more
             self._fetch(self._missing_tensors())
-            if bad := self._find_disproved_file():
+            if bad := self._drop_mismatched_file():
                 raise FetchFailed(
-                    f"all of {bad.name} of {self._what} came, twice, but it is not the file that the hub names (sha256 "
-                    f"{bad.sha256[:12]}). It counts as not fetched; try again, or ask who publishes the model",
+                    f"{bad.name} of {self._what} was fetched twice, but does not match the hub's hash (sha256 "
+                    f"{bad.sha256[:12]}). It counts as not fetched; try again, or ask the model's publisher",
                     file=bad.name,
                 )
         self._partial.seal()
 
     def _fetch(self, missing: list[TensorInfo]) -> None:
-        """Rounds, until all is there."""
+        """Fetch in rounds until nothing is missing."""
         while missing:
-            self._look_around([tensor.name for tensor in missing])
+            self._ask_peers([tensor.name for tensor in missing])
             runs = self._assign(missing)
-            self._carry_out(runs)
+            self._fetch_runs(runs)
             if not runs:
                 self._pause()
             missing = self._missing_tensors()
@@ -126,33 +139,33 @@ class Fetch:
 
     def _pause(self) -> None:
         if self._stop.wait(FETCH_TICK_S):
-            raise Aborted("the load was given up")
+            raise Aborted("the load was cancelled")
 
-    # Who has what
+    # Sources
 
-    def _look_around(self, names: Sequence[str]) -> None:
-        """Ask every peer what it has of these; one that does not answer has nothing."""
+    def _ask_peers(self, names: Sequence[str]) -> None:
+        """Ask every peer which of these tensors it has. A peer that does not answer has none."""
         with ThreadPoolExecutor(FETCH_STREAMS, thread_name_prefix="ask") as pool:
             answers = list(pool.map(lambda peer: _ask(peer, names), self._peers))
         self._holdings = dict(zip(self._peers, answers, strict=True))
         for peer, held in self._holdings.items():
             for name in sorted(held.damaged.intersection(names)):
-                self._notice(f"{peer.label} has damaged bytes of the tensor {name}, as it found itself")
+                self._notice(f"{peer.label} reports that its copy of the tensor {name} is damaged")
 
     def _expected_digest(self, name: str) -> str:
-        """What the tensor must hash to; empty where nobody knows. Raises ModelDiffers where peers say two things."""
+        """Return a tensor's expected digest, or an empty string if unknown. Raise ModelDiffers if peers disagree."""
         if known := self._manifest.known.get(name) or self._partial.noted_digest(name):
             return known
-        said = {held.digests[name]: peer for peer, held in self._holdings.items() if name in held.digests}
-        if len(said) > 1:
-            whose = " and ".join(peer.label for peer in said.values())
+        reported = {held.digests[name]: peer for peer, held in self._holdings.items() if name in held.digests}
+        if len(reported) > 1:
+            whose = " and ".join(peer.label for peer in reported.values())
             raise ModelDiffers(
-                f"{whose} have different bytes of {name}; load the model anew on one of them", tensor=name
+                f"{whose} have different bytes of the tensor {name}; fetch the model again on one of them", tensor=name
             )
-        return next(iter(said), "")
+        return next(iter(reported), "")
 
     def _assign(self, missing: Iterable[TensorInfo]) -> list[RangeDownload]:
-        """What is asked of whom now; a tensor that should come from a peer by and by is left for a later round."""
+        """Assign tensors to sources for this round. A tensor that a peer will have later waits for a later round."""
         chosen: dict[Peer | Hub, list[TensorInfo]] = {}
         for tensor in missing:
             source = self._source(tensor.name)
@@ -161,30 +174,30 @@ class Fetch:
         return [run for source, tensors in chosen.items() for run in _runs(source, tensors)]
 
     def _source(self, name: str) -> Peer | Hub | None:
-        """Whom to ask; None: not yet. Raises the last failure where nobody is left."""
+        """Return the source to ask, or None to wait. Raise the last failure if no source is left."""
         peers = [p for p in self._peers if name in self._holdings[p].here and (name, p.label) not in self._failed]
         if peers:
             return peers[hash(name) % len(peers)]
-        if self._may_come(name) or self._may_be_sound(name):
+        if self._peer_may_fetch(name) or self._peer_may_verify(name):
             return None
         if self._hub and (name, self._hub.label) not in self._failed:
             return self._hub
         if failures := [error for (tensor, _), error in self._failed.items() if tensor == name]:
             raise failures[-1]
         raise FetchFailed(
-            f"nobody has the tensor {name} of {self._what}: not this Mac, not the coordinator's folder, no other "
-            "worker. Copy the model's folder to this Mac, or load the model by its Hugging Face id",
+            f"no source has the tensor {name} of {self._what}: neither this Mac, nor the coordinator's folder, nor "
+            "another worker. Copy the model's folder to this Mac, or load the model by its Hugging Face id",
             tensor=name,
         )
 
-    def _may_come(self, name: str) -> bool:
-        """Whether another worker is fetching the tensor, or may be about to."""
+    def _peer_may_fetch(self, name: str) -> bool:
+        """Return whether another worker is fetching the tensor, or may still begin to."""
         if name not in self._wanted.deferred:
             return False
         return any(name in held.coming for held in self._holdings.values()) or self._seconds_waited() < DEFER_S
 
-    def _may_be_sound(self, name: str) -> bool:
-        """Whether another Mac is looking if it still has the tensor. It waits for nobody itself."""
+    def _peer_may_verify(self, name: str) -> bool:
+        """Return whether a peer is rechecking its copy of the tensor. That peer waits for nobody, so this ends."""
         return any(name in held.checking for held in self._holdings.values()) and self._seconds_waited() < CHECK_S
 
     def _seconds_waited(self) -> float:
@@ -192,8 +205,8 @@ class Fetch:
 
     # Fetching
 
-    def _carry_out(self, runs: Sequence[RangeDownload]) -> None:
-        """Fetch the runs, a few at a time. The first error that no other source can mend is raised."""
+    def _fetch_runs(self, runs: Sequence[RangeDownload]) -> None:
+        """Fetch the runs, ``FETCH_STREAMS`` at a time. Raise the first error that no other source can fix."""
         with ThreadPoolExecutor(FETCH_STREAMS, thread_name_prefix="fetch") as pool:
             jobs = [pool.submit(self._fetch_one, run) for run in runs]
             try:
@@ -208,22 +221,29 @@ class Fetch:
         try:
             fetch_run(run, self._partial, self._counted, self._stop)
         except (Aborted, DiskFull, InvalidOption):
-            raise  # no source's fault
+            raise  # not the source's fault
         except MacpipeError as error:
             if isinstance(error, ModelNotFound) and isinstance(run.source, Peer) and self._seconds_waited() < CHECK_S:
-                self._pause()  # it had them a moment ago, and may have begun to look whether it still has
+                self._pause()  # the peer had them a moment ago, and may have begun to recheck them
                 return
-            log.warning("%s: could not fetch %s from %s: %s", self._what, run, run.source.label, error.sentence)
+            log.warning(
+                "fetch: source failed model=%s tensors=%s source=%s reason=%s",
+                self._what,
+                run,
+                run.source.label,
+                error.sentence,
+            )
             self._fail((t for t in run.tensors if self._partial.missing_bytes(t)), run.source, error)
         self._verify(run.tensors, run.source)
 
     def _verify(self, tensors: Iterable[TensorInfo], source: Peer | Hub | None) -> None:
-        """Hash what is complete; what is wrong is dropped, and ``source`` not asked for it again."""
+        """Hash the complete tensors. Drop wrong ones, and do not ask ``source`` for them again."""
         good: list[tuple[str, str]] = []
         for tensor in tensors:
             if self._partial.missing_bytes(tensor) or self._stop.is_set():
                 continue
-            digest, expected = self._partial.digest(tensor), self._expected_digest(tensor.name)
+            digest = self._partial.digest(tensor)
+            expected = self._expected_digest(tensor.name)
             if expected and digest != expected:
                 self._reject(tensor, digest, expected, source)
             else:
@@ -239,7 +259,7 @@ class Fetch:
         self._notice(f"{sentence}; it is fetched again")
         self._partial.drop(tensor)
         if source:
-            self._fail([tensor], source, FetchFailed(f"{sentence}, and nobody else has them", tensor=tensor.name))
+            self._fail([tensor], source, FetchFailed(f"{sentence}, and no other source has it", tensor=tensor.name))
 
     def _notice(self, sentence: str) -> None:
         with self._lock:
@@ -252,13 +272,14 @@ class Fetch:
         with self._lock:
             self._failed.update({(tensor.name, source.label): error for tensor in tensors})
 
-    def _find_disproved_file(self) -> StoredFile | None:
-        """Hold files that are whole by now against the hub's hashes. -> one that is not what it should be, all of whose
-        tensors count as not there and not known then.
+    def _drop_mismatched_file(self) -> StoredFile | None:
+        """Compare complete files with the hub's hashes. Return the first that does not match, or None.
+
+        All tensors of that file are dropped, and their digests are forgotten.
         """
         bad = next((file for file in self._partial.unproved_files() if not self._partial.prove(file)), None)
         if bad:
-            log.warning("%s did not come as the hub has it; it is fetched again", bad.name)
+            log.warning("fetch: file does not match the hub's hash, fetching again file=%s", bad.name)
             tensors = [tensor for tensor in self._partial.tensors.values() if tensor.file == bad.name]
             self._manifest.forget(tensor.name for tensor in tensors)
             for tensor in tensors:
@@ -270,17 +291,17 @@ def _ask(peer: Peer, names: Sequence[str]) -> Holdings:
     try:
         return peer.holdings(names)
     except MacpipeError as error:
-        log.info("%s has nothing to give: %s", peer.label, error.sentence)
+        log.info("fetch: peer has no tensors peer=%s reason=%s", peer.label, error.sentence)
         return Holdings()
 
 
 def _runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[RangeDownload]:
-    """Tensors that lie side by side in a file are asked for together."""
+    """Group tensors that are adjacent in a file into runs of at most ``FETCH_RANGE_BYTES``."""
     runs: list[RangeDownload] = []
     for tensor in sorted(tensors, key=lambda t: (t.file, t.offset, t.end)):
         last = runs[-1] if runs else None
-        joins = last and last.file == tensor.file and last.end == tensor.offset
-        if last and joins and tensor.end - last.start <= FETCH_RANGE_BYTES:
+        adjacent = last and last.file == tensor.file and last.end == tensor.offset
+        if last and adjacent and tensor.end - last.start <= FETCH_RANGE_BYTES:
             runs[-1] = RangeDownload(source, (*last.tensors, tensor))
         else:
             runs.append(RangeDownload(source, (tensor,)))

@@ -1,7 +1,8 @@
-"""The hub, through huggingface_hub's own session: HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+"""Reads models from the Hugging Face Hub, through huggingface_hub's own session.
 
-It knows how to ask for a model's files and for ranges of them, and what each refusal means to a person. It keeps
-nothing, and it never asks for more than it was told to.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as they do in huggingface_hub. This module lists a model's files, reads
+ranges of them, and turns each refusal into an error that says what to do. It stores nothing, and it never requests more
+than it was asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from cluster.core.limits import (
 )
 from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
 
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every range at INFO
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every range request at INFO
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,12 @@ class HubName:
 
 
 def look_up(name: HubName) -> ModelFiles:
-    """The files of a model as the hub has them now. Raises as ``hub_failures`` does."""
+    """Return the current files of a model on the hub. Raise as ``hub_failures`` does."""
     with hub_failures(name):
         info = _model_info(name)
     siblings = sorted(info.siblings or (), key=lambda one: one.rfilename)
     if len(siblings) > MAX_MODEL_FILES:
-        raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are looked at.")
+        raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are supported.")
     commit = info.sha or name.revision
     files = tuple(_stored_file(one, commit) for one in siblings if is_wanted(one.rfilename))
     _require_model(name, [one.rfilename for one in siblings], files)
@@ -80,15 +81,16 @@ def look_up(name: HubName) -> ModelFiles:
 
 
 def _stored_file(one: RepoSibling, commit: str) -> StoredFile:
-    sha256, blob = one.lfs.sha256 if one.lfs else "", one.blob_id or ""
+    sha256 = one.lfs.sha256 if one.lfs else ""
+    blob = one.blob_id or ""
     return StoredFile(one.rfilename, one.size or 0, sha256, blob, edition=sha256 or blob or commit)
 
 
 def _model_info(name: HubName) -> ModelInfo:
-    """What the hub says of a model. Raises HubUnreachable for an answer that is none."""
+    """Return the hub's description of a model. Raise HubUnreachable if the answer is not one."""
     try:
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        sound = all(_is_sound(one) for one in info.siblings or ()) and isinstance(info.sha or "", str)
+        valid = all(_is_valid(one) for one in info.siblings or ()) and isinstance(info.sha or "", str)
     except (HFValidationError, OfflineModeIsEnabled):
         raise
     except (
@@ -97,44 +99,47 @@ def _model_info(name: HubName) -> ModelInfo:
         KeyError,
         AttributeError,
         RecursionError,
-    ) as error:  # another service, or a proxy's page
-        raise _no_hub(name) from error
-    if not sound:
-        raise _no_hub(name)
+    ) as error:  # the answer came from another service or from a proxy
+        raise _not_a_hub(name) from error
+    if not valid:
+        raise _not_a_hub(name)
     return info
 
 
-def _is_sound(one: RepoSibling) -> bool:
+def _is_valid(one: RepoSibling) -> bool:
     numbers = [size for size in (one.size, one.lfs.size if one.lfs else None) if size is not None]
     texts = [one.rfilename, one.blob_id or "", one.lfs.sha256 if one.lfs else ""]
     return all(type(n) is int and 0 <= n < 2**63 for n in numbers) and all(isinstance(text, str) for text in texts)
 
 
-def _no_hub(name: HubName) -> HubUnreachable:
+def _not_a_hub(name: HubName) -> HubUnreachable:
     return HubUnreachable(
-        f"what answers at {constants.ENDPOINT} for {name} is not the hub: its answer is no description of a model; "
-        "check HF_ENDPOINT and this Mac's network"
+        f"the server at {constants.ENDPOINT} is not a Hugging Face hub: its answer for {name} does not describe a "
+        "model; check HF_ENDPOINT and this Mac's network"
     )
 
 
 def _require_model(name: HubName, all_names: list[str], files: tuple[StoredFile, ...]) -> None:
     if "config.json" not in {file.name for file in files}:
-        raise ModelNotFound(f"{name} on the hub has no config.json: it is not a model that mlx-lm could load.")
+        raise ModelNotFound(f"{name} on the hub has no config.json, so mlx-lm cannot load it.")
     if not any(file.weights for file in files):
         pickles = [one for one in all_names if one.endswith((".bin", ".pt", ".pth"))]
         raise BadCheckpoint(
-            f"{name} has its weights in pickle files only ({pickles[0]}), which can run code as they are read; "
+            f"{name} has its weights only in pickle files ({pickles[0]}), which can run code when they are read; "
             "use a safetensors version of the model."
             if pickles
-            else f"{name} on the hub has no weights: no file of it is called model*.safetensors."
+            else f"{name} on the hub has no weights: it has no file named model*.safetensors."
         )
     for file in files:
         if not file.weights and file.size > MAX_SMALL_FILE_BYTES:
-            raise BadCheckpoint(f"{file.name} of {name} has {file.size} bytes; no config or tokenizer is so large.")
+            raise BadCheckpoint(
+                f"{file.name} of {name} is too large: it has {file.size} bytes, and a file other than weights may have "
+                f"at most {MAX_SMALL_FILE_BYTES}."
+            )
 
 
 class Hub:
-    """One version of one model on the hub, by commit: a source of byte ranges."""
+    """A source of byte ranges: one model on the hub at one commit."""
 
     label = "the hub"
 
@@ -142,7 +147,10 @@ class Hub:
         self._name = HubName(repo, commit)
 
     def read(self, file: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes ``start .. end - 1`` of a file, in pieces. Raises FetchFailed where the line is cut."""
+        """Yield the bytes ``start .. end - 1`` of a file, in pieces.
+
+        Raise FetchFailed if the answer is too short or too long, and as ``hub_failures`` does.
+        """
         url = hf_hub_url(self._name.repo, file, revision=self._name.revision)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         left = end - start
@@ -152,28 +160,28 @@ class Hub:
         ):
             hf_raise_for_status(answer)
             if answer.status_code != httpx2.codes.PARTIAL_CONTENT and (start or left < _length(answer)):
-                raise FetchFailed(f"{constants.ENDPOINT} does not answer range requests; macpipe needs them.")
+                raise FetchFailed(f"{constants.ENDPOINT} does not support range requests, which macpipe needs.")
             for data in answer.iter_bytes():
                 left -= len(data)
                 if left < 0:
-                    raise FetchFailed(f"{constants.ENDPOINT} sent more of {file} than was asked for.")
+                    raise FetchFailed(f"{constants.ENDPOINT} sent more bytes of {file} than requested.")
                 yield data
         if left:
-            raise FetchFailed(f"{constants.ENDPOINT} ended {file} {left} bytes early.")
+            raise FetchFailed(f"{constants.ENDPOINT} sent {left} bytes too few of {file}.")
 
     def small(self, file: StoredFile) -> bytes:
-        """A small file; of a safetensors file its length field and header. Raises as ``read`` does."""
+        """Return a small file, or the length field and header of a safetensors file. Raise as ``read`` does."""
         if not file.weights:
             return b"".join(self.read(file.name, 0, file.size)) if file.size else b""
         return self._header(file)
 
     def _header(self, file: StoredFile) -> bytes:
         first = HUB_PEEK_BYTES if file.size >= 64 * HUB_PEEK_BYTES else min(8, file.size)
-        begun = b"".join(self.read(file.name, 0, first)) if first else b""
-        length = 8 + int.from_bytes(begun[:8], "little")
+        head = b"".join(self.read(file.name, 0, first)) if first else b""
+        length = 8 + int.from_bytes(head[:8], "little")
         if length > min(MAX_SAFETENSORS_HEADER_BYTES, file.size):
             raise BadCheckpoint(f"The header of {file.name} on the hub is damaged.", file=file.name)
-        return begun[:length] if length <= first else begun + b"".join(self.read(file.name, first, length))
+        return head[:length] if length <= first else head + b"".join(self.read(file.name, first, length))
 
 
 def _length(answer: httpx2.Response) -> int:
@@ -182,9 +190,9 @@ def _length(answer: httpx2.Response) -> int:
 
 @contextmanager
 def hub_failures(name: HubName) -> Iterator[None]:
-    """Turn what huggingface_hub raises into our errors, each with its way out.
+    """Translate huggingface_hub's errors into macpipe's, each with a remedy.
 
-    Raises ModelForbidden, ModelNotFound, BadCheckpoint, HubUnreachable or FetchFailed.
+    Raise ModelForbidden, ModelNotFound, BadCheckpoint, HubOffline, HubUnreachable or FetchFailed.
     """
     try:
         yield
@@ -194,18 +202,18 @@ def hub_failures(name: HubName) -> Iterator[None]:
         raise _refusal(name, error) from error
     except OfflineModeIsEnabled as error:
         raise HubOffline(
-            f"{name} is not wholly on these Macs, and HF_HUB_OFFLINE forbids to fetch the rest; unset it and do this "
-            "again while online, after which it works offline, too"
+            f"{name} is not completely on these Macs, and HF_HUB_OFFLINE forbids fetching the rest; unset it and try "
+            "again while online, after which the model also works offline"
         ) from error
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
         raise HubUnreachable(
-            f"the hub's address is {constants.ENDPOINT!r}, which is no URL ({_cause(error)}): set HF_ENDPOINT to one "
+            f"the hub's address {constants.ENDPOINT!r} is not a valid URL ({_cause(error)}): set HF_ENDPOINT to a URL "
             "that begins with https://, or unset it"
         ) from error
     except (httpx2.HTTPError, OSError) as error:
         raise HubUnreachable(
-            f"{constants.ENDPOINT} cannot be reached for {name} ({_cause(error)}). Check this Mac's network and "
-            "HF_ENDPOINT; what is on disk already is kept, and the fetch goes on from there"
+            f"cannot reach {constants.ENDPOINT} for {name} ({_cause(error)}). Check this Mac's network and "
+            "HF_ENDPOINT; the next fetch continues from what is on disk"
         ) from error
 
 
@@ -222,27 +230,29 @@ def _refusal(name: HubName, error: Exception) -> MacpipeError:
         return ModelNotFound(f"{str(name)!r} is neither a folder nor a Hugging Face id (owner/name).")
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFound(
-            f"there is no model {name.repo} on {endpoint}, or it is private and this Mac's HF_TOKEN does not open it; "
-            "check the name, and set HF_TOKEN where it is private"
+            f"there is no model {name.repo} on {endpoint}, or it is private and this Mac's HF_TOKEN has no access; "
+            "check the name, and set HF_TOKEN if the model is private"
         )
     if status == httpx2.codes.UNAUTHORIZED and get_token():
         return ModelForbidden(
-            f"{endpoint} does not know the token of this Mac: HF_TOKEN, or what `hf auth login` keeps, is wrong or has "
-            f"expired. Set it to a valid one, or unset it where {name} is public"
+            f"{endpoint} rejects the token of this Mac: HF_TOKEN, or the token that `hf auth login` saved, is invalid "
+            f"or has expired. Set a valid token, or unset it if {name} is public"
         )
     if status in (401, 403):
-        return ModelForbidden(f"{endpoint} refuses {name} ({status}); check HF_TOKEN, and that its account may read it")
+        return ModelForbidden(
+            f"{endpoint} denies access to {name} ({status}); check HF_TOKEN, and that its account may read the model"
+        )
     if isinstance(error, EntryNotFoundError):
-        return BadCheckpoint(f"a file of {name} is gone from {endpoint}: {_cause(error)}")
-    return HubUnreachable(f"{endpoint} answers {status or 'with an error'} for {name}; try again in a while")
+        return BadCheckpoint(f"a file of {name} no longer exists on {endpoint}: {_cause(error)}")
+    return HubUnreachable(f"{endpoint} answers {status or 'with an error'} for {name}; try again later")
 
 
 def _gated_error(name: HubName) -> ModelForbidden:
     ask = f"ask for access on {constants.ENDPOINT}/{name.repo}"
     if get_token():
         return ModelForbidden(
-            f"{name} is gated, and the token of this Mac (HF_TOKEN, or what `hf auth login` keeps) does not open it: "
-            f"{ask} with the token's own account, or set HF_TOKEN to one of an account that has it"
+            f"{name} is gated, and the token of this Mac (HF_TOKEN, or the one that `hf auth login` saved) has no "
+            f"access: {ask} with the token's own account, or set HF_TOKEN to a token of an account that has access"
         )
     return ModelForbidden(
         f"{name} is gated: {ask}, and set HF_TOKEN to a token of that account (or run `hf auth login`) on every Mac"
@@ -250,5 +260,5 @@ def _gated_error(name: HubName) -> ModelForbidden:
 
 
 def _cause(error: BaseException) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 200 else f"{said[:200]} ..."
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,4 +1,4 @@
-"""Which files of a model count, and what is said of one: nothing here reads or fetches."""
+"""Descriptions of a model's files, and which files belong to a model. Reads and fetches nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of a model. ``sha256`` is the hub's word for the whole file, ``blob`` git's; empty where it has none.
+    """One file of a model.
 
-    ``edition`` is a weight file's (see ``cluster.model.weight_versions``).
+    ``sha256`` is the hub's hash of the whole file, ``blob`` its git blob id; each is empty if the hub gives none.
+    ``edition`` is the version of a weight file (see ``cluster.model.weight_versions``).
     """
 
     name: str
@@ -31,7 +32,7 @@ class StoredFile:
         return fnmatch.fnmatchcase(self.name, WEIGHTS)
 
     def matches(self, content: bytes) -> bool:
-        """Whether this can be the file's content."""
+        """Return whether ``content`` has the file's size and hash."""
         if len(content) != self.size:
             return False
         if self.sha256:
@@ -41,7 +42,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The files of one model, and where on the hub it is (empty: it is not from there)."""
+    """The files of one model, and its repository and commit on the hub (empty if it is not from the hub)."""
 
     files: tuple[StoredFile, ...]
     repo: str = ""
@@ -49,11 +50,11 @@ class ModelFiles:
 
 
 def origin_of(noted: object) -> ModelFiles:
-    """What was noted of a model as plain data, checked. Raises ValueError."""
+    """Decode and check a model's record from plain data. Raise ValueError if it is invalid."""
     match noted:
         case {"files": [*files], "repo": str(repo), "commit": str(commit)}:
             return ModelFiles(tuple(map(_stored_file, files)), repo, commit)
-    raise ValueError("no record of a model's files")
+    raise ValueError("invalid record of a model's files")
 
 
 def _stored_file(noted: object) -> StoredFile:
@@ -66,19 +67,19 @@ def _stored_file(noted: object) -> StoredFile:
             "edition": str(edition),
         } if is_wanted(name) and size >= 0:
             return StoredFile(name, size, sha256, blob, edition)
-    raise ValueError("no record of a file")
+    raise ValueError("invalid record of a file")
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file is one that a model is served from: no name with a folder in it, hidden, or odd ever is."""
+    """Return whether a file belongs to a model. Names that are hidden, contain a folder or odd characters do not."""
     return bool(_PLAIN.fullmatch(name)) and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
 
 
 def is_digest(text: str) -> bool:
-    """Whether it is a SHA-256 in hex, as a fingerprint is."""
+    """Return whether ``text`` is a SHA-256 in lower-case hex, as fingerprints are."""
     return bool(_DIGEST.fullmatch(text))
 
 
 def git_blob(content: bytes) -> str:
-    """Git's name for a content."""
+    """Return the git blob id of a content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

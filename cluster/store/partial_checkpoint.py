@@ -1,7 +1,8 @@
-"""A partial checkpoint: a folder that mlx-lm opens like any other, of which only some tensors' bytes are there.
+"""A partial checkpoint: a model folder that mlx-lm opens like any other, but that holds only some tensors' bytes.
 
-The safetensors files have their full length and their real headers; the rest is holes (APFS, ext4 and the like keep no
-blocks for them) until ranges are written. It knows what is there and what was verified, and nothing of sources.
+The safetensors files have their full length and their real headers. The rest is holes until ranges are written; APFS,
+ext4 and similar file systems allocate no blocks for holes. This module knows which bytes are present and verified, and
+nothing of sources.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Read = Callable[[StoredFile], bytes]
 
 
 class PartialCheckpoint:
-    """The partial checkpoint in ``folder``. Thread-safe; several processes may fill one at a time."""
+    """The partial checkpoint in ``folder``. Thread-safe. Several processes may fill the same one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,8 +46,12 @@ class PartialCheckpoint:
         self._stats: dict[str, tuple[int, int]] = {}
         for entry in self._journal.entries():
             self._replay(entry)
-        sound = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
-        self._verified = {t: d for t, d in self._noted.items() if self._complete(t) and self.tensors[t].file in sound}
+        unchanged = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
+        self._verified = {
+            tensor: digest
+            for tensor, digest in self._noted.items()
+            if self._complete(tensor) and self.tensors[tensor].file in unchanged
+        }
         self._damaged: set[str] = set()
 
     def _replay(self, entry: Entry) -> None:
@@ -66,30 +71,30 @@ class PartialCheckpoint:
 
     @property
     def verified(self) -> dict[str, str]:
-        """The tensors that are here and were verified, with their digests; a copy."""
+        """The digests of the tensors that are present and verified; a copy."""
         with self._lock:
             return dict(self._verified)
 
     @property
     def damaged(self) -> frozenset[str]:
-        """The tensors that were found damaged by ``recheck``, and were not fetched again since."""
+        """The tensors that ``recheck`` found damaged and that have not been fetched again since."""
         with self._lock:
             return frozenset(self._damaged)
 
     def doubtful(self, tensors: Iterable[str]) -> set[str]:
-        """Those that are here and were verified once, but not since their file changed on the disk."""
+        """Return the tensors that are present and were verified once, but not since their file changed on disk."""
         with self._lock:
             return {t for t in tensors if t in self._noted and t not in self._verified and self._complete(t)}
 
     def recheck(self, tensor: TensorInfo) -> bool:
-        """Hash a doubtful tensor anew: it counts as verified again, or else as damaged, and not here. -> which."""
+        """Hash a doubtful tensor again. Return whether it is verified; if not, it counts as damaged and missing."""
         try:
             digest = self.digest(tensor)
-        except OSError:  # what cannot be read is as good as damaged
+        except OSError:  # an unreadable tensor counts as damaged
             digest = ""
         with self._lock:
             if not self.doubtful([tensor.name]):
-                return True  # a fetch has settled it meanwhile
+                return True  # a fetch has verified or dropped it meanwhile
             if digest == self._noted[tensor.name]:
                 self.accept([(tensor.name, digest)])
                 return True
@@ -98,7 +103,7 @@ class PartialCheckpoint:
             return False
 
     def noted_digest(self, tensor: str) -> str:
-        """What the tensor hashed to when it was verified, perhaps long ago; empty: it never was."""
+        """Return the digest from when the tensor was last verified, or an empty string if it never was."""
         return self._noted.get(tensor, "")
 
     def gaps(self, file: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -106,18 +111,18 @@ class PartialCheckpoint:
             return self._extents[file].gaps(start, end)
 
     def missing_bytes(self, tensor: TensorInfo) -> int:
-        """Bytes of it that are not here."""
+        """Return how many bytes of the tensor are missing."""
         return sum(end - start for start, end in self.gaps(tensor.file, tensor.offset, tensor.end))
 
     def writer(self, file: str) -> int:
-        """A descriptor for ``os.pwrite``; the caller closes it. Raises DiskFull or InvalidOption."""
+        """Return a file descriptor for ``os.pwrite``, which the caller closes. Raise DiskFull or InvalidOption."""
         try:
             return os.open(self.folder / file, os.O_WRONLY)
         except OSError as e:
             raise not_written(e, self.folder / file, "the model") from e
 
     def note(self, descriptor: int, file: str, start: int, end: int) -> None:
-        """Make written bytes last, then remember that they are there. Raises DiskFull or InvalidOption."""
+        """Sync written bytes to disk, then record them as present. Raise DiskFull or InvalidOption."""
         try:
             os.fsync(descriptor)
         except OSError as e:
@@ -127,11 +132,11 @@ class PartialCheckpoint:
             self._extents[file].add(start, end)
 
     def digest(self, tensor: TensorInfo) -> str:
-        """SHA-256 of the tensor's bytes as they are on disk, in hex."""
+        """Return the SHA-256 of the tensor's bytes on disk, in hex."""
         return hash_range(self.folder / tensor.file, tensor.offset, tensor.end)
 
     def accept(self, sums: Iterable[tuple[str, str]]) -> None:
-        """These tensors are here, and hash to that."""
+        """Record tensors as verified, given as pairs of name and digest."""
         with self._lock:
             sums = list(sums)
             self._journal.append(["sum", name, digest] for name, digest in sums)
@@ -140,10 +145,10 @@ class PartialCheckpoint:
             self._damaged.difference_update(name for name, _ in sums)
 
     def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
-        """The bytes of this tensor are wrong: they count as not there. ``forget``: so is the digest that was noted."""
+        """Record a tensor's bytes as missing, because they are wrong. With ``forget``, also delete its digest."""
         with self._lock:
             self._extents[tensor.file].remove(tensor.offset, tensor.end)
-            self._verified.pop(tensor.name, None)  # first, since they are wrong whether that can be written or not
+            self._verified.pop(tensor.name, None)  # first: the bytes are wrong even if the journal cannot be written
             lost: list[Entry] = [["lost", tensor.file, tensor.offset, tensor.end]]
             if forget:
                 self._noted.pop(tensor.name, None)
@@ -151,9 +156,9 @@ class PartialCheckpoint:
             self._journal.append(lost)
 
     def seal(self) -> None:
-        """Note the files' sizes and times: while these stay, what was verified needs no second look.
+        """Record the files' sizes and modification times. Verified tensors stay verified until these change.
 
-        A file with a tensor that was verified once, but not since the file changed, keeps what was noted before.
+        A file with a doubtful tensor keeps its previous record.
         """
         with self._lock:
             doubtful = {self.tensors[t].file for t in self.doubtful(self._noted)}
@@ -162,12 +167,12 @@ class PartialCheckpoint:
             self._stats |= now
 
     def unproved_files(self) -> list[StoredFile]:
-        """Files all of whose bytes are here, and which nobody has held against the hub's hash yet."""
+        """Return the complete files that have not been compared with the hub's hash yet."""
         whole = [f for f in self.origin.files if f.sha256 and f.name in self._extents]
         return [f for f in whole if not self.gaps(f.name, 0, f.size) and self._whole.get(f.name) != f.sha256]
 
     def prove(self, file: StoredFile) -> bool:
-        """Whether the whole file hashes to what the hub says."""
+        """Return whether the whole file matches the hub's hash, and record it if so."""
         if hash_range(self.folder / file.name, 0, file.size) != file.sha256:
             return False
         with self._lock:
@@ -184,11 +189,11 @@ class PartialCheckpoint:
 
 
 def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> Path:
-    """Make the partial checkpoint of ``origin`` in the folder ``models``, or find the one that is there.
+    """Create the partial checkpoint of ``origin`` in the folder ``models``, unless it exists. Return its folder.
 
-    ``read`` gives a small file's content, and a safetensors file's length field and header. Raises BadCheckpoint where
-    what it gives does not make a model, or not the one whose fingerprint is ``expected``; DiskFull or InvalidOption
-    where it cannot be written.
+    ``read`` returns a small file's content, or a safetensors file's length field and header. Raise BadCheckpoint if
+    these are not a model, or not the one with the fingerprint ``expected``; DiskFull or InvalidOption if the folder
+    cannot be written.
     """
     try:
         make_private_folder(models)
@@ -199,8 +204,8 @@ def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> P
         fingerprint = _fill(made, origin, read)
         if expected and fingerprint != expected:
             raise BadCheckpoint(
-                f"The headers that came are not those of this model (fingerprint {fingerprint[:12]}, "
-                f"expected {expected[:12]}). Load it again."
+                f"The received headers are not those of this model (fingerprint {fingerprint[:12]}, "
+                f"expected {expected[:12]}). Load the model again."
             )
         folder = models / fingerprint
         if not is_partial(folder):
@@ -211,7 +216,7 @@ def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> P
 
 
 def _move(made: Path, folder: Path) -> None:
-    """Give the complete folder ``made`` its name; one that another process has given that name meanwhile is as good."""
+    """Rename ``made`` to ``folder``. If another process has created ``folder`` meanwhile, use that one."""
     try:
         made.rename(folder)
     except OSError as e:
@@ -220,7 +225,7 @@ def _move(made: Path, folder: Path) -> None:
 
 
 def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
-    """Write small files, headers and holes. -> the fingerprint."""
+    """Write small files, headers and holes. Return the fingerprint."""
     journal = AppendLog(made / RECORDS / "journal.jsonl")
     _require_bounds(origin)
     total = 0
@@ -228,9 +233,9 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
         content = read(file)
         total += len(content)
         if total > MAX_MODEL_READ_BYTES or len(content) > file.size:
-            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
+            raise BadCheckpoint(f"{file.name} does not match its source's description. Load the model again.")
         if not file.weights and not file.matches(content):
-            raise BadCheckpoint(f"{file.name} did not arrive as its source describes it. Load the model again.")
+            raise BadCheckpoint(f"{file.name} does not match its source's description. Load the model again.")
         _write_file(made / file.name, content, file.size if file.weights else len(content))
         if file.weights:
             journal.append([["got", file.name, 0, len(content)]])
@@ -239,7 +244,7 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
 
 
 def _write_file(path: Path, content: bytes, size: int = 0) -> None:
-    """A new file that begins with ``content`` and has holes up to ``size``. Raises DiskFull or InvalidOption."""
+    """Create a file that begins with ``content`` and is a hole up to ``size``. Raise DiskFull or InvalidOption."""
     try:
         make_private_folder(path.parent)
         file = create_private_file(path)
@@ -254,14 +259,14 @@ def _write_file(path: Path, content: bytes, size: int = 0) -> None:
 
 
 def _require_bounds(origin: ModelFiles) -> None:
-    """Raise BadCheckpoint for more bytes than a disk could ever have, before a file is made."""
+    """Raise BadCheckpoint, before any file is created, if the files claim more than ``MAX_MODEL_BYTES`` in total."""
     claimed = sum(file.size for file in origin.files)
     if claimed > MAX_MODEL_BYTES:
-        raise BadCheckpoint(f"The model's files are said to have {claimed} bytes; at most {MAX_MODEL_BYTES} are taken.")
+        raise BadCheckpoint(f"The model's files claim {claimed} bytes; at most {MAX_MODEL_BYTES} are accepted.")
 
 
 def read_origin(folder: Path) -> ModelFiles:
-    """Where a partial checkpoint is from. Raises BadCheckpoint where that cannot be read any more."""
+    """Return the origin of a partial checkpoint: its files and its place on the hub. Raise BadCheckpoint if damaged."""
     try:
         return origin_of(json.loads((folder / RECORDS / ORIGIN).read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
@@ -275,7 +280,7 @@ def is_partial(folder: Path) -> bool:
 
 
 def hash_range(path: Path, start: int, end: int) -> str:
-    """SHA-256 of some bytes of a file, in hex; a file that is too short gives the hash of what is there."""
+    """Return the SHA-256 of the bytes ``[start, end)`` of a file, in hex; of fewer bytes if the file is too short."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)

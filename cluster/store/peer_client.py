@@ -1,6 +1,6 @@
-"""Another Mac's store, asked over gRPC: what it has of a model, and the bytes. The other side is ``shelf``.
+"""The gRPC client of another Mac's store: lists what it has of a model and reads the bytes.
 
-It believes nothing: names are checked here, and bytes are hashed by whoever asked for them.
+``store_server`` is the server. Answers are not trusted: this module checks names, and callers hash the bytes.
 """
 
 from __future__ import annotations
@@ -35,28 +35,31 @@ from cluster.v1.store_pb2_grpc import StoreServiceStub
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a peer has of one model: names of tensors, and the digests (hex) that it knows.
-
-    It hashes ``checking`` anew since their file changed on its disk, and has found ``damaged`` to be just that.
-    """
+    """A peer's tensors of one model, by name, and the digests that it knows."""
 
     here: frozenset[str] = frozenset()
+    """Present, and not known to be damaged."""
     coming: frozenset[str] = frozenset()
+    """Being fetched."""
     checking: frozenset[str] = frozenset()
+    """Being hashed again, because their file changed on the peer's disk."""
     damaged: frozenset[str] = frozenset()
+    """Found damaged."""
     digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 in hex by name."""
 
 
 class Peer:
-    """The store of ``name`` at ``address``, for one model. A context manager; its calls may come from any thread.
+    """The store of the Mac ``name`` at ``address``, for one model. A context manager. Thread-safe.
 
-    ``party`` is who must answer there (see ``cluster.security.trust``).
-
-    Raises the peer's own MacpipeError, or Unreachable, where a call fails.
+    ``party`` is the identity that the server must prove (see ``cluster.security.trust``). If a call fails, raise the
+    peer's own MacpipeError, or Unreachable.
     """
 
     def __init__(self, trust: Trust, name: str, address: str, fingerprint: str, party: str = WORKER) -> None:
-        self.address, self.label, self._fingerprint = address, name, fingerprint
+        self.address = address
+        self.label = name
+        self._fingerprint = fingerprint
         self._channel = data_channel(trust, address, party)
         self._stub = StoreServiceStub(self._channel)
 
@@ -67,22 +70,22 @@ class Peer:
         self._channel.close()
 
     def describe(self) -> ModelFiles:
-        """The model's files."""
+        """Return the model's files. Raise BadCheckpoint if their names or number are not acceptable."""
         request = pb.DescribeModelRequest(fingerprint=self._fingerprint)
         with self._failures():
             answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
         files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
         if len(files) > MAX_MODEL_FILES:
             raise BadCheckpoint(
-                f"{self.label} names {len(files)} files of one model; at most {MAX_MODEL_FILES} are taken."
+                f"{self.label} lists {len(files)} files of one model; at most {MAX_MODEL_FILES} are accepted."
             )
-        strange = [file.name for file in files if not is_wanted(file.name)]
-        if strange:
-            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
+        unexpected = [file.name for file in files if not is_wanted(file.name)]
+        if unexpected:
+            raise BadCheckpoint(f"{self.label} offers {unexpected[0][:200]!r}, which is not a model file.")
         return ModelFiles(files, answer.repo, answer.commit)
 
     def small(self, file: StoredFile) -> bytes:
-        """A small file; of a safetensors file its length field and header."""
+        """Return a small file, or the length field and header of a safetensors file."""
         most = MAX_SAFETENSORS_HEADER_BYTES + 8 if file.weights else MAX_SMALL_FILE_BYTES
         request = pb.ReadFileRequest(fingerprint=self._fingerprint, file=file.name)
         content = bytearray()
@@ -90,11 +93,11 @@ class Peer:
             for part in self._stub.ReadFile(request, timeout=PEER_CALL_TIMEOUT_S):
                 content += part.data
                 if len(content) > most:
-                    raise BadCheckpoint(f"{self.label} sends more of {file.name} than such a file may have.")
+                    raise BadCheckpoint(f"{self.label} sent more than {most} bytes of {file.name}.")
         return bytes(content)
 
     def holdings(self, names: Sequence[str]) -> Holdings:
-        """What is there now; where few names are given, of these alone."""
+        """Return what the peer has now: of the tensors ``names``, or of all if there are too many for one request."""
         found: dict[int, set[str]] = {presence: set() for presence in pb.Presence.values()}
         digests: dict[str, str] = {}
         few = names if len(names) <= MAX_TENSORS_NAMED else ()
@@ -106,7 +109,7 @@ class Peer:
                     if one.sha256:
                         digests[one.name] = one.sha256.hex()
                 if len(digests) + sum(map(len, found.values())) > 2 * MAX_CHECKPOINT_TENSORS:
-                    raise FetchFailed(f"{self.label} names more tensors than a model has.")
+                    raise FetchFailed(f"{self.label} lists more tensors than a model may have.")
         return Holdings(
             here=frozenset(found[pb.PRESENCE_HERE]),
             coming=frozenset(found[pb.PRESENCE_COMING]),
@@ -116,7 +119,7 @@ class Peer:
         )
 
     def read(self, tensors: tuple[TensorInfo, ...], offset: int, length: int) -> Iterator[bytes]:
-        """``length`` bytes from ``offset`` on of these tensors, one behind the other, in pieces."""
+        """Yield ``length`` bytes from ``offset`` on of the concatenated tensors, in pieces."""
         names = [tensor.name for tensor in tensors]
         while length:
             piece = min(length, FETCH_RANGE_BYTES)
@@ -131,12 +134,12 @@ class Peer:
                 for part in call:
                     left -= len(part.data)
                     if left < 0:
-                        raise FetchFailed(f"{self.label} sent more than was asked for.")
+                        raise FetchFailed(f"{self.label} sent more bytes than requested.")
                     yield part.data
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
         if left:
-            raise FetchFailed(f"{self.label} ended {left} bytes early.")
+            raise FetchFailed(f"{self.label} sent {left} bytes too few.")
 
     @contextmanager
     def _failures(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""One run of neighbouring tensors, from one source into a partial checkpoint: tried again from where it broke off."""
+"""Downloads a run of adjacent tensors from one source into a partial checkpoint, and resumes after failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.store.peer_client import Peer
 
 @dataclass(frozen=True, slots=True)
 class RangeDownload:
-    """Tensors of one file, each beginning where the one before ends, and who is asked for them."""
+    """Adjacent tensors of one file, in order, and the source to read them from."""
 
     source: Peer | Hub
     tensors: tuple[TensorInfo, ...]
@@ -37,7 +37,7 @@ class RangeDownload:
         return self.tensors[-1].end
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        """Bytes ``start .. end - 1`` of the file, in pieces."""
+        """Yield the bytes ``start .. end - 1`` of the file, in pieces."""
         if isinstance(self.source, Hub):
             return self.source.read(self.file, start, end)
         return self.source.read(self.tensors, start - self.start, end - start)
@@ -49,7 +49,7 @@ class RangeDownload:
 
 @dataclass
 class CountedRanges:
-    """Bytes that came, by source, over all of a fetch's threads; and whether these should give up."""
+    """Bytes received by kind of source, over all threads of a fetch. ``stopped`` tells the threads to stop."""
 
     hub: int = 0
     peers: int = 0
@@ -65,7 +65,7 @@ class CountedRanges:
 
 
 def fetch_run(run: RangeDownload, partial: PartialCheckpoint, counted: CountedRanges, stop: Event) -> None:
-    """Fill the gaps of a run. Raises the source's last error, Aborted once stopped, DiskFull."""
+    """Fill the gaps of a run, with retries. Raise the source's last error, Aborted once stopped, or DiskFull."""
     failures = 0
     while gaps := partial.gaps(run.file, run.start, run.end):
         before = counted.hub + counted.peers
@@ -77,7 +77,7 @@ def fetch_run(run: RangeDownload, partial: PartialCheckpoint, counted: CountedRa
             if not _is_retryable(error) or failures >= FETCH_ATTEMPTS:
                 raise
             if stop.wait(FETCH_BACKOFF_S * 2 ** (failures - 1)):
-                raise Aborted("the load was given up") from error
+                raise Aborted("the load was cancelled") from error
 
 
 def _is_retryable(error: MacpipeError) -> bool:
@@ -87,13 +87,14 @@ def _is_retryable(error: MacpipeError) -> bool:
 def _fill(
     run: RangeDownload, start: int, end: int, partial: PartialCheckpoint, counted: CountedRanges, stop: Event
 ) -> None:
-    """Write one gap, noting it piece by piece; what came before an error stays."""
-    file, noted, at = partial.writer(run.file), start, start
+    """Write one gap and record it piece by piece, so that bytes received before an error are kept."""
+    file = partial.writer(run.file)
+    noted = at = start
     due = time.monotonic() + FETCH_COMMIT_S
     try:
         for data in run.read(start, end):
             if stop.is_set() or counted.stopped:
-                raise Aborted("the load was given up")
+                raise Aborted("the load was cancelled")
             _write(file, data, at, partial)
             at += len(data)
             counted.add(run.source, len(data))
@@ -112,7 +113,7 @@ def _write(file: int, data: bytes, at: int, partial: PartialCheckpoint) -> None:
     left = memoryview(data)
     while left:
         try:
-            count = os.pwrite(file, left, at)  # raises where it can write nothing
+            count = os.pwrite(file, left, at)  # raises if it can write nothing, so the loop ends
         except OSError as error:
             raise not_written(error, partial.folder, "the model") from error
         left, at = left[count:], at + count

@@ -1,6 +1,6 @@
-"""Where this Mac has a model: a folder of its own, the Hugging Face cache, or a partial checkpoint in the store.
+"""Locates models on this Mac: in a folder, in the Hugging Face cache, or as a partial checkpoint in the store.
 
-It finds and makes folders; it fetches headers, never a tensor (``fetch`` does).
+It finds and creates folders. It fetches small files and headers, but never tensors (``fetch`` does).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """A folder with a model; ``partial`` None means that all of it is there."""
+    """A folder with a model. ``partial`` is None if the folder is complete."""
 
     folder: Path
     partial: PartialCheckpoint | None = None
 
 
 class Store:
-    """The store in ``home``."""
+    """The models in ``home``, and those that this Mac has elsewhere."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self._models = home / "models"
 
     def find_by_name(self, name: str) -> FoundModel:
-        """What ``name`` means on this Mac: a folder, a bundled model, a cached one, or one of the hub.
+        """Return the model that ``name`` means on this Mac: a folder, a bundled model, a cached one, or one on the hub.
 
-        Of the last, small files and headers are fetched where they are not here. Raises ModelNotFound, BadCheckpoint,
+        For a model on the hub, fetch the small files and headers that are missing. Raise ModelNotFound, BadCheckpoint,
         ModelForbidden or HubUnreachable.
         """
         try:
@@ -55,8 +55,9 @@ class Store:
         return _open_found(folder)
 
     def _from_hub(self, name: HubName) -> Path:
-        """The partial checkpoint of a model of the hub: of the version that the hub has now, or, out of its reach, of
-        the one that was seen last.
+        """Return the partial checkpoint of a model on the hub.
+
+        Use the hub's current version or, if the hub is unreachable, the version seen last.
         """
         noted = self._models / "refs" / f"{name.repo.replace('/', '--')}@{name.revision.replace('/', '--')}.json"
         try:
@@ -78,10 +79,11 @@ class Store:
         return None
 
     def find_for_worker(self, model: ModelRef, peers: Sequence[Peer]) -> FoundModel:
-        """Where this worker has, or can have, the coordinator's model: its folder, its name here, else a part of it.
+        """Return where this worker has the coordinator's model, or can put a part of it.
 
-        Raises ModelDiffers where this Mac has another model in that folder, and FetchFailed where it has none and no
-        peer answers.
+        Try the coordinator's path, then the model's name, then a partial checkpoint, which is created from the peers'
+        headers if needed. Raise ModelDiffers if this Mac has another model at that path, and FetchFailed or the last
+        peer's error if it has none and no peer provides the headers.
         """
         folder = Path(model.path)
         if folder.is_dir() and (found := _same(folder, model, strict=not _is_id(model.name))):
@@ -90,22 +92,22 @@ class Store:
             if found := _same(resolve_model(model.name), model, strict=False):
                 return found
         if not is_digest(model.fingerprint):
-            raise BadCheckpoint(f"the model's fingerprint {model.fingerprint[:80]!r} is none")
+            raise BadCheckpoint(f"invalid model fingerprint {model.fingerprint[:80]!r}")
         folder = self._models / model.fingerprint
         if not is_partial(folder):
             folder = self._from_peers(model, peers)
         return FoundModel(folder, PartialCheckpoint(folder))
 
     def find_kept(self, fingerprint: str) -> FoundModel | None:
-        """What the store itself has of a model."""
+        """Return the store's own partial checkpoint of a model, or None."""
         folder = self._models / fingerprint
         return FoundModel(folder, PartialCheckpoint(folder)) if is_digest(fingerprint) and is_partial(folder) else None
 
     def _from_peers(self, model: ModelRef, peers: Sequence[Peer]) -> Path:
-        """Headers and small files, from the first peer that gives them."""
+        """Create a partial checkpoint from the headers and small files of the first peer that provides them."""
         error: MacpipeError = FetchFailed(
-            f"this worker has no copy of {model.name}: neither the folder {model.path} nor a model of that name is "
-            "here, and no other Mac was named that has one; copy the folder to the same place"
+            f"this worker has no copy of {model.name}: it has neither the folder {model.path} nor a model of that "
+            "name, and no other Mac offers one; copy the folder to the same path on this Mac"
         )
         for peer in peers:
             try:
@@ -116,12 +118,12 @@ class Store:
 
 
 def _note(file: Path, facts: dict[str, str]) -> None:
-    """Remember which version was seen last. A failure is logged alone: it matters only out of the hub's reach."""
+    """Record which version was seen last. A failure is only logged: the record is needed only without the hub."""
     try:
         make_private_folder(file.parent)
         replace_file(file, json.dumps(facts).encode())
     except OSError as e:
-        log.warning("store: version not remembered reason=%s path=%s", e.strerror, file)
+        log.warning("store: cannot save the model version reason=%s path=%s", e.strerror, file)
 
 
 def _is_id(name: str) -> bool:
@@ -133,17 +135,17 @@ def _open_found(folder: Path) -> FoundModel:
 
 
 def _same(folder: Path, model: ModelRef, *, strict: bool) -> FoundModel | None:
-    """The folder, if it holds that model. Raises ModelDiffers where it holds another one and ``strict`` is set."""
+    """Return the folder if it holds that model, else None; with ``strict``, raise ModelDiffers for another model."""
     try:
         fingerprint = open_checkpoint(folder).fingerprint
     except (BadCheckpoint, ModelNotFound):
         return None
     if fingerprint == model.fingerprint:
-        return None if is_partial(folder) else FoundModel(folder)  # a part of it is for its own store alone to fill
+        return None if is_partial(folder) else FoundModel(folder)  # only its own store may fill a partial checkpoint
     if strict:
         raise ModelDiffers(
             f"the files in {str(folder)!r} are not those of the coordinator's {model.name} (fingerprint "
             f"{fingerprint[:12]}, expected {model.fingerprint[:12]}); copy the coordinator's folder to this machine, "
-            "or move this one away, and the worker takes the bytes from there"
+            "or move this folder away, and the worker fetches the model from the coordinator"
         )
     return None

@@ -1,7 +1,7 @@
-"""The shelf: what this Mac gives to others of the models that it serves. The other side is ``peer``.
+"""The gRPC server of this Mac's store: gives other Macs the bytes of shared models. ``peer_client`` is the client.
 
-A model is on the shelf because a load put it there. Whoever asks names a fingerprint, tensors and files; a name that
-the model has not is refused, and a path is never looked up.
+A model is shared once a load has put it here. Requests name a fingerprint, tensors and files. A name that the model
+does not have is refused, and no path is ever looked up.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Range: TypeAlias = tuple[str, int, int]
 
 @dataclass
 class SharedModel:
-    """One model on the shelf. ``partial`` is None where all of it is in the folder; ``coming`` is being fetched."""
+    """One shared model. ``partial`` is None if its folder is complete. ``coming`` names the tensors being fetched."""
 
     checkpoint: Checkpoint
     partial: PartialCheckpoint | None
     manifest: DigestManifest
     coming: frozenset[str] = frozenset()
     checking: set[str] = field(default_factory=set)
-    """Somebody has asked for these, and they are hashed anew first: their file has changed on the disk."""
+    """Tensors that a peer asked for and that are being hashed again, because their file changed on disk."""
 
     @property
     def here(self) -> Iterable[str]:
@@ -58,7 +58,7 @@ class SharedModel:
 
 
 class StoreServer(StoreServiceServicer):
-    """Answers StoreService for the models that were put on it, and for parts that the store has. For one event loop."""
+    """Implements StoreService for the shared models and the store's partial checkpoints. For one event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -67,7 +67,7 @@ class StoreServer(StoreServiceServicer):
         self._checks: set[asyncio.Task[None]] = set()
 
     def put(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
-        """Give this model's bytes to others from now on. Blocks; raises as ``open_checkpoint`` does."""
+        """Share this model's bytes with other Macs from now on. Blocks; raises as ``open_checkpoint`` does."""
         item = self._open_model(folder, partial)
         self._items[item.checkpoint.fingerprint] = item
         return item
@@ -90,7 +90,7 @@ class StoreServer(StoreServiceServicer):
             await abort(context, InvalidRequest("the model has no such file", field="file"))
         headers = [t.offset for t in item.checkpoint.tensors.values() if t.file == file.name]
         end = min(headers, default=file.size) if file.weights else file.size
-        async with self._turn(context):
+        async with self._read_slot(context):
             async for data in _chunks(item.checkpoint.path, [(file.name, 0, end)]):
                 yield pb.ReadFileResponse(data=data)
 
@@ -109,29 +109,29 @@ class StoreServer(StoreServiceServicer):
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
         item = await self._item(request.fingerprint, context)
         here = item.here
-        if strange := next((name for name in request.tensors if name not in here), None):
-            await abort(context, ModelNotFound(f"the tensor {strange[:200]} is not here", field="tensors"))
+        if missing := next((name for name in request.tensors if name not in here), None):
+            await abort(context, ModelNotFound(f"this Mac does not have the tensor {missing[:200]}", field="tensors"))
         ranges = _ranges(item.checkpoint, request)
-        async with self._turn(context):
+        async with self._read_slot(context):
             async for data in _chunks(item.checkpoint.path, ranges):
                 yield pb.ReadTensorsResponse(data=data)
 
     async def _item(self, fingerprint: str, context: Context) -> SharedModel:
         item = self._items.get(fingerprint) or await anyio.to_thread.run_sync(self._find_kept, fingerprint)
         if item is None:
-            await abort(context, ModelNotFound("this Mac has nothing of that model", field="fingerprint"))
+            await abort(context, ModelNotFound("this Mac has no part of that model", field="fingerprint"))
         return item
 
     def _find_kept(self, fingerprint: str) -> SharedModel | None:
-        """A model of which an earlier load has left something in the store."""
+        """Share and return a partial checkpoint that an earlier load left in the store, or None."""
         found = self._store.find_kept(fingerprint)
         if found is None:
             return None
         item = self._open_model(found.folder, found.partial)
-        return self._items.setdefault(fingerprint, item)  # a load may have put its own there meanwhile, which counts
+        return self._items.setdefault(fingerprint, item)  # if a load has put its own meanwhile, that one is used
 
     def _recheck(self, item: SharedModel, names: Iterable[str]) -> None:
-        """Begin to hash what is asked for and was verified before its file changed; whoever asks comes back."""
+        """Start to hash again those of the tensors whose file changed since they were verified. Peers ask again."""
         if item.partial and (doubtful := item.partial.doubtful(names) - item.checking):
             item.checking |= doubtful
             task = asyncio.create_task(self._recheck_tensors(item, item.partial, sorted(doubtful)))
@@ -142,19 +142,19 @@ class StoreServer(StoreServiceServicer):
         try:
             for name in names:
                 if not await anyio.to_thread.run_sync(partial.recheck, partial.tensors[name]):
-                    log.warning("this Mac has damaged bytes of the tensor %s; they count as not here", name)
+                    log.warning("store server: damaged tensor counts as missing tensor=%s", name)
                 item.checking.discard(name)
-        except MacpipeError as e:  # a full disk: they are looked at again when somebody asks for them
-            log.warning("shelf: check stopped reason=%s", e.sentence)
+        except MacpipeError as e:  # such as a full disk: the next request for these tensors starts another check
+            log.warning("store server: recheck stopped reason=%s", e.sentence)
         finally:
             item.checking.difference_update(names)
 
-    def _turn(self, context: Context) -> _ReadSlot:
+    def _read_slot(self, context: Context) -> _ReadSlot:
         return _ReadSlot(self._readers, context)
 
 
 class _ReadSlot:
-    """One of the few readers; where there is none left, the call ends and its client comes back."""
+    """A context manager for one of the ``SHELF_READERS`` slots. If none is free, abort the call; the client retries."""
 
     def __init__(self, readers: anyio.Semaphore, context: Context) -> None:
         self._readers, self._context = readers, context
@@ -163,7 +163,7 @@ class _ReadSlot:
         try:
             self._readers.acquire_nowait()
         except anyio.WouldBlock:
-            error: MacpipeError = Busy("this Mac gives bytes to others already", retry_after_s=RETRY_AFTER_S)
+            error: MacpipeError = Busy("this Mac already serves as many reads as it can", retry_after_s=RETRY_AFTER_S)
             await abort(self._context, error)
 
     async def __aexit__(self, *_: object) -> None:
@@ -171,8 +171,9 @@ class _ReadSlot:
 
 
 def _states(item: SharedModel, names: Iterable[str]) -> Iterator[pb.TensorState]:
-    """Those tensors of which there is something to say."""
-    known, here = item.manifest.known, frozenset(item.here)
+    """Yield the state of each tensor that is present, expected, damaged, or has a known digest."""
+    known = item.manifest.known
+    here = frozenset(item.here)
     own = item.partial.verified if item.partial else {}
     damaged = item.partial.damaged if item.partial else frozenset()
     for name in names:
@@ -190,20 +191,22 @@ def _states(item: SharedModel, names: Iterable[str]) -> Iterator[pb.TensorState]
 
 
 def _ranges(checkpoint: Checkpoint, request: pb.ReadTensorsRequest) -> list[Range]:
-    """Which bytes of which files are asked for."""
+    """Return the byte ranges of files that a request asks for."""
     found: list[Range] = []
-    skip, left = request.offset, request.length
+    skip = request.offset
+    left = request.length
     for tensor in (checkpoint.tensors[name] for name in request.tensors):
         start = tensor.offset + min(skip, tensor.nbytes)
         end = min(tensor.end, start + left)
-        skip, left = skip - (start - tensor.offset), left - (end - start)
+        skip -= start - tensor.offset
+        left -= end - start
         if start < end:
             found.append((tensor.file, start, end))
     return found
 
 
 async def _chunks(folder: Path, ranges: Iterable[Range]) -> AsyncIterator[bytes]:
-    """The bytes, read piece by piece on a thread, as fast as they are taken."""
+    """Yield the bytes of the ranges in pieces, read on a thread as fast as the consumer takes them."""
     for name, at, end in ranges:
         async with await anyio.open_file(folder / name, "rb") as file:
             await file.seek(at)

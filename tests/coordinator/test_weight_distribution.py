@@ -38,7 +38,7 @@ def test_a_manifest_is_kept_and_can_unlearn(tmp_path: Path) -> None:
     manifest = DigestManifest(tmp_path, "f")
     manifest.learn([("x", A), ("y", B)], "ada")
     manifest.learn([("x", A)], "bob")
-    with pytest.raises(ModelDiffers, match="bob has other bytes of the tensor y"):
+    with pytest.raises(ModelDiffers, match="bob has different bytes of the tensor y"):
         manifest.learn([("y", A)], "bob")
     manifest.forget(["y"])
     assert dict(DigestManifest(tmp_path, "f").known) == {"x": A}

@@ -125,8 +125,8 @@ def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
             file.touch()
         client.load(NAME, workers=2, layers="0-2,3-3").wait()
         assert answer(client) == expected
-    assert f"this Mac has damaged bytes of the tensor {moved}" in bob.said()
-    assert f"ada: worker bob has damaged bytes of the tensor {moved}" in daemon.said()
+    assert f"store server: damaged tensor counts as missing tensor={moved}" in bob.said()
+    assert f"ada: worker bob reports that its copy of the tensor {moved} is damaged" in daemon.said()
     assert hub.weight_bytes == whole + headers + tensors[moved].nbytes, "the rest of the layer came from bob"
     assert "Traceback" not in daemon.said() + ada.said() + bob.said()
 
@@ -222,7 +222,9 @@ def test_workers_without_the_folder_take_it_from_the_coordinator(
         assert not hub.ranges
         assert "from other Macs" in daemon.said()
         started("dee", before=("unshare", "--mount", "sh", "-c", small, "sh"))
-        with pytest.raises(DiskFull, match=r"worker dee: .*needs 0\.\d+ MiB more on disk, and 0\.3 GiB are free at"):
+        with pytest.raises(
+            DiskFull, match=r"worker dee: .*needs 0\.\d+ MiB more on disk, but only 0\.3 GiB are free at"
+        ):
             client.load(str(folder), workers=3).wait()
 
 
@@ -240,7 +242,7 @@ def test_a_folder_that_differs_from_the_coordinators_is_named(
         (published / tensor.file).touch()
         with Client(address, timeout_s=60) as client, pytest.raises(ModelDiffers, match=name) as told:
             client.load(str(published), workers=1).wait()
-        assert "coordinator's folder has other bytes" in told.value.sentence
+        assert "coordinator's folder has different bytes" in told.value.sentence
     finally:
         flip(published / tensor.file, tensor.offset)
         (published / tensor.file).touch()

@@ -33,10 +33,10 @@ def test_a_gated_model_and_the_token_that_opens_it(
     with pytest.raises(ModelForbidden, match=rf"owner/tiny is gated: ask for access on {hub.address}/owner/tiny"):
         Store(tmp_path).find_by_name("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(ModelForbidden, match=r"owner/tiny is gated, and the token of this Mac .* does not open it"):
+    with pytest.raises(ModelForbidden, match=r"owner/tiny is gated, and the token of this Mac .* has no access"):
         Store(tmp_path).find_by_name("owner/tiny")
     hub.expired = "hf_wrong"
-    with pytest.raises(ModelForbidden, match=r"does not know the token of this Mac: HF_TOKEN, .* is wrong or has exp"):
+    with pytest.raises(ModelForbidden, match=r"rejects the token of this Mac: HF_TOKEN, .* is invalid or has exp"):
         Store(tmp_path).find_by_name("owner/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert Store(tmp_path).find_by_name("owner/tiny").partial
@@ -49,18 +49,18 @@ def test_without_a_network_what_is_known_still_opens(
     gone = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", gone)
     assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
-    with pytest.raises(HubUnreachable, match=rf"{gone} cannot be reached for owner/other.*HF_ENDPOINT"):
+    with pytest.raises(HubUnreachable, match=rf"cannot reach {gone} for owner/other.*HF_ENDPOINT"):
         Store(tmp_path).find_by_name("owner/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
-    with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*; unset it and do this again while online"):
+    with pytest.raises(HubOffline, match=r"HF_HUB_OFFLINE forbids.*; unset it and try again while online"):
         Store(tmp_path).find_by_name("owner/other")
 
 
 @pytest.mark.parametrize("address", ["notaurl", "http://", "ftp://a"])
 def test_an_address_of_the_hub_that_is_none(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    with pytest.raises(HubUnreachable, match=f"the hub's address is '{address}', which is no URL .*HF_ENDPOINT"):
+    with pytest.raises(HubUnreachable, match=f"the hub's address '{address}' is not a valid URL .*HF_ENDPOINT"):
         hubs.look_up(HubName("owner/tiny"))
     close_session()
 
@@ -99,7 +99,7 @@ def test_a_pickle_model_is_refused_before_anything_is_fetched(hub: FakeHub, publ
     (pickled / "config.json").write_bytes((published / "config.json").read_bytes())
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     hub.folders["owner/pickled"] = pickled
-    with pytest.raises(BadCheckpoint, match=r"pickle files only \(pytorch_model.bin\)"):
+    with pytest.raises(BadCheckpoint, match=r"only in pickle files \(pytorch_model.bin\)"):
         Store(tmp_path).find_by_name("owner/pickled")
     assert not hub.served
 

@@ -122,7 +122,7 @@ def test_a_part_gives_what_it_has_and_says_what_it_knows(
     told = take(tmp_path / "mine", ours, [peer], [NAME, other], origin).progress
     assert told.peers == ours.tensors[NAME].nbytes
     assert told.hub == ours.tensors[other].nbytes == hub.weight_bytes - asked
-    with pytest.raises(FetchFailed, match="nobody has the tensor"):
+    with pytest.raises(FetchFailed, match="no source has the tensor"):
         take(tmp_path / "mine", ours, [peer], list(ours.tensors))
 
 
@@ -147,7 +147,7 @@ def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
     asked, ours = hub.weight_bytes, mine(tmp_path / "mine", [peer], partial.fingerprint)
     told = take(tmp_path / "mine", ours, [peer], names, origin).progress
     assert told.hub == hub.weight_bytes - asked == partial.tensors[NAME].nbytes, "the rest came from bob"
-    assert told.notices == (f"worker bob has damaged bytes of the tensor {NAME}, as it found itself",)
+    assert told.notices == (f"worker bob reports that its copy of the tensor {NAME} is damaged",)
     held = peer.holdings(names)
     assert (held.here, held.damaged) == (frozenset(names) - {NAME}, {NAME})
 
@@ -176,7 +176,7 @@ def test_peers_that_know_different_digests_are_both_named(giving: Giving, publis
         DigestManifest(home, fingerprint).learn(digests(home, folder, [NAME], Event()).items(), name)
         peers.append(giving(name, folder))
     partial = mine(tmp_path / "mine", peers, fingerprint)
-    with pytest.raises(ModelDiffers, match=f"worker bob and worker cyd have different bytes of {NAME}"):
+    with pytest.raises(ModelDiffers, match=f"worker bob and worker cyd have different bytes of the tensor {NAME}"):
         take(tmp_path / "mine", partial, peers, [NAME])
 
 
@@ -186,10 +186,10 @@ def test_nothing_but_the_models_files_can_be_asked_for(giving: Giving, published
     for name in ("../secret.json", str(published.parent / "secret.json"), "secret.json", ""):
         with pytest.raises(MacpipeError, match="no such file"):
             peer.small(StoredFile(name, 2))
-    with pytest.raises(ModelNotFound, match="nothing of that model"):
+    with pytest.raises(ModelNotFound, match="no part of that model"):
         Peer(LocalTrust(), "bob", peer.address, "../../" + "0" * 58).describe()
     stranger = open_checkpoint(copied(published, tmp_path / "copy")).tensors[NAME]
-    with pytest.raises(ModelNotFound, match="is not here"):
+    with pytest.raises(ModelNotFound, match="does not have the tensor"):
         list(peer.read((type(stranger)("no.such.tensor", "F32", (1,), "x", 4, 0),), 0, 4))
 
 
