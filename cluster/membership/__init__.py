@@ -1,1 +1,1 @@
-"""Who counts as there. Pure: what was heard and when goes in, up, suspect or gone comes out; no I/O, no clock."""
+"""Decides which workers are up, suspect or gone, from what was heard and when. Pure: no I/O, no clock."""

@@ -1,4 +1,4 @@
-"""How much longer an overloaded machine may take: from how late things happened there, and from false alarms.
+"""Extends deadlines for overloaded machines, from their measured lag, slow answers and false alarms.
 
 Pure: seconds and keys go in, seconds come out.
 """
@@ -20,12 +20,12 @@ from cluster.core.limits import (
 
 
 def extra_s(lag_s: float) -> float:
-    """Return the seconds that an answer may take in addition where each step on its way may be ``lag_s`` late."""
+    """Return the additional seconds that an answer may take if each of its steps may be ``lag_s`` late."""
     return LAG_STEPS * lag_s
 
 
 class SlowAnswers:
-    """Learns from the slowest recent answers of one party how long it may take. Times are the injected clock's."""
+    """Learns how long one party may take, from its slowest recent answers. Times are seconds of the injected clock."""
 
     def __init__(self, usual_s: float) -> None:
         self._usual_s = usual_s
@@ -37,16 +37,19 @@ class SlowAnswers:
             self._slow.append((now, took_s))
 
     def granted(self, now: float) -> float:
-        """Return twice the second slowest recent answer, and never less than usual: one alone may have been a cut."""
+        """Return the seconds allowed: twice the second slowest recent answer, and at least the usual time.
+
+        The slowest answer alone does not count: it may have been a cut link.
+        """
         recent = sorted(took for at, took in self._slow if now - at < SLOW_ANSWER_S)
         learned = 2 * recent[-2] if len(recent) > 1 else 0.0
         return min(MAX_PATIENCE * self._usual_s, max(self._usual_s, learned))
 
 
 class Alarms:
-    """Counts by address how often a party fell silent of late. From the second time on, it may take longer.
+    """Counts by address how often a party recently fell silent. From the second time on, it may take longer.
 
-    A party that is dead does not come back to fall silent again; one that does was slow, or its link is.
+    A dead party does not come back and fall silent again. One that does is slow, or its link is.
     """
 
     def __init__(self) -> None:
@@ -59,21 +62,24 @@ class Alarms:
         self._at.setdefault(address, deque(maxlen=SLOW_ANSWERS)).append(now)
 
     def growth(self, address: str, now: float) -> float:
-        """Return by what a deadline is multiplied; 1.0 after no more than one silence."""
+        """Return the factor for a deadline: 1.0 after at most one recent silence."""
         recent = sum(now - at < FALSE_ALARM_S for at in self._at.get(address, ()))
         return min(MAX_PATIENCE, PATIENCE_GROWTH ** max(0, recent - 1))
 
 
 class Silence:
-    """Adds up how long an engine has been silent. Time in which it computed, or nobody could, counts for less."""
+    """Sums up how long an engine has been silent. Excused time counts ``SILENT_BUSY_SHARE`` of its length.
+
+    Time is excused while the engine computed or no process could run.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def add(self, elapsed_s: float, *, excused: bool) -> None:
-        """Note that it said nothing for ``elapsed_s``."""
+        """Add ``elapsed_s`` of silence."""
         self.seconds += elapsed_s * (SILENT_BUSY_SHARE if excused else 1.0)
 
     def end(self) -> None:
-        """Note that it said something."""
+        """End the silence: the engine has answered."""
         self.seconds = 0.0

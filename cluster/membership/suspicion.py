@@ -1,7 +1,8 @@
-"""Suspicion: silence makes a worker suspect, then gone; a refusal makes it gone at once; a word brings it back.
+"""Tracks which workers are up, suspect or gone.
 
-It knows names, times and sentences. It refuses to know how anybody is asked. Slow is not dead: whatever a worker says,
-an answer to a heartbeat or a frame that went through it, starts its silence anew.
+Silence makes a worker suspect, then gone. A refusal makes it gone at once. Any sign of life brings it back: an answer
+to a heartbeat, or a frame that passed through it. Slow is not dead. This module knows names, times and reasons; it
+refuses to know how workers are reached.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from cluster.core.limits import GONE_S, SUSPECT_S
 from cluster.membership.slowness import SlowAnswers, extra_s
 
 _REMEMBERED = 8
+"""Losses of a worker whose times are kept."""
 
 
 class Standing(StrEnum):
-    """What is believed of a worker."""
+    """The believed state of a worker."""
 
     UP = "up"
     SUSPECT = "suspect"
@@ -26,7 +28,11 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """A worker's standing ``since`` when (the injected clock's seconds), and why, where it is not up."""
+    """What is believed of one worker.
+
+    ``since``: when its standing changed. ``heard``: when it was last heard. Both are seconds of the injected clock.
+    ``why``: the reason, if it is not up; it continues a sentence that begins with the worker's name.
+    """
 
     worker: str
     standing: Standing
@@ -36,23 +42,24 @@ class Belief:
     losses: int = 0
     """How often it was found gone."""
     lost_at: tuple[float, ...] = ()
-    """When, the last few times."""
+    """The times of the last few losses."""
 
     def lost_since(self, when: float) -> int:
-        """How often it was found gone since then, as far as that is remembered."""
+        """Return how often it was found gone since ``when``, among the losses in ``lost_at``."""
         return sum(at >= when for at in self.lost_at)
 
     def lost(self, why: str, now: float) -> Belief:
-        """The belief that it is gone."""
+        """Return the belief that it is gone since ``now``."""
         at = (*self.lost_at, now)[-_REMEMBERED:]
         return replace(self, standing=Standing.GONE, since=now, why=why, losses=self.losses + 1, lost_at=at)
 
 
 class Suspicion:
-    """Beliefs about workers by name. Every method is given the time; each returns the beliefs that it changed.
+    """Beliefs about workers by name. Event methods take the time and return the beliefs that they changed.
 
-    Time in which nobody looked (this machine slept, or was starved) is held against no worker. One whose machine is
-    overloaded is given longer: by the lag that it reports, and by how long its answers took of late.
+    Time in which ``look`` was not called (this machine slept, or was starved of CPU) counts against no worker. A worker
+    on an overloaded machine may be silent for longer, according to the lag that it reports and to its recent slow
+    answers.
     """
 
     def __init__(self, suspect_s: float = SUSPECT_S, gone_s: float = GONE_S) -> None:
@@ -66,7 +73,7 @@ class Suspicion:
         return iter(tuple(self._beliefs.values()))
 
     def of(self, worker: str) -> Belief | None:
-        """What is believed; None of one that is not watched."""
+        """Return what is believed of a worker, or None if it is not watched."""
         return self._beliefs.get(worker)
 
     def is_gone(self, worker: str) -> bool:
@@ -79,21 +86,21 @@ class Suspicion:
         self._lags.pop(worker, None)
 
     def note_lag(self, worker: str, lag_s: float) -> None:
-        """The worker says how late things happen on its machine."""
+        """Record the lag that a worker reports: how late events happen on its machine, in seconds."""
         if worker in self._beliefs:
             self._lags[worker] = lag_s
 
     def worst_lag(self) -> float:
-        """The longest lag that a worker which is not gone has reported, in seconds."""
+        """Return the longest lag, in seconds, reported by a worker that is not gone."""
         return max((lag for worker, lag in tuple(self._lags.items()) if not self.is_gone(worker)), default=0.0)
 
     def granted(self, worker: str, now: float) -> float:
-        """Return the silence in seconds after which the worker counts as gone, this machine's own lag apart."""
+        """Return the seconds of silence after which the worker counts as gone, without this machine's own lag."""
         answers = self._answers.get(worker)
         return (answers.granted(now) if answers else self._gone_s) + extra_s(self._lags.get(worker, 0.0))
 
     def on_heard(self, worker: str, now: float) -> tuple[Belief, ...]:
-        """The worker said something; one that is not watched yet is from now on."""
+        """Record a sign of life. A worker that is not watched yet is watched from now on."""
         known = self._beliefs.get(worker)
         if known:
             self._answers.setdefault(worker, SlowAnswers(self._gone_s)).add(now - known.heard, now)
@@ -104,7 +111,7 @@ class Suspicion:
         return ()
 
     def on_refusal(self, worker: str, why: str, now: float) -> tuple[Belief, ...]:
-        """Somebody who must know says that the worker is not there: its port is closed, its engine has ended."""
+        """Record proof that the worker is gone: its port is closed, or its engine has exited."""
         known = self._beliefs.get(worker)
         if known and known.standing is Standing.GONE:
             self._beliefs[worker] = replace(known, why=why)
@@ -112,12 +119,12 @@ class Suspicion:
         return self._believe((known or Belief(worker, Standing.UP, now, now)).lost(why, now))
 
     def look(self, now: float, lag_s: float = 0.0) -> tuple[Belief, ...]:
-        """The time has come to judge silence. ``lag_s``: how late things happen on this machine."""
+        """Judge the silence of all workers. ``lag_s``: how late events happen on this machine, in seconds."""
         self._excuse(now)
         return tuple(b for known in tuple(self._beliefs.values()) for b in self._judge(known, now, extra_s(lag_s)))
 
     def _excuse(self, now: float) -> None:
-        """Hold the time in which nobody looked against no one."""
+        """Extend every worker's ``heard`` by a long time in which ``look`` was not called."""
         missed = now - self._looked if self._looked is not None else 0.0
         self._looked = now
         if missed > self._suspect_s:

@@ -1,1 +1,1 @@
-"""Who holds which layers, and why. Pure: sizes in, layer ranges out."""
+"""Decides which worker holds which layers, and explains why. Pure: sizes and speeds in, layer ranges out."""

@@ -1,6 +1,6 @@
-"""Who may take part in a plan: workers with what they offer and can do, and the links between them.
+"""The workers that a plan may use, with their memory and speed, and the links between them.
 
-It knows figures; it refuses to know where they come from, a measurement or a table of chips.
+It knows figures. It refuses to know whether they come from a measurement or a table of chips.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker by its room and its speed. ``kind`` is the same for workers that are alike in both."""
+    """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``."""
 
     room: Room
     profile: Profile
@@ -35,7 +35,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """``links`` are by (from, to) names, as measured; ``link`` is taken for all others. ``relay``: every hop is two."""
+    """The workers and the links between them.
+
+    ``links`` are the measured links, by (from, to) names. ``link`` is assumed for all others. With ``relay``, frames
+    pass through the coordinator, so every hop counts as ``RELAYED_HOPS``.
+    """
 
     workers: Sequence[Candidate]
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
@@ -44,7 +48,7 @@ class Candidates:
 
     @property
     def known(self) -> bool:
-        """Whether every worker's speed is."""
+        """Whether the speed of every worker is known."""
         return all(w.profile.known for w in self.workers)
 
     @property
@@ -55,9 +59,9 @@ class Candidates:
         return self.links.get((one.name, other.name), self.link)
 
     def hop_s(self, one: Candidate, other: Candidate, nbytes: float) -> float:
-        """Seconds for so many bytes from one stage's worker to the next one's."""
+        """Return the seconds that ``nbytes`` take from one stage's worker to the next stage's worker."""
         return (RELAYED_HOPS if self.relay else 1) * self.between(one, other).hop_s(nbytes)
 
     def ends_s(self) -> float:
-        """Seconds from the coordinator to the first stage and from the last back to it: a few bytes each."""
+        """Return the seconds from the coordinator to the first stage and from the last stage back: a few bytes each."""
         return self.link.round_trip_s

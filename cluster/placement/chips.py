@@ -1,9 +1,9 @@
-"""Macs that are not here: what ``--assume`` takes a chip's name for. Labels, never used for a Mac that was measured.
+"""The assumed speed of Macs that are not present, by chip name, for ``--assume``. Never used for a measured Mac.
 
-Bandwidths are those on Apple's technical specifications pages (support.apple.com/specs) and, for the M1 and M2
-families, GPU speeds in FP32 are those of Apple's announcements (2.6, 5.2, 10.4 and 21; 3.6, 6.8, 13.6 and 27.2
-TFLOPS). Apple gives no such figure since: those of the M3 to M5 families are the published count of GPU cores times
-256 operations a cycle at the clocks that people measure (1.4 to 1.6 GHz).
+Bandwidths are from Apple's technical specifications pages (support.apple.com/specs). GPU speeds in FP32 of the M1 and
+M2 families are from Apple's announcements (2.6, 5.2, 10.4 and 21; 3.6, 6.8, 13.6 and 27.2 TFLOPS). Apple has published
+no such figure since. Those of the M3 to M5 families are the published number of GPU cores times 256 operations per
+cycle at measured clocks (1.4 to 1.6 GHz).
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from cluster.placement.memory_split import Room
 __all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
 
 REACHED: Final = 0.8
-"""Of the published bandwidth: what a 4-bit decode commonly gets on one die."""
+"""The share of the published bandwidth that a 4-bit decode commonly reaches on one die."""
 REACHED_ULTRA: Final = 0.65
-"""The same over two dies."""
+"""The same share on two dies."""
 REACHED_FLOPS: Final = 0.6
-"""Of the published operations: what a long prompt commonly gets."""
+"""The share of the published operations that a long prompt commonly reaches."""
 LAYER_S: Final = 60e-6
 STEP_S: Final = 300e-6
 ROW_COST: Final = 0.2
-"""8 rows cost 2.4 times one: between the 1.7 and the 6 that 4-bit kernels were seen to take."""
+"""8 rows cost 2.4 times as much as one; 4-bit kernels were measured at 1.7 to 6 times."""
 LARGE: Final = 36
-"""GB above which Metal recommends three quarters of the memory, and up to which two thirds."""
+"""GB. Up to this size Metal recommends using two thirds of the memory, above it three quarters."""
 SMALLEST: Final = 8
 LARGEST: Final = 1024
-"""GB that a Mac may be assumed to have."""
+"""Range of memory sizes that a Mac may be assumed to have, in GB."""
 MOST: Final = 64
-"""Macs of one kind."""
+"""Maximum number of Macs of one kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """``bandwidth`` in GB/s, ``tflops`` of the largest GPU. ``smaller``: memory sizes sold with the smaller GPU, and
-    that one's two figures.
+    """The published figures of a chip: ``bandwidth`` in GB/s, and ``tflops`` of the largest GPU.
+
+    ``smaller``: the memory sizes in GB that are sold with a smaller GPU, and the two figures of that GPU.
     """
 
     bandwidth: float
@@ -80,16 +81,17 @@ _MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>
 
 
 def assumed_workers(written: str, *, relay: bool = False) -> Candidates:
-    """``m2-ultra-192,m4-pro-48x2,10gbe``: Macs by chip and GB of memory, how many, and one link between them all.
+    """Parse the value of ``--assume``, such as ``m2-ultra-192,m4-pro-48x2,10gbe``.
 
-    ``2x m4-pro-48`` is the same as ``m4-pro-48x2``, and a plus is the same as a comma.
+    Each Mac is a chip and its GB of memory, with an optional count. At most one link may be given; it is used for all
+    hops. ``2x m4-pro-48`` is the same as ``m4-pro-48x2``, and a plus is the same as a comma.
 
-    Raises InvalidOption with what can be written.
+    Raise InvalidOption, with the accepted values, if it is invalid.
     """
     words = [word.strip().lower() for word in re.split("[,+]", written) if word.strip()]
     links = [LINKS[word] for word in words if word in LINKS]
     if len(links) > 1:
-        raise InvalidOption("--assume names more than one link; one is taken for all hops", field="assume")
+        raise InvalidOption("--assume names more than one link; give one, which is used for all hops", field="assume")
     macs = [mac for word in words if word not in LINKS for mac in _macs(word)]
     if not macs:
         raise InvalidOption(f"--assume {written!r} names no Mac; write it like m4-pro-48x2,10gbe", field="assume")
@@ -122,7 +124,7 @@ def _macs(word: str) -> list[tuple[str, Chip, int]]:
 
 
 def assumption(candidates: Candidates) -> str:
-    """What a plan for assumed Macs rests on, in words."""
+    """Return a sentence about the assumptions behind a plan for assumed Macs."""
     link = next(name for name, one in LINKS.items() if one == candidates.link)
     return f"assumed: published figures of the chips; links of {link}"
 

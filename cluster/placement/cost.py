@@ -1,6 +1,6 @@
-"""What a stage costs: seconds of a decode step or a prompt's chunk, from bytes, operations and a worker's profile.
+"""Predicts a stage's seconds per decode step or prompt chunk, from bytes, operations and a worker's profile.
 
-The one place where a speed is predicted. It knows shapes and profiles, and nothing of how they were measured.
+This is the only place that predicts speed. It knows shapes and profiles, and nothing of how they were measured.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ __all__ = ["boundary_bytes", "decode_s", "fixed_s", "prefill_s", "read_bytes"]
 def decode_s(
     shape: ModelShape, profile: Profile, layers: LayerRange, rows: int = 1, context: int = REFERENCE_CONTEXT
 ) -> float:
-    """Seconds of one decode step of so many rows, each with a context of so many tokens; 0 for an unknown speed."""
+    """Return the seconds of a decode step of ``rows`` rows with ``context`` tokens each; 0 if the speed is unknown."""
     if not profile.known:
         return 0.0
-    more = (rows - 1) * min(profile.row_cost, 1.0)  # rows can be run one after another, whatever was measured once
-    weights = read_bytes(shape, layers, rows) + more * _dense_bytes(shape, layers)
+    # A row never costs more than a step of its own: rows can always run one after another.
+    additional_rows = (rows - 1) * min(profile.row_cost, 1.0)
+    weights = read_bytes(shape, layers, rows) + additional_rows * _dense_bytes(shape, layers)
     caches = rows * shape.stage_cache_bytes(layers, min(context, shape.max_context))
     seconds = fixed_s(profile, len(layers)) + (weights + caches) / profile.bandwidth
     return seconds * profile.correction(shape.model.fingerprint)
 
 
 def prefill_s(shape: ModelShape, profile: Profile, layers: LayerRange, tokens: int = PREFILL_CHUNK) -> float:
-    """Seconds of one chunk of a prompt: its operations, or reading every weight once where that takes longer."""
+    """Return the seconds of one prompt chunk: its operations, or reading every weight once if that takes longer."""
     work = tokens * sum(shape.flops[layers.start : layers.end]) / profile.flops if profile.flops else 0.0
     weights = sum(shape.layer_bytes[layers.start : layers.end]) / profile.bandwidth
     return fixed_s(profile, len(layers)) + max(work, weights)
 
 
 def fixed_s(profile: Profile, layers: int) -> float:
-    """Seconds of a step that depend on no byte: starting it, and launching each layer's kernels."""
+    """Return the seconds of a step that do not depend on bytes: starting it, and launching each layer's kernels."""
     return profile.step_s + layers * profile.layer_s
 
 
 def read_bytes(shape: ModelShape, layers: LayerRange, rows: int = 1) -> float:
-    """Bytes of weights that a decode step of so many rows reads on that stage, on average."""
+    """Return the average bytes of weights that a decode step of ``rows`` rows reads on a stage."""
     shared = sum(shared_read(w, layers, shape.layers, rows) for w in shape.shared)
     return shared + sum(_layer_read(shape, i, rows) for i in range(layers.start, layers.end))
 
 
 def _dense_bytes(shape: ModelShape, layers: LayerRange) -> float:
-    """Of those, what every row goes through anew; rows of experts have their bytes counted already."""
+    """Return the bytes that every further row uses again. ``read_bytes`` already counts experts by rows."""
     experts = shape.expert_bytes[layers.start : layers.end]
     whole, active = shape.layer_bytes, shape.active_bytes or shape.layer_bytes
     idle = sum(whole[i] - active[i] for i in range(layers.start, layers.end))
@@ -51,7 +52,7 @@ def _dense_bytes(shape: ModelShape, layers: LayerRange) -> float:
 
 
 def shared_read(weight: SharedWeight, layers: LayerRange, count: int, rows: int) -> int:
-    """What a step reads of a weight outside the layers on that stage of a model of ``count`` layers."""
+    """Return the bytes that a step reads of a weight outside the layers, on a stage of a model of ``count`` layers."""
     if not any(layers.start <= i < layers.end for i in weight.layers):
         return 0
     if weight.lookup_bytes is None or (weight.head and layers.end == count):
@@ -60,7 +61,10 @@ def shared_read(weight: SharedWeight, layers: LayerRange, count: int, rows: int)
 
 
 def _layer_read(shape: ModelShape, layer: int, rows: int) -> float:
-    """Rows choose their experts independently: n rows that use a share s of them each touch 1 - (1 - s)^n."""
+    """Return the average bytes of a layer's weights that a step reads.
+
+    Rows choose experts independently: n rows that each use a share s of the experts touch 1 - (1 - s)^n of them.
+    """
     whole = shape.layer_bytes[layer]
     active = shape.active_bytes[layer] if shape.active_bytes else whole
     experts = shape.expert_bytes[layer] if shape.expert_bytes else 0
@@ -71,5 +75,5 @@ def _layer_read(shape: ModelShape, layer: int, rows: int) -> float:
 
 
 def boundary_bytes(shape: ModelShape, cut: int) -> int:
-    """What crosses the cut before layer ``cut`` for one token."""
+    """Return the bytes per token that cross the cut before layer ``cut``."""
     return shape.boundary_bytes[cut] if shape.boundary_bytes else 0

@@ -1,6 +1,6 @@
-"""Why a plan is as it is, in sentences: what bounds its speed, what more memory would give, why a Mac is spare.
+"""Explains a plan in sentences: what limits its speed, what more memory would gain, and why a Mac is spare.
 
-It finds its reasons by asking the same search other questions; it decides nothing.
+It finds the reasons by running the same search with other questions. It decides nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cluster.placement.stage_table import StageTable
 __all__ = ["Layout", "reasons", "spares", "unknown"]
 
 NOTICEABLE = 1.02
-"""A difference below this is not worth a sentence."""
+"""Ratio of two times below which their difference is not worth a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A layout to be explained, in pipeline order."""
+    """A layout to explain, in pipeline order."""
 
     shape: ModelShape
     candidates: Candidates
@@ -42,18 +42,18 @@ class Layout:
         return max(decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True))
 
     def of(self, found: BestLayout) -> Layout:
-        """The same question answered by another layout."""
+        """Return another layout for the same shape, candidates and objective."""
         return Layout(self.shape, self.candidates, found.workers, found.ranges, self.objective)
 
     def gains(self, other: Layout) -> bool:
-        """Whether the other is noticeably better by the objective."""
+        """Return whether ``other`` is noticeably better by the objective."""
         if self.objective is Objective.THROUGHPUT:
             return other.slowest_s * NOTICEABLE < self.slowest_s
         return other.token_s * NOTICEABLE < self.token_s
 
     @property
     def merit(self) -> str:
-        """What the objective is about, in words."""
+        """The layout's value of the objective, in words."""
         if self.objective is Objective.THROUGHPUT:
             return f"a slowest stage of {_ms(self.slowest_s)}"
         return _rate(self)
@@ -63,28 +63,29 @@ class Layout:
 
 
 def unknown(candidates: Candidates) -> str:
-    """Why a plan has no forecast."""
+    """Return the reason why a plan has no forecast."""
     names = ", ".join(w.name for w in candidates.workers if not w.profile.known)
-    return f"cut by memory, every worker as full as the others: the speed of {names} has not been measured"
+    return f"split by memory, with all workers equally full: the speed of {names} has not been measured"
 
 
 def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
-    """What bounds the plan, the most telling first."""
+    """Return the sentences that explain a plan, the most important first."""
     return tuple(
         sentence
         for sentence in (
             _explain_bottleneck(layout),
-            *(_alone(layout, search), _otherwise(layout, search)) * (search is not None),
-            _more_memory(layout),
-            *_corrections(layout),
-            "" if search is None or search.every_order else _in_order_of_speed(layout),
+            _explain_single_worker(layout, search),
+            _explain_better_layout(layout, search),
+            _explain_memory_limit(layout),
+            *_explain_corrections(layout),
+            "" if search is None or search.every_order else _explain_limited_search(layout),
         )
         if sentence
     )
 
 
 def _explain_bottleneck(layout: Layout) -> str:
-    """Where a token's time goes."""
+    """Return how a token's time is spent."""
     pairs = list(zip(layout.workers, layout.ranges, strict=True))
     reading = sum(decode_s(layout.shape, w.profile, r) for w, r in pairs)
     starting = sum(fixed_s(w.profile, len(r)) * w.profile.correction(layout.shape.model.fingerprint) for w, r in pairs)
@@ -99,8 +100,8 @@ def _explain_bottleneck(layout: Layout) -> str:
     return f"bound by {by}: of {_ms(layout.token_s)} a token, {spent}"
 
 
-def _alone(layout: Layout, search: Search | None) -> str:
-    """One Mac that holds everything and is quicker for one user."""
+def _explain_single_worker(layout: Layout, search: Search | None) -> str:
+    """Name a single Mac that can hold the whole model and is faster for one user, if there is one."""
     found = search.best(stages=1) if search and len(layout.workers) > 1 else None
     if found is None or layout.of(found).token_s >= layout.token_s:
         return ""
@@ -110,19 +111,19 @@ def _alone(layout: Layout, search: Search | None) -> str:
     return f"{sentence}; and for eight: {_figure(many)} against {_figure(now)}" if many > now else sentence
 
 
-def _otherwise(layout: Layout, search: Search | None) -> str:
-    """A better layout than the one that was asked for."""
+def _explain_better_layout(layout: Layout, search: Search | None) -> str:
+    """Name a better layout than the requested one, if there is one."""
     found = search.best() if search else None
     if found is None or not layout.gains(layout.of(found)):
         return ""
     if len(found.workers) == 1 and layout.objective is Objective.LATENCY:
-        return ""  # that one Mac alone is faster has been said
+        return ""  # ``_explain_single_worker`` says so already
     other = layout.of(found)
-    return f"the planner would take {other}: {other.merit} instead of {layout.merit}"
+    return f"the planner would choose {other}: {other.merit} instead of {layout.merit}"
 
 
-def _more_memory(layout: Layout) -> str:
-    """The best layout if every Mac had as much memory as it takes, where that is noticeably better."""
+def _explain_memory_limit(layout: Layout) -> str:
+    """Name the best layout without memory limits and the memory that it lacks, if it is noticeably better."""
     table = StageTable(layout.shape, 1)
     found = Search(table, layout.candidates, layout.objective, unbounded=True).best()
     if found is None or not layout.gains(layout.of(found)):
@@ -135,33 +136,34 @@ def _more_memory(layout: Layout) -> str:
     if not missing:
         return ""
     return (
-        f"bound by memory, too: with {' and '.join(missing)}, {layout.of(found)} would give "
+        f"also bound by memory: with {' and '.join(missing)}, {layout.of(found)} would give "
         f"{layout.of(found).merit} instead of {layout.merit}"
     )
 
 
-def _corrections(layout: Layout) -> Iterator[str]:
-    """Workers whose profile has learned from frames."""
+def _explain_corrections(layout: Layout) -> Iterator[str]:
+    """Name the workers whose profile is corrected by measured frames."""
     for worker in layout.workers:
         ratio = worker.profile.correction(layout.shape.model.fingerprint)
         if not 1 / NOTICEABLE < ratio < NOTICEABLE:
-            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as its frames have taught{_again(ratio)}"
+            remedy = _suggest_profile(ratio)
+            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as learned from its frames{remedy}"
 
 
-def _again(ratio: float) -> str:
-    """What to do about a profile that is far off; nothing where it is near enough to be corrected."""
+def _suggest_profile(ratio: float) -> str:
+    """Return what to do about a profile that is far off, or nothing if the correction is small."""
     if 1 / FAR_OFF <= ratio <= FAR_OFF:
         return ""
     return "; it may have been busy when it was measured: `macpipe worker --profile new` there measures again"
 
 
-def _in_order_of_speed(layout: Layout) -> str:
+def _explain_limited_search(layout: Layout) -> str:
     count = len(layout.candidates.workers)
-    return f"{count} different workers have too many orders to try: the best was found in order of speed"
+    return f"{count} different workers have too many orders to try: only layouts in order of speed were compared"
 
 
 def spares(layout: Layout, search: Search | None, asked: str) -> tuple[Spare, ...]:
-    """The workers that the layout leaves out, each with its reason: what a person ``asked``, if anything."""
+    """Return the workers that the layout leaves out, each with the reason: the user's request ``asked``, if any."""
     idle = [w for w in layout.candidates.workers if w not in layout.workers]
     return tuple(Spare(w.name, asked or _why_spare(layout, search, w)) for w in idle)
 
@@ -172,7 +174,7 @@ def _why_spare(layout: Layout, search: Search | None, worker: Candidate) -> str:
         return f"{_others(layout)} hold{'' if some else 's'} the model, and {'are' if some else 'is'} faster or larger"
     found = search.best(including=worker)
     if found is None:
-        return f"its {_gib(worker.room.usable)} hold no part of the model together with any others"
+        return f"no layout fits that uses it with its {_gib(worker.room.usable)}"
     other = layout.of(found)
     if layout.objective is Objective.THROUGHPUT:
         return f"it would only slow the others down: {other.merit} instead of {layout.merit}"

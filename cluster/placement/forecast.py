@@ -1,6 +1,6 @@
-"""What a layout is predicted to do for people: tokens a second for one and for many, and the wait for the first.
+"""Predicts a layout's performance: tokens per second for one user and for many, and the time to the first token.
 
-It knows stages and hops in seconds. It leaves out sampling, detokenizing and queues, which cost next to nothing.
+It adds up the seconds of stages and hops. It leaves out sampling, detokenizing and queues, which cost next to nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def forecast(
     ranges: Sequence[LayerRange],
     lanes: int | None = None,
 ) -> Forecast:
-    """``lanes`` None is one a stage."""
+    """Return the forecast for a layout. ``lanes`` None means one lane per stage."""
     one = 1 / token_s(shape, candidates, workers, ranges)
     many = _cycle(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
     prompt = min(REFERENCE_PROMPT, shape.max_context)
     return Forecast(
         one_user=one,
-        eight_users=max(one, many),  # they can always take turns
+        eight_users=max(one, many),  # users can always take turns, so many are never slower than one
         first_token_s=_first_token_s(shape, candidates, workers, ranges, prompt),
         prompt_tokens=prompt,
     )
@@ -43,7 +43,7 @@ def token_s(
     ranges: Sequence[LayerRange],
     rows: int = 1,
 ) -> float:
-    """Seconds of a step's whole way round the ring."""
+    """Return the seconds of one decode step through the whole ring."""
     stages = sum(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
     return stages + hops_s(shape, candidates, workers, ranges, rows)
 
@@ -55,7 +55,7 @@ def hops_s(
     ranges: Sequence[LayerRange],
     tokens: int = 1,
 ) -> float:
-    """Seconds between stages, and to and from the coordinator, for so many tokens in one frame."""
+    """Return the seconds of all hops of a frame with ``tokens`` tokens, including those to and from the coordinator."""
     crossing = (tokens * boundary_bytes(shape, r.start) for r in ranges[1:])
     hops = sum(candidates.hop_s(a, b, n) for (a, b), n in zip(pairwise(workers), crossing, strict=True))
     return hops + candidates.ends_s()
@@ -69,7 +69,7 @@ def _cycle(
     users: int,
     lanes: int,
 ) -> float:
-    """Tokens a second of so many users: lanes overlap until the slowest stage is never idle."""
+    """Return the total tokens per second of ``users`` users. Lanes overlap until the slowest stage is never idle."""
     lanes = min(lanes, users)
     rows = min(-(-users // lanes), LANE_ROWS if shape.batchable else 1)
     slowest = max(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
@@ -83,7 +83,11 @@ def _first_token_s(
     ranges: Sequence[LayerRange],
     prompt: int,
 ) -> float:
-    """The first chunk passes all stages, the others follow at the slowest one's pace; then a step makes the token."""
+    """Return the seconds to the first token.
+
+    The first chunk passes all stages, the others follow at the pace of the slowest stage, and a decode step produces
+    the token.
+    """
     pieces = chunks(prompt, len(workers))
 
     def stages_s(chunk: int) -> list[float]:

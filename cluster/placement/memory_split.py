@@ -1,6 +1,7 @@
-"""Cuts a model over workers by memory: the fullest worker is as little full as it can be.
+"""Splits a model over workers by memory, and minimises the relative memory use of the fullest worker.
 
-Exact by dynamic programming over clean cuts, in the workers' given order. It knows bytes; it refuses to know speed.
+The solution is exact, by dynamic programming over clean cuts, in the workers' given order. It knows bytes; it refuses
+to know speed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from cluster.core.plan import LayerRange, ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A worker by name, and the bytes it offers for weights, caches and work; an ``adjustable`` one may offer more."""
+    """The memory of a worker: the bytes that it offers for weights, caches and work.
+
+    ``adjustable``: whether the user may raise the offer.
+    """
 
     worker: str
     nbytes: int
@@ -27,12 +31,15 @@ class Room:
 
 
 def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
-    """Bytes that a stage takes: its weights, and the caches of ``sequences`` full-length sequences."""
+    """Return the bytes that a stage needs: its weights, and the caches of ``sequences`` full-length sequences."""
     return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)
 
 
 def solve(shape: ModelShape, rooms: Sequence[Room], sequences: int) -> tuple[LayerRange, ...]:
-    """One range a room, in order. Raises ``NoPlan`` for too few clean cuts, ``DoesNotFit`` with the GiB missing."""
+    """Return one layer range per room, in order.
+
+    Raise ``NoPlan`` if there are too few clean cuts, and ``DoesNotFit``, with the missing GiB, if memory is too small.
+    """
     if len(shape.clean_cuts) < len(rooms) - 1:
         raise NoPlan(_too_few_cuts(shape, len(rooms)))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
@@ -53,7 +60,7 @@ def _extend(
     room: Room,
     sequences: int,
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """The best fullness for each end that this room may have, over all ends of the room before."""
+    """Return the best relative memory use for each possible end of this room's range, over all ends of the previous."""
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
     for end in ends:
         options = [
@@ -67,7 +74,7 @@ def _extend(
 
 
 def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange], sequences: int) -> None:
-    """Hold a layout against cuts and memory. Raises ``NoPlan`` or ``DoesNotFit``."""
+    """Check a layout against clean cuts and memory. Raise ``NoPlan`` or ``DoesNotFit``."""
     check_cuts(shape, ranges)
     short = [
         (room, missing)
@@ -79,9 +86,11 @@ def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange]
 
 
 def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
-    """Whether the model has these layers, and may be cut between them. Raises ``NoPlan``."""
+    """Raise ``NoPlan`` unless the model has these layers and may be cut between the ranges."""
     if ranges[-1].end != shape.layers:
-        raise NoPlan(f"{shape.model.name} has layers 0-{shape.layers - 1}, but the ranges end at {ranges[-1].end - 1}")
+        raise NoPlan(
+            f"{shape.model.name} has layers 0-{shape.layers - 1}, but the ranges end at layer {ranges[-1].end - 1}"
+        )
     reasons = dict(shape.unclean)
     for layers in ranges[1:]:
         if layers.start in reasons:

@@ -1,7 +1,7 @@
-"""From a model's shape and some workers to a layout with its forecast and its reasons. Decides; loads nothing.
+"""Proposes a layout for a model and some workers, with a forecast and reasons. Decides; loads nothing.
 
-Where every worker's speed is known the search finds the best layout of any of them; where one is not, all of them are
-used, in their order, as full as each other.
+If the speed of every worker is known, the search finds the best layout over any of them. Otherwise all workers are
+used in their given order, with the layers split by memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from cluster.placement.stage_table import StageTable
 __all__ = ["PlanRequest", "Proposal", "propose"]
 
 SEQUENCES = 1
-"""Full-length sequences for whose caches every stage keeps room."""
+"""Number of full-length sequences whose caches must fit on every stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a person asked for: an objective, a number of stages, the layers of each worker in order, lanes."""
+    """The user's request: objective, number of stages, layers of each worker in order, and number of lanes.
+
+    None leaves a choice to the planner.
+    """
 
     objective: Objective = Objective.LATENCY
     stages: int | None = None
@@ -37,8 +40,10 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Who holds what, in pipeline order. ``decode_s`` has a stage's seconds a step; ``forecast`` is None and
-    ``decode_s`` zero where a speed is not known.
+    """The proposed workers and their layers, in pipeline order.
+
+    ``decode_s`` has the seconds per decode step of each stage; it is zero for a worker of unknown speed. ``forecast``
+    is None if any speed is unknown.
     """
 
     workers: tuple[Candidate, ...]
@@ -50,50 +55,56 @@ class Proposal:
 
 
 def propose(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
-    """Raises ``NoPlan`` (cuts, or layers that make no sense) and ``DoesNotFit`` with the GiB that are missing."""
+    """Propose a layout.
+
+    Raise ``NoPlan`` for too few clean cuts or invalid layer ranges, and ``DoesNotFit`` with the missing GiB.
+    """
     if wish.layers:
-        return _as_told(shape, candidates, wish, wish.layers)
+        return _use_given_ranges(shape, candidates, wish, wish.layers)
     if not candidates.known:
-        return _by_memory(shape, candidates, wish)
+        return _split_by_memory(shape, candidates, wish)
     search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective)
     found = search.best(stages=wish.stages)
     if found is None:
-        return _by_memory(shape, candidates, wish)  # which says what is missing
-    return _proposal(shape, candidates, wish, found.workers, found.ranges, search)
+        return _split_by_memory(shape, candidates, wish)  # raises an error that says what is missing
+    return _build_proposal(shape, candidates, wish, found.workers, found.ranges, search)
 
 
-def _as_told(shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]) -> Proposal:
-    """The given ranges, held to the same rules; what the search would do instead is said.
+def _use_given_ranges(
+    shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]
+) -> Proposal:
+    """Propose the given ranges, checked by the same rules. The reasons name the layout that the search prefers.
 
-    As many workers as ranges take them in their order; of more, the best do, and the others are spare.
+    If there are as many workers as ranges, they take the ranges in order. If there are more, the best workers do, and
+    the others are spare.
     """
     check_cuts(shape, layers)
     if wish.stages not in (None, len(layers)):
         raise NoPlan(
-            f"{_count_ranges(len(layers))} given and --workers {wish.stages}; give as many ranges as workers,"
-            " or leave one of the two out"
+            f"{_count_ranges(len(layers))} given, but --workers {wish.stages}; give as many ranges as workers, "
+            "or omit one of the two"
         )
     if len(layers) > len(candidates.workers):
-        there = len(candidates.workers)
+        count = len(candidates.workers)
         raise NoPlan(
-            f"{_count_ranges(len(layers))} given, and there {'are' if there != 1 else 'is'} {there} "
-            f"worker{'s' * (there != 1)}; give fewer ranges, or add a worker"
+            f"{_count_ranges(len(layers))} given, but there {'are' if count != 1 else 'is'} {count} "
+            f"worker{'s' * (count != 1)}; give fewer ranges, or add a worker"
         )
-    workers = _holders(shape, candidates, wish, layers)
+    workers = _choose_workers(shape, candidates, wish, layers)
     check(shape, [w.room for w in workers], layers, SEQUENCES)
     search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective) if candidates.known else None
-    return _proposal(shape, candidates, wish, workers, tuple(layers), search)
+    return _build_proposal(shape, candidates, wish, workers, tuple(layers), search)
 
 
-def _holders(
+def _choose_workers(
     shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]
 ) -> tuple[Candidate, ...]:
-    """Who takes the given ranges: of more workers than ranges those that do it best, in their best order."""
+    """Return the workers for the given ranges. If there are more workers, choose the best ones in their best order."""
     if len(layers) == len(candidates.workers):
         return tuple(candidates.workers)
     if candidates.known:
-        cut_so = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
-        found = Search(StageTable(cut_so, SEQUENCES), candidates, wish.objective).best(stages=len(layers))
+        only_these_cuts = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
+        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, wish.objective).best(stages=len(layers))
         if found is not None:
             return found.workers
     return _largest(candidates, len(layers))
@@ -103,21 +114,21 @@ def _count_ranges(ranges: int) -> str:
     return f"{ranges} layer range{'s were' if ranges != 1 else ' was'}"
 
 
-def _by_memory(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
-    """All workers, or the largest of them where fewer stages are wanted or there are too few cuts."""
+def _split_by_memory(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
+    """Propose a split by memory over all workers, or over the largest if fewer stages are requested or possible."""
     most = wish.stages or (min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None)
     chosen = _largest(candidates, most)
     ranges = solve(shape, [w.room for w in chosen], SEQUENCES)
-    return _proposal(shape, candidates, wish, chosen, ranges, None)
+    return _build_proposal(shape, candidates, wish, chosen, ranges, None)
 
 
 def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
-    """So many workers, those with the most memory, in the order in which they are given."""
+    """Return the ``most`` workers with the most memory, in their given order; all workers for None."""
     largest = sorted(candidates.workers, key=lambda w: -w.room.usable)[:most]
     return tuple(w for w in candidates.workers if w in largest)
 
 
-def _proposal(
+def _build_proposal(
     shape: ModelShape,
     candidates: Candidates,
     wish: PlanRequest,
@@ -126,19 +137,19 @@ def _proposal(
     search: Search | None,
 ) -> Proposal:
     known = candidates.known
-    told = explain.Layout(shape, candidates, workers, ranges, wish.objective)
+    layout = explain.Layout(shape, candidates, workers, ranges, wish.objective)
     return Proposal(
         workers,
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
         forecast(shape, candidates, workers, ranges, wish.lanes) if known else None,
-        explain.spares(told, search, _explain_worker_limit(wish)),
-        explain.reasons(told, search) if known else (explain.unknown(candidates),),
+        explain.spares(layout, search, _explain_worker_limit(wish)),
+        explain.reasons(layout, search) if known else (explain.unknown(candidates),),
     )
 
 
 def _explain_worker_limit(wish: PlanRequest) -> str:
-    """Why no more workers are used, where a person said how many."""
+    """Return why no more workers are used, if the user limited their number, else an empty string."""
     if wish.layers:
         return f"{_count_ranges(len(wish.layers))} given"
     return f"{wish.stages} worker{'s were' if wish.stages != 1 else ' was'} asked for" if wish.stages else ""

@@ -1,12 +1,13 @@
-"""The best layout there is, by dynamic programming over sets of workers, the last of them, and clean cuts.
+"""Finds the best layout by dynamic programming over sets of workers, the last worker of each, and clean cuts.
 
-A state is a set of workers and which of them comes last; its value is, for every cut, the least that the layers before
-it can cost. One step adds a stage: a minimum over all its beginnings. So every order of every subset is compared
-without being listed. Where workers are too many for that, they are taken in order of speed, and any may be left out.
+A state is a set of workers and the one that comes last. Its value is, for every cut, the minimum cost of the layers
+before it. One step adds a stage: it takes the minimum over all positions where the stage can begin. This compares
+every order of every subset without listing them. If there are too many workers for that, they are used in order of
+speed, and any of them may be left out.
 
-``LATENCY`` minimises the sum of stages and hops; then, over the same workers in the same order, the slowest stage, as
-long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum. It knows
-seconds; it refuses to know bytes.
+``LATENCY`` minimises the sum of stages and hops. Then, for the same workers in the same order, it minimises the slowest
+stage, as long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum. It
+knows seconds; it refuses to know bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["BestLayout", "Search"]
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Key: TypeAlias = tuple[int, ...]
-"""A set of workers: how many of each kind; in order of speed: the last one, and how many there are."""
+"""A set of workers: the count of each kind. In order of speed: the index of the last worker, and their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class BestLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Adding a stage on a worker of ``kind`` leads to the set ``key`` from any of the sets ``after``."""
+    """A transition: adding a stage on a worker of ``kind`` leads from any of the sets ``after`` to the set ``key``."""
 
     key: Key
     kind: int
@@ -54,7 +55,10 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """For every position: the least cost up to it, where the last stage begins, and which of ``origins`` is before."""
+    """For every position: the minimum cost up to it, where the last stage begins, and the index in ``origins``.
+
+    ``origins`` are the possible previous states, as pairs of set and last kind.
+    """
 
     cost: Matrix
     begin: Indices
@@ -66,12 +70,14 @@ _States: TypeAlias = dict[Key, dict[int, _State]]
 
 
 class Search:
-    """All layouts of one model over some workers. ``visited`` counts the additions of a stage that were tried."""
+    """Searches the layouts of one model over some workers. ``visited`` counts the transitions that were tried."""
 
     def __init__(
         self, table: StageTable, candidates: Candidates, objective: Objective, *, unbounded: bool = False
     ) -> None:
-        self._table, self._candidates, self._objective = table, candidates, objective
+        self._table = table
+        self._candidates = candidates
+        self._objective = objective
         self._kinds = _kinds(candidates)
         self.every_order = _pairs(self._kinds) <= MAX_SEARCH
         if not self.every_order:
@@ -82,15 +88,16 @@ class Search:
         self.visited = 0
 
     def _hop(self, one: Candidate, other: Candidate) -> Matrix:
-        """The seconds of a hop at every position."""
+        """Return the seconds of a hop at every position."""
         return np.array([self._candidates.hop_s(one, other, n) for n in self._table.boundary])
 
     def best(
         self, *, stages: int | None = None, including: Candidate | None = None, slack: float = BALANCE_SLACK
     ) -> BestLayout | None:
-        """The best of all layouts, of those with so many stages, or of those that use that worker; None: none fits.
+        """Return the best layout, or None if none fits.
 
-        Where not every order is compared, ``including`` finds nothing.
+        ``stages`` restricts the number of stages. ``including`` restricts the search to layouts that use that worker;
+        it finds nothing if not every order is compared.
         """
         limit = inf
         if self._objective is Objective.THROUGHPUT:
@@ -104,7 +111,7 @@ class Search:
         return self._build_layout(steps)
 
     def _least(self, limit: float | None, stages: int | None, including: Candidate | None) -> tuple[float, Key, int]:
-        """The cheapest end; fewer stages win where costs are equal."""
+        """Return the cost, set and last kind of the cheapest layout. Of equal costs, fewer stages win."""
         ends = [
             (float(state.cost[-1]), self._count(key), key, last)
             for key, lasts in self._states(limit).items()
@@ -125,7 +132,10 @@ class Search:
         return sum(key) if self.every_order else key[1]
 
     def _states(self, limit: float | None) -> _States:
-        """Every reachable state: by sum, over stages no slower than ``limit``; by slowest stage where that is None."""
+        """Return every reachable state, cached by ``limit``.
+
+        States minimise the sum over stages no slower than ``limit`` seconds, or the slowest stage if it is None.
+        """
         if limit not in self._runs:
             self._runs[limit] = self._run(limit)
         return self._runs[limit]
@@ -143,7 +153,7 @@ class Search:
         return states
 
     def _subsets(self) -> Iterator[_Step]:
-        """Every set of workers, after all sets that it contains, with each that may come last."""
+        """Yield the transitions to every set of workers, after those to its subsets, for each possible last kind."""
         sizes = [range(len(kind) + 1) for kind in self._kinds]
         for key in sorted(product(*sizes), key=sum):
             for kind, count in enumerate(key):
@@ -151,14 +161,14 @@ class Search:
                     yield _Step(key, kind, ((*key[:kind], count - 1, *key[kind + 1 :]),))
 
     def _chains(self) -> Iterator[_Step]:
-        """In order of speed: each worker after any that come before it."""
+        """Yield the transitions in order of speed: each worker after any of the workers before it."""
         for kind in range(len(self._kinds)):
             yield _Step((kind, 1), kind, ((-1, 0),))
             for count in range(2, kind + 2):
                 yield _Step((kind, count), kind, tuple((i, count - 1) for i in range(count - 2, kind)))
 
     def _extend(self, states: _States, step: _Step, stage: Matrix, slowest: bool) -> _State:
-        """Add a stage: at every position take the best of those who may come before, then the best beginning."""
+        """Add a stage: at every position choose the best previous state, then the best beginning of the stage."""
         origins = tuple((key, last) for key in step.after for last in states[key])
         costs = np.array([self._arrival_cost(states, key, last, step.kind, slowest) for key, last in origins])
         before, cost = costs.argmin(axis=0), costs.min(axis=0)
@@ -171,8 +181,10 @@ class Search:
         return cost if last < 0 or slowest else cost + self._hops[last][kind]
 
     def _trace_back(self, limit: float, key: Key, last: int) -> list[tuple[int, int, int]]:
-        """Back from the end: each stage's kind, and the positions where it begins and ends."""
-        states, at, steps = self._states(limit), len(self._table.positions) - 1, []
+        """Return each stage's kind and the positions where it begins and ends, traced back from the end."""
+        states = self._states(limit)
+        at = len(self._table.positions) - 1
+        steps = []
         while at > 0:
             state = states[key][last]
             steps.append((last, int(state.begin[at]), at))
@@ -180,15 +192,15 @@ class Search:
         return steps[::-1]
 
     def _balance(self, order: Sequence[int], bound: float) -> list[tuple[int, int, int]] | None:
-        """Of the layouts over that order whose sum is within ``bound``, the one with the quickest slowest stage."""
+        """Return the layout in that order whose slowest stage is fastest, of those with a sum within ``bound``."""
         every = np.unique(np.concatenate([self._stages[kind].ravel() for kind in order]))
         limits = every[np.isfinite(every)]
-        bound *= 1 + 1e-12  # sums of the same numbers in another order
+        bound *= 1 + 1e-12  # rounding: the same numbers are summed in another order
         i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, limits[i])[0] <= bound)
         return self._chain(order, limits[i])[1] if i < len(limits) else None
 
     def _chain(self, order: Sequence[int], limit: float) -> tuple[float, list[tuple[int, int, int]]]:
-        """The least sum over that order with no stage slower than ``limit``, and its stages."""
+        """Return the minimum sum in that order with no stage slower than ``limit``, and its stages."""
         cost, begins = np.full(len(self._table.positions), inf), []
         cost[0] = 0.0
         for before, kind in pairwise((-1, *order)):
@@ -216,7 +228,7 @@ class Search:
 
 
 def _kinds(candidates: Candidates) -> list[list[Candidate]]:
-    """Workers that are alike, together: which of them is taken makes no difference. Measured links tell all apart."""
+    """Group interchangeable workers. With measured links, every worker is a group of its own."""
     found: dict[object, list[Candidate]] = {}
     for worker in candidates.workers:
         found.setdefault(worker.name if candidates.links else worker.kind, []).append(worker)

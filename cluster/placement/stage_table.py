@@ -1,7 +1,7 @@
-"""Every possible stage of a model in one matrix a worker: its seconds, where it fits, between any two clean cuts.
+"""Tables of every possible stage of a model: a matrix per worker with the seconds between any two clean cuts.
 
-Row and column are positions among the cuts; a stage from a row to a column at or before it is infinitely slow, and so
-is one that does not fit.
+Rows and columns are positions among the cuts: where a stage begins and where it ends. An empty stage and a stage that
+does not fit the worker are infinitely slow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 
 
 class StageTable:
-    """Bytes of every stage of ``shape``, worked out once; ``seconds`` and ``hop_s`` read from them for a worker."""
+    """The bytes of every stage of ``shape``, computed once. ``seconds`` derives a worker's matrix from them."""
 
     def __init__(self, shape: ModelShape, sequences: int) -> None:
         self.positions = (0, *shape.clean_cuts, shape.layers)
@@ -42,7 +42,7 @@ class StageTable:
         return np.asarray(sums[None, :] - sums[:, None])
 
     def _add(self, weight: SharedWeight, layers: int) -> None:
-        """A weight outside the layers: held, and read, once by every stage that has one of its layers."""
+        """Add a weight outside the layers: every stage with one of its layers holds it and reads it once."""
         for i, start in enumerate(self.positions):
             for j, end in enumerate(self.positions[i + 1 :], i + 1):
                 if any(start <= layer < end for layer in weight.layers):
@@ -50,18 +50,18 @@ class StageTable:
                     self.read[i, j] += shared_read(weight, LayerRange(start, end), layers, 1)
 
     def seconds(self, worker: Candidate, *, unbounded: bool = False) -> Matrix:
-        """A decode step's seconds on every stage that fits ``worker``; on all of them where ``unbounded``."""
-        p = worker.profile
-        seconds = p.step_s + self.lengths * p.layer_s + self.read / p.bandwidth
-        seconds = seconds * p.correction(self.fingerprint)
-        bad = self.lengths <= 0
+        """Return a decode step's seconds on every stage that fits ``worker``, or on every stage if ``unbounded``."""
+        profile = worker.profile
+        seconds = profile.step_s + self.lengths * profile.layer_s + self.read / profile.bandwidth
+        seconds = seconds * profile.correction(self.fingerprint)
+        impossible = self.lengths <= 0
         if not unbounded:
-            bad |= self.needed > worker.room.usable
-        return np.where(bad, np.inf, seconds)
+            impossible |= self.needed > worker.room.usable
+        return np.where(impossible, np.inf, seconds)
 
 
 def _reference_caches(shape: ModelShape) -> tuple[int, ...]:
-    """Bytes a layer of one sequence of the reference length."""
+    """Return the cache bytes per layer of one sequence of the reference length."""
     layers = range(shape.layers)
     context = min(REFERENCE_CONTEXT, shape.max_context)
     return tuple(shape.stage_cache_bytes(LayerRange(i, i + 1), context) for i in layers)

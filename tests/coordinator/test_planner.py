@@ -62,7 +62,7 @@ def test_short_sequences_are_charged_little() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     two = [worker("a", 1000), worker("b", 1000)]
-    with pytest.raises(NoPlan, match="3 layer ranges were given, and there are 2 workers"):
+    with pytest.raises(NoPlan, match="3 layer ranges were given, but there are 2 workers"):
         make_plan(7, SHAPE, two, replace(ORDER, layers=(LayerRange(0, 1), LayerRange(1, 2), LayerRange(2, 4))))
     with pytest.raises(InvalidOption, match="--lanes is 0"):
         make_plan(7, SHAPE, two, replace(ORDER, lanes=0))

@@ -72,5 +72,5 @@ def test_given_layers_obey_the_same_rules() -> None:
     check(s, rooms, (LayerRange(0, 2), LayerRange(2, 4)), 1)
     with pytest.raises(NoPlan, match=r"cannot be cut before layer 1: layers 0 feed .* before 2, 3"):
         check(s, rooms, (LayerRange(0, 1), LayerRange(1, 4)), 1)
-    with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at 2"):
+    with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at layer 2"):
         check(s, rooms, (LayerRange(0, 2), LayerRange(2, 3)), 1)

@@ -74,7 +74,7 @@ def test_throughput_takes_both_and_says_who_would_be_faster_alone() -> None:
 
 def test_what_binds_is_named() -> None:
     tight = Candidates([mac("a", 24), mac("b", 24, SLOW)])
-    assert "bound by memory, too: with 17.8 GiB more on a, a 0-39 would give 18 tokens/s" in told(tight)
+    assert "also bound by memory: with 17.8 GiB more on a, a 0-39 would give 18 tokens/s" in told(tight)
     far = Candidates([mac("a", 24), mac("b", 24)], link=Link(1.0, 1e6))
     assert "bound by links" in told(far)
     slow_start = Profile(1e15, 0.01, 0.0, 1e13)
@@ -91,11 +91,11 @@ def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
     tied = shape(clean_cuts=tuple(c for c in range(1, 40) if c != 5), unclean=((5, "tied"),))
     with pytest.raises(NoPlan, match="cannot be cut before layer 5"):
         propose(tied, candidates, wish)
-    with pytest.raises(NoPlan, match="2 layer ranges were given, and there is 1 worker; give fewer"):
+    with pytest.raises(NoPlan, match="2 layer ranges were given, but there is 1 worker; give fewer"):
         propose(shape(), Candidates([mac("fast", 100)]), wish)
-    with pytest.raises(NoPlan, match="2 layer ranges were given and --workers 1; give as many ranges as workers"):
+    with pytest.raises(NoPlan, match="2 layer ranges were given, but --workers 1; give as many ranges as workers"):
         propose(shape(), candidates, replace(wish, stages=1))
-    with pytest.raises(NoPlan, match="m has layers 0-39, but the ranges end at 40"):
+    with pytest.raises(NoPlan, match="m has layers 0-39, but the ranges end at layer 40"):
         propose(shape(), candidates, replace(wish, layers=(LayerRange(0, 41),), stages=2))
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
     made = propose(shape(), candidates, PlanRequest())
     assert [(w.name, len(r)) for w, r in zip(made.workers, made.ranges, strict=True)] == [("a", 13), ("b", 27)]
     assert made.forecast is None
-    assert made.reasons == ("cut by memory, every worker as full as the others: the speed of b has not been measured",)
+    assert made.reasons == ("split by memory, with all workers equally full: the speed of b has not been measured",)
 
 
 def test_a_number_of_workers_is_as_asked() -> None:
@@ -138,11 +138,12 @@ def test_a_number_of_workers_is_as_asked() -> None:
 
 def test_lessons_are_told() -> None:
     taught = replace(FAST, corrections=(("f", 1.4),))
-    assert "a's times are multiplied by 1.40, as its frames have taught" in told(Candidates([mac("a", 100, taught)]))
+    assert "a's times are multiplied by 1.40, as learned from its frames" in told(Candidates([mac("a", 100, taught)]))
     assert "--profile new" not in told(Candidates([mac("a", 100, taught)]))
     wrong = replace(FAST, corrections=(("f", 0.2),))
-    assert "0.20, as its frames have taught; it may have been busy when it was measured: `macpipe worker --profile" in (
-        told(Candidates([mac("a", 100, wrong)]))
+    assert (
+        "0.20, as learned from its frames; it may have been busy when it was measured: `macpipe worker --profile"
+        in (told(Candidates([mac("a", 100, wrong)])))
     )
 
 
