@@ -1,4 +1,4 @@
-"""gRPC options, and the only places where a server is made, a port opened, or one dialled."""
+"""gRPC options, and the only functions that create a server, open a port or dial one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ from cluster.security.trust import Options, Trust
 
 Channel = TypeVar("Channel")
 PING_S: Final = KEEPALIVE_TIMEOUT_MS / 1000
-"""What a ping's answer gets where no overload is known of."""
+"""Default timeout of a ping, in seconds, when no overload is known."""
 
 
 def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int = KEEPALIVE_TIMEOUT_MS) -> Options:
-    """``timeout_ms`` bounds a ping's answer too: keepalive's own bound alone noticed a stopped peer after a minute."""
+    """Return the options of a server or channel.
+
+    ``timeout_ms`` also bounds HTTP/2 pings: the keepalive timeout alone detected a stopped peer only after a minute.
+    """
     return [
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
@@ -59,11 +62,12 @@ def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int =
 
 _IDLE: Options = [("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
 CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
-"""Workers hear by heartbeats whether their coordinator lives, and need not cut a slow one off."""
+"""For control ports. The timeout is long: heartbeats tell a worker whether its coordinator is alive, so a slow
+coordinator need not be disconnected."""
 _PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
-"""Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
-reader: half of a hop's wake-ups, and a quarter of its time."""
+"""The thread that iterates over a stream also reads the connection. By default a gRPC thread reads it and wakes the
+iterating thread; that costs half of a hop's wake-ups and a quarter of its time."""
 DATA_OPTIONS: Options = [
     *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS),
     ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
@@ -74,46 +78,47 @@ DIAL_OPTIONS: Options = [*DATA_OPTIONS, *_ONE_THREAD]
 
 
 def control_server(trust: Trust) -> aio.Server:
-    """A server for calls within the cluster, which asks ``trust`` about every one of them. Bind it, then start it."""
-    return aio.server(options=CONTROL_OPTIONS, interceptors=_guards(trust))
+    """Return a server for calls within the cluster. ``trust`` authorizes every call. Bind it, then start it."""
+    return aio.server(options=CONTROL_OPTIONS, interceptors=_authorization_interceptors(trust))
 
 
 def public_server(trust: Trust, *inner: aio.ServerInterceptor[Any, Any]) -> aio.Server:
-    """The same for clients' calls, more patient with those who do not answer for a while.
+    """Return a server for clients' calls, with longer keepalive times than ``control_server``.
 
-    The interceptors ``inner`` come after those that ask ``trust``.
+    The interceptors ``inner`` run after authorization by ``trust``.
     """
-    return aio.server(options=_PUBLIC_OPTIONS, interceptors=(*_guards(trust), *inner))
+    return aio.server(options=_PUBLIC_OPTIONS, interceptors=(*_authorization_interceptors(trust), *inner))
 
 
-def _guards(trust: Trust) -> tuple[aio.ServerInterceptor[Any, Any], ...]:
+def _authorization_interceptors(trust: Trust) -> tuple[aio.ServerInterceptor[Any, Any], ...]:
     if not trust.me:
-        return ()  # all that connect are of this machine
+        return ()  # without an identity, only processes of this machine can connect
     from cluster.security.interceptors import AioAuthorizationInterceptor
 
     return (AioAuthorizationInterceptor(trust),)
 
 
 def data_server(trust: Trust) -> tuple[grpc.Server, Callable[[], None]]:
-    """A server for data, a thread a stream, which asks ``trust`` about every one; what to call once it has stopped.
+    """Return a server for data streams, with a thread per stream, and a function to call after it has stopped.
 
-    Bind it, then start it.
+    ``trust`` authorizes every stream. Bind the server, then start it.
     """
     threads = ThreadPoolExecutor(DATA_THREADS, thread_name_prefix="data")
     if not trust.me:
         return grpc.server(threads, options=DATA_OPTIONS), lambda: None
     from cluster.security.interceptors import AuthorizationInterceptor
 
-    guard = AuthorizationInterceptor(trust)
-    return grpc.server(threads, options=DATA_OPTIONS, interceptors=[guard]), guard.close
+    interceptor = AuthorizationInterceptor(trust)
+    return grpc.server(threads, options=DATA_OPTIONS, interceptors=[interceptor]), interceptor.close
 
 
 def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -> int:
-    """Make the server listen on ``host:port``; the port that it got.
+    """Make the server listen on ``host:port``. Return the port, which the system chooses if ``port`` is 0.
 
-    Raises ``PortInUse``, and ``InvalidOption`` where nobody could be told from a stranger there.
+    Raise ``PortInUse``, and ``InvalidOption`` if ``trust`` cannot authenticate callers at that address.
     """
-    address, credentials = format_address(host, port), trust.server(host)
+    address = format_address(host, port)
+    credentials = trust.server(host)
     try:
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as e:
@@ -124,30 +129,30 @@ def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -
 
 
 def data_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
-    """A connection of its own to the data port of ``peer`` (see ``Trust.channel``).
+    """Return a channel, with a connection of its own, to the data port of ``peer`` (see ``Trust.channel``).
 
-    Raises ``InvalidOption`` where the address makes no sense, or is out of this process's reach.
+    Raise ``InvalidOption`` if the address is invalid, or if this process may not connect to it.
     """
     return _dial(trust, address, peer, DIAL_OPTIONS, grpc.secure_channel)
 
 
 def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
-    """A connection of its own to a data port on which nothing but pings travel, each to be answered in ``ping_s``."""
-    alone: Options = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
-    return _dial(trust, address, peer, [*_pinging(ping_s), *alone], grpc.secure_channel)
+    """Return a channel to a data port that carries only pings, with timeout ``ping_s``, on its own connection."""
+    own_connection: Options = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
+    return _dial(trust, address, peer, [*_ping_options(ping_s), *own_connection], grpc.secure_channel)
 
 
 def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> aio.Channel:
-    """A channel to a control port, where pings are answered in ``ping_s``. Raises as ``data_channel`` does."""
-    return _dial(trust, address, peer, _pinging(ping_s), aio.secure_channel)
+    """Return a channel to a control port, with ping timeout ``ping_s``. Raise as ``data_channel`` does."""
+    return _dial(trust, address, peer, _ping_options(ping_s), aio.secure_channel)
 
 
-def _pinging(ping_s: float) -> Options:
-    patient: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
-    return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000)), *_IDLE, *patient]
+def _ping_options(ping_s: float) -> Options:
+    backoff: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
+    return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000)), *_IDLE, *backoff]
 
 
 def _dial(trust: Trust, address: str, peer: str, options: Options, secure: Callable[..., Channel]) -> Channel:
     host, _ = parse_address(address)
-    credentials, named = trust.channel(host, peer)
-    return secure(address, credentials, options=[*options, *named])
+    credentials, name_options = trust.channel(host, peer)
+    return secure(address, credentials, options=[*options, *name_options])

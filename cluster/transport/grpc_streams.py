@@ -1,9 +1,9 @@
-"""The data plane over gRPC: raw bytes on two streaming methods of a stage's data port, one thread a stream.
+"""The data plane over gRPC: raw bytes on two streaming methods of a stage's data port, with one thread per stream.
 
-``Feed`` carries frames from the coordinator into a stage; ``Pull`` carries a stage's frames to whoever comes next. A
-pull (one thread reads, one yields) was the quickest path that gRPC's public API has: 237 us a hop of 16 KiB, against
-274 us on an asyncio stream and 1,000 us for a unary call. The epoch travels as metadata, so that a stream of another
-epoch is refused before a byte of it is read; so does the line.
+``Feed`` carries frames from the coordinator into a stage. ``Pull`` carries a stage's frames to the next stage or the
+coordinator. A pull (one thread reads, one yields) was the fastest path in gRPC's public API: 237 us per hop of 16 KiB,
+against 274 us on an asyncio stream and 1,000 us for a unary call. Metadata carries the epoch and the line, so that the
+server refuses a stream of another epoch before it reads a byte.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ FEED = "/cluster.v1.StageService/Feed"
 PULL = "/cluster.v1.StageService/Pull"
 _EPOCH = "macpipe-epoch"
 _EPOCH_DIGITS = 19
-"""Of a number of 63 bits, as a frame's epoch is."""
+"""Maximum decimal digits of an epoch, which is a 63-bit number."""
 _LINE = "macpipe-line"
 _ACCEPTED = b""
-"""The first message of every stream, from the one who accepts it."""
+"""The first message of every stream: the server has accepted it."""
 
 
 class Stages(Protocol):
-    """What a data port serves: at most one loaded stage."""
+    """The interface to what a data port serves: at most one loaded stage."""
 
     def outbox(self, epoch: int, line: Line) -> Outbox | None:
-        """The frames of that epoch's stage on a line, or None where another or none is loaded."""
+        """Return the outbox of that epoch's stage on a line, or None if no stage of that epoch is loaded."""
 
     def received(self, message: bytes) -> None:
-        """A message that was fed, on either line."""
+        """Take a message from a feed, on either line."""
 
 
 class DataServer:
-    """A data port. ``port`` is the one it got."""
+    """A listening data port. ``port`` is the actual port number."""
 
     def __init__(self, trust: Trust, host: str, port: int, stages: Stages) -> None:
-        self._server, self._end_guard = data_server(trust)
+        self._server, self._close_authorization = data_server(trust)
         self._server.add_generic_rpc_handlers((_Handlers(stages), ProbeHandlers()))
         self.port = bind(self._server, trust, host, port)
         self._server.start()
 
     def stop(self) -> None:
-        self._end_guard()
+        self._close_authorization()
         self._server.stop(grace=None)
 
 
@@ -78,11 +78,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
         metadata = dict(context.invocation_metadata())
         epoch = str(metadata.get(_EPOCH, ""))
         line = Line.BULK if metadata.get(_LINE) == Line.BULK else Line.URGENT
-        known = epoch.isascii() and epoch.isdigit() and len(epoch) <= _EPOCH_DIGITS
-        outbox = self._stages.outbox(int(epoch), line) if known else None
+        valid = epoch.isascii() and epoch.isdigit() and len(epoch) <= _EPOCH_DIGITS
+        outbox = self._stages.outbox(int(epoch), line) if valid else None
         if outbox is None:
-            told = epoch if known else "(none)"
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {told} is loaded here")
+            shown = epoch if valid else "(invalid)"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {shown} is loaded here")
         return outbox
 
     def _feed(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -94,7 +94,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
     def _pull(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         outbox = self._outbox(context)
         if not outbox.take():
-            context.abort(grpc.StatusCode.ALREADY_EXISTS, "somebody else pulls this stage's frames")
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "another reader already pulls this stage's frames")
         if not context.add_callback(outbox.close):
             return
         yield _ACCEPTED
@@ -104,11 +104,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
 
 
 class GrpcDialer:
-    """Opens streams to data ports over gRPC; a connection of its own for each.
+    """Opens streams to data ports over gRPC, each on a connection of its own.
 
-    An address that fell silent is given less time when it is next tried: a link that was just seen to be cut is most
-    likely still cut, and requests wait. One that falls silent again and again, or any while this machine itself is
-    overloaded (``lag``), is given more: that is a slow machine, not a cut link.
+    After an address fell silent, the next attempt to connect gets less time: the link is most likely still cut, and
+    requests wait. Connecting and pings get more time for an address that fell silent repeatedly, and for all addresses
+    while this machine is overloaded (``lag``): the cause is then a slow machine rather than a cut link.
     """
 
     def __init__(self, trust: Trust, lag: Lag = no_lag) -> None:
@@ -128,7 +128,7 @@ class GrpcDialer:
         base_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
         stream = _Stream(self._trust, address, peer, call, base_s + self._ping_s(address) - PING_S)
         self._silent.discard(address)
-        if call.line is Line.URGENT:  # one pulse sees a cut for both lines
+        if call.line is Line.URGENT:  # one liveness stream detects a cut link for both lines
             ping_s = partial(self._ping_s, address)
             stream.watch(
                 LivenessStream(self._trust, address, peer, stream.end, partial(self._fell_silent, address), ping_s)
@@ -136,7 +136,7 @@ class GrpcDialer:
         return stream
 
     def _ping_s(self, address: str) -> float:
-        """Return how long a ping's answer may take."""
+        """Return how long the answer to a ping may take, in seconds."""
         return PING_S * self._alarms.growth(address, time.monotonic()) + extra_s(self._lag())
 
     def _fell_silent(self, address: str) -> None:
@@ -145,12 +145,12 @@ class GrpcDialer:
 
 
 def _ignore(message: bytes) -> None:
-    """A feed's server says nothing after it has accepted."""
+    """Ignore a message: the server of a feed sends nothing after the acceptance."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a stream is asked for, and who hears of it."""
+    """A stream's method, epoch and line, and its callbacks."""
 
     method: str
     epoch: int
@@ -160,11 +160,17 @@ class _Call:
 
 
 class _Stream:
-    """One stream and the thread that reads it. Returns once the other end has accepted, within ``patience_s``."""
+    """One stream and the thread that reads it.
 
-    def __init__(self, trust: Trust, address: str, peer: str, call: _Call, patience_s: float) -> None:
+    The constructor returns once the server has accepted the stream. It raises ``StaleEpoch`` if the server refuses the
+    epoch, and ``Unreachable`` for any other failure, or if there is no answer within ``timeout_s``.
+    """
+
+    def __init__(self, trust: Trust, address: str, peer: str, call: _Call, timeout_s: float) -> None:
         self._channel = data_channel(trust, address, peer)
-        self._address, self._received, self._lost = address, call.received, call.lost
+        self._address = address
+        self._received = call.received
+        self._lost = call.lost
         self._outbox = Outbox(call.epoch)
         self._closed = self._ended = False
         self._ending = threading.Lock()
@@ -173,8 +179,8 @@ class _Stream:
         self._ended_early = False
         self._call = self._open(call.method, ((_EPOCH, str(call.epoch)), (_LINE, call.line.value)))
         threading.Thread(target=self._read, name=f"{call.method} {address}", daemon=True).start()
-        self._pulse: LivenessStream | None = None
-        self._await_acceptance(patience_s)
+        self._liveness: LivenessStream | None = None
+        self._await_acceptance(timeout_s)
 
     def _open(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Any:
         if method == FEED:
@@ -183,16 +189,16 @@ class _Stream:
             )
         return self._channel.unary_stream(method, None, None)(b"", metadata=metadata, wait_for_ready=True)
 
-    def _await_acceptance(self, patience_s: float) -> None:
-        answered = self._accepted.wait(patience_s)
-        refusal = self._refusal  # closing makes one of its own
+    def _await_acceptance(self, timeout_s: float) -> None:
+        answered = self._accepted.wait(timeout_s)
+        refusal = self._refusal  # read it before ``close``, which sets one of its own
         if answered and refusal is None and not self._ended_early:
             return
         self.close()
         if refusal is not None and refusal.code() == grpc.StatusCode.FAILED_PRECONDITION:
             raise StaleEpoch(f"{self._address} refused a stream: {refusal.details()}")
-        silence = "it ended at once" if answered else f"no answer within {patience_s:.0f} s"
-        raise Unreachable(f"cannot open a data stream to {self._address}: {refusal.details() if refusal else silence}")
+        failure = "it ended at once" if answered else f"no answer within {timeout_s:.0f} s"
+        raise Unreachable(f"cannot open a data stream to {self._address}: {refusal.details() if refusal else failure}")
 
     def _read(self) -> None:
         try:
@@ -208,17 +214,18 @@ class _Stream:
             self._refusal = e
             self.end(f"{e.code().name}: {e.details()}")
 
-    def watch(self, pulse: LivenessStream) -> None:
-        """Whose end is the stream's, too; it is closed with it."""
-        self._pulse = pulse
+    def watch(self, liveness: LivenessStream) -> None:
+        """Attach a liveness stream, which ``close`` closes too."""
+        self._liveness = liveness
 
     def end(self, why: str) -> None:
-        """The stream or its pulse is over; whichever comes first is told."""
+        """Report the end of the stream or of its liveness stream. Only the first end is passed to ``lost``."""
         with self._ending:
-            opened, told = self._accepted.is_set(), self._closed or self._ended
+            opened = self._accepted.is_set()
+            reported = self._closed or self._ended
             self._accepted.set()
             self._ended = opened
-        if opened and not told:
+        if opened and not reported:
             self._lost(f"the data stream with {self._address} broke ({why})")
 
     def send(self, message: bytes) -> None:
@@ -226,8 +233,8 @@ class _Stream:
 
     def close(self) -> None:
         self._closed = True
-        if self._pulse:
-            self._pulse.close()
+        if self._liveness:
+            self._liveness.close()
         self._outbox.close()
         self._call.cancel()
         self._channel.close()

@@ -1,4 +1,4 @@
-"""The in-memory twin of the data plane: the same interface within one process, with faults a test can order."""
+"""An in-memory data plane for tests: the same interface within one process, with fault injection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.transport.grpc_streams import Stages
 from cluster.transport.streams import Line, Lost, Outbox, Received, Sender, Subscription
 
 Fault = Callable[[bytes], bytes | None]
-"""Sees each message that crosses an address; what it returns is delivered, None is lost."""
+"""Called with each message to or from an address. The return value is delivered; for None, the message is lost."""
 
 
 def _no_fault(message: bytes) -> bytes | None:
@@ -21,14 +21,14 @@ def _no_fault(message: bytes) -> bytes | None:
 
 @dataclass
 class MemoryNetwork:
-    """Data ports by address. ``faults`` apply to what is sent to or pulled from that address."""
+    """Data ports by address. ``faults``, also by address, apply to messages sent to or pulled from that address."""
 
     ports: dict[str, Stages] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     _streams: dict[str, list[_MemoryStream]] = field(default_factory=dict)
 
     def cut(self, address: str) -> None:
-        """Break every stream with an address, as a dead host does."""
+        """Break every stream with an address, as a crashed host does."""
         for stream in self._streams.pop(address, []):
             stream.break_off()
 
@@ -41,12 +41,14 @@ class MemoryNetwork:
     ) -> Subscription:
         _, outbox = self._reach(address, epoch, line)
         if not outbox.take():
-            raise Unreachable(f"cannot open a data stream to {address}: somebody else pulls this stage's frames")
+            raise Unreachable(
+                f"cannot open a data stream to {address}: another reader already pulls this stage's frames"
+            )
         return self._keep(address, _MemoryStream(outbox, self._faulty(address, received), lost))
 
     def _reach(self, address: str, epoch: int, line: Line) -> tuple[Stages, Outbox]:
         if address not in self.ports:
-            raise Unreachable(f"cannot open a data stream to {address}: nobody is there")
+            raise Unreachable(f"cannot open a data stream to {address}: nothing listens there")
         outbox = self.ports[address].outbox(epoch, line)
         if outbox is None:
             raise StaleEpoch(f"{address} refused a stream: no stage of epoch {epoch} is loaded here")

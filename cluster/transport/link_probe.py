@@ -1,7 +1,7 @@
-"""How long a message takes from one data port to another place, and how many bytes a second arrive.
+"""Measures the round-trip time and the bandwidth of the link from a data port to this process.
 
-A stream like those that carry frames: the asker names a size, the data port answers with as many bytes. What is asked
-for is bounded on both ends. It knows nothing of workers.
+The probe uses a stream like those that carry frames: the client sends a size, the data port answers with as many bytes.
+Client and server both bound the number and size of messages. This module knows nothing of workers.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _SIZE_BYTES = 4
 
 
 class ProbeHandlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its typing stub alone
-    """The end that answers."""
+    """The server's end of a probe."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        return grpc.stream_stream_rpc_method_handler(_answers) if handler_call_details.method == PROBE else None
+        return grpc.stream_stream_rpc_method_handler(_answer_probe) if handler_call_details.method == PROBE else None
 
 
-def _answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+def _answer_probe(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
     for request in islice(requests, PROBES + PROBE_MESSAGES + 1):
         yield bytes(min(int.from_bytes(request[:_SIZE_BYTES], "little"), PROBE_BYTES))
 
 
 def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
-    """Time the way from the data port of ``peer`` at ``address`` to here.
+    """Measure the link from the data port of ``peer`` at ``address`` to this process.
 
-    Blocks, for ``limits.PROBE_TIMEOUT_S`` at most. At most ``PROBE_MESSAGES`` x ``PROBE_BYTES``
-    travel. Raises ``Unreachable``.
+    Block for at most ``limits.PROBE_TIMEOUT_S``. Transfer about ``PROBE_MESSAGES`` x ``PROBE_BYTES`` bytes. Raise
+    ``Unreachable``.
     """
     channel = data_channel(trust, address, peer)
     sizes: SimpleQueue[int | None] = SimpleQueue()
@@ -59,14 +59,14 @@ def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
 
         return _link(seconds)
     except grpc.RpcError as e:
-        raise Unreachable(f"the link from {address} could not be measured: {e.details()}") from e
+        raise Unreachable(f"cannot measure the link from {address}: {e.details()}") from e
     finally:
         sizes.put(None)
         channel.close()
 
 
 def _link(seconds: Callable[[int], float]) -> Link:
-    """The first message opens the connection and counts for nothing."""
+    """Return the link from median times. The first message is not counted, because it opens the connection."""
     seconds(0)
     round_trip = median(seconds(0) for _ in range(PROBES))
     bulk = median(seconds(PROBE_BYTES) for _ in range(PROBE_MESSAGES))

@@ -1,7 +1,7 @@
-"""A pulse beside each data stream: a connection that carries pings alone, so that a cut is seen in two seconds.
+"""A liveness stream beside each data stream: a connection that carries only pings, to detect a cut link in two seconds.
 
-The data's own connection cannot tell a cut link from a slow one: a ping waits behind the megabytes that were sent
-before it, seconds at 10 Mbit/s. Nothing is ever ahead of a ping here.
+The data connection itself cannot tell a cut link from a slow one: a ping waits behind the megabytes sent before it,
+which takes seconds at 10 Mbit/s. On this connection nothing is ahead of a ping.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ from cluster.transport.grpc_setup import PING_S, pulse_channel
 
 PULSE = "/cluster.v1.StageService/Pulse"
 _UNANSWERED = "ping timeout"
-"""In gRPC's reason, where the connection stands and says nothing; a process that is gone closes it."""
+"""Part of gRPC's reason if the connection is open but silent. The connection of a process that exits is closed."""
 
 
 def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-    """The server's end: say one word, then keep the call open for as long as the caller does."""
-    over = threading.Event()
-    if context.add_callback(over.set):
+    """Handle the server's end: send one message, then keep the call open until the caller ends it."""
+    ended = threading.Event()
+    if context.add_callback(ended.set):
         yield b""
-        over.wait()
+        ended.wait()
 
 
 def usual() -> float:
-    """Return what a ping's answer gets where no overload is known of."""
+    """Return the default timeout of a ping, in seconds, when no overload is known."""
     return PING_S
 
 
 class LivenessStream:
-    """The caller's end. ``lost`` is told once, with gRPC's reason, when it ends; ``silent`` before it, where that is
-    because nobody answers pings any more.
+    """The caller's end of a liveness stream.
 
-    ``ping_s`` is asked how many seconds a ping's answer may take. Where that has grown since the connection was opened,
-    because this machine turned out to be overloaded, silence is no verdict: the pulse tries again with the new bound.
+    ``lost`` is called once, with gRPC's reason, when the stream ends without ``close``. ``silent`` is called before it
+    if the reason is that pings are not answered.
+
+    ``ping_s`` returns the timeout of a ping in seconds. If it has at least doubled since the connection was opened,
+    because this machine turned out to be overloaded, silence proves nothing: the stream is opened again with the new
+    timeout.
     """
 
     def __init__(
@@ -50,8 +53,12 @@ class LivenessStream:
         silent: Callable[[], None],
         ping_s: Callable[[], float] = usual,
     ) -> None:
-        self._trust, self._address, self._peer = trust, address, peer
-        self._lost, self._silent, self._ping_s = lost, silent, ping_s
+        self._trust = trust
+        self._address = address
+        self._peer = peer
+        self._lost = lost
+        self._silent = silent
+        self._ping_s = ping_s
         self._closing = threading.Lock()
         self._closed = False
         self._open()
@@ -63,24 +70,27 @@ class LivenessStream:
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
 
     def _listen(self) -> None:
-        while _UNANSWERED in (why := self._ended()) and self._opened_again():
+        while _UNANSWERED in (why := self._wait_for_end()) and self._reopen():
             continue
         if not self._closed:
             if _UNANSWERED in why:
                 self._silent()
             self._lost(why)
 
-    def _ended(self) -> str:
-        """Wait for the end of the call; gRPC's reason."""
+    def _wait_for_end(self) -> str:
+        """Wait for the end of the call. Return gRPC's reason."""
         try:
             for _ in self._call:
                 pass
         except grpc.RpcError as e:
             return f"{e.code().name}: {e.details()}"
-        return "it ended the pulse"
+        return "the peer ended the liveness stream"
 
-    def _opened_again(self) -> bool:
-        """Try again with a longer bound; False where none is due, or the other end cannot be reached within it."""
+    def _reopen(self) -> bool:
+        """Open the stream again with a longer timeout.
+
+        Return False if the timeout has not doubled, or if the peer cannot be reached within it.
+        """
         with self._closing:
             if self._closed or self._ping_s() < 2 * self._granted_s:
                 return False

@@ -1,7 +1,8 @@
-"""Macpipe's errors as gRPC's rich errors, and back.
+"""Converts macpipe's errors to gRPC's rich errors and back.
 
-It knows google.rpc.Status and how grpc words its own failures. It refuses to know who calls whom: the address and the
-peer's name are given. What is sent is bounded, since gRPC replaces an error whose metadata is large by one of its own.
+It knows google.rpc.Status and the wording of gRPC's own failures. It refuses to know who calls whom: callers pass the
+address and the peer's name. The size of an error is bounded, because gRPC replaces an error with large metadata by one
+of its own.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ COORDINATOR: Final = "coordinator"
 STATUS_METADATA_KEY: Final = "grpc-status-details-bin"
 ELLIPSIS: Final = "…"
 MAX_SENTENCE_BYTES: Final = 1024
-"""The sentence travels twice, once percent-encoded (threefold), and gRPC bounds all metadata to 8 KiB."""
+"""The sentence is sent twice, once percent-encoded (up to three times as long), and gRPC limits metadata to 8 KiB."""
 MAX_DETAIL_BYTES: Final = 1024
-"""Keys and values of all details together; further ones are left out."""
+"""Maximum size of the keys and values of all details together. Further details are left out."""
 
 
 def to_status(error: MacpipeError) -> Status:
-    """The google.rpc.Status that tells all of ``error``; give it to ``grpc_status.rpc_status.to_status``.
+    """Return ``error`` as a google.rpc.Status, for ``grpc_status.rpc_status.to_status``.
 
-    It holds an ErrorInfo (domain ``macpipe``), a RetryInfo where there is a time to come back, and a BadRequest where
-    a field is named. Sentence and details are cut to ``MAX_SENTENCE_BYTES`` and ``MAX_DETAIL_BYTES``.
+    It contains an ErrorInfo (domain ``macpipe``), a RetryInfo if ``retry_after_s`` is set, and a BadRequest if
+    ``field`` is set. Sentence and details are cut to ``MAX_SENTENCE_BYTES`` and ``MAX_DETAIL_BYTES``.
     """
     sentence = cut(error.sentence, MAX_SENTENCE_BYTES)
     status = Status(code=_code(error).value[0], message=sentence)
@@ -62,7 +63,7 @@ def to_status(error: MacpipeError) -> Status:
 
 
 def from_status(status: Status) -> MacpipeError | None:
-    """The error that ``to_status`` was given; None where the status carries no ErrorInfo of ours.
+    """Return the error that was given to ``to_status``, or None if the status has no ErrorInfo of macpipe.
 
     A reason that this version does not know becomes a MacpipeError with the detail ``reason``.
     """
@@ -83,23 +84,24 @@ def from_status(status: Status) -> MacpipeError | None:
 
 
 def from_rpc_error(error: grpc.RpcError, address: str, *, peer: str = COORDINATOR) -> MacpipeError:
-    """What a failed call means. ``address`` and ``peer`` (``worker mac-a``) name the other side in the sentence.
+    """Return the macpipe error for a failed call.
 
-    The peer's own error comes back as the class it was; a failure of the connection, or of gRPC, becomes the nearest
-    class. Works on what ``grpc`` and ``grpc.aio`` raise.
+    ``address`` and ``peer`` (such as ``worker mac-a``) name the other side in the sentence. The peer's own error comes
+    back with its class. A failure of the connection or of gRPC becomes the nearest class. Accepts the errors of both
+    ``grpc`` and ``grpc.aio``.
     """
     return _read_carried(error) or _describe_rpc_error(error, address, peer)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MacpipeError) -> NoReturn:
-    """End a grpc.aio handler's call with ``error`` as its rich status."""
+    """Abort a grpc.aio handler's call with ``error`` as its rich status."""
     status = to_status(error)
     packed: Any = ((STATUS_METADATA_KEY, status.SerializeToString()),)
     await context.abort(_code(error), status.message, packed)
 
 
 def cut(text: str, limit: int) -> str:
-    """``text``, or what ``limit`` bytes of UTF-8 hold of it, ended by an ellipsis. Lone surrogates become ``?``."""
+    """Return ``text``, cut to ``limit`` bytes of UTF-8 with an ellipsis if longer. Lone surrogates become ``?``."""
     data = text.encode("utf-8", "replace")
     if len(data) <= limit:
         return data.decode()
@@ -134,17 +136,18 @@ def _read_carried(error: grpc.RpcError) -> MacpipeError | None:
 def _parse_status(data: bytes) -> MacpipeError | None:
     try:
         return from_status(Status.FromString(data))
-    except DecodeError:  # something between here and the peer answered in its stead
+    except DecodeError:  # a proxy answered instead of the peer
         return None
 
 
 def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> MacpipeError:
-    code, said = error.code(), cut(error.details() or "", MAX_SENTENCE_BYTES)
+    code = error.code()
+    said = cut(error.details() or "", MAX_SENTENCE_BYTES)
     match code:
         case grpc.StatusCode.UNAVAILABLE:
             return _unreachable(said, address, peer)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(f"the call to the {peer} at {address} was not done in time")
+            return DeadlineExceeded(f"the call to the {peer} at {address} timed out")
         case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(f"the {peer} at {address} refused this Mac: {said}")
         case grpc.StatusCode.PERMISSION_DENIED:
@@ -153,10 +156,10 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
             return Aborted(f"the call to the {peer} at {address} was cancelled")
         case grpc.StatusCode.UNIMPLEMENTED:
             return VersionMismatch(
-                f"what listens at {address} does not know this call: is it a {peer} of this version?"
+                f"the server at {address} does not implement this call; check that it is a {peer} of the same version"
             )
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said:
-            return InvalidRequest(f"a message to or from the {peer} is larger than one may be ({said})")
+            return InvalidRequest(f"a message to or from the {peer} is too large ({said})")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Busy(f"the {peer} at {address} is busy: {said}")
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -166,21 +169,22 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
 
 
 _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()\d\]]*\Z")
-"""How grpc's chain of causes ends where nothing listens. grpc has no code for it; a name cannot stand at the end."""
+"""The end of gRPC's chain of causes if nothing listens at an address. gRPC has no status code for this case. Only the
+end is matched, where no name that others chose can appear."""
 
 
 def _unreachable(said: str, address: str, peer: str) -> Unreachable:
     if "Hostname Verification" in said:
-        return OtherParty(f"what answers at {address} is of this cluster, but not the {peer} that was meant")
+        return OtherParty(f"the server at {address} belongs to this cluster, but is not the expected {peer}")
     if why := handshake_failure(said):
-        return Unreachable(f"the {peer} at {address} is out of reach: {why}")
+        return Unreachable(f"cannot connect to the {peer} at {address}: {why}")
     if "http1" in said or "parsing HTTP/2" in said:
-        return Unreachable(f"what listens at {address} does not speak gRPC; give the {peer}'s gRPC port")
+        return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
     if "failed to connect" not in said.lower() and "resol" not in said.lower():
         return Unreachable(f"the connection to the {peer} at {address} broke ({said or 'no reason given'})")
     if peer != COORDINATOR:
         kind = PortClosed if _REFUSED.search(said) else Unreachable
-        return kind(f"nobody answers at {address}, where the {peer} should be ({_cause(said)})")
+        return kind(f"the {peer} does not answer at {address} ({_cause(said)})")
     return Unreachable(
         f"no coordinator answers at {address} ({_cause(said)}); start one with `macpipe serve MODEL`,"
         " or name another with --coordinator HOST:PORT or MACPIPE_COORDINATOR"
@@ -188,5 +192,5 @@ def _unreachable(said: str, address: str, peer: str) -> Unreachable:
 
 
 def _cause(said: str) -> str:
-    """The last and most telling part of grpc's chain of causes: ``Connection refused``."""
+    """Return the last and most specific part of gRPC's chain of causes, such as ``Connection refused``."""
     return said.rsplit(": ", 1)[-1].strip(" []()") or "no reason given"

@@ -1,11 +1,11 @@
-"""The data plane's interface: what the coordinator and the engines ask of it, whatever carries the bytes.
+"""The data plane's interface for the coordinator and the engines, independent of what carries the bytes.
 
-``grpc_streams`` carries them over gRPC; ``in_memory`` within one process for tests, where it can lose, delay and cut.
+``grpc_streams`` implements it over gRPC; ``in_memory`` within one process for tests, with fault injection.
 
-A stage owns an ``Outbox`` for each line: its finished frames, in order, for the one party that pulls them. A stream
-belongs to one line and has a connection of its own, so that what is urgent never waits behind bulk. A stage takes
-frames in from a feed (the coordinator pushes) or from a pull (of the stage before). Callbacks run on the transport's
-threads; they must only hand the bytes on.
+A stage owns an ``Outbox`` for each line. It holds the stage's finished frames, in order, for the one reader that pulls
+them. A stream belongs to one line and has a connection of its own, so that urgent messages never wait behind bulk ones.
+A stage receives frames from a feed (the coordinator pushes) or from a pull (from the stage before it). Callbacks run on
+the transport's threads and must only pass the bytes on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cluster.security.trust import WORKER
 
 Received = Callable[[bytes], None]
 Lost = Callable[[str], None]
-"""Told once, with a sentence, when a stream ends that nobody closed."""
+"""Called once, with a reason, when a stream ends without ``close``."""
 
 
 class Line(StrEnum):
-    """Which messages a stream carries. Each line keeps its own order; between the two there is none."""
+    """The kind of messages that a stream carries. Each line keeps its order; there is no order between the lines."""
 
     URGENT = "urgent"
     BULK = "bulk"
@@ -34,14 +34,14 @@ class Sender(Protocol):
     """The coordinator's end of a feed."""
 
     def send(self, message: bytes) -> None:
-        """Queue a message; never blocks. What cannot be delivered ends in ``Lost``."""
+        """Queue a message. Never block. A message that cannot be delivered leads to a call of ``Lost``."""
 
     def close(self) -> None:
         """End the stream; idempotent."""
 
 
 class Subscription(Protocol):
-    """The end of a pull that receives."""
+    """The receiving end of a pull."""
 
     def close(self) -> None:
         """End the stream; idempotent."""
@@ -50,8 +50,8 @@ class Subscription(Protocol):
 class Dialer(Protocol):
     """Opens streams to data ports, given as ``host:port``. Both calls return once the other end has accepted.
 
-    ``peer`` is who must answer there (see ``cluster.security.trust``). They raise ``Unreachable`` where nobody answers
-    in time, and ``StaleEpoch`` where that stage is not loaded there.
+    ``peer`` is the identity that the server must prove (see ``cluster.security.trust``). Both raise ``Unreachable`` if
+    there is no answer in time, and ``StaleEpoch`` if no stage of that epoch is loaded there.
     """
 
     def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender: ...
@@ -62,22 +62,24 @@ class Dialer(Protocol):
 
 
 class Outbox:
-    """Messages of one epoch on their way to one reader. Bounded in number and in bytes (one message may always wait):
-    a full one ends the stream with a sentence. Once closed it takes none.
+    """A queue of messages of one epoch for one reader.
+
+    It is bounded in number and in bytes, but one message of any size may always wait. A message that exceeds the
+    bounds closes the outbox, sets ``overflowed`` and ends the stream with an error. A closed outbox ignores messages.
     """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        # A SimpleQueue wakes its reader in half of a Queue's time; its bounds are kept by whoever sends.
+        # A SimpleQueue wakes its reader in half the time of a Queue. It has no bounds, so ``send`` enforces them.
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._sent = self._read = 0
-        """Bytes; each is written by one thread alone."""
+        """Counters of bytes. Only one thread writes each of them."""
         self._taken = self._closed = False
         self.overflowed = False
 
     @property
     def waiting_bytes(self) -> int:
-        """Of messages that nobody has read yet."""
+        """Bytes of the messages that have not been read yet."""
         return max(0, self._sent - self._read)
 
     def send(self, message: bytes) -> None:
@@ -93,12 +95,13 @@ class Outbox:
             self._queue.put(message)
 
     def take(self) -> bool:
-        """Claim the only reader's place; False where it is taken."""
-        taken, self._taken = self._taken, True
-        return not taken
+        """Claim the outbox for its one reader. Return False if it is taken."""
+        was_taken = self._taken
+        self._taken = True
+        return not was_taken
 
     def close(self) -> None:
-        """Let the reader end after what is waiting, or at once where that is too much."""
+        """End the reader after the waiting messages, or at once if the outbox has overflowed."""
         self._closed = True
         while self.overflowed and not self._queue.empty():
             self._drop_one()
@@ -111,7 +114,7 @@ class Outbox:
             return
 
     def __iter__(self) -> Iterator[bytes]:
-        """Messages until the outbox closes; blocks between them."""
+        """Yield messages until the outbox closes. Block between them."""
         while (message := self._queue.get()) is not None and not self.overflowed:
             self._read += len(message)
             yield message

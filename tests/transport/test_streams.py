@@ -102,7 +102,7 @@ def test_another_epoch_is_refused(port: Port) -> None:
 def test_a_stages_frames_have_one_reader(port: Port) -> None:
     ear = Ear()
     first = port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
-    with pytest.raises(Unreachable, match="somebody else pulls"):
+    with pytest.raises(Unreachable, match="another reader already pulls"):
         port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
     port.stage.received(b"x")
     assert ear.next() == b"<x"
@@ -150,7 +150,7 @@ def test_nobody_there_is_unreachable_in_time() -> None:
         address = f"127.0.0.1:{s.getsockname()[1]}"
     with pytest.raises(Unreachable, match=address):
         GrpcDialer(LocalTrust()).feed(address, EPOCH, lambda why: None)
-    with pytest.raises(Unreachable, match="nobody is there"):
+    with pytest.raises(Unreachable, match="nothing listens there"):
         MemoryNetwork().feed("a:1", EPOCH, lambda why: None)
 
 

@@ -217,7 +217,7 @@ def test_another_epoch_of_the_same_slice_reads_no_weight_and_forgets_every_seque
 def test_links_are_checked(slot: StageHost) -> None:
     with pytest.raises(StaleEpoch, match="epoch 11 is loaded"):
         slot.link(EPOCH + 1, "")
-    with pytest.raises(LinkFailed, match="nobody is there"):
+    with pytest.raises(LinkFailed, match="nothing listens there"):
         slot.link(EPOCH, "gone:1")
 
 
