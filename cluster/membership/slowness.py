@@ -41,7 +41,7 @@ class SlowAnswers:
 
         The slowest answer alone does not count: it may have been a cut link.
         """
-        recent = sorted(took for at, took in self._slow if now - at < SLOW_ANSWER_S)
+        recent = sorted(seconds for at, seconds in self._slow if now - at < SLOW_ANSWER_S)
         learned = 2 * recent[-2] if len(recent) > 1 else 0.0
         return min(MAX_PATIENCE * self._usual_s, max(self._usual_s, learned))
 

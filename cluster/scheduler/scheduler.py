@@ -106,9 +106,9 @@ class Scheduler:
                 retry_after_s=RETRY_AFTER_S,
             )
         leader: Sequence | None = None
-        for request, begun in zip(requests, said or ((),) * len(requests), strict=True):
+        for request, answer in zip(requests, said or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(begun))
+            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(answer))
             leader = leader or (None if said else sequence)
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)

@@ -197,7 +197,7 @@ class Fetch:
         return any(name in held.coming for held in self._holdings.values()) or self._seconds_waited() < DEFER_S
 
     def _peer_may_verify(self, name: str) -> bool:
-        """Return whether a peer is rechecking its copy of the tensor. That peer waits for nobody, so this ends."""
+        """Return whether a peer rechecks its copy of the tensor. That waits for no other Mac, so it ends."""
         return any(name in held.checking for held in self._holdings.values()) and self._seconds_waited() < CHECK_S
 
     def _seconds_waited(self) -> float:

@@ -142,30 +142,30 @@ def _parse_status(data: bytes) -> MacpipeError | None:
 
 def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> MacpipeError:
     code = error.code()
-    said = cut(error.details() or "", MAX_SENTENCE_BYTES)
+    details = cut(error.details() or "", MAX_SENTENCE_BYTES)
     match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return _unreachable(said, address, peer)
+            return _unreachable(details, address, peer)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"the call to the {peer} at {address} timed out")
         case grpc.StatusCode.UNAUTHENTICATED:
-            return Unauthenticated(f"the {peer} at {address} refused this Mac: {said}")
+            return Unauthenticated(f"the {peer} at {address} refused this Mac: {details}")
         case grpc.StatusCode.PERMISSION_DENIED:
-            return Forbidden(said or f"the {peer} at {address} does not allow this")
+            return Forbidden(details or f"the {peer} at {address} does not allow this")
         case grpc.StatusCode.CANCELLED:
             return Aborted(f"the call to the {peer} at {address} was cancelled")
         case grpc.StatusCode.UNIMPLEMENTED:
             return VersionMismatch(
                 f"the server at {address} does not implement this call; check that it is a {peer} of the same version"
             )
-        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said:
-            return InvalidRequest(f"a message to or from the {peer} is too large ({said})")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
+            return InvalidRequest(f"a message to or from the {peer} is too large ({details})")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return Busy(f"the {peer} at {address} is busy: {said}")
+            return Busy(f"the {peer} at {address} is busy: {details}")
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return InvalidRequest(said or f"the {peer} at {address} refused the request")
+            return InvalidRequest(details or f"the {peer} at {address} refused the request")
         case _:
-            return MacpipeError(f"the {peer} at {address} failed: {said or code.name}", code=code.name)
+            return MacpipeError(f"the {peer} at {address} failed: {details or code.name}", code=code.name)
 
 
 _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()\d\]]*\Z")
@@ -173,24 +173,24 @@ _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()
 end is matched, where no name that others chose can appear."""
 
 
-def _unreachable(said: str, address: str, peer: str) -> Unreachable:
-    if "Hostname Verification" in said:
+def _unreachable(details: str, address: str, peer: str) -> Unreachable:
+    if "Hostname Verification" in details:
         return OtherParty(f"the server at {address} belongs to this cluster, but is not the expected {peer}")
-    if why := handshake_failure(said):
+    if why := handshake_failure(details):
         return Unreachable(f"cannot connect to the {peer} at {address}: {why}")
-    if "http1" in said or "parsing HTTP/2" in said:
+    if "http1" in details or "parsing HTTP/2" in details:
         return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
-    if "failed to connect" not in said.lower() and "resol" not in said.lower():
-        return Unreachable(f"the connection to the {peer} at {address} broke ({said or 'no reason given'})")
+    if "failed to connect" not in details.lower() and "resol" not in details.lower():
+        return Unreachable(f"the connection to the {peer} at {address} broke ({details or 'no reason given'})")
     if peer != COORDINATOR:
-        kind = PortClosed if _REFUSED.search(said) else Unreachable
-        return kind(f"the {peer} does not answer at {address} ({_cause(said)})")
+        kind = PortClosed if _REFUSED.search(details) else Unreachable
+        return kind(f"the {peer} does not answer at {address} ({_cause(details)})")
     return Unreachable(
-        f"no coordinator answers at {address} ({_cause(said)}); start one with `macpipe serve MODEL`,"
+        f"no coordinator answers at {address} ({_cause(details)}); start one with `macpipe serve MODEL`,"
         " or name another with --coordinator HOST:PORT or MACPIPE_COORDINATOR"
     )
 
 
-def _cause(said: str) -> str:
+def _cause(details: str) -> str:
     """Return the last and most specific part of gRPC's chain of causes, such as ``Connection refused``."""
-    return said.rsplit(": ", 1)[-1].strip(" []()") or "no reason given"
+    return details.rsplit(": ", 1)[-1].strip(" []()") or "no reason given"

@@ -134,7 +134,7 @@ def test_somebody_elses_details_are_not_ours(data: bytes) -> None:
         ("UNAVAILABLE", "Socket closed", errors.Unreachable, ["mac:1", "broke", "Socket closed"]),
         ("UNAVAILABLE", "last error: UNAVAILABLE: Failed parsing HTTP/2 (Expected SETTINGS)", errors.Unreachable,
          ["mac:1", "gRPC"]),
-        ("DEADLINE_EXCEEDED", "", errors.DeadlineExceeded, ["mac:1", "in time"]),
+        ("DEADLINE_EXCEEDED", "", errors.DeadlineExceeded, ["mac:1", "timed out"]),
         ("CANCELLED", "", errors.Aborted, ["cancelled"]),
         ("UNIMPLEMENTED", "", errors.VersionMismatch, ["mac:1", "version"]),
         ("RESOURCE_EXHAUSTED", "Sent message larger than max (5 vs. 4)", errors.InvalidRequest, ["larger"]),
