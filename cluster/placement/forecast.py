@@ -26,7 +26,7 @@ def forecast(
 ) -> Forecast:
     """Return the forecast for a layout. ``lanes`` None means one lane per stage."""
     one = 1 / token_s(shape, candidates, workers, ranges)
-    many = _cycle(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
+    many = _tokens_per_second(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
     prompt = min(REFERENCE_PROMPT, shape.max_context)
     return Forecast(
         one_user=one,
@@ -61,7 +61,7 @@ def hops_s(
     return hops + candidates.ends_s()
 
 
-def _cycle(
+def _tokens_per_second(
     shape: ModelShape,
     candidates: Candidates,
     workers: Sequence[Candidate],

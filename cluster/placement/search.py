@@ -79,7 +79,7 @@ class Search:
         self._candidates = candidates
         self._objective = objective
         self._kinds = _kinds(candidates)
-        self.every_order = _pairs(self._kinds) <= MAX_SEARCH
+        self.every_order = _count_transitions(self._kinds) <= MAX_SEARCH
         if not self.every_order:
             self._kinds = [[w] for w in sorted(candidates.workers, key=lambda w: -w.profile.bandwidth)]
         self._stages = [table.seconds(kind[0], unbounded=unbounded) for kind in self._kinds]
@@ -235,5 +235,6 @@ def _kinds(candidates: Candidates) -> list[list[Candidate]]:
     return list(found.values())
 
 
-def _pairs(kinds: Sequence[Sequence[Candidate]]) -> int:
+def _count_transitions(kinds: Sequence[Sequence[Candidate]]) -> int:
+    """Return an upper bound of the number of transitions that a comparison of every order tries."""
     return prod(len(kind) + 1 for kind in kinds) * len(kinds)

@@ -63,13 +63,13 @@ class ReorderBuffer:
         if not self._waiting:
             return None
         head = self._waiting[0]
-        if _prefills(head.frame) and (passing := self._find_overtaking(head)):
+        if _is_prefill(head.frame) and (passing := self._find_overtaking(head)):
             if head.ready:  # a head that cannot run yet was not delayed, so its lane may overtake again
                 self._overtook.add(passing.frame.lane)
             return self._take_out(passing)
         if not head.ready:
             return None
-        if _prefills(head.frame):
+        if _is_prefill(head.frame):
             self._overtook.clear()
         return self._take_out(head)
 
@@ -85,7 +85,7 @@ class ReorderBuffer:
         spent = self._overtook if head.ready else frozenset()
         before: set[tuple[str, int]] = set()
         for waiting in self._waiting:
-            eligible = waiting.ready and _decodes(waiting.frame) and waiting.frame.lane not in spent
+            eligible = waiting.ready and _is_decode(waiting.frame) and waiting.frame.lane not in spent
             if eligible and before.isdisjoint(waiting.touched):
                 return waiting
             before |= waiting.touched
@@ -100,10 +100,10 @@ def touched(frame: Frame) -> Touched:
 
 def touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
     """Return the sequences and prefixes that a step of ``sequences`` and ``edits`` touch."""
-    return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _of_edit(e))])
+    return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _touched_by_edit(e))])
 
 
-def _of_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
+def _touched_by_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
     if isinstance(edit, Drop):
         return (("prefix", edit.prefix),)
     if isinstance(edit, Save | Restore):
@@ -111,9 +111,9 @@ def _of_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
     return (("sequence", edit.sequence),)
 
 
-def _prefills(frame: Frame) -> bool:
+def _is_prefill(frame: Frame) -> bool:
     return frame.step is not None and frame.step.compute is Compute.PREFILL and frame.error is None
 
 
-def _decodes(frame: Frame) -> bool:
+def _is_decode(frame: Frame) -> bool:
     return frame.step is not None and frame.step.compute is not Compute.PREFILL

@@ -146,7 +146,7 @@ class Fetch:
     def _ask_peers(self, names: Sequence[str]) -> None:
         """Ask every peer which of these tensors it has. A peer that does not answer has none."""
         with ThreadPoolExecutor(FETCH_STREAMS, thread_name_prefix="ask") as pool:
-            answers = list(pool.map(lambda peer: _ask(peer, names), self._peers))
+            answers = list(pool.map(lambda peer: _ask_peer(peer, names), self._peers))
         self._holdings = dict(zip(self._peers, answers, strict=True))
         for peer, held in self._holdings.items():
             for name in sorted(held.damaged.intersection(names)):
@@ -171,7 +171,7 @@ class Fetch:
             source = self._source(tensor.name)
             if source is not None:
                 chosen.setdefault(source, []).append(tensor)
-        return [run for source, tensors in chosen.items() for run in _runs(source, tensors)]
+        return [run for source, tensors in chosen.items() for run in _group_runs(source, tensors)]
 
     def _source(self, name: str) -> Peer | Hub | None:
         """Return the source to ask, or None to wait. Raise the last failure if no source is left."""
@@ -287,7 +287,7 @@ class Fetch:
         return bad
 
 
-def _ask(peer: Peer, names: Sequence[str]) -> Holdings:
+def _ask_peer(peer: Peer, names: Sequence[str]) -> Holdings:
     try:
         return peer.holdings(names)
     except MacpipeError as error:
@@ -295,7 +295,7 @@ def _ask(peer: Peer, names: Sequence[str]) -> Holdings:
         return Holdings()
 
 
-def _runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[RangeDownload]:
+def _group_runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[RangeDownload]:
     """Group tensors that are adjacent in a file into runs of at most ``FETCH_RANGE_BYTES``."""
     runs: list[RangeDownload] = []
     for tensor in sorted(tensors, key=lambda t: (t.file, t.offset, t.end)):

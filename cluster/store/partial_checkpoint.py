@@ -46,7 +46,7 @@ class PartialCheckpoint:
         self._stats: dict[str, tuple[int, int]] = {}
         for entry in self._journal.entries():
             self._replay(entry)
-        unchanged = {file for file in self._extents if self._stats.get(file) == self._stat(file)}
+        unchanged = {file for file in self._extents if self._stats.get(file) == self._read_stat(file)}
         self._verified = {
             tensor: digest
             for tensor, digest in self._noted.items()
@@ -162,7 +162,7 @@ class PartialCheckpoint:
         """
         with self._lock:
             doubtful = {self.tensors[t].file for t in self.doubtful(self._noted)}
-            now = {file: self._stat(file) for file in self._extents if file not in doubtful}
+            now = {file: self._read_stat(file) for file in self._extents if file not in doubtful}
             self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
             self._stats |= now
 
@@ -183,7 +183,7 @@ class PartialCheckpoint:
     def _complete(self, tensor: str) -> bool:
         return tensor in self.tensors and not self.missing_bytes(self.tensors[tensor])
 
-    def _stat(self, file: str) -> tuple[int, int]:
+    def _read_stat(self, file: str) -> tuple[int, int]:
         found = (self.folder / file).stat()
         return found.st_size, found.st_mtime_ns
 

@@ -69,7 +69,7 @@ class Store:
         folder = self._find_noted(noted)
         if folder is None or read_origin(folder).commit != origin.commit:
             folder = place(self._models, origin, Hub(name.repo, origin.commit).small)
-            _note(noted, {"commit": origin.commit, "fingerprint": folder.name})
+            _save_version(noted, {"commit": origin.commit, "fingerprint": folder.name})
         return folder
 
     def _find_noted(self, file: Path) -> Path | None:
@@ -86,10 +86,10 @@ class Store:
         peer's error if it has none and no peer provides the headers.
         """
         folder = Path(model.path)
-        if folder.is_dir() and (found := _same(folder, model, strict=not _is_id(model.name))):
+        if folder.is_dir() and (found := _match_folder(folder, model, strict=not _is_id(model.name))):
             return found
         with contextlib.suppress(ModelNotFound):
-            if found := _same(resolve_model(model.name), model, strict=False):
+            if found := _match_folder(resolve_model(model.name), model, strict=False):
                 return found
         if not is_digest(model.fingerprint):
             raise BadCheckpoint(f"invalid model fingerprint {model.fingerprint[:80]!r}")
@@ -117,7 +117,7 @@ class Store:
         raise error
 
 
-def _note(file: Path, facts: dict[str, str]) -> None:
+def _save_version(file: Path, facts: dict[str, str]) -> None:
     """Record which version was seen last. A failure is only logged: the record is needed only without the hub."""
     try:
         make_private_folder(file.parent)
@@ -134,7 +134,7 @@ def _open_found(folder: Path) -> FoundModel:
     return FoundModel(folder, PartialCheckpoint(folder) if is_partial(folder) else None)
 
 
-def _same(folder: Path, model: ModelRef, *, strict: bool) -> FoundModel | None:
+def _match_folder(folder: Path, model: ModelRef, *, strict: bool) -> FoundModel | None:
     """Return the folder if it holds that model, else None; with ``strict``, raise ModelDiffers for another model."""
     try:
         fingerprint = open_checkpoint(folder).fingerprint

@@ -57,7 +57,7 @@ def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
             next(answers)
             return time.perf_counter() - began
 
-        return _link(seconds)
+        return _compute_link(seconds)
     except grpc.RpcError as e:
         raise Unreachable(f"cannot measure the link from {address}: {e.details()}") from e
     finally:
@@ -65,7 +65,7 @@ def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
         channel.close()
 
 
-def _link(seconds: Callable[[int], float]) -> Link:
+def _compute_link(seconds: Callable[[int], float]) -> Link:
     """Return the link from median times. The first message is not counted, because it opens the connection."""
     seconds(0)
     round_trip = median(seconds(0) for _ in range(PROBES))
