@@ -76,7 +76,7 @@ def main() -> None:
         constraint = grammars.constraint(grammar, 0)
         for i in range(len(ids) + 1):
             start = perf_counter()
-            allowed = constraint.allowed(ids, i, asked.vocabulary)
+            allowed = constraint.allowed_mask(ids, i, asked.vocabulary)
             masks.append(1e3 * (perf_counter() - start))
             start = perf_counter()
             mx.eval(mx.where(mx.array(allowed), logits, -mx.inf))

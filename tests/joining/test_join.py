@@ -240,7 +240,7 @@ async def test_a_coordinator_whose_certificate_is_not_valid_yet_is_diagnosed(
     ahead = ClusterFolder(tmp_path / "ahead", "lab")
     create_cluster(ahead, "mac-1", IDS, later)
     admission = Admission(ahead, later)
-    monkeypatch.setattr(port, "Service", lambda _: port_service(admission, later))
+    monkeypatch.setattr(port, "JoinService", lambda _: port_service(admission, later))
     async with admit_macs(ahead, "127.0.0.1", 0) as where:
         with pytest.raises(ClockWrong, match="this Mac's clock is 3 days behind the coordinator's"):
             await join(mac.order(admission, where))

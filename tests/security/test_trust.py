@@ -71,7 +71,7 @@ def test_no_port_and_no_channel_is_without_credentials() -> None:
     ]
     credentials = re.compile(r"grpc\.(local|ssl|dynamic_ssl)_\w*credentials\(")
     givers = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if credentials.search(text)]
-    assert sorted(givers) == ["cluster/security/mtls.py", "cluster/security/trust.py"]
+    assert sorted(givers) == ["cluster/security/credentials.py", "cluster/security/mtls.py"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "::", "mac-1.local", "fd00::5"])  # noqa: S104
