@@ -6,17 +6,10 @@ from typing import Final
 
 from cluster.core.limits import KIB, MAX_MESSAGES, MIB
 
-MAX_INTAKE_BYTES: Final = 96 * MIB
-"""Bytes of all requests in progress, whether received or still arriving; one client gets at most half of them."""
-FREE_BODY_BYTES: Final = 64 * KIB
-"""Bytes at the start of each body that are not charged, so that ordinary requests pass while large ones fill the
-budget. ``MAX_CONNECTIONS`` requests hold 128 MiB of such bytes."""
 MAX_ELEMENTS: Final = 64 * KIB
 """Commas in one body outside strings; also the bound on brackets and colons. 4,096 messages with parts have 50,000."""
 MAX_NUMBER_BYTES: Final = 8 * MIB
-"""Bytes outside strings, without white space: enough for a million token ids. Long numbers cost the parser most."""
-MAX_PROMPT_IDS: Final = MIB
-"""Token ids in a prompt that is given as token ids."""
+"""Bytes outside of strings that are not white space: a million token ids. Long numbers cost the parser most."""
 MAX_PARTS: Final = 4096
 """Parts in one message's content."""
 MAX_ITEMS: Final = 3 * MAX_MESSAGES
@@ -30,8 +23,6 @@ MAX_JSON_VALUES: Final = 16 * KIB
 MAX_WORDS: Final = 16
 """Entries in a list of keywords, such as ``include`` or ``modalities``."""
 MAX_METADATA: Final = 64
-"""Entries in a response's metadata; OpenAI allows 16."""
-MAX_FIELDS: Final = 32 * KIB
-"""Fields in one gRPC request, including its submessages: 4,096 messages with a call each have 32,000."""
+"""Entries of a response's metadata; OpenAI takes 16."""
 MAX_TOOLS_CHARS: Final = MIB
 """Characters in the descriptions and schemas of all tools of a request. Also the largest --max-schema-bytes."""

@@ -20,7 +20,6 @@ from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
 from cluster.api.inference_service import InferenceServicer, client_name
 from cluster.api.key_usage import KeyUsage
-from cluster.api.message_bounds import MessageBounds
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -48,6 +47,7 @@ from cluster.security.trust import COORDINATOR, Trust
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.transport.grpc_streams import GrpcDialer
+from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from cluster.api.byte_budget import ByteBudget
 from cluster.api.key_usage import KeyUsage, revoked_error
 from cluster.api.metrics import Metrics
 from cluster.api.tool_schema_errors import blame_tool
@@ -21,6 +20,7 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.core.limits import KEY_LOOK_S
 from cluster.core.request import Accepted, FinishEvent, Request, TokenEvent
+from cluster.transport.byte_budget import ByteBudget
 
 log = logging.getLogger(__name__)
 Events = AsyncGenerator[TokenEvent | FinishEvent, None]

@@ -363,9 +363,11 @@ def _read_info(a: pb.DescribeResponse, address: str) -> WorkerInfo:
 
 
 def _read_profile(p: pb.Profile) -> Profile:
-    """Return the speed that a worker reports; the empty profile if a figure is invalid."""
+    """What a worker says of its speed; figures that make no sense, or too many of them, count as unknown."""
+    if len(p.corrections) > KEPT_CORRECTIONS:
+        return Profile()
     figures = (p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, *(c.ratio for c in p.corrections))
     if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
         return Profile()
-    learned = tuple((c.fingerprint, c.ratio) for c in p.corrections[:KEPT_CORRECTIONS])
+    learned = tuple((c.fingerprint, c.ratio) for c in p.corrections)
     return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned)

@@ -26,6 +26,11 @@ MAX_WAITING_BYTES: Final = GIB
 the window of 64 stages with chunks of 16 MiB is as much."""
 MAX_JOINED_BYTES: Final = 2 * MIB
 """Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
+MAX_HEADER_ELEMENTS: Final = 64 * KIB
+"""Values in a frame's header, those of lists within lists included: 4 MiB of empty lists take 1.5 s and 300 MiB. The
+sequences of a lane with all alternatives have 17,000."""
+MAX_JOINED_ELEMENTS: Final = MAX_HEADER_ELEMENTS // 2
+"""Values that the joins of one frame carry: biases of eleven requests that have as many as they may."""
 MAX_MARK_TOKENS: Final = 64
 """Of the mark that ends a model's reasoning; the longest known has five."""
 MAX_EDITS: Final = 4096
@@ -36,8 +41,15 @@ MAX_CONTROL_BYTES: Final = 16 * MIB
 """Control and public messages: the longest prompt in four-byte characters."""
 MAX_FACT_CHARS: Final = 256
 """A name, a version or a chip, as a worker tells them of itself."""
+MAX_PATH_CHARS: Final = 4096
+"""A model's name or folder, as a coordinator tells it to a worker; the longest path that systems take."""
 MAX_SENTENCE_CHARS: Final = 4096
 """Of a worker's problem, which is shown to people."""
+MAX_ANSWER_BYTES: Final = 256 * KIB
+"""What a worker may answer its coordinator at once; a heartbeat's answer has 4 KiB. In empty messages it is parsed in
+5 ms, where 16 MiB kept everybody from the event loop for 1.5 s."""
+MAX_STORE_ANSWER_BYTES: Final = 2 * MIB
+"""What a store may answer at once: PEER_CHUNK_BYTES of a file, or MAX_MODEL_FILES names."""
 MAX_ENGINE_MESSAGE_BYTES: Final = MIB
 """Between a daemon and its engine: paths and an error's sentence are the longest there is."""
 
@@ -65,6 +77,19 @@ MOST_SCHEMA_BYTES: Final = MIB
 """What --max-schema-bytes may be: a join with such a grammar still leaves a frame's header room for the rest."""
 BLAME_TIMEOUT_S: Final = 5.0
 """To find which of a request's tools makes its grammar impossible, each compiled by itself."""
+MAX_INTAKE_BYTES: Final = 96 * MIB
+"""Bytes of all requests under way, arrived or still arriving; one client gets at most half of it."""
+FREE_BODY_BYTES: Final = 64 * KIB
+"""The start of each body is not charged, so that ordinary requests pass while large ones fill the budget; with
+``MAX_CONNECTIONS`` of them that is 128 MiB."""
+MAX_PROMPT_IDS: Final = MIB
+"""A prompt that is given as token ids."""
+MAX_FIELDS: Final = 32 * KIB
+"""Fields of one gRPC request, those of its submessages included: 4,096 messages with a call each have 32,000."""
+MAX_STAGE_FIELDS: Final = 320 * KIB
+"""The same of a request to load a stage, which names its tensors: as many as fit a message, at 50 bytes each."""
+MAX_STAGE_PEERS: Final = 256
+"""Macs that a stage's bytes may be had from; each is dialled. A coordinator names the workers that it knows."""
 DEFAULT_MAX_TOKENS: Final = 512
 DEFAULT_MAX_CONTEXT: Final = 4096
 """Promised when --max-context is not given and the model allows as much."""
@@ -225,6 +250,10 @@ MAX_CALLS: Final = 1024
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
 """As long as a gRPC message may be."""
+FREE_CHUNKS: Final = 256
+"""Chunks of a body that may be of any length; ..."""
+MIN_CHUNK_BYTES: Final = 256
+"""... beyond them, the mean length of its chunks. Clients send kilobytes; 16 MiB are 65,000 chunks at most."""
 BODY_TIMEOUT_S: Final = 30.0
 """What a client gets to send its request's body."""
 MAX_PROMPTS: Final = 64
@@ -270,8 +299,9 @@ SANDBOX_CPU_S_PER_MIB: Final = 2.0
 """More of it for a MiB of text: tokenizers take 0.5 to 0.7 s."""
 SANDBOX_MEMORY_BYTES: Final = 256 * MIB
 """Memory that one job may take beyond what its process holds."""
-SANDBOX_MEMORY_PER_BYTE: Final = 256
-"""More of it for a byte of text: the tokens of 4 MiB of random words take 700 MiB while they are found."""
+SANDBOX_MEMORY_PER_BYTE: Final = 384
+"""More of it for a byte of text. Nearly each byte of random printable text is a token, which takes 360 bytes while they
+are found: 1.3 GiB for 4 MiB."""
 SANDBOX_WALL_FACTOR: Final = 20.0
 """A job may take so many times its CPU time where others keep the processors busy; then the machine is overloaded."""
 SANDBOX_OPEN_CPU_S: Final = 30.0
@@ -307,7 +337,21 @@ MAX_CHAT_TEMPLATE_CHARS: Final = 512 * KIB
 MASK_LEXER_FUEL: Final = 50_000
 """llguidance's unit of work of the lexer for one token: 4 ms."""
 MASK_PARSER_ITEMS: Final = 10_000
-"""The same of the parser. With the library's 50,000, one token can take 350 ms of everybody's on a stage."""
+"""The same of the parser, for regular expressions and Lark. With the library's 50,000, one token can take 350 ms of
+everybody's on a stage."""
+MASK_ROW_ITEMS: Final = 2_000
+"""The parser's items after one byte, likewise. An ambiguous grammar costs up to the cube of it: 60 ms for one token at
+2,000, over a second at 10,000."""
+JSON_PARSER_ITEMS: Final = 100_000
+"""The parser's items for one token of a JSON schema. What follows a comma is one of all optional properties that are
+left, four items each, once for each token of blanks and a quote: 2,000 properties need 50,000 to 100,000."""
+JSON_ROW_ITEMS: Final = 10_000
+"""The same after one byte: 2,400 optional properties. A schema is not ambiguous about where a value ends, so a row
+costs no more than its square: 2,000 properties take 15 to 40 ms for the token before a name, 2.5 ms on average."""
+WALK_TOKENS: Final = 24
+"""How far a check follows a grammar, twice: grammars that are too ambiguous show it within 20 tokens."""
+WALK_CPU_S: Final = 0.2
+"""CPU time that those tokens may take: 4 ms for each. The rest of ``SANDBOX_CPU_S`` is for compiling."""
 GRAMMAR_WAIT_S: Final = 5.0
 """How long a stage waits for a grammar at its first token: ten times what compiling may cost, and well below
 ``ENGINE_SILENCE_S``."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.security.admission import AdmissionRequest
-from cluster.security.bounds import MAX_NAME_CHARS, MAX_PEM_BYTES
+from cluster.security.bounds import MAX_JOIN_VALUES, MAX_NAME_CHARS, MAX_PEM_BYTES
 
 AUTHORITY: Final = "/authority"
 JOIN: Final = "/join"
@@ -47,8 +47,15 @@ class JoinReply(_Form):
     clock: Seconds
 
 
+def _values(body: bytes) -> int:
+    """At least as many as the values in JSON, those of lists in lists included; marks within texts count as well."""
+    return sum(map(body.count, (b",", b"[", b"{")))
+
+
 def read_ask(body: bytes) -> JoinRequest:
     """Raises ``InvalidRequest``, which names the field that is wrong and not what it held."""
+    if _values(body) > MAX_JOIN_VALUES:
+        raise InvalidRequest("this is not a request to join: it has more fields than one has")
     try:
         return JoinRequest.model_validate_json(body)
     except ValidationError as e:
@@ -60,6 +67,8 @@ def read_ask(body: bytes) -> JoinRequest:
 
 def read_answer(body: bytes) -> JoinReply:
     """Raises ``ValueError``."""
+    if _values(body) > MAX_JOIN_VALUES:
+        raise ValueError("the answer has more fields than one has")
     try:
         return JoinReply.model_validate_json(body)
     except ValidationError:

@@ -35,7 +35,7 @@ class Parsed:
     calls: tuple[ToolCallDelta, ...] = ()
 
 
-class _State(Enum):
+class _ParserState(Enum):
     REASONING = 0
     CONTENT = 1
     CALL = 2
@@ -58,7 +58,7 @@ class AnswerParser:
     def __init__(self, marks: OutputMarkers, parsing: Parsing) -> None:
         self._marks = marks
         self._tools = parsing.tools
-        self._state = _State.REASONING if parsing.thinking else _State.CONTENT
+        self._state = _ParserState.REASONING if parsing.thinking else _ParserState.CONTENT
         self._held = ""
         """Text not yet emitted: a possible marker, blanks that may be dropped, or an unparsed call."""
         self._fresh = parsing.thinking or bool(marks.think_start)
@@ -86,10 +86,10 @@ class AnswerParser:
     def flush(self, *, whole: bool) -> Parsed:
         """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid."""
         out = _Out()
-        if self._state is _State.CALL:
+        if self._state is _ParserState.CALL:
             body = self._held
             self._held = ""
-            self._state = _State.CONTENT
+            self._state = _ParserState.CONTENT
             if not self._close_call(body, out) and not (whole and self._parse_calls(body, out)):
                 self._emit_text(self._blanks + self._marks.call_start + body, out)
         else:
@@ -101,7 +101,7 @@ class AnswerParser:
         """Process the held text up to the next marker. Return False if more text is needed."""
         mark, at = self._next_mark()
         if at < 0:
-            if self._state is _State.CALL:
+            if self._state is _ParserState.CALL:
                 self._emit_certain_arguments(out)
             else:
                 self._emit_certain_text(out)
@@ -113,8 +113,8 @@ class AnswerParser:
 
     def _handle_marker(self, mark: str, before: str, out: _Out) -> None:
         """Process ``mark`` and the text ``before`` it."""
-        if self._state is _State.CALL:
-            self._state = _State.CONTENT
+        if self._state is _ParserState.CALL:
+            self._state = _ParserState.CONTENT
             if not self._close_call(before, out) and not self._parse_calls(before, out):
                 self._emit_text(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
             return
@@ -125,21 +125,21 @@ class AnswerParser:
         self._emit_text(emitted, out)
         self._blanks = "" if self._fresh else before[len(emitted) :]
         self._state = {
-            self._marks.think_start: _State.REASONING,
-            self._marks.think_end: _State.CONTENT,
-            self._marks.call_start: _State.CALL,
+            self._marks.think_start: _ParserState.REASONING,
+            self._marks.think_end: _ParserState.CONTENT,
+            self._marks.call_start: _ParserState.CALL,
         }[mark]
-        self._fresh = self._state is not _State.CALL
+        self._fresh = self._state is not _ParserState.CALL
 
     def _marks_here(self) -> tuple[str, ...]:
         m = self._marks
         calls = (m.call_start,) if self._tools and m.call_start else ()
         match self._state:
-            case _State.CALL:
+            case _ParserState.CALL:
                 return (m.call_end,) if m.call_end else ()
-            case _State.REASONING:
+            case _ParserState.REASONING:
                 return (m.think_end, *calls, *m.noise)
-            case _State.CONTENT:
+            case _ParserState.CONTENT:
                 return (*((m.think_start,) if m.think_start else ()), *calls, *m.noise)
 
     def _next_mark(self) -> tuple[str, int]:
@@ -158,16 +158,16 @@ class AnswerParser:
 
     def _holds_blanks(self) -> bool:
         """Return whether blanks before the next marker are dropped, so that they must be held."""
-        return self._state is _State.REASONING or bool(self._tools)
+        return self._state is _ParserState.REASONING or bool(self._tools)
 
     def _emit_text(self, text: str, out: _Out, *, last: bool = False) -> None:
         if self._fresh:
             text = text.lstrip()
-        if last and (self._state is _State.REASONING or self.called):
+        if last and (self._state is _ParserState.REASONING or self.called):
             text = text.rstrip()
         if text:
             self._fresh = False
-            (out.reasoning if self._state is _State.REASONING else out.text).append(text)
+            (out.reasoning if self._state is _ParserState.REASONING else out.text).append(text)
 
     def _emit_certain_arguments(self, out: _Out) -> None:
         """Emit the arguments of an unfinished call that are certain."""

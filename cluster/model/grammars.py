@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +24,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cluster.core.errors import InvalidGrammar, StageFailed
-from cluster.core.limits import MASK_LEXER_FUEL, MASK_PARSER_ITEMS
+from cluster.core.limits import (
+    JSON_PARSER_ITEMS,
+    JSON_ROW_ITEMS,
+    MASK_LEXER_FUEL,
+    MASK_PARSER_ITEMS,
+    MASK_ROW_ITEMS,
+    WALK_CPU_S,
+    WALK_TOKENS,
+)
 from cluster.core.request import Grammar, GrammarKind
 from cluster.model.panics import panics_raised_as
 from cluster.model.schema_support import unkept
@@ -33,8 +42,15 @@ if TYPE_CHECKING:  # a type of the stubs alone
 
 __all__ = ["Constraint", "Grammars"]
 
-MASK_LIMITS: Final = LLParserLimits(step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=MASK_PARSER_ITEMS)
-"""Limits of one mask, since all sequences of a stage wait for it."""
+MASK_LIMITS: Final = LLParserLimits(
+    step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=MASK_PARSER_ITEMS, max_items_in_row=MASK_ROW_ITEMS
+)
+"""What one mask may cost. Everybody's tokens on a stage wait for it."""
+JSON_MASK_LIMITS: Final = LLParserLimits(
+    step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=JSON_PARSER_ITEMS, max_items_in_row=JSON_ROW_ITEMS
+)
+"""The same where the grammar comes from a JSON schema, whose items cost less."""
+JSON_KINDS: Final = frozenset({GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT})
 _EXCERPT: Final = re.compile(r"\d+ \||\^+$")
 """Matches a numbered source line, and the line of carets below it."""
 _TOO_LOW: Final = re.compile(r"-0*[1-9][0-9]{18}")
@@ -59,24 +75,52 @@ class Grammars:
         self.eos = tuple(sorted(eos))
 
     def check(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` and compute a mask, as a stage does for the first token of an answer.
+        """Do what a stage does for the first tokens of an answer: compile ``grammar``, then follow it twice.
 
-        Time and memory are unbounded. Raises InvalidGrammar with the reason.
+        Unbounded in time and memory. Raises InvalidGrammar with the reason. A grammar that passes may still fail at a
+        later token of an answer.
         """
         constraint = self.constraint(replace(grammar, free_until=()), 0)
-        try:
-            constraint.allowed_mask((), 0, self._tokenizer.vocab_size)
-        except InvalidGrammar as error:
-            raise _refusal(grammar, error.sentence) from error
+        give_up = time.thread_time() + WALK_CPU_S
+        for choose in (_lowest, _scattered):
+            constraint.forget()
+            try:
+                self._walk(constraint, choose, give_up)
+            except InvalidGrammar as error:
+                raise _refusal(grammar, error.sentence) from error
+
+    def _walk(self, constraint: Constraint, choose: Callable[[NDArray[np.int_], int], int], give_up: float) -> None:
+        """Follow ``constraint`` over ``WALK_TOKENS`` tokens before this thread's CPU time reaches ``give_up``.
+
+        Raises InvalidGrammar where the first token is impossible, and where any token or all of them are too much work.
+        """
+        tokens: list[int] = []
+        while len(tokens) < WALK_TOKENS:
+            try:
+                mask = constraint.allowed_mask(tokens, len(tokens), self._tokenizer.vocab_size)
+                if mask is None:
+                    return
+                mask[[i for i in self.eos if i < len(mask)]] = False
+                left = mask.nonzero()[0]
+                if not len(left):
+                    return
+            except InvalidGrammar:
+                if constraint.failed or not tokens:
+                    raise
+                return  # a dead end that a model need not come to
+            if time.thread_time() > give_up:
+                raise InvalidGrammar(f"its tokens take too much work: {WALK_CPU_S} s for the first {len(tokens) + 1}")
+            tokens.append(choose(left, len(tokens)))
 
     def constraint(self, grammar: Grammar, start: int) -> Constraint:
         """Compile ``grammar`` for a sequence whose answer starts at token ``start``. Raises InvalidGrammar."""
         return Constraint(self.compile(grammar), self.eos, start, grammar)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """Compile ``grammar``. Time and memory are unbounded. Raises InvalidGrammar with the reason."""
-        with panics_raised_as(_refusal(grammar, "the compiler fails on it")):
-            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=MASK_LIMITS)
+        """Compile ``grammar``. Unbounded in time and memory. Raises InvalidGrammar with the reason."""
+        with panics_raised_as(_refusal(grammar, "it makes the compiler fail")):
+            limits = JSON_MASK_LIMITS if grammar.kind in JSON_KINDS else MASK_LIMITS
+            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=limits)
             if matcher.is_error():
                 raise _refusal(grammar, matcher.get_error())
             return matcher
@@ -137,6 +181,16 @@ class Constraint:
         with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
             return self._mask(vocabulary) if self._follow(tokens, position) else None
 
+    @property
+    def failed(self) -> bool:
+        """Whether a token was too much work: then it follows nothing more."""
+        return bool(self._matcher.is_error())
+
+    def _require_working(self, matcher: LLMatcher) -> None:
+        """Raise InvalidGrammar where ``matcher`` has given up."""
+        if matcher.is_error():
+            raise InvalidGrammar(f"the grammar takes too much work for one token: {_first_line(matcher.get_error())}")
+
     def _mask(self, vocabulary: int) -> NDArray[np.bool_]:
         mask = np.ones(vocabulary, dtype=np.bool_)
         if self._grammar_start is not None:
@@ -146,10 +200,7 @@ class Constraint:
         mask[[i for i in self._eos if i < vocabulary]] = (
             self._grammar_start is not None and self._matcher.is_accepting()
         )
-        if self._matcher.is_error():
-            raise InvalidGrammar(
-                f"the grammar is too expensive for one token: {_first_line(self._matcher.get_error())}; make it simpler"
-            )
+        self._require_working(self._matcher)
         if not mask.any():
             raise InvalidGrammar(
                 "the grammar allows no token at this position; it cannot contain tokens that end an answer"
@@ -159,7 +210,8 @@ class Constraint:
     def is_complete_after(self, tokens: Sequence[int], token: int) -> bool:
         """Return whether only the end of the answer can follow ``token``, which was sampled after ``tokens``.
 
-        Raises StageFailed if the grammar does not allow ``token``, InvalidGrammar if the compiler fails.
+        Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails or the
+        token is too much work.
         """
         with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
             return self._completed(tokens, token)
@@ -169,8 +221,9 @@ class Constraint:
             return False
         # llguidance cannot roll back a token that a grammar names by id. A copy works but costs twice as much.
         matcher = self._matcher.deep_copy() if self._by_id else self._matcher
-        if not matcher.consume_token(token):
-            raise StageFailed(f"the grammar does not allow token {token}, although its mask did")
+        if not matcher.try_consume_tokens([token]):
+            self._require_working(matcher)
+            raise StageFailed(f"the grammar does not allow token {token}, which was picked under it")
         done: bool = matcher.is_stopped()
         if not self._by_id:
             matcher.rollback(1)
@@ -185,6 +238,7 @@ class Constraint:
             return True
         new = list(tokens[self._end : position])
         self._end += self._matcher.try_consume_tokens(new)
+        self._require_working(self._matcher)
         return self._end >= position
 
     def _find_start(self, tokens: Sequence[int], position: int) -> int | None:
@@ -193,6 +247,16 @@ class Constraint:
         first = max(self._start, self._end - len(mark) + 1)
         places = range(first, position - len(mark) + 1)
         return next((i + len(mark) for i in places if list(tokens[i : i + len(mark)]) == mark), None)
+
+
+def _lowest(left: NDArray[np.int_], step: int) -> int:
+    """A step of the walk that repeats itself: what is ambiguous becomes worse with each repetition."""
+    return int(left[0])
+
+
+def _scattered(left: NDArray[np.int_], step: int) -> int:
+    """A step of the walk that goes elsewhere each time."""
+    return int(left[(7 * step + 3) % len(left)])
 
 
 def _source(grammar: Grammar) -> str:

@@ -145,7 +145,7 @@ class Tokenizer:
         return AnswerParser(self._marks, parsing)
 
     def check_grammar(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` and compute its first mask. Time and memory are unbounded. Raises InvalidGrammar."""
+        """Compile ``grammar`` and follow it for some tokens. Unbounded in time and memory. Raises InvalidGrammar."""
         self.grammars().check(grammar)
 
     def grammars(self) -> Grammars:

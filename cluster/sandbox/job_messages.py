@@ -95,7 +95,7 @@ class Converse:
 
 @dataclass(frozen=True, slots=True)
 class CheckGrammar:
-    """Compile ``grammar`` and compute its first mask, as the last stage will."""
+    """Compile ``grammar`` and follow it for some tokens, as the last stage will."""
 
     grammar: Grammar
     limits: Limits

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save
-from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES
+from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES, MAX_JOINED_ELEMENTS
 
 MOST = MAX_EDITS // 2
 """Maximum pending edits for the next frame. The edits that come with its step need far less than the other half."""
+
+_JOIN_VALUES = 24
+"""Values of a join without biases, on the wire."""
 
 
 def tidy(edits: Sequence[Edit]) -> list[Edit]:
@@ -30,12 +33,14 @@ def tidy(edits: Sequence[Edit]) -> list[Edit]:
 def first_load(edits: Sequence[Edit]) -> int:
     """Return how many leading edits to send in an edit-only frame; 0 if all fit into the next frame.
 
-    A frame has a maximum number of edits and a maximum total size of grammars.
+    Grammars, edits, and the values that joins carry are bounded in one frame.
     """
-    total = 0
+    grammar_bytes = values = 0
     for i, edit in enumerate(edits):
-        grammar = edit.sampling.grammar if isinstance(edit, Join) else None
-        total += len(grammar.source.encode()) if grammar else 0
-        if total > MAX_JOINED_BYTES or i >= MOST:
+        if isinstance(edit, Join):
+            grammar = edit.sampling.grammar
+            grammar_bytes += len(grammar.source.encode()) if grammar else 0
+            values += _JOIN_VALUES + 3 * len(edit.sampling.logit_bias) + (len(grammar.free_until) if grammar else 0)
+        if grammar_bytes > MAX_JOINED_BYTES or values > MAX_JOINED_ELEMENTS or i >= MOST:
             return max(i, 1)
     return 0

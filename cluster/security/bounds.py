@@ -57,6 +57,9 @@ MAX_TOKEN_CHARS: Final = 256
 MAX_JOIN_BYTES: Final = 24 * KIB
 """What either side of a join may say: the longest PEM, with its line ends escaped, and the rest. Strangers send it, and
 64 KiB of empty lists kept the event loop for 0.1 s."""
+MAX_JOIN_VALUES: Final = 128
+"""Commas and opening brackets in what is said at a join, which has six fields, and a name of 63 characters. An error
+for each of 7,000 values would take 0.1 s of the event loop, and 32 such requests may come at once."""
 JOIN_S: Final = 10.0
 """How long a connection to the join port may last, from its first packet to its last."""
 JOIN_HANDSHAKE_S: Final = 5.0

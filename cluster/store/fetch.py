@@ -16,8 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from cluster.core.errors import Aborted, DiskFull, FetchFailed, InvalidOption, MacpipeError, ModelDiffers, ModelNotFound
-from cluster.core.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, FETCH_TICK_S, MAX_NOTICES
+from cluster.core.errors import (
+    Aborted,
+    DiskFull,
+    FetchFailed,
+    InvalidOption,
+    MacpipeError,
+    ModelDiffers,
+    ModelNotFound,
+)
+from cluster.core.limits import (
+    CHECK_S,
+    DEFER_S,
+    FETCH_RANGE_BYTES,
+    FETCH_STREAMS,
+    FETCH_TICK_S,
+    MAX_NOTICES,
+    MAX_TENSORS_NAMED,
+)
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.disk_space import free_bytes, require_room
@@ -300,8 +316,9 @@ def _group_runs(source: Peer | Hub, tensors: Iterable[TensorInfo]) -> list[Range
     runs: list[RangeDownload] = []
     for tensor in sorted(tensors, key=lambda t: (t.file, t.offset, t.end)):
         last = runs[-1] if runs else None
-        adjacent = last and last.file == tensor.file and last.end == tensor.offset
-        if last and adjacent and tensor.end - last.start <= FETCH_RANGE_BYTES:
+        joins = last and last.file == tensor.file and last.end == tensor.offset
+        fits = last and tensor.end - last.start <= FETCH_RANGE_BYTES and len(last.tensors) < MAX_TENSORS_NAMED
+        if last and joins and fits:
             runs[-1] = RangeDownload(source, (*last.tensors, tensor))
         else:
             runs.append(RangeDownload(source, (tensor,)))

@@ -21,6 +21,7 @@ from cluster.core.limits import (
     MAX_MODEL_FILES,
     MAX_SAFETENSORS_HEADER_BYTES,
     MAX_SMALL_FILE_BYTES,
+    MAX_STORE_ANSWER_BYTES,
     MAX_TENSORS_NAMED,
     PEER_CALL_TIMEOUT_S,
 )
@@ -57,10 +58,8 @@ class Peer:
     """
 
     def __init__(self, trust: Trust, name: str, address: str, fingerprint: str, party: str = WORKER) -> None:
-        self.address = address
-        self.label = name
-        self._fingerprint = fingerprint
-        self._channel = data_channel(trust, address, party)
+        self.address, self.label, self._fingerprint = address, name, fingerprint
+        self._channel = data_channel(trust, address, party, MAX_STORE_ANSWER_BYTES)
         self._stub = StoreServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -74,14 +73,12 @@ class Peer:
         request = pb.DescribeModelRequest(fingerprint=self._fingerprint)
         with self._failures():
             answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
+        if (count := len(answer.files)) > MAX_MODEL_FILES:
+            raise BadCheckpoint(f"{self.label} names {count} files of one model; at most {MAX_MODEL_FILES} are taken.")
         files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
-        if len(files) > MAX_MODEL_FILES:
-            raise BadCheckpoint(
-                f"{self.label} lists {len(files)} files of one model; at most {MAX_MODEL_FILES} are accepted."
-            )
-        unexpected = [file.name for file in files if not is_wanted(file.name)]
-        if unexpected:
-            raise BadCheckpoint(f"{self.label} offers {unexpected[0][:200]!r}, which is not a model file.")
+        strange = [file.name for file in files if not is_wanted(file.name)]
+        if strange:
+            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
         return ModelFiles(files, answer.repo, answer.commit)
 
     def small(self, file: StoredFile) -> bytes:
@@ -104,6 +101,8 @@ class Peer:
         request = pb.ListTensorsRequest(fingerprint=self._fingerprint, tensors=few)
         with self._failures():
             for part in self._stub.ListTensors(request, timeout=CONTROL_TIMEOUT_S):
+                if len(part.tensors) > MAX_TENSORS_NAMED:
+                    raise FetchFailed(f"{self.label} names more tensors at once than a message may have.")
                 for one in part.tensors:
                     found.setdefault(one.presence, set()).add(one.name)
                     if one.sha256:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -100,9 +101,9 @@ class StoreServer(StoreServiceServicer):
         item = await self._item(request.fingerprint, context)
         names = [name for name in request.tensors if name in item.checkpoint.tensors] or item.checkpoint.tensors
         self._recheck(item, names)
-        states = list(_states(item, names))
-        for at in range(0, len(states), MAX_TENSORS_NAMED):
-            yield pb.ListTensorsResponse(tensors=states[at : at + MAX_TENSORS_NAMED])
+        states = _states(item, names)
+        while batch := list(islice(states, MAX_TENSORS_NAMED)):  # others get their turn between two
+            yield pb.ListTensorsResponse(tensors=batch)
 
     async def ReadTensors(
         self, request: pb.ReadTensorsRequest, context: Context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -22,27 +23,37 @@ from cluster.core.limits import (
     HANDSHAKE_S,
     KEEPALIVE_MS,
     KEEPALIVE_TIMEOUT_MS,
+    MAX_ANSWER_BYTES,
     MAX_CALLS,
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
     MAX_PEERS,
+    MAX_STAGE_FIELDS,
     RECONNECT_MS,
 )
 from cluster.core.text import format_address, parse_address
 from cluster.security.trust import Options, Trust
+from cluster.transport.byte_budget import ByteBudget
+from cluster.transport.message_bounds import MessageBounds
+from cluster.v1 import store_pb2, worker_pb2
 
 Channel = TypeVar("Channel")
 PING_S: Final = KEEPALIVE_TIMEOUT_MS / 1000
 """Default timeout of a ping, in seconds, when no overload is known."""
 
 
-def _options(max_bytes: int, keepalive_ms: int = KEEPALIVE_MS, timeout_ms: int = KEEPALIVE_TIMEOUT_MS) -> Options:
-    """Return the options of a server or channel.
+def _options(
+    max_bytes: int,
+    keepalive_ms: int = KEEPALIVE_MS,
+    timeout_ms: int = KEEPALIVE_TIMEOUT_MS,
+    receive_bytes: int | None = None,
+) -> Options:
+    """``max_bytes`` bounds what is sent, and what is received unless ``receive_bytes`` does.
 
-    ``timeout_ms`` also bounds HTTP/2 pings: the keepalive timeout alone detected a stopped peer only after a minute.
+    ``timeout_ms`` bounds a ping's answer too: keepalive's own bound alone noticed a stopped peer after a minute.
     """
     return [
-        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_receive_message_length", max_bytes if receive_bytes is None else receive_bytes),
         ("grpc.max_send_message_length", max_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", timeout_ms),
@@ -66,20 +77,46 @@ CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KE
 coordinator need not be disconnected."""
 _PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
-"""The thread that iterates over a stream also reads the connection. By default a gRPC thread reads it and wakes the
-iterating thread; that costs half of a hop's wake-ups and a quarter of its time."""
-DATA_OPTIONS: Options = [
-    *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS),
-    ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
-    # Identical channels would share one connection, and a bulk stream would delay a small one.
-    ("grpc.use_local_subchannel_pool", 1),
-]
-DIAL_OPTIONS: Options = [*DATA_OPTIONS, *_ONE_THREAD]
+"""Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
+reader: half of a hop's wake-ups, and a quarter of its time."""
+
+
+def _data_options(receive_bytes: int) -> Options:
+    return [
+        *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS, receive_bytes),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
+        # Identical channels would share one connection, and a bulk stream would delay a small one.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+DATA_OPTIONS: Options = _data_options(MAX_FRAME_BYTES)
+_CONTROL_SERVICES: Final = tuple(
+    service for file in (worker_pb2, store_pb2) for service in file.DESCRIPTOR.services_by_name.values()
+)
+_MOST_FIELDS: Final = {worker_pb2.LoadStageRequest.DESCRIPTOR.full_name: MAX_STAGE_FIELDS}
 
 
 def control_server(trust: Trust) -> aio.Server:
-    """Return a server for calls within the cluster. ``trust`` authorizes every call. Bind it, then start it."""
-    return aio.server(options=CONTROL_OPTIONS, interceptors=_authorization_interceptors(trust))
+    """A server for calls within the cluster, which asks ``trust`` about every one of them. Bind it, then start it.
+
+    Requests to workers and stores are counted and charged before they are parsed.
+    """
+    return aio.server(
+        options=CONTROL_OPTIONS, interceptors=(*_authorization_interceptors(trust), control_bounds(trust))
+    )
+
+
+def control_bounds(trust: Trust) -> MessageBounds:
+    """What stands before the services of workers and stores."""
+    return MessageBounds(_CONTROL_SERVICES, ByteBudget(), partial(_caller, trust), _MOST_FIELDS)
+
+
+def _caller(trust: Trust, context: aio.ServicerContext[Any, Any]) -> str:
+    """Who calls: the party that its certificate says, or a program at this address."""
+    shown: Any = context.auth_context()
+    party = trust.party(shown)
+    return f"{party.role}.{party.id}" if party else context.peer().rpartition(":")[0]
 
 
 def public_server(trust: Trust, *inner: aio.ServerInterceptor[Any, Any]) -> aio.Server:
@@ -128,12 +165,13 @@ def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -
         ) from e
 
 
-def data_channel(trust: Trust, address: str, peer: str) -> grpc.Channel:
-    """Return a channel, with a connection of its own, to the data port of ``peer`` (see ``Trust.channel``).
+def data_channel(trust: Trust, address: str, peer: str, receive_bytes: int = MAX_FRAME_BYTES) -> grpc.Channel:
+    """A connection of its own to the data port of ``peer`` (see ``Trust.channel``), or to its store.
 
-    Raise ``InvalidOption`` if the address is invalid, or if this process may not connect to it.
+    A message from there may have ``receive_bytes``.
+    Raises ``InvalidOption`` where the address makes no sense, or is out of this process's reach.
     """
-    return _dial(trust, address, peer, DIAL_OPTIONS, grpc.secure_channel)
+    return _dial(trust, address, peer, [*_data_options(receive_bytes), *_ONE_THREAD], grpc.secure_channel)
 
 
 def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
@@ -143,13 +181,16 @@ def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S)
 
 
 def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> aio.Channel:
-    """Return a channel to a control port, with ping timeout ``ping_s``. Raise as ``data_channel`` does."""
+    """A channel to a control port, where pings are answered in ``ping_s``. Raises as ``data_channel`` does.
+
+    An answer may have MAX_ANSWER_BYTES.
+    """
     return _dial(trust, address, peer, _ping_options(ping_s), aio.secure_channel)
 
 
 def _ping_options(ping_s: float) -> Options:
-    backoff: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
-    return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000)), *_IDLE, *backoff]
+    patient: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
+    return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000), MAX_ANSWER_BYTES), *_IDLE, *patient]
 
 
 def _dial(trust: Trust, address: str, peer: str, options: Options, secure: Callable[..., Channel]) -> Channel:

@@ -45,7 +45,7 @@ def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
     Block for at most ``limits.PROBE_TIMEOUT_S``. Transfer about ``PROBE_MESSAGES`` x ``PROBE_BYTES`` bytes. Raise
     ``Unreachable``.
     """
-    channel = data_channel(trust, address, peer)
+    channel = data_channel(trust, address, peer, 2 * PROBE_BYTES)
     sizes: SimpleQueue[int | None] = SimpleQueue()
     asked = (n.to_bytes(_SIZE_BYTES, "little") for n in iter(sizes.get, None))
     try:

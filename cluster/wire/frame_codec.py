@@ -34,6 +34,7 @@ from cluster.core.limits import (
 )
 from cluster.core.request import TopLogprob
 from cluster.wire.edit_codec import pack_edit, unpack_edit
+from cluster.wire.elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, unpack_ids
 
 VERSION = 5
@@ -119,7 +120,7 @@ def decode_head(message: bytes) -> tuple[Frame, bool]:
         edits=tuple(unpack_edit(e) for e in f.rows(4, MAX_EDITS)),
         step=_unpack_step(f.optional_list(5)),
         tensors=_apart(f.rows(6, MAX_TENSORS)) if apart else _tensors(f.rows(6, MAX_TENSORS), view[end:]),
-        samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_FRAME_HEADER_BYTES)),
+        samples=tuple(_unpack_sample(s) for s in f.rows(7, MAX_EDITS)),
         timings=_timings(f.counts(8, 4 * MAX_STAGES)),
         error=_unpack_failure(f.optional_list(9)),
         failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
@@ -147,8 +148,16 @@ def _header_end(view: memoryview) -> int:
 
 
 def _unpack(header: memoryview) -> Any:
+    require_few_elements(header)
     try:
-        return msgpack.unpackb(header, use_list=True, max_ext_len=0, max_map_len=0, max_bin_len=MAX_FRAME_HEADER_BYTES)
+        return msgpack.unpackb(
+            header,
+            use_list=True,
+            max_ext_len=0,
+            max_map_len=0,
+            max_array_len=MAX_EDITS,
+            max_bin_len=MAX_FRAME_HEADER_BYTES,
+        )
     except (ValueError, RecursionError, msgpack.UnpackException) as e:
         raise BadFrame(f"the frame's header is not valid msgpack: {e}") from e
 

@@ -102,7 +102,7 @@ def _link(round_trip_s: float, bandwidth: float) -> Link:
 
 def _read_profile(facts: Any) -> StoredProfile:
     profile = facts["profile"]
-    learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections"))
+    learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections")[-KEPT_CORRECTIONS:])
     figures = {name: float(value) for name, value in profile.items()}
     ratios = dict(learned).values()
     if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *ratios)) or not all(r > 0 for r in ratios):

@@ -6,13 +6,13 @@ It knows the store and the messages of a load; it knows nothing of engines beyon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from cluster.core.limits import FETCH_TICK_S, MAX_TENSORS_NAMED
+from cluster.core.limits import FETCH_TICK_S, MAX_ANSWER_BYTES
 from cluster.core.plan import ModelRef
 from cluster.security.trust import Trust
 from cluster.store.digests import digests
@@ -24,6 +24,8 @@ from cluster.store.store_server import StoreServer
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker.pipe_messages import Progress
 
+_FIELD_BYTES = 4
+"""Of a submessage's tag and length."""
 Result = TypeVar("Result")
 Read = Callable[[Path], AsyncIterator[Progress]]
 """Have the engine read the slice from a folder."""
@@ -136,6 +138,15 @@ def _progress_message(
     )
 
 
-def _batches(proved: dict[str, str]) -> list[list[pb.TensorDigest]]:
-    told = [pb.TensorDigest(name=name, sha256=bytes.fromhex(digest)) for name, digest in proved.items()]
-    return [told[at : at + MAX_TENSORS_NAMED] for at in range(0, len(told), MAX_TENSORS_NAMED)]
+def _batches(proved: dict[str, str]) -> Iterator[list[pb.TensorDigest]]:
+    """Digests in messages of at most half of MAX_ANSWER_BYTES, unless a name alone is longer."""
+    batch, size = list[pb.TensorDigest](), 0
+    for name, digest in proved.items():
+        told = pb.TensorDigest(name=name, sha256=bytes.fromhex(digest))
+        if batch and size + told.ByteSize() > MAX_ANSWER_BYTES // 2:
+            yield batch
+            batch, size = [], 0
+        batch.append(told)
+        size += told.ByteSize() + _FIELD_BYTES
+    if batch:
+        yield batch

@@ -17,7 +17,7 @@ import grpc
 
 from cluster import __version__
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
-from cluster.core.limits import HOLD_S, OVERLOADED_S, RESTART_S
+from cluster.core.limits import HOLD_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
 from cluster.core.plan import Profile
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
@@ -151,6 +151,11 @@ class WorkerServicer(WorkerServiceServicer):
             return Reported(0, 0, 0), e.sentence or "the engine is ending"
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
+        await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
+        await _require_names(context, request.coordinator, request.instance)
+        if len(request.peers) > MAX_STAGE_PEERS:
+            most = f"a stage's bytes may be had from {MAX_STAGE_PEERS} places, not {len(request.peers)}"
+            await abort(context, InvalidRequest(most, field="peers"))
         await self._refuse_others(request, context)
         if (held := self._loaded_request()) and request.epoch < held.epoch:
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
@@ -186,6 +191,7 @@ class WorkerServicer(WorkerServiceServicer):
         return pb.UnloadStageResponse()
 
     async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
+        await _require_names(context, request.worker, request.address)
         link = None if request.afresh else self.file.link(request.worker, request.address)
         if link is None:
             try:
@@ -244,8 +250,15 @@ class WorkerServicer(WorkerServiceServicer):
         return renewal
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
+        await _require_names(context, request.fingerprint)
         self.file.learn(request.fingerprint, request.ratio)
         return pb.LearnRatioResponse()
+
+
+async def _require_names(context: Context, *names: str) -> None:
+    """Abort the call where a name or path is longer than any is: some are kept, and told in every heartbeat."""
+    if any(len(name) > MAX_PATH_CHARS for name in names):
+        await abort(context, InvalidRequest(f"names and paths have at most {MAX_PATH_CHARS} characters"))
 
 
 def _asker(request: Asking | pb.DescribeRequest) -> tuple[str, str]:

@@ -27,18 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from figures import Figure, options, print_figures
 from starlette.requests import Request
 
-from cluster.api.bounds import MAX_FIELDS, MAX_ITEMS, MAX_JSON_VALUES, MAX_PROMPT_IDS
-from cluster.api.byte_budget import ByteBudget
+from cluster.api.bounds import MAX_ITEMS, MAX_JSON_VALUES
 from cluster.api.chat_preparation import check_messages, check_options
 from cluster.api.http.body import CHARGE, build, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.api.message_bounds import count_fields
 from cluster.api.proto_decoding import messages, template_options
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import MAX_BODY_BYTES, MAX_LOGIT_BIAS, MAX_MESSAGES
+from cluster.core.limits import MAX_BODY_BYTES, MAX_FIELDS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
+from cluster.transport.byte_budget import ByteBudget
+from cluster.transport.message_bounds import count_fields
 from cluster.v1 import inference_pb2 as pb
 
 STALL_MS, CPU_MS, MEMORY_MIB = 50.0, 500.0, 256.0

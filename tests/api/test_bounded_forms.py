@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES, MAX_PROMPT_IDS
+from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES
 from cluster.api.elements import ElementCounter, count_elements
 from cluster.api.http import body as bodies
 from cluster.api.http.body import Form, parse
@@ -20,7 +20,7 @@ from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.core.errors import InvalidRequest, TooLarge
-from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES
+from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
 
 TURN = {"role": "user", "content": "hi"}
 BOUNDED = (bodies._refuse, bodies._drop, bodies._bound_values)

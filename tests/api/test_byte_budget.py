@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 
-from cluster.api.bounds import FREE_BODY_BYTES
-from cluster.api.byte_budget import ByteBudget, Charge
 from cluster.api.http import body as bodies
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.chat_form import ChatForm
@@ -23,6 +21,8 @@ from cluster.api.http.errors import HANDLERS
 from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.core.errors import Busy
+from cluster.core.limits import FREE_BODY_BYTES
+from cluster.transport.byte_budget import ByteBudget, Charge
 
 ROUTE = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "x" * FREE_BODY_BYTES}]}).encode()

@@ -26,6 +26,7 @@ from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.server import listen, serve
 from cluster.coordinator.settings import HttpSettings, ServeSettings
 from cluster.core.errors import InvalidOption, NoCluster
+from cluster.core.limits import FREE_CHUNKS, MIN_CHUNK_BYTES
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
@@ -319,6 +320,28 @@ async def test_a_long_head_is_refused_also_where_it_comes_at_once(before: bytes)
         writer.write(before + head + b"a:b\r\n" * 2_000 + b"connection: close\r\n\r\n")
         assert (await end_of(reader)).endswith(b"2002 headers")
         writer.close()
+
+
+def chunked(chunks: int, length: int) -> bytes:
+    """A request whose body comes in so many chunks of so many bytes."""
+    head = b"POST /echo HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head + b"%x\r\n%b\r\n" % (length, b"a" * length) * chunks + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("chunks", "length"), [(FREE_CHUNKS + 2, 1), (60_000, 1), (60_000, MIN_CHUNK_BYTES // 2)])
+async def test_a_body_in_too_many_chunks_for_its_length_is_refused(chunks: int, length: int) -> None:
+    """The parser takes 3 us for each chunk, and all that came in one read is one stretch of the event loop."""
+    async with serve(Starlette(routes=[Route("/echo", echo, methods=["POST"])]), listen("127.0.0.1", 0)) as address:
+        said = await exchange(address, chunked(chunks, length))
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert b"chunks of the body are too short" in said
+
+
+@pytest.mark.parametrize(("chunks", "length"), [(FREE_CHUNKS, 1), (4_000, MIN_CHUNK_BYTES)])
+async def test_ordinary_chunks_are_taken(chunks: int, length: int) -> None:
+    async with serve(Starlette(routes=[Route("/echo", echo, methods=["POST"])]), listen("127.0.0.1", 0)) as address:
+        said = await exchange(address, chunked(chunks, length))
+    assert said.endswith(b"\r\n\r\n%d" % (chunks * length))
 
 
 AMBIGUOUS = (

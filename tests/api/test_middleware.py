@@ -11,7 +11,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.types import Message
 
-from cluster.api.byte_budget import ByteBudget
 from cluster.api.http import body as bodies
 from cluster.api.http import sse
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
@@ -31,6 +30,7 @@ from cluster.core.errors import (
     PromptTooLong,
     WorkerLost,
 )
+from cluster.transport.byte_budget import ByteBudget
 
 pytestmark = pytest.mark.anyio
 Endpoint = Callable[[Request], object]

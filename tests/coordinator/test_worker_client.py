@@ -8,9 +8,15 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from cluster.coordinator.worker_client import _map_rpc_errors, _read_with_stall_limit
-from cluster.core.errors import WorkerLost, WorkerRefused
+from cluster.coordinator.worker_client import WorkerClient, _map_rpc_errors, _read_with_stall_limit
+from cluster.core.errors import InvalidRequest, WorkerLost, WorkerRefused
+from cluster.core.limits import KEPT_CORRECTIONS, MAX_ANSWER_BYTES
+from cluster.core.worker import WorkerInfo
+from cluster.security.credentials import LocalTrust
+from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import worker_pb2 as pb
+from cluster.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+from cluster.worker.stage_loader import _batches
 
 
 def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -> None:
@@ -70,6 +76,49 @@ def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest
     else:
         with pytest.raises(WorkerLost, match="worker ada: the load made no progress"):
             asyncio.run(load())
+
+
+class Talker(WorkerServiceServicer):
+    """Describes itself with so many corrections."""
+
+    def __init__(self, corrections: int) -> None:
+        self._said = pb.DescribeResponse(id="ab" * 8, name="ada", profile=pb.Profile(bandwidth=1.0))
+        self._said.profile.corrections.extend([pb.Ratio(fingerprint="f", ratio=1.0)] * corrections)
+
+    async def Describe(self, request: object, context: object) -> pb.DescribeResponse:
+        return self._said
+
+
+async def described(corrections: int) -> WorkerInfo:
+    trust = LocalTrust()
+    server = control_server(trust)
+    add_WorkerServiceServicer_to_server(Talker(corrections), server)
+    port = bind(server, trust, "127.0.0.1", 0)
+    await server.start()
+    control = WorkerClient(trust, f"127.0.0.1:{port}", "c0" * 8)
+    try:
+        return (await control.describe())[0]
+    finally:
+        await control.close()
+        await server.stop(None)
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_tells_too_much_of_itself_is_refused_or_has_no_profile() -> None:
+    """16 MiB of empty corrections kept the coordinator's event loop for 1.5 s and took 750 MiB."""
+    assert len((await described(KEPT_CORRECTIONS)).profile.corrections) == KEPT_CORRECTIONS
+    assert not (await described(KEPT_CORRECTIONS + 1)).profile.known
+    with pytest.raises(InvalidRequest, match="larger than one may be"):
+        await described(MAX_ANSWER_BYTES // 10)
+
+
+def test_a_slices_digests_come_in_messages_that_may_be_sent() -> None:
+    names = [f"model.layers.{i % 64}.mlp.experts.{i}.gate_proj.scales" for i in range(5_000)]
+    batches = list(_batches(dict.fromkeys([*names, "a" * MAX_ANSWER_BYTES, "b"], "ab" * 32)))
+    assert [one.name for batch in batches for one in batch] == [*names, "a" * MAX_ANSWER_BYTES, "b"]
+    sizes = [pb.LoadStageResponse(digests=batch).ByteSize() for batch in batches]
+    assert sorted(sizes)[-2] <= MAX_ANSWER_BYTES // 2
+    assert len(batches) < 8
 
 
 def test_a_call_that_is_cancelled_stays_so() -> None:

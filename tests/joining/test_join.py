@@ -17,16 +17,24 @@ from typing import Any
 import anyio
 import pytest
 
-from cluster.core.errors import ClockWrong, DuplicateName, ForeignAuthority, InvalidOption, TokenRefused, Unreachable
+from cluster.core.errors import (
+    ClockWrong,
+    DuplicateName,
+    ForeignAuthority,
+    InvalidOption,
+    InvalidRequest,
+    TokenRefused,
+    Unreachable,
+)
 from cluster.core.text import parse_address
 from cluster.joining import client
 from cluster.joining import join_port as port
 from cluster.joining.client import JoinOrder, join
-from cluster.joining.join_forms import read_ask, read_refusal
+from cluster.joining.join_forms import read_answer, read_ask, read_refusal
 from cluster.joining.join_port import admit_macs
 from cluster.joining.join_service import GuessLimiter
 from cluster.security.admission import Admission
-from cluster.security.bounds import MAX_JOINS
+from cluster.security.bounds import MAX_JOIN_VALUES, MAX_JOINS
 from cluster.security.cluster_creation import create_cluster
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
@@ -306,6 +314,28 @@ NO_REFUSALS = {
 @pytest.mark.parametrize("body", NO_REFUSALS.values(), ids=NO_REFUSALS)
 def test_an_answer_that_is_no_refusal_is_none(body: bytes) -> None:
     assert read_refusal(body) is None
+
+
+LONG_ASKS = {
+    "keys": b"{" + b",".join(b'"%d":0' % i for i in range(MAX_JOIN_VALUES + 1)) + b"}",
+    "lists": b'{"token":[' + b"[]," * MAX_JOIN_VALUES + b"[]]}",
+    "depth": b"[" * (MAX_JOIN_VALUES + 1),
+    "objects": b'{"csr":' * (MAX_JOIN_VALUES + 1),
+}
+
+
+@pytest.mark.parametrize("body", LONG_ASKS.values(), ids=LONG_ASKS)
+def test_a_request_of_many_values_is_refused_before_it_is_parsed(body: bytes) -> None:
+    """Parsing makes an error for each of them; 32 strangers at once kept the event loop for 1.5 s."""
+    with pytest.raises(InvalidRequest, match="more fields than one has"):
+        read_ask(body)
+    with pytest.raises(ValueError, match="more fields than one has"):
+        read_answer(body)
+
+
+def test_a_name_may_be_all_commas() -> None:
+    fields = {"token": "ab" * 4, "secret": "ab" * 16, "csr": "x", "id": "ab" * 8, "name": "," * 63, "clock": 1.0}
+    assert read_ask(json.dumps(fields).encode()).name == fields["name"]
 
 
 def test_a_wrong_field_is_named_and_not_repeated() -> None:

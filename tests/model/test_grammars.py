@@ -277,3 +277,43 @@ def test_a_count_of_keys_that_is_kept_is_taken(tokenizer: Tokenizer, schema: dic
 def test_a_schema_without_a_bottom_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidGrammar):
         tokenizer.grammars().check(Grammar(GrammarKind.JSON_SCHEMA, '{"not":' * 9000 + "{}" + "}" * 9000))
+
+
+RULES = "start: r0\n" + "".join(f"r{i}: r{i + 1} | r{i + 1} r{i + 1}\n" for i in range(40)) + 'r40: "a"\n'
+ALTERNATIVES = "start: " + " | ".join(f'"{i}"' for i in range(7000))
+SPLITS = "start: s\ns: " + " | ".join(f"s s{' t' * (i % 5)}" for i in range(60)) + ' | "a"\nt: "a" | ""\n'
+
+
+@pytest.mark.parametrize("source", [RULES, ALTERNATIVES, SPLITS], ids=["rules", "alternatives", "splits"])
+def test_a_grammar_whose_later_tokens_are_too_much_work_is_refused(tokenizer: Tokenizer, source: str) -> None:
+    with pytest.raises(InvalidGrammar, match="too much work") as refused:
+        tokenizer.check_grammar(Grammar(GrammarKind.LARK, source))
+    assert refused.value.field == "lark"
+
+
+def test_a_token_that_is_too_much_work_is_the_grammars_fault(tokenizer: Tokenizer) -> None:
+    """Not the stage's, whose failure would begin a recovery."""
+    grammars = tokenizer.grammars()
+    digit = tokenizer.encode("6", add_special_tokens=False)[0]
+    for act in (lambda c: c.completed([], digit), lambda c: c.allowed([digit], 1, tokenizer.vocab_size)):
+        constraint = grammars.constraint(Grammar(GrammarKind.LARK, ALTERNATIVES), 0)
+        assert constraint.allowed_mask([], 0, tokenizer.vocab_size)[digit]
+        with pytest.raises(InvalidGrammar, match="too much work for one token"):
+            act(constraint)
+        assert constraint.failed
+
+
+def test_a_schema_of_2000_optional_properties_is_taken_and_followed(tokenizer: Tokenizer) -> None:
+    properties = {f"p{i}": {"type": "integer"} for i in range(2000)}
+    wide = Grammar(GrammarKind.JSON_SCHEMA, json.dumps({"type": "object", "properties": properties}))
+    tokenizer.check_grammar(wide)
+    constraint = tokenizer.grammars().constraint(wide, 0)
+    answer = tokenizer.encode('{"p7": 1, "p1999": 23}', add_special_tokens=False)
+    for position, token in enumerate(answer):
+        assert constraint.allowed_mask(answer[:position], position, tokenizer.vocab_size)[token]
+        constraint.is_complete_after(answer[:position], token)
+    assert constraint.allowed_mask(answer, len(answer), tokenizer.vocab_size)[list(tokenizer.eos)].any()
+
+
+def test_a_dead_end_that_a_model_need_not_come_to_is_no_reason_to_refuse(tokenizer: Tokenizer) -> None:
+    tokenizer.check_grammar(Grammar(GrammarKind.LARK, 'start: "a" | "b" <[259]>\n'))

@@ -7,21 +7,23 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from typing import cast
 
 import grpc
 import pytest
 
-from cluster.core.errors import FetchFailed, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.errors import BadCheckpoint, FetchFailed, InvalidRequest, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.limits import MAX_MODEL_FILES, MAX_STORE_ANSWER_BYTES, MAX_TENSORS_NAMED
 from cluster.core.plan import ModelRef
-from cluster.model.checkpoint import open_checkpoint
+from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
-from cluster.store.fetch import Fetch, Wanted
+from cluster.store.fetch import Fetch, Wanted, _group_runs
 from cluster.store.hub import Hub
 from cluster.store.model_files import StoredFile
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial
@@ -29,7 +31,8 @@ from cluster.store.peer_client import Peer
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
 from cluster.transport.grpc_setup import bind, control_server
-from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+from cluster.v1 import store_pb2 as pb
+from cluster.v1.store_pb2_grpc import StoreServiceServicer, add_StoreServiceServicer_to_server
 from fake_hub import FakeHub
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -38,25 +41,30 @@ Giving = Callable[..., Peer]
 
 @pytest.fixture
 def giving(tmp_path: Path) -> Iterator[Giving]:
-    """``giving(name, folder)`` starts a Mac that has the model of a folder; the peer to ask."""
+    """``giving(name, folder)`` starts a Mac that has the model of a folder, None: a hostile one; the peer to ask."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     servers: list[grpc.aio.Server] = []
 
-    async def start(home: Path, folder: Path) -> tuple[int, str]:
-        shelf = StoreServer(Store(home))
-        item = shelf.put(folder, PartialCheckpoint(folder) if is_partial(folder) else None)
+    async def start(home: Path, folder: Path | None) -> tuple[int, str]:
+        shelf: StoreServiceServicer = Flooding()
+        fingerprint = "f"
+        if folder:
+            shelf = own = StoreServer(Store(home))
+            fingerprint = own.put(
+                folder, PartialCheckpoint(folder) if is_partial(folder) else None
+            ).checkpoint.fingerprint
         server = control_server(LocalTrust())
         servers.append(server)
         add_StoreServiceServicer_to_server(shelf, server)
         port = bind(server, LocalTrust(), "127.0.0.1", 0)
         await server.start()
-        return port, item.checkpoint.fingerprint
+        return port, fingerprint
 
     with ExitStack() as stack:
 
-        def give(name: str, folder: Path) -> Peer:
+        def give(name: str, folder: Path | None) -> Peer:
             begun = asyncio.run_coroutine_threadsafe(start(tmp_path / f"home-{name}", folder), loop)
             port, fingerprint = begun.result(10)
             return stack.enter_context(Peer(LocalTrust(), f"worker {name}", f"127.0.0.1:{port}", fingerprint))
@@ -191,6 +199,37 @@ def test_nothing_but_the_models_files_can_be_asked_for(giving: Giving, published
     stranger = open_checkpoint(copied(published, tmp_path / "copy")).tensors[NAME]
     with pytest.raises(ModelNotFound, match="does not have the tensor"):
         list(peer.read((type(stranger)("no.such.tensor", "F32", (1,), "x", 4, 0),), 0, 4))
+
+
+class Flooding(StoreServiceServicer):
+    """Answers with far more than there is."""
+
+    async def DescribeModel(self, request: object, context: object) -> pb.DescribeModelResponse:
+        return pb.DescribeModelResponse(files=[pb.StoredFile()] * (MAX_MODEL_FILES + 1))
+
+    async def ListTensors(
+        self, request: pb.ListTensorsRequest, context: object
+    ) -> AsyncIterator[pb.ListTensorsResponse]:
+        too_many = MAX_STORE_ANSWER_BYTES if request.tensors else MAX_TENSORS_NAMED + 1
+        yield pb.ListTensorsResponse(tensors=[pb.TensorState()] * too_many)
+
+
+def test_a_store_that_says_too_much_at_once_is_refused(giving: Giving) -> None:
+    """A message of 256 MiB was taken from it, and eight million names walked through."""
+    peer = giving("mac-a", None)
+    with pytest.raises(BadCheckpoint, match="names 4097 files of one model"):
+        peer.describe()
+    with pytest.raises(FetchFailed, match="more tensors at once"):
+        peer.holdings(())
+    with pytest.raises(InvalidRequest, match="larger than one may be"):
+        peer.holdings(("a",))
+
+
+def test_a_run_names_no_more_tensors_than_one_request_may() -> None:
+    count = 2 * MAX_TENSORS_NAMED + 1
+    tensors = [TensorInfo(f"t{i}", "BF16", (1,), "model.safetensors", 2, 2 * i) for i in range(count)]
+    runs = _group_runs(cast(Peer, None), tensors)
+    assert [len(run.tensors) for run in runs] == [MAX_TENSORS_NAMED, MAX_TENSORS_NAMED, 1]
 
 
 def test_a_tensor_that_is_asked_for_from_the_middle_on(giving: Giving, published: Path) -> None:

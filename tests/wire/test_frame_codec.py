@@ -15,6 +15,7 @@ from cluster.core.errors import BadFrame
 from cluster.core.frames import (
     Compute,
     Drop,
+    Edit,
     Failure,
     Frame,
     Join,
@@ -28,8 +29,18 @@ from cluster.core.frames import (
     Tensor,
     Trim,
 )
-from cluster.core.limits import MAX_FRAME_HEADER_BYTES
+from cluster.core.limits import (
+    MAX_EDITS,
+    MAX_FRAME_HEADER_BYTES,
+    MAX_HEADER_ELEMENTS,
+    MAX_JOINED_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_MARK_TOKENS,
+    MAX_ROWS,
+    MAX_TOP_LOGPROBS,
+)
 from cluster.core.request import Grammar, GrammarKind, SamplingParams, TopLogprob
+from cluster.scheduler.pending_edits import first_load
 from cluster.wire.frame_codec import ITEM_BYTES, VERSION, decode, encode
 
 counts = st.integers(0, 2**63 - 1)
@@ -160,6 +171,63 @@ def _with_header(header: object, body: bytes = b"") -> bytes:
 def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
     with pytest.raises(BadFrame, match=sentence):
         decode(_with_header(header))
+
+
+def _sealed(header: bytes) -> bytes:
+    return struct.pack("<II", len(header), zlib.crc32(header)) + header
+
+
+def _list_of(item: bytes, length: int) -> bytes:
+    """A list that takes the whole of a header, or so many bytes."""
+    count = (length - 5) // len(item)
+    return b"\xdd" + count.to_bytes(4, "big") + item * count
+
+
+@pytest.mark.parametrize("item", [b"\x90", b"\x01", b"\xa0", b"\xa1a", b"\xcb" + bytes(8), b"\x91\xc0", b"\xc4\x01a"])
+def test_a_header_of_too_many_values_is_refused_before_they_are_built(item: bytes) -> None:
+    """4 MiB of empty lists took 1.5 s, during which no other thread of the process ran, and 300 MiB."""
+    with pytest.raises(BadFrame, match=f"more than {MAX_HEADER_ELEMENTS} values"):
+        decode(_sealed(_list_of(item, MAX_FRAME_HEADER_BYTES)))
+
+
+def test_lists_that_only_claim_to_be_long_take_no_memory() -> None:
+    with pytest.raises(BadFrame, match="max_array_len"):
+        decode(_sealed(b"\xdc\xff\xff" * 500 + bytes(60_000)))
+
+
+def _join(biases: int = 0, grammar: int = 0, mark: int = 0) -> Join:
+    bound = Grammar(GrammarKind.REGEX, "x" * grammar, tuple(range(mark))) if grammar else None
+    return Join(1, 2, SamplingParams(logit_bias=tuple((i, 1.5) for i in range(biases)), grammar=bound))
+
+
+LONGEST = _join(MAX_LOGIT_BIAS, 1000, MAX_MARK_TOKENS)
+JOINS = {
+    "plain": [_join()] * 3000,
+    "marked": [_join(0, 1, MAX_MARK_TOKENS)] * 600,
+    "biased": [_join(MAX_LOGIT_BIAS)] * 25,
+    "grammars": [_join(0, MAX_JOINED_BYTES // 2)] * 3,
+    "mixed": [LONGEST, *[_join()] * 500] * 4,
+}
+
+
+@pytest.mark.parametrize("joins", JOINS.values(), ids=JOINS)
+def test_what_a_frame_is_given_of_joins_may_be_read_again(joins: list[Join]) -> None:
+    """With all other edits, and a step, that a frame may have."""
+    waiting: list[Edit] = list(joins)
+    rows = tuple(range(MAX_ROWS))
+    rest = [Trim(2**40, 2**40)] * (MAX_EDITS // 2)
+    while waiting:
+        taken = first_load(waiting) or len(waiting)
+        step = Step(Compute.DECODE, rows, tuple((2**20,) for _ in rows))
+        frame = Frame(1, 2, 3, edits=(*waiting[:taken], *rest), step=step)
+        assert decode(encode(frame)) == frame
+        del waiting[:taken]
+
+
+def test_all_alternatives_of_a_whole_lane_may_be_read_again() -> None:
+    top = tuple(TopLogprob(2**20, -1.5) for _ in range(MAX_TOP_LOGPROBS))
+    frame = Frame(1, 2, 3, samples=tuple(Sample(row, 2**20, 2**20, -1.5, top, False) for row in range(MAX_ROWS)))
+    assert decode(encode(frame)) == frame
 
 
 def test_bytes_of_no_tensor_are_refused() -> None:

@@ -23,10 +23,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 from starlette.requests import ClientDisconnect, Request
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
-from cluster.api.byte_budget import Charge
 from cluster.api.elements import ElementCounter
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
 from cluster.core.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
+from cluster.transport.byte_budget import Charge
 
 LARGE: Final = 64 * KIB
 """Bytes above which a body is parsed and translated in a thread, one at a time; the largest takes 0.1 s in total."""

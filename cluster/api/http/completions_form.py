@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
-from cluster.api.bounds import MAX_ELEMENTS, MAX_PROMPT_IDS
+from cluster.api.bounds import MAX_ELEMENTS
 from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import ChatStreamOptions
 from cluster.api.http.openai_formats import ResponseFormat, grammar_of
 from cluster.api.http.sampling_form import Count, SamplingForm
 from cluster.core.errors import InvalidRequest
-from cluster.core.limits import MAX_ANSWERS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS
+from cluster.core.limits import MAX_ANSWERS, MAX_PROMPT_IDS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS
 from cluster.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS: Final = 16

@@ -16,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api.byte_budget import ByteBudget
 from cluster.api.http.authorization import KEY, Authorizer
 from cluster.api.http.body import CHARGE
 from cluster.api.http.caller_identity import client_name
 from cluster.api.http.errors import error_response, internal_error
 from cluster.api.http.origin_policy import OriginPolicy
 from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.transport.byte_budget import ByteBudget
 
 _ID: Final = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 Observe = Callable[[str, str, int, float], None]

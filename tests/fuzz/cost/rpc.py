@@ -13,17 +13,18 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 
-from cluster.api.byte_budget import ByteBudget
 from cluster.api.cluster_service import ClusterServicer
 from cluster.api.inference_service import InferenceServicer
-from cluster.api.message_bounds import MessageBounds
 from cluster.coordinator.worker_client import _read_info
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
+from cluster.core.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from cluster.platform.macos import MachineFacts
 from cluster.security.credentials import LocalTrust
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
+from cluster.transport.byte_budget import ByteBudget
+from cluster.transport.grpc_setup import control_bounds
+from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -39,7 +40,7 @@ from fuzz.targets.kept import scratch
 
 AT_ONCE = 16
 PUBLIC = tuple(s for f in (inference_pb2, cluster_pb2) for s in f.DESCRIPTOR.services_by_name.values())
-"""Services before which messages are counted."""
+"""Services that clients call."""
 FILES = (inference_pb2, cluster_pb2, worker_pb2, store_pb2)
 DEPTH = 3
 """Messages within messages that the seeds go down."""
@@ -70,6 +71,10 @@ class _Nothing:
     """A supervisor or supplies, behind which nothing is: every question is answered with ``Passed``."""
 
     hello = None
+    computing = False
+
+    async def report(self) -> None:
+        raise Passed(PASSED)
 
     async def ask(self, *given: object) -> None:
         raise Passed(PASSED)
@@ -119,7 +124,8 @@ SERVICES: Mapping[str, Callable[[_Methods], None]] = {
 def _entry(service: ServiceDescriptor, method: str) -> Entry:
     methods = _Methods()
     SERVICES[service.name](methods)
-    bounds = MessageBounds(PUBLIC, ByteBudget(), lambda context: context.peer())
+    public = MessageBounds(PUBLIC, ByteBudget(), lambda context: context.peer())
+    bounds = public if service in PUBLIC else control_bounds(LocalTrust())
     details: Any = SimpleNamespace(method=f"/{service.full_name}/{method}")
 
     async def known(details: object) -> Any:
@@ -160,7 +166,7 @@ def _facts_entry() -> Entry:
     return Entry(take)
 
 
-def seeds_of(kind: Descriptor) -> Mapping[str, Recipe]:
+def seeds_of(kind: Descriptor, limit: int = MAX_CONTROL_BYTES) -> Mapping[str, Recipe]:
     """For each field of a message, and of those within it, as much as there may be; and fields that nobody knows."""
     made: dict[str, Recipe] = {
         "unknown fields": ["rep", 1000, ["hex", (varint(UNKNOWN << 3) + b"\0").hex()]],
@@ -175,7 +181,7 @@ def seeds_of(kind: Descriptor) -> Mapping[str, Recipe]:
         "no message": ["rep", 1000, ["hex", "ff"]],
     }
     made |= dict(_fields(kind, DEPTH))
-    return {name: filled(recipe, MAX_CONTROL_BYTES) for name, recipe in made.items()}
+    return {name: filled(recipe, limit) for name, recipe in made.items()}
 
 
 def _fields(kind: Descriptor, depth: int) -> Iterator[tuple[str, Recipe]]:
@@ -305,11 +311,11 @@ TARGETS = (
     *_targets(),
     CostTarget(
         "answer-Describe",
-        "a worker's answer of 16 MiB",
-        MAX_CONTROL_BYTES,
+        "a worker's answer of 256 KiB",
+        MAX_ANSWER_BYTES,
         AT_ONCE,
         _facts_entry,
-        lambda: seeds_of(worker_pb2.DescribeResponse.DESCRIPTOR),
+        lambda: seeds_of(worker_pb2.DescribeResponse.DESCRIPTOR, MAX_ANSWER_BYTES),
         ATOMS,
     ),
 )

@@ -13,7 +13,6 @@ import h11
 from google.protobuf.message import DecodeError, Message
 
 from cluster.api import request_validation
-from cluster.api.byte_budget import ByteBudget
 from cluster.api.cluster_service import _load_order
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
@@ -24,6 +23,7 @@ from cluster.core.errors import Busy, MacpipeError
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
+from cluster.transport.byte_budget import ByteBudget
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from cluster.api.bounds import FREE_BODY_BYTES, MAX_INTAKE_BYTES
 from cluster.core.errors import Busy
-from cluster.core.limits import MIB, RETRY_AFTER_S
+from cluster.core.limits import FREE_BODY_BYTES, MAX_INTAKE_BYTES, MIB, RETRY_AFTER_S
 
 _CODE: Final = "too_many_bytes"
 

@@ -1,24 +1,28 @@
-"""Bounds public gRPC requests on their wire format, before protobuf builds objects from them.
+"""gRPC requests, counted and charged while they are still bytes, before protobuf builds objects of them.
 
-gRPC bounds the bytes of a message only, and 16 MiB of empty submessages become eight million objects. So this module
-counts fields. It knows the descriptors of the requests, but not what a request means.
+16 MiB of empty submessages are eight million objects. gRPC's own bound is on bytes, so a message's fields are counted
+on the wire format, also those of members: a worker without a cluster answers every program of its machine. It knows
+the requests' descriptors. It refuses to know what a request means.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
+import anyio
 import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from cluster.api.bounds import MAX_FIELDS, MAX_PROMPT_IDS
-from cluster.api.byte_budget import ByteBudget
 from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
+from cluster.core.limits import KIB, MAX_FIELDS, MAX_PROMPT_IDS
+from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.rich_errors import abort
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -26,17 +30,20 @@ Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 _VARINT: Final = 0
 _BYTES: Final = 2
 _SIZES: Final = {1: 8, 3: 0, 4: 0, 5: 4}
-"""Bytes of a value by wire type. The tags that start and end a group have no value; a group's fields count as usual."""
+"""Bytes of a value by its type on the wire; a group's ends have none, and its fields are counted like others."""
 _CONTINUED: Final = bytes(range(128, 256))
-"""Bytes of a varint that are not its last."""
+"""Bytes of a varint that another one follows."""
+_LONG_BYTES: Final = 64 * KIB
+"""A message up to this is counted and parsed in a millisecond or two, right on the event loop."""
+_NONE: Final[Mapping[str, int]] = MappingProxyType({})
 
 
-def count_fields(data: bytes, message: Descriptor) -> None:
-    """Check the number of fields and packed numbers in ``data``, an encoded ``message`` with all its submessages.
+def count_fields(data: bytes, message: Descriptor, most: int = MAX_FIELDS) -> None:
+    """Allow ``data`` as a ``message`` so many fields, in all submessages together, and so many packed numbers.
 
     Raises ``TooLarge``. Malformed data ends the count: protobuf stops there too, and built only what was counted.
     """
-    if len(data) <= MAX_FIELDS:  # a field has at least two bytes
+    if len(data) <= most:  # a field has two bytes at least
         return
     count = 0
     numbers = 0
@@ -45,10 +52,8 @@ def count_fields(data: bytes, message: Descriptor) -> None:
         at, end, kind = outer.pop()
         while at < end:
             count += 1
-            if count > MAX_FIELDS:
-                raise TooLarge(
-                    f"the request has more than {MAX_FIELDS} fields, submessages included; send fewer messages or tools"
-                )
+            if count > most:
+                raise TooLarge(f"the request has more than {most} fields, those of its parts included")
             tag, at = _varint(data, at)
             if tag & 7 != _BYTES:
                 at = _skip(data, at, tag & 7)
@@ -107,15 +112,21 @@ def _message_type(message: Descriptor) -> _MessageType:
 class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
     """Intercepts ``services``: charges a request to ``bodies`` until it ends, bounds its fields, then parses it.
 
-    ``client`` returns the caller's name, to which its bytes are charged.
+    ``client`` names who calls, as ``Charge`` takes it. ``most_fields`` says for some messages, by full name, that they
+    may have more than MAX_FIELDS. Long messages are counted and parsed on a thread, one at a time: 16 that come at once
+    would keep the event loop for 0.3 s.
     """
 
     def __init__(
-        self, services: tuple[ServiceDescriptor, ...], bodies: ByteBudget, client: Callable[[Context], str]
+        self,
+        services: tuple[ServiceDescriptor, ...],
+        bodies: ByteBudget,
+        client: Callable[[Context], str],
+        most_fields: Mapping[str, int] = _NONE,
     ) -> None:
         self._requests = {f"/{s.full_name}/{m.name}": m.input_type for s in services for m in s.methods}
-        self._bodies = bodies
-        self._client = client
+        self._bodies, self._client, self._most_fields = bodies, client, most_fields
+        self._counting = anyio.CapacityLimiter(1)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
@@ -124,7 +135,7 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         message = self._requests.get(details.method)
         if handler is None or message is None or handler.request_streaming:
             return handler
-        parse = functools.partial(_parse, message, handler.request_deserializer)
+        parse = functools.partial(self._parsed, message, handler.request_deserializer)
         if handler.response_streaming:
             streaming = self._streaming(handler.unary_stream, parse)
             return grpc.unary_stream_rpc_method_handler(streaming, None, handler.response_serializer)
@@ -132,26 +143,33 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
             self._single(handler.unary_unary, parse), None, handler.response_serializer
         )
 
-    def _streaming(self, behaviour: Any, parse: Callable[[bytes], Any]) -> Any:
+    async def _parsed(self, message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
+        most = self._most_fields.get(message.full_name, MAX_FIELDS)
+        if len(data) <= _LONG_BYTES:
+            return _parse(message, deserialize, most, data)
+        return await anyio.to_thread.run_sync(_parse, message, deserialize, most, data, limiter=self._counting)
+
+    def _streaming(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
         async def bounded(data: bytes, context: Context) -> AsyncIterator[Any]:
             with self._bodies.open(self._client(context)) as charge:
                 try:
                     charge.add(len(data))
-                    request = parse(data)
+                    request = await parse(data)
                 except MacpipeError as e:
                     await abort(context, e)
                 del data
-                async for reply in behaviour(request, context):
-                    yield reply
+                async with aclosing(behaviour(request, context)) as replies:
+                    async for reply in replies:
+                        yield reply
 
         return bounded
 
-    def _single(self, behaviour: Any, parse: Callable[[bytes], Any]) -> Any:
+    def _single(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
         async def bounded(data: bytes, context: Context) -> Any:
             with self._bodies.open(self._client(context)) as charge:
                 try:
                     charge.add(len(data))
-                    request = parse(data)
+                    request = await parse(data)
                 except MacpipeError as e:
                     await abort(context, e)
                 del data
@@ -160,10 +178,10 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         return bounded
 
 
-def _parse(message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
-    """Parse a request. Raises ``TooLarge``, and ``InvalidRequest`` if it is malformed."""
+def _parse(message: Descriptor, deserialize: Callable[[bytes], Any] | None, most: int, data: bytes) -> Any:
+    """The request. Raises ``TooLarge``, and ``InvalidRequest`` where it is none."""
     assert deserialize, "generated servicers always have one"
-    count_fields(data, message)
+    count_fields(data, message, most)
     try:
         return deserialize(data)
     except DecodeError:

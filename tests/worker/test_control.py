@@ -1,0 +1,69 @@
+"""What a worker takes from a coordinator: names of a sane length, and no more places than it may dial."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.core.limits import KEPT_CORRECTIONS, MAX_PATH_CHARS, MAX_STAGE_PEERS
+from cluster.core.plan import Profile
+from cluster.platform.macos import MachineFacts
+from cluster.security.credentials import LocalTrust
+from cluster.transport.grpc_setup import bind, control_server
+from cluster.v1 import worker_pb2 as pb
+from cluster.v1.worker_pb2_grpc import WorkerServiceStub, add_WorkerServiceServicer_to_server
+from cluster.worker.profile_file import ProfileFile
+from cluster.worker.settings import WorkerSettings
+from cluster.worker.stage_loader import StageLoader
+from cluster.worker.worker_service import WorkerServicer
+
+PROFILE = Profile(bandwidth=1e11, layer_s=1e-4, step_s=1e-3, flops=1e12, row_cost=0.1)
+LONG = "a" * (MAX_PATH_CHARS + 1)
+PEERS = [pb.StorePeer(name="a", address="127.0.0.1:1")] * (MAX_STAGE_PEERS + 1)
+REFUSED = [
+    ("LoadStage", pb.LoadStageRequest(peers=PEERS)),
+    *(("LoadStage", pb.LoadStageRequest(**{name: LONG})) for name in ("model", "path", "fingerprint", "instance")),
+    ("LearnRatio", pb.LearnRatioRequest(fingerprint=LONG, ratio=2.0)),
+    ("MeasureLink", pb.MeasureLinkRequest(worker="a", address=LONG)),
+]
+
+
+@pytest.mark.anyio
+async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path: Path) -> None:
+    """Else each heartbeat would tell them, and none could be sent any more."""
+    nothing: Any = None
+    profile = ProfileFile(tmp_path / "profile.json", "k")
+    profile.put(PROFILE)
+    settings = WorkerSettings(name="ada", home=tmp_path)
+    supplies = StageLoader(tmp_path, LocalTrust())
+    control = WorkerServicer("ab" * 8, settings, LocalTrust(), nothing, supplies, profile, MachineFacts())
+    server = control_server(LocalTrust())
+    add_WorkerServiceServicer_to_server(control, server)
+    port = bind(server, LocalTrust(), "127.0.0.1", 0)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = WorkerServiceStub(channel)
+        for method, request in REFUSED:
+            call = getattr(stub, method)(request)
+            with pytest.raises(grpc.RpcError) as caught:
+                await (anext(aiter(call)) if method == "LoadStage" else call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method
+        await stub.LearnRatio(pb.LearnRatioRequest(fingerprint="f", ratio=2.0))
+    await server.stop(None)
+    assert control.loaded is None
+    assert profile.kept.profile.corrections == (("f", 2.0),)
+
+
+def test_no_more_corrections_are_read_than_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    ProfileFile(path, "k").put(PROFILE)
+    facts = json.loads(path.read_text())
+    facts["profile"]["corrections"] = [(f"f{number}", 2.0) for number in range(KEPT_CORRECTIONS + 1)]
+    path.write_text(json.dumps(facts))
+    learned = ProfileFile(path, "k").kept.profile.corrections
+    assert len(learned) == KEPT_CORRECTIONS
+    assert learned[-1] == (f"f{KEPT_CORRECTIONS}", 2.0)
