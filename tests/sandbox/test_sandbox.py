@@ -165,7 +165,7 @@ async def test_a_hostile_model_fails_the_requests_that_set_it_off(hostile_sandbo
     assert max(map(peak_bytes, pids)) < 512 * MIB
     with pytest.raises(InvalidRequest, match="makes 9000004 characters of them; at most"):
         await text.converse((ChatMessage("user", "long"),), PLAIN, None, 100)
-    with pytest.raises(InvalidRequest, match="the model's tokenizer fails at this text") as panicked:
+    with pytest.raises(InvalidRequest, match="the model's tokenizer fails on this text") as panicked:
         await text.encode(SLOW_TEXT, 100)
     assert "aaa" not in panicked.value.sentence
     with pytest.raises(InvalidRequest, match=r"chat template needs more than 0\.5 s of CPU time"):

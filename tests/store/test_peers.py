@@ -221,7 +221,7 @@ def test_a_store_that_says_too_much_at_once_is_refused(giving: Giving) -> None:
         peer.describe()
     with pytest.raises(FetchFailed, match="more tensors at once"):
         peer.holdings(())
-    with pytest.raises(InvalidRequest, match="larger than one may be"):
+    with pytest.raises(InvalidRequest, match="is too large"):
         peer.holdings(("a",))
 
 
