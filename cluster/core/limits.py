@@ -311,6 +311,8 @@ SANDBOX_OPEN_MEMORY_BYTES: Final = 3 * GIB
 SANDBOX_OPEN_WALL_S: Final = 120.0
 SANDBOX_WARM_UP_CPU_S: Final = 5.0
 """To compile a chat template and render one message: the largest that is taken takes 2.2 s."""
+LARGE_PROMPT_BYTES: Final = 256 * KIB
+"""A larger prompt is tokenized in a process for large ones, one at a time: it takes half a second or more."""
 MAX_SANDBOX_WAITING: Final = 256
 """Jobs that wait for a process; one more is refused with RESOURCE_EXHAUSTED."""
 SANDBOX_WAIT_S: Final = 30.0

@@ -18,6 +18,7 @@ import anyio
 
 from cluster.core.errors import BadFrame, InvalidGrammar, MacpipeError
 from cluster.core.limits import (
+    LARGE_PROMPT_BYTES,
     MIB,
     SANDBOX_CPU_S,
     SANDBOX_CPU_S_PER_MIB,
@@ -94,12 +95,14 @@ class TextService(Protocol):
 class SandboxedTokenizer:
     """The ``TextService`` for the model in ``folder``. Uses one event loop.
 
-    Prompts and grammars use separate processes, so that an expensive schema does not delay prompts. The processes for
-    grammars start with the first grammar.
+    Prompts, large prompts and grammars use separate processes, so that neither an expensive schema nor a text of
+    megabytes delays other prompts. The processes for large prompts and for grammars start when they are first needed.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._text = ProcessPool((OpenModel(str(folder), False, OPENING), WarmUp(WARMING_UP)))
+        opening = (OpenModel(str(folder), False, OPENING), WarmUp(WARMING_UP))
+        self._text = ProcessPool(opening)
+        self._large = ProcessPool(opening, 1)  # one at a time: each may take gigabytes
         self._grammars = ProcessPool((OpenModel(str(folder), True, OPENING),))
         self._checks: OrderedDict[tuple[GrammarKind, bytes], asyncio.Task[MacpipeError | None]] = OrderedDict()
         """The latest checks by grammar, since requests often use the same grammar, also concurrently."""
@@ -107,7 +110,7 @@ class SandboxedTokenizer:
     @property
     def pids(self) -> tuple[int, ...]:
         """Return the ids of the live processes."""
-        return self._text.pids + self._grammars.pids
+        return self._text.pids + self._large.pids + self._grammars.pids
 
     async def open(self, process: SandboxProcess | None = None) -> None:
         """Load the tokenizer: in ``process`` if it is given, else in a new process.
@@ -117,7 +120,8 @@ class SandboxedTokenizer:
         await self._text.open(process)
 
     async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        return await self._prompt(Encode(text, max_tokens, texts, _limits(len(text.encode()))))
+        size = len(text.encode())
+        return await self._prompt(Encode(text, max_tokens, texts, _limits(size)), size)
 
     async def converse(
         self,
@@ -128,8 +132,9 @@ class SandboxedTokenizer:
         *,
         texts: bool = False,
     ) -> Tokenized:
-        limits = _limits(sum(map(_length, messages)) + sum(len(tool.parameters) for tool in options.tools))
-        return await self._prompt(Converse(tuple(messages), options, grammar, max_tokens, texts, limits))
+        size = sum(map(_length, messages)) + sum(len(tool.parameters) for tool in options.tools)
+        job = Converse(tuple(messages), options, grammar, max_tokens, texts, _limits(size))
+        return await self._prompt(job, size)
 
     async def check_grammar(self, grammar: Grammar) -> None:
         key = (grammar.kind, hashlib.sha256(grammar.source.encode()).digest())
@@ -156,10 +161,13 @@ class SandboxedTokenizer:
     async def close(self) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._text.close)
+            tasks.start_soon(self._large.close)
             tasks.start_soon(self._grammars.close)
 
-    async def _prompt(self, job: Job) -> Tokenized:
-        reply = await self._text.run(job)
+    async def _prompt(self, job: Job, size: int) -> Tokenized:
+        """Run a job on a prompt of ``size`` bytes."""
+        pool = self._large if size > LARGE_PROMPT_BYTES else self._text
+        reply = await pool.run(job)
         if not isinstance(reply, PromptReply):
             raise BadFrame("the sandbox sent a reply of the wrong type")
         return tokenized(reply)

@@ -156,6 +156,16 @@ async def test_a_grammar_that_costs_too_much_is_refused_and_delays_no_prompt(pla
         await text.check_grammar(Grammar(GrammarKind.REGEX, "("))
 
 
+async def test_large_prompts_delay_no_small_one(plain_sandbox: SandboxedTokenizer, rng: random.Random) -> None:
+    """However many large ones wait: they have a process of their own."""
+    words = [rng.randbytes(6).hex() for _ in range(1000)]
+    large = [asyncio.create_task(plain_sandbox.encode(" ".join(rng.choices(words, k=40_000)), 0)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert (await plain_sandbox.encode("What is a hop?", 100)).count > 0
+    assert not any(task.done() for task in large)
+    assert min([(await task).count for task in large]) > 40_000
+
+
 async def test_a_hostile_model_fails_the_requests_that_set_it_off(hostile_sandbox: SandboxedTokenizer) -> None:
     text = hostile_sandbox
     pids = text.pids
@@ -163,7 +173,7 @@ async def test_a_hostile_model_fails_the_requests_that_set_it_off(hostile_sandbo
         await text.converse((ChatMessage("user", "double"),), PLAIN, None, 100)
     assert (await text.converse((ChatMessage("user", "fine"),), PLAIN, None, 100)).count > 0
     assert max(map(peak_bytes, pids)) < 512 * MIB
-    with pytest.raises(InvalidRequest, match="makes 9000004 characters of them; at most"):
+    with pytest.raises(InvalidRequest, match="messages have 9000004 characters; at most"):
         await text.converse((ChatMessage("user", "long"),), PLAIN, None, 100)
     with pytest.raises(InvalidRequest, match="the model's tokenizer fails on this text") as panicked:
         await text.encode(SLOW_TEXT, 100)
