@@ -78,5 +78,5 @@ def test_bench_refuses_what_does_not_fit_the_context(client: Client) -> None:
     arguments = ["bench", "--prompt", str(room + 1), "--tokens", str(TOKENS), "--coordinator", client.address]
     done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"--prompt {room} " in done.stderr
+    assert f"--prompt {room}," in done.stderr
     assert "Traceback" not in done.stderr

@@ -295,7 +295,7 @@ def test_a_token_that_is_too_much_work_is_the_grammars_fault(tokenizer: Tokenize
     """Not the stage's, whose failure would begin a recovery."""
     grammars = tokenizer.grammars()
     digit = tokenizer.encode("6", add_special_tokens=False)[0]
-    for act in (lambda c: c.completed([], digit), lambda c: c.allowed([digit], 1, tokenizer.vocab_size)):
+    for act in (lambda c: c.is_complete_after([], digit), lambda c: c.allowed_mask([digit], 1, tokenizer.vocab_size)):
         constraint = grammars.constraint(Grammar(GrammarKind.LARK, ALTERNATIVES), 0)
         assert constraint.allowed_mask([], 0, tokenizer.vocab_size)[digit]
         with pytest.raises(InvalidGrammar, match="too much work for one token"):
