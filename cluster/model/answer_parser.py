@@ -118,7 +118,8 @@ class AnswerParser:
             if not self._close_call(before, out) and not self._parse_calls(before, out):
                 self._emit_text(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
             return
-        if mark in self._marks.noise:
+        ends_reasoning = self._state is _ParserState.REASONING and mark == self._marks.think_end
+        if mark in self._marks.noise and not ends_reasoning:
             self._held = before + self._held
             return
         emitted = before.rstrip() if self._holds_blanks() else before

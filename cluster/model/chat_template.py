@@ -16,8 +16,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_RENDERED_CHARS
 from cluster.core.request import ChatMessage, ChatOptions, Tool
+from cluster.model.conversation import fit_messages, message_fields
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
+from cluster.model.template_abilities import CallForm, TemplateAbilities
 
 __all__ = ["ChatTemplate", "describe_tool"]
 
@@ -36,6 +38,7 @@ class ChatTemplate:
         self._wrapper = wrapper
         self._marks = marks
         self._names = _names(wrapper)
+        self._abilities = TemplateAbilities(self._probe)
 
     def render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
         """Return the prompt's token ids, up to the start of the answer. Raises as ``Tokenizer.chat``."""
@@ -48,11 +51,11 @@ class ChatTemplate:
         arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}
         if options.offered:
             arguments["tools"] = [describe_tool(tool) for tool in options.offered]
-        written = [_message_fields(message) for message in messages]
+        fitted = fit_messages(messages, self._abilities)
+        form = self._abilities.call_form if any(m.tool_calls for m in fitted) else CallForm()
+        written = [message_fields(message, form) for message in fitted]
         try:
-            text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
-                written, tokenize=False, add_generation_prompt=True, **arguments
-            )
+            text = self._apply(written, arguments)
         except MemoryError:  # the sandbox reports its memory limit itself
             raise
         except Exception as error:  # a template is a program that comes with the model: it can raise anything
@@ -66,6 +69,21 @@ class ChatTemplate:
             )
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
             return tuple(self._wrapper.encode(text, add_special_tokens=False))
+
+    def _apply(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str:
+        text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
+            list(messages), tokenize=False, add_generation_prompt=True, **arguments
+        )
+        return text
+
+    def _probe(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """Return the rendered text; None if the template raises."""
+        try:
+            return self._apply(messages, {})
+        except MemoryError:
+            raise
+        except Exception:  # a template can raise anything
+            return None
 
     def _takes(self, name: str) -> bool:
         return self._names is None or name in self._names
@@ -134,34 +152,6 @@ def describe_tool(tool: Tool) -> dict[str, Any]:
         raise InvalidRequest(f"the parameters of tool {tool.name!r} must be a JSON object", field="tools")
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
-
-
-def _message_fields(message: ChatMessage) -> dict[str, Any]:
-    """Return a message as templates read it, without empty fields."""
-    written: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        written |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
-        written["thinking"] = message.reasoning
-    if message.tool_calls:
-        written["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments)}}
-            for c in message.tool_calls
-        ]
-    if message.tool_call_id:
-        written["tool_call_id"] = message.tool_call_id
-    if message.name:
-        written["name"] = message.name
-    return written
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text or "{}")
-    except ValueError as error:
-        raise InvalidRequest(f"the arguments of a tool call are not JSON: {error}", field="messages") from error
-    if not isinstance(arguments, dict):
-        raise InvalidRequest("the arguments of a tool call must be a JSON object", field="messages")
-    return arguments
 
 
 def _names(wrapper: TokenizerWrapper) -> frozenset[str] | None:

@@ -1,4 +1,7 @@
-"""The markers of reasoning and tool calls in a model's text, as mlx-lm derives them from the tokenizer."""
+"""The markers of reasoning and tool calls in a model's text.
+
+mlx-lm derives them from the tokenizer. ``call_formats`` adds formats that mlx-lm does not know.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from cluster.model.call_formats import CallFormat, find_call_format
 
 __all__ = ["OutputMarkers"]
 
@@ -21,6 +26,8 @@ class OutputMarkers:
 
     def __init__(self, wrapper: TokenizerWrapper) -> None:
         self._wrapper = wrapper
+        self.content_start: tuple[int, ...] = ()
+        """Tokens that start the answer's content, after any reasoning; empty if the model does not mark it."""
         self.think_start: str = wrapper.think_start or ""
         self.think_end: str = wrapper.think_end or ""
         self.reasoning_end: tuple[int, ...] = tuple(wrapper.think_end_tokens or ())
@@ -30,10 +37,22 @@ class OutputMarkers:
         self.format: str = (wrapper.init_kwargs.get("tool_parser_type") or "") if self.parse else ""
         self.noise: tuple[str, ...] = tuple(wrapper.structural_markers)
         """Markers without content; they are removed from the text."""
+        if self.parse is None and (known := find_call_format(str(wrapper.chat_template or ""))):
+            self._use(known)
+
+    def _use(self, known: CallFormat) -> None:
+        self.call_start, self.call_end = known.start, known.end
+        self.parse, self.format = known.parse, known.name
+        self.noise += known.noise
+        if known.content:
+            self.content_start = tuple(self._wrapper.encode(known.content, add_special_tokens=False))
+        if known.think[0] and not self.think_start:
+            self.think_start, self.think_end = known.think
+            self.reasoning_end = tuple(self._wrapper.encode(self.think_end, add_special_tokens=False))
 
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Return whether ``prompt`` ends inside the reasoning: its last marker opens it, and only blanks follow."""
-        if not self.think_start:
+        if not self._wrapper.think_start:
             return False
         ids = list(prompt)
         start = self._wrapper.rfind_think_start(ids)  # type: ignore[no-untyped-call]

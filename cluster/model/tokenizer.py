@@ -136,8 +136,13 @@ class Tokenizer:
         """
         return tool_call_grammar(options, self._marks)
 
-    def bound(self, grammar: Grammar, parsing: Parsing) -> Grammar:
-        """Return ``grammar`` for an answer with this ``parsing``: it applies after the reasoning, if there is any."""
+    def bound(self, grammar: Grammar, parsing: Parsing, *, calls: bool = False) -> Grammar:
+        """Return ``grammar`` for an answer with this ``parsing``: it applies after the reasoning, if there is any.
+
+        ``calls``: the grammar is that of a tool call, not of the content.
+        """
+        if self._marks.content_start and not calls:
+            return replace(grammar, free_until=self._marks.content_start)
         return replace(grammar, free_until=self._marks.reasoning_end) if parsing.thinking else grammar
 
     def parser(self, parsing: Parsing) -> AnswerParser:

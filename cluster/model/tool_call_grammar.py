@@ -74,10 +74,60 @@ def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     return "\n".join((f"start: {start} {calls} {end}", *rules))
 
 
+def _harmony(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """Return the grammar of one harmony call. There is never a second one, since a call ends the answer."""
+    head, middle = marks.spelled("<|channel|>commentary to=functions."), marks.spelled("<|constrain|>json<|message|>")
+    rules = [
+        f"tool_{i}: {head} {quote_lark(tool.name + ' ')} {middle} {_json(_parameters(tool))}"
+        for i, tool in enumerate(tools)
+    ]
+    return "\n".join((_start(len(tools), False), *rules))
+
+
+def _deepseek(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """Return the grammar of ``NAME<sep>{...}`` between markers, once or more often."""
+    return _deepseek_calls(tools, marks, several, "", "")
+
+
+def _deepseek_blocks(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """Return the grammar of ``function<sep>NAME`` and a block of JSON code between markers, once or more often."""
+    return _deepseek_calls(tools, marks, several, "\n```json\n", "\n```")
+
+
+def _deepseek_calls(tools: Sequence[Tool], marks: OutputMarkers, several: bool, opening: str, closing: str) -> str:
+    begin, close = marks.spelled("<｜tool▁calls▁begin｜>"), marks.spelled("<｜tool▁calls▁end｜>")
+    separator = marks.spelled("<｜tool▁sep｜>")
+    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    rules = []
+    for i, tool in enumerate(tools):
+        name = quote_lark(tool.name + opening)
+        head = f'"function" {separator} {name}' if opening else f"{name} {separator}"
+        tail = quote_lark(closing) if closing else ""
+        rules.append(f"tool_{i}: {start} {head} {_json(_parameters(tool))} {tail} {end}")
+    calls = _start(len(tools), several).removeprefix("start: ")
+    return "\n".join((f"start: {begin} {calls} {close}", *rules))
+
+
+def _llama3(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+    """Return the grammar of one ``{"name": ..., "parameters": {...}}``, the only call that Llama 3 makes at a time."""
+    schema = {"anyOf": [_call_schema(tool, "parameters") for tool in tools]}
+    return f"start: {_json(schema)}"
+
+
 WRITERS: Final[Mapping[str, Callable[[Sequence[Tool], OutputMarkers, bool], str]]] = MappingProxyType(
-    {"json_tools": _json_tools, "mistral": _mistral, "kimi_k2": _kimi_k2}
+    {
+        "json_tools": _json_tools,
+        "mistral": _mistral,
+        "kimi_k2": _kimi_k2,
+        "harmony": _harmony,
+        "deepseek": _deepseek,
+        "deepseek_blocks": _deepseek_blocks,
+        "llama3": _llama3,
+    }
 )
-"""Writers by mlx-lm's name of the format. A JSON schema cannot describe the arguments of the other formats."""
+"""Writers by the name of the format, mlx-lm's or that of ``call_formats``.
+
+A JSON schema cannot describe the arguments of the other formats."""
 
 
 def _start(tools: int, several: bool) -> str:
@@ -96,11 +146,11 @@ def _parameters(tool: Tool) -> Any:
     return parameters
 
 
-def _call_schema(tool: Tool) -> dict[str, Any]:
-    properties = {"name": {"const": tool.name}, "arguments": _parameters(tool)}
+def _call_schema(tool: Tool, arguments: str = "arguments") -> dict[str, Any]:
+    properties = {"name": {"const": tool.name}, arguments: _parameters(tool)}
     return {
         "type": "object",
         "properties": properties,
-        "required": ["name", "arguments"],
+        "required": ["name", arguments],
         "additionalProperties": False,
     }

@@ -119,7 +119,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
     prompt = _prompt(tokenizer, ids, job)
     grammar = calling or job.grammar
     if grammar:
-        grammar = tokenizer.bound(grammar, parsing)
+        grammar = tokenizer.bound(grammar, parsing, calls=calling is not None)
     return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar)
 
 

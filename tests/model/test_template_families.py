@@ -1,0 +1,242 @@
+"""Conversations of coding agents in the chat templates of the families that people serve.
+
+The templates in ``templates/`` follow the families' documented formats, with the rules on which agents fail: one
+system message at most, alternating roles, one call a message, ids of nine characters, arguments as text or as objects.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from checkpoints import make_tokenizer
+from cluster.core.request import ChatMessage, ChatOptions, Parsing, Tool, ToolCall, ToolChoice
+from cluster.model.grammars import Constraint
+from cluster.model.tokenizer import Tokenizer, load_tokenizer
+
+TEMPLATES = Path(__file__).parent / "templates"
+SHELL = Tool(
+    "shell",
+    "Run a command",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"command": {"type": "string", "maxLength": 20}},
+            "required": ["command"],
+            "additionalProperties": False,
+        }
+    ),
+)
+READ = Tool("read", "Read a file", json.dumps({"type": "object", "properties": {"path": {"type": "string"}}}))
+OFFER = ChatOptions(tools=(SHELL, READ), tool_choice=ToolChoice.AUTO)
+
+
+def call(identity: str, tool: str, **arguments: str) -> ToolCall:
+    return ToolCall(identity, tool, json.dumps(arguments))
+
+
+AGENT = (
+    ChatMessage("system", "S-ONE"),
+    ChatMessage("system", "S-TWO"),
+    ChatMessage("user", "U-ONE"),
+    ChatMessage("user", "U-TWO"),
+    ChatMessage(
+        "assistant",
+        "",
+        tool_calls=(call("call_1", "shell", command="C-ONE"), call("call_2", "read", path="C-TWO")),
+    ),
+    ChatMessage("tool", "R-ONE", tool_call_id="call_1", name="shell"),
+    ChatMessage("tool", "R-TWO", tool_call_id="call_2", name="read"),
+    ChatMessage("system", "S-LATER"),
+    ChatMessage("assistant", "A-ONE"),
+    ChatMessage("assistant", "A-TWO"),
+    ChatMessage("user", "U-THREE"),
+)
+"""Two developer messages, two user messages, parallel calls, a reminder after their results, an answer in parts."""
+PLAIN = tuple(m for m in AGENT if not m.tool_calls and m.role != "tool")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template, an answer of its model that calls ``shell`` with ``ls``, and the markers that are tokens there."""
+
+    name: str
+    answer: str = ""
+    tokens: tuple[str, ...] = ()
+    required: bool = False
+    """Whether a call can be required."""
+
+
+FAMILIES = (
+    Family(
+        "qwen2.5",
+        '<tool_call>\n{"name": "shell", "arguments": {"command": "ls"}}\n</tool_call>',
+        ("<tool_call>", "</tool_call>"),
+        True,
+    ),
+    Family(
+        "qwen3",
+        '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "shell", "arguments": {"command": "ls"}}\n</tool_call>',
+        ("<think>", "</think>", "<tool_call>", "</tool_call>"),
+        True,
+    ),
+    Family(
+        "qwen3.5",
+        "hm\n</think>\n\n<tool_call>\n<function=shell>\n<parameter=command>\nls\n</parameter>\n</function>\n</tool_call>",
+        ("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    Family("llama3", '{"name": "shell", "parameters": {"command": "ls"}}', (), True),
+    Family("mistral", '[TOOL_CALLS]shell[ARGS]{"command": "ls"}', ("[TOOL_CALLS]", "[ARGS]"), True),
+    Family(
+        "gpt-oss",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.shell "
+        '<|constrain|>json<|message|>{"command": "ls"}',
+        ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"),
+        True,
+    ),
+    Family(
+        "glm",
+        "<think>hm</think>\n<tool_call>shell\n<arg_key>command</arg_key>\n<arg_value>ls</arg_value>\n</tool_call>",
+        ("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    Family(
+        "deepseek-v3",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>shell\n```json\n{"command": "ls"}\n```'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        (
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
+        True,
+    ),
+    Family(
+        "deepseek-v3.1",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>shell<｜tool▁sep｜>{"command": "ls"}'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        (
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
+        True,
+    ),
+    Family(
+        "kimi",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.shell:0<|tool_call_argument_begin|>"
+        '{"command": "ls"}<|tool_call_end|><|tool_calls_section_end|>',
+        ("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
+        True,
+    ),
+    Family(
+        "minimax",
+        'hm\n</think>\n\n<minimax:tool_call>\n<invoke name="shell">\n<parameter name="command">ls</parameter>\n'
+        "</invoke>\n</minimax:tool_call>",
+        ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"),
+    ),
+    Family("gemma4", '<|tool_call>call:shell{command:<|"|>ls<|"|>}<tool_call|>', ("<|tool_call>", "<tool_call|>")),
+    Family("gemma3"),
+    Family("gemma2"),
+)
+CALLING = tuple(family for family in FAMILIES if family.answer)
+
+
+def make(family: Family, folder: Path) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    make_tokenizer(folder, (TEMPLATES / f"{family.name}.jinja").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    first = 1 + max(token["id"] for token in content["added_tokens"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    known = {token["content"] for token in content["added_tokens"]}
+    new = [text for text in family.tokens if text not in known]
+    content["added_tokens"] += [{"id": first + i, "content": text, **flags} for i, text in enumerate(new)]
+    path.write_text(json.dumps(content))
+    return load_tokenizer(folder)
+
+
+def in_order(text: str, *words: str) -> bool:
+    places = [text.find(word) for word in words]
+    return -1 not in places and places == sorted(places)
+
+
+def admitted(constraint: Constraint, ids: list[int], vocabulary: int) -> int:
+    """Return how many of ``ids`` the grammar admits, from the first on."""
+    for at, token in enumerate(ids):
+        mask = constraint.allowed_mask(ids[:at], at, vocabulary)
+        if mask is not None and not mask[token]:
+            return at
+    return len(ids)
+
+
+@pytest.mark.parametrize("family", CALLING, ids=lambda family: family.name)
+def test_an_agents_conversation_is_rendered_whole_and_in_order(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    text = tokenizer.decode(tokenizer.chat(AGENT, OFFER))
+    assert in_order(text, "S-ONE", "S-TWO", "U-ONE", "U-TWO", "C-ONE", "R-ONE", "R-TWO", "S-LATER", "A-ONE", "A-TWO")
+    assert in_order(text, "C-ONE", "C-TWO", "R-TWO", "A-TWO", "U-THREE")
+    assert "Run a command" in text or family.name == "gpt-oss"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_conversation_without_tools_is_rendered_whole_and_in_order(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    text = tokenizer.decode(tokenizer.chat(PLAIN))
+    assert in_order(text, *(message.content for message in PLAIN))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_longer_conversation_starts_with_the_shorter_one(family: Family, tmp_path: Path) -> None:
+    """Otherwise no turn could start from the caches of the turn before."""
+    tokenizer = make(family, tmp_path)
+    shorter = tokenizer.decode(tokenizer.chat(PLAIN[:-1]))
+    longer = tokenizer.decode(tokenizer.chat(PLAIN))
+    assert longer.startswith(shorter[: shorter.rindex("A-TWO")])
+
+
+@pytest.mark.parametrize("family", CALLING, ids=lambda family: family.name)
+def test_a_call_in_the_models_format_is_found(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    ids = tokenizer.chat(AGENT[:3], OFFER)
+    parser = tokenizer.parser(tokenizer.parsing(ids, OFFER))
+    parts = [parser.add(character) for character in family.answer]
+    parts.append(parser.flush(whole=True))
+    calls = [delta for part in parts for delta in part.calls]
+    assert [delta.name for delta in calls if delta.name] == ["shell"]
+    assert json.loads("".join(delta.arguments for delta in calls)) == {"command": "ls"}
+    assert "".join(part.text for part in parts) == ""
+    assert "".join(part.reasoning for part in parts) in ("", "hm")
+
+
+@pytest.mark.parametrize("family", [f for f in CALLING if f.required], ids=lambda family: family.name)
+def test_a_required_call_admits_the_models_format_alone(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    options = ChatOptions(tools=(SHELL, READ), tool_choice=ToolChoice.NAMED, tool_name="shell")
+    grammar = tokenizer.calling(options)
+    assert grammar is not None
+    compiled = tokenizer.grammars()
+    answer = family.answer
+    for marker in ("</think>", "<|start|>assistant"):
+        answer = answer.rpartition(marker)[2]
+    ids = list(tokenizer.encode(answer.strip(), add_special_tokens=False))
+    assert admitted(compiled.constraint(grammar, 0), ids, tokenizer.vocab_size) == len(ids)
+    other = list(tokenizer.encode("no", add_special_tokens=False))
+    assert admitted(compiled.constraint(grammar, 0), other, tokenizer.vocab_size) == 0
+
+
+def test_harmony_content_follows_its_channel(tmp_path: Path) -> None:
+    family = next(f for f in FAMILIES if f.name == "gpt-oss")
+    parser = make(family, tmp_path).parser(Parsing(tools=(SHELL,)))
+    answer = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi there."
+    parts = [parser.add(character) for character in answer]
+    parts.append(parser.flush(whole=True))
+    assert "".join(part.reasoning for part in parts) == "hm"
+    assert "".join(part.text for part in parts) == "Hi there."
