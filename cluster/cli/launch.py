@@ -25,6 +25,8 @@ DEFAULT_HTTP: Final = "127.0.0.1:8080"
 KEY_VARIABLE: Final = "MACPIPE_API_KEY"
 ANY_KEY: Final = "macpipe"
 """A placeholder: clients require a key, but without a cluster nothing checks it."""
+PATIENCE_MS: Final = "3600000"
+"""How long a client waits for the next event: reading a long prompt for the first time can take minutes."""
 AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 """Variables for a CA certificate. The first two replace Python clients' CAs; the last adds to those of Node."""
 
@@ -46,6 +48,11 @@ class Served:
     context: int
     key: str = ANY_KEY
     authority: str = ""
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that a client may ask for, so that three quarters of the context stay for its prompt."""
+        return max(1, self.context // 4)
 
     @property
     def openai(self) -> str:
@@ -172,7 +179,11 @@ def _claude(s: Served) -> Launch:
         "ANTHROPIC_AUTH_TOKEN": s.key,
         **{f"ANTHROPIC_{name}": s.model for name in models},
         "CLAUDE_CODE_SUBAGENT_MODEL": s.model,
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(1, s.context // 4)),
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(s.context),  # it assumes a million, and never compacts
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(s.longest_answer),
+        "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # a line that changes the start of every session's prompt
+        "CLAUDE_STREAM_IDLE_TIMEOUT_MS": PATIENCE_MS,
+        "API_TIMEOUT_MS": PATIENCE_MS,
         "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
@@ -181,11 +192,15 @@ def _claude(s: Served) -> Launch:
 
 def _codex(s: Served) -> Launch:
     """Pass the provider as options: Codex does not read it from the environment."""
-    provider = f'{{name="macpipe",base_url="{s.openai}",env_key="{KEY_VARIABLE}",wire_api="responses"}}'
+    provider = (
+        f'{{name="macpipe",base_url="{s.openai}",env_key="{KEY_VARIABLE}",wire_api="responses",'
+        f"stream_idle_timeout_ms={PATIENCE_MS}}}"
+    )
     options = {
         "model_provider": "macpipe",
         "model_providers.macpipe": provider,
         "model_context_window": str(s.context),
+        "model_auto_compact_token_limit": str(s.context - s.longest_answer),
         "web_search": "disabled",
         "features.multi_agent": "false",  # its tools have a type that only OpenAI's server knows
     }
@@ -194,7 +209,7 @@ def _codex(s: Served) -> Launch:
 
 
 def _opencode(s: Served) -> Launch:
-    limit = {"context": s.context, "output": max(1, s.context // 4)}
+    limit = {"context": s.context, "output": s.longest_answer}
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "macpipe",
@@ -203,6 +218,17 @@ def _opencode(s: Served) -> Launch:
     }
     config = {"provider": {"macpipe": provider}, "model": f"macpipe/{s.model}"}
     return Launch({"OPENCODE_CONFIG_CONTENT": json.dumps(config)}, ("opencode",))
+
+
+def _qwen(s: Served) -> Launch:
+    environment = {
+        **_openai(s),
+        "OPENAI_MODEL": s.model,
+        "QWEN_CODE_MAX_OUTPUT_TOKENS": str(s.longest_answer),
+        "QWEN_CODE_API_TIMEOUT_MS": PATIENCE_MS,
+        "QWEN_STREAM_IDLE_TIMEOUT_MS": PATIENCE_MS,
+    }
+    return Launch(environment, ("qwen",))
 
 
 CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
@@ -217,7 +243,7 @@ CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
             ("goose",),
         ),
         "opencode": _opencode,
-        "qwen": lambda s: Launch({**_openai(s), "OPENAI_MODEL": s.model}, ("qwen",)),
+        "qwen": _qwen,
         "openai": lambda s: Launch(_openai(s)),
         "anthropic": lambda s: Launch({"ANTHROPIC_BASE_URL": s.base, "ANTHROPIC_API_KEY": s.key}),
     }

@@ -29,9 +29,21 @@ def test_what_is_printed_is_shell(name: str) -> None:
 def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     claude = CLIENTS["claude"](SERVED).environment
     assert (claude["ANTHROPIC_BASE_URL"], claude["ANTHROPIC_MODEL"]) == ("http://127.0.0.1:8080", "my model")
-    assert "model_context_window=8192" in CLIENTS["codex"](SERVED).command
+    assert (claude["CLAUDE_CODE_MAX_CONTEXT_TOKENS"], claude["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]) == ("8192", "2048")
+    assert claude["CLAUDE_CODE_ATTRIBUTION_HEADER"] == "0"
+    codex = CLIENTS["codex"](SERVED).command
+    assert {"model_context_window=8192", "model_auto_compact_token_limit=6144"} <= set(codex)
+    assert CLIENTS["qwen"](SERVED).environment["QWEN_CODE_MAX_OUTPUT_TOKENS"] == "2048"
     config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("claude", "CLAUDE_STREAM_IDLE_TIMEOUT_MS"), ("qwen", "QWEN_STREAM_IDLE_TIMEOUT_MS")],
+)
+def test_clients_wait_for_a_long_prompt(name: str, place: str) -> None:
+    assert CLIENTS[name](SERVED).environment[place] == "3600000"
 
 
 @pytest.mark.parametrize("name", CLIENTS)
