@@ -152,4 +152,6 @@ def _assign(
     epoch: int, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo], layers: list[LayerRange] | None
 ) -> Assignment:
     narrowed = replace(order, layers=tuple(layers) if layers else None, workers=len(workers))
-    return Assignment(make_plan(epoch, shape, workers, narrowed), tuple(workers))
+    plan = make_plan(epoch, shape, workers, narrowed)
+    by_name = {w.name: w for w in workers}  # the planner may put the workers in another order
+    return Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages))

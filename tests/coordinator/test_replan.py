@@ -13,7 +13,7 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, NoWorkers, WorkerLost
 from cluster.core.limits import MIB
-from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan, Profile
 from cluster.core.worker import WorkerInfo
 
 MODEL = ModelRef("m", "", "f" * 64)
@@ -78,6 +78,17 @@ def test_a_worker_that_is_too_small_for_any_piece_does_not_stand_in_the_way() ->
     """Anybody who is let in could stop every recovery with a Mac that offers a thousand bytes."""
     tiny = worker("tiny", 0, memory_limit=1000)
     assert chosen(*STAGES, tiny, bob="gone") == [("ada", "0-2"), ("cyd", "3-5")]
+
+
+def test_a_new_cut_pairs_each_stage_with_its_worker_where_the_planner_puts_them_in_another_order() -> None:
+    """With measured speeds, the last stage of a throughput plan may be the first worker's."""
+    quick, slow = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
+    facts = [replace(w, profile=p, memory_limit=m * MIB) for w, p, m in ((STAGES[0], slow, 12), (STAGES[1], quick, 80))]
+    heavy_end = replace(SHAPE, layer_bytes=(40 * MIB, *(MIB,) * 5), clean_cuts=(1, 5))
+    plan = make_plan(EPOCH, SHAPE, STAGES, ORDER)
+    found = reassign_layers(EPOCH + 1, plan, heavy_end, ORDER, members(*facts))
+    assert [s.worker for s in found.plan.stages] == ["bob", "ada"]
+    assert [w.name for w in found.workers] == ["bob", "ada"]
 
 
 def test_what_fits_nowhere_says_whose_loss_it_was_and_what_is_missing() -> None:
