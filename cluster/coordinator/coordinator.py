@@ -58,6 +58,7 @@ from cluster.core.request import Grammar, Request
 from cluster.core.state import Repair, ServingState
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
+from cluster.placement.memory_split import Room, is_too_small
 from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
@@ -148,8 +149,7 @@ class Coordinator:
     async def _replace_with(self, checkpoint: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
         if self._service:
             await self._service.teach()  # the next plan uses the step times measured here
-        wanted = len(order.layers) if order.layers and order.workers is None else order.workers
-        found = await self._roster.gather(wanted, order.wait_s, report)
+        found = await self._gather_workers(order, checkpoint.shape, report)
         found, order = await self._prefer_held_slices(checkpoint, order, found)
         number = self._epochs.next(m.facts.epoch for m in self._roster.members)
         plan = await self._make_plan(number, checkpoint.shape, found, order)
@@ -185,13 +185,24 @@ class Coordinator:
                 return service
         raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
 
-    async def plan(self, order: LoadOrder) -> Plan:
+    async def _gather_workers(
+        self, order: LoadOrder, shape: ModelShape, report: LoadReporter
+    ) -> tuple[WorkerInfo, ...]:
+        """Wait for the workers that the order asks for. One that is too small for any piece of the model is not one."""
+        return await self._roster.gather(
+            order.stages, order.wait_s, report, lambda w: not is_too_small(shape, Room(w.name, w.memory_limit))
+        )
+
+    async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
 
-        Raises ``MacpipeError``.
+        With ``wait``, wait for workers as ``load`` does. Raises ``MacpipeError``.
         """
         shape = await self._reader.survey(order.model, order.max_context, order.kv_bits)
-        found = await self._roster.present(order.workers)
+        if wait:
+            found = await self._gather_workers(order, shape, self._report)
+        else:
+            found = await self._roster.present(order.stages)
         return await self._make_plan(0, shape, found, order)
 
     async def _make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:

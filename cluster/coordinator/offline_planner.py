@@ -53,8 +53,7 @@ async def plan_over_found(order: LoadOrder, cluster: str, peers: Sequence[str], 
         roster = Roster(merge_sources(static_source(peers), source), cluster, secrets.token_hex(8), trust)
         coordinator = Coordinator(cluster, roster, GrpcDialer(trust), _NullReporter(), Store(home))
         try:
-            await roster.gather(order.workers, order.wait_s, _NullReporter())
-            return await coordinator.plan(order)
+            return await coordinator.plan(order, wait=True)
         finally:
             await coordinator.close()
 

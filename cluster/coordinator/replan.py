@@ -15,6 +15,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, NoWorkers
 from cluster.core.plan import LayerRange, ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
+from cluster.placement.memory_split import place_on_largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +133,14 @@ def _make_new_cut(
 ) -> Assignment:
     """Return a new cut over the plan's remaining workers in their order, then spares, up to the model's piece count.
 
-    If that does not fit because a worker is too small for any piece, leave out the smallest worker and try again.
-    Raises ``DoesNotFit``.
+    Raises ``DoesNotFit`` if the model fits on no such set (see ``place_on_largest``).
     """
     before = [s.worker for s in plan.stages]
     ordered = sorted(fit.values(), key=lambda f: (before.index(f.name) if f.name in before else len(before), f.name))
-    refusal: DoesNotFit | None = None
-    while True:
-        try:
-            return _assign(epoch, shape, order, ordered[: len(shape.clean_cuts) + 1], None)
-        except DoesNotFit as e:
-            refusal = refusal or e  # the first error has the figures of all workers
-            if len(ordered) == 1:
-                raise refusal from None
-            ordered.remove(min(ordered, key=lambda f: f.memory_limit))
+    pieces = len(shape.clean_cuts) + 1
+    return place_on_largest(
+        ordered, lambda f: f.memory_limit, lambda workers: _assign(epoch, shape, order, workers[:pieces], None)
+    )
 
 
 def _assign(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -142,13 +142,20 @@ class Roster:
             )
         return self._controls[address]
 
-    async def gather(self, wanted: int | None, wait_s: float, report: LoadReporter) -> tuple[WorkerInfo, ...]:
+    async def gather(
+        self,
+        wanted: int | None,
+        wait_s: float,
+        report: LoadReporter,
+        counts: Callable[[WorkerInfo], bool] = lambda worker: True,
+    ) -> tuple[WorkerInfo, ...]:
         """Wait for at least ``wanted`` usable workers; with None, for one, until no more come for ``SETTLE_S``.
 
-        Return all usable workers: the plan picks the best of them. Raises ``NoWorkers`` or ``VersionMismatch`` after
-        ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId`` after ``RESTART_S`` if
-        another coordinator process has this one's id: until then, it may be the previous process of this coordinator,
-        whose workers are to be adopted.
+        Workers that ``counts`` rejects are not counted towards ``wanted``. Return all usable workers: the plan picks
+        the best of them, and says what is missing if ``wanted`` are there but too few count. Raises ``NoWorkers`` or
+        ``VersionMismatch`` after ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId``
+        after ``RESTART_S`` if another coordinator process has this one's id: until then, it may be the previous process
+        of this coordinator, whose workers are to be adopted.
         """
         reported: tuple[str, ...] | None = None
         began = time.monotonic()
@@ -162,9 +169,14 @@ class Roster:
                 if conflicting := next((m for m in self.members if self.has_other_owner(m.facts)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
                         raise DuplicateId(conflicting.problem)
-                elif (wanted and len(usable) >= wanted) or (not wanted and usable and await self._wait_settled()):
+                elif (wanted and sum(map(counts, usable)) >= wanted) or (
+                    not wanted and usable and await self._wait_settled()
+                ):
                     return usable
                 await self._source.changed(SETTLE_S)
+        usable = _usable(self.members, wanted)
+        if wanted and len(usable) >= wanted:
+            return usable
         raise self._too_few_workers(wanted, wait_s)
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:

@@ -27,6 +27,11 @@ class LoadOrder:
     objective: Objective = Objective.LATENCY
     take_back: bool = False
 
+    @property
+    def stages(self) -> int | None:
+        """The number of stages that the operator asks for; None leaves it to the planner."""
+        return self.workers or (len(self.layers) if self.layers else None)
+
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:

@@ -6,12 +6,17 @@ to know speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 from cluster.core.errors import DoesNotFit, NoPlan
 from cluster.core.limits import GIB, MEMORY_MARGIN
 from cluster.core.plan import LayerRange, ModelShape
+
+W = TypeVar("W")
+Placed = TypeVar("Placed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,30 @@ class Room:
 def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
     """Return the bytes that a stage needs: its weights, and the caches of ``sequences`` full-length sequences."""
     return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)
+
+
+def is_too_small(shape: ModelShape, room: Room, sequences: int = 1) -> bool:
+    """Return whether the worker cannot hold even the smallest piece of the model."""
+    pieces = (LayerRange(a, b) for a, b in pairwise((0, *shape.clean_cuts, shape.layers)))
+    return min(needed_bytes(shape, piece, sequences) for piece in pieces) > room.usable
+
+
+def place_on_largest(workers: Sequence[W], size: Callable[[W], int], place: Callable[[Sequence[W]], Placed]) -> Placed:
+    """Return ``place(workers)``. While that does not fit, leave out the smallest worker and try again.
+
+    Anybody whose Mac is admitted could otherwise stop every load with a worker that offers a thousand bytes. Raise the
+    first ``DoesNotFit``, which has the figures of all workers.
+    """
+    remaining = list(workers)
+    refusal: DoesNotFit | None = None
+    while True:
+        try:
+            return place(remaining)
+        except DoesNotFit as e:
+            refusal = refusal or e
+            if len(remaining) == 1:
+                raise refusal from None
+            remaining.remove(min(remaining, key=size))
 
 
 def solve(shape: ModelShape, rooms: Sequence[Room], sequences: int) -> tuple[LayerRange, ...]:

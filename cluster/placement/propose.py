@@ -1,7 +1,7 @@
 """Proposes a layout for a model and some workers, with a forecast and reasons. Decides; loads nothing.
 
-If the speed of every worker is known, the search finds the best layout over any of them. Otherwise all workers are
-used in their given order, with the layers split by memory.
+If the speed of every worker is known, the search finds the best layout over any of them. Otherwise all workers that
+are large enough are used in their given order, with the layers split by memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.cost import decode_s
 from cluster.placement.forecast import forecast
-from cluster.placement.memory_split import check, check_cuts, solve
+from cluster.placement.memory_split import check, check_cuts, place_on_largest, solve
 from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
 
@@ -115,11 +115,22 @@ def _count_ranges(ranges: int) -> str:
 
 
 def _split_by_memory(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
-    """Propose a split by memory over all workers, or over the largest if fewer stages are requested or possible."""
-    most = wish.stages or (min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None)
-    chosen = _largest(candidates, most)
-    ranges = solve(shape, [w.room for w in chosen], SEQUENCES)
+    """Propose a split by memory over as many of the largest workers as requested.
+
+    Without a request, use all workers, except the smallest ones that the model does not fit on.
+    """
+    if wish.stages:
+        chosen = _largest(candidates, wish.stages)
+        return _build_proposal(shape, candidates, wish, chosen, _solve(shape, chosen), None)
+    most = min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None
+    chosen, ranges = place_on_largest(
+        _largest(candidates, most), lambda w: w.room.usable, lambda workers: (tuple(workers), _solve(shape, workers))
+    )
     return _build_proposal(shape, candidates, wish, chosen, ranges, None)
+
+
+def _solve(shape: ModelShape, workers: Sequence[Candidate]) -> tuple[LayerRange, ...]:
+    return solve(shape, [w.room for w in workers], SEQUENCES)
 
 
 def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from importlib.metadata import version
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -237,6 +238,27 @@ def test_a_worker_whose_state_folder_was_copied_is_named(network: Network, name:
         assert [w.name for w in await network.present(1)] == ["cyd"]
 
     watched(network, play)
+
+
+def test_who_is_too_small_is_not_counted_among_the_workers_that_a_load_waits_for(network: Network) -> None:
+    reported: list[list[str]] = []
+    reporter = SimpleNamespace(waiting=lambda found, wanted: reported.append([w.name for w in found]))
+
+    async def gather(wait_s: float) -> list[str]:
+        found = await network.gather(2, wait_s, cast(Any, reporter), lambda worker: worker.name != "tiny")
+        return [worker.name for worker in found]
+
+    async def play() -> None:
+        network.start("tiny", "t:1")
+        network.start("ada", "a:1")
+        assert await gather(0.05) == ["ada", "tiny"], "nobody else came: the plan says what is missing"
+        reported.clear()
+        waiting = asyncio.create_task(gather(15))
+        await until(lambda: reported == [["ada", "tiny"]])
+        network.start("bob", "b:1")
+        assert await waiting == ["ada", "bob", "tiny"]
+
+    asyncio.run(asyncio.wait_for(play(), 15))
 
 
 def test_a_worker_with_two_addresses_is_one(network: Network) -> None:

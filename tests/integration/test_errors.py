@@ -96,7 +96,7 @@ def test_not_enough_clean_cuts(trio: Cluster, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_says_how_many_gib(cluster: Cluster, llama: Path) -> None:
     cluster.worker("tiny", "--memory-limit", "100KiB").wait_for("worker tiny of cluster")
-    said = refused("serve", str(llama), "--cluster", cluster.name, "--workers", "1", "--wait", "30", "--port", "0")
+    said = refused("serve", str(llama), "--cluster", cluster.name, "--workers", "1", "--wait", "1", "--port", "0")
     assert "does not fit" in said
     assert "tiny lacks" in said
     assert "GiB" in said

@@ -129,6 +129,15 @@ def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
     assert made.reasons == ("split by memory, with all workers equally full: the speed of b has not been measured",)
 
 
+def test_of_workers_of_unknown_speed_the_too_small_are_spare() -> None:
+    candidates = Candidates([mac("tiny", 0, Profile()), mac("a", 30), mac("b", 60, Profile())])
+    made = propose(shape(), candidates, PlanRequest())
+    assert [(w.name, len(r)) for w, r in zip(made.workers, made.ranges, strict=True)] == [("a", 13), ("b", 27)]
+    assert [(s.worker, s.why) for s in made.spares] == [("tiny", "the others hold the model, and are faster or larger")]
+    with pytest.raises(DoesNotFit, match=r"the workers offer 9.5 GiB; tiny lacks .* GiB; a lacks"):
+        propose(shape(), Candidates([mac("tiny", 0, Profile()), mac("a", 10)]), PlanRequest())
+
+
 def test_a_number_of_workers_is_as_asked() -> None:
     candidates = Candidates([mac("a", 100, SLOW), mac("b", 100), mac("c", 100)])
     made = propose(shape(), candidates, PlanRequest(stages=2))
