@@ -41,6 +41,7 @@ from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
+from cluster.security.bounds import DEFAULT_JOIN_PORT
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.trust import COORDINATOR, Trust
@@ -149,17 +150,18 @@ async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup
     port.
     """
     folder = ClusterFolder(settings.home, settings.cluster)
-    if settings.join_port is None or not folder.leads:
+    if not folder.leads:
         yield
         return
+    host, port = settings.host or EVERYWHERE, settings.join_port
     async with AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(admit_macs(folder, settings.host or EVERYWHERE, settings.join_port))
+            await stack.enter_async_context(admit_macs(folder, host, DEFAULT_JOIN_PORT if port is None else port))
         except PortInUse as e:
-            if settings.join_wanted:
+            if port is not None:
                 raise
             report.problem(f"no Mac can join until the join port is free: {e.sentence}")
-            tasks.start_soon(_retry_join_port, folder, settings.host or EVERYWHERE, settings.join_port)
+            tasks.start_soon(_retry_join_port, folder, host, DEFAULT_JOIN_PORT)
         yield
 
 

@@ -17,7 +17,6 @@ from cluster.core.plan import Objective, Route
 from cluster.core.text import parse_address, parse_layers
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
-from cluster.security.bounds import DEFAULT_JOIN_PORT
 
 if TYPE_CHECKING:
     from cluster.coordinator.settings import HttpSettings, ServeSettings
@@ -141,35 +140,33 @@ def serve(
     journal: KeepJournal = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Find workers, load MODEL, and serve requests.
-
-    Assigns the model's layers to the workers, loads them, and serves requests. Runs in the foreground; Ctrl-C ends it.
-    """
-    from cluster.coordinator.settings import ServeSettings
+    """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
+    from cluster.coordinator.settings import LoadOrder, ServeSettings
 
     settings = ServeSettings(
-        model=model,
+        LoadOrder(
+            model=model,
+            workers=workers,
+            layers=parse_layers(layers) if layers else None,
+            route=route,
+            max_context=max_context,
+            wait_s=wait,
+            lanes=lanes,
+            max_step_ms=max_step_ms,
+            kv_bits=check_kv_bits(kv_bits),
+            objective=objective,
+            take_back=take_back,
+        ),
         home=state_home(home),
         cluster=cluster,
         host=host,
         port=port,
         http=_http(http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)),
-        join_port=DEFAULT_JOIN_PORT if join_port is None else join_port,
-        join_wanted=join_port is not None,
-        workers=workers,
+        join_port=join_port,
         peers=names(peer),
         peers_only=peers_only,
         journal=journal,
-        layers=parse_layers(layers) if layers else None,
-        route=route,
-        max_context=max_context,
-        wait_s=wait,
-        lanes=lanes,
-        max_step_ms=max_step_ms,
-        kv_bits=check_kv_bits(kv_bits),
-        objective=objective,
         max_schema_bytes=max_schema_bytes,
-        take_back=take_back,
     )
     raise typer.Exit(_run(settings, exit_with_stdin))
 

@@ -8,12 +8,21 @@ from pathlib import Path
 from cluster.coordinator.journal import Fsync
 from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.core.plan import LayerRange, Objective, Route
-from cluster.security.bounds import DEFAULT_JOIN_PORT
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """The model to serve and how to place it. The fields are documented in ``ServeSettings``."""
+    """The model to serve and how to place it.
+
+    ``workers`` is the number of workers; None uses the number that is best for ``objective``, of those present once
+    at least one is. ``layers`` are the layer ranges of the stages; None leaves the cuts to the planner. ``wait_s`` is
+    the maximum wait for workers in seconds. With ``take_back``, lost workers get their layers back once they return;
+    without it, they become spares.
+
+    ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
+    one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
+    ``kv_bits`` 8 or 4 quantizes caches; 0 does not.
+    """
 
     model: str
     workers: int | None = None
@@ -55,57 +64,24 @@ class HttpSettings:
 class ServeSettings:
     """All settings of ``macpipe serve``.
 
-    ``workers`` is the number of workers; None uses the number that is best for ``objective``, of those present once
-    at least one is. ``layers`` are the layer ranges of the stages; None leaves the cuts to the planner. ``peers`` are
-    ``host:port`` control addresses of workers that Zeroconf cannot see; ``peers_only`` disables the search for others.
-    ``wait_s`` is the maximum wait for workers in seconds. With ``take_back``, lost workers get their layers back once
-    they return; without it, they become spares.
+    ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see; ``peers_only`` disables the
+    search for others.
 
     ``host`` is the listening address; "" means loopback, in a cluster also this machine's best address. ``home`` is the
     folder for parts of models, the coordinator's id and the journal. ``journal`` says when the journal is flushed to
-    disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None disables it.
-    ``join_wanted`` is False if the port is only the default: a port in use is then not an error.
-
-    ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
-    one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
-    ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``max_schema_bytes`` is the maximum size of one answer's grammar.
+    disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None means the default one,
+    which may be in use: then it is tried again later.
+    ``max_schema_bytes`` is the maximum size of one answer's grammar.
     """
 
-    model: str
+    order: LoadOrder
     home: Path
     cluster: str = "default"
     host: str = ""
     port: int = 7700
     http: HttpSettings = HttpSettings()
-    join_port: int | None = DEFAULT_JOIN_PORT
-    join_wanted: bool = False
-    workers: int | None = None
+    join_port: int | None = None
     peers: tuple[str, ...] = ()
     peers_only: bool = False
     journal: Fsync | None = None
-    layers: tuple[LayerRange, ...] | None = None
-    route: Route = Route.DIRECT
-    max_context: int | None = None
-    wait_s: float = DISCOVERY_TIMEOUT_S
-    lanes: int | None = None
-    max_step_ms: float = MAX_STEP_MS
-    kv_bits: int = 0
-    objective: Objective = Objective.LATENCY
     max_schema_bytes: int = MAX_SCHEMA_BYTES
-    take_back: bool = False
-
-    @property
-    def order(self) -> LoadOrder:
-        return LoadOrder(
-            model=self.model,
-            workers=self.workers,
-            layers=self.layers,
-            route=self.route,
-            max_context=self.max_context,
-            wait_s=self.wait_s,
-            lanes=self.lanes,
-            max_step_ms=self.max_step_ms,
-            kv_bits=self.kv_bits,
-            objective=self.objective,
-            take_back=self.take_back,
-        )

@@ -24,7 +24,7 @@ from cluster.api.http import port_settings as port
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.server import listen, serve
-from cluster.coordinator.settings import HttpSettings, ServeSettings
+from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption, NoCluster
 from cluster.core.limits import FREE_CHUNKS, MIN_CHUNK_BYTES
 from cluster.security.authority import Authority
@@ -435,7 +435,7 @@ Settings = Callable[..., ServeSettings]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return lambda host, **more: ServeSettings("faq", tmp_path, "lab", http=HttpSettings((host, 0), **more))
+    return lambda host, **more: ServeSettings(LoadOrder("faq"), tmp_path, "lab", http=HttpSettings((host, 0), **more))
 
 
 def test_off_this_machine_there_is_no_http_without_a_cluster_whatever_is_given(settings: Settings) -> None:
