@@ -23,7 +23,7 @@ from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.planner import Links, make_plan
-from cluster.coordinator.recovery import Recovery, ServiceDeps
+from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment, adoptable_plan
 from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
 from cluster.coordinator.request_timings import LoopTotals
@@ -55,7 +55,7 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.request import Grammar, Request
-from cluster.core.state import Repair, ServingState
+from cluster.core.state import ServingState
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.placement.memory_split import Room, is_too_small
@@ -364,8 +364,8 @@ class Coordinator:
         members = await self.members()
         loop = await self._view()
         service = self._service
-        repair = _describe_repair(service.recovery) if service else None
-        move = _describe_repair(service.move) if service else None
+        repair = service.recovery.describe() if service and service.recovery else None
+        move = service.move.describe() if service and service.move else None
         epoch = service.epoch if service else None
         return Snapshot(
             cluster=self._cluster,
@@ -411,15 +411,6 @@ class Coordinator:
         with anyio.move_on_after(STATUS_VIEW_S), suppress(NotServing):
             return await asyncio.wrap_future(self._service.loop.view())
         return None
-
-
-def _describe_repair(recovery: Recovery | None) -> Repair | None:
-    if recovery is None:
-        return None
-    cause = recovery.cause
-    elapsed_s = time.monotonic() - recovery.began
-    worker = cause.details.get("worker", "")
-    return Repair(worker, cause.sentence, elapsed_s, recovery.doing, recovery.expected_s, recovery.attempts)
 
 
 def _create_answer(loop: EngineLoop, request: Request) -> AnswerQueue:

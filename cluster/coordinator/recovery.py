@@ -1,4 +1,4 @@
-"""Recover from the loss of a stage: open a new epoch and wait for its first token.
+"""Change the epoch, and recover from the loss of a stage: open a new epoch and wait for its first token.
 
 A recovery asks the workers, gets the next plan, loads missing slices, links the stages and gives the engine loop a new
 ring. After any failure, a second loss included, it tries again with what is known then.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
+from cluster.core.futures import ignore_error
 from cluster.core.limits import (
     CANARY_TIMEOUT_S,
     CRASHES_S,
@@ -38,6 +40,7 @@ from cluster.core.limits import (
     RECOVERY_WAIT_S,
     RETURN_S,
 )
+from cluster.core.state import Repair
 from cluster.transport.streams import Dialer
 
 log = logging.getLogger(__name__)
@@ -70,30 +73,110 @@ class RecoveryContext:
     troubles: Troubles
 
 
-class Recovery:
-    """One recovery from ``epoch`` to the next. ``doing`` describes the current step in words."""
+class EpochChange(ABC):
+    """The way from ``epoch`` to the next one. ``doing`` describes the current step in words.
 
-    def __init__(self, site: RecoveryContext, epoch: Epoch, cause: MacpipeError, without: Collection[str] = ()) -> None:
-        self._context, self._epoch = site, epoch
+    ``without`` names workers that get no layers: they are draining, failed to load, or cannot be reached.
+    """
+
+    def __init__(self, context: RecoveryContext, epoch: Epoch, without: Collection[str] = ()) -> None:
+        self._context, self._epoch = context, epoch
         self._without = set(without)
-        """Workers that get no layers: they are draining, failed to load, or cannot be reached."""
-        self._unreachable_once: set[str] = set()
-        """Workers whose data port could not be reached once. After a second failure, they get no layers."""
-        self.cause = cause
         self.began = time.monotonic()
         self.doing = "asking the workers"
         self.attempts = 0
-        self.switched = False
-        """Whether a move has closed the old ring, or has seen it break."""
         self.refused = False
         """Whether live requests were ended, because no plan fits or all tries failed."""
         self._missing_bytes = 0
+
+    @property
+    @abstractmethod
+    def reason(self) -> str:
+        """Why the epoch changes, as a sentence for people."""
+
+    @property
+    @abstractmethod
+    def worker(self) -> str:
+        """The name of the worker that is the reason; "" if it is none or several."""
+
+    def describe(self) -> Repair:
+        """Return how far it is."""
+        return Repair(self.worker, self.reason, self._elapsed, self.doing, self.expected_s, self.attempts)
 
     @property
     def expected_s(self) -> float:
         """Expected duration in seconds from the beginning, as far as it is known; 0 while it waits for a Mac."""
         rate = self._context.opening.rate
         return 0.0 if self.refused else 1.0 + (self._missing_bytes / rate if rate else 0.0)
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
+        context = self._context
+        plan = self._epoch.plan
+        number = context.means.epochs.next(m.facts.epoch for m in members)
+        return reassign_layers(number, plan, context.checkpoint.shape, context.order, members, self._without)
+
+    async def _open(self, chosen: Assignment) -> Epoch:
+        context = self._context
+        missing = [s for s, w in zip(chosen.plan.stages, chosen.workers, strict=True) if not holds(w, s)]
+        self._missing_bytes = sum(s.weight_bytes for s in missing)
+        loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
+        self.doing = f"loading {loads}" if loads else "linking the stages again"
+        context.means.roster.pin(chosen.workers)
+        await self._while_all_live(chosen, context.opening.load(chosen.plan, chosen.workers))
+        epoch = await context.opening.link(chosen.plan, chosen.workers)
+        ring = await context.opening.connect(epoch)
+        self.doing = "replaying live requests"
+        limits = capacity(chosen.plan, context.checkpoint.shape, context.order.max_step_ms)
+        pace = StepTimes(context.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
+        context.loop.resume(chosen.plan, limits, ring, pace)
+        self._epoch = epoch
+        patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
+        await run_canary(
+            context.loop, epoch.plan, context.checkpoint, context.troubles, context.means.watch, patience_s
+        )
+        return epoch
+
+    async def _while_all_live(
+        self, chosen: Assignment, load: Coroutine[Any, Any, None], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Run a load, and cancel it if one of its workers is gone, since a stopped Mac never reports an error.
+
+        ``check`` is called now and then, and may end the load by an error. Raises ``WorkerLost``, that error, or the
+        load's error.
+        """
+        names = {w.name for w in chosen.workers}
+        task = asyncio.create_task(load)
+        task.add_done_callback(ignore_error)  # nobody awaits the load if a loss is raised first
+        try:
+            while not task.done():
+                await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
+                self._context.means.watch.require(names, "while it was loading")
+                check()
+            await task
+        finally:
+            task.cancel()
+
+
+class Recovery(EpochChange):
+    """One recovery from the loss of a stage. ``cause`` is the loss."""
+
+    def __init__(self, context: RecoveryContext, epoch: Epoch, cause: MacpipeError) -> None:
+        super().__init__(context, epoch)
+        self.cause = cause
+        self._unreachable_once: set[str] = set()
+        """Workers whose data port could not be reached once. After a second failure, they get no layers."""
+
+    @property
+    def reason(self) -> str:
+        return self.cause.sentence
+
+    @property
+    def worker(self) -> str:
+        return self.cause.details.get("worker", "")
 
     async def run(self) -> Epoch:
         """Try until a token has passed every stage of a new epoch, or until cancelled. Return that epoch."""
@@ -111,29 +194,6 @@ class Recovery:
             except MacpipeError as e:
                 self._on_failed_try(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
-
-    async def move(self, chosen: Assignment | None = None) -> Epoch:
-        """Open the next epoch while the old ring still runs. Slices load first, so requests wait only for the switch.
-
-        Raises ``NoPlan`` or ``NoWorkers`` if the layers cannot be moved, and the errors of a load. If the old ring
-        breaks during the load, raises that loss, since requests must not wait for a planned load. After an error,
-        nothing has changed unless ``switched``.
-        """
-        chosen = chosen or self._choose_assignment(self._context.means.watch.members())
-        newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
-        pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
-        self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
-        self.doing = f"moving layers to {', '.join(sorted(newcomers)) or 'the remaining workers'}"
-        self._context.means.roster.pin((*self._epoch.workers, *chosen.workers))
-        try:
-            load = self._context.opening.load(chosen.plan, chosen.workers, only=newcomers)
-            await self._while_all_live(chosen, load, ring_runs=True)
-        except BaseException:
-            self._context.means.roster.pin(self._epoch.workers)
-            raise
-        self.switched = True
-        self._context.loop.hold()
-        return await self._open(chosen)
 
     async def _find_cause(self) -> None:
         """Ask the workers that held a stage which of them failed. Reset engines that hang, so that they restart."""
@@ -176,60 +236,6 @@ class Recovery:
             steady = belief is None or belief.lost_since(time.monotonic() - CRASHES_S) < ENGINE_CRASHES
             if m.facts.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
                 raise _EngineRestarting(f"waiting for the engine of {m.facts.name}: {m.problem}")
-
-    @property
-    def _elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
-        context = self._context
-        plan = self._epoch.plan
-        number = context.means.epochs.next(m.facts.epoch for m in members)
-        return reassign_layers(number, plan, context.checkpoint.shape, context.order, members, self._without)
-
-    async def _open(self, chosen: Assignment) -> Epoch:
-        context = self._context
-        missing = [s for s, w in zip(chosen.plan.stages, chosen.workers, strict=True) if not holds(w, s)]
-        self._missing_bytes = sum(s.weight_bytes for s in missing)
-        loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
-        self.doing = f"loading {loads}" if loads else "linking the stages again"
-        context.means.roster.pin(chosen.workers)
-        await self._while_all_live(chosen, context.opening.load(chosen.plan, chosen.workers))
-        epoch = await context.opening.link(chosen.plan, chosen.workers)
-        ring = await context.opening.connect(epoch)
-        self.doing = "replaying live requests"
-        limits = capacity(chosen.plan, context.checkpoint.shape, context.order.max_step_ms)
-        pace = StepTimes(context.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
-        context.loop.resume(chosen.plan, limits, ring, pace)
-        self._epoch = epoch
-        patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
-        await run_canary(
-            context.loop, epoch.plan, context.checkpoint, context.troubles, context.means.watch, patience_s
-        )
-        return epoch
-
-    async def _while_all_live(
-        self, chosen: Assignment, load: Coroutine[Any, Any, None], *, ring_runs: bool = False
-    ) -> None:
-        """Run a load, and cancel it if one of its workers is gone, since a stopped Mac never reports an error.
-
-        With ``ring_runs``, the loss of the old ring also ends the load. Raises ``WorkerLost``, that loss, or the load's
-        error.
-        """
-        names = {w.name for w in chosen.workers}
-        task = asyncio.create_task(load)
-        # retrieves the load's error, which nobody awaits if a loss is raised first
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            while not task.done():
-                await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
-                self._context.means.watch.require(names, "while it was loading")
-                if ring_runs and not self._context.troubles.empty():
-                    self.switched = True
-                    raise self._context.troubles.get_nowait()
-            await task
-        finally:
-            task.cancel()
 
     def _on_failed_try(self, why: MacpipeError) -> None:
         """Handle a failed try. A worker that answered but failed is left out of the next try.

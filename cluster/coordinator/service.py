@@ -17,14 +17,16 @@ from cluster.coordinator.canary import run_canary
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder, farewell
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.planned_move import PlannedMove
 from cluster.coordinator.planner import capacity
-from cluster.coordinator.recovery import Recovery, RecoveryContext, ServiceDeps, Troubles
+from cluster.coordinator.recovery import EpochChange, Recovery, RecoveryContext, ServiceDeps, Troubles
 from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.slice_loading import Progress
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
+from cluster.core.futures import ignore_error
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     DRAIN_RETRY_S,
@@ -79,7 +81,7 @@ class ModelService:
         self._order = order
         self._epoch: Epoch | None = None
         self.recovery: Recovery | None = None
-        self.move: Recovery | None = None
+        self.move: PlannedMove | None = None
         self.recoveries = 0
 
     @property
@@ -194,12 +196,12 @@ class ModelService:
         self.recoveries += 1
         self._notify_done("serving again", recovery)
 
-    def _notify_done(self, what: str, recovery: Recovery) -> None:
-        elapsed_s = time.monotonic() - recovery.began
+    def _notify_done(self, what: str, change: EpochChange) -> None:
+        elapsed_s = time.monotonic() - change.began
         layers = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
-        self._notify(f"{what} after {elapsed_s:.1f} s ({recovery.cause.sentence}): {layers}")
+        self._notify(f"{what} after {elapsed_s:.1f} s ({change.reason}): {layers}")
 
-    async def _carry_out(self, move: Recovery, chosen: Assignment | None = None) -> None:
+    async def _carry_out(self, move: PlannedMove, chosen: Assignment | None = None) -> None:
         """Move layers while requests continue.
 
         Raises an error that occurs before the switch to the new ring; the old ring then still runs. An error after the
@@ -207,7 +209,7 @@ class ModelService:
         """
         self.move = move
         try:
-            self._epoch = await move.move(chosen)
+            self._epoch = await move.run(chosen)
         except MacpipeError as e:
             if not move.switched:
                 raise
@@ -230,8 +232,7 @@ class ModelService:
             return
         if (leaving := self._leaving.get(name)) is None:
             leaving = self._leaving[name] = self._events.create_future()
-            # retrieves the error, which nobody awaits if the client has disconnected
-            leaving.add_done_callback(lambda done: done.cancelled() or done.exception())
+            leaving.add_done_callback(ignore_error)  # nobody awaits it if the client has disconnected
         try:
             async with asyncio.timeout(MOVE_S):
                 await asyncio.shield(leaving)
@@ -279,11 +280,11 @@ class ModelService:
     async def _move_from(self, leaver: WorkerInfo) -> None:
         assert self._epoch
         name = leaver.name
-        cause = WorkerLost(f"worker {name} is being drained", worker=name)
         without = {name}
         while True:
             try:
-                await self._carry_out(Recovery(self._context, self._epoch, cause, without))
+                reason = f"worker {name} is being drained"
+                await self._carry_out(PlannedMove(self._context, self._epoch, reason, name, without))
                 break
             except MacpipeError as e:
                 worker = e.details.get("worker", "")
@@ -321,11 +322,11 @@ class ModelService:
         watch = self._deps.watch
         steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
         next_number = self._deps.epochs.next
-        cause = WorkerLost("workers that were lost are back and take their layers again")
+        reason = "workers that were lost are back and take their layers again"
         try:
             assignment = restore_plan(next_number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
             if assignment and self._epoch:
-                await self._carry_out(Recovery(self._context, self._epoch, cause), assignment)
+                await self._carry_out(PlannedMove(self._context, self._epoch, reason), assignment)
         except MacpipeError as e:
             self._no_restore_before = time.monotonic() + DRAIN_RETRY_S
             self._notify(f"workers that are back cannot take their layers again: {e.sentence}")

@@ -18,6 +18,7 @@ import anyio
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import Roster
 from cluster.core.errors import ModelDiffers
+from cluster.core.futures import ignore_error
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.plan import FetchOrder, Plan, StageProof, StorePlace
 from cluster.core.text import format_address, parse_address
@@ -103,8 +104,7 @@ class WeightDistribution:
         orders = _orders(plan, checkpoint)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
-        # retrieves the error, which nobody awaits if the load fails
-        own.add_done_callback(lambda done: done.cancelled() or done.exception())
+        own.add_done_callback(ignore_error)  # nobody awaits it if the load fails
         async with AsyncExitStack() as stack:
             stack.callback(own.cancel)
             stack.callback(stop.set)

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
+from cluster.core.futures import ignore_error
 from cluster.core.limits import FETCH_TICK_S, MAX_ANSWER_BYTES
 from cluster.core.plan import ModelRef
 from cluster.security.trust import Trust
@@ -111,7 +112,7 @@ class _LoadJob:
 def _background(work: Callable[[], Result]) -> asyncio.Task[Result]:
     """Do it on a thread. Where nobody waits for the end any more, how it ended is of no interest."""
     task = asyncio.create_task(asyncio.to_thread(work))
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    task.add_done_callback(ignore_error)
     return task
 
 

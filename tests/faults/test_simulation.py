@@ -101,7 +101,7 @@ async def drained(simulation: Simulation) -> None:
             while service.move is None:
                 await asyncio.sleep(0.01)
         assert (service.move.doing, service.move.expected_s > 0) == ("moving layers to dee", True)
-        assert "bob is being drained" in service.move.cause.sentence
+        assert "bob is being drained" in service.move.reason
         assert service.recovery is None
         spare.loading.set()
         async with asyncio.timeout(10):

@@ -1,0 +1,57 @@
+"""Move layers to other workers as planned, while requests go on: a worker drains, or takes its own layers back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cluster.coordinator.epoch import Epoch
+from cluster.coordinator.recovery import EpochChange, RecoveryContext
+from cluster.coordinator.replan import Assignment, holds
+
+
+class PlannedMove(EpochChange):
+    """One move of layers to another epoch, for the sentence ``reason``. Nothing is lost, so requests need not wait."""
+
+    def __init__(
+        self, context: RecoveryContext, epoch: Epoch, reason: str, worker: str = "", without: Collection[str] = ()
+    ) -> None:
+        super().__init__(context, epoch, without)
+        self._reason, self._worker = reason, worker
+        self.switched = False
+        """Whether the move has closed the old ring, or has seen it break."""
+
+    @property
+    def reason(self) -> str:
+        return self._reason
+
+    @property
+    def worker(self) -> str:
+        return self._worker
+
+    async def run(self, chosen: Assignment | None = None) -> Epoch:
+        """Open the next epoch while the old ring still runs. Slices load first, so requests wait only for the switch.
+
+        Raises ``NoPlan`` or ``NoWorkers`` if the layers cannot be moved, and the errors of a load. If the old ring
+        breaks during the load, raises that loss, since requests must not wait for a planned load. After an error,
+        nothing has changed unless ``switched``.
+        """
+        chosen = chosen or self._choose_assignment(self._context.means.watch.members())
+        newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
+        pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
+        self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
+        self.doing = f"moving layers to {', '.join(sorted(newcomers)) or 'the remaining workers'}"
+        self._context.means.roster.pin((*self._epoch.workers, *chosen.workers))
+        try:
+            load = self._context.opening.load(chosen.plan, chosen.workers, only=newcomers)
+            await self._while_all_live(chosen, load, self._require_old_ring)
+        except BaseException:
+            self._context.means.roster.pin(self._epoch.workers)
+            raise
+        self.switched = True
+        self._context.loop.hold()
+        return await self._open(chosen)
+
+    def _require_old_ring(self) -> None:
+        if not self._context.troubles.empty():
+            self.switched = True
+            raise self._context.troubles.get_nowait()
