@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import tomllib
@@ -39,15 +40,32 @@ def test_libraries_whose_internals_are_used_are_capped_and_the_installed_version
 
 def test_uvicorns_protocol_has_what_is_overridden_and_called() -> None:
     called = ("connection_made", "connection_lost", "data_received", "handle_events", "timeout_keep_alive_handler")
-    for name in (*called, "on_response_complete", "send_400_response", "_unsupported_upgrade_warning"):
+    for name in (*called, "on_response_complete", "send_400_response"):
         assert inspect.isfunction(getattr(H11Protocol, name)), name
     source = inspect.getsource(H11Protocol)
-    assert "self._unset_keepalive_if_required()" in source
-    assert "self._unsupported_upgrade_warning()" in source
-    for name in ("conn", "cycle", "transport", "loop", "logger", "timeout_keep_alive", "timeout_keep_alive_task"):
+    for name in ("conn", "cycle", "flow", "transport", "loop", "logger"):
         assert re.search(rf"self\.{name}\b.* = ", source), name
     assert {"config", "server_state", "app_state"} < set(inspect.signature(H11Protocol.__init__).parameters)
     assert {"conn", "on_response"} < set(inspect.signature(RequestResponseCycle.__init__).parameters)
+
+
+def private_names(source: str) -> set[str]:
+    """Names with a leading underscore that ``source`` defines or accesses; dunder names are public."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+def test_no_private_name_of_uvicorn_is_used_or_overridden() -> None:
+    library = private_names(inspect.getsource(uvicorn.Server)) | private_names(inspect.getsource(H11Protocol))
+    assert "_unset_keepalive_if_required" in library
+    modules = [path for path in (ROOT / "cluster").rglob("*.py") if "uvicorn" in path.read_text()]
+    subclasses = [path for path in (ROOT / "cluster").rglob("*.py") if "(QuietProtocol)" in path.read_text()]
+    assert len(modules) >= 3
+    assert len(subclasses) >= 2
+    for path in {*modules, *subclasses}:
+        assert not private_names(path.read_text()) & library, path
 
 
 def test_uvicorns_server_has_what_is_overridden() -> None:

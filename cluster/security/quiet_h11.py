@@ -19,7 +19,7 @@ PIECE: Final = 16 * 1024
 at most twice that, where 256 KiB that came at once would be 50,000 headers and hold the event loop for 60 ms."""
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.ERROR)
-"""uvicorn's own log of a connection: faults of ours alone, whatever the level of others."""
+"""Uvicorn's log of a connection. Its warnings are about the client: invalid requests and upgrades that are ignored."""
 
 
 class ChunkCountingConnection(h11.Connection):
@@ -86,6 +86,3 @@ class QuietProtocol(H11Protocol):
             super().send_400_response(self.conn.refusal or msg)
         else:
             self.transport.close()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: the request is answered as if no upgrade had been asked for, as the standard has it."""

@@ -31,6 +31,7 @@ from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
 from cluster.security.keyring import make_request
+from cluster.security.quiet_h11 import PIECE
 
 pytestmark = pytest.mark.anyio
 HALF = b"POST /echo HTTP/1.1\r\nhost: localhost\r\nx-a: b"
@@ -168,6 +169,33 @@ async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer(
         await asyncio.sleep(LATE_S + 0.5)
         writer.write(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
         assert (await reader.readuntil(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_half_a_head_right_after_a_request_has_to_be_completed_in_time() -> None:
+    """The first request ends just where a piece for the parser does, so that the half head waits outside of it."""
+    head = b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: %05d\r\n\r\n"
+    length = PIECE - len(head % PIECE)
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(head % length + b"x" * length + HALF)
+        assert (await reader.readuntil(b"\r\n\r\n%d" % length)).startswith(b"HTTP/1.1 200")
+        assert (await end_of(reader)).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+@pytest.mark.parametrize("path", ["/echo", "/no"])
+async def test_an_idle_connection_is_closed_also_after_an_early_refusal(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(server, "IDLE_CONNECTION_S", 0.0)
+    async with listening() as place:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\n" % path.encode())
+        if path == "/no":
+            assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
+        writer.write(b"x")
+        assert (await end_of(reader)).endswith(b"1" if path == "/echo" else b"")
         writer.close()
 
 

@@ -26,6 +26,8 @@ class Connection(QuietProtocol):
         """Loop time of the connection or of the current head's first bytes; None once the head is complete."""
         self._discarding_since: float | None = None
         """Loop time since which the rest of a request's body is discarded; None if none is."""
+        self._idle_since: float | None = None
+        """Loop time since which a connection with an answered request waits for the next one; None if it does not."""
         self._closing_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -42,21 +44,11 @@ class Connection(QuietProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._head_since = None
-        elif self._head_since is None and self.conn.trailing_data[0]:
-            self._head_since = self.loop.time()
-        if self._discarding_since is not None and not self._is_discarding_body():
-            self._discarding_since = None
-            self._restart_keep_alive()
-        self._update_slot()
+        self._update_state()
 
     def on_response_complete(self) -> None:
-        """Handle the end of a response. The rest of an unread request body is discarded for at most ``LINGER_S``."""
         super().on_response_complete()
-        if self._is_discarding_body():
-            self._discarding_since = self.loop.time()
-        self._update_slot()
+        self._update_state()
 
     def sweep(self, now: float) -> None:
         """Close the connection if its state has timed out; ``now`` is the loop's time."""
@@ -66,10 +58,30 @@ class Connection(QuietProtocol):
                 self.transport.abort()
         elif self._head_since is not None and now - self._head_since > HEADER_TIMEOUT_S:
             self._send_timeout()
-        elif self._discarding_since is not None and now - self._discarding_since > LINGER_S:
+        elif self._is_overdue(now):
             self.transport.close()
 
-    def _update_slot(self) -> None:
+    def _is_overdue(self, now: float) -> bool:
+        if self._discarding_since is not None:
+            return now - self._discarding_since > LINGER_S
+        return self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive
+
+    def _update_state(self) -> None:
+        """Note since when the connection is in its state, and tell the limit whether it waits.
+
+        The rest of an unread request body is discarded for at most ``LINGER_S``.
+        """
+        now = self.loop.time()
+        if self.conn.their_state is not h11.IDLE:
+            self._head_since = None
+        elif self._head_since is None and self.conn.trailing_data[0]:
+            self._head_since = now
+        if not self._is_discarding_body():
+            self._discarding_since = None
+        elif self._discarding_since is None:
+            self._discarding_since = now
+        # uvicorn has a timer for this too, which the rest of a discarded body stops
+        self._idle_since = now if self.conn.their_state is h11.IDLE and self._head_since is None else None
         if self.conn.their_state is h11.IDLE:
             self._limit.wait(self._slot, idle=self.cycle is not None)
         else:
@@ -78,14 +90,6 @@ class Connection(QuietProtocol):
     def _is_discarding_body(self) -> bool:
         """Return whether the response is complete but the request's body is still arriving."""
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
-
-    def _restart_keep_alive(self) -> None:
-        """Restart uvicorn's keep-alive timer, which the discarded body stopped, unless a request followed the body."""
-        if self.conn.their_state is h11.IDLE and self._head_since is None:
-            self._unset_keepalive_if_required()
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
 
     def _send_timeout(self) -> None:
         """Send 408, if the incomplete head still allows a response, and close."""
