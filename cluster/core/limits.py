@@ -272,7 +272,6 @@ LINGER_S: Final = 2.0
 """What was refused before it was read may go on coming for this long, so that the refusal arrives; ..."""
 CLOSE_S: Final = 5.0
 """... and a connection whose client takes no bytes is cut so long after it was to be closed."""
-MAX_CORS_HEADER_CHARS: Final = 2048
 PREFLIGHT_S: Final = 600.0
 """How long a browser may remember that a page may ask."""
 KEY_LOOK_S: Final = 1.0

@@ -9,11 +9,11 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.http.authorization import KEY, Authorizer
@@ -30,10 +30,10 @@ Observe = Callable[[str, str, int, float], None]
 
 
 class RequestMiddleware:
-    """Wraps an application.
+    """Wraps an application. Requests pass the checks of ``origin_policy``, CORS, and ``AuthorizationMiddleware``.
 
-    ``authorizer`` checks the API key that a route requires, ``origin_policy`` the page that calls. ``bodies`` counts
-    the bytes that each request holds until it ends.
+    ``authorizer`` checks the API key that a route requires. ``bodies`` counts the bytes that each request holds until
+    it ends.
     """
 
     def __init__(
@@ -44,18 +44,17 @@ class RequestMiddleware:
         origin_policy: OriginPolicy | None = None,
         bodies: ByteBudget | None = None,
     ) -> None:
-        self._app = app
         self._observe = observe
         self._authorizer = authorizer
         self._origins = origin_policy or OriginPolicy()
-        self._bodies = bodies or ByteBudget()
+        self._next = self._origins.with_cors(AuthorizationMiddleware(app, authorizer, bodies or ByteBudget()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._next(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        reply = _Reply(send, scope, _request_id(headers), lambda: self._headers(scope, headers))
+        reply = _Reply(send, scope, _request_id(headers), lambda: self._authorizer.figures(scope.get(KEY)))
         try:
             await self._answer(scope, headers, receive, reply)
         except MacpipeError as e:
@@ -75,16 +74,32 @@ class RequestMiddleware:
                 field="transfer-encoding",
             )
         self._origins.check(headers)
-        if (answer := self._origins.preflight(scope["method"], headers)) is not None:
-            await Response(status_code=204, headers=answer)(scope, receive, reply.send)
-            return
-        with self._authorizer.authorize(scope, headers), self._bodies.open(client_name(Request(scope))) as charge:
-            scope[CHARGE] = charge
-            await self._app(scope, receive, reply.send)
+        await self._next(scope, receive, reply.send)
 
-    def _headers(self, scope: Scope, headers: Headers) -> Mapping[str, str]:
-        """Return the headers that every response has, including errors."""
-        return {**self._origins.cross(headers.get("origin")), **self._authorizer.figures(scope.get(KEY))}
+
+class AuthorizationMiddleware:
+    """Wraps an application: it checks the API key that a route requires, and counts the bytes of the request's body.
+
+    It answers what it refuses itself, so that the CORS headers in front of it let a page read the refusal.
+    """
+
+    def __init__(self, app: ASGIApp, authorizer: Authorizer, bodies: ByteBudget) -> None:
+        self._app = app
+        self._authorizer = authorizer
+        self._bodies = bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._authorizer.authorize(scope, Headers(scope=scope)))
+                scope[CHARGE] = held.enter_context(self._bodies.open(client_name(Request(scope))))
+            except MacpipeError as e:
+                await error_response(scope["path"], e)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
 
 
 def is_ambiguous(scope: Scope, headers: Headers) -> bool:

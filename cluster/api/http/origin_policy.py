@@ -12,18 +12,20 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from cluster.core.errors import Forbidden, InvalidOption
-from cluster.core.limits import MAX_CORS_HEADER_CHARS, PREFLIGHT_S
+from cluster.core.limits import PREFLIGHT_S
 from cluster.core.text import is_loopback
 
-_METHOD: Final = re.compile(r"[A-Z]{1,16}")
 _ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
-_HEADERS: Final = re.compile(r"[A-Za-z0-9_-]+(, ?[A-Za-z0-9_-]+)*")
+_METHODS: Final = ("GET", "HEAD", "POST")
+"""The methods of all routes that a page may call."""
 _RATES: Final = (
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
 )
-_SHOWN: Final = ", ".join(("x-request-id", "retry-after", *_RATES))
+_SHOWN: Final = ("x-request-id", "retry-after", *_RATES)
 """Response headers that a page may read."""
 
 
@@ -58,31 +60,22 @@ class OriginPolicy:
         """Return whether pages of ``origin`` are allowed by --http-allow-origin."""
         return origin is not None and origin.lower() in self.origins
 
-    def cross(self, origin: str | None) -> dict[str, str]:
-        """Return the CORS headers that let a page of ``origin`` read a response; none grants access if not allowed."""
-        if not self.origins:
-            return {}
-        if origin is None or not self.allows(origin):
-            return {"vary": "origin"}
-        return {"vary": "origin", "access-control-allow-origin": origin, "access-control-expose-headers": _SHOWN}
+    def with_cors(self, app: ASGIApp) -> ASGIApp:
+        """Return ``app`` behind starlette's CORS middleware, which answers preflights; ``app`` itself without origins.
 
-    def preflight(self, method: str, headers: Headers) -> dict[str, str] | None:
-        """Return the response headers of a CORS preflight request; None if this is no preflight of an allowed origin.
-
-        Raises ``Forbidden`` for an invalid method or too many headers.
+        No response allows cookies or other credentials: callers send their key themselves.
         """
-        requested_method = headers.get("access-control-request-method")
-        if method != "OPTIONS" or requested_method is None or not self.allows(headers.get("origin")):
-            return None
-        requested_headers = headers.get("access-control-request-headers", "")
-        if not _METHOD.fullmatch(requested_method) or len(requested_headers) > MAX_CORS_HEADER_CHARS:
-            raise Forbidden("the preflight request has an invalid method or too many headers")
-        answer = {"access-control-allow-methods": requested_method, "access-control-max-age": f"{PREFLIGHT_S:.0f}"}
-        if _HEADERS.fullmatch(requested_headers):
-            answer["access-control-allow-headers"] = requested_headers
-        if headers.get("access-control-request-private-network") == "true":
-            answer["access-control-allow-private-network"] = "true"
-        return answer
+        if not self.origins:
+            return app
+        return CORSMiddleware(
+            app,
+            allow_origins=self.origins,
+            allow_methods=_METHODS,
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=_SHOWN,
+            max_age=round(PREFLIGHT_S),
+        )
 
     @staticmethod
     def _is_same_origin(origin: str, host: str) -> bool:
