@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cluster.core.errors import StaleEpoch
-from cluster.platform.private_files import make_private_folder, replace_file
+from cluster.platform.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,7 @@ class EpochNumbers:
         """Store a number ahead of the last one, so that most numbers need no write. A failed write is retried later."""
         reserved = self._last + RESERVED
         try:
-            make_private_folder(file.parent)
-            replace_file(file, f"{reserved}\n".encode())
+            write_json(file, reserved)
         except OSError as e:
             log.warning("epoch numbers: not stored reason=%s file=%s", e.strerror, file)
         else:
@@ -77,8 +76,7 @@ class EpochNumbers:
 def _read(file: Path) -> int:
     """Return the number in the file; 0 if the file is missing or invalid."""
     try:
-        with file.open("rb") as opened:
-            text = opened.read(_MAX_CHARS + 1).strip()
-    except OSError:
+        number = read_json(file, _MAX_CHARS + 1)
+    except (OSError, ValueError):
         return 0
-    return int(text) if text.isdigit() and len(text) <= _MAX_CHARS else 0
+    return number if type(number) is int and number >= 0 else 0

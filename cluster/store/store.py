@@ -6,22 +6,26 @@ It finds and creates folders. It fetches small files and headers, but never tens
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from cluster.core.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.limits import KIB
 from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
-from cluster.platform.private_files import make_private_folder, replace_file
+from cluster.platform.json_file import read_json, write_json
 from cluster.store.hub import Hub, HubName, look_up
 from cluster.store.model_files import is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, place, read_origin
 from cluster.store.peer_client import Peer
 
 log = logging.getLogger(__name__)
+
+MAX_VERSION_BYTES: Final = 4 * KIB
+"""Maximum size of the record that says which version of a model was seen last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ class Store:
         return folder
 
     def _find_noted(self, file: Path) -> Path | None:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            folder = self._models / str(json.loads(file.read_bytes())["fingerprint"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            folder = self._models / str(read_json(file, MAX_VERSION_BYTES)["fingerprint"])
             return folder if is_partial(folder) else None
         return None
 
@@ -120,8 +124,7 @@ class Store:
 def _save_version(file: Path, facts: dict[str, str]) -> None:
     """Record which version was seen last. A failure is only logged: the record is needed only without the hub."""
     try:
-        make_private_folder(file.parent)
-        replace_file(file, json.dumps(facts).encode())
+        write_json(file, facts)
     except OSError as e:
         log.warning("store: cannot save the model version reason=%s path=%s", e.strerror, file)
 

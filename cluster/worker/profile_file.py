@@ -6,20 +6,22 @@ again. It knows figures and a file; it measures nothing itself.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LEARN_STEP, LINK_KEPT_S
+from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, KIB, LEARN_STEP, LINK_KEPT_S
 from cluster.core.plan import Link, Profile
-from cluster.platform.private_files import replace_file
+from cluster.platform.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
+
+MAX_BYTES: Final = 256 * KIB
+"""A profile with ``KEPT_LINKS`` links and ``KEPT_CORRECTIONS`` corrections takes much less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,9 @@ class ProfileFile:
     def _keep(self, kept: StoredProfile) -> None:
         self.kept = kept
         try:
-            replace_file(self._path, json.dumps(asdict(kept), indent=1).encode())
+            write_json(self._path, asdict(kept))
         except OSError as e:  # a full disk costs the next start two seconds, nothing else
-            log.warning("cannot keep this worker's profile in %s: %s", self._path, e.strerror)
+            log.warning("profile: not stored reason=%s path=%s", e.strerror, self._path)
 
 
 def _way(worker: str, address: str) -> str:
@@ -81,15 +83,8 @@ def _way(worker: str, address: str) -> str:
 
 def _read(path: Path, key: str) -> StoredProfile:
     try:
-        kept = _read_profile(json.loads(path.read_text()))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ):  # not there, damaged, or of another form
+        kept = _read_profile(read_json(path, MAX_BYTES))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, damaged, or of another form
         return StoredProfile(key)
     return kept if kept.key == key else StoredProfile(key)
 

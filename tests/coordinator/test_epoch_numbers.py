@@ -53,6 +53,11 @@ def test_a_file_that_holds_no_number_is_replaced(tmp_path: Path, kept: bytes) ->
     assert EpochNumbers(file, Clock(0)).next() > NOW
 
 
+def test_the_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "epoch").write_bytes(b"%d\n" % (NOW + DAY))
+    assert EpochNumbers(tmp_path / "epoch", Clock()).next() == NOW + DAY + 1
+
+
 def test_a_folder_that_takes_no_file_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "not a folder").write_text("")
     numbers = EpochNumbers(tmp_path / "not a folder" / "epoch", Clock())

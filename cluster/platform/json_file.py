@@ -1,0 +1,43 @@
+"""State on disk as JSON: a file is written whole or not at all, and read with a bound.
+
+This module knows JSON and files. It refuses to know what the state means: readers check the values themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster.platform.private_files import make_private_folder, replace_file
+
+
+def encode_json(content: object) -> bytes:
+    """Return ``content`` as one line of JSON. Raises ValueError or TypeError for what JSON cannot hold."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace ``path`` with ``content``, whole and on disk, or leave what is there. Raises OSError.
+
+    Missing folders are created.
+    """
+    encoded = encode_json(content)
+    make_private_folder(path.parent)
+    replace_file(path, encoded)
+
+
+def read_json(path: Path, max_bytes: int) -> Any:
+    """Return the content of ``path``. Raises OSError, and ValueError for invalid JSON or more than ``max_bytes``."""
+    with path.open("rb") as file:
+        encoded = file.read(max_bytes + 1)
+    if len(encoded) > max_bytes:
+        raise ValueError(f"the file has more than {max_bytes} bytes")
+    try:
+        return json.loads(encoded, parse_constant=_reject_constant)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
