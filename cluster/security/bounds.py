@@ -38,7 +38,7 @@ MAX_SERIALS: Final = 64
 MAX_NAME_CHARS: Final = 63
 """Of a cluster or a member: they name folders, and a certificate's common name has at most 64."""
 MAX_STATE_BYTES: Final = 4 * MIB
-"""A cluster's roster, tokens or keys on disk; the longest allowed ones have about 1 MiB."""
+"""A cluster's roster, tokens or keys on disk; the longest allowed ones have about 2 MiB."""
 MAX_PEM_BYTES: Final = 16 * KIB
 """A certificate, a key or a request for one; ours have under 1 KiB."""
 MAX_KEYS: Final = 1024

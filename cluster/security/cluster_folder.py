@@ -60,15 +60,15 @@ class ClusterFolder:
 
     @property
     def members(self) -> Path:
-        return self.path / "members.msgpack"
+        return self.path / "members.json"
 
     @property
     def tokens(self) -> Path:
-        return self.path / "tokens.msgpack"
+        return self.path / "tokens.json"
 
     @property
     def keys(self) -> Path:
-        return self.path / "keys.msgpack"
+        return self.path / "keys.json"
 
     def party(self, role: Role, name: str = "") -> Path:
         """Where a party of this machine keeps its certificate and key. A worker has a ``name``, the others have none.
@@ -81,7 +81,7 @@ class ClusterFolder:
 
     def revoked(self, worker: str) -> Path:
         """Where a worker keeps which serials it was told are revoked."""
-        return self.party(Role.WORKER, worker) / "revoked.msgpack"
+        return self.party(Role.WORKER, worker) / "revoked.json"
 
     def keyring(self, role: Role, name: str = "") -> Keyring | None:
         """What this machine holds as ``role``; None where it is not that.

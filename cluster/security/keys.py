@@ -20,7 +20,7 @@ from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFou
 from cluster.security.bounds import MAX_KEYS
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.name_check import check_name
-from cluster.security.statefile import StateFile
+from cluster.security.statefile import StateFile, bytes_of
 
 TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 """What a key looks like; nothing else is hashed."""
@@ -126,9 +126,16 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _pack(key: ApiKey) -> list[Any]:
-    bounds = [key.limits.requests_a_minute, key.limits.tokens_a_minute, key.limits.at_once]
-    return [key.id, key.name, key.scope.value, bounds, key.made, key.digest, key.revoked]
+def _pack(key: ApiKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scope": key.scope.value,
+        "limits": [key.limits.requests_a_minute, key.limits.tokens_a_minute, key.limits.at_once],
+        "made": key.made,
+        "digest": key.digest.hex(),
+        "revoked": key.revoked,
+    }
 
 
 def _unpack(
@@ -137,10 +144,11 @@ def _unpack(
     scope: str,
     limits: list[int | None],
     made: float,
-    digest: bytes,
+    digest: str | bytes,
     revoked: float | None,
 ) -> ApiKey:
-    if not isinstance(digest, bytes) or len(digest) != len(_NOBODYS) or digest == _NOBODYS:
+    secret = bytes_of(digest)
+    if len(secret) != len(_NOBODYS) or secret == _NOBODYS:
         raise ValueError("not a hash")
     ended = None if revoked is None else float(revoked)
-    return ApiKey(str(id), str(name), KeyScope(scope), KeyLimits(*limits), float(made), digest, ended)
+    return ApiKey(str(id), str(name), KeyScope(scope), KeyLimits(*limits), float(made), secret, ended)

@@ -141,9 +141,15 @@ def _position(rows: tuple[Member, ...], fits: Callable[[Member], bool]) -> int |
     return next((at for at, member in enumerate(rows) if fits(member)), None)
 
 
-def _pack(member: Member) -> list[Any]:
-    issued = [[f"{one.serial:x}", one.not_after] for one in member.issued]
-    return [member.id, member.role.value, member.name, member.since, issued, member.removed]
+def _pack(member: Member) -> dict[str, Any]:
+    return {
+        "id": member.id,
+        "role": member.role.value,
+        "name": member.name,
+        "since": member.since,
+        "issued": [[f"{one.serial:x}", one.not_after] for one in member.issued],
+        "removed": member.removed,
+    }
 
 
 def _unpack(id: str, role: str, name: str, since: float, issued: list[Any], removed: float | None) -> Member:  # noqa: A002

@@ -28,8 +28,8 @@ class Revocations:
                 edit.rows = told
 
 
-def _pack(serial: int) -> list[Any]:
-    return [f"{serial:x}"]
+def _pack(serial: int) -> dict[str, Any]:
+    return {"serial": f"{serial:x}"}
 
 
 def _unpack(serial: str) -> int:

@@ -1,12 +1,13 @@
-"""A small file that several processes share: read again when it has changed, written whole, under the folder's lock.
+"""A small JSON file that several processes share: read again when it has changed, written whole under a lock.
 
-A file that is damaged is an error and not an empty one: a list of who was removed must not be forgotten.
+A damaged file is an error, not an empty file: the list of removed members must not be forgotten. Earlier versions wrote
+msgpack; such a file is read until the first edit, which replaces it with JSON.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Generic, TypeVar
@@ -14,11 +15,14 @@ from typing import Any, Final, Generic, TypeVar
 import msgpack
 
 from cluster.core.errors import Busy, ClusterDamaged
+from cluster.platform.json_file import encode_json, read_json
 from cluster.security.bounds import MAX_STATE_BYTES
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+OLD_FORMAT: Final = 1
+"""msgpack of ``[1, rows]``, each row the list of its values in the order of ``FORMAT`` 2's names."""
 T = TypeVar("T")
 
 
@@ -30,25 +34,29 @@ class Edit(Generic[T]):
 
 
 class StateFile(Generic[T]):
-    """Rows of one kind in ``path``, a file of ``folder``. ``read`` and ``edit`` may be called from any thread."""
+    """Rows of one kind in ``path``, a file of ``folder``. ``rows`` and ``edit`` may be called from any thread.
+
+    ``pack`` turns a row into plain values by name. ``unpack`` takes them by name, or in order from an old file.
+    """
 
     def __init__(
-        self, folder: ClusterFolder, path: Path, pack: Callable[[T], list[Any]], unpack: Callable[..., T]
+        self, folder: ClusterFolder, path: Path, pack: Callable[[T], dict[str, Any]], unpack: Callable[..., T]
     ) -> None:
         self._folder, self._path, self._pack, self._unpack = folder, path, pack, unpack
+        self._old = path.with_suffix(".msgpack")
         self._guard = Lock()
-        self._stamp: Stamp | None = None
+        self._found: tuple[Path, Stamp] | None = None
         self._rows: tuple[T, ...] = ()
 
     def rows(self) -> tuple[T, ...]:
-        """What the file holds, nothing where there is none; raises ``ClusterDamaged``."""
+        """Return what the file holds, nothing if there is no file. Raises ``ClusterDamaged``."""
         with self._guard:
-            stamp = self._look()
-            if stamp is None:
+            found = self._find()
+            if found is None:
                 self._rows = ()
-            elif stamp != self._stamp:
-                self._rows = self._read()
-            self._stamp = stamp
+            elif found != self._found:
+                self._rows = self._read(found[0])
+            self._found = found
             return self._rows
 
     @contextmanager
@@ -58,37 +66,61 @@ class StateFile(Generic[T]):
         ``locked`` says that the caller holds the folder's lock already, to edit two files as one.
         """
         with nullcontext() if locked else self._folder.lock():
-            found = self._read() if self._path.exists() else ()
-            edit = Edit(found)
+            found = self._find()
+            before = self._read(found[0]) if found else ()
+            edit = Edit(before)
             yield edit
-            if edit.rows != found:
+            if edit.rows != before:
                 self._write(edit.rows)
 
     def _write(self, rows: tuple[T, ...]) -> None:
-        content = bytes(msgpack.packb([FORMAT, [self._pack(row) for row in rows]]))
+        content = encode_json({"format": FORMAT, "rows": [self._pack(row) for row in rows]})
         if len(content) > MAX_STATE_BYTES:
             raise Busy(f"{self._path.name} of this cluster is full")
         self._folder.write(self._path, content)
+        with suppress(OSError):  # it is not read any more
+            self._old.unlink(missing_ok=True)
 
-    def _look(self) -> Stamp | None:
+    def _find(self) -> tuple[Path, Stamp] | None:
+        """Return the file to read and its version; None if there is none. An edit may replace the old one meanwhile."""
         try:
-            return file_version(self._path)
-        except FileNotFoundError:
-            return None
+            for path in (self._path, self._old, self._path):
+                with suppress(FileNotFoundError):
+                    return path, file_version(path)
         except OSError as e:
-            raise ClusterDamaged(f"cannot read {self._path}: {e.strerror}") from e
+            raise ClusterDamaged(f"cannot read {path}: {e.strerror}") from e
+        return None
 
-    def _read(self) -> tuple[T, ...]:
+    def _read(self, path: Path) -> tuple[T, ...]:
         try:
-            with self._path.open("rb") as file:
-                content = file.read(MAX_STATE_BYTES + 1)
-            if len(content) > MAX_STATE_BYTES:
-                raise ValueError("too long")
-            version, rows = msgpack.unpackb(content)
-            if version != FORMAT:
-                raise ValueError("of another version of macpipe")
-            return tuple(self._unpack(*row) for row in rows)
+            return self._read_json() if path == self._path else self._read_old()
         except OSError as e:
-            raise ClusterDamaged(f"cannot read {self._path}: {e.strerror}") from e
+            raise ClusterDamaged(f"cannot read {path}: {e.strerror}") from e
         except Exception as e:  # msgpack and the rows' own checks raise errors of many kinds
-            raise ClusterDamaged(f"{self._path} is damaged ({type(e).__name__}); put back a copy of it") from e
+            raise ClusterDamaged(f"{path} is damaged ({type(e).__name__}); put back a copy of it") from e
+
+    def _read_json(self) -> tuple[T, ...]:
+        content = read_json(self._path, MAX_STATE_BYTES)
+        if content["format"] != FORMAT:
+            raise ValueError("of another version of macpipe")
+        return tuple(self._unpack(**row) for row in content["rows"])
+
+    def _read_old(self) -> tuple[T, ...]:
+        try:
+            with self._old.open("rb") as file:
+                content = file.read(MAX_STATE_BYTES + 1)
+        except FileNotFoundError:  # an edit has replaced it since it was found
+            return self._read_json()
+        if len(content) > MAX_STATE_BYTES:
+            raise ValueError("too long")
+        version, rows = msgpack.unpackb(content)
+        if version != OLD_FORMAT:
+            raise ValueError("of another version of macpipe")
+        return tuple(self._unpack(*row) for row in rows)
+
+
+def bytes_of(value: str | bytes) -> bytes:
+    """Return bytes that a row has as hex digits, or as they are in an old file. Raises ValueError or TypeError."""
+    if isinstance(value, bytes):
+        return value
+    return bytes.fromhex(value)

@@ -21,7 +21,7 @@ from cluster.security.bounds import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MI
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import date_in_words
 from cluster.security.roles import Role
-from cluster.security.statefile import StateFile
+from cluster.security.statefile import StateFile, bytes_of
 
 PREFIX: Final = "mpj1."
 JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN)
@@ -192,18 +192,39 @@ def _number(digits: str) -> int:
     return number
 
 
-def _pack(t: IssuedToken) -> list[Any]:
-    return [t.id, t.role.value, t.digest, t.issued, t.expires, t.revoked, t.used, t.user, t.key, t.certificate]
+def _pack(token: IssuedToken) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "role": token.role.value,
+        "digest": token.digest.hex(),
+        "issued": token.issued,
+        "expires": token.expires,
+        "revoked": token.revoked,
+        "used": token.used,
+        "user": token.user,
+        "key": token.key.hex(),
+        "certificate": token.certificate.decode("ascii"),
+    }
 
 
-def _unpack(id: str, role: str, digest: bytes, issued: float, expires: float, *fate: Any) -> IssuedToken:  # noqa: A002
-    revoked, used, user, key, certificate = fate
-    if len(digest) != 32:
+def _unpack(
+    id: str,  # noqa: A002
+    role: str,
+    digest: str | bytes,
+    issued: float,
+    expires: float,
+    revoked: float | None,
+    used: float | None,
+    user: str,
+    key: str | bytes,
+    certificate: str | bytes,
+) -> IssuedToken:
+    secret = bytes_of(digest)
+    if len(secret) != 32:
         raise ValueError("a digest has 32 bytes")
     if not all(time is None or type(time) is float for time in (revoked, used)):
         raise ValueError("a time is a number")
-    if (type(id), type(user), type(key), type(certificate)) != (str, str, bytes, bytes):
+    if (type(id), type(user)) != (str, str):
         raise ValueError("a field of a token has another type than it was written with")
-    return IssuedToken(
-        id, Role(role), bytes(digest), float(issued), float(expires), revoked, used, user, key, certificate
-    )
+    pem = certificate if isinstance(certificate, bytes) else certificate.encode("ascii")
+    return IssuedToken(id, Role(role), secret, float(issued), float(expires), revoked, used, user, bytes_of(key), pem)

@@ -105,7 +105,7 @@ def test_a_full_disk_is_named_by_whoever_writes_cluster_state(tmp_path: Path, fa
     folder = ClusterFolder(tmp_path, "lab")
     folder.write(folder.members, b"before")
     failing_disk.room = 2
-    with pytest.raises(DiskFull, match=r"members\.msgpack: No space left on device; free some room"):
+    with pytest.raises(DiskFull, match=r"members\.json: No space left on device; free some room"):
         folder.write(folder.members, b"after")
     failing_disk.room = None
     assert folder.members.read_bytes() == b"before"

@@ -139,11 +139,14 @@ def test_the_roster_has_a_bound(members: Members, folder: ClusterFolder) -> None
     assert len(members.current()) == MAX_MEMBERS
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x92\x01", b"nonsense", b"\x92\x02\x90", b"\x92\x01\x91\x93a"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"[2", b"nonsense", b'{"format": 3, "rows": []}', b'{"format": 2, "rows": [{"id": "a"}]}', b"[" * 9999],
+)
 def test_a_damaged_roster_is_an_error(folder: ClusterFolder, members: Members, damage: bytes) -> None:
     members.admit(party(1), 2000.0)
     folder.write(folder.members, damage)
-    with pytest.raises(ClusterDamaged, match=r"members\.msgpack is damaged"):
+    with pytest.raises(ClusterDamaged, match=r"members\.json is damaged"):
         members.revoked()
     with pytest.raises(ClusterDamaged):
         members.admit(party(2), 2000.0)
