@@ -29,13 +29,7 @@ from cluster.coordinator.request_records import (
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
 from cluster.core.request import Request
-from cluster.platform.private_files import (
-    create_private_file,
-    make_private_folder,
-    open_regular_file,
-    sync_folder,
-    write_all,
-)
+from cluster.platform.private_files import make_private_folder, open_regular_file, replace_and_open, write_all
 
 log = logging.getLogger(__name__)
 
@@ -205,23 +199,14 @@ class Journal:
         """Replace the file with one that holds only live requests. On failure, keep the old file."""
         for request_id in [i for i, kept in self._previous.items() if self._expired(kept)]:
             self._forget(request_id)
-        fresh = self._path.with_suffix(".new")
         try:
             make_private_folder(self._path.parent)
-            file = create_private_file(fresh)
-            try:
-                answers = (pack_record(_ALL_TOKENS, i, kept.said) for i, kept in self._live.items())
-                content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
-                write_all(file, content)
-                os.fsync(file)
-                fresh.replace(self._path)
-            except BaseException:
-                os.close(file)
-                fresh.unlink(missing_ok=True)
-                raise
+            answers = (pack_record(_ALL_TOKENS, i, kept.said) for i, kept in self._live.items())
+            content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
+            # always the same name, since a crash leaves the file, and it holds what requests said
+            file = replace_and_open(self._path, content, self._path.with_suffix(".new"))
             self._close_file()
             self._file, self._size = file, len(content)
-            sync_folder(self._path.parent)
         except OSError as e:
             self._switch_off(e)
         else:

@@ -105,19 +105,22 @@ def write_all(file: int, data: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put ``content`` in ``path``, whole and on disk, or leave what is there. Raises OSError."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    os.close(replace_and_open(path, content, path.with_name(f".{path.name}.{secrets.token_hex(4)}")))
+
+
+def replace_and_open(path: Path, content: bytes, fresh: Path) -> int:
+    """Do the same by way of the file ``fresh``, and return a descriptor of the new ``path``, to append to."""
     file = create_private_file(fresh)
     try:
-        try:
-            write_all(file, content)
-            os.fsync(file)
-        finally:
-            os.close(file)
+        write_all(file, content)
+        os.fsync(file)
         fresh.replace(path)
+        sync_folder(path.parent)
     except BaseException:
+        os.close(file)
         fresh.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    return file
 
 
 def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
