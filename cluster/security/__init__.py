@@ -1,1 +1,1 @@
-"""Who may talk to whom. Hands out the credentials of every channel and server; nobody else makes any."""
+"""Security: certificates, roles, tokens and API keys. Every channel and server gets its credentials from here."""

@@ -1,7 +1,7 @@
-"""Who may call what: for every method of every service, the roles whose certificates allow it.
+"""Access rules: the roles that may call each method of each service.
 
-What is not listed here nobody may call, so a new method is closed until somebody decides who it is for. It knows the
-names of methods and nothing of what they do.
+A method that is not listed here is closed to everybody, so a new method stays closed until somebody decides who may
+call it. The module knows the methods' names alone.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Final
 
 from cluster.security.roles import Role
 
-_LEAD: Final = frozenset({Role.COORDINATOR})
-_LOOK: Final = frozenset({Role.COORDINATOR, Role.ADMIN})
-"""What ``macpipe plan`` asks of workers where no coordinator runs, beside what coordinators do."""
+_COORDINATORS: Final = frozenset({Role.COORDINATOR})
+_INSPECTORS: Final = frozenset({Role.COORDINATOR, Role.ADMIN})
+"""Admins, because ``macpipe plan`` asks workers itself where no coordinator runs."""
 _MACS: Final = frozenset({Role.COORDINATOR, Role.WORKER})
-_ASK: Final = frozenset({Role.CLIENT, Role.ADMIN})
-_RULE: Final = frozenset({Role.ADMIN})
+_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
+_ADMINS: Final = frozenset({Role.ADMIN})
 
 _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.WorkerService": {
-        "Describe": _LOOK,
-        "LoadStage": _LEAD,
-        "LinkStage": _LEAD,
-        "UnloadStage": _LEAD,
-        "MeasureLink": _LOOK,
-        "LearnRatio": _LEAD,
-        "ResetEngine": _LEAD,
-        "DrainWorker": _LEAD,
-        "RequestCertificate": _LEAD,
-        "InstallCertificate": _LEAD,
+        "Describe": _INSPECTORS,
+        "LoadStage": _COORDINATORS,
+        "LinkStage": _COORDINATORS,
+        "UnloadStage": _COORDINATORS,
+        "MeasureLink": _INSPECTORS,
+        "LearnRatio": _COORDINATORS,
+        "ResetEngine": _COORDINATORS,
+        "DrainWorker": _COORDINATORS,
+        "RequestCertificate": _COORDINATORS,
+        "InstallCertificate": _COORDINATORS,
     },
     "cluster.v1.StageService": {
-        "Feed": _LEAD,
+        "Feed": _COORDINATORS,
         "Pull": _MACS,
         "Pulse": _MACS,
         "Probe": frozenset({Role.WORKER}),
@@ -45,30 +45,31 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "ReadTensors": _MACS,
     },
     "cluster.v1.InferenceService": {
-        "Generate": _ASK,
-        "Chat": _ASK,
-        "Resume": _ASK,
-        "Tokenize": _ASK,
-        "ListModels": _ASK,
-        "Abort": _ASK,
+        "Generate": _CALLERS,
+        "Chat": _CALLERS,
+        "Resume": _CALLERS,
+        "Tokenize": _CALLERS,
+        "ListModels": _CALLERS,
+        "Abort": _CALLERS,
     },
     "cluster.v1.ClusterService": {
-        "GetCluster": _ASK,
-        "Plan": _RULE,
-        "LoadModel": _RULE,
-        "UnloadModel": _RULE,
-        "Drain": _RULE,
-        "RenewCertificate": _ASK,
+        "GetCluster": _CALLERS,
+        "Plan": _ADMINS,
+        "LoadModel": _ADMINS,
+        "UnloadModel": _ADMINS,
+        "Drain": _ADMINS,
+        "RenewCertificate": _CALLERS,
     },
-    "grpc.health.v1.Health": {"Check": _ASK, "List": _ASK, "Watch": _ASK},
-    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _ASK},
+    "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},
 }
 
 RULES: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     {f"/{service}/{method}": roles for service, methods in _SERVICES.items() for method, roles in methods.items()}
 )
-"""By the full method, as in ``/cluster.v1.WorkerService/Describe``."""
+"""Allowed roles by full method name, as in ``/cluster.v1.WorkerService/Describe``."""
 
 
 def is_allowed(method: str, role: Role) -> bool:
+    """Return whether ``role`` may call ``method`` (a full method name); False for an unknown method."""
     return role in RULES.get(method, ())

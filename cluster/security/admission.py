@@ -1,6 +1,6 @@
-"""Who comes in, and how: a token is redeemed for a certificate, once; the first machine certifies itself.
+"""Admit members: redeem a join token for a certificate, once, and certify the first machine.
 
-It decides and writes, under the folder's lock; it knows no network.
+The module decides and writes under the folder's lock. It knows nothing of the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.security.tokens import TokenStore
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRequest:
-    """What a Mac says that wants to join. ``clock`` is its own, in seconds since the epoch."""
+    """A join request. ``clock`` is the joining Mac's time, in seconds since the epoch."""
 
     token: str
     secret: bytes
@@ -33,9 +33,9 @@ class AdmissionRequest:
 
 
 class Admission:
-    """The door of the cluster in ``folder``, on the machine that holds its authority.
+    """Admits members to the cluster in ``folder``, on the machine that holds the authority's key.
 
-    Raises ``NoCluster`` or ``ClusterDamaged`` where that cannot be used. Everything here may take as long as a disk.
+    Raises ``NoCluster`` or ``ClusterDamaged`` if the authority cannot be used. Every method may wait for the disk.
     """
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
@@ -44,66 +44,66 @@ class Admission:
         self.tokens = TokenStore(folder, clock)
         self.members = Members(folder, clock)
 
-    def admit(self, wish: AdmissionRequest) -> bytes:
-        """The certificate (PEM) for a token and a request; the same request again gets the same one.
+    def admit(self, request: AdmissionRequest) -> bytes:
+        """Return a certificate (PEM) for a token and a request; the same request again gets the same certificate.
 
-        A refusal other than ``TokenRefused`` leaves the token as it was: ``InvalidRequest``, ``DuplicateName``,
+        Raises ``TokenRefused``. Every other error leaves the token unused: ``InvalidRequest``, ``DuplicateName``,
         ``ClockWrong``, ``Busy``.
         """
-        key = hashlib.sha256(public_bytes(read_request_key(wish.csr))).digest()
+        key = hashlib.sha256(public_bytes(read_request_key(request.csr))).digest()
         with self._folder.lock():
-            token = self.tokens.accept(wish.token, wish.secret, key)
+            token = self.tokens.accept(request.token, request.secret, key)
             now = self._clock()
             if token.used is not None:
-                return self._again(token.certificate)
-            check_clocks(wish.clock, now)
-            self.members.check_room(token.role, wish.id, wish.name)
-            certificate = self.authority.sign(wish.csr, token.role, wish.id, wish.name, now)
-            # Spent before entered: a crash between the two must not let a second Mac in.
-            self.tokens.spend(token, key, wish.name, certificate)
-            self._enter(certificate)
+                return self._repeat_admission(token.certificate)
+            check_clocks(request.clock, now)
+            self.members.check_room(token.role, request.id, request.name)
+            certificate = self.authority.sign(request.csr, token.role, request.id, request.name, now)
+            # The token is spent before the member is added: a crash between the two must not let a second Mac in.
+            self.tokens.spend(token, key, request.name, certificate)
+            self._add_member(certificate)
             return certificate
 
     def certify_own(self, role: Role, id: str, name: str) -> Party:  # noqa: A002
-        """Make this machine a party as ``role``: key, certificate, and its entry in the roster.
+        """Make this machine a party as ``role``: write its key and certificate and add it to the roster.
 
-        Raises ``DuplicateName`` where it is one already.
+        Raises ``DuplicateName`` if it is one already.
         """
         key, csr = make_request()
         with self._folder.lock():
             certificate = self.authority.sign(csr, role, id, name, self._clock())
-            party = self._enter(certificate)
+            party = self._add_member(certificate)
             self._folder.keep(role, name, key=key, certificate=certificate)
         return party
 
-    def _again(self, certificate: bytes) -> bytes:
-        """A Mac that missed the answer asks once more; it may have been removed, or a crash may have come between."""
+    def _repeat_admission(self, certificate: bytes) -> bytes:
+        """Answer a Mac that lost the first answer. It may have been removed since, or not yet be in the roster."""
         party, _ = read_certificate(certificate)
         if party.serial in self.members.revoked():
             raise TokenRefused(
                 f"{party.name} was removed from the cluster; ask for a new token: `macpipe token create` on the"
                 " coordinator's Mac"
             )
-        self._enter(certificate)
+        self._add_member(certificate)
         return certificate
 
-    def _enter(self, certificate: bytes) -> Party:
+    def _add_member(self, certificate: bytes) -> Party:
         party, ends = read_certificate(certificate)
         self.members.admit(party, ends, locked=True)
         return party
 
 
 def check_clocks(theirs: float, ours: float) -> None:
-    """Raise ``ClockWrong`` where a certificate that begins a day before ``ours`` is not valid by ``theirs``."""
+    """Raise ``ClockWrong`` if a certificate that starts a day before ``ours`` is not valid at ``theirs``."""
     if not -BACKDATED_S < theirs - ours < LEAF_S:
         raise ClockWrong(
-            f"this Mac's clock is {clocks_in_words(theirs - ours)} the coordinator's, so that no certificate would be"
-            " valid here; set it, and join again with the same token"
+            f"this Mac's clock is {clocks_in_words(theirs - ours)} the coordinator's, so a certificate would not be"
+            " valid here; set the clock and join again with the same token"
         )
 
 
 def clocks_in_words(ahead_s: float) -> str:
-    """``10 min ahead of``, ``2 days behind``."""
+    """Describe a difference between clocks: ``10 min ahead of``, ``2 days behind``."""
     size = abs(ahead_s)
     units = ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s"))
     seconds, unit = next((one for one in units if size >= 2 * one[0]), units[-1])

@@ -1,6 +1,6 @@
-"""The cluster's certificate authority: an EC P-256 key on the coordinator's machine that signs who belongs.
+"""The cluster's certificate authority: an EC P-256 key on the coordinator's machine that signs certificates.
 
-Of a request it believes the public key alone; role, id and name are the caller's word.
+It takes only the public key from a request. Role, id and name come from the caller.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Authority:
 
     @classmethod
     def make(cls, folder: ClusterFolder, now: float) -> Authority:
-        """A new authority, kept in ``folder``; raises ``InvalidOption`` where the folder has one."""
+        """Create an authority and write it to ``folder``. Raises ``InvalidOption`` if the folder has one."""
         if folder.exists:
-            raise InvalidOption(f"this Mac is in a cluster named {folder.cluster} already ({folder.path})")
+            raise InvalidOption(f"this Mac is already in a cluster named {folder.cluster} ({folder.path})")
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name(
             [
@@ -63,11 +63,11 @@ class Authority:
 
     @classmethod
     def load(cls, folder: ClusterFolder) -> Authority:
-        """The authority of ``folder``; raises ``NoCluster`` where this machine does not hold it."""
+        """Read the authority of ``folder``. Raises ``NoCluster`` if this machine does not hold its key."""
         if not folder.leads:
             raise NoCluster(
-                f"this Mac does not admit others to a cluster named {folder.cluster}: make one with `macpipe init`, or"
-                " ask on the Mac where that was done"
+                f"this Mac cannot admit others to a cluster named {folder.cluster}: create one with `macpipe init`, or"
+                " run this command on the Mac that created it"
             )
         try:
             certificate, key = folder.authority.read_bytes(), folder.authority_key.read_bytes()
@@ -76,7 +76,7 @@ class Authority:
                 raise ValueError("not an EC key")
             own = x509.load_pem_x509_certificate(certificate)
             if public_bytes(own.public_key()) != public_bytes(private.public_key()):
-                raise ValueError("the key is another authority's")
+                raise ValueError("the key belongs to another authority")
         except (OSError, ValueError, TypeError) as e:
             raise ClusterDamaged(f"the authority in {folder.path} cannot be used: {e}") from e
         return cls(certificate, private)
@@ -91,21 +91,21 @@ class Authority:
         return cluster_id_of(self.fingerprint)
 
     def sign(self, csr_pem: bytes, role: Role, id: str, name: str, now: float) -> bytes:  # noqa: A002
-        """A party's certificate (PEM) for the public key of a request; raises ``InvalidRequest``."""
+        """Return a party's certificate (PEM) for the public key of a request. Raises ``InvalidRequest``."""
         if not ID.fullmatch(id):
-            raise InvalidRequest(f"{id[:32]!r} is not an id: 16 hex digits are", field="id")
+            raise InvalidRequest(f"{id[:32]!r} is not an id: an id has 16 hex digits", field="id")
         check_name(name, "a member's")
         hosts = [x509.DNSName(name_of(role, self.cluster_id, id)), x509.DNSName(name_of(role, self.cluster_id))]
         return self._leaf(read_request_key(csr_pem), name, hosts, _BOTH, now)
 
     def sign_http(self, csr_pem: bytes, hosts: Sequence[str], now: float) -> bytes:
-        """A certificate (PEM) for an HTTPS port that is called by these host names and addresses.
+        """Return a certificate (PEM) for an HTTPS port that clients reach at these host names and addresses.
 
-        It names no role, and so is no party to any gRPC server. Raises ``InvalidRequest``.
+        It names no role, so no gRPC server accepts it as a party's. Raises ``InvalidRequest``.
         """
         names = [_general_name(host) for host in hosts]
         if not names or any(host.endswith(f".{self.cluster_id}") for host in hosts):
-            raise InvalidRequest("a certificate for HTTP needs the names by which this Mac is called", field="hosts")
+            raise InvalidRequest("a certificate for HTTP needs the host names of this Mac", field="hosts")
         return self._leaf(read_request_key(csr_pem), hosts[0], names, (ExtendedKeyUsageOID.SERVER_AUTH,), now)
 
     def _leaf(
@@ -133,13 +133,13 @@ class Authority:
 
 
 def cluster_id_of(fingerprint: bytes) -> str:
-    """A cluster's id is the beginning of its authority's fingerprint."""
+    """Return the cluster's id: the first 16 hex digits of its authority's fingerprint."""
     return fingerprint.hex()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """An authority that somebody showed: its certificate (PEM), its fingerprint, and what it calls its cluster."""
+    """An authority that another machine presented: certificate (PEM), fingerprint and the name of its cluster."""
 
     certificate: bytes
     fingerprint: bytes
@@ -154,13 +154,13 @@ _UNFIT: Final = (
     *(InvalidSignature, InvalidOption, UnsupportedAlgorithm, ValueError, TypeError),
     *(x509.ExtensionNotFound, x509.DuplicateExtension),
 )
-"""What a stranger's certificate may raise."""
+"""What reading an untrusted certificate may raise."""
 
 
 def authority_of(pem: bytes) -> Stranger:
-    """A stranger's authority; raises ``ValueError``.
+    """Read an untrusted authority's certificate. Raises ``ValueError``.
 
-    One certificate, which its own key has signed, written anew: nothing else that came along with it is kept.
+    The result holds one self-signed certificate, encoded again, so that nothing else of the input is kept.
     """
     if len(pem) > MAX_PEM_BYTES:
         raise ValueError("too long for a certificate")
@@ -179,7 +179,7 @@ def authority_of(pem: bytes) -> Stranger:
 
 
 def read_request_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
-    """The public key of a request (PEM), whose signature proves that the sender holds its private half.
+    """Return the public key of a request (PEM). Its signature proves that the sender holds the private key.
 
     Raises ``InvalidRequest``.
     """
@@ -190,7 +190,7 @@ def read_request_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         public_bytes(csr.public_key())
         if not csr.is_signature_valid:
             raise ValueError("its signature is wrong")
-    except Exception as e:  # a stranger's bytes: cryptography raises errors of many kinds
+    except Exception as e:  # untrusted bytes: cryptography raises errors of many kinds
         raise InvalidRequest(f"this is not a certificate request for an EC P-256 key: {e}"[:200], field="csr") from e
     key = csr.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
@@ -200,7 +200,7 @@ def read_request_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
 def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: float, ends: float
 ) -> x509.CertificateBuilder:
-    """What every certificate has: names, key, a random serial and its time, from a day ago on."""
+    """Build what every certificate has: names, key, random serial, and a validity that starts a day ago."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -214,7 +214,7 @@ def _certificate_builder(
 
 
 def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    """A certificate signs either certificates or handshakes, and nothing else."""
+    """Allow a certificate to sign either certificates or handshakes, and nothing else."""
     return x509.KeyUsage(
         digital_signature=not sign_certificates,
         key_cert_sign=sign_certificates,
@@ -236,4 +236,4 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.DNSName(host)
     except ValueError as e:
-        raise InvalidRequest(f"{host[:64]!r} is not a host's name", field="hosts") from e
+        raise InvalidRequest(f"{host[:64]!r} is not a host name", field="hosts") from e

@@ -1,6 +1,6 @@
-"""Certificates are renewed by themselves, long before they end: who holds one asks with a new key, the authority signs.
+"""Renew certificates long before they expire: the holder asks with a new key, and the authority signs it.
 
-Both sides are here; who talks to whom over which RPC is for others to know.
+The module has both sides. It knows nothing of the RPCs between them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cluster.security.roles import Role
 
 
 def is_due(begins: float, ends: float, now: float) -> bool:
-    """Whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
+    """Return whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
     return now > begins + RENEWAL_SHARE * (ends - begins)
 
 
 class Renewal:
-    """The holder's side. The new key is in memory alone until there is a certificate for it."""
+    """The holder's side. A new key stays in memory until there is a certificate for it."""
 
     def __init__(self, folder: ClusterFolder, role: Role, worker: str) -> None:
         self.folder, self._role, self._worker = folder, role, worker
@@ -30,37 +30,39 @@ class Renewal:
         self._key: bytes | None = None
 
     def held(self) -> Keyring:
-        """What is on the disk now. Raises ``MemberNotFound`` where that is nothing any more."""
+        """Return the keyring on disk. Raises ``MemberNotFound`` if it is gone."""
         found = self.folder.keyring(self._role, self._worker)
         if found is None:
-            raise MemberNotFound(f"this machine is no {self._role} of {self.folder.cluster} any more")
+            raise MemberNotFound(
+                f"this machine no longer has the role {self._role} in the cluster {self.folder.cluster}"
+            )
         return found
 
     def request(self) -> bytes:
-        """A request (PEM) to certify a new key; the same one until its certificate has come."""
+        """Return a request (PEM) to certify a new key: the same request until its certificate is installed."""
         with self._lock:
             self._key, request = make_request(self._key)
             return request
 
     def install(self, certificate: bytes) -> None:
-        """Keep the certificate (PEM) that was asked for, in place of the old one. Raises ``InvalidRequest``."""
+        """Replace the old certificate with the one (PEM) that was requested. Raises ``InvalidRequest``."""
         with self._lock:
             held = self.held()
             try:
                 fresh = Keyring.of(held.authority, certificate, self._key or b"")
             except ValueError as e:
-                raise InvalidRequest(f"this is not the certificate that was asked for: {e}") from e
+                raise InvalidRequest(f"this is not the certificate that was requested: {e}") from e
             if (fresh.party.role, fresh.party.id) != (held.party.role, held.party.id):
-                raise InvalidRequest("this is another party's certificate")
+                raise InvalidRequest("this certificate belongs to another party")
             self.folder.keep(self._role, self._worker, key=self._key or b"", certificate=certificate)
             self._key = None
 
 
 def renew_certificate(folder: ClusterFolder, role: Role, id: str, request: bytes, now: float) -> bytes:  # noqa: A002
-    """A further certificate (PEM) for a member: who it is the roster says, and the request only with which key.
+    """Return a new certificate (PEM) for a member. The roster says who it is; the request says only its new key.
 
-    Raises ``MemberNotFound``, ``InvalidRequest`` for a request that is none, and ``Busy`` where it has many
-    certificates already: each must be remembered, to be revoked one day.
+    Raises ``MemberNotFound``, ``InvalidRequest`` for an invalid request, and ``Busy`` if the member has many valid
+    certificates already: each of them must be remembered, in case it has to be revoked.
     """
     members = Members(folder)
     member = next((m for m in members.current() if (m.role, m.id) == (role, id)), None)
@@ -68,7 +70,7 @@ def renew_certificate(folder: ClusterFolder, role: Role, id: str, request: bytes
         raise MemberNotFound(f"the {role} {id} is not a member of this cluster")
     valid = [one for one in member.issued if one.not_after > now]
     if len(valid) >= MAX_LEAVES_VALID:
-        raise Busy(f"{member.name} has {len(valid)} certificates that are valid still")
+        raise Busy(f"{member.name} already has {len(valid)} valid certificates")
     authority = Authority.load(folder)
     certificate = authority.sign(request, member.role, member.id, member.name, now)
     members.renew(*read_certificate(certificate))

@@ -1,4 +1,4 @@
-"""How a cluster begins: its authority, and the first machine's own certificates, all of them or none."""
+"""Create a cluster: its authority and the first machine's certificates, all of them or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.security.roles import Party, Role
 
 @dataclass(frozen=True, slots=True)
 class CreatedCluster:
-    """The new cluster: its authority's fingerprint, and what the first machine is in it."""
+    """The new cluster: the fingerprint of its authority, and the parties of the first machine."""
 
     cluster_id: str
     fingerprint: bytes
@@ -29,9 +29,9 @@ class CreatedCluster:
 def create_cluster(
     folder: ClusterFolder, name: str, ids: Mapping[Role, str], clock: Callable[[], float] = time.time
 ) -> CreatedCluster:
-    """Make the cluster of ``folder``, led by the machine ``name``, which is all the roles of ``ids``.
+    """Create the cluster of ``folder``. The machine ``name`` gets a certificate for each role of ``ids``.
 
-    It is made beside its place and moved there when it is whole. Raises ``InvalidOption`` where one is there already.
+    It is built in a draft folder and renamed once it is complete. Raises ``InvalidOption`` if the cluster exists.
     """
     own = {role: name_for_role(role, name) for role in ids}
     _check_free(folder)
@@ -51,9 +51,9 @@ def create_cluster(
 
 
 def name_for_role(role: Role, machine: str) -> str:
-    """What a machine is called as ``role``: a worker by its own name, since that is who people see at work.
+    """Return the name of a machine as ``role``. A worker has the machine's own name, since people see it in lists.
 
-    Raises ``InvalidOption`` for a name that leaves no room for the rest.
+    Raises ``InvalidOption`` if the name is too long to add the role.
     """
     name = machine if role is Role.WORKER else f"{machine}-{role}"
     if len(name) > MAX_NAME_CHARS:
@@ -64,10 +64,10 @@ def name_for_role(role: Role, machine: str) -> str:
 def _check_free(folder: ClusterFolder) -> None:
     if folder.leads:
         raise InvalidOption(
-            f"this Mac leads a cluster named {folder.cluster} already; `macpipe token create` admits another Mac"
+            f"this Mac already leads a cluster named {folder.cluster}; `macpipe token create` admits another Mac"
         )
     if folder.exists:
         raise InvalidOption(
-            f"this Mac is in a cluster named {folder.cluster} already; choose another name with --cluster NAME, or"
+            f"this Mac is already in a cluster named {folder.cluster}; choose another name with --cluster NAME, or"
             f" remove {folder.path}"
         )

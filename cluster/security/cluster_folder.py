@@ -1,7 +1,7 @@
 """A cluster's folder on one machine: where its certificates, keys and lists are, and how they are written.
 
-Folders are 0700, files 0600, and a file is replaced by rename, so that whoever reads sees the old or the new one. What
-is in the files is for others to know.
+Folders have mode 0700 and files 0600. A file is replaced by rename, so a reader sees the old or the new content. What
+the files contain is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOOK_S: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class ClusterFolder:
-    """The folder of ``cluster`` under ``home`` (MACPIPE_HOME), which need not exist."""
+    """The folder of ``cluster`` under ``home`` (MACPIPE_HOME). It need not exist."""
 
     home: Path
     cluster: str
@@ -46,12 +46,12 @@ class ClusterFolder:
 
     @property
     def leads(self) -> bool:
-        """Whether this machine admits others: it holds the authority's key."""
+        """Whether this machine admits members: it holds the authority's key."""
         return self.authority_key.is_file()
 
     @property
     def authority(self) -> Path:
-        """The authority's certificate, which every party holds."""
+        """The authority's certificate. Every party holds it."""
         return self.path / "authority.pem"
 
     @property
@@ -71,9 +71,9 @@ class ClusterFolder:
         return self.path / "keys.json"
 
     def party(self, role: Role, name: str = "") -> Path:
-        """Where a party of this machine keeps its certificate and key. A worker has a ``name``, the others have none.
+        """Return the folder of a party's certificate and key. ``name`` is a worker's; the other roles have none.
 
-        Raises ``InvalidOption`` for a worker's name that is none.
+        Raises ``InvalidOption`` for an invalid worker name.
         """
         if role is Role.WORKER:
             return self.path / "workers" / check_name(name, "a worker's")
@@ -84,9 +84,10 @@ class ClusterFolder:
         return self.party(Role.WORKER, worker) / "revoked.json"
 
     def keyring(self, role: Role, name: str = "") -> Keyring | None:
-        """What this machine holds as ``role``; None where it is not that.
+        """Return this machine's keyring as ``role``; None if it has none.
 
-        Raises ``ClusterDamaged`` where the files do not belong together, or others of this machine may read the key.
+        Raises ``ClusterDamaged`` if the files do not belong together, or if other users of this machine can read the
+        key.
         """
         folder = self.party(role, name)
         if not (self.exists and (folder / "certificate.pem").is_file()):
@@ -94,23 +95,23 @@ class ClusterFolder:
         key = folder / "key.pem"
         with suppress(FileNotFoundError):
             if key.stat().st_mode & OTHERS:
-                raise ClusterDamaged(f"{key} can be read by others of this machine; say `chmod 600 {key}`")
+                raise ClusterDamaged(f"other users of this machine can read {key}; run `chmod 600 {key}`")
         return Keyring.load(folder, self.authority)
 
     def caller(self) -> Keyring | None:
-        """What this machine asks coordinators with: an admin's keyring, else a client's, else None."""
+        """Return the keyring with which this machine calls coordinators: an admin's, else a client's, else None."""
         return self.keyring(Role.ADMIN) or self.keyring(Role.CLIENT)
 
     def keep(self, role: Role, name: str, *, key: bytes, certificate: bytes) -> None:
-        """Write a party's key and certificate. Who reads between the two writes tries again (``Keyring.load``)."""
+        """Write a party's key and certificate. A reader between the two writes tries again (``Keyring.load``)."""
         folder = self.party(role, name)
         self.write(folder / "key.pem", key)
         self.write(folder / "certificate.pem", certificate)
 
     def write(self, path: Path, content: bytes) -> None:
-        """Put ``content`` in ``path`` (of this folder), whole or not at all; raises ``InvalidOption`` where it cannot.
+        """Write ``content`` to ``path`` (in this folder), whole or not at all. Raises ``InvalidOption`` on failure.
 
-        Folders on the way are made as well, for the owner alone.
+        Missing parent folders are created with mode 0700.
         """
         try:
             make_private_folder(path.parent, self.path.parent)
@@ -120,20 +121,20 @@ class ClusterFolder:
 
     @contextmanager
     def lock(self, wait_s: float = STATE_LOCK_S) -> Iterator[None]:
-        """Be the only one, of all processes and threads, that edits the folder; raises ``Busy`` after ``wait_s``."""
+        """Hold the folder's lock against all other processes and threads. Raises ``Busy`` after ``wait_s``."""
         try:
             make_private_folder(self.path, self.path.parent)
             file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise not_written(e, self.path, "cluster state") from e
         try:
-            _take(file, wait_s)
+            _acquire(file, wait_s)
             yield
         finally:
             os.close(file)
 
 
-def _take(file: int, wait_s: float) -> None:
+def _acquire(file: int, wait_s: float) -> None:
     end = time.monotonic() + wait_s
     while True:
         try:

@@ -1,6 +1,6 @@
-"""Opens what this machine holds of a cluster: its certificate, or trust in this machine alone.
+"""Open this machine's credentials for a cluster: its certificate, or trust in this machine alone.
 
-Cryptography is imported only where there is a cluster: it takes a tenth of a second, which no other command should pay.
+Cryptography is imported only if there is a cluster. The import takes 0.1 s, which no other command should pay.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
-    """What this machine holds of ``cluster``, as the first of ``roles`` that it has; else alone on itself.
+    """Open this machine's trust in ``cluster``, as the first of ``roles`` that it has; else ``LocalTrust``.
 
-    ``name`` is a worker's. Raises ``InvalidOption`` for a name that is none, ``ClusterDamaged`` for unusable files.
+    ``name`` is a worker's. Raises ``InvalidOption`` for an invalid name, ``ClusterDamaged`` for unusable files.
     """
-    check_name(cluster, "a cluster's")  # it is the name of a folder too
+    check_name(cluster, "a cluster's")  # before it becomes part of a path
     if is_member(home, cluster):
         from cluster.security.mtls import open_cluster_trust
 
@@ -33,12 +33,12 @@ def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
 
 
 def is_member(home: Path, cluster: str) -> bool:
-    """Whether this machine is in the cluster."""
+    """Return whether this machine is in the cluster."""
     return (home / "clusters" / cluster / "authority.pem").is_file()
 
 
 class LocalTrust:
-    """No cluster: gRPC's local credentials, whose server refuses a peer that is not on this machine."""
+    """Trust without a cluster: gRPC's local credentials, whose server refuses peers on other machines."""
 
     me: Final = ""
     serial: Final = 0
@@ -53,7 +53,7 @@ class LocalTrust:
     def server(self, host: str) -> grpc.ServerCredentials:
         if not is_loopback(host):
             raise InvalidOption(
-                f"whoever reaches {host} could use it: without a cluster macpipe listens on this machine alone. Make a"
+                f"macpipe listens on this machine alone without a cluster, because anybody could use {host}. Create a"
                 f" cluster with `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}`",
                 field="host",
             )
@@ -62,9 +62,9 @@ class LocalTrust:
     def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
         if not is_loopback(host):
             raise InvalidOption(
-                f"{host} is another machine, and this one has no certificate for it: make a cluster with"
-                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}` (the token of a Mac"
-                " that asks comes from `macpipe token create --role client`)",
+                f"{host} is another machine, and this one has no certificate for it: create a cluster with"
+                f" `macpipe init{self._named}`, or enter one with `macpipe join TOKEN{self._named}` (for a Mac that"
+                " only sends requests, create the token with `macpipe token create --role client`)",
                 field="host",
             )
         return grpc.local_channel_credentials(), []

@@ -1,4 +1,4 @@
-"""By what a file is known to be another than before, without reading it. Files here are replaced by rename."""
+"""Detect that a file changed from its stat(), without reading it. macpipe replaces its files by rename."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ Stamp = tuple[int, int, int]
 
 
 def file_version(path: Path) -> Stamp:
-    """Time of the last change (ns), size in bytes, and inode. Raises ``OSError``."""
+    """Return the time of the last change (ns), the size (bytes) and the inode. Raises ``OSError``."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino

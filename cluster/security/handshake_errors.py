@@ -1,4 +1,4 @@
-"""What a failed TLS handshake means, by gRPC's words for it, in a sentence that says what to do."""
+"""Explain a failed TLS handshake by gRPC's error text, and say what to do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MEANINGS: Final = (
     ),
     (
         ("Socket closed", "Connection reset", "handshake"),
-        "it broke the connection off at once: it is just stopping, it is of another cluster or of none, or it does not"
-        " take this Mac's certificate any more",
+        "it closed the connection at once: it is stopping, it is in another cluster or in none, or it no longer"
+        " accepts this Mac's certificate",
     ),
 )
 
 
-def handshake_failure(said: str) -> str:
-    """The meaning of what gRPC said of a connection that did not come to be; empty where no handshake failed."""
-    if "failed to connect" not in said:
+def handshake_failure(grpc_message: str) -> str:
+    """Return the cause of a failed connection by gRPC's message; empty if no handshake failed."""
+    if "failed to connect" not in grpc_message:
         return ""
-    return next((meaning for words, meaning in _MEANINGS if any(word in said for word in words)), "")
+    return next((meaning for words, meaning in _MEANINGS if any(word in grpc_message for word in words)), "")

@@ -1,4 +1,4 @@
-"""What HTTPS shows: the cluster's own certificate for this Mac, or one that was given. Renewed ones are taken on."""
+"""Certificates for HTTPS: the cluster's own for this Mac, or one that the user gives. Renewed ones are reloaded."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cluster.security.keyring import make_request
 
 
 class HttpCertificate(Protocol):
-    """``context`` is for a server's socket. ``refresh`` is called now and then, and changes what it shows."""
+    """A certificate of an HTTPS server. ``context`` is for its socket; the server calls ``refresh`` periodically."""
 
     context: ssl.SSLContext
 
     def refresh(self) -> None:
-        """Take a renewed certificate, if there is one; connections that are open keep theirs."""
+        """Load a renewed certificate, if there is one. Open connections keep the old one."""
 
 
 class OwnCertificate:
-    """Signed by the cluster's authority for ``hosts``, names and addresses; made anew at each start.
+    """A certificate for ``hosts`` (names and addresses), signed by the cluster's authority and new at each start.
 
-    Raises ``NoCluster`` where this machine does not hold the authority's key.
+    Raises ``NoCluster`` if this machine does not hold the authority's key.
     """
 
     def __init__(self, folder: ClusterFolder, hosts: Sequence[str], clock: Callable[[], float] = time.time) -> None:
@@ -38,7 +38,7 @@ class OwnCertificate:
         self._make()
 
     def refresh(self) -> None:
-        """Make another where most of this one's time is over."""
+        """Replace the certificate after two thirds of its life."""
         if self._clock() >= self._due:
             self._make()
 
@@ -46,15 +46,16 @@ class OwnCertificate:
         now = self._clock()
         key, request = make_request()
         certificate = Authority.load(self._folder).sign_http(request, self._hosts, now)
-        files = self._place / "certificate.pem", self._place / "key.pem"
-        self._folder.write(files[1], key)
-        self._folder.write(files[0], certificate)
-        self.context.load_cert_chain(*files)
+        certificate_file = self._place / "certificate.pem"
+        key_file = self._place / "key.pem"
+        self._folder.write(key_file, key)
+        self._folder.write(certificate_file, certificate)
+        self.context.load_cert_chain(certificate_file, key_file)
         self._due = now + RENEWAL_SHARE * LEAF_S
 
 
 class GivenCertificate:
-    """A chain and its key as PEM files of the user's, read again when they change. Raises ``InvalidOption``."""
+    """A chain and its key in the user's PEM files, loaded again when they change. Raises ``InvalidOption``."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
         self._files = certificate, key
@@ -63,14 +64,14 @@ class GivenCertificate:
         self._load()
 
     def refresh(self) -> None:
-        """Read changed files; while they do not belong together, the ones before are shown on."""
+        """Load changed files. While they do not belong together, the previous certificate stays in use."""
         try:
             stamp = self._look()
             if stamp != self._stamp:
                 self._load()
                 self._stamp = stamp
         except InvalidOption:
-            return  # a renewal writes two files: the next look sees both
+            return  # a renewal writes two files: the next refresh sees both
 
     def _look(self) -> tuple[Stamp, ...]:
         try:
@@ -84,7 +85,7 @@ class GivenCertificate:
             self.context.load_cert_chain(*self._files, password=_refuse_password)
         except (ssl.SSLError, OSError, ValueError) as e:
             raise InvalidOption(
-                f"--http-cert {self._files[0]} and --http-key {self._files[1]} are no certificate with its key: {e}"
+                f"--http-cert {self._files[0]} and --http-key {self._files[1]} are not a certificate and its key: {e}"
             ) from e
 
 
@@ -96,4 +97,4 @@ def _context() -> ssl.SSLContext:
 
 
 def _refuse_password() -> str:
-    raise ValueError("the key is encrypted; give one that is not")
+    raise ValueError("the key is encrypted; give an unencrypted one")

@@ -1,7 +1,7 @@
-"""What stands before every method of every server in a cluster: it asks who calls, and whether that role may.
+"""Authorize every call of every server in a cluster: identify the caller and check its role.
 
-TLS has let in holders of the cluster's certificates alone; here their roles and the revoked are told apart. Streams of
-a party that is revoked meanwhile are ended. Per call it costs a look-up; per message nothing.
+TLS admits only holders of the cluster's certificates. The interceptors check their roles and refuse revoked ones. They
+end the streams of a party that is revoked meanwhile. The cost is one look-up per call and nothing per message.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Refusal = tuple[grpc.StatusCode, str]
 
 
 def judge(trust: Trust, method: str, shown: Shown) -> Party | Refusal:
-    """Who calls ``method``, where that party may; else the status and the sentence that refuse it."""
+    """Return the caller of ``method`` if it may call it; else the status and the message of the refusal."""
     party = trust.party(shown)
     if party is None:
-        return grpc.StatusCode.UNAUTHENTICATED, "this takes a certificate of the cluster, valid now; see `macpipe join`"
-    if refusal := _why_ended(trust, party):
+        return grpc.StatusCode.UNAUTHENTICATED, "this needs a valid certificate of the cluster; see `macpipe join`"
+    if refusal := _find_revocation(trust, party):
         return refusal
     if not is_allowed(method, party.role):
         roles = " or ".join(sorted(RULES.get(method, ()))) or "nobody"
@@ -44,8 +44,8 @@ def _a(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
-def _why_ended(trust: Trust, party: Party) -> Refusal | None:
-    """Why a party that belonged to the cluster does so no more."""
+def _find_revocation(trust: Trust, party: Party) -> Refusal | None:
+    """Return why a party no longer belongs to the cluster; None if it does."""
     try:
         if not trust.revoked(party.serial):
             return None
@@ -55,7 +55,7 @@ def _why_ended(trust: Trust, party: Party) -> Refusal | None:
 
 
 class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
-    """Guards a server of threads. Close it at the end."""
+    """Authorizes calls of a threaded server. Close it at the end."""
 
     def __init__(self, trust: Trust) -> None:
         self._trust = trust
@@ -83,7 +83,7 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
         return _like(handler, guarded)
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> None:
-        """Let the call go on, for as long as its party belongs to the cluster."""
+        """Allow the call and register it, so that ``_sweep`` can cancel it when its party is removed."""
         party = judge(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             context.abort(*party)
@@ -97,12 +97,12 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
     def _sweep(self) -> None:
         while not self._closed.wait(REVOCATION_LOOK_S):
             for context, party in tuple(self._open.items()):
-                if _why_ended(self._trust, party):
+                if _find_revocation(self._trust, party):
                     context.cancel()  # type: ignore[no-untyped-call]
 
 
 class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
-    """Guards an asyncio server."""
+    """Authorizes calls of an asyncio server."""
 
     def __init__(self, trust: Trust) -> None:
         self._trust = trust
@@ -113,7 +113,7 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         handler = await continuation(handler_call_details)
-        if not handler:  # the method is none of this server's
+        if not handler:  # the server does not have this method
             return handler
         behaviour, method = _behaviour(handler), handler_call_details.method
 
@@ -123,7 +123,7 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
 
         async def stream(request: Any, context: Context) -> None:
             party = await self._require_admitted(method, context)
-            await self._while_admitted(party, context, _answers(behaviour, request, context))
+            await self._run_while_admitted(party, context, _run_stream(behaviour, request, context))
 
         return _like(handler, stream if handler.response_streaming else whole)
 
@@ -133,14 +133,14 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
             await _refuse(context, party)
         return party
 
-    async def _while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:
-        """Do the work of one stream; where its party is revoked meanwhile, end it with the reason."""
+    async def _run_while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:
+        """Run one stream. If its party is revoked meanwhile, abort it with the reason."""
         why: list[Refusal] = []
         me = asyncio.current_task()
         assert me
 
         async def watch() -> None:
-            while not (refusal := _why_ended(self._trust, party)):  # noqa: ASYNC110  # a file tells
+            while not (refusal := _find_revocation(self._trust, party)):  # noqa: ASYNC110  # it is read from a file
                 await asyncio.sleep(REVOCATION_LOOK_S)
             why.append(refusal)
             me.cancel()
@@ -166,8 +166,8 @@ async def _refuse(context: Context, refusal: Refusal) -> NoReturn:
     await context.abort(*refusal)
 
 
-async def _answers(behaviour: Callable[..., Any], request: Any, context: Context) -> None:
-    """Run a streaming method to its end, whichever way it is written."""
+async def _run_stream(behaviour: Callable[..., Any], request: Any, context: Context) -> None:
+    """Run a streaming method to its end, whether it is a generator or writes to the context."""
     running = behaviour(request, context)
     if not isinstance(running, AsyncIterator):
         await running
@@ -177,7 +177,7 @@ async def _answers(behaviour: Callable[..., Any], request: Any, context: Context
             await context.write(message)
     finally:
         with suppress(AttributeError):
-            await running.aclose()  # type: ignore[attr-defined]  # an iterator that is no generator has none
+            await running.aclose()  # type: ignore[attr-defined]  # only a generator has it
 
 
 def _behaviour(handler: Handler) -> Callable[..., Any]:
@@ -187,7 +187,7 @@ def _behaviour(handler: Handler) -> Callable[..., Any]:
 
 
 def _like(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
-    """The same method with another behaviour."""
+    """Return the same method with another behaviour."""
     makes: dict[tuple[bool, bool], Callable[..., Handler]] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,

@@ -1,4 +1,4 @@
-"""What one party holds: the authority's certificate, its own, and its key, which never leaves the machine."""
+"""A party's keyring: the authority's certificate, its own certificate, and its key, which never leaves the machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cluster.core.errors import ClockWrong, ClusterDamaged, MacpipeError
 from cluster.security.bounds import MAX_PEM_BYTES
 from cluster.security.roles import Party, party_in, party_of
 
-_LOOKS: Final = 20
-_LOOK_S: Final = 0.05
-"""A renewal replaces two files, one after the other; who reads in between looks again, for a second in all."""
+_READ_ATTEMPTS: Final = 20
+_READ_PAUSE_S: Final = 0.05
+"""A renewal replaces two files, one after the other. A reader in between tries again, for a second in all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """PEM files of one party, which belong together. Times are seconds since the epoch, UTC."""
+    """PEM files of one party that belong together. Times are seconds since the epoch, UTC."""
 
     authority: bytes
     certificate: bytes
@@ -43,11 +43,11 @@ class Keyring:
     def load(cls, folder: Path, authority: Path) -> Keyring:
         """Read ``key.pem`` and ``certificate.pem`` of ``folder``, and the ``authority``'s certificate.
 
-        Raises ``ClusterDamaged`` where one is missing, or they do not belong together.
+        Raises ``ClusterDamaged`` if one is missing or they do not belong together.
         """
-        for look in range(_LOOKS):
-            if look:
-                time.sleep(_LOOK_S)
+        for attempt in range(_READ_ATTEMPTS):
+            if attempt:
+                time.sleep(_READ_PAUSE_S)
             try:
                 files = (authority, folder / "certificate.pem", folder / "key.pem")
                 return cls.of(*(_read(file) for file in files))
@@ -59,40 +59,40 @@ class Keyring:
 
     @classmethod
     def of(cls, authority: bytes, certificate: bytes, key: bytes) -> Keyring:
-        """The keyring of these PEM texts; raises ``ValueError`` where they do not belong together."""
+        """Return the keyring of these PEM texts. Raises ``ValueError`` if they do not belong together."""
         leaf = x509.load_pem_x509_certificate(certificate)
         if public_bytes(leaf.public_key()) != public_bytes(_private_key(key).public_key()):
-            raise ValueError("the key is another certificate's")
+            raise ValueError("the key belongs to another certificate")
         try:
             leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
             party = party_in(leaf)
         except Exception as e:  # cryptography's own errors have no common root
-            raise ValueError("the certificate is of another cluster") from e
+            raise ValueError("the certificate belongs to another cluster") from e
         begins, ends = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
         return cls(authority, certificate, key, party, begins, ends)
 
     def check_clock(self, now: float) -> None:
-        """Raise ``ClockWrong`` where the certificate is not valid at ``now``, by this machine's clock."""
+        """Raise ``ClockWrong`` if the certificate is not valid at ``now``, by this machine's clock."""
         clock = f"this Mac's clock says {date_in_words(now)}"
         if now < self.not_before:
-            raise ClockWrong(f"{clock}, and its certificate begins {date_in_words(self.not_before)}: set the clock")
+            raise ClockWrong(f"{clock}, but its certificate starts {date_in_words(self.not_before)}: set the clock")
         if now > self.not_after:
             raise ClockWrong(
-                f"{clock}, and its certificate ended {date_in_words(self.not_after)}: set the clock if it is wrong,"
+                f"{clock}, but its certificate expired {date_in_words(self.not_after)}: set the clock if it is wrong,"
                 " else join again with a new token (`macpipe token create` on the coordinator's Mac)"
             )
 
 
 def read_certificate(certificate: bytes) -> tuple[Party, float]:
-    """Whose a certificate (PEM) is, and when it ends; raises ``Unauthenticated``."""
+    """Return the party of a certificate (PEM) and when it expires. Raises ``Unauthenticated``."""
     return party_of(certificate), x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 def make_request(key: bytes | None = None) -> tuple[bytes, bytes]:
-    """A private key and a request to certify it, both PEM; ``key`` (PEM) is used where one is given.
+    """Return a private key and a request to certify it, both PEM. ``key`` (PEM) is used if given.
 
-    The request says nothing but the public key: who asks is not asked who it is. Raises ``ValueError`` for a ``key``
-    that is none.
+    The request contains nothing but the public key: the authority decides role, id and name. Raises ``ValueError`` for
+    an invalid ``key``.
     """
     private = ec.generate_private_key(ec.SECP256R1()) if key is None else _private_key(key)
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(private, SHA256())
@@ -100,19 +100,19 @@ def make_request(key: bytes | None = None) -> tuple[bytes, bytes]:
 
 
 def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A key as the PEM text that goes into a file that nobody else may read."""
+    """Return a key as unencrypted PEM, for a file that only its owner can read."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def public_bytes(key: object) -> bytes:
-    """The DER of a public key with its algorithm (SubjectPublicKeyInfo); raises ``ValueError`` but for EC P-256."""
+    """Return a public key as DER with its algorithm (SubjectPublicKeyInfo). Raises ``ValueError`` if not EC P-256."""
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("the key is not an EC P-256 key")
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def date_in_words(seconds: float) -> str:
-    """``2026-11-23 10:04 UTC``; a time beyond the calendar is told in seconds."""
+    """Format a time as ``2026-11-23 10:04 UTC``; a time beyond the calendar in seconds."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (ValueError, OverflowError, OSError):

@@ -1,7 +1,7 @@
-"""API keys: who may use a cluster's HTTP, for what, and how much of it.
+"""API keys: who may use a cluster's HTTP API, at which scope, and how much of it.
 
-A key's text is ``mpk_ID_SECRET``; it is shown once, and only its SHA-256 is kept. A secret has 256 random bits, so a
-plain hash is as good as a slow one: there is nothing to guess. It counts no requests; it says how far to count.
+A key's text is ``mpk_ID_SECRET``. It is shown once, and only its SHA-256 is kept. A secret has 256 random bits, so a
+plain hash is as good as a slow one: it cannot be guessed. The module holds limits; it does not count requests.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from cluster.security.name_check import check_name
 from cluster.security.statefile import StateFile, bytes_of
 
 TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-"""What a key looks like; nothing else is hashed."""
-_NOBODYS: Final = bytes(32)
-"""Compared with where no key has the id, so that the answer takes as long."""
+"""The form of a key. Any other text is refused without hashing it."""
+_NO_DIGEST: Final = bytes(32)
+"""Compared with if no key has the id, so that the answer takes the same time."""
 
 
 class KeyScope(StrEnum):
-    """What a key opens. Admin opens what inference does, too."""
+    """What a key gives access to. ADMIN includes INFERENCE."""
 
     INFERENCE = "inference"
     ADMIN = "admin"
 
     def covers(self, needed: KeyScope) -> bool:
-        """Whether what needs that scope is open to this one."""
+        """Return whether this scope includes ``needed``."""
         return self in (needed, KeyScope.ADMIN)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What a key may use; None is as much as there is. Tokens are those of prompts and answers together."""
+    """Limits of a key; None means unlimited. Tokens are those of prompts and answers together."""
 
     requests_a_minute: int | None = None
     tokens_a_minute: int | None = None
@@ -51,12 +51,12 @@ class KeyLimits:
         for name in ("requests_a_minute", "tokens_a_minute", "at_once"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
-                raise InvalidOption(f"{name.replace('_', ' ')}: {value} is no limit; it must be at least 1", field=name)
+                raise InvalidOption(f"{name.replace('_', ' ')}: {value} is not a limit; give at least 1", field=name)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key without its secret. Times are seconds since the epoch; ``revoked`` None while it is good."""
+    """A key without its secret. Times are seconds since the epoch; ``revoked`` is None while the key is valid."""
 
     id: str
     name: str
@@ -68,33 +68,33 @@ class ApiKey:
 
 
 class KeyStore:
-    """The keys in ``folder``, shared with every process that edits them: what changed is seen at the next look."""
+    """The keys in ``folder``. Other processes may edit them; each call sees their changes."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._file = StateFile(folder, folder.keys, _pack, _unpack)
 
     def all_keys(self) -> tuple[ApiKey, ...]:
-        """All keys in the order of their making, revoked ones too. Raises ``ClusterDamaged``."""
+        """Return all keys in order of creation, revoked ones included. Raises ``ClusterDamaged``."""
         return self._file.rows()
 
     def find_by_id(self, key_id: str) -> ApiKey | None:
-        """The key with that id, as long as it is good."""
+        """Return the valid key with that id; None if there is none."""
         return next((key for key in self.all_keys() if key.id == key_id and key.revoked is None), None)
 
     def find(self, text: str) -> ApiKey | None:
-        """The key whose text this is, as long as it is good. Takes as long for a wrong secret as for a right one."""
+        """Return the valid key with this text; None if there is none. A wrong secret takes the same time."""
         parts = TEXT.fullmatch(text)
         if parts is None:
             return None
         key = self.find_by_id(parts[1])
-        right = hmac.compare_digest(_digest(text), _NOBODYS if key is None else key.digest)
+        right = hmac.compare_digest(_digest(text), _NO_DIGEST if key is None else key.digest)
         return key if right else None
 
     def create(
         self, name: str, scope: KeyScope = KeyScope.INFERENCE, limits: KeyLimits | None = None
     ) -> tuple[ApiKey, str]:
-        """A new key and its text, which is kept nowhere. Raises ``DuplicateName``; ``Busy`` where it is full."""
+        """Create a key and return it with its text, which is not kept. Raises ``DuplicateName``, ``Busy`` if full."""
         check_name(name, "a key's")
         key_id = secrets.token_hex(6)
         text = f"mpk_{key_id}_{secrets.token_urlsafe(32)}"
@@ -112,7 +112,7 @@ class KeyStore:
         return key, text
 
     def revoke(self, which: str) -> ApiKey:
-        """Revoke the good key with this name or id; which that was. Raises ``MemberNotFound``."""
+        """Revoke the valid key with this name or id, and return it. Raises ``MemberNotFound``."""
         with self._file.edit() as edit:
             at = next((i for i, k in enumerate(edit.rows) if k.revoked is None and which in (k.id, k.name)), None)
             if at is None:

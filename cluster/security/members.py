@@ -1,6 +1,6 @@
-"""The roster of a cluster: who was admitted, with which certificates, and who was removed.
+"""The roster of a cluster: its members, their certificates, and who was removed.
 
-It lives on the coordinator's machine. It signs nothing; it says who may be signed for, and whose serials are revoked.
+It is kept on the coordinator's machine. It signs nothing; it says who may get a certificate and whose are revoked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cluster.security.statefile import StateFile
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """One certificate of a member: its serial, and until when it would be valid (seconds since the epoch)."""
+    """One certificate of a member: its serial, and when it expires (seconds since the epoch)."""
 
     serial: int
     not_after: float
@@ -28,7 +28,7 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Who was admitted ``since``; ``removed`` says when it was thrown out, None while it belongs."""
+    """A member, admitted at ``since``. ``removed`` is the time of its removal, None while it belongs."""
 
     id: str
     role: Role
@@ -39,28 +39,28 @@ class Member:
 
 
 class Members:
-    """The roster in ``folder``, shared with every other process that edits it."""
+    """The roster in ``folder``. Other processes may edit it."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._file = StateFile(folder, folder.members, _pack, _unpack)
 
     def everyone(self) -> tuple[Member, ...]:
-        """All that the roster knows, in the order of their admission; removed ones until their certificates end."""
+        """Return all members in order of admission, removed ones until their certificates expire."""
         return self._file.rows()
 
     def current(self) -> tuple[Member, ...]:
-        """Those who belong now."""
+        """Return the members that were not removed."""
         return tuple(member for member in self.everyone() if member.removed is None)
 
     def revoked(self) -> frozenset[int]:
-        """The serials of removed members' certificates that would be valid still."""
+        """Return the serials of removed members' certificates that have not expired."""
         now = self._clock()
         gone = (member for member in self.everyone() if member.removed is not None)
         return frozenset(one.serial for member in gone for one in member.issued if one.not_after > now)
 
     def admits(self, party: Party) -> bool:
-        """Whether ``party`` is in the roster with this certificate, and was not removed."""
+        """Return whether ``party`` is a current member with this certificate."""
         return any(
             member.id == party.id and member.role is party.role and one.serial == party.serial
             for member in self.current()
@@ -68,13 +68,13 @@ class Members:
         )
 
     def check_room(self, role: Role, id: str, name: str) -> None:  # noqa: A002
-        """Raise where nobody new can be ``name`` with this id: ``DuplicateName``, or ``Busy`` where all is full."""
+        """Raise ``DuplicateName`` if the name or id is taken, ``Busy`` if the roster is full."""
         _check_room(self._drop_expired(self.everyone()), role, id, check_name(name, "a member's"))
 
     def admit(self, party: Party, not_after: float, *, locked: bool = False) -> None:
-        """Enter who got a first certificate; once more the same one is no news. Raises as ``check_room`` does.
+        """Add a member with its first certificate; the same certificate again changes nothing.
 
-        ``locked`` says that the caller holds the folder's lock.
+        Raises as ``check_room`` does. ``locked`` says that the caller holds the folder's lock.
         """
         with self._file.edit(locked=locked) as edit:
             rows = self._drop_expired(edit.rows)
@@ -85,7 +85,7 @@ class Members:
             edit.rows = (*rows, Member(party.id, party.role, party.name, self._clock(), issued))
 
     def renew(self, party: Party, not_after: float) -> None:
-        """Enter a further certificate of a member; raises ``MemberNotFound`` where it belongs no more."""
+        """Add a further certificate of a member. Raises ``MemberNotFound`` if it no longer belongs."""
         with self._file.edit() as edit:
             rows = self._drop_expired(edit.rows)
             at = _position(rows, lambda m: m.removed is None and (m.id, m.role) == (party.id, party.role))
@@ -97,9 +97,9 @@ class Members:
             edit.rows = (*rows[:at], fresh, *rows[at + 1 :])
 
     def remove(self, name: str) -> Member:
-        """Throw out the member ``name``; who that was. Raises ``MemberNotFound``, ``InvalidOption`` for a coordinator.
+        """Remove the member ``name``, revoke its certificates and return it.
 
-        Certificates that it has are revoked from now on.
+        Raises ``MemberNotFound``, and ``InvalidOption`` for a coordinator.
         """
         with self._file.edit() as edit:
             rows = self._drop_expired(edit.rows)
@@ -113,9 +113,9 @@ class Members:
             return gone
 
     def _drop_expired(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
-        """Without those whose last certificate has ended: they cannot speak, and may join again under their names.
+        """Drop members whose last certificate has expired: they cannot connect, and may join again by the same name.
 
-        The coordinator stays, since it certifies itself anew.
+        The coordinator stays, since it certifies itself.
         """
         now = self._clock()
         return tuple(m for m in rows if m.role is Role.COORDINATOR or any(one.not_after > now for one in m.issued))
@@ -125,16 +125,16 @@ def _check_room(rows: tuple[Member, ...], role: Role, id: str, name: str) -> Non
     for member in rows:
         if member.removed is None and member.name == name:
             raise DuplicateName(
-                f"the cluster has a member named {name} ({member.role}); join with another --name, or say"
+                f"the cluster has a member named {name} ({member.role}); join with another --name, or run"
                 f" `macpipe remove {name}` on the coordinator's Mac first"
             )
         if member.removed is None and (member.id, member.role) == (id, role):
             raise DuplicateName(
-                f"this {role} is a member already, as {member.name}; say `macpipe remove {member.name}` on the"
+                f"this {role} is already a member, as {member.name}; run `macpipe remove {member.name}` on the"
                 " coordinator's Mac, and join again"
             )
     if len(rows) >= MAX_MEMBERS:
-        raise Busy(f"the cluster has {MAX_MEMBERS} members, removed ones included; no more are kept")
+        raise Busy(f"the cluster has {MAX_MEMBERS} members, removed ones included, and cannot keep more")
 
 
 def _position(rows: tuple[Member, ...], fits: Callable[[Member], bool]) -> int | None:

@@ -1,4 +1,4 @@
-"""Trust in a cluster: mutual TLS with the certificate that this machine holds as one of the cluster's parties."""
+"""Trust in a cluster: mutual TLS with the certificate that this machine holds as one of its parties."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def open_cluster_trust(home: Path, cluster: str, roles: Sequence[str], name: str) -> ClusterTrust | None:
-    """As ``open_trust``, for a machine that is in the cluster; None where it has none of the roles there."""
+    """Open the trust of a machine that is in the cluster; None if it has none of the roles there."""
     folder = ClusterFolder(home, cluster)
     for role in map(Role, roles):
         if keyring := folder.keyring(role, name if role is Role.WORKER else ""):
@@ -34,7 +34,7 @@ def open_cluster_trust(home: Path, cluster: str, roles: Sequence[str], name: str
 
 
 class ClusterTrust:
-    """Mutual TLS as the holder of ``keyring``. A renewed certificate in ``folder`` is taken up without a restart."""
+    """Mutual TLS as the holder of ``keyring``. A renewed certificate in ``folder`` is used without a restart."""
 
     def __init__(
         self, folder: ClusterFolder, keyring: Keyring, worker: str = "", clock: Callable[[], float] = time.time
@@ -62,13 +62,13 @@ class ClusterTrust:
 
     @property
     def keyring(self) -> Keyring:
-        """What this process holds now."""
+        """The current keyring of this process."""
         stamp = _stamp(self._certificate)
         if stamp != self._stamp:
             try:
                 self._keyring = self.folder.keyring(self._role, self._worker) or self._keyring
             except MacpipeError as e:
-                log.warning("the old certificate is kept: %s", e.sentence)
+                log.warning("certificates: keeping the old one reason=%s", e.sentence)
             self._stamp = stamp
         return self._keyring
 
@@ -76,8 +76,10 @@ class ClusterTrust:
         given = self.keyring
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Asked at each connection. Where handshakes time out whose configuration was replaced meanwhile, gRPC ends
-            the process, and whoever connects could bring that about: so it is replaced at a renewal alone.
+            """Return the configuration for a new connection; None if the certificate did not change.
+
+            gRPC ends the process if handshakes time out whose configuration was replaced meanwhile, and any client
+            could cause that. So the configuration is replaced only at a renewal.
             """
             nonlocal given
             own = self.keyring
@@ -98,12 +100,12 @@ class ClusterTrust:
     def party(self, shown: Shown) -> Party | None:
         pem = next(iter(shown.get("x509_pem_cert", ())), b"")
         known = self._parties.get(pem) or self._read(pem)
-        if known is None or known[1] < self._clock():  # a connection may outlive the certificate that it began with
+        if known is None or known[1] < self._clock():  # a connection may outlive its certificate
             return None
         return known[0]
 
     def _read(self, pem: bytes) -> tuple[Party, float] | None:
-        """The party of a certificate that TLS has verified, and until when it is valid."""
+        """Return the party of a certificate that TLS has verified, and when it expires."""
         if not pem or len(pem) > MAX_PEM_BYTES:
             return None
         try:

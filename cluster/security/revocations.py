@@ -1,4 +1,4 @@
-"""What a worker was told is revoked, kept on its disk: its daemon writes it, its engine reads it."""
+"""The revoked serials that a worker knows, kept on its disk. Its daemon writes the file, its engine reads it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Revocations:
         self._file = StateFile(folder, folder.revoked(worker), _pack, _unpack)
 
     def known(self) -> frozenset[int]:
-        """Raises ``ClusterDamaged`` where the file cannot be read: what was revoked must not be forgotten."""
+        """Return the revoked serials. Raises ``ClusterDamaged`` if the file cannot be read: none may be forgotten."""
         return frozenset(self._file.rows())
 
     def learn(self, serials: Iterable[int]) -> None:
-        """Know these instead of any before, of which at most ``bounds.MAX_REVOKED`` are kept; writes what is new."""
-        told = tuple(sorted(set(serials)))[:MAX_REVOKED]
-        if told != self._file.rows():
+        """Replace the known serials, at most ``bounds.MAX_REVOKED``; writes the file only if they changed."""
+        revoked = tuple(sorted(set(serials)))[:MAX_REVOKED]
+        if revoked != self._file.rows():
             with self._file.edit() as edit:
-                edit.rows = told
+                edit.rows = revoked
 
 
 def _pack(serial: int) -> dict[str, Any]:

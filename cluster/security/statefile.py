@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Edit(Generic[T]):
-    """The rows as they were found; what is in ``rows`` at the end is written."""
+    """Rows of a file under edit. ``rows`` holds the rows that were read; its value at the end is written."""
 
     def __init__(self, rows: tuple[T, ...]) -> None:
         self.rows = rows
@@ -61,9 +61,9 @@ class StateFile(Generic[T]):
 
     @contextmanager
     def edit(self, *, locked: bool = False) -> Iterator[Edit[T]]:
-        """Change the rows: nobody else does meanwhile. They are written as the block ends, not where it raises.
+        """Hold the lock and yield the rows for editing. They are written at the end unless the block raises.
 
-        ``locked`` says that the caller holds the folder's lock already, to edit two files as one.
+        ``locked`` says that the caller already holds the folder's lock, to edit two files in one step.
         """
         with nullcontext() if locked else self._folder.lock():
             found = self._find()

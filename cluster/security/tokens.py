@@ -1,7 +1,7 @@
-"""Join tokens: what a person carries from the coordinator's Mac to another, and what is kept of it here.
+"""Join tokens: the text that a person carries from the coordinator's Mac to another, and its record on the coordinator.
 
-A token pins the authority (SHA-256 of its public key), so that a Mac knows whom it may tell the secret. The secret has
-128 bits, is kept as its SHA-256 alone, serves one key, and ends. The text says nothing that its holder must not know.
+A token pins the authority (SHA-256 of its public key), so that a Mac knows to whom it may send the secret. The secret
+has 128 bits, is stored only as its SHA-256, serves one key and expires. The text holds only what its holder needs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from cluster.security.statefile import StateFile, bytes_of
 
 PREFIX: Final = "mpj1."
 JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN)
-"""What a token can make of its bearer, in the order of their numbers in its text."""
+"""Roles that a token can grant. The index of a role is its number in the token's text."""
 _ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-"""Base58: letters and digits that are not mistaken for each other, and a double click takes the whole word."""
+"""Base58: no character is mistaken for another, and a double click selects the whole word."""
 _SECRET, _PIN, _ID, _CHECK = 16, 32, 4, 4
 _BYTES: Final = 1 + _SECRET + _PIN + _ID + _CHECK
 _DIGITS: Final = 78
-"""Of base58 that ``_BYTES`` bytes take."""
+"""Base58 digits for ``_BYTES`` bytes."""
 _FORGOTTEN_S: Final = 86_400.0
 
 
 class TokenState(StrEnum):
-    """What has become of a token."""
+    """The state of a token."""
 
     OPEN = "open"
     USED = "used"
@@ -46,7 +46,7 @@ class TokenState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """What a token's text says. ``fingerprint`` is the authority's; ``id`` (8 hex digits) names the token in lists."""
+    """The content of a token. ``fingerprint`` is the authority's; ``id`` (8 hex digits) names the token in lists."""
 
     id: str
     role: Role
@@ -65,10 +65,10 @@ class JoinToken:
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
-        """Read a token's text; raises ``InvalidOption`` where it is none, or not all of one. No error repeats it."""
+        """Read a token's text. Raises ``InvalidOption`` if it is invalid or incomplete; no error contains the text."""
         word = text.strip()
         if not word.startswith(PREFIX) or len(word) > MAX_TOKEN_CHARS:
-            raise InvalidOption(f"this is no join token: one begins with {PREFIX}", field="token")
+            raise InvalidOption(f"this is not a join token: a token begins with {PREFIX}", field="token")
         if len(word) != len(PREFIX) + _DIGITS:
             raise InvalidOption("a part of the join token is missing; copy all of it", field="token")
         try:
@@ -84,9 +84,9 @@ class JoinToken:
 
 @dataclass(frozen=True, slots=True)
 class IssuedToken:
-    """What is kept of a token: ``digest`` of its secret, and once it was used by whom, for which public key.
+    """The record of a token: ``digest`` of its secret, and once it was used, by whom and for which public key.
 
-    Times are seconds since the epoch; ``certificate`` (PEM) is what its bearer got.
+    Times are seconds since the epoch. ``certificate`` (PEM) is the one that was issued for it.
     """
 
     id: str
@@ -109,20 +109,22 @@ class IssuedToken:
 
 
 class TokenStore:
-    """The tokens of ``folder``, shared with every other process that edits them."""
+    """The tokens of ``folder``. Other processes may edit them."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._file = StateFile(folder, folder.tokens, _pack, _unpack)
 
     def all_tokens(self) -> tuple[IssuedToken, ...]:
-        """In the order in which they were made."""
+        """Return all tokens in order of creation."""
         return self._file.rows()
 
     def issue(self, fingerprint: bytes, role: Role, ttl_s: float = TOKEN_S) -> JoinToken:
-        """Make a token for one Mac to become ``role``; its secret is in the result alone. Raises ``InvalidOption``."""
+        """Create a token that admits one Mac as ``role``. Only the result has its secret. Raises ``InvalidOption``."""
         if role not in JOINERS:
-            raise InvalidOption(f"nobody joins as {role}; a token is for a worker, a client or an admin", field="role")
+            raise InvalidOption(
+                f"no token admits a {role}; a token is for a worker, a client or an admin", field="role"
+            )
         if not MIN_TOKEN_S <= ttl_s <= MAX_TOKEN_S:
             raise InvalidOption("a join token lasts from 1 minute to 7 days", field="ttl")
         made = JoinToken(secrets.token_hex(_ID), role, fingerprint, secrets.token_bytes(_SECRET))
@@ -130,12 +132,12 @@ class TokenStore:
         with self._file.edit() as edit:
             kept = tuple(token for token in edit.rows if token.expires + _FORGOTTEN_S > now)
             if len(kept) >= MAX_TOKENS:
-                raise Busy(f"{MAX_TOKENS} join tokens are kept already; wait until some are a day old")
+                raise Busy(f"there are {MAX_TOKENS} join tokens already; wait until some are a day old")
             edit.rows = (*kept, IssuedToken(made.id, role, _digest(made.secret), now, now + ttl_s))
         return made
 
     def revoke(self, id: str) -> IssuedToken:  # noqa: A002
-        """End a token, used or not; raises ``MemberNotFound``. A Mac that joined by it stays a member."""
+        """Revoke a token, used or not. A Mac that joined with it stays a member. Raises ``MemberNotFound``."""
         with self._file.edit() as edit:
             for at, token in enumerate(edit.rows):
                 if token.id == id:
@@ -145,9 +147,9 @@ class TokenStore:
         raise MemberNotFound(f"there is no join token {id[:32]}; `macpipe token list` shows them")
 
     def accept(self, id: str, secret: bytes, key: bytes) -> IssuedToken:  # noqa: A002
-        """The token that ``key`` (SHA-256 of a public key) may use, or has used; raises ``TokenRefused``.
+        """Return the token that ``key`` (SHA-256 of a public key) may use or has used. Raises ``TokenRefused``.
 
-        Whether an id is unknown or its secret wrong is told to nobody, and takes the same time.
+        An unknown id and a wrong secret get the same answer in the same time.
         """
         found = next((token for token in self.all_tokens() if token.id == id), None)
         right = hmac.compare_digest(found.digest if found else bytes(32), _digest(secret))
@@ -164,7 +166,7 @@ class TokenStore:
         return found
 
     def spend(self, token: IssuedToken, key: bytes, user: str, certificate: bytes) -> None:
-        """Note that ``token`` was used; the caller holds the folder's lock since it was accepted."""
+        """Mark ``token`` as used. The caller must have held the folder's lock since it accepted the token."""
         with self._file.edit(locked=True) as edit:
             at = next(at for at, kept in enumerate(edit.rows) if kept.id == token.id)
             used = replace(token, used=self._clock(), user=user, key=key, certificate=certificate)
@@ -172,7 +174,7 @@ class TokenStore:
 
 
 class WrongSecret(TokenRefused):
-    """Nobody was given this id with this secret: a guess, or a token of long ago."""
+    """No token has this id and this secret: a guess, or a token that was forgotten."""
 
     reason = "TOKEN_UNKNOWN"
 

@@ -1,8 +1,8 @@
-"""The seam from which every server and every channel gets its credentials: whom this process trusts, and who it is.
+"""The interface through which every server and channel gets its credentials.
 
-Without a cluster a process speaks with its own machine alone. In a cluster every connection is mutual TLS (``mutual``):
-both ends show a certificate of the cluster's authority, and who dials insists on the name of the party that it means.
-``credentials`` says which of the two holds here.
+Without a cluster a process talks to its own machine alone. In a cluster every connection is mutual TLS (``mtls``): both
+ends present a certificate of the cluster's authority, and the client checks the name of the party that it dials.
+``credentials`` decides which of the two applies.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ if TYPE_CHECKING:
 
 Options = list[tuple[str, Any]]
 Shown = Mapping[str, Iterable[bytes]]
-"""What gRPC knows of the other end of a call: its ``auth_context``."""
+"""The peer's ``auth_context``, as gRPC gives it."""
 COORDINATOR: Final = "coordinator"
 WORKER: Final = "worker"
-"""As a peer: any worker of the cluster."""
+"""As a peer name: any worker of the cluster."""
 ADMIN: Final = "admin"
 CLIENT: Final = "client"
 
 
 def worker_of(worker_id: str) -> str:
-    """As a peer: the worker with this id."""
+    """Return the peer name of the worker with this id."""
     return f"{WORKER}.{worker_id}"
 
 
 class Trust(Protocol):
-    """Whom one process trusts. Its methods may be called from any thread."""
+    """The credentials of one process, and its view of others'. Its methods may be called from any thread."""
 
     @property
     def me(self) -> str:
-        """The name by which others dial this process, as in ``worker.0123456789abcdef``; empty without a cluster."""
+        """The name by which others dial this process, such as ``worker.0123456789abcdef``; empty without a cluster."""
 
     @property
     def serial(self) -> int:
-        """Of the certificate that this process shows now; 0 without a cluster."""
+        """The serial of this process's current certificate; 0 without a cluster."""
 
     def server(self, host: str) -> grpc.ServerCredentials:
-        """Credentials for listening on ``host``. Raises ``InvalidOption`` where strangers could connect."""
+        """Return credentials for listening on ``host``. Raises ``InvalidOption`` if strangers could connect."""
 
     def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
-        """Credentials and options for dialling ``peer`` at ``host``: ``ROLE.ID``, or ``ROLE`` for anybody of it.
+        """Return credentials and options for dialling ``peer`` at ``host``: ``ROLE.ID``, or ``ROLE`` for any of it.
 
-        Raises ``InvalidOption`` where it could not be told from a stranger, ``ClockWrong`` where this process's own
+        Raises ``InvalidOption`` if the peer could not be authenticated, ``ClockWrong`` if this process's own
         certificate is not valid now.
         """
 
     def party(self, shown: Shown) -> Party | None:
-        """Who calls, by the certificate that it has shown; None for a stranger."""
+        """Return the caller by the certificate that it presented; None for a stranger."""
 
     def revoked(self, serial: int) -> bool:
-        """Whether a certificate of the cluster is good no more. Raises ``ClusterDamaged``."""
+        """Return whether a certificate of the cluster was revoked. Raises ``ClusterDamaged``."""
 
     @property
     def valid(self) -> tuple[float, float]:
-        """From when to when that certificate is, in seconds since the epoch; zeros without a cluster."""
+        """The start and end of the current certificate's validity, in seconds since the epoch; zeros without one."""
 
     @property
     def members(self) -> Members | None:
-        """Who was admitted to the cluster, where this machine decides that."""
+        """The cluster's roster, if this machine keeps it; else None."""
 
     @property
     def revocations(self) -> Revocations | None:
-        """What a worker was told is revoked; None for all others."""
+        """The revoked serials that a worker was told; None for every other role."""
 
     @property
     def renewal(self) -> Renewal | None:
-        """How this process gets a further certificate; None without a cluster."""
+        """The renewal of this process's certificate; None without a cluster."""

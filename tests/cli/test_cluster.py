@@ -81,7 +81,7 @@ def test_init_says_what_to_type_and_where(here: Macpipe, home: str) -> None:
     assert all(len(line) <= 80 or line.startswith(("macpipe join ", "Then ")) for line in done.stdout.splitlines())
     assert KeyStore(ClusterFolder(Path(home), "lab")).find(done.stdout.splitlines()[-1]) is not None
     again = here("init", "--cluster", "lab", "--no-wait", MACPIPE_HOME=home)
-    refused(again, 2, "leads a cluster named lab already; `macpipe token create`")
+    refused(again, 2, "already leads a cluster named lab; `macpipe token create`")
 
 
 def test_init_in_json(cluster: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def test_a_mac_without_the_cluster_is_told_so(here: Macpipe, home: str) -> None:
     error = json.loads(here("members", "--json", MACPIPE_HOME=home).stdout)["error"]
     assert error["reason"] == "NO_CLUSTER"
     refused(here("members", "--cluster", "../x", MACPIPE_HOME=home), 2, "cannot be a cluster's name")
-    refused(here("join", "nonsense", MACPIPE_HOME=home), 2, "this is no join token: one begins with mpj1.")
+    refused(here("join", "nonsense", MACPIPE_HOME=home), 2, "this is not a join token: a token begins with mpj1.")
 
 
 # Processes that talk

@@ -72,7 +72,7 @@ def test_a_name_and_an_id_belong_to_one_at_a_time(members: Members) -> None:
     members.admit(party(1), 2000.0)
     with pytest.raises(DuplicateName, match=r"member named mac-1 \(worker\).*--name.*macpipe remove mac-1"):
         members.admit(party(2, name="mac-1"), 2000.0)
-    with pytest.raises(DuplicateName, match="this worker is a member already, as mac-1"):
+    with pytest.raises(DuplicateName, match="this worker is already a member, as mac-1"):
         members.admit(party(1, name="other", serial=5), 2000.0)
     members.admit(party(1, Role.CLIENT, name="mac-1-client", serial=6), 2000.0)
     members.admit(party(1), 2000.0)
