@@ -1,1 +1,1 @@
-"""Discovery: where workers may be. A sighting is a hint for an address; who answers there is for others to prove."""
+"""Discovery: addresses at which workers may be. A sighting is a hint; who answers there must be authenticated."""

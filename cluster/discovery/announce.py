@@ -1,4 +1,4 @@
-"""Announces one worker over Zeroconf, and takes it back. Nothing that it says is secret, or proves anything."""
+"""Announce a server over Zeroconf and withdraw it. Nothing in an announcement is secret, or proves anything."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from cluster.discovery.multicast import FOLLOW_S, alongside, close_multicast, fo
 log = logging.getLogger(__name__)
 
 ANNOUNCE_S: Final = 5.0
-"""Probing for the name takes 0.7 s; a network that refuses packets must not hold up a worker's start."""
+"""Probing for the name takes 0.7 s. A network that refuses packets must not delay a worker's start for longer."""
 TTL_S: Final = 120
-"""Who is gone without a goodbye is forgotten after this; the DNS default of 75 minutes suits printers."""
+"""A worker that left without a goodbye is forgotten after this. The DNS default of 75 minutes suits printers."""
 
 
 @contextlib.asynccontextmanager
 async def announce(*, id: str, name: str, version: str, cluster: str, host: str, port: int) -> AsyncIterator[None]:  # noqa: A002
-    """Be found as the worker whose control port listens on ``host`` and ``port``, from about a second after the start.
+    """Announce the worker whose control port listens on ``host`` and ``port``. It takes about a second to be visible.
 
-    It says goodbye as the block ends. A loopback host is announced on loopback alone, a wildcard on every other
-    interface, an address on its own. Where multicast does not work this logs a warning and announces nothing. Raises
+    The end of the block sends a goodbye. A loopback host is announced on loopback alone, a wildcard on every other
+    interface, an address on its own interface. Without multicast this logs a warning and announces nothing. Raises
     InvalidOption for fields that cannot be announced (see ``txt.Announcement``).
     """
-    said = txt.Announcement(id=id, name=name, version=version, cluster=cluster)
-    async with publish(lambda here: _info(said, here, port), host, "this worker"):
+    fields = txt.Announcement(id=id, name=name, version=version, cluster=cluster)
+    async with publish(lambda here: _info(fields, here, port), host, "this worker"):
         yield
 
 
 @contextlib.asynccontextmanager
 async def publish(info: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> AsyncIterator[None]:
-    """Announce ``what``, which listens on ``host``, for as long as the block lasts; ``info`` makes its records."""
+    """Announce ``what``, which listens on ``host``, during the block. ``info`` makes its records."""
     here = await _reach(host)
     if not here.senders:
-        log.warning("no interface of this machine has the address %s: %s is not announced", host, what)
+        log.warning("announcement: no interface has the address, %s is not announced address=%s", what, host)
     zeroconf = open_multicast(here.senders, f"announce {what}") if here.senders else None
     if zeroconf is None:
         yield
@@ -60,24 +60,24 @@ async def _reach(host: str) -> Reach:
 
 
 async def _ip(host: str) -> str:
-    """``host`` itself if it is an IP address, else what the system resolves it to; loopback where it cannot."""
+    """Return ``host`` if it is an IP address, else the address it resolves to; loopback if it does not resolve."""
     with contextlib.suppress(ValueError):
         return str(ip_address(host))
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(ANNOUNCE_S):
             found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
             return str(found[0][4][0])
-    log.warning("%s does not resolve to an address; this worker is announced on loopback only", host)
+    log.warning("announcement: on loopback only, since the host does not resolve host=%s", host)
     return "127.0.0.1"
 
 
-def _info(said: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
-    label = txt.instance(said)
+def _info(fields: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
+    label = txt.instance(fields)
     return AsyncServiceInfo(
         txt.SERVICE,
         f"{label}.{txt.SERVICE}",
         port=port,
-        properties=dict(txt.write(said)),
+        properties=dict(txt.write(fields)),
         server=f"{label}.local.",
         parsed_addresses=list(here.addresses),
         host_ttl=TTL_S,
@@ -85,20 +85,20 @@ def _info(said: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
     )
 
 
-async def _put_up(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) -> None:
-    """Register; an instance name that is taken gets a number, which readers never see."""
+async def _register(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) -> None:
+    """Register the service. A taken instance name gets a number, which readers never see."""
     try:
         async with asyncio.timeout(ANNOUNCE_S):
             await zeroconf.async_register_service(info, allow_name_change=True)
     except (OSError, Error, TimeoutError) as error:
-        log.warning("could not announce %s over Zeroconf (%r); name it by --peer HOST:PORT instead", what, error)
+        log.warning("announcement: %s failed over Zeroconf, name it by --peer HOST:PORT error=%r", what, error)
 
 
 async def _keep_up(zeroconf: AsyncZeroconf, make: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> None:
-    """Announce, and again with the new addresses when the machine's interfaces change."""
+    """Announce, and update the addresses when the machine's interfaces change."""
     here = await _reach(host)
     info = make(here)
-    await _put_up(zeroconf, info, what)
+    await _register(zeroconf, info, what)
     while True:
         await asyncio.sleep(FOLLOW_S)
         now = await _reach(host)

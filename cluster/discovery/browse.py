@@ -1,6 +1,6 @@
-"""Listens for announcements over Zeroconf and keeps a roster of those that belong to one cluster.
+"""Listen for announcements over Zeroconf and keep a table of those that belong to one cluster.
 
-It believes nothing that it hears: malformed announcements are passed over, and everything that grows has a bound.
+Nothing that is announced is trusted: malformed announcements are ignored, and everything that grows is bounded.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from cluster.discovery.sighting_table import SightingTable
 log = logging.getLogger(__name__)
 
 MAX_TXT_BYTES: Final = 2048
-"""Four of our fields need 600; longer records are not ours."""
+"""Our four fields need 600; a longer record is not ours."""
 QUESTION_S: Final = 3.0
-"""How long to wait for the rest of an announcement that came in pieces."""
+"""How long to wait for the rest of an announcement that arrived in pieces."""
 ASKERS: Final = 8
 Reader = Callable[[AsyncServiceInfo, tuple[Interface, ...]], Sighting | None]
-"""What a complete announcement says, or None where it is malformed or names no address that we could try."""
+"""Returns the sighting of a complete announcement; None if it is malformed or has no usable address."""
 
 
 @contextlib.asynccontextmanager
 async def browse(cluster: str) -> AsyncIterator[Source]:
-    """What is announced for ``cluster`` on any interface, loopback included, for as long as the block lasts.
+    """Yield what is announced for ``cluster`` on any interface, loopback included, during the block.
 
-    Where multicast does not work this logs a warning and finds nothing.
+    Without multicast this logs a warning and finds nothing.
     """
     async with listen(cluster, txt.SERVICE, read_sighting, "look for workers") as source:
         yield source
@@ -45,107 +45,107 @@ async def browse(cluster: str) -> AsyncIterator[Source]:
 
 @contextlib.asynccontextmanager
 async def listen(cluster: str, service: str, read: Reader, purpose: str) -> AsyncIterator[Source]:
-    """As ``browse``, for announcements of ``service``, which ``read`` turns into sightings."""
-    roster = SightingTable()
+    """Do as ``browse`` does, for announcements of ``service``, which ``read`` turns into sightings."""
+    table = SightingTable()
     zeroconf = open_multicast(None, purpose)
     if zeroconf is None:
-        yield roster
+        yield table
         return
     try:
-        listener = _Listener(zeroconf, cluster, roster, service, read)
+        listener = _Listener(zeroconf, cluster, table, service, read)
         async with alongside(listener.run()):
-            yield roster
+            yield table
     finally:
         await close_multicast(zeroconf)
 
 
 def read_sighting(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sighting | None:
-    """What a complete announcement says, or nothing when it is malformed or names no address that we could try."""
+    """Return the sighting of a complete announcement; None if it is malformed or has no usable address."""
     if not info.port or len(info.text or b"") > MAX_TXT_BYTES:
         return None
-    said = txt.read(info.properties)
+    fields = txt.read(info.properties)
     host = preferred_address(info.parsed_scoped_addresses(), local)
-    if said is None or not host:
+    if fields is None or not host:
         return None
-    return Sighting(format_address(host, info.port), said.id, said.name, said.version, said.cluster)
+    return Sighting(format_address(host, info.port), fields.id, fields.name, fields.version, fields.cluster)
 
 
 class _Listener:
-    """Turns what the browser hears into entries of a roster."""
+    """Turns the browser's events into entries of a table."""
 
     def __init__(
         self,
         zeroconf: AsyncZeroconf,
         cluster: str,
-        roster: SightingTable,
+        table: SightingTable,
         service: str = txt.SERVICE,
         read: Reader = read_sighting,
     ) -> None:
         self._zeroconf = zeroconf
         self._service, self._read = service, read
         self._cluster = cluster
-        self._roster = roster
+        self._table = table
         self._local = interfaces()
-        # Names to ask about. When it is full, further ones wait until they are announced again.
+        # Names to resolve. When the queue is full, a further name waits until it is announced again.
         self._questions: asyncio.Queue[str] = asyncio.Queue(MAX_ROSTER)
 
     async def run(self) -> None:
         with contextlib.suppress(Error):
             await self._zeroconf.zeroconf.async_wait_for_start()
-        browser = AsyncServiceBrowser(self._zeroconf.zeroconf, self._service, handlers=[self._heard])
+        browser = AsyncServiceBrowser(self._zeroconf.zeroconf, self._service, handlers=[self._on_change])
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(ASKERS):
-                    group.create_task(self._ask())
-                await self._look_again()
+                    group.create_task(self._resolve_names())
+                await self._refresh()
         finally:
             await browser.async_cancel()
 
-    def _heard(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        """Called by the browser, on the loop, once the records of a packet are in its cache."""
+    def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        """Handle a change. The browser calls this on the loop once the records of a packet are in its cache."""
         if state_change is ServiceStateChange.Removed:
-            self._roster.forget(name)
-        elif not self._take(name):
-            self._wonder(name)
+            self._table.forget(name)
+        elif not self._update_from_cache(name):
+            self._request_resolution(name)
 
-    def _wonder(self, name: str) -> None:
+    def _request_resolution(self, name: str) -> None:
         with contextlib.suppress(asyncio.QueueFull):
             self._questions.put_nowait(name)
 
-    def _take(self, name: str) -> bool:
-        """Enter what the cache holds of ``name``; False when something is missing there."""
+    def _update_from_cache(self, name: str) -> bool:
+        """Enter the cached announcement of ``name``. Returns False if a record is missing."""
         try:
             info = AsyncServiceInfo(self._service, name)
         except Error:
             return True
         complete = info.load_from_cache(self._zeroconf.zeroconf) and info.port is not None
         if complete:
-            self._enter(name, self._read(info, self._local))
+            self._update(name, self._read(info, self._local))
         return complete
 
-    def _enter(self, name: str, sighting: Sighting | None) -> None:
+    def _update(self, name: str, sighting: Sighting | None) -> None:
         if sighting is None or sighting.cluster != self._cluster:
-            self._roster.forget(name)
-        elif not self._roster.put(name, sighting):
-            log.debug("ignoring %s: %d workers are known already", name, MAX_ROSTER)
+            self._table.forget(name)
+        elif not self._table.put(name, sighting):
+            log.debug("announcement: ignored, the table is full name=%s workers=%d", name, MAX_ROSTER)
 
-    async def _ask(self) -> None:
-        """Ask for what is missing; who does not answer is gone."""
+    async def _resolve_names(self) -> None:
+        """Ask for missing records. A name that does not answer is forgotten."""
         while True:
             name = await self._questions.get()
             with contextlib.suppress(OSError, Error):
                 info = AsyncServiceInfo(self._service, name)
                 complete = await info.async_request(self._zeroconf.zeroconf, QUESTION_S * 1000)
-                self._enter(name, self._read(info, self._local) if complete else None)
+                self._update(name, self._read(info, self._local) if complete else None)
 
-    async def _look_again(self) -> None:
-        """Follow the interfaces, and ask after entries whose records ran out without a goodbye."""
+    async def _refresh(self) -> None:
+        """Follow the interfaces, and resolve entries whose records expired without a goodbye."""
         while True:
             await asyncio.sleep(FOLLOW_S)
             now = interfaces()
             if now != self._local:
                 self._local = now
                 await follow_interfaces(self._zeroconf, None)
-            for name in self._roster.names():
-                if not self._take(name):
-                    self._wonder(name)
+            for name in self._table.names():
+                if not self._update_from_cache(name):
+                    self._request_resolution(name)

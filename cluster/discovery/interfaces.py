@@ -1,7 +1,7 @@
-"""The network interfaces of the machine: where to announce a host, and which of a stranger's addresses to take.
+"""The network interfaces of the machine: where to announce a host, and which of a peer's addresses to use.
 
-It knows addresses and subnets; it opens nothing. mDNS travels over IPv4 wherever an interface has an IPv4 address, and
-over IPv6 only where there is nothing else: one socket for both is refused by macOS.
+It knows addresses and subnets; it opens nothing. mDNS uses IPv4 on every interface with an IPv4 address, and IPv6 only
+where there is no IPv4: macOS refuses one socket for both.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cluster.platform.macos import hardware_ports
 
 LOOPBACK = "127.0.0.1"
 _VPN = ("utun", "tun", "tap", "wg", "ppp", "ipsec", "tailscale", "zt", "nordlynx")
-"""How interfaces of tunnels are called, on macOS and Linux."""
+"""Name prefixes of tunnel interfaces on macOS and Linux."""
 _WIFI = ("wl", "awdl", "llw", "ath")
 
 
 class Medium(IntEnum):
-    """What carries an interface's packets, the best first. A tunnel is taken only by those who name it."""
+    """What carries an interface's packets, the best first. A tunnel is used only if a person names it."""
 
     WIRED = 0
     WIFI = 1
@@ -37,7 +37,7 @@ class Interface:
     name: str
     addresses: tuple[IPv4Interface | IPv6Interface, ...]
     port: str = ""
-    """The hardware behind it, where the system names it (macOS calls Ethernet and Wi-Fi alike ``en``)."""
+    """The hardware behind it, if the system names it (macOS calls both Ethernet and Wi-Fi ``en``)."""
 
     @property
     def medium(self) -> Medium:
@@ -52,14 +52,14 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """``senders``: own addresses whose interfaces carry the announcement; ``addresses``: what it names."""
+    """``senders``: own addresses whose interfaces carry the announcement; ``addresses``: those that it contains."""
 
     senders: tuple[str, ...]
     addresses: tuple[str, ...]
 
 
 def interfaces() -> tuple[Interface, ...]:
-    """Read from the system; empty when it has none, or won't say."""
+    """Read the interfaces from the system; empty if there are none or the system does not tell."""
     try:
         adapters = list(ifaddr.get_adapters())
     except OSError:
@@ -75,12 +75,12 @@ def _interface(adapter: ifaddr.Adapter) -> Interface:
 
 
 def interface_of(host: str) -> str:
-    """The interface that has this address; empty for a wildcard, and where none has it."""
+    """Return the name of the interface that has this address; empty for a wildcard or an unknown address."""
     return next((i.name for i in interfaces() if any(str(a.ip) == host for a in i.addresses)), "")
 
 
 def address_on(name: str, local: Iterable[Interface]) -> str:
-    """The address to listen on for a person who names an interface; raises InvalidOption with those there are."""
+    """Return the address to listen on for a named interface. Raises InvalidOption that lists the interfaces."""
     known = {i.name: i for i in local}
     if name not in known:
         named = ", ".join(sorted(known)) or "none"
@@ -93,7 +93,7 @@ def address_on(name: str, local: Iterable[Interface]) -> str:
 
 
 def best_address(local: Iterable[Interface]) -> str:
-    """Where others of the network reach this machine best: wired before Wi-Fi, and no tunnel; else loopback."""
+    """Return this machine's best address for others: wired before Wi-Fi, no tunnel; loopback if there is no other."""
     outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
     found = [
         (i.medium, a.ip.version, a.ip.is_link_local, str(a.ip)) for i in outer for a in i.addresses if _usable(a.ip)
@@ -102,10 +102,10 @@ def best_address(local: Iterable[Interface]) -> str:
 
 
 def reach(host: str, local: Iterable[Interface]) -> Reach:
-    """Where and as what to announce a server that listens on ``host``, an IP address.
+    """Return where to announce a server that listens on ``host`` (an IP address), and with which addresses.
 
-    Loopback stays on loopback. A wildcard goes to every other interface, with their addresses (to loopback when there
-    is no other). Anything else goes to the one interface that has this address, and nowhere if none has it.
+    Loopback is announced on loopback. A wildcard is announced on every other interface with its addresses, or on
+    loopback if there is no other. Any other address is announced on its own interface, or nowhere if none has it.
     """
     ip = ip_address(host)
     if ip.is_loopback:
@@ -120,7 +120,7 @@ def reach(host: str, local: Iterable[Interface]) -> Reach:
 
 def _everywhere(wildcard: IPv4Address | IPv6Address, outer: list[Interface]) -> Reach:
     ips = [a.ip for i in outer for a in i.addresses if wildcard.version == 6 or a.version == 4]
-    # A link-local IPv6 address means nothing without the reader's own scope.
+    # A link-local IPv6 address is useless without the reader's own scope.
     named = tuple(str(ip) for ip in ips if ip.version == 4 or not ip.is_link_local)
     if not named:
         return Reach((LOOPBACK,), (LOOPBACK,))
@@ -132,9 +132,9 @@ def _senders(chosen: Iterable[Interface]) -> tuple[str, ...]:
 
 
 def preferred_address(addresses: Iterable[str], local: Iterable[Interface]) -> str:
-    """The address to try: IPv4 of a subnet of ours, then IPv6, then any IPv4; loopback if that is all; else nothing.
+    """Return the address to try: IPv4 of an own subnet, then IPv6, any IPv4, loopback; empty if there is none.
 
-    Of several subnets a wired one's goes before Wi-Fi's, and that before a tunnel's.
+    Wired subnets come before Wi-Fi's, and those before a tunnel's.
     """
     networks = [(a.network, i.medium) for i in local for a in i.addresses]
 
@@ -147,7 +147,7 @@ def preferred_address(addresses: Iterable[str], local: Iterable[Interface]) -> s
             return 3, 0, False, int(ip)
         if ip.version == 6:
             return 1, medium, not near, int(ip)
-        # Self-assigned addresses are the same subnet on every cable, so a configured one is the safer bet.
+        # Self-assigned addresses are the same subnet on every cable, so a configured address is the safer choice.
         return 0 if near else 2, medium, ip.is_link_local, int(ip)
 
     usable = [ip for ip in map(ip_address, addresses) if _usable(ip)]

@@ -1,6 +1,6 @@
-"""Where Macs are admitted: the join port of a cluster, announced and looked for over Zeroconf.
+"""Announce a cluster's join port over Zeroconf, and look for it.
 
-The announcement names the cluster and its id, nothing else. Who is found proves by its authority that it is the one.
+The announcement has only the cluster's name and id. The coordinator proves with its authority that it is the right one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ID: Final = re.compile(r"[0-9a-f]{16}")
 
 @contextlib.asynccontextmanager
 async def announce_join(*, cluster: str, cluster_id: str, host: str, port: int) -> AsyncIterator[None]:
-    """Be found by Macs that want to join, as ``discovery.announce`` is found by coordinators."""
+    """Announce the join port to Macs that want to join, during the block."""
     label = f"{re.sub(r'[^A-Za-z0-9]+', '-', cluster).strip('-')[:32] or 'cluster'}-{secrets.token_hex(4)}"
 
     def info(here: Reach) -> AsyncServiceInfo:
@@ -46,15 +46,15 @@ async def announce_join(*, cluster: str, cluster_id: str, host: str, port: int) 
 
 @contextlib.asynccontextmanager
 async def look_for_join(cluster_id: str) -> AsyncIterator[Source]:
-    """Addresses that say they admit to the cluster of this id, at most ``limits.MAX_ROSTER``. Anybody can say so."""
-    async with listen(cluster_id, SERVICE, door_of, "look for the coordinator") as source:
+    """Yield addresses that claim to admit to the cluster of this id, at most ``limits.MAX_ROSTER``; unverified."""
+    async with listen(cluster_id, SERVICE, read_join_sighting, "look for the coordinator") as source:
         yield source
 
 
-def door_of(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sighting | None:
-    """A stranger's announcement as a sighting, whose ``cluster`` is the cluster's id; None where it is malformed."""
-    said = (info.properties.get(b"id") or b"").decode("ascii", "replace")
-    if not info.port or len(info.text or b"") > MAX_TXT_BYTES or not _ID.fullmatch(said):
+def read_join_sighting(info: AsyncServiceInfo, local: tuple[Interface, ...]) -> Sighting | None:
+    """Return an announcement as a sighting whose ``cluster`` is the cluster's id; None if it is malformed."""
+    cluster_id = (info.properties.get(b"id") or b"").decode("ascii", "replace")
+    if not info.port or len(info.text or b"") > MAX_TXT_BYTES or not _ID.fullmatch(cluster_id):
         return None
     host = preferred_address(info.parsed_scoped_addresses(), local)
-    return Sighting(format_address(host, info.port), cluster=said) if host else None
+    return Sighting(format_address(host, info.port), cluster=cluster_id) if host else None

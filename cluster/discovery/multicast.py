@@ -1,4 +1,4 @@
-"""Opens and closes the multicast sockets. A machine that has none to give gets a warning and a None, no exception."""
+"""Open and close the multicast sockets. A machine without multicast gets a warning and None, not an exception."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zeroconf.asyncio import AsyncZeroconf
 log = logging.getLogger(__name__)
 
 GOODBYE_S: Final = 1.0
-"""Leaving takes three packets, an eighth of a second apart; a network that is gone must not hold up an exit."""
+"""A goodbye takes three packets, an eighth of a second apart. A broken network must not delay an exit for longer."""
 FOLLOW_S: Final = 10.0
-"""How often interfaces are looked at again: a cable plugged in, a network joined."""
+"""Interval at which interfaces are checked for changes, such as a plugged cable or a joined network."""
 
 
 def open_multicast(senders: Sequence[str] | None, purpose: str) -> AsyncZeroconf | None:
-    """Sockets on the interfaces that have these addresses, or on all; None, with a warning, where that fails."""
-    # The library logs every packet that a half-configured interface refuses, with a traceback; it is no news.
+    """Open sockets on the interfaces with these addresses, or on all. Logs a warning and returns None on failure."""
+    # The library logs a traceback for every packet that a half-configured interface refuses. That is not worth a log.
     logging.getLogger("zeroconf").setLevel(logging.ERROR)
     attempts = [{"interfaces": list(senders)}] if senders else [{"ip_version": v} for v in _FAMILIES]
     for attempt in attempts:
@@ -30,9 +30,7 @@ def open_multicast(senders: Sequence[str] | None, purpose: str) -> AsyncZeroconf
             return AsyncZeroconf(**attempt)
         except (OSError, RuntimeError, Error) as error:
             reason = error
-    log.warning(
-        "cannot %s over Zeroconf on this machine (%s); name workers by --peer HOST:PORT instead", purpose, reason
-    )
+    log.warning("multicast: cannot %s over Zeroconf, name workers by --peer HOST:PORT reason=%s", purpose, reason)
     return None
 
 
@@ -40,20 +38,20 @@ _FAMILIES: Final = (IPVersion.V4Only, IPVersion.V6Only)
 
 
 async def close_multicast(zeroconf: AsyncZeroconf) -> None:
-    """Say goodbye and close, within ``GOODBYE_S``, cancelled or not; a network that fails meanwhile is no news."""
+    """Send a goodbye and close within ``GOODBYE_S``, cancelled or not. Network errors are ignored."""
     with contextlib.suppress(OSError, Error), anyio.move_on_after(GOODBYE_S, shield=True):
         await zeroconf.async_close()
 
 
 async def follow_interfaces(zeroconf: AsyncZeroconf, senders: Sequence[str] | None) -> None:
-    """Take up the sockets of interfaces that came, and let go of those that went."""
+    """Open sockets on new interfaces and close those of removed ones."""
     with contextlib.suppress(OSError, RuntimeError, Error):
         await zeroconf.async_update_interfaces(list(senders) if senders else InterfaceChoice.All)
 
 
 @contextlib.asynccontextmanager
 async def alongside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run ``work`` for as long as the block lasts. What the block raises passes through as it is, in no group."""
+    """Run ``work`` during the block. An exception of the block passes through unchanged, not in a group."""
     task = asyncio.create_task(work)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What discovery hands out: sightings, and the interface behind which Zeroconf and static peers look alike."""
+"""Sightings, and the interface that makes Zeroconf and static peers look alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A worker may be here. ``address`` is ``host:port`` of its control port; the rest is hearsay, empty if unknown."""
+    """A place where a worker may be. ``address`` is its control port; the rest is unverified, empty if unknown."""
 
     address: str
     id: str = ""
@@ -18,12 +18,12 @@ class Sighting:
 
 
 class Source(Protocol):
-    """Where sightings come from. It has one reader: what ``changed`` waits for is news since that one's last look."""
+    """A source of sightings. It has one reader: ``changed`` waits for changes since that reader's last ``current``."""
 
     def current(self) -> tuple[Sighting, ...]:
-        """What is in sight now, at most ``limits.MAX_ROSTER``, in an order that depends on the sightings alone."""
+        """Return the present sightings, at most ``limits.MAX_ROSTER``, in an order that depends on them alone."""
         ...
 
     async def changed(self, timeout_s: float) -> bool:
-        """Wait until ``current`` may differ from what it last returned; False when the time is over first."""
+        """Wait until ``current`` may return something else; False after ``timeout_s``."""
         ...

@@ -1,4 +1,4 @@
-"""Peers that a person named, and several sources seen as one. It knows no network."""
+"""Named peers as a source of sightings, and several sources merged into one. It does no networking."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cluster.discovery.sighting import Sighting, Source
 
 
 def static_source(peers: Sequence[str]) -> Source:
-    """The ``host:port`` addresses in the order given; raises InvalidOption for one that is none, or for too many."""
+    """Return a source of ``host:port`` addresses in this order. Raises InvalidOption if invalid or too many."""
     addresses = dict.fromkeys(format_address(*parse_address(peer)) for peer in peers)
     if len(addresses) > MAX_ROSTER:
-        raise InvalidOption(f"{len(addresses)} peers were named; at most {MAX_ROSTER} can be")
+        raise InvalidOption(f"{len(addresses)} peers were named; name at most {MAX_ROSTER}")
     return _Static(tuple(Sighting(address) for address in addresses))
 
 
 def merge_sources(*sources: Source) -> Source:
-    """Every source's sightings in the order of the sources: one for each address, and the one with an id wins."""
+    """Return all sources' sightings in the order of the sources, one per address; one with an id takes precedence."""
     return _Merged(sources)
 
 
@@ -50,15 +50,15 @@ class _Merged:
         return tuple(found.values())[:MAX_ROSTER]
 
     async def changed(self, timeout_s: float) -> bool:
-        news = False
+        found_change = False
 
         async def watch(source: Source) -> None:
-            nonlocal news
+            nonlocal found_change
             if await source.changed(timeout_s):
-                news = True
+                found_change = True
                 group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:
             for source in self._sources:
                 group.start_soon(watch, source)
-        return news
+        return found_change

@@ -1,6 +1,6 @@
-"""What an announcement says: the service's type, its instance's name and its TXT record, written and read.
+"""Write and read a worker's announcement: the service type, the instance name and the TXT record.
 
-Everything read here was written by a stranger. Nothing in it is secret, and nothing in it is believed: it is a hint.
+A record that is read was written by a stranger. Nothing in it is secret, and nothing in it is trusted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.core.errors import InvalidOption
 
 SERVICE: Final = "_macpipe._tcp.local."
 MAX_FIELD_BYTES: Final = 128
-"""Longest id, name, version or cluster. A TXT string holds 255 bytes; host names have at most 63."""
+"""Length of an id, name, version or cluster. A TXT string holds 255 bytes; host names have at most 63."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def write(announcement: Announcement) -> dict[bytes, bytes]:
 
 
 def read(properties: Mapping[bytes, bytes | None]) -> Announcement | None:
-    """What a stranger announced, or nothing when it is malformed; fields that we don't know are left alone."""
+    """Return a stranger's announcement; None if it is malformed. Unknown fields are ignored."""
     try:
         values = {f.name: (properties[f.name.encode()] or b"").decode() for f in fields(Announcement)}
         return Announcement(**values)
@@ -50,6 +50,6 @@ def read(properties: Mapping[bytes, bytes | None]) -> Announcement | None:
 
 
 def instance(announcement: Announcement) -> str:
-    """A DNS label for people that no other id shares: their name, shortened, and the start of the id's hash."""
+    """Return a unique DNS label that people can read: the shortened name and the start of the id's hash."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", announcement.name).strip("-")[:40]
     return f"{readable or 'worker'}-{hashlib.sha256(announcement.id.encode()).hexdigest()[:12]}"

@@ -1,1 +1,1 @@
-"""How a Mac comes into a cluster: the port that admits, on the coordinator's Mac, and the Mac that asks."""
+"""Joining a cluster: the port on the coordinator's Mac that admits, and the Mac that asks."""

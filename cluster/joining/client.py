@@ -1,9 +1,9 @@
-"""A Mac joins: it finds the coordinator of its token, makes sure of it, and only then says its secret.
+"""Join a cluster: find the coordinator of a token, verify it, and only then send it the secret.
 
-The first call is over TLS that verifies nothing, and asks for the authority's certificate, which everybody may have.
-Where that is not the one that the token pins, nothing further is said. The second call trusts that authority alone,
-and the name of its coordinator. The key is made here, stays here, and is kept until the answer has come, so that a Mac
-that missed it asks again with the same one.
+The first call uses TLS without verification and asks for the authority's certificate, which is public. If it is not the
+one that the token pins, nothing else is sent. The second call trusts that authority alone and checks the coordinator's
+name. The key is created here, never leaves this Mac, and is kept until the answer arrives, so that a Mac that lost the
+answer asks again with the same key.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class JoinOrder:
-    """How this Mac wants to join. ``cluster`` empty keeps the cluster under its own name, ``peer`` empty looks for it.
+    """How this Mac joins. An empty ``cluster`` keeps the cluster's own name; an empty ``peer`` searches for it.
 
-    ``id`` (16 hex digits) is what it wants to be known by; ``clock`` is this Mac's.
+    ``id`` (16 hex digits) is the id to be certified; ``clock`` is this Mac's.
     """
 
     home: Path
@@ -70,7 +70,7 @@ class JoinOrder:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """As what, where its files are, and by how many seconds this Mac's clock is ahead of the coordinator's."""
+    """The result: the party, the folder of its files, and by how many seconds this Mac's clock is ahead."""
 
     cluster: str
     party: Party
@@ -80,7 +80,7 @@ class Joined:
 
     @property
     def warning(self) -> str:
-        """What to say of the clocks; empty where they agree well enough."""
+        """A warning about the clocks; empty if they agree well enough."""
         if abs(self.clock_ahead_s) <= CLOCKS_DIFFER_S:
             return ""
         return f"this Mac's clock is {clocks_in_words(self.clock_ahead_s)} the coordinator's; set the one that is wrong"
@@ -88,7 +88,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What an address showed before anything was said to it: its authority, and its clock if it told one (hearsay)."""
+    """What an address presented before it was sent anything: its authority and its clock, unverified."""
 
     address: str
     authority: Stranger
@@ -96,12 +96,12 @@ class Shown:
 
 
 async def join(order: JoinOrder) -> Joined:
-    """Become a member; raises ``MacpipeError``. Everything that it waits for has an end."""
+    """Become a member. Raises ``MacpipeError``. Every step has a deadline."""
     shown = await _find_pinned(order)
     folder = ClusterFolder(order.home, order.cluster or shown.authority.cluster)
     if folder.exists and folder.authority.read_bytes() != shown.authority.certificate:
         raise InvalidOption(
-            f"this Mac is in another cluster that it calls {folder.cluster}; keep this one under another name with"
+            f"this Mac is in another cluster under the name {folder.cluster}; keep this one under another name with"
             f" --cluster NAME, or remove {folder.path}",
             field="cluster",
         )
@@ -113,15 +113,17 @@ async def join(order: JoinOrder) -> Joined:
         pending.unlink(missing_ok=True)  # no answer will come for this key
         raise
     now = order.clock()
-    party = _keep(order, folder, shown.authority, key, answer)
+    party = _install(order, folder, shown.authority, key, answer)
     pending.unlink(missing_ok=True)
     return Joined(folder.cluster, party, shown.address, folder.path, now - answer.clock)
 
 
 async def fetch_authority(address: str) -> Shown:
-    """Who answers at ``address``, by its own word; raises ``Unreachable``, ``ForeignAuthority``."""
+    """Return what ``address`` presents, unverified. Raises ``Unreachable``, ``ForeignAuthority``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # what is asked for is public, and pinned
+    # The answer is public, and the caller compares it with the token's pin.
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     async with _call(address, context, JOIN_TRY_S) as caller:
         response, body = await caller("GET", AUTHORITY)
     try:
@@ -129,34 +131,34 @@ async def fetch_authority(address: str) -> Shown:
             raise ValueError(f"it answers with {response.status_code}")
         return Shown(address, authority_of(body), _date(response))
     except ValueError as e:
-        raise ForeignAuthority(f"who answers at {address} is no macpipe coordinator that admits Macs ({e})") from e
+        raise ForeignAuthority(f"{address} is not a macpipe coordinator that admits Macs ({e})") from e
 
 
 async def _find_pinned(order: JoinOrder) -> Shown:
-    """The coordinator that the token was made by, found or named."""
+    """Return the coordinator that issued the token, at the given address or found by a search."""
 
     async def look(address: str) -> Shown:
         shown = await fetch_authority(address)
         if shown.authority.fingerprint != order.token.fingerprint:
             raise ForeignAuthority(
-                f"{address} is not the coordinator that this token is from: its cluster is"
-                f" {shown.authority.cluster_id}, the token's {order.token.cluster_id}; it was told nothing"
+                f"{address} is not the coordinator that issued this token: its cluster is"
+                f" {shown.authority.cluster_id}, the token's {order.token.cluster_id}; no secret was sent"
             )
         return shown
 
     if order.peer:
         address = _address(order.peer)
-        return await _again_if_cut(lambda: look(address))
+        return await _retry_if_cut(lambda: look(address))
     async with look_for_join(order.token.cluster_id) as source:
         return await search(source, look, order.token.cluster_id, JOIN_SEARCH_S)
 
 
 class _Cut(Unreachable):
-    """Somebody answered, and hung up: a join port that is full does."""
+    """The peer answered and closed the connection, as a full join port does."""
 
 
-async def _again_if_cut(call: Callable[[], Awaitable[T]]) -> T:
-    """What ``call`` returns, which is tried again for a while where the port is full or the line was cut."""
+async def _retry_if_cut(call: Callable[[], Awaitable[T]]) -> T:
+    """Return what ``call`` returns. Tries again for ``JOIN_SEARCH_S`` if the port is full or the connection was cut."""
     end = anyio.current_time() + JOIN_SEARCH_S
     while True:
         try:
@@ -168,8 +170,8 @@ async def _again_if_cut(call: Callable[[], Awaitable[T]]) -> T:
 
 
 async def _request_admission(order: JoinOrder, shown: Shown, csr: bytes) -> JoinReply:
-    """Post the request, again where the port is full or the line was cut: the same key gets the same answer."""
-    ask = JoinRequest(
+    """Post the request, again if the port is full or the connection was cut: the same key gets the same answer."""
+    request = JoinRequest(
         token=order.token.id,
         secret=order.token.secret.hex(),
         csr=csr.decode(),
@@ -177,18 +179,18 @@ async def _request_admission(order: JoinOrder, shown: Shown, csr: bytes) -> Join
         name=order.name,
         clock=max(0.0, order.clock()),
     )
-    return await _again_if_cut(lambda: _post(order, shown, ask))
+    return await _retry_if_cut(lambda: _post(order, shown, request))
 
 
-async def _post(order: JoinOrder, shown: Shown, ask: JoinRequest) -> JoinReply:
+async def _post(order: JoinOrder, shown: Shown, request: JoinRequest) -> JoinReply:
     context = ssl.create_default_context(cadata=shown.authority.certificate.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     name = name_of(Role.COORDINATOR, shown.authority.cluster_id)
     try:
         async with _call(shown.address, context, JOIN_S, name) as caller:
-            response, body = await caller("POST", JOIN, ask.model_dump_json().encode())
+            response, body = await caller("POST", JOIN, request.model_dump_json().encode())
     except ssl.SSLCertVerificationError as e:
-        raise _why_unverified(e, shown, order.clock()) from None
+        raise _explain_verification_error(e, shown, order.clock()) from None
     if response.status_code != httpx2.codes.OK:
         raise read_refusal(body) or Unreachable(f"{shown.address} answers with {response.status_code}")
     try:
@@ -197,8 +199,8 @@ async def _post(order: JoinOrder, shown: Shown, ask: JoinRequest) -> JoinReply:
         raise Unreachable(f"{shown.address}: {e}") from e
 
 
-def _keep(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: bytes, answer: JoinReply) -> Party:
-    """Write what was got, once it is what was asked for."""
+def _install(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: bytes, answer: JoinReply) -> Party:
+    """Write the certificate after checking that it is the one that was requested."""
     certificate = answer.certificate.encode()
     try:
         ring = Keyring.of(authority.certificate, certificate, key)
@@ -208,12 +210,12 @@ def _keep(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: byt
         raise ForeignAuthority(f"the coordinator's certificate for this Mac cannot be used: {e}") from e
     ring.check_clock(order.clock())
     folder.keep(ring.party.role, ring.party.name, key=key, certificate=certificate)
-    folder.write(folder.authority, authority.certificate)  # last: from now on this Mac is in the cluster
+    folder.write(folder.authority, authority.certificate)  # last: with this file the Mac is in the cluster
     return ring.party
 
 
 def _request(folder: ClusterFolder, pending: Path) -> tuple[bytes, bytes]:
-    """A key and a request for it; the key of a try with the same token whose answer never came, where there is one."""
+    """Return a key and a request for it. Reuses the key of an earlier try with the same token, if there is one."""
     with suppress(OSError, ValueError):
         return make_request(pending.read_bytes())
     key, csr = make_request()
@@ -221,18 +223,18 @@ def _request(folder: ClusterFolder, pending: Path) -> tuple[bytes, bytes]:
     return key, csr
 
 
-def _why_unverified(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -> MacpipeError:
-    """Why the coordinator's certificate does not do, where a clock may be the cause."""
+def _explain_verification_error(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -> MacpipeError:
+    """Return the error for an invalid coordinator's certificate. A wrong clock may be the cause."""
     if error.verify_code not in _CLOCK_CODES:
         return ForeignAuthority(
-            f"{shown.address} shows the right authority and is not its coordinator ({error.verify_message}); it was"
-            " told nothing"
+            f"{shown.address} presents the right authority but is not its coordinator ({error.verify_message}); no"
+            " secret was sent"
         )
     ahead = 0.0 if shown.clock is None else now - shown.clock
     if abs(ahead) > CLOCKS_DIFFER_S:
         return ClockWrong(
             f"this Mac's clock is {clocks_in_words(ahead)} the coordinator's, whose certificate is not valid at that"
-            " time; set it, and join again with the same token"
+            " time; set the clock and join again with the same token"
         )
     return ClockWrong(
         f"the coordinator's certificate is not valid now ({error.verify_message}); start `macpipe serve` there, which"
@@ -241,14 +243,14 @@ def _why_unverified(error: ssl.SSLCertVerificationError, shown: Shown, now: floa
 
 
 _LATE_S: Final = 0.5
-"""The library's own timeouts, which bound each step, close its socket; cancelling it in a handshake does not."""
+"""Extra time for the library's own timeouts, which close its socket; cancelling it in a handshake does not."""
 _CLOCK_CODES: Final = frozenset({9, 10})
 """X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED."""
 
 
 @asynccontextmanager
 async def _call(address: str, context: ssl.SSLContext, seconds: float, name: str = "") -> AsyncIterator[_Caller]:
-    """Calls to ``address`` that last ``seconds`` at most; ``name`` is whom the certificate must be for."""
+    """Yield a caller of ``address`` whose calls last at most ``seconds``. The certificate must be for ``name``."""
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(
             httpx2.AsyncClient(verify=context, trust_env=False, timeout=seconds, base_url=f"https://{address}")
@@ -262,16 +264,16 @@ class _Caller:
         self._extensions = {"sni_hostname": name} if name else {}
 
     async def __call__(self, method: str, path: str, body: bytes = b"") -> tuple[httpx2.Response, bytes]:
-        """The response and its body, of bounded size; raises ``Unreachable`` and ``ssl.SSLCertVerificationError``."""
+        """Return the response and its bounded body. Raises ``Unreachable``, ``ssl.SSLCertVerificationError``."""
         try:
             with anyio.fail_after(self._seconds + _LATE_S):
-                made = self._client.build_request(method, path, content=body, extensions=self._extensions)
-                response = await self._client.send(made, stream=True)
+                request = self._client.build_request(method, path, content=body, extensions=self._extensions)
+                response = await self._client.send(request, stream=True)
                 return response, await _read_bounded(response)
         except (TimeoutError, httpx2.TimeoutException):
             raise Unreachable(f"{self._address} does not answer in {self._seconds:.0f} s") from None
         except (httpx2.HTTPError, OSError) as e:
-            raise _reason(e, self._address) from None
+            raise _find_cause(e, self._address) from None
 
 
 async def _read_bounded(response: httpx2.Response) -> bytes:
@@ -284,16 +286,17 @@ async def _read_bounded(response: httpx2.Response) -> bytes:
     return bytes(body)
 
 
-def _reason(error: Exception, address: str) -> Exception:
-    """What is below an error of the HTTP library: a verification that failed, a line that was cut, or nobody there."""
-    chain, below = [error], error.__cause__ or error.__context__
+def _find_cause(error: Exception, address: str) -> Exception:
+    """Return the cause of an error of the HTTP library: a failed verification, a cut connection, or no server."""
+    chain = [error]
+    below = error.__cause__ or error.__context__
     while isinstance(below, Exception):
         chain.append(below)
         below = below.__cause__ or below.__context__
     if failed := next((one for one in chain if isinstance(one, ssl.SSLCertVerificationError)), None):
         return failed
     if any(isinstance(one, _HUNG_UP) for one in chain):
-        return _Cut(f"{address} hangs up; it may be busy: try again in a minute")
+        return _Cut(f"{address} closed the connection; it may be busy: try again in a minute")
     known = next((one for one in reversed(chain) if isinstance(one, OSError) and one.strerror), error)
     words = getattr(known, "strerror", None) or str(known) or "it cannot be reached"
     return Unreachable(f"nobody admits Macs at {address}: {words.lower()}")

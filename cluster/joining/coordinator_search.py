@@ -1,7 +1,7 @@
-"""Which of the addresses that say so is the coordinator: all are asked, a few at once; the first that proves it wins.
+"""Find the coordinator among announced addresses: ask all of them, a few at once; the first that proves it wins.
 
-Anybody on the network can announce anything. So the number of addresses has a bound, each gets a moment, and the whole
-search has an end.
+Anybody on the network can announce anything. So the number of addresses is bounded, each has a deadline, and so has the
+whole search.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 async def search(source: Source, look: Callable[[str], Awaitable[T]], cluster_id: str, wait_s: float) -> T:
-    """What ``look`` says of the first address in ``source`` that it does not refuse with a ``MacpipeError``.
+    """Return what ``look`` returns for the first address in ``source`` for which it raises no ``MacpipeError``.
 
-    Raises ``Unreachable`` after ``wait_s``, or ``ForeignAuthority`` where others pretended to be the one.
+    Raises ``Unreachable`` after ``wait_s``, or ``ForeignAuthority`` if only impostors answered.
     """
     tried: dict[str, MacpipeError | None] = {}
     won: list[T] = []
@@ -59,6 +59,6 @@ def _failure(tried: dict[str, MacpipeError | None], cluster_id: str, wait_s: flo
     if len(tried) == 1 and (only := next(iter(tried.values()))):
         return only
     return ForeignAuthority(
-        f"{len(tried)} addresses say that they are cluster {cluster_id}, and none of them proved it in {wait_s:.0f} s;"
-        f" they were told nothing; {peer}"
+        f"{len(tried)} addresses claim to be cluster {cluster_id}, but none of them proved it in {wait_s:.0f} s;"
+        f" no secret was sent; {peer}"
     )

@@ -1,4 +1,4 @@
-"""What the two sides of a join say to each other, as JSON. What a stranger sent is checked here, and not repeated."""
+"""The messages of a join, as JSON. Input of strangers is validated here, and errors do not repeat it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Form(BaseModel):
 
 
 class JoinRequest(_Form):
-    """What a Mac says that wants in: the token's id and secret, what to certify, and its own clock (epoch seconds)."""
+    """A request to join: the token's id and secret, a certificate request, and the Mac's clock (epoch seconds)."""
 
     token: Hex8
     secret: Hex32
@@ -34,28 +34,28 @@ class JoinRequest(_Form):
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     clock: Seconds
 
-    def wish(self) -> AdmissionRequest:
+    def admission_request(self) -> AdmissionRequest:
         return AdmissionRequest(
             self.token, bytes.fromhex(self.secret), self.csr.encode(), self.id, self.name, self.clock
         )
 
 
 class JoinReply(_Form):
-    """What it gets: its certificate, and the coordinator's clock."""
+    """The answer: the certificate and the coordinator's clock."""
 
     certificate: Pem
     clock: Seconds
 
 
-def _values(body: bytes) -> int:
-    """At least as many as the values in JSON, those of lists in lists included; marks within texts count as well."""
+def _count_values(body: bytes) -> int:
+    """Return an upper bound of the values in JSON, nested ones included; marks within texts count as well."""
     return sum(map(body.count, (b",", b"[", b"{")))
 
 
-def read_ask(body: bytes) -> JoinRequest:
-    """Raises ``InvalidRequest``, which names the field that is wrong and not what it held."""
-    if _values(body) > MAX_JOIN_VALUES:
-        raise InvalidRequest("this is not a request to join: it has more fields than one has")
+def read_request(body: bytes) -> JoinRequest:
+    """Parse a request. Raises ``InvalidRequest`` that names the wrong field, not its content."""
+    if _count_values(body) > MAX_JOIN_VALUES:
+        raise InvalidRequest("this is not a request to join: it has too many fields")
     try:
         return JoinRequest.model_validate_json(body)
     except ValidationError as e:
@@ -66,26 +66,26 @@ def read_ask(body: bytes) -> JoinRequest:
 
 
 def read_answer(body: bytes) -> JoinReply:
-    """Raises ``ValueError``."""
-    if _values(body) > MAX_JOIN_VALUES:
-        raise ValueError("the answer has more fields than one has")
+    """Parse an answer. Raises ``ValueError``."""
+    if _count_values(body) > MAX_JOIN_VALUES:
+        raise ValueError("the answer has too many fields")
     try:
         return JoinReply.model_validate_json(body)
     except ValidationError:
-        raise ValueError("the answer is not one that this version of macpipe understands") from None
+        raise ValueError("this version of macpipe does not understand the answer") from None
 
 
-def refusal(error: MacpipeError) -> dict[str, Any]:
-    """A typed error as the body of an answer."""
+def write_refusal(error: MacpipeError) -> dict[str, Any]:
+    """Return the body of an answer for a typed error."""
     retry = {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
     return {"error": {"reason": error.reason, "message": error.sentence} | retry}
 
 
 def read_refusal(body: bytes) -> MacpipeError | None:
-    """The error that a coordinator answered with, None where the body says none."""
+    """Return the error in a coordinator's answer; None if the body has none."""
     try:
-        said = json.loads(body)["error"]
-        reason, message = str(said["reason"])[:64], str(said["message"])[:500]
+        fields = json.loads(body)["error"]
+        reason, message = str(fields["reason"])[:64], str(fields["message"])[:500]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return MacpipeError.of(reason, "".join(c for c in message if c.isprintable()))

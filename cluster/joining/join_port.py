@@ -1,7 +1,7 @@
-"""The join port: TLS 1.3 with the coordinator's certificate, for strangers. Few at a time, and none for long.
+"""The join port: TLS 1.3 with the coordinator's certificate, for strangers. Connections are few and short.
 
-uvicorn speaks the HTTP; how many connections there are, and how long they last, is decided here from the first packet
-on, so that who opens many and says nothing costs the coordinator a few sockets.
+uvicorn speaks HTTP. This module bounds the number of connections and their duration from the first packet on, so that
+a stranger who opens many connections and sends nothing costs the coordinator a few sockets.
 """
 
 from __future__ import annotations
@@ -29,29 +29,32 @@ from cluster.security.file_version import Stamp, file_version
 from cluster.security.quiet_h11 import QuietProtocol
 from cluster.security.roles import Role
 
-EVERYWHERE = "0.0.0.0"  # noqa: S104  # it is made for strangers; it is announced on no tunnel
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # strangers must reach it; it is not announced on tunnels
 
 
 @asynccontextmanager
 async def admit_macs(folder: ClusterFolder, host: str, port: int) -> AsyncIterator[str]:
-    """Admit Macs to the cluster of ``folder`` until the block is left; the address. Port 0 takes a free one.
+    """Admit Macs to the cluster of ``folder`` for the duration of the block, and yield the port's address.
 
-    Raises ``PortInUse``, and ``NoCluster`` where this machine does not lead the cluster.
+    Port 0 takes a free port. Raises ``PortInUse``, and ``NoCluster`` if this machine does not lead the cluster.
     """
     if folder.keyring(Role.COORDINATOR) is None:
-        raise NoCluster(f"this Mac holds no coordinator's certificate of cluster {folder.cluster}")
+        raise NoCluster(f"this Mac has no coordinator's certificate for the cluster {folder.cluster}")
     admission = Admission(folder)
     with _open_listener(host, port) as listener:
-        at = listener.getsockname()[1]
-        async with serve_join_port(JoinService(admission).application(), listener, folder.party(Role.COORDINATOR)):
-            said = {"cluster": folder.cluster, "cluster_id": admission.authority.cluster_id}
-            async with announce_join(**said, host=host, port=at):
-                yield format_address(host, at)
+        bound_port = listener.getsockname()[1]
+        async with (
+            serve_join_port(JoinService(admission).application(), listener, folder.party(Role.COORDINATOR)),
+            announce_join(
+                cluster=folder.cluster, cluster_id=admission.authority.cluster_id, host=host, port=bound_port
+            ),
+        ):
+            yield format_address(host, bound_port)
 
 
 @asynccontextmanager
 async def serve_join_port(app: ASGIApp, listener: socket.socket, certificate: Path) -> AsyncIterator[None]:
-    """Answer on ``listener`` with the key and certificate in the folder ``certificate`` until the block is left."""
+    """Serve ``app`` on ``listener`` during the block, with the key and certificate in the folder ``certificate``."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -64,17 +67,17 @@ async def serve_join_port(app: ASGIApp, listener: socket.socket, certificate: Pa
         proxy_headers=False,
     )
     config.load()
-    door = _Door(config, Chain(certificate))
-    server = await asyncio.get_running_loop().create_server(lambda: _Visit(door), sock=listener, backlog=MAX_JOINS)
+    port = _Port(config, ReloadingChain(certificate))
+    server = await asyncio.get_running_loop().create_server(lambda: _Connection(port), sock=listener, backlog=MAX_JOINS)
     try:
         yield
     finally:
         server.close()
-        door.close()
+        port.close()
 
 
-class Chain:
-    """The TLS context of a folder's key and certificate, made anew when these were renewed."""
+class ReloadingChain:
+    """The TLS context of a folder's key and certificate, loaded again after a renewal."""
 
     def __init__(self, folder: Path) -> None:
         self._certificate, self._key = folder / "certificate.pem", folder / "key.pem"
@@ -82,7 +85,7 @@ class Chain:
         self.context()
 
     def context(self) -> ssl.SSLContext:
-        with contextlib.suppress(OSError, ssl.SSLError):  # between the two writes of a renewal the old one serves
+        with contextlib.suppress(OSError, ssl.SSLError):  # between the two writes of a renewal the old one stays
             stamp = file_version(self._certificate), file_version(self._key)
             if stamp != self._stamp:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -92,84 +95,84 @@ class Chain:
         return self._context
 
 
-class _Door:
-    """Who is inside."""
+class _Port:
+    """The open connections."""
 
-    def __init__(self, config: uvicorn.Config, chain: Chain) -> None:
+    def __init__(self, config: uvicorn.Config, chain: ReloadingChain) -> None:
         self.config, self.chain, self.state = config, chain, ServerState()
-        self.visits: set[_Visit] = set()
+        self.connections: set[_Connection] = set()
 
     def close(self) -> None:
-        """Cut off everybody, also who is being answered: it asks again elsewhere."""
-        for visit in tuple(self.visits):
-            visit.end()
+        """Cut every connection, even one with an answer under way: its Mac asks again."""
+        for connection in tuple(self.connections):
+            connection.abort()
         for task in tuple(self.state.tasks):
             task.cancel()
 
 
-class _Visit(asyncio.Protocol):
-    """One connection: handed to TLS and uvicorn as soon as it is made, and cut off when its time is over."""
+class _Connection(asyncio.Protocol):
+    """One connection: handed to TLS and uvicorn as soon as it is made, and cut when its time is over."""
 
-    def __init__(self, door: _Door) -> None:
-        self._door = door
+    def __init__(self, port: _Port) -> None:
+        self._port = port
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if len(self._door.visits) >= MAX_JOINS:
+        if len(self._port.connections) >= MAX_JOINS:
             transport.abort()
             return
         transport.pause_reading()
-        self._door.visits.add(self)
-        self._over = self._loop.call_later(JOIN_S, self.end)
-        self._shake = self._loop.create_task(self._begin())
+        self._port.connections.add(self)
+        self._timeout = self._loop.call_later(JOIN_S, self.abort)
+        self._handshake = self._loop.create_task(self._start_tls())
 
-    def end(self) -> None:
+    def abort(self) -> None:
         """Cut the connection."""
         self._transport.abort()
 
-    def leave(self) -> None:
-        """The connection is closed."""
-        self._door.visits.discard(self)
-        self._over.cancel()
+    def release(self) -> None:
+        """Forget the connection, which is closed."""
+        self._port.connections.discard(self)
+        self._timeout.cancel()
 
-    async def _begin(self) -> None:
-        """Shake hands; from then on everything is uvicorn's."""
+    async def _start_tls(self) -> None:
+        """Complete the TLS handshake and hand the connection to uvicorn."""
         http = _Http(self)
         try:
             secure = await self._loop.start_tls(
                 self._transport,
                 http,
-                self._door.chain.context(),
+                self._port.chain.context(),
                 server_side=True,
                 ssl_handshake_timeout=JOIN_HANDSHAKE_S,
             )
-        except (OSError, asyncio.CancelledError):  # no TLS, or gone: nobody to tell
-            self.end()
-            self.leave()
+        except (OSError, asyncio.CancelledError):  # not TLS, or closed: there is nobody to answer
+            self.abort()
+            self.release()
             return
         assert secure is not None
         http.connection_made(secure)
 
     @property
     def config(self) -> uvicorn.Config:
-        return self._door.config
+        return self._port.config
 
     @property
     def state(self) -> ServerState:
-        return self._door.state
+        return self._port.state
 
 
 class _Http(QuietProtocol):
-    """uvicorn's own, which may be sent data before it learns that the handshake is done."""
+    """uvicorn's protocol, buffering data that arrives before it learns that the handshake is done."""
 
-    def __init__(self, visit: _Visit) -> None:
-        super().__init__(visit.config, visit.state, {})
-        self._visit = visit
+    def __init__(self, connection: _Connection) -> None:
+        super().__init__(connection.config, connection.state, {})
+        self._connection = connection
         self._early: list[bytes] | None = []
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
         early, self._early = self._early, None
         for data in early or ():
@@ -182,7 +185,7 @@ class _Http(QuietProtocol):
             self._early.append(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._visit.leave()
+        self._connection.release()
         if self._early is None:
             super().connection_lost(exc)
 

@@ -1,1 +1,1 @@
-"""What the operating system says and takes: macOS facts, processes and signals, paths."""
+"""The operating system: facts about macOS, processes and signals, paths and private files."""

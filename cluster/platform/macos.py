@@ -1,7 +1,7 @@
-"""What macOS says of the machine: the only reader of sysctl, system_profiler and networksetup.
+"""Facts that macOS tells about the machine: the only reader of sysctl, system_profiler and networksetup.
 
-Thin on purpose: each question is one command, and each answer is parsed by a function that takes its text. Elsewhere
-than on a Mac every answer is "not known". It knows nothing of MLX.
+Each fact is one command, and one function that parses its output. On another system every fact is "not known". The
+module knows nothing of MLX.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure",
 
 MIB: Final = 2**20
 ANSWER_S: Final = 5.0
-"""What a command gets; system_profiler takes about one second."""
+"""Time limit of a command; system_profiler takes about one second."""
 PRESSURES: Final = {1: "normal", 2: "warning", 4: "critical"}
 """kern.memorystatus_vm_pressure_level, as the kernel's header names the levels (sys/event.h, NOTE_MEMORYSTATUS)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """``chip`` is empty, ``gpu_cores`` and ``wired_limit`` (bytes; what a person set for the GPU) 0 if not known."""
+    """``chip`` is empty, ``gpu_cores`` and ``wired_limit`` (bytes; the user's limit for the GPU) are 0 if not known."""
 
     chip: str = ""
     gpu_cores: int = 0
@@ -34,7 +34,7 @@ class MachineFacts:
 
 @lru_cache(maxsize=1)
 def machine_facts() -> MachineFacts:
-    """Asked once: none of it changes while a worker runs."""
+    """Return the machine's facts, read once: none of them changes while a worker runs."""
     if platform.system() != "Darwin":
         return MachineFacts()
     return MachineFacts(
@@ -45,17 +45,17 @@ def machine_facts() -> MachineFacts:
 
 
 def memory_pressure() -> str:
-    """The kernel's word for how short memory is; empty if not known."""
+    """Return the kernel's name of the memory pressure; empty if not known."""
     return pressure_word(_run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
 
 
 def process_seconds(pid: int) -> float | None:
-    """The processor time that a process has had; None if not known."""
+    """Return the processor time of a process in seconds; None if not known."""
     return seconds_of(_run_command("ps", "-o", "time=", "-p", str(pid)))
 
 
 def seconds_of(clock: str) -> float | None:
-    """From ``ps -o time=``: ``[[hours:]minutes:]seconds``, with hundredths."""
+    """Parse ``ps -o time=``: ``[[hours:]minutes:]seconds``, with hundredths."""
     try:
         parts = [float(part) for part in clock.strip().split(":")]
     except ValueError:
@@ -65,19 +65,19 @@ def seconds_of(clock: str) -> float | None:
 
 @lru_cache(maxsize=1)
 def hardware_ports() -> dict[str, str]:
-    """Network devices and what they are: ``en0`` -> ``Wi-Fi``."""
+    """Return the kind of each network device, such as ``en0``: ``Wi-Fi``."""
     return ports_named(_run_command("networksetup", "-listallhardwareports"))
 
 
 def ports_named(report: str) -> dict[str, str]:
-    """From ``networksetup -listallhardwareports``: a line with the port's name, the next one with its device."""
+    """Parse ``networksetup -listallhardwareports``: a line with the port's name, the next one with its device."""
     lines = [line.partition(": ") for line in report.splitlines()]
     pairs = pairwise(lines)
     return {b[2]: a[2] for a, b in pairs if a[0] == "Hardware Port" and b[0] == "Device"}
 
 
 def gpu_cores(report: str) -> int:
-    """From ``system_profiler -json SPDisplaysDataType``; 0 where it names none."""
+    """Parse ``system_profiler -json SPDisplaysDataType``; 0 if it has no core count."""
     try:
         displays = json.loads(report)["SPDisplaysDataType"]
         return max(int(display.get("sppci_cores", 0)) for display in displays)
@@ -86,17 +86,17 @@ def gpu_cores(report: str) -> int:
 
 
 def wired_limit(value: str) -> int:
-    """From ``sysctl -n iogpu.wired_limit_mb``, in bytes; 0 where nobody set one."""
+    """Parse ``sysctl -n iogpu.wired_limit_mb``, in bytes; 0 if it is not set."""
     return int(value) * MIB if value.strip().isdigit() else 0
 
 
 def pressure_word(value: str) -> str:
-    """From ``sysctl -n kern.memorystatus_vm_pressure_level``."""
+    """Parse ``sysctl -n kern.memorystatus_vm_pressure_level``."""
     return PRESSURES.get(int(value), "") if value.strip().isdigit() else ""
 
 
 def _run_command(*command: str) -> str:
-    """What a command printed; nothing where it is not there, fails, or takes too long."""
+    """Return a command's output; empty if it does not exist, fails or takes too long."""
     if platform.system() != "Darwin":
         return ""
     try:

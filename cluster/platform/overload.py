@@ -1,7 +1,7 @@
-"""Signs that a machine is overloaded: how late timers fire in this process, and what processor time a child got.
+"""Signs that a machine is overloaded: how late timers fire in this process, and a child's processor time.
 
-A process that does not get the processor must not judge others by the clock: whatever they said may wait unread here.
-It measures; what follows from a figure is decided in ``cluster.membership``.
+A process that gets no processor time must not judge others by the clock: their messages may wait unread here. This
+module measures; ``cluster.membership`` decides what follows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def no_lag() -> float:
 
 
 class TimerLag:
-    """Measures the lag of this process on a thread of its own: by how much a sleep takes longer than it should.
+    """Measures the lag of this process on its own thread: how much longer a sleep takes than it should.
 
     The thread needs the processor and the interpreter, as everything else in this process does.
     """
@@ -38,7 +38,7 @@ class TimerLag:
         self._late: deque[tuple[float, float]] = deque(maxlen=int(LAG_WINDOW_S / LAG_TICK_S))
 
     def start(self) -> TimerLag:
-        """Begin to measure, for as long as the process lives."""
+        """Start measuring, until the process ends."""
         threading.Thread(target=self._run, name="timer-lag", daemon=True).start()
         return self
 

@@ -1,4 +1,4 @@
-"""Where this machine keeps state, its id on disk, and its name."""
+"""The folder for this machine's state, the ids on its disk, and its name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HOME_VARIABLE: Final = "MACPIPE_HOME"
 
 
 def state_home(given: Path | None = None) -> Path:
-    """``given``, else ``MACPIPE_HOME``, else the platform's usual folder for state; absolute."""
+    """Return ``given``, else ``MACPIPE_HOME``, else the platform's usual folder for state; as an absolute path."""
     return absolute_path(_state_home(given).expanduser())
 
 
 def absolute_path(path: Path) -> Path:
-    """``path`` from the current folder, or as it is where that folder has been deleted."""
+    """Return ``path`` as absolute, or unchanged if the current folder has been deleted."""
     try:
         return path.absolute()
     except FileNotFoundError:
@@ -46,9 +46,9 @@ _ID: Final = re.compile(r"[0-9A-Za-z]{1,64}")
 
 @contextmanager
 def hold_id(folder: Path) -> Iterator[str]:
-    """The id in ``folder``, made at the first start; held until the context ends.
+    """Hold the id in ``folder`` during the block. It is created at the first start.
 
-    Raises ``BlockingIOError`` where another process holds it, another ``OSError`` where the folder cannot be written.
+    Raises ``BlockingIOError`` if another process holds it, another ``OSError`` if the folder cannot be written.
     """
     make_private_folder(folder)
     file = os.open(folder / "id", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -60,9 +60,9 @@ def hold_id(folder: Path) -> Iterator[str]:
 
 
 def read_id(folder: Path) -> str:
-    """The id in ``folder``, made where there is none, also while another process holds it.
+    """Return the id in ``folder``, even while another process holds it. It is created if there is none.
 
-    Raises ``OSError`` where the folder cannot be written.
+    Raises ``OSError`` if the folder cannot be written.
     """
     try:
         with hold_id(folder) as found:
@@ -72,7 +72,7 @@ def read_id(folder: Path) -> str:
 
 
 def _read_or_create(file: int) -> str:
-    """What the file holds; where that is no id, as after a crash, a new one."""
+    """Return the id in the file, or write a new one if the content is not an id, as after a crash."""
     known = os.read(file, 65).decode("ascii", "replace").strip()
     if _ID.fullmatch(known):
         return known
@@ -90,5 +90,5 @@ def _read_or_create(file: int) -> str:
 
 
 def short_host_name() -> str:
-    """The machine's name without its domain: ``mac-studio``."""
+    """Return the machine's name without its domain, such as ``mac-studio``."""
     return socket.gethostname().split(".")[0] or "mac"

@@ -1,6 +1,6 @@
-"""Private files and folders: modes 0600 and 0700 whatever the umask, and files that are replaced whole or not at all.
+"""Private files and folders: modes 0600 and 0700 whatever the umask, and files that are replaced atomically.
 
-It knows paths, modes and bytes. It refuses to know what a file is for.
+The module knows paths, modes and bytes. It does not know what a file is for.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from cluster.core.errors import DiskFull, InvalidOption, MacpipeError
 log = logging.getLogger(__name__)
 
 OTHERS: Final = 0o077
-"""The permissions of everybody but the owner."""
+"""Permissions of everybody but the owner."""
 _WRITERS: Final = 0o022
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BROKEN: Final = frozenset({errno.EIO, errno.EROFS})
 _STATE_FOLDERS: Final = frozenset({"clusters", "coordinators", "digests", "manifests", "models", "workers"})
-"""All that macpipe keeps directly in a state folder."""
+"""Everything that macpipe keeps directly in a state folder."""
 
 
 def make_private_folder(path: Path, top: Path | None = None) -> None:
-    """Create ``path`` and its missing parents with mode 0700; close to others what exists from ``top`` down to it.
+    """Create ``path`` and its missing parents with mode 0700. Existing folders from ``top`` down to it get it too.
 
-    Without ``top`` only ``path`` itself is closed. Raises OSError, also where a folder belongs to somebody else.
+    Without ``top`` only ``path`` itself is changed. Raises OSError, also if a folder belongs to another user.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
@@ -44,10 +44,10 @@ def make_private_folder(path: Path, top: Path | None = None) -> None:
 
 
 def protect_home(home: Path) -> None:
-    """Create macpipe's state folder, or close it to other users if it holds nothing but macpipe's files.
+    """Create macpipe's state folder, or close it to other users if it contains only macpipe's files.
 
-    Raises InvalidOption where other users can replace what is in it. A folder that cannot be made is no error here:
-    whoever writes to it says so.
+    Raises InvalidOption if other users can replace files in it. Failing to create it is not an error here: the first
+    write reports it.
     """
     try:
         if not home.exists():
@@ -55,7 +55,7 @@ def protect_home(home: Path) -> None:
         found = home.stat()
         mode = stat.S_IMODE(found.st_mode)
         if not mode & OTHERS or mode & stat.S_ISVTX:
-            return  # nobody else can do more than make files of their own
+            return  # other users can at most create files of their own
         if found.st_uid == os.geteuid() and _holds_state_alone(home):
             home.chmod(0o700)
             log.warning("state folder: closed to other users path=%s mode_before=%03o", home, mode)
@@ -65,7 +65,7 @@ def protect_home(home: Path) -> None:
         return
     if mode & _WRITERS:
         raise InvalidOption(
-            f"other users of this machine can replace files in {home} (mode {mode:03o}); say `chmod 700 {home}`, or set"
+            f"other users of this machine can replace files in {home} (mode {mode:03o}); run `chmod 700 {home}`, or set"
             " MACPIPE_HOME to a folder that is yours"
         )
 
@@ -75,7 +75,7 @@ def _holds_state_alone(home: Path) -> bool:
 
 
 def create_private_file(path: Path) -> int:
-    """A descriptor of a new empty file, to append to, in place of whatever a crash or somebody else left there.
+    """Create an empty file for appending, in place of anything that exists there, and return its descriptor.
 
     Follows no link. Raises OSError.
     """
@@ -85,7 +85,7 @@ def create_private_file(path: Path) -> int:
 
 
 def open_regular_file(path: Path) -> BinaryIO:
-    """Open a file for reading that is neither a link nor a pipe nor a device. Raises OSError."""
+    """Open a regular file for reading; refuses links, pipes and devices. Raises OSError."""
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -94,7 +94,7 @@ def open_regular_file(path: Path) -> BinaryIO:
 
 
 def write_all(file: int, data: bytes) -> None:
-    """Write all of ``data``, in as many writes as it takes. Raises OSError; a part may have been written then."""
+    """Write all of ``data``, in as many writes as needed. Raises OSError, possibly after writing a part."""
     left = memoryview(data)
     while left:
         written = os.write(file, left)
@@ -124,7 +124,7 @@ def replace_and_open(path: Path, content: bytes, fresh: Path) -> int:
 
 
 def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
-    """The error to raise where ``path`` could not be written: DiskFull for a disk's fault, else InvalidOption."""
+    """Return the error for a failed write to ``path``: DiskFull for a fault of the disk, else InvalidOption."""
     why = error.strerror or type(error).__name__
     if error.errno in _FULL:
         return DiskFull(f"cannot write {what} to {path}: {why}; free some room there and try again", path=str(path))
@@ -134,7 +134,7 @@ def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` outlive a power cut."""
+    """Sync ``folder``, so that renames in it survive a power failure."""
     file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # some network file systems cannot

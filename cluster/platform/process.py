@@ -1,4 +1,4 @@
-"""How a process of ours starts, what limits it has, and when it ends."""
+"""How our processes start, which limits they have, and how they end."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cluster.platform.paths import absolute_path
 
 
 def isolated_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which Python imports nothing from the folder where a person has started the daemon.
+    """Return an environment in which Python imports nothing from the current folder.
 
-    That folder may be a model's, and have modules of its own. This program is found where it is, from any folder.
+    That folder may be a model's and contain modules of its own. macpipe itself is importable from any folder.
     """
     places = [str(Path(__file__).parent.parent.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     found = [absolute_path(Path(place)) for place in places if place]
@@ -31,10 +31,10 @@ def isolated_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def accept_signals() -> None:
-    """Undo what a parent left behind that would keep this process from ending, or from seeing its children end.
+    """Undo inherited signal settings that would keep this process from ending or from noticing its children's end.
 
-    Nothing is blocked any more, and SIGINT, SIGTERM and SIGCHLD are ignored no more. SIGHUP stays as it is: `nohup`
-    ignores it on purpose.
+    Unblocks all signals, and stops ignoring SIGINT, SIGTERM and SIGCHLD. SIGHUP is left alone: `nohup` ignores it on
+    purpose.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
@@ -50,21 +50,21 @@ async def stop_on_signal(scope: anyio.CancelScope) -> None:
 
 
 def first_error(group: BaseExceptionGroup[MacpipeError]) -> MacpipeError:
-    """The first of the errors that a task group collected."""
+    """Return the first error in a task group's exception."""
     error = group.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 GRACE_S: Final = 10.0
-"""What the process gets to end by itself, after SIGTERM."""
+"""Time that the process gets to end by itself after SIGTERM."""
 
 
 def end_with_stdin() -> None:
-    """From now on: at the end of standard input this process gets SIGTERM, and SIGKILL ``GRACE_S`` later."""
-    threading.Thread(target=_watch, args=(sys.stdin.fileno(),), name="lifeline", daemon=True).start()
+    """Send this process SIGTERM at the end of standard input, and SIGKILL ``GRACE_S`` later."""
+    threading.Thread(target=_watch_stdin, args=(sys.stdin.fileno(),), name="parent-watchdog", daemon=True).start()
 
 
-def _watch(stdin: int) -> None:
+def _watch_stdin(stdin: int) -> None:
     while os.read(stdin, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -73,10 +73,10 @@ def _watch(stdin: int) -> None:
 
 
 def allow_open_files() -> int:
-    """Raise this process's own limit to ``OPEN_FILES``, or as far as the system allows; what it is then."""
+    """Raise this process's limit of open files to ``OPEN_FILES``, or as far as allowed, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS has a bound of its own below an infinite one
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below an infinite one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -148,7 +148,7 @@ def _unpack(
     revoked: float | None,
 ) -> ApiKey:
     secret = bytes_of(digest)
-    if len(secret) != len(_NOBODYS) or secret == _NOBODYS:
+    if len(secret) != len(_NO_DIGEST) or secret == _NO_DIGEST:
         raise ValueError("not a hash")
     ended = None if revoked is None else float(revoked)
     return ApiKey(str(id), str(name), KeyScope(scope), KeyLimits(*limits), float(made), secret, ended)

@@ -213,10 +213,10 @@ async def test_ten_thousand_strangers_leave_the_roster_bounded(cluster: str) -> 
             label = f"flood{number}"
             zeroconf.zeroconf.cache.async_add_records(records(label, cluster, whole=number % 2 == 0))
             name = f"{label}.{txt.SERVICE}"
-            listener._heard(zeroconf.zeroconf, txt.SERVICE, name, ServiceStateChange.Added)
+            listener._on_change(zeroconf.zeroconf, txt.SERVICE, name, ServiceStateChange.Added)
         assert len(roster.current()) == MAX_ROSTER
         assert listener._questions.qsize() == MAX_ROSTER
-        listener._heard(zeroconf.zeroconf, txt.SERVICE, f"flood0.{txt.SERVICE}", ServiceStateChange.Removed)
+        listener._on_change(zeroconf.zeroconf, txt.SERVICE, f"flood0.{txt.SERVICE}", ServiceStateChange.Removed)
         assert len(roster.current()) == MAX_ROSTER - 1
     finally:
         await zeroconf.async_close()

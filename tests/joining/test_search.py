@@ -13,7 +13,7 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 from cluster.core.errors import ForeignAuthority, MacpipeError, Unreachable
 from cluster.core.limits import MAX_ROSTER
 from cluster.discovery import browse as browse_module
-from cluster.discovery.join_announcement import SERVICE, announce_join, door_of, look_for_join
+from cluster.discovery.join_announcement import SERVICE, announce_join, look_for_join, read_join_sighting
 from cluster.discovery.sighting_table import SightingTable
 from cluster.joining.coordinator_search import search
 from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
@@ -51,7 +51,7 @@ async def test_an_announcement_says_nothing_but_the_cluster(cluster_id: str) -> 
             def read(
                 info: AsyncServiceInfo, local: tuple[browse_module.Interface, ...]
             ) -> browse_module.Sighting | None:
-                sighting = door_of(info, local)
+                sighting = read_join_sighting(info, local)
                 if sighting and sighting.cluster == cluster_id:
                     said.append(dict(info.properties))
                 return sighting
@@ -91,17 +91,17 @@ async def test_ten_thousand_strangers_are_tried_a_few_at_a_time_and_not_for_ever
         raise ForeignAuthority(f"{address} is another")
 
     try:
-        listener = browse_module._Listener(zeroconf, cluster_id, roster, SERVICE, door_of)
+        listener = browse_module._Listener(zeroconf, cluster_id, roster, SERVICE, read_join_sighting)
         for number in range(10_000):
             whose = cluster_id if number % 2 else secrets.token_hex(8)
             zeroconf.zeroconf.cache.async_add_records(records(f"flood{number}", whose, 1000 + number))
-            listener._heard(zeroconf.zeroconf, SERVICE, f"flood{number}.{SERVICE}", ServiceStateChange.Added)
+            listener._on_change(zeroconf.zeroconf, SERVICE, f"flood{number}.{SERVICE}", ServiceStateChange.Added)
         assert len(roster.current()) == MAX_ROSTER
         with pytest.raises(ForeignAuthority) as ended:
             await search(roster, look, cluster_id, 0.5)
         assert ended.value.sentence == (
-            f"64 addresses say that they are cluster {cluster_id}, and none of them proved it in 0 s; they were told"
-            " nothing; name its coordinator with --peer HOST:PORT"
+            f"64 addresses claim to be cluster {cluster_id}, but none of them proved it in 0 s; no secret was sent;"
+            " name its coordinator with --peer HOST:PORT"
         )
         assert len(tried) == MAX_ROSTER < MAX_JOIN_TRIED
         assert most == JOIN_TRIES

@@ -17,7 +17,7 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
 from cluster.core.request import Request, SamplingParams
 from cluster.core.text import parse_layers
-from cluster.joining.join_forms import read_answer, read_ask, read_refusal
+from cluster.joining.join_forms import read_answer, read_refusal, read_request
 from cluster.security.authority import authority_of, read_request_key
 from cluster.security.bounds import MAX_JOIN_BYTES, MAX_PEM_BYTES
 from cluster.security.cluster_folder import ClusterFolder
@@ -94,7 +94,7 @@ def _texts() -> Entry:
 
 
 def _asked_to_join() -> Entry:
-    return _plain(lambda data: read_ask(data).wish())
+    return _plain(lambda data: read_request(data).wish())
 
 
 def _answered_to_join() -> Entry:
