@@ -16,9 +16,14 @@ from cluster.security.members import Members
 from cluster.security.roles import Role
 
 
+def due_at(begins: float, ends: float) -> float:
+    """Return when to renew a certificate that is valid between these times, in seconds since the epoch."""
+    return begins + RENEWAL_SHARE * (ends - begins)
+
+
 def is_due(begins: float, ends: float, now: float) -> bool:
-    """Return whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
-    return now > begins + RENEWAL_SHARE * (ends - begins)
+    """Whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
+    return now > due_at(begins, ends)
 
 
 class Renewal:
@@ -45,8 +50,12 @@ class Renewal:
             return request
 
     def install(self, certificate: bytes) -> None:
-        """Replace the old certificate with the one (PEM) that was requested. Raises ``InvalidRequest``."""
-        with self._lock:
+        """Keep the certificate (PEM) that was asked for, in place of the old one. Raises ``InvalidRequest``.
+
+        Another process of this machine may renew the same certificate: the folder's lock keeps each key beside its own
+        certificate. Raises ``Busy`` if another process holds it too long.
+        """
+        with self._lock, self.folder.lock():
             held = self.held()
             try:
                 fresh = Keyring.of(held.authority, certificate, self._key or b"")

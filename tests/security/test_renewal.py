@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -14,6 +16,7 @@ from cluster.core.errors import Busy, InvalidRequest, MemberNotFound
 from cluster.discovery.static import static_source
 from cluster.security.bounds import MAX_LEAVES_VALID
 from cluster.security.certificate_renewal import is_due, renew_certificate
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.roles import Role
 from parties import Lead
@@ -76,3 +79,32 @@ def test_who_was_removed_gets_none_and_nobody_gets_more_than_can_be_revoked(lead
     assert len(lead.members.revoked()) == MAX_LEAVES_VALID
     with pytest.raises(MemberNotFound):
         renew_certificate(lead.folder, Role.WORKER, ada.id, request, time.time())
+
+
+def test_two_processes_that_renew_at_once_leave_a_key_and_its_certificate(
+    lead: Lead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada = lead.admit_worker("ada", tmp_path)
+    first, second = (lead.trust(Role.WORKER, "ada").renewal for _ in range(2))
+    certificates = {
+        renewal: renew_certificate(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time())
+        for renewal in (first, second)
+    }
+    both_checked, other_done = threading.Barrier(2), threading.Event()
+    write = ClusterFolder.write
+
+    def write_slowly(folder: ClusterFolder, path: Path, content: bytes) -> None:
+        if path.name == "key.pem":
+            with suppress(threading.BrokenBarrierError):
+                both_checked.wait(0.3)  # nobody comes while one holds the lock
+        write(folder, path, content)
+        if path.name == "key.pem" and threading.current_thread() is slow:
+            other_done.wait(0.3)
+
+    monkeypatch.setattr(ClusterFolder, "write", write_slowly)
+    slow = threading.Thread(target=first.install, args=(certificates[first],))
+    slow.start()
+    second.install(certificates[second])
+    other_done.set()
+    slow.join()
+    assert lead.folder.keyring(Role.WORKER, "ada") is not None
