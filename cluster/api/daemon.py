@@ -14,11 +14,11 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  #
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
-from cluster.api.cluster_service import ClusterServicer
+from cluster.api.grpc.cluster_service import ClusterServicer
+from cluster.api.grpc.inference_service import InferenceServicer, client_name
 from cluster.api.http.app import application
 from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
-from cluster.api.inference_service import InferenceServicer, client_name
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import anyio
 
 from cluster.api.chat_preparation import prepare_chat
-from cluster.api.proto_decoding import grammar, messages, template_options
+from cluster.api.grpc.proto_decoding import grammar, messages, template_options
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, PromptTooLong

@@ -120,7 +120,7 @@ def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelP
 
 def _as_client_plan(made: object) -> ModelPlan:
     """Convert a plan to the form in which a coordinator reports it."""
-    from cluster.api.proto_encoding import plan_reply
+    from cluster.api.grpc.proto_encoding import plan_reply
     from cluster.client.proto_decoding import plan
     from cluster.core.plan import Plan
 

@@ -29,12 +29,12 @@ from starlette.requests import Request
 
 from cluster.api.bounds import MAX_ITEMS, MAX_JSON_VALUES
 from cluster.api.chat_preparation import check_messages, check_options
+from cluster.api.grpc.proto_decoding import messages, template_options
 from cluster.api.http.body import CHARGE, build, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.api.proto_decoding import messages, template_options
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_BODY_BYTES, MAX_FIELDS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
 from cluster.transport.byte_budget import ByteBudget

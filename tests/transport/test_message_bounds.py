@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.api import bounds
 from cluster.api.chat_preparation import check_messages
 from cluster.api.daemon import DESCRIPTORS
-from cluster.api.proto_decoding import messages, template_options
+from cluster.api.grpc.proto_decoding import messages, template_options
 from cluster.core.errors import InvalidRequest, TooLarge
 from cluster.core.limits import FREE_BODY_BYTES, MAX_FIELDS, MAX_MESSAGES, MAX_PROMPT_IDS, MAX_STAGE_FIELDS, MAX_TOOLS
 from cluster.core.request import ChatMessage, ToolCall

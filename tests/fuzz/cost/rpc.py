@@ -13,8 +13,8 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 
-from cluster.api.cluster_service import ClusterServicer
-from cluster.api.inference_service import InferenceServicer
+from cluster.api.grpc.cluster_service import ClusterServicer
+from cluster.api.grpc.inference_service import InferenceServicer
 from cluster.coordinator.worker_client import _read_info
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB

@@ -13,7 +13,7 @@ import h11
 from google.protobuf.message import DecodeError, Message
 
 from cluster.api import request_validation
-from cluster.api.cluster_service import _load_order
+from cluster.api.grpc.cluster_service import _load_order
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from cluster.api import proto_encoding, request_validation
+from cluster.api import request_validation
+from cluster.api.grpc import proto_encoding
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import anyio
 import grpc
 
-from cluster.api import proto_encoding
+from cluster.api.grpc import proto_encoding
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidRequest, MacpipeError
