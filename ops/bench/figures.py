@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 PACKAGES = ("macpipe", "mlx", "mlx-lm", "grpcio")
@@ -44,6 +44,18 @@ def machine() -> dict[str, object]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """The versions of what is measured; None for a package that runs from its source tree without being installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def print_figures(
     key: str,
     figures: Sequence[Figure],
@@ -59,7 +71,7 @@ def print_figures(
             **(more or {}),
             "rounds": {f.name: [round(r, 4) for r in f.rounds] for f in figures},
             "machine": machine(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
         }
         print(json.dumps(facts))
         return

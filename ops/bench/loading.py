@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    from figures import PACKAGES, machine, options
+    from figures import machine, options, versions
 
     parser = options("what a worker reads and holds of a model, beside the bytes of its slice")
     parser.add_argument("--make", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
@@ -152,7 +151,7 @@ def main() -> int:
                 if not asked.json:
                     show(row)
     worst = {key: max(row[key] for row in rows) for key in ("read", "arrays", "grown", "mapped")}
-    facts = {"machine": machine(), "versions": {name: version(name) for name in PACKAGES}}
+    facts = {"machine": machine(), "versions": versions()}
     print(json.dumps({"loading": rows, "worst": worst, **facts}) if asked.json else f"worst: {worst}")
     return 0
 
