@@ -36,16 +36,17 @@ def demo(
     import tempfile
     from pathlib import Path
 
-    from cluster.cli.process_group import ProcessGroup, end_on_signals, free_port
+    from cluster.cli.process_group import ProcessGroup, SignalExit, free_port
     from cluster.cli.screen import note
     from cluster.platform.process import accept_signals
 
     accept_signals()
     address = f"{HOST}:{free_port(HOST)}"
     with (
-        end_on_signals(),
+        SignalExit() as signal_exit,
         tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
         ProcessGroup(Path(folder)) as processes,
+        signal_exit.insisting(),
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
         cluster = start(processes, Path(folder), workers, address)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ GRACE_S: Final = 5.0
 LOG_LINES: Final = 20
 """How many of the last log lines of an exited process are shown."""
 POLL_S: Final = 0.05
+AGAIN_S: Final = 0.2
+"""Time after which a swallowed exit is raised again."""
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +96,48 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-@contextmanager
-def end_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the block and exit with 128 + signal number. Further signals are ignored."""
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+class SignalExit:
+    """While it is entered, SIGTERM and SIGHUP unwind the block and exit with 128 + signal number.
+
+    Further signals are ignored, so that they do not interrupt the unwinding.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Handler] = {}
+        self._insisting = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def insisting(self) -> Iterator[None]:
+        """Raise the exit again every ``AGAIN_S`` until the block ends.
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(other, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+        Compiled code may swallow an exception that a signal raises in it: importing grpc did in one run of sixty.
+        """
+        self._insisting = True
+        try:
+            yield
+        finally:
+            self._insisting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(other, signal.SIG_IGN)
+        if self._insisting:
+            signal.signal(signal.SIGALRM, lambda *_: self._exit_again(number))
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
+        raise SystemExit(128 + number)
+
+    def _exit_again(self, number: int) -> None:
+        if self._insisting:
+            raise SystemExit(128 + number)
 
 
 def free_port(host: str) -> int:

@@ -26,7 +26,7 @@ from statistics import median
 
 from figures import machine, options
 
-from cluster.cli.process_group import end_on_signals
+from cluster.cli.process_group import SignalExit
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ("hop", "throughput")
@@ -175,7 +175,7 @@ def tell(sentence: str) -> None:
 
 def compare(base: str, head: str, benches: Sequence[str], rounds: int, as_json: bool) -> None:
     with ExitStack() as stack:
-        stack.enter_context(end_on_signals())
+        stack.enter_context(SignalExit())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-compare-")))
         sides = (("base", base), ("head", head))
         trees = [stack.enter_context(checked_out(side, written, folder)) for side, written in sides]

@@ -156,3 +156,26 @@ def test_the_hidden_flag_ends_a_process_with_its_standard_input(stand_ins: dict[
         assert worker.stderr.readline() == b"waiting for a signal\n"
         worker.stdin.close()
         assert worker.wait(10) == 0
+
+
+SWALLOWING = """
+import os, signal, time
+from cluster.cli.process_group import SignalExit
+
+with SignalExit() as signal_exit, signal_exit.insisting():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except SystemExit:
+        print("swallowed", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_exit_that_is_swallowed_is_raised_again(environment: dict[str, str]) -> None:
+    """Compiled code, finalizers and callbacks may swallow what a signal handler raises."""
+    path = environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWING], env=path, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "swallowed\n"), done
