@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
     {"", "core", "platform", "v1"},
-    {"bundled", "membership", "model", "placement", "scheduler", "security", "wire"},
+    {"bundled", "codec", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
     {"joining", "sandbox", "store"},
     {"coordinator", "worker"},
@@ -29,9 +29,9 @@ FLOORS = (
     {"__main__", "cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-CLIENT_MAY = FLOORS[0] | {"security", "transport"}
+CLIENT_MAY = FLOORS[0] | {"codec", "security", "transport"}
 MODEL_ALONE = {"mlx", "mlx_lm", "tokenizers", "transformers"}
-PURE = {"membership", "placement", "scheduler", "wire"}
+PURE = {"codec", "membership", "placement", "scheduler", "wire"}
 IMPURE = {
     *("anyio", "asyncio", "concurrent", "datetime", "fcntl", "grpc", "http", "io", "logging", "multiprocessing", "os"),
     *("pathlib", "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "ssl", "subprocess"),

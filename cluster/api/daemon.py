@@ -99,7 +99,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).keep)
         await coordinator.load(settings.order)
-        plan = (await coordinator.snapshot()).plan
+        plan, _ = await coordinator.under_way()
         if plan:
             report.serving(address, plan, http)
         await anyio.sleep_forever()

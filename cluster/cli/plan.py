@@ -83,8 +83,9 @@ def plan(
 def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
     """Plan for assumed Macs, from their chips' published figures."""
     from cluster.coordinator.offline_planner import plan_for
+    from cluster.coordinator.snapshot import describe_plan
 
-    return _as_client_plan(plan_for(order, assume, state_home()))
+    return describe_plan(plan_for(order, assume, state_home()))
 
 
 def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cluster: str) -> ModelPlan | None:
@@ -114,18 +115,9 @@ def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelP
     import anyio
 
     from cluster.coordinator.offline_planner import plan_over_found
+    from cluster.coordinator.snapshot import describe_plan
 
-    return _as_client_plan(anyio.run(plan_over_found, order, cluster, peers, state_home()))
-
-
-def _as_client_plan(made: object) -> ModelPlan:
-    """Convert a plan to the form in which a coordinator reports it."""
-    from cluster.api.grpc.proto_encoding import plan_reply
-    from cluster.client.proto_decoding import plan
-    from cluster.core.plan import Plan
-
-    assert isinstance(made, Plan)
-    return plan(plan_reply(made))
+    return describe_plan(anyio.run(plan_over_found, order, cluster, peers, state_home()))
 
 
 def show(made: ModelPlan, json: bool) -> None:

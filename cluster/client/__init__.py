@@ -12,10 +12,10 @@ Errors are subclasses of MacpipeError, in ``cluster.core.errors``.
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.client import Client
-from cluster.client.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState, WorkerState
 from cluster.client.options import ChatKeywords, Options
 from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens
 from cluster.client.streams import Loading, Stream
+from cluster.core.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
 from cluster.core.request import (
     ChatMessage,
@@ -28,6 +28,7 @@ from cluster.core.request import (
     Usage,
 )
 from cluster.core.state import Repair, ServingState
+from cluster.core.worker import WorkerState
 
 __all__ = [
     "AsyncClient",

@@ -15,12 +15,12 @@ from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.certificate_renewal import OwnRenewal
 from cluster.client.channel_setup import means, trust_in
 from cluster.client.chat_encoding import Turn
-from cluster.client.cluster_state import ClusterState, ModelPlan
 from cluster.client.coordinator_address import coordinator_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s, closed_error, failures_told
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
+from cluster.core.cluster_state import ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import ClusterServiceStub

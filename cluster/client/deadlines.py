@@ -8,8 +8,8 @@ from typing import Final
 
 import grpc
 
-from cluster.client.cluster_state import ClusterState
 from cluster.client.options import Options, number
+from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MacpipeError
 from cluster.core.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
 from cluster.core.plan import LoadProgress

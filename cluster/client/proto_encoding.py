@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
@@ -20,6 +20,7 @@ from cluster.client.options import (
     text,
     whole_number,
 )
+from cluster.codec.plan import OBJECTIVES, ROUTES
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_CONTROL_BYTES, MIB
 from cluster.core.plan import Objective, Route
@@ -27,15 +28,6 @@ from cluster.v1 import cluster_pb2, inference_pb2
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-ROUTES: Final = {
-    Route.DIRECT: cluster_pb2.ROUTE_DIRECT,
-    Route.RELAY: cluster_pb2.ROUTE_RELAY,
-}
-
-OBJECTIVES: Final = {
-    Objective.LATENCY: cluster_pb2.OBJECTIVE_LATENCY,
-    Objective.THROUGHPUT: cluster_pb2.OBJECTIVE_THROUGHPUT,
-}
 
 M = TypeVar("M", bound=Message)
 

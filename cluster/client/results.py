@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, TopLogprob, Usage
+from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, Usage
+from cluster.core.request import TokenEvent as Token
 
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of an answer. ``text`` is the text that became printable with it: whole characters, possibly empty.
-
-    ``index`` counts from 0 within each ``sample``. ``logprob`` and ``top`` are set if the request asked for them. In a
-    chat, ``text`` is content; ``reasoning`` and ``calls`` hold the new parts of the reasoning and of tool calls.
-    ``stages`` is set if ``stage_timings`` was: the stages' times for the frames since the previous token.
-    """
-
-    index: int
-    token: int
-    text: str
-    logprob: float | None = None
-    top: tuple[TopLogprob, ...] = ()
-    reasoning: str = ""
-    calls: tuple[ToolCallDelta, ...] = ()
-    sample: int = 0
-    stages: tuple[StageFigures, ...] = ()
+__all__ = ["Choice", "Completion", "Finish", "Model", "Prompt", "Timings", "Token", "Tokens"]
 
 
 @dataclass(frozen=True, slots=True)

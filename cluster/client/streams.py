@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cluster.client.cluster_state import ClusterState
 from cluster.client.deadlines import STALL_TIMEOUT_S, failures_told, require_serving, stall_error
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
 from cluster.client.transcript import Transcribed
+from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import MacpipeError
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import anyio
 
+from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
@@ -30,8 +31,9 @@ from cluster.coordinator.request_timings import LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import Snapshot
+from cluster.coordinator.snapshot import describe_workers, with_plan, with_requests
 from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
@@ -359,32 +361,31 @@ class Coordinator:
 
     # Status
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self) -> ClusterState:
         """Return the state of the whole cluster, with current answers from the workers and the loop."""
         members = await self.members()
         loop = await self._view()
         service = self._service
         repair = service.recovery.describe() if service and service.recovery else None
-        move = service.move.describe() if service and service.move else None
-        epoch = service.epoch if service else None
-        return Snapshot(
+        state = ClusterState(
             cluster=self._cluster,
+            version=__version__,
             state=self.state,
             problem=repair.cause if repair else "",
-            plan=epoch.plan if epoch else None,
-            ring=epoch.stages if epoch else (),
-            members=(*members, *self._watch.duplicates()),
-            loop=loop if epoch else None,
-            finished=self._totals.finished,
-            tokens=self._totals.tokens,
-            uptime_s=time.monotonic() - self._started,
+            workers=describe_workers((*members, *self._watch.duplicates()), self._watch.beliefs()),
+            requests_finished=self._totals.finished,
+            tokens_generated=self._totals.tokens,
+            uptime_seconds=time.monotonic() - self._started,
             repair=repair,
-            move=move,
+            move=service.move.describe() if service and service.move else None,
             recoveries=service.recoveries if service else 0,
-            beliefs=self._watch.beliefs(),
             warnings=(self.journal.problem,) if self.journal and self.journal.problem else (),
-            lag_s=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
+            lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
+        if service and (epoch := service.epoch):
+            state = with_plan(state, epoch.plan, epoch.stages, loop)
+            state = with_requests(state, loop) if loop else state
+        return state
 
     async def under_way(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

@@ -193,7 +193,7 @@ class HeartbeatMonitor:
             self._report(self._suspicion.on_refusal(facts.name, member.problem, now))
         else:
             self._report(self._suspicion.on_heard(facts.name, now))
-        self._suspicion.note_lag(facts.name, facts.lag_s)
+        self._suspicion.note_lag(facts.name, facts.lag_seconds)
 
     def _on_failure(self, address: str, error: MacpipeError) -> None:
         """Handle that nobody answered at ``address``. A worker that restarted at another address is not affected."""

@@ -51,7 +51,7 @@ def find_hanging(plan: Plan, members: Iterable[RosterEntry], busy_ms: float) -> 
 
 def is_excused(member: RosterEntry) -> bool:
     """Return whether the engine is slow rather than hung: it computes, or its machine is overloaded."""
-    return member.facts.computing or member.facts.lag_s > 0
+    return member.facts.computing or member.facts.lag_seconds > 0
 
 
 def unservable(cause: MacpipeError, why: MacpipeError) -> WorkerLost:

@@ -1,40 +1,130 @@
-"""Hold the state of the cluster at one moment, as shown by ``macpipe status`` and ``macpipe ps``."""
+"""Describe plans, workers, stages and live requests as ``macpipe status``, ``ps`` and ``plan`` show them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
 
-from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.loop_view import LoopView, RequestView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
-from cluster.core.plan import Plan
-from cluster.core.state import Repair, ServingState
-from cluster.membership.suspicion import Belief
+from cluster.core.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState
+from cluster.core.plan import Plan, PlannedStage, Route
+from cluster.core.worker import WorkerState, WorkerSummary
+from cluster.membership.suspicion import Belief, Standing
+from cluster.scheduler.sequence import Phase
+
+_STATES = {
+    Phase.QUEUED: RequestState.QUEUED,
+    Phase.PREFILL: RequestState.PREFILL,
+    Phase.DECODE: RequestState.DECODE,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state of the cluster. ``plan`` and ``loop`` are None while nothing is loaded.
+def describe_plan(plan: Plan) -> ModelPlan:
+    """Describe a plan for a model that is not loaded."""
+    return ModelPlan(
+        model=plan.model.name,
+        layers=plan.stages[-1].layers.end,
+        max_context=plan.max_context,
+        max_sequences=plan.max_sequences,
+        route=plan.route,
+        objective=plan.objective,
+        stages=tuple(_describe_stage(stage, plan.route) for stage in plan.stages),
+        forecast=plan.forecast,
+        spares=plan.spares,
+        reasons=plan.reasons,
+    )
 
-    While ``state`` is recovering or failed, ``problem`` is a sentence and ``repair`` is set. ``move`` is set during a
-    planned move of layers.
-    """
 
-    cluster: str
-    state: ServingState
-    problem: str
-    plan: Plan | None
-    ring: tuple[RingStage, ...]
-    members: tuple[RosterEntry, ...]
-    loop: LoopView | None
-    finished: int
-    tokens: int
-    uptime_s: float
-    repair: Repair | None = None
-    move: Repair | None = None
-    recoveries: int = 0
-    beliefs: tuple[Belief, ...] = ()
-    warnings: tuple[str, ...] = ()
-    """Sentences on features that do not work while requests are still answered."""
-    lag_s: float = 0.0
-    """Scheduling lag of this machine in seconds; 0.0 unless it is overloaded."""
+def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> ClusterState:
+    """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes."""
+    stages = [_describe_stage(stage, inlet.inlet) for stage, inlet in zip(plan.stages, ring, strict=True)]
+    return replace(
+        state,
+        model=plan.model.name,
+        epoch=plan.epoch,
+        layers=plan.stages[-1].layers.end,
+        max_context=plan.max_context,
+        max_sequences=plan.max_sequences,
+        route=plan.route,
+        stages=tuple(_with_load(stages, loop) if loop else stages),
+        objective=plan.objective,
+        forecast=plan.forecast,
+        spares=plan.spares,
+        reasons=plan.reasons,
+    )
+
+
+def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
+    """Return the state of a cluster whose engine loop has these live requests."""
+    return replace(
+        state,
+        queued=sum(r.phase is Phase.QUEUED for r in loop.requests),
+        requests=tuple(map(_describe_request, loop.requests)),
+        lane_sizes=loop.lane_sizes,
+        prefixes=loop.prefixes,
+    )
+
+
+def describe_workers(members: Sequence[RosterEntry], beliefs: Sequence[Belief]) -> tuple[WorkerState, ...]:
+    """Describe the workers. A duplicate has no belief of its own: the belief is about the worker whose name it uses."""
+    by_name = {b.worker: b for b in beliefs}
+    return tuple(_describe_worker(m, None if m.duplicate else by_name.get(m.facts.name)) for m in members)
+
+
+def _describe_worker(member: RosterEntry, belief: Belief | None) -> WorkerState:
+    summary = {field.name: getattr(member.facts, field.name) for field in fields(WorkerSummary)}
+    return WorkerState(
+        **summary,
+        reachable=member.reachable,
+        problem=member.problem,
+        bandwidth=member.facts.profile.bandwidth,
+        standing=belief.standing if belief else Standing.UP,
+        silent_seconds=time.monotonic() - belief.heard if belief else 0.0,
+        losses=belief.losses if belief else 0,
+    )
+
+
+def _describe_stage(planned: PlannedStage, inlet: Route) -> StageState:
+    return StageState(
+        index=planned.spec.index,
+        worker=planned.worker,
+        layers=planned.layers,
+        weight_bytes=planned.weight_bytes,
+        cache_bytes=planned.cache_bytes,
+        inlet=inlet,
+        predicted_ms=planned.decode_ms,
+    )
+
+
+def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]:
+    """Add memory in use and measured times. A loop has no times before its first frames."""
+    # Not strict: plan and loop view are two snapshots; a recovery between them may change the number of stages.
+    load = zip(stages, loop.reserved_bytes, loop.prefix_bytes, loop.bubbles, strict=False)
+    found = [
+        replace(stage, reserved_bytes=reserved, prefix_bytes=prefixes, bubble_share=bubble)
+        for stage, reserved, prefixes, bubble in load
+    ]
+    found += stages[len(found) :]
+    for i, pace in enumerate(loop.pace[: len(found)]):
+        found[i] = replace(
+            found[i], measured_ms=pace.measured_ms, expected_ms=pace.expected_ms, measured_frames=pace.frames
+        )
+    for i, busy_s in enumerate(loop.busy_s[: len(found)]):
+        found[i] = replace(found[i], busy_seconds=busy_s, active_seconds=loop.active_s)
+    return found
+
+
+def _describe_request(request: RequestView) -> LiveRequest:
+    return LiveRequest(
+        request_id=request.id,
+        state=_STATES[request.phase],
+        prompt_tokens=request.prompt_tokens,
+        prefilled_tokens=request.prefilled_tokens,
+        completion_tokens=request.completion_tokens,
+        lane=request.lane if request.lane >= 0 else None,
+        age_seconds=request.age_s,
+        cached_tokens=request.cached_tokens,
+    )

@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
 import grpc
 
+from cluster.codec.worker_info import decode_info
 from cluster.core.errors import (
     DeadlineExceeded,
     OtherParty,
@@ -25,15 +25,10 @@ from cluster.core.errors import (
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     GONE_S,
-    KEPT_CORRECTIONS,
     LOAD_STALL_S,
     LOAD_STUCK_S,
-    MAX_FACT_CHARS,
-    MAX_LAG_S,
-    MAX_SENTENCE_CHARS,
 )
-from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, Profile, StageProof, StageSpec
-from cluster.core.text import HIGHEST_PORT, parse_address
+from cluster.core.plan import FetchOrder, Link, LoadProgress, StageProof, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.security.bounds import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
@@ -112,8 +107,8 @@ class WorkerClient:
             await self._redial(WORKER)
             raise
         self.name = answer.name
-        facts = replace(_read_info(answer, self.address), clock_ahead_s=self._clock_ahead_s if answer.clock else 0.0)
-        return facts, answer.problem
+        ahead_s = self._clock_ahead_s if answer.clock else 0.0
+        return decode_info(answer, self.address, ahead_s), answer.problem
 
     async def _adapt_ping(self, timeout_s: float) -> None:
         """Scale the ping timeout with ``timeout_s``: a slow worker also answers pings late."""
@@ -310,64 +305,3 @@ def _party_of(worker_id: str) -> str:
 
 def _serials(revoked: Iterable[int]) -> list[bytes]:
     return [serial.to_bytes(_SERIAL_BYTES) for serial in sorted(revoked)[:MAX_REVOKED]]
-
-
-def _require_plausible(a: pb.DescribeResponse, address: str) -> None:
-    """Raise ``WorkerLost`` for an implausible description: its values are printed to terminals and used in plans."""
-    own = (a.id, a.name, a.instance, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface)
-    texts = (*own, a.holder, a.owner, a.holder_instance)
-    valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
-    if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
-        raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
-
-
-def _read_info(a: pb.DescribeResponse, address: str) -> WorkerInfo:
-    _require_plausible(a, address)
-    host, _ = parse_address(address)
-    data_host = f"[{host}]" if ":" in host else host
-    return WorkerInfo(
-        id=a.id,
-        name=a.name,
-        version=a.version,
-        cluster=a.cluster,
-        control_address=address,
-        data_address=f"{data_host}:{a.data_port}",
-        chip=a.chip,
-        backend=a.backend,
-        mlx_version=a.mlx_version,
-        memory_total=a.memory_total,
-        memory_limit=a.memory_limit,
-        epoch=a.epoch,
-        layers=LayerRange(a.start_layer, a.end_layer) if a.epoch else None,
-        model=a.model,
-        memory_used=a.memory_used,
-        memory_peak=a.memory_peak,
-        sequences=a.sequences,
-        holder=a.holder,
-        profile=_read_profile(a.profile),
-        interface=a.interface,
-        gpu_cores=a.gpu_cores,
-        memory_pressure=a.memory_pressure,
-        busy_ms=a.busy_ms,
-        lag_s=min(max(a.lag_seconds, 0.0), MAX_LAG_S) if math.isfinite(a.lag_seconds) else 0.0,
-        computing=a.computing,
-        owner=a.owner,
-        instance=a.instance,
-        holder_instance=a.holder_instance,
-        fingerprint=a.fingerprint,
-        kv_bits=a.kv_bits,
-        draining=a.draining,
-        stopping=a.stopping,
-        certificate=(a.certificate_begins, a.certificate_ends),
-    )
-
-
-def _read_profile(p: pb.Profile) -> Profile:
-    """What a worker says of its speed; figures that make no sense, or too many of them, count as unknown."""
-    if len(p.corrections) > KEPT_CORRECTIONS:
-        return Profile()
-    figures = (p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, *(c.ratio for c in p.corrections))
-    if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
-        return Profile()
-    learned = tuple((c.fingerprint, c.ratio) for c in p.corrections)
-    return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned)

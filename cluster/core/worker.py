@@ -1,4 +1,4 @@
-"""What a worker says about itself."""
+"""What is known of a worker: by everybody, by its coordinator, and by clients."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from cluster.core.plan import LayerRange, Profile
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """What a worker says of itself: sizes in bytes, addresses ``host:port``, ``certificate`` from when to when."""
+class WorkerSummary:
+    """What a worker says of itself, as far as the coordinator shows it to people.
+
+    Sizes are in bytes: macpipe may use ``memory_limit`` of ``memory_total``. Addresses are ``host:port``; they are
+    empty in the worker's own description: only who reaches it knows them. ``sequences`` counts its KV caches.
+    """
 
     id: str
     name: str
     version: str
-    cluster: str
     control_address: str
     data_address: str
     chip: str
@@ -22,34 +25,56 @@ class WorkerInfo:
     mlx_version: str
     memory_total: int
     memory_limit: int
-    epoch: int = 0
-    layers: LayerRange | None = None
-    model: str = ""
     memory_used: int = 0
     memory_peak: int = 0
     """The most that was used at once since the engine started."""
     sequences: int = 0
-    holder: str = ""
-    """The coordinator whose stage it holds, by id; empty for nobody's."""
-    profile: Profile = field(default_factory=Profile)
     interface: str = ""
     gpu_cores: int = 0
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
-    busy_ms: int = 0
-    instance: str = ""
-    """Of its process, random at each start."""
-    holder_instance: str = ""
-    """Of the coordinator's process that holds its stage; empty for nobody's."""
-    lag_s: float = 0.0
-    """How late things happen on its machine; 0.0 where that is not overloaded."""
-    computing: bool = False
-    """Whether the engine has had processor time in its present step."""
-    owner: str = ""
-    """Whose stage it is, also where that coordinator has not been heard of late."""
+    draining: bool = False
+    clock_ahead_seconds: float = 0.0
+    """The worker's clock minus the coordinator's; negative if it is behind."""
+    lag_seconds: float = 0.0
+    """Scheduling delay on the worker's machine; 0.0 unless the machine is overloaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo(WorkerSummary):
+    """All that a worker tells its coordinator. ``epoch`` is 0, and ``layers`` None, where it holds no stage."""
+
+    cluster: str = ""
+    epoch: int = 0
+    layers: LayerRange | None = None
+    model: str = ""
     fingerprint: str = ""
     kv_bits: int = 0
-    draining: bool = False
+    owner: str = ""
+    """Whose stage it is, also where that coordinator has not been heard of late."""
+    holder: str = ""
+    """The coordinator whose stage it holds, by id; empty for nobody's."""
+    holder_instance: str = ""
+    """Of the coordinator's process that holds its stage; empty for nobody's."""
+    instance: str = ""
+    """Of its process, random at each start."""
+    profile: Profile = field(default_factory=Profile)
+    busy_ms: int = 0
+    computing: bool = False
+    """Whether the engine has had processor time in its present step."""
     stopping: bool = False
-    clock_ahead_s: float = 0.0
     certificate: tuple[float, float] = (0.0, 0.0)
+    """From when to when it is valid, in seconds since the epoch; zeros without a cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState(WorkerSummary):
+    """One worker as the coordinator sees it. ``problem`` says why it cannot be used; "" if it can."""
+
+    reachable: bool = True
+    problem: str = ""
+    bandwidth: float = 0.0
+    """Bytes of weights per second in decode, as measured; 0.0 if not measured."""
+    standing: str = "up"
+    silent_seconds: float = 0.0
+    losses: int = 0

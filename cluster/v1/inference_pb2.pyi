@@ -725,6 +725,7 @@ class TokenEvent(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0 for the first token of the answer."""
     token: _builtins.int
@@ -735,6 +736,8 @@ class TokenEvent(_message.Message):
     """What became known of the reasoning (before `text`) and of calls (after it) with this token; in a chat alone."""
     sample: _builtins.int
     """Which of the answers it belongs to."""
+    cached_tokens: _builtins.int
+    """Prompt tokens that a kept prefix brought."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]: ...
     @_builtins.property
@@ -757,10 +760,11 @@ class TokenEvent(_message.Message):
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
         sample: _builtins.int = ...,
         stages: _abc.Iterable[Global___StageFigures] | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "index", b"index", "logprob", b"logprob", "reasoning", b"reasoning", "sample", b"sample", "stages", b"stages", "text", b"text", "token", b"token", "tool_calls", b"tool_calls", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "cached_tokens", b"cached_tokens", "index", b"index", "logprob", b"logprob", "reasoning", b"reasoning", "sample", b"sample", "stages", b"stages", "text", b"text", "token", b"token", "tool_calls", b"tool_calls", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015

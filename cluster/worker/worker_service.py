@@ -16,9 +16,11 @@ import anyio
 import grpc
 
 from cluster import __version__
+from cluster.codec.worker_info import encode_info
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
 from cluster.core.limits import HOLD_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
-from cluster.core.plan import Profile
+from cluster.core.plan import LayerRange
+from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
@@ -78,14 +80,19 @@ class WorkerServicer(WorkerServiceServicer):
         if request.coordinator and self.loaded and _asker(request) == _asker(self.loaded):
             self._heard = time.monotonic()
         report, problem = await self._report()
-        hello, valid = self.supervisor.hello or _NOTHING, self.trust.valid
+        info = await self._describe(report)
+        hello = self.supervisor.hello or _NOTHING
+        return encode_info(info, data_port=hello.port, problem=problem, clock=time.time())
+
+    async def _describe(self, report: Reported) -> WorkerInfo:
+        hello = self.supervisor.hello or _NOTHING
         held = self._loaded_request() or pb.LoadStageRequest()  # after the report: an engine that is gone holds nothing
-        return pb.DescribeResponse(
+        return WorkerInfo(
             id=self.id,
             name=self.settings.name,
             version=__version__,
-            cluster=self.settings.cluster,
-            data_port=hello.port,
+            control_address="",
+            data_address="",
             chip=hello.chip,
             backend=hello.backend,
             mlx_version=f"{hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
@@ -93,30 +100,27 @@ class WorkerServicer(WorkerServiceServicer):
             memory_limit=hello.memory_limit,
             memory_used=report.memory_used,
             memory_peak=report.memory_peak,
-            epoch=held.epoch,
-            start_layer=held.start_layer,
-            end_layer=held.end_layer,
-            model=held.model,
             sequences=report.sequences,
-            problem=problem,
-            holder=self._holder(),
-            instance=self.instance,
-            holder_instance=held.instance if self._holder_lives() else "",
-            profile=_profile(self.file.kept.profile),
             interface=self._interface,
             gpu_cores=self.machine.gpu_cores,
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
-            busy_ms=report.busy_ms,
-            computing=self.supervisor.computing,
+            draining=self.draining or self.stopping,
             lag_seconds=lag_s if (lag_s := self.lag()) >= OVERLOADED_S else 0.0,
-            owner=held.coordinator,
+            cluster=self.settings.cluster,
+            epoch=held.epoch,
+            layers=LayerRange(held.start_layer, held.end_layer) if held.epoch else None,
+            model=held.model,
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
-            draining=self.draining or self.stopping,
+            owner=held.coordinator,
+            holder=self._holder(),
+            holder_instance=held.instance if self._holder_lives() else "",
+            instance=self.instance,
+            profile=self.file.kept.profile,
+            busy_ms=report.busy_ms,
+            computing=self.supervisor.computing,
             stopping=self.stopping,
-            clock=time.time(),
-            certificate_begins=valid[0],
-            certificate_ends=valid[1],
+            certificate=self.trust.valid,
         )
 
     async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
@@ -264,17 +268,6 @@ async def _require_names(context: Context, *names: str) -> None:
 def _asker(request: Asking | pb.DescribeRequest) -> tuple[str, str]:
     """Which process of which coordinator asks."""
     return request.coordinator, request.instance
-
-
-def _profile(p: Profile) -> pb.Profile:
-    return pb.Profile(
-        bandwidth=p.bandwidth,
-        layer_s=p.layer_s,
-        step_s=p.step_s,
-        flops=p.flops,
-        row_cost=p.row_cost,
-        corrections=[pb.Ratio(fingerprint=model, ratio=ratio) for model, ratio in p.corrections],
-    )
 
 
 def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:

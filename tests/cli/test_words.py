@@ -14,7 +14,7 @@ from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
 from cluster.cli.status import far_off, headline, overloaded
-from cluster.client.cluster_state import ClusterState, StageState
+from cluster.core.cluster_state import ClusterState, StageState
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
 from cluster.core.state import ServingState
@@ -105,7 +105,7 @@ def test_plain_facts() -> None:
 
 
 def a_worker(name: str) -> WorkerInfo:
-    return WorkerInfo(name, name, "0.1.0", "default", "h:1", "h:2", "Apple M4", "metal", "0.32.4", 1 << 36, 1 << 35)
+    return WorkerInfo(name, name, "0.1.0", "h:1", "h:2", "Apple M4", "metal", "0.32.4", 1 << 36, 1 << 35)
 
 
 def a_plan() -> Plan:

@@ -29,7 +29,7 @@ ORDER = LoadOrder("m")
 
 
 def worker(name: str, memory: int) -> WorkerInfo:
-    return WorkerInfo(name, name, "", "", "", "", "", "", "", memory, memory)
+    return WorkerInfo(name, name, "", "", "", "", "", "", memory, memory)
 
 
 def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> None:

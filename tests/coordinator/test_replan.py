@@ -24,7 +24,7 @@ CAUSE = WorkerLost("cyd: the data stream broke", worker="cyd")
 
 
 def worker(name: str, megabytes: int = 40, **more: object) -> WorkerInfo:
-    facts = WorkerInfo(f"id-{name}", name, "", "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
+    facts = WorkerInfo(f"id-{name}", name, "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
     return replace(facts, **more)  # type: ignore[arg-type]
 
 
@@ -126,7 +126,7 @@ def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
 
 
 def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> None:
-    slow = members(replace(STAGES[0], computing=True), replace(STAGES[1], lag_s=0.5), STAGES[2])
+    slow = members(replace(STAGES[0], computing=True), replace(STAGES[1], lag_seconds=0.5), STAGES[2])
     assert [m.facts.name for m in slow if is_excused(m)] == ["ada", "bob"]
 
 

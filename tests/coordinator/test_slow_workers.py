@@ -19,7 +19,9 @@ from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import PING_S, control_channel
 
 ADDRESS, TAKES_S = "127.0.0.1:1", 0.15
-FACTS = WorkerInfo("i", "ada", __version__, "c", ADDRESS, ADDRESS, "", "", f"0 mlx-lm {MLX_LM}", 1, 1, lag_s=0.5)
+FACTS = WorkerInfo(
+    "i", "ada", __version__, ADDRESS, ADDRESS, "", "", f"0 mlx-lm {MLX_LM}", 1, 1, cluster="c", lag_seconds=0.5
+)
 
 
 class Slow:
@@ -49,7 +51,7 @@ def test_a_worker_that_answers_late_is_heard_in_the_end(monkeypatch: pytest.Monk
         while not watch.members():
             await asyncio.sleep(0.01)
         assert slow.asked_for == [0.04, 0.08, 0.16]
-        assert watch.lag() == FACTS.lag_s
+        assert watch.lag() == FACTS.lag_seconds
         await watch.close()
 
     asyncio.run(asyncio.wait_for(body(), 10))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from cluster.client.cluster_state import WorkerState
 from cluster.core.errors import (
     Aborted,
     Forbidden,
@@ -21,6 +20,7 @@ from cluster.core.errors import (
     Unauthenticated,
     Unreachable,
 )
+from cluster.core.worker import WorkerState
 from cluster.model.tokenizer import load_tokenizer
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.roles import Role

@@ -12,12 +12,14 @@ from typing import Any, TypeAlias
 import anyio
 import grpc
 
-from cluster.api.grpc import proto_encoding
+from cluster.codec.cluster_state import encode_cluster_state
+from cluster.codec.plan import decode_objective, decode_route, encode_plan, encode_progress
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.snapshot import describe_plan
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_STEP_MS
-from cluster.core.plan import LoadProgress, Objective, Plan, Route
+from cluster.core.plan import LoadProgress, Plan
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import Trust
@@ -36,14 +38,14 @@ class ClusterServicer(ClusterServiceServicer):
         self._trust = trust
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
-        return proto_encoding.cluster_state(await self._coordinator.snapshot())
+        return encode_cluster_state(await self._coordinator.snapshot())
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         try:
             order = _load_order(request)
             async for p in self._progress(order):
-                yield pb.LoadModelResponse(progress=proto_encoding.progress(p))
-            state = proto_encoding.cluster_state(await self._coordinator.snapshot())
+                yield pb.LoadModelResponse(progress=encode_progress(p))
+            state = encode_cluster_state(await self._coordinator.snapshot())
             yield pb.LoadModelResponse(ready=state)
         except MacpipeError as e:
             await abort(context, e)
@@ -62,7 +64,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
-            return proto_encoding.plan_reply(await self._coordinator.plan(_load_order(request)))
+            return encode_plan(describe_plan(await self._coordinator.plan(_load_order(request))))
         except MacpipeError as e:
             await abort(context, e)
             raise
@@ -79,7 +81,7 @@ class ClusterServicer(ClusterServiceServicer):
             await self._coordinator.drain(request.worker, undo=request.undo)
         except MacpipeError as e:
             await abort(context, e)
-        return pb.DrainResponse(cluster=proto_encoding.cluster_state(await self._coordinator.snapshot()))
+        return pb.DrainResponse(cluster=encode_cluster_state(await self._coordinator.snapshot()))
 
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context
@@ -121,12 +123,12 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         model=r.model,
         workers=r.workers or None,
         layers=parse_layers(r.layers) if r.layers else None,
-        route=Route.RELAY if r.route == pb.ROUTE_RELAY else Route.DIRECT,
+        route=decode_route(r.route),
         max_context=r.max_context or None,
         lanes=r.lanes or None,
         max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
         kv_bits=_kv_bits(r.kv_bits),
-        objective=Objective.THROUGHPUT if r.objective == pb.OBJECTIVE_THROUGHPUT else Objective.LATENCY,
+        objective=decode_objective(r.objective),
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
     )
 

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer
-from cluster.coordinator.worker_client import _read_info
+from cluster.codec.worker_info import decode_info
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from cluster.platform.macos import MachineFacts
@@ -156,7 +156,7 @@ def _entry(service: ServiceDescriptor, method: str) -> Entry:
 def _facts_entry() -> Entry:
     async def take(data: bytes) -> str:
         try:
-            _read_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000")
+            decode_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000", 0.0)
         except MacpipeError as e:
             return outcome_of(e)
         except DecodeError:

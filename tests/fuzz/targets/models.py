@@ -15,7 +15,7 @@ import httpx2
 from google.protobuf.message import DecodeError
 from mlx_lm import tool_parsers
 
-from cluster.coordinator.worker_client import _read_info
+from cluster.codec.worker_info import decode_info
 from cluster.core.errors import MacpipeError
 from cluster.core.request import Grammar, GrammarKind, Parsing, Tool
 from cluster.model.answer_parser import AnswerParser
@@ -200,7 +200,7 @@ def facts() -> Prepared:
     )  # fmt: skip
 
     def run(data: bytes) -> None:
-        _read_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000")
+        decode_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000", 0.0)
 
     return Prepared(run, (said.SerializeToString(),), spoil_proto, (MacpipeError, DecodeError))
 

@@ -1,4 +1,4 @@
-"""The cluster's state as a client sees it: frozen dataclasses without protobuf. Sizes are in bytes."""
+"""The state of a cluster, as a coordinator reports it to its clients. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare
 from cluster.core.state import Repair, ServingState
+from cluster.core.worker import WorkerState
 
 
 class RequestState(StrEnum):
@@ -16,39 +17,6 @@ class RequestState(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerState:
-    """One worker. macpipe may use ``memory_limit`` of ``memory_total``; ``sequences`` counts its KV caches."""
-
-    id: str
-    name: str
-    version: str
-    control_address: str
-    data_address: str
-    chip: str
-    backend: str
-    mlx_version: str
-    memory_total: int
-    memory_limit: int
-    memory_used: int
-    memory_peak: int
-    sequences: int
-    reachable: bool
-    problem: str
-    interface: str = ""
-    gpu_cores: int = 0
-    memory_pressure: str = ""
-    bandwidth: float = 0.0
-    standing: str = "up"
-    silent_seconds: float = 0.0
-    losses: int = 0
-    draining: bool = False
-    clock_ahead_seconds: float = 0.0
-    """The worker's clock minus the coordinator's; negative if it is behind."""
-    lag_seconds: float = 0.0
-    """Scheduling delay on the worker's machine; 0.0 unless the machine is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +70,19 @@ class ClusterState:
     cluster: str
     version: str
     state: ServingState
-    problem: str
-    model: str
-    layers: int
-    max_context: int
-    max_sequences: int
-    epoch: int
-    route: Route
-    workers: tuple[WorkerState, ...]
-    stages: tuple[StageState, ...]
-    requests: tuple[LiveRequest, ...]
-    requests_finished: int
-    tokens_generated: int
-    uptime_seconds: float
+    problem: str = ""
+    model: str = ""
+    layers: int = 0
+    max_context: int = 0
+    max_sequences: int = 0
+    epoch: int = 0
+    route: Route = Route.DIRECT
+    workers: tuple[WorkerState, ...] = ()
+    stages: tuple[StageState, ...] = ()
+    requests: tuple[LiveRequest, ...] = ()
+    requests_finished: int = 0
+    tokens_generated: int = 0
+    uptime_seconds: float = 0.0
     lane_sizes: tuple[int, ...] = ()
     queued: int = 0
     prefixes: int = 0

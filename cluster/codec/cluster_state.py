@@ -1,0 +1,151 @@
+"""Encodes and decodes the state of a cluster: workers, stages, live requests, repairs."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cluster.codec.plan import (
+    ROUTES,
+    decode_forecast,
+    decode_objective,
+    decode_route,
+    decode_spares,
+    decode_stage,
+    encode_explanation,
+    encode_stage,
+)
+from cluster.codec.worker_info import decode_worker, encode_worker
+from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState
+from cluster.core.state import Repair, ServingState
+from cluster.v1 import cluster_pb2 as pb
+
+_SERVING_STATES: Final = {
+    ServingState.IDLE: pb.SERVING_STATE_IDLE,
+    ServingState.LOADING: pb.SERVING_STATE_LOADING,
+    ServingState.SERVING: pb.SERVING_STATE_SERVING,
+    ServingState.RECOVERING: pb.SERVING_STATE_RECOVERING,
+    ServingState.FAILED: pb.SERVING_STATE_FAILED,
+    ServingState.UNKNOWN: pb.SERVING_STATE_UNSPECIFIED,
+}
+_REQUEST_STATES: Final = {
+    RequestState.QUEUED: pb.REQUEST_STATE_QUEUED,
+    RequestState.PREFILL: pb.REQUEST_STATE_PREFILL,
+    RequestState.DECODE: pb.REQUEST_STATE_DECODE,
+    RequestState.UNKNOWN: pb.REQUEST_STATE_UNSPECIFIED,
+}
+_SERVING_STATE_OF: Final = {number: state for state, number in _SERVING_STATES.items()}
+_REQUEST_STATE_OF: Final = {number: state for state, number in _REQUEST_STATES.items()}
+
+
+def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
+    """Encode the state of a cluster."""
+    reply = pb.GetClusterResponse(
+        cluster=state.cluster,
+        version=state.version,
+        state=_SERVING_STATES[state.state],
+        problem=state.problem,
+        model=state.model,
+        layers=state.layers,
+        max_context=state.max_context,
+        max_sequences=state.max_sequences,
+        epoch=state.epoch,
+        route=ROUTES[state.route],
+        workers=map(encode_worker, state.workers),
+        stages=map(encode_stage, state.stages),
+        requests=map(_encode_request, state.requests),
+        requests_finished=state.requests_finished,
+        tokens_generated=state.tokens_generated,
+        uptime_seconds=state.uptime_seconds,
+        lane_sizes=state.lane_sizes,
+        queued=state.queued,
+        prefixes=state.prefixes,
+        repair=_encode_repair(state.repair) if state.repair else None,
+        move=_encode_repair(state.move) if state.move else None,
+        recoveries=state.recoveries,
+        warnings=state.warnings,
+        lag_seconds=state.lag_seconds,
+    )
+    encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
+    return reply
+
+
+def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
+    """Decode the state of a cluster. Raise MacpipeError for invalid layers."""
+    return ClusterState(
+        cluster=reply.cluster,
+        version=reply.version,
+        state=_SERVING_STATE_OF.get(reply.state, ServingState.UNKNOWN),
+        problem=reply.problem,
+        model=reply.model,
+        layers=reply.layers,
+        max_context=reply.max_context,
+        max_sequences=reply.max_sequences,
+        epoch=reply.epoch,
+        route=decode_route(reply.route),
+        workers=tuple(map(decode_worker, reply.workers)),
+        stages=tuple(map(decode_stage, reply.stages)),
+        requests=tuple(map(_decode_request, reply.requests)),
+        requests_finished=reply.requests_finished,
+        tokens_generated=reply.tokens_generated,
+        uptime_seconds=reply.uptime_seconds,
+        lane_sizes=tuple(reply.lane_sizes),
+        queued=reply.queued,
+        prefixes=reply.prefixes,
+        objective=decode_objective(reply.objective),
+        forecast=decode_forecast(reply),
+        spares=decode_spares(reply),
+        reasons=tuple(reply.reasons),
+        repair=_decode_repair(reply.repair) if reply.HasField("repair") else None,
+        move=_decode_repair(reply.move) if reply.HasField("move") else None,
+        recoveries=reply.recoveries,
+        warnings=tuple(reply.warnings),
+        lag_seconds=reply.lag_seconds,
+    )
+
+
+def _encode_repair(repair: Repair) -> pb.Repair:
+    return pb.Repair(
+        worker=repair.worker,
+        cause=repair.cause,
+        since_seconds=repair.since_seconds,
+        doing=repair.doing,
+        expected_seconds=repair.expected_seconds,
+        attempts=repair.attempts,
+    )
+
+
+def _decode_repair(message: pb.Repair) -> Repair:
+    return Repair(
+        worker=message.worker,
+        cause=message.cause,
+        since_seconds=message.since_seconds,
+        doing=message.doing,
+        expected_seconds=message.expected_seconds,
+        attempts=message.attempts,
+    )
+
+
+def _encode_request(request: LiveRequest) -> pb.LiveRequest:
+    return pb.LiveRequest(
+        request_id=request.request_id,
+        state=_REQUEST_STATES[request.state],
+        prompt_tokens=request.prompt_tokens,
+        prefilled_tokens=request.prefilled_tokens,
+        completion_tokens=request.completion_tokens,
+        lane=-1 if request.lane is None else request.lane,
+        age_seconds=request.age_seconds,
+        cached_tokens=request.cached_tokens,
+    )
+
+
+def _decode_request(message: pb.LiveRequest) -> LiveRequest:
+    return LiveRequest(
+        request_id=message.request_id,
+        state=_REQUEST_STATE_OF.get(message.state, RequestState.UNKNOWN),
+        prompt_tokens=message.prompt_tokens,
+        prefilled_tokens=message.prefilled_tokens,
+        completion_tokens=message.completion_tokens,
+        lane=message.lane if message.lane >= 0 else None,
+        age_seconds=message.age_seconds,
+        cached_tokens=message.cached_tokens,
+    )

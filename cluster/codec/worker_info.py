@@ -1,0 +1,176 @@
+"""Encodes and decodes what is known of a worker. A worker's claims are checked here, before anybody uses them.
+
+A worker describes itself to its coordinator with a DescribeResponse; the coordinator reports it to clients as a Worker.
+Both messages name the fields of ``WorkerSummary`` alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+from cluster.core.errors import WorkerLost
+from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
+from cluster.core.plan import LayerRange, Profile
+from cluster.core.text import HIGHEST_PORT, format_address, parse_address
+from cluster.core.worker import WorkerInfo, WorkerState, WorkerSummary
+from cluster.v1 import cluster_pb2, worker_pb2
+
+Summary: TypeAlias = worker_pb2.DescribeResponse | cluster_pb2.Worker
+
+
+def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float) -> worker_pb2.DescribeResponse:
+    """Encode a worker's description of itself. ``clock`` is the worker's own, in seconds since the epoch."""
+    answer = worker_pb2.DescribeResponse(
+        cluster=info.cluster,
+        data_port=data_port,
+        epoch=info.epoch,
+        start_layer=info.layers.start if info.layers else 0,
+        end_layer=info.layers.end if info.layers else 0,
+        model=info.model,
+        fingerprint=info.fingerprint,
+        kv_bits=info.kv_bits,
+        owner=info.owner,
+        holder=info.holder,
+        holder_instance=info.holder_instance,
+        instance=info.instance,
+        profile=_encode_profile(info.profile),
+        busy_ms=info.busy_ms,
+        computing=info.computing,
+        stopping=info.stopping,
+        certificate_begins=info.certificate[0],
+        certificate_ends=info.certificate[1],
+        problem=problem,
+        clock=clock,
+    )
+    _encode_summary(info, answer)
+    return answer
+
+
+def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_seconds: float) -> WorkerInfo:
+    """Decode the description that the worker at a control address sent. Raises ``WorkerLost`` if it is implausible."""
+    _require_plausible(answer, address)
+    host, _ = parse_address(address)
+    return WorkerInfo(
+        **_decode_summary(answer),
+        control_address=address,
+        data_address=format_address(host, answer.data_port),
+        clock_ahead_seconds=clock_ahead_seconds,
+        cluster=answer.cluster,
+        epoch=answer.epoch,
+        layers=LayerRange(answer.start_layer, answer.end_layer) if answer.epoch else None,
+        model=answer.model,
+        fingerprint=answer.fingerprint,
+        kv_bits=answer.kv_bits,
+        owner=answer.owner,
+        holder=answer.holder,
+        holder_instance=answer.holder_instance,
+        instance=answer.instance,
+        profile=_decode_profile(answer.profile),
+        busy_ms=answer.busy_ms,
+        computing=answer.computing,
+        stopping=answer.stopping,
+        certificate=(answer.certificate_begins, answer.certificate_ends),
+    )
+
+
+def encode_worker(state: WorkerState) -> cluster_pb2.Worker:
+    """Encode a worker as the coordinator sees it."""
+    message = cluster_pb2.Worker(
+        control_address=state.control_address,
+        data_address=state.data_address,
+        clock_ahead_seconds=state.clock_ahead_seconds,
+        reachable=state.reachable,
+        problem=state.problem,
+        bandwidth=state.bandwidth,
+        standing=state.standing,
+        silent_seconds=state.silent_seconds,
+        losses=state.losses,
+    )
+    _encode_summary(state, message)
+    return message
+
+
+def decode_worker(message: cluster_pb2.Worker) -> WorkerState:
+    """Decode a worker as the coordinator sees it."""
+    return WorkerState(
+        **_decode_summary(message),
+        control_address=message.control_address,
+        data_address=message.data_address,
+        clock_ahead_seconds=message.clock_ahead_seconds,
+        reachable=message.reachable,
+        problem=message.problem,
+        bandwidth=message.bandwidth,
+        standing=message.standing,
+        silent_seconds=message.silent_seconds,
+        losses=message.losses,
+    )
+
+
+def _encode_summary(summary: WorkerSummary, message: Summary) -> None:
+    """Set all fields of a summary but for addresses and the clock, which a worker's own description does not have."""
+    message.id, message.name, message.version = summary.id, summary.name, summary.version
+    message.chip, message.backend, message.mlx_version = summary.chip, summary.backend, summary.mlx_version
+    message.memory_total, message.memory_limit = summary.memory_total, summary.memory_limit
+    message.memory_used, message.memory_peak = summary.memory_used, summary.memory_peak
+    message.sequences = summary.sequences
+    message.interface = summary.interface
+    message.gpu_cores = summary.gpu_cores
+    message.memory_pressure = summary.memory_pressure
+    message.draining = summary.draining
+    message.lag_seconds = summary.lag_seconds
+
+
+def _decode_summary(message: Summary) -> dict[str, Any]:
+    """Return the arguments of a ``WorkerSummary`` that ``_encode_summary`` has set."""
+    lag_s = message.lag_seconds
+    return {
+        "id": message.id,
+        "name": message.name,
+        "version": message.version,
+        "chip": message.chip,
+        "backend": message.backend,
+        "mlx_version": message.mlx_version,
+        "memory_total": message.memory_total,
+        "memory_limit": message.memory_limit,
+        "memory_used": message.memory_used,
+        "memory_peak": message.memory_peak,
+        "sequences": message.sequences,
+        "interface": message.interface,
+        "gpu_cores": message.gpu_cores,
+        "memory_pressure": message.memory_pressure,
+        "draining": message.draining,
+        "lag_seconds": min(max(lag_s, 0.0), MAX_LAG_S) if math.isfinite(lag_s) else 0.0,
+    }
+
+
+def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> None:
+    """Raise ``WorkerLost`` for an implausible description: its values are printed to terminals and used in plans."""
+    a = answer
+    own = (a.id, a.name, a.instance, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface)
+    texts = (*own, a.holder, a.owner, a.holder_instance, a.memory_pressure, a.fingerprint)
+    valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
+    if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
+        raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
+
+
+def _encode_profile(profile: Profile) -> worker_pb2.Profile:
+    return worker_pb2.Profile(
+        bandwidth=profile.bandwidth,
+        layer_s=profile.layer_s,
+        step_s=profile.step_s,
+        flops=profile.flops,
+        row_cost=profile.row_cost,
+        corrections=[worker_pb2.Ratio(fingerprint=model, ratio=ratio) for model, ratio in profile.corrections],
+    )
+
+
+def _decode_profile(p: worker_pb2.Profile) -> Profile:
+    """Decode a worker's speed. Implausible figures, or too many corrections, count as unknown."""
+    if len(p.corrections) > KEPT_CORRECTIONS:
+        return Profile()
+    figures = (p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, *(c.ratio for c in p.corrections))
+    if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
+        return Profile()
+    learned = tuple((c.fingerprint, c.ratio) for c in p.corrections)
+    return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned)

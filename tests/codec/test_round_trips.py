@@ -1,0 +1,126 @@
+"""Every field of what coordinator, worker and client share survives its message, new ones included."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import pytest
+
+from cluster.codec.answer import decode_token, encode_token
+from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
+from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
+from cluster.codec.worker_info import decode_info, encode_info
+from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState
+from cluster.core.errors import MacpipeError, WorkerLost
+from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
+from cluster.core.plan import LayerRange, LoadProgress
+from cluster.core.request import TokenEvent
+from cluster.core.state import ServingState
+from cluster.core.text import parse_address
+from cluster.core.worker import WorkerInfo
+from cluster.v1 import cluster_pb2, worker_pb2
+
+T = TypeVar("T")
+
+
+def sample(kind: type[T]) -> T:
+    """A value of ``kind`` in which every field differs from every other one and from its default."""
+    made: T = _value(kind, itertools.count(1))
+    assert is_dataclass(made)
+    for field in fields(made):
+        assert field.default is MISSING or getattr(made, field.name) != field.default, field.name
+    return made
+
+
+def _value(kind: Any, numbers: Iterator[int]) -> Any:
+    if get_origin(kind) is tuple:
+        one, *more = get_args(kind)
+        return tuple(_value(part, numbers) for part in ((one, one) if more == [...] else (one, *more)))
+    if get_origin(kind) is UnionType:
+        return _value(next(part for part in get_args(kind) if part is not NoneType), numbers)
+    if kind is LayerRange:
+        return LayerRange(start := next(numbers), start + 1)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: _value(hints[field.name], numbers) for field in fields(kind)})
+    if issubclass(kind, Enum):
+        return list(kind)[1]
+    if kind is bool:
+        return True
+    return f"text{next(numbers)}" if kind is str else kind(next(numbers))
+
+
+def test_a_worker_tells_its_coordinator_everything() -> None:
+    info = replace(sample(WorkerInfo), control_address="mac.local:7", data_address="mac.local:9", lag_seconds=0.5)
+    _, port = parse_address(info.data_address)
+    answer = encode_info(info, data_port=port, problem="p", clock=3.0)
+    sent = worker_pb2.DescribeResponse.FromString(answer.SerializeToString())
+    assert decode_info(sent, info.control_address, info.clock_ahead_seconds) == info
+    assert (sent.problem, sent.clock) == ("p", 3.0)
+
+
+def test_a_coordinator_tells_its_clients_everything() -> None:
+    state = sample(ClusterState)
+    state = replace(state, workers=tuple(replace(w, lag_seconds=0.25 * i) for i, w in enumerate(state.workers)))
+    sent = cluster_pb2.GetClusterResponse.FromString(encode_cluster_state(state).SerializeToString())
+    assert decode_cluster_state(sent) == state
+    empty = ClusterState("c", "1", ServingState.IDLE)
+    assert decode_cluster_state(encode_cluster_state(empty)) == empty
+    plan = sample(ModelPlan)
+    assert decode_plan(encode_plan(plan)) == plan
+    assert decode_plan(encode_plan(replace(plan, forecast=None))).forecast is None
+    progress = sample(LoadProgress)
+    assert decode_progress(encode_progress(progress)) == progress
+    token = sample(TokenEvent)
+    assert decode_token(encode_token(token)) == token
+    assert decode_token(encode_token(replace(token, logprob=None))).logprob is None
+
+
+def test_every_state_survives_and_an_unknown_one_is_unknown() -> None:
+    state = sample(ClusterState)
+    for serving in ServingState:
+        assert decode_cluster_state(encode_cluster_state(replace(state, state=serving))).state is serving
+    for phase in RequestState:
+        one = replace(state, requests=(replace(state.requests[0], state=phase, lane=None),))
+        assert decode_cluster_state(encode_cluster_state(one)).requests == one.requests
+    newer = encode_cluster_state(state)
+    newer.state, newer.requests[0].state = 99, 99  # type: ignore[assignment]
+    assert decode_cluster_state(newer).state is ServingState.UNKNOWN
+    assert decode_cluster_state(newer).requests[0].state is RequestState.UNKNOWN
+
+
+def test_impossible_layers_are_a_protocol_error() -> None:
+    reply = encode_cluster_state(sample(ClusterState))
+    reply.stages[0].end_layer = 0
+    with pytest.raises(MacpipeError, match="protocol error from the coordinator"):
+        decode_cluster_state(reply)
+
+
+@pytest.mark.parametrize(
+    ("field", "claim"),
+    [
+        ("name", "\x1b[2J"),
+        ("chip", "x" * (MAX_FACT_CHARS + 1)),
+        ("memory_pressure", "\x1b[2J"),
+        ("fingerprint", "x" * (MAX_FACT_CHARS + 1)),
+        ("data_port", 70_000),
+        ("start_layer", 1000),
+    ],
+)
+def test_a_worker_that_claims_what_cannot_be_is_not_believed(field: str, claim: object) -> None:
+    answer = encode_info(sample(WorkerInfo), data_port=9, problem="", clock=0.0)
+    decode_info(answer, "a:1", 0.0)
+    setattr(answer, field, claim)
+    with pytest.raises(WorkerLost, match="the process at a:1 sent an invalid worker description"):
+        decode_info(answer, "a:1", 0.0)
+
+
+@pytest.mark.parametrize(("claimed", "believed"), [(-1.0, 0.0), (1e9, MAX_LAG_S), (float("nan"), 0.0)])
+def test_a_lag_is_believed_within_reason(claimed: float, believed: float) -> None:
+    answer = encode_info(replace(sample(WorkerInfo), lag_seconds=claimed), data_port=9, problem="", clock=0.0)
+    assert decode_info(answer, "a:1", 0.0).lag_seconds == believed
