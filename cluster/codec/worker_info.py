@@ -1,13 +1,14 @@
 """Encodes and decodes what is known of a worker. A worker's claims are checked here, before anybody uses them.
 
 A worker describes itself to its coordinator with a DescribeResponse; the coordinator reports it to clients as a Worker.
-Both messages name the fields of ``WorkerSummary`` alike.
+Both messages have the fields of ``WorkerSummary``, by the same names.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from dataclasses import fields
+from typing import Any, Final, TypeAlias
 
 from cluster.core.errors import WorkerLost
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
@@ -17,6 +18,10 @@ from cluster.core.worker import WorkerInfo, WorkerState, WorkerSummary
 from cluster.v1 import cluster_pb2, worker_pb2
 
 Summary: TypeAlias = worker_pb2.DescribeResponse | cluster_pb2.Worker
+_UNSENT: Final = {"control_address", "data_address", "clock_ahead_seconds"}
+"""Fields of a summary that only the coordinator can know."""
+_SHARED: Final = tuple(field.name for field in fields(WorkerSummary) if field.name not in _UNSENT)
+"""The other fields. They are copied by name, so a new one needs no line here."""
 
 
 def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float) -> worker_pb2.DescribeResponse:
@@ -108,47 +113,22 @@ def decode_worker(message: cluster_pb2.Worker) -> WorkerState:
 
 
 def _encode_summary(summary: WorkerSummary, message: Summary) -> None:
-    """Set all fields of a summary but for addresses and the clock, which a worker's own description does not have."""
-    message.id, message.name, message.version = summary.id, summary.name, summary.version
-    message.chip, message.backend, message.mlx_version = summary.chip, summary.backend, summary.mlx_version
-    message.memory_total, message.memory_limit = summary.memory_total, summary.memory_limit
-    message.memory_used, message.memory_peak = summary.memory_used, summary.memory_peak
-    message.sequences = summary.sequences
-    message.interface = summary.interface
-    message.gpu_cores = summary.gpu_cores
-    message.memory_pressure = summary.memory_pressure
-    message.draining = summary.draining
-    message.lag_seconds = summary.lag_seconds
+    for name in _SHARED:
+        setattr(message, name, getattr(summary, name))
 
 
 def _decode_summary(message: Summary) -> dict[str, Any]:
     """Return the arguments of a ``WorkerSummary`` that ``_encode_summary`` has set."""
+    values = {name: getattr(message, name) for name in _SHARED}
     lag_s = message.lag_seconds
-    return {
-        "id": message.id,
-        "name": message.name,
-        "version": message.version,
-        "chip": message.chip,
-        "backend": message.backend,
-        "mlx_version": message.mlx_version,
-        "memory_total": message.memory_total,
-        "memory_limit": message.memory_limit,
-        "memory_used": message.memory_used,
-        "memory_peak": message.memory_peak,
-        "sequences": message.sequences,
-        "interface": message.interface,
-        "gpu_cores": message.gpu_cores,
-        "memory_pressure": message.memory_pressure,
-        "draining": message.draining,
-        "lag_seconds": min(max(lag_s, 0.0), MAX_LAG_S) if math.isfinite(lag_s) else 0.0,
-    }
+    return values | {"lag_seconds": min(max(lag_s, 0.0), MAX_LAG_S) if math.isfinite(lag_s) else 0.0}
 
 
 def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> None:
     """Raise ``WorkerLost`` for an implausible description: its values are printed to terminals and used in plans."""
     a = answer
-    own = (a.id, a.name, a.instance, a.version, a.cluster, a.chip, a.backend, a.mlx_version, a.interface)
-    texts = (*own, a.holder, a.owner, a.holder_instance, a.memory_pressure, a.fingerprint)
+    own = [value for name in _SHARED if isinstance(value := getattr(a, name), str)]
+    texts = (*own, a.cluster, a.fingerprint, a.instance, a.holder, a.owner, a.holder_instance)
     valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
     if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
         raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
