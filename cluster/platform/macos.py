@@ -1,4 +1,5 @@
-"""Facts that macOS tells about the machine: the only reader of sysctl, system_profiler and networksetup.
+"""Facts that macOS tells about the machine: the only reader of sysctl, sw_vers, system_profiler and
+networksetup.
 
 Each fact is one command, and one function that parses its output. On another system every fact is "not known". The
 module knows nothing of MLX.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,14 +24,20 @@ ANSWER_S: Final = 5.0
 PRESSURES: Final = {1: "normal", 2: "warning", 4: "critical"}
 """kern.memorystatus_vm_pressure_level, as the kernel's header names the levels (sys/event.h, NOTE_MEMORYSTATUS)."""
 
+_VERSION: Final = re.compile(r"^ProductVersion:\s*(\d{1,4}(?:\.\d{1,4}){0,3})\s*$", re.MULTILINE)
+
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """``chip`` is empty, ``gpu_cores`` and ``wired_limit`` (bytes; the user's limit for the GPU) are 0 if not known."""
+    """``chip`` and ``macos_version`` are empty, ``gpu_cores`` and ``wired_limit`` are 0 if not known.
+
+    ``wired_limit`` is the user's limit for the GPU, in bytes.
+    """
 
     chip: str = ""
     gpu_cores: int = 0
     wired_limit: int = 0
+    macos_version: str = ""
 
 
 @lru_cache(maxsize=1)
@@ -41,6 +49,7 @@ def machine_facts() -> MachineFacts:
         chip=_run_command("sysctl", "-n", "machdep.cpu.brand_string").strip(),
         gpu_cores=gpu_cores(_run_command("system_profiler", "-json", "SPDisplaysDataType")),
         wired_limit=wired_limit(_run_command("sysctl", "-n", "iogpu.wired_limit_mb")),
+        macos_version=version_in(_run_command("sw_vers")),
     )
 
 
@@ -88,6 +97,12 @@ def gpu_cores(report: str) -> int:
 def wired_limit(value: str) -> int:
     """Parse ``sysctl -n iogpu.wired_limit_mb``, in bytes; 0 if it is not set."""
     return int(value) * MIB if value.strip().isdigit() else 0
+
+
+def version_in(report: str) -> str:
+    """Parse ``sw_vers``: the version, such as 15.1; empty if it names none."""
+    found = _VERSION.search(report)
+    return found[1] if found else ""
 
 
 def pressure_word(value: str) -> str:

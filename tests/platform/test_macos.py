@@ -42,11 +42,23 @@ VLAN Configurations
 ===================
 """
 
+RELEASE = """ProductName:\t\tmacOS
+ProductVersion:\t\t15.1
+BuildVersion:\t\t24B83
+"""
+
 
 def test_gpu_cores() -> None:
     assert macos.gpu_cores(DISPLAYS) == 76
     for strange in ("", "no JSON", "[]", "{}", '{"SPDisplaysDataType": [{}]}', '{"SPDisplaysDataType": [1]}'):
         assert macos.gpu_cores(strange) == 0
+
+
+def test_macos_version() -> None:
+    assert macos.version_in(RELEASE) == "15.1"
+    assert macos.version_in(RELEASE.replace("15.1", "26.0.1").replace("macOS", "Mac OS X")) == "26.0.1"
+    for strange in ("", "ProductName: macOS", "ProductVersion: soon", "ProductVersion:\t\x1b[2J15.1", RELEASE[:40]):
+        assert macos.version_in(strange) == "", strange
 
 
 @pytest.mark.parametrize(("said", "limit"), [("0\n", 0), ("180224\n", 180224 << 20), ("", 0), ("unknown oid", 0)])
