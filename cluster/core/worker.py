@@ -31,6 +31,7 @@ class WorkerSummary:
     sequences: int = 0
     interface: str = ""
     gpu_cores: int = 0
+    macos_version: str = ""
     memory_pressure: str = ""
     """The system's own word for it, where it has one: normal, warning or critical."""
     draining: bool = False

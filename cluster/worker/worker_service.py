@@ -103,6 +103,7 @@ class WorkerServicer(WorkerServiceServicer):
             sequences=report.sequences,
             interface=self._interface,
             gpu_cores=self.machine.gpu_cores,
+            macos_version=self.machine.macos_version,
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
             draining=self.draining or self.stopping,
             lag_seconds=lag_s if (lag_s := self.lag()) >= OVERLOADED_S else 0.0,

@@ -89,7 +89,7 @@ def test_every_state_survives_and_an_unknown_one_is_unknown() -> None:
         one = replace(state, requests=(replace(state.requests[0], state=phase, lane=None),))
         assert decode_cluster_state(encode_cluster_state(one)).requests == one.requests
     newer = encode_cluster_state(state)
-    newer.state, newer.requests[0].state = 99, 99  # type: ignore[assignment]
+    newer.state, newer.requests[0].state = 99, 99
     assert decode_cluster_state(newer).state is ServingState.UNKNOWN
     assert decode_cluster_state(newer).requests[0].state is RequestState.UNKNOWN
 

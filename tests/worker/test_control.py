@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from cluster.cli.json_output import to_json_types
+from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
+from cluster.coordinator.roster import RosterEntry
+from cluster.coordinator.snapshot import describe_workers
+from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.cluster_state import ClusterState
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.plan import Profile
+from cluster.core.state import ServingState
 from cluster.platform.macos import MachineFacts
 from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub, add_WorkerServiceServicer_to_server
+from cluster.worker.pipe_messages import Reported
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.stage_loader import StageLoader
@@ -67,3 +76,26 @@ def test_no_more_corrections_are_read_than_are_kept(tmp_path: Path) -> None:
     learned = ProfileFile(path, "k").kept.profile.corrections
     assert len(learned) == KEPT_CORRECTIONS
     assert learned[-1] == (f"f{KEPT_CORRECTIONS}", 2.0)
+
+
+@pytest.mark.anyio
+async def test_what_the_system_says_of_a_machine_reaches_whoever_asks_for_the_status(tmp_path: Path) -> None:
+    async def report() -> Reported:
+        return Reported(0, 0, 0)
+
+    engine: Any = SimpleNamespace(hello=None, report=report, computing=False)
+    profile, settings = ProfileFile(tmp_path / "profile.json", "k"), WorkerSettings(name="ada", home=tmp_path)
+    supplies, machine = StageLoader(tmp_path, LocalTrust()), MachineFacts(gpu_cores=40, macos_version="15.1")
+    server = control_server(LocalTrust())
+    servicer = WorkerServicer("ab" * 8, settings, LocalTrust(), engine, supplies, profile, machine)
+    add_WorkerServiceServicer_to_server(servicer, server)
+    control = WorkerClient(LocalTrust(), f"127.0.0.1:{bind(server, LocalTrust(), '127.0.0.1', 0)}", "c0" * 8)
+    await server.start()
+    try:
+        info, _ = await control.describe()
+    finally:
+        await control.close()
+        await server.stop(None)
+    state = ClusterState("c", "1", ServingState.IDLE, workers=describe_workers([RosterEntry(info)], []))
+    (shown,) = to_json_types(decode_cluster_state(encode_cluster_state(state)))["workers"]
+    assert (shown["name"], shown["gpu_cores"], shown["macos_version"]) == ("ada", 40, "15.1")
