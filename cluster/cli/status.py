@@ -137,17 +137,22 @@ def _standing_text(worker: WorkerState) -> str:
     return "drained" if worker.draining else "reachable"
 
 
+def _machine(worker: WorkerState) -> str:
+    chip = worker.chip or worker.backend
+    return f"{chip}, macOS {worker.macos_version}" if worker.macos_version else chip
+
+
 def _workers(state: ClusterState) -> Table:
     from cluster.cli.screen import bytes_in_words, printable, table
 
-    columns = ("worker", "chip", "layers", "weights", "memory used", "predicted", "measured", "state")
+    columns = ("worker", "machine", "layers", "weights", "memory used", "predicted", "measured", "state")
     shown = table(*columns, right=RIGHT)
     for worker in state.workers:
         used = f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}"
         held = [stage for stage in state.stages if stage.worker == worker.name]
         shown.add_row(
             printable(worker.name),
-            printable(worker.chip or worker.backend),
+            printable(_machine(worker)),
             ", ".join(str(stage.layers) for stage in held) or "-",
             bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             used if worker.reachable else "-",

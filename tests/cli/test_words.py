@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import bytes_in_words, printable
-from cluster.cli.status import far_off, headline, overloaded
+from cluster.cli.status import far_off, headline, overloaded, show_state
 from cluster.core.cluster_state import ClusterState, StageState
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
 from cluster.core.state import ServingState
 from cluster.core.text import parse_layers, parse_size
-from cluster.core.worker import WorkerInfo
+from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.platform.paths import state_home
 
 
@@ -129,10 +129,19 @@ def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
     said = overloaded("ada", 1.26)
     assert said.startswith("ada: the machine is overloaded and responds up to 1.3 s late")
     assert "`macpipe drain ada`" in said
-    state = ClusterState("c", "1", ServingState.IDLE, "", "", 0, 0, 0, 0, Route.DIRECT, (), (), (), 0, 0, 1.0)
+    state = ClusterState("c", "1", ServingState.IDLE, uptime_seconds=1.0)
     assert not [line for line in headline(state) if "overloaded" in line]
     (own,) = [line for line in headline(replace(state, lag_seconds=0.5)) if "overloaded" in line]
     assert own.startswith("problem: the coordinator's machine is overloaded")
+
+
+def test_a_worker_is_shown_with_its_chip_and_what_its_mac_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    mac = WorkerState("1", "ada", "1", "h:1", "h:2", "Apple M4 Max", "metal", "0", 1, 1, macos_version="15.1")
+    box = replace(mac, name="bob", chip="", backend="cpu", macos_version="")
+    show_state(ClusterState("c", "1", ServingState.IDLE, workers=(mac, box)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any(line[:6] == ["ada", "Apple", "M4", "Max,", "macOS", "15.1"] for line in lines)
+    assert any(line[:3] == ["bob", "cpu", "-"] for line in lines)
 
 
 def test_a_served_model_is_reported_in_plain_lines() -> None:
