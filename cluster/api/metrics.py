@@ -11,11 +11,11 @@ from prometheus_client.registry import Collector
 from cluster import __version__
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.loop_view import LoopView
+from cluster.core.cluster_state import RequestState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
 from cluster.core.state import ServingState
-from cluster.scheduler.sequence import Phase
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -104,7 +104,8 @@ class _StateCollector(Collector):
             yield from self._stages(self._plan, self._loop)
 
     def _requests(self, loop: LoopView) -> Iterator[Metric]:
-        phases = [([p.value], float(sum(r.phase is p for r in loop.requests))) for p in Phase]
+        states = [state for state in RequestState if state is not RequestState.UNKNOWN]
+        phases = [([state.value], float(sum(r.state is state for r in loop.requests))) for state in states]
         yield _gauge("macpipe_requests_live", "Live requests, by phase.", ["phase"], phases)
         lanes = [([str(i)], float(size)) for i, size in enumerate(loop.lane_sizes)]
         yield _gauge("macpipe_lane_sequences", "Decoding sequences in each lane.", ["lane"], lanes)

@@ -7,42 +7,16 @@ from dataclasses import dataclass
 
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StageStepTime, StepTimes
+from cluster.core.cluster_state import LiveRequest, RequestState
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.sequence import Phase, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class RequestView:
-    """A live request, as shown by ``macpipe ps``. ``age_s`` is the time since it was accepted."""
-
-    id: str
-    phase: Phase
-    prompt_tokens: int
-    prefilled_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    lane: int
-    age_s: float
-
-    @classmethod
-    def of(cls, s: Sequence, age_s: float) -> RequestView:
-        return cls(
-            id=s.request.id,
-            phase=s.phase,
-            prompt_tokens=len(s.request.prompt),
-            prefilled_tokens=min(s.prefilled, len(s.request.prompt)),
-            cached_tokens=s.cached,
-            completion_tokens=s.produced,
-            lane=s.lane,
-            age_s=age_s,
-        )
+from cluster.scheduler.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class LoopView:
     """The state of an engine loop. ``lane_sizes`` has one entry per lane; other figures have one per stage."""
 
-    requests: tuple[RequestView, ...]
+    requests: tuple[LiveRequest, ...]
     lane_sizes: tuple[int, ...]
     reserved_bytes: tuple[int, ...]
     prefix_bytes: tuple[int, ...]
@@ -59,7 +33,7 @@ class LoopView:
         """Build the view. ``ages`` maps request ids to seconds since acceptance; others are omitted."""
         live = ((s, ages.get(s.request.id)) for s in scheduler.sequences)
         return cls(
-            requests=tuple(RequestView.of(s, age) for s, age in live if age is not None),
+            requests=tuple(_describe_request(s, age) for s, age in live if age is not None),
             lane_sizes=scheduler.lane_sizes,
             reserved_bytes=scheduler.reserved,
             prefix_bytes=scheduler.prefixes.used,
@@ -69,3 +43,16 @@ class LoopView:
             busy_s=occupancy.busy_s,
             active_s=occupancy.active_s,
         )
+
+
+def _describe_request(s: Sequence, age_s: float) -> LiveRequest:
+    return LiveRequest(
+        request_id=s.request.id,
+        state=RequestState(s.phase),
+        prompt_tokens=len(s.request.prompt),
+        prefilled_tokens=min(s.prefilled, len(s.request.prompt)),
+        completion_tokens=s.produced,
+        lane=s.lane if s.lane >= 0 else None,
+        age_seconds=age_s,
+        cached_tokens=s.cached,
+    )

@@ -6,20 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from cluster.coordinator.loop_view import LoopView, RequestView
+from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
-from cluster.core.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState
+from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState, StageState
 from cluster.core.plan import Plan, PlannedStage, Route
 from cluster.core.worker import WorkerState, WorkerSummary
 from cluster.membership.suspicion import Belief, Standing
-from cluster.scheduler.sequence import Phase
-
-_STATES = {
-    Phase.QUEUED: RequestState.QUEUED,
-    Phase.PREFILL: RequestState.PREFILL,
-    Phase.DECODE: RequestState.DECODE,
-}
 
 
 def describe_plan(plan: Plan) -> ModelPlan:
@@ -61,8 +54,8 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
     """Return the state of a cluster whose engine loop has these live requests."""
     return replace(
         state,
-        queued=sum(r.phase is Phase.QUEUED for r in loop.requests),
-        requests=tuple(map(_describe_request, loop.requests)),
+        queued=sum(r.state is RequestState.QUEUED for r in loop.requests),
+        requests=loop.requests,
         lane_sizes=loop.lane_sizes,
         prefixes=loop.prefixes,
     )
@@ -115,16 +108,3 @@ def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]
     for i, busy_s in enumerate(loop.busy_s[: len(found)]):
         found[i] = replace(found[i], busy_seconds=busy_s, active_seconds=loop.active_s)
     return found
-
-
-def _describe_request(request: RequestView) -> LiveRequest:
-    return LiveRequest(
-        request_id=request.id,
-        state=_STATES[request.phase],
-        prompt_tokens=request.prompt_tokens,
-        prefilled_tokens=request.prefilled_tokens,
-        completion_tokens=request.completion_tokens,
-        lane=request.lane if request.lane >= 0 else None,
-        age_seconds=request.age_s,
-        cached_tokens=request.cached_tokens,
-    )
