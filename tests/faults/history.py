@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ class History:
     """Events of one seed, in the order in which they were seen. Any thread may write."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
+    clock: Callable[[], float] = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, event: str, **facts: Any) -> float:
-        """Write one event down; its time (monotonic seconds)."""
-        now = time.monotonic()
+        """Write one event down; its time (in the clock's seconds)."""
+        now = self.clock()
         with self._lock:
             self.events.append({"t": round(now, 4), "event": event, **facts})
         return now

@@ -1,14 +1,15 @@
 """Seeds in one process: the coordinator's own service, watch, recovery and engine loop over Macs that are simulated.
 
-The Macs obey the frames they get over the in-memory network, describe themselves, load, crash, hang and come back;
-what stands in for bytes of models and for gRPC is nothing else. Times are a tenth of the real ones and less.
+The Macs obey the frames they get over a simulated network, describe themselves, load, crash, hang and come back; what
+stands in for bytes of models and for gRPC is nothing else. Time is simulated too (``simulated_time``), and waits are a
+tenth of the real ones and less.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,12 +49,12 @@ from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.discovery.static import static_source
 from cluster.membership.suspicion import Belief, Suspicion
 from cluster.security.credentials import LocalTrust
-from cluster.transport.in_memory import MemoryNetwork
-from cluster.transport.streams import Line, Outbox
+from cluster.transport.streams import Line
 from cluster.wire.frame_codec import decode, encode
 from faults.checker import STATUS_S, Verdict, check
 from faults.history import History
 from faults.scenario import ORDERLY, Asked, Fault, Kind, Moment, Scenario, pool, scenario
+from faults.simulated_time import Box, Port, SimulatedNetwork, simulated_now
 from scheduler.stages import continuation, next_token
 
 NAMES = ("ada", "bob", "cyd", "dee")
@@ -93,7 +94,7 @@ class Caches:
 
     def __init__(self, spec: StageSpec) -> None:
         self.spec = spec
-        self.boxes = {line: Outbox(spec.epoch) for line in Line}
+        self.boxes = {line: Box(spec.epoch) for line in Line}
         self._fed: dict[int, tuple[int, ...]] = {}
         self._prefixes: dict[int, tuple[int, ...]] = {}
         self._numbers = 0
@@ -140,10 +141,10 @@ class Caches:
             box.close()
 
 
-class Mac:
+class Mac(Port):
     """A worker as the coordinator's side meets it: ``WorkerControl``'s calls, and a data port in the network."""
 
-    def __init__(self, name: str, network: MemoryNetwork, sightings: Sightings | None = None) -> None:
+    def __init__(self, name: str, network: SimulatedNetwork, sightings: Sightings | None = None) -> None:
         self.name, self._network, self._sightings = name, network, sightings
         self.address = self._data = f"{name}:1"
         self._life = 1
@@ -163,7 +164,7 @@ class Mac:
 
     # The data port
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line) -> Box | None:
         caches = self._caches
         return caches.boxes[line] if caches and caches.spec.epoch == epoch else None
 
@@ -283,7 +284,7 @@ class Mac:
                 self._later(0.1, lambda: self._network.cut(self._data))  # keepalive finds it
                 self._later(2 * BACK_S, self.revive)
             case Kind.DELAY | Kind.THROTTLE:
-                self._network.faults[self._data] = _late
+                self._network.delays_s[self._data] = 0.002
                 self._later(BACK_S, self.revive)
             case Kind.CORRUPT:
                 self._network.faults[self._data] = self._damaged
@@ -338,6 +339,7 @@ class Mac:
             self._network.cut(self._data)
         self._dead = self._silent = False
         self._network.faults.pop(self._data, None)
+        self._network.delays_s.pop(self._data, None)
 
     def _swallow(self) -> None:
         self._network.faults[self._data] = lambda message: None
@@ -348,11 +350,6 @@ class Mac:
 
     def _later(self, after_s: float, what: Any) -> None:
         asyncio.get_running_loop().call_later(after_s, what)
-
-
-def _late(message: bytes) -> bytes:
-    time.sleep(0.002)
-    return message
 
 
 class _Nobody:
@@ -419,7 +416,9 @@ class Simulation:
     asked: tuple[Asked, ...]
 
     def __post_init__(self) -> None:
-        self.history, self._network, self.epochs = History(), MemoryNetwork(), EpochNumbers()
+        self.history = History(clock=simulated_now)
+        self._network = SimulatedNetwork(random.Random(self.played.seed))
+        self.epochs = EpochNumbers(clock=lambda: round(simulated_now() * 1e9))
         self._sightings = Sightings() if self.played.announced else None
         self.macs = {name: Mac(name, self._network, self._sightings) for name in NAMES}
         self._struck, self._over = asyncio.Event(), False
@@ -461,11 +460,11 @@ class Simulation:
         while not last:
             last = self._over
             await asyncio.sleep(STATUS_EVERY_S)
-            began = time.monotonic()
+            began = simulated_now()
             try:
                 await self._watch.everybody()
             finally:
-                self.history.note("status", took_s=time.monotonic() - began, error="")
+                self.history.note("status", took_s=simulated_now() - began, error="")
 
     async def close(self) -> None:
         await self._watch.close()

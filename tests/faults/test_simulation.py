@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.core.errors import Aborted, NotServing
 from cluster.core.worker import WorkerInfo
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
-from faults.simulation import NAMES, SPEED, STAGES, Simulation, simulated
+from faults.simulated_time import run_simulated, simulated_now, use_simulated_time
+from faults.simulation import NAMES, SPEED, STAGES, Mac, Simulation, simulated
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, SEEDS = 5, 55
@@ -22,13 +25,14 @@ SLOW = Fault(Kind.DELAY, 1, Moment.TOKEN, 3, True)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinator's waits, shortened."""
+    """The coordinator's waits, shortened, and by simulated time."""
+    use_simulated_time(monkeypatch)
     for name, seconds in SPEED.items():
         monkeypatch.setattr(name, seconds)
 
 
 def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(tmp_path: Path) -> None:
-    outcomes = asyncio.run(simulated(range(FIRST, FIRST + SEEDS)))
+    outcomes = run_simulated(simulated(range(FIRST, FIRST + SEEDS)))
     broken = []
     for seed, (verdict, history) in outcomes.items():
         if not verdict.kept:
@@ -36,6 +40,27 @@ def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(tmp_path: Pat
             broken.append(f"seed {seed}: {verdict}; history in {tmp_path}")
     assert not broken, "\n".join(broken)
     assert sum(verdict.requests for verdict, _ in outcomes.values()) >= SEEDS
+
+
+@pytest.mark.parametrize("seed", [FIRST, FIRST + 7])
+def test_a_slow_machine_plays_the_same_game(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heartbeats together take longer than the waits for them, on the machine's clock."""
+
+    async def play() -> tuple[list[dict[str, Any]], float]:
+        asked = pool(700)
+        simulation, began = Simulation(scenario(seed, asked, STAGES), asked), simulated_now()
+        assert (await simulation.play()).kept
+        return simulation.history.events, simulated_now() - began
+
+    expected = run_simulated(play())
+    facts = Mac.facts
+
+    def slow_facts(mac: Mac) -> WorkerInfo:
+        time.sleep(SPEED["cluster.coordinator.heartbeat.HEARTBEAT_S"] / 5)
+        return facts(mac)
+
+    monkeypatch.setattr(Mac, "facts", slow_facts)
+    assert run_simulated(play()) == expected
 
 
 def first_of_all(simulation: Simulation, strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +87,7 @@ def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypat
         assert verdict.kept, verdict
         assert {s.worker for s in simulation.service.plan.stages} == {*NAMES} - {walled.name}
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +112,7 @@ def test_a_spare_that_hangs_before_its_first_token_is_replaced(monkeypatch: pyte
         assert verdict.kept, verdict
         assert [s.worker for s in simulation.service.plan.stages] == ["ada", "bob", "cyd"]
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 async def drained(simulation: Simulation) -> None:
@@ -117,7 +142,7 @@ def test_a_planned_move_says_what_it_does_and_counts_as_no_loss() -> None:
         asked = pool(700)
         await drained(Simulation(scenario(0, asked), asked))
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 @pytest.mark.parametrize("end", ["crash", "undo", "close"])
@@ -153,7 +178,7 @@ def test_whoever_waits_for_a_drain_is_told_its_end(end: str) -> None:
             with pytest.raises(NotServing):
                 await drain
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> None:
@@ -179,7 +204,7 @@ def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> Non
             simulation.macs["dee"].loading.set()
             await simulation.close()
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 @pytest.mark.parametrize("spare", ["dee", "bob"])
@@ -202,7 +227,7 @@ def test_a_refused_epoch_leads_to_a_larger_one(spare: str) -> None:
         finally:
             await simulation.close()
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 def test_a_move_that_fails_before_the_switch_takes_nothing_down() -> None:
@@ -227,7 +252,7 @@ def test_a_move_that_fails_before_the_switch_takes_nothing_down() -> None:
             spare.loading.set()
             await simulation.close()
 
-    asyncio.run(play())
+    run_simulated(play())
 
 
 def test_an_error_that_nobody_foresaw_does_not_end_the_task_that_requests_wait_for(
@@ -252,4 +277,4 @@ def test_an_error_that_nobody_foresaw_does_not_end_the_task_that_requests_wait_f
         finally:
             await simulation.close()
 
-    asyncio.run(play())
+    run_simulated(play())
