@@ -185,7 +185,8 @@ async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) ->
 
     async def slow() -> AsyncGenerator[bytes, None]:
         yield b"first"
-        await asyncio.sleep(0.2)
+        while len(wire.sent) < 5:
+            await asyncio.sleep(0.01)
         yield b"last"
 
     wire = Wire()
@@ -208,7 +209,8 @@ async def test_a_client_that_leaves_closes_the_events() -> None:
 
     wire = Wire()
     stream = asyncio.create_task(sse.EventStream(endless())({"type": "http"}, wire.receive, wire.send))
-    await asyncio.sleep(0.05)
+    while len(wire.sent) < 3:
+        await asyncio.sleep(0.01)
     wire.gone.set()
     await asyncio.wait_for(stream, 5)
     assert closed.is_set()

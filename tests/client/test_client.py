@@ -282,25 +282,26 @@ def test_who_stops_listening_cancels_the_call(coordinator: Coordinator, leave: C
         assert client.models()
 
 
-async def async_loop(client: AsyncClient) -> None:
+async def async_loop(client: AsyncClient, coordinator: Coordinator) -> None:
     stream = client.stream("Why?")
     async for _ in stream:
         break
 
 
-async def async_context(client: AsyncClient) -> None:
+async def async_context(client: AsyncClient, coordinator: Coordinator) -> None:
     async with client.stream("Why?") as stream:
         await stream.wait_accepted()
 
 
-async def async_texts(client: AsyncClient) -> None:
+async def async_texts(client: AsyncClient, coordinator: Coordinator) -> None:
     async for _ in client.stream("Why?").texts():
         break
 
 
-async def async_task(client: AsyncClient) -> None:
+async def async_task(client: AsyncClient, coordinator: Coordinator) -> None:
     task = asyncio.create_task(client.generate("Why?"))
-    await asyncio.sleep(0.2)
+    while not coordinator.script.seen:
+        await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -310,7 +311,7 @@ async def async_task(client: AsyncClient) -> None:
 def test_who_stops_listening_asynchronously_cancels_the_call(coordinator: Coordinator, leave: Any) -> None:
     async def run() -> None:
         async with AsyncClient(coordinator.address) as client:
-            await leave(client)
+            await leave(client, coordinator)
             assert await asyncio.to_thread(coordinator.script.cancelled.wait, 5)
             assert await client.models()
 

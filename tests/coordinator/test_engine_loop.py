@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,9 +215,10 @@ def test_a_failed_step_ends_one_request_and_names_the_mac() -> None:
 
 def test_a_cut_stream_ends_every_request_once_and_names_the_mac() -> None:
     async def body(bench: Bench) -> None:
-        bench.network.faults["b:1"] = lambda message: None
+        swallowed = threading.Event()
+        bench.network.faults["b:1"] = lambda message: swallowed.set()
         waiting = [bench.ask(f"r{i}") for i in range(4)]
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(swallowed.wait, 10)
         bench.network.cut("b:1")
         for answer in waiting:
             with pytest.raises(WorkerLost, match="mac-b"):

@@ -56,11 +56,19 @@ def linked() -> Iterator[tuple[Proxy, Stage, str]]:
 
 
 @pytest.mark.parametrize("blocked", [{"stage"}, {"caller"}, {"stage", "caller"}])
-def test_a_cut_is_seen_though_nothing_is_sent(linked: tuple[Proxy, Stage, str], blocked: set[str]) -> None:
+def test_a_cut_is_seen_though_nothing_is_sent(
+    linked: tuple[Proxy, Stage, str], blocked: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy, _, address = linked
-    lost = threading.Event()
+    lost, beats = threading.Event(), threading.Event()
+
+    def beat_and_tell(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        beats.set()
+        return beat(request, context)
+
+    monkeypatch.setattr("cluster.transport.grpc_streams.beat", beat_and_tell)
     stream = GrpcDialer(LocalTrust()).pull(address, 1, lambda message: None, lambda why: lost.set())
-    time.sleep(0.3)
+    assert beats.wait(15)
     proxy.link("caller", "stage").blocked |= blocked
     assert lost.wait(15)
     stream.close()
