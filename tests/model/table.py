@@ -19,33 +19,33 @@ FILE = Path(__file__).parents[2] / "ops" / "docs" / "MODELS.md"
 HEAD = """\
 # Models
 
-What a cluster can serve, module by module of mlx-lm. Written by `ops/models`; do not edit it by hand.
+Which modules of mlx-lm a cluster can serve. This file is written by `ops/models`; do not edit it.
 
-To move to another mlx-lm: change the pin in `pyproject.toml` and `ops/constraints.txt`, run `ops/models`, and read the
-diff of this file. A new module that no table in `tests/model/architectures/` has stops it, and names itself: give it a
-tiny configuration there, or say what it is instead.
+To use another version of mlx-lm, change the pin in `pyproject.toml` and `ops/constraints.txt`, run `ops/models`,
+and read the diff of this file. `ops/models` stops at a new module that is in no table of
+`tests/model/architectures/`, and names it. Add a tiny configuration for it there, or say what it is instead.
 
-Proved with mlx-lm {mlx_lm} and MLX {mlx}: {served} of {models} modules are served, {refused} are not, on a CPU.
-`./ops/test` proves every third of them again, cut in two; `./ops/test --all` proves everything of all of them, and
-compares it with this table.
+Proved with mlx-lm {mlx_lm} and MLX {mlx} on a CPU: {served} of {models} modules are served, {refused} are not.
+`./ops/test` proves every third of them again, cut in two. `./ops/test --all` repeats all proofs of all modules and
+compares them with this table.
 
 ## Served
 
-Each is a tiny model with random weights, cut in 2, in 3 and at every clean cut. A prompt goes through in uneven chunks
-and an answer is decoded, over the bytes of real frames. Every log-probability of every token is bit for bit that of
-mlx-lm in one process (float32, CPU). Each stage is loaded from a copy in which every tensor that it must not read is
-not-a-number.
+Each proof uses a tiny model with random weights, cut in 2, in 3 and at every clean cut. A prompt is sent in uneven
+chunks and an answer is decoded, over the bytes of real frames. Every log-probability of every token is bit-equal to
+that of mlx-lm in one process (float32, CPU). Each stage is loaded from a copy in which every tensor that the stage
+must not read is not-a-number.
 
-- **Cuts**: how many of the model's cuts are clean. Where layers read what earlier ones computed, the cuts between them
-  are not, and the planner leaves them alone.
-- **Across**: arrays that cross a cut; two numbers where it depends on the cut.
-- **Lane**: three sequences of unequal lengths decode in one batch, and each says what it says alone. Where mlx-lm's
-  code cannot do that rightly, a request has its lane to itself.
-- **Trim**: its caches can forget their last tokens within the context that it was made for.
-- **bf16**, **4+8 bit**: the same proof in two stages with bfloat16 weights, and with 4 bits and an override of 8.
-  MLX's CPU backend multiplies experts in float32 only; Metal and CUDA have no such limit.
-- **By expert**: the same of a checkpoint whose experts are a tensor each, as most makers publish them. Where mlx-lm
-  expects another layout than that, nothing was tried.
+- **Cuts**: how many of the model's cuts are clean. If layers use results of earlier layers, the cuts between them
+  are not clean, and the planner does not use them.
+- **Across**: the number of arrays that cross a cut; two numbers if it depends on the cut.
+- **Lane**: three sequences of unequal length decode in one batch, and each gets the tokens that it gets alone. If
+  mlx-lm's code does not support that, each request has its own lane.
+- **Trim**: the caches can drop their last tokens within the context that they were made for.
+- **bf16**, **4+8 bit**: the same proof in two stages with bfloat16 weights, and with 4 bits and an override of 8
+  bits. MLX's CPU backend multiplies experts only in float32; Metal and CUDA have no such limit.
+- **By expert**: the same proof with a checkpoint that has one tensor per expert, as most publishers provide it. If
+  mlx-lm expects another layout, this was not tried.
 
 """
 UNPROVED = "**not proved**"
@@ -95,18 +95,18 @@ def text(lines: Mapping[str, str]) -> str:
     )
     parts = [
         head + _table(COLUMNS, served),
-        "## Not served\n\n" + _table(("Module", "Why", "What one sees"), _refusals()),
-        "## Other names\n\nCheckpoints of these types are read by another type's module.\n\n"
+        "## Not served\n\n" + _table(("Module", "Why", "Error"), _refusals()),
+        "## Other names\n\nCheckpoints of these types use the module of another type.\n\n"
         + _table(("Type", "Module"), _remappings()),
-        "## No models\n\n" + _table(("Module", "What it is"), (_cells(*pair) for pair in not_models().items())),
+        "## Not models\n\n" + _table(("Module", "Contents"), (_cells(*pair) for pair in not_models().items())),
     ]
     return "\n".join(parts)
 
 
 def _refusals() -> Iterable[str]:
     for name, arch in refused().items():
-        on = " (on a CPU)" if arch.cpu else ""
-        yield _cells(name, arch.why + on, "the engine ends" if arch.refusal == "crash" else f"`{arch.refusal}`")
+        on = "; refused on a CPU" if arch.cpu else ""
+        yield _cells(name, arch.why + on, "the engine crashes" if arch.refusal == "crash" else f"`{arch.refusal}`")
 
 
 def _remappings() -> Iterable[str]:
