@@ -90,15 +90,18 @@ def test_two_processes_that_renew_at_once_leave_a_key_and_its_certificate(
         renewal: renew_certificate(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time())
         for renewal in (first, second)
     }
-    both_checked, other_done = threading.Barrier(2), threading.Event()
+    both_checked, first_key, other_done = threading.Barrier(2), threading.Event(), threading.Event()
     write = ClusterFolder.write
 
     def write_slowly(folder: ClusterFolder, path: Path, content: bytes) -> None:
         if path.name == "key.pem":
             with suppress(threading.BrokenBarrierError):
                 both_checked.wait(0.3)  # nobody comes while one holds the lock
+            if threading.current_thread() is not slow:
+                first_key.wait(0.3)
         write(folder, path, content)
         if path.name == "key.pem" and threading.current_thread() is slow:
+            first_key.set()
             other_done.wait(0.3)
 
     monkeypatch.setattr(ClusterFolder, "write", write_slowly)
