@@ -1,47 +1,43 @@
-"""The asyncio client. It has the same methods as ``cluster.client.client``, as coroutines."""
+"""The asyncio client: one method per RPC, with its deadline. Conversions and streams are in sibling modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from grpc import aio
-
 from cluster.client import proto_decoding as replies
 from cluster.client import proto_encoding as requests
+from cluster.client.async_calls import AsyncStubs
+from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.async_streams import AsyncLoading, AsyncStream
-from cluster.client.certificate_renewal import OwnRenewal
-from cluster.client.channel_setup import means, trust_in
+from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import coordinator_address
-from cluster.client.deadlines import answer_timeout_s, check_timeout_s, closed_error, failures_told
+from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
 from cluster.core.cluster_state import ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
-from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
-from cluster.v1.inference_pb2_grpc import InferenceServiceStub
 
 if TYPE_CHECKING:
-    from cluster.v1.cluster_pb2_grpc import ClusterServiceAsyncStub
-    from cluster.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+    from cluster.client.async_calls import UnaryMethod
 
-    Q = TypeVar("Q")
-    R = TypeVar("R")
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 class AsyncClient:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
-    It connects at the first call, reconnects after a lost connection, and belongs to the event loop of its first call.
-    Close it, or use ``async with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's
-    certificate. Without a certificate, the client reaches only a coordinator on this machine. ``timeout_s`` is the
-    default deadline of a call. Without it, answers have no deadline and other calls have 10 s. Every method raises
-    subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
+    It connects at the first call and reconnects after a lost connection. It belongs to the event loop of its first
+    call. Close it, or use ``async with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this
+    machine's certificate, which is renewed in the background while the client is open. Without a certificate, the
+    client reaches only a coordinator on this machine. ``timeout_s`` is the default deadline of a call. Without it,
+    answers have no deadline and other calls have 10 s. Every method raises subclasses of MacpipeError
+    (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(
@@ -49,11 +45,7 @@ class AsyncClient:
     ) -> None:
         self.address = coordinator_address(coordinator)
         self._timeout_s = check_timeout_s(timeout_s)
-        trust = trust_in(cluster)
-        self._renewal = OwnRenewal(trust)
-        self._credentials, self._grpc_options = means(trust, self.address)
-        self._opened: aio.Channel | None = None
-        self._closed = False
+        self._connection = AsyncCoordinatorConnection(self.address, load_trust(cluster))
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
@@ -62,8 +54,8 @@ class AsyncClient:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
         request = requests.generate_request(prompt, options)
-        call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
-        return AsyncStream(call, self.address)
+        timeout_s = answer_timeout_s(options, self._timeout_s)
+        return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
     async def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
         """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
@@ -75,8 +67,8 @@ class AsyncClient:
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> AsyncStream:
         """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
         request = requests.chat_request(messages, options)
-        call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
-        return AsyncStream(call, self.address)
+        timeout_s = answer_timeout_s(options, self._timeout_s)
+        return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> AsyncStream:
         """Stream the rest of an answer after the coordinator restarted.
@@ -86,44 +78,42 @@ class AsyncClient:
         coordinator keeps no journal.
         """
         request = requests.resume_request(request_id, offset)
-        return AsyncStream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
+        resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
+        return AsyncStream(resumed, offset)
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        return replies.tokens(await self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
+        request = requests.tokenize_request(given, model)
+        return replies.tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
         """Return the served models: zero or one."""
-        return replies.models(await self._ask(self._inference.ListModels, inference_pb2.ListModelsRequest()))
+        return replies.models(await self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     async def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        await self._ask(self._inference.Abort, requests.abort_request(request_id))
+        await self._ask(lambda to: to.inference.Abort, requests.abort_request(request_id))
 
     async def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
-        return replies.cluster_state(await self._ask(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
+        return replies.cluster_state(await self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
-    def load(
-        self,
-        model: str,
-        **options: Unpack[LoadOptions],
-    ) -> AsyncLoading:
+    def load(self, model: str, **options: Unpack[LoadOptions]) -> AsyncLoading:
         """Plan, load, link and warm up a model. ``await client.load(...).wait()`` waits until it serves.
 
         Raise TypeError for an unknown option.
         """
         request = requests.load_request(model, options)
-        return AsyncLoading(self._cluster.LoadModel(request), self.address)
+        return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.plan_request(model, options)
-        return replies.plan(await self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
+        return replies.plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     async def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
-        await self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+        await self._ask(lambda to: to.cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
 
     async def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
         """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.
@@ -131,15 +121,13 @@ class AsyncClient:
         Wait until the other workers have loaded; there is no deadline. Raise NoPlan if they cannot hold the layers,
         WorkerLost if the worker does not exist or does not answer.
         """
-        with failures_told(self.address, lambda: self._closed):
-            reply = await self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
+        request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
+        reply = await self._connection.ask(lambda to: to.cluster.Drain, request, None)
         return replies.cluster_state(reply.cluster)
 
     async def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""
-        self._closed = True
-        if self._opened is not None:
-            await self._opened.close(grace=None)
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,33 +137,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    @property
-    def _channel(self) -> aio.Channel:
-        if self._closed:
-            raise closed_error()
-        if self._opened is None:  # opened lazily: a channel belongs to the event loop that is running when it is made
-            self._opened = aio.secure_channel(self.address, self._credentials, options=self._grpc_options)
-        return self._opened
-
-    @property
-    def _inference(self) -> InferenceServiceAsyncStub:
-        return InferenceServiceStub(self._channel)
-
-    @property
-    def _cluster(self) -> ClusterServiceAsyncStub:
-        return ClusterServiceStub(self._channel)
-
-    async def _renew(self) -> None:
-        """Renew this machine's certificate if it is due; the next client uses it."""
-        if self._renewal.wanted:
-            request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
-            with suppress(aio.AioRpcError):  # not urgent: the current certificate is valid for weeks
-                reply = await self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S)
-                self._renewal.install(reply.certificate)
-
     async def _ask(
-        self, method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S
+        self, pick: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
     ) -> R:
-        await self._renew()
-        with failures_told(self.address, lambda: self._closed):
-            return await method(request, timeout=self._timeout_s or usual_s)
+        return await self._connection.ask(pick, request, self._timeout_s or usual_s)

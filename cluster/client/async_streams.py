@@ -1,32 +1,24 @@
-"""The asyncio client's streams. They have the same methods as those in ``cluster.client.streams``."""
+"""The asyncio client's streams: the tokens of an answer, and the progress of a load.
+
+Each owns one gRPC call and cancels it when the caller stops iterating, so that the workers stop computing.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self
 
-from cluster.client.deadlines import STALL_TIMEOUT_S, failures_told, require_serving, stall_error
+from cluster.client.async_calls import AsyncStreamCall
+from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
 from cluster.client.transcript import Transcribed
 from cluster.core.cluster_state import ClusterState
-from cluster.core.errors import Aborted
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
-    from grpc import aio
-
-    AnswerCall = (
-        aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
-        | aio.UnaryStreamCall[inference_pb2.ChatRequest, inference_pb2.ChatResponse]
-        | aio.UnaryStreamCall[inference_pb2.ResumeRequest, inference_pb2.GenerateResponse]
-    )
-    LoadCall = aio.UnaryStreamCall[cluster_pb2.LoadModelRequest, cluster_pb2.LoadModelResponse]
-
-T = TypeVar("T")
+AnswerCall = AsyncStreamCall[inference_pb2.GenerateResponse] | AsyncStreamCall[inference_pb2.ChatResponse]
 
 
 class AsyncStream(Transcribed):
@@ -37,10 +29,9 @@ class AsyncStream(Transcribed):
     ends without an error is complete.
     """
 
-    def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
+    def __init__(self, call: AnswerCall, offset: int | Sequence[int] = 0) -> None:
         super().__init__(offset)
         self._call = call
-        self._address = address
 
     async def wait_accepted(self) -> Prompt:
         """Wait until the coordinator accepts the request. Raise its MacpipeError if it refuses."""
@@ -88,9 +79,8 @@ class AsyncStream(Transcribed):
 
     async def _advance(self) -> tuple[Token, ...] | None:
         """Return the tokens of the next event, or None after a complete answer."""
-        with failures_told(self._address):
-            reply = await _read_uncancelled(self._call.read(), self._address)
-        if isinstance(reply, (inference_pb2.GenerateResponse, inference_pb2.ChatResponse)):
+        reply = await self._call.read()
+        if reply is not None:
             return self._transcript.accept(reply)
         self._transcript.close()
         return None
@@ -102,9 +92,8 @@ class AsyncLoading:
     Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
-    def __init__(self, call: LoadCall, address: str, stall_s: float = STALL_TIMEOUT_S) -> None:
+    def __init__(self, call: AsyncStreamCall[cluster_pb2.LoadModelResponse], stall_s: float = STALL_TIMEOUT_S) -> None:
         self._call = call
-        self._address = address
         self._stall_s = stall_s
 
     async def __aiter__(self) -> AsyncIterator[LoadProgress | ClusterState]:
@@ -130,23 +119,7 @@ class AsyncLoading:
 
     async def _next_event(self) -> LoadProgress | ClusterState | None:
         try:
-            with failures_told(self._address):
-                async with asyncio.timeout(self._stall_s):
-                    reply = await _read_uncancelled(self._call.read(), self._address)
+            reply = await self._call.read(self._stall_s)
         except TimeoutError:
             raise stall_error(self._stall_s) from None
-        return load_event(reply) if isinstance(reply, cluster_pb2.LoadModelResponse) else None
-
-
-async def _read_uncancelled(read: Awaitable[T], address: str) -> T:
-    """Await ``read``. Raise Aborted if the call was cancelled but this task was not.
-
-    grpc.aio raises CancelledError in both cases, but only a cancelled task may unwind its task group.
-    """
-    try:
-        return await read
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Aborted(f"the call to the coordinator at {address} was cancelled") from None
+        return None if reply is None else load_event(reply)

@@ -1,42 +1,64 @@
-"""Renews this machine's client certificate some weeks before it expires, along with an ordinary call."""
+"""Decides when this machine's client certificate is renewed, and stores the new one. It makes no call."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
+from collections.abc import Callable
 
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, Unreachable
+from cluster.security.bounds import MAX_RENEWAL_RETRY_S, MIN_RENEWAL_RETRY_S, RENEWAL_SPREAD
 from cluster.security.trust import Trust
 
 log = logging.getLogger(__name__)
 
 
-class OwnRenewal:
-    """At most one renewal per client: check ``wanted``, send ``request``, then ``install`` the reply."""
+class CertificateRenewal:
+    """The renewals of one client: wait until due, send ``make_request``, then ``install`` the reply or ``postpone``.
 
-    def __init__(self, trust: Trust) -> None:
+    Clients of one machine share a certificate. ``spread`` (0 to 1) separates their renewals, so that the first renews
+    for all.
+    """
+
+    def __init__(self, trust: Trust, clock: Callable[[], float] = time.time, spread: float | None = None) -> None:
         self._trust = trust
-        self._tried = False
+        self._clock = clock
+        self._spread = random.random() if spread is None else spread  # noqa: S311  # no secret
+        self._not_before = 0.0
 
     @property
-    def wanted(self) -> bool:
-        """Whether a renewal is due. True at most once."""
-        if self._tried or not self._trust.me:
-            return False
-        from cluster.security.certificate_renewal import is_due
+    def possible(self) -> bool:
+        """Whether this machine has a certificate."""
+        return self._trust.renewal is not None
 
-        self._tried = True
-        return is_due(*self._trust.valid, time.time())
+    def due_in_s(self) -> float:
+        """Return the seconds until the next renewal: 0 or less if it is due."""
+        from cluster.security.certificate_renewal import due_at
 
-    def request(self) -> bytes:
+        begins, ends = self._trust.valid
+        due = due_at(begins, ends) + self._spread * RENEWAL_SPREAD * (ends - begins)
+        return max(due, self._not_before) - self._clock()
+
+    def make_request(self) -> bytes:
         """Return the certificate signing request."""
         assert self._trust.renewal
         return self._trust.renewal.request()
 
     def install(self, certificate: bytes) -> None:
-        """Store the new certificate. Log a failure: the current certificate is still valid."""
+        """Store the new certificate. Raise MacpipeError if it is not the requested one or cannot be written."""
         assert self._trust.renewal
-        try:
-            self._trust.renewal.install(certificate)
-        except MacpipeError as e:
-            log.warning("certificate not renewed: %s", e.sentence)
+        self._trust.renewal.install(certificate)
+        log.info("certificate: renewed")
+
+    def postpone(self, error: MacpipeError) -> None:
+        """Log why the renewal failed. Try again after a tenth of the certificate's remaining life."""
+        now = self._clock()
+        left_s = self._trust.valid[1] - now
+        retry_s = MAX_RENEWAL_RETRY_S  # no coordinator renews a certificate that has ended
+        if left_s > 0:
+            retry_s = min(max(left_s / 10, MIN_RENEWAL_RETRY_S), MAX_RENEWAL_RETRY_S)
+        self._not_before = now + retry_s
+        # An unreachable coordinator also fails the caller's own calls.
+        level = logging.INFO if isinstance(error, Unreachable) else logging.WARNING
+        log.log(level, "certificate: not renewed reason=%s retry_s=%.0f", error.sentence, retry_s)

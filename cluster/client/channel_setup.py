@@ -29,12 +29,12 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
-def trust_in(cluster: str | None) -> Trust:
+def load_trust(cluster: str | None) -> Trust:
     """Return this machine's identity in ``cluster`` (else ``MACPIPE_CLUSTER``): admin, client or anonymous."""
     return open_trust(state_home(), cluster or os.environ.get(CLUSTER_VARIABLE) or DEFAULT_CLUSTER, ADMIN, CLIENT)
 
 
-def means(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, Options]:
+def channel_credentials(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, Options]:
     """Return channel credentials and options for the coordinator at ``address``. Raise as ``Trust.channel`` does."""
     host, _ = parse_address(address)
     credentials, name_options = trust.channel(host, COORDINATOR)

@@ -1,21 +1,20 @@
+# Generated from async_client.py by ops/clients. Edit that file, then run ops/clients.
 """The blocking client: one method per RPC, with its deadline. Conversions and streams are in sibling modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-import grpc
-
 from cluster.client import proto_decoding as replies
 from cluster.client import proto_encoding as requests
-from cluster.client.certificate_renewal import OwnRenewal
-from cluster.client.channel_setup import means, trust_in
+from cluster.client.calls import Stubs
+from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
+from cluster.client.connection import CoordinatorConnection
 from cluster.client.coordinator_address import coordinator_address
-from cluster.client.deadlines import answer_timeout_s, check_timeout_s, closed_error, failures_told
+from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
@@ -23,22 +22,22 @@ from cluster.client.streams import Loading, Stream
 from cluster.core.cluster_state import ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
-from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
-from cluster.v1.inference_pb2_grpc import InferenceServiceStub
 
 if TYPE_CHECKING:
-    Q = TypeVar("Q")
-    R = TypeVar("R")
+    from cluster.client.calls import UnaryMethod
+
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 class Client:
     """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
 
     It connects at the first call and reconnects after a lost connection. Threads may share it. Close it, or use
-    ``with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's certificate. Without a
-    certificate, the client reaches only a coordinator on this machine. ``timeout_s`` is the default deadline of a call.
-    Without it, answers have no deadline and other calls have 10 s. Every method raises subclasses of MacpipeError
-    (``cluster.core.errors``), never gRPC's errors.
+    ``with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's certificate, which is
+    renewed in the background while the client is open. Without a certificate, the client reaches only a coordinator on
+    this machine. ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline and other calls
+    have 10 s. Every method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(
@@ -46,13 +45,7 @@ class Client:
     ) -> None:
         self.address = coordinator_address(coordinator)
         self._timeout_s = check_timeout_s(timeout_s)
-        trust = trust_in(cluster)
-        self._renewal = OwnRenewal(trust)
-        credentials, options = means(trust, self.address)
-        self._channel = grpc.secure_channel(self.address, credentials, options=options)
-        self._closed = False
-        self._inference = InferenceServiceStub(self._channel)
-        self._cluster = ClusterServiceStub(self._channel)
+        self._connection = CoordinatorConnection(self.address, load_trust(cluster))
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
@@ -60,10 +53,9 @@ class Client:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Stream the answer of ``generate`` token by token."""
-        self._renew()
         request = requests.generate_request(prompt, options)
-        call = self._inference.Generate(request, timeout=answer_timeout_s(options, self._timeout_s))
-        return Stream(call, self.address)
+        timeout_s = answer_timeout_s(options, self._timeout_s)
+        return Stream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
     def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
         """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
@@ -74,10 +66,9 @@ class Client:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
         """Stream the answer of ``chat`` token by token."""
-        self._renew()
         request = requests.chat_request(messages, options)
-        call = self._inference.Chat(request, timeout=answer_timeout_s(options, self._timeout_s))
-        return Stream(call, self.address)
+        timeout_s = answer_timeout_s(options, self._timeout_s)
+        return Stream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> Stream:
         """Stream the rest of an answer after the coordinator restarted.
@@ -86,44 +77,42 @@ class Client:
         raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
         """
         request = requests.resume_request(request_id, offset)
-        return Stream(self._inference.Resume(request, timeout=self._timeout_s), self.address, offset)
+        resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
+        return Stream(resumed, offset)
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        return replies.tokens(self._ask(self._inference.Tokenize, requests.tokenize_request(given, model)))
+        request = requests.tokenize_request(given, model)
+        return replies.tokens(self._ask(lambda to: to.inference.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
         """Return the served models: zero or one."""
-        return replies.models(self._ask(self._inference.ListModels, inference_pb2.ListModelsRequest()))
+        return replies.models(self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        self._ask(self._inference.Abort, requests.abort_request(request_id))
+        self._ask(lambda to: to.inference.Abort, requests.abort_request(request_id))
 
     def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
-        return replies.cluster_state(self._ask(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
+        return replies.cluster_state(self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
-    def load(
-        self,
-        model: str,
-        **options: Unpack[LoadOptions],
-    ) -> Loading:
+    def load(self, model: str, **options: Unpack[LoadOptions]) -> Loading:
         """Plan, load, link and warm up a model. ``client.load(...).wait()`` waits until it serves.
 
         Raise TypeError for an unknown option.
         """
         request = requests.load_request(model, options)
-        return Loading(self._cluster.LoadModel(request), self.address)
+        return Loading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.plan_request(model, options)
-        return replies.plan(self._ask(self._cluster.Plan, request, PLAN_TIMEOUT_S))
+        return replies.plan(self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
-        self._ask(self._cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+        self._ask(lambda to: to.cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
 
     def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
         """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.
@@ -131,14 +120,13 @@ class Client:
         Wait until the other workers have loaded; there is no deadline. Raise NoPlan if they cannot hold the layers,
         WorkerLost if the worker does not exist or does not answer.
         """
-        with failures_told(self.address, lambda: self._closed):
-            reply = self._cluster.Drain(cluster_pb2.DrainRequest(worker=worker, undo=undo))
+        request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
+        reply = self._connection.ask(lambda to: to.cluster.Drain, request, None)
         return replies.cluster_state(reply.cluster)
 
     def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""
-        self._closed = True
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -146,16 +134,5 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _renew(self) -> None:
-        """Renew this machine's certificate if it is due; the next client uses it. Raise MacpipeError once closed."""
-        if self._closed:
-            raise closed_error()
-        if self._renewal.wanted:
-            request = cluster_pb2.RenewCertificateRequest(request=self._renewal.request())
-            with suppress(grpc.RpcError):  # not urgent: the current certificate is valid for weeks
-                self._renewal.install(self._cluster.RenewCertificate(request, timeout=CONTROL_TIMEOUT_S).certificate)
-
-    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
-        self._renew()
-        with failures_told(self.address, lambda: self._closed):
-            return method(request, timeout=self._timeout_s or usual_s)
+    def _ask(self, pick: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
+        return self._connection.ask(pick, request, self._timeout_s or usual_s)

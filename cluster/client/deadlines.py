@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -20,24 +20,12 @@ STALL_TIMEOUT_S: Final = LOAD_STALL_S + CONTROL_TIMEOUT_S
 
 
 @contextmanager
-def failures_told(address: str, is_closed: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Translate gRPC errors of a call to ``address`` into MacpipeError.
-
-    gRPC raises ValueError or UsageError for a call on a closed channel. ``is_closed`` tells whether that is the cause.
-    """
+def translate_errors(address: str) -> Iterator[None]:
+    """Translate gRPC errors of a call to ``address`` into MacpipeError."""
     try:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, address) from error
-    except (ValueError, grpc.aio.UsageError) as error:
-        if is_closed():
-            raise closed_error() from error
-        raise
-
-
-def closed_error() -> MacpipeError:
-    """Return the error of a call on a closed client."""
-    return MacpipeError("this client is closed; make a new one")
 
 
 def answer_timeout_s(options: Options, default: float | None) -> float | None:

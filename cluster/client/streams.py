@@ -1,3 +1,4 @@
+# Generated from async_streams.py by ops/clients. Edit that file, then run ops/clients.
 """The blocking client's streams: the tokens of an answer, and the progress of a load.
 
 Each owns one gRPC call and cancels it when the caller stops iterating, so that the workers stop computing.
@@ -5,24 +6,20 @@ Each owns one gRPC call and cancels it when the caller stops iterating, so that 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from cluster.client.deadlines import STALL_TIMEOUT_S, failures_told, require_serving, stall_error
+from cluster.client.calls import StreamCall
+from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
 from cluster.client.transcript import Transcribed
 from cluster.core.cluster_state import ClusterState
-from cluster.core.errors import MacpipeError
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
-    import grpc
-
-    AnswerCall = grpc.CallIterator[inference_pb2.GenerateResponse] | grpc.CallIterator[inference_pb2.ChatResponse]
+AnswerCall = StreamCall[inference_pb2.GenerateResponse] | StreamCall[inference_pb2.ChatResponse]
 
 
 class Stream(Transcribed):
@@ -32,10 +29,9 @@ class Stream(Transcribed):
     MacpipeError that ended the answer early. An answer that ends without an error is complete.
     """
 
-    def __init__(self, call: AnswerCall, address: str, offset: int | Sequence[int] = 0) -> None:
+    def __init__(self, call: AnswerCall, offset: int | Sequence[int] = 0) -> None:
         super().__init__(offset)
         self._call = call
-        self._address = address
 
     def wait_accepted(self) -> Prompt:
         """Wait until the coordinator accepts the request. Raise its MacpipeError if it refuses."""
@@ -53,7 +49,12 @@ class Stream(Transcribed):
 
     def texts(self) -> Iterator[str]:
         """Yield the answer's text as it becomes printable. The pieces add up to ``completion().text``."""
-        yield from (token.text for token in self if token.text and token.sample == 0)
+        try:
+            for token in self:
+                if token.text and token.sample == 0:
+                    yield token.text
+        finally:
+            self.cancel()
         if self.finish and self.finish.text:
             yield self.finish.text
 
@@ -65,7 +66,7 @@ class Stream(Transcribed):
 
     def cancel(self) -> None:
         """Cancel the call; a reader waiting for a token gets Aborted. Do nothing once the answer is complete."""
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -75,9 +76,9 @@ class Stream(Transcribed):
 
     def _advance(self) -> tuple[Token, ...] | None:
         """Return the tokens of the next event, or None after a complete answer."""
-        with failures_told(self._address):
-            for reply in self._call:
-                return self._transcript.accept(reply)
+        reply = self._call.read()
+        if reply is not None:
+            return self._transcript.accept(reply)
         self._transcript.close()
         return None
 
@@ -88,13 +89,9 @@ class Loading:
     Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
-    def __init__(
-        self, call: grpc.CallIterator[cluster_pb2.LoadModelResponse], address: str, stall_s: float = STALL_TIMEOUT_S
-    ) -> None:
+    def __init__(self, call: StreamCall[cluster_pb2.LoadModelResponse], stall_s: float = STALL_TIMEOUT_S) -> None:
         self._call = call
-        self._address = address
         self._stall_s = stall_s
-        self._stalled = False
 
     def __iter__(self) -> Iterator[LoadProgress | ClusterState]:
         event = None
@@ -115,22 +112,11 @@ class Loading:
 
     def cancel(self) -> None:
         """Cancel the load. Do nothing once it is done."""
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._call.cancel()
 
     def _next_event(self) -> LoadProgress | ClusterState | None:
-        watchdog = threading.Timer(self._stall_s, self._give_up)
-        watchdog.daemon = True
-        watchdog.start()
         try:
-            with failures_told(self._address):
-                return next((load_event(reply) for reply in self._call), None)
-        except MacpipeError:
-            if self._stalled:
-                raise stall_error(self._stall_s) from None
-            raise
-        finally:
-            watchdog.cancel()
-
-    def _give_up(self) -> None:
-        self._stalled = True
-        self._call.cancel()  # type: ignore[no-untyped-call]
+            reply = self._call.read(self._stall_s)
+        except TimeoutError:
+            raise stall_error(self._stall_s) from None
+        return None if reply is None else load_event(reply)

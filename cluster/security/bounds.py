@@ -15,6 +15,15 @@ RENEWAL_SHARE: Final = 2 / 3
 """Share of a certificate's life after which it is renewed. A Mac may be off for a month and still get in."""
 RENEWAL_LOOK_S: Final = 10.0
 """Interval at which a coordinator looks for certificates that are due."""
+CLIENT_RENEWAL_LOOK_S: Final = 600.0
+"""Interval at which a client looks whether its certificate is due. Timers stand still while a Mac sleeps."""
+RENEWAL_SPREAD: Final = 0.05
+"""Share of a certificate's life over which the clients of one machine, which share a certificate, spread renewals."""
+MIN_RENEWAL_RETRY_S: Final = 1.0
+MAX_RENEWAL_RETRY_S: Final = 3600.0
+"""Bounds of the wait after a client's failed renewal: a tenth of the certificate's remaining life."""
+RENEWAL_CLOSE_S: Final = 2.0
+"""How long closing a client waits for a renewal that has begun. A renewal takes milliseconds."""
 MAX_LEAVES_VALID: Final = 8
 """Certificates of one member that may be valid at once. It is below MAX_SERIALS, so that every certificate that might
 have to be revoked is remembered."""

@@ -10,7 +10,8 @@ from typing import Any, Self
 import grpc
 
 from cluster.core.errors import MacpipeError
-from cluster.transport.grpc_setup import CONTROL_OPTIONS
+from cluster.security.trust import Trust
+from cluster.transport.grpc_setup import CONTROL_OPTIONS, bind, public_server
 from cluster.transport.rich_errors import abort
 from cluster.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -94,10 +95,15 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
 
 
 class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.ClusterServiceServicer):
-    """What the coordinator does; a test replaces ``answer``, ``load`` or ``refusal``. ``seen`` holds the requests."""
+    """What the coordinator does; a test replaces ``answer``, ``load`` or ``refusal``.
+
+    ``seen`` holds the requests, ``peers`` from which connection each came.
+    """
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
+        self.peers: list[str] = []
+        self.certify: Callable[[bytes], bytes] | None = None
         self.refusal: MacpipeError | None = None
         self.cancelled = threading.Event()
         self.cluster = cluster_reply()
@@ -127,6 +133,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
 
     async def _meet(self, request: Any, context: Any) -> None:
         self.seen.append(request)
+        self.peers.append(context.peer())
         if self.refusal is not None:
             await abort(context, self.refusal)
 
@@ -166,11 +173,20 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         await self._meet(request, context)
         return cluster_pb2.UnloadModelResponse()
 
+    async def RenewCertificate(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        assert self.certify
+        return cluster_pb2.RenewCertificateResponse(certificate=self.certify(request.request))
+
 
 class Coordinator:
-    """A server with a Script, in a thread of its own; ``address`` is where it listens."""
+    """A server with a Script, in a thread of its own; ``address`` is where it listens.
 
-    def __init__(self, port: int = 0) -> None:
+    With ``trust`` it is a cluster's, and takes mutual TLS.
+    """
+
+    def __init__(self, port: int = 0, trust: Trust | None = None) -> None:
+        self._trust = trust
         self.script = Script()
         self.address = ""
         self._port = port
@@ -195,10 +211,12 @@ class Coordinator:
             self._thread.join(10)
 
     async def _serve(self) -> None:
-        server = grpc.aio.server(options=CONTROL_OPTIONS)
+        server = public_server(self._trust) if self._trust else grpc.aio.server(options=CONTROL_OPTIONS)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.script, server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self.script, server)
-        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{self._port}')}"
+        own = f"127.0.0.1:{self._port}"
+        port = bind(server, self._trust, "127.0.0.1", self._port) if self._trust else server.add_insecure_port(own)
+        self.address = f"127.0.0.1:{port}"
         await server.start()
         self._up.set()
         await self._stopping.wait()

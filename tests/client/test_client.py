@@ -541,3 +541,45 @@ def test_a_closed_client_says_so(coordinator: Coordinator, method: str) -> None:
 
     with pytest.raises(errors.MacpipeError, match="this client is closed"):
         asyncio.run(ask())
+
+
+class Hanging:
+    """A coordinator's answer that never comes; ``arrived`` says that the request is there."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+
+    async def meet(self, request: Any, context: Any) -> None:
+        self.arrived.set()
+        await asyncio.sleep(3600)
+
+
+def test_closing_a_client_ends_its_running_call(coordinator: Coordinator) -> None:
+    hanging = Hanging()
+    coordinator.script._meet = hanging.meet
+    client = Client(coordinator.address)
+
+    def close() -> None:
+        hanging.arrived.wait(5)
+        client.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    with pytest.raises(errors.Aborted):
+        client.models()
+    closing.join()
+
+
+def test_closing_an_asynchronous_client_ends_its_running_call(coordinator: Coordinator) -> None:
+    hanging = Hanging()
+
+    async def run() -> None:
+        client = AsyncClient(coordinator.address)
+        call = asyncio.create_task(client.models())
+        assert await asyncio.to_thread(hanging.arrived.wait, 5)
+        await client.close()
+        with pytest.raises(errors.Aborted):
+            await call
+
+    coordinator.script._meet = hanging.meet
+    asyncio.run(run())

@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import Client, ClusterState
-from cluster.client.channel_setup import means, trust_in
+from cluster.client.channel_setup import channel_credentials, load_trust
 from cluster.core.errors import MacpipeError
 from faults.history import History
 from faults.monitor import StatusMonitor
@@ -257,7 +257,7 @@ class Fleet:
 
     def watching(self, history: History) -> Callable[[], None]:
         """Note every change of health from now on; call what is returned to end that."""
-        credentials, options = means(trust_in(None), self.address)
+        credentials, options = channel_credentials(load_trust(None), self.address)
         channel = grpc.secure_channel(self.address, credentials, options=options)
         request = health_pb2.HealthCheckRequest(service="")
         call = health_pb2_grpc.HealthStub(channel).Watch(request)

@@ -67,7 +67,7 @@ def test_no_port_and_no_channel_is_without_credentials() -> None:
     assert made == ["cluster/transport/grpc_setup.py"]
     dialled = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if ".secure_channel" in text]
     assert sorted(dialled) == [
-        *("cluster/client/async_client.py", "cluster/client/client.py", "cluster/transport/grpc_setup.py")
+        *("cluster/client/async_calls.py", "cluster/client/calls.py", "cluster/transport/grpc_setup.py")
     ]
     credentials = re.compile(r"grpc\.(local|ssl|dynamic_ssl)_\w*credentials\(")
     givers = [p.relative_to(ROOT).as_posix() for p, text in sources.items() if credentials.search(text)]

@@ -1,0 +1,97 @@
+"""The asyncio client's connection to a coordinator, and the renewal of this machine's certificate over it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from cluster.client.async_calls import AsyncRepeater, AsyncStreamCall, AsyncStubs, AsyncUnaryCall, run_blocking
+from cluster.client.certificate_renewal import CertificateRenewal
+from cluster.client.channel_setup import channel_credentials
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import CONTROL_TIMEOUT_S
+from cluster.security.bounds import CLIENT_RENEWAL_LOOK_S, RENEWAL_CLOSE_S
+from cluster.security.trust import Trust
+from cluster.v1 import cluster_pb2
+
+if TYPE_CHECKING:
+    from cluster.client.async_calls import StreamMethod, UnaryMethod
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class AsyncCoordinatorConnection:
+    """Starts calls to the coordinator at ``address`` as the party that ``trust`` names.
+
+    It opens a channel at the first call. In a cluster it renews the certificate in the background. The calls after a
+    renewal, by this process or another of this machine, use a new channel; those before it end on the old one.
+    """
+
+    def __init__(self, address: str, trust: Trust) -> None:
+        self.address = address
+        self._trust = trust
+        self._serial = trust.serial
+        self._credentials, self._options = channel_credentials(trust, address)
+        self._renewal = CertificateRenewal(trust)
+        self._repeater = AsyncRepeater(self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
+        self._lock = threading.Lock()
+        self._stubs: AsyncStubs | None = None
+        self._open: weakref.WeakSet[AsyncStubs] = weakref.WeakSet()
+        self._closed = False
+
+    async def ask(self, pick: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
+        """Call the method that ``pick`` returns. Raise MacpipeError, also once the connection is closed."""
+        with self._lock:
+            stubs = self._current_stubs()
+            call = AsyncUnaryCall(stubs, pick(stubs), request, timeout_s)
+        return await call.wait()
+
+    def stream(
+        self, pick: Callable[[AsyncStubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
+    ) -> AsyncStreamCall[R]:
+        """Start the streaming method that ``pick`` returns. Raise MacpipeError once the connection is closed."""
+        with self._lock:
+            stubs = self._current_stubs()
+            return AsyncStreamCall(stubs, pick(stubs), request, timeout_s)
+
+    async def close(self) -> None:
+        """Close the connection, after a renewal that has begun. Running calls end with Aborted."""
+        try:
+            await self._repeater.stop(RENEWAL_CLOSE_S)
+        finally:
+            with self._lock:
+                self._closed = True
+                self._stubs = None
+                still_open = tuple(self._open)
+            for stubs in still_open:
+                await stubs.close()
+
+    def _current_stubs(self) -> AsyncStubs:
+        """Return the stubs for this machine's current certificate. The caller holds the lock."""
+        if self._closed:
+            raise MacpipeError("this client is closed; make a new one")
+        serial = self._trust.serial
+        if serial != self._serial:
+            self._credentials, self._options = channel_credentials(self._trust, self.address)
+            self._serial = serial
+            self._stubs = None  # the calls on it keep its channel open
+        if self._stubs is None:
+            self._stubs = AsyncStubs(self.address, self._credentials, self._options)
+            self._open.add(self._stubs)
+            if self._renewal.possible:
+                self._repeater.start()
+        return self._stubs
+
+    async def _renew_certificate(self) -> float:
+        """Renew the certificate if it is due. Return the seconds until the next look."""
+        if self._renewal.due_in_s() <= 0:
+            try:
+                message = cluster_pb2.RenewCertificateRequest(request=await run_blocking(self._renewal.make_request))
+                reply = await self.ask(lambda to: to.cluster.RenewCertificate, message, CONTROL_TIMEOUT_S)
+                await run_blocking(self._renewal.install, reply.certificate)
+            except MacpipeError as error:
+                self._renewal.postpone(error)
+        return max(self._renewal.due_in_s(), 1.0)
