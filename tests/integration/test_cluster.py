@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cluster.client import Client
+from cluster.client import AsyncClient, Client, Options
 from cluster.core.errors import (
     Aborted,
     Forbidden,
@@ -22,9 +26,10 @@ from cluster.core.errors import (
 )
 from cluster.core.worker import WorkerState
 from cluster.model.tokenizer import load_tokenizer
+from cluster.security.bounds import LEAF_S
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.roles import Role
-from integration.daemons import START_S, Cluster
+from integration.daemons import START_S, Cluster, free_port, lifeline
 from integration.reference import greedy
 from parties import shown_by
 
@@ -32,6 +37,8 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("secured")]
 
 NAMES = ("ann", "ben", "cal")
 DAY_S = 86_400.0
+SHORT_S = 6.0
+LONG = Options(max_tokens=500, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +130,78 @@ def test_a_client_asks_and_does_not_command(
         print(f"an open answer ended {time.monotonic() - removed:.2f} s after its client was removed")
         with pytest.raises(Unauthenticated, match="guest was removed"):
             guest.models()
+
+
+def live_long(address: str, cluster: str, until_s: float) -> None:
+    """Open a stream and be idle until ``until_s``; then go on with it, and with new calls."""
+    with Client(address, cluster=cluster, timeout_s=30) as client, client.stream("x", **LONG) as stream:
+        stream.wait_accepted()
+        time.sleep(max(0.0, until_s - time.time()))
+        assert client.models()
+        assert client.generate("x", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+        assert stream.completion().usage.completion_tokens == LONG["max_tokens"]
+
+
+async def live_long_asynchronously(address: str, cluster: str, until_s: float) -> None:
+    async with AsyncClient(address, cluster=cluster, timeout_s=30) as client, client.stream("x", **LONG) as stream:
+        await stream.wait_accepted()
+        await asyncio.sleep(max(0.0, until_s - time.time()))
+        assert await client.models()
+        assert (await client.generate("x", max_tokens=2, ignore_eos=True)).usage.completion_tokens == 2
+        assert (await stream.completion()).usage.completion_tokens == LONG["max_tokens"]
+
+
+def live_both(address: str, cluster: str, until_s: float) -> None:
+    """Let a client of each kind live, which share a certificate."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(live_long, address, cluster, until_s)
+        asyncio.run(live_long_asynchronously(address, cluster, until_s))
+        other.result()
+
+
+def test_clients_outlive_their_certificate(
+    secured: tuple[Cluster, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, address = secured
+    first_end = time.time() + 4
+    cluster.lead.admit(Role.CLIENT, "pat", "c3" * 8, tmp_path, now=first_end - LEAF_S)
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
+    live_both(address, cluster.name, first_end + 0.5)
+
+
+SHORT_CERTIFICATES = f"""
+import cluster.security.bounds as bounds
+bounds.LEAF_S, bounds.BACKDATED_S = {SHORT_S}, 0.0
+from cluster.cli.main import main
+main()
+"""
+
+
+def launch_with_short_certificates(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a coordinator whose certificates last for seconds."""
+    command = [sys.executable, "-c", SHORT_CERTIFICATES, *arguments, "--exit-with-stdin"]
+    with log.open("wb") as out:
+        return subprocess.Popen(command, stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
+
+
+@pytest.mark.long
+def test_clients_outlive_many_certificates_of_seconds(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(tmp_path, mtls=True)
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path / "pat"))
+    try:
+        cluster.worker("ann")
+        serve = cluster.serve(llama, "--workers", "1", "--port", str(port), launch=launch_with_short_certificates)
+        serve.wait_for("serving")
+        cluster.lead.admit(Role.CLIENT, "pat", "c3" * 8, tmp_path / "pat", now=time.time() + SHORT_S - LEAF_S)
+        live_both(address, cluster.name, time.time() + 4 * SHORT_S)
+        pat = next(m for m in cluster.lead.members.everyone() if m.name == "pat")
+        assert all(one.not_after < time.time() + 2 * SHORT_S for one in pat.issued)
+    finally:
+        cluster.close()
 
 
 def test_a_request_is_ended_by_its_own_client_and_by_admins_alone(
