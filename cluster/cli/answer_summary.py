@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cluster.client import Completion, Finish, Token
 
 
-def in_words(finish: Finish) -> str:
+def summarize_answer(finish: Finish) -> str:
     """Return one line: token counts, speed, and each stage's compute time."""
     usage, timings = finish.usage, finish.timings
     cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
@@ -22,7 +22,7 @@ def in_words(finish: Finish) -> str:
     )
 
 
-def in_facts(completion: Completion) -> dict[str, Any]:
+def answer_as_json(completion: Completion) -> dict[str, Any]:
     """Return the object that ``--json`` prints, with ``logprobs`` and ``trace`` if the request asked for them."""
     facts = {
         "text": completion.text,

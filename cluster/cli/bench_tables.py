@@ -32,7 +32,7 @@ def show_report(report: BenchReport) -> None:
             _answers(report.levels),
         ),
         (STAGES, _stages(report.levels)),
-        (_roofline_words(report), _roofline(report.roofline)),
+        (_describe_roofline(report), _roofline(report.roofline)),
     )
     for sentence, shown in parts:
         screen.print(sentence, soft_wrap=True)
@@ -44,7 +44,7 @@ def show_report(report: BenchReport) -> None:
     )
 
 
-def _roofline_words(report: BenchReport) -> str:
+def _describe_roofline(report: BenchReport) -> str:
     users = report.levels[0].users
     who = "one user" if users == 1 else f"{users} users"
     return f"Compute time per token for {who}. Floor: the time to read the stage's weights once."
@@ -79,13 +79,13 @@ def _stages(levels: tuple[LoadLevel, ...]) -> Table:
 
 
 def _roofline(stages: tuple[Roofline, ...]) -> Table:
-    from cluster.cli.screen import bytes_in_words
+    from cluster.cli.screen import format_bytes
 
     shown = _numbers("worker", "layers", "weights", "GB/s", "floor", "predicted", "measured", "roofline")
     for s in stages:
         rate = f"{s.bandwidth / 1e9:.1f}" if s.bandwidth else "-"
         times = map(ms, (s.floor_ms, s.predicted_ms, s.measured_ms))
-        who = (printable(s.worker), str(s.layers), bytes_in_words(s.weight_bytes))
+        who = (printable(s.worker), str(s.layers), format_bytes(s.weight_bytes))
         shown.add_row(*who, rate, *times, share(s.share))
     return shown
 

@@ -63,7 +63,7 @@ def converse(client: Client, options: Options, system: str = "") -> None:
         _chat_on_terminal(session)
     else:
         for line in _read_piped_lines():
-            if not session.take(line):
+            if not session.handle_line(line):
                 return
 
 
@@ -84,7 +84,7 @@ def _chat_on_terminal(session: ChatSession) -> None:
     _edit_lines()
     while True:
         try:
-            if not session.take(input(PROMPT)):
+            if not session.handle_line(input(PROMPT)):
                 return
         except EOFError:
             note("")
@@ -113,13 +113,13 @@ def _read_piped_lines() -> Iterator[str]:
 
 
 def _send_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
-    from cluster.cli.answer_summary import in_facts
+    from cluster.cli.answer_summary import answer_as_json
     from cluster.cli.generate import print_stream
     from cluster.cli.json_output import print_json
 
     opening = [] if system is None else [("system", system)]
     with client.stream_chat([*opening, ("user", message)], **options) as stream:
         if json:
-            print_json(in_facts(stream.completion()))
+            print_json(answer_as_json(stream.completion()))
         else:
             print_stream(stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from cluster.cli.answer_summary import in_words
+from cluster.cli.answer_summary import summarize_answer
 from cluster.cli.generate import print_stream
 from cluster.cli.screen import note
 from cluster.core.request import ChatMessage, FinishReason
@@ -20,7 +20,7 @@ COMMANDS: Final = """\
 
 
 class ChatSession:
-    """A conversation with one model. ``take`` handles one line. A failed turn is not kept in the history."""
+    """A conversation with one model. ``handle_line`` handles one line. A failed turn is not kept in the history."""
 
     def __init__(self, client: Client, options: Options, system: str = "") -> None:
         self._client = client
@@ -29,7 +29,7 @@ class ChatSession:
         self._history: list[ChatMessage] = []
         self._last: Finish | None = None
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """Run a command or send a message. Return False to end the chat. Raise MacpipeError if the turn fails."""
         line = line.strip()
         if line.startswith("/"):
@@ -48,7 +48,7 @@ class ChatSession:
             case "/system":
                 self._start_over(rest.strip())
             case "/stats":
-                note(in_words(self._last) if self._last else "no answer yet")
+                note(summarize_answer(self._last) if self._last else "no answer yet")
             case "/help":
                 note(COMMANDS)
             case _:

@@ -50,10 +50,10 @@ def demo(
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
         cluster = start(processes, Path(folder), workers, address)
-        use(processes, address, cluster, prompt, max_tokens)
+        chat_with(processes, address, cluster, prompt, max_tokens)
 
 
-def use(processes: ProcessGroup, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
+def chat_with(processes: ProcessGroup, address: str, cluster: str, prompt: str | None, max_tokens: int | None) -> None:
     """Wait until the coordinator serves, then send the prompt or open a chat."""
     # gRPC is not fork-safe: import it only after all processes were started.
     from cluster.client import Client
@@ -61,9 +61,9 @@ def use(processes: ProcessGroup, address: str, cluster: str, prompt: str | None,
     with Client(address, cluster=cluster) as client:
         state = wait_until_serving(processes, client)
         if prompt is None:
-            invite(client, cluster, max_tokens)
+            open_chat(client, cluster, max_tokens)
         else:
-            answer(client, state, prompt, max_tokens)
+            print_answer(client, state, prompt, max_tokens)
 
 
 def start(processes: ProcessGroup, folder: Path, workers: int, address: str) -> str:
@@ -114,7 +114,7 @@ def is_listening(address: str) -> bool:
         return False
 
 
-def invite(client: Client, cluster: str, max_tokens: int | None) -> None:
+def open_chat(client: Client, cluster: str, max_tokens: int | None) -> None:
     """Print how to send requests from another terminal, and open the chat."""
     from cluster.cli.screen import note
 
@@ -123,9 +123,9 @@ def invite(client: Client, cluster: str, max_tokens: int | None) -> None:
     converse(client, {"max_tokens": max_tokens})
 
 
-def answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | None) -> None:
+def print_answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | None) -> None:
     """Print the answer on stdout, and the stages that computed it on stderr."""
-    from cluster.cli.answer_summary import in_words
+    from cluster.cli.answer_summary import summarize_answer
     from cluster.cli.generate import print_stream
     from cluster.cli.screen import note
 
@@ -134,4 +134,4 @@ def answer(client: Client, state: ClusterState, prompt: str, max_tokens: int | N
     with client.stream_chat([("user", prompt)], max_tokens=max_tokens) as stream:
         print_stream(stream)
         if stream.finish and sys.stderr.isatty():
-            note(in_words(stream.finish))
+            note(summarize_answer(stream.finish))

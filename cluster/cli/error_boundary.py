@@ -39,11 +39,11 @@ def run_with_error_boundary() -> Iterator[None]:
     except BrokenPipeError:
         end_after_broken_pipe()
     except MacpipeError as error:
-        complain(error.sentence)
+        print_error(error.sentence)
         sys.exit(exit_code(error))
     except Exception as error:  # the edge of the process: report any error as a sentence
         hint = "" if is_debugging() else f"; set {DEBUG_VARIABLE}=1 for the traceback"
-        complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
+        print_error(f"unexpected error: {type(error).__name__}: {error}{hint}")
         sys.exit(FAILED)
 
 
@@ -83,7 +83,7 @@ def exit_code(error: MacpipeError) -> int:
     return WRONG_USAGE if isinstance(error, InvalidOption) else FAILED
 
 
-def complain(sentence: str) -> None:
+def print_error(sentence: str) -> None:
     """Print one line on stderr, after the traceback if MACPIPE_DEBUG is set."""
     if is_debugging():
         traceback.print_exc()

@@ -76,17 +76,17 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def _answer(
     client: Client, text: str, system: str | None, options: Options, *, raw: bool, json: bool, verbose: bool
 ) -> None:
-    from cluster.cli.answer_summary import in_facts, in_words
+    from cluster.cli.answer_summary import answer_as_json, summarize_answer
     from cluster.cli.json_output import print_json
     from cluster.cli.screen import note
 
     with _ask(client, text, system, options, raw=raw) as stream:
         if json:
-            print_json(in_facts(stream.completion()))
+            print_json(answer_as_json(stream.completion()))
             return
         print_stream(stream)
         if stream.finish and (verbose or sys.stderr.isatty()):
-            note(in_words(stream.finish))
+            note(summarize_answer(stream.finish))
 
 
 def _ask(client: Client, text: str, system: str | None, options: Options, *, raw: bool) -> Stream:
@@ -101,11 +101,11 @@ def print_stream(stream: Stream) -> None:
 
     The line break is printed after an error too, so that later output starts on a new line.
     """
-    from cluster.cli.screen import say
+    from cluster.cli.screen import write_answer
 
     try:
         for piece in stream.texts():
-            say(piece)
+            write_answer(piece)
     finally:
         if stream.text and not stream.text.endswith("\n"):
-            say("\n")
+            write_answer("\n")

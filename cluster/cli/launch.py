@@ -83,7 +83,9 @@ def launch(
     if client not in CLIENTS:
         raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
     address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
-    found = trusting(CLIENTS[client], ask(address, os.environ.get(KEY_VARIABLE, ""), authority(cluster)))
+    found = add_authority(
+        CLIENTS[client], fetch_served(address, os.environ.get(KEY_VARIABLE, ""), find_authority(cluster))
+    )
     if run or ctx.args:
         start(found, client, ctx.args)
     elif json_wanted:
@@ -92,7 +94,7 @@ def launch(
         typer.echo(shell_lines(found))
 
 
-def authority(cluster: str) -> Path | None:
+def find_authority(cluster: str) -> Path | None:
     """Return the path of the cluster's CA certificate, or None if this machine has no such cluster."""
     from cluster.security.cluster_folder import ClusterFolder
 
@@ -100,13 +102,13 @@ def authority(cluster: str) -> Path | None:
     return folder.authority if folder.exists else None
 
 
-def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
+def fetch_served(given: str, key: str = "", authority: Path | None = None) -> Served:
     """Ask the coordinator for the served model. Raise Unreachable, Unauthenticated, or MacpipeError if it has none."""
     from http.client import HTTPException
 
     secure = given.startswith("https://")
     address = given.removeprefix("https://").removeprefix("http://")
-    connection = _connection(address, secure, vouching)
+    connection = _connection(address, secure, authority)
     try:
         connection.request("GET", "/health", headers={"authorization": f"Bearer {key}"} if key else {})
         facts: dict[str, Any] = json.loads(connection.getresponse().read(65_536))
@@ -122,11 +124,11 @@ def ask(given: str, key: str = "", vouching: Path | None = None) -> Served:
     if "model" not in facts:
         raise MacpipeError(str(facts.get("message", f"the server at {given} is not a coordinator")))
     base = f"{'https' if secure else 'http'}://{address}"
-    ca_path = str(vouching) if secure and vouching else ""
+    ca_path = str(authority) if secure and authority else ""
     return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, ca_path)
 
 
-def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnection:
+def _connection(address: str, secure: bool, authority: Path | None) -> HTTPConnection:
     from http.client import HTTPConnection, HTTPSConnection
 
     from cluster.core.text import parse_address
@@ -137,12 +139,12 @@ def _connection(address: str, secure: bool, vouching: Path | None) -> HTTPConnec
     from ssl import create_default_context
 
     context = create_default_context()
-    if vouching:
-        context.load_verify_locations(vouching)
+    if authority:
+        context.load_verify_locations(authority)
     return HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=context)
 
 
-def trusting(client: Callable[[Served], Launch], served: Served) -> Launch:
+def add_authority(client: Callable[[Served], Launch], served: Served) -> Launch:
     """Return the client's launch, with the variables that make it trust the cluster's CA."""
     found = client(served)
     trusted = dict.fromkeys(AUTHORITIES if served.authority else (), served.authority)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from cluster.cli.screen import bytes_in_words, console, figure, printable, table
+from cluster.cli.screen import console, format_bytes, format_number, printable, table
 from cluster.client.coordinator_address import DEFAULT_HOST, DEFAULT_PORT
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Plan, Route, Spare
 from cluster.core.worker import WorkerInfo
@@ -42,7 +42,7 @@ class LoadBars:
             self._noticed.add((progress.worker, notice))
             self._console.print(printable(f"{progress.worker}: {notice}"), soft_wrap=True)
         sources = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
-        received = ", ".join(f"{bytes_in_words(count)} from {source}" for count, source in sources if count)
+        received = ", ".join(f"{format_bytes(count)} from {source}" for count, source in sources if count)
         what = f"{progress.worker} layers {progress.layers}"
         state = f"{progress.state} ({received})" if received else progress.state
         self.show_as(what, state, progress.done_bytes, progress.total_bytes)
@@ -86,7 +86,7 @@ class LoadBars:
         step = (percent // PLAIN_STEP, state.partition(" ")[0])
         if self._printed.get(what) != step:
             self._printed[what] = step
-            far = f", {percent}% of {bytes_in_words(total)}" if total else ""
+            far = f", {percent}% of {format_bytes(total)}" if total else ""
             self._console.print(f"{what}: {state}{far}", soft_wrap=True)
 
 
@@ -128,17 +128,19 @@ class TerminalReport:
         self._found = names
         some = f"{len(names)} worker{'s' * (len(names) != 1)}"
         count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
-        self._say(f"{count}: {', '.join(names)}" if names else f"waiting for {_workers_in_words(wanted)}")
+        self._print_line(f"{count}: {', '.join(names)}" if names else f"waiting for {_describe_wanted(wanted)}")
 
     def planned(self, plan: Plan) -> None:
         """Print the plan."""
-        self._say(f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:")
+        self._print_line(
+            f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:"
+        )
         stages = [(s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.decode_ms) for s in plan.stages]
         self._console.print(stage_table(stages))
-        for line in prospects(plan.forecast, plan.spares, plan.reasons):
-            self._say(line)
+        for line in describe_forecast(plan.forecast, plan.spares, plan.reasons):
+            self._print_line(line)
         if plan.route is Route.RELAY:
-            self._say("activations are relayed by this coordinator")
+            self._print_line("activations are relayed by this coordinator")
 
     def progress(self, progress: LoadProgress) -> None:
         """Update a worker's bar."""
@@ -147,16 +149,16 @@ class TerminalReport:
     def serving(self, address: str, plan: Plan, http: str) -> None:
         """Print the addresses and an example command."""
         self._bars.close()
-        self._say(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
+        self._print_line(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
         default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
-        self._say(f"try: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
+        self._print_line(f"try: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
 
     def problem(self, sentence: str) -> None:
         """Print a problem that the operator should know."""
         self._bars.close()
-        self._say(f"macpipe: {sentence}")
+        self._print_line(f"macpipe: {sentence}")
 
-    def _say(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         self._console.print(printable(line), soft_wrap=True)
 
 
@@ -165,24 +167,24 @@ def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Ta
     numbers = frozenset({"weights", "left for caches", "ms a token"})
     shown = table("stage", "worker", "layers", "weights", "left for caches", "ms a token", right=numbers)
     for i, (worker, layers, weights, left, ms) in enumerate(stages):
-        figures = (bytes_in_words(weights), bytes_in_words(left), f"{ms:.1f}" if ms else "-")
+        figures = (format_bytes(weights), format_bytes(left), f"{ms:.1f}" if ms else "-")
         shown.add_row(str(i), printable(worker), str(layers), *figures)
     return shown
 
 
-def prospects(forecast: Forecast | None, spares: Iterable[Spare], reasons: Iterable[str]) -> Iterator[str]:
+def describe_forecast(forecast: Forecast | None, spares: Iterable[Spare], reasons: Iterable[str]) -> Iterator[str]:
     """Yield lines with a plan's predicted speed, its spare workers and its reasons."""
     if forecast:
         yield (
-            f"predicted: {figure(forecast.one_user)} tokens/s for one user, {figure(forecast.eight_users)} for eight"
-            f" together; {forecast.prompt_tokens} tokens of prompt take {forecast.first_token_s:.2g} s"
-            " to the first token"
+            f"predicted: {format_number(forecast.one_user)} tokens/s for one user,"
+            f" {format_number(forecast.eight_users)} for eight together; {forecast.prompt_tokens} tokens of prompt take"
+            f" {forecast.first_token_s:.2g} s to the first token"
         )
     yield from (f"spare: {spare.worker}: {spare.why}" for spare in spares)
     yield from reasons
 
 
-def _workers_in_words(wanted: int | None) -> str:
+def _describe_wanted(wanted: int | None) -> str:
     if wanted is None:
         return "workers (start one with `macpipe worker`)"
     return f"{wanted} worker{'s' * (wanted != 1)} (start one with `macpipe worker`)"

@@ -76,7 +76,7 @@ def show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def begin(
+def accept_global_options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
     ] = False,

@@ -127,7 +127,7 @@ def show(made: ModelPlan, json: bool) -> None:
 
         print_json(made)
         return
-    from cluster.cli.load_progress import prospects, stage_table
+    from cluster.cli.load_progress import describe_forecast, stage_table
     from cluster.cli.screen import console, printable
 
     screen = console(sys.stdout)
@@ -142,5 +142,5 @@ def show(made: ModelPlan, json: bool) -> None:
     screen.print()
     screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
     screen.print()
-    for line in prospects(made.forecast, made.spares, made.reasons):
+    for line in describe_forecast(made.forecast, made.spares, made.reasons):
         screen.print(printable(line), soft_wrap=True)

@@ -47,23 +47,23 @@ def _show(state: ClusterState) -> None:
 
 
 def _stages(state: ClusterState) -> Table:
-    from cluster.cli.screen import bytes_in_words, printable, table
+    from cluster.cli.screen import format_bytes, printable, table
 
     shown = table("stage", "worker", "caches reserved", "prefixes", "room", "idle", right=STAGE_RIGHT)
     for stage in state.stages:
         shown.add_row(
             str(stage.index),
             printable(stage.worker),
-            bytes_in_words(stage.reserved_bytes),
-            bytes_in_words(stage.prefix_bytes),
-            bytes_in_words(stage.cache_bytes),
+            format_bytes(stage.reserved_bytes),
+            format_bytes(stage.prefix_bytes),
+            format_bytes(stage.cache_bytes),
             f"{stage.bubble_share:.0%}",
         )
     return shown
 
 
 def _table(requests: tuple[LiveRequest, ...]) -> Table:
-    from cluster.cli.screen import printable, seconds_in_words, table
+    from cluster.cli.screen import format_duration, printable, table
 
     shown = table("request", "state", "prompt", "cached", "answer", "lane", "age", right=RIGHT)
     for one in requests:
@@ -75,6 +75,6 @@ def _table(requests: tuple[LiveRequest, ...]) -> Table:
             str(one.cached_tokens),
             str(one.completion_tokens),
             "-" if one.lane is None else str(one.lane),
-            seconds_in_words(one.age_seconds),
+            format_duration(one.age_seconds),
         )
     return shown

@@ -51,7 +51,7 @@ def pull(
     continues where it stopped. With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.cli.json_output import print_json
-    from cluster.cli.screen import bytes_in_words
+    from cluster.cli.screen import format_bytes
     from cluster.store.store import Store
 
     with errors_in_json(json):
@@ -62,7 +62,7 @@ def pull(
             print_json(pulled)
         else:
             part = f"layers {wanted} of {model}" if wanted else model
-            sys.stdout.write(f"{part}: {bytes_in_words(pulled.bytes)} in {pulled.folder}\n")
+            sys.stdout.write(f"{part}: {format_bytes(pulled.bytes)} in {pulled.folder}\n")
 
 
 def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) -> Pulled:

@@ -36,12 +36,12 @@ def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
     return made
 
 
-def figure(number: float) -> str:
+def format_number(number: float) -> str:
     """Format with three significant digits, or as an integer from 100 on."""
     return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
-def bytes_in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format a size like ``1.5 GiB``."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if count >= unit:
@@ -49,7 +49,7 @@ def bytes_in_words(count: int) -> str:
     return f"{count} B"
 
 
-def seconds_in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration like ``2 h 5 min`` or ``12 s``."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
@@ -57,7 +57,7 @@ def seconds_in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def say(text: str) -> None:
+def write_answer(text: str) -> None:
     """Write part of an answer to stdout and flush. A terminal gets no control characters from the model."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -161,9 +161,11 @@ def serve(
         cluster=cluster,
         host=host,
         port=port,
-        http=_http(http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)),
+        http=_http_settings(
+            http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)
+        ),
         join_port=join_port,
-        peers=names(peer),
+        peers=collect_values(peer),
         peers_only=peers_only,
         journal=journal,
         max_schema_bytes=max_schema_bytes,
@@ -184,7 +186,7 @@ def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
         return run(settings, report)
 
 
-def _http(
+def _http_settings(
     http: str,
     served: list[str] | None,
     hosts: list[str] | None,
@@ -193,15 +195,22 @@ def _http(
 ) -> HttpSettings:
     from cluster.coordinator.settings import HttpSettings
 
-    return HttpSettings(http_address(http), bool(http), names(served), names(hosts), names(origins), certificate)
+    return HttpSettings(
+        parse_http_address(http),
+        bool(http),
+        collect_values(served),
+        collect_values(hosts),
+        collect_values(origins),
+        certificate,
+    )
 
 
-def names(given: list[str] | None) -> tuple[str, ...]:
+def collect_values(given: list[str] | None) -> tuple[str, ...]:
     """Return the values of a repeatable option."""
     return tuple(given or ())
 
 
-def http_address(given: str) -> tuple[str, int] | None:
+def parse_http_address(given: str) -> tuple[str, int] | None:
     """Parse the HTTP address. Return None for ``off``; port 0 picks a free one. Raise InvalidOption."""
     if given == "off":
         return None

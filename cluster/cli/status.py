@@ -37,7 +37,7 @@ def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json 
 
 def show_state(state: ClusterState) -> None:
     """Print the cluster's state on stdout."""
-    from cluster.cli.screen import console, printable, seconds_in_words
+    from cluster.cli.screen import console, format_duration, printable
 
     screen = console(sys.stdout)
     for line in headline(state):
@@ -54,18 +54,18 @@ def show_state(state: ClusterState) -> None:
         if worker.memory_pressure in ("warning", "critical"):
             screen.print(printable(f"{worker.name}: memory pressure is {worker.memory_pressure}"), soft_wrap=True)
         if worker.lag_seconds:
-            screen.print(printable(overloaded(worker.name, worker.lag_seconds)), soft_wrap=True)
+            screen.print(printable(describe_overload(worker.name, worker.lag_seconds)), soft_wrap=True)
         if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
-            difference = seconds_in_words(abs(worker.clock_ahead_seconds))
+            difference = format_duration(abs(worker.clock_ahead_seconds))
             direction = "ahead" if worker.clock_ahead_seconds > 0 else "behind"
             screen.print(printable(f"{worker.name}'s clock is {difference} {direction}"), soft_wrap=True)
-        if off := far_off(worker.name, [stage for stage in state.stages if stage.worker == worker.name]):
+        if off := describe_deviation(worker.name, [stage for stage in state.stages if stage.worker == worker.name]):
             screen.print(printable(off), soft_wrap=True)
         if worker.problem:
             screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
 
 
-def overloaded(worker: str, lag_s: float) -> str:
+def describe_overload(worker: str, lag_s: float) -> str:
     """Return a warning that a worker's machine is overloaded, with the remedy."""
     return (
         f"{worker}: the machine is overloaded and responds up to {lag_s:.1f} s late: end other programs on it, or"
@@ -73,7 +73,7 @@ def overloaded(worker: str, lag_s: float) -> str:
     )
 
 
-def far_off(worker: str, held: list[StageState]) -> str:
+def describe_deviation(worker: str, held: list[StageState]) -> str:
     """Return a warning that a worker's step time differs from the prediction, with the remedy, or an empty string."""
     predicted, measured = _step_ms(held)
     if not (predicted and measured) or 1 / FAR_OFF <= measured / predicted <= FAR_OFF:
@@ -86,9 +86,9 @@ def far_off(worker: str, held: list[StageState]) -> str:
 
 def headline(state: ClusterState) -> list[str]:
     """Return the first lines: the state in a sentence, then problems and counts."""
-    from cluster.cli.screen import seconds_in_words
+    from cluster.cli.screen import format_duration
 
-    up = seconds_in_words(state.uptime_seconds)
+    up = format_duration(state.uptime_seconds)
     lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
     if state.problem:
         lines.append(f"problem: {state.problem}")
@@ -99,9 +99,9 @@ def headline(state: ClusterState) -> list[str]:
             f" {state.lag_seconds:.1f} s late: end other programs on it"
         )
     if state.repair:
-        lines.append(repair_in_words(state.repair))
+        lines.append(describe_repair(state.repair))
     if state.move:
-        lines.append(move_in_words(state.move))
+        lines.append(describe_move(state.move))
     if state.model:
         lines.append(
             f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
@@ -114,22 +114,22 @@ def headline(state: ClusterState) -> list[str]:
     return lines
 
 
-def move_in_words(move: Repair) -> str:
+def describe_move(move: Repair) -> str:
     """Describe a planned move of layers: cause, step, elapsed and expected time."""
-    return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_expected_text(move)}"
+    return f"{move.cause}: {move.doing} for {move.since_seconds:.1f} s{_describe_expected(move)}"
 
 
-def _expected_text(repair: Repair) -> str:
+def _describe_expected(repair: Repair) -> str:
     return f", {repair.expected_seconds:.0f} s expected" if repair.expected_seconds else ""
 
 
-def repair_in_words(repair: Repair) -> str:
+def describe_repair(repair: Repair) -> str:
     """Describe a recovery: elapsed and expected time, attempt, step."""
-    expected = _expected_text(repair)
+    expected = _describe_expected(repair)
     return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
 
 
-def _standing_text(worker: WorkerState) -> str:
+def _describe_standing(worker: WorkerState) -> str:
     if worker.standing in ("suspect", "gone"):
         return f"{worker.standing} for {worker.silent_seconds:.0f} s"
     if not worker.reachable:
@@ -143,21 +143,21 @@ def _machine(worker: WorkerState) -> str:
 
 
 def _workers(state: ClusterState) -> Table:
-    from cluster.cli.screen import bytes_in_words, printable, table
+    from cluster.cli.screen import format_bytes, printable, table
 
     columns = ("worker", "machine", "layers", "weights", "memory used", "predicted", "measured", "state")
     shown = table(*columns, right=RIGHT)
     for worker in state.workers:
-        used = f"{bytes_in_words(worker.memory_used)} of {bytes_in_words(worker.memory_limit)}"
+        used = f"{format_bytes(worker.memory_used)} of {format_bytes(worker.memory_limit)}"
         held = [stage for stage in state.stages if stage.worker == worker.name]
         shown.add_row(
             printable(worker.name),
             printable(_machine(worker)),
             ", ".join(str(stage.layers) for stage in held) or "-",
-            bytes_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
+            format_bytes(sum(stage.weight_bytes for stage in held)) if held else "-",
             used if worker.reachable else "-",
             *_decode_ms(held),
-            _standing_text(worker),
+            _describe_standing(worker),
         )
     return shown
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, ask, shell_lines, trusting
+from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, add_authority, fetch_served, shell_lines
 from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
 from integration.daemons import free_port
 
@@ -49,11 +49,11 @@ def test_clients_wait_for_a_long_prompt(name: str, place: str) -> None:
 @pytest.mark.parametrize("name", CLIENTS)
 def test_clients_are_told_the_key_and_whom_to_believe(name: str) -> None:
     served = Served("https://mac-1.local:8080", "faq", 1024, "mpk_mine", "/lab/authority.pem")
-    found = trusting(CLIENTS[name], served)
+    found = add_authority(CLIENTS[name], served)
     assert any("mpk_mine" in value for value in found.environment.values())
     assert not any("mpk_mine" in word for word in found.command), "everybody on this machine sees a command line"
     assert [found.environment[one] for one in AUTHORITIES] == ["/lab/authority.pem"] * 3
-    assert not set(AUTHORITIES) & set(trusting(CLIENTS[name], SERVED).environment)
+    assert not set(AUTHORITIES) & set(add_authority(CLIENTS[name], SERVED).environment)
 
 
 class Health(BaseHTTPRequestHandler):
@@ -81,14 +81,14 @@ def health() -> Iterator[HTTPServer]:
 def test_the_coordinator_is_asked(health: HTTPServer) -> None:
     address = f"127.0.0.1:{health.server_port}"
     health.facts = {"status": "serving", "model": "faq", "context_length": 1024}  # type: ignore[attr-defined]
-    assert ask(address) == Served(f"http://{address}", "faq", 1024)
-    assert ask(f"http://{address}", "mpk_mine").key == "mpk_mine"
+    assert fetch_served(address) == Served(f"http://{address}", "faq", 1024)
+    assert fetch_served(f"http://{address}", "mpk_mine").key == "mpk_mine"
     assert health.keys == [None, "Bearer mpk_mine"]  # type: ignore[attr-defined]
     health.facts = {"status": "serving"}  # type: ignore[attr-defined]
     with pytest.raises(Unauthenticated, match="MACPIPE_API_KEY"):
-        ask(address)
+        fetch_served(address)
     health.facts = {"status": "loading", "message": "a model is being loaded"}  # type: ignore[attr-defined]
     with pytest.raises(MacpipeError, match="being loaded"):
-        ask(address)
+        fetch_served(address)
     with pytest.raises(Unreachable, match="macpipe serve"):
-        ask(f"127.0.0.1:{free_port()}")
+        fetch_served(f"127.0.0.1:{free_port()}")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
-from cluster.cli.screen import bytes_in_words, printable
-from cluster.cli.status import far_off, headline, overloaded, show_state
+from cluster.cli.screen import format_bytes, printable
+from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
 from cluster.core.cluster_state import ClusterState, StageState
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
@@ -97,7 +97,7 @@ def test_a_model_cannot_write_elsewhere_on_the_screen() -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [bytes_in_words(n) for n in (0, 2048, 3 << 20, 3 << 29)] == ["0 B", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
+    assert [format_bytes(n) for n in (0, 2048, 3 << 20, 3 << 29)] == ["0 B", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
 
 
 def test_plain_facts() -> None:
@@ -117,16 +117,16 @@ def a_plan() -> Plan:
 
 def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
     held = StageState(0, "a", LayerRange(0, 4), 1, 1, Route.DIRECT, predicted_ms=51.51)
-    assert far_off("a", [held]) == "", "nothing was measured yet"
-    assert far_off("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
+    assert describe_deviation("a", [held]) == "", "nothing was measured yet"
+    assert describe_deviation("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
     for took in (10.67, 200.0):
-        said = far_off("a", [replace(held, measured_ms=took, expected_ms=51.51)])
+        said = describe_deviation("a", [replace(held, measured_ms=took, expected_ms=51.51)])
         assert said.startswith(f"a: a step takes {took:.2f} ms, predicted 51.51 ms")
         assert "`macpipe worker --profile new`" in said
 
 
 def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
-    said = overloaded("ada", 1.26)
+    said = describe_overload("ada", 1.26)
     assert said.startswith("ada: the machine is overloaded and responds up to 1.3 s late")
     assert "`macpipe drain ada`" in said
     state = ClusterState("c", "1", ServingState.IDLE, uptime_seconds=1.0)
