@@ -13,7 +13,7 @@ from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
-from cluster.client.coordinator_address import coordinator_address
+from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
@@ -43,7 +43,7 @@ class AsyncClient:
     def __init__(
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
-        self.address = coordinator_address(coordinator)
+        self.address = resolve_address(coordinator)
         self._timeout_s = check_timeout_s(timeout_s)
         self._connection = AsyncCoordinatorConnection(self.address, load_trust(cluster))
 
@@ -53,7 +53,7 @@ class AsyncClient:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
-        request = requests.generate_request(prompt, options)
+        request = requests.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
@@ -66,7 +66,7 @@ class AsyncClient:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> AsyncStream:
         """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
-        request = requests.chat_request(messages, options)
+        request = requests.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
@@ -77,13 +77,13 @@ class AsyncClient:
         coroutine, but needs a running event loop. Iterating raises RequestNotFound if the request is unknown or the
         coordinator keeps no journal.
         """
-        request = requests.resume_request(request_id, offset)
+        request = requests.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return AsyncStream(resumed, offset)
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        request = requests.tokenize_request(given, model)
+        request = requests.encode_tokenize(given, model)
         return replies.tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
@@ -92,7 +92,7 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        await self._ask(lambda to: to.inference.Abort, requests.abort_request(request_id))
+        await self._ask(lambda to: to.inference.Abort, requests.encode_abort(request_id))
 
     async def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
@@ -103,12 +103,12 @@ class AsyncClient:
 
         Raise TypeError for an unknown option.
         """
-        request = requests.load_request(model, options)
+        request = requests.encode_load(model, options)
         return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
-        request = requests.plan_request(model, options)
+        request = requests.encode_plan(model, options)
         return replies.plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     async def unload(self) -> None:

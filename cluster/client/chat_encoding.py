@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from cluster.client.options import ChatKeywords, json_text, switch, text
+from cluster.client.options import ChatKeywords, check_bool, check_text, encode_json
 from cluster.core.errors import InvalidRequest
 from cluster.core.request import ChatMessage, Tool, ToolCall
 from cluster.v1 import inference_pb2 as pb
@@ -20,11 +20,11 @@ CHOICES: Final = {
 }
 
 
-def chat_messages(messages: Iterable[Turn]) -> list[pb.ChatMessage]:
+def encode_messages(messages: Iterable[Turn]) -> list[pb.ChatMessage]:
     """Encode messages. Raise InvalidRequest naming the message that cannot be sent."""
     if isinstance(messages, (str, Mapping, ChatMessage)):
         raise InvalidRequest("messages must be a sequence of messages, not a single message", field="messages")
-    return [_encode_message(chat_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
+    return [_encode_message(parse_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
 
 
 def _encode_message(turn: ChatMessage) -> pb.ChatMessage:
@@ -38,7 +38,7 @@ def _encode_message(turn: ChatMessage) -> pb.ChatMessage:
     )
 
 
-def chat_message(given: Turn, field: str = "message") -> ChatMessage:
+def parse_message(given: Turn, field: str = "message") -> ChatMessage:
     """Convert any form of ``Turn`` to a ChatMessage. Raise InvalidRequest naming ``field``.
 
     A mapping may also hold ChatMessage's ``reasoning``, ``tool_calls``, ``tool_call_id`` and ``name``.
@@ -53,8 +53,8 @@ def chat_message(given: Turn, field: str = "message") -> ChatMessage:
         case _:
             raise InvalidRequest(f"{field} must have a role, a content and no unknown keys", field=field)
     return ChatMessage(
-        **{name: text(f"{field}.{name}", getattr(message, name)) for name in ("role", "content", *_TEXTS)},
-        tool_calls=_calls(message.tool_calls, f"{field}.tool_calls"),
+        **{name: check_text(f"{field}.{name}", getattr(message, name)) for name in ("role", "content", *_TEXTS)},
+        tool_calls=_check_calls(message.tool_calls, f"{field}.tool_calls"),
     )
 
 
@@ -62,30 +62,33 @@ _TEXTS: Final = ("reasoning", "tool_call_id", "name")
 _KNOWN: Final = frozenset(("role", "content", *_TEXTS, "tool_calls"))
 
 
-def _calls(given: object, field: str) -> tuple[ToolCall, ...]:
+def _check_calls(given: object, field: str) -> tuple[ToolCall, ...]:
     calls = tuple(given) if isinstance(given, (list, tuple)) else None
     if calls is None or not all(isinstance(call, ToolCall) for call in calls):
         raise InvalidRequest(f"{field} must be a sequence of ToolCall", field=field)
-    return tuple(ToolCall(text(field, call.id), text(field, call.name), text(field, call.arguments)) for call in calls)
+    return tuple(
+        ToolCall(check_text(field, call.id), check_text(field, call.name), check_text(field, call.arguments))
+        for call in calls
+    )
 
 
-def template_options(options: ChatKeywords) -> pb.TemplateOptions:
+def encode_template(options: ChatKeywords) -> pb.TemplateOptions:
     """Encode the ``options`` of the chat template. Raise InvalidRequest naming the field."""
     sent = pb.TemplateOptions(
-        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(options.get("tools") or ())],
-        tool_choice=_choice(text("tool_choice", options.get("tool_choice") or "")),
-        reasoning_effort=text("reasoning_effort", options.get("reasoning_effort") or ""),
+        tools=[_encode_tool(tool, f"tools[{i}]") for i, tool in enumerate(options.get("tools") or ())],
+        tool_choice=_encode_choice(check_text("tool_choice", options.get("tool_choice") or "")),
+        reasoning_effort=check_text("reasoning_effort", options.get("reasoning_effort") or ""),
     )
     if (parallel := options.get("parallel_tool_calls")) is not None:
-        sent.parallel_tool_calls = switch("parallel_tool_calls", parallel)
+        sent.parallel_tool_calls = check_bool("parallel_tool_calls", parallel)
     if (thinking := options.get("enable_thinking")) is not None:
-        sent.enable_thinking = switch("enable_thinking", thinking)
+        sent.enable_thinking = check_bool("enable_thinking", thinking)
     if further := options.get("chat_template_kwargs"):
-        sent.chat_template_kwargs = json_text("chat_template_kwargs", further)
+        sent.chat_template_kwargs = encode_json("chat_template_kwargs", further)
     return sent
 
 
-def _choice(wanted: str) -> pb.ToolChoice:
+def _encode_choice(wanted: str) -> pb.ToolChoice:
     if not wanted:
         return pb.ToolChoice()
     if wanted in CHOICES:
@@ -93,7 +96,7 @@ def _choice(wanted: str) -> pb.ToolChoice:
     return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=wanted)
 
 
-def _tool(given: Tool | Mapping[str, object], field: str) -> pb.Tool:
+def _encode_tool(given: Tool | Mapping[str, object], field: str) -> pb.Tool:
     if isinstance(given, Mapping):
         function = given.get("function", given)
         if not isinstance(function, Mapping) or "name" not in function:
@@ -103,7 +106,7 @@ def _tool(given: Tool | Mapping[str, object], field: str) -> pb.Tool:
     else:
         name, description, parameters = given.name, given.description, given.parameters
     return pb.Tool(
-        name=text(f"{field}.name", name),
-        description=text(f"{field}.description", description),
-        parameters=json_text(f"{field}.parameters", parameters) if parameters else "",
+        name=check_text(f"{field}.name", name),
+        description=check_text(f"{field}.description", description),
+        parameters=encode_json(f"{field}.parameters", parameters) if parameters else "",
     )

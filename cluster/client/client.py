@@ -13,7 +13,7 @@ from cluster.client.calls import Stubs
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.connection import CoordinatorConnection
-from cluster.client.coordinator_address import coordinator_address
+from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_encoding import Prompt
@@ -43,7 +43,7 @@ class Client:
     def __init__(
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
-        self.address = coordinator_address(coordinator)
+        self.address = resolve_address(coordinator)
         self._timeout_s = check_timeout_s(timeout_s)
         self._connection = CoordinatorConnection(self.address, load_trust(cluster))
 
@@ -53,7 +53,7 @@ class Client:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Stream the answer of ``generate`` token by token."""
-        request = requests.generate_request(prompt, options)
+        request = requests.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return Stream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
@@ -66,7 +66,7 @@ class Client:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
         """Stream the answer of ``chat`` token by token."""
-        request = requests.chat_request(messages, options)
+        request = requests.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return Stream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
@@ -76,13 +76,13 @@ class Client:
         ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Iterating
         raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
         """
-        request = requests.resume_request(request_id, offset)
+        request = requests.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return Stream(resumed, offset)
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        request = requests.tokenize_request(given, model)
+        request = requests.encode_tokenize(given, model)
         return replies.tokens(self._ask(lambda to: to.inference.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
@@ -91,7 +91,7 @@ class Client:
 
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        self._ask(lambda to: to.inference.Abort, requests.abort_request(request_id))
+        self._ask(lambda to: to.inference.Abort, requests.encode_abort(request_id))
 
     def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
@@ -102,12 +102,12 @@ class Client:
 
         Raise TypeError for an unknown option.
         """
-        request = requests.load_request(model, options)
+        request = requests.encode_load(model, options)
         return Loading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
-        request = requests.plan_request(model, options)
+        request = requests.encode_plan(model, options)
         return replies.plan(self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     def unload(self) -> None:

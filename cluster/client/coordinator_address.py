@@ -13,7 +13,7 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 7700
 
 
-def coordinator_address(given: str | None = None) -> str:
+def resolve_address(given: str | None = None) -> str:
     """Return the coordinator's ``host:port``. A host without a port gets the default port.
 
     Raise InvalidOption for an invalid address (a URL, a port out of range), naming the option or variable.

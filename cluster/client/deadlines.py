@@ -8,7 +8,7 @@ from typing import Final
 
 import grpc
 
-from cluster.client.options import Options, number
+from cluster.client.options import Options, check_number
 from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MacpipeError
 from cluster.core.limits import CONTROL_TIMEOUT_S, LOAD_STALL_S
@@ -36,7 +36,7 @@ def answer_timeout_s(options: Options, default: float | None) -> float | None:
 
 def check_timeout_s(given: float | None) -> float | None:
     """Return ``given`` if it is None or above 0. Raise InvalidRequest otherwise."""
-    if given is not None and number("timeout_s", given) <= 0:
+    if given is not None and check_number("timeout_s", given) <= 0:
         raise InvalidRequest(f"timeout_s must be above 0, not {given}", field="timeout_s")
     return given
 

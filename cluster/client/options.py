@@ -95,7 +95,7 @@ class LoadOptions(TypedDict, total=False):
     take_back: bool
 
 
-def sampling_options(options: Options) -> pb.SamplingOptions:
+def encode_sampling(options: Options) -> pb.SamplingOptions:
     """Encode the sampling fields of ``options``. Raise InvalidRequest naming the field."""
     values: dict[str, Any] = {
         name: check(name, options[name])  # type: ignore[literal-required]
@@ -105,19 +105,19 @@ def sampling_options(options: Options) -> pb.SamplingOptions:
     return pb.SamplingOptions(**values)
 
 
-def stop_options(options: Options) -> pb.StopOptions:
+def encode_stop(options: Options) -> pb.StopOptions:
     """Encode the stop conditions of ``options``. Raise InvalidRequest naming the field."""
     stop = options.get("stop") or ()
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     bound = options.get("max_tokens")
     return pb.StopOptions(
-        max_tokens=None if bound is None else whole_number("max_tokens", bound),
-        stop=[text("stop", one) for one in strings],
-        ignore_eos=switch("ignore_eos", options.get("ignore_eos") or False),
+        max_tokens=None if bound is None else check_whole_number("max_tokens", bound),
+        stop=[check_text("stop", one) for one in strings],
+        ignore_eos=check_bool("ignore_eos", options.get("ignore_eos") or False),
     )
 
 
-def grammar_option(options: Options) -> pb.Grammar | None:
+def encode_grammar(options: Options) -> pb.Grammar | None:
     """Encode the grammar of ``options``. Raise InvalidRequest naming the field, also if there is more than one."""
     given = [name for name in ("json_schema", "json_object", "regex", "lark") if options.get(name)]
     if not given:
@@ -126,23 +126,23 @@ def grammar_option(options: Options) -> pb.Grammar | None:
         raise InvalidRequest(f"{' and '.join(given)} cannot be combined; give only one of them", field=given[1])
     match given[0]:
         case "json_object":
-            return pb.Grammar(json_object=switch("json_object", options["json_object"]))
+            return pb.Grammar(json_object=check_bool("json_object", options["json_object"]))
         case "json_schema":
-            return pb.Grammar(json_schema=json_text("json_schema", options["json_schema"]))
+            return pb.Grammar(json_schema=encode_json("json_schema", options["json_schema"]))
         case "regex":
-            return pb.Grammar(regex=text("regex", options["regex"]))
+            return pb.Grammar(regex=check_text("regex", options["regex"]))
         case _:
-            return pb.Grammar(lark=text("lark", options["lark"]))
+            return pb.Grammar(lark=check_text("lark", options["lark"]))
 
 
-def json_text(field: str, value: object) -> str:
+def encode_json(field: str, value: object) -> str:
     """Return ``value`` as JSON text. It is a mapping, or already JSON text."""
     if isinstance(value, str):
-        return text(field, value)
+        return check_text(field, value)
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{field} must be a mapping or JSON text, not {type(value).__name__}", field=field)
     try:
-        return text(field, json.dumps(dict(value), allow_nan=False))
+        return check_text(field, json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{field} cannot be written as JSON: {error}", field=field) from error
 
@@ -154,7 +154,7 @@ def check_names(options: Mapping[str, object], known: type = Options) -> None:
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
 
 
-def text(field: str, value: object) -> str:
+def check_text(field: str, value: object) -> str:
     """Return ``value`` if it is a ``str`` without lone surrogates, so that UTF-8 can encode it."""
     if not isinstance(value, str):
         raise InvalidRequest(f"{field} must be text, not {type(value).__name__}", field=field)
@@ -165,7 +165,7 @@ def text(field: str, value: object) -> str:
     return value
 
 
-def whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
+def check_whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
     """Return ``value`` if it is an integer from 0 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{field} must be a whole number, not {value!r}", field=field)
@@ -174,42 +174,42 @@ def whole_number(field: str, value: object, most: int = UINT32_MAX) -> int:
     return value
 
 
-def seed(field: str, value: object) -> int:
+def check_seed(field: str, value: object) -> int:
     """Return ``value`` if it is a seed: an unsigned 64-bit integer."""
-    return whole_number(field, value, UINT64_MAX)
+    return check_whole_number(field, value, UINT64_MAX)
 
 
-def number(field: str, value: object) -> float:
+def check_number(field: str, value: object) -> float:
     """Return ``value`` if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidRequest(f"{field} must be a number, not {value!r}", field=field)
     return float(value)
 
 
-def switch(field: str, value: object) -> bool:
+def check_bool(field: str, value: object) -> bool:
     """Return ``value`` if it is True or False."""
     if not isinstance(value, bool):
         raise InvalidRequest(f"{field} must be True or False, not {value!r}", field=field)
     return value
 
 
-def biases(field: str, value: object) -> dict[int, float]:
+def check_biases(field: str, value: object) -> dict[int, float]:
     """Return ``value`` if it maps token ids to finite numbers."""
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{field} must map token ids to numbers, not {value!r}", field=field)
-    return {whole_number(field, token): number(field, bias) for token, bias in value.items()}
+    return {check_whole_number(field, token): check_number(field, bias) for token, bias in value.items()}
 
 
 SAMPLING_FIELDS: Final[Mapping[str, Callable[[str, object], Any]]] = {
-    "temperature": number,
-    "top_p": number,
-    "top_k": whole_number,
-    "min_p": number,
-    "repetition_penalty": number,
-    "presence_penalty": number,
-    "frequency_penalty": number,
-    "logit_bias": biases,
-    "seed": seed,
-    "logprobs": switch,
-    "top_logprobs": whole_number,
+    "temperature": check_number,
+    "top_p": check_number,
+    "top_k": check_whole_number,
+    "min_p": check_number,
+    "repetition_penalty": check_number,
+    "presence_penalty": check_number,
+    "frequency_penalty": check_number,
+    "logit_bias": check_biases,
+    "seed": check_seed,
+    "logprobs": check_bool,
+    "top_logprobs": check_whole_number,
 }

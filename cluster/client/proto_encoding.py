@@ -7,18 +7,18 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from cluster.client.chat_encoding import Turn, chat_messages, template_options
+from cluster.client.chat_encoding import Turn, encode_messages, encode_template
 from cluster.client.options import (
     ChatKeywords,
     LoadOptions,
     Options,
     check_names,
-    grammar_option,
-    number,
-    sampling_options,
-    stop_options,
-    text,
-    whole_number,
+    check_number,
+    check_text,
+    check_whole_number,
+    encode_grammar,
+    encode_sampling,
+    encode_stop,
 )
 from cluster.codec.plan import OBJECTIVES, ROUTES
 from cluster.core.errors import InvalidRequest
@@ -32,75 +32,75 @@ Prompt = str | Sequence[int]
 M = TypeVar("M", bound=Message)
 
 
-def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
+def encode_generate(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
     """Encode ``generate``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options)
     request = inference_pb2.GenerateRequest(
-        request_id=text("request_id", options.get("request_id") or ""),
-        model=text("model", options.get("model") or ""),
-        sampling=sampling_options(options),
-        stop=stop_options(options),
-        priority=whole_number("priority", options.get("priority") or 0),
-        samples=whole_number("samples", options.get("samples") or 0),
+        request_id=check_text("request_id", options.get("request_id") or ""),
+        model=check_text("model", options.get("model") or ""),
+        sampling=encode_sampling(options),
+        stop=encode_stop(options),
+        priority=check_whole_number("priority", options.get("priority") or 0),
+        samples=check_whole_number("samples", options.get("samples") or 0),
         stage_timings=bool(options.get("stage_timings")),
-        grammar=grammar_option(options),
+        grammar=encode_grammar(options),
     )
     if isinstance(prompt, str):
-        request.text = text("prompt", prompt)
+        request.text = check_text("prompt", prompt)
     else:
         request.tokens.ids.extend(_token_ids(prompt))
         request.tokens.SetInParent()
     return _check_size(request, "prompt")
 
 
-def chat_request(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb2.ChatRequest:
+def encode_chat(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb2.ChatRequest:
     """Encode ``chat``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options, ChatKeywords)
     request = inference_pb2.ChatRequest(
-        request_id=text("request_id", options.get("request_id") or ""),
-        model=text("model", options.get("model") or ""),
-        messages=chat_messages(messages),
-        sampling=sampling_options(options),
-        stop=stop_options(options),
-        priority=whole_number("priority", options.get("priority") or 0),
-        samples=whole_number("samples", options.get("samples") or 0),
+        request_id=check_text("request_id", options.get("request_id") or ""),
+        model=check_text("model", options.get("model") or ""),
+        messages=encode_messages(messages),
+        sampling=encode_sampling(options),
+        stop=encode_stop(options),
+        priority=check_whole_number("priority", options.get("priority") or 0),
+        samples=check_whole_number("samples", options.get("samples") or 0),
         stage_timings=bool(options.get("stage_timings")),
-        grammar=grammar_option(options),
-        template=template_options(options),
+        grammar=encode_grammar(options),
+        template=encode_template(options),
     )
     return _check_size(request, "messages")
 
 
-def tokenize_request(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:
+def encode_tokenize(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:
     """Encode ``tokenize``: a text, or messages to which the chat template is applied."""
-    request = inference_pb2.TokenizeRequest(model=text("model", model))
+    request = inference_pb2.TokenizeRequest(model=check_text("model", model))
     if isinstance(given, str):
-        request.text = text("text", given)
+        request.text = check_text("text", given)
     else:
-        request.messages.extend(chat_messages(given))
+        request.messages.extend(encode_messages(given))
     return _check_size(request, "text" if isinstance(given, str) else "messages")
 
 
-def load_request(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
+def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
     """Encode ``load``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options, LoadOptions)
     return cluster_pb2.LoadModelRequest(
-        model=text("model", model),
-        layers=text("layers", options.get("layers") or ""),
+        model=check_text("model", model),
+        layers=check_text("layers", options.get("layers") or ""),
         route=ROUTES[_route(options.get("route") or Route.DIRECT)],
-        max_step_ms=number("max_step_ms", options.get("max_step_ms") or 0.0),
-        workers=whole_number("workers", options.get("workers") or 0),
-        max_context=whole_number("max_context", options.get("max_context") or 0),
-        lanes=whole_number("lanes", options.get("lanes") or 0),
-        kv_bits=whole_number("kv_bits", options.get("kv_bits") or 0),
+        max_step_ms=check_number("max_step_ms", options.get("max_step_ms") or 0.0),
+        workers=check_whole_number("workers", options.get("workers") or 0),
+        max_context=check_whole_number("max_context", options.get("max_context") or 0),
+        lanes=check_whole_number("lanes", options.get("lanes") or 0),
+        kv_bits=check_whole_number("kv_bits", options.get("kv_bits") or 0),
         take_back=bool(options.get("take_back")),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
     )
 
 
-def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
-    """Encode ``plan``, which has no ``max_step_ms``. Raise as ``load_request`` does."""
-    load = load_request(model, options)
+def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
+    """Encode ``plan``, which has no ``max_step_ms``. Raise as ``encode_load`` does."""
+    load = encode_load(model, options)
     return cluster_pb2.PlanRequest(
         model=load.model,
         workers=load.workers,
@@ -113,25 +113,25 @@ def plan_request(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
     )
 
 
-def resume_request(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
+def encode_resume(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:
     """Encode ``resume``. Raise InvalidRequest naming a field that cannot be sent."""
-    name = text("request_id", request_id)
+    name = check_text("request_id", request_id)
     if isinstance(offset, Sequence) and not offset:
         raise InvalidRequest("offset is empty; give one number, or one per sample", field="offset")
     if isinstance(offset, Sequence):
-        return inference_pb2.ResumeRequest(request_id=name, offsets=[whole_number("offset", n) for n in offset])
-    return inference_pb2.ResumeRequest(request_id=name, offset=whole_number("offset", offset))
+        return inference_pb2.ResumeRequest(request_id=name, offsets=[check_whole_number("offset", n) for n in offset])
+    return inference_pb2.ResumeRequest(request_id=name, offset=check_whole_number("offset", offset))
 
 
-def abort_request(request_id: str) -> inference_pb2.AbortRequest:
+def encode_abort(request_id: str) -> inference_pb2.AbortRequest:
     """Encode ``abort``. Raise InvalidRequest for an id that cannot be sent."""
-    return inference_pb2.AbortRequest(request_id=text("request_id", request_id))
+    return inference_pb2.AbortRequest(request_id=check_text("request_id", request_id))
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
         raise InvalidRequest(f"prompt must be text or token ids, not {type(prompt).__name__}", field="prompt")
-    return [whole_number("prompt", token) for token in prompt]
+    return [check_whole_number("prompt", token) for token in prompt]
 
 
 def _route(given: Route | str) -> Route:
