@@ -13,15 +13,14 @@ from cluster.client.async_calls import AsyncStreamCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
-from cluster.client.transcript import Transcribed
-from cluster.core.cluster_state import ClusterState
+from cluster.client.transcript import PartialAnswer
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
 AnswerCall = AsyncStreamCall[inference_pb2.GenerateResponse] | AsyncStreamCall[inference_pb2.ChatResponse]
 
 
-class AsyncStream(Transcribed):
+class AsyncStream(PartialAnswer):
     """An answer in progress: iterate over it with ``async for`` to get its tokens.
 
     Leaving the ``async with`` block early cancels the call, down to the workers. Leaving the loop early does the same

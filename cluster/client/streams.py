@@ -14,15 +14,14 @@ from cluster.client.calls import StreamCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
-from cluster.client.transcript import Transcribed
-from cluster.core.cluster_state import ClusterState
+from cluster.client.transcript import PartialAnswer
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
 AnswerCall = StreamCall[inference_pb2.GenerateResponse] | StreamCall[inference_pb2.ChatResponse]
 
 
-class Stream(Transcribed):
+class Stream(PartialAnswer):
     """An answer in progress: iterate over it to get its tokens.
 
     Leaving the loop or the ``with`` block early cancels the call, down to the workers. Iterating raises the

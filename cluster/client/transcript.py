@@ -163,7 +163,7 @@ def _protocol_error(what: str) -> MacpipeError:
     return MacpipeError(f"protocol error from the coordinator: {what}")
 
 
-class Transcribed:
+class PartialAnswer:
     """Properties of a partial answer, shared by both clients' streams."""
 
     def __init__(self, offset: int | Sequence[int] = 0) -> None:
