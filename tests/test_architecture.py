@@ -163,13 +163,27 @@ def test_the_client_starts_without_mlx() -> None:
     assert loaded & HEAVY == set()
 
 
+def test_core_needs_neither_grpc_nor_a_library_of_models() -> None:
+    modules = [f"cluster.core.{path.stem}" for path in sorted((ROOT / "cluster" / "core").glob("*.py"))]
+    program = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
+    program += "import cluster\nprint(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, timeout=50, check=True, capture_output=True, text=True
+    )
+    assert not set(run.stdout.split()) & (HEAVY | {"grpc", "google"})
+
+
 def test_the_package_hands_out_the_clients_and_loads_them_only_then() -> None:
-    assert not loaded_by("cluster.core.request") & (HEAVY | {"grpc"})
-    program = "import sys, cluster; from cluster import AsyncClient, Client; import cluster.client as c; "
-    program += "assert (cluster.Client, AsyncClient) == (c.Client, c.AsyncClient); assert 'mlx' not in sys.modules"
+    program = "import sys, cluster; assert 'grpc' not in sys.modules; from cluster import AsyncClient, Client; "
+    program += "import cluster.client as c; assert (cluster.Client, AsyncClient) == (c.Client, c.AsyncClient); "
+    program += f"assert 'grpc' in sys.modules; assert not {HEAVY} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=50, check=True)
     with pytest.raises(AttributeError, match="no attribute 'Server'"):
         _ = cluster.Server
+
+
+def test_type_checkers_of_users_read_the_package() -> None:
+    assert (ROOT / "cluster" / "py.typed").is_file()
 
 
 def test_help_starts_without_mlx() -> None:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from parties import Lead
 DAY_S = 86_400.0
 LEAF_S = 90 * DAY_S
 AMY = "a1" * 8
-ENDS_S = 3.0
+ENDS_S = 4.0
 
 
 class Amy:
@@ -52,7 +53,7 @@ class Amy:
 
 @pytest.fixture
 def amy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Amy:
-    """A client whose certificate ends in three seconds, and is due."""
+    """A client whose certificate ends in four seconds, and is due."""
     monkeypatch.setenv("MACPIPE_HOME", str(tmp_path / "amy"))
     lead = Lead.make(tmp_path / "lead")
     lead.admit_coordinator()
@@ -175,6 +176,30 @@ def test_closing_ends_the_calls_on_every_connection(amy: Amy, coordinator: Coord
     with pytest.raises(MacpipeError):
         list(stream)
     assert coordinator.script.cancelled.wait(5)
+
+
+def test_threads_share_a_client_while_its_certificate_changes(amy: Amy, coordinator: Coordinator) -> None:
+    done = threading.Event()
+
+    def call(client: Client) -> int:
+        calls = 0
+        while not done.is_set():
+            assert client.models()
+            calls += 1
+        return calls
+
+    with Client(coordinator.address) as client, ThreadPoolExecutor(4) as pool:
+        calling = [pool.submit(call, client) for _ in range(4)]
+        try:
+            for _ in range(5):
+                renewal = amy.lead.trust(Role.CLIENT, home=amy.home).renewal
+                renewal.install(amy.certify(renewal.request()))
+                seen = len(coordinator.script.seen)
+                until(lambda seen=seen: len(coordinator.script.seen) > seen + 8 or any(one.done() for one in calling))
+        finally:
+            done.set()
+        assert all(one.result() for one in calling)
+    assert len(set(coordinator.script.peers)) >= 5
 
 
 class Certificate:
