@@ -1,46 +1,16 @@
-"""Checks the bounds of a conversation, then renders and tokenizes it. Used by gRPC and HTTP alike."""
+"""Checks the bounds of a conversation and of its options. Used by gRPC and HTTP alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import anyio
-
 from cluster.api.bounds import MAX_TOOLS_CHARS
 from cluster.api.elements import ElementCounter
-from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_TEMPLATE_CHARS, MAX_TOOL_NAME_CHARS, MAX_TOOLS
-from cluster.core.request import ChatMessage, ChatOptions, Grammar
-from cluster.sandbox.tokenizer import Tokenized
+from cluster.core.request import ChatMessage, ChatOptions
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
-
-
-async def prepare_chat(
-    messages: Sequence[ChatMessage],
-    options: ChatOptions,
-    grammar: Grammar | None,
-    checkpoint: ModelInfo,
-    max_tokens: int,
-    *,
-    texts: bool = False,
-) -> Tokenized:
-    """Render and tokenize a conversation with the model's chat template.
-
-    ``grammar`` constrains the content of the answer; None leaves it free. ``texts`` adds the text of each token.
-
-    Raises ``InvalidRequest``, naming the field, for a broken bound, an unknown role, an option that the model's
-    template does not support, a tool choice that names a missing tool, and a grammar together with required tools.
-    """
-    # The time grows with the size of the request: too long for the event loop.
-    await anyio.to_thread.run_sync(_check, messages, options)
-    return await checkpoint.text.converse(messages, options, grammar, max_tokens, texts=texts)
-
-
-def _check(messages: Sequence[ChatMessage], options: ChatOptions) -> None:
-    check_messages(messages)
-    check_options(options)
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:

@@ -6,9 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import anyio
-
-from cluster.api.chat_preparation import prepare_chat
+from cluster.api.chat_preparation import check_messages, check_options
 from cluster.api.grpc.proto_decoding import grammar, messages, template_options
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo
@@ -21,8 +19,9 @@ from cluster.core.limits import (
     MAX_SAMPLES,
     MAX_TOLD_TOKENS,
 )
-from cluster.core.request import Grammar, Parsing, Request
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Request
 from cluster.sandbox.tokenizer import Tokenized
+from cluster.transport.parsing_thread import PARSING
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -43,7 +42,7 @@ class Caller:
 async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
     """Build the request for a prompt. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if message.WhichOneof("prompt") == "tokens":
-        prompt = await anyio.to_thread.run_sync(_check_ids, message.tokens.ids, checkpoint)
+        prompt = await PARSING.run(message.ByteSize(), _check_ids, message.tokens.ids, checkpoint)
     else:
         tokenized = await encode_text(message.text, checkpoint, checkpoint.shape.max_context)
         prompt = _check_length(tokenized, checkpoint)
@@ -54,13 +53,22 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, c
 
 async def chat_request(message: pb.ChatRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
     """Build the request for a conversation. Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    conversation = messages(message.messages)
     answer_grammar = grammar(message.grammar)
-    options = template_options(message.template)
-    tokenized = await prepare_chat(conversation, options, answer_grammar, checkpoint, checkpoint.shape.max_context)
+    conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message)
+    context = checkpoint.shape.max_context
+    tokenized = await checkpoint.text.converse(conversation, options, answer_grammar, context)
     prompt = _check_length(tokenized, checkpoint)
     request = _request(message, prompt, tokenized.grammar, checkpoint, caller)
     return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
+
+
+def read_conversation(message: pb.ChatRequest | pb.TokenizeRequest) -> tuple[tuple[ChatMessage, ...], ChatOptions]:
+    """Decode and check a conversation and its options. Raises ``InvalidRequest`` or ``TooLarge``."""
+    conversation = messages(message.messages)
+    options = template_options(message.template)
+    check_messages(conversation)
+    check_options(options)
+    return conversation, options
 
 
 async def encode_text(text: str, checkpoint: ModelInfo, max_tokens: int, *, texts: bool = False) -> Tokenized:
@@ -90,9 +98,8 @@ async def _tokenize(message: pb.TokenizeRequest, checkpoint: ModelInfo, max_toke
     if message.messages and message.text:
         raise InvalidRequest("both text and messages were given; send one of them", field="messages")
     if message.messages:
-        conversation = messages(message.messages)
-        options = template_options(message.template)
-        return await prepare_chat(conversation, options, None, checkpoint, max_tokens, texts=texts)
+        conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message)
+        return await checkpoint.text.converse(conversation, options, None, max_tokens, texts=texts)
     return await encode_text(message.text, checkpoint, max_tokens, texts=texts)
 
 

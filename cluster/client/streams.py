@@ -15,6 +15,7 @@ from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_err
 from cluster.client.proto_decoding import load_event
 from cluster.client.results import Completion, Prompt, Token
 from cluster.client.transcript import PartialAnswer
+from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 

@@ -82,6 +82,12 @@ MAX_INTAKE_BYTES: Final = 96 * MIB
 FREE_BODY_BYTES: Final = 64 * KIB
 """The start of each body is not charged, so that ordinary requests pass while large ones fill the budget; with
 ``MAX_CONNECTIONS`` of them that is 128 MiB."""
+SMALL_REQUEST_BYTES: Final = 8 * KIB
+"""A request or a piece of one up to this is counted, parsed and checked on the event loop: a millisecond or two. With
+more, 300 at once would keep the loop from taking up further calls, which gRPC cancels after 30 s."""
+MAX_PARSING_WAITING: Final = 256
+"""Requests that wait for the thread that parses; one more is refused with RESOURCE_EXHAUSTED. Each takes
+10 to 50 ms."""
 MAX_PROMPT_IDS: Final = MIB
 """A prompt that is given as token ids."""
 MAX_FIELDS: Final = 32 * KIB

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-import anyio
 import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 from grpc import aio
 
 from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
-from cluster.core.limits import KIB, MAX_FIELDS, MAX_PROMPT_IDS
+from cluster.core.limits import MAX_FIELDS, MAX_PROMPT_IDS
 from cluster.transport.byte_budget import ByteBudget
+from cluster.transport.parsing_thread import PARSING
 from cluster.transport.rich_errors import abort
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -33,8 +33,6 @@ _SIZES: Final = {1: 8, 3: 0, 4: 0, 5: 4}
 """Bytes of a value by its type on the wire; a group's ends have none, and its fields are counted like others."""
 _CONTINUED: Final = bytes(range(128, 256))
 """Bytes of a varint that another one follows."""
-_LONG_BYTES: Final = 64 * KIB
-"""A message up to this is counted and parsed in a millisecond or two, right on the event loop."""
 _NONE: Final[Mapping[str, int]] = MappingProxyType({})
 
 
@@ -113,8 +111,7 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
     """Intercepts ``services``: charges a request to ``bodies`` until it ends, bounds its fields, then parses it.
 
     ``client`` names who calls, as ``Charge`` takes it. ``most_fields`` says for some messages, by full name, that they
-    may have more than MAX_FIELDS. Long messages are counted and parsed on a thread, one at a time: 16 that come at once
-    would keep the event loop for 0.3 s.
+    may have more than MAX_FIELDS. All but small messages are counted and parsed in the thread for it.
     """
 
     def __init__(
@@ -126,7 +123,6 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
     ) -> None:
         self._requests = {f"/{s.full_name}/{m.name}": m.input_type for s in services for m in s.methods}
         self._bodies, self._client, self._most_fields = bodies, client, most_fields
-        self._counting = anyio.CapacityLimiter(1)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
@@ -145,9 +141,7 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
 
     async def _parsed(self, message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
         most = self._most_fields.get(message.full_name, MAX_FIELDS)
-        if len(data) <= _LONG_BYTES:
-            return _parse(message, deserialize, most, data)
-        return await anyio.to_thread.run_sync(_parse, message, deserialize, most, data, limiter=self._counting)
+        return await PARSING.run(len(data), _parse, message, deserialize, most, data)
 
     def _streaming(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
         async def bounded(data: bytes, context: Context) -> AsyncIterator[Any]:

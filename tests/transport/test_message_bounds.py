@@ -18,13 +18,23 @@ from cluster.api import bounds
 from cluster.api.chat_preparation import check_messages
 from cluster.api.daemon import DESCRIPTORS
 from cluster.api.grpc.proto_decoding import messages, template_options
-from cluster.core.errors import InvalidRequest, TooLarge
-from cluster.core.limits import FREE_BODY_BYTES, MAX_FIELDS, MAX_MESSAGES, MAX_PROMPT_IDS, MAX_STAGE_FIELDS, MAX_TOOLS
+from cluster.core.errors import Busy, InvalidRequest, TooLarge
+from cluster.core.limits import (
+    FREE_BODY_BYTES,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PROMPT_IDS,
+    MAX_STAGE_FIELDS,
+    MAX_TOOLS,
+    RETRY_AFTER_S,
+)
 from cluster.core.request import ChatMessage, ToolCall
 from cluster.security.credentials import LocalTrust
+from cluster.transport import message_bounds
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.grpc_setup import CONTROL_OPTIONS, bind, control_server
 from cluster.transport.message_bounds import MessageBounds, count_fields
+from cluster.transport.parsing_thread import ParsingThread
 from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import store_pb2 as store
@@ -203,6 +213,32 @@ async def test_bytes_are_charged_until_the_call_ends_also_where_it_is_cancelled(
         echo.go_on.set()
         assert [r.prompt.prompt_tokens async for r in stub.Generate(pb.GenerateRequest(text="a" * size))] == [size]
         await _until(lambda: echo.bodies.held == 0)
+
+
+@pytest.mark.anyio
+async def test_of_many_long_requests_at_once_none_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is taken, or refused with the time to come back."""
+    monkeypatch.setattr(message_bounds, "PARSING", ParsingThread(waiting=4))
+    chat = pb.TokenizeRequest(messages=[pb.ChatMessage(role="user", content="hi")] * MAX_MESSAGES)
+    outcomes: list[float | None] = []
+
+    async with served() as (echo, stub, _):
+
+        async def ask() -> None:
+            try:
+                await stub.Tokenize(chat)
+                outcomes.append(0.0)
+            except grpc.RpcError as caught:
+                error = from_rpc_error(caught, "")
+                assert isinstance(error, Busy), error
+                outcomes.append(error.retry_after_s)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(40):
+                tasks.create_task(ask())
+        assert echo.bodies.held == 0
+    assert len(outcomes) == 40
+    assert set(outcomes) == {0.0, RETRY_AFTER_S}
 
 
 class Members(WorkerServiceServicer, StoreServiceServicer):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-import anyio
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,16 +24,14 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.api.elements import ElementCounter
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
-from cluster.core.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
+from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
 from cluster.transport.byte_budget import Charge
+from cluster.transport.parsing_thread import PARSING
 
-LARGE: Final = 64 * KIB
-"""Bytes above which a body is parsed and translated in a thread, one at a time; the largest takes 0.1 s in total."""
 CHARGE: Final = "macpipe.charge"
 """Key in the ASGI scope: the ``Charge`` of the request's body."""
 MAX_FIELD_CHARS: Final = 256
 """Characters of a field name in an error; its parts may be names that the client chose."""
-_parsing: Final = anyio.CapacityLimiter(1)
 
 
 class Form(BaseModel):
@@ -112,15 +109,13 @@ async def read(request: Request, form: type[F]) -> F:
     Raises ``InvalidRequest``, ``TooLarge``, ``Busy``, ``DeadlineExceeded``, or ``Aborted`` if the client disconnects.
     """
     body = await _receive_body(request, ElementCounter(form.most_commas))
-    if len(body) > LARGE:
-        return await anyio.to_thread.run_sync(_parse, body, form, limiter=_parsing)
-    return _parse(body, form)
+    return await PARSING.run(len(body), _parse, body, form)
 
 
 async def build(request: Request, make: Callable[[], T]) -> T:
-    """Return ``make()``, which translates the request's form; in a thread if the body was large."""
+    """Return ``make()``, which translates the request's form; in a thread if the body was large. Raises ``Busy``."""
     charge: Charge = request.scope[CHARGE]
-    return await anyio.to_thread.run_sync(make, limiter=_parsing) if charge.size > LARGE else make()
+    return await PARSING.run(charge.size, make)
 
 
 async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:
@@ -137,7 +132,7 @@ async def _receive_body(request: Request, elements: ElementCounter) -> bytearray
                 if len(body) + len(part) > MAX_BODY_BYTES:
                     raise _too_large()
                 charge.add(len(part))
-                elements.feed(part)
+                await PARSING.run(len(part), elements.feed, part)
                 body += part
     except TimeoutError:
         raise DeadlineExceeded(f"the request's body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None

@@ -9,7 +9,6 @@ from pathlib import Path
 import anyio
 
 from cluster.api import request_validation
-from cluster.api.chat_preparation import prepare_chat
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_PROMPT_CHARS, MAX_SMALL_FILE_BYTES, MIB
@@ -53,7 +52,7 @@ def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], 
                 await text.open()
                 tokenizer = await anyio.to_thread.run_sync(load_tokenizer, folder)
                 checkpoint = ModelInfo(known.shape, tokenizer, known.tensors, known.found, text)
-                said = await prepare_chat(CHAT, ChatOptions(), None, checkpoint, LONG_CONTEXT)
+                said = await checkpoint.text.converse(CHAT, ChatOptions(), None, LONG_CONTEXT)
             except MacpipeError as e:
                 return outcome_of(e)
             return TAKEN if said.count <= LONG_CONTEXT else "!! a prompt beyond every bound"
