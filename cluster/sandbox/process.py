@@ -91,7 +91,7 @@ class SandboxProcess:
         time within its wall time, and ``BadFrame`` if it is too large to send. ``alive`` tells afterwards whether the
         process can still be used.
         """
-        message = pack_job(job)
+        message = await anyio.to_thread.run_sync(pack_job, job)  # 50 ms for the longest conversations
         watch = asyncio.create_task(self._watch_memory(job))
         try:
             async with asyncio.timeout(job.limits.wall_s):
