@@ -67,7 +67,7 @@ def _entry(path: str) -> Entry:
 
     async def take(body: bytes) -> str:
         told: list[dict[str, Any]] = []
-        sent = iter([body[at : at + PIECE] for at in range(0, len(body), PIECE)] or [b""])
+        sent = (body[at : at + PIECE] for at in range(0, max(1, len(body)), PIECE))  # each is cut when it is read
         left = max(1, -(-len(body) // PIECE))
 
         async def receive() -> dict[str, Any]:

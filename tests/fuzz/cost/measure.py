@@ -133,6 +133,7 @@ def _bound() -> None:
 
 async def _measured(work: Work, copies: int, warm: Warm | None, say: Callable[[bytes], object]) -> dict[str, object]:
     outcome = await warm() if warm else ""
+    gc.freeze()  # as the coordinator does once it serves
     say(_READY)
     return asdict(Cost(0.0, 0.0, 0.0, outcome) if outcome else await measured_here(work, copies))
 
