@@ -1,1 +1,1 @@
-"""The types, errors and limits that every room shares. Depends on the standard library alone."""
+"""Types, errors and limits that all packages share. Depends on the standard library alone."""

@@ -1,7 +1,7 @@
-"""One exception tree. Each error knows its sentence, its machine-readable reason, its gRPC and its HTTP status.
+"""The exception hierarchy. Each error has a sentence, a machine-readable reason, a gRPC status and an HTTP status.
 
-The sentence names the cause and the way out; it is what a person sees, on every surface. Codes are plain strings and
-numbers, so this module imports nothing. ``cluster.transport.rich_errors`` converts them to rich gRPC errors and back.
+The sentence says what failed, why and what to do; people see it on every surface. Codes are plain strings and numbers,
+so this module imports nothing. ``cluster.transport.rich_errors`` converts them to rich gRPC errors and back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 
 class MacpipeError(Exception):
-    """The root. ``details`` are short facts for machines (a worker's name, bytes missing), never text of a prompt."""
+    """Base of all errors. ``details`` are short facts for machines (a worker's name, bytes missing), never prompts."""
 
     reason: ClassVar[str] = "INTERNAL"
     grpc_status: ClassVar[str] = "INTERNAL"
@@ -25,13 +25,13 @@ class MacpipeError(Exception):
 
     @staticmethod
     def of(reason: str, sentence: str, worker: str = "") -> MacpipeError:
-        """The error with that ``reason``, the root where there is none: how an error crosses a process's border."""
+        """Return the error with that ``reason``, a MacpipeError if unknown. Recreates an error of another process."""
         kind = MacpipeError.kind(reason) or MacpipeError
         return kind(sentence, worker=worker) if worker else kind(sentence)
 
     @classmethod
     def kind(cls, reason: str) -> type[MacpipeError] | None:
-        """The class of this tree with that ``reason``; None where there is none."""
+        """Return the subclass with that ``reason``; None if there is none."""
         if cls.reason == reason:
             return cls
         return next((found for child in cls.__subclasses__() if (found := child.kind(reason))), None)
@@ -44,25 +44,25 @@ class InvalidRequest(MacpipeError):
 
 
 class PromptTooLong(InvalidRequest):
-    """Prompt and answer together do not fit the context that this cluster promises."""
+    """Prompt and answer together exceed the context that this cluster serves."""
 
     reason = "PROMPT_TOO_LONG"
 
 
 class TooLarge(InvalidRequest):
-    """A request's body is longer than we take."""
+    """A request's body is too long."""
 
     reason, grpc_status, http_status = "TOO_LARGE", "RESOURCE_EXHAUSTED", 413
 
 
 class Forbidden(MacpipeError):
-    """A web page of another site asks, or one that pretends to be this machine."""
+    """A web page of another site called the API, or a host that pretends to be this machine."""
 
     reason, grpc_status, http_status = "FORBIDDEN", "PERMISSION_DENIED", 403
 
 
 class Unauthenticated(MacpipeError):
-    """Who asks has not shown who it is: no certificate of this cluster, or none that says anything."""
+    """The caller did not authenticate: it has no certificate of this cluster, or an unusable one."""
 
     reason, grpc_status, http_status = "UNAUTHENTICATED", "UNAUTHENTICATED", 401
 
@@ -74,25 +74,25 @@ class TokenRefused(MacpipeError):
 
 
 class NoCluster(MacpipeError):
-    """Here is no cluster of that name, or not the machine that leads it."""
+    """There is no cluster of that name on this machine, or the machine does not lead it."""
 
     reason, grpc_status, http_status = "NO_CLUSTER", "FAILED_PRECONDITION", 503
 
 
 class ClusterDamaged(MacpipeError):
-    """A file of a cluster's folder cannot be read, or is not what it was written as; the sentence names it."""
+    """A file of a cluster's folder cannot be read or is damaged; the sentence names it."""
 
     reason, grpc_status, http_status = "CLUSTER_DAMAGED", "FAILED_PRECONDITION", 503
 
 
 class ForeignAuthority(MacpipeError):
-    """Who answers is of another cluster than the one that was asked for."""
+    """The peer belongs to another cluster than the expected one."""
 
     reason, grpc_status, http_status = "FOREIGN_AUTHORITY", "UNAUTHENTICATED", 401
 
 
 class ClockWrong(MacpipeError):
-    """A certificate is not valid at this time: somebody's clock is wrong, or it was not renewed."""
+    """A certificate is not valid now: a clock is wrong, or the certificate was not renewed."""
 
     reason, grpc_status, http_status = "CLOCK_WRONG", "FAILED_PRECONDITION", 503
 
@@ -104,43 +104,43 @@ class MemberNotFound(MacpipeError):
 
 
 class InvalidGrammar(InvalidRequest):
-    """What an answer is asked to be cannot be enforced; the sentence has the compiler's reason."""
+    """The requested form of an answer cannot be enforced; the sentence has the compiler's reason."""
 
     reason = "INVALID_GRAMMAR"
 
 
 class InvalidOption(MacpipeError):
-    """A command-line option makes no sense here; the command exits with 2."""
+    """A command-line option is invalid here; the command exits with 2."""
 
     reason, grpc_status, http_status = "INVALID_OPTION", "INVALID_ARGUMENT", 400
 
 
 class ModelNotFound(MacpipeError):
-    """No such model folder, or no such model is being served."""
+    """There is no such model folder, or no such model is served."""
 
     reason, grpc_status, http_status = "MODEL_NOT_FOUND", "NOT_FOUND", 404
 
 
 class BadCheckpoint(MacpipeError):
-    """The folder is there, but it is not a checkpoint that can be served (pickle files, damaged headers)."""
+    """The folder exists but is not a checkpoint that can be served (pickle files, damaged headers)."""
 
     reason, grpc_status, http_status = "BAD_CHECKPOINT", "FAILED_PRECONDITION", 400
 
 
 class ModelUnsupported(MacpipeError):
-    """The architecture is unknown to mlx-lm, or cannot be sliced (looped models)."""
+    """mlx-lm does not know the architecture, or it cannot be sliced (looped models)."""
 
     reason, grpc_status, http_status = "MODEL_UNSUPPORTED", "FAILED_PRECONDITION", 400
 
 
 class ModelDiffers(MacpipeError):
-    """A worker's copy of the model is not the coordinator's."""
+    """A worker's copy of the model differs from the coordinator's."""
 
     reason, grpc_status, http_status = "MODEL_DIFFERS", "FAILED_PRECONDITION", 503
 
 
 class ModelForbidden(MacpipeError):
-    """The hub does not give this model to this account: it is gated or private, or the token is wrong."""
+    """The hub denies this account the model: it is gated or private, or the token is wrong."""
 
     reason, grpc_status, http_status = "MODEL_FORBIDDEN", "PERMISSION_DENIED", 403
 
@@ -152,25 +152,25 @@ class HubUnreachable(MacpipeError):
 
 
 class HubOffline(HubUnreachable):
-    """Offline mode forbids to ask the hub."""
+    """Offline mode forbids requests to the hub."""
 
     reason, grpc_status = "HUB_OFFLINE", "FAILED_PRECONDITION"
 
 
 class FetchFailed(MacpipeError):
-    """Bytes of a model could be had from nobody, or only damaged ones."""
+    """No source had a model's bytes, or only damaged ones."""
 
     reason, grpc_status, http_status = "FETCH_FAILED", "DATA_LOSS", 502
 
 
 class DiskFull(MacpipeError):
-    """A disk does not take what has to be written: it is full, over its quota, or fails. The sentence says which."""
+    """A disk rejects a write: it is full, over its quota, or fails. The sentence says which."""
 
     reason, grpc_status, http_status = "DISK_FULL", "RESOURCE_EXHAUSTED", 507
 
 
 class NoPlan(MacpipeError):
-    """The layers cannot be laid over these workers as asked."""
+    """The layers cannot be placed on these workers as requested."""
 
     reason, grpc_status, http_status = "NO_PLAN", "FAILED_PRECONDITION", 503
 
@@ -182,19 +182,19 @@ class DoesNotFit(NoPlan):
 
 
 class NoWorkers(MacpipeError):
-    """Fewer workers answered than were asked for."""
+    """Fewer workers answered than were requested."""
 
     reason, grpc_status, http_status = "NO_WORKERS", "UNAVAILABLE", 503
 
 
 class DuplicateName(MacpipeError):
-    """Two workers of one cluster carry one name."""
+    """Two workers of one cluster have the same name."""
 
     reason, grpc_status, http_status = "DUPLICATE_NAME", "FAILED_PRECONDITION", 503
 
 
 class DuplicateId(MacpipeError):
-    """Two living coordinators, or two workers, have one id: the state folder of one was copied from the other."""
+    """Two running coordinators, or two workers, have the same id: one's state folder is a copy of the other's."""
 
     reason, grpc_status, http_status = "DUPLICATE_ID", "FAILED_PRECONDITION", 503
 
@@ -206,25 +206,25 @@ class VersionMismatch(MacpipeError):
 
 
 class WorkerLost(MacpipeError):
-    """A stage went away or stopped answering; the sentence names the worker."""
+    """A stage left or stopped answering; the sentence names the worker."""
 
     reason, grpc_status, http_status = "WORKER_LOST", "UNAVAILABLE", 503
 
 
 class WorkerRefused(WorkerLost):
-    """Nobody listens where the worker should be: its machine answers, its process is gone."""
+    """The worker's machine refuses the connection: its process has ended."""
 
     reason = "WORKER_REFUSED"
 
 
 class WorkerReplaced(WorkerLost):
-    """Another worker of the cluster answers where this one was."""
+    """Another worker of the cluster answers at this one's address."""
 
     reason = "WORKER_REPLACED"
 
 
 class FrameOverdue(WorkerLost):
-    """Nothing came through the stages for longer than they can need: one of them hangs."""
+    """A frame did not return within its deadline: one of the stages hangs."""
 
     reason = "FRAME_OVERDUE"
 
@@ -236,31 +236,31 @@ class WorkerTaken(MacpipeError):
 
 
 class StageFailed(MacpipeError):
-    """A stage answered that it could not do a step."""
+    """A stage reported that it could not do a step."""
 
     reason, grpc_status, http_status = "STAGE_FAILED", "INTERNAL", 500
 
 
 class NotServing(MacpipeError):
-    """No model is loaded, or it is being loaded."""
+    """No model is loaded yet."""
 
     reason, grpc_status, http_status = "NOT_SERVING", "UNAVAILABLE", 503
 
 
 class Unreachable(MacpipeError):
-    """Nobody answers at an address."""
+    """There is no answer from an address."""
 
     reason, grpc_status, http_status = "UNREACHABLE", "UNAVAILABLE", 503
 
 
 class PortClosed(Unreachable):
-    """Nothing listens at the address: the process that did has ended."""
+    """No process listens at the address any more."""
 
     reason = "PORT_CLOSED"
 
 
 class LinkFailed(MacpipeError):
-    """A stage cannot reach the one before it; the coordinator relays that hop instead."""
+    """A stage cannot reach the previous one; the coordinator relays that hop instead."""
 
     reason, grpc_status, http_status = "LINK_FAILED", "FAILED_PRECONDITION", 503
 
@@ -272,13 +272,13 @@ class PortInUse(MacpipeError):
 
 
 class Busy(MacpipeError):
-    """The queue is full; ``retry_after_s`` says when to come back."""
+    """The queue is full; ``retry_after_s`` says when to try again."""
 
     reason, grpc_status, http_status = "BUSY", "RESOURCE_EXHAUSTED", 429
 
 
 class LimitReached(MacpipeError):
-    """An API key has used what it may for now; the sentence has the figures, ``retry_after_s`` when there is more."""
+    """An API key has reached a limit; the sentence has the figures, ``retry_after_s`` the time until it may go on."""
 
     reason, grpc_status, http_status = "LIMIT_REACHED", "RESOURCE_EXHAUSTED", 429
 
@@ -290,7 +290,7 @@ class SlowReader(MacpipeError):
 
 
 class OtherParty(Unreachable):
-    """Who answers there is of the cluster, and not who was meant."""
+    """The peer at the address is a member of the cluster, but another one than expected."""
 
     reason = "OTHER_PARTY"
 
@@ -302,7 +302,7 @@ class DeadlineExceeded(MacpipeError):
 
 
 class Aborted(MacpipeError):
-    """Somebody asked for the request to end: its client went away, or Abort was called."""
+    """The request was cancelled: its client disconnected, or called Abort."""
 
     reason, grpc_status, http_status = "ABORTED", "CANCELLED", 499
 
@@ -314,12 +314,12 @@ class RequestNotFound(MacpipeError):
 
 
 class BadFrame(MacpipeError):
-    """Bytes from a peer are not a frame, or break a bound."""
+    """Bytes from a peer are not a frame, or exceed a limit."""
 
     reason, grpc_status, http_status = "BAD_FRAME", "INVALID_ARGUMENT", 400
 
 
 class StaleEpoch(MacpipeError):
-    """A frame or stream of another epoch than the one that is loaded."""
+    """A frame or stream belongs to another epoch than the loaded one."""
 
     reason, grpc_status, http_status = "STALE_EPOCH", "FAILED_PRECONDITION", 409

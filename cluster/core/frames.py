@@ -1,4 +1,4 @@
-"""The frame: one step of one lane, an entry of the log that every stage applies."""
+"""Frames: a frame is one step of one lane, an entry of the log that every stage applies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.core.request import SamplingParams, TopLogprob
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """One stage's microseconds with one frame: queued, computed; ``pack_us``: pack and hand over the one before it."""
+    """One stage's microseconds for a frame: queued and computed; ``pack_us`` is for sending the previous frame."""
 
     stage: int
     wait_us: int
@@ -20,7 +20,7 @@ class StageTiming:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A sequence enters with empty caches. Tokens from ``prompt_length`` on count as its answer."""
+    """A sequence starts with empty caches. Tokens from ``prompt_length`` on count as its answer."""
 
     sequence: int
     prompt_length: int
@@ -36,7 +36,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """A sequence forgets all but its first ``length`` tokens."""
+    """A sequence drops all but its first ``length`` tokens."""
 
     sequence: int
     length: int
@@ -60,7 +60,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget a kept prefix."""
+    """Drop a kept prefix."""
 
     prefix: int
 
@@ -69,24 +69,24 @@ Edit = Join | Leave | Trim | Save | Restore | Drop
 
 
 class Compute(IntEnum):
-    """What a step is for: which of its positions the last stage samples."""
+    """The purpose of a step: which of its positions the last stage samples."""
 
     PREFILL = 0
-    """None: the caches are filled, nothing else."""
+    """No position: the step only fills the caches."""
     DECODE = 1
-    """The last one."""
+    """The last position."""
     VERIFY = 2
-    """Every one, for speculative decoding."""
+    """Every position, for speculative decoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to compute: ``tokens`` has one row of token ids, all of one length, for each of ``sequences``.
+    """A computation. ``tokens`` has one row of token ids per sequence of ``sequences``; all rows have one length.
 
-    A step of several sequences makes its lane's batch hold just these, in this order, on every stage: naming a new one
-    is joining the batch, and leaving one out (which need not end it) is leaving. Keep the order from frame to frame and
-    put new ones last: any other order costs a copy of the batch. A step of one leaves the lane's batch as it is, so a
-    prompt can be filled in between.
+    A step of several sequences sets its lane's batch to exactly these, in this order, on every stage. A new sequence
+    joins the batch; one that is left out leaves it, but need not end. Keep the order from frame to frame and append new
+    sequences: any other order costs a copy of the batch. A step of one sequence does not change the lane's batch, so a
+    prompt can be prefilled in between.
     """
 
     compute: Compute
@@ -105,9 +105,9 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A token the last stage picked; ``position`` is its index in the sequence, prompt included.
+    """A token that the last stage sampled; ``position`` is its index in the sequence, prompt included.
 
-    ``final``: with it the sequence's grammar is complete, and only an end could follow.
+    ``final``: the sequence's grammar is complete with it, and only an end could follow.
     """
 
     sequence: int
@@ -120,7 +120,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailure:
-    """One sequence of a step that has no sample, while the others of the step do: an error's reason and sentence."""
+    """An error's reason and sentence for one sequence of a step, whose other sequences have samples."""
 
     sequence: int
     reason: str
@@ -129,7 +129,7 @@ class SequenceFailure:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a stage could not do: an error's ``reason`` and sentence, and which stage says so."""
+    """An error of a stage: its ``reason`` and sentence, and the stage's index."""
 
     stage: int
     reason: str
@@ -141,9 +141,9 @@ class Frame:
     """One entry of a lane's log.
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
-    carries edits alone. ``tensors`` is the boundary value that leaves a stage (none towards stage 0); ``samples`` and
-    ``failures``, and nothing else, come back from the last stage: a sequence that failed can only leave. A frame with
-    an ``error`` goes on to the end of the ring, so that every stage applies its edits, but is computed no further.
+    has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
+    only ``samples`` and ``failures``; a failed sequence can only leave. A frame with an ``error`` continues to the end
+    of the ring, so that every stage applies its edits, but no stage computes it any further.
     """
 
     epoch: int

@@ -1,4 +1,4 @@
-"""Every bound, size and deadline, each with its reason. Nothing else in the tree invents a number of this kind."""
+"""Every limit, size and deadline, each with its reason. No other module defines a number of this kind."""
 
 from __future__ import annotations
 
@@ -10,78 +10,78 @@ GIB: Final = 1024 * MIB
 
 # Sizes on the wire
 MAX_FRAME_BYTES: Final = 256 * MIB
-"""A prefill chunk of 2,048 tokens x 16,384 wide in bf16 is 64 MiB; three boundary tensors of that fit with room."""
+"""A prefill chunk of 2,048 tokens x 16,384 wide in bf16 is 64 MiB; three boundary tensors of that size fit."""
 MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
-"""Token ids of the longest chunk, edits and timings: 2,048 ids are 8 KiB; the rest is small."""
+"""Token ids of the longest chunk (2,048 ids are 8 KiB), edits and timings."""
 BULK_BYTES: Final = 64 * KIB
-"""Tensors of a prefill frame above this travel on the line for bulk; below, two messages cost more than they save."""
+"""A prefill frame with larger tensors sends them on the bulk line; below, a second message costs more than it saves."""
 MAX_TENSORS: Final = 16
-"""Boundary values are one to three arrays in every architecture that mlx-lm has."""
+"""A boundary value is one to three arrays in every architecture of mlx-lm."""
 MAX_TENSOR_RANK: Final = 8
 MAX_STAGES: Final = 64
 MAX_BODIES_WAITING: Final = 2 * MAX_STAGES
-"""Bodies on the line for bulk that are ahead of their heads; the prefill window (stages + 1) keeps it below."""
+"""Bodies on the bulk line that arrived before their heads. The prefill window (stages + 1) keeps it below."""
 MAX_WAITING_BYTES: Final = GIB
-"""Frames in one queue of the data plane together. A reader that is so far behind is lost, and its memory matters more:
-the window of 64 stages with chunks of 16 MiB is as much."""
+"""Bytes of all frames in one queue of the data plane. A reader so far behind is given up to protect memory. The window
+of 64 stages with chunks of 16 MiB has this size."""
 MAX_JOINED_BYTES: Final = 2 * MIB
-"""Grammars that the joins of one frame carry, half of a header; one alone may be as long as it may be."""
+"""Grammars in the joins of one frame, half of a header. A single grammar may have the full length."""
 MAX_HEADER_ELEMENTS: Final = 64 * KIB
-"""Values in a frame's header, those of lists within lists included: 4 MiB of empty lists take 1.5 s and 300 MiB. The
-sequences of a lane with all alternatives have 17,000."""
+"""Values in a frame's header, nested ones included: 4 MiB of empty lists take 1.5 s and 300 MiB. The sequences of a
+lane with all alternatives have 17,000."""
 MAX_JOINED_ELEMENTS: Final = MAX_HEADER_ELEMENTS // 2
-"""Values that the joins of one frame carry: biases of eleven requests that have as many as they may."""
+"""Values in the joins of one frame: the maximal biases of eleven requests."""
 MAX_MARK_TOKENS: Final = 64
-"""Of the mark that ends a model's reasoning; the longest known has five."""
+"""Tokens of the mark that ends a model's reasoning; the longest known has five."""
 MAX_EDITS: Final = 4096
-"""One frame may free every sequence and prefix there is."""
+"""Edits of one frame: enough to free every sequence and every prefix."""
 MAX_ROWS: Final = 256
 """Sequences in one lane."""
 MAX_CONTROL_BYTES: Final = 16 * MIB
-"""Control and public messages: the longest prompt in four-byte characters."""
+"""Size of a control or public message: the longest prompt in four-byte characters."""
 MAX_FACT_CHARS: Final = 256
-"""A name, a version or a chip, as a worker tells them of itself."""
+"""Length of a name, a version or a chip that a worker reports."""
 MAX_PATH_CHARS: Final = 4096
-"""A model's name or folder, as a coordinator tells it to a worker; the longest path that systems take."""
+"""Length of a model's name or folder that a coordinator sends: the longest path of any system."""
 MAX_SENTENCE_CHARS: Final = 4096
-"""Of a worker's problem, which is shown to people."""
+"""Length of a worker's problem, which is shown to people."""
 MAX_ANSWER_BYTES: Final = 256 * KIB
-"""What a worker may answer its coordinator at once; a heartbeat's answer has 4 KiB. In empty messages it is parsed in
-5 ms, where 16 MiB kept everybody from the event loop for 1.5 s."""
+"""Size of a worker's answer to its coordinator; a heartbeat's has 4 KiB. This many bytes of empty messages are parsed
+in 5 ms; 16 MiB of them took the event loop 1.5 s."""
 MAX_STORE_ANSWER_BYTES: Final = 2 * MIB
-"""What a store may answer at once: PEER_CHUNK_BYTES of a file, or MAX_MODEL_FILES names."""
+"""Size of a store's answer: PEER_CHUNK_BYTES of a file, or MAX_MODEL_FILES names."""
 MAX_ENGINE_MESSAGE_BYTES: Final = MIB
-"""Between a daemon and its engine: paths and an error's sentence are the longest there is."""
+"""Size of a message between a daemon and its engine. Paths and error sentences are the longest content."""
 
 # What a request may ask for
 MAX_PROMPT_CHARS: Final = 4 * MIB
-"""A context of a million tokens, about."""
+"""About a million tokens of context."""
 MAX_MESSAGES: Final = 4096
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
 LEAST_REPETITION_PENALTY: Final = 0.01
-"""Logits are divided by it: next to zero they would be no numbers any more. Nobody asks for less than a half."""
+"""Logits are divided by it; near zero they would overflow. In practice nobody asks for less than a half."""
 MOST_REPETITION_PENALTY: Final = 10.0
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_SAMPLES: Final = 32
-"""Answers of one prompt in one request: what one lane can decode together."""
+"""Answers of one prompt in one request: as many as one lane can decode together."""
 MAX_TOOLS: Final = 256
 MAX_TOOL_NAME_CHARS: Final = 128
 MAX_TEMPLATE_CHARS: Final = 64 * KIB
-"""Further arguments of a chat template, as JSON."""
+"""Length of additional chat template arguments, as JSON."""
 MAX_SCHEMA_BYTES: Final = 64 * KIB
-"""A JSON schema, regex or Lark grammar, unless --max-schema-bytes is given; also the tools' parameters together."""
+"""Size of a JSON schema, regex or Lark grammar without --max-schema-bytes, and of all tools' parameters together."""
 MOST_SCHEMA_BYTES: Final = MIB
-"""What --max-schema-bytes may be: a join with such a grammar still leaves a frame's header room for the rest."""
+"""Largest value of --max-schema-bytes: a join with such a grammar leaves room for the rest of a frame's header."""
 BLAME_TIMEOUT_S: Final = 5.0
-"""To find which of a request's tools makes its grammar impossible, each compiled by itself."""
+"""Time to find the tool whose schema breaks a request's grammar, by compiling each tool alone."""
 MAX_INTAKE_BYTES: Final = 96 * MIB
-"""Bytes of all requests under way, arrived or still arriving; one client gets at most half of it."""
+"""Bytes of all requests being received or processed; one client gets at most half of them."""
 FREE_BODY_BYTES: Final = 64 * KIB
-"""The start of each body is not charged, so that ordinary requests pass while large ones fill the budget; with
-``MAX_CONNECTIONS`` of them that is 128 MiB."""
+"""The first bytes of a body are not charged, so that ordinary requests pass while large ones fill the budget.
+``MAX_CONNECTIONS`` of them are 128 MiB."""
 SMALL_REQUEST_BYTES: Final = 8 * KIB
 """A request or a piece of one up to this is counted, parsed and checked on the event loop: a millisecond or two. With
 more, 300 at once would keep the loop from taking up further calls, which gRPC cancels after 30 s."""
@@ -89,380 +89,381 @@ MAX_PARSING_WAITING: Final = 256
 """Requests that wait for the thread that parses; one more is refused with RESOURCE_EXHAUSTED. Each takes
 10 to 50 ms."""
 MAX_PROMPT_IDS: Final = MIB
-"""A prompt that is given as token ids."""
+"""Tokens of a prompt that is given as token ids."""
 MAX_FIELDS: Final = 32 * KIB
-"""Fields of one gRPC request, those of its submessages included: 4,096 messages with a call each have 32,000."""
+"""Fields of one gRPC request, those of submessages included: 4,096 messages with one call each have 32,000."""
 MAX_STAGE_FIELDS: Final = 320 * KIB
-"""The same of a request to load a stage, which names its tensors: as many as fit a message, at 50 bytes each."""
+"""Fields of a request to load a stage, which lists its tensors: as many as fit a message, at 50 bytes each."""
 MAX_STAGE_PEERS: Final = 256
-"""Macs that a stage's bytes may be had from; each is dialled. A coordinator names the workers that it knows."""
+"""Macs from which a stage's bytes may be fetched. Each is dialled; a coordinator lists the workers that it knows."""
 DEFAULT_MAX_TOKENS: Final = 512
 DEFAULT_MAX_CONTEXT: Final = 4096
-"""Promised when --max-context is not given and the model allows as much."""
+"""Context without --max-context, if the model allows as much."""
 
 # Scheduling
 PREFILL_CHUNK: Final = 512
-"""Tokens a prefill frame carries: long enough for matrix-matrix speed, short enough to overlap stages."""
+"""Tokens of a prefill frame: enough for matrix-matrix speed, few enough for stages to overlap."""
 MAX_PRIORITY: Final = 9
 MAX_QUEUE: Final = 256
-"""Requests that wait; one more is refused with RESOURCE_EXHAUSTED."""
+"""Waiting requests; one more is refused with RESOURCE_EXHAUSTED."""
 RETRY_AFTER_S: Final = 2.0
 UNAVAILABLE_S: Final = 5.0
-"""When to come back to what cannot be had now and does not say for how long: a load or a recovery takes seconds."""
+"""Retry delay for an unavailable service that names none: a load or a recovery takes seconds."""
 MAX_UNREAD_EVENTS: Final = 1024
-"""Token events a client may leave unread, beside what gRPC buffers, before its request is dropped as a slow reader."""
+"""Token events that a client may leave unread, beyond gRPC's buffers, before its request ends with SlowReader."""
 LANE_ROWS: Final = 32
-"""Sequences that one lane decodes together at most; more would make everyone's next token wait longer."""
+"""Sequences that one lane decodes together at most; more would delay everyone's next token."""
 MAX_PREFIXES: Final = 1024
-"""Kept prefixes, however small: dropping them all still fits the edits of one frame."""
+"""Kept prefixes, however small. The edits that drop all of them fit one frame."""
 PREFIX_SHARE: Final = 0.5
-"""Share of a stage's cache memory that kept prefixes may take, as long as no live sequence needs it."""
+"""Share of a stage's cache memory for kept prefixes. Live sequences take precedence."""
 MAX_STEP_MS: Final = 100.0
-"""What one prefill chunk may take of a stage while others wait for their next token, unless --max-step-ms is given:
-what a person just notices, and four times what reading a stage's weights takes, which each chunk has to."""
+"""Time that one prefill chunk may take of a stage while others wait for their next token, without --max-step-ms.
+People just notice it, and it is four times as long as reading a stage's weights, which each chunk has to do."""
 OCCUPANCY_S: Final = 30.0
-"""Over how long bubble shares are told."""
+"""Period over which bubble shares are reported."""
 
 # Deadlines, in seconds
 DISCOVERY_TIMEOUT_S: Final = 30.0
-"""`serve` waits this long for its workers before it says who is missing."""
+"""`serve` waits this long for its workers before it reports who is missing."""
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_TIMEOUT_S: Final = 2.0
-"""The same for a data stream to where another one just fell silent. Over a link of 100 ms it takes half of that."""
+"""The same for a data stream to a peer whose stream just fell silent. A link of 100 ms needs half of it."""
 CONTROL_TIMEOUT_S: Final = 10.0
-"""A control call that moves no weights."""
+"""Deadline of a control call that moves no weights."""
 LOAD_STALL_S: Final = 120.0
-"""A load that reports no progress for this long has failed."""
+"""A load without progress for this long has failed."""
 FRAME_TIMEOUT_S: Final = 120.0
-"""A frame may take this long while nothing is known of the stages' speed: kernels are compiled first."""
+"""Deadline of a frame while the stages' speed is unknown: kernels are compiled first."""
 FRAME_FLOOR_S: Final = 15.0
-"""No frame is overdue sooner, however fast the ones before were: a Mac that swaps or is busy is slow, not dead."""
+"""Minimal deadline of a frame, however fast earlier frames were: a Mac that swaps or is busy is slow, not dead."""
 FRAME_SLACK: Final = 10.0
-"""A frame may take so many times as long as the slowest of late."""
+"""A frame may take this many times as long as the slowest recent frame."""
 CANARY_TIMEOUT_S: Final = 120.0
 """The first token compiles kernels (42 s on one CUDA machine)."""
 HEARTBEAT_S: Final = 0.5
-"""How often a coordinator asks its workers how they are, which also tells them that it is there."""
+"""Interval at which a coordinator asks its workers for their state, which also shows them that it is alive."""
 SUSPECT_S: Final = 1.25
-"""Silence after which a worker is suspect: two heartbeats that were not answered."""
+"""Silence after which a worker is suspect: two unanswered heartbeats."""
 GONE_S: Final = 2.5
-"""Silence after which a worker is gone. An answer takes 0.1 s over a slow link, so this is no link's doing."""
+"""Silence after which a worker is gone. An answer takes 0.1 s over a slow link, so no link explains it."""
 ASK_S: Final = 2 * GONE_S
-"""How long a recovery waits for answers: after GONE_S of silence a worker is gone, the rest is for a busy machine."""
+"""How long a recovery waits for answers: after GONE_S of silence a worker is gone; the rest is for a busy machine."""
 STATUS_ASK_S: Final = 1.0
-"""How long `status` waits for answers; then it shows what was known before. People and monitors ask all the time."""
+"""How long `status` waits for answers before it shows the last known state. Monitors call it all the time."""
 STATUS_VIEW_S: Final = 0.5
 """How long `status` waits for the engine loop's figures, which take a millisecond unless it is stuck."""
 REMEMBER_S: Final = 600.0
 """How long `status` shows a worker that has left."""
 MAX_DEPARTED: Final = 16
-"""Workers that have left and are shown still; the longest gone is forgotten first."""
+"""Departed workers that are shown; the oldest is forgotten first."""
 MOVE_S: Final = 3600.0
 """How long a drain waits for its layers to be loaded elsewhere: 300 GB at 1 Gb/s. A load that stalls ends sooner."""
 HOLD_S: Final = 6.0
-"""A worker whose coordinator has not been heard for this long may be taken by another."""
+"""A worker that has not heard from its coordinator for this long may be taken by another."""
 ENGINE_SILENCE_S: Final = 10.0
-"""An engine that does not even say what it holds for this long is killed and started again."""
+"""An engine that does not answer a report for this long is killed and started again."""
 RETURN_S: Final = 5.0
-"""How long recovery waits for a crashed engine before it turns to a spare: one that stood by is there at once, one
-that has to be started takes one or two."""
+"""How long recovery waits for a crashed engine before it uses a spare. A standby engine is there at once; a new one
+takes one or two seconds."""
 RECOVERY_WAIT_S: Final = 20.0
-"""How long requests wait where too few Macs are left, for one to come back, before they end with an error."""
+"""How long requests wait for a Mac to come back if too few are left. Then they end with an error."""
 ENGINE_STEADY_S: Final = 5.0
-"""An engine that has lived this long is started again at once: it does not crash in a loop."""
+"""An engine that has lived this long is restarted without a delay: it does not crash in a loop."""
 STANDBY_AFTER_S: Final = 2.0
-"""After a worker's start, or after its standby was needed, the next one is started: what loads now goes first."""
+"""Delay before the next standby starts, so that a stage that is being loaded goes first."""
 ENGINE_CRASHES: Final = 3
 CRASHES_S: Final = 60.0
-"""A worker that was lost so often in so short a time is not waited for: a spare takes over at once."""
+"""A worker that was lost ENGINE_CRASHES times in this period is not waited for: a spare takes over at once."""
 JOURNAL_BYTES: Final = 16 * MIB
-"""A journal this long is written anew without what has ended; one full of live requests takes no more of them."""
+"""A journal of this size is rewritten without finished requests. One full of live requests accepts no more."""
 JOURNAL_FSYNC_S: Final = 1.0
 RESTART_S: Final = GONE_S
-"""A coordinator that has been silent for this long has ended: another of its id is the same one, started again."""
+"""A coordinator that is silent for this long has ended: another with its id is the same one after a restart."""
 JOURNAL_RETRY_S: Final = 5.0
-"""A journal that could not be written is tried again this often."""
+"""Interval of retries after a failed write of the journal."""
 JOURNAL_LIVE_S: Final = 10.0
-"""How often a journal notes which requests are live, from when on RESUME_S counts."""
+"""Interval at which a journal notes the live requests. RESUME_S counts from the last note."""
 RESUME_S: Final = 600.0
-"""How long a client of a coordinator that died may take to come back for the rest of its answer."""
+"""How long a client may take to come back for the rest of its answer after its coordinator died."""
 EPOCH_TRIES: Final = 4
-"""Loads that are tried with a larger epoch each, where workers hold newer ones than this coordinator knew of."""
+"""Loads that are tried, each with a larger epoch, if workers hold newer epochs than this coordinator knew."""
 ADOPTION_LOOKS: Final = 5
-"""How often a coordinator that was started again looks for the rest of the workers that hold its model."""
+"""How often a restarted coordinator looks for the rest of the workers that hold its model."""
 STEADY_S: Final = 3.0
-"""A worker that is back counts as back for good after this long."""
+"""A worker counts as back after it has been back for this long."""
 DRAIN_RETRY_S: Final = 5.0
-"""Between two looks whether the layers of a worker that wants to leave can go elsewhere."""
+"""Interval of checks whether the layers of a draining worker can move elsewhere."""
 MAX_REPLAYS: Final = 8
-"""A request that loses so many rings without a token in between ends: it may be what kills them."""
+"""A request that loses this many rings without a token in between is ended: it may be the cause."""
 RECOVERY_TRIES: Final = 8
-"""A recovery that has failed so often, and for that long, ends what waits for it; it goes on trying without."""
+"""After this many failed attempts, recovery ends the waiting requests and goes on trying."""
 RECOVERY_PAUSE_S: Final = 0.1
-"""Between two tries at a recovery, which ask everybody anew; an engine that stood by is there after as long."""
+"""Pause between two attempts of a recovery. A standby engine needs as long to be there."""
 DRAIN_S: Final = 15.0
-"""What a worker that was told to stop gives its coordinator to move its layers away, or its requests to end."""
+"""Time that a stopping worker gives its coordinator to move its layers away, or its requests to end."""
 REPORT_TIMEOUT_S: Final = 2.0
-"""An engine reports at once, also while it computes. Below DESCRIBE_TIMEOUT_S, so that its daemon can say so."""
+"""An engine reports at once, even while it computes. Below DESCRIBE_TIMEOUT_S, so that its daemon can report it."""
 STOP_GRACE_S: Final = 1.5
-"""What an engine gets to end by itself before it is killed, inside the daemon's three seconds."""
+"""Time that an engine gets to end before it is killed, within the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
 ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Waits between restarts of an engine that keeps dying; the last one repeats."""
+"""Delays between restarts of an engine that keeps dying; the last one repeats."""
 
 # Overload: a slow machine is not a dead one
 LAG_TICK_S: Final = 0.25
-"""How often a process measures how late its timers fire."""
+"""Interval at which a process measures how late its timers fire."""
 LAG_WINDOW_S: Final = 15.0
-"""Over how long; a busy machine is late again and again."""
+"""Period of those measurements that counts; a busy machine is late repeatedly."""
 LAG_FLOOR_S: Final = 0.05
-"""Timers that fire later than this are late; on a machine that is not overloaded they are not."""
+"""Timers are late above this. On a machine that is not overloaded they are not."""
 MAX_LAG_S: Final = 5.0
-"""A machine that slept for an hour was not an hour late."""
+"""Upper limit of a measured lag: a machine that slept for an hour was not an hour late."""
 LAG_STEPS: Final = 8
-"""Wake-ups of threads and processes on the way of a question and its answer, each of which may be late."""
+"""Wake-ups of threads and processes between a question and its answer; each may be late."""
 OVERLOADED_S: Final = 0.25
-"""A lag above this is shown to people, and an engine is not judged by its silence meanwhile."""
+"""A lag above this is shown to people, and an engine's silence is not counted meanwhile."""
 SLOW_ANSWERS: Final = 8
 SLOW_ANSWER_S: Final = 60.0
 """How long a slow answer is remembered, ..."""
 FALSE_ALARM_S: Final = 300.0
-"""... and a silence that was none: recoveries on an overloaded machine take a minute each."""
+"""... and a false alarm: recoveries on an overloaded machine take a minute each."""
 PATIENCE_GROWTH: Final = 4.0
-"""By what each further false alarm multiplies a deadline: every one costs a recovery, so few must do."""
+"""Each further false alarm multiplies a deadline by this. Each one costs a recovery, so few must suffice."""
 MAX_PATIENCE: Final = 16.0
-"""The most that experience multiplies a deadline by."""
+"""Upper limit of what false alarms multiply a deadline by."""
 SILENT_BUSY_SHARE: Final = 0.1
 """An engine that is silent but computes counts as hung after ten times ENGINE_SILENCE_S."""
 
-# gRPC keepalive: the bound on pings is what makes a stopped peer noticed in two seconds instead of a minute.
+# gRPC keepalive: pings detect a stopped peer in two seconds instead of a minute.
 KEEPALIVE_MS: Final = 500
 KEEPALIVE_TIMEOUT_MS: Final = 1_500
 CLIENT_KEEPALIVE_MS: Final = 2_000
 CLIENT_KEEPALIVE_TIMEOUT_MS: Final = 10_000
-"""Between clients and the coordinator: a Mac that is busy for seconds is no reason to give up an answer."""
+"""Between clients and the coordinator: an answer is not given up because a Mac is busy for seconds."""
 BULK_KEEPALIVE_MS: Final = 10_000
 BULK_TIMEOUT_MS: Final = 60_000
-"""Where megabytes travel, a ping waits behind them: 8 MiB take 7 s at 10 Mbit/s. A pulse beside them sees cuts."""
+"""On lines with megabytes, pings wait behind the data: 8 MiB take 7 s at 10 Mbit/s. The pulse stream detects cuts."""
 RECONNECT_MS: Final = 1_000
-"""A worker that is back is tried again this soon; gRPC's own pauses grow to two minutes."""
+"""Delay of the first reconnect to a worker; gRPC's own delays grow to two minutes."""
 CONNECT_ATTEMPT_MS: Final = 3_000
-"""One try to connect: a cut network swallows it, and gRPC would wait for 20 s."""
+"""Time limit of one attempt to connect. A cut network swallows it, and gRPC's own limit is 20 s."""
 CONTROL_IDLE_MS: Final = 600_000
-"""A gRPC connection on which nothing is called for this long is closed; clients open another when they need it."""
+"""A gRPC connection without a call for this long is closed; a client opens another when it needs one."""
 MAX_CALLS: Final = 1024
-"""Calls at once on one gRPC connection: as many as may wait and run, several times."""
+"""Concurrent calls on one gRPC connection: several times as many as may wait and run."""
 
 # HTTP
 MAX_BODY_BYTES: Final = 16 * MIB
-"""As long as a gRPC message may be."""
+"""Size of an HTTP body: the same as of a gRPC message."""
 FREE_CHUNKS: Final = 256
-"""Chunks of a body that may be of any length; ..."""
+"""Chunks of a body that may have any length; ..."""
 MIN_CHUNK_BYTES: Final = 256
-"""... beyond them, the mean length of its chunks. Clients send kilobytes; 16 MiB are 65,000 chunks at most."""
+"""... and the mean length of its chunks beyond them. Clients send kilobytes; 16 MiB are 65,000 chunks at most."""
 BODY_TIMEOUT_S: Final = 30.0
-"""What a client gets to send its request's body."""
+"""Time that a client gets to send a request's body."""
 MAX_PROMPTS: Final = 64
 """Prompts in one completions request."""
 MAX_ANSWERS: Final = 64
-"""Answers that one request may ask for, over all its prompts."""
+"""Answers to one request, over all of its prompts."""
 STREAM_WRITE_TIMEOUT_S: Final = 30.0
-"""A client whose connection takes no more bytes for this long has gone away."""
+"""A client whose connection accepts no bytes for this long is considered gone."""
 STREAM_COMMENT_S: Final = 5.0
-"""A stream with nothing to say says so this often: proxies and clients drop silent ones, after 10 s the hastiest."""
+"""Interval of comments on a stream without events. Proxies and clients close silent streams, some after 10 s."""
 IDLE_CONNECTION_S: Final = 75.0
-"""How long a connection may wait for its next request; above what SDKs keep one in their pools."""
+"""How long a connection may wait for its next request; longer than SDKs keep one in their pools."""
 HEADER_TIMEOUT_S: Final = 10.0
-"""What a client gets to send a request's head, or to shake hands; after that its connection is closed."""
+"""Time that a client gets for a TLS handshake, or to send a request's head, before its connection is closed."""
 LINGER_S: Final = 2.0
-"""What was refused before it was read may go on coming for this long, so that the refusal arrives; ..."""
+"""How long the body of a refused request may keep arriving, so that the client sees the refusal; ..."""
 CLOSE_S: Final = 5.0
-"""... and a connection whose client takes no bytes is cut so long after it was to be closed."""
+"""... and when a connection is cut whose client accepts no bytes while it is being closed."""
 PREFLIGHT_S: Final = 600.0
-"""How long a browser may remember that a page may ask."""
+"""How long a browser may cache a preflight's answer."""
 KEY_LOOK_S: Final = 1.0
-"""How often it is looked whether keys with answers under way were revoked; new requests are refused at once."""
+"""Interval of checks whether keys with running answers were revoked. New requests are refused at once."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, and fewer than ``OPEN_FILES``."""
 MAX_PEERS: Final = 1024
-"""Open connections of one gRPC port, those that have not shaken hands among them; whoever comes then is turned away."""
+"""Open connections of one gRPC port, unfinished handshakes included; a further connection is refused."""
 HANDSHAKE_S: Final = 10.0
-"""What whoever connects to a gRPC port gets to shake hands; 120 s is gRPC's own."""
+"""Time limit of a handshake on a gRPC port; gRPC's own is 120 s."""
 OPEN_FILES: Final = 8192
-"""What a daemon asks the system for: all of its ports full, and its files. macOS gives 256 to who does not ask."""
+"""Open files that a daemon asks for: all of its ports full, and its files. The default on macOS is 256."""
 MAX_TOLD_TOKENS: Final = 262_144
-"""Tokens of a text of which each is told by itself: to write them all out is work for one client alone."""
+"""Tokens of a text that are listed one by one; writing them serves a single client."""
 JOIN_RETRY_S: Final = 2.0
-"""How soon a port for joining is tried again that another program of this Mac uses, such as ``macpipe init``."""
+"""Interval of retries if another program of this Mac, such as ``macpipe init``, uses the join port."""
 
 # Sandbox processes: tokenizing, rendering chat templates and compiling grammars (cluster/sandbox)
 SANDBOX_PROCESSES: Final = 2
-"""Processes for text, and as many for grammars: a schema that keeps its process busy delays no prompt."""
+"""Processes for text, and as many for grammars, so that a schema that keeps its process busy delays no prompt."""
 SANDBOX_CPU_S: Final = 0.5
 """CPU time of one job. Ordinary prompts and schemas need 1 to 50 ms."""
 SANDBOX_CPU_S_PER_MIB: Final = 2.0
-"""More of it for a MiB of text: tokenizers take 0.5 to 0.7 s."""
+"""Additional CPU time per MiB of text; tokenizers take 0.5 to 0.7 s."""
 SANDBOX_MEMORY_BYTES: Final = 256 * MIB
-"""Memory that one job may take beyond what its process holds."""
+"""Memory of one job beyond what its process holds."""
 SANDBOX_MEMORY_PER_BYTE: Final = 384
-"""More of it for a byte of text. Nearly each byte of random printable text is a token, which takes 360 bytes while they
-are found: 1.3 GiB for 4 MiB."""
+"""Additional memory per byte of text. In random printable text nearly every byte is a token, which takes 360 bytes
+while tokens are found: 1.3 GiB for 4 MiB."""
 SANDBOX_WALL_FACTOR: Final = 20.0
-"""A job may take so many times its CPU time where others keep the processors busy; then the machine is overloaded."""
+"""A job may take this many times its CPU time while others use the processors; then the machine is overloaded."""
 SANDBOX_OPEN_CPU_S: Final = 30.0
-"""To load a tokenizer and prepare it for grammars: the largest take 5 s."""
+"""CPU time to load a tokenizer and prepare it for grammars; the largest take 5 s."""
 SANDBOX_OPEN_MEMORY_BYTES: Final = 3 * GIB
-"""The same in memory: the largest take 1 GiB."""
+"""Memory for the same; the largest take 1 GiB."""
 SANDBOX_OPEN_WALL_S: Final = 120.0
 SANDBOX_WARM_UP_CPU_S: Final = 5.0
-"""To compile a chat template and render one message: the largest that is taken takes 2.2 s."""
+"""CPU time to compile a chat template and render one message; the largest accepted one takes 2.2 s."""
 LARGE_PROMPT_BYTES: Final = 256 * KIB
-"""A larger prompt is tokenized in a process for large ones, one at a time: it takes half a second or more."""
+"""A larger prompt is tokenized in a separate process, one at a time: it takes half a second or more."""
 MAX_SANDBOX_WAITING: Final = 256
 """Jobs that wait for a process; one more is refused with RESOURCE_EXHAUSTED."""
 SANDBOX_WAIT_S: Final = 30.0
-"""How long a job waits for a process before it is refused the same way."""
+"""How long a job waits for a process before it is refused in the same way."""
 SANDBOX_GROW_S: Final = 0.25
-"""How long a job waits before a further process is started: starting one takes a second of CPU."""
+"""How long a job waits before another process is started, which takes a second of CPU."""
 MEMORY_WATCH_S: Final = 0.1
-"""Between two looks at the memory of a process with a job: short jobs end before the first."""
+"""Interval of checks of a busy process's memory; short jobs end before the first one."""
 MAX_SANDBOX_MESSAGE_BYTES: Final = 64 * MIB
-"""The longest prompt as text, or its tokens as text one by one."""
+"""The longest prompt as text, or its tokens as texts."""
 MAX_RENDERED_CHARS: Final = 2 * MAX_PROMPT_CHARS
-"""What a chat template may make of the longest conversation."""
+"""Length of a rendered conversation."""
 
-# Tokenizers, before they are loaded. The largest known have 262,144 tokens, 7,000 of them added.
+# Tokenizers, checked before they are loaded. The largest known have 262,144 tokens, 7,000 of them added.
 MAX_VOCABULARY: Final = 2_000_000
 MAX_ADDED_TOKENS: Final = 32_768
-"""Loading takes time that grows with their square: 400,000 take 87 s."""
+"""Load time grows with their square: 400,000 take 87 s."""
 MAX_TOKEN_CHARS: Final = 4096
-"""Of one token. The longest known are 256 blanks."""
+"""Length of one token. The longest known are 256 blanks."""
 MAX_CHAT_TEMPLATE_CHARS: Final = 512 * KIB
 """The largest known have 60 KiB."""
 
 # Grammars on the last stage
 MASK_LEXER_FUEL: Final = 50_000
-"""llguidance's unit of work of the lexer for one token: 4 ms."""
+"""llguidance's unit of lexer work for one token: 4 ms."""
 MASK_PARSER_ITEMS: Final = 10_000
-"""The same of the parser, for regular expressions and Lark. With the library's 50,000, one token can take 350 ms of
-everybody's on a stage."""
+"""The parser's work for one token, for regular expressions and Lark. With the library's 50,000, one token can block
+a stage for 350 ms."""
 MASK_ROW_ITEMS: Final = 2_000
-"""The parser's items after one byte, likewise. An ambiguous grammar costs up to the cube of it: 60 ms for one token at
+"""The parser's items after one byte. The cost of an ambiguous grammar grows up to its cube: 60 ms for one token at
 2,000, over a second at 10,000."""
 JSON_PARSER_ITEMS: Final = 100_000
-"""The parser's items for one token of a JSON schema. What follows a comma is one of all optional properties that are
-left, four items each, once for each token of blanks and a quote: 2,000 properties need 50,000 to 100,000."""
+"""The parser's items for one token of a JSON schema. After a comma any of the remaining optional properties may
+follow, at four items each, once per token of blanks and a quote: 2,000 properties need 50,000 to 100,000."""
 JSON_ROW_ITEMS: Final = 10_000
-"""The same after one byte: 2,400 optional properties. A schema is not ambiguous about where a value ends, so a row
-costs no more than its square: 2,000 properties take 15 to 40 ms for the token before a name, 2.5 ms on average."""
+"""The same after one byte: 2,400 optional properties. A schema is unambiguous about where a value ends, so a row costs
+at most its square: 2,000 properties take 15 to 40 ms for the token before a name, 2.5 ms on average."""
 WALK_TOKENS: Final = 24
-"""How far a check follows a grammar, twice: grammars that are too ambiguous show it within 20 tokens."""
+"""Length of a check's two walks through a grammar: too ambiguous grammars show within 20 tokens."""
 WALK_CPU_S: Final = 0.2
-"""CPU time that those tokens may take: 4 ms for each. The rest of ``SANDBOX_CPU_S`` is for compiling."""
+"""CPU time of those tokens: 4 ms for each. The rest of ``SANDBOX_CPU_S`` is for compiling."""
 GRAMMAR_WAIT_S: Final = 5.0
-"""How long a stage waits for a grammar at its first token: ten times what compiling may cost, and well below
+"""How long a stage waits for a grammar at its first token: ten times what compiling may take, and well below
 ``ENGINE_SILENCE_S``."""
 MAX_STAGE_COMPILES: Final = 64
-"""Grammars that wait to be compiled on a stage, or are kept compiled."""
+"""Grammars of a stage that wait to be compiled or are cached."""
 
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""
 MEMORY_MARGIN: Final = 0.05
-"""Share of a stage's memory kept free beside weights and caches, for activations and the allocator."""
+"""Share of a stage's memory that is kept free for activations and the allocator."""
 
 # Fetching
 FETCH_STREAMS: Final = 4
 """Ranges that one Mac fetches at once: enough to fill a home's line, few enough for the hub's limits."""
 FETCH_RANGE_BYTES: Final = 64 * MIB
-"""Neighbouring tensors are asked for together up to this; a longer tensor is asked for alone."""
+"""Adjacent tensors are requested together up to this size; a longer tensor is requested alone."""
 FETCH_COMMIT_BYTES: Final = 8 * MIB
-"""What a kill may cost: ranges are noted in pieces of this size, ..."""
+"""Size of the pieces in which fetched ranges are committed, and so the most that a kill can lose, ..."""
 FETCH_COMMIT_S: Final = 1.0
-"""... or what came in this time, where that is less."""
+"""... or what arrived in this time, if that is less."""
 FETCH_ATTEMPTS: Final = 5
-"""Tries of one range at one source that bring no byte."""
+"""Attempts at one range from one source that bring no byte."""
 FETCH_BACKOFF_S: Final = 0.5
-"""Wait before the second try; doubled for each further one."""
+"""Delay before the second attempt; doubled for each further one."""
 FETCH_TICK_S: Final = 0.25
-"""How often a fetch tells how far it is."""
+"""Interval of a fetch's progress reports."""
 HUB_TIMEOUT_S: Final = 10.0
-"""The hub says nothing for this long: a try has failed, and another begins."""
+"""An attempt fails if the hub is silent for this long."""
 HUB_PEEK_BYTES: Final = 64 * KIB
 """First range of a large file: most headers are shorter."""
 MAX_SMALL_FILE_BYTES: Final = 64 * MIB
-"""Config and tokenizer files; the largest tokenizers have 35 MB."""
+"""Size of a config or tokenizer file; the largest tokenizers have 35 MB."""
 MAX_MODEL_FILES: Final = 4096
-"""In one model; the largest have a few hundred."""
+"""Files of one model; the largest have a few hundred."""
 MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
-"""Of all files of one model together; holes of that size are still within what file systems take."""
+"""Size of all files of one model; file systems accept holes of this size."""
 MAX_MODEL_READ_BYTES: Final = GIB
-"""Small files and headers of one model together, which are read before anything is known of it."""
+"""Size of one model's small files and headers, which are read before anything else is known of it."""
 DEFER_S: Final = 15.0
-"""How long a worker waits for one that should be fetching a tensor for both, and does not say that it is."""
+"""How long a worker waits for another that should fetch a tensor for both but does not report it."""
 LOAD_STUCK_S: Final = 900.0
-"""A load that says the same all the time has failed after this long, which is CHECK_S: hashing files shows nothing."""
+"""A load that reports the same for this long has failed. It is CHECK_S, since hashing files shows no progress."""
 CHECK_S: Final = 900.0
-"""How long a worker waits for one that hashes its files anew: half a terabyte, off an ordinary SSD."""
+"""How long a worker waits for another that hashes its files: half a terabyte from an ordinary SSD."""
 MAX_NOTICES: Final = 8
-"""Sentences about one load's bytes: a person reads no more, and the log has all."""
+"""Notices about one load. A person reads no more, and the log has all of them."""
 PEER_CHUNK_BYTES: Final = 1 * MIB
 PEER_CALL_TIMEOUT_S: Final = 300.0
-"""One call for FETCH_RANGE_BYTES from a peer: 2 Mbit/s at least."""
-SHELF_READERS: Final = 8
-"""Calls for bytes that one Mac answers at once; further ones are told to come back."""
+"""Deadline of a call for FETCH_RANGE_BYTES to a peer: at least 2 Mbit/s."""
+STORE_READERS: Final = 8
+"""Calls for bytes that one Mac answers at once; further calls are told to retry."""
 MAX_TENSORS_NAMED: Final = 4096
 """Tensors in one message about tensors: under 1 MiB."""
 MAX_CHECKPOINT_TENSORS: Final = 1_000_000
 SAMPLE_BYTES: Final = 4096
-"""Of a tensor, to tell two fine-tunes apart: a page, which is what a disk reads anyway; not every number changes."""
+"""Bytes of a tensor that are sampled to distinguish two fine-tunes: a page, which a disk reads in any case."""
 MAX_SAMPLED_TENSORS: Final = 4096
-"""A third of a second on a disk that has not read them before."""
+"""Sampling takes a third of a second on a disk that has not cached them."""
 HASH_THREADS: Final = 2
-"""A core hashes 1 to 2 GB/s; the disk is the next limit."""
+"""A core hashes 1 to 2 GB/s; then the disk is the limit."""
 DISK_MARGIN_BYTES: Final = 512 * MIB
-"""A disk that is quite full makes a Mac unusable."""
+"""Free space that is kept: a full disk makes a Mac unusable."""
+
 # Placement
 REFERENCE_CONTEXT: Final = 2048
-"""Tokens of context at which a decode speed is told: an ordinary chat."""
+"""Context in tokens for reported decode speeds: an ordinary chat."""
 REFERENCE_PROMPT: Final = 2048
-"""Tokens of the prompt whose first token is foretold."""
+"""Tokens of the prompt for predicted times to the first token."""
 FAR_OFF: Final = 2.0
-"""A step that takes more than this times what was predicted, or less than a part of it, is told to people."""
+"""A step that takes this many times more or less than predicted is reported to people."""
 MANY_USERS: Final = 8
 RELAYED_HOPS: Final = 2
-"""A hop by way of the coordinator is two."""
+"""A hop through the coordinator counts as two."""
 ASSUMED_ROUND_TRIP_S: Final = 0.0006
 """Of a link that was not measured: 0.24 ms of software each way, as measured on loopback, and a switch."""
 ASSUMED_LINK_BANDWIDTH: Final = 117e6
-"""Of a link that was not measured, in bytes a second: gigabit Ethernet, the least that a wired Mac has."""
+"""Of a link that was not measured, in bytes a second: gigabit Ethernet, the slowest port of a wired Mac."""
 BALANCE_SLACK: Final = 0.02
-"""By how much a plan for latency may be slower than the best if that evens out its stages: many users gain by it."""
+"""How much slower than the best a latency plan may be if it balances its stages better, which helps many users."""
 MAX_SEARCH: Final = 2_500
 """Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
-Beyond that the order is by speed, and the search is exact in that order."""
+Beyond that the workers are ordered by speed, and the search is exact for that order."""
 
 PROFILE_TIMEOUT_S: Final = 60.0
-"""A worker measures itself in two or three seconds; one that takes this long works without a profile."""
+"""A worker measures itself in two or three seconds. If it takes this long, it works without a profile."""
 KEPT_CORRECTIONS: Final = 32
 KEPT_LINKS: Final = 64
 CORRECTION_BOUND: Final = 8.0
-"""A correction beyond this, either way, says that something else is wrong."""
+"""Limit of a correction in either direction: beyond it the cause is something else."""
 LEARNED_FRAMES: Final = 256
-"""Decode frames, a stage, whose times are remembered: their median is what was measured."""
+"""Decode frames per stage whose times are kept; their median is the measured time."""
 LEAST_FRAMES: Final = 16
-"""Below this nothing is said of what frames take, and nothing learned."""
+"""Fewer frames than this give no report and no correction."""
 LEARN_S: Final = 10.0
-"""How often workers are told what their frames took."""
+"""Interval at which workers are told what their frames took."""
 LEARN_STEP: Final = 0.02
-"""A ratio that moved by less than this is not written to disk again."""
+"""A ratio that changed by less than this is not written to disk again."""
 PLAN_TIMEOUT_S: Final = 60.0
-"""Tracing a large model takes seconds, and so may the links of many workers."""
+"""Tracing a large model takes seconds, and so may measuring the links of many workers."""
 PROBES: Final = 12
-"""Empty messages by which a link's round trip is told."""
+"""Empty messages that measure a link's round trip."""
 PROBE_BYTES: Final = MIB
 PROBE_MESSAGES: Final = 8
-"""By which its bandwidth is: 8 MiB are 70 ms at 1 Gb/s."""
+"""Messages that measure its bandwidth: 8 MiB are 70 ms at 1 Gb/s."""
 PROBE_TIMEOUT_S: Final = 5.0
 LINK_KEPT_S: Final = 24 * 3600.0
 """A link that was measured within a day is not measured again before a load."""
@@ -471,19 +472,19 @@ LINK_KEPT_S: Final = 24 * 3600.0
 MAX_ROSTER: Final = 64
 """Workers remembered at once; further announcements are ignored."""
 MAX_FRAMES_WAITING: Final = 4096
-"""Frames queued towards one reader; the scheduler's window keeps it far below."""
+"""Frames queued for one reader; the scheduler's window keeps it far below."""
 DATA_THREADS: Final = 32
 """Streams that one data port serves at once: a feed and a pull on each of two lines, the pulse of each, and those of
-epochs that are ending. Each holds a thread while it is open, so one more would wait for ever."""
+ending epochs. Each occupies a thread while it is open, so a further stream would wait forever."""
 DESCRIBE_TIMEOUT_S: Final = 3.0
-"""A worker that takes longer to say who it is counts as absent for now."""
+"""A worker that takes longer to describe itself counts as absent for now."""
 SETTLE_S: Final = 1.0
-"""Without --workers, `serve` goes ahead once nobody new was announced for this long."""
+"""Without --workers, `serve` continues once nobody new was announced for this long."""
 LAST_WORDS_S: Final = 0.5
-"""What calls get, once their requests have ended, to tell their clients so."""
+"""Time for calls to tell their clients that their requests have ended."""
 MIN_CONTEXT: Final = 8
 """Below this not even the canary fits."""
 LOOP_STOP_S: Final = 5.0
-"""What the engine loop's thread gets to end: a disk that does not answer must not keep `serve` alive."""
+"""Time for the engine loop's thread to end: a disk that does not answer must not keep `serve` alive."""
 FAREWELL_S: Final = 2.0
-"""What workers get to free their slices when a coordinator stops."""
+"""Time for workers to free their slices when a coordinator stops."""

@@ -1,4 +1,4 @@
-"""Models, plans and speeds: what placement needs to know, what a plan promises, how a prompt is cut."""
+"""Models, plans and speeds: what placement needs of a model, what a plan contains, how a prompt is split."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LayerRange:
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """Which checkpoint is meant: a name for people, a folder, and what its bytes must hash to.
+    """A checkpoint: its name for people, its folder, and its hash.
 
-    ``fingerprint`` is a hex SHA-256 over the config, the tokenizer, the safetensors headers and the files' editions.
+    ``fingerprint`` is a hex SHA-256 over the config, the tokenizer, the safetensors headers and the file versions.
     """
 
     name: str
@@ -50,19 +50,19 @@ class SharedWeight:
     nbytes: int
     layers: tuple[int, ...]
     lookup_bytes: int | None = None
-    """What one token reads of it where it is only looked up (a row of an embedding); None: always all of it."""
+    """Bytes that one token reads if it is only looked up (a row of an embedding); None: always all bytes."""
     head: bool = False
-    """Looked up, but the stage with the last layer multiplies with all of it (a tied embedding)."""
+    """It is looked up, but the stage with the last layer multiplies with all of it (a tied embedding)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What placement needs to know of a model; found without reading a weight. All sizes are bytes.
+    """What placement needs to know of a model, found without reading a weight. All sizes are bytes.
 
-    ``cut`` e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have
-    an entry a layer. ``unclean`` says why the other cuts are not clean. ``batchable``: sequences can share a lane;
-    where not, each needs a lane of its own. ``trimmable``: a sequence, or a kept prefix, can forget any number of its
-    last tokens.
+    Cut e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have an
+    entry per layer. ``unclean`` says why the other cuts are not clean. ``batchable``: sequences can share a lane;
+    otherwise each needs its own lane. ``trimmable``: a sequence or a kept prefix can drop any number of its last
+    tokens.
     """
 
     model: ModelRef
@@ -76,30 +76,30 @@ class ModelShape:
     batchable: bool = True
     trimmable: bool = True
     cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Sizes of shorter sequences: (tokens, bytes a layer), ascending, without the one of ``max_context``."""
+    """Sizes of shorter sequences: (tokens, bytes per layer), ascending, without the one of ``max_context``."""
     active_bytes: tuple[int, ...] = ()
-    """What one token reads of each layer: of stacked experts only those it is sent to. Empty: all of every layer."""
+    """Bytes that one token reads of each layer; of stacked experts only its own. Empty: all of every layer."""
     expert_bytes: tuple[int, ...] = ()
-    """Of each layer: its stacked experts, all of them. Empty: there are none."""
+    """Bytes of each layer's stacked experts, all of them. Empty: there are none."""
     flops: tuple[float, ...] = ()
-    """Floating-point operations of one token a layer, attention's part that grows with the context aside."""
+    """Floating-point operations of one token per layer, without the part of attention that grows with the context."""
     boundary_bytes: tuple[int, ...] = ()
-    """What crosses the cut before each layer, for one token; the first entry is for token ids."""
+    """Bytes that cross the cut before each layer for one token; the first entry is for token ids."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
-        """Bytes of weights that a stage with these layers holds."""
-        mine = range(layers.start, layers.end)
-        shared = sum(w.nbytes for w in self.shared if any(i in mine for i in w.layers))
+        """Return the bytes of weights that a stage with these layers holds."""
+        own = range(layers.start, layers.end)
+        shared = sum(w.nbytes for w in self.shared if any(i in own for i in w.layers))
         return sum(self.layer_bytes[layers.start : layers.end]) + shared
 
     def stage_cache_bytes(self, layers: LayerRange, tokens: int | None = None) -> int:
-        """Bytes of caches that one sequence of so many tokens (None: full-length) takes on that stage, at most."""
+        """Return the maximal cache bytes of one sequence of ``tokens`` (None: full length) on that stage."""
         fitting = (sizes for known, sizes in self.cache_curve if tokens is not None and known >= tokens)
         return sum(next(fitting, self.cache_bytes)[layers.start : layers.end])
 
 
 class Objective(StrEnum):
-    """What a plan is best at: one user's next token, or many users' tokens together."""
+    """What a plan optimizes: one user's next token, or many users' tokens together."""
 
     LATENCY = "latency"
     THROUGHPUT = "throughput"
@@ -107,11 +107,11 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a worker's engine was measured to do, in bytes, seconds and operations; ``bandwidth`` 0: not measured.
+    """Measured speed of a worker's engine, in bytes, seconds and operations; ``bandwidth`` 0: not measured.
 
-    A decode step of one row takes ``step_s``, ``layer_s`` a layer, and its weights' and caches' bytes at
-    ``bandwidth``; each further row adds ``row_cost`` (0 to 1) of the weights' time. ``flops`` is the rate of prompts.
-    ``corrections`` are (model fingerprint, measured over predicted), the last learned last.
+    A decode step of one row takes ``step_s``, ``layer_s`` per layer, and the time of its weights' and caches' bytes at
+    ``bandwidth``. Each further row adds ``row_cost`` (0 to 1) of the weights' time. ``flops`` is the rate of prompts.
+    ``corrections`` are pairs of model fingerprint and measured over predicted time, the latest last.
     """
 
     bandwidth: float = 0.0
@@ -126,7 +126,7 @@ class Profile:
         return self.bandwidth > 0
 
     def correction(self, fingerprint: str) -> float:
-        """By what its predictions are multiplied: as learned with that model, else the median over all models."""
+        """Return the factor for predictions: as learned with that model, else the median over all models."""
         learned = dict(self.corrections)
         if fingerprint in learned:
             return learned[fingerprint]
@@ -136,13 +136,13 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One direction between two workers, as measured: seconds there and back, and bytes a second."""
+    """One measured direction between two workers: seconds of a round trip, and bytes a second."""
 
     round_trip_s: float
     bandwidth: float
 
     def hop_s(self, nbytes: float) -> float:
-        """Seconds until a message has arrived."""
+        """Return the seconds that a message of ``nbytes`` takes to arrive."""
         return self.round_trip_s / 2 + nbytes / self.bandwidth
 
 
@@ -156,8 +156,9 @@ class Spare:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a plan is predicted to do: tokens a second for one and for eight users, seconds to the first one of a prompt
-    of ``prompt_tokens``, which are as many as the context has room for, up to 2,048.
+    """A plan's predicted speed: tokens a second for one and for eight users, seconds to the first token of a prompt.
+
+    The prompt has ``prompt_tokens`` tokens: as many as the context has room for, up to 2,048.
     """
 
     one_user: float
@@ -168,9 +169,9 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """What one worker is asked to hold: stage ``index`` of ``count`` of a plan's epoch.
+    """What one worker holds: stage ``index`` of ``count`` of a plan's epoch.
 
-    ``kv_bits`` 4 or 8 keeps keys and values in so many bits; 0 keeps them in the model's own type.
+    ``kv_bits`` 4 or 8 quantizes keys and values; 0 keeps them in the model's own type.
     """
 
     epoch: int
@@ -191,7 +192,7 @@ class StageSpec:
 
 
 class Route(StrEnum):
-    """How activations cross a hop: worker to worker, or by way of the coordinator."""
+    """How activations cross a hop: from worker to worker, or through the coordinator."""
 
     DIRECT = "direct"
     RELAY = "relay"
@@ -199,15 +200,15 @@ class Route(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """One line of a plan: who holds what, and how many bytes that is."""
+    """One stage of a plan: the worker, its layers, and their sizes in bytes."""
 
     spec: StageSpec
     worker: str
     weight_bytes: int
     cache_bytes: int
-    """What is left for caches."""
+    """Memory left for caches."""
     decode_ms: float = 0.0
-    """What a decode step of one row is predicted to take here; 0 where the worker's speed is not known."""
+    """Predicted time of a decode step of one row on this stage; 0 if the worker's speed is unknown."""
 
     @property
     def layers(self) -> LayerRange:
@@ -216,10 +217,10 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who holds which layers in one epoch, in pipeline order.
+    """The workers and their layers in one epoch, in pipeline order.
 
-    ``max_sequences`` is how many may be answered at once if each takes the whole ``max_context``; more if they take
-    less, up to ``lanes`` x ``rows``.
+    ``max_sequences`` is how many sequences fit at once if each takes the whole ``max_context``; more fit if they are
+    shorter, up to ``lanes`` x ``rows``.
     """
 
     epoch: int
@@ -232,19 +233,19 @@ class Plan:
     rows: int
     objective: Objective = Objective.LATENCY
     forecast: Forecast | None = None
-    """None where a worker's speed is not known."""
+    """None if a worker's speed is unknown."""
     spares: tuple[Spare, ...] = ()
     reasons: tuple[str, ...] = ()
 
     def of_epoch(self, epoch: int) -> Plan:
-        """The same plan under another number."""
+        """Return the same plan with another epoch number."""
         stages = tuple(replace(s, spec=replace(s.spec, epoch=epoch)) for s in self.stages)
         return replace(self, epoch=epoch, stages=stages)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far one stage's load is; ``state`` says what it is doing in a word."""
+    """Progress of one stage's load; ``state`` names the present activity in a word."""
 
     worker: str
     layers: LayerRange
@@ -254,12 +255,12 @@ class LoadProgress:
     hub_bytes: int = 0
     peer_bytes: int = 0
     notices: tuple[str, ...] = ()
-    """What a person should know of the bytes that were found: all sentences so far."""
+    """All sentences so far that a person should read about the bytes that were found."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorePlace:
-    """A Mac that answers StoreService: a name for people, an address, and who answers there (``ROLE.ID``)."""
+    """A Mac that answers StoreService: its name, address, and party (``ROLE.ID``)."""
 
     name: str
     address: str
@@ -268,10 +269,10 @@ class StorePlace:
 
 @dataclass(frozen=True, slots=True)
 class FetchOrder:
-    """What a stage needs of the model's files, and who has it.
+    """The tensors of the model's files that a stage needs, and where to fetch them.
 
-    ``tensors`` are names, in the order in which they are wanted; those in ``deferred`` come from another worker that
-    fetches them first. ``repo`` and ``commit`` say where on the hub the model is; empty: nowhere.
+    ``tensors`` are names in the order in which they are needed; another worker fetches those in ``deferred`` first.
+    ``repo`` and ``commit`` locate the model on the hub; empty if it is not there.
     """
 
     tensors: tuple[str, ...]
@@ -283,24 +284,24 @@ class FetchOrder:
 
 @dataclass(frozen=True, slots=True)
 class StageProof:
-    """What a stage's tensors hash to on its worker: pairs of name and SHA-256 in hex."""
+    """The hashes of a stage's tensors on its worker: pairs of name and SHA-256 in hex."""
 
     worker: str
     digests: tuple[tuple[str, str], ...]
 
 
 _FILLS: Final = 4
-"""A prompt goes out in so many chunks a stage: filling and draining the pipeline costs 1 / _FILLS of its time then."""
+"""Chunks of a prompt per stage: filling and draining the pipeline then costs 1 / _FILLS of its time."""
 _LEAST_SPLIT: Final = 128
-"""A shorter chunk would lose more to thin matrices than overlap wins."""
+"""A shorter chunk would lose more to thin matrices than overlapping gains."""
 _BLOCK: Final = 64
-"""Attention over whole blocks is what GPUs' kernels are fastest at, and there are few such lengths."""
+"""GPU kernels are fastest at attention over whole blocks, and there are few such lengths."""
 
 
 def overlapping_chunk(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> int:
-    """Tokens a chunk of a prompt of so many tokens, over so many stages; at most ``most``.
+    """Return the tokens per chunk for a prompt of ``prompt`` tokens over ``stages`` stages, at most ``most``.
 
-    Whole blocks, so that what a GPU makes for the lengths of one prompt serves the next.
+    Chunks are whole blocks, so that kernels compiled for one prompt's lengths serve the next prompt.
     """
     if stages == 1:
         return most
@@ -308,17 +309,19 @@ def overlapping_chunk(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> in
 
 
 def next_chunk(left: int, chunk: int, most: int = PREFILL_CHUNK) -> int:
-    """How many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``most``.
+    """Return how many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``most``.
 
-    The last chunk takes what would be less than a block by itself, which would read all weights for a few tokens, where
-    it has room for that.
+    The last chunk includes a remainder of less than a block if it has room: the remainder alone would read all weights
+    for a few tokens.
     """
     return left if left <= most and left - chunk < _BLOCK else chunk
 
 
 def chunks(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> list[int]:
-    """Tokens of each piece of a prompt that has the stages to itself, in order."""
-    chunk, pieces, left = overlapping_chunk(prompt, stages, most), list[int](), prompt
+    """Return the tokens of each piece of a prompt that has the stages to itself, in order."""
+    chunk = overlapping_chunk(prompt, stages, most)
+    pieces: list[int] = []
+    left = prompt
     while left:
         pieces.append(next_chunk(left, chunk, most))
         left -= pieces[-1]

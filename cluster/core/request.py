@@ -1,4 +1,4 @@
-"""What a client asks for and what it is told: requests, sampling, chats, grammars, and events."""
+"""Requests and their events: sampling, chats, grammars, tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.core.plan import LayerRange
 
 
 class GrammarKind(StrEnum):
-    """What a grammar is written in."""
+    """The notation of a grammar."""
 
     JSON_SCHEMA = "json_schema"
     JSON_OBJECT = "json_object"
@@ -19,10 +19,10 @@ class GrammarKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must be. ``source`` is the schema as JSON text, the regex, or Lark; "" for any JSON object.
+    """A constraint on an answer. ``source`` is the schema as JSON text, the regex or Lark; "" for any JSON object.
 
-    ``free_until`` are the token ids that end the part before it which is not constrained, the reasoning; () where the
-    answer's first token is.
+    ``free_until`` are the token ids that end the unconstrained part before it, the reasoning; () if the constraint
+    starts at the first token.
     """
 
     kind: GrammarKind
@@ -32,7 +32,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. ``parameters`` is the JSON Schema of its arguments, an object's, as text."""
+    """A function that the model may call. ``parameters`` is the JSON Schema (an object) of its arguments, as text."""
 
     name: str
     description: str = ""
@@ -41,7 +41,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A whole call, as it stands in a conversation. ``arguments`` is a JSON object as text."""
+    """A complete call in a conversation. ``arguments`` is a JSON object as text."""
 
     id: str
     name: str
@@ -52,7 +52,7 @@ class ToolCall:
 class ChatMessage:
     """One message; ``role`` is system, user, assistant or tool.
 
-    An assistant's may hold ``reasoning`` and ``tool_calls`` too; a tool's names the call it answers, and the tool.
+    An assistant's may have ``reasoning`` and ``tool_calls``; a tool's names the call that it answers, and the tool.
     """
 
     role: str
@@ -65,8 +65,9 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of call ``index`` of an answer: ``id`` and ``name`` come with the first piece alone, the text of
-    ``arguments`` in pieces after it.
+    """A piece of call ``index`` of an answer.
+
+    The first piece alone has ``id`` and ``name``; the text of ``arguments`` follows in pieces.
     """
 
     index: int
@@ -76,7 +77,7 @@ class ToolCallDelta:
 
 
 class ToolChoice(StrEnum):
-    """Whether an answer may, must not, or must call tools; ``NAMED`` must call one certain tool."""
+    """Whether an answer may, must not, or must call tools; ``NAMED`` must call one particular tool."""
 
     AUTO = "auto"
     NONE = "none"
@@ -88,8 +89,8 @@ class ToolChoice(StrEnum):
 class ChatOptions:
     """How a conversation becomes a prompt, and what its answer may be.
 
-    ``tool_name`` is for ``ToolChoice.NAMED``. ``enable_thinking`` None and ``reasoning_effort`` "" leave it to the
-    model's template. ``template`` is a JSON object as text: further arguments of the model's chat template.
+    ``tool_name`` is for ``ToolChoice.NAMED``. ``enable_thinking`` None and ``reasoning_effort`` "" use the template's
+    defaults. ``template`` is a JSON object as text: further arguments of the model's chat template.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -102,15 +103,15 @@ class ChatOptions:
 
     @property
     def offered(self) -> tuple[Tool, ...]:
-        """The tools that the model is told of: none where it must not call any."""
+        """The tools that are shown to the model: none if it must not call any."""
         return () if self.tool_choice is ToolChoice.NONE else self.tools
 
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """What an answer's text is parsed for: reasoning always, calls of ``tools`` where there are any.
+    """What to extract from an answer's text: always reasoning, and calls if there are ``tools``.
 
-    ``thinking``: the prompt ends inside the reasoning, so that the answer begins there.
+    ``thinking``: the prompt ends inside the reasoning, so the answer starts there.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -121,11 +122,11 @@ class Parsing:
 class SamplingParams:
     """How the last stage picks a token; the defaults are greedy decoding without penalties.
 
-    ``repetition_penalty`` looks at the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` look at
-    the answer alone, as OpenAI defines them. ``logit_bias`` holds pairs of token id and bias. ``logprobs`` asks for
-    the chosen token's log-probability, ``top_logprobs`` for that many alternatives too. The draw for a token depends
-    on ``seed`` and the token's position alone. A ``grammar`` rules out, before any other filter, every token with
-    which the answer could no longer become what it says; log-probabilities are those among the tokens that are left.
+    ``repetition_penalty`` considers the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` consider
+    the answer alone, as OpenAI defines them. ``logit_bias`` has pairs of token id and bias. ``logprobs`` requests the
+    chosen token's log-probability, ``top_logprobs`` that many alternatives too. The draw for a token depends only on
+    ``seed`` and the token's position. Before any other filter, a ``grammar`` excludes every token after which the
+    answer could no longer match it; log-probabilities are those among the remaining tokens.
     """
 
     temperature: float = 0.0
@@ -143,7 +144,7 @@ class SamplingParams:
 
 
 class FinishReason(StrEnum):
-    """Why an answer is complete; whatever ends one early is an error instead."""
+    """Why an answer is complete. An answer that ends early has an error instead."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -152,17 +153,17 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First event of an answer: the request has a lane or a place in the queue."""
+    """First event of an answer: the request was accepted to a lane or to the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One accepted request, tokenized. ``deadline`` is in the injected clock's seconds; None means no deadline.
 
-    ``client`` is whose it is: turns are shared between clients, and kept prefixes stay with theirs. A request of
-    priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` answers are asked for, each with a
-    seed of its own; sample 0 is what one alone would be. ``parsing`` None leaves the answer's text as it is; with
-    ``stage_timings`` every token tells where its time went.
+    ``client`` is its owner: turns are shared between clients, and kept prefixes are never shared between them. A
+    request of priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` is the number of
+    answers, each with its own seed; sample 0 equals the answer of a request for one. ``parsing`` None leaves the
+    answer's text as it is. With ``stage_timings`` every token has its time per stage.
     """
 
     id: str
@@ -186,12 +187,12 @@ class TopLogprob:
     token: int
     logprob: float
     text: str = ""
-    """Only clients are told it; stages and the coordinator know the id."""
+    """Only for clients; stages and the coordinator know the id."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """Milliseconds of a request, or of a token, on one stage; ``wire_ms`` is its share of the ring's outside stages."""
+    """Milliseconds of a request or a token on one stage; ``wire_ms`` is its share of the ring's time outside stages."""
 
     worker: str
     layers: LayerRange
@@ -202,10 +203,10 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """Token ``index`` of answer ``sample``. ``text`` is what became printable with it: whole characters, perhaps none.
+    """Token ``index`` of answer ``sample``. ``text`` is the text that it completed: whole characters, or none.
 
-    Where the answer is parsed, that is content alone; reasoning before it and calls after it stand beside it.
-    ``stages``: the frames since the token before, if asked for. ``cached_tokens`` of the prompt were kept from before.
+    In a parsed answer ``text`` is content alone; reasoning and calls have their own fields. ``stages`` has the frames
+    since the previous token, if requested. ``cached_tokens`` of the prompt came from a kept prefix.
     """
 
     index: int
@@ -229,7 +230,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a complete answer, one a sample. ``stop`` is the stop string that ended it, if one did."""
+    """The end of a complete answer, one per sample. ``stop`` is the stop string that ended it, if any."""
 
     reason: FinishReason
     text: str

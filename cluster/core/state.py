@@ -1,4 +1,4 @@
-"""What a coordinator is doing: its state, and a repair or a planned move under way."""
+"""A coordinator's state, and a repair or planned move under way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class ServingState(StrEnum):
-    """What the coordinator is doing. ``FAILED`` comes with a sentence that says why."""
+    """The coordinator's state. ``FAILED`` comes with a sentence that says why."""
 
     IDLE = "idle"
     LOADING = "loading"
@@ -15,13 +15,14 @@ class ServingState(StrEnum):
     RECOVERING = "recovering"
     FAILED = "failed"
     UNKNOWN = "unknown"
-    """A state that this client's version has no word for."""
+    """A state that this client's version does not know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What is being done about a loss, or to move layers as planned. ``expected_seconds`` counts from its beginning; 0:
-    it waits for a Mac.
+    """A recovery from a loss, or a planned move of layers.
+
+    ``expected_seconds`` counts from the start; 0 means that it waits for a Mac.
     """
 
     worker: str

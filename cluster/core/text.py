@@ -1,4 +1,4 @@
-"""Addresses, layer ranges, sizes and durations as people write them."""
+"""Parse and format addresses, layer ranges, sizes and durations as people write them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HIGHEST_PORT = 65_535
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of ``mac-1.local:7000``, ``10.0.0.5:7000`` or ``[fd00::5]:7000``.
+    """Return host and port of ``mac-1.local:7000``, ``10.0.0.5:7000`` or ``[fd00::5]:7000``.
 
-    Raises InvalidOption, with a sentence that says what is wrong.
+    Raises InvalidOption that says what is wrong.
     """
     host, colon, port = text.rpartition(":")
     if "/" in text or any(c.isspace() or not c.isprintable() for c in text):
@@ -43,12 +43,12 @@ def _parse_port(port: str, text: str) -> int:
 
 
 def format_address(host: str, port: int) -> str:
-    """The notation that ``parse_address`` reads; IPv6 in brackets."""
+    """Return the notation that ``parse_address`` reads; IPv6 in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the address is this machine's own; a name other than ``localhost`` is not."""
+    """Return whether the address is this machine's own; a name other than ``localhost`` is not."""
     if host == "localhost":
         return True
     try:
@@ -61,12 +61,13 @@ _RANGE: Final = re.compile(r"\s*(?P<first>[0-9]{1,6})\s*(-\s*(?P<last>[0-9]{1,6}
 
 
 def parse_layers(written: str) -> tuple[LayerRange, ...]:
-    """One range a stage, from layer 0 on without a gap. Raises InvalidOption that names the bad part."""
+    """Parse one range per stage, from layer 0 on without gaps. Raises InvalidOption that names the bad part."""
     if written.count(",") >= MAX_STAGES:
         raise InvalidOption(f"--layers names more than {MAX_STAGES} stages", field="layers")
     ranges: list[LayerRange] = []
     for part in written.split(","):
-        due, found = ranges[-1].end if ranges else 0, parse_range(part)
+        due = ranges[-1].end if ranges else 0
+        found = parse_range(part)
         if found.start != due:
             raise _wrong(part, f"must begin with layer {due}: the ranges start at 0 and leave no gap")
         ranges.append(found)
@@ -74,13 +75,13 @@ def parse_layers(written: str) -> tuple[LayerRange, ...]:
 
 
 def parse_range(part: str) -> LayerRange:
-    """One range, anywhere. Raises InvalidOption."""
+    """Parse one range, such as ``4-7``. Raises InvalidOption."""
     found = _RANGE.fullmatch(part)
     if not found:
-        raise _wrong(part, "is no range; write --layers like 0-3,4-7")
+        raise _wrong(part, "is not a range; write --layers like 0-3,4-7")
     first, last = int(found["first"]), int(found["last"] or found["first"])
     if last < first:
-        raise _wrong(part, "ends before it begins")
+        raise _wrong(part, "ends before it starts")
     return LayerRange(first, last + 1)
 
 
@@ -95,12 +96,12 @@ _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(written: str, option: str) -> int:
-    """Bytes. ``24G`` and ``24GB`` are powers of ten, ``24GiB`` of two. Raises InvalidOption that names ``option``."""
+    """Return bytes: ``24G`` and ``24GB`` are powers of ten, ``24GiB`` of two. Raises InvalidOption for ``option``."""
     found = _SIZE.fullmatch(written.strip())
     base = 1024 if found and found["binary"] else 1000
     size = int(float(found["number"]) * base ** _POWERS[found["prefix"].lower()]) if found else 0
     if size <= 0:
-        raise InvalidOption(f"{option} {written!r} is no size; write it like 24GiB", field=option.lstrip("-"))
+        raise InvalidOption(f"{option} {written!r} is not a size; write it like 24GiB", field=option.lstrip("-"))
     return size
 
 
@@ -109,15 +110,17 @@ _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def parse_duration(written: str, option: str) -> float:
-    """Seconds; raises ``InvalidOption`` that names ``option``."""
+    """Return seconds. Raises ``InvalidOption`` that names ``option``."""
     found = _DURATION.fullmatch(written.strip().lower())
     if not found:
-        raise InvalidOption(f"{option} {written!r} is no duration; write it like 30m or 2h", field=option.lstrip("-"))
+        raise InvalidOption(
+            f"{option} {written!r} is not a duration; write it like 30m or 2h", field=option.lstrip("-")
+        )
     return float(found["number"]) * _SECONDS[found["unit"]]
 
 
 def duration_in_words(seconds: float) -> str:
-    """``59 min``, ``2 h``, ``3 days``: as much as a person wants to know of a wait."""
+    """Format a duration for people: ``59 min``, ``2 h``, ``3 days``."""
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if round(seconds / size) >= 2:
             return f"{seconds / size:.0f} {unit}"
@@ -125,5 +128,5 @@ def duration_in_words(seconds: float) -> str:
 
 
 def with_subject(name: str, text: str, label: str = "") -> str:
-    """``text``, after ``label`` (by default ``name``) and a colon where it does not mention ``name`` itself."""
+    """Return ``text``, prefixed with ``label`` (by default ``name``) and a colon unless it mentions ``name``."""
     return text if name in text else f"{label or name}: {text}"

@@ -18,7 +18,7 @@ import anyio
 import grpc
 
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, ModelNotFound
-from cluster.core.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, RETRY_AFTER_S, SHELF_READERS
+from cluster.core.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, RETRY_AFTER_S, STORE_READERS
 from cluster.model.checkpoint import Checkpoint, open_checkpoint
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
@@ -64,7 +64,7 @@ class StoreServer(StoreServiceServicer):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._items: dict[str, SharedModel] = {}
-        self._readers = anyio.Semaphore(SHELF_READERS)
+        self._readers = anyio.Semaphore(STORE_READERS)
         self._checks: set[asyncio.Task[None]] = set()
 
     def put(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
@@ -155,7 +155,7 @@ class StoreServer(StoreServiceServicer):
 
 
 class _ReadSlot:
-    """A context manager for one of the ``SHELF_READERS`` slots. If none is free, abort the call; the client retries."""
+    """A context manager for one of the ``STORE_READERS`` slots. If none is free, abort the call; the client retries."""
 
     def __init__(self, readers: anyio.Semaphore, context: Context) -> None:
         self._readers, self._context = readers, context

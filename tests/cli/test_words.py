@@ -60,14 +60,14 @@ def test_a_single_layer_needs_no_dash() -> None:
 @pytest.mark.parametrize(
     ("written", "part", "why"),
     [
-        ("", "''", "no range"),
-        ("0-3,", "''", "no range"),
-        ("0-3;4-7", "'0-3;4-7'", "no range"),
+        ("", "''", "not a range"),
+        ("0-3,", "''", "not a range"),
+        ("0-3;4-7", "'0-3;4-7'", "not a range"),
         ("1-3", "'1-3'", "layer 0"),
         ("0-3,5-7", "'5-7'", "layer 4"),
         ("0-3,3-7", "'3-7'", "layer 4"),
         ("0-3,7-4", "'7-4'", "before"),
-        ("0-9999999", "'0-9999999'", "no range"),
+        ("0-9999999", "'0-9999999'", "not a range"),
     ],
 )
 def test_wrong_layers_name_the_bad_part(written: str, part: str, why: str) -> None:
