@@ -13,14 +13,14 @@ from pathlib import Path
 
 from cryptography import x509
 
-from cluster.coordinator.identity import identity as coordinator_identity
+from cluster.coordinator.identity import hold_identity as hold_coordinator_identity
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.members import Members
 from cluster.security.mtls import ClusterTrust
 from cluster.security.roles import Party, Role
-from cluster.worker.identity import identity as worker_identity
+from cluster.worker.identity import hold_identity as hold_worker_identity
 
 
 def mtls() -> bool:
@@ -68,11 +68,11 @@ class Lead:
 
     def admit_worker(self, name: str, home: Path, now: float | None = None) -> Party:
         """With the id that the worker has, or will have, under ``home``."""
-        with worker_identity(home, name) as own_id:
+        with hold_worker_identity(home, name) as own_id:
             return self.admit(Role.WORKER, name, own_id, home, now)
 
     def admit_coordinator(self, name: str = "lead", now: float | None = None) -> Party:
-        with coordinator_identity(self.folder.home, self.folder.cluster) as own_id:
+        with hold_coordinator_identity(self.folder.home, self.folder.cluster) as own_id:
             return self.admit(Role.COORDINATOR, name, own_id, now=now)
 
     def trust(self, role: Role, name: str = "", home: Path | None = None) -> ClusterTrust:

@@ -26,7 +26,7 @@ from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
-from cluster.coordinator.identity import identity, state_folder
+from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
@@ -80,7 +80,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
-        own_id = stack.enter_context(identity(settings.home, settings.cluster))
+        own_id = stack.enter_context(hold_identity(settings.home, settings.cluster))
         roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
         lag = TimerLag().start()

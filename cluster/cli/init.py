@@ -36,21 +36,25 @@ def init(
 
     From then on every connection is encrypted, and only members can connect. Prints the commands for the other Macs.
     """
-    from cluster.coordinator.identity import id_of as coordinator_id
+    from cluster.coordinator.identity import read_coordinator_id
     from cluster.platform.private_files import protect_home
     from cluster.security.cluster_creation import create_cluster
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.keys import KeyScope, KeyStore
     from cluster.security.roles import Role
     from cluster.security.tokens import TokenStore
-    from cluster.worker.identity import id_of as worker_id
+    from cluster.worker.identity import read_worker_id
 
     with errors_in_json(json):
         folder = ClusterFolder(state_home(home), cluster)
         member_name = name or short_host_name()
         protect_home(folder.home)
-        coordinator = coordinator_id(folder.home, cluster)
-        ids = {Role.COORDINATOR: coordinator, Role.WORKER: worker_id(folder.home, member_name), Role.ADMIN: coordinator}
+        coordinator = read_coordinator_id(folder.home, cluster)
+        ids = {
+            Role.COORDINATOR: coordinator,
+            Role.WORKER: read_worker_id(folder.home, member_name),
+            Role.ADMIN: coordinator,
+        }
         made = create_cluster(folder, member_name, ids)
         tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
         _, key = KeyStore(folder).create("first", KeyScope.ADMIN)

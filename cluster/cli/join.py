@@ -66,11 +66,11 @@ def _join(token: JoinToken, machine: str, peer: str, cluster: str, home: Path) -
     from cluster.platform.private_files import protect_home
     from cluster.security.cluster_creation import name_for_role
     from cluster.security.roles import Role
-    from cluster.worker.identity import id_of
+    from cluster.worker.identity import read_worker_id
 
     name = name_for_role(token.role, machine)
     protect_home(home)
-    own_id = id_of(home, name) if token.role is Role.WORKER else secrets.token_hex(8)
+    own_id = read_worker_id(home, name) if token.role is Role.WORKER else secrets.token_hex(8)
     note(f"looking for the coordinator of cluster {token.cluster_id}" if not peer else f"asking {peer}")
     return anyio.run(join, JoinOrder(home, token, own_id, name, peer, cluster))
 

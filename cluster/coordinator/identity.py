@@ -19,7 +19,7 @@ def state_folder(home: Path, cluster: str) -> Path:
     return home / "coordinators" / "".join(c if c.isalnum() or c in "-_." else "_" for c in cluster)
 
 
-def id_of(home: Path, cluster: str) -> str:
+def read_coordinator_id(home: Path, cluster: str) -> str:
     """Return the id of this machine's coordinator of ``cluster``, running or not.
 
     Raises ``InvalidOption`` if the id cannot be stored.
@@ -32,7 +32,7 @@ def id_of(home: Path, cluster: str) -> str:
 
 
 @contextmanager
-def identity(home: Path | None, cluster: str) -> Iterator[str]:
+def hold_identity(home: Path | None, cluster: str) -> Iterator[str]:
     """Yield the id of this machine's coordinator of ``cluster``, and hold it until the context ends.
 
     A second coordinator at the same time, or one that cannot store a file, gets an id for this process only. It serves

@@ -1,5 +1,5 @@
-"""The worker: a daemon that a person starts on each Mac, and the engine it supervises.
+"""The worker: a daemon that a person starts on each Mac, and the engine process that it supervises.
 
-The daemon knows identity, discovery, the control plane and its child; it never imports mlx. The engine knows the model
-and the data plane; it never talks to the coordinator's control plane.
+The daemon has the identity, discovery and the control plane; it never imports mlx. The engine has the model and the
+data plane; it never uses the coordinator's control plane.
 """

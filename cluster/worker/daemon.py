@@ -1,4 +1,4 @@
-"""The worker daemon: one task group that owns identity, engine, control port and announcement, until a signal."""
+"""The worker daemon: one task group with identity, engine, control port and announcement, until a signal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: WorkerSettings) -> int:
-    """Run a worker until SIGINT or SIGTERM; the exit code. Raises ``MacpipeError`` where it cannot start."""
+    """Run a worker until SIGINT or SIGTERM and return the exit code. Raises ``MacpipeError`` if it cannot start."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         anyio.run(_run, settings)
@@ -37,21 +37,21 @@ def run(settings: WorkerSettings) -> int:
 
 
 async def _run(settings: WorkerSettings) -> None:
-    """Bind the control port, start the engine, then answer and be announced: what cannot be had is said at once."""
+    """Bind the control port, start the engine, then serve and announce. Errors of a step are raised at once."""
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.platform.macos import machine_facts
     from cluster.platform.overload import TimerLag
     from cluster.security.credentials import open_trust
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
-    from cluster.worker.identity import identity
+    from cluster.worker.identity import hold_identity
     from cluster.worker.profiler import ensure_profile
     from cluster.worker.stage_loader import StageLoader
     from cluster.worker.supervisor import Supervisor
     from cluster.worker.worker_service import WorkerServicer
 
     protect_home(settings.home)
-    with identity(settings.home, settings.name) as worker_id:
+    with hold_identity(settings.home, settings.name) as worker_id:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
         settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
         if trust.revoked(trust.serial):
@@ -63,48 +63,48 @@ async def _run(settings: WorkerSettings) -> None:
         lag = TimerLag().start()
         supervisor = Supervisor(settings, limit, lag)
         async with anyio.create_task_group() as tasks:
-            answering: list[WorkerServicer] = []
-            tasks.start_soon(_stop_on_signal, tasks.cancel_scope, answering)
+            servicers: list[WorkerServicer] = []
+            tasks.start_soon(_stop_on_signal, tasks.cancel_scope, servicers)
             tasks.start_soon(supervisor.run)
             await supervisor.wait_started()
             profile = await ensure_profile(settings, supervisor)
             if settings.standby:
-                tasks.start_soon(supervisor.standby.keep)  # not before: its imports would be measured too
-            supplies = StageLoader(settings.home, trust)
-            control = WorkerServicer(worker_id, settings, trust, supervisor, supplies, profile, machine, lag)
-            answering.append(control)
-            await _answer(settings, control, server, port)
+                tasks.start_soon(supervisor.standby.keep)  # only now: its imports would distort the measurement
+            loader = StageLoader(settings.home, trust)
+            servicer = WorkerServicer(worker_id, settings, trust, supervisor, loader, profile, machine, lag)
+            servicers.append(servicer)
+            await _serve(settings, servicer, server, port)
 
 
-async def _stop_on_signal(scope: anyio.CancelScope, answering: list[WorkerServicer]) -> None:
-    """The first signal is a drain with a time limit; a second, or one before it answers, ends it at once."""
+async def _stop_on_signal(scope: anyio.CancelScope, servicers: list[WorkerServicer]) -> None:
+    """Drain with a time limit at the first signal; stop at once at the second, or at one before the worker serves."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
             async for _ in signals:
-                if not answering or answering[0].stopping:
+                if not servicers or servicers[0].stopping:
                     scope.cancel()
                 else:
-                    tasks.start_soon(_leave, scope, answering[0])
+                    tasks.start_soon(_drain_and_stop, scope, servicers[0])
 
 
-async def _leave(scope: anyio.CancelScope, control: WorkerServicer) -> None:
-    """Wait until the coordinator has moved this worker's layers away, but not for ever."""
+async def _drain_and_stop(scope: anyio.CancelScope, servicer: WorkerServicer) -> None:
+    """Wait until the coordinator has moved this worker's layers away, at most ``DRAIN_S``."""
     with anyio.move_on_after(DRAIN_S):
-        await control.wait_released()
+        await servicer.wait_released()
     scope.cancel()
 
 
-async def _answer(settings: WorkerSettings, control: WorkerServicer, server: grpc.aio.Server, port: int) -> None:
-    """Answer on the control port, announce it, and wait to be cancelled, or removed from the cluster."""
+async def _serve(settings: WorkerSettings, servicer: WorkerServicer, server: grpc.aio.Server, port: int) -> None:
+    """Serve the control port and announce it until cancelled. Raises Unauthenticated if removed from the cluster."""
     from cluster.discovery.announce import announce
     from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 
-    add_WorkerServiceServicer_to_server(control, server)
-    add_StoreServiceServicer_to_server(control.supplies.shelf, server)
+    add_WorkerServiceServicer_to_server(servicer, server)
+    add_StoreServiceServicer_to_server(servicer.supplies.store_server, server)
     await server.start()
-    said = announce(
-        id=control.id,
+    announcement = announce(
+        id=servicer.id,
         name=settings.name,
         version=__version__,
         cluster=settings.cluster,
@@ -112,9 +112,9 @@ async def _answer(settings: WorkerSettings, control: WorkerServicer, server: grp
         port=port,
     )
     try:
-        async with said:
-            _say_ready(settings, port, control)
-            await control.removed.wait()
+        async with announcement:
+            _print_ready(settings, port, servicer)
+            await servicer.removed.wait()
             raise _removed_error(settings.cluster)
     finally:
         with anyio.CancelScope(shield=True):
@@ -128,11 +128,11 @@ def _removed_error(cluster: str) -> Unauthenticated:
     )
 
 
-def _say_ready(settings: WorkerSettings, port: int, control: WorkerServicer) -> None:
-    hello = control.supervisor.hello
+def _print_ready(settings: WorkerSettings, port: int, servicer: WorkerServicer) -> None:
+    hello = servicer.supervisor.hello
     assert hello
-    alone = "" if control.trust.me else "; on this machine only: `macpipe join` lets others in"
-    limit, profile = hello.memory_limit / 2**30, control.file.kept.profile
+    alone = "" if servicer.trust.me else "; on this machine only: `macpipe join` lets others in"
+    limit, profile = hello.memory_limit / 2**30, servicer.file.kept.profile
     speed = f", {profile.bandwidth / 1e9:.3g} GB/s in decode" if profile.known else ""
     sys.stderr.write(
         f"worker {settings.name} of cluster {settings.cluster} on {settings.host}:{port}: "

@@ -1,7 +1,7 @@
-"""The standby: a second engine process that has imported everything and touched nothing, for when the first one dies.
+"""Start engine processes, and keep a second one ready that has imported everything, for when the first one dies.
 
-Importing mlx and mlx-lm takes seconds, in which a crashed engine's requests would wait; one in waiting begins at once.
-It knows processes. What an engine is told, the supervisor knows.
+Importing mlx and mlx-lm takes seconds, for which a crashed engine's requests would wait; a standby starts at once. The
+module knows processes. The supervisor knows the messages to an engine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLauncher:
-    """Hands out engine processes, which wait for their ``Begin``: the one that ``keep`` has ready, else a new one."""
+    """Provides engine processes that wait for their ``Begin``: the standby that ``keep`` started, else a new one."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
@@ -32,13 +32,13 @@ class EngineLauncher:
 
     @property
     def ready(self) -> bool:
-        """Whether one is in waiting, perhaps still at its imports."""
+        """Whether there is a standby, perhaps still importing."""
         return self._waiting is not None and self._waiting.returncode is None
 
     async def take(self) -> Process:
-        """An engine process. One in waiting that has died in the meantime, as memory ran out, is let go.
+        """Return an engine process. A standby that has died meanwhile, for lack of memory, is not used.
 
-        Raises ``WorkerLost`` where the system starts none.
+        Raises ``WorkerLost`` if the system cannot start one.
         """
         process, self._waiting = self._waiting, None
         if process is not None:
@@ -48,15 +48,15 @@ class EngineLauncher:
         return await self._launch()
 
     async def keep(self) -> None:
-        """Have one in waiting, until cancelled; the next one once who was taken has had time to load its stage."""
+        """Keep a standby until cancelled. The next one starts after the one taken had time to load its stage."""
         try:
             while True:
                 taken = self._taken = anyio.Event()
                 await anyio.sleep(STANDBY_AFTER_S)
                 try:
                     self._waiting = await self._launch()
-                except WorkerLost as e:  # the engine that computes needs none
-                    log.warning("standby: not started, tried again reason=%s", e.sentence)
+                except WorkerLost as e:  # the running engine does not need one
+                    log.warning("standby: not started, trying again reason=%s", e.sentence)
                     continue
                 await taken.wait()
         finally:
@@ -67,11 +67,11 @@ class EngineLauncher:
                     await process.wait()
 
     async def _launch(self) -> Process:
-        """A new process, in a folder that cannot be deleted while the daemon runs."""
+        """Start a process in a folder that cannot be deleted while the daemon runs."""
         environment = isolated_environment(os.environ)
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
             )
-        except OSError as e:  # too many files or processes, too little memory: that may pass
+        except OSError as e:  # too many files or processes, or too little memory: that may pass
             raise WorkerLost(f"the engine could not be started: {e.strerror}") from e

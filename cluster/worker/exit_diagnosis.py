@@ -1,6 +1,6 @@
-"""Why an engine ended: its exit code or signal, whether memory ran out, and the last thing it said.
+"""Diagnose why an engine ended: its exit code or signal, whether memory ran out, and its last line of output.
 
-It knows processes and what systems tell of them; it refuses to know what an engine does.
+It knows processes and what systems tell about them; it knows nothing of an engine's work.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cluster.core.limits import LAST_WORDS_S
 
 LINE_CHARS = 300
 FRESH_S = 2.0
-"""What was said longer before the end has nothing to do with it."""
+"""Output that is older than this at the end has nothing to do with it."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "bad_alloc", "cannot allocate memory")
-"""How allocators and Metal word it."""
+"""The words of allocators and of Metal."""
 
 
 class LastWords:
-    """Passes an engine's stderr on, and keeps its last line."""
+    """Forwards an engine's stderr and keeps its last line."""
 
     def __init__(self, onward: BinaryIO) -> None:
         self._onward = onward
@@ -35,12 +35,12 @@ class LastWords:
 
     @property
     def line(self) -> str:
-        """The last line that has something in it; empty where there was none of late."""
-        late = time.monotonic() - self._said_at > FRESH_S
-        return "" if late or not self._lines else self._lines[0].decode(errors="replace")[:LINE_CHARS]
+        """The last non-empty line; empty if there was none within ``FRESH_S``."""
+        stale = time.monotonic() - self._said_at > FRESH_S
+        return "" if stale or not self._lines else self._lines[0].decode(errors="replace")[:LINE_CHARS]
 
     async def follow(self, process: Process) -> None:
-        """Until the process closes its stderr."""
+        """Forward output until the process closes its stderr."""
         assert process.stderr
         self._lines.clear()
         self._over = anyio.Event()
@@ -48,20 +48,22 @@ class LastWords:
             with suppress(OSError, ValueError):
                 self._onward.write(data)
                 self._onward.flush()
-            if said := [line for line in data.splitlines() if line.strip()]:
-                self._lines.append(said[-1].strip())
+            if lines := [line for line in data.splitlines() if line.strip()]:
+                self._lines.append(lines[-1].strip())
                 self._said_at = time.monotonic()
         self._over.set()
 
-    async def heard_out(self) -> None:
-        """Wait for the rest of a dead process's words; a child of its own may keep the pipe open."""
+    async def wait_for_end(self) -> None:
+        """Wait for the rest of a dead process's output, with a deadline: its own child may keep the pipe open."""
         with anyio.move_on_after(LAST_WORDS_S):
             await self._over.wait()
 
 
-def cause(code: int, last_words: str, out_of_memory_kills: int = 0) -> str:
-    """A sentence from an exit code (negative: a signal), what was said last, and how often the system killed for memory
-    in the meantime.
+def explain_exit(code: int, last_words: str, out_of_memory_kills: int = 0) -> str:
+    """Return a sentence about an exit.
+
+    ``code`` is the exit code (negative: a signal), ``last_words`` the last line of output, ``out_of_memory_kills`` how
+    many processes the system killed for lack of memory meanwhile.
     """
     ended = f"the engine ended with exit code {code}" if code >= 0 else f"the engine was ended by {_signal(-code)}"
     if out_of_memory_kills or any(words in last_words.lower() for words in _OUT_OF_MEMORY):
@@ -78,7 +80,7 @@ def _signal(number: int) -> str:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes Linux has killed for lack of memory; 0 where the system does not count."""
+    """Return how many processes Linux has killed for lack of memory; 0 if the system does not count them."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
             if line.startswith("oom_kill "):

@@ -1,4 +1,4 @@
-"""A worker's identity: a name that makes sense, and an id that stays the same over restarts of its one daemon."""
+"""A worker's identity: a valid name, and an id that stays the same over restarts of its daemon."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @contextmanager
-def identity(home: Path, name: str) -> Iterator[str]:
-    """The id of the worker ``name`` on this machine, made at its first start; held until the context ends.
+def hold_identity(home: Path, name: str) -> Iterator[str]:
+    """Yield the id of the worker ``name`` on this machine and hold it during the block. The first start creates it.
 
-    Raises ``DuplicateName`` where a daemon of that name runs already, ``InvalidOption`` where the folder cannot be
-    written.
+    Raises ``DuplicateName`` if a daemon of that name is running, ``InvalidOption`` if the folder cannot be written.
     """
     folder = _folder(home, name)
     with ExitStack() as stack:
@@ -29,17 +28,17 @@ def identity(home: Path, name: str) -> Iterator[str]:
                 f"a worker named {name} already runs on this machine; give this one another name with --name"
             ) from None
         except OSError as e:
-            raise _unkept(folder, e) from e
+            raise _write_error(folder, e) from e
         yield found
 
 
-def id_of(home: Path, name: str) -> str:
-    """The id of the worker ``name``, whether its daemon runs or not; raises ``InvalidOption``."""
+def read_worker_id(home: Path, name: str) -> str:
+    """Return the id of the worker ``name``, even while its daemon runs. Raises ``InvalidOption``."""
     folder = _folder(home, name)
     try:
         return read_id(folder)
     except OSError as e:
-        raise _unkept(folder, e) from e
+        raise _write_error(folder, e) from e
 
 
 def _folder(home: Path, name: str) -> Path:
@@ -50,5 +49,7 @@ def _folder(home: Path, name: str) -> Path:
     return home / "workers" / name
 
 
-def _unkept(folder: Path, e: OSError) -> InvalidOption:
-    return InvalidOption(f"cannot keep this worker's id in {folder}: {e.strerror}; set MACPIPE_HOME")
+def _write_error(folder: Path, e: OSError) -> InvalidOption:
+    return InvalidOption(
+        f"cannot write this worker's id to {folder}: {e.strerror}; set MACPIPE_HOME to a folder that is yours"
+    )

@@ -1,8 +1,8 @@
-"""What daemon and engine say to each other over a pipe: msgpack lists, a message's name first.
+"""The messages between daemon and engine over a pipe: msgpack lists that start with the message's name.
 
-Commands go down and carry a ``call`` number; ``Progress``, ``Done`` and ``Failed`` come back with it. ``Hello`` is the
-engine's first word, and its answer to ``Begin``. Both ends are one version of one program, but an engine that a fault
-has spoiled may say anything: each message's shape and types are checked.
+Commands carry a ``call`` number; ``Progress``, ``Done`` and ``CommandFailed`` return it. ``Hello`` is the engine's
+first message, its answer to ``Begin``. Both ends run the same version, but an engine that a fault has damaged may send
+anything, so the shape and the types of each message are checked.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cluster.core.plan import LayerRange, ModelRef, StageSpec
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Take the device and the data port, and say hello. An engine is told this first: until then it may stand by."""
+    """Open the device and the data port, and answer ``Hello``. The first command; an engine stands by until then."""
 
     call: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Hold this slice; what was held before is dropped."""
+    """Load this slice and drop the present one."""
 
     call: int
     epoch: int
@@ -55,7 +55,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LinkStage:
-    """Take frames from the stage at ``pull_from``, which ``peer`` holds; empty: they are fed."""
+    """Pull frames from the stage at ``pull_from``, which ``peer`` holds; empty: the coordinator feeds them."""
 
     call: int
     epoch: int
@@ -73,7 +73,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class GetReport:
-    """Say what is held; answered with ``Reported``, also while the model computes."""
+    """Request a ``Reported``, which is answered even while the model computes."""
 
     call: int
 
@@ -99,7 +99,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The engine is up: its data port and what it found of the device. Bytes are bytes."""
+    """The engine is running: its data port, and the facts of its device. Memory is in bytes."""
 
     port: int
     chip: str
@@ -126,7 +126,7 @@ class Done:
 class CommandFailed:
     """``reason`` and ``sentence`` are those of a ``MacpipeError``. Call 0 is the engine's own start.
 
-    ``epoch`` is the one that is loaded, where that is why.
+    ``epoch`` is the loaded one if the command named another.
     """
 
     call: int
@@ -137,7 +137,7 @@ class CommandFailed:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """``busy_ms`` is how long the MLX thread has been at its present job; 0 where it waits for one."""
+    """``busy_ms`` is how long the MLX thread has worked on its present job; 0 while it waits for one."""
 
     call: int
     memory_used: int
@@ -151,7 +151,7 @@ Event = Hello | Progress | Done | CommandFailed | Reported | Measured
 _KINDS = (Begin, Load, LinkStage, Unload, GetReport, Measure, Hello, Progress, Done, CommandFailed, Reported, Measured)
 _TYPES = {t.__name__: t for t in _KINDS}
 _PLAIN: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
-"""What the fields' annotations stand for."""
+"""Types of the fields' annotations."""
 
 
 def pack(message: Begin | Command | Event) -> bytes:
@@ -159,27 +159,27 @@ def pack(message: Begin | Command | Event) -> bytes:
 
 
 def unpacker() -> msgpack.Unpacker:
-    """A stream for ``read``."""
+    """Return a stream for ``read``."""
     return msgpack.Unpacker(max_buffer_size=MAX_ENGINE_MESSAGE_BYTES)
 
 
 def read(stream: msgpack.Unpacker, data: bytes) -> Iterator[Begin | Command | Event]:
-    """The messages that became whole with ``data``. Raises ``BadFrame`` for what is none; the stream ends with that."""
+    """Yield the messages that ``data`` completes. Raises ``BadFrame`` for an invalid one, which ends the stream."""
     try:
         stream.feed(data)
         for item in stream:
             yield _message(item)
     except (ValueError, msgpack.UnpackException) as e:
-        raise BadFrame(f"what came over the engine's pipe is no message: {type(e).__name__}") from e
+        raise BadFrame(f"the engine's pipe has an invalid message: {type(e).__name__}") from e
 
 
 def _message(item: object) -> Begin | Command | Event:
     name, *values = item if isinstance(item, list) and item else [None]
-    kind = _TYPES.get(name) if isinstance(name, str) else None
-    wanted = [str(field.type) for field in fields(kind)] if kind else []
-    if kind is None or len(wanted) != len(values):
-        raise BadFrame("what came over the engine's pipe is no message that this version knows")
-    if not all(type(value) in _PLAIN[plain] for plain, value in zip(wanted, values, strict=True)):
-        raise BadFrame(f"a message {name} over the engine's pipe has a field of another type")
-    made: Begin | Command | Event = kind(*values)
-    return made
+    message_type = _TYPES.get(name) if isinstance(name, str) else None
+    annotations = [str(field.type) for field in fields(message_type)] if message_type else []
+    if message_type is None or len(annotations) != len(values):
+        raise BadFrame("the engine's pipe has a message that this version does not know")
+    if not all(type(value) in _PLAIN[plain] for plain, value in zip(annotations, values, strict=True)):
+        raise BadFrame(f"a message {name} on the engine's pipe has a field of a wrong type")
+    message: Begin | Command | Event = message_type(*values)
+    return message

@@ -1,7 +1,7 @@
-"""What a worker keeps of its own measurements, in its folder: its profile, what frames taught, and its links.
+"""A worker's stored measurements: its profile, corrections learned from frames, and its links.
 
-A file of another version, chip or backend counts for nothing, and so does one that cannot be read: both mean measuring
-again. It knows figures and a file; it measures nothing itself.
+A file of another version, chip or backend, or one that cannot be read, is ignored: the worker measures again. The
+module knows figures and a file; it measures nothing.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ MAX_BYTES: Final = 256 * KIB
 
 @dataclass(frozen=True, slots=True)
 class StoredProfile:
-    """``key`` says under what circumstances it was measured; ``links`` are by the other worker's id and host."""
+    """``key`` describes the circumstances of the measurement, such as versions and the chip."""
 
     key: str
     profile: Profile = field(default_factory=Profile)
     links: tuple[tuple[str, Link, float], ...] = ()
-    """The other worker's id and host, the link from there, and when it was measured in seconds since 1970."""
+    """The other worker's id and host, the link from there, and when it was measured (seconds since the epoch)."""
 
 
 class ProfileFile:
-    """One worker's file. ``kept`` is what it holds now."""
+    """One worker's file. ``kept`` is its present content."""
 
     def __init__(self, path: Path, key: str, now: Callable[[], float] = time.time) -> None:
         self._path, self._now = path, now
         self.kept = _read(path, key)
 
     def put(self, profile: Profile) -> None:
-        """Keep a new measurement; what frames taught about the old one is forgotten."""
+        """Store a new measurement and drop corrections of the old one."""
         self._keep(replace(self.kept, profile=profile))
 
     def learn(self, fingerprint: str, ratio: float) -> None:
-        """Keep that a model's frames took ``ratio`` times what the profile predicts; the oldest of many is dropped."""
+        """Store that a model's frames took ``ratio`` times the predicted time; the oldest of many is dropped."""
         if not math.isfinite(ratio) or not self.kept.profile.known:
             return
         bounded = min(max(ratio, 1 / CORRECTION_BOUND), CORRECTION_BOUND)
@@ -58,15 +58,16 @@ class ProfileFile:
         self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))
 
     def link(self, worker: str, address: str) -> Link | None:
-        """The link from a worker, where it was measured of late and to the same host."""
-        way = _way(worker, address)
-        fresh = (link for known, link, at in self.kept.links if known == way and 0 <= self._now() - at < LINK_KEPT_S)
+        """Return the link from a worker, if it was measured recently and to the same host."""
+        end = _link_end(worker, address)
+        fresh = (link for known, link, at in self.kept.links if known == end and 0 <= self._now() - at < LINK_KEPT_S)
         return next(fresh, None)
 
     def put_link(self, worker: str, address: str, link: Link) -> None:
-        way = _way(worker, address)
-        others = [entry for entry in self.kept.links if entry[0] != way]
-        self._keep(replace(self.kept, links=(*others, (way, link, self._now()))[-KEPT_LINKS:]))
+        """Store a link that was just measured."""
+        end = _link_end(worker, address)
+        others = [entry for entry in self.kept.links if entry[0] != end]
+        self._keep(replace(self.kept, links=(*others, (end, link, self._now()))[-KEPT_LINKS:]))
 
     def _keep(self, kept: StoredProfile) -> None:
         self.kept = kept
@@ -76,22 +77,22 @@ class ProfileFile:
             log.warning("profile: not stored reason=%s path=%s", e.strerror, self._path)
 
 
-def _way(worker: str, address: str) -> str:
-    """The port is another at each start, the host is not."""
+def _link_end(worker: str, address: str) -> str:
+    """Return the worker's id and host. The port changes at each start, the host does not."""
     return f"{worker} {address.rpartition(':')[0]}"
 
 
 def _read(path: Path, key: str) -> StoredProfile:
     try:
         kept = _read_profile(read_json(path, MAX_BYTES))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, damaged, or of another form
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, damaged, or of another format
         return StoredProfile(key)
     return kept if kept.key == key else StoredProfile(key)
 
 
 def _link(round_trip_s: float, bandwidth: float) -> Link:
     if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
-        raise ValueError("a link is no link")
+        raise ValueError("invalid link")
     return Link(float(round_trip_s), float(bandwidth))
 
 
@@ -101,6 +102,6 @@ def _read_profile(facts: Any) -> StoredProfile:
     figures = {name: float(value) for name, value in profile.items()}
     ratios = dict(learned).values()
     if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *ratios)) or not all(r > 0 for r in ratios):
-        raise ValueError("a figure is no figure")
-    links = tuple((str(way), _link(**link), float(at)) for way, link, at in facts["links"])
+        raise ValueError("invalid figure")
+    links = tuple((str(end), _link(**link), float(at)) for end, link, at in facts["links"])
     return StoredProfile(str(facts["key"]), Profile(**figures, corrections=learned), links)

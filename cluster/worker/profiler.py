@@ -1,4 +1,4 @@
-"""Sees to it that a worker has a profile before it is announced: the one it kept, or a new one from its engine."""
+"""Provide a worker's profile before it is announced: the stored one, or a new one that its engine measures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cluster.worker.settings import Profiling, WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-FORM = 2
-"""Of the figures and of how they are measured; another one makes every kept profile void."""
+FORMAT = 2
+"""Version of the figures and of their measurement; a new one makes every stored profile invalid."""
 
 
 async def ensure_profile(settings: WorkerSettings, supervisor: Supervisor) -> ProfileFile:
-    """The worker's file, with a profile in it unless that is off or cannot be had; then its speed is unknown."""
-    file = ProfileFile(_path(settings), _key(settings, supervisor))
+    """Return the worker's file with a profile, or without one if that is off or fails; then its speed is unknown."""
+    file = ProfileFile(_profile_path(settings), _profile_key(settings, supervisor))
     wanted = settings.profile is Profiling.NEW or not file.kept.profile.known
     if wanted and settings.profile is not Profiling.OFF:
         await measure(supervisor, file)
@@ -31,25 +31,26 @@ async def ensure_profile(settings: WorkerSettings, supervisor: Supervisor) -> Pr
 
 
 async def measure(supervisor: Supervisor, file: ProfileFile) -> None:
-    """Have the engine time itself, and keep what it finds."""
+    """Have the engine measure itself, and store the result."""
     sys.stderr.write("measuring this machine's speed, once ...\n")
     try:
         found = await supervisor.ask(Measure, PROFILE_TIMEOUT_S)
     except MacpipeError as e:
-        log.warning("this machine's speed was not measured, plans will go by memory: %s", e.sentence)
+        log.warning("profile: speed not measured, plans use memory alone reason=%s", e.sentence)
         return
     assert isinstance(found, Measured)
     file.put(Profile(found.bandwidth, found.layer_s, found.step_s, found.flops, found.row_cost))
 
 
-def _path(settings: WorkerSettings) -> Path:
+def _profile_path(settings: WorkerSettings) -> Path:
     file = "unprofiled.json" if settings.profile is Profiling.OFF else "profile.json"
     return settings.home / "workers" / settings.name / file
 
 
-def _key(settings: WorkerSettings, supervisor: Supervisor) -> str:
-    """What a measurement depends on."""
+def _profile_key(settings: WorkerSettings, supervisor: Supervisor) -> str:
+    """Return a text of everything that a measurement depends on."""
     hello = supervisor.hello
     device = (hello.chip, hello.backend, hello.mlx_version, hello.mlx_lm_version) if hello else ()
     throttle = () if settings.throttle == 1.0 else (f"throttle {settings.throttle:g}",)
-    return " / ".join((f"form {FORM}", f"macpipe {__version__}", f"grpcio {version('grpcio')}", *device, *throttle))
+    versions = (f"form {FORMAT}", f"macpipe {__version__}", f"grpcio {version('grpcio')}")
+    return " / ".join((*versions, *device, *throttle))

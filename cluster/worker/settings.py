@@ -1,4 +1,4 @@
-"""What a person decided when starting a worker."""
+"""The settings with which a person starts a worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Profiling(StrEnum):
-    """When a worker measures itself: where nothing is kept, always at its start, or never (its speed is unknown)."""
+    """When a worker measures its speed: if no profile is stored, at every start, or never (its speed is unknown)."""
 
     KEPT = "kept"
     NEW = "new"
@@ -17,12 +17,12 @@ class Profiling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """``host`` empty is loopback, and in a cluster this machine's best address. ``port`` and ``data_port`` 0 take free
-    ones. ``memory_limit`` is bytes for weights, caches and work; None takes
-    the device's own.
+    """Settings of one worker.
 
-    ``home`` is the folder where this worker's id, profile and parts of models are kept. ``interface`` is the one that
-    ``host`` is an address of, where a person named it. ``throttle`` makes it slower by a factor, for tests.
+    An empty ``host`` is loopback, and in a cluster this machine's best address. ``port`` and ``data_port`` 0 take free
+    ports. ``memory_limit`` is in bytes, for weights, caches and work; None takes the device's limit. ``home`` is the
+    folder of this worker's id, profile and parts of models. ``interface`` is the one that ``host`` belongs to, if a
+    person named it. ``throttle`` slows the worker down by a factor, for tests.
     """
 
     name: str
@@ -36,4 +36,4 @@ class WorkerSettings:
     throttle: float = 1.0
     data_port: int = 0
     standby: bool = True
-    """Keep a second engine process in waiting, so that one that dies is replaced at once."""
+    """Keep a second engine process ready, so that a dead one is replaced at once."""

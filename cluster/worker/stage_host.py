@@ -1,7 +1,7 @@
-"""The slot: the one stage an engine may hold, where its frames come from and where they go.
+"""The stage host: the one stage that an engine may hold, and the streams of its frames.
 
-``received`` and ``outbox`` are called on the data port's threads and only unpack and pass on; all else runs on the MLX
-thread, jobs in the engine's order and frames as their turn comes.
+``received`` and ``outbox`` run on the data port's threads and only unpack and pass on. Everything else runs on the MLX
+thread: jobs in the engine's order, and frames in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Ports:
-    """Where one epoch's frames wait, coming and going."""
+    """The queues of one epoch's frames, incoming and outgoing."""
 
     inbox: Inbox
     urgent: Outbox
@@ -50,7 +50,7 @@ class _Ports:
 
 
 class StageHost:
-    """Empty, or one loaded stage. ``post`` hands a job to the MLX thread."""
+    """Holds no stage or one loaded stage. ``post`` gives a job to the MLX thread."""
 
     def __init__(
         self, post: Callable[[Callable[[], None]], None], dialer: Dialer, throttle: Throttle | None = None
@@ -66,7 +66,7 @@ class StageHost:
 
     @property
     def epoch(self) -> int:
-        """The loaded stage's epoch; 0 where nothing is loaded."""
+        """The loaded stage's epoch; 0 if nothing is loaded."""
         return self._ports.urgent.epoch if self._ports else 0
 
     @property
@@ -74,9 +74,9 @@ class StageHost:
         return self._stage.sequences if self._stage else 0
 
     def load(self, spec: StageSpec, progress: Callable[[int, int], None]) -> None:
-        """Hold this slice: where it is held already, for another epoch, no weight is read; else it replaces what is.
+        """Load this slice in place of the present one. If it is loaded already, only the epoch changes.
 
-        Raises what ``load_stage`` raises, and ``StaleEpoch`` for an epoch that is over.
+        Raises what ``load_stage`` raises, and ``StaleEpoch`` for an old epoch.
         """
         if spec.epoch < self.epoch:
             why = f"asked to load epoch {spec.epoch}, but epoch {self.epoch} is loaded"
@@ -91,7 +91,7 @@ class StageHost:
         self._index, self._ports = spec.index, _Ports.of(spec.epoch)
 
     def _try_begin_epoch(self, spec: StageSpec, progress: Callable[[int, int], None]) -> bool:
-        """Have the stage that is held serve ``spec``; False where it cannot."""
+        """Let the loaded stage serve ``spec`` if it has the same slice; False if not."""
         if self._stage is None:
             return False
         try:
@@ -102,9 +102,9 @@ class StageHost:
         return True
 
     def link(self, epoch: int, pull_from: str, peer: str = WORKER) -> None:
-        """Take frames from the stage before, which ``peer`` holds.
+        """Pull frames from the previous stage, which ``peer`` holds.
 
-        Raises ``StaleEpoch``, and ``LinkFailed`` where that is out of reach.
+        Raises ``StaleEpoch``, and ``LinkFailed`` if the peer cannot be reached.
         """
         if epoch != self.epoch:
             why = f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded"
@@ -126,7 +126,7 @@ class StageHost:
         self._inlets.clear()
 
     def unload(self) -> None:
-        """Free the stage, its caches and its streams; nothing happens where the slot is empty."""
+        """Free the stage, its caches and its streams, if there is a stage."""
         self._unlink()
         if self._stage:
             self._stage.close()
@@ -134,7 +134,7 @@ class StageHost:
         device.release()
 
     def _unlink(self) -> None:
-        """End the epoch's streams; the stage stays as it is."""
+        """End the epoch's streams; the stage stays loaded."""
         self._close_inlets()
         if self._ports:
             self._ports.close()
@@ -149,70 +149,75 @@ class StageHost:
     def received(self, message: bytes) -> None:
         ports = self._ports
         if ports is None:
-            log.warning("dropped a frame: nothing is loaded")
+            log.warning("stage: frame dropped, nothing is loaded")
             return
         try:
             needs_job = ports.inbox.put(message)
         except BadFrame as e:
-            log.warning("broke the ring off: %s", e.sentence)
-            ports.close()  # a frame is missing from the log now, so nothing after it can be right
+            log.warning("stage: closing streams after a bad frame reason=%s", e.sentence)
+            ports.close()  # a frame of the log is missing now, so no later frame can be right
             return
         if needs_job:
-            self._post(lambda: self._work(ports))
+            self._post(lambda: self._run_next_frame(ports))
 
     def _on_inlet_lost(self, epoch: int, why: str) -> None:
-        """Pass the loss on: whoever pulls from this stage sees its streams end too, up to the coordinator."""
-        log.warning("%s", why)
+        """Close the outgoing streams too: the stages behind see the loss, up to the coordinator."""
+        log.warning("stage: incoming stream lost reason=%s", why)
         ports = self._ports
         if ports and ports.urgent.epoch == epoch:
             ports.close()
 
-    def _work(self, ports: _Ports) -> None:
-        """Run the frame whose turn has come, one a job: a command waits for one frame, not until none is left."""
+    def _run_next_frame(self, ports: _Ports) -> None:
+        """Run the next frame, one per job, so that a command waits for one frame and not for all of them."""
         if self._stage and self._ports is ports and (arrival := ports.inbox.take()):
-            self._advance(self._stage, ports, arrival)
+            self._run_frame(self._stage, ports, arrival)
             if arrival.more:
-                self._post(lambda: self._work(ports))
+                self._post(lambda: self._run_next_frame(ports))
 
-    def _advance(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
-        """One frame: apply, compute, send on with this stage's timing."""
-        started, frame = time.perf_counter_ns(), arrival.frame
+    def _run_frame(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
+        """Run one frame and send the result with this stage's timing."""
+        frame = arrival.frame
+        started = time.perf_counter_ns()
         result = _run_step(stage, self._index, frame)
         self._throttle.stretch((time.perf_counter_ns() - started) / 1e9)
         computed = time.perf_counter_ns()
-        waited, took = (started - arrival.at_ns) // 1000, (computed - started) // 1000
-        timing = StageTiming(self._index, waited, took, self._pack_us)
+        timing = StageTiming(
+            self._index,
+            wait_us=(started - arrival.at_ns) // 1000,
+            compute_us=(computed - started) // 1000,
+            pack_us=self._pack_us,
+        )
         for parcel in pack(replace(result, timings=(*frame.timings, timing))):
             ports.send(parcel)
         self._pack_us = (time.perf_counter_ns() - computed) // 1000
 
 
 def _run_step(stage: Stage, index: int, frame: Frame) -> Frame:
-    """The stage's answer; a step that fails goes on as an error, so that no later stage waits for it."""
+    """Return the stage's result. A failed step becomes a frame with an error, so that no later stage waits for it."""
     try:
         return stage.step(frame)
-    except Exception as e:  # whatever a forward raises must end one request, not the engine
+    except Exception as e:  # whatever a forward pass raises must end one request, not the engine
         if not isinstance(e, MacpipeError):
-            log.exception("frame %d of lane %d failed", frame.number, frame.lane)
-        reason, sentence = sentence_of(e)
+            log.exception("stage: frame failed number=%d lane=%d", frame.number, frame.lane)
+        reason, sentence = describe_error(e)
         return replace(frame, tensors=(), error=Failure(index, reason, sentence))
 
 
-def sentence_of(error: Exception) -> tuple[str, str]:
-    """The error's reason and sentence; an unexpected one counts as a failed stage."""
+def describe_error(error: Exception) -> tuple[str, str]:
+    """Return an error's reason and sentence; an unexpected error counts as StageFailed."""
     if isinstance(error, MacpipeError):
         return error.reason, error.sentence
     return StageFailed.reason, f"{type(error).__name__}: {error}"
 
 
 def _folder(model: ModelRef) -> Path:
-    """Where this machine has the model: the same folder as the coordinator, or what the name means here."""
+    """Return this machine's folder of the model: the coordinator's path, or what the name resolves to here."""
     if Path(model.path).is_dir():
         return Path(model.path)
     try:
         return resolve_model(model.name)
     except MacpipeError as e:
         raise ModelDiffers(
-            f"this worker has no copy of {model.name}: neither the folder {model.path} nor a model of that name is "
-            "here; copy the folder to the same place"
+            f"this worker has no copy of {model.name}: there is neither a folder {model.path} nor a model of that name;"
+            " copy the folder to the same place"
         ) from e

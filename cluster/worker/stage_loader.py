@@ -1,6 +1,6 @@
-"""What a worker does around its engine's reading: come to the slice's bytes first, and prove them meanwhile.
+"""Load a stage on a worker: fetch the slice's bytes, have the engine read them, and hash them meanwhile.
 
-It knows the store and the messages of a load; it knows nothing of engines beyond the progress that one tells.
+It knows the store and the messages of a load; of an engine it knows only the progress that it reports.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from cluster.v1 import worker_pb2 as pb
 from cluster.worker.pipe_messages import Progress
 
 _FIELD_BYTES = 4
-"""Of a submessage's tag and length."""
+"""Bytes of a submessage's tag and length."""
 Result = TypeVar("Result")
 Read = Callable[[Path], AsyncIterator[Progress]]
-"""Have the engine read the slice from a folder."""
+"""Has the engine read the slice from a folder."""
 
 
 class StageLoader:
-    """The bytes of one worker, kept in ``home``. Lives on one event loop; what blocks runs on threads."""
+    """The model bytes of one worker, in ``home``. Lives on one event loop; blocking work runs on threads."""
 
     def __init__(self, home: Path, trust: Trust) -> None:
         self._store, self._trust = Store(home), trust
-        self.shelf = StoreServer(self._store)
+        self.store_server = StoreServer(self._store)
 
     async def stage(self, request: pb.LoadStageRequest, read: Read) -> AsyncGenerator[pb.LoadStageResponse, None]:
-        """Fetch what is missing, have the engine read, and tell what the slice's tensors hash to.
+        """Fetch what is missing, have the engine read it, and yield progress and the hashes of the slice's tensors.
 
-        Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing it ends the fetch.
+        Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing the generator ends the fetch.
         """
-        job = _LoadJob(self._store, self._trust, self.shelf, request)
-        task = _background(job.fetch)
+        job = _LoadJob(self._store, self._trust, self.store_server, request)
+        task = _run_on_thread(job.fetch)
         try:
             async for fetched in _watch_job(task, job):
                 done, total = (fetched.done, fetched.total) if fetched else (0, 0)
                 yield _progress_message(fetched.state if fetched else "checking", fetched, done, total)
             found, got = await task, job.progress
-            hashing = _background(lambda: job.prove(found))
+            hashing = _run_on_thread(lambda: job.hash_tensors(found))
             async for p in read(found.folder):
                 yield _progress_message("reading", got, p.done_bytes, p.total_bytes)
             async for _ in _watch_job(hashing, job):
@@ -63,25 +63,25 @@ class StageLoader:
 
 
 class _LoadJob:
-    """One load's fetch and proof; ``fetch`` and ``prove`` run on threads."""
+    """One load's fetch and hashing; ``fetch`` and ``hash_tensors`` run on threads."""
 
-    def __init__(self, store: Store, trust: Trust, shelf: StoreServer, request: pb.LoadStageRequest) -> None:
-        self._store, self._trust, self._shelf, self._request = store, trust, shelf, request
+    def __init__(self, store: Store, trust: Trust, store_server: StoreServer, request: pb.LoadStageRequest) -> None:
+        self._store, self._trust, self._store_server, self._request = store, trust, store_server, request
         self._running: Fetch | None = None
         self.stop = Event()
 
     @property
     def progress(self) -> Fetched | None:
-        """How far the fetch is; None where nothing has to be fetched."""
+        """The progress of the fetch; None if nothing has to be fetched."""
         return self._running.progress if self._running else None
 
     def fetch(self) -> FoundModel:
-        """Make the slice's tensors be on this Mac. -> where."""
+        """Bring the slice's tensors to this Mac and return their place."""
         r = self._request
         with ExitStack() as stack:
             peers = [stack.enter_context(Peer(self._trust, p.name, p.address, r.fingerprint, p.party)) for p in r.peers]
             found = self._store.find_for_worker(ModelRef(r.model, r.path, r.fingerprint), peers)
-            item = self._shelf.put(found.folder, found.partial)
+            item = self._store_server.put(found.folder, found.partial)
             if found.partial:
                 hub = Hub(r.repo, r.commit) if r.repo else None
                 deferred = frozenset(r.deferred)
@@ -101,16 +101,16 @@ class _LoadJob:
                     item.coming = frozenset()
         return found
 
-    def prove(self, found: FoundModel) -> dict[str, str]:
-        """What the slice's tensors hash to."""
+    def hash_tensors(self, found: FoundModel) -> dict[str, str]:
+        """Return the SHA-256 (hex) of each of the slice's tensors by name."""
         if found.partial:
             verified = found.partial.verified
             return {name: verified[name] for name in self._request.tensors}
         return digests(self._store.home, found.folder, self._request.tensors, self.stop)
 
 
-def _background(work: Callable[[], Result]) -> asyncio.Task[Result]:
-    """Do it on a thread. Where nobody waits for the end any more, how it ended is of no interest."""
+def _run_on_thread(work: Callable[[], Result]) -> asyncio.Task[Result]:
+    """Run ``work`` on a thread. If nobody awaits the task any more, its exception is ignored."""
     task = asyncio.create_task(asyncio.to_thread(work))
     task.add_done_callback(ignore_error)
     return task
@@ -119,7 +119,7 @@ def _background(work: Callable[[], Result]) -> asyncio.Task[Result]:
 async def _watch_job(
     task: asyncio.Task[FoundModel] | asyncio.Task[dict[str, str]], job: _LoadJob
 ) -> AsyncIterator[Fetched | None]:
-    """How far the job is, now and then, until its task is done."""
+    """Yield the job's progress periodically until its task is done."""
     while not task.done():
         await asyncio.wait([task], timeout=FETCH_TICK_S)
         yield job.progress
@@ -140,14 +140,14 @@ def _progress_message(
 
 
 def _batches(proved: dict[str, str]) -> Iterator[list[pb.TensorDigest]]:
-    """Digests in messages of at most half of MAX_ANSWER_BYTES, unless a name alone is longer."""
+    """Yield digests in messages of at most half of MAX_ANSWER_BYTES, unless a name alone is longer."""
     batch, size = list[pb.TensorDigest](), 0
     for name, digest in proved.items():
-        told = pb.TensorDigest(name=name, sha256=bytes.fromhex(digest))
-        if batch and size + told.ByteSize() > MAX_ANSWER_BYTES // 2:
+        message = pb.TensorDigest(name=name, sha256=bytes.fromhex(digest))
+        if batch and size + message.ByteSize() > MAX_ANSWER_BYTES // 2:
             yield batch
             batch, size = [], 0
-        batch.append(told)
-        size += told.ByteSize() + _FIELD_BYTES
+        batch.append(message)
+        size += message.ByteSize() + _FIELD_BYTES
     if batch:
         yield batch

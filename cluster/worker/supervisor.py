@@ -1,6 +1,6 @@
-"""The supervisor: keeps one engine process alive and carries commands to it.
+"""The supervisor: keeps one engine process running and passes commands to it.
 
-It knows processes, pipes and back-off. It refuses to know gRPC, and it never imports mlx: an engine that a GPU fault
+It knows processes, pipes and back-off. It knows nothing of gRPC and never imports mlx, so an engine that a GPU fault
 aborts takes nothing else with it.
 """
 
@@ -34,7 +34,7 @@ from cluster.core.limits import (
 from cluster.membership.slowness import Alarms, Silence
 from cluster.platform.overload import Lag, no_lag, processor_seconds
 from cluster.worker.engine_launcher import EngineLauncher
-from cluster.worker.exit_diagnosis import LastWords, cause, out_of_memory_kills
+from cluster.worker.exit_diagnosis import LastWords, explain_exit, out_of_memory_kills
 from cluster.worker.pipe_messages import (
     Begin,
     Command,
@@ -54,18 +54,18 @@ from cluster.worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 _COMPUTING_SHARE = 0.02
-"""Of a processor; to answer reports and pings alone takes an engine 0.4 %."""
+"""Share of a processor. Answering reports and pings alone takes an engine 0.4 %."""
 _BUSY_MS = 1000
-"""A step that takes longer is looked at: whether the engine computes."""
-_START_LOOKS = 20
-"""How often it is looked whether a starting engine computes."""
+"""During a longer step the supervisor checks whether the engine computes."""
+_START_CHECKS = 20
+"""How often the supervisor checks whether a starting engine computes."""
 
 
 class Supervisor:
-    """Runs ``python -m cluster.worker.engine``; ``hello`` is what the living engine said of itself.
+    """Runs ``python -m cluster.worker.engine``; ``hello`` is the running engine's description of itself.
 
-    An engine that says nothing is not taken for dead while it gets processor time, or while this machine is so
-    overloaded (``lag``) that nothing can be expected of it.
+    A silent engine is not considered dead while it gets processor time, or while this machine is so overloaded
+    (``lag``) that nothing can be expected of it.
     """
 
     def __init__(self, settings: WorkerSettings, memory_limit: int | None, lag: Lag = no_lag) -> None:
@@ -88,45 +88,48 @@ class Supervisor:
         self._hangs = Alarms()
         self._last = Reported(0, 0, 0)
         self._slow = False
-        """It has not answered of late, but is excused."""
+        """It did not answer its last report, but has an excuse."""
         self.computing = False
-        """Whether the engine got processor time lately, where it is busy."""
+        """Whether a busy engine got processor time recently."""
 
     async def run(self) -> None:
-        """Start the engine, restart it with back-off whenever it ends; runs until cancelled, then stops it.
+        """Start the engine and restart it with back-off whenever it ends, until cancelled; then stop it.
 
-        Raises what the first engine says that it cannot do, and ``WorkerLost`` where it ends without a word.
+        Raises the error with which the first engine fails to start, ``WorkerLost`` if it ends without one.
         """
         while True:
             began = time.monotonic()
-            await self._live_once()
+            await self._run_once()
             if not self.started.is_set():
                 raise self._refusal or WorkerLost(f"{self.problem} before it was ready")
             if time.monotonic() - began > ENGINE_STEADY_S:
                 self.restarts = 0
             wait = ENGINE_BACKOFF_S[min(self.restarts, len(ENGINE_BACKOFF_S) - 1)]
             self.restarts += 1
-            log.error("%s; starting it again in %.1f s", self.problem, wait)
+            log.error("engine: ended, starting it again reason=%s wait_s=%.1f", self.problem, wait)
             await anyio.sleep(wait)
 
-    async def _live_once(self) -> None:
-        self._verdict, self._slow, self.computing = "", False, False
+    async def _run_once(self) -> None:
+        self._verdict = ""
+        self._slow = False
+        self.computing = False
         kills = out_of_memory_kills()
         try:
             self._process = await self.standby.take()
         except WorkerLost as e:
             self.problem = e.sentence
             return
-        _begin(self._process)
+        _send_begin(self._process)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._last_words.follow, self._process)
                 tasks.start_soon(self._watch, self._process)
-                await self._listen(self._process)
+                await self._read_events(self._process)
                 code = await self._process.wait()
-                await self._last_words.heard_out()
+                await self._last_words.wait_for_end()
                 tasks.cancel_scope.cancel()
-            self.problem = self._verdict or cause(code, self._last_words.line, out_of_memory_kills() - kills)
+            memory_kills = out_of_memory_kills() - kills
+            self.problem = self._verdict or explain_exit(code, self._last_words.line, memory_kills)
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(self._process)
@@ -135,14 +138,14 @@ class Supervisor:
             self._end_calls()
 
     async def _watch(self, process: Process) -> None:
-        """Kill an engine that does not even say what it holds any more: it hangs, or somebody stopped it."""
+        """Kill an engine that does not answer reports any more: it hangs, or somebody stopped it."""
         await self.started.wait()
         silence, limit_s = Silence(), ENGINE_SILENCE_S * self._hangs.growth("", time.monotonic())
         while silence.seconds < limit_s:
             began = time.monotonic()
             had = await self._processor_seconds() if self._slow or self._last.busy_ms >= _BUSY_MS else None
             await anyio.sleep(HEARTBEAT_S)
-            with suppress(WorkerLost):  # of one that has ended, which is seen elsewhere
+            with suppress(WorkerLost):  # the engine has ended, which ``_run_once`` sees
                 answer = await self._ask_report()
                 elapsed_s = time.monotonic() - began
                 self.computing = await self._computed_since(had, _COMPUTING_SHARE * elapsed_s)
@@ -154,9 +157,9 @@ class Supervisor:
         self._kill(process, f"the engine hung for {limit_s:.0f} s and was killed")
 
     async def report(self) -> Reported:
-        """What the engine says of itself; of one that is slow but alive, what it said last.
+        """Return the engine's report; the last known one if it is slow but alive.
 
-        Raises ``WorkerLost`` where it is down, or silent without an excuse.
+        Raises ``WorkerLost`` if it is down, or silent without an excuse.
         """
         slow = self._slow
         answer = await self._ask_report(HEARTBEAT_S if slow else REPORT_TIMEOUT_S)
@@ -165,17 +168,17 @@ class Supervisor:
         return answer or self._last
 
     async def _ask_report(self, timeout_s: float = REPORT_TIMEOUT_S) -> Reported | None:
-        """Ask for a report; None where none comes in time. Then the engine is slow if it has an excuse.
+        """Ask for a report; None if none arrives in time. Then the engine counts as slow if it has an excuse.
 
-        It has one if it ran in the second half of that time: one that was stopped meanwhile ran in the first. Raises
-        ``WorkerLost`` where it is down.
+        The excuse is that it ran in the second half of that time: an engine that was stopped meanwhile ran in the
+        first. Raises ``WorkerLost`` if it is down.
         """
         had = None
         async with self._call(GetReport(next(self._numbers))) as waiting:
-            event = await self._event(waiting, timeout_s / 2)
+            event = await self._wait_event(waiting, timeout_s / 2)
             if event is None:
                 had = await self._processor_seconds()
-                event = await self._event(waiting, timeout_s / 2)
+                event = await self._wait_event(waiting, timeout_s / 2)
         if isinstance(event, Reported):
             self._last, self._slow = event, False
             return event
@@ -187,13 +190,13 @@ class Supervisor:
         process = self._process
         return await anyio.to_thread.run_sync(processor_seconds, process.pid) if process else None
 
-    async def _computed_since(self, had: float | None, least_s: float) -> bool:
-        """Whether the engine got more than ``least_s`` of processor time since it ``had`` so much."""
-        has = await self._processor_seconds() if had is not None else None
-        return has is not None and had is not None and has - had > least_s
+    async def _computed_since(self, earlier_s: float | None, least_s: float) -> bool:
+        """Return whether the engine got more than ``least_s`` of processor time since it had ``earlier_s``."""
+        now_s = await self._processor_seconds() if earlier_s is not None else None
+        return now_s is not None and earlier_s is not None and now_s - earlier_s > least_s
 
     def reset(self, why: str) -> None:
-        """Kill the engine, which starts again by itself; nothing happens where there is none."""
+        """Kill the engine, if there is one. ``run`` starts it again."""
         if self._process and self._process.returncode is None:
             self._kill(self._process, f"the engine was killed: {why}")
 
@@ -202,17 +205,17 @@ class Supervisor:
         with suppress(ProcessLookupError):
             process.kill()
 
-    async def _listen(self, process: Process) -> None:
+    async def _read_events(self, process: Process) -> None:
         assert process.stdout
         stream = unpacker()
         try:
             while data := await process.stdout.read(65536):
                 for event in read(stream, data):
-                    self._hear(event)
+                    self._handle_event(event)
         except BadFrame as e:
             self._kill(process, f"the engine was killed: {e.sentence}")
 
-    def _hear(self, event: Begin | Command | Event) -> None:
+    def _handle_event(self, event: Begin | Command | Event) -> None:
         if isinstance(event, Hello):
             self.hello, self.problem = event, ""
             self.started.set()
@@ -240,9 +243,9 @@ class Supervisor:
             del self._calls[command.call]
 
     async def events(self, make: Callable[[int], Command], stall_s: float = LOAD_STALL_S) -> AsyncIterator[Progress]:
-        """Send a command; yield its progress until it is done. ``make`` gets the call's number.
+        """Send a command and yield its progress until it is done. ``make`` gets the call's number.
 
-        Raises the error that the engine reports, and ``WorkerLost`` where it dies or says nothing for ``stall_s``.
+        Raises the error that the engine reports, and ``WorkerLost`` if it dies or is silent for ``stall_s``.
         """
         async with self._call(make(next(self._numbers))) as waiting:
             while not isinstance(event := await self._next(waiting, stall_s), Done):
@@ -250,21 +253,21 @@ class Supervisor:
                     yield event
 
     async def ask(self, make: Callable[[int], Command], timeout_s: float = CONTROL_TIMEOUT_S) -> Event:
-        """Send a command that moves no weights; its answer. Raises as ``events`` does."""
+        """Send a command that moves no weights and return its answer. Raises as ``events`` does."""
         async with self._call(make(next(self._numbers))) as waiting:
             return await self._next(waiting, timeout_s)
 
     async def _next(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event:
-        """Wait for an answer, longer where the engine is slow but alive. Raises as ``events`` does."""
+        """Wait for an answer, longer if the engine is slow but alive. Raises as ``events`` does."""
         silence = Silence()
-        while (event := await self._event(waiting, timeout_s)) is None:
+        while (event := await self._wait_event(waiting, timeout_s)) is None:
             silence.add(timeout_s, excused=self._slow or self.computing or self._lag() >= OVERLOADED_S)
             if silence.seconds >= timeout_s:
                 raise WorkerLost(f"its engine has not answered for {timeout_s:.0f} s")
         return event
 
-    async def _event(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event | None:
-        """The next answer; None where none comes in time. Raises as ``events`` does."""
+    async def _wait_event(self, waiting: asyncio.Queue[Event | None], timeout_s: float) -> Event | None:
+        """Return the next answer; None if none arrives in time. Raises as ``events`` does."""
         try:
             async with asyncio.timeout(timeout_s):
                 event = await waiting.get()
@@ -279,25 +282,26 @@ class Supervisor:
         return event
 
     async def wait_started(self) -> None:
-        """Return once an engine has said hello. Raises ``WorkerLost`` where none does in time."""
-        silence, look_s = Silence(), ENGINE_START_TIMEOUT_S / _START_LOOKS
+        """Return once an engine has said hello. Raises ``WorkerLost`` if none does in time."""
+        silence = Silence()
+        interval_s = ENGINE_START_TIMEOUT_S / _START_CHECKS
         while silence.seconds < ENGINE_START_TIMEOUT_S:
             had = await self._processor_seconds()
-            with anyio.move_on_after(look_s):
+            with anyio.move_on_after(interval_s):
                 await self.started.wait()
                 return
-            silence.add(look_s, excused=await self._computed_since(had, 0.0) or self._lag() >= OVERLOADED_S)
+            silence.add(interval_s, excused=await self._computed_since(had, 0.0) or self._lag() >= OVERLOADED_S)
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
 
 
-def _begin(process: Process) -> None:
+def _send_begin(process: Process) -> None:
     assert process.stdin
-    with suppress(ConnectionError):  # it has ended already, which is seen as the end of any other is
+    with suppress(ConnectionError):  # it has ended already, which is handled as any other end
         process.stdin.write(pack(Begin()))
 
 
 async def _stop(process: Process) -> None:
-    """Close the pipe, which asks the engine to end; kill it where it does not in time."""
+    """Close the pipe, which asks the engine to end; kill it if it does not end in time."""
     if process.returncode is not None:
         return
     if process.stdin:

@@ -1,4 +1,4 @@
-"""A worker that is made to look slower, for tests: it sleeps after each step in proportion to what the step took."""
+"""Slow a worker down for tests: sleep after each step in proportion to its duration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Throttle:
     factor: float = 1.0
 
     def stretch(self, seconds: float) -> None:
-        """Call after a step that took so long."""
+        """Sleep after a step that took ``seconds``."""
         if self.factor > 1.0:
             time.sleep(seconds * (self.factor - 1.0))

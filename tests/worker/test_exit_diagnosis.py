@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE
 
 import pytest
 
-from cluster.worker.exit_diagnosis import LastWords, cause
+from cluster.worker.exit_diagnosis import LastWords, explain_exit
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ from cluster.worker.exit_diagnosis import LastWords, cause
     ],
 )
 def test_causes(code: int, words: str, kills: int, said: str) -> None:
-    assert cause(code, words, kills) == said
+    assert explain_exit(code, words, kills) == said
 
 
 def test_what_an_allocator_said_last_counts_as_out_of_memory() -> None:
     words = "[METAL] Command buffer execution failed: Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-    assert "because memory ran out" in cause(-6, words)
+    assert "because memory ran out" in explain_exit(-6, words)
 
 
 def test_stderr_is_passed_on_and_its_last_line_kept() -> None:
@@ -38,7 +38,7 @@ def test_stderr_is_passed_on_and_its_last_line_kept() -> None:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=PIPE)
         onward = io.BytesIO()
         words = LastWords(onward)
-        await asyncio.gather(words.follow(process), words.heard_out(), process.wait())
+        await asyncio.gather(words.follow(process), words.wait_for_end(), process.wait())
         return onward.getvalue(), words.line
 
     assert asyncio.run(body()) == (b"one\ntwo words\n\n", "two words")

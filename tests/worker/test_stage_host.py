@@ -74,7 +74,7 @@ def test_stale_frames_are_dropped(slot: StageHost, caplog: pytest.LogCaptureFixt
     stale = replace(decode_step(0, 1, 5, JOIN), epoch=EPOCH - 1)
     (reply,) = replies(slot, encode(stale), encode(decode_step(3, 1, 5, JOIN)))
     assert reply.number == 3
-    assert "frame of epoch 10: epoch 11 is loaded" in caplog.text
+    assert "frame of another epoch dropped epoch=10 loaded=11" in caplog.text
 
 
 def test_bytes_that_are_no_frame_break_the_ring_off(slot: StageHost, caplog: pytest.LogCaptureFixture) -> None:
