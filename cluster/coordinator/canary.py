@@ -20,14 +20,14 @@ async def run_canary(
     loop: EngineLoop,
     plan: Plan,
     checkpoint: ModelInfo,
-    troubles: asyncio.Queue[MacpipeError],
+    failures: asyncio.Queue[MacpipeError],
     watch: HeartbeatMonitor,
     timeout_s: float = CANARY_TIMEOUT_S,
 ) -> None:
     """Wait for a token of this epoch, from a live request or from the canary request that this function sends.
 
-    Raises the first error in ``troubles``, and removes it there. Raises ``WorkerLost`` if no token comes within
-    ``timeout_s``, or if a worker of the plan is gone: it may have gone before this epoch reported to ``troubles``.
+    Raises the first error in ``failures``, and removes it there. Raises ``WorkerLost`` if no token comes within
+    ``timeout_s``, or if a worker of the plan is gone: it may have gone before this epoch reported to ``failures``.
     """
     canary = _create_request(plan, checkpoint)
     answer = AnswerQueue(loop.post)
@@ -35,8 +35,8 @@ async def run_canary(
     try:
         async with asyncio.timeout(timeout_s):
             while loop.proven != plan.epoch:
-                if not troubles.empty():
-                    raise troubles.get_nowait()
+                if not failures.empty():
+                    raise failures.get_nowait()
                 watch.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:

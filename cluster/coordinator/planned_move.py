@@ -35,23 +35,23 @@ class PlannedMove(EpochChange):
         breaks during the load, raises that loss, since requests must not wait for a planned load. After an error,
         nothing has changed unless ``switched``.
         """
-        chosen = chosen or self._choose_assignment(self._context.means.watch.members())
+        chosen = chosen or self._choose_assignment(self._context.deps.watch.members())
         newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
         self.doing = f"moving layers to {', '.join(sorted(newcomers)) or 'the remaining workers'}"
-        self._context.means.roster.pin((*self._epoch.workers, *chosen.workers))
+        self._context.deps.roster.pin((*self._epoch.workers, *chosen.workers))
         try:
-            load = self._context.opening.load(chosen.plan, chosen.workers, only=newcomers)
+            load = self._context.builder.load(chosen.plan, chosen.workers, only=newcomers)
             await self._while_all_live(chosen, load, self._require_old_ring)
         except BaseException:
-            self._context.means.roster.pin(self._epoch.workers)
+            self._context.deps.roster.pin(self._epoch.workers)
             raise
         self.switched = True
         self._context.loop.hold()
         return await self._open(chosen)
 
     def _require_old_ring(self) -> None:
-        if not self._context.troubles.empty():
+        if not self._context.failures.empty():
             self.switched = True
-            raise self._context.troubles.get_nowait()
+            raise self._context.failures.get_nowait()

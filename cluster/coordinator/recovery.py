@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 EXCUSES = 3
 """Up to this many overdue frames in a row may be caused by an overloaded machine."""
-Troubles = asyncio.Queue[MacpipeError]
+Failures = asyncio.Queue[MacpipeError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class ServiceDeps:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryContext:
-    """The served model and the parts that a recovery uses. ``troubles`` queues failures that are not handled yet."""
+    """The served model and the parts that a recovery uses. ``failures`` queues those that are not handled yet."""
 
-    means: ServiceDeps
+    deps: ServiceDeps
     checkpoint: ModelInfo
     order: LoadOrder
-    opening: EpochBuilder
+    builder: EpochBuilder
     loop: EngineLoop
-    troubles: Troubles
+    failures: Failures
 
 
 class EpochChange(ABC):
@@ -106,7 +106,7 @@ class EpochChange(ABC):
     @property
     def expected_s(self) -> float:
         """Expected duration in seconds from the beginning, as far as it is known; 0 while it waits for a Mac."""
-        rate = self._context.opening.rate
+        rate = self._context.builder.rate
         return 0.0 if self.refused else 1.0 + (self._missing_bytes / rate if rate else 0.0)
 
     @property
@@ -116,7 +116,7 @@ class EpochChange(ABC):
     def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
         context = self._context
         plan = self._epoch.plan
-        number = context.means.epochs.next(m.facts.epoch for m in members)
+        number = context.deps.epochs.next(m.facts.epoch for m in members)
         return reassign_layers(number, plan, context.checkpoint.shape, context.order, members, self._without)
 
     async def _open(self, chosen: Assignment) -> Epoch:
@@ -125,19 +125,17 @@ class EpochChange(ABC):
         self._missing_bytes = sum(s.weight_bytes for s in missing)
         loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
         self.doing = f"loading {loads}" if loads else "linking the stages again"
-        context.means.roster.pin(chosen.workers)
-        await self._while_all_live(chosen, context.opening.load(chosen.plan, chosen.workers))
-        epoch = await context.opening.link(chosen.plan, chosen.workers)
-        ring = await context.opening.connect(epoch)
+        context.deps.roster.pin(chosen.workers)
+        await self._while_all_live(chosen, context.builder.load(chosen.plan, chosen.workers))
+        epoch = await context.builder.link(chosen.plan, chosen.workers)
+        ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
         limits = capacity(chosen.plan, context.checkpoint.shape, context.order.max_step_ms)
         pace = StepTimes(context.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         context.loop.resume(chosen.plan, limits, ring, pace)
         self._epoch = epoch
         patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
-        await run_canary(
-            context.loop, epoch.plan, context.checkpoint, context.troubles, context.means.watch, patience_s
-        )
+        await run_canary(context.loop, epoch.plan, context.checkpoint, context.failures, context.deps.watch, patience_s)
         return epoch
 
     async def _while_all_live(
@@ -154,7 +152,7 @@ class EpochChange(ABC):
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
-                self._context.means.watch.require(names, "while it was loading")
+                self._context.deps.watch.require(names, "while it was loading")
                 check()
             await task
         finally:
@@ -184,7 +182,7 @@ class Recovery(EpochChange):
         await self._find_cause()
         while True:
             self.attempts += 1
-            _drop_all(self._context.troubles)
+            _drop_all(self._context.failures)
             try:
                 return await self._try_once()
             except (NoPlan, NoWorkers) as e:
@@ -214,13 +212,13 @@ class Recovery(EpochChange):
     async def _reset(self, member: RosterEntry) -> None:
         self.cause = WorkerLost(f"the engine of worker {member.facts.name} hangs", worker=member.facts.name)
         try:
-            await self._context.opening.control(member.facts.control_address).reset(self.cause.sentence)
+            await self._context.builder.control(member.facts.control_address).reset(self.cause.sentence)
         except MacpipeError as e:
             log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.facts.name)
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         names = [s.worker for s in self._epoch.plan.stages]
-        return await self._context.means.watch.ask(names, time.monotonic())
+        return await self._context.deps.watch.ask(names, time.monotonic())
 
     async def _try_once(self) -> Epoch:
         members = await self._ask_workers()
@@ -232,7 +230,7 @@ class Recovery(EpochChange):
         """Raise ``_EngineRestarting`` while a crashed engine restarts, unless it crashes repeatedly."""
         names = {s.worker for s in self._epoch.plan.stages}
         for m in members:
-            belief = self._context.means.watch.belief(m.facts.name)
+            belief = self._context.deps.watch.belief(m.facts.name)
             steady = belief is None or belief.lost_since(time.monotonic() - CRASHES_S) < ENGINE_CRASHES
             if m.facts.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
                 raise _EngineRestarting(f"waiting for the engine of {m.facts.name}: {m.problem}")
@@ -246,7 +244,7 @@ class Recovery(EpochChange):
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
         if isinstance(why, StaleEpoch):
-            self._context.means.epochs.learn_refusal(why)  # the worker is fine; only the epoch number was too small
+            self._context.deps.epochs.learn_refusal(why)  # the worker is fine; only the epoch number was too small
         elif worker and not isinstance(why, WorkerLost):
             retry_worker = isinstance(why, Unreachable) and worker not in self._unreachable_once
             (self._unreachable_once if retry_worker else self._without).add(worker)
@@ -271,6 +269,6 @@ class _EngineRestarting(Exception):
         self.sentence = sentence
 
 
-def _drop_all(troubles: Troubles) -> None:
-    while not troubles.empty():
-        troubles.get_nowait()
+def _drop_all(failures: Failures) -> None:
+    while not failures.empty():
+        failures.get_nowait()

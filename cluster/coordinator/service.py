@@ -19,7 +19,7 @@ from cluster.coordinator.epoch import Epoch, EpochBuilder, farewell
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planned_move import PlannedMove
 from cluster.coordinator.planner import capacity
-from cluster.coordinator.recovery import EpochChange, Recovery, RecoveryContext, ServiceDeps, Troubles
+from cluster.coordinator.recovery import EpochChange, Failures, Recovery, RecoveryContext, ServiceDeps
 from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.slice_loading import Progress
@@ -43,23 +43,23 @@ from cluster.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-Said = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class ModelService:
-    """A model that is loaded and served. ``said`` is called with a sentence about each event that a person should know.
+    """A model that is loaded and served. ``notify`` is called with a sentence about each event for people.
 
     ``recovery`` is the recovery that is running after a loss; None while the model is served. ``move`` is a planned
     move, for a worker that drains or comes back; requests continue during a move.
     """
 
     def __init__(
-        self, means: ServiceDeps, checkpoint: ModelInfo, order: LoadOrder, first: Assignment, said: Said
+        self, deps: ServiceDeps, checkpoint: ModelInfo, order: LoadOrder, first: Assignment, notify: Notify
     ) -> None:
-        self._deps, self._notify, self._first = means, said, first
+        self._deps, self._notify, self._first = deps, notify, first
         self.checkpoint = checkpoint
         self._events = asyncio.get_running_loop()
-        self._failures: Troubles = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
+        self._failures: Failures = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
         self._tasks: list[asyncio.Task[None]] = []
         self._move_refused_at: dict[str, float] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
@@ -76,7 +76,7 @@ class ModelService:
             self._broken,
             pace=pace,
             parser=tokenizer.parser,
-            lag=means.watch.lag,
+            lag=deps.watch.lag,
         )
         self._order = order
         self._epoch: Epoch | None = None
