@@ -42,31 +42,31 @@ class ActiveRequest:
 class ActiveSample:
     """A sample that has not ended. It outlives rings: its text and its reader wait for the next ring."""
 
-    asked: ActiveRequest
+    parent: ActiveRequest
     request: Request
     sample: int
     text: AnswerText
-    tally: RequestTimings
+    timings: RequestTimings
     accepted_at: float
     skip: int = 0
     """Number of tokens that the reader already has, and that are not sent again."""
     replays: int = 0
     """Number of rings lost since its last token."""
 
-    def say(self, index: int, picked: Sample, cached: int = 0) -> bool:
+    def send_token(self, index: int, picked: Sample, cached: int = 0) -> bool:
         """Send a token to the reader, unless the reader already has it. Return False if the reader is too far behind.
 
         ``cached`` is the number of prompt tokens that came from a kept prefix.
         """
         event = self._event(index, picked, cached)
-        return index < self.skip or self.asked.answer.put(event)
+        return index < self.skip or self.parent.answer.put(event)
 
-    def say_again(self, tokens: Iterable[int]) -> None:
+    def resend_tokens(self, tokens: Iterable[int]) -> None:
         """Send the tokens that a previous coordinator produced, except those that the reader already has."""
         for index, token in enumerate(tokens):
             event = self._event(index, Sample(0, 0, token))
             if index >= self.skip:
-                self.asked.answer.repeat(event)
+                self.parent.answer.repeat(event)
 
     def _event(self, index: int, picked: Sample, cached: int = 0) -> TokenEvent:
         parsed = self.text.add(picked.token)
@@ -79,13 +79,13 @@ class ActiveSample:
             reasoning=parsed.reasoning,
             calls=parsed.calls,
             sample=self.sample,
-            stages=self.tally.lap() if self.request.stage_timings else (),
+            stages=self.timings.lap() if self.request.stage_timings else (),
             cached_tokens=cached,
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> FinishEvent:
         """Return the answer's last event, with the text held back so far."""
         rest, reason = self.text.finish(reason)
-        ttft, tpot, figures = self.tally.ttft_ms, self.tally.tpot_ms, self.tally.figures()
+        ttft, tpot, figures = self.timings.ttft_ms, self.timings.tpot_ms, self.timings.figures()
         finish = FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, self.sample)
         return replace(finish, stop=self.text.stopped_by)

@@ -162,8 +162,8 @@ class Coordinator:
         self._roster.pin(workers)
         self._watch.start()
         service = await self._open_service(checkpoint, order, Assignment(plan, workers), report)
-        service.loop.totals = self._totals
-        service.loop.journal = self.journal
+        service.loop.answers.totals = self._totals
+        service.loop.answers.journal = self.journal
         self._service = service
 
     async def _open_service(

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _OPENED, _TOKEN, _ENDED, _ALL_TOKENS, _STILL_LIVE = range(5)
 _TOKEN_BYTES: Final = 5
 """Maximum size of a token in a rewritten file."""
-Said = tuple[tuple[int, ...], ...]
+AnswerTokens = tuple[tuple[int, ...], ...]
 """Token ids of each sample of an answer. () means that no sample has tokens yet."""
 
 
@@ -52,13 +52,13 @@ class Fsync(StrEnum):
 class JournaledRequest:
     """A live request and its answer so far.
 
-    ``said`` has a list of token ids per sample, complete samples included: a request is live until all its samples are
-    complete. ``at`` is the wall clock time, in seconds, at which the request was last known to be live.
+    ``tokens`` has a list of token ids per sample, complete samples included: a request is live until all of its samples
+    are complete. ``at`` is the wall clock time, in seconds, at which the request was last known to be live.
     """
 
     request: Request
     at: float
-    said: list[list[int]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
 
 
 class Journal:
@@ -106,11 +106,11 @@ class Journal:
 
     # Requests of this coordinator
 
-    def record_opened(self, request: Request, said: Said) -> None:
-        """Record an accepted request. ``said`` are the tokens that its samples already have, () for none."""
+    def record_opened(self, request: Request, tokens: AnswerTokens) -> None:
+        """Record an accepted request. ``tokens`` are those that its samples already have, () for none."""
         self._forget(request.id)
         kept = JournaledRequest(
-            replace(request, deadline=None), self._clock(), [list(s) for s in said or ((),) * request.samples]
+            replace(request, deadline=None), self._clock(), [list(s) for s in tokens or ((),) * request.samples]
         )
         try:
             _require_round_trip(replace(kept.request, prompt=()))  # the prompt holds only token ids
@@ -127,7 +127,7 @@ class Journal:
     def record_token(self, request_id: str, token: int, sample: int = 0) -> None:
         """Record a token of a live request. Ignore other requests."""
         if kept := self._live.get(request_id):
-            kept.said[sample].append(token)
+            kept.tokens[sample].append(token)
             self._record(pack_record(_TOKEN, request_id, token, sample))
 
     def record_ended(self, request_id: str) -> None:
@@ -156,8 +156,8 @@ class Journal:
 
     def _needed(self) -> int:
         """Return the maximum size of a rewritten file in bytes."""
-        tokens = sum(len(sample) for kept in self._live.values() for sample in kept.said)
-        return sum(map(len, self._records.values())) + _TOKEN_BYTES * tokens
+        count = sum(len(sample) for kept in self._live.values() for sample in kept.tokens)
+        return sum(map(len, self._records.values())) + _TOKEN_BYTES * count
 
     def _forget(self, request_id: str) -> None:
         self._previous.pop(request_id, None)
@@ -201,9 +201,9 @@ class Journal:
             self._forget(request_id)
         try:
             make_private_folder(self._path.parent)
-            answers = (pack_record(_ALL_TOKENS, i, kept.said) for i, kept in self._live.items())
+            answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
             content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
-            # always the same name, since a crash leaves the file, and it holds what requests said
+            # always the same name, since a crash leaves the file, and it contains answers
             file = replace_and_open(self._path, content, self._path.with_suffix(".new"))
             self._close_file()
             self._file, self._size = file, len(content)
@@ -236,7 +236,7 @@ class Journal:
         self._file = -1
 
 
-def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Said, tuple[int, ...]]:
+def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[AnswerTokens, tuple[int, ...]]:
     """Return the tokens that each sample of a resumed request starts with, and how many of them the reader already has.
 
     A token that may have ended its answer is computed again. So are tokens that the reader does not have yet, if their
@@ -250,12 +250,12 @@ def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Sa
             field="offsets",
         )
     ends = [min(request.max_tokens - 1, n) if request.sampling.logprobs else request.max_tokens - 1 for n in skip]
-    return tuple(tuple(s[:end]) for s, end in zip(kept.said, ends, strict=True)), skip
+    return tuple(tuple(s[:end]) for s, end in zip(kept.tokens, ends, strict=True)), skip
 
 
 def _pack_opened(kept: JournaledRequest) -> bytes:
     """Return the record of a request and its answer so far. Raises ``TypeError`` if a field is not plain data."""
-    return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.said)
+    return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.tokens)
 
 
 def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
@@ -281,14 +281,14 @@ def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
 
 def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
     if kind == _OPENED:
-        at, request, said = values
-        found[request_id] = _require_valid(JournaledRequest(from_data(request), at, said), request_id)
+        at, request, tokens = values
+        found[request_id] = _require_valid(JournaledRequest(from_data(request), at, tokens), request_id)
     elif kind == _TOKEN:
         token, sample = values
-        found[request_id].said[sample].append(*token_ids([token]))
+        found[request_id].tokens[sample].append(*token_ids([token]))
     elif kind == _ALL_TOKENS:
-        (said,) = values
-        found[request_id].said = _require_tokens(said, found[request_id].request.samples)
+        (tokens,) = values
+        found[request_id].tokens = _require_tokens(tokens, found[request_id].request.samples)
     elif kind == _ENDED:
         found.pop(request_id, None)
     elif kind == _STILL_LIVE:
@@ -304,7 +304,7 @@ def _require_valid(kept: JournaledRequest, request_id: object) -> JournaledReque
     if kept.request.id != request_id:
         raise TypeError("the request id of the record does not match its request")
     _require_time(kept.at)
-    _require_tokens(kept.said, kept.request.samples)
+    _require_tokens(kept.tokens, kept.request.samples)
     return kept
 
 
@@ -314,12 +314,12 @@ def _require_time(at: Any) -> float:
     return float(at)
 
 
-def _require_tokens(said: Any, samples: int) -> list[list[int]]:
-    if type(said) is not list or len(said) != samples or not all(type(tokens) is list for tokens in said):
+def _require_tokens(tokens: Any, samples: int) -> list[list[int]]:
+    if type(tokens) is not list or len(tokens) != samples or not all(type(answer) is list for answer in tokens):
         raise TypeError("the answer is not one list of token ids per sample")
-    for tokens in said:
-        token_ids(tokens)
-    return said
+    for answer in tokens:
+        token_ids(answer)
+    return tokens
 
 
 def _require_round_trip(request: Request) -> None:

@@ -26,9 +26,9 @@ class RequestTimings:
         self._ring_us = 0.0
         self._spent: dict[tuple[str, LayerRange], _Spent] = {}
         self._lap: dict[tuple[str, LayerRange], StageFigures] = {}
-        self.go_on(stages)
+        self.begin_epoch(stages)
 
-    def go_on(self, stages: Sequence[PlannedStage]) -> None:
+    def begin_epoch(self, stages: Sequence[PlannedStage]) -> None:
         """Switch to the stages of a new epoch. The time spent on earlier stages still counts."""
         self._stages = [self._spent.setdefault((s.worker, s.layers), _Spent()) for s in stages]
 

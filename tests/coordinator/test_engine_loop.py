@@ -444,7 +444,7 @@ def test_a_full_disk_under_the_journal_leaves_no_answer_without_its_end(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     async def body(bench: Bench) -> None:
-        bench.loop.journal = journal = Journal(tmp_path / "j")
+        bench.loop.answers.journal = journal = Journal(tmp_path / "j")
         assert (await read(bench.ask("before")))[0] == [2, 3, 4]
         monkeypatch.setattr(private_files.os, "write", full)
         for i in range(3):

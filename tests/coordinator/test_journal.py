@@ -49,7 +49,7 @@ def test_what_was_not_ended_comes_back_with_all_it_has_said(tmp_path: Path) -> N
     kept = second.take("live", "me")
     assert kept
     assert kept.request == replace(request("live"), deadline=None)
-    assert kept.said == [[7, 8]]
+    assert kept.tokens == [[7, 8]]
     assert second.take("live", "me") is kept
     second.record_opened(*kept_on(kept))
     assert second.take("live", "me") is None
@@ -67,7 +67,7 @@ def test_an_answer_that_is_resumed_twice_goes_on_from_where_it_was(tmp_path: Pat
     second.close()
     third = Journal(tmp_path / "j").take("a", "me")
     assert third
-    assert third.said == [[7, 8, 9]]
+    assert third.tokens == [[7, 8, 9]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,7 +85,7 @@ def test_a_file_that_was_cut_off_or_damaged_counts_up_to_there(
     path.write_bytes(whole[: len(whole) - cut] + noise)
     kept = Journal(path).take("a", "me")
     if kept and not noise:
-        assert kept.said == [list(range(len(kept.said[0])))]
+        assert kept.tokens == [list(range(len(kept.tokens[0])))]
 
 
 def test_it_is_nobody_elses_to_read_and_forgets_what_is_old(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_grammars_and_what_an_answer_is_parsed_for_come_back(tmp_path: Path) -> 
     first.close()
     kept = Journal(tmp_path / "j").take("a", "me")
     assert kept
-    assert (kept.request, kept.said) == (asked, [[]])
+    assert (kept.request, kept.tokens) == (asked, [[]])
     assert kept.request.sampling.grammar
     assert kept.request.sampling.grammar.kind is GrammarKind.JSON_SCHEMA
 
@@ -167,7 +167,7 @@ def resumable(path: Path, *names: str) -> dict[str, list[list[int]]]:
     successor = Journal(path)
     successor.close()
     found = {name: successor.take(name, "me") for name in names}
-    return {name: kept.said for name, kept in found.items() if kept}
+    return {name: kept.tokens for name, kept in found.items() if kept}
 
 
 def test_a_full_disk_turns_the_journal_off_and_room_turns_it_on_with_everything_that_lives(
@@ -296,7 +296,7 @@ def test_a_journal_of_the_format_before_is_read(tmp_path: Path) -> None:
     (tmp_path / "j").write_bytes(b"".join(msgpack.packb(record) for record in old))
     kept = Journal(tmp_path / "j", clock=lambda: now).take("a", "me")
     assert kept
-    assert kept.said == [[7, 8]]
+    assert kept.tokens == [[7, 8]]
     assert (tmp_path / "j").read_bytes().startswith(HEADER)
 
 
@@ -361,7 +361,7 @@ def test_an_answer_that_takes_long_can_be_resumed_once_its_coordinator_ends(tmp_
     now[0] += RESUME_S - 1
     kept = second.take("a", "me")
     assert kept is not None
-    assert kept.said == [[0, 1, 2]]
+    assert kept.tokens == [[0, 1, 2]]
     second.close()
     third = Journal(tmp_path / "j", clock=lambda: now[0])  # which does not make an answer live that nobody resumed
     now[0] += 2

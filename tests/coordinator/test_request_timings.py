@@ -49,7 +49,7 @@ def test_a_lap_over_a_recovery_takes_no_time_back() -> None:
     tally = RequestTimings(0.0, STAGES)
     tally.frame(Outcome(("r",), timings(1000, 1000), 0.0), 0.010)
     tally.lap()
-    tally.go_on([PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "cd", strict=True)])
+    tally.begin_epoch([PlannedStage(spec, name, 1, 1) for spec, name in zip(SPECS, "cd", strict=True)])
     tally.frame(Outcome(("r",), timings(2000, 2000), 0.010), 0.014)
     laps = {f.worker: (f.compute_ms, f.wire_ms) for f in tally.lap()}
     assert {worker: compute for worker, (compute, _) in laps.items()} == {"a": 0, "b": 0, "c": 2, "d": 2}

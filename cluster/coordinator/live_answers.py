@@ -1,0 +1,185 @@
+"""Answer the live requests of an engine loop: send their tokens to their readers, and end them.
+
+It runs on the loop's thread. It knows requests, text and the journal; it refuses to know the ring.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, split_samples
+from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_text import AnswerText, Decoder, Parser
+from cluster.coordinator.journal import AnswerTokens, Journal
+from cluster.coordinator.request_timings import LoopTotals, RequestTimings
+from cluster.core.errors import InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
+from cluster.core.limits import MAX_REPLAYS
+from cluster.core.plan import PlannedStage
+from cluster.core.request import Accepted, FinishReason, Parsing, Request, Usage
+from cluster.scheduler.outcome import Outcome, Produced, SampleFailed
+from cluster.scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class LiveAnswers:
+    """The live requests of one engine loop. They outlive rings.
+
+    ``flush`` sends the frames that the scheduler can write after a sample has left it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        flush: Callable[[], None],
+        decoder: Callable[[], Decoder],
+        parser: Callable[[Parsing], Parser],
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler, self._flush = scheduler, flush
+        self._decoder, self._parser, self._clock = decoder, parser, clock
+        self._requests: dict[str, ActiveRequest] = {}
+        self._samples: dict[str, ActiveSample] = {}
+        self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
+        self.journal: Journal | None = None  # only the loop's thread writes to it
+
+    def open(
+        self,
+        request: Request,
+        answer: AnswerQueue,
+        tokens: AnswerTokens,
+        skip: tuple[int, ...],
+        stages: Sequence[PlannedStage],
+    ) -> None:
+        """Schedule a request. A refusal goes to ``answer``, as all its events do.
+
+        ``tokens`` and ``skip`` are as in ``EngineLoop.submit``; ``stages`` are those of the current epoch.
+        """
+        samples = split_samples(request)
+        active = ActiveRequest(request, answer)
+        try:
+            if request.id in self._requests:
+                raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
+            self._scheduler.submit(*samples, said=tokens)
+        except MacpipeError as e:
+            answer.put(e)
+            return
+        self._flush()
+        now = self._clock()
+        self._requests[request.id] = active
+        for i, sample in enumerate(samples):
+            active.live.add(sample.id)
+            text = AnswerText(request, self._decoder(), self._parser)
+            timings = RequestTimings(now, stages)
+            self._samples[sample.id] = ActiveSample(active, sample, i, text, timings, now, skip[i] if skip else 0)
+        answer.put(Accepted())
+        if self.journal:
+            self.journal.record_opened(request, tokens)
+        for sample, known in zip(samples, tokens, strict=False):
+            self._samples[sample.id].resend_tokens(known)
+
+    def end(self, request_id: str, error: MacpipeError) -> bool:
+        """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live."""
+        live = self._samples.get(request_id)
+        active = live.parent if live else self._requests.get(request_id)
+        if active is None:
+            return False
+        del self._requests[active.request.id]
+        for sample in sorted(active.live):
+            del self._samples[sample]
+            try:
+                self._scheduler.end(sample)
+            except RequestNotFound:
+                log.debug("answers: sample already left the scheduler request=%s", sample)
+        self._flush()
+        active.answer.put(error)
+        if self.journal:
+            self.journal.record_ended(active.request.id)
+        return True
+
+    def end_all(self, error: MacpipeError) -> None:
+        """End every live request with ``error``."""
+        for request_id in tuple(self._requests):
+            self.end(request_id, error)
+
+    def begin_epoch(self, stages: Sequence[PlannedStage]) -> None:
+        """Continue on the stages of a new epoch. End requests that have lost ``MAX_REPLAYS`` rings in a row."""
+        for live in tuple(self._samples.values()):
+            live.timings.begin_epoch(stages)
+            live.replays += 1
+            if live.replays > MAX_REPLAYS:
+                loss = WorkerLost(f"a stage was lost {MAX_REPLAYS} times in a row during this request")
+                self.end(live.request.id, loss)
+
+    def ages(self) -> dict[str, float]:
+        """Return the seconds since each live sample was accepted, by its id."""
+        now = self._clock()
+        return {sample_id: now - live.accepted_at for sample_id, live in self._samples.items()}
+
+    def flush_journal(self) -> None:
+        """Write the records since the last call to the journal, if there is one."""
+        if self.journal:
+            self.journal.flush()
+
+    def handle(self, outcome: Outcome, now: float, stages: Sequence[PlannedStage]) -> bool:
+        """Count a frame's times and send its tokens to their readers. Return whether a live request got a token."""
+        for request_id in outcome.request_ids:
+            if live := self._samples.get(request_id):
+                live.timings.frame(outcome, now)
+        got_token = False
+        for event in outcome.events:
+            if live := self._samples.get(event.request_id):
+                got_token = got_token or isinstance(event, Produced)
+                self._handle_safely(live, event, now, stages)
+        return got_token
+
+    def _handle_safely(
+        self, live: ActiveSample, event: Produced | SampleFailed, now: float, stages: Sequence[PlannedStage]
+    ) -> None:
+        try:
+            if isinstance(event, Produced):
+                live.timings.token(now)
+                self._on_token(live, event)
+                return
+            worker = stages[event.stage].worker if event.stage < len(stages) else "a stage"
+            self.end(live.request.id, MacpipeError.of(event.reason, f"{worker}: {event.sentence}", worker=worker))
+        except Exception as e:  # a tokenizer may raise anything; only this request ends
+            log.exception("answers: event failed request=%s", live.request.id)
+            self.end(live.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+
+    def _on_token(self, live: ActiveSample, produced: Produced) -> None:
+        finish = produced.finish
+        live.replays = 0
+        if produced.counts:
+            self.totals.tokens += 1
+            if self.journal:
+                self.journal.record_token(live.parent.request.id, produced.sample.token, live.sample)
+            if not live.send_token(produced.index, produced.sample, produced.cached):
+                why = SlowReader("the client reads its tokens too slowly, so its request was ended")
+                self.end(live.request.id, why)
+                return
+        if live.text.stopped and finish is not FinishReason.STOP:
+            finish = FinishReason.STOP
+            self._leave_scheduler(live)
+        if finish:
+            completion_tokens = produced.index + produced.counts
+            self._finish(live, finish, Usage(len(live.request.prompt), completion_tokens, produced.cached))
+
+    def _leave_scheduler(self, live: ActiveSample) -> None:
+        try:
+            self._scheduler.end(live.request.id)
+        except RequestNotFound:
+            return  # the same token also reached max_tokens, so the scheduler ended it
+        self._flush()
+
+    def _finish(self, live: ActiveSample, reason: FinishReason, usage: Usage) -> None:
+        last = live.finish(reason, usage)
+        del self._samples[live.request.id]
+        live.parent.live.remove(live.request.id)
+        if not live.parent.live:
+            del self._requests[live.parent.request.id]
+        self.totals.finished += 1
+        live.parent.answer.put(last)
+        if self.journal and not live.parent.live:
+            self.journal.record_ended(live.parent.request.id)
