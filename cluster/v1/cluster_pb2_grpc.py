@@ -70,14 +70,14 @@ class ClusterServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetCluster(self, request, context):
-        """GetCluster tells the state of everything: workers, plan, live requests.
+        """GetCluster returns the state of the cluster: workers, plan, live requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """LoadModel plans, loads, links and warms a model; the stream ends once a token went through every stage.
+        """LoadModel plans, loads, links and warms a model. The stream ends once a token has passed every stage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,21 +91,21 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Plan(self, request, context):
-        """Plan says who would hold what of a model and how fast that would be; nothing is loaded.
+        """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Drain moves a worker's layers to others while requests go on, and gives it no more until it is undone.
+        """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenewCertificate(self, request, context):
-        """RenewCertificate gives whoever asks, by the certificate that it shows, a further one for a new key.
+        """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,7 +70,7 @@ class InferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generate continues a text or a list of token ids. The stream holds one `prompt`, then `token`s, then one
+        """Generate continues a text or a list of token ids. The stream has one `prompt`, then `token`s, then one
         `finish`; every failure is the call's status, with google.rpc.ErrorInfo (and RetryInfo, BadRequest) attached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -85,29 +85,29 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenize turns text or messages into the token ids that the model would read.
+        """Tokenize returns the token ids that the model would read for a text or messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """ListModels names what is being served.
+        """ListModels returns the served models.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Resume goes on with an answer that a coordinator which has died since had begun, where it keeps a journal: a
-        `prompt`, the `token`s from `offset` on, and one `finish` a sample. Of a chat, its reasoning and calls too.
+        """Resume continues an answer that a coordinator with a journal started before it died. The stream has one
+        `prompt`, the `token`s from `offset` on, and one `finish` per sample; in a chat also reasoning and calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Abort ends a live request by its id, wherever it is: queue, prefill or decode.
+        """Abort ends a live request by its id, in any state: queue, prefill or decode.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

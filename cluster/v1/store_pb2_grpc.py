@@ -60,28 +60,28 @@ class StoreServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def DescribeModel(self, request, context):
-        """DescribeModel says which files the model has, and where on the hub it is from.
+        """DescribeModel returns the model's files, and its place on the hub.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadFile(self, request, context):
-        """ReadFile sends a small file, or a safetensors file's header.
+        """ReadFile returns a small file, or the header of a safetensors file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTensors(self, request, context):
-        """ListTensors says which tensors are here, which are on their way, and what is known of their digests.
+        """ListTensors returns which tensors are here or being fetched, and their known digests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadTensors(self, request, context):
-        """ReadTensors sends the bytes of tensors, one after the other.
+        """ReadTensors returns the bytes of tensors, one after the other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

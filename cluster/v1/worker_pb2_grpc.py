@@ -90,70 +90,70 @@ class WorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """Describe says what the worker is, has and holds; it is also the heartbeat.
+        """Describe returns the worker's facts and state. It is also the heartbeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadStage(self, request, context):
-        """LoadStage makes the engine hold a slice; what it held before is dropped.
+        """LoadStage loads a slice into the engine in place of the present one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LinkStage(self, request, context):
-        """LinkStage connects a loaded stage to what comes before it.
+        """LinkStage connects a loaded stage to the previous one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadStage(self, request, context):
-        """UnloadStage frees everything of the epoch. Of an older epoch: nothing happens.
+        """UnloadStage frees everything of the epoch. For an older epoch it does nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MeasureLink(self, request, context):
-        """MeasureLink times the way from another worker's data port to this worker; the answer may be one that was kept.
+        """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LearnRatio(self, request, context):
-        """LearnRatio tells what a model's frames took here over what the profile predicts; it is kept with the profile.
+        """LearnRatio stores a model's measured over predicted frame time with the profile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetEngine(self, request, context):
-        """ResetEngine kills an engine that hangs; it starts again by itself, holding nothing.
+        """ResetEngine kills an engine that hangs. It restarts empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """DrainWorker marks the worker as one that wants to hold nothing; its coordinator moves its layers away.
+        """DrainWorker marks the worker as draining, so that its coordinator moves its layers away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RequestCertificate(self, request, context):
-        """RequestCertificate has the worker make a new key, and ask for a certificate of it.
+        """RequestCertificate lets the worker create a new key and returns its certificate request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def InstallCertificate(self, request, context):
-        """InstallCertificate brings it; the worker shows it from then on.
+        """InstallCertificate delivers the certificate, which the worker then uses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
