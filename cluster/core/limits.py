@@ -1,4 +1,8 @@
-"""Every limit, size and deadline, each with its reason. No other module defines a number of this kind."""
+"""Bounds, sizes and deadlines that several rooms share or that users notice, each with its reason.
+
+A number that matters to one module alone stands in that module; those of certificates, tokens and keys are in
+``cluster.security.bounds``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ GIB: Final = 1024 * MIB
 
 # Sizes on the wire
 MAX_FRAME_BYTES: Final = 256 * MIB
-"""A prefill chunk of 2,048 tokens x 16,384 wide in bf16 is 64 MiB; three boundary tensors of that size fit."""
+"""PREFILL_CHUNK tokens x 16,384 wide in bf16 are 16 MiB; three boundary tensors of that fit with room."""
 MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
-"""Token ids of the longest chunk (2,048 ids are 8 KiB), edits and timings."""
+"""The grammars of joins take up to half of it; token ids of a chunk (2 KiB), other edits and timings are small."""
 BULK_BYTES: Final = 64 * KIB
 """A prefill frame with larger tensors sends them on the bulk line; below, a second message costs more than it saves."""
 MAX_TENSORS: Final = 16
@@ -110,7 +114,7 @@ RETRY_AFTER_S: Final = 2.0
 UNAVAILABLE_S: Final = 5.0
 """Retry delay for an unavailable service that names none: a load or a recovery takes seconds."""
 MAX_UNREAD_EVENTS: Final = 1024
-"""Token events that a client may leave unread, beyond gRPC's buffers, before its request ends with SlowReader."""
+"""Token events of each sample that a client may leave unread, beyond gRPC's buffers, before SlowReader ends it."""
 LANE_ROWS: Final = 32
 """Sequences that one lane decodes together at most; more would delay everyone's next token."""
 MAX_PREFIXES: Final = 1024
@@ -197,7 +201,7 @@ DRAIN_RETRY_S: Final = 5.0
 MAX_REPLAYS: Final = 8
 """A request that loses this many rings without a token in between is ended: it may be the cause."""
 RECOVERY_TRIES: Final = 8
-"""After this many failed attempts, recovery ends the waiting requests and goes on trying."""
+"""A recovery that has failed this often, and for RECOVERY_WAIT_S, ends the waiting requests and goes on trying."""
 RECOVERY_PAUSE_S: Final = 0.1
 """Pause between two attempts of a recovery. A standby engine needs as long to be there."""
 DRAIN_S: Final = 15.0
@@ -481,7 +485,7 @@ DESCRIBE_TIMEOUT_S: Final = 3.0
 SETTLE_S: Final = 1.0
 """Without --workers, `serve` continues once nobody new was announced for this long."""
 LAST_WORDS_S: Final = 0.5
-"""Time for calls to tell their clients that their requests have ended."""
+"""Time for calls to tell their clients that their requests have ended, and for the last output of a dead engine."""
 MIN_CONTEXT: Final = 8
 """Below this not even the canary fits."""
 LOOP_STOP_S: Final = 5.0
