@@ -16,6 +16,8 @@ import pytest
 
 from client.scripted import Coordinator, finish_event, prompt_event, token_event
 from cluster.client import AsyncClient, Client
+from cluster.client.async_calls import AsyncRepeater
+from cluster.client.calls import Repeater
 from cluster.client.certificate_renewal import CertificateRenewal
 from cluster.core.errors import Busy, MacpipeError, Unreachable
 from cluster.security.certificate_renewal import renew_certificate
@@ -235,3 +237,59 @@ def test_a_renewal_that_fails_is_tried_again_and_logged(
     for now[0], retry_s in ((89.0, 1.0), (90.0, 3600.0)):
         renewal.postpone(error)
         assert renewal.due_in_s() == pytest.approx(retry_s)
+
+
+class Owner:
+    """An object whose method runs now and then."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.ran = threading.Event()
+
+    def work(self) -> float:
+        self.runs += 1
+        self.ran.set()
+        return 3600.0
+
+    async def work_asynchronously(self) -> float:
+        return self.work()
+
+
+def test_a_client_that_was_never_closed_leaves_no_thread() -> None:
+    owner = Owner()
+    repeater = Repeater(owner.work, longest_s=0.02)
+    repeater.start()
+    assert owner.ran.wait(5)
+    assert repeater._thread
+    del owner
+    repeater._thread.join(5)
+    assert not repeater._thread.is_alive()
+
+
+def test_an_asynchronous_client_that_was_never_closed_leaves_no_task() -> None:
+    async def run() -> None:
+        owner = Owner()
+        repeater = AsyncRepeater(owner.work_asynchronously, longest_s=0.02)
+        repeater.start()
+        assert repeater._task
+        del owner
+        await asyncio.wait_for(repeater._task, 5)
+
+    asyncio.run(run())
+
+
+def test_background_work_runs_once_even_if_it_is_stopped_at_once() -> None:
+    """A command that makes one call renews before it ends."""
+    owner = Owner()
+    repeater = Repeater(owner.work, longest_s=60.0)
+    repeater.start()
+    repeater.stop(5)
+    assert owner.runs == 1
+
+    async def run() -> None:
+        other = AsyncRepeater(owner.work_asynchronously, longest_s=60.0)
+        other.start()
+        await other.stop(5)
+
+    asyncio.run(run())
+    assert owner.runs == 2
