@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from cluster.client import proto_decoding as replies
 from cluster.client import proto_encoding as requests
 from cluster.client.async_calls import AsyncStubs
 from cluster.client.async_connection import AsyncCoordinatorConnection
@@ -16,8 +15,11 @@ from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
+from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.plan import decode_plan
 from cluster.core.cluster_state import ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -84,11 +86,11 @@ class AsyncClient:
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
         request = requests.encode_tokenize(given, model)
-        return replies.tokens(await self._ask(lambda to: to.inference.Tokenize, request))
+        return decode_tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
         """Return the served models: zero or one."""
-        return replies.models(await self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
+        return decode_models(await self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     async def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
@@ -96,7 +98,7 @@ class AsyncClient:
 
     async def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
-        return replies.cluster_state(await self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
+        return decode_cluster_state(await self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
     def load(self, model: str, **options: Unpack[LoadOptions]) -> AsyncLoading:
         """Plan, load, link and warm up a model. ``await client.load(...).wait()`` waits until it serves.
@@ -109,7 +111,7 @@ class AsyncClient:
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.encode_plan(model, options)
-        return replies.plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
+        return decode_plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     async def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
@@ -123,7 +125,7 @@ class AsyncClient:
         """
         request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
         reply = await self._connection.ask(lambda to: to.cluster.Drain, request, None)
-        return replies.cluster_state(reply.cluster)
+        return decode_cluster_state(reply.cluster)
 
     async def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""

@@ -11,7 +11,7 @@ from typing import Self
 
 from cluster.client.async_calls import AsyncStreamCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
-from cluster.client.proto_decoding import load_event
+from cluster.client.proto_decoding import decode_load_event
 from cluster.client.results import Completion, Prompt, Token
 from cluster.client.transcript import PartialAnswer
 from cluster.core.cluster_state import ClusterState
@@ -122,4 +122,4 @@ class AsyncLoading:
             reply = await self._call.read(self._stall_s)
         except TimeoutError:
             raise stall_error(self._stall_s) from None
-        return None if reply is None else load_event(reply)
+        return None if reply is None else decode_load_event(reply)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from cluster.client import proto_decoding as replies
 from cluster.client import proto_encoding as requests
 from cluster.client.calls import Stubs
 from cluster.client.channel_setup import load_trust
@@ -16,9 +15,12 @@ from cluster.client.connection import CoordinatorConnection
 from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import Prompt
 from cluster.client.results import Completion, Model, Tokens
 from cluster.client.streams import Loading, Stream
+from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.plan import decode_plan
 from cluster.core.cluster_state import ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -83,11 +85,11 @@ class Client:
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
         request = requests.encode_tokenize(given, model)
-        return replies.tokens(self._ask(lambda to: to.inference.Tokenize, request))
+        return decode_tokens(self._ask(lambda to: to.inference.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
         """Return the served models: zero or one."""
-        return replies.models(self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
+        return decode_models(self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
@@ -95,7 +97,7 @@ class Client:
 
     def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
-        return replies.cluster_state(self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
+        return decode_cluster_state(self._ask(lambda to: to.cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
     def load(self, model: str, **options: Unpack[LoadOptions]) -> Loading:
         """Plan, load, link and warm up a model. ``client.load(...).wait()`` waits until it serves.
@@ -108,7 +110,7 @@ class Client:
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = requests.encode_plan(model, options)
-        return replies.plan(self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
+        return decode_plan(self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
@@ -122,7 +124,7 @@ class Client:
         """
         request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
         reply = self._connection.ask(lambda to: to.cluster.Drain, request, None)
-        return replies.cluster_state(reply.cluster)
+        return decode_cluster_state(reply.cluster)
 
     def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from cluster.client.results import Finish, Model, Prompt, Timings, Tokens
 from cluster.codec.answer import FINISH_REASON_OF, decode_call, decode_figures
-from cluster.codec.answer import decode_token as token
-from cluster.codec.cluster_state import decode_cluster_state as cluster_state
-from cluster.codec.plan import decode_plan as plan
+from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_progress
 from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import VersionMismatch
@@ -14,16 +12,14 @@ from cluster.core.plan import LoadProgress
 from cluster.core.request import Usage
 from cluster.v1 import cluster_pb2, inference_pb2
 
-__all__ = ["cluster_state", "finish", "load_event", "models", "plan", "prompt", "token", "tokens"]
 
-
-def prompt(reply: inference_pb2.PromptInfo) -> Prompt:
+def decode_prompt(reply: inference_pb2.PromptInfo) -> Prompt:
     """Decode the acceptance of a request."""
     samples = max(reply.samples, 1)
     return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
 
 
-def finish(reply: inference_pb2.FinishInfo) -> Finish:
+def decode_finish(reply: inference_pb2.FinishInfo) -> Finish:
     """Decode the end of an answer. Raise VersionMismatch for an unknown finish reason."""
     reason = FINISH_REASON_OF.get(reply.reason)
     if reason is None:
@@ -35,22 +31,22 @@ def finish(reply: inference_pb2.FinishInfo) -> Finish:
     return Finish(reason, reply.text, usage, timings, stages, reply.reasoning, calls, reply.sample)
 
 
-def tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
+def decode_tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
     """Decode a tokenized text."""
     return Tokens(tuple(reply.ids), tuple(reply.texts))
 
 
-def models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
+def decode_models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
     """Decode the served models."""
     return tuple(Model(one.id, one.layers, one.max_context, one.fingerprint) for one in reply.models)
 
 
-def load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterState:
+def decode_load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterState:
     """Decode the progress of one stage, or the final state of the cluster. Raise VersionMismatch for other events."""
     match reply.WhichOneof("event"):
         case "progress":
             return decode_progress(reply.progress)
         case "ready":
-            return cluster_state(reply.ready)
+            return decode_cluster_state(reply.ready)
         case _:
             raise VersionMismatch("unknown load event from the coordinator; update this client")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.client import proto_decoding as replies
+from cluster.client.proto_decoding import decode_finish, decode_prompt
 from cluster.client.results import Choice, Completion, Finish, Prompt, Token
+from cluster.codec.answer import decode_token
 from cluster.core.errors import MacpipeError, VersionMismatch
 from cluster.core.request import ToolCall, ToolCallDelta
 from cluster.v1 import inference_pb2
@@ -98,14 +99,14 @@ class Transcript:
             raise _protocol_error(f"{event or 'unknown event'} out of order")
         match event:
             case "prompt":
-                self.prompt = replies.prompt(reply.prompt)
+                self.prompt = decode_prompt(reply.prompt)
                 self._answers = [_Answer(self._offset_of(i)) for i in range(self.prompt.samples)]
             case "token":
-                token = replies.token(reply.token)
+                token = decode_token(reply.token)
                 self._answer(token.sample).append(token)
                 return (token,)
             case "finish":
-                self._end(replies.finish(reply.finish))
+                self._end(decode_finish(reply.finish))
             case _:
                 raise VersionMismatch("unknown event from the coordinator; update this client")
         return ()

@@ -7,7 +7,10 @@ from ipaddress import ip_interface
 
 from zeroconf.asyncio import AsyncServiceInfo
 
-from cluster.client.proto_decoding import cluster_state, finish, load_event, plan, prompt, token
+from cluster.client.proto_decoding import decode_finish, decode_load_event, decode_prompt
+from cluster.codec.answer import decode_token
+from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.plan import decode_plan
 from cluster.core.errors import MacpipeError
 from cluster.core.text import format_address, parse_address, parse_layers, parse_size
 from cluster.discovery import txt_record as txt
@@ -58,12 +61,12 @@ def replies() -> Prepared:
 
     def run(data: bytes) -> None:
         answer = inference_pb2.GenerateResponse.FromString(data)
-        for name, read in (("prompt", prompt), ("token", token), ("finish", finish)):
+        for name, read in (("prompt", decode_prompt), ("token", decode_token), ("finish", decode_finish)):
             if answer.WhichOneof("event") == name:
                 read(getattr(answer, name))
-        load_event(cluster_pb2.LoadModelResponse.FromString(data))
-        cluster_state(cluster_pb2.GetClusterResponse.FromString(data))
-        plan(cluster_pb2.PlanResponse.FromString(data))
+        decode_load_event(cluster_pb2.LoadModelResponse.FromString(data))
+        decode_cluster_state(cluster_pb2.GetClusterResponse.FromString(data))
+        decode_plan(cluster_pb2.PlanResponse.FromString(data))
 
     figures = inference_pb2.StageFigures(worker="a", start_layer=0, end_layer=2)
     ended = inference_pb2.FinishInfo(reason=inference_pb2.FINISH_REASON_STOP, stages=[figures])
