@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from cluster.core.limits import CONNECT_TIMEOUT_S
 from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import PING_S, pulse_channel
 
@@ -67,6 +68,7 @@ class LivenessStream:
     def _open(self) -> None:
         self._granted_s = self._ping_s()
         self._channel = pulse_channel(self._trust, self._address, self._peer, self._granted_s)
+        self._ready = grpc.channel_ready_future(self._channel)
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
 
     def _listen(self) -> None:
@@ -78,7 +80,16 @@ class LivenessStream:
             self._lost(why)
 
     def _wait_for_end(self) -> str:
-        """Wait for the end of the call. Return gRPC's reason."""
+        """Wait for the end of the call. Return gRPC's reason.
+
+        Pings start with the connection, so a link that is cut before that is silent for as long as connecting may take.
+        """
+        try:
+            self._ready.result(CONNECT_TIMEOUT_S + self._granted_s - PING_S)
+        except grpc.FutureTimeoutError:
+            return f"UNAVAILABLE: {_UNANSWERED}: the liveness stream got no connection"
+        except grpc.FutureCancelledError:
+            return "the liveness stream was closed"
         try:
             for _ in self._call:
                 pass
@@ -96,15 +107,15 @@ class LivenessStream:
                 return False
             self._channel.close()
             self._open()
-            ready = grpc.channel_ready_future(self._channel)
         try:
-            ready.result(self._granted_s)
-        except grpc.FutureTimeoutError:
+            self._ready.result(self._granted_s)
+        except (grpc.FutureTimeoutError, grpc.FutureCancelledError):
             return False
         return True
 
     def close(self) -> None:
         with self._closing:
             self._closed = True
+            self._ready.cancel()
             self._call.cancel()
             self._channel.close()

@@ -74,6 +74,23 @@ def test_a_cut_is_seen_though_nothing_is_sent(
     stream.close()
 
 
+def test_a_cut_before_the_liveness_stream_is_connected_is_seen(
+    linked: tuple[Proxy, Stage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, _, address = linked
+    link, lost = proxy.link("caller", "stage"), threading.Event()
+
+    def open_pulse(*given: Any) -> grpc.Channel:
+        link.blocked |= {"stage", "caller"}
+        return pulse_channel(*given)
+
+    monkeypatch.setattr("cluster.transport.liveness_stream.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("cluster.transport.liveness_stream.pulse_channel", open_pulse)
+    stream = GrpcDialer(LocalTrust()).pull(address, 1, lambda message: None, lambda why: lost.set())
+    assert lost.wait(15)
+    stream.close()
+
+
 def test_an_overloaded_machine_asks_again_before_it_takes_silence_for_a_cut(
     linked: tuple[Proxy, Stage, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
