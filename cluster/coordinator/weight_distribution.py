@@ -100,7 +100,7 @@ class WeightDistribution:
         """Open the coordinator's store and hash its folder until the context ends."""
         found = checkpoint.found
         stop = Event()
-        item = await anyio.to_thread.run_sync(self._store_server.put, found.folder, found.partial)
+        item = await anyio.to_thread.run_sync(self._store_server.share, found.folder, found.partial)
         orders = _orders(plan, checkpoint)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))

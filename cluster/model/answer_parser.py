@@ -180,7 +180,7 @@ class AnswerParser:
 
     def _open_call(self, body: str, out: _Out) -> str:
         """Emit the tool's name once it is known. Return the rest of ``body``."""
-        if self._open or not (opened := PartialToolCall.begun(body, self._marks.format, self._names)):
+        if self._open or not (opened := PartialToolCall.start(body, self._marks.format, self._names)):
             return body
         self._open, at = opened
         out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))

@@ -18,7 +18,7 @@ from cluster.core.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
 from cluster.core.limits import MAX_SMALL_FILE_BYTES
 from cluster.core.plan import ModelRef
 from cluster.model.safetensors import Shard, TensorInfo, read_shard
-from cluster.model.weight_versions import read_editions
+from cluster.model.weight_versions import read_weight_versions
 
 __all__ = ["Checkpoint", "TensorInfo", "model_ref", "open_checkpoint", "resolve_model"]
 
@@ -124,7 +124,7 @@ def _read(path: Path, config_file: Path) -> Checkpoint:
     shards = [read_shard(path / name) for name in _shard_names(path)]
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     _require_layers(config, len(tensors))
-    editions = read_editions(path, shards)
+    editions = read_weight_versions(path, shards)
     fingerprint = _fingerprint(path, shards, editions)
     return Checkpoint(
         path, MappingProxyType(config), MappingProxyType(tensors), MappingProxyType(editions), fingerprint

@@ -28,7 +28,7 @@ Stretch = Callable[[float], None]
 ROWS: Final = 8
 BUDGET_S: Final = 1.5
 """Seconds for all timed rounds, without the first run of each job, which compiles kernels."""
-LEAST, MOST = 5, 100
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 """Minimum and maximum number of rounds."""
 SHALLOW, DEEP = 2, 18
 """Layers of the two narrow models."""
@@ -123,7 +123,7 @@ def _times(jobs: Sequence[_Measurement], stretch: Stretch) -> list[float]:
         job.run()  # compiles kernels
     start = time.perf_counter()
     rounds: list[list[float]] = []
-    while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - start < BUDGET_S):
+    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() - start < BUDGET_S):
         rounds.append([_time_call(job, stretch) for job in jobs])
     return [min(times) for times in zip(*rounds, strict=True)]
 

@@ -35,7 +35,7 @@ from cluster.core.limits import (
 )
 from cluster.core.request import Grammar, GrammarKind
 from cluster.model.panics import panics_raised_as
-from cluster.model.schema_support import unkept
+from cluster.model.schema_support import find_unenforced
 
 if TYPE_CHECKING:  # a type of the stubs alone
     from llguidance._lib import JsonCompileOptions
@@ -270,7 +270,7 @@ def _source(grammar: Grammar) -> str:
             return str(LLMatcher.grammar_from_lark(grammar.source))
     schema: Any = '{"type": "object"}' if grammar.kind is GrammarKind.JSON_OBJECT else grammar.source
     try:
-        if why := unkept(json.loads(schema)):
+        if why := find_unenforced(json.loads(schema)):
             raise _refusal(grammar, why)
         return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
     except RecursionError as error:

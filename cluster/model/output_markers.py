@@ -62,7 +62,7 @@ class OutputMarkers:
         text: str = self._wrapper.decode(ids[start + len(self._wrapper.think_start_tokens) :])
         return not text.strip()
 
-    def spelled(self, mark: str) -> str:
+    def to_lark(self, mark: str) -> str:
         """Return ``mark`` as a Lark expression: added tokens by their ids, everything else as text."""
         tokens = self._wrapper.encode(mark, add_special_tokens=False)
         return " ".join(self._token(token) for token in tokens)

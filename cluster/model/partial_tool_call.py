@@ -30,7 +30,7 @@ class PartialToolCall:
     _complete: bool = False
 
     @classmethod
-    def begun(cls, text: str, form: str, names: Collection[str]) -> tuple[PartialToolCall, int] | None:
+    def start(cls, text: str, form: str, names: Collection[str]) -> tuple[PartialToolCall, int] | None:
         """Return the call that ``text`` starts and the index of its arguments.
 
         Return None if the head is incomplete, in another format, or names a tool that is not among ``names``.

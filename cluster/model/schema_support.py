@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["unkept"]
+__all__ = ["find_unenforced"]
 
 _DATA: Final = frozenset({"const", "default", "enum", "examples"})
 """Keywords whose values are data, not schemas."""
 
 
-def unkept(schema: Any) -> str:
+def find_unenforced(schema: Any) -> str:
     """Return why a document could violate the parsed ``schema`` despite its grammar, as a clause; "" if it cannot."""
     pending = [schema]
     while pending:

@@ -129,14 +129,14 @@ class Tokenizer:
         """Return the token ids that end the model's reasoning; empty if it has no reasoning markers."""
         return self._marks.reasoning_end
 
-    def calling(self, options: ChatOptions) -> Grammar | None:
+    def required_call_grammar(self, options: ChatOptions) -> Grammar | None:
         """Return the grammar of an answer that must call a tool, in the model's own format; None if it need not.
 
         Raises InvalidRequest if the tool was not offered, or if no grammar is known for the model's call format.
         """
         return tool_call_grammar(options, self._marks)
 
-    def bound(self, grammar: Grammar, parsing: Parsing, *, calls: bool = False) -> Grammar:
+    def defer_past_reasoning(self, grammar: Grammar, parsing: Parsing, *, calls: bool = False) -> Grammar:
         """Return ``grammar`` for an answer with this ``parsing``: it applies after the reasoning, if there is any.
 
         ``calls``: the grammar is that of a tool call, not of the content.

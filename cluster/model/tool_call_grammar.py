@@ -12,13 +12,13 @@ from cluster.core.request import ChatOptions, Grammar, GrammarKind, Tool, ToolCh
 from cluster.model.chat_template import describe_tool
 from cluster.model.grammars import JSON_STYLE
 from cluster.model.output_markers import OutputMarkers, quote_lark
-from cluster.model.schema_support import unkept
+from cluster.model.schema_support import find_unenforced
 
 __all__ = ["tool_call_grammar"]
 
 
 def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | None:
-    """Return the grammar of an answer that must call a tool; see ``Tokenizer.calling``."""
+    """Return the grammar of an answer that must call a tool; see ``Tokenizer.required_call_grammar``."""
     if options.tool_choice not in (ToolChoice.REQUIRED, ToolChoice.NAMED):
         return None
     tools = [t for t in options.tools if options.tool_choice is ToolChoice.REQUIRED or t.name == options.tool_name]
@@ -36,7 +36,7 @@ def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | N
 
 def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     r"""Return the grammar of ``<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>``, once or more often."""
-    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
     again = ' ("\\n"? call)*' if several else ""
     return "\n".join(
         (
@@ -49,7 +49,7 @@ def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> s
 
 def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     """Return the grammar of ``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
-    head, middle = marks.spelled(marks.call_start), marks.spelled("[ARGS]")
+    head, middle = marks.to_lark(marks.call_start), marks.to_lark("[ARGS]")
     rules = [
         f"tool_{i}: {head} {quote_lark(tool.name)} {middle} {_json(_parameters(tool))}" for i, tool in enumerate(tools)
     ]
@@ -61,9 +61,9 @@ def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
 
     A call is ``functions.name:0<|tool_call_argument_begin|>{...}`` between markers; a section with markers holds all.
     """
-    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
     begin, middle, close = map(
-        marks.spelled, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+        marks.to_lark, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
     )
     rules = [
         f"tool_{i}: {begin} {quote_lark(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {middle} "
@@ -76,7 +76,7 @@ def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
 
 def _harmony(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     """Return the grammar of one harmony call. There is never a second one, since a call ends the answer."""
-    head, middle = marks.spelled("<|channel|>commentary to=functions."), marks.spelled("<|constrain|>json<|message|>")
+    head, middle = marks.to_lark("<|channel|>commentary to=functions."), marks.to_lark("<|constrain|>json<|message|>")
     rules = [
         f"tool_{i}: {head} {quote_lark(tool.name + ' ')} {middle} {_json(_parameters(tool))}"
         for i, tool in enumerate(tools)
@@ -95,9 +95,9 @@ def _deepseek_blocks(tools: Sequence[Tool], marks: OutputMarkers, several: bool)
 
 
 def _deepseek_calls(tools: Sequence[Tool], marks: OutputMarkers, several: bool, opening: str, closing: str) -> str:
-    begin, close = marks.spelled("<｜tool▁calls▁begin｜>"), marks.spelled("<｜tool▁calls▁end｜>")
-    separator = marks.spelled("<｜tool▁sep｜>")
-    start, end = marks.spelled(marks.call_start), marks.spelled(marks.call_end)
+    begin, close = marks.to_lark("<｜tool▁calls▁begin｜>"), marks.to_lark("<｜tool▁calls▁end｜>")
+    separator = marks.to_lark("<｜tool▁sep｜>")
+    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
     rules = []
     for i, tool in enumerate(tools):
         name = quote_lark(tool.name + opening)
@@ -141,7 +141,7 @@ def _json(schema: dict[str, Any]) -> str:
 
 def _parameters(tool: Tool) -> Any:
     parameters = describe_tool(tool)["function"]["parameters"]
-    if why := unkept(parameters):
+    if why := find_unenforced(parameters):
         raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be enforced: {why}", field="tools")
     return parameters
 

@@ -25,7 +25,7 @@ ORIGIN: Final = "origin.json"
 _BLOB: Final = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
-def read_editions(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
+def read_weight_versions(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
     """Return each file's edition. A partial checkpoint may lack most bytes, so its record has the editions."""
     shards = list(shards)
     recorded = _read_recorded(folder)

@@ -20,22 +20,22 @@ from cluster.placement.memory_split import Room
 
 __all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
 
-REACHED: Final = 0.8
+DECODE_EFFICIENCY: Final = 0.8
 """The share of the published bandwidth that a 4-bit decode commonly reaches on one die."""
-REACHED_ULTRA: Final = 0.65
+DECODE_EFFICIENCY_ULTRA: Final = 0.65
 """The same share on two dies."""
-REACHED_FLOPS: Final = 0.6
+PREFILL_EFFICIENCY: Final = 0.6
 """The share of the published operations that a long prompt commonly reaches."""
 LAYER_S: Final = 60e-6
 STEP_S: Final = 300e-6
 ROW_COST: Final = 0.2
 """8 rows cost 2.4 times as much as one; 4-bit kernels were measured at 1.7 to 6 times."""
-LARGE: Final = 36
-"""GB. Up to this size Metal recommends using two thirds of the memory, above it three quarters."""
-SMALLEST: Final = 8
-LARGEST: Final = 1024
+LARGE_MEMORY_GB: Final = 36
+"""Up to this size Metal recommends using two thirds of the memory, above it three quarters."""
+MIN_MEMORY_GB: Final = 8
+MAX_MEMORY_GB: Final = 1024
 """Range of memory sizes that a Mac may be assumed to have, in GB."""
-MOST: Final = 64
+MAX_COUNT: Final = 64
 """Maximum number of Macs of one kind."""
 
 
@@ -109,15 +109,15 @@ def _macs(word: str) -> list[tuple[str, Chip, int]]:
         raise InvalidOption(
             f"--assume does not know {word!r}; write it like m4-pro-48x2,10gbe; {known}", field="assume"
         )
-    if not 1 <= count <= MOST:
+    if not 1 <= count <= MAX_COUNT:
         raise InvalidOption(
-            f"--assume {word!r}: there are from 1 to {MOST} Macs of one kind here, and {count} were given",
+            f"--assume {word!r}: there are from 1 to {MAX_COUNT} Macs of one kind here, and {count} were given",
             field="assume",
         )
     gb = int(found["gb"])
-    if not SMALLEST <= gb <= LARGEST:
+    if not MIN_MEMORY_GB <= gb <= MAX_MEMORY_GB:
         raise InvalidOption(
-            f"--assume {word!r}: a Mac's memory is from {SMALLEST} to {LARGEST} GB here, and {gb} was given",
+            f"--assume {word!r}: a Mac's memory is from {MIN_MEMORY_GB} to {MAX_MEMORY_GB} GB here, and {gb} was given",
             field="assume",
         )
     return [(f"{found['chip']}-{gb}", CHIPS[found["chip"]], gb)] * count
@@ -134,7 +134,7 @@ def _candidate(label: str, chip: Chip, gb: int, index: int, names: list[str]) ->
     bandwidth, tflops = chip.bandwidth, chip.tflops
     if chip.smaller and gb in chip.smaller[0]:
         _, bandwidth, tflops = chip.smaller
-    reached = REACHED_ULTRA if "ultra" in label else REACHED
-    profile = Profile(bandwidth * 1e9 * reached, LAYER_S, STEP_S, tflops * 1e12 * REACHED_FLOPS, ROW_COST)
-    nbytes = gb * GIB * (3 if gb > LARGE else 2) // (4 if gb > LARGE else 3)
+    efficiency = DECODE_EFFICIENCY_ULTRA if "ultra" in label else DECODE_EFFICIENCY
+    profile = Profile(bandwidth * 1e9 * efficiency, LAYER_S, STEP_S, tflops * 1e12 * PREFILL_EFFICIENCY, ROW_COST)
+    nbytes = gb * GIB * (3 if gb > LARGE_MEMORY_GB else 2) // (4 if gb > LARGE_MEMORY_GB else 3)
     return Candidate(Room(name, nbytes, adjustable=False), profile)

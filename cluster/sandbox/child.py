@@ -107,7 +107,7 @@ def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) 
 
 def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
     """Render and tokenize a conversation, and return the grammar of its answer. Raises InvalidRequest."""
-    calling = tokenizer.calling(job.options)
+    calling = tokenizer.required_call_grammar(job.options)
     if calling and job.grammar:
         raise InvalidRequest(
             f"tool_choice requires a tool call, but the format requires a {job.grammar.kind.value}; an answer cannot "
@@ -119,7 +119,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
     prompt = _prompt(tokenizer, ids, job)
     grammar = calling or job.grammar
     if grammar:
-        grammar = tokenizer.bound(grammar, parsing, calls=calling is not None)
+        grammar = tokenizer.defer_past_reasoning(grammar, parsing, calls=calling is not None)
     return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save
 from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES, MAX_JOINED_ELEMENTS
 
-MOST = MAX_EDITS // 2
+MAX_PENDING_EDITS = MAX_EDITS // 2
 """Maximum pending edits for the next frame. The edits that come with its step need far less than the other half."""
 
 _JOIN_VALUES = 24
@@ -41,6 +41,6 @@ def first_load(edits: Sequence[Edit]) -> int:
             grammar = edit.sampling.grammar
             grammar_bytes += len(grammar.source.encode()) if grammar else 0
             values += _JOIN_VALUES + 3 * len(edit.sampling.logit_bias) + (len(grammar.free_until) if grammar else 0)
-        if grammar_bytes > MAX_JOINED_BYTES or values > MAX_JOINED_ELEMENTS or i >= MOST:
+        if grammar_bytes > MAX_JOINED_BYTES or values > MAX_JOINED_ELEMENTS or i >= MAX_PENDING_EDITS:
             return max(i, 1)
     return 0

@@ -67,7 +67,7 @@ class StoreServer(StoreServiceServicer):
         self._readers = anyio.Semaphore(STORE_READERS)
         self._checks: set[asyncio.Task[None]] = set()
 
-    def put(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
+    def share(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
         """Share this model's bytes with other Macs from now on. Blocks; raises as ``open_checkpoint`` does."""
         item = self._open_model(folder, partial)
         self._items[item.checkpoint.fingerprint] = item

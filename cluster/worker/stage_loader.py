@@ -81,7 +81,7 @@ class _LoadJob:
         with ExitStack() as stack:
             peers = [stack.enter_context(Peer(self._trust, p.name, p.address, r.fingerprint, p.party)) for p in r.peers]
             found = self._store.find_for_worker(ModelRef(r.model, r.path, r.fingerprint), peers)
-            item = self._store_server.put(found.folder, found.partial)
+            item = self._store_server.share(found.folder, found.partial)
             if found.partial:
                 hub = Hub(r.repo, r.commit) if r.repo else None
                 deferred = frozenset(r.deferred)

@@ -214,7 +214,7 @@ def test_a_model_without_tools_says_so(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="does not support tools"):
         plain.chat([ChatMessage("user", "hi")], ChatOptions(TOOLS))
     with pytest.raises(InvalidRequest, match="has no grammar for"):
-        plain.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+        plain.required_call_grammar(ChatOptions(TOOLS, ToolChoice.REQUIRED))
 
 
 def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
@@ -225,20 +225,20 @@ def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
 
 
 def test_a_call_that_must_be_is_in_the_models_own_format(tokenizer: Tokenizer) -> None:
-    required = tokenizer.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+    required = tokenizer.required_call_grammar(ChatOptions(TOOLS, ToolChoice.REQUIRED))
     assert required is not None
     tokenizer.check_grammar(required)
     assert accepts(tokenizer, required, ONE)
     assert accepts(tokenizer, required, f"{ONE}\n{OTHER}")
     assert not accepts(tokenizer, required, "Hello")
-    one = tokenizer.calling(ChatOptions(TOOLS, ToolChoice.NAMED, "clock", parallel_tool_calls=False))
+    one = tokenizer.required_call_grammar(ChatOptions(TOOLS, ToolChoice.NAMED, "clock", parallel_tool_calls=False))
     assert one is not None
     assert accepts(tokenizer, one, OTHER)
     assert not accepts(tokenizer, one, ONE)
     assert not accepts(tokenizer, one, f"{OTHER}{OTHER}")
-    assert tokenizer.calling(ChatOptions(TOOLS)) is None
+    assert tokenizer.required_call_grammar(ChatOptions(TOOLS)) is None
     with pytest.raises(InvalidRequest, match="'nobody', which is not among the tools"):
-        tokenizer.calling(ChatOptions(TOOLS, ToolChoice.NAMED, "nobody"))
+        tokenizer.required_call_grammar(ChatOptions(TOOLS, ToolChoice.NAMED, "nobody"))
 
 
 MISTRAL = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}"
@@ -246,7 +246,7 @@ MISTRAL = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}[TOOL
 
 def test_the_format_without_an_end_mark(tmp_path: Path) -> None:
     mistral = tokenizer_with(tmp_path, MISTRAL, "[TOOL_CALLS]", "[ARGS]")
-    required = mistral.calling(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+    required = mistral.required_call_grammar(ChatOptions(TOOLS, ToolChoice.REQUIRED))
     assert required is not None
     text = '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}'
     assert accepts(mistral, required, text)

@@ -220,7 +220,7 @@ def test_a_call_in_the_models_format_is_found(family: Family, tmp_path: Path) ->
 def test_a_required_call_admits_the_models_format_alone(family: Family, tmp_path: Path) -> None:
     tokenizer = make(family, tmp_path)
     options = ChatOptions(tools=(SHELL, READ), tool_choice=ToolChoice.NAMED, tool_name="shell")
-    grammar = tokenizer.calling(options)
+    grammar = tokenizer.required_call_grammar(options)
     assert grammar is not None
     compiled = tokenizer.grammars()
     answer = family.answer

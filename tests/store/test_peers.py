@@ -48,16 +48,16 @@ def giving(tmp_path: Path) -> Iterator[Giving]:
     servers: list[grpc.aio.Server] = []
 
     async def start(home: Path, folder: Path | None) -> tuple[int, str]:
-        shelf: StoreServiceServicer = Flooding()
+        servicer: StoreServiceServicer = Flooding()
         fingerprint = "f"
         if folder:
-            shelf = own = StoreServer(Store(home))
-            fingerprint = own.put(
+            servicer = own = StoreServer(Store(home))
+            fingerprint = own.share(
                 folder, PartialCheckpoint(folder) if is_partial(folder) else None
             ).checkpoint.fingerprint
         server = control_server(LocalTrust())
         servers.append(server)
-        add_StoreServiceServicer_to_server(shelf, server)
+        add_StoreServiceServicer_to_server(servicer, server)
         port = bind(server, LocalTrust(), "127.0.0.1", 0)
         await server.start()
         return port, fingerprint

@@ -108,9 +108,9 @@ def _worker(methods: _Methods) -> None:
 
 
 def _store(methods: _Methods) -> None:
-    shelf = StoreServer(Store(scratch("home")))
-    shelf.put(model_folder(), None)
-    add_StoreServiceServicer_to_server(shelf, methods)  # type: ignore[arg-type]
+    store_server = StoreServer(Store(scratch("home")))
+    store_server.share(model_folder(), None)
+    add_StoreServiceServicer_to_server(store_server, methods)  # type: ignore[arg-type]
 
 
 SERVICES: Mapping[str, Callable[[_Methods], None]] = {
