@@ -1,7 +1,7 @@
-"""Every text model that the pinned mlx-lm has, as a tiny configuration: the tables in ``tests/model/architectures/``.
+"""Every text model of the pinned mlx-lm as a tiny configuration: the tables in ``tests/model/architectures/``.
 
 A family is a file there. Its ``[base]`` is laid over that of ``common.toml``, and each module's own table over both, so
-a table says only what is peculiar to its module. It knows configurations; weights are made by ``checkpoints``.
+a table has only what is specific to its module. The module knows configurations; ``checkpoints`` creates weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, made from scratch: a config, random weights, and a byte-level tokenizer with a template.
+"""Create tiny checkpoints on disk: a config, random weights, and a byte-level tokenizer with a template.
 
 ``make("qwen3_moe", folder)`` writes one that mlx-lm loads. The weights are float32, since MLX's CPU backend has no
 other expert matmuls, and random from ``seed``. No file is fetched from anywhere.

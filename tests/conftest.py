@@ -1,4 +1,4 @@
-"""What every test shares: the seed, the option for long tests, and the fixtures of namespaces and small disks."""
+"""Shared by all tests: the seed, the option for long tests, and the fixtures of namespaces and small disks."""
 
 from __future__ import annotations
 

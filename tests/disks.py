@@ -1,6 +1,6 @@
-"""Disks for tests: one that fails as it is told to, and a tmpfs of a few MiB that a test can fill.
+"""Disks for tests: one that fails on request, and a tmpfs of a few MiB that a test can fill.
 
-The second needs root and Linux; without them the fixture skips and says which is missing.
+The second needs root and Linux; without them the fixture skips and says what is missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much of a test's work to do: a sample in the quick run, all of it with ``--all``."""
+"""The amount of a test's work: a sample in the default run, all of it with ``--all``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A hub on this machine, over real HTTP: what huggingface_hub asks of one, and ways in which a network misbehaves.
+"""A fake hub on this machine over real HTTP, as huggingface_hub expects it, with faults of a bad network.
 
-It serves folders as models, under one commit each, and counts every byte of a body that it sends. Weights are given by
-way of a redirect, as the real one does. Knobs may be turned while it runs.
+It serves folders as models, under one commit each, and counts every byte of a body that it sends. It serves weights
+through a redirect, as the real one does. Its faults may be changed while it runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sandbox's work without its processes and limits, for tests that need its answers alone."""
+"""The sandbox's work without its processes and limits, for tests that need only its answers."""
 
 from __future__ import annotations
 

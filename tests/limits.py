@@ -1,7 +1,7 @@
-"""Makes sure that no test outlives its time limit, and that children start with default signal handling.
+"""Enforce time limits: no test outlives its own, and children start with default signal handling.
 
 pytest-timeout raises in the test. A test that then waits for a child, as leaving ``with Popen(...)`` does, would hang:
-so its children are killed a moment later. What hangs even then ends this process, with every thread's stack.
+so its children are killed a moment later. If it hangs even then, this process prints all stacks and ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Hosts of their own for tests: Linux network namespaces on one Ethernet, each with an address, none with a way out.
+"""Hosts for tests: Linux network namespaces on one Ethernet, each with an address, none with a way out.
 
 The bridge has a namespace too, and every link is made inside of these, so that nothing touches the machine's own
-interfaces. It needs root, Linux and ``ip``; without them the fixtures skip and say which is missing.
+interfaces. It needs root, Linux and ``ip``; without them the fixtures skip and say what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Clusters for tests: an authority, and parties of any role that it has admitted, in folders as ``macpipe init`` and
-``join`` leave them, without a network.
-"""
+"""Clusters for tests: an authority and admitted parties of any role, in folders as ``init`` and ``join`` leave them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house's floors, read from the imports: who may know whom. The checker itself is tried on trees that break them.
+"""The layers of packages, read from the imports. The checker itself is tried on trees that violate them.
 
 Imports inside functions and under TYPE_CHECKING count like any other.
 """

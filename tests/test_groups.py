@@ -1,4 +1,4 @@
-"""Tests of one group share a process: else each process starts the group's daemons, and the run takes twice as long."""
+"""Tests of one group share a process: otherwise each process starts the group's daemons, which doubles the time."""
 
 from __future__ import annotations
 

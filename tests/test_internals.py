@@ -1,4 +1,4 @@
-"""What is used of libraries beyond their public API: each use by name, and a version cap for what may break it."""
+"""Uses of libraries beyond their public API: each by name, with a version cap for what may break it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A test that hangs ends: its children are killed, and they start without signals ignored."""
+"""A test that hangs ends: its children are killed, and they start without ignored signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may enter which route: the real table of routes, keys, their limits, and pages of other sites."""
+"""Authorization of every route: API keys, their limits, and pages of other sites, with the real table of routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a body may cost: every container of every form has a bound, and elements are counted before they are parsed."""
+"""Bounded forms: every container of every form has a limit, and elements are counted before they are parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of requests: a budget over all clients and for each, given back however a request ends."""
+"""The byte budget of requests: one for all clients and one for each, released however a request ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP port against clients that keep connections for nothing, on real sockets; and its TLS."""
+"""The HTTP port on real sockets: clients that keep connections open for nothing, and TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places for connections: who gives one up, and that every newcomer takes another's."""
+"""The connection limit: which connection gives up its place, and that every new one takes another's."""
 
 from __future__ import annotations
 

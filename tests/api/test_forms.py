@@ -1,4 +1,4 @@
-"""Bodies as clients send them: what becomes of them, and the sentence and field of every refusal."""
+"""Request bodies of real clients: how they are read, and the sentence and field of every refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms against generated bodies: whatever is sent becomes a request, or a refusal that has a sentence."""
+"""Forms against generated bodies: each becomes a request, or a refusal with a sentence."""
 
 from __future__ import annotations
 

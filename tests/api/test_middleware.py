@@ -1,4 +1,4 @@
-"""What stands before every route, and how errors leave: by an application of a few lines behind the real guard."""
+"""The middleware and the error handlers, around an application of a few lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens of an answer were its reasoning."""
+"""The reasoning tokens of an answer are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A terminal for tests: a process on a pseudo-terminal of its own, typed at and read from."""
+"""A terminal for tests: runs a process on its own pseudo-terminal, types into it and reads its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``macpipe bench`` as a person or a script meets it, against a coordinator that says what a test wrote."""
+"""``macpipe bench`` from the outside, against a scripted coordinator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`init`, `join`, `token`, `members` and `remove` as a person meets them: real processes, streams and exit codes."""
+"""`init`, `join`, `token`, `members` and `remove` from the outside: real processes, streams and exit codes."""
 
 from __future__ import annotations
 

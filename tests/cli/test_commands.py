@@ -1,4 +1,4 @@
-"""The command as a person or a script meets it: in a process, by its streams and its exit code."""
+"""Commands from the outside: a process, its streams and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo with stand-ins for its daemons: what it starts, what it prints, and that it leaves nothing behind."""
+"""The demo with stand-ins for its daemons: what it starts and prints, and that it leaves nothing behind."""
 
 from __future__ import annotations
 

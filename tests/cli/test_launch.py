@@ -1,4 +1,4 @@
-"""The environments of known clients, made from what a coordinator says of itself."""
+"""The environments of known clients, derived from a coordinator's description of itself."""
 
 from __future__ import annotations
 

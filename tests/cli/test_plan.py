@@ -1,4 +1,4 @@
-"""``macpipe plan`` as a person or a script meets it: for Macs by name, for a coordinator's, and what it refuses."""
+"""``macpipe plan`` from the outside: for named Macs, for a coordinator's, and its refusals."""
 
 from __future__ import annotations
 

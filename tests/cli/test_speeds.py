@@ -1,4 +1,4 @@
-"""The arithmetic of ``macpipe bench``, on arrivals that were made up so that every figure can be found by hand."""
+"""The arithmetic of ``macpipe bench``, on invented arrivals whose figures can be computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees, and what Ctrl-C and Ctrl-D do."""
+"""The terminal's view: what a person sees, and the effect of Ctrl-C and Ctrl-D."""
 
 from __future__ import annotations
 

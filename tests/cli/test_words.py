@@ -1,4 +1,4 @@
-"""What people write (sizes, layers) and where things are kept."""
+"""Parsing of sizes and layers, and the folders in which state is kept."""
 
 from __future__ import annotations
 

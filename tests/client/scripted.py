@@ -1,4 +1,4 @@
-"""A coordinator that says what a test wrote: both public services on a real grpc.aio server and a real socket."""
+"""A scripted coordinator: both public services on a real grpc.aio server and a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error survives the way through gRPC, and what gRPC says itself gets a sentence and a class."""
+"""Errors over gRPC: each of ours arrives as itself, and each of gRPC's own gets a sentence and a class."""
 
 from __future__ import annotations
 

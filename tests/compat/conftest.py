@@ -1,4 +1,4 @@
-"""Two workers and a coordinator with an HTTP port for all of these tests, and two models that they take turns with."""
+"""Two workers and a coordinator with an HTTP port, shared by all compatibility tests, and two models in turn."""
 
 from __future__ import annotations
 

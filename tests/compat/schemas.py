@@ -1,4 +1,4 @@
-"""Values that a JSON schema of our own description allows: the part of the language that our forms are written in."""
+"""Generate values that our own JSON schemas allow, for the part of the language that our forms use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many streams at once over HTTP: each ends once, whole or with an error that says why, and nothing is left behind."""
+"""Many concurrent HTTP streams: each ends once, complete or with an error that says why, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests made from our own description, whole and broken: each is answered in time, and none with 500."""
+"""Requests generated from our own description, valid and broken: each gets a timely answer, and never a 500."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The streams byte for byte, ids and times aside: what clients in other languages parse by hand.
+"""Streams byte for byte, except ids and times: clients in other languages parse them by hand.
 
-A transcript that is meant to change is written anew by deleting its file and running this once.
+To change a transcript, delete its file and run this once, which writes it again.
 """
 
 from __future__ import annotations

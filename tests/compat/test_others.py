@@ -1,4 +1,4 @@
-"""langchain, the llm command and curl: what they are known to send, against real daemons."""
+"""langchain, the llm command and curl against real daemons, with the requests that they are known to send."""
 
 from __future__ import annotations
 

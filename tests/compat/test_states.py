@@ -1,4 +1,4 @@
-"""What clients see while nothing is served, and when it stops being served in the middle of their answer."""
+"""Clients while no model is served, and when a model stops being served during their answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools, reasoning and bound answers through the SDKs. The model is random: what it says is what its grammar allows."""
+"""Tools, reasoning and constrained answers through the SDKs. The model is random, so the grammar decides its text."""
 
 from __future__ import annotations
 

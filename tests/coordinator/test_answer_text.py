@@ -1,4 +1,4 @@
-"""Text of an answer: stop strings across token borders, and nothing withheld that need not be."""
+"""The text of an answer: stop strings across token borders, and no text held back needlessly."""
 
 from __future__ import annotations
 

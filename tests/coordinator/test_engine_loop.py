@@ -1,4 +1,4 @@
-"""The engine loop over the in-memory twin: faults end each request once, with the cause, and nothing waits."""
+"""The engine loop on the in-memory network: a fault ends each request once, with its cause, and nothing waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Epoch numbers grow wherever the clock goes, whatever was kept, and whatever workers claim."""
+"""Epoch numbers grow, whatever the clock does, the file holds, or workers claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watch over workers that answer, leave, hang and lie: nobody waits for a worker that is not asked."""
+"""The heartbeat of workers that answer, leave, hang and lie: nobody waits for a worker that is not asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine loop's inbox: what nobody will do any more is refused, and waited for by nobody."""
+"""The engine loop's inbox: jobs that will not run any more are refused, and nobody waits for them."""
 
 from __future__ import annotations
 

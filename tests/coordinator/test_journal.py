@@ -1,4 +1,4 @@
-"""The journal: what was not ended comes back, whatever the file went through, and nothing else does."""
+"""The journal: unfinished requests come back, whatever happened to the file, and no others do."""
 
 from __future__ import annotations
 

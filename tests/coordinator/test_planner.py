@@ -1,4 +1,4 @@
-"""From a model's shape to a plan and what it can take: lanes, rows, and cache sizes read off the curve."""
+"""From a model's shape to a plan and its capacity: lanes, rows, and cache sizes from the curve."""
 
 from __future__ import annotations
 

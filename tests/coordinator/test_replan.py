@@ -1,4 +1,4 @@
-"""Who takes over, who is to blame, and whose slices are adopted: decisions alone, without a process."""
+"""Replanning: which worker takes over, which one is to blame, and whose slices are adopted. Pure decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where time went: a request's tally over its stages, and how idle each stage was."""
+"""A request's timings over its stages, and the idle time of each stage."""
 
 from __future__ import annotations
 

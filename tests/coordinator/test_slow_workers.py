@@ -1,4 +1,4 @@
-"""A coordinator asks a worker that does not answer in time for longer, and dials it with more patience."""
+"""A slow worker gets longer deadlines for answers and connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What frames took, beside what was predicted for the very same frames."""
+"""Measured times of frames, compared with the predictions for the same frames."""
 
 from __future__ import annotations
 

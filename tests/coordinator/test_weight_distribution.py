@@ -1,4 +1,4 @@
-"""Proofs against each other and against what is known: a difference names the worker and the tensor."""
+"""Hashes of weights, compared with each other and with known ones: an error names the worker and the tensor."""
 
 from __future__ import annotations
 

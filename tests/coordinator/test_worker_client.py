@@ -1,4 +1,4 @@
-"""The coordinator's calls of a worker end with typed errors, whatever becomes of the channel."""
+"""Calls to a worker end with typed errors, whatever happens to the channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors that nobody awaits any more."""
+"""Errors of futures that nobody awaits any more."""
 
 from __future__ import annotations
 

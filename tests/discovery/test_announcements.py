@@ -1,4 +1,4 @@
-"""What is made of strangers' records and of this machine's interfaces: pure functions, no network."""
+"""Reading of untrusted records and of this machine's interfaces: pure functions, no network."""
 
 from __future__ import annotations
 

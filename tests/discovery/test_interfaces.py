@@ -1,4 +1,4 @@
-"""Which interface is taken: wired before Wi-Fi, and a tunnel only by those who name it."""
+"""The choice of an interface: wired before Wi-Fi, and a tunnel only if a person names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Announcing and browsing for real, over multicast on loopback. Every test has a cluster's name of its own."""
+"""Announcing and browsing over real multicast on loopback. Every test uses its own cluster name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static peers, merged sources and the roster: what a reader of sightings may rely on, without a network."""
+"""Static peers, merged sources and the sighting table, without a network."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Faults from a seed: a proxy between any two parties, processes that die or stop, and a checker of the promise."""
+"""Fault tests from seeds: a proxy between any two parties, processes that die or stop, and a checker of the promise."""

@@ -1,4 +1,4 @@
-"""``ops/chaos``: many seeds on one fleet, a line for each that breaks the promise, a summary at the end."""
+"""``ops/chaos``: run many seeds on one fleet; print a line for each that breaks the promise, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs seeds on one fleet: asks, breaks, waits for the ends, and has the checker judge what was seen."""
+"""Run seeds on one fleet: send requests, inject faults, wait for the ends, and check the history."""
 
 from __future__ import annotations
 

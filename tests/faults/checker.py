@@ -1,4 +1,4 @@
-"""The promise, and nothing else: it knows no fault, no stage and no epoch.
+"""The promise to clients, checked on a history. It knows no fault, no stage and no epoch.
 
 Each accepted request ends once, by its deadline, complete or with one typed error; no token is missing, repeated or out
 of order; tokens equal those of the undisturbed run. `status` answers in two seconds at every moment.

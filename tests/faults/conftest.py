@@ -1,4 +1,4 @@
-"""One fleet behind proxies for all of these tests, each of which leaves it whole."""
+"""One fleet behind proxies, shared by all of these tests. Each test leaves it intact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real daemons behind proxies: three stages and a spare, whose processes and links a scenario breaks, and mends."""
+"""Real daemons behind proxies: three stages and a spare. A scenario breaks and mends their processes and links."""
 
 from __future__ import annotations
 

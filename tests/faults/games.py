@@ -1,4 +1,4 @@
-"""Many seeds, on one fleet or on several at once, each in a process of its own."""
+"""Run many seeds, on one fleet or on several at once, each in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened, line by line: requests, tokens, ends and faults, each with its time. JSONL, one object a line."""
+"""The history of a run: requests, tokens, ends and faults, each with its time, as JSON lines."""
 
 from __future__ import annotations
 

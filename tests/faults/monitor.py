@@ -1,4 +1,4 @@
-"""Asks ``status`` all the time, whatever goes wrong meanwhile, and keeps how long each answer took."""
+"""Call ``status`` continuously during faults and record how long each answer took."""
 
 from __future__ import annotations
 

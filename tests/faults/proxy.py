@@ -1,4 +1,4 @@
-"""A TCP proxy between any two parties, whose links can be cut, slowed, damaged and reset while they are used.
+"""A TCP proxy between any two parties, whose links can be cut, slowed, damaged and reset while in use.
 
 It runs on an event loop of its own thread. Each worker's ports are reached through an address of its own; who has
 connected is found from the kernel's table of sockets, so that the link between coordinator and worker and the one

@@ -1,4 +1,4 @@
-"""From a seed to what is asked and what goes wrong: pure, so that a seed replays."""
+"""Derive requests and faults from a seed. Pure, so that a seed can be replayed."""
 
 from __future__ import annotations
 

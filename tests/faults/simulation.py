@@ -1,8 +1,8 @@
-"""Seeds in one process: the coordinator's own service, watch, recovery and engine loop over Macs that are simulated.
+"""Seeds in one process: the real service, heartbeat, recovery and engine loop over simulated Macs.
 
-The Macs obey the frames they get over a simulated network, describe themselves, load, crash, hang and come back; what
-stands in for bytes of models and for gRPC is nothing else. Time is simulated too (``simulated_time``), and waits are a
-tenth of the real ones and less.
+The Macs apply the frames that they get over a simulated network, describe themselves, load, crash, hang and come back.
+Only model bytes and gRPC are replaced. Time is simulated too (``simulated_time``), and waits are at most a tenth of the
+real ones.
 """
 
 from __future__ import annotations

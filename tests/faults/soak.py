@@ -1,4 +1,4 @@
-"""No faults, but clients that come and go, for long: what every process takes of memory and files stays flat."""
+"""A long run without faults, with clients that come and go: memory and files of every process stay constant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checker itself: it sees every way in which the promise can be broken, and nothing where it is kept."""
+"""The checker: it detects every way of breaking the promise, and reports nothing if the promise is kept."""
 
 from __future__ import annotations
 

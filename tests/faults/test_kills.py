@@ -1,6 +1,6 @@
-"""SIGKILL of each stage at token after token, with one stream and with eight; with a spare, and with none.
+"""SIGKILL of each stage at token after token, with one stream and with eight, with a spare and without.
 
-``ops/chaos --kills`` plays the same, and tells how long detection and the way back take.
+``ops/chaos --kills`` runs the same, and prints how long detection and recovery take.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Workers that leave in good order: streams go on, and who was lost comes home where that is wished."""
+"""Workers that leave in good order: streams continue, and a lost worker gets its layers back if requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data streams over bad links: a cut is seen in seconds though nothing says so, a slow one is never taken for dead."""
+"""Data streams over bad links: a silent cut is detected in seconds, and a slow link is never taken for dead."""
 
 from __future__ import annotations
 

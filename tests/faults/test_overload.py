@@ -1,7 +1,7 @@
-"""An overloaded machine is slow, not dead: answers go on, nothing is killed, and ``status`` says why it is slow.
+"""An overloaded machine is slow, not dead: answers continue, nothing is killed, and ``status`` says why it is slow.
 
 Every process is stopped and continued over and over, each in its own time, so that each runs for a fifth of the time
-and its timers fire late. That is what many busy programs do to them, without taking the processors from other tests.
+and its timers fire late. This has the effect of many busy programs, without taking the processors from other tests.
 """
 
 from __future__ import annotations

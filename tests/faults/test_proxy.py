@@ -1,4 +1,4 @@
-"""The proxy itself, between a plain client and a server that echoes."""
+"""The proxy, between a plain client and an echo server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coordinators that die: their successor reads no weight, and goes on with every kind of answer where it was."""
+"""Coordinators that die: the next one reads no weights and continues every kind of answer where it stopped."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Faults of every kind, from seeds, on real daemons: the promise is kept. ``ops/chaos`` plays many more.
+"""Faults of every kind, from seeds, on real daemons: the promise is kept. ``ops/chaos`` runs many more.
 
-Further seeds are played in one process (``test_simulation``): here each takes seconds.
+More seeds run in one process (``test_simulation``); here each takes seconds.
 """
 
 from __future__ import annotations

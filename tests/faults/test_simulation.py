@@ -1,4 +1,4 @@
-"""Faults from seeds on simulated Macs, beside those of real daemons: recovery keeps the promise."""
+"""Faults from seeds on simulated Macs: recovery keeps the promise."""
 
 from __future__ import annotations
 

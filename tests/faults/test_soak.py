@@ -1,4 +1,4 @@
-"""Ten thousand clients that connect and go: no process keeps memory, files or threads of them."""
+"""Ten thousand clients connect and leave: no process keeps memory, files or threads of them."""
 
 from __future__ import annotations
 

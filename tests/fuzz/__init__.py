@@ -1,1 +1,1 @@
-"""Fuzzing of whatever reads bytes that somebody else wrote: a table of targets, a kept corpus, short and long runs."""
+"""Fuzzing of every decoder of foreign bytes: a table of targets, a corpus, short and long runs."""

@@ -1,6 +1,6 @@
-"""``ops/fuzz``: spoiled inputs for every target, or for one, from a seed; a table, and 1 where something was found.
+"""``ops/fuzz``: run one or all targets on mutated inputs from a seed; exit with 1 if there are findings.
 
-What is found is written to ``--keep``. Once it is mended, it belongs into ``tests/fuzz/corpus``, under its target.
+Findings are written to ``--keep``. A fixed finding belongs into ``tests/fuzz/corpus``, under its target.
 """
 
 from __future__ import annotations

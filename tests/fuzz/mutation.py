@@ -1,7 +1,7 @@
-"""How an input is spoiled: byte by byte, or by what it is made of, with what seals it (lengths, checksums) put right.
+"""Mutate an input: byte by byte, or by its parts, with lengths and checksums corrected.
 
-Without the second, a checksum would keep every spoiled input from the decoder behind it. Pure, but for the randomness
-that it is given.
+Without correct checksums, no mutated input would reach the decoder behind them. Pure, except for the given
+randomness.
 """
 
 from __future__ import annotations

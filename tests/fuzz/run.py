@@ -1,7 +1,7 @@
-"""One target's run: so many inputs from a seed, each decoded within bounds, and what was found.
+"""Run one target: a number of inputs from a seed, each decoded within bounds, and the findings.
 
-An input is a finding where its decoder raises what it may not, takes too long, or asks for too much memory. The run's
-own memory is looked at after a tenth of its inputs and at the end.
+An input is a finding if its decoder raises an unexpected error, takes too long, or allocates too much memory. The run's
+own memory is measured after a tenth of its inputs and at the end.
 """
 
 from __future__ import annotations

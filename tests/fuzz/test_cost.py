@@ -1,6 +1,6 @@
-"""Bounded cost: every entry has a target, the kept inputs end as they should, and the measurement sees what it must.
+"""Bounded cost: every entry has a target, stored inputs end as expected, and the measurement sees each kind of cost.
 
-No test bounds a time: what inputs cost is for ``ops/fuzz --cost``.
+No test bounds a time; ``ops/fuzz --cost`` measures costs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The short run: every target takes its seeds, refuses what was found once as it should, and some fresh inputs."""
+"""The short fuzz run: every target accepts its seeds, handles earlier findings, and tries some new inputs."""
 
 from __future__ import annotations
 

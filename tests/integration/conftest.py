@@ -1,4 +1,4 @@
-"""One cluster of four worker daemons and one coordinator for all of these tests, which load what they need."""
+"""One cluster of four worker daemons and one coordinator, shared by all integration tests."""
 
 from __future__ import annotations
 

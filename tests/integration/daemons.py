@@ -1,4 +1,4 @@
-"""Real daemons as processes: start them as a person would, wait for what they say, and let none outlive the test."""
+"""Real daemons as processes: start them as a person would, wait for their output, and end them with the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mlx-lm says in one process: the answer that any number of stages has to give."""
+"""mlx-lm's answer in one process, which any number of stages must reproduce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``macpipe bench`` against real daemons with the model that comes along: what it prints, and that it is true."""
+"""``macpipe bench`` against real daemons with the bundled model: its output, and that its figures are true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a costly schema costs: an error of its own request, while others go on; and the coordinator stops at once."""
+"""A costly schema ends its own request with an error while others continue, and the coordinator stops at once."""
 
 from __future__ import annotations
 

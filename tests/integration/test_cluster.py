@@ -1,4 +1,4 @@
-"""A cluster with certificates, as real daemons: the same answers, recovery, and what becomes of who is removed."""
+"""A cluster with certificates and real daemons: the same answers, recovery, and the end of removed members."""
 
 from __future__ import annotations
 

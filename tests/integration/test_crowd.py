@@ -1,4 +1,4 @@
-"""A crowd: 256 clients at once with random prompts, lengths and changes of mind, for minutes. Each answer ends once."""
+"""A crowd for minutes: 256 concurrent clients with random prompts, lengths and aborts. Each answer ends once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors a person can use: each names the cause and the way out, with the right exit code, and none waits for ever."""
+"""Errors for people: each names the cause and the way out, has the right exit code, and comes in time."""
 
 from __future__ import annotations
 

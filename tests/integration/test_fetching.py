@@ -1,6 +1,6 @@
-"""A model of the hub over real workers: each fetches its slice, the internet is asked once, and wrong bytes are seen.
+"""A model of the hub on real workers: each fetches its slice, the hub is asked once, and wrong bytes are detected.
 
-Workers have homes of their own, as if each were on a Mac of its own.
+Each worker has its own state folder, as if it were on its own Mac.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Full disks under real daemons: nothing hangs, nothing is half written, and all goes on once there is room."""
+"""Full disks under real daemons: nothing hangs or is half written, and all continues once there is room."""
 
 from __future__ import annotations
 

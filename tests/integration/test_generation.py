@@ -1,4 +1,4 @@
-"""What a client may ask of a generation, with the model that comes along on two real daemons."""
+"""The options of a generation, with the bundled model on two real daemons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running coordinator lets Macs in, also while it still waits for workers."""
+"""A running coordinator admits Macs, even while it waits for workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers come and go: clean stops, no orphans, a stable id, and a crash that takes down one process alone."""
+"""Workers come and go: clean stops, no orphans, a stable id, and a crash that ends only one process."""
 
 from __future__ import annotations
 

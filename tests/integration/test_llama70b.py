@@ -1,4 +1,4 @@
-"""The bench of a 70B-shaped model, tried with a small shape on a CPU: it runs, and both sides say the same tokens."""
+"""The bench of a 70B-shaped model with a small shape on a CPU: it runs, and both sides produce the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people say to a model is nowhere but on its way: real daemons that log all they can, and a word to look for."""
+"""Prompts and answers are kept nowhere: real daemons that log everything they can, and a word to search for."""
 
 from __future__ import annotations
 

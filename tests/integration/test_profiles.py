@@ -1,4 +1,4 @@
-"""Real workers measure themselves, are planned by what they found, and learn from their frames."""
+"""Real workers measure themselves, are planned by their profiles, and learn from their frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ten thousand announcements of workers that are none: the cluster serves on, and none of them is sent a word."""
+"""Ten thousand announcements of fake workers: the cluster continues, and none of them is contacted."""
 
 from __future__ import annotations
 

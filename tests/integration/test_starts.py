@@ -1,4 +1,4 @@
-"""Daemons that a careless parent starts: signals ignored or blocked, streams closed, few files, no working folder."""
+"""Daemons of a careless parent: signals ignored or blocked, streams closed, few files, no working folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structured answers through real daemons: random weights, so nothing but the grammar makes a document valid."""
+"""Structured answers through real daemons: with random weights, only the grammar makes a document valid."""
 
 from __future__ import annotations
 

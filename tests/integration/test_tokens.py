@@ -1,4 +1,4 @@
-"""The right tokens through real daemons: mlx-lm's, at any number of stages, by either route, for any neighbour."""
+"""Tokens through real daemons equal mlx-lm's, at any number of stages, by either route, beside any neighbour."""
 
 from __future__ import annotations
 

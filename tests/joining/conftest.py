@@ -1,4 +1,4 @@
-"""A cluster in this process, with its join port open on loopback, and Macs that ask."""
+"""A cluster in this process with an open join port on loopback, and Macs that join it."""
 
 from __future__ import annotations
 

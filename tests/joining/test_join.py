@@ -1,4 +1,4 @@
-"""A Mac joins over real sockets: what it gets, whom it believes, what a stranger in between learns (nothing)."""
+"""A Mac joins over real sockets: what it gets, whom it trusts, and that a stranger in between learns nothing."""
 
 from __future__ import annotations
 

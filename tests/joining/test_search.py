@@ -1,4 +1,4 @@
-"""The join port over Zeroconf: found by the cluster's id, and among strangers by nothing that they say."""
+"""The join port over Zeroconf: found by the cluster's id, among impostors."""
 
 from __future__ import annotations
 

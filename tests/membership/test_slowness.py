@@ -1,4 +1,4 @@
-"""What a slow machine is granted, with the test's own clock: more with every false alarm, and never without bound."""
+"""Patience with a slow machine, with the test's own clock: more after every false alarm, and bounded."""
 
 from __future__ import annotations
 

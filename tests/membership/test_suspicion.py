@@ -1,4 +1,4 @@
-"""Suspicion and patience with the test's own clock: slow is not dead, silence is, and nobody pays for our sleep."""
+"""Suspicion and patience with the test's own clock: slow is not dead, silence is, and our own pauses do not count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that the room's tests share: each is made once, on first use."""
+"""Checkpoints that the model tests share; each is created on first use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Loads every stage of a checkpoint, at each number of stages, and prints as JSON what each load read and held.
+"""Load every stage of a checkpoint at each number of stages, and print as JSON what each load read and held.
 
-A process of its own: ``python loads.py CHECKPOINT STAGES...``. It counts by /proc.
+It runs as its own process: ``python loads.py CHECKPOINT STAGES...``. It reads the counters in /proc.
 """
 
 from __future__ import annotations

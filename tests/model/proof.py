@@ -1,6 +1,6 @@
-"""What is proved of an architecture: cut anywhere, in chunks, over bytes, it says what mlx-lm says in one process.
+"""Prove an architecture: cut anywhere, in chunks, over bytes, it produces what mlx-lm does in one process.
 
-``prove`` raises AssertionError where that is not so, and returns a row of facts where it is. Every stage is loaded from
+``prove`` raises AssertionError if that fails, and returns a row of facts if it holds. Every stage is loaded from
 a copy of the checkpoint in which every tensor that it must not read is not-a-number.
 """
 

@@ -1,4 +1,4 @@
-"""A whole model as a row of stages in one process: what one stage returns, the next one gets, as bytes."""
+"""A whole model as a row of stages in one process: each stage's result goes to the next one as bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ops/docs/MODELS.md``: what was proved of each architecture, a row each, and what cannot be served and why.
+"""``ops/docs/MODELS.md``: what was proved of each architecture, a row each, and which cannot be served and why.
 
 The rows are the record of the last full proof; all else is written anew from the installed mlx-lm and the tables of
 ``architectures``. So a file is stale when writing it anew from its own rows gives another file. It proves nothing.

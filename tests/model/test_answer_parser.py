@@ -1,4 +1,4 @@
-"""Answers told apart: every way of cutting the text gives the same, broken calls are content, and nothing is lost."""
+"""Parsing of answers: every way of splitting the text gives the same, broken calls are content, nothing is lost."""
 
 from __future__ import annotations
 

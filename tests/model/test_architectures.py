@@ -1,4 +1,4 @@
-"""Every text model of mlx-lm is served as mlx-lm would, or is on the list of those that are not, with a reason."""
+"""Every text model of mlx-lm is served as mlx-lm would, or is listed as unsupported with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder must have to be served, and what each thing that is wrong with one is called."""
+"""A checkpoint's folder: what it needs to be served, and the error of each defect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device's facts, and a thread that computes and leaves without a trace."""
+"""The device's facts, and a thread that computes and ends without leaving anything."""
 
 from __future__ import annotations
 

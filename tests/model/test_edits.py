@@ -1,4 +1,4 @@
-"""What frames do to sequences and prefixes, and what is refused before or after anything has happened."""
+"""Edits of sequences and prefixes by frames, and frames that are refused before or after they had an effect."""
 
 from __future__ import annotations
 

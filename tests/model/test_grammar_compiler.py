@@ -1,4 +1,4 @@
-"""Grammars are compiled while the compute thread goes on, and what becomes of one concerns its own sequence alone."""
+"""Grammars compile while the compute thread goes on, and a failure affects only its own sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars on the last stage: each row follows its own, whatever else its sequence asks for or goes through."""
+"""Grammars on the last stage: each row follows its own, with any other options and edits of its sequence."""
 
 from __future__ import annotations
 

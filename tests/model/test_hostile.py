@@ -1,4 +1,4 @@
-"""Checkpoints that bring code, or lead out of their folder: nothing of them is run, and a sentence says why not."""
+"""Checkpoints that contain code or lead out of their folder: nothing of them runs, and a sentence says why."""
 
 from __future__ import annotations
 

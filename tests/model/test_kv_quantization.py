@@ -1,4 +1,4 @@
-"""Keys and values in 4 or 8 bits: mlx-lm's own numbers at any number of stages, and refusals that say why."""
+"""Keys and values in 4 or 8 bits: mlx-lm's own numbers at any number of stages, and refusals with a reason."""
 
 from __future__ import annotations
 

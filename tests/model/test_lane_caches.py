@@ -1,4 +1,4 @@
-"""Sequences that share a lane say what each says alone, whoever comes and goes beside them."""
+"""Sequences that share a lane have the tokens that each has alone, whoever joins and leaves beside them."""
 
 from __future__ import annotations
 

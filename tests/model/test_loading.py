@@ -1,4 +1,4 @@
-"""A worker reads and holds its slice, and next to nothing else. ``ops/bench/loading.py`` shows it at gigabytes."""
+"""A worker reads and holds its slice and almost nothing else. ``ops/bench/loading.py`` shows it at gigabytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes and cuts, without reading a weight: held against what stages really take."""
+"""Sizes and cuts without reading a weight, compared with what stages really use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prefix kept at a chunk's border goes on as a fresh run would, whatever its caches are and its donor did since."""
+"""A prefix kept at a chunk's border continues as a new run would, with any caches, whatever its donor did since."""
 
 from __future__ import annotations
 

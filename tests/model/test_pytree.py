@@ -1,4 +1,4 @@
-"""What layers return, in every shape that mlx-lm's models give it."""
+"""The return values of layers, in every structure of mlx-lm's models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picking tokens: the draws' distribution, what they depend on, penalties, bias and log-probabilities."""
+"""Sampling: the draws' distribution, what they depend on, penalties, bias and log-probabilities."""
 
 from __future__ import annotations
 

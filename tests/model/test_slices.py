@@ -1,4 +1,4 @@
-"""The promise of the room: a model cut into stages says what mlx-lm says in one process, bit for bit."""
+"""A model cut into stages produces what mlx-lm does in one process, bit for bit."""
 
 from __future__ import annotations
 

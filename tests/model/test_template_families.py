@@ -1,4 +1,4 @@
-"""Conversations of coding agents in the chat templates of the families that people serve.
+"""Conversations of coding agents in the chat templates of common model families.
 
 The templates in ``templates/`` follow the families' documented formats, with the rules on which agents fail: one
 system message at most, alternating roles, one call a message, ids of nine characters, arguments as text or as objects.

@@ -1,4 +1,4 @@
-"""A stage needs the tensors that the map names and no others: all the rest may be not-a-number."""
+"""A stage needs exactly the tensors that the map names: all others may be not-a-number."""
 
 from __future__ import annotations
 

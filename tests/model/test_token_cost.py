@@ -1,4 +1,4 @@
-"""What one token reads and computes, found on real architectures and held against their configs."""
+"""Bytes and operations of one token, measured on real architectures and compared with their configs."""
 
 from __future__ import annotations
 

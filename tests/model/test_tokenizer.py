@@ -1,4 +1,4 @@
-"""Text and tokens: templates, the end of answers, and text that streams in whole characters."""
+"""Text and tokens: templates, the end of answers, and streamed text in whole characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers larger than any real one are refused before they are loaded, by a sentence that names the file."""
+"""Tokenizers larger than any real one are refused before loading, by a sentence that names the file."""
 
 from __future__ import annotations
 

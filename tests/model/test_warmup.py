@@ -1,4 +1,4 @@
-"""Warming a stage up leaves no trace: nothing is held, and the tokens after it are those of a stage that was not."""
+"""Warming up a stage has no effect on it: nothing is held, and later tokens are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random models and workers for the planner, and the plainest planner there is to hold it against."""
+"""Random models and workers for the planner, and a brute-force planner to compare it with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cut by memory is the best there is, and what does not fit is refused with figures."""
+"""The split by memory is the best one, and what does not fit is refused with figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says of itself: forecasts, spares and reasons; and what it refuses."""
+"""A plan's forecasts, spares and reasons, and the planner's refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search finds what trying everything finds, for both objectives, and its work is bounded."""
+"""The search finds what brute force finds, for both objectives, with bounded work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State as JSON on disk: private, whole, bounded, and with one kind of error for whatever is not valid."""
+"""State as JSON on disk: private, atomic, bounded, and with one kind of error for anything invalid."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What macOS prints, read. The texts are written after Apple's documented forms, with the values of real models.
+"""Parsing of macOS commands' output. The texts follow Apple's documented formats, with values of real models.
 
-They were not recorded on a Mac by us; a Mac that prints something else gives "not known", never an error.
+They were not recorded on a Mac. Any other output of a Mac counts as "not known" and is never an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real sandbox processes: their answers are the tokenizer's, and whatever exceeds a limit ends its own job alone."""
+"""Real sandbox processes: their answers are the tokenizer's, and exceeding a limit ends only its own job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages as the scheduler sees them: they obey every edit, remember what each sequence was fed, and check the rules."""
+"""Fake stages for the scheduler: they apply every edit, remember each sequence's tokens, and check the rules."""
 
 from __future__ import annotations
 

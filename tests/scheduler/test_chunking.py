@@ -1,4 +1,4 @@
-"""Into which pieces a prompt is cut: few lengths, nothing tiny at the end, and enough of them that stages overlap."""
+"""Splitting of a prompt: few lengths, no tiny last piece, and enough pieces for stages to overlap."""
 
 from __future__ import annotations
 

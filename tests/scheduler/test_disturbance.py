@@ -1,4 +1,4 @@
-"""What a long prompt does to the answers of others: two stages simulated in time, with what steps and chunks cost.
+"""The effect of a long prompt on other answers: two simulated stages, with the costs of steps and chunks.
 
 Frames take their turns on a stage as they do on a real one; a chunk's tokens cost more the longer the context is.
 """

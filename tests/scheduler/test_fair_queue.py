@@ -1,4 +1,4 @@
-"""The queue's clocks: kept for who is ahead of the others, and for nobody else."""
+"""The fair queue's clocks: kept only for clients that are ahead of the others."""
 
 from __future__ import annotations
 

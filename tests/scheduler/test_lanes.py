@@ -1,4 +1,4 @@
-"""Lanes are evened out wherever one can be."""
+"""Lanes are balanced whenever possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chunk may carry: learned from frames of every length, so that it stays near the budget."""
+"""The size of a chunk: learned from frames of every length, so that it stays near the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The radix tree against a plain list: the longest common beginning, whatever was put in and taken out."""
+"""The radix tree against a plain list: the longest common prefix, after any insertions and removals."""
 
 from __future__ import annotations
 

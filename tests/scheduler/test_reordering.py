@@ -1,4 +1,4 @@
-"""Turns: what may overtake what, and that nobody starves."""
+"""Reordering: which frames may overtake which, and that none starves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several stages in a row that hold state of their own, as real ones do: a step may fail on any of them in mid-ring."""
+"""Several stages with state of their own: a step may fail on any of them in the middle of the ring."""
 
 from __future__ import annotations
 

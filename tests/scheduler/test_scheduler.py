@@ -1,4 +1,4 @@
-"""The scheduler under every order of events: each request ends once, order holds, lanes stay even, budgets are kept."""
+"""The scheduler under every order of events: each request ends once, lanes are balanced, budgets are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates: what the authority signs, what is read from them, and what is believed of a request."""
+"""Certificates: what the authority signs, what is read from them, and what of a request is trusted."""
 
 from __future__ import annotations
 

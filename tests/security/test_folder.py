@@ -1,4 +1,4 @@
-"""The cluster's folder: nobody else may read it, files are replaced whole, and one at a time edits it."""
+"""The cluster's folder: private, with files that are replaced atomically and edited by one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys: shown once, kept as hashes, one name each, and gone for everybody as soon as they are revoked."""
+"""API keys: shown once, stored as hashes, with unique names, and invalid as soon as they are revoked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method of every service, asked by everybody there can be: answered where ``rules`` says so, and nowhere else.
+"""Every method of every service, called by every kind of party: allowed exactly where the access rules say so.
 
 The methods are those of the protobuf descriptors, and the raw ones that ``cluster.transport`` names: a new one that has
 no rule fails here.

@@ -1,4 +1,4 @@
-"""The roster: names and ids belong to one at a time, who is removed is revoked, and damage is no empty list."""
+"""The roster: unique names and ids, revoked certificates of removed members, and damage is not an empty list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates are renewed by themselves: who holds one keeps its key to itself, and none comes for who was removed."""
+"""Certificate renewal: the holder keeps its key to itself, and a removed member gets none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared state files: what earlier versions wrote is read, and replaced with JSON by the first edit."""
+"""Shared state files: files of earlier versions are read, and replaced with JSON by the first edit."""
 
 from __future__ import annotations
 

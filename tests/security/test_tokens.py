@@ -1,4 +1,4 @@
-"""Join tokens and what they are redeemed for: once, for one key, in their time, and known here by a hash alone."""
+"""Join tokens: redeemed once, for one key, in time, and stored only as a hash."""
 
 from __future__ import annotations
 

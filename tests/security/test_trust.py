@@ -1,4 +1,4 @@
-"""The seam: alone a machine speaks with itself; in a cluster with who was meant, until somebody is removed."""
+"""Trust: alone a machine talks to itself; in a cluster to the dialled party, until it is removed."""
 
 from __future__ import annotations
 

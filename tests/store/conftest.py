@@ -1,4 +1,4 @@
-"""A hub that huggingface_hub takes for the real one, within this process."""
+"""A hub that huggingface_hub accepts as the real one, within this process."""
 
 from __future__ import annotations
 

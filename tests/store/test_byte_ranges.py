@@ -1,4 +1,4 @@
-"""Ranges of bytes, against a plain set of numbers."""
+"""Byte ranges, compared with a plain set of numbers."""
 
 from __future__ import annotations
 

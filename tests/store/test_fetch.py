@@ -1,4 +1,4 @@
-"""From the hub into a partial checkpoint: only what is wanted, whatever the network does on the way."""
+"""Fetching from the hub into a partial checkpoint: only the wanted bytes, whatever the network does."""
 
 from __future__ import annotations
 

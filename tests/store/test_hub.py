@@ -1,4 +1,4 @@
-"""What the hub refuses, in sentences that name the way out; and what is still possible without it."""
+"""Refusals of the hub, in sentences that name the way out, and what works without the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes from another Mac, over a real gRPC port: whole folders, parts, damaged ones, and names not to be asked for."""
+"""Bytes from another Mac over a real gRPC port: whole folders, parts, damaged ones, and invalid names."""
 
 from __future__ import annotations
 

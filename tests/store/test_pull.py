@@ -1,4 +1,4 @@
-"""``macpipe pull``, as a person runs it, against a hub over real HTTP."""
+"""``macpipe pull`` from the outside, against a hub over real HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A link is timed against a real data port, and what is asked of that port is bounded."""
+"""A link is measured against a real data port, and probes of that port are bounded."""
 
 from __future__ import annotations
 

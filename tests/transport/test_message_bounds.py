@@ -1,4 +1,4 @@
-"""gRPC requests, public ones members' too: fields are counted on the wire, and bytes are charged until a call ends."""
+"""gRPC requests, members' too: fields are counted on the wire, and bytes are charged until a call ends."""
 
 from __future__ import annotations
 

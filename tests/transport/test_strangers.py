@@ -1,4 +1,4 @@
-"""Strangers who connect to a gRPC port and say nothing: they are turned away or closed, and callers are answered."""
+"""Silent strangers on a gRPC port: they are refused or closed, and real callers are answered."""
 
 from __future__ import annotations
 

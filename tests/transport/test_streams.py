@@ -1,4 +1,4 @@
-"""One contract for data streams, kept by gRPC on real sockets and by the in-memory twin alike."""
+"""The contract of data streams, kept by gRPC on real sockets and by the in-memory network alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames survive the wire, and no bytes of a stranger get past the decoder as anything but a ``BadFrame``."""
+"""Frames survive encoding and decoding, and the decoder turns any invalid bytes into a ``BadFrame``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames cut in two for the wire: which are, and that they come together again or are a ``BadFrame``."""
+"""Frames split into two messages: which ones are, and that they are joined again or are a ``BadFrame``."""
 
 from __future__ import annotations
 

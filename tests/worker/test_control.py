@@ -1,4 +1,4 @@
-"""What a worker takes from a coordinator: names of a sane length, and no more places than it may dial."""
+"""A worker's limits for a coordinator's requests: lengths of names, and the number of peers to dial."""
 
 from __future__ import annotations
 

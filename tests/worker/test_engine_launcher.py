@@ -1,4 +1,4 @@
-"""The standby: who asks for an engine gets the one in waiting, and never one that has died."""
+"""The standby: whoever needs an engine gets the waiting one, and never a dead one."""
 
 from __future__ import annotations
 

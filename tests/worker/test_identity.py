@@ -1,4 +1,4 @@
-"""A worker's id stays the same, belongs to one daemon at a time, and lives in a file of its own."""
+"""A worker's id: stable, held by one daemon at a time, in a file of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker keeps of its measurements: by version and chip, bounded, and never trusted where it is damaged."""
+"""A worker's stored measurements: by version and chip, bounded, and ignored if damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slot on one thread with a real one-stage model: frames in, frames out, and nothing a bad frame can break."""
+"""The stage host on one thread with a real one-stage model: frames in, frames out, and no harm by bad frames."""
 
 from __future__ import annotations
 

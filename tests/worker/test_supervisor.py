@@ -1,4 +1,4 @@
-"""The engine's process: what it is begun with, and what becomes of one that says nonsense."""
+"""The engine's process: its command line, and the handling of invalid messages."""
 
 from __future__ import annotations
 

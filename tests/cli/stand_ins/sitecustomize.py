@@ -1,4 +1,4 @@
-"""On a demo's PYTHONPATH: a worker that waits, and a coordinator that is scripted, in place of the real daemons.
+"""Stand-ins on a demo's PYTHONPATH: a worker that waits, and a scripted coordinator, instead of real daemons.
 
 STAND_IN_FAULT=worker makes workers die at once; =deaf makes everything ignore SIGTERM.
 """

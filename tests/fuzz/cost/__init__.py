@@ -1,1 +1,1 @@
-"""What the worst input costs: every public entry, measured in processes that can be killed, and a search for worse."""
+"""The cost of the worst input of every public entry, measured in processes that can be killed, and a search for it."""

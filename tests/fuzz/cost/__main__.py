@@ -1,7 +1,7 @@
-"""``ops/fuzz --cost``: what the dearest inputs cost at each public entry; a table, and 1 where one is over its bounds.
+"""``ops/fuzz --cost``: print the cost of the most expensive inputs per entry; exit with 1 above a bound.
 
-With ``--replay`` the inputs kept in ``tests/fuzz/corpus/cost`` are tried, and their outcomes compared. What is found
-over the bounds is written to ``--keep``; it belongs into that folder, under its target.
+With ``--replay`` the inputs kept in ``tests/fuzz/corpus/cost`` are run, and their outcomes compared. Inputs above
+the bounds are written to ``--keep``; they belong into that folder, under their target.
 """
 
 from __future__ import annotations

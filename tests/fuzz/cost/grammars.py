@@ -1,4 +1,4 @@
-"""Grammars: what the coordinator makes of one before its request is taken, and what the last stage does with it."""
+"""Cost targets of grammars: the coordinator's check before a request is accepted, and the last stage's work."""
 
 from __future__ import annotations
 

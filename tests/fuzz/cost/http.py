@@ -1,4 +1,4 @@
-"""HTTP: each form's body through guard, routes, parsing, intake and the grammar's check; and requests' heads."""
+"""Cost targets of HTTP: each form's body through middleware, routes, parsing and grammar check; request heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network's and the disk's: announcements, names, keys, joining, frames of peers, and files that are read again."""
+"""Cost targets of the network and the disk: announcements, names, keys, joining, peers' frames, and state files."""
 
 from __future__ import annotations
 

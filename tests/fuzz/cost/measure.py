@@ -1,4 +1,4 @@
-"""One measurement: an input is given to an entry in a forked process with limits, and what that cost comes back.
+"""Measure the cost of one input: an entry handles it in a forked process with limits.
 
 Three figures. The longest stretch for which an event loop could do nothing else: a timer on the loop should fire every
 two milliseconds, and what it is late by counts as far as this process computed meanwhile, so that other programs of the

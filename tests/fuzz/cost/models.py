@@ -1,4 +1,4 @@
-"""What comes with a model, and what is said to it: templates, tokenizers, texts."""
+"""Cost targets of a model's files and of its input: templates, tokenizers, texts."""
 
 from __future__ import annotations
 

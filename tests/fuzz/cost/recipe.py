@@ -1,4 +1,4 @@
-"""Recipes: how a large input is built from a few words, so that it can be kept, shown on a line, and made worse.
+"""Recipes: descriptions of large inputs in a few words, so that they can be stored, printed on a line, and mutated.
 
 A recipe is JSON: a text (UTF-8), or a list whose first item names the node:
 

@@ -1,4 +1,4 @@
-"""The kept inputs, tried again in this process: what becomes of each is known, and must not change.
+"""Replay of the stored inputs in this process: the outcome of each is known and must not change.
 
 This is for tests, which bound no time: outcomes are compared, and memory is. The search measures the rest.
 """

@@ -1,7 +1,7 @@
-"""gRPC: each request of each service, read and handled; and what workers answer a coordinator.
+"""Cost targets of gRPC: each request of each service, parsed and handled; and workers' answers to a coordinator.
 
-The seeds come from the messages' own descriptions: for each field as many or as much as fits. A new method needs a
-stand-in for what is behind its servicer here, and nothing else.
+The seeds are derived from the messages' descriptors: for each field as much as fits. A new method needs only a
+stand-in here for what is behind its servicer.
 """
 
 from __future__ import annotations

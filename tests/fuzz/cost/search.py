@@ -1,7 +1,7 @@
-"""The search for the dearest input: seeds first, then worse ones made of the dearest so far, with cost as its target.
+"""Search for the most expensive input: seeds first, then mutations of the most expensive ones so far.
 
-Most candidates are tried small, where a try is cheap; the best of them, by their cost, are then grown to the bound. A
-cost above the bounds is measured again and the least counts: other programs of the machine make nothing cheaper.
+Most candidates are tried small, where a try is cheap; the most expensive ones then grow to the bound. A cost above the
+bounds is measured again and the least counts, since other programs of the machine only make an input slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A coordinator and a worker up to where an input has been read and checked: there each says that it is busy."""
+"""A coordinator and a worker that parse and check an input as usual and then answer that they are busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cost target is: a public entry, what its bounds let in, and what the daemons do with it."""
+"""A cost target: a public entry, the inputs that its bounds admit, and what the daemons do with them."""
 
 from __future__ import annotations
 

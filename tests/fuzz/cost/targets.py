@@ -1,4 +1,4 @@
-"""The table of cost targets: every public entry is in it."""
+"""The table of cost targets. Every public entry is in it."""
 
 from __future__ import annotations
 

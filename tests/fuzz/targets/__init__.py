@@ -1,4 +1,4 @@
-"""The table of targets: whatever reads foreign bytes is in it."""
+"""The table of fuzz targets. Every decoder of foreign bytes is in it."""
 
 from __future__ import annotations
 

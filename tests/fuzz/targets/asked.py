@@ -1,4 +1,4 @@
-"""What clients send: protobuf messages, JSON bodies, raw HTTP requests."""
+"""Fuzz targets of clients' input: protobuf messages, JSON bodies, raw HTTP requests."""
 
 from __future__ import annotations
 

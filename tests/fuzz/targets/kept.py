@@ -1,6 +1,6 @@
-"""Files that a crash, a full disk or a person may have spoiled, and what an engine says over its pipe.
+"""Fuzz targets of files that a crash, a full disk or a person may have damaged, and of an engine's pipe.
 
-A spoiled file is never an error: it counts as far as it can be read.
+A damaged file is never an error: it is used as far as it can be read.
 """
 
 from __future__ import annotations

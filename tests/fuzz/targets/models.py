@@ -1,4 +1,4 @@
-"""What comes with a model, from a folder, a peer or the hub: headers, configs, tokenizers, grammars, answers' text."""
+"""Fuzz targets of a model from a folder, a peer or the hub: headers, configs, tokenizers, grammars, answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Announcements of strangers, and what people and peers write as addresses, layers and sizes."""
+"""Fuzz targets of announcements, and of addresses, layers and sizes as people and peers write them."""
 
 from __future__ import annotations
 

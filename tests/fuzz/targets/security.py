@@ -1,4 +1,4 @@
-"""What decides who belongs: join tokens, certificates and requests for them, API keys, and a cluster's files."""
+"""Fuzz targets of membership: join tokens, certificates and their requests, API keys, and a cluster's files."""
 
 from __future__ import annotations
 

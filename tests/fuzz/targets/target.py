@@ -1,4 +1,4 @@
-"""What a target is: a decoder of foreign bytes, inputs that it takes, and the errors that it may raise."""
+"""A fuzz target: a decoder of foreign bytes, valid inputs for it, and the errors that it may raise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data plane: frames, parcels, and the inbox that makes frames whole from what arrives."""
+"""Fuzz targets of the data plane: frames, parcels, and the inbox that puts frames together."""
 
 from __future__ import annotations
 
