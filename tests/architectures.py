@@ -61,13 +61,13 @@ def refused() -> dict[str, Architecture]:
 
 @cache
 def not_models() -> dict[str, str]:
-    """Modules of ``mlx_lm.models`` that are no text model, each with what it is instead."""
+    """Return the modules of ``mlx_lm.models`` that are not text models, each with what it is instead."""
     reasons: dict[str, str] = _table("not_models")
     return reasons
 
 
 def modules() -> list[str]:
-    """The names of all modules of the installed ``mlx_lm.models``. None is imported for that."""
+    """Return the names of all modules of the installed ``mlx_lm.models``, without importing any."""
     return sorted(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
 
 

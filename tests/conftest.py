@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The quick run says the same of the same tree each time; --all looks for what nobody has seen yet."""
+    """Derive the same examples from the same tree in each default run; --all looks for new ones."""
     settings.register_profile(QUICK, derandomize=True)
     settings.load_profile("default" if config.option.all else QUICK)
     # The processes of xdist are given this process's options, so they share its seed.
@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def state_of_its_own(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
-    """No test leaves a daemon's state where a person keeps theirs."""
+    """Keep the state of daemons out of the folder where a person keeps theirs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MACPIPE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MACPIPE_CLUSTER", raising=False)

@@ -19,7 +19,7 @@ WAIT_S = 20
 
 
 class FailingDisk:
-    """Stands before the real disk: takes ``room`` more bytes, and fails as it is told to."""
+    """Replaces the real disk: accepts ``room`` more bytes, and fails on request."""
 
     def __init__(self) -> None:
         self.room: int | None = None
@@ -50,7 +50,7 @@ class FailingDisk:
 
 @pytest.fixture
 def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingDisk]:
-    """What this process writes goes through it; it fails where a test says so."""
+    """Route this process's writes through a disk that fails when a test says so."""
     made = FailingDisk()
     with monkeypatch.context() as patched:
         for name in ("write", "fsync", "ftruncate"):
@@ -88,7 +88,7 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def mounted(path: Path, size: int) -> Iterator[SmallDisk]:
-    """A disk of ``size`` bytes at ``path``, which is made; it is gone when the block ends."""
+    """Mount a disk of ``size`` bytes at ``path`` during the block. The folder is created."""
     path.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
     subprocess.run(command, check=True, timeout=WAIT_S, capture_output=True, text=True)
@@ -100,7 +100,7 @@ def mounted(path: Path, size: int) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 def small_disk(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, int], SmallDisk]]:
-    """Mounts disks that last as long as the test; mark what uses it ``small_disk``."""
+    """Mount disks for the duration of the test; mark tests that use it ``small_disk``."""
     if reason := missing():
         pytest.skip(reason)
     with contextlib.ExitStack() as stack:

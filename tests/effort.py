@@ -18,12 +18,12 @@ QUICK = "quick"
 
 
 def effort(quick: int, whole: int) -> int:
-    """``quick``, or ``whole`` where the run has ``--all``. To be asked when a test module is imported, or later."""
+    """Return ``quick``, or ``whole`` in a run with ``--all``. Call it when a test module is imported, or later."""
     return quick if settings.get_current_profile_name() == QUICK else whole
 
 
 def chosen(values: Iterable[T], *quick: T) -> list[ParameterSet | T]:
-    """``values`` as a test's parameters; all but the ``quick`` ones run with ``--all`` alone."""
+    """Return ``values`` as a test's parameters; those that are not ``quick`` run only with ``--all``."""
     known = list(values)
     assert all(one in known for one in quick), f"not among {known}"
     return [one if one in quick else _rare(one) for one in known]

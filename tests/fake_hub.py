@@ -115,7 +115,7 @@ class Answer(BaseHTTPRequestHandler):
             self._say(HTTPStatus.NOT_FOUND)
 
     def _refused(self, repo: str, revision: str) -> bool:
-        """Say what the real hub says to those who may not, or ask for what is not there."""
+        """Answer as the real hub does to unauthorized requests, or to those for a missing file."""
         if repo not in self.hub.folders:
             self._say(HTTPStatus.UNAUTHORIZED, {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", self.hub.commit):
@@ -200,7 +200,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 def described(path: Path) -> dict[str, Any]:
-    """A file as the hub's API lists it."""
+    """Return a file's entry as in the hub's API."""
     content = path.read_bytes()
     facts = {"rfilename": path.name, "size": len(content)}
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

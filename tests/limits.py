@@ -67,7 +67,7 @@ class Limit:
         faulthandler.dump_traceback_later(limit_s + 2 * grace_s, exit=True, file=sys.__stderr__)
 
     def kill_children(self) -> None:
-        """Kill this process's descendants that are no older than the test; shared daemons live on."""
+        """Kill this process's descendants that are no older than the test; shared daemons survive."""
         for pid in descendants(os.getpid(), time.monotonic() - self._began):
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -34,7 +34,7 @@ class Host:
     port: str
 
     def run(self, *argv: str, timeout: float = WAIT_S, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run to the end; its output comes as text."""
+        """Run a command to its end and return its output as text."""
         return subprocess.run(self._inside(*argv), timeout=timeout, capture_output=True, text=True, **options)
 
     def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
@@ -97,7 +97,7 @@ def connect(host: Host) -> None:
 
 
 def remove(namespace: str) -> None:
-    """Kill what runs in it and take it down; one that never came to be is no error."""
+    """Kill its processes and remove it; a host that was never created is not an error."""
     for pid in ip("netns", "pids", namespace, check=False).split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)

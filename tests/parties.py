@@ -40,7 +40,7 @@ class Lead:
 
     @classmethod
     def like(cls, other: Lead, home: Path, cluster: str) -> Lead:
-        """The same authority, with a roster of its own, under another home and name."""
+        """Return the same authority with its own roster, under another home and name."""
         folder = ClusterFolder(home, cluster)
         for path, copy in (
             (other.folder.authority, folder.authority),
@@ -74,7 +74,7 @@ class Lead:
             return self.admit(Role.COORDINATOR, name, own_id, now=now)
 
     def trust(self, role: Role, name: str = "", home: Path | None = None) -> ClusterTrust:
-        """As which a process of that role, admitted before, would speak."""
+        """Return the trust of a process of that role, admitted before."""
         folder = ClusterFolder(home or self.folder.home, self.folder.cluster)
         keyring = folder.keyring(role, name)
         assert keyring

@@ -108,7 +108,7 @@ def violations(root: Path) -> Iterator[str]:
 
 
 def files(root: Path) -> list[Path]:
-    """What is or could be checked in; in a folder without git, everything but dot-entries."""
+    """Return the files that are or could be checked in; in a folder without git, everything but dot-entries."""
     git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(git, capture_output=True, check=False) if (root / ".git").exists() else None
     if listed and listed.returncode == 0:
@@ -140,7 +140,7 @@ else:
 
 
 def loaded_by(*argv: str) -> set[str]:
-    """The top-level modules that a fresh Python holds after an import, or after ``-m`` where there are arguments."""
+    """Return the top-level modules of a new Python after an import, or after ``-m`` if there are arguments."""
     command = [sys.executable, "-c", PRINT_LOADED, *argv]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=50, check=False)
     assert run.returncode == 0, run.stderr

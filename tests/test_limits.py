@@ -29,7 +29,7 @@ def test_ages_are_read_as_ps_writes_them(etime: str, age: int) -> None:
 
 
 def test_children_ignore_no_signal_under_nohup() -> None:
-    """What ``nohup ops/test &`` does to its tests: SIGHUP and SIGINT are ignored when they start."""
+    """``nohup ops/test &`` starts its tests with SIGHUP and SIGINT ignored."""
     probe = "import signal as s; print(s.getsignal(s.SIGHUP) == s.SIG_DFL, s.getsignal(s.SIGINT) != s.SIG_IGN)"
     code = (
         "import signal, subprocess, sys, os; signal.signal(signal.SIGHUP, signal.SIG_IGN);"

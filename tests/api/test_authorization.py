@@ -62,7 +62,7 @@ class Answering:
 
 
 class Idle:
-    """A coordinator that serves nothing but answers of its own."""
+    """A coordinator that serves no model."""
 
     state = ServingState.IDLE
     journal = None

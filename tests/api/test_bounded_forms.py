@@ -70,7 +70,7 @@ def values() -> st.SearchStrategy[Any]:
 
 
 def counted(value: Any) -> tuple[int, int]:
-    """Commas, and brackets with colons, of ``value`` as JSON."""
+    """Return the commas and brackets of ``value`` as JSON, each bracket counted with its colons."""
     if isinstance(value, dict | list):
         inner = [counted(one) for one in (value.values() if isinstance(value, dict) else value)]
         commas = max(0, len(value) - 1) + sum(c for c, _ in inner)
@@ -168,7 +168,7 @@ def test_an_unknown_field_is_named_and_a_long_name_is_cut() -> None:
 
 
 def test_calls_are_bounded_in_their_arguments_together() -> None:
-    """Their JSON stands in strings, where the body's own elements are not counted."""
+    """Their JSON is inside strings, which the count of the body's elements does not see."""
     arguments = json.dumps({"a": [[]] * 1000})
     call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
     body = {"messages": [{"role": "assistant", "tool_calls": [call] * 100}]}

@@ -173,7 +173,7 @@ async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer(
 
 
 async def test_half_a_head_right_after_a_request_has_to_be_completed_in_time() -> None:
-    """The first request ends just where a piece for the parser does, so that the half head waits outside of it."""
+    """The first request ends exactly at the end of a piece for the parser, so the half head waits outside of it."""
     head = b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: %05d\r\n\r\n"
     length = PIECE - len(head % PIECE)
     async with listening() as place:
@@ -200,7 +200,7 @@ async def test_an_idle_connection_is_closed_also_after_an_early_refusal(
 
 
 async def test_a_client_that_takes_nothing_is_cut_when_its_connection_is_closed() -> None:
-    """Else what it was to be sent would stay in memory for as long as it likes."""
+    """Otherwise its unsent bytes would stay in memory."""
     async with listening() as place:
         reader, writer = await asyncio.open_connection(*place, limit=1024)
         writer.write(b"GET /much HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
@@ -223,7 +223,7 @@ async def test_when_all_connections_are_taken_those_who_only_wait_make_room(monk
 
 
 async def connect(place: tuple[str, int], count: int) -> list[socket.socket]:
-    """So many connections begun in one turn of the event loop."""
+    """Start that many connections in one turn of the event loop."""
     begun = [socket.socket() for _ in range(count)]
     for one in begun:
         one.setblocking(False)
@@ -318,7 +318,7 @@ async def test_garbage_after_an_answer_has_begun_closes_the_connection_and_raise
 
 
 async def exchange(address: str, sent: bytes) -> bytes:
-    """All that comes back, also where the connection is reset because not all that was sent is read."""
+    """Return everything that comes back, even if the connection is reset because the server did not read all input."""
     loop, said = asyncio.get_running_loop(), b""
     host, _, number = address.rpartition(":")
     with socket.socket() as one:
@@ -352,7 +352,7 @@ async def test_a_long_head_is_refused_also_where_it_comes_at_once(before: bytes)
 
 
 def chunked(chunks: int, length: int) -> bytes:
-    """A request whose body comes in so many chunks of so many bytes."""
+    """Return a request whose body has that many chunks of that many bytes."""
     head = b"POST /echo HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     return head + b"%x\r\n%b\r\n" % (length, b"a" * length) * chunks + b"0\r\n\r\n"
 

@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def macpipe(environment: dict[str, str]) -> Macpipe:
-    """Run the command in a process of its own; ``to`` names the coordinator, ``stdin`` is piped."""
+    """Run the command in a process; ``to`` names the coordinator, ``stdin`` is piped."""
 
     def run(
         *arguments: str, to: Coordinator | None = None, stdin: str = "", **more: str

@@ -18,7 +18,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """``command`` runs as a shell would run it in the foreground; leaving the context kills it."""
+    """Runs ``command`` as a shell's foreground process; the end of the context kills it."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._master, slave = pty.openpty()
@@ -42,7 +42,7 @@ class Terminal:
         os.close(self._master)
 
     def type(self, keys: str) -> None:
-        """Type, as slowly as a person: readline misses a Ctrl-C in the instant between its prompt and its wait."""
+        """Type as slowly as a person: readline misses a Ctrl-C in the instant between its prompt and its wait."""
         time.sleep(0.2)
         os.write(self._master, keys.encode())
 

@@ -18,7 +18,7 @@ QUICK = ("--users", "1,2", "--rounds", "1", "--tokens", "4", "--prompt", "32")
 
 @pytest.fixture
 def fast(coordinator: Coordinator) -> Coordinator:
-    """Answers as many tokens as were asked for, and keeps every prompt that it has heard the beginning of."""
+    """Answer with the requested number of tokens, and remember the start of every prompt."""
     heard: set[tuple[int, ...]] = set()
 
     async def answer(request: Any, context: Any) -> AsyncIterator[Any]:

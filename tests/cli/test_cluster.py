@@ -193,7 +193,7 @@ def port_of(started: subprocess.Popen[str]) -> int:
 
 @pytest.mark.timeout(120)
 def test_macs_join_while_init_waits(macpipe: Macpipe, home: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    """Found over Zeroconf; by an argument and by stdin; at the end init says who came, and ends."""
+    """Found over Zeroconf, by an argument and by stdin; at the end init prints who joined, and ends."""
     with waiting(home, environment, "--macs", "2") as (started, (first, second)):
         port_of(started)
         one = macpipe("join", first, "--name", "mac-2", MACPIPE_HOME=str(tmp_path / "mac-2"))
@@ -245,7 +245,7 @@ def test_a_token_is_not_among_the_arguments_of_a_process(
 
 
 def attempt(port: int, token: JoinToken, number: int) -> str:
-    """One Mac with a key of its own asks, over a connection of its own; what it is told."""
+    """Try to join as one Mac with its own key, over its own connection, and return the answer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     ask = JoinRequest(

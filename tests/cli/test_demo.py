@@ -97,7 +97,7 @@ def test_it_opens_a_chat_in_which_ctrl_c_ends_nothing(stand_ins: dict[str, str])
 
 @contextmanager
 def waiting_demo(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a demo whose chat waits for its first line; kill it where the test ends before it does."""
+    """Start a demo whose chat waits for its first line; kill it if the test ends first."""
     read_end, write_end = os.pipe()
     with subprocess.Popen(DEMO, env=environment, stdin=read_end, stderr=subprocess.PIPE, text=True) as demo:
         os.close(read_end)

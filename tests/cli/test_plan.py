@@ -16,7 +16,7 @@ Macpipe = Any
 
 
 def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
-    """The folder has no tokenizer and no weights behind its headers: neither is needed."""
+    """The folder has neither a tokenizer nor weights behind its headers; a plan needs neither."""
     folder = make("qwen3_moe", tmp_path / "moe")
     (folder / "tokenizer.json").unlink()
     done = macpipe("plan", str(folder), "--assume", "m4-pro-24x2,10gbe", "--context", "128")

@@ -33,7 +33,7 @@ def answer(asked_at: float, *tokens_at: float, prompt: int = 100, cached: int = 
 
 
 def test_the_rate_of_all_is_tokens_over_the_wall_time_of_all() -> None:
-    """Two users who are served one after the other are no faster than one, whatever each of them saw."""
+    """Two users who are served one after the other are no faster than one, whatever each of them measured."""
     quick = answer(0.0, 0.1, 0.2, 0.3, 0.4)
     late = answer(0.0, 0.7, 0.8, 0.9, 1.0)
     found = turn([[quick, late]])

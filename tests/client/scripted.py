@@ -95,9 +95,9 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
 
 
 class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.ClusterServiceServicer):
-    """What the coordinator does; a test replaces ``answer``, ``load`` or ``refusal``.
+    """The coordinator's behaviour. A test replaces ``answer``, ``load`` or ``refusal``.
 
-    ``seen`` holds the requests, ``peers`` from which connection each came.
+    ``seen`` has the requests, ``peers`` the connection of each.
     """
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
 
 
 class Coordinator:
-    """A server with a Script, in a thread of its own; ``address`` is where it listens.
+    """A server with a Script in its own thread, listening on ``address``.
 
     With ``trust`` it is a cluster's, and takes mutual TLS.
     """
@@ -205,7 +205,7 @@ class Coordinator:
         self._loop.close()
 
     def stop(self) -> None:
-        """Stop at once, as a coordinator that is killed does."""
+        """Stop at once, as a killed coordinator does."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join(10)

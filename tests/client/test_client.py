@@ -49,7 +49,7 @@ def awaited(address: str, method: str, *given: Any, **options: Any) -> Any:
 
 @pytest.fixture(params=[blocking, awaited], ids=["sync", "async"])
 def ask(request: pytest.FixtureRequest, coordinator: Coordinator) -> Ask:
-    """Call a client's method and return what it gave; a stream's events as a list."""
+    """Call a client's method and return its result; a stream's events as a list."""
     return lambda *given, **options: request.param(coordinator.address, *given, **options)
 
 

@@ -26,7 +26,7 @@ short = st.text(max_size=40).filter(lambda text: text.isprintable())
 
 
 class Failure(grpc.RpcError):
-    """What a call raises, without the call."""
+    """The error of a call, without the call."""
 
     def __init__(self, code: grpc.StatusCode, details: str = "", metadata: tuple[Any, ...] = ()) -> None:
         self._said = (code, details, metadata)

@@ -32,7 +32,7 @@ TEMPLATE = """
 
 @dataclass(frozen=True)
 class Served:
-    """Where the coordinator answers."""
+    """The coordinator's addresses."""
 
     grpc: str
     http: str
@@ -76,7 +76,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def make_tooled(folder: Path) -> Path:
-    """A random model whose template knows tools and reasoning, with their marks as tokens of their own."""
+    """Create a random model whose template knows tools and reasoning, with a token for each of their marks."""
     make("llama", folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])

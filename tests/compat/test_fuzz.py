@@ -34,7 +34,7 @@ PLAIN: Mapping[str, st.SearchStrategy[Any]] = {
 
 
 def bodies(document: Mapping[str, Any], path: str) -> st.SearchStrategy[Any]:
-    """Bodies that should do, those with one or two further fields by the schema, spoiled ones, and anything."""
+    """Generate valid bodies, bodies with one or two more fields of the schema, broken ones, and anything else."""
     schemas = document["components"]["schemas"]
     reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     form = schemas[reference.rpartition("/")[2]]

@@ -231,7 +231,7 @@ def test_a_cut_stream_ends_every_request_once_and_names_the_mac() -> None:
 
 
 def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
-    """Nothing broke and nobody is gone: a stage hangs."""
+    """No stream broke and no worker is gone: a stage hangs."""
 
     async def body(bench: Bench) -> None:
         bench.keep_waiting = True
@@ -342,7 +342,7 @@ def test_an_aborted_request_ends_and_its_lane_is_used_again() -> None:
 
 
 def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
-    """The inbox is never empty here: each job posts the next, as a busy ring does."""
+    """The inbox is never empty here: each job posts the next one, as a busy ring does."""
 
     async def body(bench: Bench) -> None:
         def again() -> None:

@@ -43,7 +43,7 @@ def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> W
 
 
 class Worker:
-    """One control port: answers as ``name``, or as ``says`` makes it."""
+    """A control port that answers as ``name``, or as ``says`` decides."""
 
     def __init__(self, name: str, address: str, worker_id: str = "", instance: str = "") -> None:
         self.name, self.address, self.id, self.instance = name, address, worker_id, instance
@@ -86,7 +86,7 @@ class Network(Roster):
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    """Heartbeats are a tenth as long."""
+    """Shorten heartbeats to a tenth."""
     for name, seconds in (("HEARTBEAT_S", 0.05), ("LOOK_S", 0.01), ("GONE_S", 0.25), ("STATUS_ASK_S", 0.1)):
         monkeypatch.setattr(f"cluster.coordinator.heartbeat.{name}", seconds)
     monkeypatch.setattr("cluster.coordinator.worker_table.RESTART_S", 0.1)

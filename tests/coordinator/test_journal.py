@@ -31,7 +31,7 @@ def request(name: str, client: str = "me", prompt: tuple[int, ...] = (1, 2, 3)) 
 
 
 def kept_on(kept: JournaledRequest) -> tuple[Request, tuple[tuple[int, ...], ...]]:
-    """A request as the next coordinator's journal is told of it."""
+    """Return a request as it is given to the next coordinator's journal."""
     return kept.request, continue_request(kept, (0,))[0]
 
 
@@ -163,7 +163,7 @@ def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None
 
 
 def resumable(path: Path, *names: str) -> dict[str, list[list[int]]]:
-    """What the next coordinator finds of these requests."""
+    """Return what the next coordinator finds of these requests."""
     successor = Journal(path)
     successor.close()
     found = {name: successor.take(name, "me") for name in names}

@@ -25,7 +25,7 @@ FACTS = WorkerInfo(
 
 
 class Slow:
-    """A worker whose answer takes ``TAKES_S``; whoever gives up before that never gets one."""
+    """A worker whose answer takes ``TAKES_S``; a caller with a shorter deadline never gets one."""
 
     def __init__(self) -> None:
         self.asked_for: list[float] = []

@@ -20,7 +20,7 @@ from cluster.worker.stage_loader import _batches
 
 
 def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -> None:
-    """GRPC tells the call's task that it was cancelled, which nobody did."""
+    """Its task is cancelled by gRPC, although nobody cancelled it."""
 
     async def call() -> None:
         async with _map_rpc_errors("ada", "127.0.0.1:1"):
@@ -58,7 +58,7 @@ def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest
     monkeypatch.setattr("cluster.coordinator.worker_client.LOAD_STUCK_S", 0.0)
 
     class Call:
-        """Says ten times how far it is, then that it is done."""
+        """Reports progress ten times, then that it is done."""
 
         said = 0
 
@@ -79,7 +79,7 @@ def test_a_load_that_says_the_same_for_ever_ends(news: bool, monkeypatch: pytest
 
 
 class Talker(WorkerServiceServicer):
-    """Describes itself with so many corrections."""
+    """Describes itself with that many corrections."""
 
     def __init__(self, corrections: int) -> None:
         self._said = pb.DescribeResponse(id="ab" * 8, name="ada", profile=pb.Profile(bandwidth=1.0))

@@ -61,7 +61,7 @@ def seen(cluster: str, id: str, name: str = "mac", port: int = 7001) -> Sighting
 
 
 async def until(source: Source, wanted: Callable[[tuple[Sighting, ...]], bool]) -> tuple[Sighting, ...]:
-    """What is in sight once it is as wanted; fails after SOON_S with what was there instead."""
+    """Return the sightings once they are as wanted; fail after SOON_S with those found instead."""
     end = time.monotonic() + SOON_S
     while not wanted(now := source.current()):
         assert time.monotonic() < end, f"still {now}"
@@ -127,7 +127,7 @@ async def test_two_of_one_name_both_appear(cluster: str) -> None:
 
 
 async def test_two_of_one_id_both_appear(cluster: str) -> None:
-    """A copied home folder: their instance names clash, and nobody crashes."""
+    """A copied state folder: their instance names clash, and neither crashes."""
     async with browse(cluster) as source, announced(cluster, "one"):
         await until(source, bool)
         async with announced(cluster, "one", "copy", 7002):
@@ -234,7 +234,7 @@ def records(label: str, cluster: str, whole: bool) -> list[DNSPointer | DNSServi
 
 
 async def test_who_is_gone_without_a_goodbye_is_forgotten(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its records have run out, and nobody answers for them."""
+    """Its records have expired, and nobody answers for them."""
     monkeypatch.setattr(browse_module, "FOLLOW_S", 0.2)
     monkeypatch.setattr(browse_module, "QUESTION_S", 0.3)
     async with browse(cluster) as source:

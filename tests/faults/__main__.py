@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def soak(folder: Path, options: argparse.Namespace) -> int:
-    """What every process takes while clients come and go. 1 where it grows, or an answer differs."""
+    """Print the resources of every process while clients come and go. Return 1 if they grow, or an answer differs."""
     made = Soak(folder)
     try:
         found = made.cycles(options.cycles) if options.cycles else made.minutes(options.soak)

@@ -23,7 +23,7 @@ VOCABULARY = 700
 
 @dataclass
 class Outcome:
-    """One seed: what the checker says, and how long detection and the way back took (ms; None: nothing was lost)."""
+    """One seed's verdict, and the times of detection and recovery (ms; None: nothing was lost)."""
 
     seed: int
     verdict: Verdict
@@ -65,11 +65,11 @@ class Campaign:
         ).tokens
 
     def run(self, seed: int) -> Outcome:
-        """Play a seed."""
+        """Run a seed."""
         return self.play(scenario(seed, self.asked, self.fleet.stages))
 
     def play(self, played: Scenario) -> Outcome:
-        """Play a scenario that somebody wrote."""
+        """Run a given scenario."""
         self.fleet.find_workers(announced=played.announced)
         self.fleet.mend()
         return _Run(self, played).play()
@@ -172,7 +172,7 @@ class _Run:
 
 @dataclass
 class Summary:
-    """What ``ops/chaos`` prints. Times are milliseconds, over the seeds in which something was lost."""
+    """The output of ``ops/chaos``. Times are milliseconds, over the seeds in which something was lost."""
 
     seeds: int = 0
     requests: int = 0
@@ -200,7 +200,7 @@ class Summary:
         self.resume += [outcome.resume_ms] if outcome.resume_ms is not None else []
 
     def merge(self, other: Summary) -> None:
-        """Count what another fleet has played too."""
+        """Add the results of another fleet."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
@@ -220,7 +220,7 @@ class Summary:
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float]:
-    """Median and 99th percentile, rounded; empty where there is nothing."""
+    """Return the median and the 99th percentile, rounded; empty for no values."""
     ordered = sorted(values)
     if not ordered:
         return {}
@@ -229,7 +229,7 @@ def quantiles(values: Iterable[float]) -> dict[str, float]:
 
 
 def complaint(outcome: Outcome, folder: Path) -> str:
-    """What to read when a seed has failed; its history is kept in ``folder``."""
+    """Return the report of a failed seed; its history is stored in ``folder``."""
     path = folder / f"seed-{outcome.seed}.jsonl"
     outcome.history.save(path)
     v = outcome.verdict

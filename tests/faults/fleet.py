@@ -33,7 +33,7 @@ LEAVE_S = 30.0
 
 @dataclass
 class Party:
-    """One worker: where it listens, under which address the others know it."""
+    """One worker: where it listens, and the address under which the others know it."""
 
     name: str
     host: str
@@ -137,7 +137,7 @@ class Fleet:
         return self._strike_process(fault.kind, name) or self._strike_link(fault.kind, before, name)
 
     def _leave(self, kind: Kind, name: str, plan: tuple[str, ...]) -> str:
-        """Drain a worker, or tell its daemon to stop; of a spare, the first that there is."""
+        """Drain a worker, or stop its daemon; for a spare, the first one."""
         if kind is Kind.LEAVE_SPARE:
             name = next((n for n in self.parties if n not in plan), name)
         party = self.parties[name]
@@ -156,7 +156,7 @@ class Fleet:
             client.drain(party.name)
 
     def _see_off(self, party: Party) -> None:
-        """Once the daemon has ended, its ports refuse, as those of any process that ended."""
+        """Once the daemon has ended, let its ports refuse connections, as those of any ended process."""
         assert party.daemon
         party.daemon.process.wait(LEAVE_S)
         self.proxy.refuse(party.host, party.control)
@@ -242,7 +242,7 @@ class Fleet:
             party.control, party.data = free_port(), free_port()
 
     def _take_back(self) -> None:
-        """Undo drains, as soon as who was drained answers."""
+        """Undo drains as soon as the drained worker answers."""
         for party in self.parties.values():
             with suppress(MacpipeError):
                 if party.drained:
@@ -252,7 +252,7 @@ class Fleet:
     # Looking
 
     def plan(self) -> tuple[str, ...]:
-        """Who holds a stage, in order."""
+        """Return the names of the stages' workers, in order."""
         return tuple(s.worker for s in self.client.cluster().stages)
 
     def watching(self, history: History) -> Callable[[], None]:

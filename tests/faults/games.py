@@ -21,7 +21,7 @@ BLOCK = 50
 
 @dataclass(frozen=True)
 class Game:
-    """What is played, by which workers, and for how long at most."""
+    """What to run, on which workers, and for how long at most."""
 
     kills: bool = False
     names: tuple[str, ...] = NAMES

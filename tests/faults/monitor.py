@@ -23,7 +23,7 @@ class Answered:
 
 
 class StatusMonitor:
-    """Asks one coordinator from a thread of its own until it is closed."""
+    """Calls one coordinator from its own thread until it is closed."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -34,7 +34,7 @@ class StatusMonitor:
         self._thread.start()
 
     def take(self) -> list[Answered]:
-        """Every call since the last time, a call that has no answer yet among them."""
+        """Return every call since the last time, including a call without an answer yet."""
         with self._lock:
             answers, self._answers = self._answers, []
             open_call = [Answered(self._began, time.monotonic() - self._began)] if self._began else []

@@ -28,7 +28,7 @@ port to several sockets whose other ends differ.
 
 @dataclass
 class Link:
-    """What happens between two parties. ``blocked`` has the receivers to whom nothing gets through."""
+    """The state of the link between two parties. ``blocked`` has the receivers that nothing reaches."""
 
     blocked: set[str] = field(default_factory=set)
     delay_s: float = 0.0
@@ -78,7 +78,7 @@ class Proxy:
         self._run(self._listen(host, port, party, data))
 
     def refuse(self, host: str, port: int) -> None:
-        """Take nothing there any more, as a system does whose process has ended, until ``listen`` is called again."""
+        """Refuse connections, as a system does whose process has ended, until ``listen`` is called again."""
         self._run(self._refuse(host, port))
 
     def reset(self, a: str, b: str) -> int:
@@ -214,5 +214,5 @@ def owner(port: int, there: int, pids: dict[int, str]) -> str:
 
 
 def _port(address: str) -> int:
-    """Of ``0100007F:1F90``, as the kernel writes it."""
+    """Parse ``0100007F:1F90``, as the kernel writes it."""
     return int(address.rpartition(":")[2], 16)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What goes wrong, at a stage or on the link that leads to it."""
+    """A fault of a stage, or of the link that leads to it."""
 
     KILL_ENGINE = "kill engine"
     CRASH_ENGINE = "crash engine"
@@ -92,7 +92,7 @@ class Scenario:
 
 
 def pool(vocabulary: int) -> tuple[Asked, ...]:
-    """What can be asked: short and long prompts, greedy and seeded."""
+    """Return the possible requests: short and long prompts, greedy and seeded."""
     rng = random.Random(20)
     asked = []
     for i in range(16):

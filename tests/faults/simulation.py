@@ -90,7 +90,7 @@ SHAPE = ModelShape(
 
 
 class Caches:
-    """What one stage holds: of every sequence all that it was fed, of which the next token is a function."""
+    """The caches of one stage: all tokens of every sequence, of which the next token is a function."""
 
     def __init__(self, spec: StageSpec) -> None:
         self.spec = spec
@@ -142,7 +142,7 @@ class Caches:
 
 
 class Mac(Port):
-    """A worker as the coordinator's side meets it: ``WorkerControl``'s calls, and a data port in the network."""
+    """A simulated worker: ``WorkerControl``'s calls, and a data port in the network."""
 
     def __init__(self, name: str, network: SimulatedNetwork, sightings: Sightings | None = None) -> None:
         self.name, self._network, self._sightings = name, network, sightings
@@ -320,7 +320,7 @@ class Mac(Port):
         self.draining = False
 
     def wall(self) -> None:
-        """Nobody gets to its data port any more, as behind a firewall, though its daemon says that all is well."""
+        """Block its data port, as a firewall does, while its daemon reports that all is well."""
         self._network.ports.pop(self._data, None)
         self._network.cut(self._data)
 
@@ -334,7 +334,7 @@ class Mac(Port):
         self._problem = ""
 
     def revive(self) -> None:
-        """It is there again; whoever was stopped goes on with what it holds, but not with streams of that time."""
+        """Bring it back. A stopped Mac continues with its caches, but not with its old streams."""
         if self._silent:
             self._network.cut(self._data)
         self._dead = self._silent = False
@@ -353,7 +353,7 @@ class Mac(Port):
 
 
 class _Nobody:
-    """Where a worker listened that has another address now."""
+    """The former address of a worker that has another one now."""
 
     def __init__(self, address: str) -> None:
         self._refusal = WorkerRefused(f"nobody answers at {address}")
@@ -410,7 +410,7 @@ class _Words:
 
 @dataclass
 class Simulation:
-    """One fleet, which plays one scenario."""
+    """One fleet that runs one scenario."""
 
     played: Scenario
     asked: tuple[Asked, ...]
@@ -448,14 +448,17 @@ class Simulation:
         return check(self.history, expected, DEADLINE_S)
 
     async def _recovered(self) -> None:
-        """Answers end as soon as the new ring has brought them to their ends, the recovery only with its canary."""
+        """Wait for the recovery.
+
+        Answers end as soon as the new ring completes them, the recovery only with its canary.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE_S):
                 while self.service.recovery:
                     await asyncio.sleep(0.01)
 
     async def _ask_status(self) -> None:
-        """As people do all the time, and once more when all is over."""
+        """Call status continuously, as people do, and once more at the end."""
         last = False
         while not last:
             last = self._over
@@ -546,7 +549,7 @@ class Simulation:
 
 
 async def simulated(seeds: Sequence[int], at_once: int = 8) -> dict[int, tuple[Verdict, History]]:
-    """What the checker says of each seed. Raises AssertionError where an error on the event loop was lost."""
+    """Return the verdict on each seed. Raises AssertionError if an error on the event loop was lost."""
     asked, turns = pool(700), asyncio.Semaphore(at_once)
     unheard: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))

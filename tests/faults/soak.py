@@ -94,7 +94,7 @@ class Soak:
         self._cluster.close()
 
     def cycles(self, count: int) -> Found:
-        """Connect, ask, cancel, so many times: before the answer, at its first token, or in the middle of it."""
+        """Connect, send a request and cancel it that many times: before the answer, at its first token, or in it."""
         return self._used(lambda done, began: done < count, lambda done, began: done / count, self._cancelled)
 
     def minutes(self, minutes: float) -> Found:

@@ -141,7 +141,7 @@ def test_where_a_link_fell_silent_the_next_stream_is_given_less_time(linked: tup
 
 
 def test_megabytes_over_a_slow_link_are_no_cut(linked: tuple[Proxy, Stage, str]) -> None:
-    """4 MiB at 10 Mbit/s and 100 ms hold every ping of their own connection back for more than three seconds."""
+    """4 MiB at 10 Mbit/s and 100 ms delay every ping of their own connection by more than three seconds."""
     proxy, stage, address = linked
     link = proxy.link("caller", "stage")
     link.rate, link.delay_s = 10e6 / 8, 0.1

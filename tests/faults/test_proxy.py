@@ -65,7 +65,7 @@ def test_a_socket_has_an_owner_in_either_family(family: socket.AddressFamily) ->
 
 
 def said(client: socket.socket, data: bytes, timeout_s: float = 5.0) -> bytes:
-    """What comes back, as far as it comes in time."""
+    """Return what comes back in time."""
     client.settimeout(timeout_s)
     client.sendall(data)
     back = b""

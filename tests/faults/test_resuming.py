@@ -42,7 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 
 class Answer:
-    """What came of one request: the tokens of each sample, and their text."""
+    """The result of one request: the tokens of each sample, and their text."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream

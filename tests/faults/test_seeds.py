@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("faults")]
 
 
 def test_a_hop_is_between_two_stages(campaign: Campaign) -> None:
-    """What is done to the link between two stages is done to the connections of that hop."""
+    """Faults of the link between two stages apply to the connections of that hop."""
     first, second, *_ = campaign.fleet.plan()
     before = campaign.fleet.client.cluster().recoveries
     assert campaign.fleet.proxy.reset(first, second) > 0

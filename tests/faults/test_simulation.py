@@ -76,7 +76,7 @@ def first_of_all(simulation: Simulation, strike: Callable[[], None], monkeypatch
 
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_mac_whose_data_port_is_out_of_reach_is_replaced(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its heartbeats go on, so only the streams that do not open say that it is of no use."""
+    """Its heartbeats continue, so only the streams that cannot be opened show that it is unusable."""
 
     async def play() -> None:
         asked = pool(700)
@@ -182,7 +182,7 @@ def test_whoever_waits_for_a_drain_is_told_its_end(end: str) -> None:
 
 
 def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> None:
-    """The old ring breaks while layers are loaded elsewhere, for which nobody has asked to wait."""
+    """The old ring breaks while layers are loaded elsewhere. Requests must not wait for that load."""
 
     async def play() -> None:
         asked = pool(700)
@@ -209,7 +209,7 @@ def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> Non
 
 @pytest.mark.parametrize("spare", ["dee", "bob"])
 def test_a_refused_epoch_leads_to_a_larger_one(spare: str) -> None:
-    """A worker whose engine holds a newer epoch than anybody knows of is no worse than others."""
+    """A worker whose engine holds an unknown newer epoch is as usable as others."""
 
     async def play() -> None:
         asked = pool(700)

@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
 
 
 def _in_a_child(target: str, count: int, seed: int) -> Ran:
-    """Run it in a process of its own: its memory is its own, and a library that crashes is a finding, not the end."""
+    """Run it in a child process: its memory is measured alone, and a library that crashes is a finding."""
     read, write = os.pipe()
     child = os.fork()
     if not child:

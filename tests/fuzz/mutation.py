@@ -91,7 +91,7 @@ def spoil_bytes(data: bytes, rng: Random, others: Sequence[bytes]) -> bytes:
 
 
 def spoil_tree(tree: Any, rng: Random, others: Sequence[Any] = ()) -> Any:
-    """One to four edits of a tree of lists, dicts and plain values; the tree is changed in place where it can be."""
+    """Make one to four edits of a tree of lists, dicts and plain values, in place where possible."""
     places = list(_places(tree))
     if not places:
         return _value(rng, others)
@@ -245,7 +245,7 @@ spoil_frame = by_tree(_frame_load, _frame_dump, _resealed)
 
 
 def spoil_parts(spoil: Mutate) -> Mutate:
-    """For inputs of several messages (see ``joined``): some of them spoiled, left out, twice, or in another order."""
+    """Mutate, drop, repeat or reorder some messages of an input of several messages (see ``joined``)."""
 
     def spoiled(data: bytes, rng: Random, others: Sequence[bytes]) -> bytes:
         parts = apart(data)
@@ -267,7 +267,7 @@ def spoil_parts(spoil: Mutate) -> Mutate:
 
 
 def joined(parts: Sequence[bytes]) -> bytes:
-    """Several messages as one input: each behind its length."""
+    """Return several messages as one input, each after its length."""
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
@@ -285,7 +285,7 @@ Field = tuple[int, int, Any]
 
 
 def spoil_proto(data: bytes, rng: Random, others: Sequence[bytes]) -> bytes:
-    """Spoil a protobuf message field by field: another value, another type, twice, gone, inside another."""
+    """Mutate a protobuf message by field: another value or type, repeated, dropped, or nested."""
     fields = _fields(data)
     if not fields or rng.random() < 0.15:
         return spoil_bytes(data, rng, others)
@@ -315,7 +315,7 @@ def spoil_proto(data: bytes, rng: Random, others: Sequence[bytes]) -> bytes:
 
 
 def _fields(data: bytes) -> list[Field]:
-    """A message's fields; an empty list where it is none."""
+    """Return a message's fields; an empty list if it is invalid."""
     found: list[Field] = []
     at = 0
     while at < len(data):

@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class Ran:
-    """What became of one target's inputs. Memory is in bytes, times are seconds."""
+    """The results of one target's inputs. Memory is in bytes, times are seconds."""
 
     target: str
     inputs: int = 0
@@ -105,7 +105,7 @@ def corpus(target: str) -> list[bytes]:
 
 
 def run(target: Target, inputs: int, seed: int, told: Callable[[Ran], None] = lambda ran: None) -> Ran:
-    """Try the seeds, the corpus, and spoiled ones of both, ``inputs`` in all."""
+    """Run the seeds, the corpus, and mutations of both, ``inputs`` in all."""
     runner, rng, began = Runner(target), Random(f"{seed} {target.name}"), time.monotonic()
     with bounded_memory():
         for data in _inputs(runner.prepared, target.name, inputs, rng):
@@ -120,7 +120,7 @@ def run(target: Target, inputs: int, seed: int, told: Callable[[Ran], None] = la
 
 
 def _inputs(prepared: Prepared, name: str, count: int, rng: Random) -> Iterator[bytes]:
-    """Whole inputs first; then each is spoiled, some of them on and on, so that they drift away from their seed."""
+    """Yield valid inputs first, then mutations of each, some repeated so that they drift away from their seed."""
     whole = [*prepared.seeds, *corpus(name)]
     yield from whole[:count]
     data = b""
@@ -151,7 +151,7 @@ def _address_space() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now; where the system does not say, the most that it ever held."""
+    """Return the bytes of memory that this process holds now; if the system does not tell, its peak."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -159,12 +159,12 @@ def resident() -> int:
 
 
 def pack(ran: Ran) -> bytes:
-    """The account as bytes, for another process."""
+    """Return the result as bytes, for another process."""
     return bytes(msgpack.packb(asdict(ran)))
 
 
 def unpack(data: bytes) -> Ran:
-    """What ``pack`` was given."""
+    """Read the output of ``pack``."""
     facts = msgpack.unpackb(data)
     findings = {where: Finding(**finding) for where, finding in facts.pop("findings").items()}
     return Ran(**facts, findings=findings)

@@ -72,7 +72,7 @@ def test_a_field_of_every_kind_gets_a_seed() -> None:
 
 
 def replayed(*more: str) -> list[dict[str, Any]]:
-    """What ``ops/fuzz --cost`` says of the kept inputs, in a process of its own: they may need all of it."""
+    """Return the output of ``ops/fuzz --cost`` for the stored inputs, run in a child process with all of its memory."""
     command = (sys.executable, "-m", "fuzz", "--cost", *more)
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     told = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

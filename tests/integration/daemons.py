@@ -36,13 +36,13 @@ def bound(*arguments: str) -> list[str]:
 
 @cache
 def lifeline() -> int:
-    """A pipe's end to read from, of which this process holds the other end for as long as it lives."""
+    """Return the read end of a pipe whose write end this process holds until it ends."""
     end, _ = os.pipe()
     return end
 
 
 def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """A ``macpipe`` process of this machine in a session of its own, its output in ``log``."""
+    """Start a ``macpipe`` process on this machine in its own session, with its output in ``log``."""
     with log.open("wb") as out:
         return subprocess.Popen(bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
 
@@ -77,7 +77,7 @@ class Daemon:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one process takes: bytes of memory, threads, and open files."""
+    """The resources of one process: bytes of memory, threads, and open files."""
 
     resident: int
     threads: int
@@ -151,7 +151,7 @@ class Cluster:
         return [Footprint.of(p) for pid in pids for p in (pid, *engines.get(pid, ()))]
 
     def close(self) -> None:
-        """End everything, the hard way where it must be."""
+        """End all daemons, by SIGKILL if necessary."""
         for daemon in reversed(self.daemons):
             if daemon.process.poll() is None:
                 daemon.process.terminate()

@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def refused(*arguments: str, code: int = 1) -> str:
-    """Run a command that must fail; the one sentence it says last."""
+    """Run a command that must fail, and return its last sentence."""
     done = run(*arguments)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""

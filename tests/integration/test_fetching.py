@@ -45,7 +45,7 @@ def hub(published: Path) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def started(cluster: Cluster, hub: FakeHub) -> Callable[..., Daemon]:
-    """Start a worker that knows the hub, with a home of its own."""
+    """Start a worker that knows the hub, with its own state folder."""
 
     def start(name: str, *, before: Sequence[str] = (), **env: str) -> Daemon:
         launch = knowing(hub, cluster.folder / f"hf-{name}", before, **env)
@@ -81,14 +81,14 @@ def serve(cluster: Cluster, hub: FakeHub, model: str, workers: int, *options: st
 
 
 def stored(cluster: Cluster, worker: str, tensor: str, published: Path) -> tuple[Path, int]:
-    """The file and the offset where a worker's store has a tensor."""
+    """Return the file and the offset at which a worker's store has a tensor."""
     info = open_checkpoint(published).tensors[tensor]
     (folder,) = (cluster.folder / f"home-{worker}" / "models").glob("[0-9a-f]*")
     return folder / info.file, info.offset
 
 
 def flip(file: Path, offset: int) -> None:
-    """Spoil a byte as a failing disk does: size and time stay."""
+    """Damage a byte as a failing disk does: size and time stay the same."""
     before = file.stat()
     with file.open("r+b") as opened:
         opened.seek(offset)
@@ -176,7 +176,7 @@ def test_a_worker_that_is_killed_goes_on_where_it_stopped(
 def test_workers_with_different_bytes_of_one_tensor_are_refused(
     cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon]
 ) -> None:
-    """Each has the model in a cache of its own; the tied embedding differs, which both stages hold."""
+    """Each has the model in its own cache. The tied embedding, which both stages hold, differs."""
     for name in ("ada", "bob"):
         snapshot = cluster.folder / f"hf-{name}" / "hub" / "models--owner--tiny" / "snapshots" / hub.commit
         snapshot.mkdir(parents=True)

@@ -71,7 +71,7 @@ def test_log_probabilities_rank_the_chosen_token_first(client: Client) -> None:
 
 
 def test_every_token_tells_where_its_time_went(client: Client) -> None:
-    """What the tokens tell adds up to what the answer tells, and only those that asked are told."""
+    """The times of the tokens add up to the answer's, and only requests that asked for them get them."""
     answer = client.chat([("user", QUESTION)], max_tokens=6, stage_timings=True)
     assert answer.finish_reason == "length"
     assert [[s.worker for s in event.stages] for event in answer.events] == [[s.worker for s in answer.stages]] * 6

@@ -27,7 +27,7 @@ LOUD = "import logging, sys\nlogging.basicConfig(level=logging.DEBUG, stream=sys
 
 @pytest.fixture
 def word() -> str:
-    """What no person would say by chance, of one piece in every tokenizer's text."""
+    """Return a word that nobody writes by chance, as one piece of every tokenizer's text."""
     return f"xyzzy{secrets.token_hex(6)}"
 
 
@@ -48,7 +48,7 @@ def loudly(folder: Path) -> Any:
 
 
 def bodies(word: str) -> Iterator[tuple[str, Any]]:
-    """Requests that say the word, in every place where it could stand: some are answered, most are refused."""
+    """Return requests with the word in every possible place: some are answered, most are refused."""
     said = [{"role": "user", "content": f"say {word}"}]
     short: dict[str, Any] = {"max_tokens": 2}
     yield "/v1/completions", {"prompt": f"{word} and", **short}
@@ -123,7 +123,7 @@ def ask_over_http(base: str, word: str) -> list[str]:
 
 
 def ask_over_grpc(client: Client, word: str, worker: int) -> list[str]:
-    """Answers, refusals, an answer that nobody waits for, one whose stage is killed under it; the errors' words."""
+    """Cause answers, refusals, an abandoned answer, and one whose stage is killed; return the errors' words."""
     client.generate(f"{word} and", max_tokens=2)
     client.chat([("user", word)], max_tokens=2)
     refused = []
@@ -143,7 +143,7 @@ def ask_over_grpc(client: Client, word: str, worker: int) -> list[str]:
 
 
 async def announced(cluster: str) -> list[str]:
-    """What the network is told of this cluster."""
+    """Return what is announced of this cluster on the network."""
     async with browse(cluster) as source:
         while len(found := source.current()) < 2:
             await source.changed(10)
@@ -151,6 +151,6 @@ async def announced(cluster: str) -> list[str]:
 
 
 def command_lines(pids: list[int]) -> list[str]:
-    """Of the daemons and their children, as everybody on this machine may read them."""
+    """Return the command lines of the daemons and their children, which everybody on this machine can read."""
     everybody = [p for pid in pids for p in (pid, *children(pid))]
     return [Path(f"/proc/{p}/cmdline").read_text() for p in everybody]

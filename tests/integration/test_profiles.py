@@ -52,7 +52,7 @@ def test_the_faster_worker_is_taken_and_its_frames_teach_it(cluster: Cluster, tm
 
 
 def learned(client: Client, model: str, before_ms: float) -> ModelPlan:
-    """The plan once the worker has been told what its frames took."""
+    """Return the plan once the worker knows its frames' times."""
     deadline = time.monotonic() + 3 * LEARN_S
     while True:
         plan = client.plan(model)

@@ -61,7 +61,7 @@ def sink() -> Iterator[Sink]:
 
 
 def packets(cluster: str, port: int) -> Iterator[bytes]:
-    """Announcements of as many workers as there are fakes, all of this cluster, each at an address of its own."""
+    """Return announcements of as many workers as there are fakes, all of this cluster, each at its own address."""
     for first in range(0, FAKES, A_PACKET):
         out = DNSOutgoing(const._FLAGS_QR_RESPONSE | const._FLAGS_AA)
         for number in range(first, first + A_PACKET):

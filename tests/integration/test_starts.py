@@ -51,7 +51,7 @@ EVERYTHING = (ignore(*SIGNALS), block(*SIGNALS), few_files, no_folder, no_umask)
 
 
 def careless(*prepare: Prepare) -> Callable[[Sequence[str], Path], subprocess.Popen[bytes]]:
-    """Starts a ``macpipe`` process as a parent does that has prepared itself in these ways."""
+    """Start a ``macpipe`` process from a parent that has prepared itself in these ways."""
 
     def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         def before() -> None:

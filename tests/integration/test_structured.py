@@ -206,6 +206,6 @@ def test_tools_that_must_be_called_are_called_and_answered(client: Client, model
 
 
 def stream_tokens(stream: Any) -> Any:
-    """The tokens as they come, without ending the call where the reader stops."""
+    """Yield the tokens as they arrive, without ending the call when the reader stops."""
     while (tokens := stream._advance()) is not None:
         yield from tokens

@@ -39,7 +39,7 @@ async def address(folder: ClusterFolder, caplog: pytest.LogCaptureFixture) -> As
 
 
 class Mac:
-    """A machine of its own: a home folder, a name, an id."""
+    """A machine: its state folder, name and id."""
 
     def __init__(self, home: Path, number: int) -> None:
         self.home, self.name, self.id = home / f"mac-{number}", f"mac-{number}", f"{number:016x}"

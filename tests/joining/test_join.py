@@ -201,7 +201,7 @@ async def test_a_stranger_that_shows_the_right_authority_is_told_nothing(
 async def test_a_member_that_plays_the_coordinator_is_told_nothing(
     tmp_path: Path, folder: ClusterFolder, admission: Admission, mac: Mac
 ) -> None:
-    """A worker of the very cluster, whose certificate is signed rightly and says what it is."""
+    """A worker of the same cluster, whose certificate is valid and names its true role."""
     order = mac.order(admission, "")
     worker = folder.party(Role.WORKER, "mac-1")
     async with stranger(worker, lambda _: folder.authority.read_bytes()) as (one, where):
@@ -361,7 +361,7 @@ async def test_old_tls_is_refused(address: str) -> None:
 async def test_who_is_slow_is_cut_off(
     folder: ClusterFolder, admission: Admission, mac: Mac, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With and without a handshake; and while MAX_JOINS say nothing one more is closed at once, and waits."""
+    """With and without a handshake. While MAX_JOINS connections are silent, one more is closed at once, and retries."""
     monkeypatch.setattr(port, "JOIN_S", 1.0)
     async with admit_macs(folder, "127.0.0.1", 0) as address:
         began = time.monotonic()

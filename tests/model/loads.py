@@ -21,7 +21,7 @@ from model.ring import cuts, open_stage
 
 
 def bytes_read() -> int:
-    """What this process has asked the kernel for so far."""
+    """Return the bytes that this process has requested from the kernel so far."""
     return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].split()[0])
 
 

@@ -105,7 +105,7 @@ def prove(arch: Architecture, folder: Path) -> Row:
 
 
 def prove_quickly(arch: Architecture, folder: Path) -> ModelShape:
-    """The heart of it: cut in two, poisoned, in chunks, over bytes. -> what a survey of it says."""
+    """Prove the core: cut in two, poisoned, in chunks, over bytes. Return the row's summary."""
     path = write(arch.config, folder)
     shape = read_shape(path, arch.name, None)
     require_same(PoisonedRing(shape, path, cuts(shape, 2)), reference(path, ANSWER))
@@ -113,7 +113,7 @@ def prove_quickly(arch: Architecture, folder: Path) -> ModelShape:
 
 
 def _variant(arch: Architecture, path: Path, **how: Any) -> str:
-    """The same of other weights, in two stages, where the uncut model can run on them at all."""
+    """Prove the same with other weights, in two stages, if the uncut model can run on them."""
     if "quantization" in arch.config:
         return "as it is packed"
     try:
@@ -131,7 +131,10 @@ def _variant(arch: Architecture, path: Path, **how: Any) -> str:
 
 
 def _unstacked(arch: Architecture, path: Path) -> str:
-    """The same of a checkpoint as its makers publish it, an expert a tensor, in two stages. Changes the checkpoint."""
+    """Prove the same of a checkpoint as published, with one tensor per expert, in two stages.
+
+    Changes the checkpoint.
+    """
     if not split_experts(path, arch.stacks):
         return OTHER_LAYOUT if any("expert" in name for name in open_checkpoint(path).tensors) else "no experts"
     try:
@@ -152,7 +155,7 @@ def require_same(ring: Ring, want: Answer) -> None:
 
 
 def require_lanes(ring: Ring, batchable: bool) -> None:
-    """Three ragged sequences share a lane and each says what it says alone; or the model refuses to, if it cannot."""
+    """Require that three sequences of different lengths in one lane have their own tokens, or a refusal."""
     alone = [tokens(ring.answer(GREEDY, ANSWER, prompt)) for prompt in RAGGED]
     ids = (1, 2, 3)
     for i, prompt in zip(ids, RAGGED, strict=True):

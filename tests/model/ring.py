@@ -43,7 +43,7 @@ def open_stage(shape: ModelShape, path: Path, layers: LayerRange, index: int, co
 
 
 def edited(shape: ModelShape, copy: Path) -> ModelShape:
-    """The shape as of a copy some of whose bytes were changed: that is another edition of the model."""
+    """Return the shape of a copy with some changed bytes: that is another version of the model."""
     return replace(shape, model=replace(shape.model, fingerprint=open_checkpoint(copy).fingerprint))
 
 
@@ -109,7 +109,7 @@ def logprobs(sample: Sample) -> mx.array:
 
 
 def reference(path: Path, count: int, prompt: Sequence[int] = PROMPT) -> tuple[list[int], list[mx.array]]:
-    """What mlx-lm itself makes of the prompt in one process, cut into the same chunks. -> tokens, log-probabilities"""
+    """Run mlx-lm itself on the prompt in one process, in the same chunks. Return tokens and log-probabilities."""
     model, _ = load_model(path)
     caches = make_prompt_cache(model)
     at = 0

@@ -68,7 +68,7 @@ def surveyed(arch: Architecture, layers: int, cuts: int, *, lane: bool, trim: bo
 
 
 def cells(name: str) -> dict[str, str]:
-    """Column -> cell of a module's line, as the file stands."""
+    """Return column -> cell of a module's row in the file."""
     return dict(zip(COLUMNS, recorded()[name].strip("| ").split(" | "), strict=True))
 
 
@@ -78,13 +78,13 @@ def not_served() -> set[str]:
 
 
 def recorded() -> dict[str, str]:
-    """Module -> its line, as the file stands."""
+    """Return module -> row in the file."""
     lines = FILE.read_text().splitlines() if FILE.exists() else []
     return {name: text for text in lines if (name := text.removeprefix("| ").partition(" |")[0]) in architectures()}
 
 
 def text(lines: Mapping[str, str]) -> str:
-    """The whole file. Raises KeyError naming a module that has no line."""
+    """Return the whole file. Raises KeyError that names a module without a row."""
     served = [lines[name] for name in architectures()]
     head = HEAD.format(
         mlx_lm=version("mlx-lm"),

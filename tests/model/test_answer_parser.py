@@ -150,7 +150,7 @@ def test_arguments_end_where_their_object_does(tokenizer: Tokenizer, inside: str
 
 
 def test_a_call_is_one_from_where_its_arguments_begin(tokenizer: Tokenizer) -> None:
-    """They have been told by then: what breaks or is cut off inside is the caller's to see."""
+    """They have been sent by then, so the caller has to handle a broken or incomplete rest."""
     broken = '<tool_call>\n{"name": "weather", "arguments": {"city": \n</tool_call> So.'
     assert parsed(tokenizer, list(broken), Parsing(TOOLS))[1:3] == ("So.", [("weather", '{"city": \n')])
     cut = ONE[: ONE.index("lo")]

@@ -29,7 +29,7 @@ for _ in range(10):
 
 
 def test_every_module_of_mlx_lm_is_in_one_table() -> None:
-    """A new one fails here: give it a tiny configuration, or say what it is instead."""
+    """A new module fails here: give it a tiny configuration, or list what it is instead."""
     listed = [*architectures(), *not_models(), *{a.name for a in refused().values()}.difference(architectures())]
     assert sorted(listed) == modules()
 

@@ -172,7 +172,7 @@ def test_a_damaged_header(content: bytes, folder: Path) -> None:
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_no_bytes_break_the_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    """Whatever a file holds, it is read or refused in our own words."""
+    """Whatever a file contains, it is read or refused with one of our errors."""
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
     for text in (content, header(content)):
         file.write_bytes(text)
@@ -231,7 +231,7 @@ def test_a_hugging_face_id_is_looked_up_in_the_cache(
 def test_in_the_cache_the_weights_are_what_the_hub_says(
     folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Of a link to a blob, the blob's name is taken for its content, as the hub gives it."""
+    """The name of a linked blob identifies its content, as the hub defines it."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for blob in ("ab" * 32, "cd" * 32):

@@ -41,7 +41,7 @@ thread.join()
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_next"])
 def test_a_thread_of_its_own_computes_and_ends_cleanly(arch: str, checkpoint: Callable[[str], Path]) -> None:
-    """Imported on one thread, run on another, as daemons do."""
+    """It imports mlx on one thread and uses it on another, as daemons do."""
     command = [sys.executable, "-W", "error", "-c", THREADED, str(checkpoint(arch))]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "1\n", "")

@@ -211,7 +211,7 @@ def test_impossible_edits_are_refused(edits: tuple[Edit, ...], words: str, stage
     ],
 )
 def test_impossible_steps_are_refused_with_their_edits_applied(step: Step, words: str, stage: Stage) -> None:
-    """Stages before may have computed such a step: a sequence that it named must not go on as if they had not."""
+    """Earlier stages may have computed such a step, so its sequences must not continue as if they had not."""
     with pytest.raises(BadFrame, match=words):
         stage.step(frame(Join(1, 3, GREEDY), Join(2, 3, GREEDY), Join(3, 3, GREEDY), step=step))
     assert stage.sequences == 3

@@ -37,7 +37,7 @@ def grammars(folder: Path) -> Grammars:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Until it is set, ``SLOW`` is not compiled, and nobody waits for long."""
+    """Until it is set, ``SLOW`` is not compiled; waiting for it is short."""
     opened, compile_ = threading.Event(), Grammars.compile
 
     def slowly(self: Grammars, grammar: Grammar) -> LLMatcher:

@@ -214,7 +214,7 @@ MARK = "<|end|>"
     ],
 )
 def test_text_that_spells_a_mark_of_the_model_is_text(ring: Ring, tokenizer: Tokenizer, grammar: Grammar) -> None:
-    """It was taken for the mark itself, which is no text, and the answer ended with an error."""
+    """It was mistaken for the mark itself, which has no text, and the answer ended with an error."""
     picked = [s.token for s in document(ring, SamplingParams(grammar=grammar)) if s.token not in END]
     assert not set(picked) & set(SPECIAL_IDS.values())
     assert tokenizer.decode(picked).strip('"').strip("ab") == MARK

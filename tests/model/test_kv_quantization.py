@@ -45,7 +45,7 @@ def chunks(count: int) -> tuple[int, ...]:
 
 
 def expected(path: Path, bits: int | None, group: int) -> tuple[list[int], list[mx.array]]:
-    """What mlx-lm says in one process."""
+    """Return mlx-lm's result in one process."""
     model, _ = load_model(path)
     how: dict[str, Any] = {"kv_bits": bits, "kv_group_size": group, "quantized_kv_start": 0}
     pairs = list(generate_step(mx.array(PROMPT), model, max_tokens=ANSWER, prefill_step_size=CHUNK, **how))

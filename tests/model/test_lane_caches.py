@@ -213,7 +213,7 @@ def test_rows_of_several_tokens_share_a_step_too(arch: str, rings: Rings) -> Non
 
 
 def test_a_row_that_is_not_a_number_fails_alone(rings: Rings) -> None:
-    """A row whose cache has gone bad, as by a fault of the hardware; the rows beside it have said the same before."""
+    """One row's cache is damaged, as by a hardware fault; the rows beside it have the same tokens as before."""
     ring = rings("llama", 1)
     trio = [Talk(i, PROMPT[i:], GREEDY, 6) for i in (1, 2, 3)]
     for talk in trio:

@@ -25,13 +25,13 @@ WIDE = {"num_hidden_layers": LAYERS, "hidden_size": 512, "intermediate_size": 10
 
 
 def around(path: Path) -> int:
-    """Bytes of a checkpoint that are no tensor's. In models of real size they vanish beside the slice."""
+    """Return the bytes of a checkpoint outside its tensors. In real models they are negligible."""
     headers = sum(len(read_shard(shard).header) for shard in path.glob("*.safetensors"))
     return headers + sum(file.stat().st_size for file in path.iterdir() if file.suffix != ".safetensors")
 
 
 def samples(path: Path) -> int:
-    """Bytes that are read of every tensor to tell the checkpoint from another one with the same headers."""
+    """Return the bytes read of every tensor to distinguish checkpoints with the same headers."""
     return sum(min(t.nbytes, SAMPLE_BYTES) for shard in path.glob("*.safetensors") for t in read_shard(shard).tensors)
 
 
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_stage_reads_and_holds_its_slice(kind: str, tmp_path: Path) -> None:
-    """Loaded in a process of its own, since the kernel counts what a whole process reads."""
+    """Loaded in a child process, since the kernel counts the reads of a whole process."""
     name, how = MODELS[kind]
     path = hollow({**architectures()[name].config, **WIDE}, tmp_path, **how)
     command = [sys.executable, Path(__file__).with_name("loads.py"), path, "2", "3"]

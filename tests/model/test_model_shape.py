@@ -100,7 +100,7 @@ def test_shared_weights_name_their_layers(shape: Shapes) -> None:
 
 
 def test_the_override_of_a_quantized_layer_is_seen(shape: Shapes) -> None:
-    """One matrix of layer 1 has 8 bits where the others have 4."""
+    """One matrix of layer 1 has 8 bits, the others have 4."""
     sizes = shape("llama_4bit").layer_bytes
     assert sizes[0] == sizes[2] < sizes[1]
     assert sizes[1] - sizes[0] == 64 * 64 * 4 // 8
@@ -126,7 +126,7 @@ def test_a_context_that_cannot_be_is_refused(asked: int, checkpoint: Checkpoints
 
 
 def test_an_unconverted_checkpoint_in_shards_says_the_same(tmp_path: Path, checkpoint: Checkpoints) -> None:
-    """Experts one by one and layers over several files, as models are published: mlx-lm stacks them as it loads."""
+    """Experts one by one and layers over several files, as published: mlx-lm stacks them when it loads."""
     path = make("qwen3_moe", tmp_path, layers=6)
     split_experts(path)
     split(path, 4)

@@ -35,7 +35,7 @@ def pick(params: SamplingParams, position: int = len(HISTORY), logits: list[floa
 
 
 def distribution(params: SamplingParams) -> list[float]:
-    """Log-probabilities as they are reported."""
+    """Return the log-probabilities as they are reported."""
     sampler = Sampler(replace(params, logprobs=True, top_logprobs=V), PROMPT_LENGTH, V)
     picked = sampler.pick(mx.array([LOGITS]), HISTORY, len(HISTORY))
     return [top.logprob for top in sorted(sampler.alternatives(picked)[1], key=lambda top: top.token)]
@@ -138,7 +138,7 @@ def test_presence_and_frequency_look_at_the_answer_alone() -> None:
 
 
 def test_bias_and_penalties_are_mlx_lms() -> None:
-    """Over a history that is all answer, mlx-lm's own processors say the same, bit for bit."""
+    """Over a history that is only answer, mlx-lm's own processors return the same, bit for bit."""
     params = SamplingParams(logit_bias=((3, 2.5), (5, -1.5)), repetition_penalty=1.2, presence_penalty=0.5)
     theirs = mx.array([LOGITS])
     for processor in make_logits_processors({3: 2.5, 5: -1.5}, 1.2, 1000, 0.5, 1000):
@@ -195,7 +195,7 @@ ROWS = {
 @given(EXTREMES, st.sampled_from(sorted(ROWS)), st.sampled_from([mx.float32, mx.float16, mx.bfloat16]))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_no_setting_makes_a_number_none(given: dict[str, Any], row: str, dtype: mx.Dtype) -> None:
-    """Also where a half-precision model's logits are next to the most that they can be, and a token was said often."""
+    """Even if a half-precision model's logits are close to the maximum and a token occurred often."""
     sampler = Sampler(SamplingParams(**given, logprobs=True), 1, V)
     picked = sampler.pick(mx.array([ROWS[row]], dtype=dtype), LONG, len(LONG))
     assert math.isfinite(float(picked.norm.item()))
@@ -207,7 +207,7 @@ def test_no_setting_makes_a_number_none(given: dict[str, Any], row: str, dtype: 
 
 @pytest.mark.parametrize("row", [[math.nan] * V, [math.inf, *LOGITS[1:]], [-math.inf] * V])
 def test_what_the_model_says_that_is_no_number_stays_one(row: list[float]) -> None:
-    """A fault of the model's is told as one, and not hidden by a penalty."""
+    """A fault of the model is reported, and not hidden by a penalty."""
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((3, 1.0),))
     picked = Sampler(params, PROMPT_LENGTH, V).pick(mx.array([row]), HISTORY, len(HISTORY))
     assert not math.isfinite(float(picked.norm.item()))

@@ -157,7 +157,7 @@ def test_layers_that_are_not_there_are_refused(checkpoint: Checkpoints, shape: S
 
 
 def test_prefill_leaves_the_head_alone(tmp_path: Path) -> None:
-    """The memory that a prefill takes has no room for the logits of its positions; a verify does compute them."""
+    """A prefill's memory has no room for the logits of its positions; a verify step computes them."""
     shape = read_shape(make("llama_untied", tmp_path, vocab_size=8192), "llama_untied", None)
     ring = Ring(shape, tmp_path, 1)
     row = tuple(i % 250 for i in range(200))

@@ -83,7 +83,7 @@ async def opened(folder: Path) -> AsyncIterator[SandboxedTokenizer]:
 
 @pytest.fixture(scope="module")
 async def plain_sandbox(anyio_backend: str) -> AsyncIterator[SandboxedTokenizer]:
-    """One of a good model, for tests that do not care which processes it has."""
+    """A sandbox of a good model, for tests that do not depend on its processes."""
     async with opened(BUNDLED / "faq") as text:
         yield text
 
@@ -157,7 +157,7 @@ async def test_a_grammar_that_costs_too_much_is_refused_and_delays_no_prompt(pla
 
 
 async def test_large_prompts_delay_no_small_one(plain_sandbox: SandboxedTokenizer, rng: random.Random) -> None:
-    """However many large ones wait: they have a process of their own."""
+    """However many large ones wait: they have their own process."""
     words = [rng.randbytes(6).hex() for _ in range(1000)]
     large = [asyncio.create_task(plain_sandbox.encode(" ".join(rng.choices(words, k=40_000)), 0)) for _ in range(3)]
     await asyncio.sleep(0)
@@ -211,7 +211,7 @@ async def test_a_job_whose_caller_went_away_still_ends(hostile: Path) -> None:
 
 
 async def test_one_that_ends_in_the_middle_of_its_answer_is_given_up(hostile: Path) -> None:
-    """Its socket is full of what nobody reads any more."""
+    """Its socket is full of bytes that nobody reads any more."""
     async with opened(hostile) as text:
         (process,) = text._text._processes
         process._writer.write(pack_job(Encode("word " * 200_000, 10**6, True, Limits(60.0, 2**30, 60.0))))

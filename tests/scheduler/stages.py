@@ -112,7 +112,7 @@ def next_token(history: tuple[int, ...]) -> int:
 
 
 def continuation(prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """What has to be said after a prompt."""
+    """Return the expected answer to a prompt."""
     history = prompt
     for _ in range(tokens):
         history += (next_token(history),)

@@ -29,7 +29,7 @@ def test_short_prompts_do_not_shrink_long_chunks() -> None:
 
 
 def test_chunks_come_back_from_short_prompts_alone() -> None:
-    """A long prompt after an hour of short ones: the second chunk tells a frame's cost from a token's."""
+    """A long prompt after an hour of short ones: the second chunk separates a frame's cost from a token's."""
     pacing = PrefillBudget(2048, 2, BUDGET_MS)
     learn(pacing, *[10] * 500)
     for _ in range(4):

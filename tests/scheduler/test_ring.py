@@ -33,7 +33,7 @@ from scheduler.stages import Stages, capacity, continuation, next_token
 
 
 class OneStage:
-    """Breaks the sequences of a step that failed, refuses what touches them, and passes failures on."""
+    """Breaks the sequences of a failed step, refuses edits of them, and passes failures on."""
 
     def __init__(self, index: int, last: bool) -> None:
         self.turns, self.index, self.last = ReorderBuffer(), index, last

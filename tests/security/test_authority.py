@@ -224,7 +224,7 @@ def test_python_verifies_what_the_authority_signs(folder: ClusterFolder) -> None
 
 
 def shaken(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> ssl.SSLError | None:
-    """What the client says of a handshake over memory."""
+    """Return the client's view of a handshake over memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     there = server.wrap_bio(to_server, to_client, server_side=True)
     here = client.wrap_bio(to_client, to_server, server_hostname=name)

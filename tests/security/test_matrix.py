@@ -73,7 +73,7 @@ def described() -> list[Method]:
 
 
 def raw() -> list[Method]:
-    """Those that are no protobuf's: named where they are served and dialled."""
+    """Return the methods without protobuf, which ``cluster.transport`` names."""
     (folder,) = cluster.transport.__path__
     texts = [path.read_text() for path in Path(folder).glob("*.py")]
     names = sorted({name for text in texts for name in re.findall(r'"(/cluster\.v1\.\w+/\w+)"', text)})
@@ -100,7 +100,7 @@ class Nothing:
 
 
 class Ports:
-    """A control port with every service there is, and a data port, on a loop of their own."""
+    """A control port with every service, and a data port, on their own loop."""
 
     def __init__(self, trust: Trust) -> None:
         self._loop = asyncio.new_event_loop()
@@ -187,7 +187,7 @@ def revoked(lead: Lead) -> tuple[bytes, bytes]:
 
 
 def credentials(who: str, lead: Lead, tmp_path: Path) -> grpc.ChannelCredentials:
-    """What ``who`` shows. All know the cluster's authority: what they are told apart by is what they hold."""
+    """Return the credentials of ``who``. All know the cluster's authority; they differ in their own certificates."""
     anchor = lead.authority.certificate
     match who:
         case "plaintext":

@@ -29,7 +29,7 @@ ADA, BOB = "ada", "bob"
 
 
 class OneStage:
-    """Holds epoch 1; what it is told to send goes to whoever pulls."""
+    """Holds epoch 1 and sends messages to whoever pulls."""
 
     def __init__(self) -> None:
         self.urgent = Outbox(1)

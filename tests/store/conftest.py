@@ -15,7 +15,7 @@ from fake_hub import FakeHub
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as it is on the hub: three files of weights."""
+    """A model as on the hub: three files of weights."""
     folder = make("llama", tmp_path_factory.mktemp("published") / "tiny")
     split(folder, 3)
     return folder

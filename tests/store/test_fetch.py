@@ -94,7 +94,7 @@ def test_headers_alone_make_a_folder_like_the_whole_one(hub: FakeHub, published:
 def test_two_models_with_the_same_headers_are_kept_apart(
     hub: FakeHub, published: Path, tmp_path: Path, tuned: Path
 ) -> None:
-    """As two fine-tunes of one model are."""
+    """For example two fine-tunes of one model."""
     hub.folders["owner/tuned"] = tuned
     one, other = opened(tmp_path), Store(tmp_path).find_by_name("owner/tuned").partial
     assert other

@@ -41,7 +41,7 @@ Giving = Callable[..., Peer]
 
 @pytest.fixture
 def giving(tmp_path: Path) -> Iterator[Giving]:
-    """``giving(name, folder)`` starts a Mac that has the model of a folder, None: a hostile one; the peer to ask."""
+    """``giving(name, folder)`` starts a Mac with the model of a folder (None: a hostile Mac), and returns the peer."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -137,7 +137,7 @@ def test_a_part_gives_what_it_has_and_says_what_it_knows(
 def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
     hub: FakeHub, giving: Giving, tmp_path: Path
 ) -> None:
-    """Bob's files are as they were but for their time, and one tensor, which alone is fetched anew."""
+    """Bob's files have new times, and one tensor has other bytes: only that one is fetched again."""
     partial = Store(tmp_path / "home-bob").find_by_name("owner/tiny").partial
     assert partial
     origin = Hub("owner/tiny", hub.commit)

@@ -53,7 +53,7 @@ from cluster.v1.worker_pb2_grpc import (
 
 
 def field(number: int, value: bytes) -> bytes:
-    """A field of bytes as protobuf writes it; ``value`` may be as long as a gRPC message."""
+    """Encode a protobuf field of bytes; ``value`` may be as long as a gRPC message."""
     size, left = b"", len(value)
     while left > 0x7F:
         size, left = size + bytes([left & 0x7F | 0x80]), left >> 7
@@ -93,7 +93,7 @@ def test_the_longest_requests_that_are_meant_are_taken() -> None:
 
 
 def fields(message: Message) -> int:
-    """Fields that are set, those of submessages included, as the wire has them."""
+    """Return the number of set fields on the wire, those of submessages included."""
     count = 0
     for descriptor, value in message.ListFields():
         values = value if descriptor.is_repeated and descriptor.message_type else [value]
@@ -242,7 +242,7 @@ async def test_of_many_long_requests_at_once_none_is_cancelled(monkeypatch: pyte
 
 
 class Members(WorkerServiceServicer, StoreServiceServicer):
-    """Counts what requests say."""
+    """Counts the content of requests."""
 
     async def Describe(self, request: Any, context: Any) -> worker.DescribeResponse:
         return worker.DescribeResponse(sequences=len(request.revoked))

@@ -178,7 +178,7 @@ def _sealed(header: bytes) -> bytes:
 
 
 def _list_of(item: bytes, length: int) -> bytes:
-    """A list that takes the whole of a header, or so many bytes."""
+    """Return a list that takes a whole header, or that many bytes."""
     count = (length - 5) // len(item)
     return b"\xdd" + count.to_bytes(4, "big") + item * count
 

@@ -43,7 +43,7 @@ REFUSED = [
 
 @pytest.mark.anyio
 async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path: Path) -> None:
-    """Else each heartbeat would tell them, and none could be sent any more."""
+    """Otherwise each heartbeat would report them, and could not be sent any more."""
     nothing: Any = None
     profile = ProfileFile(tmp_path / "profile.json", "k")
     profile.put(PROFILE)

@@ -46,7 +46,7 @@ def outbox(slot: StageHost) -> Outbox:
 
 
 def replies(slot: StageHost, *messages: bytes) -> list[Frame]:
-    """What came out for these messages."""
+    """Return the frames that came out for these messages."""
     box = outbox(slot)
     for message in messages:
         slot.received(message)

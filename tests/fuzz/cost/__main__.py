@@ -84,7 +84,7 @@ def _known(target: str) -> list[tuple[str, Recipe]]:
 
 
 def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]:
-    """Search in a process of its own, so that what a target has to hold is gone with it."""
+    """Search in a child process, which frees the target's memory when it ends."""
     read, write = os.pipe()
     child = os.fork()
     if not child:

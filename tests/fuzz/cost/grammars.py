@@ -48,7 +48,7 @@ def _checked(kind: GrammarKind) -> Entry:
 
 
 def _bound(kind: GrammarKind) -> Entry:
-    """What the last stage does with a grammar that the check lets through: compile it, then a mask for each token."""
+    """Do the last stage's work with an accepted grammar: compile it, then compute a mask for each token."""
     tokenizer = served().tokenizer
     grammars = tokenizer.grammars()
     sandbox = JobRunner(tokenizer)
@@ -81,7 +81,7 @@ def _passes(sandbox: JobRunner, grammar: Grammar) -> bool:
 
 
 async def _follow(constraint: Constraint, tokenizer: Tokenizer) -> None:
-    """A mask for each of some tokens, one at a stretch, as a thread computes them between other work."""
+    """Compute a mask for each of some tokens, one at a time, as a thread does between other work."""
     tokens: list[int] = []
     for _ in range(FOLLOWED):
         await asyncio.sleep(0)

@@ -157,7 +157,7 @@ def _places(schema: dict[str, Any]) -> Iterator[tuple[str, str, Recipe]]:
 
 
 def _whole(path: str) -> dict[str, Recipe]:
-    """Requests that may be taken, with as much of everything as that allows."""
+    """Return acceptable requests, with as much of everything as is allowed."""
     turns = ["rep", MAX_MESSAGES - 1, '{"role":"user","content":"hello there"},']
     calls = '{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}'
     tool = '","parameters":{"type":"object","properties":{"a":{"type":"string"}}}}},'
@@ -334,7 +334,7 @@ def _whole(path: str) -> dict[str, Recipe]:
 
 
 def _heads() -> Entry:
-    """A request's head, through the connection that the server has, up to where a route would be looked up."""
+    """Parse a request's head with the server's connection, up to the look-up of its route."""
     reached = application(desk())
     config = Config(reached, http="h11", loop="none", ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()

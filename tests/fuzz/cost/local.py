@@ -39,7 +39,7 @@ NOW = 1e9
 
 
 def _plain(read: Callable[[bytes], object], allowed: tuple[type[BaseException], ...] = (MacpipeError,)) -> Entry:
-    """What is read right on an event loop."""
+    """Return an entry that reads inputs on the event loop itself."""
 
     async def take(data: bytes) -> str:
         try:
@@ -52,7 +52,7 @@ def _plain(read: Callable[[bytes], object], allowed: tuple[type[BaseException], 
 
 
 def _on_a_thread(read: Callable[[bytes], object], allowed: tuple[type[BaseException], ...] = (MacpipeError,)) -> Entry:
-    """What is read beside an event loop."""
+    """Return an entry that reads inputs on a thread."""
 
     async def take(data: bytes) -> str:
         try:
@@ -78,7 +78,7 @@ def _txt() -> Entry:
 
 
 def _texts() -> Entry:
-    """What people and strangers give for a name: keys, tokens, layers."""
+    """Return the entry of texts that people and strangers give: keys, tokens, layers."""
     keys = KeyStore(ClusterFolder(scratch("home"), "fuzz"))
 
     def read(data: bytes) -> None:
@@ -117,7 +117,7 @@ def _certificate() -> Entry:
 
 
 def _frames() -> Entry:
-    """A worker's inbox; the header is the input, sealed as its checksum has to be."""
+    """Return the entry of a worker's inbox. The header is the input, with a correct checksum."""
 
     def read(header: bytes) -> None:
         inbox = Inbox(EPOCH)
@@ -129,7 +129,7 @@ def _frames() -> Entry:
 
 
 def _returned() -> Entry:
-    """What the last stage says, as the engine loop's thread reads it."""
+    """Return the entry of the last stage's frames, as the engine loop's thread reads them."""
     return _on_a_thread(lambda header: decode(sealed_frame(header, b"")))
 
 

@@ -173,7 +173,7 @@ def _forget_peak(pid: int | str) -> None:
 
 
 def _status(field: str, pid: int | str = "self") -> int:
-    """A figure of a process's memory in KiB; 0 where the process is gone."""
+    """Return a figure of a process's memory in KiB; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -190,7 +190,7 @@ class _Children:
         self._seen: dict[int, tuple[float, int]] = {}
 
     def ignore_past(self) -> None:
-        """What they have cost up to now does not count."""
+        """Exclude their cost so far."""
         for pid in descendants(self._root):
             try:
                 _forget_peak(pid)

@@ -38,7 +38,7 @@ def _texts() -> Entry:
 
 
 def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], Entry]:
-    """A model whose file ``name`` is the input: its tokenizer is loaded, then a short chat is tokenized with it."""
+    """Return the entry of a model whose file ``name`` is the input: load its tokenizer, then tokenize a short chat."""
 
     def prepare() -> Entry:
         folder = scratch("model")
@@ -75,7 +75,7 @@ def _tokenizer_file(folder: Path, data: bytes) -> None:
 
 
 def _grown(first: str, more: str, times: int, shown: str) -> str:
-    """A template that makes a value larger and larger, then shows it."""
+    """Return a template that makes a value larger and larger and prints it."""
     grow = f"{{% for _ in range({times}) %}}{{% set n.a={more} %}}{{% endfor %}}"
     return f"{{% set n=namespace(a={first}) %}}{grow}{{{{ {shown} }}}}"
 

@@ -92,7 +92,7 @@ def _digits(count: int) -> int:
 
 
 def varint(value: int) -> bytes:
-    """A number as protobuf writes it."""
+    """Encode a number as a protobuf varint."""
     made = bytearray()
     while value > 127:
         made.append(value & 127 | 128)

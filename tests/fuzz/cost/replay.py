@@ -33,12 +33,12 @@ class Kept:
 
 
 def kept(target: str) -> list[Kept]:
-    """In the order of their names."""
+    """Return the stored inputs in the order of their names."""
     return [Kept(file.stem, **json.loads(file.read_text())) for file in sorted((CORPUS / target).glob("*.json"))]
 
 
 def replay(target: CostTarget, *, closed: bool) -> dict[str, Any]:
-    """Try a target's kept inputs. ``closed``: none is given to the sandbox. -> facts, with what is wrong of each."""
+    """Run a target's stored inputs and return facts, with what is wrong of each. ``closed``: no sandbox."""
     return asyncio.run(_replayed(target, closed))
 
 
@@ -67,5 +67,5 @@ async def _wrong(entry: Entry, one: Kept, closed: bool) -> AsyncIterator[str]:
 
 
 def names() -> Iterator[str]:
-    """Targets that have kept inputs."""
+    """Return the targets that have stored inputs."""
     return (folder.name for folder in sorted(CORPUS.iterdir()) if folder.is_dir())

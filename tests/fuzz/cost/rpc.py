@@ -56,7 +56,7 @@ ATOMS: tuple[Recipe, ...] = (
 
 
 class _Methods:
-    """Stands for a server, and keeps what is added to it."""
+    """Replaces a server, and keeps the handlers that are added to it."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class _Methods:
 
 
 class _Nothing:
-    """A supervisor or supplies, behind which nothing is: every question is answered with ``Passed``."""
+    """An empty supervisor or loader: every call raises ``Passed``."""
 
     hello = None
     computing = False
@@ -167,7 +167,7 @@ def _facts_entry() -> Entry:
 
 
 def seeds_of(kind: Descriptor, limit: int = MAX_CONTROL_BYTES) -> Mapping[str, Recipe]:
-    """For each field of a message, and of those within it, as much as there may be; and fields that nobody knows."""
+    """Return seeds with as much as allowed in each field of a message and its submessages, and with unknown fields."""
     made: dict[str, Recipe] = {
         "unknown fields": ["rep", 1000, ["hex", (varint(UNKNOWN << 3) + b"\0").hex()]],
         "unknown text": ["msg", UNKNOWN, ["rep", 1000, "a"]],
@@ -212,7 +212,7 @@ def _field(kind: Any, name: str) -> int:
 
 
 def _more(method: str) -> Mapping[str, Recipe]:
-    """Requests that may be taken, with as much of everything as that allows."""
+    """Return acceptable requests, with as much of everything as is allowed."""
     text: Recipe = ["rep", 4 * MIB, "a"]
     if method == "Generate":
         kind = inference_pb2.GenerateRequest

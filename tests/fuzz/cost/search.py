@@ -29,7 +29,7 @@ KEPT: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """An input and what it cost, alone."""
+    """An input and its cost, measured alone."""
 
     name: str
     recipe: Recipe
@@ -53,7 +53,7 @@ class Found:
 
 
 class Search:
-    """Over one target, which is prepared once; measurements are forks."""
+    """Searches one target, which is prepared once; measurements are forks."""
 
     def __init__(self, target: CostTarget, rng: Random) -> None:
         self.target, self._rng = target, rng
@@ -61,7 +61,7 @@ class Search:
         self.found = Found(target)
 
     def run(self, kept: Sequence[tuple[str, Recipe]], inputs: int) -> Found:
-        """Try what is kept, the seeds, then worse ones, ``inputs`` in all; at least what is kept is tried."""
+        """Run the stored inputs, the seeds, then worse ones, ``inputs`` in all, but at least the stored ones."""
         known = [*kept, *self.target.seeds().items()]
         known = [(name, recipe) for name, recipe in known if recipe != "" or name == "plain"]
         for name, recipe in known[: max(len(kept), inputs)]:
@@ -76,7 +76,7 @@ class Search:
         return self.found
 
     def measured(self, recipe: Recipe, copies: int = 1) -> Cost:
-        """What an input costs; the least of a few measurements where that is over the bounds."""
+        """Return an input's cost; the least of a few measurements if it is above the bounds."""
         data = build(recipe)
         take, warm = partial(_take, self._entry, data), partial(_warm, self._entry, data, self._entry.sandbox)
         cost = measure(take, copies, warm)
@@ -90,7 +90,7 @@ class Search:
         return cost
 
     def score(self, cost: Cost, recipe: Recipe) -> float:
-        """Above 1 where an input costs more than it may."""
+        """Return a value above 1 if an input costs more than allowed."""
         return cost.score(*self.target.children(size(recipe)))
 
     @property
@@ -98,7 +98,7 @@ class Search:
         return max(256, self.target.limit // SMALL_SHARE)
 
     def _worse(self, count: int) -> Iterator[Recipe]:
-        """Changed copies of the dearest so far."""
+        """Return mutated copies of the most expensive inputs so far."""
         for _ in range(max(0, count)):
             pool = [tried.recipe for tried in self.found.dearest[:KEPT]]
             if not pool:
@@ -110,7 +110,7 @@ class Search:
         return Tried(name, recipe, cost, self.score(cost, recipe))
 
     def _try(self, name: str, recipe: Recipe, at_least: int | None = None) -> None:
-        """``at_least``: the recipe is scaled to so many bytes."""
+        """Measure a recipe; ``at_least`` scales it to that many bytes."""
         if at_least is not None:
             recipe = filled(recipe, at_least) or recipe
         if size(recipe) > self.target.limit:

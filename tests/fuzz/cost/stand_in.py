@@ -45,15 +45,15 @@ PASSED = "the stand-in takes nothing"
 
 
 class Passed(Busy):
-    """The input came through every check."""
+    """The input passed every check."""
 
 
 class NeedsSandbox(Busy):
-    """The input came to where it is tokenized or compiled, and no sandbox is open."""
+    """The input reached tokenizing or compiling, and no sandbox is open."""
 
 
 class Coordinator:
-    """Checks a request's grammar as the real one does, and goes no further."""
+    """Checks a request's grammar as the real one does, and then stops."""
 
     journal = None
 
@@ -122,7 +122,7 @@ class Context:
 
 
 class Aborted(Exception):
-    """A call ended with a status."""
+    """A call that ended with a status."""
 
     def __init__(self, code: Any, details: str, metadata: Any) -> None:
         super().__init__(details)
@@ -130,7 +130,7 @@ class Aborted(Exception):
 
 
 def outcome_of(error: MacpipeError) -> str:
-    """A typed error's name, where it is one."""
+    """Return the outcome of a typed error: SANDBOX_CLOSED, TAKEN, or its name."""
     if isinstance(error, NeedsSandbox):
         return SANDBOX_CLOSED
     return TAKEN if isinstance(error, Passed) else type(error).__name__
@@ -138,7 +138,7 @@ def outcome_of(error: MacpipeError) -> str:
 
 @functools.cache
 def model_folder() -> Path:
-    """The small model, but with a template that takes tools."""
+    """Return the folder of the small model, with a template that takes tools."""
     folder = scratch("tools")
     shutil.copytree(BUNDLED / "faq", folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -148,7 +148,7 @@ def model_folder() -> Path:
 
 
 class LateSandbox(TextService):
-    """The real sandbox once it was opened, which takes a second. Before, every call raises ``NeedsSandbox``."""
+    """The real sandbox once it is open, which takes a second. Before, every call raises ``NeedsSandbox``."""
 
     def __init__(self) -> None:
         self._text: SandboxedTokenizer | None = None
@@ -191,7 +191,7 @@ SANDBOX = LateSandbox()
 
 @functools.cache
 def served() -> ModelInfo:
-    """The same, as a coordinator knows it, with a context that every prompt fits."""
+    """Return the same model as a coordinator knows it, with a context that every prompt fits."""
     plain = plain_model()
     shape = replace(plain.shape, max_context=LONG_CONTEXT)
     return ModelInfo(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX)

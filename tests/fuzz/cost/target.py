@@ -31,18 +31,18 @@ Limit: TypeAlias = tuple[float, float]
 
 
 def fixed_limit(size: int) -> Limit:
-    """What any input may cost."""
+    """Return the maximal cost of any input."""
     return CPU_S, MEMORY_MIB
 
 
 def job_limit(size: int) -> Limit:
-    """What the sandbox allows a job for an input of ``size`` bytes."""
+    """Return the sandbox's limits of a job for an input of ``size`` bytes."""
     cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
     return cpu_s, (SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size) / MIB
 
 
 def opening_limit(size: int) -> Limit:
-    """What it allows the loading of a model's tokenizer."""
+    """Return the sandbox's limits of loading a model's tokenizer."""
     return SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES / MIB
 
 

@@ -34,7 +34,7 @@ CALLER = request_validation.Caller("fuzz", None)
 
 @functools.cache
 def served() -> ModelInfo:
-    """The small model that comes along, as a coordinator knows it."""
+    """Return the bundled small model as a coordinator knows it."""
     folder = BUNDLED / "faq"
     tokenizer = load_tokenizer(folder)
     return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer))  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def awaited(work: Any) -> Any:
-    """What a coroutine gives, on one loop for all."""
+    """Return a coroutine's result, on one shared loop."""
     return asyncio.run_coroutine_threadsafe(work, _loop()).result()
 
 
@@ -187,7 +187,7 @@ class _Desk:
 
 
 def http_requests() -> Prepared:
-    """Raw requests through the parser that the server has, guard, routes, bodies and intake: none ends with 500."""
+    """Send raw requests through the server's parser, middleware, routes, bodies and validation: none ends with 500."""
     served()
     app = application(_Desk())  # type: ignore[arg-type]
 

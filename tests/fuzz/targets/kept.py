@@ -33,7 +33,7 @@ from fuzz.targets.target import Prepared, Target
 
 
 def scratch(name: str) -> Path:
-    """A place for a file, in memory where there is such; it is gone when the process ends."""
+    """Return a path for a file, in memory if possible; it is removed when the process ends."""
     fast = Path("/dev/shm")
     folder = tempfile.mkdtemp(prefix="macpipe-fuzz-", dir=fast if fast.is_dir() else None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -72,7 +72,7 @@ def engine_messages() -> Prepared:
 
 
 def sandbox_messages() -> Prepared:
-    """What a sandbox process that a hostile model has spoiled could answer."""
+    """Read what a sandbox process could answer after a hostile model has damaged it."""
 
     def run(data: bytes) -> None:
         size = SANDBOX_HEADER.size
@@ -135,7 +135,7 @@ def manifests() -> Prepared:
 
 
 def partials() -> Prepared:
-    """The records of a partial checkpoint: its journal, and where it is from."""
+    """Read the records of a partial checkpoint: its journal and its origin."""
     from cluster.model.checkpoint import BUNDLED
     from cluster.model.weight_versions import RECORDS
     from cluster.store.model_files import ModelFiles, StoredFile

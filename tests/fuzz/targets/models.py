@@ -81,7 +81,7 @@ def _spoil_header(data: bytes, rng: Any, others: Any) -> bytes:
 
 
 def _of_folder(name: str, read: Callable[[Path], object], *, also: str = "") -> Callable[[], Prepared]:
-    """One file of a folder spoiled, and the folder read."""
+    """Damage one file of a folder and read the folder."""
 
     def prepare() -> Prepared:
         folder = _folder()
@@ -108,7 +108,7 @@ def _tokenized(folder: Path) -> None:
 
 
 def hub_answers() -> Prepared:
-    """What the hub says of a model, then its small files."""
+    """Read the hub's description of a model, then its small files."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -158,7 +158,7 @@ class _Stub:
 
 
 def peers() -> Prepared:
-    """What another worker's store says: of tensors, of files, and their bytes."""
+    """Read another worker's store: states of tensors, files, and their bytes."""
     models = scratch("models")
 
     def run(data: bytes) -> None:
@@ -192,7 +192,7 @@ def peers() -> Prepared:
 
 
 def facts() -> Prepared:
-    """What a worker says of itself."""
+    """Read a worker's description of itself."""
     said = worker_pb2.DescribeResponse(
         id="ab" * 8, name="mac-1", version="1", cluster="c", data_port=7000, memory_total=2**36, memory_limit=2**35,
         epoch=3, start_layer=0, end_layer=4, model="m",
@@ -220,7 +220,7 @@ def _grammar(kind: GrammarKind, *seeds: str) -> Callable[[], Prepared]:
 
 
 def answers() -> Prepared:
-    """What a model says, which may be anything, told apart into reasoning, content and calls, in every known format."""
+    """Parse a model's text, which may be anything, into reasoning, content and calls, in every known format."""
     formats = [import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call for name in FORMATS]
     marks = served().tokenizer._marks
     marks = copy(marks)

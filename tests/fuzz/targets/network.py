@@ -56,7 +56,7 @@ def _size(text: str) -> None:
 
 
 def replies() -> Prepared:
-    """What a coordinator says to its client."""
+    """Read a coordinator's replies to its client."""
     from google.protobuf.message import DecodeError
 
     def run(data: bytes) -> None:

@@ -37,7 +37,7 @@ def join_tokens() -> Prepared:
 
 
 def certificates() -> Prepared:
-    """Of parties and of authorities, and requests for them, as they come over the network."""
+    """Read certificates of parties and of authorities, and requests for them, as they arrive over the network."""
     authority = Authority.make(_folder(), time.time())
     _, request = make_request()
     signed = authority.sign(request, Role.WORKER, ID, "mac-1", time.time())

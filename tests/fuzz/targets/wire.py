@@ -79,7 +79,7 @@ def parcels() -> Prepared:
 
 
 def inboxes() -> Prepared:
-    """Messages in a row, as a stage gets them; the frames whose turn came are taken out between."""
+    """Put a series of messages into a stage's inbox, and take out the frames whose turn came in between."""
 
     def run(data: bytes) -> None:
         inbox = Inbox(EPOCH)
@@ -107,7 +107,7 @@ def _apart() -> tuple[bytes, bytes]:
 
 
 def returns() -> Prepared:
-    """What the last stage says, into the schedule: a frame that is well made can still be nonsense."""
+    """Give the last stage's frames to a scheduler: a valid frame can still be nonsense."""
     room = Capacity(2, 4, 3, (2**40, 2**40), (2**30, 2**30), lambda tokens: (tokens, tokens))
 
     def begun() -> Scheduler:
@@ -125,7 +125,7 @@ def returns() -> Prepared:
 
 
 def _answered(schedule: Scheduler) -> list[Frame]:
-    """What the last stage says to the first frames of a schedule."""
+    """Return the last stage's answers to the first frames of a schedule."""
     said: list[Frame] = []
     for position in range(3):
         for frame in schedule.next_frames(0.0):
