@@ -1,1 +1,1 @@
-"""Core types to protobuf messages and back: one encoder and one decoder for each type."""
+"""Conversion between core types and protobuf messages: one encoder and one decoder for each type."""

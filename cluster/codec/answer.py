@@ -1,4 +1,4 @@
-"""Encodes and decodes the parts of an answer that coordinator and client share."""
+"""Encode and decode the parts of an answer that coordinator and client share."""
 
 from __future__ import annotations
 

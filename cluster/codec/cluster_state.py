@@ -1,4 +1,4 @@
-"""Encodes and decodes the state of a cluster: workers, stages, live requests, repairs."""
+"""Encode and decode the state of a cluster: workers, stages, live requests, repairs."""
 
 from __future__ import annotations
 

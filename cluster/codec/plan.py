@@ -1,4 +1,4 @@
-"""Encodes and decodes plans and what they consist of: stages, routes, objectives, forecasts, and a load's progress."""
+"""Encode and decode plans and what they consist of: stages, routes, objectives, forecasts, and a load's progress."""
 
 from __future__ import annotations
 

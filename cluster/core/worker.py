@@ -1,4 +1,4 @@
-"""What is known of a worker: by everybody, by its coordinator, and by clients."""
+"""The facts of a worker: shared ones, those for its coordinator, and those for clients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cluster.core.plan import LayerRange, Profile
 
 @dataclass(frozen=True, slots=True)
 class WorkerSummary:
-    """What a worker says of itself, as far as the coordinator shows it to people.
+    """A worker's description of itself, as far as the coordinator shows it to people.
 
-    Sizes are in bytes: macpipe may use ``memory_limit`` of ``memory_total``. Addresses are ``host:port``; they are
-    empty in the worker's own description: only who reaches it knows them. ``sequences`` counts its KV caches.
+    Sizes are in bytes: macpipe may use ``memory_limit`` of ``memory_total``. Addresses are ``host:port``; the worker
+    itself leaves them empty, since only its callers know them. ``sequences`` counts its KV caches.
     """
 
     id: str
@@ -27,13 +27,13 @@ class WorkerSummary:
     memory_limit: int
     memory_used: int = 0
     memory_peak: int = 0
-    """The most that was used at once since the engine started."""
+    """Peak memory since the engine started."""
     sequences: int = 0
     interface: str = ""
     gpu_cores: int = 0
     macos_version: str = ""
     memory_pressure: str = ""
-    """The system's own word for it, where it has one: normal, warning or critical."""
+    """normal, warning or critical; empty if the system does not report it."""
     draining: bool = False
     clock_ahead_seconds: float = 0.0
     """The worker's clock minus the coordinator's; negative if it is behind."""
@@ -43,7 +43,7 @@ class WorkerSummary:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo(WorkerSummary):
-    """All that a worker tells its coordinator. ``epoch`` is 0, and ``layers`` None, where it holds no stage."""
+    """A worker's full description for its coordinator. ``epoch`` is 0 and ``layers`` None if it holds no stage."""
 
     cluster: str = ""
     epoch: int = 0
@@ -52,20 +52,20 @@ class WorkerInfo(WorkerSummary):
     fingerprint: str = ""
     kv_bits: int = 0
     owner: str = ""
-    """Whose stage it is, also where that coordinator has not been heard of late."""
+    """Id of the coordinator that owns its stage, even if it has been silent."""
     holder: str = ""
-    """The coordinator whose stage it holds, by id; empty for nobody's."""
+    """Id of the coordinator whose heartbeat holds its stage; empty if none does."""
     holder_instance: str = ""
-    """Of the coordinator's process that holds its stage; empty for nobody's."""
+    """Random id of the coordinator's process that holds its stage; empty if none does."""
     instance: str = ""
-    """Of its process, random at each start."""
+    """Random id of its process."""
     profile: Profile = field(default_factory=Profile)
     busy_ms: int = 0
     computing: bool = False
     """Whether the engine has had processor time in its present step."""
     stopping: bool = False
     certificate: tuple[float, float] = (0.0, 0.0)
-    """From when to when it is valid, in seconds since the epoch; zeros without a cluster."""
+    """Start and end of its validity, in seconds since the epoch; zeros without a cluster."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""State on disk as JSON: a file is written whole or not at all, and read with a bound.
+"""State on disk as JSON: files are replaced atomically, and read up to a maximal size.
 
-This module knows JSON and files. It refuses to know what the state means: readers check the values themselves.
+The module knows JSON and files. It does not know what the state means: readers check the values themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def encode_json(content: object) -> bytes:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Replace ``path`` with ``content``, whole and on disk, or leave what is there. Raises OSError.
+    """Replace ``path`` by ``content`` atomically, synced to disk. Raises OSError and leaves the old file then.
 
     Missing folders are created.
     """

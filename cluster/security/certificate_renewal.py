@@ -22,7 +22,7 @@ def due_at(begins: float, ends: float) -> float:
 
 
 def is_due(begins: float, ends: float, now: float) -> bool:
-    """Whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
+    """Return whether a certificate that is valid between these times (seconds since the epoch) should be renewed."""
     return now > due_at(begins, ends)
 
 
@@ -50,7 +50,7 @@ class Renewal:
             return request
 
     def install(self, certificate: bytes) -> None:
-        """Keep the certificate (PEM) that was asked for, in place of the old one. Raises ``InvalidRequest``.
+        """Replace the old certificate with the one (PEM) that was requested. Raises ``InvalidRequest``.
 
         Another process of this machine may renew the same certificate: the folder's lock keeps each key beside its own
         certificate. Raises ``Busy`` if another process holds it too long.

@@ -101,7 +101,7 @@ async def _serve(settings: WorkerSettings, servicer: WorkerServicer, server: grp
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 
     add_WorkerServiceServicer_to_server(servicer, server)
-    add_StoreServiceServicer_to_server(servicer.supplies.store_server, server)
+    add_StoreServiceServicer_to_server(servicer.loader.store_server, server)
     await server.start()
     announcement = announce(
         id=servicer.id,

@@ -1,4 +1,4 @@
-"""The worker's control plane: WorkerService over its supervisor. Thin: it translates, the engine does."""
+"""The worker's control plane: implements WorkerService with its supervisor. It only translates."""
 
 from __future__ import annotations
 
@@ -40,25 +40,28 @@ if TYPE_CHECKING:
     from cluster.security.certificate_renewal import Renewal
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
-SAME_ID = (
+_OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
+_SAME_ID = (
     "another coordinator of the same id, since a state folder was copied; stop one of the two, or give one a "
     "MACPIPE_HOME of its own"
 )
-Asking: TypeAlias = pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
-RELEASE_LOOK_S = 0.05
+CoordinatorRequest: TypeAlias = (
+    pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
+)
+_RELEASE_INTERVAL_S = 0.05
+"""Interval of checks whether a coordinator still needs a worker that stops."""
 _NOTHING = Hello(0, "", "", "", "", 0, 0)
 
 
 @dataclass
 class WorkerServicer(WorkerServiceServicer):
-    """Answers the coordinator. ``loaded`` is the slice that the living engine holds, None where it holds none."""
+    """Serves the coordinator. ``loaded`` is the request of the slice that the engine holds, None if it holds none."""
 
     id: str
     settings: WorkerSettings
     trust: Trust
     supervisor: Supervisor
-    supplies: StageLoader
+    loader: StageLoader
     file: ProfileFile
     machine: MachineFacts
     lag: Lag = no_lag
@@ -67,17 +70,17 @@ class WorkerServicer(WorkerServiceServicer):
     draining: bool = False
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
-    """This Mac is no member of its cluster any more."""
+    """Set once this Mac was removed from its cluster."""
     _loaded_by: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
     def __post_init__(self) -> None:
-        """A bound address stays where it is, so its interface is looked up once and not for every heartbeat."""
+        """Look up the interface once, not at every heartbeat: the bound address does not change."""
         self._interface = self.settings.interface or interface_of(self.settings.host)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
-        if request.coordinator and self.loaded and _asker(request) == _asker(self.loaded):
+        if request.coordinator and self.loaded and _caller(request) == _caller(self.loaded):
             self._heard = time.monotonic()
         report, problem = await self._report()
         info = await self._describe(report)
@@ -86,7 +89,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def _describe(self, report: Reported) -> WorkerInfo:
         hello = self.supervisor.hello or _NOTHING
-        held = self._loaded_request() or pb.LoadStageRequest()  # after the report: an engine that is gone holds nothing
+        held = self._loaded_request() or pb.LoadStageRequest()  # after the report: a dead engine holds nothing
         return WorkerInfo(
             id=self.id,
             name=self.settings.name,
@@ -125,49 +128,49 @@ class WorkerServicer(WorkerServiceServicer):
         )
 
     async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
-        """Refuse whom the cluster's coordinator says is out of it; nobody else is believed."""
-        kept = self.trust.revocations
+        """Learn revoked certificates, but only from the cluster's coordinator."""
+        revocations = self.trust.revocations
         shown: Any = context.auth_context()
-        party = self.trust.party(shown) if kept else None
-        if kept and party and party.role == COORDINATOR:
-            told = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
-            if told != kept.known():
-                await anyio.to_thread.run_sync(kept.learn, told)
-            if self.trust.serial in told:
+        party = self.trust.party(shown) if revocations else None
+        if revocations and party and party.role == COORDINATOR:
+            revoked = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
+            if revoked != revocations.known():
+                await anyio.to_thread.run_sync(revocations.learn, revoked)
+            if self.trust.serial in revoked:
                 self.removed.set()
 
     def _holder(self) -> str:
-        """The coordinator whose heartbeat was heard of late, while its stage is held."""
+        """Return the coordinator that owns the stage, if its last heartbeat is recent; else an empty text."""
         held = self._loaded_request()
         return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
 
     def _holder_lives(self) -> bool:
-        """Whether the process that holds the stage was heard so lately that it cannot have been started again since."""
+        """Return whether the process that owns the stage was heard too recently to have been restarted since."""
         return bool(self._holder()) and time.monotonic() - self._heard < RESTART_S
 
     def _loaded_request(self) -> pb.LoadStageRequest | None:
-        """What is loaded, unless the engine that loaded it is gone."""
+        """Return the request of the loaded slice; None if the engine that loaded it has ended."""
         return self.loaded if self._loaded_by is not None and self._loaded_by is self.supervisor.hello else None
 
     async def _report(self) -> tuple[Reported, str]:
         try:
             return await self.supervisor.report(), ""
         except MacpipeError as e:
-            return Reported(0, 0, 0), e.sentence or "the engine is ending"
+            return Reported(0, 0, 0), e.sentence or "the engine is stopping"
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
         await _require_names(context, request.coordinator, request.instance)
         if len(request.peers) > MAX_STAGE_PEERS:
-            most = f"a stage's bytes may be had from {MAX_STAGE_PEERS} places, not {len(request.peers)}"
-            await abort(context, InvalidRequest(most, field="peers"))
+            why = f"a stage's bytes may come from at most {MAX_STAGE_PEERS} Macs, not {len(request.peers)}"
+            await abort(context, InvalidRequest(why, field="peers"))
         await self._refuse_others(request, context)
         if (held := self._loaded_request()) and request.epoch < held.epoch:
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
             await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
         self.loaded = None
         try:
-            async with aclosing(self.supplies.stage(request, lambda path: self._read(request, path))) as events:
+            async with aclosing(self.loader.stage(request, lambda path: self._read(request, path))) as events:
                 async for event in events:
                     yield event
         except MacpipeError as e:
@@ -213,12 +216,12 @@ class WorkerServicer(WorkerServiceServicer):
         return pb.DrainWorkerResponse()
 
     async def wait_released(self) -> None:
-        """Say from now on that this worker stops; return once no coordinator needs it any more."""
+        """Report from now on that this worker stops; return once no coordinator needs it any more."""
         self.stopping = True
         while True:
             if not self._holder():
                 return
-            await anyio.sleep(RELEASE_LOOK_S)
+            await anyio.sleep(_RELEASE_INTERVAL_S)
 
     async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
         await self._refuse_others(request, context)
@@ -226,12 +229,13 @@ class WorkerServicer(WorkerServiceServicer):
         self.supervisor.reset(request.why)
         return pb.ResetEngineResponse()
 
-    async def _refuse_others(self, request: Asking, context: Context) -> None:
+    async def _refuse_others(self, request: CoordinatorRequest, context: Context) -> None:
+        """Abort the call if another coordinator, or another process of the same id, holds the stage."""
         held, holder = self._loaded_request(), self._holder()
         if held and holder and holder != request.coordinator:
-            await abort(context, WorkerTaken(f"it serves {held.model} for {OTHER}"))
+            await abort(context, WorkerTaken(f"it serves {held.model} for {_OTHER}"))
         if held and self._holder_lives() and held.instance != request.instance:
-            await abort(context, WorkerTaken(f"it serves {held.model} for {SAME_ID}"))
+            await abort(context, WorkerTaken(f"it serves {held.model} for {_SAME_ID}"))
 
     async def RequestCertificate(
         self, request: pb.RequestCertificateRequest, context: Context
@@ -251,7 +255,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def _renewal(self, context: Context) -> Renewal:
         if (renewal := self.trust.renewal) is None:
-            await abort(context, InvalidRequest("this worker is in no cluster, and has no certificate"))
+            await abort(context, InvalidRequest("this worker is in no cluster and has no certificate"))
         return renewal
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
@@ -261,13 +265,13 @@ class WorkerServicer(WorkerServiceServicer):
 
 
 async def _require_names(context: Context, *names: str) -> None:
-    """Abort the call where a name or path is longer than any is: some are kept, and told in every heartbeat."""
+    """Abort the call if a name or path is too long: some are stored, and repeated in every heartbeat."""
     if any(len(name) > MAX_PATH_CHARS for name in names):
         await abort(context, InvalidRequest(f"names and paths have at most {MAX_PATH_CHARS} characters"))
 
 
-def _asker(request: Asking | pb.DescribeRequest) -> tuple[str, str]:
-    """Which process of which coordinator asks."""
+def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]:
+    """Return the calling coordinator's id and the id of its process."""
     return request.coordinator, request.instance
 
 

@@ -68,7 +68,7 @@ class _Methods:
 
 
 class _Nothing:
-    """An empty supervisor or loader: every call raises ``Passed``."""
+    """An empty supervisor or stage loader: every call raises ``Passed``."""
 
     hello = None
     computing = False
@@ -100,7 +100,7 @@ def _worker(methods: _Methods) -> None:
         settings=WorkerSettings(name="fuzz", home=home),
         trust=LocalTrust(),
         supervisor=nothing,
-        supplies=nothing,
+        loader=nothing,
         file=ProfileFile(scratch("profile.json"), "k"),
         machine=MachineFacts(),
     )

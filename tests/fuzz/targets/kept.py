@@ -129,7 +129,7 @@ def manifests() -> Prepared:
 
     def read(path: Path) -> None:
         for digest in DigestManifest(path.parent.parent, "ab").known.values():
-            bytes.fromhex(digest)  # what the shelf makes of it
+            bytes.fromhex(digest)  # what the store server makes of it
 
     return Prepared(_of_file(path, read), (lines,), spoil_lines, ())
 
