@@ -33,7 +33,7 @@ def members(
         folder = ClusterFolder(state_home(home), cluster)
         cluster_id = Authority.load(folder).cluster_id
         roster = Members(folder)
-        known = roster.everyone() if everyone else roster.current()
+        known = roster.all_members() if everyone else roster.current()
         if json:
             from cluster.cli.json_output import print_json
 

@@ -48,12 +48,12 @@ from cluster.core.limits import (
     ADOPTION_LOOKS,
     CONTROL_TIMEOUT_S,
     EPOCH_TRIES,
-    FAREWELL_S,
     MAX_SCHEMA_BYTES,
     OVERLOADED_S,
     SETTLE_S,
     STATUS_ASK_S,
     STATUS_VIEW_S,
+    UNLOAD_TIMEOUT_S,
 )
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.request import Grammar, Request
@@ -259,7 +259,7 @@ class Coordinator:
         await self._watch.close()
         if self._refreshing:
             self._refreshing.cancel()
-            await asyncio.wait((self._refreshing,), timeout=FAREWELL_S)
+            await asyncio.wait((self._refreshing,), timeout=UNLOAD_TIMEOUT_S)
         await self._roster.close()
         await anyio.to_thread.run_sync(self._reader.close)
 

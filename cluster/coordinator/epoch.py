@@ -16,7 +16,7 @@ from cluster.coordinator.slice_loading import Progress, link_stages, load_slices
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import FAREWELL_S
+from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LoadProgress, Plan
 from cluster.core.worker import WorkerInfo
 from cluster.transport.streams import Dialer, Received
@@ -100,9 +100,9 @@ class EpochBuilder:
         return tuple(self.control(w.control_address) for w in workers)
 
 
-async def farewell(epoch: int, controls: Sequence[WorkerClient]) -> None:
+async def unload_workers(epoch: int, controls: Sequence[WorkerClient]) -> None:
     """Ask workers to free their slices of this epoch or an older one. Ignore workers that do not answer in time."""
-    with anyio.move_on_after(FAREWELL_S):
+    with anyio.move_on_after(UNLOAD_TIMEOUT_S):
         async with anyio.create_task_group() as tasks:
             for control in controls:
                 tasks.start_soon(_unload, control, epoch)
@@ -110,6 +110,6 @@ async def farewell(epoch: int, controls: Sequence[WorkerClient]) -> None:
 
 async def _unload(control: WorkerClient, epoch: int) -> None:
     try:
-        await control.unload(epoch, FAREWELL_S)
+        await control.unload(epoch, UNLOAD_TIMEOUT_S)
     except MacpipeError:
         return  # a worker that is gone holds nothing

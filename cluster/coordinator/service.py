@@ -15,7 +15,7 @@ import anyio
 
 from cluster.coordinator.canary import run_canary
 from cluster.coordinator.engine_loop import EngineLoop
-from cluster.coordinator.epoch import Epoch, EpochBuilder, farewell
+from cluster.coordinator.epoch import Epoch, EpochBuilder, unload_workers
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planned_move import PlannedMove
 from cluster.coordinator.planner import capacity
@@ -127,7 +127,7 @@ class ModelService:
         for name in tuple(self._leaving):
             self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
-        await farewell(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
+        await unload_workers(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
 
     def _control(self, address: str) -> WorkerClient:
         self._contacted.add(address)
@@ -332,7 +332,7 @@ class ModelService:
             self._notify(f"workers that are back cannot take their layers again: {e.sentence}")
 
     async def _release(self, leaver: WorkerInfo) -> None:
-        await farewell(self._deps.epochs.last, [self._control(leaver.control_address)])
+        await unload_workers(self._deps.epochs.last, [self._control(leaver.control_address)])
         self._end_leave(leaver.name)
 
 

@@ -490,5 +490,5 @@ MIN_CONTEXT: Final = 8
 """Below this not even the canary fits."""
 LOOP_STOP_S: Final = 5.0
 """Time for the engine loop's thread to end: a disk that does not answer must not keep `serve` alive."""
-FAREWELL_S: Final = 2.0
+UNLOAD_TIMEOUT_S: Final = 2.0
 """Time for workers to free their slices when a coordinator stops."""

@@ -34,7 +34,7 @@ from cluster.discovery.join_announcement import look_for_join
 from cluster.joining.coordinator_search import search
 from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, JoinRequest, read_answer, read_refusal
 from cluster.security.admission import clocks_in_words
-from cluster.security.authority import Stranger, authority_of
+from cluster.security.authority import PresentedAuthority, read_authority
 from cluster.security.bounds import (
     CLOCKS_DIFFER_S,
     DEFAULT_JOIN_PORT,
@@ -87,19 +87,19 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class Presented:
     """What an address presented before it was sent anything: its authority and its clock, unverified."""
 
     address: str
-    authority: Stranger
+    authority: PresentedAuthority
     clock: float | None
 
 
 async def join(order: JoinOrder) -> Joined:
     """Become a member. Raises ``MacpipeError``. Every step has a deadline."""
-    shown = await _find_pinned(order)
-    folder = ClusterFolder(order.home, order.cluster or shown.authority.cluster)
-    if folder.exists and folder.authority.read_bytes() != shown.authority.certificate:
+    presented = await _find_pinned(order)
+    folder = ClusterFolder(order.home, order.cluster or presented.authority.cluster)
+    if folder.exists and folder.authority.read_bytes() != presented.authority.certificate:
         raise InvalidOption(
             f"this Mac is in another cluster under the name {folder.cluster}; keep this one under another name with"
             f" --cluster NAME, or remove {folder.path}",
@@ -108,17 +108,17 @@ async def join(order: JoinOrder) -> Joined:
     pending = order.home / "clusters" / ".joining" / f"{order.token.id}.pem"
     key, csr = _request(folder, pending)
     try:
-        answer = await _request_admission(order, shown, csr)
+        answer = await _request_admission(order, presented, csr)
     except TokenRefused:
         pending.unlink(missing_ok=True)  # no answer will come for this key
         raise
     now = order.clock()
-    party = _install(order, folder, shown.authority, key, answer)
+    party = _install(order, folder, presented.authority, key, answer)
     pending.unlink(missing_ok=True)
-    return Joined(folder.cluster, party, shown.address, folder.path, now - answer.clock)
+    return Joined(folder.cluster, party, presented.address, folder.path, now - answer.clock)
 
 
-async def fetch_authority(address: str) -> Shown:
+async def fetch_authority(address: str) -> Presented:
     """Return what ``address`` presents, unverified. Raises ``Unreachable``, ``ForeignAuthority``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # The answer is public, and the caller compares it with the token's pin.
@@ -129,22 +129,22 @@ async def fetch_authority(address: str) -> Shown:
     try:
         if response.status_code != httpx2.codes.OK:
             raise ValueError(f"it answers with {response.status_code}")
-        return Shown(address, authority_of(body), _date(response))
+        return Presented(address, read_authority(body), _date(response))
     except ValueError as e:
         raise ForeignAuthority(f"{address} is not a macpipe coordinator that admits Macs ({e})") from e
 
 
-async def _find_pinned(order: JoinOrder) -> Shown:
+async def _find_pinned(order: JoinOrder) -> Presented:
     """Return the coordinator that issued the token, at the given address or found by a search."""
 
-    async def look(address: str) -> Shown:
-        shown = await fetch_authority(address)
-        if shown.authority.fingerprint != order.token.fingerprint:
+    async def look(address: str) -> Presented:
+        presented = await fetch_authority(address)
+        if presented.authority.fingerprint != order.token.fingerprint:
             raise ForeignAuthority(
                 f"{address} is not the coordinator that issued this token: its cluster is"
-                f" {shown.authority.cluster_id}, the token's {order.token.cluster_id}; no secret was sent"
+                f" {presented.authority.cluster_id}, the token's {order.token.cluster_id}; no secret was sent"
             )
-        return shown
+        return presented
 
     if order.peer:
         address = _address(order.peer)
@@ -169,7 +169,7 @@ async def _retry_if_cut(call: Callable[[], Awaitable[T]]) -> T:
         await anyio.sleep(JOIN_RETRY_S)
 
 
-async def _request_admission(order: JoinOrder, shown: Shown, csr: bytes) -> JoinReply:
+async def _request_admission(order: JoinOrder, presented: Presented, csr: bytes) -> JoinReply:
     """Post the request, again if the port is full or the connection was cut: the same key gets the same answer."""
     request = JoinRequest(
         token=order.token.id,
@@ -179,27 +179,29 @@ async def _request_admission(order: JoinOrder, shown: Shown, csr: bytes) -> Join
         name=order.name,
         clock=max(0.0, order.clock()),
     )
-    return await _retry_if_cut(lambda: _post(order, shown, request))
+    return await _retry_if_cut(lambda: _post(order, presented, request))
 
 
-async def _post(order: JoinOrder, shown: Shown, request: JoinRequest) -> JoinReply:
-    context = ssl.create_default_context(cadata=shown.authority.certificate.decode())
+async def _post(order: JoinOrder, presented: Presented, request: JoinRequest) -> JoinReply:
+    context = ssl.create_default_context(cadata=presented.authority.certificate.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    name = name_of(Role.COORDINATOR, shown.authority.cluster_id)
+    name = name_of(Role.COORDINATOR, presented.authority.cluster_id)
     try:
-        async with _call(shown.address, context, JOIN_S, name) as caller:
+        async with _call(presented.address, context, JOIN_S, name) as caller:
             response, body = await caller("POST", JOIN, request.model_dump_json().encode())
     except ssl.SSLCertVerificationError as e:
-        raise _explain_verification_error(e, shown, order.clock()) from None
+        raise _explain_verification_error(e, presented, order.clock()) from None
     if response.status_code != httpx2.codes.OK:
-        raise read_refusal(body) or Unreachable(f"{shown.address} answers with {response.status_code}")
+        raise read_refusal(body) or Unreachable(f"{presented.address} answers with {response.status_code}")
     try:
         return read_answer(body)
     except ValueError as e:
-        raise Unreachable(f"{shown.address}: {e}") from e
+        raise Unreachable(f"{presented.address}: {e}") from e
 
 
-def _install(order: JoinOrder, folder: ClusterFolder, authority: Stranger, key: bytes, answer: JoinReply) -> Party:
+def _install(
+    order: JoinOrder, folder: ClusterFolder, authority: PresentedAuthority, key: bytes, answer: JoinReply
+) -> Party:
     """Write the certificate after checking that it is the one that was requested."""
     certificate = answer.certificate.encode()
     try:
@@ -223,14 +225,14 @@ def _request(folder: ClusterFolder, pending: Path) -> tuple[bytes, bytes]:
     return key, csr
 
 
-def _explain_verification_error(error: ssl.SSLCertVerificationError, shown: Shown, now: float) -> MacpipeError:
+def _explain_verification_error(error: ssl.SSLCertVerificationError, presented: Presented, now: float) -> MacpipeError:
     """Return the error for an invalid coordinator's certificate. A wrong clock may be the cause."""
     if error.verify_code not in _CLOCK_CODES:
         return ForeignAuthority(
-            f"{shown.address} presents the right authority but is not its coordinator ({error.verify_message}); no"
+            f"{presented.address} presents the right authority but is not its coordinator ({error.verify_message}); no"
             " secret was sent"
         )
-    ahead = 0.0 if shown.clock is None else now - shown.clock
+    ahead = 0.0 if presented.clock is None else now - presented.clock
     if abs(ahead) > CLOCKS_DIFFER_S:
         return ClockWrong(
             f"this Mac's clock is {clocks_in_words(ahead)} the coordinator's, whose certificate is not valid at that"

@@ -47,23 +47,23 @@ def machine_facts() -> MachineFacts:
         return MachineFacts()
     return MachineFacts(
         chip=_run_command("sysctl", "-n", "machdep.cpu.brand_string").strip(),
-        gpu_cores=gpu_cores(_run_command("system_profiler", "-json", "SPDisplaysDataType")),
-        wired_limit=wired_limit(_run_command("sysctl", "-n", "iogpu.wired_limit_mb")),
-        macos_version=version_in(_run_command("sw_vers")),
+        gpu_cores=parse_gpu_cores(_run_command("system_profiler", "-json", "SPDisplaysDataType")),
+        wired_limit=parse_wired_limit(_run_command("sysctl", "-n", "iogpu.wired_limit_mb")),
+        macos_version=parse_version(_run_command("sw_vers")),
     )
 
 
 def memory_pressure() -> str:
     """Return the kernel's name of the memory pressure; empty if not known."""
-    return pressure_word(_run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
+    return parse_pressure(_run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
 
 
 def process_seconds(pid: int) -> float | None:
     """Return the processor time of a process in seconds; None if not known."""
-    return seconds_of(_run_command("ps", "-o", "time=", "-p", str(pid)))
+    return parse_cpu_time(_run_command("ps", "-o", "time=", "-p", str(pid)))
 
 
-def seconds_of(clock: str) -> float | None:
+def parse_cpu_time(clock: str) -> float | None:
     """Parse ``ps -o time=``: ``[[hours:]minutes:]seconds``, with hundredths."""
     try:
         parts = [float(part) for part in clock.strip().split(":")]
@@ -75,17 +75,17 @@ def seconds_of(clock: str) -> float | None:
 @lru_cache(maxsize=1)
 def hardware_ports() -> dict[str, str]:
     """Return the kind of each network device, such as ``en0``: ``Wi-Fi``."""
-    return ports_named(_run_command("networksetup", "-listallhardwareports"))
+    return parse_hardware_ports(_run_command("networksetup", "-listallhardwareports"))
 
 
-def ports_named(report: str) -> dict[str, str]:
+def parse_hardware_ports(report: str) -> dict[str, str]:
     """Parse ``networksetup -listallhardwareports``: a line with the port's name, the next one with its device."""
     lines = [line.partition(": ") for line in report.splitlines()]
     pairs = pairwise(lines)
     return {b[2]: a[2] for a, b in pairs if a[0] == "Hardware Port" and b[0] == "Device"}
 
 
-def gpu_cores(report: str) -> int:
+def parse_gpu_cores(report: str) -> int:
     """Parse ``system_profiler -json SPDisplaysDataType``; 0 if it has no core count."""
     try:
         displays = json.loads(report)["SPDisplaysDataType"]
@@ -94,18 +94,18 @@ def gpu_cores(report: str) -> int:
         return 0
 
 
-def wired_limit(value: str) -> int:
+def parse_wired_limit(value: str) -> int:
     """Parse ``sysctl -n iogpu.wired_limit_mb``, in bytes; 0 if it is not set."""
     return int(value) * MIB if value.strip().isdigit() else 0
 
 
-def version_in(report: str) -> str:
+def parse_version(report: str) -> str:
     """Parse ``sw_vers``: the version, such as 15.1; empty if it names none."""
     found = _VERSION.search(report)
     return found[1] if found else ""
 
 
-def pressure_word(value: str) -> str:
+def parse_pressure(value: str) -> str:
     """Parse ``sysctl -n kern.memorystatus_vm_pressure_level``."""
     return PRESSURES.get(int(value), "") if value.strip().isdigit() else ""
 

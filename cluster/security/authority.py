@@ -138,7 +138,7 @@ def cluster_id_of(fingerprint: bytes) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Stranger:
+class PresentedAuthority:
     """An authority that another machine presented: certificate (PEM), fingerprint and the name of its cluster."""
 
     certificate: bytes
@@ -157,7 +157,7 @@ _UNFIT: Final = (
 """What reading an untrusted certificate may raise."""
 
 
-def authority_of(pem: bytes) -> Stranger:
+def read_authority(pem: bytes) -> PresentedAuthority:
     """Read an untrusted authority's certificate. Raises ``ValueError``.
 
     The result holds one self-signed certificate, encoded again, so that nothing else of the input is kept.
@@ -175,7 +175,7 @@ def authority_of(pem: bytes) -> Stranger:
         raise ValueError("not an authority's certificate") from None
     if not constraints.ca:
         raise ValueError("not an authority's certificate")
-    return Stranger(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
+    return PresentedAuthority(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
 
 
 def read_request_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:

@@ -13,7 +13,7 @@ import grpc
 from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
 from cluster.security.name_check import check_name
-from cluster.security.trust import Options, Shown, Trust
+from cluster.security.trust import AuthContext, Options, Trust
 
 if TYPE_CHECKING:
     from cluster.security.roles import Party
@@ -73,7 +73,7 @@ class LocalTrust:
     def _named(self) -> str:
         return "" if self._cluster == "default" else f" --cluster {self._cluster}"
 
-    def party(self, shown: Shown) -> Party | None:
+    def party(self, shown: AuthContext) -> Party | None:
         return None
 
     def revoked(self, serial: int) -> bool:

@@ -19,14 +19,14 @@ from cluster.core.errors import MacpipeError
 from cluster.security.access_rules import RULES, is_allowed
 from cluster.security.bounds import REVOCATION_LOOK_S
 from cluster.security.roles import Party
-from cluster.security.trust import Shown, Trust
+from cluster.security.trust import AuthContext, Trust
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 Refusal = tuple[grpc.StatusCode, str]
 
 
-def judge(trust: Trust, method: str, shown: Shown) -> Party | Refusal:
+def authorize(trust: Trust, method: str, shown: AuthContext) -> Party | Refusal:
     """Return the caller of ``method`` if it may call it; else the status and the message of the refusal."""
     party = trust.party(shown)
     if party is None:
@@ -84,7 +84,7 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> None:
         """Allow the call and register it, so that ``_sweep`` can cancel it when its party is removed."""
-        party = judge(self._trust, method, _shown_certificate(context))
+        party = authorize(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             context.abort(*party)
         self._open[context] = party
@@ -128,7 +128,7 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
         return _like(handler, stream if handler.response_streaming else whole)
 
     async def _require_admitted(self, method: str, context: Context) -> Party:
-        party = judge(self._trust, method, _shown_certificate(context))
+        party = authorize(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             await _refuse(context, party)
         return party
@@ -157,7 +157,7 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
             watching.cancel()
 
 
-def _shown_certificate(context: grpc.ServicerContext | Context) -> Shown:
+def _shown_certificate(context: grpc.ServicerContext | Context) -> AuthContext:
     found: Any = context.auth_context()  # its typing stub is wrong: a name may have several values
     return dict(found)
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from cluster.core.errors import ClockWrong, ClusterDamaged, MacpipeError
 from cluster.security.bounds import MAX_PEM_BYTES
-from cluster.security.roles import Party, party_in, party_of
+from cluster.security.roles import Party, party_of_certificate, read_party
 
 _READ_ATTEMPTS: Final = 20
 _READ_PAUSE_S: Final = 0.05
@@ -65,7 +65,7 @@ class Keyring:
             raise ValueError("the key belongs to another certificate")
         try:
             leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
-            party = party_in(leaf)
+            party = party_of_certificate(leaf)
         except Exception as e:  # cryptography's own errors have no common root
             raise ValueError("the certificate belongs to another cluster") from e
         begins, ends = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
@@ -85,7 +85,7 @@ class Keyring:
 
 def read_certificate(certificate: bytes) -> tuple[Party, float]:
     """Return the party of a certificate (PEM) and when it expires. Raises ``Unauthenticated``."""
-    return party_of(certificate), x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
+    return read_party(certificate), x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 def make_request(key: bytes | None = None) -> tuple[bytes, bytes]:

@@ -45,18 +45,18 @@ class Members:
         self._clock = clock
         self._file = StateFile(folder, folder.members, _pack, _unpack)
 
-    def everyone(self) -> tuple[Member, ...]:
+    def all_members(self) -> tuple[Member, ...]:
         """Return all members in order of admission, removed ones until their certificates expire."""
         return self._file.rows()
 
     def current(self) -> tuple[Member, ...]:
         """Return the members that were not removed."""
-        return tuple(member for member in self.everyone() if member.removed is None)
+        return tuple(member for member in self.all_members() if member.removed is None)
 
     def revoked(self) -> frozenset[int]:
         """Return the serials of removed members' certificates that have not expired."""
         now = self._clock()
-        gone = (member for member in self.everyone() if member.removed is not None)
+        gone = (member for member in self.all_members() if member.removed is not None)
         return frozenset(one.serial for member in gone for one in member.issued if one.not_after > now)
 
     def admits(self, party: Party) -> bool:
@@ -69,7 +69,7 @@ class Members:
 
     def check_room(self, role: Role, id: str, name: str) -> None:  # noqa: A002
         """Raise ``DuplicateName`` if the name or id is taken, ``Busy`` if the roster is full."""
-        _check_room(self._drop_expired(self.everyone()), role, id, check_name(name, "a member's"))
+        _check_room(self._drop_expired(self.all_members()), role, id, check_name(name, "a member's"))
 
     def admit(self, party: Party, not_after: float, *, locked: bool = False) -> None:
         """Add a member with its first certificate; the same certificate again changes nothing.

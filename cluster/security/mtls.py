@@ -18,8 +18,8 @@ from cluster.security.file_version import Stamp, file_version
 from cluster.security.keyring import Keyring
 from cluster.security.members import Members
 from cluster.security.revocations import Revocations
-from cluster.security.roles import Party, Role, party_in
-from cluster.security.trust import Options, Shown
+from cluster.security.roles import Party, Role, party_of_certificate
+from cluster.security.trust import AuthContext, Options
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ClusterTrust:
         credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
         return credentials, [("grpc.ssl_target_name_override", f"{peer}.{own.party.cluster_id}")]
 
-    def party(self, shown: Shown) -> Party | None:
+    def party(self, shown: AuthContext) -> Party | None:
         pem = next(iter(shown.get("x509_pem_cert", ())), b"")
         known = self._parties.get(pem) or self._read(pem)
         if known is None or known[1] < self._clock():  # a connection may outlive its certificate
@@ -110,7 +110,7 @@ class ClusterTrust:
             return None
         try:
             certificate = x509.load_pem_x509_certificate(pem)
-            party = party_in(certificate)
+            party = party_of_certificate(certificate)
         except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
             return None
         if party.cluster_id != self._keyring.party.cluster_id:

@@ -45,17 +45,17 @@ def name_of(role: Role, cluster_id: str, id: str = "") -> str:  # noqa: A002
     return ".".join(filter(None, (role.value, id, cluster_id)))
 
 
-def party_of(pem: bytes) -> Party:
+def read_party(pem: bytes) -> Party:
     """Return the party of a certificate (PEM, verified by TLS). Raises ``Unauthenticated`` if it is not a cluster's."""
     try:
         if len(pem) > MAX_PEM_BYTES:
             raise ValueError("too long")
-        return party_in(x509.load_pem_x509_certificate(pem))
+        return party_of_certificate(x509.load_pem_x509_certificate(pem))
     except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
         raise Unauthenticated("the certificate was not issued by a macpipe cluster") from None
 
 
-def party_in(certificate: x509.Certificate) -> Party:
+def party_of_certificate(certificate: x509.Certificate) -> Party:
     """Return the party of a certificate. Raises ``ValueError``, or x509's errors for missing extensions."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     longest, *others = sorted(names.get_values_for_type(x509.DNSName), key=len, reverse=True)

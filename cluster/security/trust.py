@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluster.security.roles import Party
 
 Options = list[tuple[str, Any]]
-Shown = Mapping[str, Iterable[bytes]]
+AuthContext = Mapping[str, Iterable[bytes]]
 """The peer's ``auth_context``, as gRPC gives it."""
 COORDINATOR: Final = "coordinator"
 WORKER: Final = "worker"
@@ -54,7 +54,7 @@ class Trust(Protocol):
         certificate is not valid now.
         """
 
-    def party(self, shown: Shown) -> Party | None:
+    def party(self, shown: AuthContext) -> Party | None:
         """Return the caller by the certificate that it presented; None for a stranger."""
 
     def revoked(self, serial: int) -> bool:

@@ -299,5 +299,5 @@ def test_of_many_that_race_for_one_token_one_wins(home: str, environment: dict[s
         " create` on the coordinator's Mac"
     )
     assert told == {"admitted": 1, used: attempts - 1}
-    roster = Members(ClusterFolder(Path(home), "default")).everyone()
+    roster = Members(ClusterFolder(Path(home), "default")).all_members()
     assert [member.name.startswith("racer-") for member in roster] == [False, False, False, True]

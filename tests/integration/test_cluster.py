@@ -198,7 +198,7 @@ def test_clients_outlive_many_certificates_of_seconds(
         serve.wait_for("serving")
         cluster.lead.admit(Role.CLIENT, "pat", "c3" * 8, tmp_path / "pat", now=time.time() + SHORT_S - LEAF_S)
         live_both(address, cluster.name, time.time() + 4 * SHORT_S)
-        pat = next(m for m in cluster.lead.members.everyone() if m.name == "pat")
+        pat = next(m for m in cluster.lead.members.all_members() if m.name == "pat")
         assert all(one.not_after < time.time() + 2 * SHORT_S for one in pat.issued)
     finally:
         cluster.close()

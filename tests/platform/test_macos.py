@@ -49,33 +49,33 @@ BuildVersion:\t\t24B83
 
 
 def test_gpu_cores() -> None:
-    assert macos.gpu_cores(DISPLAYS) == 76
+    assert macos.parse_gpu_cores(DISPLAYS) == 76
     for strange in ("", "no JSON", "[]", "{}", '{"SPDisplaysDataType": [{}]}', '{"SPDisplaysDataType": [1]}'):
-        assert macos.gpu_cores(strange) == 0
+        assert macos.parse_gpu_cores(strange) == 0
 
 
 def test_macos_version() -> None:
-    assert macos.version_in(RELEASE) == "15.1"
-    assert macos.version_in(RELEASE.replace("15.1", "26.0.1").replace("macOS", "Mac OS X")) == "26.0.1"
+    assert macos.parse_version(RELEASE) == "15.1"
+    assert macos.parse_version(RELEASE.replace("15.1", "26.0.1").replace("macOS", "Mac OS X")) == "26.0.1"
     for strange in ("", "ProductName: macOS", "ProductVersion: soon", "ProductVersion:\t\x1b[2J15.1", RELEASE[:40]):
-        assert macos.version_in(strange) == "", strange
+        assert macos.parse_version(strange) == "", strange
 
 
 @pytest.mark.parametrize(("said", "limit"), [("0\n", 0), ("180224\n", 180224 << 20), ("", 0), ("unknown oid", 0)])
 def test_wired_limit(said: str, limit: int) -> None:
-    assert macos.wired_limit(said) == limit
+    assert macos.parse_wired_limit(said) == limit
 
 
 @pytest.mark.parametrize(
     ("said", "word"), [("1\n", "normal"), ("2", "warning"), ("4\n", "critical"), ("", ""), ("x", "")]
 )
 def test_memory_pressure(said: str, word: str) -> None:
-    assert macos.pressure_word(said) == word
+    assert macos.parse_pressure(said) == word
 
 
 def test_hardware_ports() -> None:
-    assert macos.ports_named(PORTS) == {"en0": "Ethernet", "bridge0": "Thunderbolt Bridge", "en1": "Wi-Fi"}
-    assert macos.ports_named("") == {}
+    assert macos.parse_hardware_ports(PORTS) == {"en0": "Ethernet", "bridge0": "Thunderbolt Bridge", "en1": "Wi-Fi"}
+    assert macos.parse_hardware_ports("") == {}
 
 
 def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

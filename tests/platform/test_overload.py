@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from cluster.core.limits import LAG_FLOOR_S, LAG_WINDOW_S, MAX_LAG_S
-from cluster.platform.macos import seconds_of
+from cluster.platform.macos import parse_cpu_time
 from cluster.platform.overload import TimerLag, processor_seconds
 
 
@@ -68,4 +68,4 @@ def test_a_child_that_computes_gets_processor_time_and_one_that_is_stopped_none(
     ("said", "seconds"), [("  0:07.25\n", 7.25), ("12:00.00", 720.0), ("1:01:01.50", 3661.5), ("", None), ("?", None)]
 )
 def test_processor_time_is_read_as_macos_writes_it(said: str, seconds: float | None) -> None:
-    assert seconds_of(said) == seconds
+    assert parse_cpu_time(said) == seconds

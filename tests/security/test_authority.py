@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.core.errors import ClockWrong, ClusterDamaged, InvalidOption, InvalidRequest, NoCluster, Unauthenticated
-from cluster.security.authority import Authority, authority_of, cluster_id_of
+from cluster.security.authority import Authority, cluster_id_of, read_authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
-from cluster.security.roles import Party, Role, name_of, party_of
+from cluster.security.roles import Party, Role, name_of, read_party
 
 NOW = 1_800_000_000.0
 DAY = 86_400.0
@@ -47,7 +47,7 @@ def test_a_certificate_says_who_its_holder_is(folder: ClusterFolder, authority: 
     ring = admitted(folder, authority, role)
     serial = x509.load_pem_x509_certificate(ring.certificate).serial_number
     assert ring.party == Party(role, ID, authority.cluster_id, "mac-2", serial)
-    assert party_of(ring.certificate) == ring.party
+    assert read_party(ring.certificate) == ring.party
     assert (ring.not_before, ring.not_after) == (NOW - DAY, NOW + 90 * DAY)
     assert b"PRIVATE" not in repr(ring).encode()
 
@@ -84,7 +84,7 @@ def test_of_a_request_the_public_key_alone_is_believed(folder: ClusterFolder, au
         .sign(key, SHA256())
     )
     signed = authority.sign(forged.public_bytes(Encoding.PEM), Role.WORKER, ID, "mac-2", NOW)
-    assert party_of(signed).role is Role.WORKER
+    assert read_party(signed).role is Role.WORKER
     leaf = x509.load_pem_x509_certificate(signed)
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert "admin" not in leaf.subject.rfc4514_string()
@@ -119,7 +119,7 @@ def test_an_authority_is_loaded_as_it_was_made(folder: ClusterFolder, authority:
     again = Authority.load(folder)
     assert again.certificate == authority.certificate
     assert again.fingerprint == authority.fingerprint
-    shown = authority_of(authority.certificate)
+    shown = read_authority(authority.certificate)
     assert (shown.certificate, shown.fingerprint) == (authority.certificate, authority.fingerprint)
     assert (shown.cluster, shown.cluster_id) == ("lab", authority.cluster_id)
     assert authority.cluster_id == cluster_id_of(authority.fingerprint) == authority.fingerprint.hex()[:16]
@@ -137,22 +137,22 @@ def test_without_the_authoritys_key_nobody_is_admitted(folder: ClusterFolder) ->
 
 def test_what_came_along_with_an_authority_is_not_kept(authority: Authority, tmp_path: Path) -> None:
     foreign = Authority.make(ClusterFolder(tmp_path / "other", "lab"), NOW)
-    kept = authority_of(authority.certificate + foreign.certificate)
+    kept = read_authority(authority.certificate + foreign.certificate)
     assert (kept.certificate, kept.fingerprint) == (authority.certificate, authority.fingerprint)
 
 
 def test_a_leaf_is_no_authority(folder: ClusterFolder, authority: Authority) -> None:
     with pytest.raises(ValueError, match="not an authority"):
-        authority_of(admitted(folder, authority, Role.WORKER).certificate)
+        read_authority(admitted(folder, authority, Role.WORKER).certificate)
     with pytest.raises(ValueError, match="too long"):
-        authority_of(b"x" * 100_000)
+        read_authority(b"x" * 100_000)
 
 
 def test_an_http_certificate_is_no_partys(authority: Authority) -> None:
     key, csr = make_request()
     signed = authority.sign_http(csr, ["mac-1.local", "192.168.1.11", "fd00::5"], NOW)
     with pytest.raises(Unauthenticated, match="not issued by a macpipe cluster"):
-        party_of(signed)
+        read_party(signed)
     with pytest.raises(ValueError, match="belongs to another cluster"):
         Keyring.of(authority.certificate, signed, key)
     usages = x509.load_pem_x509_certificate(signed).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
@@ -165,7 +165,7 @@ def test_an_http_certificate_is_no_partys(authority: Authority) -> None:
 def test_bytes_that_are_no_certificate_are_nobodys(authority: Authority) -> None:
     for bad in (b"", b"x" * 100_000, authority.certificate):
         with pytest.raises(Unauthenticated):
-            party_of(bad)
+            read_party(bad)
 
 
 def test_a_keyring_whose_files_do_not_belong_together_is_refused(

@@ -92,7 +92,7 @@ def test_who_is_removed_is_revoked_until_its_certificates_end(members: Members, 
     assert members.revoked() == {12}, "who comes back does so with a new certificate"
     clock.now = 3500.0
     members.admit(party(2), 9000.0)
-    assert [member.removed for member in members.everyone()] == [None, None], "forgotten once all has ended"
+    assert [member.removed for member in members.all_members()] == [None, None], "forgotten once all has ended"
     clock.now = 6000.0
     members.admit(party(3, name="mac-1"), 9000.0)
     assert names(members) == ["mac-2", "mac-1"], "who let its certificates end may be followed"

@@ -67,13 +67,13 @@ def assert_replaced(path: Path, old: Path) -> None:
 def test_a_roster_of_an_earlier_version_is_read_and_replaced(folder: ClusterFolder) -> None:
     old = write_old(folder, folder.members, OLD_MEMBERS)
     before = Members(folder, lambda: 5000.0)
-    assert before.everyone() == MEMBERS
+    assert before.all_members() == MEMBERS
     assert before.revoked() == {int("1f" * 20, 16), 0x20}
     Members(folder, lambda: 5000.0).admit(Party(Role.CLIENT, "b" * 16, "c" * 16, "mac-4", 3), 9e9)
     assert_replaced(folder.members, old)
     for roster in (before, Members(folder)):
-        assert [member.name for member in roster.everyone()] == ["mac-1-coordinator", "mac-2", "mac-4"]
-        assert roster.everyone()[:2] == MEMBERS
+        assert [member.name for member in roster.all_members()] == ["mac-1-coordinator", "mac-2", "mac-4"]
+        assert roster.all_members()[:2] == MEMBERS
 
 
 def test_tokens_of_an_earlier_version_are_read_and_replaced(folder: ClusterFolder) -> None:
@@ -110,7 +110,7 @@ def test_a_damaged_file_of_an_earlier_version_is_an_error(folder: ClusterFolder,
     old = folder.members.with_suffix(".msgpack")
     folder.write(old, damage)
     with pytest.raises(ClusterDamaged, match=r"members\.msgpack is damaged"):
-        Members(folder).everyone()
+        Members(folder).all_members()
     with pytest.raises(ClusterDamaged):
         Members(folder).remove("mac-2")
     assert old.read_bytes() == damage, "it is not written over"
@@ -134,7 +134,7 @@ def test_a_file_that_is_replaced_while_it_is_looked_for_is_found(
                 replace_with_json(folder)
 
     monkeypatch.setattr(statefile, "file_version", replaced_after)
-    assert Members(folder).everyone() == MEMBERS
+    assert Members(folder).all_members() == MEMBERS
     assert not old.exists()
 
 
@@ -147,7 +147,7 @@ def replace_with_json(folder: ClusterFolder) -> None:
 @pytest.mark.parametrize(
     ("path", "rows", "read"),
     [
-        ("members", MEMBERS, lambda folder: Members(folder).everyone()),
+        ("members", MEMBERS, lambda folder: Members(folder).all_members()),
         ("tokens", TOKENS, lambda folder: TokenStore(folder).all_tokens()),
         ("keys", KEYS, lambda folder: KeyStore(folder).all_keys()),
     ],

@@ -25,7 +25,7 @@ from cluster.security.cluster_creation import create_cluster
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.members import Members
-from cluster.security.roles import Role, party_of
+from cluster.security.roles import Role, read_party
 from cluster.security.tokens import JoinToken, TokenState, TokenStore, WrongSecret
 
 HOUR, DAY = 3600.0, 86_400.0
@@ -103,7 +103,7 @@ def test_a_token_makes_its_bearer_what_it_says(door: Admission) -> None:
     for number, role in enumerate((Role.WORKER, Role.CLIENT, Role.ADMIN), 2):
         one = token(door, role)
         assert JoinToken.parse(one.text).role is role
-        party = party_of(door.admit(wish(one, name=f"mac-{number}", number=number)))
+        party = read_party(door.admit(wish(one, name=f"mac-{number}", number=number)))
         assert (party.role, party.name, party.id) == (role, f"mac-{number}", f"{number:016x}")
         assert door.members.admits(party)
     with pytest.raises(InvalidOption, match="no token admits a coordinator"):
@@ -213,7 +213,7 @@ def test_a_crash_between_the_two_writes_lets_nobody_else_in(door: Admission, mon
     assert admitted(door) == []
     with pytest.raises(TokenRefused, match="was used by mac-2"):
         door.admit(wish(one, name="mac-3", number=3))
-    party = party_of(door.admit(wish(one, csr)))
+    party = read_party(door.admit(wish(one, csr)))
     assert admitted(door) == ["mac-2"]
     assert door.members.admits(party)
 

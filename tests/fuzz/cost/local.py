@@ -18,11 +18,11 @@ from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
 from cluster.core.request import Request, SamplingParams
 from cluster.core.text import parse_layers
 from cluster.joining.join_forms import read_answer, read_refusal, read_request
-from cluster.security.authority import authority_of, read_request_key
+from cluster.security.authority import read_authority, read_request_key
 from cluster.security.bounds import MAX_JOIN_BYTES, MAX_PEM_BYTES
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyStore
-from cluster.security.roles import party_of
+from cluster.security.roles import read_party
 from cluster.security.tokens import JoinToken
 from cluster.wire.frame_codec import decode
 from cluster.worker.inbox import Inbox
@@ -107,7 +107,7 @@ def _answered_to_join() -> Entry:
 
 def _certificate() -> Entry:
     def read(data: bytes) -> None:
-        for one in (party_of, read_request_key, authority_of):
+        for one in (read_party, read_request_key, read_authority):
             try:
                 one(data)
             except (MacpipeError, ValueError):

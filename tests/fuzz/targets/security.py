@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.core.errors import MacpipeError
-from cluster.security.authority import Authority, authority_of, read_request_key
+from cluster.security.authority import Authority, read_authority, read_request_key
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.members import Members
-from cluster.security.roles import Role, party_of
+from cluster.security.roles import Role, read_party
 from cluster.security.tokens import JoinToken, TokenStore
 from fuzz.mutation import spoil_bytes, spoil_msgpack
 from fuzz.targets.kept import scratch
@@ -43,12 +43,12 @@ def certificates() -> Prepared:
     signed = authority.sign(request, Role.WORKER, ID, "mac-1", time.time())
 
     def run(data: bytes) -> None:
-        for read in (party_of, read_request_key):
+        for read in (read_party, read_request_key):
             try:
                 read(data)
             except MacpipeError:
                 continue
-        authority_of(data)
+        read_authority(data)
 
     return Prepared(run, (authority.certificate, signed, request), allowed=(MacpipeError, ValueError))
 
@@ -68,7 +68,7 @@ def members() -> Prepared:
     authority = Authority.make(folder, time.time())
     _, request = make_request()
     kept = Members(folder)
-    kept.admit(party_of(authority.sign(request, Role.WORKER, ID, "mac-1", time.time())), time.time() + 1e6)
+    kept.admit(read_party(authority.sign(request, Role.WORKER, ID, "mac-1", time.time())), time.time() + 1e6)
 
     def rows() -> None:
         fresh = Members(folder)
