@@ -23,10 +23,17 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StepTimes
-from cluster.core.errors import DeadlineExceeded, FrameOverdue, MacpipeError, NotServing, WorkerLost
-from cluster.core.limits import LOOP_STOP_S
+from cluster.core.errors import (
+    DeadlineExceeded,
+    FrameOverdue,
+    InvalidGrammar,
+    MacpipeError,
+    NotServing,
+    WorkerLost,
+)
+from cluster.core.limits import GRAMMAR_WAIT_S, LOOP_STOP_S
 from cluster.core.plan import Plan
-from cluster.core.request import Parsing, Request
+from cluster.core.request import Grammar, Parsing, Request
 from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -163,8 +170,10 @@ class EngineLoop:
         self.answers.flush_journal()  # after delivery, so that a slow disk does not delay readers
 
     def _wait_s(self) -> float | None:
-        """Return the seconds until a frame or a request is overdue; None if there is no deadline."""
-        due = min((t for t in (self._frame_due(), self._scheduler.next_deadline()) if t is not None), default=None)
+        """Return the seconds until a frame, a request or a grammar is overdue or asked for; None if none ever is."""
+        ask_due = self._scheduler.ask_due() if self._ring else None
+        times = (self._frame_due(), ask_due, self._scheduler.next_deadline())
+        due = min((t for t in times if t is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
     def _frame_due(self) -> float | None:
@@ -173,13 +182,17 @@ class EngineLoop:
         return self.patience.due_at(*oldest, extra_s(self._lag())) if oldest else None
 
     def _check_deadlines(self) -> None:
-        """End requests whose deadline has passed, and treat the ring as lost if a frame is overdue."""
+        """End requests that are late, treat the ring as lost if a frame is overdue, and send what is due."""
         now = self._clock()
         for request_id in self._scheduler.overdue(now):
             self.answers.end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
         if (due := self._frame_due()) is not None and due <= now:
             self.patience.overdue += 1
             self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.patience.alive_at:.0f} s"))
+        if self._ring:  # without one, no stage compiles
+            for request_id, grammar in self._scheduler.late(now):
+                self.answers.end(request_id, _late_grammar(grammar))
+        self._flush()
 
     def _flush(self) -> None:
         if not self._ring:
@@ -250,3 +263,11 @@ class EngineLoop:
         if self._ring:
             self._ring.close()
         self._ring = None
+
+
+def _late_grammar(grammar: Grammar) -> InvalidGrammar:
+    return InvalidGrammar(
+        f"the {grammar.kind.value} was not compiled within {GRAMMAR_WAIT_S:.0f} s on the last stage; "
+        "make it simpler, or try again when the machine has less to do",
+        field=grammar.kind.value,
+    )

@@ -142,8 +142,9 @@ class Frame:
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
     has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
-    only ``samples`` and ``failures``; a failed sequence can only leave. A frame with an ``error`` continues to the end
-    of the ring, so that every stage applies its edits, but no stage computes it any further.
+    only ``samples`` and ``failures``; a failed sequence can only leave. A row whose grammar is still being compiled has
+    neither; its sample or failure comes with a later frame. A frame with an ``error`` continues to the end of the ring,
+    so that every stage applies its edits, but no stage computes it any further.
     """
 
     epoch: int

@@ -363,11 +363,28 @@ WALK_TOKENS: Final = 24
 """Length of a check's two walks through a grammar: too ambiguous grammars show within 20 tokens."""
 WALK_CPU_S: Final = 0.2
 """CPU time of those tokens: 4 ms for each. The rest of ``SANDBOX_CPU_S`` is for compiling."""
-GRAMMAR_WAIT_S: Final = 5.0
-"""How long a stage waits for a grammar at its first token: ten times what compiling may take, and well below
-``ENGINE_SILENCE_S``."""
+GRAMMAR_WAIT_S: Final = 20.0
+"""How long a request waits for its grammar at its first token; nobody else waits. ``MAX_STAGE_COMPILES`` of the
+dearest grammars that a check lets through take two threads 16 s."""
+GRAMMAR_POLL_S: Final = 0.005
+"""How often the last stage is asked for samples that wait for a grammar, while no frame passes it anyway; ..."""
+GRAMMAR_POLL_SHARE: Final = 0.125
+"""... or after this share of what the newest of them has waited, if that is longer: few frames, little delay."""
 MAX_STAGE_COMPILES: Final = 64
-"""Grammars of a stage that wait to be compiled or are cached."""
+"""Grammars that wait to be compiled on a stage. The rows of others wait for a place."""
+LATE_ROWS: Final = 32
+"""Rows whose grammar was compiled late that one frame samples: as many as a lane has."""
+COMPILED_BYTES: Final = 64 * MIB
+"""Compiled grammars that a stage keeps for later requests; those of live rows live on beside them."""
+COMPILED_BYTES_PER_S: Final = 256 * MIB
+"""What a grammar weighs for each second of CPU time that it took to compile. JSON schemas that were tried took up to
+204 MiB, usually below 100; Lark's substrings up to 305."""
+COMPILED_KEPT: Final = 64
+"""The same, counted: small ones weigh too little to tell."""
+COMPILED_IDLE_S: Final = 300.0
+"""A compiled grammar that nobody has asked for during this time is dropped."""
+MASK_GROWTH_BYTES: Final = 4 * KIB
+"""What one mask may add to the automaton of a compiled grammar; the worst of those that were tried added 4.3 KiB."""
 
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB

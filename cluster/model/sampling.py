@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from cluster.core.errors import InvalidGrammar, StageFailed
 from cluster.core.request import Grammar, SamplingParams, TopLogprob
-from cluster.model.grammar_compiler import GrammarCompiler
+from cluster.model.grammar_compiler import Compilation, GrammarCompiler
 from cluster.model.grammars import Constraint
 
 __all__ = ["Picked", "Sampler", "draw_key", "greedy"]
@@ -80,13 +80,14 @@ class Sampler:
         self._prompt_length = prompt_length
         self._grammars = grammars
         self._constraint: Constraint | None = None
+        self._compilation: Compilation | None = None
         self._vocabulary = vocabulary
         self._bias = _columns(params.logit_bias)
         self._seen = _Counts(vocabulary, 0) if params.repetition_penalty != 1.0 else None
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._answer = _Counts(vocabulary, prompt_length) if penalised else None
         if params.grammar is not None and grammars is not None:
-            grammars.begin(params.grammar)  # compiles during the prefill
+            self._compilation = grammars.begin(params.grammar)  # compiles during the prefill
 
     @property
     def plain(self) -> bool:
@@ -100,6 +101,16 @@ class Sampler:
         """Return whether a grammar restricts the tokens."""
         return self.params.grammar is not None
 
+    @property
+    def ready(self) -> bool:
+        """Return whether ``pick`` can be called: there is no grammar, or its compilation has ended, well or not."""
+        grammar = self.params.grammar
+        if grammar is None or self._grammars is None:
+            return True
+        if self._compilation is None:
+            self._compilation = self._grammars.begin(grammar)  # there was no room for one more
+        return self._compilation is not None and self._compilation.done
+
     def forget(self) -> None:
         """Reset the token counts and the grammar, after earlier tokens have changed (a trim, a restored prefix)."""
         for counts in (self._seen, self._answer):
@@ -112,7 +123,8 @@ class Sampler:
         """Sample the token at ``position`` lazily, from ``logits`` [1, vocabulary] after ``tokens[:position]``.
 
         ``guessed`` means that ``tokens`` contains drafts that may be rejected, so tokens that a grammar does not allow
-        are not an error. Raises InvalidGrammar if the grammar fails, StageFailed if the tokens violate it.
+        are not an error. The sampler must be ``ready``. Raises InvalidGrammar if the grammar fails, StageFailed if the
+        tokens violate it.
         """
         logits = self._adjust(logits, tokens, position)
         if self.params.grammar is not None:
@@ -137,7 +149,11 @@ class Sampler:
         if self._constraint is None:
             if self._grammars is None:
                 raise InvalidGrammar("this stage has no tokenizer, so it cannot apply a grammar")
-            self._constraint = self._grammars.constraint(grammar, self._prompt_length)
+            if self._compilation is None:
+                raise InvalidGrammar("too many other grammars wait to be compiled")
+            self._constraint = self._compilation.constraint(grammar, self._prompt_length)
+        if self._compilation:
+            self._compilation.masks += 1
         return self._constraint
 
     def _apply_mask(

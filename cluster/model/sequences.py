@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from weakref import ReferenceType, ref
+
+import mlx.core as mx
 
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
@@ -25,7 +28,8 @@ class LiveSequence:
     """A live sequence. ``tokens`` are those fed so far, prompt and answer.
 
     ``broken`` is the reason why no further step may use it, "" if there is none. ``kept`` refers to a prefix with
-    exactly this sequence's state, if there is one.
+    exactly this sequence's state, if there is one. ``deferred`` has the logits [1, positions, vocabulary] of a step
+    that is sampled once the sequence's grammar is compiled.
     """
 
     id: int
@@ -33,6 +37,7 @@ class LiveSequence:
     tokens: list[int] = field(default_factory=list)
     broken: str = ""
     kept: ReferenceType[Prefix] | None = None
+    deferred: mx.array | None = None
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Add ``tokens``, which a step has written to the caches."""
@@ -100,6 +105,11 @@ class SequenceTable:
             raise BadFrame(f"sequence {sequence} is broken and can only leave: {live.broken}")
         return live
 
+    def deferred(self, most: int) -> list[LiveSequence]:
+        """Return up to ``most`` sequences whose deferred logits can be sampled now."""
+        ready = (live for live in self._live.values() if live.deferred is not None and live.sampler.ready)
+        return list(islice(ready, most))
+
     def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
         """Return the caches for one step of ``lane``; see ``LaneCaches.gather``."""
         return self._lanes.gather(lane, sequences)
@@ -109,6 +119,7 @@ class SequenceTable:
         for sequence in sequences:
             if sequence in self._live and not self._live[sequence].broken:
                 self._live[sequence].broken = why
+                self._live[sequence].deferred = None
                 self._lanes.remove(sequence)
 
     def apply(self, edits: Sequence[Edit], step: Sequence[int] = ()) -> None:
@@ -171,6 +182,7 @@ class SequenceTable:
         self._lanes.put(live.id, caches)
         del live.tokens[length:]
         live.kept = None
+        live.deferred = None
         live.sampler.forget()
 
     def _save(self, live: LiveSequence, prefix: int) -> None:

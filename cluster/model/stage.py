@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
+from cluster.core.limits import LATE_ROWS
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.model.batch_sampling import BatchSampling
 from cluster.model.grammar_compiler import GrammarCompiler
@@ -139,6 +140,9 @@ class Stage:
         The last stage returns the reply (samples and failures, no edits, no step). A frame that carries an error is
         passed on with its edits applied and its step not computed.
 
+        A row whose grammar is not compiled yet is not sampled: it has neither sample nor failure in this reply. Its
+        sample is in the reply to a later frame, whatever this frame is for.
+
         Raises StaleEpoch before any edit is applied. Raises BadFrame for an invalid frame and StageFailed if the
         model's forward fails; edits are applied in both cases. After an error the sequences of the step are rejected
         until they leave: only some stages have computed the step, and continuing would give wrong tokens.
@@ -152,9 +156,9 @@ class Stage:
             self._apply_edits(frame)
             if frame.error is not None:
                 self._break(frame.step, frame.error.sentence)
-            if frame.error is not None or frame.step is None:
                 return self._onward(frame, _Result())
-            return self._onward(frame, self._compute(frame.lane, frame.step, frame.tensors))
+            result = self._compute(frame.lane, frame.step, frame.tensors) if frame.step else _Result()
+            return self._onward(frame, self._add_deferred(result))
         except MacpipeError as error:
             self._break(frame.step, error.sentence)
             raise
@@ -207,6 +211,8 @@ class Stage:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
+            if live.deferred is not None:
+                raise BadFrame(f"sequence {live.id} takes a step, but its last one waits for its grammar")
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
                 raise BadFrame(f"sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan")
         return rows
@@ -233,12 +239,36 @@ class Stage:
             return _Result()
         if any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
-        picks = BatchSampling(rows, logits, 1 if step.compute is Compute.DECODE else logits.shape[1])
-        mx.eval(picks.arrays(), states)
+        sampled = 1 if step.compute is Compute.DECODE else logits.shape[1]
+        ready = _defer(rows, logits, sampled)
+        deferred = [live.deferred for live in rows if live.deferred is not None]
+        if not ready:
+            mx.eval(states, deferred)
+            return _Result()
+        logits = logits if len(ready) == len(rows) else logits[mx.array(ready)]
+        picks = BatchSampling([rows[i] for i in ready], logits, sampled)
+        mx.eval(picks.arrays(), states, deferred)
         samples, failures = picks.results()
         if len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
             raise StageFailed(failures[0].sentence)
         return _Result(samples=samples, failures=failures)
+
+    def _add_deferred(self, result: _Result) -> _Result:
+        """Sample the deferred rows whose grammar has been compiled meanwhile. Whatever fails is its own row's failure.
+
+        Return ``result`` with their samples and failures.
+        """
+        samples, failures = list(result.samples), list(result.failures)
+        for live in self._table.deferred(LATE_ROWS):
+            try:
+                more, failed = _sample_deferred(live)
+            except Exception as error:  # MLX may raise anything; the frame's own rows have their samples
+                failure = self._failure([live], error)
+                more, failed = (), (SequenceFailure(live.id, failure.reason, failure.sentence),)
+            samples += more
+            failures += failed
+            self._table.mark_broken([f.sequence for f in failed], failed[0].sentence if failed else "")
+        return replace(result, samples=tuple(samples), failures=tuple(failures))
 
     def _failure(self, rows: Sequence[LiveSequence], error: Exception) -> StageFailed:
         what = error.sentence if isinstance(error, MacpipeError) else f"{type(error).__name__}: {error}"
@@ -251,6 +281,27 @@ class Stage:
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
+
+
+def _defer(rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> list[int]:
+    """Keep the logits of the last ``sampled`` positions of each row that cannot be sampled yet.
+
+    Return the indices of the other rows.
+    """
+    ready = [i for i, live in enumerate(rows) if live.sampler.ready]
+    waiting = [i for i in range(len(rows)) if i not in ready]
+    for i in waiting:
+        rows[i].deferred = mx.contiguous(logits[i : i + 1, logits.shape[1] - sampled :, :])
+    return ready
+
+
+def _sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
+    """Sample a row's deferred logits and forget them."""
+    logits, live.deferred = live.deferred, None
+    assert logits is not None
+    picks = BatchSampling([live], logits, logits.shape[1])
+    mx.eval(picks.arrays())
+    return picks.results()
 
 
 def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int]:

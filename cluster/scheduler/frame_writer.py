@@ -45,6 +45,10 @@ class FrameWriter:
             return []
         return [self._write_frame(-1, (), 0, len(self.edits), None, now)]
 
+    def ask(self, now: float) -> Frame:
+        """Write a frame without a step, whose reply brings the samples that were deferred."""
+        return self._write_frame(-1, (), 0, len(self.edits), None, now)
+
     def _edits_would_delay(self, sequences: tuple[int, ...]) -> bool:
         """Return whether a step of ``sequences`` needs no pending edit, but would wait for a frame with them."""
         own, edited = touched_by(sequences, ()), touched_by((), self.edits)

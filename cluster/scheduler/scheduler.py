@@ -5,17 +5,23 @@ starts from the longest kept prefix. The rest of its prompt is sent as several p
 other. Decode frames, one per lane, go before prefill frames. While other sequences decode, the prefill budget limits
 the size of a prefill frame, and each of their lanes gets one decode frame before the next prefill frame.
 
+A sequence whose grammar the last stage still compiles has no sample in the reply to its decode frame. It sits out
+until its sample comes with a later frame (``cluster.scheduler.deferred``); the others of its lane go on.
+
 Frames of one sequence come back in the order in which they were written. A decode frame may overtake prefill frames of
 other sequences (``cluster.scheduler.reordering``). Every frame that is written comes back, or the ring is lost.
 """
 
 from __future__ import annotations
 
+from math import inf
+
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.limits import RETRY_AFTER_S
-from cluster.core.request import FinishReason, Request
+from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.deferred import DeferredSamples
 from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.in_flight import InFlightFrame
@@ -47,6 +53,7 @@ class Scheduler:
         self._log = FrameWriter(epoch)
         self._flights, self._edits = self._log.flights, self._log.edits
         self._lanes_since_prefill: set[int] = set()
+        self._deferred = DeferredSamples()
 
     # Queries
 
@@ -78,6 +85,17 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """Return the earliest deadline of a live request, or None if no request has one."""
         return min((d for s in self._by_request.values() if (d := s.request.deadline) is not None), default=None)
+
+    def ask_due(self) -> float | None:
+        """Return when ``next_frames`` asks for deferred samples, or when one is late; None if neither is to come."""
+        ask_at = inf if self._flights else self._deferred.ask_at()
+        due = min(ask_at, self._deferred.late_at())
+        return None if due == inf else due
+
+    def late(self, now: float) -> list[tuple[str, Grammar]]:
+        """Return the requests whose grammar the last stage has not compiled in time."""
+        waiting = ((s.request.id, s.request.sampling.grammar) for s in self._deferred.late(now))
+        return [(request_id, grammar) for request_id, grammar in waiting if grammar]
 
     def overdue(self, now: float) -> list[str]:
         """Return the ids of all live requests, waiting or not, whose deadline has passed."""
@@ -155,6 +173,8 @@ class Scheduler:
         for sequence in live:
             sequence.prefilled += flight.prefills
         events = self._events(live, frame)
+        if flight.compute is Compute.DECODE and not frame.error:
+            self._defer_unanswered(live, frame, flight.sent_at)
         self._free_finished(flight, frame)
         rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
@@ -175,7 +195,12 @@ class Scheduler:
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
-        return frames + self._log.rest(now)
+        frames += self._log.rest(now)
+        if not self._flights and self._deferred.ask_at() <= now:
+            frames.append(self._log.ask(now))
+        if frames:
+            self._deferred.on_written(now)
+        return frames
 
     # Memory and lanes
 
@@ -249,6 +274,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
+        self._deferred.discard(sequence)
         if sequence.phase is Phase.QUEUED:
             self._waiting.remove(sequence)
         else:
@@ -301,12 +327,27 @@ class Scheduler:
             for sequence in live:
                 self._remove(sequence, keep=False)
             return tuple(SampleFailed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
-        by_id = {s.id: s for s in live}
+        by_id = {s.id: s for s in (*live, *self._deferred)}
         failed = [self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))]
         return (
             *failed,
             *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
         )
+
+    def _defer_unanswered(self, live: list[Sequence], frame: Frame, sent_at: float) -> None:
+        """Let the sequences of a decode frame that have no answer wait for it: their grammars are being compiled.
+
+        Raise ``BadFrame`` for one that has no grammar.
+        """
+        answered = {*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)}
+        for sequence in live:
+            if sequence.id in answered:
+                continue
+            if sequence.request.sampling.grammar is None:
+                raise BadFrame(
+                    f"invalid frame {frame.number} of epoch {frame.epoch}: no answer for sequence {sequence.id}"
+                )
+            self._deferred.add(sequence, sent_at)
 
     def _fail_sample(self, sequence: Sequence, failure: SequenceFailure) -> SampleFailed:
         """Remove a sequence whose row failed on the last stage. The other rows of its lane have their samples."""
@@ -315,6 +356,7 @@ class Scheduler:
 
     def _account_sample(self, sequence: Sequence, sample: Sample) -> Produced:
         request = sequence.request
+        self._deferred.discard(sequence)
         index = sequence.produced
         ended = sample.token in self._eos and not request.ignore_eos
         finish = FinishReason.STOP if ended else None
@@ -360,8 +402,9 @@ class Scheduler:
         return sequence
 
     def _lanes_decoding(self, but: Sequence) -> set[int]:
-        """Return the lanes in which sequences other than ``but`` decode."""
-        return {s.lane for s in self._lanes if s is not but and s.phase is Phase.DECODE}
+        """Return the lanes in which sequences other than ``but`` decode. One that waits for its grammar does not."""
+        decoding = (s for s in self._lanes if s is not but and s.phase is Phase.DECODE)
+        return {s.lane for s in decoding if s not in self._deferred}
 
     def _prefill(self, sequence: Sequence, now: float) -> Frame:
         start = len(sequence.fed)

@@ -22,6 +22,7 @@ from cluster.core.errors import (
     BadFrame,
     DeadlineExceeded,
     FrameOverdue,
+    InvalidGrammar,
     MacpipeError,
     NotServing,
     SlowReader,
@@ -31,9 +32,10 @@ from cluster.core.errors import (
 from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
 from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
 from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
-from cluster.core.request import FinishEvent, FinishReason, Request, SamplingParams, TokenEvent
+from cluster.core.request import FinishEvent, FinishReason, Grammar, GrammarKind, Request, SamplingParams, TokenEvent
 from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.platform import private_files
+from cluster.scheduler import deferred
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.in_memory import MemoryNetwork
@@ -41,16 +43,23 @@ from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
 
 EPOCH = 5
+BOUND = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a"))
 MODEL = ModelRef("m", "", "")
 
 
 class FakeStage:
-    """Counts upwards: the token after n is n + 1. ``fail_at`` makes the step that feeds that token fail."""
+    """Counts upwards: the token after n is n + 1. ``fail_at`` makes the step that feeds that token fail.
+
+    A sequence with a grammar gets its first sample once the grammar is ``compiled``.
+    """
 
     def __init__(self, index: int, last: bool, fail_at: int | None = None, epoch: int = EPOCH) -> None:
         self._outbox, self._index, self._last, self._fail_at = Outbox(epoch), index, last, fail_at
         self._bulk = Outbox(epoch)
         self.live: set[int] = set()
+        self.compiled = True
+        self._bound: set[int] = set()
+        self._deferred: dict[int, Sample] = {}
 
     def outbox(self, epoch: int, line: Line) -> Outbox | None:
         if epoch != self._outbox.epoch:
@@ -64,8 +73,11 @@ class FakeStage:
         for edit in frame.edits:
             if isinstance(edit, Join):
                 self.live.add(edit.sequence)
+                if edit.sampling.grammar:
+                    self._bound.add(edit.sequence)
             elif isinstance(edit, Leave):
                 self.live.discard(edit.sequence)
+                self._deferred.pop(edit.sequence, None)
         if frame.step and frame.step.tokens[0][-1] == self._fail_at:
             frame = replace(frame, error=Failure(self._index, "STAGE_FAILED", "the step failed"))
         if not self._last:
@@ -73,6 +85,10 @@ class FakeStage:
         samples: tuple[Sample, ...] = ()
         if frame.step and frame.step.compute is Compute.DECODE and not frame.error:
             samples = (Sample(frame.step.sequences[0], 0, frame.step.tokens[0][0] + 1),)
+        if not self.compiled and frame.step and frame.step.sequences[0] in self._bound:
+            self._deferred[frame.step.sequences[0]], samples = samples[0], ()
+        if self.compiled:
+            samples, self._deferred = (*samples, *self._deferred.values()), {}
         return replace(frame, edits=(), step=None, samples=samples)
 
 
@@ -130,9 +146,16 @@ class Bench:
             while any(s.live for s in self.stages):
                 await asyncio.sleep(0.01)
 
-    def ask(self, name: str, first: int = 1, max_tokens: int = 3, stop: tuple[str, ...] = ()) -> AnswerQueue:
+    def ask(
+        self,
+        name: str,
+        first: int = 1,
+        max_tokens: int = 3,
+        stop: tuple[str, ...] = (),
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008  # frozen
+    ) -> AnswerQueue:
         answer = AnswerQueue(self.loop.post)
-        self.loop.submit(Request(name, (first,), SamplingParams(), max_tokens, stop), answer)
+        self.loop.submit(Request(name, (first,), sampling, max_tokens, stop), answer)
         return answer
 
 
@@ -211,6 +234,62 @@ def test_a_failed_step_ends_one_request_and_names_the_mac() -> None:
         assert not bench.failures
 
     run(body, fail_at=43)
+
+
+def test_an_answer_waits_for_its_grammar_alone() -> None:
+    async def body(bench: Bench) -> None:
+        bench.stages[-1].compiled = False
+        waits = bench.ask("waits", first=40, sampling=BOUND)
+        for i in range(3):
+            assert (await read(bench.ask(f"goes{i}", first=10 * i)))[0] == [10 * i + 1, 10 * i + 2, 10 * i + 3]
+        bench.stages[-1].compiled = True
+        assert (await read(waits))[0] == [41, 42, 43]
+        await bench.emptied()
+
+    run(body)
+
+
+def test_a_grammar_that_is_late_ends_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deferred, "GRAMMAR_WAIT_S", 0.1)
+
+    async def body(bench: Bench) -> None:
+        bench.stages[-1].compiled = False
+        late = bench.ask("late", sampling=BOUND)
+        with pytest.raises(InvalidGrammar, match="the regex was not compiled within") as refusal:
+            await read(late)
+        assert refusal.value.field == "regex"
+        assert (await read(bench.ask("good")))[0] == [2, 3, 4]
+        await bench.emptied()
+        assert not bench.failures
+
+    run(body)
+
+
+def test_an_answer_that_waits_for_its_grammar_can_be_ended() -> None:
+    async def body(bench: Bench) -> None:
+        bench.stages[-1].compiled = False
+        waits = bench.ask("waits", sampling=BOUND)
+        await read(bench.ask("goes"))
+        assert bench.loop.end("waits", Aborted("over")).result(5)
+        with pytest.raises(Aborted):
+            await read(waits)
+        await bench.emptied()
+
+    run(body)
+
+
+def test_an_answer_that_waits_for_its_grammar_goes_on_with_a_new_ring() -> None:
+    async def body(bench: Bench) -> None:
+        bench.keep_waiting = True
+        bench.stages[-1].compiled = False
+        waits = bench.ask("waits", sampling=BOUND)
+        await read(bench.ask("goes"))
+        bench.network.cut("b:1")
+        bench.replace_ring()
+        assert (await read(waits))[0] == [2, 3, 4]
+        await bench.emptied()
+
+    run(body)
 
 
 def test_a_cut_stream_ends_every_request_once_and_names_the_mac() -> None:

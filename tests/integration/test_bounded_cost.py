@@ -41,6 +41,7 @@ def test_a_costly_schema_fails_its_own_request_and_a_check_ends_with_the_coordin
             client.generate("A number:", json_schema=costly(999_983), max_tokens=8)
         assert sum(1 for _ in stream) == 999
         assert client.generate("What is a hop?", max_tokens=8, json_schema=GOOD).text.startswith("{")
+        assert client.generate("A number:", json_schema=costly(20_011), max_tokens=4).text
         processes = children(serve.process.pid)
         before = {pid: cpu_s(pid) for pid in processes}
         asked = thread.submit(client.generate, "A number:", json_schema=costly(1_999_993), max_tokens=8)

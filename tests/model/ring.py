@@ -54,6 +54,19 @@ class Ring:
         self._number = 0
 
     def send(self, *edits: Edit, step: Step | None = None, lane: int = 0) -> Frame:
+        """One frame around the ring. -> the reply, with the samples that came late"""
+        reply = self.send_alone(*edits, step=step, lane=lane)
+        rows = step.sequences if step and step.compute is not Compute.PREFILL else ()
+        while set(rows) - {s.sequence for s in reply.samples} - {f.sequence for f in reply.failures}:
+            for sequence in rows:
+                compilation = self.stages[-1]._table.get(sequence).sampler._compilation
+                assert compilation is None or compilation.wait(10)
+            late = self.send_alone(lane=lane)
+            samples = sorted((*reply.samples, *late.samples), key=lambda s: rows.index(s.sequence))
+            reply = replace(reply, samples=tuple(samples), failures=reply.failures + late.failures)
+        return reply
+
+    def send_alone(self, *edits: Edit, step: Step | None = None, lane: int = 0) -> Frame:
         """One frame around the ring. -> the reply"""
         frame = Frame(epoch=1, lane=lane, number=self._number, edits=edits, step=step)
         self._number += 1

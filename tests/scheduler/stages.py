@@ -49,12 +49,17 @@ def capacity(
 
 
 class Stages:
-    """A ring of them. The token after a history depends on all of it, so that a wrong cache gives a wrong token."""
+    """A ring of them. The token after a history depends on all of it, so that a wrong cache gives a wrong token.
+
+    A sequence with a grammar is ``compiling`` until a test takes it out; its first sample is deferred until then.
+    """
 
     def __init__(self, trimmable: bool = True) -> None:
         self.frames = ReorderBuffer()
         self.fed: dict[int, tuple[int, ...]] = {}
         self.prefixes: dict[int, tuple[int, ...]] = {}
+        self.compiling: set[int] = set()
+        self.deferred: dict[int, Sample] = {}
         self._trimmable = trimmable
         self._numbers = 0
 
@@ -70,11 +75,17 @@ class Stages:
         assert frame is not None
         for edit in frame.edits:
             self._apply(edit)
-        samples = []
+        samples: list[Sample] = []
         for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
             self.fed[sequence] += tokens
             if frame.step and frame.step.compute is Compute.DECODE:
-                samples.append(Sample(sequence, len(self.fed[sequence]), next_token(self.fed[sequence])))
+                assert sequence not in self.deferred
+                self.deferred[sequence] = Sample(sequence, len(self.fed[sequence]), next_token(self.fed[sequence]))
+        if failure:
+            for sequence in frame.step.sequences if frame.step else ():
+                self.deferred.pop(sequence, None)
+        else:
+            samples = [self.deferred.pop(sequence) for sequence in {*self.deferred} - self.compiling]
         timings = (StageTiming(0, 0, 1000, 0), StageTiming(1, 0, 1000, 0))
         said = () if failure else tuple(samples)
         return Frame(
@@ -91,7 +102,11 @@ class Stages:
             case Join():
                 assert edit.sequence not in self.fed
                 self.fed[edit.sequence] = ()
+                if edit.sampling.grammar:
+                    self.compiling.add(edit.sequence)
             case Leave():
+                self.compiling.discard(edit.sequence)
+                self.deferred.pop(edit.sequence, None)
                 del self.fed[edit.sequence]
             case Trim():
                 assert self._trimmable

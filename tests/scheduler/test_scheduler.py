@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
-from cluster.core.limits import MAX_JOINED_BYTES
+from cluster.core.limits import GRAMMAR_WAIT_S, MAX_JOINED_BYTES
 from cluster.core.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.outcome import Produced, SampleFailed
@@ -22,6 +22,7 @@ from effort import effort
 from scheduler.stages import EOS, Stages, capacity, continuation
 
 FAILURE = Failure(1, "STAGE_FAILED", "no")
+GRAMMAR = Grammar(GrammarKind.REGEX, "a")
 
 
 def request(
@@ -29,6 +30,10 @@ def request(
 ) -> Request:
     ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
     return Request(name, ids, SamplingParams(), max_tokens, client=client, **more)  # type: ignore[arg-type]
+
+
+def bound(asked: Request, grammar: Grammar = GRAMMAR) -> Request:
+    return replace(asked, sampling=SamplingParams(grammar=grammar))
 
 
 def run_dry(scheduler: Scheduler, stages: Stages) -> dict[str, list[int]]:
@@ -331,14 +336,90 @@ def test_long_grammars_are_spread_over_frames_before_the_first_step() -> None:
     scheduler, stages = Scheduler(1, capacity(lanes=4, rows=4, prefixes=0), frozenset()), Stages()
     grammar = Grammar(GrammarKind.REGEX, "x" * (MAX_JOINED_BYTES // 3))
     for i in range(10):
-        asked = request(f"r{i}", prompt=2, max_tokens=1)
-        scheduler.submit(replace(asked, sampling=SamplingParams(grammar=grammar)))
+        scheduler.submit(bound(request(f"r{i}", prompt=2, max_tokens=1), grammar))
     stages.take(scheduler.next_frames(0.0))
     sizes = [sum(isinstance(e, Join) for e in f.edits) for f in stages.frames]
     assert sum(sizes) == 10
     assert max(sizes) <= 3
     assert all(f.step is None for f in list(stages.frames)[:3])
+    for _ in range(len(stages.frames)):
+        scheduler.on_frame(stages.give())
+    stages.compiling.clear()
+    stages.take(scheduler.next_frames(1.0))
     assert len(run_dry(scheduler, stages)) == 10
+
+
+def test_a_row_whose_grammar_is_not_compiled_sits_out_and_the_others_go_on() -> None:
+    scheduler, stages = Scheduler(1, capacity(max_step_ms=5.0), frozenset()), Stages()
+    scheduler.submit(bound(request("waits", prompt=1, max_tokens=3)))
+    scheduler.submit(request("goes", prompt=1, max_tokens=6))
+    stages.take(scheduler.next_frames(0.0))
+    assert dict(run_dry(scheduler, stages)) == {"goes": continuation((1,), 6)}
+    scheduler.submit(request("reads", prompt=9, max_tokens=2))
+    assert dict(run_dry(scheduler, stages)) == {"reads": continuation(tuple(range(1, 10)), 2)}
+    stages.compiling.clear()
+    stages.take(frames := scheduler.next_frames(1.0))
+    assert [(f.edits, f.step) for f in frames] == [((), None)]
+    assert dict(run_dry(scheduler, stages)) == {"waits": continuation((1,), 3)}
+    assert stages.fed == {}
+
+
+def test_a_deferred_sample_comes_with_any_frame() -> None:
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
+    scheduler.submit(bound(request("waits", prompt=1, max_tokens=1)))
+    scheduler.submit(request("goes", prompt=1, max_tokens=6))
+    stages.take(scheduler.next_frames(0.0))
+    scheduler.on_frame(stages.give())
+    stages.take(scheduler.next_frames(0.0))
+    stages.compiling.clear()
+    events = scheduler.on_frame(stages.give()).events
+    assert {event.request_id for event in events} == {"waits", "goes"}
+
+
+def test_the_last_stage_is_asked_ever_less_often_and_only_while_nothing_passes_it() -> None:
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
+    scheduler.submit(bound(request("waits", prompt=1)))
+    assert scheduler.ask_due() is None
+    stages.take(scheduler.next_frames(0.0))
+    assert scheduler.ask_due() is None
+    scheduler.on_frame(stages.give())
+    times = []
+    while (due := scheduler.ask_due()) is not None and due < GRAMMAR_WAIT_S:
+        assert scheduler.next_frames(due - 0.001) == []
+        stages.take(scheduler.next_frames(due))
+        assert scheduler.ask_due() == GRAMMAR_WAIT_S
+        assert scheduler.on_frame(stages.give()).events == ()
+        times.append(due)
+    assert times[0] == pytest.approx(0.005)
+    assert len(times) < 100
+    assert scheduler.late(GRAMMAR_WAIT_S - 0.1) == []
+    assert scheduler.late(GRAMMAR_WAIT_S) == [("waits", GRAMMAR)]
+    scheduler.end("waits")
+    assert scheduler.ask_due() is None
+    run_dry(scheduler, stages)
+    assert stages.fed == {}
+
+
+def test_a_row_that_waits_for_a_grammar_is_prefilled_again_in_a_new_epoch() -> None:
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
+    scheduler.submit(bound(request("waits", prompt=9, max_tokens=2)))
+    stages.take(scheduler.next_frames(0.0))
+    run_dry(scheduler, stages)
+    stages = Stages()
+    assert scheduler.begin_epoch(2, capacity()) == ()
+    assert scheduler.ask_due() is None
+    assert not run_dry(scheduler, stages)
+    stages.compiling.clear()
+    stages.take(scheduler.next_frames(1.0))
+    assert dict(run_dry(scheduler, stages)) == {"waits": continuation(tuple(range(1, 10)), 2)}
+
+
+def test_a_row_without_a_grammar_has_to_be_answered() -> None:
+    scheduler, stages = Scheduler(1, capacity(), frozenset()), Stages()
+    scheduler.submit(request("a", prompt=1))
+    stages.take(scheduler.next_frames(0.0))
+    with pytest.raises(BadFrame, match="no answer for sequence 1"):
+        scheduler.on_frame(replace(stages.give(), samples=()))
 
 
 class World:
@@ -356,6 +437,7 @@ class World:
         self.ended: dict[str, int] = defaultdict(int)
         self.complete: set[str] = set()
         self.histories: list[tuple[int, ...]] = [()]
+        self.now = 0.0
 
     def any_plan(self, trimmable: bool) -> Capacity:
         rng = self.rng
@@ -389,7 +471,7 @@ class World:
         asked = Request(
             name,
             prompt,
-            SamplingParams(),
+            SamplingParams(grammar=rng.choice((None, None, GRAMMAR))),
             rng.randint(1, 9),
             client=rng.choice("xyz"),
             priority=rng.choice((0, 2)),
@@ -413,6 +495,8 @@ class World:
             self.ended[name] += 1
 
     def turn(self, fail: bool = False) -> None:
+        if self.stages.compiling and self.rng.random() < 0.2:
+            self.stages.compiling.remove(self.rng.choice(sorted(self.stages.compiling)))
         if not self.stages.frames:
             return
         for event in self.scheduler.on_frame(self.stages.give(FAILURE if fail else None)).events:
@@ -428,7 +512,8 @@ class World:
                 self.histories.append((*self.prompts[event.request_id].prompt, *self.said[event.request_id]))
 
     def check(self) -> None:
-        self.stages.take(self.scheduler.next_frames(0.0))
+        self.now += 0.01
+        self.stages.take(self.scheduler.next_frames(self.now))
         used = zip(self.scheduler.reserved, self.scheduler.prefixes.used, self.plan.budget, strict=True)
         assert all(reserved + kept <= budget for reserved, kept, budget in used)
         assert max(self.scheduler.lane_sizes) <= self.plan.rows
@@ -438,7 +523,7 @@ class World:
 
     def finish(self) -> None:
         for _ in range(200_000):
-            if not self.stages.frames:
+            if not self.scheduler.sequences and not self.stages.frames:
                 break
             self.turn()
             self.check()
