@@ -20,7 +20,7 @@ class InProcess(TextService):
         self._worker = JobRunner(tokenizer)
 
     async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        return self._done(Encode(text, max_tokens, texts, NO_LIMITS))
+        return self._done(Encode(max_tokens, texts, NO_LIMITS, text))
 
     async def converse(
         self,
@@ -31,7 +31,7 @@ class InProcess(TextService):
         *,
         texts: bool = False,
     ) -> Tokenized:
-        return self._done(Converse(tuple(messages), options, grammar, max_tokens, texts, NO_LIMITS))
+        return self._done(Converse(max_tokens, texts, NO_LIMITS, tuple(messages), options, grammar))
 
     async def check_grammar(self, grammar: Grammar) -> None:
         self._worker.do(CheckGrammar(grammar, NO_LIMITS))

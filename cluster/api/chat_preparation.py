@@ -6,18 +6,26 @@ from collections.abc import Sequence
 
 from cluster.api.bounds import MAX_TOOLS_CHARS
 from cluster.api.elements import ElementCounter
-from cluster.core.errors import InvalidRequest
-from cluster.core.limits import MAX_MESSAGES, MAX_PROMPT_CHARS, MAX_TEMPLATE_CHARS, MAX_TOOL_NAME_CHARS, MAX_TOOLS
-from cluster.core.request import ChatMessage, ChatOptions
+from cluster.core.errors import InvalidRequest, PromptTooLong
+from cluster.core.limits import (
+    MAX_BYTES_PER_TOKEN,
+    MAX_MESSAGES,
+    MAX_PROMPT_BYTES,
+    MAX_TEMPLATE_CHARS,
+    MAX_TOOL_NAME_CHARS,
+    MAX_TOOLS,
+)
+from cluster.core.request import ChatMessage, ChatOptions, prompt_size
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
-def check_messages(messages: Sequence[ChatMessage]) -> None:
-    """Check a conversation's messages.
+def check_messages(messages: Sequence[ChatMessage], context: int) -> None:
+    """Check a conversation's messages for a context of so many tokens.
 
-    Raises ``InvalidRequest`` for no messages, too many messages or characters, an unknown role, and for tool calls or
-    reasoning outside an assistant message. Raises ``TooLarge`` if tool call arguments have too many JSON elements.
+    Raises ``InvalidRequest`` for no messages, too many messages, an unknown role, and for tool calls or reasoning
+    outside an assistant message. Raises ``PromptTooLong`` for too many bytes, and ``TooLarge`` if tool call arguments
+    have too many JSON elements.
     """
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"{len(messages)} messages were given; send 1 to {MAX_MESSAGES}", field="messages")
@@ -32,20 +40,19 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
                 f"message {i} has the role {m.role}; only assistant messages may have tool calls or reasoning",
                 field="messages",
             )
-    length = sum(map(_length, messages))
-    if length > MAX_PROMPT_CHARS:
-        raise InvalidRequest(
-            f"the messages have {length} characters; send at most {MAX_PROMPT_CHARS}", field="messages"
-        )
+    check_size("messages have", prompt_size(messages, ()), context, "messages")
     elements = ElementCounter()
     for call in (call for m in messages for call in m.tool_calls):
         elements.feed(call.arguments.encode("utf-8", "replace"))  # chat templates parse arguments as JSON
 
 
-def _length(message: ChatMessage) -> int:
-    """Return how many characters of a message a template may put into the prompt."""
-    calls = sum(len(call.id) + len(call.name) + len(call.arguments) for call in message.tool_calls)
-    return len(message.content) + len(message.reasoning) + len(message.tool_call_id) + len(message.name) + calls
+def check_size(what: str, size: int, context: int, field: str) -> None:
+    """Raise ``PromptTooLong`` if no text of ``size`` bytes fits ``context`` tokens. ``what``: subject and verb."""
+    most = min(MAX_PROMPT_BYTES, context * MAX_BYTES_PER_TOKEN)
+    if size > most:
+        raise PromptTooLong(
+            f"the {what} {size} bytes; send at most {most}: the context has {context} tokens", field=field
+        )
 
 
 def check_options(options: ChatOptions) -> None:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cluster.api.chat_preparation import check_messages, check_options
+from cluster.api.chat_preparation import check_messages, check_options, check_size
 from cluster.api.grpc.proto_decoding import grammar, messages, template_options
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo
@@ -14,12 +14,11 @@ from cluster.core.errors import InvalidRequest, PromptTooLong
 from cluster.core.limits import (
     DEFAULT_MAX_TOKENS,
     MAX_PRIORITY,
-    MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SAMPLES,
     MAX_TOLD_TOKENS,
 )
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Request
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Request, utf8_size
 from cluster.sandbox.tokenizer import Tokenized
 from cluster.transport.parsing_thread import PARSING
 from cluster.v1 import inference_pb2 as pb
@@ -44,7 +43,9 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, c
     if message.WhichOneof("prompt") == "tokens":
         prompt = await PARSING.run(message.ByteSize(), _check_ids, message.tokens.ids, checkpoint)
     else:
-        tokenized = await encode_text(message.text, checkpoint, checkpoint.shape.max_context)
+        context = checkpoint.shape.max_context
+        check_size("prompt has", utf8_size(message.text), context, "prompt")
+        tokenized = await checkpoint.text.encode(message.text, context)
         prompt = _check_length(tokenized, checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
@@ -54,28 +55,23 @@ async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, c
 async def chat_request(message: pb.ChatRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
     """Build the request for a conversation. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     answer_grammar = grammar(message.grammar)
-    conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message)
     context = checkpoint.shape.max_context
+    conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message, context)
     tokenized = await checkpoint.text.converse(conversation, options, answer_grammar, context)
     prompt = _check_length(tokenized, checkpoint)
     request = _request(message, prompt, tokenized.grammar, checkpoint, caller)
     return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
 
 
-def read_conversation(message: pb.ChatRequest | pb.TokenizeRequest) -> tuple[tuple[ChatMessage, ...], ChatOptions]:
-    """Decode and check a conversation and its options. Raises ``InvalidRequest`` or ``TooLarge``."""
+def read_conversation(
+    message: pb.ChatRequest | pb.TokenizeRequest, context: int
+) -> tuple[tuple[ChatMessage, ...], ChatOptions]:
+    """Decode and check a conversation and its options. Raises as ``check_messages`` and ``check_options``."""
     conversation = messages(message.messages)
     options = template_options(message.template)
-    check_messages(conversation)
+    check_messages(conversation, context)
     check_options(options)
     return conversation, options
-
-
-async def encode_text(text: str, checkpoint: ModelInfo, max_tokens: int, *, texts: bool = False) -> Tokenized:
-    """Tokenize a text. The result has no ids if there are more than ``max_tokens``. Raises ``InvalidRequest``."""
-    if len(text) > MAX_PROMPT_CHARS:
-        raise InvalidRequest(f"the prompt has {len(text)} characters; send at most {MAX_PROMPT_CHARS}", field="prompt")
-    return await checkpoint.text.encode(text, max_tokens, texts=texts)
 
 
 async def count_tokens(message: pb.TokenizeRequest, checkpoint: ModelInfo) -> int:
@@ -97,10 +93,12 @@ async def tokenize_bounded(message: pb.TokenizeRequest, checkpoint: ModelInfo) -
 async def _tokenize(message: pb.TokenizeRequest, checkpoint: ModelInfo, max_tokens: int, *, texts: bool) -> Tokenized:
     if message.messages and message.text:
         raise InvalidRequest("both text and messages were given; send one of them", field="messages")
+    context = max(checkpoint.shape.max_context, MAX_TOLD_TOKENS)  # more tokens than are served are counted too
     if message.messages:
-        conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message)
+        conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message, context)
         return await checkpoint.text.converse(conversation, options, None, max_tokens, texts=texts)
-    return await encode_text(message.text, checkpoint, max_tokens, texts=texts)
+    check_size("text has", utf8_size(message.text), context, "text")
+    return await checkpoint.text.encode(message.text, max_tokens, texts=texts)
 
 
 def _check_length(tokenized: Tokenized, checkpoint: ModelInfo) -> tuple[int, ...]:

@@ -58,8 +58,10 @@ MAX_ENGINE_MESSAGE_BYTES: Final = MIB
 """Size of a message between a daemon and its engine. Paths and error sentences are the longest content."""
 
 # What a request may ask for
-MAX_PROMPT_CHARS: Final = 4 * MIB
-"""About a million tokens of context."""
+MAX_PROMPT_BYTES: Final = 4 * MIB
+"""Size of a prompt in UTF-8: about a million tokens of context."""
+MAX_BYTES_PER_TOKEN: Final = 128
+"""A prompt of more bytes per token of the context does not fit. Text has 3 to 5, blanks alone have 128."""
 MAX_MESSAGES: Final = 4096
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
@@ -307,10 +309,14 @@ SANDBOX_CPU_S: Final = 0.5
 SANDBOX_CPU_S_PER_MIB: Final = 2.0
 """Additional CPU time per MiB of text; tokenizers take 0.5 to 0.7 s."""
 SANDBOX_MEMORY_BYTES: Final = 256 * MIB
-"""Memory of one job beyond what its process holds."""
-SANDBOX_MEMORY_PER_BYTE: Final = 384
-"""Additional memory per byte of text. In random printable text nearly every byte is a token, which takes 360 bytes
-while tokens are found: 1.3 GiB for 4 MiB."""
+"""Memory of one job beyond what its process holds, at least."""
+SANDBOX_MEMORY_PER_BYTE: Final = 128
+"""Memory per byte of text, if this and the next together are more. A single long word takes 100 to 127."""
+SANDBOX_MEMORY_PER_TOKEN: Final = 256
+"""Memory per token. In random printable text nearly every byte is a token; it takes 340 per byte in all."""
+WHOLE_PROMPT_BYTES: Final = 512 * KIB
+"""A prompt of at most this size is tokenized as a whole, within SANDBOX_MEMORY_BYTES. A longer one is first counted in
+pieces, and refused if it certainly has too many tokens."""
 SANDBOX_WALL_FACTOR: Final = 20.0
 """A job may take this many times its CPU time while others use the processors; then the machine is overloaded."""
 SANDBOX_OPEN_CPU_S: Final = 30.0
@@ -332,7 +338,7 @@ MEMORY_WATCH_S: Final = 0.1
 """Interval of checks of a busy process's memory; short jobs end before the first one."""
 MAX_SANDBOX_MESSAGE_BYTES: Final = 64 * MIB
 """The longest prompt as text, or its tokens as texts."""
-MAX_RENDERED_CHARS: Final = 2 * MAX_PROMPT_CHARS
+MAX_RENDERED_CHARS: Final = 2 * MAX_PROMPT_BYTES
 """Length of a rendered conversation."""
 
 # Tokenizers, checked before they are loaded. The largest known have 262,144 tokens, 7,000 of them added.

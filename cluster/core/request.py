@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -61,6 +62,21 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+
+
+def prompt_size(messages: Iterable[ChatMessage], tools: Iterable[Tool]) -> int:
+    """Return the bytes, in UTF-8, of all texts that a template may put into the prompt."""
+    size = sum(utf8_size(tool.name) + utf8_size(tool.description) + utf8_size(tool.parameters) for tool in tools)
+    for m in messages:
+        size += utf8_size(m.content) + utf8_size(m.reasoning) + utf8_size(m.tool_call_id) + utf8_size(m.name)
+        for call in m.tool_calls:
+            size += utf8_size(call.id) + utf8_size(call.name) + utf8_size(call.arguments)
+    return size
+
+
+def utf8_size(text: str) -> int:
+    """Return the bytes of ``text`` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -19,6 +20,7 @@ from cluster.core.request import ChatMessage, ChatOptions, Tool
 from cluster.model.conversation import fit_messages, message_fields
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
+from cluster.model.prompt_length import require_at_most
 from cluster.model.template_abilities import CallForm, TemplateAbilities
 
 __all__ = ["ChatTemplate", "describe_tool"]
@@ -40,7 +42,7 @@ class ChatTemplate:
         self._names = _names(wrapper)
         self._abilities = TemplateAbilities(self._probe)
 
-    def render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions, most: int | None) -> tuple[int, ...]:
         """Return the prompt's token ids, up to the start of the answer. Raises as ``Tokenizer.chat``."""
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
@@ -68,6 +70,8 @@ class ChatTemplate:
                 field="messages",
             )
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
+            if most is not None:
+                require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "messages")
             return tuple(self._wrapper.encode(text, add_special_tokens=False))
 
     def _apply(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str:

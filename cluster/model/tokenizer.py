@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -23,6 +24,7 @@ from cluster.model.chat_template import ChatTemplate
 from cluster.model.grammars import Grammars
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
+from cluster.model.prompt_length import require_at_most
 from cluster.model.tokenizer_bounds import require_bounded
 from cluster.model.tool_call_grammar import tool_call_grammar
 
@@ -104,21 +106,27 @@ class Tokenizer:
         self._grammars: Grammars | None = None
         self._lock = Lock()
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> tuple[int, ...]:
         """Return the token ids of ``text``, by default with the tokenizer's special tokens around it (a BOS).
 
-        Raises InvalidRequest if the tokenizer fails on the text.
+        Raises InvalidRequest if the tokenizer fails on the text, and PromptTooLong if ``most`` is given and a long text
+        certainly has more tokens than that.
         """
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on this text; change it", field="prompt")):
+            if most is not None:
+                require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "prompt")
             return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
 
-    def chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> tuple[int, ...]:
+    def chat(
+        self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN, most: int | None = None
+    ) -> tuple[int, ...]:
         """Return the token ids of the messages in the model's own template, up to the start of the answer.
 
         Raises InvalidRequest if the model has no template, if the template rejects the messages, or if it does not
         support an option (``tools``, ``enable_thinking``, ``reasoning_effort``, ``chat_template_kwargs``).
+        Raises PromptTooLong as ``encode``.
         """
-        return self._template.render(messages, options)
+        return self._template.render(messages, options, most)
 
     def parsing(self, prompt: Sequence[int], options: ChatOptions = PLAIN) -> Parsing:
         """Return how to parse the answer to ``prompt``, which ``chat`` returned for the same options."""

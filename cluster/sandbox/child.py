@@ -72,7 +72,7 @@ class JobRunner:
                     self._tokenizer.chat(HELLO)
                 return Ready()
             case Encode():
-                return _prompt(self._tokenizer, self._tokenizer.encode(job.text), job)
+                return _prompt(self._tokenizer, self._tokenizer.encode(job.text, most=job.most), job)
             case Converse():
                 return _conversation(self._tokenizer, job)
             case CheckGrammar():
@@ -114,7 +114,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
             "be both: leave one of them out",
             field="tool_choice",
         )
-    ids = tokenizer.chat(job.messages, job.options)
+    ids = tokenizer.chat(job.messages, job.options, job.most)
     parsing = tokenizer.parsing(ids, job.options)
     prompt = _prompt(tokenizer, ids, job)
     grammar = calling or job.grammar

@@ -15,7 +15,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_SANDBOX_MESSAGE_BYTES
+from cluster.core.limits import MAX_SANDBOX_MESSAGE_BYTES, MAX_TOLD_TOKENS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar
 
 __all__ = [
@@ -70,26 +70,37 @@ class WarmUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Encode:
-    """Tokenize ``text``. At most ``max_tokens`` ids are returned; ``texts`` asks for the text of each token too."""
+class PromptJob:
+    """A job whose reply is a prompt: at most ``max_tokens`` ids; ``texts`` asks for the text of each token too.
 
-    text: str
+    A long prompt that certainly has more than ``max_tokens`` and ``MAX_TOLD_TOKENS`` is not tokenized whole.
+    """
+
     max_tokens: int
     texts: bool
     limits: Limits
+
+    @property
+    def most(self) -> int:
+        """Return the number of tokens beyond which the prompt need not be counted."""
+        return max(self.max_tokens, MAX_TOLD_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Encode(PromptJob):
+    """Tokenize ``text``."""
+
+    text: str
     kind: Literal["encode"] = "encode"
 
 
 @dataclass(frozen=True, slots=True)
-class Converse:
-    """Render a conversation with the chat template and tokenize it; ``max_tokens`` and ``texts`` as for ``Encode``."""
+class Converse(PromptJob):
+    """Render a conversation with the chat template and tokenize it."""
 
     messages: tuple[ChatMessage, ...]
     options: ChatOptions
     grammar: Grammar | None
-    max_tokens: int
-    texts: bool
-    limits: Limits
     kind: Literal["converse"] = "converse"
 
 

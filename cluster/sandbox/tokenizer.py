@@ -19,18 +19,20 @@ import anyio
 from cluster.core.errors import BadFrame, InvalidGrammar, MacpipeError
 from cluster.core.limits import (
     LARGE_PROMPT_BYTES,
+    MAX_TOLD_TOKENS,
     MIB,
     SANDBOX_CPU_S,
     SANDBOX_CPU_S_PER_MIB,
     SANDBOX_MEMORY_BYTES,
     SANDBOX_MEMORY_PER_BYTE,
+    SANDBOX_MEMORY_PER_TOKEN,
     SANDBOX_OPEN_CPU_S,
     SANDBOX_OPEN_MEMORY_BYTES,
     SANDBOX_OPEN_WALL_S,
     SANDBOX_WALL_FACTOR,
     SANDBOX_WARM_UP_CPU_S,
 )
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, prompt_size, utf8_size
 from cluster.sandbox.job_messages import (
     CheckGrammar,
     Converse,
@@ -45,7 +47,7 @@ from cluster.sandbox.job_messages import (
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 
-__all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "tokenized"]
+__all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "prompt_limits", "tokenized"]
 
 CHECKS_KEPT: Final = 256
 """Number of grammars whose check result is cached."""
@@ -120,8 +122,8 @@ class SandboxedTokenizer:
         await self._text.open(process)
 
     async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        size = len(text.encode())
-        return await self._prompt(Encode(text, max_tokens, texts, _limits(size)), size)
+        size = utf8_size(text)
+        return await self._prompt(Encode(max_tokens, texts, prompt_limits(size, max_tokens), text), size)
 
     async def converse(
         self,
@@ -132,8 +134,8 @@ class SandboxedTokenizer:
         *,
         texts: bool = False,
     ) -> Tokenized:
-        size = sum(map(_length, messages)) + sum(len(tool.parameters) for tool in options.tools)
-        job = Converse(tuple(messages), options, grammar, max_tokens, texts, _limits(size))
+        size = await anyio.to_thread.run_sync(prompt_size, messages, options.tools)
+        job = Converse(max_tokens, texts, prompt_limits(size, max_tokens), tuple(messages), options, grammar)
         return await self._prompt(job, size)
 
     async def check_grammar(self, grammar: Grammar) -> None:
@@ -153,7 +155,7 @@ class SandboxedTokenizer:
     async def _check(self, grammar: Grammar) -> MacpipeError | None:
         """Check ``grammar``. Return None, or the error: it cannot be enforced, or the check itself failed."""
         try:
-            await self._grammars.run(CheckGrammar(grammar, _limits(0)))
+            await self._grammars.run(CheckGrammar(grammar, prompt_limits(0)))
         except MacpipeError as error:
             return error
         return None
@@ -178,13 +180,9 @@ def tokenized(prompt: PromptReply) -> Tokenized:
     return Tokenized(prompt.count, unpack_tokens(prompt.ids), prompt.texts, prompt.thinking, prompt.grammar)
 
 
-def _length(message: ChatMessage) -> int:
-    texts = (message.content, message.reasoning, *(call.arguments for call in message.tool_calls))
-    return sum(len(text.encode()) for text in texts)
-
-
-def _limits(size: int) -> Limits:
-    """Return the limits of a job whose text has ``size`` bytes."""
+def prompt_limits(size: int, max_tokens: int = 0) -> Limits:
+    """Return the limits of a job whose texts have ``size`` bytes together and may have ``max_tokens`` tokens."""
     cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
-    memory = SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size
-    return Limits(cpu_s, memory, min(cpu_s * SANDBOX_WALL_FACTOR, SANDBOX_OPEN_WALL_S))
+    tokens = min(size, max(max_tokens, MAX_TOLD_TOKENS) + size // 32)  # what the count by pieces lets pass
+    memory = SANDBOX_MEMORY_PER_BYTE * size + SANDBOX_MEMORY_PER_TOKEN * tokens
+    return Limits(cpu_s, max(SANDBOX_MEMORY_BYTES, memory), min(cpu_s * SANDBOX_WALL_FACTOR, SANDBOX_OPEN_WALL_S))

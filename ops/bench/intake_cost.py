@@ -36,7 +36,14 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import MAX_BODY_BYTES, MAX_FIELDS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
+from cluster.core.limits import (
+    MAX_BODY_BYTES,
+    MAX_FIELDS,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_PROMPT_BYTES,
+    MAX_PROMPT_IDS,
+)
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.message_bounds import count_fields
 from cluster.v1 import inference_pb2 as pb
@@ -142,7 +149,7 @@ async def serve_message(kind: Any, data: bytes) -> None:
 
 def take_in(chat: pb.ChatRequest) -> None:
     """What the event loop does with a request that was parsed."""
-    check_messages(messages(chat.messages))
+    check_messages(messages(chat.messages), MAX_PROMPT_BYTES)
     check_options(template_options(chat.template))
 
 

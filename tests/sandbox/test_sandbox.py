@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing
-from cluster.core.limits import MAX_PROMPT_CHARS
+from cluster.core.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing, PromptTooLong
+from cluster.core.limits import MAX_PROMPT_BYTES, MAX_TOLD_TOKENS, WHOLE_PROMPT_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ from cluster.sandbox.job_messages import Encode, Limits, OpenModel, WarmUp, pack
 from cluster.sandbox.memory import resident_bytes
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
-from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer
+from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer, prompt_limits
 from effort import chosen
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -137,8 +137,33 @@ async def test_prompts_are_those_of_the_tokenizer(plain_sandbox: SandboxedTokeni
 @pytest.mark.long
 async def test_4_mib_of_random_text_are_tokenized(plain_sandbox: SandboxedTokenizer, rng: random.Random) -> None:
     """Nearly each byte is a token: no text of that length takes more memory."""
-    counted = await plain_sandbox.encode("".join(rng.choices(string.printable, k=MAX_PROMPT_CHARS)), 9)
-    assert counted.count > MAX_PROMPT_CHARS // 2
+    text = "".join(rng.choices(string.printable, k=MAX_PROMPT_BYTES))
+    counted = await plain_sandbox.encode(text, MAX_PROMPT_BYTES)
+    assert counted.count > MAX_PROMPT_BYTES // 2
+
+
+async def test_a_long_text_of_too_many_tokens_is_refused_within_a_job_s_memory(
+    plain_sandbox: SandboxedTokenizer, rng: random.Random
+) -> None:
+    """Tokenized whole, it takes 1.4 GiB."""
+    before = {pid: peak_bytes(pid) for pid in plain_sandbox.pids}
+    text = "".join(rng.choices(string.printable, k=MAX_PROMPT_BYTES))
+    with pytest.raises(PromptTooLong, match=rf"has {MAX_PROMPT_BYTES} bytes and more than {MAX_TOLD_TOKENS} tokens"):
+        await plain_sandbox.encode(text, 1000)
+    with pytest.raises(PromptTooLong, match="tokens") as refused:
+        await plain_sandbox.converse((ChatMessage("user", text),), PLAIN, None, 1000)
+    assert refused.value.field == "messages"
+    peaks = {pid: peak_bytes(pid) for pid in plain_sandbox.pids}
+    assert all(peak - before.get(pid, peak) < 256 * MIB for pid, peak in peaks.items())
+    assert max(peaks.values()) < 512 * MIB  # a process holds 180 MiB before its first job
+
+
+@pytest.mark.parametrize("size", [MAX_PROMPT_BYTES, WHOLE_PROMPT_BYTES, 1])
+def test_a_job_s_memory_follows_from_its_bytes_and_from_the_tokens_that_it_may_have(size: int) -> None:
+    served, longest = prompt_limits(size, 128 * 1024), prompt_limits(size, 2**23)
+    assert served.memory_bytes <= longest.memory_bytes <= 256 * MIB + 384 * size
+    assert size > WHOLE_PROMPT_BYTES or longest.memory_bytes == 256 * MIB
+    assert served.memory_bytes <= 640 * MIB
 
 
 async def test_a_grammar_that_costs_too_much_is_refused_and_delays_no_prompt(plain_sandbox: SandboxedTokenizer) -> None:
@@ -188,7 +213,7 @@ async def test_closing_ends_a_job_and_every_process(hostile: Path) -> None:
     await text.open()
     pids = text.pids
     endless = Limits(60.0, 256 * MIB, 60.0)
-    job = asyncio.create_task(text._text.run(Encode("x" * 4000 + "a" * 4_000_000, 1, False, endless)))
+    job = asyncio.create_task(text._text.run(Encode(1, False, endless, "x" * 4000 + "a" * 4_000_000)))
     await asyncio.sleep(0)
     await text.close()
     with pytest.raises(NotServing):
@@ -214,7 +239,7 @@ async def test_one_that_ends_in_the_middle_of_its_answer_is_given_up(hostile: Pa
     """Its socket is full of bytes that nobody reads any more."""
     async with opened(hostile) as text:
         (process,) = text._text._processes
-        process._writer.write(pack_job(Encode("word " * 200_000, 10**6, True, Limits(60.0, 2**30, 60.0))))
+        process._writer.write(pack_job(Encode(10**6, True, Limits(60.0, 2**30, 60.0), "word " * 200_000)))
         while len(process._reader._buffer) <= MIB:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         await process.stop()
@@ -234,10 +259,10 @@ async def test_a_start_that_is_cancelled_leaves_nothing(times: int) -> None:
 async def test_too_many_that_wait_are_told_to_come_back() -> None:
     pool = ProcessPool((OpenModel(str(BUNDLED / "faq"), False, OPENING),), size=1, waiting=1)
     limits = Limits(1.0, 64 * MIB, 20.0)
-    first = asyncio.create_task(pool.run(Encode("a", 9, False, limits)))
+    first = asyncio.create_task(pool.run(Encode(9, False, limits, "a")))
     await asyncio.sleep(0)
     with pytest.raises(Busy, match="1 requests are waiting") as refused:
-        await pool.run(Encode("b", 9, False, limits))
+        await pool.run(Encode(9, False, limits, "b"))
     assert refused.value.retry_after_s
     await first
     await pool.close()
@@ -299,7 +324,7 @@ async def main():
     text = SandboxedTokenizer(Path(sys.argv[1]))
     await text.open()
     endless = Limits(60.0, 2**30, 60.0)
-    job = Converse((ChatMessage("user", "loop"),), ChatOptions(), None, 9, False, endless)
+    job = Converse(9, False, endless, (ChatMessage("user", "loop"),), ChatOptions(), None)
     asyncio.create_task(text._text.run(job))
     await asyncio.sleep(0.2)
     print(*text.pids, flush=True)

@@ -149,7 +149,7 @@ def test_messages_and_tools_are_counted_before_they_are_copied() -> None:
         template_options(pb.TemplateOptions(tools=[pb.Tool()] * (MAX_TOOLS + 1)))
     calls = (ToolCall("c", "f", "[" + "[]," * bounds.MAX_ELEMENTS),)
     with pytest.raises(TooLarge):
-        check_messages([ChatMessage("assistant", "", "", calls)])
+        check_messages([ChatMessage("assistant", "", "", calls)], 4096)
 
 
 class Echo(InferenceServiceServicer):

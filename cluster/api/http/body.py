@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.api.elements import ElementCounter
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
-from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_CHARS, MIB
+from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_BYTES, MIB
 from cluster.transport.byte_budget import Charge
 from cluster.transport.parsing_thread import PARSING
 
@@ -88,8 +88,8 @@ Unsupported = Annotated[Any, AfterValidator(_refuse), WithJsonSchema({"type": "n
 """A field that the original API has and macpipe does not support: null, else a 400 that says so."""
 Ignored = Annotated[Any, AfterValidator(_drop), WithJsonSchema({})]
 """A field that does not change the answer in the original API either, such as client notes or hints for caches."""
-Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
-"""Text that becomes part of the prompt."""
+Text = Annotated[str, Field(max_length=MAX_PROMPT_BYTES)]
+"""Text that becomes part of the prompt, whose bytes are counted later."""
 ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 """A name or an id."""
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_bound_values)]

@@ -11,15 +11,17 @@ import anyio
 from cluster.api import request_validation
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import MAX_PROMPT_CHARS, MAX_SMALL_FILE_BYTES, MIB
+from cluster.core.limits import MAX_PROMPT_BYTES, MAX_SMALL_FILE_BYTES, MIB
 from cluster.core.request import ChatMessage, ChatOptions
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox.tokenizer import SandboxedTokenizer
-from fuzz.cost.recipe import Recipe
+from cluster.v1 import inference_pb2 as pb
+from fuzz.cost.recipe import Recipe, filled
 from fuzz.cost.stand_in import LONG_CONTEXT, model_folder, outcome_of, served
 from fuzz.cost.target import TAKEN, CostTarget, Entry, job_limit, opening_limit
 from fuzz.targets.kept import scratch
 
+CALLER = request_validation.Caller("fuzz", None)
 CHAT = [ChatMessage("user", "a" * 30 + "!")]
 MAX_TEMPLATE_BYTES = 18 * MIB
 MAX_TOKENIZER_BYTES = 24 * MIB
@@ -28,7 +30,8 @@ MAX_TOKENIZER_BYTES = 24 * MIB
 def _texts() -> Entry:
     async def take(text: bytes) -> str:
         try:
-            await request_validation.encode_text(text.decode("utf-8", "replace"), served(), LONG_CONTEXT)
+            message = pb.GenerateRequest(text=text.decode("utf-8", "replace"))
+            await request_validation.generate_request(message, served(), CALLER)
         except MacpipeError as e:
             return outcome_of(e)
         return TAKEN
@@ -166,8 +169,8 @@ def _tokenizers() -> Mapping[str, Recipe]:
 
 
 def _spoken() -> Mapping[str, Recipe]:
-    most = MAX_PROMPT_CHARS
-    return {
+    most = MAX_PROMPT_BYTES
+    made: dict[str, Recipe] = {
         "one letter": ["rep", most, "a"],
         "blanks": ["rep", most, " "],
         "words": ["rep", most // 5, "ab c "],
@@ -184,6 +187,7 @@ def _spoken() -> Mapping[str, Recipe]:
         "quotes": ["rep", most // 2, "'s"],
         "zeros": ["rep", most, "\0"],
     }
+    return {name: filled(recipe, most) for name, recipe in made.items()}
 
 
 JINJA_ATOMS: tuple[Recipe, ...] = (
@@ -214,8 +218,8 @@ TOKENIZER_ATOMS: tuple[Recipe, ...] = (
 TARGETS = (
     CostTarget(
         "text-encode",
-        "4 Mi characters",
-        4 * MAX_PROMPT_CHARS,
+        "4 MiB",
+        MAX_PROMPT_BYTES,
         8,
         _texts,
         _spoken,

@@ -8,13 +8,10 @@ from typing import TypeAlias
 
 from cluster.core.limits import (
     MIB,
-    SANDBOX_CPU_S,
-    SANDBOX_CPU_S_PER_MIB,
-    SANDBOX_MEMORY_BYTES,
-    SANDBOX_MEMORY_PER_BYTE,
     SANDBOX_OPEN_CPU_S,
     SANDBOX_OPEN_MEMORY_BYTES,
 )
+from cluster.sandbox.tokenizer import prompt_limits
 from fuzz.cost.measure import CPU_S, MEMORY_MIB
 from fuzz.cost.recipe import Recipe
 
@@ -36,9 +33,9 @@ def fixed_limit(size: int) -> Limit:
 
 
 def job_limit(size: int) -> Limit:
-    """Return the sandbox's limits of a job for an input of ``size`` bytes."""
-    cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
-    return cpu_s, (SANDBOX_MEMORY_BYTES + SANDBOX_MEMORY_PER_BYTE * size) / MIB
+    """What the sandbox allows a job for an input of ``size`` bytes."""
+    limits = prompt_limits(size, size)
+    return limits.cpu_s, limits.memory_bytes / MIB
 
 
 def opening_limit(size: int) -> Limit:
