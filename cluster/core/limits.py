@@ -52,8 +52,6 @@ MAX_SENTENCE_CHARS: Final = 4096
 MAX_ANSWER_BYTES: Final = 256 * KIB
 """Size of a worker's answer to its coordinator; a heartbeat's has 4 KiB. This many bytes of empty messages are parsed
 in 5 ms; 16 MiB of them took the event loop 1.5 s."""
-MAX_STORE_ANSWER_BYTES: Final = 2 * MIB
-"""Size of a store's answer: PEER_CHUNK_BYTES of a file, or MAX_MODEL_FILES names."""
 MAX_ENGINE_MESSAGE_BYTES: Final = MIB
 """Size of a message between a daemon and its engine. Paths and error sentences are the longest content."""
 
@@ -399,56 +397,16 @@ MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory that is kept free for activations and the allocator."""
 
 # Fetching
-FETCH_STREAMS: Final = 4
-"""Ranges that one Mac fetches at once: enough to fill a home's line, few enough for the hub's limits."""
-FETCH_RANGE_BYTES: Final = 64 * MIB
-"""Adjacent tensors are requested together up to this size; a longer tensor is requested alone."""
-FETCH_COMMIT_BYTES: Final = 8 * MIB
-"""Size of the pieces in which fetched ranges are committed, and so the most that a kill can lose, ..."""
-FETCH_COMMIT_S: Final = 1.0
-"""... or what arrived in this time, if that is less."""
-FETCH_ATTEMPTS: Final = 5
-"""Attempts at one range from one source that bring no byte."""
-FETCH_BACKOFF_S: Final = 0.5
-"""Delay before the second attempt; doubled for each further one."""
 FETCH_TICK_S: Final = 0.25
 """Interval of a fetch's progress reports."""
-HUB_TIMEOUT_S: Final = 10.0
-"""An attempt fails if the hub is silent for this long."""
-HUB_PEEK_BYTES: Final = 64 * KIB
-"""First range of a large file: most headers are shorter."""
 MAX_SMALL_FILE_BYTES: Final = 64 * MIB
 """Size of a config or tokenizer file; the largest tokenizers have 35 MB."""
-MAX_MODEL_FILES: Final = 4096
-"""Files of one model; the largest have a few hundred."""
-MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
-"""Size of all files of one model; file systems accept holes of this size."""
-MAX_MODEL_READ_BYTES: Final = GIB
-"""Size of one model's small files and headers, which are read before anything else is known of it."""
-DEFER_S: Final = 15.0
-"""How long a worker waits for another that should fetch a tensor for both but does not report it."""
 LOAD_STUCK_S: Final = 900.0
 """A load that reports the same for this long has failed. It is CHECK_S, since hashing files shows no progress."""
-CHECK_S: Final = 900.0
-"""How long a worker waits for another that hashes its files: half a terabyte from an ordinary SSD."""
-MAX_NOTICES: Final = 8
-"""Notices about one load. A person reads no more, and the log has all of them."""
-PEER_CHUNK_BYTES: Final = 1 * MIB
-PEER_CALL_TIMEOUT_S: Final = 300.0
-"""Deadline of a call for FETCH_RANGE_BYTES to a peer: at least 2 Mbit/s."""
-STORE_READERS: Final = 8
-"""Calls for bytes that one Mac answers at once; further calls are told to retry."""
-MAX_TENSORS_NAMED: Final = 4096
-"""Tensors in one message about tensors: under 1 MiB."""
-MAX_CHECKPOINT_TENSORS: Final = 1_000_000
 SAMPLE_BYTES: Final = 4096
 """Bytes of a tensor that are sampled to distinguish two fine-tunes: a page, which a disk reads in any case."""
 MAX_SAMPLED_TENSORS: Final = 4096
 """Sampling takes a third of a second on a disk that has not cached them."""
-HASH_THREADS: Final = 2
-"""A core hashes 1 to 2 GB/s; then the disk is the limit."""
-DISK_MARGIN_BYTES: Final = 512 * MIB
-"""Free space that is kept: a full disk makes a Mac unusable."""
 
 # Placement
 REFERENCE_CONTEXT: Final = 2048

@@ -10,9 +10,9 @@ from pathlib import Path
 from threading import Event
 
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import HASH_THREADS
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store.append_log import AppendLog
+from cluster.store.limits import HASH_THREADS
 from cluster.store.partial_checkpoint import hash_range
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from cluster.core.errors import DiskFull
-from cluster.core.limits import DISK_MARGIN_BYTES, GIB, MIB
+from cluster.core.limits import GIB, MIB
+from cluster.store.limits import DISK_MARGIN_BYTES
 
 
 def free_bytes(folder: Path) -> int:

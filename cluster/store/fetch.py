@@ -25,19 +25,12 @@ from cluster.core.errors import (
     ModelDiffers,
     ModelNotFound,
 )
-from cluster.core.limits import (
-    CHECK_S,
-    DEFER_S,
-    FETCH_RANGE_BYTES,
-    FETCH_STREAMS,
-    FETCH_TICK_S,
-    MAX_NOTICES,
-    MAX_TENSORS_NAMED,
-)
+from cluster.core.limits import FETCH_TICK_S
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.disk_space import free_bytes, require_room
 from cluster.store.hub import Hub
+from cluster.store.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, MAX_NOTICES, MAX_TENSORS_NAMED
 from cluster.store.model_files import StoredFile
 from cluster.store.partial_checkpoint import PartialCheckpoint
 from cluster.store.peer_client import Holdings, Peer

@@ -39,13 +39,8 @@ from cluster.core.errors import (
     ModelForbidden,
     ModelNotFound,
 )
-from cluster.core.limits import (
-    HUB_PEEK_BYTES,
-    HUB_TIMEOUT_S,
-    MAX_MODEL_FILES,
-    MAX_SAFETENSORS_HEADER_BYTES,
-    MAX_SMALL_FILE_BYTES,
-)
+from cluster.core.limits import MAX_SAFETENSORS_HEADER_BYTES, MAX_SMALL_FILE_BYTES
+from cluster.store.limits import HUB_PEEK_BYTES, HUB_TIMEOUT_S, MAX_MODEL_FILES
 from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every range request at INFO

@@ -18,12 +18,13 @@ from pathlib import Path
 from threading import RLock
 
 from cluster.core.errors import BadCheckpoint
-from cluster.core.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES, MIB
+from cluster.core.limits import MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.model.weight_versions import ORIGIN, RECORDS
 from cluster.platform.private_files import create_private_file, make_private_folder, not_written, write_all
 from cluster.store.append_log import AppendLog, Entry
 from cluster.store.byte_ranges import ByteRanges
+from cluster.store.limits import MAX_MODEL_BYTES, MAX_MODEL_READ_BYTES
 from cluster.store.model_files import ModelFiles, StoredFile, is_digest, origin_of
 
 READ_BYTES = 4 * MIB

@@ -14,19 +14,17 @@ from typing import Self
 import grpc
 
 from cluster.core.errors import BadCheckpoint, FetchFailed
-from cluster.core.limits import (
-    CONTROL_TIMEOUT_S,
+from cluster.core.limits import CONTROL_TIMEOUT_S, MAX_SAFETENSORS_HEADER_BYTES, MAX_SMALL_FILE_BYTES
+from cluster.model.checkpoint import TensorInfo
+from cluster.security.trust import WORKER, Trust
+from cluster.store.limits import (
     FETCH_RANGE_BYTES,
     MAX_CHECKPOINT_TENSORS,
     MAX_MODEL_FILES,
-    MAX_SAFETENSORS_HEADER_BYTES,
-    MAX_SMALL_FILE_BYTES,
     MAX_STORE_ANSWER_BYTES,
     MAX_TENSORS_NAMED,
     PEER_CALL_TIMEOUT_S,
 )
-from cluster.model.checkpoint import TensorInfo
-from cluster.security.trust import WORKER, Trust
 from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
 from cluster.transport.grpc_setup import data_channel
 from cluster.transport.rich_errors import from_rpc_error

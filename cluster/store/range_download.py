@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from threading import Event, Lock
 
 from cluster.core.errors import Aborted, Busy, FetchFailed, HubOffline, HubUnreachable, MacpipeError, Unreachable
-from cluster.core.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES, FETCH_COMMIT_S
 from cluster.model.checkpoint import TensorInfo
 from cluster.platform.private_files import not_written
 from cluster.store.hub import Hub
+from cluster.store.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES, FETCH_COMMIT_S
 from cluster.store.partial_checkpoint import PartialCheckpoint
 from cluster.store.peer_client import Peer
 

@@ -18,9 +18,10 @@ import anyio
 import grpc
 
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, ModelNotFound
-from cluster.core.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, RETRY_AFTER_S, STORE_READERS
+from cluster.core.limits import RETRY_AFTER_S
 from cluster.model.checkpoint import Checkpoint, open_checkpoint
 from cluster.store.digest_manifest import DigestManifest
+from cluster.store.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, STORE_READERS
 from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
 from cluster.store.partial_checkpoint import PartialCheckpoint, read_origin
 from cluster.store.store import Store

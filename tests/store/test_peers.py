@@ -17,7 +17,6 @@ import grpc
 import pytest
 
 from cluster.core.errors import BadCheckpoint, FetchFailed, InvalidRequest, MacpipeError, ModelDiffers, ModelNotFound
-from cluster.core.limits import MAX_MODEL_FILES, MAX_STORE_ANSWER_BYTES, MAX_TENSORS_NAMED
 from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.security.credentials import LocalTrust
@@ -25,6 +24,7 @@ from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
 from cluster.store.fetch import Fetch, Wanted, _group_runs
 from cluster.store.hub import Hub
+from cluster.store.limits import MAX_MODEL_FILES, MAX_STORE_ANSWER_BYTES, MAX_TENSORS_NAMED
 from cluster.store.model_files import StoredFile
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial
 from cluster.store.peer_client import Peer
