@@ -380,15 +380,8 @@ LATE_ROWS: Final = 32
 """Rows whose grammar was compiled late that one frame samples: as many as a lane has."""
 COMPILED_BYTES: Final = 64 * MIB
 """Compiled grammars that a stage keeps for later requests; those of live rows live on beside them."""
-COMPILED_BYTES_PER_S: Final = 256 * MIB
-"""What a grammar weighs for each second of CPU time that it took to compile. JSON schemas that were tried took up to
-204 MiB, usually below 100; Lark's substrings up to 305."""
-COMPILED_KEPT: Final = 64
-"""The same, counted: small ones weigh too little to tell."""
-COMPILED_IDLE_S: Final = 300.0
-"""A compiled grammar that nobody has asked for during this time is dropped."""
-MASK_GROWTH_BYTES: Final = 4 * KIB
-"""What one mask may add to the automaton of a compiled grammar; the worst of those that were tried added 4.3 KiB."""
+COMPILED_LIVE_BYTES: Final = GIB
+"""Both together. Beyond it no grammar is compiled, and rows wait until others end."""
 
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB

@@ -21,11 +21,10 @@ from llguidance import LLMatcher
 from cluster.core.errors import InvalidGrammar, MacpipeError
 from cluster.core.limits import (
     COMPILED_BYTES,
-    COMPILED_BYTES_PER_S,
-    COMPILED_IDLE_S,
-    COMPILED_KEPT,
-    MASK_GROWTH_BYTES,
+    COMPILED_LIVE_BYTES,
+    KIB,
     MAX_STAGE_COMPILES,
+    MIB,
 )
 from cluster.core.request import Grammar, GrammarKind
 from cluster.model.grammars import Constraint, Grammars
@@ -36,6 +35,15 @@ log = logging.getLogger(__name__)
 
 THREADS: Final = 2
 """Two threads, so that a large grammar hardly delays a small one; llguidance releases the GIL."""
+COMPILED_BYTES_PER_S: Final = 256 * MIB
+"""What a grammar weighs for each second of CPU time that it took to compile. JSON schemas that were tried took up to
+204 MiB, usually below 100; Lark's substrings up to 305."""
+COMPILED_KEPT: Final = 64
+"""Compiled grammars that a stage keeps, counted: small ones weigh too little to tell."""
+COMPILED_IDLE_S: Final = 300.0
+"""A compiled grammar that nobody has asked for during this time is dropped."""
+MASK_GROWTH_BYTES: Final = 4 * KIB
+"""What one mask may add to the automaton of a compiled grammar; the worst of those that were tried added 4.3 KiB."""
 Key = tuple[GrammarKind, str]
 
 
@@ -118,8 +126,9 @@ class GrammarCompiler:
     def begin(self, grammar: Grammar) -> Compilation | None:
         """Return the compilation of ``grammar``, new or known. Does not block and never raises.
 
-        Return None if ``MAX_STAGE_COMPILES`` others have not ended: ask again later. A compilation that nobody holds
-        any more when its turn comes is skipped.
+        Return None if ``MAX_STAGE_COMPILES`` others have not ended: ask again later. Ask again as well until the
+        compilation has ended, since it may wait for memory. One that nobody holds any more when its turn comes is
+        skipped.
         """
         key = (grammar.kind, grammar.source)
         with self._lock:
@@ -132,6 +141,7 @@ class GrammarCompiler:
             elif key in self._kept:
                 self._kept[key] = found, time.monotonic()
                 self._kept.move_to_end(key)
+            self._start_work()
             return found
 
     def close(self) -> None:
@@ -148,9 +158,16 @@ class GrammarCompiler:
         """Queue a compilation. Drop those that nobody holds, so the queue is as bounded as the living ones are."""
         self._waiting = deque(one for one in self._waiting if one() is not None)
         self._waiting.append(ref(compilation))
-        if self._working < THREADS:
+
+    def _start_work(self) -> None:
+        """Have one more thread work if there is anything to do for it."""
+        if self._waiting and self._working < THREADS and self._has_room() and not self._closed:
             self._working += 1
             self._pool.submit(self._work)
+
+    def _has_room(self) -> bool:
+        """Return whether what is compiled, kept or of live rows, leaves memory for another one."""
+        return sum(one.nbytes for one in self._known.values() if one.done) <= COMPILED_LIVE_BYTES
 
     def _work(self) -> None:
         while compilation := self._next():
@@ -160,7 +177,7 @@ class GrammarCompiler:
 
     def _next(self) -> Compilation | None:
         with self._lock:
-            while self._waiting:
+            while self._waiting and self._has_room():
                 if compilation := self._waiting.popleft()():
                     return compilation
             self._working -= 1

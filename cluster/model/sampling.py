@@ -107,8 +107,8 @@ class Sampler:
         grammar = self.params.grammar
         if grammar is None or self._grammars is None:
             return True
-        if self._compilation is None:
-            self._compilation = self._grammars.begin(grammar)  # there was no room for one more
+        if self._compilation is None or not self._compilation.done:
+            self._compilation = self._grammars.begin(grammar)  # there may have been no room
         return self._compilation is not None and self._compilation.done
 
     def forget(self) -> None:

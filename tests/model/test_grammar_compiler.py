@@ -14,10 +14,10 @@ from llguidance import LLMatcher
 from checkpoints import make
 from cluster.core.errors import BadFrame, InvalidGrammar, StageFailed
 from cluster.core.frames import Compute, Join, Leave, Step
-from cluster.core.limits import COMPILED_BYTES, COMPILED_KEPT, MASK_GROWTH_BYTES, MIB
+from cluster.core.limits import COMPILED_BYTES, COMPILED_LIVE_BYTES, MIB
 from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.model import grammar_compiler
-from cluster.model.grammar_compiler import Compilation, GrammarCompiler
+from cluster.model.grammar_compiler import COMPILED_KEPT, MASK_GROWTH_BYTES, Compilation, GrammarCompiler
 from cluster.model.grammars import Constraint, Grammars
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
@@ -162,6 +162,20 @@ def test_one_that_is_larger_than_the_budget_lives_as_long_as_its_rows(
     assert compiler.begin(WORD) is first
     del first
     until(lambda: not compiler._known)
+
+
+def test_none_is_compiled_while_those_of_live_rows_take_too_much(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Compilation, "nbytes", COMPILED_LIVE_BYTES + 1)
+    first = compiled(compiler, WORD)
+    until(lambda: not compiler._working)
+    second = compiler.begin(letters(1))
+    assert second is not None
+    assert len(compiler._waiting) == 1
+    assert compiler._working == 0
+    del first
+    assert compiled(compiler, letters(1)) is second
 
 
 def test_one_that_was_used_for_long_makes_room_for_others(compiler: GrammarCompiler) -> None:
