@@ -84,6 +84,8 @@ class Journal:
         self._live: dict[str, JournaledRequest] = {}
         # packed once, since a long prompt takes a while to pack
         self._records = {i: _pack_opened(k) for i, k in self._previous.items()}
+        self._needed = sum(map(len, self._records.values()))
+        """Maximum size of a rewritten file in bytes. Counted as records come and go: there may be many."""
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
@@ -118,16 +120,18 @@ class Journal:
         except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
-        if self._needed() + len(record) > JOURNAL_BYTES:
+        if self._needed + len(record) > JOURNAL_BYTES:
             log.info("journal: request not recorded reason=full of live requests request=%s", request.id)
             return
         self._live[request.id], self._records[request.id] = kept, record
+        self._needed += len(record) + _token_bytes(kept)
         self._record(record)
 
     def record_token(self, request_id: str, token: int, sample: int = 0) -> None:
         """Record a token of a live request. Ignore other requests."""
         if kept := self._live.get(request_id):
             kept.tokens[sample].append(token)
+            self._needed += _TOKEN_BYTES
             self._record(pack_record(_TOKEN, request_id, token, sample))
 
     def record_ended(self, request_id: str) -> None:
@@ -144,7 +148,7 @@ class Journal:
         if self.problem:
             if self._monotonic() >= self._retry_at:
                 self._rewrite()
-        elif self._size > JOURNAL_BYTES and self._size - self._needed() > JOURNAL_BYTES // 8:
+        elif self._size > JOURNAL_BYTES and self._size - self._needed > JOURNAL_BYTES // 8:
             self._rewrite()
         elif self._pending:
             self._append()
@@ -154,15 +158,11 @@ class Journal:
         self.flush()
         self._close_file()
 
-    def _needed(self) -> int:
-        """Return the maximum size of a rewritten file in bytes."""
-        count = sum(len(sample) for kept in self._live.values() for sample in kept.tokens)
-        return sum(map(len, self._records.values())) + _TOKEN_BYTES * count
-
     def _forget(self, request_id: str) -> None:
         self._previous.pop(request_id, None)
-        self._live.pop(request_id, None)
-        self._records.pop(request_id, None)
+        if live := self._live.pop(request_id, None):
+            self._needed -= _token_bytes(live)
+        self._needed -= len(self._records.pop(request_id, b""))
 
     def _record(self, record: bytes) -> None:
         if not self.problem:  # while off, nothing is pending: the next rewrite contains all live requests
@@ -251,6 +251,11 @@ def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[An
         )
     ends = [min(request.max_tokens - 1, n) if request.sampling.logprobs else request.max_tokens - 1 for n in skip]
     return tuple(tuple(s[:end]) for s, end in zip(kept.tokens, ends, strict=True)), skip
+
+
+def _token_bytes(kept: JournaledRequest) -> int:
+    """Return the maximum size of an answer so far in a rewritten file."""
+    return _TOKEN_BYTES * sum(map(len, kept.tokens))
 
 
 def _pack_opened(kept: JournaledRequest) -> bytes:

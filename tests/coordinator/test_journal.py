@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import msgpack
 import pytest
@@ -114,6 +115,31 @@ def test_it_stays_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         kept.flush()
     assert (tmp_path / "j").stat().st_size < 6000
     assert Journal(tmp_path / "j").take("live0", "me")
+
+
+def test_the_size_that_it_needs_is_counted_as_requests_come_and_go(tmp_path: Path, rng: Random) -> None:
+    """It is looked at for each request: to add up what all live ones need took 20 ms with 60,000 of them."""
+    journal = Journal(tmp_path / "journal")
+    live: dict[str, int] = {}
+    empty = journal._needed
+    for number in range(300):
+        name = f"r{rng.randint(0, 30)}"
+        if name not in live or rng.random() < 0.1:
+            journal.record_opened(request(name, prompt=(1,) * rng.randint(1, 50)), ((1, 2),) if number % 3 else ())
+            live[name] = 2 if number % 3 else 0
+        elif rng.random() < 0.6:
+            journal.record_token(name, number)
+            live[name] += 1
+        else:
+            journal.record_ended(name)
+            del live[name]
+        journal.flush()
+        records = sum(map(len, journal._records.values()))
+        assert journal._needed == records + journal_module._TOKEN_BYTES * sum(live.values())
+    for name in live:
+        journal.record_ended(name)
+    assert journal._needed == empty == 0
+    journal.close()
 
 
 def test_grammars_and_what_an_answer_is_parsed_for_come_back(tmp_path: Path) -> None:
