@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -41,7 +42,7 @@ def main() -> int:
         print(_head())
     for target in chosen:
         print(f"{target.name}: {each} inputs", file=sys.stderr, flush=True)
-        rows.append(_in_a_child(target.name, each, options.seed, options.keep))
+        rows.append(_in_a_child(target.name, each, options))
         bad |= rows[-1]["over"] or bool(rows[-1]["faults"])
         if not options.json:
             print("\n".join(_lines(rows[-1])), flush=True)
@@ -72,6 +73,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=secrets.randbelow(2**32), help="repeat the randomness of an earlier search"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=inf, metavar="S", help="try no further input of a target after so long"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     parser.add_argument("--replay", action="store_true", help="try the kept inputs alone, and compare outcomes")
     parser.add_argument("--closed", action="store_true", help="the same, but give none to the sandbox")
@@ -83,7 +87,7 @@ def _known(target: str) -> list[tuple[str, Recipe]]:
     return [(one.name, one.recipe) for one in kept(target)]
 
 
-def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]:
+def _in_a_child(name: str, inputs: int, options: argparse.Namespace) -> dict[str, Any]:
     """Search in a child process, which frees the target's memory when it ends."""
     read, write = os.pipe()
     child = os.fork()
@@ -91,8 +95,8 @@ def _in_a_child(name: str, inputs: int, seed: int, keep: Path) -> dict[str, Any]
         code = 1
         try:
             os.close(read)
-            found = Search(TARGETS[name], Random(f"{seed} {name}")).run(_known(name), inputs)
-            _keep(found, keep)
+            found = Search(TARGETS[name], Random(f"{options.seed} {name}")).run(_known(name), inputs, options.seconds)
+            _keep(found, options.keep)
             with open(write, "w") as out:  # noqa: PTH123  # a descriptor
                 out.write(json.dumps(_row(found)))
             code = 0

@@ -6,9 +6,11 @@ bounds is measured again and the least counts, since other programs of the machi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from random import Random
 from typing import Final
 
@@ -60,13 +62,20 @@ class Search:
         self._entry: Entry = target.prepare()
         self.found = Found(target)
 
-    def run(self, kept: Sequence[tuple[str, Recipe]], inputs: int) -> Found:
-        """Run the stored inputs, the seeds, then worse ones, ``inputs`` in all, but at least the stored ones."""
+    def run(self, kept: Sequence[tuple[str, Recipe]], inputs: int, seconds: float = inf) -> Found:
+        """Run the stored inputs, the seeds, then worse ones, ``inputs`` in all, but at least the stored ones.
+
+        Start no further input once ``seconds`` have passed.
+        """
+        end = time.monotonic() + seconds
         known = [*kept, *self.target.seeds().items()]
         known = [(name, recipe) for name, recipe in known if recipe != "" or name == "plain"]
         for name, recipe in known[: max(len(kept), inputs)]:
-            self._try(name, recipe)
+            if time.monotonic() < end:
+                self._try(name, recipe)
         for number, recipe in enumerate(self._worse(inputs - len(known))):
+            if time.monotonic() >= end:
+                break
             self._try("found", recipe, at_least=self._small if number % GROWN_EVERY else self.target.limit)
         if self.found.dearest and self.target.at_once > 1:
             dearest = self.found.dearest[0].recipe
