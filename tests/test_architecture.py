@@ -37,6 +37,8 @@ IMPURE = {
     *("pathlib", "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "ssl", "subprocess"),
     *("tempfile", "threading", "time", "urllib", "uuid", "zeroconf"),
 }
+ADAPTERS = ("cluster.api.grpc", "cluster.api.http")
+PROTOBUF = ("cluster.v1", "google.protobuf", "grpc")
 HEAVY = {"mlx", "mlx_lm", "numpy", "tokenizers", "torch", "transformers"}
 
 # The brackets keep these lines from matching themselves.
@@ -83,6 +85,22 @@ def broken_rule(room: str, name: str) -> str:
     return ""
 
 
+def broken_adapter(module: str, name: str) -> str:
+    """Why this module of ``api`` may not import this name. HTTP and gRPC are equals: neither builds on the other."""
+    if room_of(module) != "api" or module == "cluster.api.daemon":
+        return ""  # the daemon puts the parts together
+    own = next((adapter for adapter in ADAPTERS if is_within(module, adapter)), "")
+    if any(is_within(name, adapter) for adapter in ADAPTERS if adapter != own):
+        return f"{module} imports {name}"
+    if own != "cluster.api.grpc" and any(is_within(name, one) for one in PROTOBUF):
+        return f"only api.grpc imports protobuf, and {module} imports {name}"
+    return ""
+
+
+def is_within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
 def broken_floor(room: str, other: str) -> str:
     if other not in FLOOR:
         # `from cluster import __version__` names no room.
@@ -103,7 +121,7 @@ def violations(root: Path) -> Iterator[str]:
         for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), parts[:-1]):
             if module == "cluster" and name.startswith("cluster.client"):
                 continue  # the package hands the clients out, and imports them when they are asked for
-            if why := broken_rule(room_of(module), name):
+            if why := broken_rule(room_of(module), name) or broken_adapter(module, name):
                 yield f"{path.relative_to(root)}:{line}: {why}"
 
 
@@ -283,12 +301,22 @@ BROKEN = {
     "coordinator/loop.py": ("from cluster import api", "coordinator (floor 4) imports api"),
     "client/sync.py": ("from cluster.membership import clock", "client imports membership"),
     "api/http.py": ("from cluster import utils", "utils is on no floor"),
+    "api/http/chat.py": ("from cluster.v1 import inference_pb2", "only api.grpc imports protobuf"),
+    "api/requests.py": ("import google.protobuf.message", "only api.grpc imports protobuf"),
+    "api/http/app.py": (
+        "from cluster.api.grpc.proto_encoding import x",
+        "cluster.api.http.app imports cluster.api.grpc",
+    ),
+    "api/grpc/service.py": ("from cluster.api import http", "cluster.api.grpc.service imports cluster.api.http"),
+    "api/metrics.py": ("from cluster.api.http import sse", "cluster.api.metrics imports cluster.api.http"),
     "helpers.py": ("", "helpers is on no floor"),
 }
 SOUND = {
     "wire/__init__.py": "from cluster import __version__\nfrom . import frame\nfrom cluster.core.frames import Frame",
     "worker/engine.py": "from cluster.model import stage\nfrom .daemon import start\nimport asyncio",
     "client/__init__.py": "from cluster.transport.channel import connect\nfrom cluster.client.sync import Client",
+    "api/http/chat.py": "from cluster.api.requests import ChatParams",
+    "api/grpc/decoding.py": "from cluster.v1 import inference_pb2\nimport grpc",
     "cli/main.py": "import cluster.api.http\nfrom ..coordinator import loop",
     "model/stage.py": "import mlx.core as mx\nfrom mlx_lm import load",
 }

@@ -47,7 +47,7 @@ class RequestService:
         self._live: dict[str, str] = {}
         """The client of each live request, by request id."""
 
-    async def ask(self, request: Request, checkpoint: ModelInfo) -> RunningRequest:
+    async def submit(self, request: Request, checkpoint: ModelInfo) -> RunningRequest:
         """Submit a request. Return once it has a lane or a place in the queue.
 
         Raises ``Unauthenticated`` or ``LimitReached`` for its key, ``InvalidGrammar``, or the error with which the

@@ -1,104 +1,93 @@
-"""Validates a client's message and builds a tokenized request that fits the context, or raises a clear error."""
+"""Turns parameters into a tokenized request that fits the context, or raises an error that names the parameter.
+
+``size`` is that of the client's form in bytes: what takes long for a large one is done in the thread for it.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cluster.api.chat_preparation import check_messages, check_options, check_size
-from cluster.api.grpc.proto_decoding import grammar, messages, template_options
+from cluster.api.requests import AnswerParams, Caller, ChatParams, Conversation, GenerateParams
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, PromptTooLong
 from cluster.core.limits import (
-    DEFAULT_MAX_TOKENS,
+    MAX_LISTED_TOKENS,
     MAX_PRIORITY,
     MAX_REQUEST_ID_CHARS,
     MAX_SAMPLES,
-    MAX_TOLD_TOKENS,
 )
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Request, utf8_size
+from cluster.core.request import Grammar, GrammarKind, Parsing, Request, utf8_size
 from cluster.sandbox.tokenizer import Tokenized
 from cluster.transport.parsing_thread import PARSING
-from cluster.v1 import inference_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who sends a request, and its deadline.
-
-    ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
-    clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
-    as the context allows.
-    """
-
-    client: str
-    deadline: float | None
-    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
-
-
-async def generate_request(message: pb.GenerateRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
+async def generate_request(params: GenerateParams, size: int, checkpoint: ModelInfo, caller: Caller) -> Request:
     """Build the request for a prompt. Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    if message.WhichOneof("prompt") == "tokens":
-        prompt = await PARSING.run(message.ByteSize(), _check_ids, message.tokens.ids, checkpoint)
-    else:
+    if isinstance(params.prompt, str):
         context = checkpoint.shape.max_context
-        check_size("prompt has", utf8_size(message.text), context, "prompt")
-        tokenized = await checkpoint.text.encode(message.text, context)
+        check_size("prompt has", utf8_size(params.prompt), context, "prompt")
+        tokenized = await checkpoint.text.encode(params.prompt, context)
         prompt = _check_length(tokenized, checkpoint)
+    else:
+        prompt = await PARSING.run(size, _check_ids, params.prompt, checkpoint)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
-    return _request(message, prompt, grammar(message.grammar), checkpoint, caller)
+    _check_grammar(params.grammar)
+    return _request(params, prompt, params.grammar, checkpoint, caller)
 
 
-async def chat_request(message: pb.ChatRequest, checkpoint: ModelInfo, caller: Caller) -> Request:
+async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, caller: Caller) -> Request:
     """Build the request for a conversation. Raises ``InvalidRequest`` or ``PromptTooLong``."""
-    answer_grammar = grammar(message.grammar)
+    messages, options = params.conversation.messages, params.conversation.options
     context = checkpoint.shape.max_context
-    conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message, context)
-    tokenized = await checkpoint.text.converse(conversation, options, answer_grammar, context)
+    _check_grammar(params.grammar)
+    await PARSING.run(size, check_conversation, params.conversation, context)
+    tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
     prompt = _check_length(tokenized, checkpoint)
-    request = _request(message, prompt, tokenized.grammar, checkpoint, caller)
+    request = _request(params, prompt, tokenized.grammar, checkpoint, caller)
     return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
 
 
-def read_conversation(
-    message: pb.ChatRequest | pb.TokenizeRequest, context: int
-) -> tuple[tuple[ChatMessage, ...], ChatOptions]:
-    """Decode and check a conversation and its options. Raises as ``check_messages`` and ``check_options``."""
-    conversation = messages(message.messages)
-    options = template_options(message.template)
-    check_messages(conversation, context)
-    check_options(options)
-    return conversation, options
+def check_conversation(conversation: Conversation, context: int) -> None:
+    """Check a conversation for a context of so many tokens. Raises as ``check_messages`` and ``check_options``."""
+    check_messages(conversation.messages, context)
+    check_options(conversation.options)
 
 
-async def count_tokens(message: pb.TokenizeRequest, checkpoint: ModelInfo) -> int:
+async def count_tokens(prompt: str | Conversation, size: int, checkpoint: ModelInfo) -> int:
     """Count the tokens of a text, or of a conversation rendered with the model's chat template."""
-    return (await _tokenize(message, checkpoint, 0, texts=False)).count
+    return (await _tokenize(prompt, size, checkpoint, 0, texts=False)).count
 
 
-async def tokenize_bounded(message: pb.TokenizeRequest, checkpoint: ModelInfo) -> Tokenized:
-    """Return at most ``MAX_TOLD_TOKENS`` tokens, each with its text. Raises ``InvalidRequest`` if there are more."""
-    tokenized = await _tokenize(message, checkpoint, MAX_TOLD_TOKENS, texts=True)
-    if tokenized.count > MAX_TOLD_TOKENS:
+async def list_tokens(prompt: str | Conversation, size: int, checkpoint: ModelInfo) -> Tokenized:
+    """Return at most ``MAX_LISTED_TOKENS`` tokens, each with its text. Raises ``InvalidRequest`` if there are more."""
+    tokenized = await _tokenize(prompt, size, checkpoint, MAX_LISTED_TOKENS, texts=True)
+    if tokenized.count > MAX_LISTED_TOKENS:
         raise InvalidRequest(
-            f"the input has {tokenized.count} tokens; at most {MAX_TOLD_TOKENS} can be listed; send a shorter input",
-            field="messages" if message.messages else "text",
+            f"the input has {tokenized.count} tokens; at most {MAX_LISTED_TOKENS} can be listed; send a shorter input",
+            field="prompt" if isinstance(prompt, str) else "messages",
         )
     return tokenized
 
 
-async def _tokenize(message: pb.TokenizeRequest, checkpoint: ModelInfo, max_tokens: int, *, texts: bool) -> Tokenized:
-    if message.messages and message.text:
-        raise InvalidRequest("both text and messages were given; send one of them", field="messages")
-    context = max(checkpoint.shape.max_context, MAX_TOLD_TOKENS)  # more tokens than are served are counted too
-    if message.messages:
-        conversation, options = await PARSING.run(message.ByteSize(), read_conversation, message, context)
-        return await checkpoint.text.converse(conversation, options, None, max_tokens, texts=texts)
-    check_size("text has", utf8_size(message.text), context, "text")
-    return await checkpoint.text.encode(message.text, max_tokens, texts=texts)
+async def _tokenize(
+    prompt: str | Conversation, size: int, checkpoint: ModelInfo, max_tokens: int, *, texts: bool
+) -> Tokenized:
+    context = max(checkpoint.shape.max_context, MAX_LISTED_TOKENS)  # more tokens than are served are counted too
+    if isinstance(prompt, str):
+        check_size("text has", utf8_size(prompt), context, "prompt")
+        return await checkpoint.text.encode(prompt, max_tokens, texts=texts)
+    await PARSING.run(size, check_conversation, prompt, context)
+    return await checkpoint.text.converse(prompt.messages, prompt.options, None, max_tokens, texts=texts)
+
+
+def _check_grammar(grammar: Grammar | None) -> None:
+    if grammar and grammar.kind is not GrammarKind.JSON_OBJECT and not grammar.source.strip():
+        raise InvalidRequest(f"the {grammar.kind.value} is empty", field=grammar.kind.value)
 
 
 def _check_length(tokenized: Tokenized, checkpoint: ModelInfo) -> tuple[int, ...]:
@@ -122,59 +111,59 @@ def _check_ids(ids: Sequence[int], checkpoint: ModelInfo) -> tuple[int, ...]:
 
 
 def _request(
-    message: pb.GenerateRequest | pb.ChatRequest,
+    params: AnswerParams,
     prompt: tuple[int, ...],
-    answer_grammar: Grammar | None,
+    grammar: Grammar | None,
     checkpoint: ModelInfo,
     caller: Caller,
 ) -> Request:
-    if len(message.request_id) > MAX_REQUEST_ID_CHARS:
+    if len(params.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
-    if not message.request_id.isprintable():  # it is logged: a line break in it could forge a log line
+    if not params.request_id.isprintable():  # it is logged: a line break in it could forge a log line
         raise InvalidRequest("the request id has characters that cannot be printed", field="request_id")
-    if message.samples > MAX_SAMPLES:
+    if params.samples > MAX_SAMPLES:
         raise InvalidRequest(
-            f"{message.samples} samples were requested; at most {MAX_SAMPLES} are allowed", field="samples"
+            f"{params.samples} samples were requested; at most {MAX_SAMPLES} are allowed", field="samples"
         )
-    if answer_grammar and message.stop.ignore_eos:
+    if grammar and params.ignore_eos:
         raise InvalidRequest(
             "ignore_eos cannot be used with a grammar, which ends the answer itself; leave ignore_eos out",
             field="ignore_eos",
         )
-    if message.priority > MAX_PRIORITY:
-        raise InvalidRequest(f"priority is {message.priority}; it must be from 0 to {MAX_PRIORITY}", field="priority")
+    if params.priority > MAX_PRIORITY:
+        raise InvalidRequest(f"priority is {params.priority}; it must be from 0 to {MAX_PRIORITY}", field="priority")
     return Request(
-        id=message.request_id or f"req-{secrets.token_hex(8)}",
+        id=params.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
-        sampling=sampling_params(message.sampling, checkpoint.vocabulary, answer_grammar),
-        max_tokens=_max_tokens(message.stop, len(prompt), checkpoint.shape.max_context, caller.default_max_tokens),
-        stop=stop_strings(message.stop),
-        ignore_eos=message.stop.ignore_eos,
+        sampling=sampling_params(params.sampling, checkpoint.vocabulary, grammar),
+        max_tokens=_max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller.default_max_tokens),
+        stop=stop_strings(params.stop),
+        ignore_eos=params.ignore_eos,
         deadline=caller.deadline,
         client=caller.client,
-        priority=message.priority,
-        samples=max(message.samples, 1),
-        stage_timings=message.stage_timings,
+        priority=params.priority,
+        samples=max(params.samples, 1),
+        stage_timings=params.stage_timings,
     )
 
 
-def _max_tokens(stop: pb.StopOptions, prompt: int, context: int, default: int | None) -> int:
+def _max_tokens(asked: int | None, prompt: int, context: int, default: int | None) -> int:
     """Return the maximum length of the answer in tokens.
 
     Raises ``PromptTooLong`` if the requested length does not fit; it is never shortened.
     """
     room = _max_answer_tokens(prompt, context)
-    if not stop.HasField("max_tokens"):
+    if asked is None:
         return min(default or room, room)
-    if stop.max_tokens < 1:
+    if asked < 1:
         raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
-    if stop.max_tokens > room:
+    if asked > room:
         raise PromptTooLong(
-            f"prompt ({prompt}) and max_tokens ({stop.max_tokens}) need {prompt + stop.max_tokens} tokens, but the "
+            f"prompt ({prompt}) and max_tokens ({asked}) need {prompt + asked} tokens, but the "
             f"context has {context}; ask for at most {room}, or serve with a larger --max-context",
             field="max_tokens",
         )
-    return int(stop.max_tokens)
+    return asked
 
 
 def _max_answer_tokens(prompt: int, context: int) -> int:

@@ -294,7 +294,7 @@ HANDSHAKE_S: Final = 10.0
 """Time limit of a handshake on a gRPC port; gRPC's own is 120 s."""
 OPEN_FILES: Final = 8192
 """Open files that a daemon asks for: all of its ports full, and its files. The default on macOS is 256."""
-MAX_TOLD_TOKENS: Final = 262_144
+MAX_LISTED_TOKENS: Final = 262_144
 """Tokens of a text that are listed one by one; writing them serves a single client."""
 JOIN_RETRY_S: Final = 2.0
 """Interval of retries if another program of this Mac, such as ``macpipe init``, uses the join port."""

@@ -15,7 +15,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_SANDBOX_MESSAGE_BYTES, MAX_TOLD_TOKENS
+from cluster.core.limits import MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar
 
 __all__ = [
@@ -73,7 +73,7 @@ class WarmUp:
 class PromptJob:
     """A job whose reply is a prompt: at most ``max_tokens`` ids; ``texts`` asks for the text of each token too.
 
-    A long prompt that certainly has more than ``max_tokens`` and ``MAX_TOLD_TOKENS`` is not tokenized whole.
+    A long prompt that certainly has more than ``max_tokens`` and ``MAX_LISTED_TOKENS`` is not tokenized whole.
     """
 
     max_tokens: int
@@ -83,7 +83,7 @@ class PromptJob:
     @property
     def most(self) -> int:
         """Return the number of tokens beyond which the prompt need not be counted."""
-        return max(self.max_tokens, MAX_TOLD_TOKENS)
+        return max(self.max_tokens, MAX_LISTED_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)

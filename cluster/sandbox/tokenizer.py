@@ -19,7 +19,7 @@ import anyio
 from cluster.core.errors import BadFrame, InvalidGrammar, MacpipeError
 from cluster.core.limits import (
     LARGE_PROMPT_BYTES,
-    MAX_TOLD_TOKENS,
+    MAX_LISTED_TOKENS,
     MIB,
     SANDBOX_CPU_S,
     SANDBOX_CPU_S_PER_MIB,
@@ -183,6 +183,6 @@ def tokenized(prompt: PromptReply) -> Tokenized:
 def prompt_limits(size: int, max_tokens: int = 0) -> Limits:
     """Return the limits of a job whose texts have ``size`` bytes together and may have ``max_tokens`` tokens."""
     cpu_s = SANDBOX_CPU_S + SANDBOX_CPU_S_PER_MIB * size / MIB
-    tokens = min(size, max(max_tokens, MAX_TOLD_TOKENS) + size // 32)  # what the count by pieces lets pass
+    tokens = min(size, max(max_tokens, MAX_LISTED_TOKENS) + size // 32)  # what the count by pieces lets pass
     memory = SANDBOX_MEMORY_PER_BYTE * size + SANDBOX_MEMORY_PER_TOKEN * tokens
     return Limits(cpu_s, max(SANDBOX_MEMORY_BYTES, memory), min(cpu_s * SANDBOX_WALL_FACTOR, SANDBOX_OPEN_WALL_S))

@@ -29,12 +29,13 @@ from starlette.requests import Request
 
 from cluster.api.bounds import MAX_ITEMS, MAX_JSON_VALUES
 from cluster.api.chat_preparation import check_messages, check_options
-from cluster.api.grpc.proto_decoding import messages, template_options
+from cluster.api.grpc.proto_decoding import chat_params
 from cluster.api.http.body import CHARGE, build, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
+from cluster.api.requests import Conversation
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import (
     MAX_BODY_BYTES,
@@ -136,21 +137,20 @@ async def serve_body(form: Any, body: bytes) -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], CHARGE: ByteBudget().open("")}
     request = Request(scope, receive)
     parsed = await read(request, form)
-    if form is CompletionsForm:
-        await build(request, lambda: parsed.messages("id"))
-    else:
-        take_in(await build(request, lambda: parsed.message("id")))
+    params = await build(request, lambda: parsed.params("id"))
+    if form is not CompletionsForm:
+        take_in(params.conversation)
 
 
 async def serve_message(kind: Any, data: bytes) -> None:
     count_fields(data, kind.DESCRIPTOR)
-    take_in(kind.FromString(data))
+    take_in(chat_params(kind.FromString(data)).conversation)
 
 
-def take_in(chat: pb.ChatRequest) -> None:
+def take_in(conversation: Conversation) -> None:
     """What the event loop does with a request that was parsed."""
-    check_messages(messages(chat.messages), MAX_PROMPT_BYTES)
-    check_options(template_options(chat.template))
+    check_messages(conversation.messages, MAX_PROMPT_BYTES)
+    check_options(conversation.options)
 
 
 def measure(serve: Callable[[Any, bytes], Awaitable[None]], kind: Any, data: bytes, told: Any) -> None:

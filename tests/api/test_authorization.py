@@ -286,7 +286,7 @@ async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
     desk = desk_of(accounts)
     (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
     checkpoint = cast(ModelInfo, None)
-    first, second = [await desk.ask(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
+    first, second = [await desk.submit(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
     for asked in (first, second):
         assert isinstance(await anext(asked.events), TokenEvent)
     watching = asyncio.create_task(desk.end_revoked())
@@ -295,7 +295,7 @@ async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
         await asyncio.wait_for(anext(first.events), 5)
     assert caught.value.http_status == 401
     with pytest.raises(Unauthenticated):
-        await desk.ask(asking("late", client_of(amy)), checkpoint)
+        await desk.submit(asking("late", client_of(amy)), checkpoint)
     await asyncio.sleep(0.05)
     assert not cast(Any, desk.coordinator).answers["bob"].ended.is_set()
     await second.events.aclose()

@@ -173,9 +173,9 @@ def test_calls_are_bounded_in_their_arguments_together() -> None:
     call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
     body = {"messages": [{"role": "assistant", "tool_calls": [call] * 100}]}
     with pytest.raises(TooLarge):
-        parse(json.dumps(body).encode(), ChatForm).message("id")
+        parse(json.dumps(body).encode(), ChatForm).params("id")
     body["messages"][0]["tool_calls"] = [call] * 10
-    assert len(parse(json.dumps(body).encode(), ChatForm).message("id").messages[0].tool_calls) == 10
+    assert len(parse(json.dumps(body).encode(), ChatForm).params("id").conversation.messages[0].tool_calls) == 10
 
 
 def test_an_assistants_turn_of_many_items_is_put_together_in_order() -> None:
@@ -187,7 +187,7 @@ def test_an_assistants_turn_of_many_items_is_put_together_in_order() -> None:
         {"type": "function_call_output", "call_id": "c", "output": "4"},
         {"role": "assistant", "content": "end"},
     ]
-    turns = parse(json.dumps({"input": items}).encode(), ResponsesForm).message("id").messages
+    turns = parse(json.dumps({"input": items}).encode(), ResponsesForm).params("id").conversation.messages
     assert [t.role for t in turns] == ["user", "assistant", "tool", "assistant"]
     assert (turns[1].reasoning, turns[1].content) == ("hm", "".join(map(str, range(2000))))
     assert (len(turns[1].tool_calls), turns[3].content) == (1, "end")
@@ -199,5 +199,5 @@ def test_a_deep_schema_is_checked_without_a_path_for_each_of_its_parts() -> None
         schema = {"items": schema}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     with pytest.raises(InvalidRequest) as caught:
-        parse(json.dumps({"messages": [TURN], "tools": [tool]}).encode(), ChatForm).message("id")
+        parse(json.dumps({"messages": [TURN], "tools": [tool]}).encode(), ChatForm).params("id")
     assert len(caught.value.field) < 300

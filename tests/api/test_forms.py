@@ -13,24 +13,24 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES, description
 from cluster.api.http.responses_form import ResponsesForm
+from cluster.api.requests import ChatParams, GenerateParams
 from cluster.core.errors import InvalidRequest
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.request import ToolChoice
 
 TURN = {"role": "user", "content": "hi"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TOLD = {"role": "tool", "tool_call_id": "call_1", "content": "4"}
 
 
-def chat(**more: Any) -> pb.ChatRequest:
-    return parse(json.dumps({"messages": [TURN], **more}).encode(), ChatForm).message("id")
+def chat(**more: Any) -> ChatParams:
+    return parse(json.dumps({"messages": [TURN], **more}).encode(), ChatForm).params("id")
 
 
 def refused(form: type[Form], body: object) -> InvalidRequest:
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     def take_in() -> None:
-        parsed = parse(sent, form)
-        parsed.messages("id") if isinstance(parsed, CompletionsForm) else parsed.message("id")  # type: ignore[attr-defined]
+        parse(sent, form).params("id")  # type: ignore[attr-defined]
 
     with pytest.raises(InvalidRequest) as caught:
         take_in()
@@ -40,7 +40,7 @@ def refused(form: type[Form], body: object) -> InvalidRequest:
 def test_defaults_are_openais() -> None:
     asked = chat()
     assert asked.sampling.temperature == 1
-    assert not asked.stop.HasField("max_tokens")
+    assert asked.max_tokens is None
     assert asked.samples == 1
 
 
@@ -51,9 +51,9 @@ def test_every_sampling_field_arrives() -> None:
     )  # fmt: skip
     s = asked.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.5, 0.9, 40, 0.1, 1.1)
-    assert (s.presence_penalty, s.frequency_penalty, dict(s.logit_bias)) == (-1, 1, {7: -3})
+    assert (s.presence_penalty, s.frequency_penalty, s.logit_bias) == (-1, 1, {7: -3})
     assert (s.seed, s.logprobs, s.top_logprobs) == (2**64 - 1, True, 2)
-    assert (list(asked.stop.stop), asked.stop.max_tokens) == (["a"], 9)
+    assert (asked.stop, asked.max_tokens) == (["a"], 9)
 
 
 @pytest.mark.parametrize(
@@ -153,30 +153,30 @@ def test_our_own_answer_comes_back_whole() -> None:
               "reasoning_content": "hm", "audio": None, "function_call": None, "annotations": None}  # fmt: skip
     told = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "4"}]}
     asked = chat(messages=[TURN, answer, told])
-    _, assistant, tool = asked.messages
+    _, assistant, tool = asked.conversation.messages
     assert (assistant.reasoning, assistant.tool_calls[0].arguments) == ("hm", '{"a": 1}')
     assert (tool.role, tool.tool_call_id, tool.content) == ("tool", "call_1", "4")
 
 
 def test_names_of_speakers_go_to_the_template() -> None:
     said = chat(messages=[{"role": role, "content": "x", "name": "amy"} for role in ("system", "user", "assistant")])
-    assert [m.name for m in said.messages] == ["amy"] * 3
+    assert [m.name for m in said.conversation.messages] == ["amy"] * 3
 
 
 def test_tools_and_choices() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
-    named = chat(tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}).template
-    assert (named.tool_choice.mode, named.tool_choice.name) == (pb.TOOL_CHOICE_MODE_NAMED, "f")
+    named = chat(tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}).conversation.options
+    assert (named.tool_choice, named.tool_name) == (ToolChoice.NAMED, "f")
     assert named.tools[0].parameters == '{"type":"object"}'
-    assert not named.HasField("parallel_tool_calls")
-    assert chat(tools=[tool], tool_choice="none").template.tool_choice.mode == pb.TOOL_CHOICE_MODE_NONE
-    assert chat(tools=[tool], parallel_tool_calls=False).template.parallel_tool_calls is False
+    assert named.parallel_tool_calls
+    assert chat(tools=[tool], tool_choice="none").conversation.options.tool_choice is ToolChoice.NONE
+    assert chat(tools=[tool], parallel_tool_calls=False).conversation.options.parallel_tool_calls is False
 
 
 def test_no_reasoning_is_no_thinking() -> None:
-    assert chat(reasoning_effort="none").template.enable_thinking is False
-    assert chat(reasoning_effort="low").template.reasoning_effort == "low"
-    assert chat(chat_template_kwargs={"x": 1}).template.chat_template_kwargs == '{"x":1}'
+    assert chat(reasoning_effort="none").conversation.options.enable_thinking is False
+    assert chat(reasoning_effort="low").conversation.options.reasoning_effort == "low"
+    assert chat(chat_template_kwargs={"x": 1}).conversation.options.template == '{"x":1}'
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_thinking_is_switched_among_the_arguments_of_the_template_too(
     more: dict[str, Any], enable: bool | None, effort: str, rest: str
 ) -> None:
     body = {"input": "x", "chat_template_kwargs": more}
-    for asked in (chat(chat_template_kwargs=more), parse(json.dumps(body).encode(), ResponsesForm).message("id")):
-        template = asked.template
-        assert (template.enable_thinking if template.HasField("enable_thinking") else None) is enable
-        assert (template.reasoning_effort, template.chat_template_kwargs) == (effort, rest)
+    for asked in (chat(chat_template_kwargs=more), parse(json.dumps(body).encode(), ResponsesForm).params("id")):
+        options = asked.conversation.options
+        assert options.enable_thinking is enable
+        assert (options.reasoning_effort, options.template) == (effort, rest)
 
 
 @pytest.mark.parametrize(
@@ -213,15 +213,15 @@ def test_what_contradicts_itself_about_thinking_is_told(
     assert word in error.sentence
 
 
-def completions(**more: Any) -> list[pb.GenerateRequest]:
-    return parse(json.dumps({"prompt": "x", **more}).encode(), CompletionsForm).messages("id")
+def completions(**more: Any) -> list[GenerateParams]:
+    return parse(json.dumps({"prompt": "x", **more}).encode(), CompletionsForm).params("id")
 
 
 def test_prompts_of_every_kind() -> None:
-    assert [m.text for m in completions(prompt=["a", "b"])] == ["a", "b"]
-    assert [list(m.tokens.ids) for m in completions(prompt=[1, 2])] == [[1, 2]]
-    assert [list(m.tokens.ids) for m in completions(prompt=[[1], [2]])] == [[1], [2]]
-    assert [m.request_id for m in completions(prompt=["a", "b"])] == ["id-0", "id-1"]
+    assert [p.prompt for p in completions(prompt=["a", "b"])] == ["a", "b"]
+    assert [p.prompt for p in completions(prompt=[1, 2])] == [[1, 2]]
+    assert [p.prompt for p in completions(prompt=[[1], [2]])] == [[1], [2]]
+    assert [p.request_id for p in completions(prompt=["a", "b"])] == ["id-0", "id-1"]
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
         {"type": "function_call_output", "call_id": "c", "output": "4"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "four"}]},
     ]
-    asked = parse(json.dumps({"input": items, "instructions": "be brief"}).encode(), ResponsesForm).message("id")
-    assert [m.role for m in asked.messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert (asked.messages[2].reasoning, asked.messages[2].tool_calls[0].name) == ("hm", "f")
+    asked = parse(json.dumps({"input": items, "instructions": "be brief"}).encode(), ResponsesForm).params("id")
+    assert [m.role for m in asked.conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert (asked.conversation.messages[2].reasoning, asked.conversation.messages[2].tool_calls[0].name) == ("hm", "f")
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,13 @@ def test_results_of_tools_come_before_what_the_user_says() -> None:
         {"role": "user", "content": [{"type": "text", "text": "so?"}, result]},
     ]  # fmt: skip
     body = {"model": "m", "max_tokens": 5, "system": "be brief", "messages": turns}
-    asked = parse(json.dumps(body).encode(), MessagesForm).message("id")
-    assert [m.role for m in asked.messages] == ["system", "assistant", "tool", "user"]
-    assert (asked.messages[1].reasoning, asked.messages[1].tool_calls[0].arguments) == ("hm", '{"a":1}')
-    assert asked.messages[2].content == "Error: 4"
+    asked = parse(json.dumps(body).encode(), MessagesForm).params("id")
+    assert [m.role for m in asked.conversation.messages] == ["system", "assistant", "tool", "user"]
+    assert (asked.conversation.messages[1].reasoning, asked.conversation.messages[1].tool_calls[0].arguments) == (
+        "hm",
+        '{"a":1}',
+    )
+    assert asked.conversation.messages[2].content == "Error: 4"
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,12 @@ def test_no_body_breaks_a_form(path: str) -> None:
     def take_in(body: Any) -> None:
         try:
             parsed: Any = parse(json.dumps(body).encode("utf-8", "surrogatepass"), form)
-            if hasattr(parsed, "conversation") and not hasattr(parsed, "message"):
+            if path == "/tokenize":
+                parsed.params()
+            elif path == "/v1/messages/count_tokens":
                 parsed.conversation()
-            elif hasattr(parsed, "messages") and callable(parsed.messages):
-                parsed.messages("id")
-            elif path == "/tokenize":
-                parsed.message()
             else:
-                parsed.message("id")
+                parsed.params("id")
             taken.append(body)
         except InvalidRequest as e:
             assert e.sentence

@@ -8,15 +8,15 @@ from typing import Any, cast
 import pytest
 
 from cluster.api import request_validation
+from cluster.api.requests import Caller, ChatParams, Conversation, GenerateParams
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import PromptTooLong
-from cluster.core.limits import MAX_BYTES_PER_TOKEN, MAX_PROMPT_BYTES, MAX_TOLD_TOKENS
-from cluster.core.request import ChatMessage, Tool, ToolCall, prompt_size
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.limits import MAX_BYTES_PER_TOKEN, MAX_LISTED_TOKENS, MAX_PROMPT_BYTES
+from cluster.core.request import ChatMessage, ChatOptions, Tool, ToolCall, prompt_size
 from fuzz.targets.asked import served
 
 pytestmark = pytest.mark.anyio
-CALLER = request_validation.Caller("client", None)
+CALLER = Caller("client", None)
 CONTEXT = 1024
 
 
@@ -26,8 +26,8 @@ def unread(context: int) -> ModelInfo:
     return replace(known, shape=replace(known.shape, max_context=context), text=cast(Any, None))
 
 
-def chat(text: str) -> pb.ChatRequest:
-    return pb.ChatRequest(messages=[pb.ChatMessage(role="user", content=text)])
+def chat(text: str) -> ChatParams:
+    return ChatParams(conversation=Conversation([ChatMessage("user", text)], ChatOptions()))
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def chat(text: str) -> pb.ChatRequest:
 async def test_a_prompt_of_too_many_bytes_is_refused_unread(context: int, text: str, most: int) -> None:
     said = rf"{len(text.encode())} bytes; send at most {most}: the context has {context} tokens"
     with pytest.raises(PromptTooLong, match=f"the prompt has {said}") as caught:
-        await request_validation.generate_request(pb.GenerateRequest(text=text), unread(context), CALLER)
+        await request_validation.generate_request(GenerateParams(prompt=text), 0, unread(context), CALLER)
     assert caught.value.field == "prompt"
     with pytest.raises(PromptTooLong, match=f"the messages have {said}") as caught:
-        await request_validation.chat_request(chat(text), unread(context), CALLER)
+        await request_validation.chat_request(chat(text), 0, unread(context), CALLER)
     assert caught.value.field == "messages"
 
 
@@ -52,11 +52,11 @@ async def test_what_is_only_counted_may_be_longer_than_the_context() -> None:
     text = "a" * (CONTEXT * MAX_BYTES_PER_TOKEN + 1)
     known = served()
     model = replace(known, shape=replace(known.shape, max_context=CONTEXT))
-    assert await request_validation.count_tokens(pb.TokenizeRequest(text=text), model) <= MAX_TOLD_TOKENS
+    assert await request_validation.count_tokens(text, 0, model) <= MAX_LISTED_TOKENS
     too_long = "\u00e9" * (MAX_PROMPT_BYTES // 2 + 1)
     with pytest.raises(PromptTooLong, match="the text has") as caught:
-        await request_validation.count_tokens(pb.TokenizeRequest(text=too_long), unread(CONTEXT))
-    assert caught.value.field == "text"
+        await request_validation.count_tokens(too_long, 0, unread(CONTEXT))
+    assert caught.value.field == "prompt"
 
 
 async def test_the_size_of_a_conversation_is_that_of_all_its_texts() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cluster.core.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing, PromptTooLong
-from cluster.core.limits import MAX_PROMPT_BYTES, MAX_TOLD_TOKENS, WHOLE_PROMPT_BYTES
+from cluster.core.limits import MAX_LISTED_TOKENS, MAX_PROMPT_BYTES, WHOLE_PROMPT_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
@@ -148,7 +148,7 @@ async def test_a_long_text_of_too_many_tokens_is_refused_within_a_job_s_memory(
     """Tokenized whole, it takes 1.4 GiB."""
     before = {pid: peak_bytes(pid) for pid in plain_sandbox.pids}
     text = "".join(rng.choices(string.printable, k=MAX_PROMPT_BYTES))
-    with pytest.raises(PromptTooLong, match=rf"has {MAX_PROMPT_BYTES} bytes and more than {MAX_TOLD_TOKENS} tokens"):
+    with pytest.raises(PromptTooLong, match=rf"has {MAX_PROMPT_BYTES} bytes and more than {MAX_LISTED_TOKENS} tokens"):
         await plain_sandbox.encode(text, 1000)
     with pytest.raises(PromptTooLong, match="tokens") as refused:
         await plain_sandbox.converse((ChatMessage("user", text),), PLAIN, None, 1000)

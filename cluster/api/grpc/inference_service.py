@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
 from cluster.api import request_validation
 from cluster.api.grpc import proto_encoding
+from cluster.api.grpc.proto_decoding import chat_params, field_names, generate_params, tokenize_prompt
 from cluster.api.request_service import RequestService, RunningRequest
+from cluster.api.requests import AnswerParams, Caller, rename_fields
+from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
-from cluster.core.request import Request, TokenEvent
+from cluster.core.request import FinishEvent, Request, TokenEvent
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
+from cluster.transport.parsing_thread import PARSING
 from cluster.transport.rich_errors import abort
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceServiceServicer
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Message = TypeVar("Message", pb.GenerateRequest, pb.ChatRequest)
+Params = TypeVar("Params", bound=AnswerParams)
 Reply = TypeVar("Reply", pb.GenerateResponse, pb.ChatResponse)
 
 
@@ -35,39 +41,35 @@ class InferenceServicer(InferenceServiceServicer):
         self._trust = trust
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        async for reply in self._answer(request, request_validation.generate_request, pb.GenerateResponse, context):
-            yield reply
+        async with self._answer(request, generate_params, request_validation.generate_request, context) as running:
+            yield pb.GenerateResponse(prompt=_prompt_info(running))
+            async for event in running.events:
+                yield _encode_event(pb.GenerateResponse, event, running)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
-        async for reply in self._answer(request, request_validation.chat_request, pb.ChatResponse, context):
-            yield reply
+        async with self._answer(request, chat_params, request_validation.chat_request, context) as running:
+            yield pb.ChatResponse(prompt=_prompt_info(running))
+            async for event in running.events:
+                yield _encode_event(pb.ChatResponse, event, running)
 
+    @asynccontextmanager
     async def _answer(
         self,
-        message: pb.GenerateRequest | pb.ChatRequest,
-        build_request: Callable[..., Awaitable[Request]],
-        reply: type[Reply],
+        message: Message,
+        decode: Callable[[Message], Params],
+        validate: Callable[[Params, int, ModelInfo, Caller], Awaitable[Request]],
         context: Context,
-    ) -> AsyncIterator[Reply]:
-        try:
+    ) -> AsyncIterator[RunningRequest]:
+        """Submit the request of a message, and end it with the block. An error in the block ends the call."""
+        async with _errors_sent(context):
             checkpoint = self._coordinator.checkpoint(message.model)
-            request = await build_request(message, checkpoint, self._caller(context))
-            running = await self._service.ask(request, checkpoint)
-            async for message_out in self._stream_events(running, reply):
-                yield message_out
-        except MacpipeError as e:
-            await abort(context, e)
-
-    async def _stream_events(self, running: RunningRequest, reply: type[Reply]) -> AsyncIterator[Reply]:
-        request = running.request
-        checkpoint = running.checkpoint
-        async with aclosing(running.events) as events:
-            yield reply(prompt=proto_encoding.prompt_info(request, checkpoint.shape.model.name))
-            async for event in events:
-                if isinstance(event, TokenEvent):
-                    yield reply(token=proto_encoding.token_event(event, checkpoint.tokenizer))
-                else:
-                    yield reply(finish=proto_encoding.finish_info(event))
+            with rename_fields(field_names(message)):
+                size = message.ByteSize()
+                params = await PARSING.run(size, decode, message)
+                request = await validate(params, size, checkpoint, self._caller(context))
+                running = await self._service.submit(request, checkpoint)
+            async with aclosing(running.events):
+                yield running
 
     def _owner(self, context: Context) -> str | None:
         """Return the client whose requests the caller may end; None means every client's.
@@ -77,13 +79,13 @@ class InferenceServicer(InferenceServiceServicer):
         party = self._trust.party(context.auth_context())
         return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
 
-    def _caller(self, context: Context) -> request_validation.Caller:
+    def _caller(self, context: Context) -> Caller:
         left_s = context.time_remaining()
         deadline = None if left_s is None else time.monotonic() + left_s
-        return request_validation.Caller(client_name(self._trust, context), deadline)
+        return Caller(client_name(self._trust, context), deadline)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        try:
+        async with _errors_sent(context):
             checkpoint = self._coordinator.checkpoint("")
             if len(request.offsets) > MAX_SAMPLES:
                 raise InvalidRequest(
@@ -91,17 +93,18 @@ class InferenceServicer(InferenceServiceServicer):
                 )
             offsets = tuple(request.offsets) or (request.offset,)
             running = await self._service.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
-            async for reply in self._stream_events(running, pb.GenerateResponse):
-                yield reply
-        except MacpipeError as e:
-            await abort(context, e)
+            async with aclosing(running.events):
+                yield pb.GenerateResponse(prompt=_prompt_info(running))
+                async for event in running.events:
+                    yield _encode_event(pb.GenerateResponse, event, running)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        try:
+        async with _errors_sent(context):
             checkpoint = self._coordinator.checkpoint(request.model)
-            tokenized = await request_validation.tokenize_bounded(request, checkpoint)
-        except MacpipeError as e:
-            await abort(context, e)
+            with rename_fields({"prompt": "text"}):
+                size = request.ByteSize()
+                prompt = await PARSING.run(size, tokenize_prompt, request)
+                tokenized = await request_validation.list_tokens(prompt, size, checkpoint)
         return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -118,11 +121,28 @@ class InferenceServicer(InferenceServiceServicer):
         return pb.ListModelsResponse(models=[model])
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        try:
+        async with _errors_sent(context):
             await self._service.abort(request.request_id, self._owner(context))
-        except MacpipeError as e:
-            await abort(context, e)
         return pb.AbortResponse()
+
+
+@asynccontextmanager
+async def _errors_sent(context: Context) -> AsyncIterator[None]:
+    """Send a ``MacpipeError`` of the block to the client as the status of its call."""
+    try:
+        yield
+    except MacpipeError as e:
+        await abort(context, e)
+
+
+def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
+    return proto_encoding.prompt_info(running.request, running.checkpoint.shape.model.name)
+
+
+def _encode_event(reply: type[Reply], event: TokenEvent | FinishEvent, running: RunningRequest) -> Reply:
+    if isinstance(event, TokenEvent):
+        return reply(token=proto_encoding.token_event(event, running.checkpoint.tokenizer))
+    return reply(finish=proto_encoding.finish_info(event))
 
 
 def client_name(trust: Trust, context: Context) -> str:

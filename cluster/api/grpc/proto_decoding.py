@@ -1,14 +1,17 @@
-"""Decodes public protobuf messages into core types: chat messages, chat options and grammars."""
+"""Decodes public protobuf messages into the parameters of a request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+from cluster.api.requests import ChatParams, Conversation, GenerateParams, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Tool, ToolCall, ToolChoice
 from cluster.v1 import inference_pb2 as pb
 
+Answerable: TypeAlias = pb.GenerateRequest | pb.ChatRequest
 _CHOICES = {
     pb.TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoice.AUTO,
     pb.TOOL_CHOICE_MODE_AUTO: ToolChoice.AUTO,
@@ -16,6 +19,55 @@ _CHOICES = {
     pb.TOOL_CHOICE_MODE_REQUIRED: ToolChoice.REQUIRED,
     pb.TOOL_CHOICE_MODE_NAMED: ToolChoice.NAMED,
 }
+
+
+def generate_params(message: pb.GenerateRequest) -> GenerateParams:
+    """Decode the request for a prompt."""
+    prompt = message.tokens.ids if message.WhichOneof("prompt") == "tokens" else message.text
+    return GenerateParams(prompt=prompt, **_answer_params(message))
+
+
+def chat_params(message: pb.ChatRequest) -> ChatParams:
+    """Decode the request for a conversation. Raises ``InvalidRequest``."""
+    conversation = Conversation(messages(message.messages), template_options(message.template))
+    return ChatParams(conversation=conversation, **_answer_params(message))
+
+
+def tokenize_prompt(message: pb.TokenizeRequest) -> str | Conversation:
+    """Decode the text or the conversation to tokenize. Raises ``InvalidRequest``, also if there are both."""
+    if message.messages and message.text:
+        raise InvalidRequest("both text and messages were given; send one of them", field="messages")
+    if message.messages:
+        return Conversation(messages(message.messages), template_options(message.template))
+    return message.text
+
+
+def field_names(message: Answerable) -> dict[str, str]:
+    """Return the names that a message has for parameters which are called otherwise there.
+
+    Without a grammar of its own, a chat has one that is made from its tools.
+    """
+    return {} if message.HasField("grammar") else grammar_names("tools")
+
+
+def _answer_params(message: Answerable) -> dict[str, Any]:
+    return {
+        "request_id": message.request_id,
+        "sampling": _sampling(message.sampling),
+        "max_tokens": message.stop.max_tokens if message.stop.HasField("max_tokens") else None,
+        "stop": tuple(message.stop.stop),
+        "ignore_eos": message.stop.ignore_eos,
+        "priority": message.priority,
+        "samples": message.samples,
+        "grammar": _grammar(message.grammar),
+        "stage_timings": message.stage_timings,
+    }
+
+
+def _sampling(given: pb.SamplingOptions) -> SamplingOptions:
+    """Decode the sampling options; those that are unset keep their defaults."""
+    fields = {field.name: value for field, value in given.ListFields()}
+    return SamplingOptions(**fields)
 
 
 def messages(given: Sequence[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
@@ -53,15 +105,12 @@ def template_options(given: pb.TemplateOptions) -> ChatOptions:
     )
 
 
-def grammar(given: pb.Grammar) -> Grammar | None:
-    """Decode the grammar of an answer; None if it is unconstrained. Raises ``InvalidRequest`` if it is empty."""
+def _grammar(given: pb.Grammar) -> Grammar | None:
+    """Decode the grammar of an answer; None if it is unconstrained."""
     match given.WhichOneof("kind"):
         case None:
             return None
         case "json_object":
             return Grammar(GrammarKind.JSON_OBJECT) if given.json_object else None
         case kind:
-            source = str(getattr(given, kind))
-            if not source.strip():
-                raise InvalidRequest(f"the {kind} is empty", field=kind)
-            return Grammar(GrammarKind(kind), source)
+            return Grammar(GrammarKind(kind), str(getattr(given, kind)))

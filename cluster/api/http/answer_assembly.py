@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.request_service import RunningRequest
-from cluster.core.errors import InvalidRequest
-from cluster.core.request import FinishEvent, GrammarKind, TokenEvent, Usage
+from cluster.core.request import FinishEvent, TokenEvent, Usage
 
 
 @dataclass(slots=True)
@@ -119,22 +118,3 @@ def openai_usage(usage: Usage, reasoned: int | None = None) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         **details,
     }
-
-
-def grammar_fields(field: str) -> dict[str, str]:
-    """Map all names that validation uses for a grammar to ``field``, for ``fields_named``."""
-    return dict.fromkeys(("grammar", "response_format", *(kind.value for kind in GrammarKind)), field)
-
-
-@contextmanager
-def fields_named(names: Mapping[str, str]) -> Iterator[None]:
-    """Rename the field of an ``InvalidRequest`` to the name that this endpoint gives it.
-
-    ``names`` maps validation's field names to the endpoint's; ``tools[]`` maps to the path from a tool to its schema.
-    """
-    try:
-        yield
-    except InvalidRequest as e:
-        tool = e.field.startswith("tools[") and e.field.endswith("]")
-        e.field = f"{e.field}{names.get('tools[]', '')}" if tool else names.get(e.field, e.field)
-        raise

@@ -114,8 +114,13 @@ async def read(request: Request, form: type[F]) -> F:
 
 async def build(request: Request, make: Callable[[], T]) -> T:
     """Return ``make()``, which translates the request's form; in a thread if the body was large. Raises ``Busy``."""
+    return await PARSING.run(form_size(request), make)
+
+
+def form_size(request: Request) -> int:
+    """Return the bytes of the body that was read."""
     charge: Charge = request.scope[CHARGE]
-    return await PARSING.run(charge.size, make)
+    return charge.size
 
 
 async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from cluster.api.http.authorization import KEY
 from cluster.api.key_usage import client_of
-from cluster.api.request_validation import Caller
+from cluster.api.requests import Caller
 from cluster.core.errors import InvalidRequest
 
 TIMEOUT_HEADER: Final = "x-request-timeout"

@@ -6,34 +6,28 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api import request_validation
 from cluster.api.http.answer_assembly import (
     WholeAnswer,
-    fields_named,
     gather_answers,
-    grammar_fields,
     is_content,
     openai_usage,
     reasoned,
     total,
 )
-from cluster.api.http.body import build, read
-from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.body import read
 from cluster.api.http.chat_form import ChatForm
+from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import openai_error, sentence_of
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import chat_logprobs
 from cluster.api.http.model_names import ModelNames
-from cluster.api.http.reasoning_effort import thinking_fields
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.request import FinishEvent, TokenEvent, ToolCallDelta
-
-SCHEMA: Final = ".function.parameters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +41,11 @@ class Chat:
         form = await read(request, ChatForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
-        with fields_named(_fields(form)):
-            message = await build(request, lambda: form.message(head.id))
-            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(core_request, checkpoint)
+        running = await submit_chat(self.service, request, form, head.id, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
             return EventStream(Chunks(head, running, bool(form.logprobs), usage).events())
         return Json(await while_connected(request, lambda: _completion(head, running, bool(form.logprobs))))
-
-
-def _fields(form: ChatForm) -> dict[str, str]:
-    """Map validation's field names to this endpoint's. Without a response format, a grammar comes from the tools."""
-    length = "max_tokens" if form.max_tokens else "max_completion_tokens"
-    grammar = grammar_fields("response_format" if form.response_format else "tools")
-    thinking = thinking_fields(form.chat_template_kwargs, "reasoning_effort")
-    return {"prompt": "messages", "max_tokens": length, "samples": "n", "tools[]": SCHEMA, **thinking, **grammar}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions, and its translation into a gRPC ChatRequest."""
+"""The body of POST /v1/chat/completions, and its translation into parameters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cluster.api.http.openai_formats import (
     FunctionSpec,
     ResponseFormat,
     check_answers,
-    choice_of,
     grammar_of,
     tool_of,
 )
-from cluster.api.http.reasoning_effort import Effort, thinking_of
-from cluster.api.http.sampling_form import Count, Positive, SamplingForm
+from cluster.api.http.reasoning_effort import Effort, thinking_fields, thinking_of
+from cluster.api.http.sampling_form import Count, Positive, SamplingForm, stop_list
+from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOOLS, MAX_TOP_LOGPROBS
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.request import ChatMessage, ChatOptions, ToolCall, ToolChoice
 
 
 class ChatContentPart(Form):
@@ -151,42 +151,52 @@ class ChatForm(SamplingForm):
             )
         return new or old
 
-    def message(self, request_id: str) -> pb.ChatRequest:
-        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
+    def field_names(self) -> dict[str, str]:
+        """Map parameters to this form's fields. Without a response format, a grammar comes from the tools."""
+        return {
+            "prompt": "messages",
+            "max_tokens": "max_tokens" if self.max_tokens else "max_completion_tokens",
+            "samples": "n",
+            TOOL_SCHEMA: ".function.parameters",
+            **thinking_fields(self.chat_template_kwargs, "reasoning_effort"),
+            **grammar_names("response_format" if self.response_format else "tools"),
+        }
+
+    def params(self, request_id: str) -> ChatParams:
+        """Translate the body. Raises ``InvalidRequest``, naming the field."""
         if self.stream_options and not self.stream:
             raise InvalidRequest("stream_options requires stream to be true", field="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs requires logprobs to be true", field="top_logprobs")
-        sampling = self.sampling_options()
-        sampling.logprobs = bool(self.logprobs)
-        sampling.top_logprobs = self.top_logprobs or 0
-        return pb.ChatRequest(
+        return ChatParams(
             request_id=request_id,
-            messages=messages_of(self.messages),
-            sampling=sampling,
-            stop=self.stop_options(self.longest),
+            conversation=Conversation(messages_of(self.messages), self._options()),
+            sampling=self.sampling_options(logprobs=bool(self.logprobs), top_logprobs=self.top_logprobs or 0),
+            max_tokens=self.longest,
+            stop=stop_list(self.stop),
+            ignore_eos=self.ignore_eos,
             priority=self.priority,
             samples=self.samples,
             grammar=grammar_of(self.response_format),
-            template=self._template(),
         )
 
-    def _template(self) -> pb.TemplateOptions:
+    def _options(self) -> ChatOptions:
         thinking = thinking_of(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, ChatNamedTool) else None
-        return pb.TemplateOptions(
-            tools=[tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())],
-            tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
-            parallel_tool_calls=self.parallel_tool_calls,
+        choice = self.tool_choice or "auto"
+        return ChatOptions(
+            tools=tuple(tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())),
+            tool_choice=ToolChoice.NAMED if isinstance(choice, ChatNamedTool) else ToolChoice(choice),
+            tool_name=choice.function.name if isinstance(choice, ChatNamedTool) else "",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             enable_thinking=thinking.enable,
             reasoning_effort=thinking.effort,
-            chat_template_kwargs=thinking.template,
+            template=thinking.template,
         )
 
 
-def messages_of(messages: Sequence[ChatMessageForm]) -> list[pb.ChatMessage]:
+def messages_of(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
     """Translate a conversation. Raises ``InvalidRequest``, also for a tool message that answers no earlier call."""
-    turns: list[pb.ChatMessage] = []
+    turns: list[ChatMessage] = []
     arguments = ArgumentsChecker()
     call_ids = set[str]()
     for i, message in enumerate(messages):
@@ -197,7 +207,7 @@ def messages_of(messages: Sequence[ChatMessageForm]) -> list[pb.ChatMessage]:
     return turns
 
 
-def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> pb.ChatMessage:
+def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> ChatMessage:
     """Translate one message. Raises ``InvalidRequest`` for a field that its role requires or does not allow."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
@@ -213,19 +223,19 @@ def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> p
         raise InvalidRequest(
             f"{field} has the role {m.role}; only tool messages may have tool_call_id", field=f"{field}.tool_call_id"
         )
-    return pb.ChatMessage(
+    return ChatMessage(
         role="system" if m.role == "developer" else m.role,
         content=text_of(m.content, f"{field}.content"),
         reasoning=m.reasoning_content or m.reasoning or "",
-        tool_calls=[_call(c, f"{field}.tool_calls[{i}]", arguments) for i, c in enumerate(m.tool_calls or ())],
+        tool_calls=tuple(_call(c, f"{field}.tool_calls[{i}]", arguments) for i, c in enumerate(m.tool_calls or ())),
         tool_call_id=m.tool_call_id or "",
         name=m.name or "",
     )
 
 
-def _call(call: Call, field: str, arguments: ArgumentsChecker) -> pb.ToolCall:
+def _call(call: Call, field: str, arguments: ArgumentsChecker) -> ToolCall:
     text = arguments.text(call.function.arguments, f"{field}.function.arguments")
-    return pb.ToolCall(id=call.id, name=call.function.name, arguments=text)
+    return ToolCall(id=call.id, name=call.function.name, arguments=text)
 
 
 def text_of(content: str | list[ChatContentPart] | None, field: str) -> str:

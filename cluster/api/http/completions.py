@@ -12,17 +12,14 @@ from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api import request_validation
 from cluster.api.http.answer_assembly import (
     WholeAnswer,
-    fields_named,
     gather_answers,
-    grammar_fields,
     openai_usage,
     plus,
     total,
 )
-from cluster.api.http.body import build, read
+from cluster.api.http.body import build, form_size, read
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
@@ -32,6 +29,8 @@ from cluster.api.http.logprobs import columns
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
+from cluster.api.request_validation import generate_request
+from cluster.api.requests import rename_fields
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.request import FinishEvent, TokenEvent, Usage
 
@@ -59,14 +58,14 @@ class Completions:
         self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
     ) -> list[RunningRequest]:
         """Submit all prompts. If one is rejected, end those that were accepted and raise its error."""
-        with fields_named({"samples": "n", "top_logprobs": "logprobs", **grammar_fields("response_format")}):
-            messages = await build(request, lambda: form.messages(request_id))
+        all_params = await build(request, lambda: form.params(request_id))
+        with rename_fields(form.field_names()):
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
-            requests = [await request_validation.generate_request(m, checkpoint, caller) for m in messages]
+            requests = [await generate_request(params, form_size(request), checkpoint, caller) for params in all_params]
             async with AsyncExitStack() as undo:
                 all_running = []
                 for one in requests:
-                    running = await self.service.ask(one, checkpoint)
+                    running = await self.service.submit(one, checkpoint)
                     undo.push_async_callback(running.events.aclose)
                     all_running.append(running)
                 undo.pop_all()

@@ -1,4 +1,4 @@
-"""The body of POST /v1/completions, and its translation into one gRPC GenerateRequest per prompt."""
+"""The body of POST /v1/completions, and its translation into parameters, for each of its prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cluster.api.bounds import MAX_ELEMENTS
 from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import ChatStreamOptions
 from cluster.api.http.openai_formats import ResponseFormat, grammar_of
-from cluster.api.http.sampling_form import Count, SamplingForm
+from cluster.api.http.sampling_form import Count, SamplingForm, stop_list
+from cluster.api.requests import GenerateParams, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_ANSWERS, MAX_PROMPT_IDS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS
-from cluster.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's default for this endpoint."""
@@ -66,27 +66,26 @@ class CompletionsForm(SamplingForm):
                 field="n",
             )
 
-    def messages(self, request_id: str) -> list[pb.GenerateRequest]:
-        """Return a request for each prompt. Raises ``InvalidRequest``, naming the field."""
+    def field_names(self) -> dict[str, str]:
+        """Map parameters to this form's fields."""
+        return {"samples": "n", "top_logprobs": "logprobs", **grammar_names("response_format")}
+
+    def params(self, request_id: str) -> list[GenerateParams]:
+        """Translate the body, once for each prompt. Raises ``InvalidRequest``, naming the field."""
         self.check()
         prompts = self.prompts
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
-        return [self._message(one_id, prompt) for one_id, prompt in zip(ids, prompts, strict=True)]
+        return [self._prompt_params(one_id, prompt) for one_id, prompt in zip(ids, prompts, strict=True)]
 
-    def _message(self, request_id: str, prompt: Prompt) -> pb.GenerateRequest:
-        sampling = self.sampling_options()
-        sampling.logprobs = self.logprobs is not None
-        sampling.top_logprobs = self.logprobs or 0
-        message = pb.GenerateRequest(
+    def _prompt_params(self, request_id: str, prompt: Prompt) -> GenerateParams:
+        return GenerateParams(
             request_id=request_id,
-            sampling=sampling,
-            stop=self.stop_options(self.max_tokens),
+            prompt=prompt,
+            sampling=self.sampling_options(logprobs=self.logprobs is not None, top_logprobs=self.logprobs or 0),
+            max_tokens=self.max_tokens,
+            stop=stop_list(self.stop),
+            ignore_eos=self.ignore_eos,
             priority=self.priority,
-            grammar=grammar_of(self.response_format),
             samples=self.samples,
+            grammar=grammar_of(self.response_format),
         )
-        if isinstance(prompt, str):
-            message.text = prompt
-        else:
-            message.tokens.ids.extend(prompt)
-        return message

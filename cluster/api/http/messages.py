@@ -10,10 +10,9 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from cluster.api import request_validation
-from cluster.api.http.answer_assembly import AnswerPart, fields_named, gather_answers, grammar_fields
-from cluster.api.http.body import build, read
-from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.answer_assembly import AnswerPart, gather_answers
+from cluster.api.http.body import read
+from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import anthropic_error, sentence_of
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.messages_form import MessagesForm
@@ -22,13 +21,6 @@ from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
 
-FIELDS: Final = {
-    "prompt": "messages",
-    "stop": "stop_sequences",
-    "enable_thinking": "thinking",
-    "reasoning_effort": "output_config.effort",
-    "tools[]": ".input_schema",
-}
 PING: Final = event({"type": "ping"}, "ping")
 
 
@@ -42,12 +34,7 @@ class Messages:
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, MessagesForm)
         checkpoint = self.names.checkpoint(form.model)
-        request_id = new_id("msg_")
-        formatted = form.output_config is not None and form.output_config.format is not None
-        with fields_named({**FIELDS, **grammar_fields("output_config.format" if formatted else "tools")}):
-            message = await build(request, lambda: form.message(request_id))
-            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(core_request, checkpoint)
+        running = await submit_chat(self.service, request, form, new_id("msg_"), checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
             return EventStream(MessageStream(model, running).events(), PING)

@@ -1,4 +1,4 @@
-"""The body of POST /v1/messages, and its translation into a gRPC ChatRequest.
+"""The body of POST /v1/messages, and its translation into parameters.
 
 One Anthropic message may hold several tool results and text; each becomes a separate message.
 """
@@ -6,22 +6,30 @@ One Anthropic message may hold several tool results and text; each becomes a sep
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
 from cluster.api.bounds import MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.json_response import compact
-from cluster.api.http.openai_formats import Name, check_answers, choice_of, schema_grammar
+from cluster.api.http.openai_formats import Name, check_answers, schema_grammar
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
 from cluster.api.http.schema_check import check_schema
+from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCall, ToolChoice
 
 T = TypeVar("T")
 TEXT = "text"
+_CHOICES: Final = {
+    "auto": ToolChoice.AUTO,
+    "any": ToolChoice.REQUIRED,
+    "tool": ToolChoice.NAMED,
+    "none": ToolChoice.NONE,
+}
+"""Anthropic's words for the tool choices."""
 
 
 class Block(Form):
@@ -109,32 +117,38 @@ class CountForm(Form):
     context_management: Unsupported = None
     mcp_servers: Unsupported = None
 
-    def conversation(self) -> pb.ChatRequest:
-        """Translate messages, tools and the answer's format. Raises ``InvalidRequest``, naming the field."""
+    def field_names(self) -> dict[str, str]:
+        """Map parameters to this form's fields."""
+        return {"prompt": "messages", "enable_thinking": "thinking", "reasoning_effort": "output_config.effort"}
+
+    def conversation(self) -> Conversation:
+        """Translate the messages and the tools. Raises ``InvalidRequest``, naming the field."""
         turns = list(_system(self.system))
         call_ids = set[str]()
         for i, message in enumerate(self.messages):
             for turn in _turns(message, f"messages[{i}]", call_ids):
                 call_ids.update(call.id for call in turn.tool_calls)
                 turns.append(turn)
-        output = self.output_config
-        return pb.ChatRequest(
-            messages=turns,
-            template=self._template(),
-            grammar=schema_grammar(output.format.json_schema) if output and output.format else None,
-        )
+        return Conversation(turns, self._options())
 
-    def _template(self) -> pb.TemplateOptions:
-        choice = self.tool_choice
+    def grammar(self) -> Grammar | None:
+        """Return the grammar of the answer's format."""
+        output = self._format()
+        return schema_grammar(output.json_schema) if output else None
+
+    def _format(self) -> OutputFormat | None:
+        return self.output_config.format if self.output_config else None
+
+    def _options(self) -> ChatOptions:
+        choice = self.tool_choice or AnthropicToolChoice(type="auto")
         thinking = self.thinking
-        if choice and choice.type == "tool" and not choice.name:
+        if choice.type == "tool" and not choice.name:
             raise InvalidRequest("tool_choice has no name; name the tool to call", field="tool_choice.name")
-        mode = {"any": "required", "tool": choice.name or ""}.get(choice.type, choice.type) if choice else "auto"
-        single = choice is not None and choice.disable_parallel_tool_use
-        return pb.TemplateOptions(
-            tools=[_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())],
-            tool_choice=choice_of(mode, named=choice is not None and choice.type == "tool"),
-            parallel_tool_calls=False if single else None,
+        return ChatOptions(
+            tools=tuple(_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
+            tool_choice=_CHOICES[choice.type],
+            tool_name=(choice.type == "tool" and choice.name) or "",
+            parallel_tool_calls=not choice.disable_parallel_tool_use,
             enable_thinking=None if thinking is None or thinking.type == "adaptive" else thinking.type == "enabled",
             reasoning_effort=(self.output_config and self.output_config.effort) or "",
         )
@@ -158,8 +172,13 @@ class MessagesForm(CountForm):
     container: Unsupported = None
     inference_geo: Unsupported = None
 
-    def message(self, request_id: str) -> pb.ChatRequest:
-        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
+    def field_names(self) -> dict[str, str]:
+        """Map parameters to this form's fields. Without an output format, a grammar comes from the tools."""
+        grammar = grammar_names("output_config.format" if self._format() else "tools")
+        return {**super().field_names(), "stop": "stop_sequences", TOOL_SCHEMA: ".input_schema", **grammar}
+
+    def params(self, request_id: str) -> ChatParams:
+        """Translate the body. Raises ``InvalidRequest``, naming the field."""
         if self.messages[-1].role == "assistant":  # the chat template would end that turn and begin a new one
             raise InvalidRequest(
                 "the last message is the assistant's; continuing its text (prefill) is not supported; end with a user "
@@ -167,25 +186,25 @@ class MessagesForm(CountForm):
                 field=f"messages[{len(self.messages) - 1}].role",
                 code="unsupported_parameter",
             )
-        message = self.conversation()
-        message.request_id = request_id
-        message.sampling.MergeFrom(
-            pb.SamplingOptions(
-                temperature=1.0 if self.temperature is None else self.temperature, top_p=self.top_p, top_k=self.top_k
-            )
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return ChatParams(
+            request_id=request_id,
+            conversation=self.conversation(),
+            sampling=SamplingOptions(temperature=temperature, top_p=self.top_p, top_k=self.top_k or 0),
+            max_tokens=self.max_tokens,
+            stop=self.stop_sequences or (),
+            grammar=self.grammar(),
         )
-        message.stop.MergeFrom(pb.StopOptions(max_tokens=self.max_tokens, stop=self.stop_sequences or ()))
-        return message
 
 
-def _tool(tool: AnthropicTool, field: str) -> pb.Tool:
+def _tool(tool: AnthropicTool, field: str) -> Tool:
     check_schema(tool.input_schema, f"{field}.input_schema")
-    return pb.Tool(name=tool.name, description=tool.description or "", parameters=compact(tool.input_schema))
+    return Tool(name=tool.name, description=tool.description or "", parameters=compact(tool.input_schema))
 
 
-def _system(system: str | list[Block] | None) -> Iterator[pb.ChatMessage]:
+def _system(system: str | list[Block] | None) -> Iterator[ChatMessage]:
     if system:
-        yield pb.ChatMessage(role="system", content=_text(system, "system"))
+        yield ChatMessage(role="system", content=_text(system, "system"))
 
 
 def _text(content: str | list[Block], field: str) -> str:
@@ -197,20 +216,20 @@ def _text(content: str | list[Block], field: str) -> str:
     return "\n".join(_required(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
-def _turns(message: AnthropicMessage, field: str, call_ids: Collection[str]) -> Iterator[pb.ChatMessage]:
+def _turns(message: AnthropicMessage, field: str, call_ids: Collection[str]) -> Iterator[ChatMessage]:
     """Translate one message; ``call_ids`` are the ids of all earlier tool calls."""
     if message.role == "system" or isinstance(message.content, str):
-        yield pb.ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
+        yield ChatMessage(role=message.role, content=_text(message.content, f"{field}.content"))
     elif message.role == "assistant":
         yield _assistant(message.content, f"{field}.content")
     else:
         yield from _user(message.content, f"{field}.content", call_ids)
 
 
-def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
-    message = pb.ChatMessage(role="assistant")
+def _assistant(blocks: list[Block], field: str) -> ChatMessage:
     texts = list[str]()
     thoughts = list[str]()
+    calls = list[ToolCall]()
     for i, block in enumerate(blocks):
         at = f"{field}[{i}]"
         _check_type(block, (TEXT, "thinking", "redacted_thinking", "tool_use"), at)
@@ -222,13 +241,11 @@ def _assistant(blocks: list[Block], field: str) -> pb.ChatMessage:
             arguments = compact(_required(block.input, f"{at}.input"))
             call_id = _required(block.id, f"{at}.id")
             name = _required(block.name, f"{at}.name")
-            message.tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
-    message.content = "".join(texts)
-    message.reasoning = "".join(thoughts)
-    return message
+            calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
+    return ChatMessage("assistant", "".join(texts), "".join(thoughts), tuple(calls))
 
 
-def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterator[pb.ChatMessage]:
+def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterator[ChatMessage]:
     """Yield the tool results, which must come first, then the user's text."""
     texts = []
     for i, block in enumerate(blocks):
@@ -241,14 +258,14 @@ def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterato
             check_answers(result, call_ids, f"{at}.tool_use_id")
             yield result
     if texts:
-        yield pb.ChatMessage(role="user", content="\n".join(texts))
+        yield ChatMessage(role="user", content="\n".join(texts))
 
 
-def _result(block: Block, field: str) -> pb.ChatMessage:
+def _result(block: Block, field: str) -> ChatMessage:
     text = _text(block.content or "", f"{field}.content")
     content = f"Error: {text}" if block.is_error else text
     call_id = _required(block.tool_use_id, f"{field}.tool_use_id")
-    return pb.ChatMessage(role="tool", content=content, tool_call_id=call_id)
+    return ChatMessage(role="tool", content=content, tool_call_id=call_id)
 
 
 def _check_type(block: Block, kinds: tuple[str, ...], field: str) -> None:

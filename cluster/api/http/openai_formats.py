@@ -1,4 +1,4 @@
-"""Translates OpenAI's tools, tool choices and response formats into gRPC messages."""
+"""Translates OpenAI's tools, tool calls and response formats into core types."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from cluster.api.http.json_response import compact
 from cluster.api.http.schema_check import check_schema
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_TOOL_NAME_CHARS
-from cluster.v1 import inference_pb2 as pb
-
-_MODES = {
-    "auto": pb.TOOL_CHOICE_MODE_AUTO,
-    "none": pb.TOOL_CHOICE_MODE_NONE,
-    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
-}
+from cluster.core.request import ChatMessage, Grammar, GrammarKind, Tool
 
 
 def _no_allowed_tools(choice: object) -> object:
@@ -66,12 +60,12 @@ class ResponseFormat(Form):
     lark: str | None = None
 
 
-def grammar_of(requested: ResponseFormat | None, field: str = "response_format") -> pb.Grammar | None:
+def grammar_of(requested: ResponseFormat | None, field: str = "response_format") -> Grammar | None:
     """Return the grammar of a format; None if the answer is free. Raises ``InvalidRequest`` for a missing field."""
     if requested is None or requested.type == "text":
         return None
     if requested.type == "json_object":
-        return pb.Grammar(json_object=True)
+        return Grammar(GrammarKind.JSON_OBJECT)
     if requested.type == "json_schema":
         if requested.json_schema is None or requested.json_schema.schema_ is None:
             raise InvalidRequest(f"{field} has no schema", field=f"{field}.json_schema")
@@ -79,29 +73,22 @@ def grammar_of(requested: ResponseFormat | None, field: str = "response_format")
     source = requested.regex if requested.type == "regex" else requested.lark
     if source is None:
         raise InvalidRequest(f"{field} has no {requested.type}", field=f"{field}.{requested.type}")
-    return pb.Grammar(regex=source) if requested.type == "regex" else pb.Grammar(lark=source)
+    return Grammar(GrammarKind(requested.type), source)
 
 
-def schema_grammar(schema: dict[str, Any]) -> pb.Grammar:
+def schema_grammar(schema: dict[str, Any]) -> Grammar:
     """Return the grammar of a JSON schema."""
-    return pb.Grammar(json_schema=compact(schema))
+    return Grammar(GrammarKind.JSON_SCHEMA, compact(schema))
 
 
-def tool_of(spec: FunctionSpec, field: str) -> pb.Tool:
+def tool_of(spec: FunctionSpec, field: str) -> Tool:
     """Translate a tool. Raises ``InvalidRequest`` if its parameters are not a JSON Schema."""
     check_schema(spec.parameters or {}, f"{field}.parameters")
     schema = compact(spec.parameters) if spec.parameters else ""
-    return pb.Tool(name=spec.name, description=spec.description or "", parameters=schema)
+    return Tool(name=spec.name, description=spec.description or "", parameters=schema)
 
 
-def choice_of(choice: str, *, named: bool) -> pb.ToolChoice:
-    """Translate a tool choice: auto, none or required, or (``named``) the name of the tool that must be called."""
-    if named:
-        return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=choice)
-    return pb.ToolChoice(mode=_MODES[choice])
-
-
-def check_answers(turn: pb.ChatMessage, call_ids: Collection[str], field: str) -> None:
+def check_answers(turn: ChatMessage, call_ids: Collection[str], field: str) -> None:
     """Raise ``InvalidRequest`` if ``turn`` is a tool message that answers none of the earlier ``call_ids``."""
     if turn.role == "tool" and turn.tool_call_id not in call_ids:
         raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}; no call before it has this id", field=field)

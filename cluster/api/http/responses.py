@@ -5,30 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api import request_validation
-from cluster.api.http.answer_assembly import AnswerPart, WholeAnswer, fields_named, gather_answers, grammar_fields
-from cluster.api.http.body import build, read
-from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.answer_assembly import AnswerPart, WholeAnswer, gather_answers
+from cluster.api.http.body import read
+from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.model_names import ModelNames
-from cluster.api.http.reasoning_effort import thinking_fields
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import Reply
 from cluster.api.http.responses_stream import ResponseStream
 from cluster.api.http.sse import EventStream, while_connected
 from cluster.api.request_service import RequestService
-
-FIELDS: Final = {
-    "messages": "input",
-    "prompt": "input",
-    "max_tokens": "max_output_tokens",
-    "tools[]": ".parameters",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +32,7 @@ class Responses:
     async def __call__(self, request: Request) -> Json | EventStream:
         form = await read(request, ResponsesForm)
         checkpoint = self.names.checkpoint(form.model)
-        request_id = new_id("resp_")
-        thinking = thinking_fields(form.chat_template_kwargs, "reasoning.effort")
-        with fields_named({**FIELDS, **thinking, **grammar_fields("text.format" if form.text else "tools")}):
-            message = await build(request, lambda: form.message(request_id))
-            core_request = await request_validation.chat_request(message, checkpoint, caller_of(request, None))
-            running = await self.service.ask(core_request, checkpoint)
+        running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
         reply = Reply(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
             return EventStream(ResponseStream(reply).events())

@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses, and its translation into a gRPC ChatRequest.
+"""The body of POST /v1/responses, and its translation into parameters.
 
 Nothing is stored: each request has the whole conversation, including reasoning and tool calls.
 """
@@ -18,15 +18,15 @@ from cluster.api.http.openai_formats import (
     FunctionSpec,
     Name,
     check_answers,
-    choice_of,
     schema_grammar,
     tool_of,
 )
-from cluster.api.http.reasoning_effort import Effort, thinking_of
+from cluster.api.http.reasoning_effort import Effort, thinking_fields, thinking_of
 from cluster.api.http.sampling_form import Positive
+from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_TOOLS, MAX_TOP_LOGPROBS
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, ToolCall, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
 TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
@@ -155,77 +155,87 @@ class ResponsesForm(Form):
     def logprobs(self) -> bool:
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
-    def message(self, request_id: str) -> pb.ChatRequest:
-        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
-        sampling = pb.SamplingOptions(
+    def field_names(self) -> dict[str, str]:
+        """Map parameters to this form's fields. Without a text format, a grammar comes from the tools."""
+        return {
+            "messages": "input",
+            "prompt": "input",
+            "max_tokens": "max_output_tokens",
+            TOOL_SCHEMA: ".parameters",
+            **thinking_fields(self.chat_template_kwargs, "reasoning.effort"),
+            **grammar_names("text.format" if self.text else "tools"),
+        }
+
+    def params(self, request_id: str) -> ChatParams:
+        """Translate the body. Raises ``InvalidRequest``, naming the field."""
+        sampling = SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=self.top_k or 0,
             min_p=self.min_p,
             seed=self.seed,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs or 0,
         )
-        return pb.ChatRequest(
+        return ChatParams(
             request_id=request_id,
-            messages=[*self._instruction_messages(), *self._turns()],
+            conversation=Conversation([*self._instruction_messages(), *self._turns()], self._options()),
             sampling=sampling,
-            stop=pb.StopOptions(max_tokens=self.max_output_tokens),
+            max_tokens=self.max_output_tokens,
             grammar=self._grammar(),
-            template=self._template(),
         )
 
-    def _instruction_messages(self) -> Iterator[pb.ChatMessage]:
+    def _instruction_messages(self) -> Iterator[ChatMessage]:
         if self.instructions:
-            yield pb.ChatMessage(role="system", content=self.instructions)
+            yield ChatMessage("system", self.instructions)
 
-    def _turns(self) -> list[pb.ChatMessage]:
+    def _turns(self) -> list[ChatMessage]:
         if isinstance(self.input, str):
-            return [pb.ChatMessage(role="user", content=self.input)]
+            return [ChatMessage("user", self.input)]
         turns = _ConversationBuilder()
         for i, item in enumerate(self.input):
             turns.add(item, f"input[{i}]")
         return turns.messages()
 
-    def _grammar(self) -> pb.Grammar | None:
+    def _grammar(self) -> Grammar | None:
         requested = self.text.format if self.text else None
         if requested is None or requested.type == "text":
             return None
         if requested.type == "json_object":
-            return pb.Grammar(json_object=True)
+            return Grammar(GrammarKind.JSON_OBJECT)
         if requested.json_schema is None:
             raise InvalidRequest("text.format has no schema", field="text.format.schema")
         return schema_grammar(requested.json_schema)
 
-    def _template(self) -> pb.TemplateOptions:
+    def _options(self) -> ChatOptions:
         effort = self.reasoning.effort if self.reasoning else None
         thinking = thinking_of(effort, self.chat_template_kwargs, "reasoning.effort")
-        named = self.tool_choice.name if isinstance(self.tool_choice, ResponsesNamedTool) else None
-        return pb.TemplateOptions(
-            tools=[tool_of(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())],
-            tool_choice=choice_of(named or self.tool_choice or "auto", named=named is not None),  # type: ignore[arg-type]
-            parallel_tool_calls=self.parallel_tool_calls,
+        choice = self.tool_choice or "auto"
+        return ChatOptions(
+            tools=tuple(tool_of(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
+            tool_choice=ToolChoice.NAMED if isinstance(choice, ResponsesNamedTool) else ToolChoice(choice),
+            tool_name=choice.name if isinstance(choice, ResponsesNamedTool) else "",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             enable_thinking=thinking.enable,
             reasoning_effort=thinking.effort,
-            chat_template_kwargs=thinking.template,
+            template=thinking.template,
         )
 
 
 class _ConversationBuilder:
-    """Builds a conversation from input items. Consecutive items of the assistant become one message.
-
-    Text is collected in lists, since appending to a protobuf string copies all of it.
-    """
+    """Builds a conversation from input items. Consecutive items of the assistant become one message."""
 
     def __init__(self) -> None:
-        self._turns: list[pb.ChatMessage] = []
+        self._turns: list[ChatMessage] = []
+        self._in_assistant = False
         self._texts: list[str] = []
         self._thoughts: list[str] = []
+        self._calls: list[ToolCall] = []
         self._call_ids: set[str] = set()
         self._arguments = ArgumentsChecker()
 
-    def messages(self) -> list[pb.ChatMessage]:
-        self._finish()
+    def messages(self) -> list[ChatMessage]:
+        self._end_assistant()
         return self._turns
 
     def add(self, item: InputItem, field: str) -> None:
@@ -233,7 +243,7 @@ class _ConversationBuilder:
         if item.type == "message":
             self._add_message(item, field)
         elif item.type == "reasoning":
-            self._assistant()
+            self._in_assistant = True
             self._thoughts.append(_text(item.content or item.summary or "", f"{field}.content"))
         elif item.type == "function_call":
             self._add_call(item, field)
@@ -248,7 +258,8 @@ class _ConversationBuilder:
         arguments = self._arguments.text(_required(item.arguments, f"{field}.arguments"), f"{field}.arguments")
         call_id = _required(item.call_id, f"{field}.call_id")
         name = _required(item.name, f"{field}.name")
-        self._assistant().tool_calls.append(pb.ToolCall(id=call_id, name=name, arguments=arguments))
+        self._in_assistant = True
+        self._calls.append(ToolCall(call_id, name, arguments))
         self._call_ids.add(call_id)
 
     def _add_output(self, item: InputItem, field: str) -> None:
@@ -256,9 +267,9 @@ class _ConversationBuilder:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
         output = _text(item.output, f"{field}.output")
         call_id = _required(item.call_id, f"{field}.call_id")
-        turn = pb.ChatMessage(role="tool", content=output, tool_call_id=call_id)
+        turn = ChatMessage("tool", output, tool_call_id=call_id)
         check_answers(turn, self._call_ids, f"{field}.call_id")
-        self._begin(turn)
+        self._add_turn(turn)
 
     def _add_message(self, item: InputItem, field: str) -> None:
         if item.content is None:
@@ -266,28 +277,22 @@ class _ConversationBuilder:
         text = _text(item.content, f"{field}.content")
         role = _required(item.role, f"{field}.role")
         if role == "assistant":
-            self._assistant()
+            self._in_assistant = True
             self._texts.append(text)
         else:
-            self._begin(pb.ChatMessage(role="system" if role == "developer" else role, content=text))
+            self._add_turn(ChatMessage("system" if role == "developer" else role, text))
 
-    def _assistant(self) -> pb.ChatMessage:
-        """Return the assistant's message: the last one if it is the assistant's, else a new one."""
-        if not self._turns or self._turns[-1].role != "assistant":
-            self._begin(pb.ChatMessage(role="assistant"))
-        return self._turns[-1]
-
-    def _begin(self, turn: pb.ChatMessage) -> None:
-        self._finish()
+    def _add_turn(self, turn: ChatMessage) -> None:
+        self._end_assistant()
         self._turns.append(turn)
 
-    def _finish(self) -> None:
-        """Set the collected text and reasoning on the last message."""
-        if self._texts or self._thoughts:
-            self._turns[-1].content = "".join(self._texts)
-            self._turns[-1].reasoning = "".join(self._thoughts)
-            self._texts = []
-            self._thoughts = []
+    def _end_assistant(self) -> None:
+        """Add the assistant's message, if its items came last."""
+        if self._in_assistant:
+            texts, thoughts = "".join(self._texts), "".join(self._thoughts)
+            self._turns.append(ChatMessage("assistant", texts, thoughts, tuple(self._calls)))
+            self._in_assistant = False
+            self._texts, self._thoughts, self._calls = [], [], []
 
 
 def _text(content: str | list[ResponsesContentPart], field: str) -> str:

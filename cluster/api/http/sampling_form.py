@@ -7,6 +7,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from cluster.api.http.body import Form, first_entries
+from cluster.api.requests import SamplingOptions
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import (
     LEAST_REPETITION_PENALTY,
@@ -15,7 +16,6 @@ from cluster.core.limits import (
     MAX_STOP_STRINGS,
     MOST_REPETITION_PENALTY,
 )
-from cluster.v1 import inference_pb2 as pb
 
 Count: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -44,9 +44,9 @@ class SamplingForm(Form):
     stop: StopString | StopStrings | None = None
     ignore_eos: bool = False
 
-    def sampling_options(self) -> pb.SamplingOptions:
-        """Translate the sampling fields. The default temperature is 1, as at OpenAI. Raises ``InvalidRequest``."""
-        return pb.SamplingOptions(
+    def sampling_options(self, *, logprobs: bool, top_logprobs: int) -> SamplingOptions:
+        """Return the sampling options. The default temperature is 1, as at OpenAI. Raises ``InvalidRequest``."""
+        return SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
             top_k=max(0, self.top_k or 0),
@@ -56,11 +56,9 @@ class SamplingForm(Form):
             frequency_penalty=self.frequency_penalty,
             logit_bias=_biases(self.logit_bias or {}),
             seed=None if self.seed is None else self.seed % 2**64,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
         )
-
-    def stop_options(self, max_tokens: int | None) -> pb.StopOptions:
-        """Translate the fields that end an answer."""
-        return pb.StopOptions(max_tokens=max_tokens, stop=stop_list(self.stop), ignore_eos=self.ignore_eos)
 
 
 def stop_list(stop: str | list[str] | None) -> list[str]:

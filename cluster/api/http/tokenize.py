@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from cluster.api import request_validation
-from cluster.api.http.answer_assembly import fields_named
-from cluster.api.http.body import Form, ShortText, Text, build, read
+from cluster.api.http.body import Form, ShortText, Text, build, form_size, read
 from cluster.api.http.chat_form import FunctionTools, MessageList, messages_of
 from cluster.api.http.json_response import Json
 from cluster.api.http.messages_form import CountForm
 from cluster.api.http.model_names import ModelNames, model_id
 from cluster.api.http.openai_formats import tool_of
+from cluster.api.request_validation import count_tokens, list_tokens
+from cluster.api.requests import Conversation, rename_fields
 from cluster.core.errors import InvalidRequest
-from cluster.v1 import inference_pb2 as pb
+from cluster.core.request import ChatOptions
 
 
 class TokenizeForm(Form):
@@ -26,18 +26,16 @@ class TokenizeForm(Form):
     messages: MessageList | None = None
     tools: FunctionTools | None = None
 
-    def message(self) -> pb.TokenizeRequest:
-        """Translate the body into a request. Raises ``InvalidRequest``, naming the field."""
+    def params(self) -> str | Conversation:
+        """Return the text or the conversation to tokenize. Raises ``InvalidRequest``, naming the field."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("send either prompt or messages", field="prompt")
         if self.tools and not self.messages:
             raise InvalidRequest("tools require messages; add messages or leave tools out", field="tools")
-        tools = [tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())]
-        return pb.TokenizeRequest(
-            text=self.prompt or "",
-            messages=messages_of(self.messages or ()),
-            template=pb.TemplateOptions(tools=tools),
-        )
+        if self.messages is None:
+            return self.prompt or ""
+        tools = tuple(tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ()))
+        return Conversation(messages_of(self.messages), ChatOptions(tools=tools))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,8 @@ class Tokenize:
         """Return the token ids and the text of each."""
         form = await read(request, TokenizeForm)
         checkpoint = self.names.checkpoint(form.model)
-        with fields_named({"text": "prompt"}):
-            message = await build(request, form.message)
-            tokenized = await request_validation.tokenize_bounded(message, checkpoint)
+        prompt = await build(request, form.params)
+        tokenized = await list_tokens(prompt, form_size(request), checkpoint)
         return Json(
             {
                 "model": model_id(checkpoint),
@@ -67,8 +64,7 @@ class Tokenize:
         """Return the number of prompt tokens, in Anthropic's format."""
         form = await read(request, CountForm)
         checkpoint = self.names.checkpoint(form.model)
-        with fields_named({"template": "thinking"}):
-            chat = await build(request, form.conversation)
-            message = pb.TokenizeRequest(messages=chat.messages, template=chat.template)
-            count = await request_validation.count_tokens(message, checkpoint)
+        conversation = await build(request, form.conversation)
+        with rename_fields(form.field_names()):
+            count = await count_tokens(conversation, form_size(request), checkpoint)
         return Json({"input_tokens": count})

@@ -7,6 +7,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import h11
@@ -14,10 +15,13 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.api import request_validation
 from cluster.api.grpc.cluster_service import _load_order
+from cluster.api.grpc.proto_decoding import chat_params, generate_params, tokenize_prompt
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES
+from cluster.api.http.tokenize import TokenizeForm
 from cluster.api.metrics import Metrics
+from cluster.api.requests import Caller
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Busy, MacpipeError
 from cluster.model.checkpoint import BUNDLED
@@ -29,7 +33,7 @@ from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target
 from in_process import InProcess
 
-CALLER = request_validation.Caller("fuzz", None)
+CALLER = Caller("fuzz", None)
 
 
 @functools.cache
@@ -85,13 +89,11 @@ def _proto(kind: type[Message], take: Callable[[Any], object], *seeds: Message) 
 def _form(form: Any, seeds: tuple[dict[str, Any], ...]) -> Callable[[], Prepared]:
     def run(data: bytes) -> None:
         parsed = parse(data, form)
-        if hasattr(parsed, "conversation") and not hasattr(parsed, "message"):
-            made = [parsed.conversation()]
-        elif callable(getattr(parsed, "messages", None)):
-            made = parsed.messages("id")
+        if isinstance(parsed, TokenizeForm):
+            made = parsed.params()
         else:
-            made = [parsed.message("id") if "stream" in type(parsed).model_fields else parsed.message()]
-        assert all(one.SerializeToString() is not None for one in made)
+            made = parsed.params("id") if hasattr(parsed, "params") else parsed.conversation()
+        json.dumps(made, default=asdict, ensure_ascii=False).encode()  # no text that UTF-8 cannot hold
 
     return lambda: Prepared(run, tuple(json.dumps(seed).encode() for seed in seeds), spoil_json)
 
@@ -182,7 +184,7 @@ class _Desk:
     metrics = Metrics()
     bodies = ByteBudget()
 
-    async def ask(self, request: object, checkpoint: object) -> object:
+    async def submit(self, request: object, checkpoint: object) -> object:
         raise Busy("nothing is taken here")
 
 
@@ -261,15 +263,15 @@ PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
 
 
 async def _generated(message: inference_pb2.GenerateRequest) -> object:
-    return await request_validation.generate_request(message, served(), CALLER)
+    return await request_validation.generate_request(generate_params(message), message.ByteSize(), served(), CALLER)
 
 
 async def _chatted(message: inference_pb2.ChatRequest) -> object:
-    return await request_validation.chat_request(message, served(), CALLER)
+    return await request_validation.chat_request(chat_params(message), message.ByteSize(), served(), CALLER)
 
 
 async def _tokenized(message: inference_pb2.TokenizeRequest) -> object:
-    return await request_validation.tokenize_bounded(message, served())
+    return await request_validation.list_tokens(tokenize_prompt(message), message.ByteSize(), served())
 
 
 TARGETS = (

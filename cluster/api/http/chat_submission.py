@@ -1,0 +1,35 @@
+"""Submits a conversation, in whichever form a route takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from starlette.requests import Request
+
+from cluster.api.http.body import build, form_size
+from cluster.api.http.caller_identity import caller_of
+from cluster.api.request_service import RequestService, RunningRequest
+from cluster.api.request_validation import chat_request
+from cluster.api.requests import ChatParams, rename_fields
+from cluster.coordinator.model_reader import ModelInfo
+
+
+class ConversationForm(Protocol):
+    """The body of a route that answers a conversation."""
+
+    def params(self, request_id: str) -> ChatParams:
+        """Translate the body. Raises ``InvalidRequest``, naming the field."""
+
+    def field_names(self) -> Mapping[str, str]:
+        """Map parameters to the form's fields, for the errors of later checks."""
+
+
+async def submit_chat(
+    service: RequestService, request: Request, form: ConversationForm, request_id: str, checkpoint: ModelInfo
+) -> RunningRequest:
+    """Submit the conversation of a form. Raises the errors of every check, each with the form's field."""
+    params = await build(request, lambda: form.params(request_id))
+    with rename_fields(form.field_names()):
+        chat = await chat_request(params, form_size(request), checkpoint, caller_of(request, None))
+        return await service.submit(chat, checkpoint)

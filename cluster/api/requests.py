@@ -1,0 +1,106 @@
+"""The parameters of a request, as plain types that gRPC and HTTP each build from their own form.
+
+They hold what the client sent; None means that it left the parameter out. ``request_validation`` checks the values,
+fills in defaults, and names a parameter in its errors by the name that it has here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import DEFAULT_MAX_TOKENS
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
+
+TOOL_SCHEMA: Final = "tools[]"
+"""In a mapping of names: the path from a tool to its schema, for errors whose field is ``tools[i]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request, and its deadline.
+
+    ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
+    clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
+    as the context allows.
+    """
+
+    client: str
+    deadline: float | None
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are sampled. ``logit_bias`` maps token ids to biases."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerParams:
+    """The parameters of every answer, whatever its prompt."""
+
+    request_id: str = ""
+    sampling: SamplingOptions = SamplingOptions()
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    priority: int = 0
+    samples: int = 1
+    grammar: Grammar | None = None
+    stage_timings: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateParams(AnswerParams):
+    """The continuation of a prompt, given as text or as token ids."""
+
+    prompt: str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and how the model's chat template turns them into a prompt."""
+
+    messages: Sequence[ChatMessage]
+    options: ChatOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatParams(AnswerParams):
+    """The next message of a conversation."""
+
+    conversation: Conversation
+
+
+@contextmanager
+def rename_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Rename the field of an ``InvalidRequest`` to the name that this client's form has for it.
+
+    ``names`` maps the parameters' names to the form's; a parameter that it lacks keeps its name.
+    """
+    try:
+        yield
+    except InvalidRequest as e:
+        tool = e.field.startswith("tools[") and e.field.endswith("]")
+        e.field = f"{e.field}{names.get(TOOL_SCHEMA, '')}" if tool else names.get(e.field, e.field)
+        raise
+
+
+def grammar_names(field: str) -> dict[str, str]:
+    """Return a mapping of the names of every kind of grammar to ``field``, for ``rename_fields``."""
+    return dict.fromkeys((kind.value for kind in GrammarKind), field)
