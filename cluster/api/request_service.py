@@ -1,6 +1,10 @@
 """Submits requests for gRPC and HTTP, streams their events, and counts their outcomes.
 
 A request ends when its events are no longer read.
+
+A token passes at most three async generators on its way from the engine loop to a socket. ``AnswerQueue`` is none. The
+first is ``RequestService._events``. Over gRPC follow the servicer's method and ``MessageBounds``; over HTTP follows the
+encoder of a route, and for several prompts the merge of their answers.
 """
 
 from __future__ import annotations
@@ -113,7 +117,7 @@ class RequestService:
         ended = False
         self._live[request.id] = request.client
         try:
-            async for event in answer.events():
+            async for event in answer:
                 if isinstance(event, FinishEvent):
                     self.metrics.count_finished(event)
                 elif self.accounts and isinstance(event, TokenEvent):

@@ -7,7 +7,7 @@ not slowed down.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -41,14 +41,15 @@ class EventBatch:
 
 
 class AnswerQueue:
-    """The queue of one answer. Create and read it on one event loop; write it on the thread that owns ``post``.
+    """The queue of one answer; iterate over it for the events up to the last ``FinishEvent``.
 
-    ``abandon`` ends the request early. The answer is complete once each of its ``samples`` has a ``FinishEvent``.
+    Create and read it on one event loop; write it on the thread that owns ``post``. ``abandon`` ends the request early.
+    The answer is complete once each of its ``samples`` has a ``FinishEvent``.
     """
 
     def __init__(self, post: EventBatch, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
         self.abandon = abandon
-        self._samples = samples
+        self._samples = self._unfinished = samples
         self._post, self._loop = post, asyncio.get_running_loop()
         self._events: Queue = asyncio.Queue()
         self._written = self._read = self._repeated = 0
@@ -70,16 +71,19 @@ class AnswerQueue:
         self._written += 1
         self._post.put(self._loop, self._events, event)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield all events up to the last ``FinishEvent``. Raises the error if one ended the request."""
-        unfinished = self._samples
-        while unfinished:
-            event = await self._events.get()
-            self._read += 1
-            if isinstance(event, MacpipeError):
-                raise event
-            unfinished -= isinstance(event, FinishEvent)
-            yield event
+    def __aiter__(self) -> AnswerQueue:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Return the next event, up to the last ``FinishEvent``. Raises the error if one ended the request."""
+        if not self._unfinished:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._read += 1
+        if isinstance(event, MacpipeError):
+            raise event
+        self._unfinished -= isinstance(event, FinishEvent)
+        return event
 
 
 def _hand_over(events: Iterable[tuple[Queue, Event | MacpipeError]]) -> None:

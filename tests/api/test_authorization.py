@@ -51,7 +51,7 @@ class Answering:
     def __init__(self) -> None:
         self.ended = asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[Accepted | TokenEvent, None]:
+    async def __aiter__(self) -> AsyncGenerator[Accepted | TokenEvent, None]:
         yield Accepted()
         yield TokenEvent(0, 1, "a")
         await self.ended.wait()

@@ -162,7 +162,7 @@ class Bench:
 async def read(answer: AnswerQueue) -> tuple[list[int], str, FinishEvent]:
     tokens, text = [], ""
     async with asyncio.timeout(5):
-        async for event in answer.events():
+        async for event in answer:
             if isinstance(event, TokenEvent):
                 tokens.append(event.token)
                 text += event.text
@@ -172,7 +172,7 @@ async def read(answer: AnswerQueue) -> tuple[list[int], str, FinishEvent]:
 
 
 async def collect(answer: AnswerQueue, into: list[Event]) -> None:
-    async for event in answer.events():
+    async for event in answer:
         into.append(event)
 
 
@@ -499,7 +499,7 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
         said: dict[int, list[int]] = {0: [], 1: [], 2: []}
         ends = []
         async with asyncio.timeout(5):
-            async for event in answer.events():
+            async for event in answer:
                 if isinstance(event, TokenEvent):
                     said[event.sample].append(event.token)
                 elif isinstance(event, FinishEvent):

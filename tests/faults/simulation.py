@@ -501,7 +501,7 @@ class Simulation:
         answer = AnswerQueue(self.service.loop.post)
         self.service.loop.submit(Request(name, asked.prompt, SamplingParams(), asked.max_tokens), answer)
         try:
-            async for event in answer.events():
+            async for event in answer:
                 self._seen(name, event, first=i == 0)
         except MacpipeError as e:
             self.history.note("error", request=name, reason=e.reason, sentence=e.sentence)

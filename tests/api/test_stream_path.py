@@ -1,0 +1,122 @@
+"""The way of a token from the engine loop to the wire: how many async generators it passes, on each route."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from cluster.api.daemon import DESCRIPTORS
+from cluster.api.grpc.inference_service import InferenceServicer
+from cluster.api.http.app import application
+from cluster.api.metrics import Metrics
+from cluster.api.request_service import RequestService
+from cluster.coordinator.answer_queue import AnswerQueue, Event, EventBatch
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, Usage
+from cluster.security.credentials import LocalTrust
+from cluster.transport.grpc_setup import bind, public_server
+from cluster.transport.message_bounds import MessageBounds
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
+from fuzz.targets.asked import served
+
+pytestmark = pytest.mark.anyio
+
+
+class WatchedQueue(AnswerQueue):
+    """Counts the async generators that wait for a token. ``Accepted``, which comes first, is read on its own."""
+
+    accepted = False
+    depth = 0
+
+    async def __anext__(self) -> Event:
+        frame = sys._getframe()
+        generators = 0
+        while frame := frame.f_back:  # type: ignore[assignment]  # None at the end
+            generators += bool(frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR)
+        if self.accepted:
+            self.depth = max(self.depth, generators)
+        self.accepted = True
+        return await super().__anext__()
+
+
+class OneToken:
+    """A coordinator whose answers have one token."""
+
+    def __init__(self) -> None:
+        self.answers: list[WatchedQueue] = []
+
+    def checkpoint(self, model: str) -> ModelInfo:
+        return served()
+
+    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+        batch = EventBatch()
+        answer = WatchedQueue(batch, samples=request.samples)
+        answer.put(Accepted())
+        for i in range(request.samples):
+            answer.put(TokenEvent(0, 5, "a", sample=i, logprob=-1.0))
+            answer.put(FinishEvent(FinishReason.STOP, "", Usage(1, 1), 1.0, 1.0, sample=i))
+        batch.deliver()
+        self.answers.append(answer)
+        return answer
+
+    @property
+    def depth(self) -> int:
+        return max(answer.depth for answer in self.answers)
+
+
+@pytest.fixture
+def coordinator() -> OneToken:
+    return OneToken()
+
+
+@pytest.fixture
+def service(coordinator: OneToken) -> RequestService:
+    return RequestService(coordinator, Metrics())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def stub(service: RequestService) -> AsyncIterator[Any]:
+    trust = LocalTrust()
+    server = public_server(trust, MessageBounds(DESCRIPTORS, service.bodies, lambda context: context.peer()))
+    add_InferenceServiceServicer_to_server(InferenceServicer(service, trust), server)
+    port = bind(server, trust, "127.0.0.1", 0)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield InferenceServiceStub(channel)
+    await server.stop(None)
+
+
+ROUTES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "n": 2},
+    "/v1/completions": {"prompt": ["a", "b"], "logprobs": 1},
+    "/v1/responses": {"input": "hi"},
+    "/v1/messages": {"model": "faq", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_token_passes_three_generators_at_most_over_http(
+    path: str, service: RequestService, coordinator: OneToken
+) -> None:
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
+        answer = await client.post(path, json={**ROUTES[path], "stream": True})
+    assert answer.status_code == 200
+    assert '"a"' in answer.text
+    assert 1 <= coordinator.depth <= 3
+
+
+@pytest.mark.parametrize("method", ["Generate", "Chat"])
+async def test_a_token_passes_three_generators_at_most_over_grpc(method: str, stub: Any, coordinator: OneToken) -> None:
+    hi = pb.ChatMessage(role="user", content="hi")
+    message = pb.GenerateRequest(text="hi") if method == "Generate" else pb.ChatRequest(messages=[hi])
+    events = [reply.WhichOneof("event") async for reply in getattr(stub, method)(message)]
+    assert events == ["prompt", "token", "finish"]
+    assert coordinator.depth == 3
