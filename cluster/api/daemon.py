@@ -32,7 +32,7 @@ from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.errors import MacpipeError, PortInUse
-from cluster.core.limits import JOIN_RETRY_S, LAST_WORDS_S
+from cluster.core.limits import JOIN_RETRY_S, SHUTDOWN_GRACE_S
 from cluster.core.state import ServingState
 from cluster.core.text import format_address
 from cluster.discovery.browse import browse
@@ -90,8 +90,8 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         )
         coordinator.journal = _journal(settings)
         http_port_settings = http_port(settings)
-        accounts = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
-        service = RequestService(coordinator, Metrics(), accounts)
+        key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
+        service = RequestService(coordinator, Metrics(), key_usage)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
@@ -200,7 +200,7 @@ async def _public_port(
     finally:
         with anyio.CancelScope(shield=True):
             await coordinator.close()
-            await server.stop(grace=LAST_WORDS_S)
+            await server.stop(grace=SHUTDOWN_GRACE_S)
 
 
 def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class KeyUsage:
     def __init__(self, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
         self._clock = clock
-        self._accounts: dict[str, _Usage] = {}
+        self._usages: dict[str, _Usage] = {}
 
     def identify(self, given: Sequence[str]) -> ApiKey:
         """Return the first valid key among the given texts. Raises ``Unauthenticated`` if there is none."""
@@ -88,84 +88,84 @@ class KeyUsage:
         )
 
     @contextmanager
-    def request(self, key: ApiKey) -> Iterator[None]:
+    def count_request(self, key: ApiKey) -> Iterator[None]:
         """Count one request of ``key`` while the context is open. Raises ``LimitReached``."""
-        account = self._account(key)
+        usage = self._usage_of(key)
         now = self._clock()
         most = key.limits.at_once
-        if most is not None and account.running >= most:
+        if most is not None and usage.running >= most:
             raise LimitReached(
-                f"the key {key.name} has {account.running} requests in progress; its limit is {most}; try again when "
+                f"the key {key.name} has {usage.running} requests in progress; its limit is {most}; try again when "
                 "one has ended",
                 retry_after_s=RETRY_AFTER_S,
                 code=_CODE,
             )
-        if account.requests:
-            if wait := account.requests.wait_s(1, now):
-                raise _rate_error(key, f"{account.requests.most} requests a minute", "none are left", wait)
-            account.requests.take(1, now)
-        account.running += 1
+        if usage.requests:
+            if wait := usage.requests.wait_s(1, now):
+                raise _rate_error(key, f"{usage.requests.most} requests a minute", "none are left", wait)
+            usage.requests.take(1, now)
+        usage.running += 1
         try:
             yield
         finally:
-            account.running -= 1
+            usage.running -= 1
 
-    def prompt(self, client: str, tokens: int) -> None:
+    def charge_prompt(self, client: str, tokens: int) -> None:
         """Charge the tokens of a prompt, before it is processed. Clients without a key are not limited.
 
         Raises ``Unauthenticated`` if the key was revoked meanwhile, and ``LimitReached``.
         """
         if self.is_revoked(client):
             raise revoked_error()
-        account = self._accounts.get(client)
-        if account is None or account.tokens is None:
+        usage = self._usages.get(client)
+        if usage is None or usage.tokens is None:
             return
         now = self._clock()
-        if wait := account.tokens.wait_s(tokens, now):
-            left = max(0, math.floor(account.tokens.level(now)))
-            allowed = f"{account.tokens.most} tokens a minute"
-            raise _rate_error(account.key, allowed, f"{left} are left and the prompt has {tokens}", wait)
-        account.tokens.take(tokens, now)
+        if wait := usage.tokens.wait_s(tokens, now):
+            left = max(0, math.floor(usage.tokens.level(now)))
+            allowed = f"{usage.tokens.most} tokens a minute"
+            raise _rate_error(usage.key, allowed, f"{left} are left and the prompt has {tokens}", wait)
+        usage.tokens.take(tokens, now)
 
-    def count_tokens(self, client: str, tokens: int) -> None:
+    def charge_tokens(self, client: str, tokens: int) -> None:
         """Charge ``tokens`` generated tokens."""
-        account = self._accounts.get(client)
-        if account and account.tokens:
-            account.tokens.take(tokens, self._clock())
+        usage = self._usages.get(client)
+        if usage and usage.tokens:
+            usage.tokens.take(tokens, self._clock())
 
     def is_revoked(self, client: str) -> bool:
         """Return whether ``client`` is a key that is no longer valid."""
         return client.startswith(_OWNER) and self._keys.find_by_id(client.removeprefix(_OWNER)) is None
 
-    def figures(self, key: ApiKey) -> dict[str, str]:
+    def rate_limit_headers(self, key: ApiKey) -> dict[str, str]:
         """Return OpenAI's ``x-ratelimit-*`` headers for ``key``; a quantity without a limit has none."""
-        account = self._account(key)
+        usage = self._usage_of(key)
         now = self._clock()
         headers = {}
-        for name, bucket in (("requests", account.requests), ("tokens", account.tokens)):
+        for name, bucket in (("requests", usage.requests), ("tokens", usage.tokens)):
             if bucket:
                 headers[f"x-ratelimit-limit-{name}"] = str(bucket.most)
                 headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level(now))))
                 headers[f"x-ratelimit-reset-{name}"] = f"{bucket.wait_s(bucket.most, now):.0f}s"
         return headers
 
-    def _account(self, key: ApiKey) -> _Usage:
+    def _usage_of(self, key: ApiKey) -> _Usage:
         client = client_of(key)
-        if client not in self._accounts:
-            if len(self._accounts) >= MAX_KEYS:
+        if client not in self._usages:
+            if len(self._usages) >= MAX_KEYS:
                 self._drop_revoked()
             requests = self._bucket(key.limits.requests_a_minute)
             tokens = self._bucket(key.limits.tokens_a_minute)
-            self._accounts[client] = _Usage(key, requests, tokens)
-        return self._accounts[client]
+            self._usages[client] = _Usage(key, requests, tokens)
+        return self._usages[client]
 
     def _bucket(self, most: int | None) -> TokenBucket | None:
         return None if most is None else TokenBucket(most, self._clock())
 
     def _drop_revoked(self) -> None:
         """Drop the usage of revoked keys without requests; at most ``MAX_KEYS`` keys are valid."""
-        for client in [c for c, a in self._accounts.items() if not a.running and self.is_revoked(c)]:
-            del self._accounts[client]
+        for client in [c for c, a in self._usages.items() if not a.running and self.is_revoked(c)]:
+            del self._usages[client]
 
 
 def revoked_error() -> Unauthenticated:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from cluster.api.key_usage import KeyUsage, revoked_error
 from cluster.api.metrics import Metrics
-from cluster.api.tool_schema_errors import blame_tool
+from cluster.api.tool_schema_errors import find_invalid_tool
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
-from cluster.core.limits import KEY_LOOK_S
+from cluster.core.limits import KEY_CHECK_S
 from cluster.core.request import Accepted, FinishEvent, Request, TokenEvent
 from cluster.transport.byte_budget import ByteBudget
 
@@ -40,12 +40,12 @@ class RunningRequest:
 
 
 class RequestService:
-    """The requests of one coordinator. ``accounts`` is the usage of its API keys; None without a cluster."""
+    """The requests of one coordinator. ``key_usage`` is the usage of its API keys; None without a cluster."""
 
-    def __init__(self, coordinator: Coordinator, metrics: Metrics, accounts: KeyUsage | None = None) -> None:
+    def __init__(self, coordinator: Coordinator, metrics: Metrics, key_usage: KeyUsage | None = None) -> None:
         self.coordinator = coordinator
         self.metrics = metrics
-        self.accounts = accounts
+        self.key_usage = key_usage
         self.bodies = ByteBudget()
         """The bytes held by all requests, gRPC and HTTP together."""
         self._live: dict[str, str] = {}
@@ -58,12 +58,12 @@ class RequestService:
         coordinator rejects it.
         """
         with self._count_errors():
-            if self.accounts:
-                self.accounts.prompt(request.client, len(request.prompt))
+            if self.key_usage:
+                self.key_usage.charge_prompt(request.client, len(request.prompt))
             try:
                 answer = await self.coordinator.accept(request, checkpoint)
             except InvalidGrammar as e:
-                raise await blame_tool(e, request, checkpoint, self.coordinator) from None
+                raise await find_invalid_tool(e, request, checkpoint, self.coordinator) from None
         return await self._wait_accepted(request, answer, checkpoint)
 
     async def resume(
@@ -81,11 +81,11 @@ class RequestService:
         await self.coordinator.abort(request_id)
 
     async def end_revoked(self) -> None:
-        """End live requests whose key was revoked, every ``KEY_LOOK_S`` seconds. Never returns if there are keys."""
-        while self.accounts:
-            await asyncio.sleep(KEY_LOOK_S)
+        """End live requests whose key was revoked, every ``KEY_CHECK_S`` seconds. Never returns if there are keys."""
+        while self.key_usage:
+            await asyncio.sleep(KEY_CHECK_S)
             try:
-                revoked = {client for client in set(self._live.values()) if self.accounts.is_revoked(client)}
+                revoked = {client for client in set(self._live.values()) if self.key_usage.is_revoked(client)}
             except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
                 log.error("cannot check for revoked keys: %s", e.sentence)
                 continue
@@ -120,14 +120,14 @@ class RequestService:
             async for event in answer:
                 if isinstance(event, FinishEvent):
                     self.metrics.count_finished(event)
-                elif self.accounts and isinstance(event, TokenEvent):
-                    self.accounts.count_tokens(request.client, 1)
+                elif self.key_usage and isinstance(event, TokenEvent):
+                    self.key_usage.charge_tokens(request.client, 1)
                 yield event
             ended = True
         except MacpipeError as e:
             self.metrics.count_error(e)
             ended = True
-            if self.accounts and self.accounts.is_revoked(request.client):
+            if self.key_usage and self.key_usage.is_revoked(request.client):
                 raise revoked_error() from e
             raise
         finally:

@@ -7,23 +7,23 @@ import anyio
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidGrammar
-from cluster.core.limits import BLAME_TIMEOUT_S
+from cluster.core.limits import TOOL_CHECK_TIMEOUT_S
 from cluster.core.request import Grammar, GrammarKind, Request
 
 _PREFIX = "the json_schema cannot be compiled: "
 
 
-async def blame_tool(
+async def find_invalid_tool(
     error: InvalidGrammar, request: Request, checkpoint: ModelInfo, coordinator: Coordinator
 ) -> InvalidGrammar:
     """Return an error that names the tool with the invalid parameters, with the field ``tools[i]``.
 
-    Return ``error`` unchanged if it does not come from a tool, or no tool is found within ``BLAME_TIMEOUT_S``.
+    Return ``error`` unchanged if it does not come from a tool, or no tool is found within ``TOOL_CHECK_TIMEOUT_S``.
     """
     tools = request.parsing.tools if request.parsing else ()
     if error.field != GrammarKind.LARK.value or not tools:
         return error
-    with anyio.move_on_after(BLAME_TIMEOUT_S):
+    with anyio.move_on_after(TOOL_CHECK_TIMEOUT_S):
         for i, tool in enumerate(tools):
             if not tool.parameters:
                 continue

@@ -79,7 +79,7 @@ MAX_SCHEMA_BYTES: Final = 64 * KIB
 """Size of a JSON schema, regex or Lark grammar without --max-schema-bytes, and of all tools' parameters together."""
 MOST_SCHEMA_BYTES: Final = MIB
 """Largest value of --max-schema-bytes: a join with such a grammar leaves room for the rest of a frame's header."""
-BLAME_TIMEOUT_S: Final = 5.0
+TOOL_CHECK_TIMEOUT_S: Final = 5.0
 """Time to find the tool whose schema breaks a request's grammar, by compiling each tool alone."""
 MAX_INTAKE_BYTES: Final = 96 * MIB
 """Bytes of all requests being received or processed; one client gets at most half of them."""
@@ -284,7 +284,7 @@ CLOSE_S: Final = 5.0
 """... and when a connection is cut whose client accepts no bytes while it is being closed."""
 PREFLIGHT_S: Final = 600.0
 """How long a browser may cache a preflight's answer."""
-KEY_LOOK_S: Final = 1.0
+KEY_CHECK_S: Final = 1.0
 """Interval of checks whether keys with running answers were revoked. New requests are refused at once."""
 MAX_CONNECTIONS: Final = 2048
 """Open HTTP connections; more than requests can wait, and fewer than ``OPEN_FILES``."""
@@ -458,7 +458,7 @@ DESCRIBE_TIMEOUT_S: Final = 3.0
 """A worker that takes longer to describe itself counts as absent for now."""
 SETTLE_S: Final = 1.0
 """Without --workers, `serve` continues once nobody new was announced for this long."""
-LAST_WORDS_S: Final = 0.5
+SHUTDOWN_GRACE_S: Final = 0.5
 """Time for calls to tell their clients that their requests have ended, and for the last output of a dead engine."""
 MIN_CONTEXT: Final = 8
 """Below this not even the canary fits."""

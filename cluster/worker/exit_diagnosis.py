@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import anyio
 
-from cluster.core.limits import LAST_WORDS_S
+from cluster.core.limits import SHUTDOWN_GRACE_S
 
 LINE_CHARS = 300
 FRESH_S = 2.0
@@ -55,7 +55,7 @@ class LastWords:
 
     async def wait_for_end(self) -> None:
         """Wait for the rest of a dead process's output, with a deadline: its own child may keep the pipe open."""
-        with anyio.move_on_after(LAST_WORDS_S):
+        with anyio.move_on_after(SHUTDOWN_GRACE_S):
             await self._over.wait()
 
 

@@ -244,34 +244,34 @@ async def test_requests_a_minute(keys: KeyStore, accounts: KeyUsage, clock: Cloc
 
 def test_requests_at_once(keys: KeyStore, accounts: KeyUsage) -> None:
     key, _ = keys.create("amy", limits=KeyLimits(at_once=2))
-    with accounts.request(key), accounts.request(key):
+    with accounts.count_request(key), accounts.count_request(key):
         with (
             pytest.raises(LimitReached, match="2 requests in progress; its limit is 2") as caught,
-            accounts.request(key),
+            accounts.count_request(key),
         ):
             pass
         assert caught.value.retry_after_s
-    with accounts.request(key):
+    with accounts.count_request(key):
         pass
 
 
 def test_tokens_of_prompts_and_answers(keys: KeyStore, accounts: KeyUsage, clock: Clock) -> None:
     key, _ = keys.create("amy", limits=KeyLimits(tokens_a_minute=600))
     client = client_of(key)
-    with accounts.request(key):
-        accounts.prompt(client, 500)
-        accounts.count_tokens(client, 200)
-    assert accounts.figures(key)["x-ratelimit-remaining-tokens"] == "0"
+    with accounts.count_request(key):
+        accounts.charge_prompt(client, 500)
+        accounts.charge_tokens(client, 200)
+    assert accounts.rate_limit_headers(key)["x-ratelimit-remaining-tokens"] == "0"
     with pytest.raises(LimitReached, match="600 tokens a minute; 0 are left and the prompt has 50") as caught:
-        accounts.prompt(client, 50)
+        accounts.charge_prompt(client, 50)
     assert caught.value.retry_after_s == pytest.approx(15)
     clock.now += 16
-    accounts.prompt(client, 50)
+    accounts.charge_prompt(client, 50)
     clock.now += 60
-    accounts.prompt(client, 10_000)
+    accounts.charge_prompt(client, 10_000)
     with pytest.raises(LimitReached):
-        accounts.prompt(client, 1)
-    accounts.prompt("somebody without a key", 10**9)
+        accounts.charge_prompt(client, 1)
+    accounts.charge_prompt("somebody without a key", 10**9)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def asking() -> Callable[[str, str], Asking]:
 async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
     keys: KeyStore, accounts: KeyUsage, asking: Callable[[str, str], Asking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desks, "KEY_LOOK_S", 0.01)
+    monkeypatch.setattr(desks, "KEY_CHECK_S", 0.01)
     desk = desk_of(accounts)
     (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
     checkpoint = cast(ModelInfo, None)

@@ -1,4 +1,4 @@
-"""Collects whole answers from their events, and encodes the parts that several HTTP endpoints share."""
+"""Collects the events of answers, and encodes the parts that several HTTP endpoints share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.core.request import FinishEvent, TokenEvent, Usage
 
 
 @dataclass(slots=True)
-class Called:
+class GeneratedCall:
     """A tool call of an answer, as generated so far."""
 
     id: str
@@ -27,35 +27,35 @@ class AnswerPart:
 
     text: str = ""
     reasoning: bool = False
-    call: Called | None = None
+    call: GeneratedCall | None = None
 
 
 @dataclass(slots=True)
-class WholeAnswer:
+class CollectedAnswer:
     """One sample of an answer, as generated so far.
 
     ``parts`` holds the same text and calls in the order of generation. ``tokens`` holds the content's tokens if
-    log-probabilities were requested. ``reasoned`` counts the reasoning tokens.
+    log-probabilities were requested. ``reasoning_counter`` counts the reasoning tokens.
     """
 
-    reasoned: ReasoningCounter
+    reasoning_counter: ReasoningCounter
     text: str = ""
     reasoning: str = ""
-    calls: list[Called] = field(default_factory=list)
+    calls: list[GeneratedCall] = field(default_factory=list)
     parts: list[AnswerPart] = field(default_factory=list)
     tokens: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
 
     def add(self, event: TokenEvent | FinishEvent) -> None:
         """Add the next event of this sample."""
-        self.reasoned.add(event)
+        self.reasoning_counter.add(event)
         self.text += event.text
         self.reasoning += event.reasoning
         self._append_text(event.reasoning, reasoning=True)
         self._append_text(event.text, reasoning=False)
         for delta in event.calls:
             if delta.index == len(self.calls):
-                self.calls.append(Called(delta.id, delta.name))
+                self.calls.append(GeneratedCall(delta.id, delta.name))
                 self.parts.append(AnswerPart(call=self.calls[-1]))
             self.calls[delta.index].arguments += delta.arguments
         if isinstance(event, FinishEvent):
@@ -77,21 +77,21 @@ def is_content(event: TokenEvent) -> bool:
     return event.logprob is not None and not event.reasoning and not event.calls
 
 
-def reasoned(running: RunningRequest) -> list[ReasoningCounter]:
+def reasoning_counters(running: RunningRequest) -> list[ReasoningCounter]:
     """Return a reasoning counter for each sample."""
     return [ReasoningCounter(running.checkpoint.tokenizer.reasoning_end) for _ in range(running.request.samples)]
 
 
-async def gather_answers(running: RunningRequest) -> list[WholeAnswer]:
+async def collect_answers(running: RunningRequest) -> list[CollectedAnswer]:
     """Read the answer to its end and return every sample. Raises the error that ended it early."""
-    wholes = [WholeAnswer(count) for count in reasoned(running)]
+    answers = [CollectedAnswer(count) for count in reasoning_counters(running)]
     async with aclosing(running.events) as events:
         async for event in events:
-            wholes[event.sample].add(event)
-    return wholes
+            answers[event.sample].add(event)
+    return answers
 
 
-def total(finishes: Iterable[FinishEvent | None]) -> Usage:
+def sum_usage(finishes: Iterable[FinishEvent | None]) -> Usage:
     """Return the usage of all samples of one prompt. The prompt is processed once, so it is counted once."""
     usages = [f.usage for f in finishes if f]
     completion = sum(u.completion_tokens for u in usages)
@@ -99,7 +99,7 @@ def total(finishes: Iterable[FinishEvent | None]) -> Usage:
     return Usage(first.prompt_tokens, completion, first.cached_tokens)
 
 
-def plus(a: Usage, b: Usage) -> Usage:
+def add_usage(a: Usage, b: Usage) -> Usage:
     """Return the usage of two prompts together."""
     return Usage(
         a.prompt_tokens + b.prompt_tokens,
@@ -108,9 +108,9 @@ def plus(a: Usage, b: Usage) -> Usage:
     )
 
 
-def openai_usage(usage: Usage, reasoned: int | None = None) -> dict[str, Any]:
-    """Return the ``usage`` object of chat and completions; ``reasoned`` counts reasoning tokens, None omits them."""
-    details = {} if reasoned is None else {"completion_tokens_details": {"reasoning_tokens": reasoned}}
+def openai_usage(usage: Usage, reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """Return the ``usage`` object of chat and completions. ``reasoning_tokens`` None omits their count."""
+    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

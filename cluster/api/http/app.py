@@ -36,7 +36,7 @@ def application(
 ) -> ASGIApp:
     """Return the HTTP application of one coordinator; ``aliases`` are further names of the served model.
 
-    Requests need an API key if ``service`` has accounts.
+    Requests need an API key if ``service`` knows keys.
     """
     routes = table(service, aliases)
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
@@ -46,7 +46,7 @@ def application(
         route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
         service.metrics.count_response(route, status)
 
-    return RequestMiddleware(app, observe, Authorizer(app.routes, service.accounts), origin_policy, service.bodies)
+    return RequestMiddleware(app, observe, Authorizer(app.routes, service.key_usage), origin_policy, service.bodies)
 
 
 def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:

@@ -38,11 +38,11 @@ class DeclaredRoute(Route):
 
 
 class Authorizer:
-    """Authorizes requests for ``routes``. Without ``accounts`` there is no cluster: callers on this Mac are allowed."""
+    """Authorizes requests for ``routes``. Without ``key_usage`` there is no cluster: callers on this Mac may do all."""
 
-    def __init__(self, routes: Sequence[BaseRoute], accounts: KeyUsage | None = None) -> None:
+    def __init__(self, routes: Sequence[BaseRoute], key_usage: KeyUsage | None = None) -> None:
         self._routes = tuple(routes)
-        self._accounts = accounts
+        self._key_usage = key_usage
 
     @contextmanager
     def authorize(self, scope: Scope, headers: Headers) -> Iterator[ApiKey | None]:
@@ -53,8 +53,8 @@ class Authorizer:
         needed = self.required_access(scope)
         if needed is None:
             raise Forbidden(f"{scope['path']} declares no access level, so nobody may use it")
-        scope[TRUSTED] = self._accounts is None
-        if self._accounts is None:
+        scope[TRUSTED] = self._key_usage is None
+        if self._key_usage is None:
             yield None
             return
         given = credentials(headers)
@@ -62,12 +62,12 @@ class Authorizer:
             scope[TRUSTED] = self._has_valid_key(given)
             yield None
             return
-        scope[KEY] = key = self._accounts.identify(given)
+        scope[KEY] = key = self._key_usage.identify(given)
         if not key.scope.covers(KeyScope(needed.value)):
             raise Forbidden(
                 f"{scope['path']} requires a key with the scope {needed}; the key {key.name} has the scope {key.scope}"
             )
-        with self._accounts.request(key):
+        with self._key_usage.count_request(key):
             scope[TRUSTED] = True
             yield key
 
@@ -80,14 +80,14 @@ class Authorizer:
                 return getattr(found, "access", None)
         return Access.INFERENCE
 
-    def figures(self, key: ApiKey | None) -> dict[str, str]:
+    def rate_limit_headers(self, key: ApiKey | None) -> dict[str, str]:
         """Return the rate limit headers of the key."""
-        return self._accounts.figures(key) if self._accounts and key else {}
+        return self._key_usage.rate_limit_headers(key) if self._key_usage and key else {}
 
     def _has_valid_key(self, given: Sequence[str]) -> bool:
-        assert self._accounts
+        assert self._key_usage
         try:
-            return bool(given and self._accounts.identify(given))
+            return bool(given and self._key_usage.identify(given))
         except MacpipeError:
             return False
 

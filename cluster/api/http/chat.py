@@ -11,12 +11,12 @@ from typing import Any
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import (
-    WholeAnswer,
-    gather_answers,
+    CollectedAnswer,
+    collect_answers,
     is_content,
     openai_usage,
-    reasoned,
-    total,
+    reasoning_counters,
+    sum_usage,
 )
 from cluster.api.http.body import read
 from cluster.api.http.chat_form import ChatForm
@@ -56,29 +56,29 @@ class ChunkHead:
     created: int
     model: str
 
-    def of(self, kind: str) -> dict[str, Any]:
+    def fields(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
 async def _completion(head: ChunkHead, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
-    wholes = await gather_answers(running)
-    usage = openai_usage(total(w.finish for w in wholes), sum(w.reasoned.tokens for w in wholes))
-    choices = [_choice(i, whole, running, logprobs) for i, whole in enumerate(wholes)]
-    return {**head.of("chat.completion"), "choices": choices, "usage": usage}
+    answers = await collect_answers(running)
+    usage = openai_usage(sum_usage(w.finish for w in answers), sum(w.reasoning_counter.tokens for w in answers))
+    choices = [_choice(i, answer, running, logprobs) for i, answer in enumerate(answers)]
+    return {**head.fields("chat.completion"), "choices": choices, "usage": usage}
 
 
-def _choice(index: int, whole: WholeAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": whole.text or (None if whole.calls else "")}
+def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if answer.calls else "")}
     message["refusal"] = None
-    if whole.reasoning:
-        message |= {"reasoning_content": whole.reasoning, "reasoning": whole.reasoning}
-    if whole.calls:
+    if answer.reasoning:
+        message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
+    if answer.calls:
         message["tool_calls"] = [
             {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in whole.calls
+            for c in answer.calls
         ]
-    shown = chat_logprobs(whole.tokens, running) if logprobs else None
-    reason = whole.finish.reason.value if whole.finish else None
+    shown = chat_logprobs(answer.tokens, running) if logprobs else None
+    reason = answer.finish.reason.value if answer.finish else None
     return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
 
 
@@ -94,7 +94,7 @@ class Chunks:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the stream's events. If an error ends the answer, it is the last event."""
         finishes: list[FinishEvent] = []
-        counts = reasoned(self.running)
+        counts = reasoning_counters(self.running)
         try:
             async with aclosing(self.running.events) as events:
                 for i in range(self.running.request.samples):
@@ -110,8 +110,8 @@ class Chunks:
             return
         if self.usage:
             finishes.sort(key=lambda finish: finish.sample)
-            usage = openai_usage(total(finishes), sum(c.tokens for c in counts))
-            yield event({**self.head.of("chat.completion.chunk"), "choices": [], "usage": usage})
+            usage = openai_usage(sum_usage(finishes), sum(c.tokens for c in counts))
+            yield event({**self.head.fields("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
 
     def _pieces(self, e: TokenEvent | FinishEvent) -> list[bytes]:
@@ -137,7 +137,7 @@ class Chunks:
         choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
         if self.logprobs:
             choice["logprobs"] = logprobs
-        chunk = {**self.head.of("chat.completion.chunk"), "choices": [choice]}
+        chunk = {**self.head.fields("chat.completion.chunk"), "choices": [choice]}
         return event({**chunk, "usage": None} if self.usage else chunk)
 
 

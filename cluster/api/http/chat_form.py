@@ -11,14 +11,14 @@ from cluster.api.bounds import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
-    Choosable,
     FunctionSpec,
+    RejectAllowedTools,
     ResponseFormat,
     check_answers,
-    grammar_of,
-    tool_of,
+    decode_grammar,
+    decode_tool,
 )
-from cluster.api.http.reasoning_effort import Effort, thinking_fields, thinking_of
+from cluster.api.http.reasoning_effort import Effort, decode_thinking, thinking_names
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm, stop_list
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, grammar_names
 from cluster.core.errors import InvalidRequest
@@ -57,7 +57,7 @@ Calls: TypeAlias = Annotated[list[Call], Field(max_length=MAX_TURN_CALLS, fail_f
 
 
 class ChatMessageForm(Form):
-    """One message; ``message_of`` checks the fields that only one role may have.
+    """One message; ``decode_message`` checks the fields that only one role may have.
 
     An assistant's reasoning is accepted under both of its names. ``name`` goes to the model's template.
     """
@@ -113,7 +113,7 @@ class ChatForm(SamplingForm):
     stream: bool | None = None
     stream_options: ChatStreamOptions | None = None
     tools: FunctionTools | None = None
-    tool_choice: Annotated[Literal["auto", "none", "required"] | ChatNamedTool | None, Choosable] = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | ChatNamedTool | None, RejectAllowedTools] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
@@ -141,7 +141,7 @@ class ChatForm(SamplingForm):
         return self.n or 1
 
     @property
-    def longest(self) -> int | None:
+    def longest_answer(self) -> int | None:
         """The maximum length in tokens, under either name. Raises ``InvalidRequest`` if the two names differ."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old and new and old != new:
@@ -158,7 +158,7 @@ class ChatForm(SamplingForm):
             "max_tokens": "max_tokens" if self.max_tokens else "max_completion_tokens",
             "samples": "n",
             TOOL_SCHEMA: ".function.parameters",
-            **thinking_fields(self.chat_template_kwargs, "reasoning_effort"),
+            **thinking_names(self.chat_template_kwargs, "reasoning_effort"),
             **grammar_names("response_format" if self.response_format else "tools"),
         }
 
@@ -170,21 +170,21 @@ class ChatForm(SamplingForm):
             raise InvalidRequest("top_logprobs requires logprobs to be true", field="top_logprobs")
         return ChatParams(
             request_id=request_id,
-            conversation=Conversation(messages_of(self.messages), self._options()),
+            conversation=Conversation(decode_messages(self.messages), self._options()),
             sampling=self.sampling_options(logprobs=bool(self.logprobs), top_logprobs=self.top_logprobs or 0),
-            max_tokens=self.longest,
+            max_tokens=self.longest_answer,
             stop=stop_list(self.stop),
             ignore_eos=self.ignore_eos,
             priority=self.priority,
             samples=self.samples,
-            grammar=grammar_of(self.response_format),
+            grammar=decode_grammar(self.response_format),
         )
 
     def _options(self) -> ChatOptions:
-        thinking = thinking_of(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
+        thinking = decode_thinking(self.reasoning_effort, self.chat_template_kwargs, "reasoning_effort")
         choice = self.tool_choice or "auto"
         return ChatOptions(
-            tools=tuple(tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())),
+            tools=tuple(decode_tool(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ())),
             tool_choice=ToolChoice.NAMED if isinstance(choice, ChatNamedTool) else ToolChoice(choice),
             tool_name=choice.function.name if isinstance(choice, ChatNamedTool) else "",
             parallel_tool_calls=self.parallel_tool_calls is not False,
@@ -194,20 +194,20 @@ class ChatForm(SamplingForm):
         )
 
 
-def messages_of(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
+def decode_messages(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
     """Translate a conversation. Raises ``InvalidRequest``, also for a tool message that answers no earlier call."""
     turns: list[ChatMessage] = []
     arguments = ArgumentsChecker()
     call_ids = set[str]()
     for i, message in enumerate(messages):
-        turn = message_of(message, f"messages[{i}]", arguments)
+        turn = decode_message(message, f"messages[{i}]", arguments)
         check_answers(turn, call_ids, f"messages[{i}].tool_call_id")
         call_ids.update(call.id for call in turn.tool_calls)
         turns.append(turn)
     return turns
 
 
-def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> ChatMessage:
+def decode_message(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> ChatMessage:
     """Translate one message. Raises ``InvalidRequest`` for a field that its role requires or does not allow."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
@@ -225,7 +225,7 @@ def message_of(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> C
         )
     return ChatMessage(
         role="system" if m.role == "developer" else m.role,
-        content=text_of(m.content, f"{field}.content"),
+        content=join_text(m.content, f"{field}.content"),
         reasoning=m.reasoning_content or m.reasoning or "",
         tool_calls=tuple(_call(c, f"{field}.tool_calls[{i}]", arguments) for i, c in enumerate(m.tool_calls or ())),
         tool_call_id=m.tool_call_id or "",
@@ -238,7 +238,7 @@ def _call(call: Call, field: str, arguments: ArgumentsChecker) -> ToolCall:
     return ToolCall(id=call.id, name=call.function.name, arguments=text)
 
 
-def text_of(content: str | list[ChatContentPart] | None, field: str) -> str:
+def join_text(content: str | list[ChatContentPart] | None, field: str) -> str:
     """Return the text of a message's content. Raises ``InvalidRequest`` for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""

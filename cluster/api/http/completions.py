@@ -13,11 +13,11 @@ from typing import Any
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import (
-    WholeAnswer,
-    gather_answers,
+    CollectedAnswer,
+    add_usage,
+    collect_answers,
     openai_usage,
-    plus,
-    total,
+    sum_usage,
 )
 from cluster.api.http.body import build, form_size, read
 from cluster.api.http.caller_identity import caller_of
@@ -48,13 +48,13 @@ class Completions:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
-        all_running = await self._ask(form, head.id, checkpoint, request)
+        all_running = await self._submit(form, head.id, checkpoint, request)
         answer = _PromptAnswer(head, form, all_running)
         if form.stream:
             return EventStream(answer.chunks())
         return Json(await while_connected(request, answer.whole))
 
-    async def _ask(
+    async def _submit(
         self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
     ) -> list[RunningRequest]:
         """Submit all prompts. If one is rejected, end those that were accepted and raise its error."""
@@ -83,17 +83,17 @@ class _PromptAnswer:
     async def whole(self) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         async with asyncio.TaskGroup() as tasks:
-            gathered = [tasks.create_task(gather_answers(running)) for running in self.all_running]
+            gathered = [tasks.create_task(collect_answers(running)) for running in self.all_running]
         answers = [task.result() for task in gathered]
         choices = [
             self._choice(p, i, whole, running)
             for p, (running, wholes) in enumerate(zip(self.all_running, answers, strict=True))
             for i, whole in enumerate(wholes)
         ]
-        usage = openai_usage(reduce(plus, (total(w.finish for w in wholes) for wholes in answers)))
-        return {**self.head.of(KIND), "choices": choices, "usage": usage}
+        usage = openai_usage(reduce(add_usage, (sum_usage(w.finish for w in wholes) for wholes in answers)))
+        return {**self.head.fields(KIND), "choices": choices, "usage": usage}
 
-    def _choice(self, prompt: int, sample: int, whole: WholeAnswer, running: RunningRequest) -> dict[str, Any]:
+    def _choice(self, prompt: int, sample: int, whole: CollectedAnswer, running: RunningRequest) -> dict[str, Any]:
         echoed = self._echo(running)
         logprobs = None if self.form.logprobs is None else columns(whole.tokens, running, 0)
         return {
@@ -123,7 +123,7 @@ class _PromptAnswer:
                     logprobs = None
                     if isinstance(e, FinishEvent):
                         prompted = e.usage if e.sample == 0 else Usage(0, e.usage.completion_tokens)
-                        usage = plus(usage, prompted)
+                        usage = add_usage(usage, prompted)
                     elif self.form.logprobs is not None:
                         logprobs = columns([e], running, offsets.get(index, 0))
                         offsets[index] = offsets.get(index, 0) + len(e.text)
@@ -134,12 +134,12 @@ class _PromptAnswer:
             yield event(openai_error(sentence_of(error, self.head.id)))
             return
         if self.form.stream_options and self.form.stream_options.include_usage:
-            yield event({**self.head.of(KIND), "choices": [], "usage": openai_usage(usage)})
+            yield event({**self.head.fields(KIND), "choices": [], "usage": openai_usage(usage)})
         yield DONE
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return event({**self.head.of(KIND), "choices": [choice]})
+        return event({**self.head.fields(KIND), "choices": [choice]})
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.api.bounds import MAX_ELEMENTS
 from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import ChatStreamOptions
-from cluster.api.http.openai_formats import ResponseFormat, grammar_of
+from cluster.api.http.openai_formats import ResponseFormat, decode_grammar
 from cluster.api.http.sampling_form import Count, SamplingForm, stop_list
 from cluster.api.requests import GenerateParams, grammar_names
 from cluster.core.errors import InvalidRequest
@@ -87,5 +87,5 @@ class CompletionsForm(SamplingForm):
             ignore_eos=self.ignore_eos,
             priority=self.priority,
             samples=self.samples,
-            grammar=grammar_of(self.response_format),
+            grammar=decode_grammar(self.response_format),
         )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from cluster.api.http.answer_assembly import AnswerPart, gather_answers
+from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import read
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import anthropic_error, sentence_of
@@ -41,7 +41,7 @@ class Messages:
         return Json(await while_connected(request, lambda: _whole_response(model, running)))
 
 
-def message_of(model: str, running: RunningRequest, usage: Usage) -> dict[str, Any]:
+def encode_message(model: str, running: RunningRequest, usage: Usage) -> dict[str, Any]:
     """Return a message without content."""
     return {
         "id": running.request.id,
@@ -51,11 +51,11 @@ def message_of(model: str, running: RunningRequest, usage: Usage) -> dict[str, A
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage_of(usage),
+        "usage": encode_usage(usage),
     }
 
 
-def usage_of(usage: Usage) -> dict[str, int]:
+def encode_usage(usage: Usage) -> dict[str, int]:
     """Return Anthropic's usage object, which counts cached prompt tokens separately from the other input tokens."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
@@ -65,7 +65,7 @@ def usage_of(usage: Usage) -> dict[str, int]:
     }
 
 
-def ending(finish: FinishEvent) -> dict[str, Any]:
+def encode_ending(finish: FinishEvent) -> dict[str, Any]:
     """Return the stop reason, and the stop sequence that was found."""
     if finish.reason is FinishReason.TOOL_CALLS:
         reason = "tool_use"
@@ -77,10 +77,10 @@ def ending(finish: FinishEvent) -> dict[str, Any]:
 
 
 async def _whole_response(model: str, running: RunningRequest) -> dict[str, Any]:
-    (whole,) = await gather_answers(running)
-    assert whole.finish
-    content = [_block(part) for part in whole.parts]
-    return {**message_of(model, running, whole.finish.usage), "content": content, **ending(whole.finish)}
+    (answer,) = await collect_answers(running)
+    assert answer.finish
+    content = [_block(part) for part in answer.parts]
+    return {**encode_message(model, running, answer.finish.usage), "content": content, **encode_ending(answer.finish)}
 
 
 def _block(part: AnswerPart) -> dict[str, Any]:
@@ -123,7 +123,9 @@ class MessageStream:
                         yield piece
                     if isinstance(e, FinishEvent):
                         yield self._close_block()
-                        yield _named_event({"type": "message_delta", "delta": ending(e), "usage": usage_of(e.usage)})
+                        yield _named_event(
+                            {"type": "message_delta", "delta": encode_ending(e), "usage": encode_usage(e.usage)}
+                        )
                         yield _named_event({"type": "message_stop"})
         except Exception as error:  # the headers are sent, so the error can only go into the stream
             yield event(anthropic_error(sentence_of(error, self.running.request.id)), "error")
@@ -132,7 +134,7 @@ class MessageStream:
         """Return ``message_start``. It waits for the first event, which knows the number of cached tokens."""
         cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
         usage = Usage(len(self.running.request.prompt), 0, cached)
-        return _named_event({"type": "message_start", "message": message_of(self.model, self.running, usage)})
+        return _named_event({"type": "message_start", "message": encode_message(self.model, self.running, usage)})
 
     def _extend(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         """Yield the events that add one token's output to the blocks."""

@@ -54,7 +54,7 @@ class RequestMiddleware:
             await self._next(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        reply = _Reply(send, scope, _request_id(headers), lambda: self._authorizer.figures(scope.get(KEY)))
+        reply = _Reply(send, scope, _request_id(headers), lambda: self._authorizer.rate_limit_headers(scope.get(KEY)))
         try:
             await self._answer(scope, headers, receive, reply)
         except MacpipeError as e:

@@ -22,19 +22,19 @@ class ModelNames:
     def checkpoint(self, requested: str | None) -> ModelInfo:
         """Return the served model. Raises ``NotServing``, and ``ModelNotFound`` if ``requested`` is another model."""
         checkpoint = self._coordinator.checkpoint("")
-        known = (*self.of(checkpoint), checkpoint.shape.model.name, DEFAULT, "", None)
+        known = (*self.public_names(checkpoint), checkpoint.shape.model.name, DEFAULT, "", None)
         if requested not in known:
-            listed = ", ".join(self.of(checkpoint))
+            listed = ", ".join(self.public_names(checkpoint))
             raise ModelNotFound(f"the model {str(requested)[:64]} is not served here; use {listed}", field="model")
         return checkpoint
 
-    def of(self, checkpoint: ModelInfo) -> tuple[str, ...]:
+    def public_names(self, checkpoint: ModelInfo) -> tuple[str, ...]:
         """Return the model's public names, its id first."""
         return tuple(dict.fromkeys((model_id(checkpoint), *self._aliases)))
 
     def shown_name(self, requested: str | None, checkpoint: ModelInfo) -> str:
         """Return the model name for a response: the requested name if it is public, else the id."""
-        return requested if requested and requested in self.of(checkpoint) else model_id(checkpoint)
+        return requested if requested and requested in self.public_names(checkpoint) else model_id(checkpoint)
 
 
 def model_id(checkpoint: ModelInfo) -> str:

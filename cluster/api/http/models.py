@@ -28,7 +28,7 @@ class Models:
             checkpoint = self.names.checkpoint(None)
         except MacpipeError:
             return Json(_page([]))
-        return Json(_page([self._model(name, checkpoint) for name in self.names.of(checkpoint)]))
+        return Json(_page([self._model(name, checkpoint) for name in self.names.public_names(checkpoint)]))
 
     async def get_model(self, request: Request) -> Json:
         """Return the model with one of its names. Raises ``ModelNotFound``."""

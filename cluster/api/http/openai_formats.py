@@ -25,7 +25,7 @@ def _no_allowed_tools(choice: object) -> object:
     return choice
 
 
-Choosable = BeforeValidator(_no_allowed_tools)
+RejectAllowedTools = BeforeValidator(_no_allowed_tools)
 """A validator for tool_choice: rejects OpenAI's ``allowed_tools``, which is not supported."""
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 """The name of a tool or a schema, in the characters that OpenAI and Anthropic allow."""
@@ -60,7 +60,7 @@ class ResponseFormat(Form):
     lark: str | None = None
 
 
-def grammar_of(requested: ResponseFormat | None, field: str = "response_format") -> Grammar | None:
+def decode_grammar(requested: ResponseFormat | None, field: str = "response_format") -> Grammar | None:
     """Return the grammar of a format; None if the answer is free. Raises ``InvalidRequest`` for a missing field."""
     if requested is None or requested.type == "text":
         return None
@@ -81,7 +81,7 @@ def schema_grammar(schema: dict[str, Any]) -> Grammar:
     return Grammar(GrammarKind.JSON_SCHEMA, compact(schema))
 
 
-def tool_of(spec: FunctionSpec, field: str) -> Tool:
+def decode_tool(spec: FunctionSpec, field: str) -> Tool:
     """Translate a tool. Raises ``InvalidRequest`` if its parameters are not a JSON Schema."""
     check_schema(spec.parameters or {}, f"{field}.parameters")
     schema = compact(spec.parameters) if spec.parameters else ""

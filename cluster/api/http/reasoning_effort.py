@@ -31,7 +31,7 @@ class ReasoningFields:
     template: str
 
 
-def thinking_of(effort: str | None, kwargs: Mapping[str, Any] | None, field: str) -> ReasoningFields:
+def decode_thinking(effort: str | None, kwargs: Mapping[str, Any] | None, field: str) -> ReasoningFields:
     """Combine ``effort``, which the request has in ``field``, with the template arguments ``kwargs``.
 
     Raises ``InvalidRequest`` if they contradict each other or are invalid.
@@ -50,7 +50,7 @@ def thinking_of(effort: str | None, kwargs: Mapping[str, Any] | None, field: str
     return ReasoningFields(enable, "" if chosen in (None, "none") else chosen, compact(rest) if rest else "")
 
 
-def thinking_fields(kwargs: Mapping[str, Any] | None, field: str) -> dict[str, str]:
+def thinking_names(kwargs: Mapping[str, Any] | None, field: str) -> dict[str, str]:
     """Map validation's field names to those in the request; ``field`` is the request's separate effort field."""
     given = {name for name, value in (kwargs or {}).items() if value is not None}
     effort = f"{_KWARGS}.{_EFFORT}" if _EFFORT in given else field

@@ -9,14 +9,14 @@ from typing import Any
 
 from starlette.requests import Request
 
-from cluster.api.http.answer_assembly import AnswerPart, WholeAnswer, gather_answers
+from cluster.api.http.answer_assembly import AnswerPart, CollectedAnswer, collect_answers
 from cluster.api.http.body import read
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.api.http.responses_object import Reply
+from cluster.api.http.responses_object import ResponseEncoder
 from cluster.api.http.responses_stream import ResponseStream
 from cluster.api.http.sse import EventStream, while_connected
 from cluster.api.request_service import RequestService
@@ -33,30 +33,30 @@ class Responses:
         form = await read(request, ResponsesForm)
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
-        reply = Reply(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
+        encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
-            return EventStream(ResponseStream(reply).events())
-        return Json(await while_connected(request, lambda: _whole_response(reply)))
+            return EventStream(ResponseStream(encoder).events())
+        return Json(await while_connected(request, lambda: _whole_response(encoder)))
 
 
-async def _whole_response(reply: Reply) -> dict[str, Any]:
-    (whole,) = await gather_answers(reply.running)
-    assert whole.finish
-    return reply.finish_object(items_of(reply, whole), whole.finish, whole.reasoned.tokens)
+async def _whole_response(encoder: ResponseEncoder) -> dict[str, Any]:
+    (answer,) = await collect_answers(encoder.running)
+    assert answer.finish
+    return encoder.finish_object(encode_items(encoder, answer), answer.finish, answer.reasoning_counter.tokens)
 
 
-def items_of(reply: Reply, whole: WholeAnswer) -> Sequence[dict[str, Any]]:
+def encode_items(encoder: ResponseEncoder, answer: CollectedAnswer) -> Sequence[dict[str, Any]]:
     """Return the output items in the order of generation. An empty answer has one empty message."""
-    tokens = [entry(t, reply.running) for t in whole.tokens] if reply.form.logprobs else []
+    tokens = [entry(t, encoder.running) for t in answer.tokens] if encoder.form.logprobs else []
     items = []
-    for part in whole.parts or (AnswerPart(),):
+    for part in answer.parts or (AnswerPart(),):
         if part.call:
-            items.append(reply.call(new_id("fc_"), part.call.id, part.call.name, part.call.arguments))
+            items.append(encoder.call(new_id("fc_"), part.call.id, part.call.name, part.call.arguments))
         elif part.reasoning:
-            items.append(reply.reasoning(new_id("rs_"), part.text))
+            items.append(encoder.reasoning(new_id("rs_"), part.text))
         else:
-            items.append(reply.message(new_id("msg_"), part.text, tokens))
+            items.append(encoder.message(new_id("msg_"), part.text, tokens))
             tokens = []  # the first message has all log-probabilities; another message follows only after a call
-    if whole.finish:
-        items[-1]["status"] = reply.ending(whole.finish)
+    if answer.finish:
+        items[-1]["status"] = encoder.item_status(answer.finish)
     return items

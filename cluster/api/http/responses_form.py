@@ -14,14 +14,14 @@ from cluster.api.bounds import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported, first_entries
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
-    Choosable,
     FunctionSpec,
     Name,
+    RejectAllowedTools,
     check_answers,
+    decode_tool,
     schema_grammar,
-    tool_of,
 )
-from cluster.api.http.reasoning_effort import Effort, thinking_fields, thinking_of
+from cluster.api.http.reasoning_effort import Effort, decode_thinking, thinking_names
 from cluster.api.http.sampling_form import Positive
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
@@ -122,7 +122,7 @@ class ResponsesForm(Form):
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Annotated[Literal["auto", "none", "required"] | ResponsesNamedTool | None, Choosable] = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | ResponsesNamedTool | None, RejectAllowedTools] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
@@ -162,7 +162,7 @@ class ResponsesForm(Form):
             "prompt": "input",
             "max_tokens": "max_output_tokens",
             TOOL_SCHEMA: ".parameters",
-            **thinking_fields(self.chat_template_kwargs, "reasoning.effort"),
+            **thinking_names(self.chat_template_kwargs, "reasoning.effort"),
             **grammar_names("text.format" if self.text else "tools"),
         }
 
@@ -209,10 +209,10 @@ class ResponsesForm(Form):
 
     def _options(self) -> ChatOptions:
         effort = self.reasoning.effort if self.reasoning else None
-        thinking = thinking_of(effort, self.chat_template_kwargs, "reasoning.effort")
+        thinking = decode_thinking(effort, self.chat_template_kwargs, "reasoning.effort")
         choice = self.tool_choice or "auto"
         return ChatOptions(
-            tools=tuple(tool_of(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
+            tools=tuple(decode_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
             tool_choice=ToolChoice.NAMED if isinstance(choice, ResponsesNamedTool) else ToolChoice(choice),
             tool_name=choice.name if isinstance(choice, ResponsesNamedTool) else "",
             parallel_tool_calls=self.parallel_tool_calls is not False,

@@ -14,7 +14,7 @@ from cluster.core.request import FinishEvent, FinishReason, Usage
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ResponseEncoder:
     """Encodes one response from its request; ``created_at`` is in Unix seconds."""
 
     form: ResponsesForm
@@ -26,16 +26,18 @@ class Reply:
         """Return the object without output."""
         return self._object(status, [], None)
 
-    def finish_object(self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoned: int) -> dict[str, Any]:
+    def finish_object(
+        self, items: Sequence[dict[str, Any]], finish: FinishEvent, reasoning_tokens: int
+    ) -> dict[str, Any]:
         """Return the final object: completed, or incomplete if the maximum length ended it."""
-        usage = usage_of(finish.usage, reasoned)
+        usage = encode_usage(finish.usage, reasoning_tokens)
         if finish.reason is FinishReason.LENGTH:
             cut = self._object("incomplete", items, usage)
             return cut | {"incomplete_details": {"reason": "max_output_tokens"}}
         return self._object("completed", items, usage)
 
     @staticmethod
-    def ending(finish: FinishEvent) -> str:
+    def item_status(finish: FinishEvent) -> str:
         """Return the status of the last item: incomplete if the maximum length ended the answer."""
         return "incomplete" if finish.reason is FinishReason.LENGTH else "completed"
 
@@ -110,12 +112,12 @@ def output_text(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str,
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
-def usage_of(usage: Usage, reasoned: int) -> dict[str, Any]:
-    """Return the usage object with this endpoint's names; ``reasoned`` counts reasoning tokens."""
+def encode_usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
+    """Return the usage object with this endpoint's names."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": reasoned},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

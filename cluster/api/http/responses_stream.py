@@ -7,12 +7,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.http.answer_assembly import is_content, reasoned
+from cluster.api.http.answer_assembly import is_content, reasoning_counters
 from cluster.api.http.errors import sentence_of
 from cluster.api.http.json_response import new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
-from cluster.api.http.responses_object import Reply, output_text
+from cluster.api.http.responses_object import ResponseEncoder, output_text
 from cluster.api.http.sse import event
 from cluster.core.request import FinishEvent, TokenEvent
 
@@ -41,30 +41,30 @@ class OutputItem:
 class ResponseStream:
     """One streamed response."""
 
-    reply: Reply
+    encoder: ResponseEncoder
     _number: int = 0
-    _reasoned: ReasoningCounter = field(init=False)
+    _reasoning_counter: ReasoningCounter = field(init=False)
     _open: OutputItem | None = None
     _done: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        (self._reasoned,) = reasoned(self.reply.running)
+        (self._reasoning_counter,) = reasoning_counters(self.encoder.running)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the stream's events. If an error ends the answer, ``response.failed`` is the last event."""
         try:
-            async with aclosing(self.reply.running.events) as events:
-                yield self._event({"type": "response.created", "response": self.reply.begin_object()})
-                yield self._event({"type": "response.in_progress", "response": self.reply.begin_object()})
+            async with aclosing(self.encoder.running.events) as events:
+                yield self._event({"type": "response.created", "response": self.encoder.begin_object()})
+                yield self._event({"type": "response.in_progress", "response": self.encoder.begin_object()})
                 async for e in events:
-                    self._reasoned.add(e)
+                    self._reasoning_counter.add(e)
                     for piece in self._extend(e):
                         yield self._event(piece)
                     if isinstance(e, FinishEvent):
                         for piece in self._finish(e):
                             yield self._event(piece)
         except Exception as error:  # the headers are sent, so the error can only go into the stream
-            failed = self.reply.fail_object(self._done, sentence_of(error, self.reply.running.request.id))
+            failed = self.encoder.fail_object(self._done, sentence_of(error, self.encoder.running.request.id))
             yield self._event({"type": "response.failed", "response": failed})
 
     def _event(self, data: dict[str, Any]) -> bytes:
@@ -75,8 +75,8 @@ class ResponseStream:
     def _finish(self, finish: FinishEvent) -> Pieces:
         if not self._open and not self._done:
             yield from self._open_item("message")  # an empty answer has one empty message
-        yield from self._close_item(self.reply.ending(finish))
-        response = self.reply.finish_object(self._done, finish, self._reasoned.tokens)
+        yield from self._close_item(self.encoder.item_status(finish))
+        response = self.encoder.finish_object(self._done, finish, self._reasoning_counter.tokens)
         yield {"type": f"response.{response['status']}", "response": response}
 
     def _extend(self, e: TokenEvent | FinishEvent) -> Pieces:
@@ -86,8 +86,8 @@ class ResponseStream:
             yield from self._add_part(e.reasoning, "response.reasoning_text.delta", {"content_index": 0})
         if e.text:
             logprobs = []
-            if self.reply.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
-                logprobs = [entry(e, self.reply.running)]
+            if self.encoder.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
+                logprobs = [entry(e, self.encoder.running)]
             yield from self._open_item("message")
             assert self._open
             self._open.logprobs += logprobs
@@ -146,7 +146,7 @@ class ResponseStream:
         item = self._open
         assert item
         if item.kind == "message":
-            return self.reply.message(item.id, item.text, item.logprobs, status)
+            return self.encoder.message(item.id, item.text, item.logprobs, status)
         if item.kind == "reasoning":
-            return self.reply.reasoning(item.id, item.text, status)
-        return self.reply.call(item.id, item.call_id, item.name, item.text, status)
+            return self.encoder.reasoning(item.id, item.text, status)
+        return self.encoder.call(item.id, item.call_id, item.name, item.text, status)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from cluster.api.http.connection import Connection
 from cluster.api.http.connection_limit import ConnectionLimit
 from cluster.core.errors import InvalidOption, PortInUse
-from cluster.core.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, LAST_WORDS_S, MAX_CONNECTIONS
+from cluster.core.limits import CLOSE_S, HEADER_TIMEOUT_S, IDLE_CONNECTION_S, MAX_CONNECTIONS, SHUTDOWN_GRACE_S
 from cluster.core.text import format_address, is_loopback
 from cluster.security.https import HttpCertificate
 
@@ -158,7 +158,7 @@ def open_to_everybody(host: str) -> InvalidOption:
 async def serve(
     app: ASGIApp, listener: socket.socket, certificate: HttpCertificate | None = None
 ) -> AsyncIterator[str]:
-    """Serve on ``listener`` and yield its address. On exit, live requests have ``LAST_WORDS_S`` seconds to end."""
+    """Serve on ``listener`` and yield its address. On exit, live requests have ``SHUTDOWN_GRACE_S`` seconds to end."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -170,7 +170,7 @@ async def serve(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=int(IDLE_CONNECTION_S),
-        timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
+        timeout_graceful_shutdown=max(1, round(SHUTDOWN_GRACE_S)),
         backlog=MAX_CONNECTIONS,
         limit_concurrency=2 * MAX_CONNECTIONS,
     )

@@ -42,7 +42,7 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            await _until_gone(receive, lambda: self._write(send))
+            await _run_while_connected(receive, lambda: self._write(send))
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
@@ -74,13 +74,13 @@ async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) ->
     async def run() -> None:
         done.append(await work())
 
-    await _until_gone(request.receive, run)
+    await _run_while_connected(request.receive, run)
     if not done:
         raise Aborted("the client disconnected")
     return done[0]
 
 
-async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
+async def _run_while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
     """Run ``work`` to its end, or until the client disconnects or stops reading."""
     working = asyncio.ensure_future(work())
     watching = asyncio.ensure_future(_wait_disconnect(receive))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from cluster.api.http.body import Form, ShortText, Text, build, form_size, read
-from cluster.api.http.chat_form import FunctionTools, MessageList, messages_of
+from cluster.api.http.chat_form import FunctionTools, MessageList, decode_messages
 from cluster.api.http.json_response import Json
 from cluster.api.http.messages_form import CountForm
 from cluster.api.http.model_names import ModelNames, model_id
-from cluster.api.http.openai_formats import tool_of
+from cluster.api.http.openai_formats import decode_tool
 from cluster.api.request_validation import count_tokens, list_tokens
 from cluster.api.requests import Conversation, rename_fields
 from cluster.core.errors import InvalidRequest
@@ -34,8 +34,8 @@ class TokenizeForm(Form):
             raise InvalidRequest("tools require messages; add messages or leave tools out", field="tools")
         if self.messages is None:
             return self.prompt or ""
-        tools = tuple(tool_of(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ()))
-        return Conversation(messages_of(self.messages), ChatOptions(tools=tools))
+        tools = tuple(decode_tool(t.function, f"tools[{i}].function") for i, t in enumerate(self.tools or ()))
+        return Conversation(decode_messages(self.messages), ChatOptions(tools=tools))
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ class _Nobody:
 class _Desk:
     """Every request that passes the intake is refused."""
 
-    accounts = None
+    key_usage = None
     coordinator = _Nobody()
     metrics = Metrics()
     bodies = ByteBudget()
