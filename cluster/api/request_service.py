@@ -3,8 +3,8 @@
 A request ends when its events are no longer read.
 
 A token passes at most three async generators on its way from the engine loop to a socket. ``AnswerQueue`` is none. The
-first is ``RequestService._events``. Over gRPC follow the servicer's method and ``MessageBounds``; over HTTP follows the
-encoder of a route, and for several prompts the merge of their answers.
+first is ``RequestService._events``. Over gRPC follow the servicer's method and ``MessageBounds``; over HTTP only the
+merge of several prompts' answers, since ``EventStream`` sends what its encoder returns.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.server import listen
 from cluster.core.errors import (
+    Aborted,
     Busy,
     DeadlineExceeded,
     InvalidOption,
@@ -180,6 +182,26 @@ class Wire:
         self.sent.append(message.get("body", b""))
 
 
+class AsSent:
+    """An encoder of pieces that are encoded already."""
+
+    def begin(self) -> tuple[bytes, ...]:
+        return ()
+
+    def encode(self, e: bytes) -> tuple[bytes, ...]:
+        return (e,)
+
+    def end(self) -> tuple[bytes, ...]:
+        return (b"end",)
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return error.sentence.encode()
+
+
+def stream_of(pieces: AsyncGenerator[bytes, None]) -> sse.EventStream[bytes]:
+    return sse.EventStream(aclosing(pieces), AsSent(), "req-1")
+
+
 async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.02)
 
@@ -190,10 +212,20 @@ async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) ->
         yield b"last"
 
     wire = Wire()
-    await sse.EventStream(slow())({"type": "http"}, wire.receive, wire.send)
+    await stream_of(slow())({"type": "http"}, wire.receive, wire.send)
     assert wire.sent[1] == b"first"
-    assert wire.sent[-2:] == [b"last", b""]
-    assert set(wire.sent[2:-2]) == {sse.COMMENT}
+    assert wire.sent[-3:] == [b"last", b"end", b""]
+    assert set(wire.sent[2:-3]) == {sse.COMMENT}
+
+
+async def test_an_error_is_the_last_event() -> None:
+    async def failing() -> AsyncGenerator[bytes, None]:
+        yield b"first"
+        raise Aborted("it was aborted")
+
+    wire = Wire()
+    await stream_of(failing())({"type": "http"}, wire.receive, wire.send)
+    assert wire.sent[1:] == [b"first", b"it was aborted", b""]
 
 
 async def test_a_client_that_leaves_closes_the_events() -> None:
@@ -208,7 +240,7 @@ async def test_a_client_that_leaves_closes_the_events() -> None:
             closed.set()
 
     wire = Wire()
-    stream = asyncio.create_task(sse.EventStream(endless())({"type": "http"}, wire.receive, wire.send))
+    stream = asyncio.create_task(stream_of(endless())({"type": "http"}, wire.receive, wire.send))
     while len(wire.sent) < 3:
         await asyncio.sleep(0.01)
     wire.gone.set()
@@ -231,7 +263,7 @@ async def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.Monke
             await asyncio.sleep(60)
 
     wire = Wire()
-    await asyncio.wait_for(sse.EventStream(events())({"type": "http"}, wire.receive, stuck), 5)
+    await asyncio.wait_for(stream_of(events())({"type": "http"}, wire.receive, stuck), 5)
     assert closed.is_set()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -27,7 +27,7 @@ from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
 from cluster.api.request_service import RequestService
 
-Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
+Endpoint = Callable[[Request], Awaitable[Response | EventStream[Any]]]
 UNKNOWN: Final = "unknown"
 
 
@@ -88,7 +88,7 @@ def _post(path: str, answer: Endpoint) -> list[DeclaredRoute]:
 def _routes(path: str, answer: Endpoint, methods: tuple[str, ...], access: Access) -> list[DeclaredRoute]:
     allow = ", ".join((*methods, "OPTIONS"))
 
-    async def endpoint(request: Request) -> Response | EventStream:
+    async def endpoint(request: Request) -> Response | EventStream[Any]:
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": allow})
         return await answer(request)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -21,12 +21,14 @@ from cluster.api.http.answer_assembly import (
 from cluster.api.http.body import read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.chat_submission import submit_chat
-from cluster.api.http.errors import openai_error, sentence_of
+from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import chat_logprobs
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, TokenEvent, ToolCallDelta
 
 
@@ -37,14 +39,15 @@ class Chat:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream:
+    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ChatForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
         running = await submit_chat(self.service, request, form, head.id, checkpoint)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
-            return EventStream(Chunks(head, running, bool(form.logprobs), usage).events())
+            encoder = ChatEncoder(head, running, bool(form.logprobs), usage)
+            return EventStream(aclosing(running.events), encoder, head.id)
         return Json(await while_connected(request, lambda: _completion(head, running, bool(form.logprobs))))
 
 
@@ -82,37 +85,39 @@ def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logpro
     return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
+@dataclass(slots=True)
+class ChatEncoder:
     """A streamed answer: first the role, then a delta per token, the finish reason, usage if requested, and [DONE]."""
 
     head: ChunkHead
     running: RunningRequest
     logprobs: bool
     usage: bool
+    _finishes: list[FinishEvent] = field(default_factory=list)
+    _counters: list[ReasoningCounter] = field(init=False)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream's events. If an error ends the answer, it is the last event."""
-        finishes: list[FinishEvent] = []
-        counts = reasoning_counters(self.running)
-        try:
-            async with aclosing(self.running.events) as events:
-                for i in range(self.running.request.samples):
-                    yield self._chunk(i, {"role": "assistant", "content": ""})
-                async for e in events:
-                    if isinstance(e, FinishEvent):
-                        finishes.append(e)
-                    counts[e.sample].add(e)
-                    for piece in self._pieces(e):
-                        yield piece
-        except Exception as error:  # the headers are sent, so the error can only go into the stream
-            yield event(openai_error(sentence_of(error, self.head.id)))
-            return
+    def __post_init__(self) -> None:
+        self._counters = reasoning_counters(self.running)
+
+    def begin(self) -> Iterator[bytes]:
+        for i in range(self.running.request.samples):
+            yield self._chunk(i, {"role": "assistant", "content": ""})
+
+    def encode(self, e: TokenEvent | FinishEvent) -> list[bytes]:
+        if isinstance(e, FinishEvent):
+            self._finishes.append(e)
+        self._counters[e.sample].add(e)
+        return self._pieces(e)
+
+    def end(self) -> Iterator[bytes]:
         if self.usage:
-            finishes.sort(key=lambda finish: finish.sample)
-            usage = openai_usage(sum_usage(finishes), sum(c.tokens for c in counts))
+            finishes = sorted(self._finishes, key=lambda finish: finish.sample)
+            usage = openai_usage(sum_usage(finishes), sum(c.tokens for c in self._counters))
             yield event({**self.head.fields("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return event(openai_error(error))
 
     def _pieces(self, e: TokenEvent | FinishEvent) -> list[bytes]:
         """Return the chunks of one event: usually one, one more per tool call delta, none if nothing is visible."""

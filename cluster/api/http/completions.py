@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 
@@ -23,7 +23,7 @@ from cluster.api.http.body import build, form_size, read
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
-from cluster.api.http.errors import openai_error, sentence_of
+from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import columns
 from cluster.api.http.model_names import ModelNames
@@ -32,9 +32,12 @@ from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import generate_request
 from cluster.api.requests import rename_fields
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, TokenEvent, Usage
 
 KIND = "text_completion"
+PromptEvent: TypeAlias = tuple[int, TokenEvent | FinishEvent]
+"""An event of a prompt, with the prompt's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,15 @@ class Completions:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream:
+    async def __call__(self, request: Request) -> Json | EventStream[PromptEvent]:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
         all_running = await self._submit(form, head.id, checkpoint, request)
-        answer = _PromptAnswer(head, form, all_running)
+        encoder = CompletionsEncoder(head, form, all_running)
         if form.stream:
-            return EventStream(answer.chunks())
-        return Json(await while_connected(request, answer.whole))
+            return EventStream(_merge_events(all_running), encoder, head.id)
+        return Json(await while_connected(request, encoder.whole))
 
     async def _submit(
         self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
@@ -72,13 +75,16 @@ class Completions:
         return all_running
 
 
-@dataclass(frozen=True, slots=True)
-class _PromptAnswer:
-    """The answers to all prompts; choice ``p * n + i`` is sample i of prompt p."""
+@dataclass(slots=True)
+class CompletionsEncoder:
+    """Encodes the answers to all prompts; choice ``p * n + i`` is sample i of prompt p."""
 
     head: ChunkHead
     form: CompletionsForm
     all_running: Sequence[RunningRequest]
+    _usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    _offsets: dict[int, int] = field(default_factory=dict)
+    """Characters so far, by choice."""
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
@@ -107,35 +113,35 @@ class _PromptAnswer:
         """Return the prompt as text if ``echo`` is set, else an empty text."""
         return running.checkpoint.tokenizer.decode(running.request.prompt) if self.form.echo else ""
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream's events, of all prompts in the order of arrival."""
-        usage = Usage(0, 0)
-        offsets = dict[int, int]()
-        try:
-            async with _merge_events(self.all_running) as events:
-                if self.form.echo:
-                    for p, running in enumerate(self.all_running):
-                        for i in range(self.form.samples):
-                            yield self._chunk(p * self.form.samples + i, self._echo(running))
-                async for prompt, e in events:
-                    running = self.all_running[prompt]
-                    index = prompt * self.form.samples + e.sample
-                    logprobs = None
-                    if isinstance(e, FinishEvent):
-                        prompted = e.usage if e.sample == 0 else Usage(0, e.usage.completion_tokens)
-                        usage = add_usage(usage, prompted)
-                    elif self.form.logprobs is not None:
-                        logprobs = columns([e], running, offsets.get(index, 0))
-                        offsets[index] = offsets.get(index, 0) + len(e.text)
-                    reason = e.reason.value if isinstance(e, FinishEvent) else None
-                    if e.text or logprobs or reason:
-                        yield self._chunk(index, e.text, logprobs, reason)
-        except Exception as error:  # the headers are sent, so the error can only go into the stream
-            yield event(openai_error(sentence_of(error, self.head.id)))
-            return
+    def begin(self) -> Iterator[bytes]:
+        if self.form.echo:
+            for p, running in enumerate(self.all_running):
+                for i in range(self.form.samples):
+                    yield self._chunk(p * self.form.samples + i, self._echo(running))
+
+    def encode(self, e: PromptEvent) -> Iterator[bytes]:
+        prompt, of_prompt = e
+        index = prompt * self.form.samples + of_prompt.sample
+        logprobs = None
+        if isinstance(of_prompt, FinishEvent):
+            usage = of_prompt.usage
+            prompted = usage if of_prompt.sample == 0 else Usage(0, usage.completion_tokens)
+            self._usage = add_usage(self._usage, prompted)
+        elif self.form.logprobs is not None:
+            offset = self._offsets.get(index, 0)
+            logprobs = columns([of_prompt], self.all_running[prompt], offset)
+            self._offsets[index] = offset + len(of_prompt.text)
+        reason = of_prompt.reason.value if isinstance(of_prompt, FinishEvent) else None
+        if of_prompt.text or logprobs or reason:
+            yield self._chunk(index, of_prompt.text, logprobs, reason)
+
+    def end(self) -> Iterator[bytes]:
         if self.form.stream_options and self.form.stream_options.include_usage:
-            yield event({**self.head.fields(KIND), "choices": [], "usage": openai_usage(usage)})
+            yield event({**self.head.fields(KIND), "choices": [], "usage": openai_usage(self._usage)})
         yield DONE
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return event(openai_error(error))
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -145,7 +151,7 @@ class _PromptAnswer:
 @asynccontextmanager
 async def _merge_events(
     all_running: Sequence[RunningRequest],
-) -> AsyncIterator[AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]]:
+) -> AsyncIterator[AsyncGenerator[PromptEvent, None]]:
     """Merge the events of all prompts in the order of arrival, each with its prompt's number.
 
     The first error ends all prompts. The queue holds at most one event per prompt, so that a slow reader slows the
@@ -162,7 +168,7 @@ async def _merge_events(
         except Exception as e:  # the reader raises it, which ends the other prompts
             await merged.put((number, e))
 
-    async def events() -> AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]:
+    async def events() -> AsyncGenerator[PromptEvent, None]:
         left = len(all_running)
         while left:
             number, e = await merged.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,12 +13,13 @@ from starlette.requests import Request
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import read
 from cluster.api.http.chat_submission import submit_chat
-from cluster.api.http.errors import anthropic_error, sentence_of
+from cluster.api.http.errors import anthropic_error
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
 
 PING: Final = event({"type": "ping"}, "ping")
@@ -31,13 +32,13 @@ class Messages:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream:
+    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, MessagesForm)
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("msg_"), checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
-            return EventStream(MessageStream(model, running).events(), PING)
+            return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id, PING)
         return Json(await while_connected(request, lambda: _whole_response(model, running)))
 
 
@@ -101,7 +102,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class MessageStream:
+class MessageEncoder:
     """A streamed message. Its blocks are opened, extended and closed one after the other."""
 
     model: str
@@ -111,24 +112,25 @@ class MessageStream:
     _index: int = field(default=-1)
     _started: bool = False
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream's events. If an error ends the answer, it is the last event."""
-        try:
-            async with aclosing(self.running.events) as events:
-                async for e in events:
-                    if not self._started:
-                        self._started = True
-                        yield self._start(e)
-                    for piece in self._extend(e):
-                        yield piece
-                    if isinstance(e, FinishEvent):
-                        yield self._close_block()
-                        yield _named_event(
-                            {"type": "message_delta", "delta": encode_ending(e), "usage": encode_usage(e.usage)}
-                        )
-                        yield _named_event({"type": "message_stop"})
-        except Exception as error:  # the headers are sent, so the error can only go into the stream
-            yield event(anthropic_error(sentence_of(error, self.running.request.id)), "error")
+    def begin(self) -> Iterator[bytes]:
+        yield from ()  # the first event tells what the start says
+
+    def encode(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
+        if not self._started:
+            self._started = True
+            yield self._start(e)
+        yield from self._extend(e)
+        if isinstance(e, FinishEvent):
+            yield self._close_block()
+            usage = encode_usage(e.usage)
+            yield _named_event({"type": "message_delta", "delta": encode_ending(e), "usage": usage})
+            yield _named_event({"type": "message_stop"})
+
+    def end(self) -> Iterator[bytes]:
+        yield from ()  # the finish event was the end
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return event(anthropic_error(error), "error")
 
     def _start(self, first: TokenEvent | FinishEvent) -> bytes:
         """Return ``message_start``. It waits for the first event, which knows the number of cached tokens."""

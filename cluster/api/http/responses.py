@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from cluster.api.http.logprobs import entry
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import ResponseEncoder
-from cluster.api.http.responses_stream import ResponseStream
+from cluster.api.http.responses_stream import ResponseStreamEncoder
 from cluster.api.http.sse import EventStream, while_connected
 from cluster.api.request_service import RequestService
+from cluster.core.request import FinishEvent, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,13 @@ class Responses:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream:
+    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ResponsesForm)
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
         encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
-            return EventStream(ResponseStream(encoder).events())
+            return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder), running.request.id)
         return Json(await while_connected(request, lambda: _whole_response(encoder)))
 
 

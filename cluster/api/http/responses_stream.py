@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.http.answer_assembly import is_content, reasoning_counters
-from cluster.api.http.errors import sentence_of
 from cluster.api.http.json_response import new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import ResponseEncoder, output_text
 from cluster.api.http.sse import event
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, TokenEvent
 
 Pieces = Iterator[dict[str, Any]]
@@ -38,7 +37,7 @@ class OutputItem:
 
 
 @dataclass(slots=True)
-class ResponseStream:
+class ResponseStreamEncoder:
     """One streamed response."""
 
     encoder: ResponseEncoder
@@ -50,22 +49,23 @@ class ResponseStream:
     def __post_init__(self) -> None:
         (self._reasoning_counter,) = reasoning_counters(self.encoder.running)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream's events. If an error ends the answer, ``response.failed`` is the last event."""
-        try:
-            async with aclosing(self.encoder.running.events) as events:
-                yield self._event({"type": "response.created", "response": self.encoder.begin_object()})
-                yield self._event({"type": "response.in_progress", "response": self.encoder.begin_object()})
-                async for e in events:
-                    self._reasoning_counter.add(e)
-                    for piece in self._extend(e):
-                        yield self._event(piece)
-                    if isinstance(e, FinishEvent):
-                        for piece in self._finish(e):
-                            yield self._event(piece)
-        except Exception as error:  # the headers are sent, so the error can only go into the stream
-            failed = self.encoder.fail_object(self._done, sentence_of(error, self.encoder.running.request.id))
-            yield self._event({"type": "response.failed", "response": failed})
+    def begin(self) -> Iterator[bytes]:
+        yield self._event({"type": "response.created", "response": self.encoder.begin_object()})
+        yield self._event({"type": "response.in_progress", "response": self.encoder.begin_object()})
+
+    def encode(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
+        self._reasoning_counter.add(e)
+        for piece in self._extend(e):
+            yield self._event(piece)
+        if isinstance(e, FinishEvent):
+            for piece in self._finish(e):
+                yield self._event(piece)
+
+    def end(self) -> Iterator[bytes]:
+        yield from ()  # the finish event was the end
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return self._event({"type": "response.failed", "response": self.encoder.fail_object(self._done, error)})
 
     def _event(self, data: dict[str, Any]) -> bytes:
         numbered = {"type": data["type"], "sequence_number": self._number, **data}

@@ -1,23 +1,27 @@
-"""Server-sent events, with comments during silence. A stream ends with its events or when the client disconnects.
+"""Streams an answer as server-sent events, with comments during silence.
 
-However a stream ends, its iterator is closed, which ends the request behind it.
+A stream ends with its answer or when the client disconnects. However it ends, the answer is closed, which ends the
+request behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from typing import Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from cluster.api.http.errors import sentence_of
 from cluster.api.http.json_response import compact
-from cluster.core.errors import Aborted
+from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
 
 T = TypeVar("T")
+E = TypeVar("E")
+E_contra = TypeVar("E_contra", contravariant=True)
 DONE: Final = b"data: [DONE]\n\n"
 COMMENT: Final = b": still working\n\n"
 _HEADERS: Final = (
@@ -32,31 +36,74 @@ def event(data: object, name: str = "") -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {compact(data)}\n\n".encode()
 
 
-class EventStream:
-    """A streamed response with the given events. ``idle`` is sent after ``STREAM_COMMENT_S`` without an event."""
+class StreamEncoder(Protocol[E_contra]):
+    """Encodes one answer in the format of an API. Empty pieces are not sent."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], idle: bytes = COMMENT) -> None:
+    def begin(self) -> Iterable[bytes]:
+        """Return what comes before the first event."""
+
+    def encode(self, e: E_contra) -> Iterable[bytes]:
+        """Return the next event of the answer."""
+
+    def end(self) -> Iterable[bytes]:
+        """Return what comes after the last event."""
+
+    def fail(self, error: MacpipeError) -> bytes:
+        """Return the end of an answer that an error ended. The headers are sent, so it can only go into the stream."""
+
+
+class EventStream(Generic[E]):
+    """The streamed response of an answer, whose events ``encoder`` encodes.
+
+    ``idle`` is sent after ``STREAM_COMMENT_S`` without an event. ``request_id`` is logged with internal errors.
+    """
+
+    def __init__(
+        self,
+        events: AbstractAsyncContextManager[AsyncIterator[E]],
+        encoder: StreamEncoder[E],
+        request_id: str,
+        idle: bytes = COMMENT,
+    ) -> None:
         self._events = events
+        self._encoder = encoder
+        self._request_id = request_id
         self._idle = idle
         self._wrote = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await _run_while_connected(receive, lambda: self._write(send))
+        async with self._events as events:
+            await _run_while_connected(receive, lambda: self._write(events, send))
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, events: AsyncIterator[E], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
         comments = asyncio.ensure_future(self._comment(send))
         try:
-            async for piece in self._events:
-                if not piece:
-                    continue
-                self._wrote = True
-                async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            begun, more = False, True
+            while more:
+                pieces, more = await self._next_pieces(events if begun else None)
+                await self._send_pieces(pieces, send)
+                begun = True
         finally:
             comments.cancel()
         await send({"type": "http.response.body", "body": b""})
+
+    async def _next_pieces(self, events: AsyncIterator[E] | None) -> tuple[Iterable[bytes], bool]:
+        """Return the next event, encoded, and whether more may follow; the beginning if ``events`` is None."""
+        try:
+            if events is None:
+                return tuple(self._encoder.begin()), True
+            return tuple(self._encoder.encode(await anext(events))), True
+        except StopAsyncIteration:
+            return self._encoder.end(), False
+        except Exception as error:  # any: the client must be told why its answer ends
+            return [self._encoder.fail(sentence_of(error, self._request_id))], False
+
+    async def _send_pieces(self, pieces: Iterable[bytes], send: Send) -> None:
+        for piece in filter(None, pieces):
+            self._wrote = True
+            async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _comment(self, send: Send) -> None:
         """Send ``idle`` during silence. It never splits an event: each event is written in one send."""
