@@ -6,36 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from cluster.client.options import ChatKeywords, check_bool, check_text, encode_json
+from cluster.codec.conversation import encode_message, encode_tool_choice
 from cluster.core.errors import InvalidRequest
-from cluster.core.request import ChatMessage, Tool, ToolCall
+from cluster.core.request import ChatMessage, Tool, ToolCall, ToolChoice
 from cluster.v1 import inference_pb2 as pb
 
 Turn = ChatMessage | Mapping[str, Any] | tuple[str, str]
 """One message: ``ChatMessage(role, content)``, ``{"role": ..., "content": ...}`` or ``(role, content)``."""
-
-CHOICES: Final = {
-    "auto": pb.TOOL_CHOICE_MODE_AUTO,
-    "none": pb.TOOL_CHOICE_MODE_NONE,
-    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
-}
 
 
 def encode_messages(messages: Iterable[Turn]) -> list[pb.ChatMessage]:
     """Encode messages. Raise InvalidRequest naming the message that cannot be sent."""
     if isinstance(messages, (str, Mapping, ChatMessage)):
         raise InvalidRequest("messages must be a sequence of messages, not a single message", field="messages")
-    return [_encode_message(parse_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
-
-
-def _encode_message(turn: ChatMessage) -> pb.ChatMessage:
-    return pb.ChatMessage(
-        role=turn.role,
-        content=turn.content,
-        reasoning=turn.reasoning,
-        tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments=c.arguments) for c in turn.tool_calls],
-        tool_call_id=turn.tool_call_id,
-        name=turn.name,
-    )
+    return [encode_message(parse_message(message, f"messages[{i}]")) for i, message in enumerate(messages)]
 
 
 def parse_message(given: Turn, field: str = "message") -> ChatMessage:
@@ -89,11 +73,12 @@ def encode_template(options: ChatKeywords) -> pb.TemplateOptions:
 
 
 def _encode_choice(wanted: str) -> pb.ToolChoice:
+    """Encode "auto", "none", "required" or the name of a tool, which may be "named"."""
     if not wanted:
         return pb.ToolChoice()
-    if wanted in CHOICES:
-        return pb.ToolChoice(mode=CHOICES[wanted])
-    return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NAMED, name=wanted)
+    if wanted in set(ToolChoice) - {ToolChoice.NAMED}:
+        return encode_tool_choice(ToolChoice(wanted))
+    return encode_tool_choice(ToolChoice.NAMED, wanted)
 
 
 def _encode_tool(given: Tool | Mapping[str, object], field: str) -> pb.Tool:

@@ -13,17 +13,18 @@ import pytest
 
 from cluster.codec.answer import decode_token, encode_token
 from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
+from cluster.codec.conversation import decode_message, decode_tool_choice, encode_message, encode_tool_choice
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.worker_info import decode_info, encode_info
 from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState
-from cluster.core.errors import MacpipeError, WorkerLost
+from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
-from cluster.core.request import TokenEvent
+from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
 from cluster.core.state import ServingState
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
-from cluster.v1 import cluster_pb2, worker_pb2
+from cluster.v1 import cluster_pb2, inference_pb2, worker_pb2
 
 T = TypeVar("T")
 
@@ -124,3 +125,14 @@ def test_a_worker_that_claims_what_cannot_be_is_not_believed(field: str, claim: 
 def test_a_lag_is_believed_within_reason(claimed: float, believed: float) -> None:
     answer = encode_info(replace(sample(WorkerInfo), lag_seconds=claimed), data_port=9, problem="", clock=0.0)
     assert decode_info(answer, "a:1", 0.0).lag_seconds == believed
+
+
+def test_a_client_tells_its_coordinator_everything_of_a_conversation() -> None:
+    message = sample(ChatMessage)
+    sent = inference_pb2.ChatMessage.FromString(encode_message(message).SerializeToString())
+    assert decode_message(sent) == message
+    for choice in ToolChoice:
+        assert decode_tool_choice(encode_tool_choice(choice)) is choice
+    assert decode_tool_choice(inference_pb2.ToolChoice()) is ToolChoice.AUTO
+    with pytest.raises(InvalidRequest, match="unknown mode 99"):
+        decode_tool_choice(inference_pb2.ToolChoice(mode=99))  # type: ignore[arg-type]
