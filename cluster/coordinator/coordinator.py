@@ -90,7 +90,7 @@ class Coordinator:
         self._started = time.monotonic()
         self._totals = LoopTotals()
         self._reader = ModelReader(store)
-        self._supply = WeightDistribution(store, roster)
+        self._weights = WeightDistribution(store, roster)
         self._grammars = GrammarCheck(max_schema_bytes)
         self._loading = asyncio.Lock()
         self._service: ModelService | None = None
@@ -174,7 +174,7 @@ class Coordinator:
         If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
         if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
         """
-        deps = ServiceDeps(self._roster, self._watch, self._dialer, self._supply, self._epochs)
+        deps = ServiceDeps(self._roster, self._watch, self._dialer, self._weights, self._epochs)
         for _ in range(EPOCH_TRIES):
             service = ModelService(deps, checkpoint, order, assignment, self._report_problem)
             try:

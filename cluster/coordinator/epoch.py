@@ -46,7 +46,7 @@ class EpochBuilder:
     """
 
     dialer: Dialer
-    supply: WeightDistribution
+    weights: WeightDistribution
     checkpoint: ModelInfo
     control: ControlOf
     progress: Progress
@@ -70,7 +70,7 @@ class EpochBuilder:
         if only is not None and not missing:
             await load_slices(stages, selected_controls, [_NOTHING] * len(selected), self.progress)
             return
-        async with self.supply.delivery(plan, self.checkpoint, workers) as delivery:
+        async with self.weights.delivery(plan, self.checkpoint, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
             proofs = await load_slices(stages, selected_controls, orders, self.progress)
             new_proofs = [p for i, p in zip(selected, proofs, strict=True) if i in missing]

@@ -57,7 +57,7 @@ class ServiceDeps:
     roster: Roster
     watch: HeartbeatMonitor
     dialer: Dialer
-    supply: WeightDistribution
+    weights: WeightDistribution
     epochs: EpochNumbers
 
 

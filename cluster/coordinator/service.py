@@ -99,7 +99,7 @@ class ModelService:
         """
         builder = EpochBuilder(
             self._deps.dialer,
-            self._deps.supply,
+            self._deps.weights,
             self.checkpoint,
             self._control,
             progress,
