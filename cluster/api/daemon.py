@@ -31,9 +31,9 @@ from cluster.coordinator.journal import Journal
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
+from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, PortInUse
 from cluster.core.limits import JOIN_RETRY_S, SHUTDOWN_GRACE_S
-from cluster.core.state import ServingState
 from cluster.core.text import format_address
 from cluster.discovery.browse import browse
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces

@@ -11,11 +11,10 @@ from prometheus_client.registry import Collector
 from cluster import __version__
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.loop_view import LoopView
-from cluster.core.cluster_state import RequestState
+from cluster.core.cluster_state import RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
-from cluster.core.state import ServingState
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)

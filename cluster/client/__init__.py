@@ -15,7 +15,15 @@ from cluster.client.client import Client
 from cluster.client.options import ChatKeywords, Options
 from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens
 from cluster.client.streams import Loading, Stream
-from cluster.core.cluster_state import ClusterState, LiveRequest, ModelPlan, RequestState, StageState
+from cluster.core.cluster_state import (
+    ClusterState,
+    LiveRequest,
+    ModelPlan,
+    Repair,
+    RequestState,
+    ServingState,
+    StageState,
+)
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
 from cluster.core.request import (
     ChatMessage,
@@ -27,7 +35,6 @@ from cluster.core.request import (
     TopLogprob,
     Usage,
 )
-from cluster.core.state import Repair, ServingState
 from cluster.core.worker import WorkerState
 
 __all__ = [

@@ -15,8 +15,7 @@ from cluster.codec.plan import (
     encode_stage,
 )
 from cluster.codec.worker_info import decode_worker, encode_worker
-from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState
-from cluster.core.state import Repair, ServingState
+from cluster.core.cluster_state import ClusterState, LiveRequest, Repair, RequestState, ServingState
 from cluster.v1 import cluster_pb2 as pb
 
 _SERVING_STATES: Final = {

@@ -33,7 +33,7 @@ from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_workers, with_plan, with_requests
 from cluster.coordinator.weight_distribution import WeightDistribution
-from cluster.core.cluster_state import ClusterState
+from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
@@ -57,7 +57,6 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.request import Grammar, Request
-from cluster.core.state import ServingState
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.placement.memory_split import Room, is_too_small

@@ -27,6 +27,7 @@ from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.core.cluster_state import Repair
 from cluster.core.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
 from cluster.core.futures import ignore_error
 from cluster.core.limits import (
@@ -40,7 +41,6 @@ from cluster.core.limits import (
     RECOVERY_WAIT_S,
     RETURN_S,
 )
-from cluster.core.state import Repair
 from cluster.transport.streams import Dialer
 
 log = logging.getLogger(__name__)

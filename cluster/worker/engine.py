@@ -45,8 +45,7 @@ from cluster.worker.pipe_messages import (
     read,
     unpacker,
 )
-from cluster.worker.stage_host import StageHost, describe_error
-from cluster.worker.throttle import Throttle
+from cluster.worker.stage_host import StageHost, Throttle, describe_error
 
 Job = Callable[[], None]
 

@@ -24,9 +24,20 @@ from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.wire.message_split import Parcel, pack
 from cluster.worker.inbox import Arrival, Inbox
-from cluster.worker.throttle import Throttle
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """Slows a worker down for tests: steps take ``factor`` times as long; 1 changes nothing."""
+
+    factor: float = 1.0
+
+    def stretch(self, seconds: float) -> None:
+        """Sleep after a step that took ``seconds``."""
+        if self.factor > 1.0:
+            time.sleep(seconds * (self.factor - 1.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.cluster_state import ServingState
 from cluster.core.errors import Aborted, InvalidOption, LimitReached, MacpipeError, NotServing, Unauthenticated
 from cluster.core.request import Accepted, SamplingParams, TokenEvent
 from cluster.core.request import Request as Asking
-from cluster.core.state import ServingState
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyLimits, KeyScope, KeyStore
 

@@ -14,10 +14,9 @@ from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, printable
 from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
-from cluster.core.cluster_state import ClusterState, StageState
+from cluster.core.cluster_state import ClusterState, ServingState, StageState
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
-from cluster.core.state import ServingState
 from cluster.core.text import parse_layers, parse_size
 from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.platform.paths import state_home

@@ -16,12 +16,11 @@ from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_sta
 from cluster.codec.conversation import decode_message, decode_tool_choice, encode_message, encode_tool_choice
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.worker_info import decode_info, encode_info
-from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState
+from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
 from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
-from cluster.core.state import ServingState
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.v1 import cluster_pb2, inference_pb2, worker_pb2

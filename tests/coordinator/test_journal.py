@@ -18,10 +18,10 @@ from cluster.api.metrics import Metrics
 from cluster.coordinator import journal as journal_module
 from cluster.coordinator.journal import Fsync, Journal, JournaledRequest, continue_request
 from cluster.coordinator.request_records import HEADER, as_data
+from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import JOURNAL_RETRY_S, RESUME_S
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
-from cluster.core.state import ServingState
 from disks import FailingDisk
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((5, -1.5), (9, 2.0)), seed=2**63 + 1)

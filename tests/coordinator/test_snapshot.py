@@ -11,10 +11,9 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_plan, describe_workers, with_plan, with_requests
 from cluster.coordinator.step_times import StageStepTime
-from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState
+from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState, ServingState
 from cluster.core.limits import MIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Profile, Route
-from cluster.core.state import ServingState
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 

@@ -15,10 +15,9 @@ from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_sta
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.snapshot import describe_workers
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.cluster_state import ClusterState
+from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.plan import Profile
-from cluster.core.state import ServingState
 from cluster.platform.macos import MachineFacts
 from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import bind, control_server

@@ -12,7 +12,7 @@ import pytest
 from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
 from cluster.core.plan import Link, Profile
 from cluster.worker.profile_file import ProfileFile
-from cluster.worker.throttle import Throttle
+from cluster.worker.stage_host import Throttle
 
 PROFILE = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2)
 

@@ -17,9 +17,9 @@ from cluster.api.http.authorization import TRUSTED
 from cluster.api.http.json_response import Json
 from cluster.api.http.model_names import ModelNames, model_id
 from cluster.api.request_service import RequestService
+from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import UNAVAILABLE_S
-from cluster.core.state import ServingState
 
 
 @dataclass(frozen=True, slots=True)
