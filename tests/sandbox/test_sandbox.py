@@ -110,6 +110,18 @@ def peak_bytes(pid: int) -> int:
     return int(peak.split()[1]) * 1024
 
 
+def cpu_ticks(pid: int) -> int:
+    """Processor time that a process has had, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+async def until_computing(pid: int, before: int) -> None:
+    """Wait until a process that had ``before`` ticks works on its job."""
+    while cpu_ticks(pid) < before + 5:
+        await asyncio.sleep(0.01)
+
+
 async def until_gone(pid: int) -> None:
     while exists(pid):
         await asyncio.sleep(0.01)
@@ -226,8 +238,9 @@ async def test_closing_ends_a_job_and_every_process(hostile: Path) -> None:
 async def test_a_job_whose_caller_went_away_still_ends(hostile: Path) -> None:
     async with opened(hostile) as text:
         (pid,) = text.pids
+        before = cpu_ticks(pid)
         job = asyncio.create_task(text.converse((ChatMessage("user", "loop"),), PLAIN, None, 100))
-        await asyncio.sleep(0.1)
+        await until_computing(pid, before)
         job.cancel()
         with pytest.raises(asyncio.CancelledError):
             await job
@@ -325,9 +338,8 @@ async def main():
     await text.open()
     endless = Limits(60.0, 2**30, 60.0)
     job = Converse(9, False, endless, (ChatMessage("user", "loop"),), ChatOptions(), None)
-    asyncio.create_task(text._text.run(job))
-    await asyncio.sleep(0.2)
     print(*text.pids, flush=True)
+    asyncio.create_task(text._text.run(job))
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -339,7 +351,7 @@ async def test_a_process_does_not_outlive_its_parent(hostile: Path) -> None:
     parent = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     assert parent.stdout
     pid = int(await parent.stdout.readline())
-    assert exists(pid)
+    await until_computing(pid, cpu_ticks(pid))
     parent.send_signal(signal.SIGKILL)
     await parent.wait()
     await until_gone(pid)
