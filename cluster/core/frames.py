@@ -36,7 +36,23 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """A sequence drops all but its first ``length`` tokens."""
+    """A sequence drops all but its first ``length`` tokens. Caches that cannot be trimmed need a mark there."""
+
+    sequence: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Keep the state of a sequence's caches that cannot be trimmed. ``length`` is how many tokens it has now."""
+
+    sequence: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmark:
+    """A sequence drops its mark at ``length``. Prefixes that have it keep it."""
 
     sequence: int
     length: int
@@ -44,7 +60,7 @@ class Trim:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Keep a copy of a sequence's caches as prefix ``prefix``."""
+    """Keep a copy of a sequence's caches, and its marks, as prefix ``prefix``."""
 
     sequence: int
     prefix: int
@@ -52,20 +68,25 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A sequence that has just joined starts from a kept prefix."""
+    """A sequence that has just joined starts from the first ``length`` tokens of a kept prefix.
+
+    It also gets the prefix's marks up to there. Caches that cannot be trimmed need a mark at ``length``, unless that is
+    the whole prefix.
+    """
 
     sequence: int
     prefix: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Drop a kept prefix."""
+    """Drop a kept prefix and its marks."""
 
     prefix: int
 
 
-Edit = Join | Leave | Trim | Save | Restore | Drop
+Edit = Join | Leave | Trim | Mark | Unmark | Save | Restore | Drop
 
 
 class Compute(IntEnum):

@@ -12,6 +12,7 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
+from cluster.model.marks import WINDOWS
 from cluster.model.module_tree import Module, stand_ins
 from cluster.model.symbolic_run import Recording, record
 from cluster.model.trace import Boundary, Trace
@@ -24,8 +25,6 @@ RAGGED: Final = ((5, 9), (5, 9, 7))
 Two trials are needed: a mask whose shape is wrong for a batch (gemma2) passes if there are as many rows as heads.
 """
 BATCH_METHODS: Final = ("extend", "filter", "extract")
-WINDOWS: Final = ("max_size", "chunk_size")
-"""Names of the attribute that holds the number of tokens a cache keeps, if it does not keep all."""
 
 
 def batchable(model: Module, traced: Trace) -> bool:

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from cluster.core.errors import ModelUnsupported
 from cluster.core.plan import LayerRange
 from cluster.model.kv_quantization import KVQuantization
+from cluster.model.marks import CacheMark, can_rewind, rewind
 from cluster.model.module_tree import Module, tree_arrays, tree_bytes
 from cluster.model.trace import Trace
 
@@ -116,12 +117,21 @@ class SequenceCaches(HeldCaches):
         """
         return SequenceCaches(self._layout, copy.deepcopy(self._held))
 
-    def trimmed(self, tokens: int) -> SequenceCaches | None:
-        """Return a copy without the last ``tokens`` tokens, or None if a cache cannot be trimmed by that many."""
-        copied = self.copy()
-        if not all(cache.is_trimmable() for cache in copied._held):
-            return None
-        return copied if all(cache.trim(tokens) == tokens for cache in copied._held) else None
+    def mark(self) -> CacheMark:
+        """Return a mark of the current position."""
+        return CacheMark(self._held)
+
+    def rewind(self, tokens: int, mark: CacheMark | None) -> bool:
+        """Drop the last ``tokens`` tokens in place. ``mark`` must be of the position before them.
+
+        Without a mark, every cache is trimmed. Return False, with no change, if a cache cannot be trimmed then.
+        """
+        states = mark.states if mark is not None else (None,) * len(self._held)
+        pairs = list(zip(self._held, states, strict=True))
+        if not all(can_rewind(cache, state) for cache, state in pairs):
+            return False
+        self._held = [rewind(cache, tokens, state) for cache, state in pairs]
+        return True
 
 
 class BatchCaches(HeldCaches):

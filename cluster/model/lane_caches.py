@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.model.caches import BatchCaches, HeldCaches, SequenceCaches
+from cluster.model.marks import CacheMark
 
 __all__ = ["LaneCaches"]
 
@@ -61,6 +62,11 @@ class LaneCaches:
     def copy(self, sequence: int) -> SequenceCaches:
         """Return a copy of a sequence's caches, without moving them."""
         return self._extract(sequence) if sequence in self._lane_of else self._alone[sequence].copy()
+
+    def mark(self, sequence: int) -> CacheMark:
+        """Return a mark of a sequence's current position, without moving its caches."""
+        in_lane = sequence in self._lane_of
+        return (self._extract(sequence) if in_lane else self._alone[sequence]).mark()
 
     def gather(self, lane: int, sequences: Sequence[int]) -> HeldCaches:
         """Return the caches for one step of ``sequences`` (without duplicates), rows in that order.

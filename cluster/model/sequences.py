@@ -1,4 +1,4 @@
-"""Holds a stage's state between frames: live sequences and kept prefixes. Applies the six edits that change it.
+"""Holds a stage's state between frames: live sequences and kept prefixes. Applies the edits that change it.
 
 All stages apply the same edits in the same order, so they hold the same ids. It only creates, copies, trims and gathers
 caches; it does not run models.
@@ -6,7 +6,7 @@ caches; it does not run models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from weakref import ReferenceType, ref
@@ -14,10 +14,11 @@ from weakref import ReferenceType, ref
 import mlx.core as mx
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
+from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Save, Trim, Unmark
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
+from cluster.model.marks import CacheMark
 from cluster.model.sampling import Sampler
 
 __all__ = ["LiveSequence", "SequenceTable"]
@@ -27,16 +28,17 @@ __all__ = ["LiveSequence", "SequenceTable"]
 class LiveSequence:
     """A live sequence. ``tokens`` are those fed so far, prompt and answer.
 
-    ``broken`` is the reason why no further step may use it, "" if there is none. ``kept`` refers to a prefix with
-    exactly this sequence's state, if there is one. ``deferred`` has the logits [1, positions, vocabulary] of a step
-    that is sampled once the sequence's grammar is compiled.
+    ``broken`` is the reason why no further step may use it, "" if there is none. ``marks`` are by position. ``kept``
+    refers to a prefix's caches with exactly this sequence's state, if there are any. ``deferred`` has the logits
+    [1, positions, vocabulary] of a step that is sampled once the sequence's grammar is compiled.
     """
 
     id: int
     sampler: Sampler
     tokens: list[int] = field(default_factory=list)
     broken: str = ""
-    kept: ReferenceType[Prefix] | None = None
+    marks: dict[int, CacheMark] = field(default_factory=dict)
+    kept: ReferenceType[SequenceCaches] | None = None
     deferred: mx.array | None = None
 
     def feed(self, tokens: Sequence[int]) -> None:
@@ -45,12 +47,13 @@ class LiveSequence:
         self.kept = None
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class Prefix:
-    """A kept copy of a sequence: its tokens and its caches."""
+    """A kept copy of a sequence: its tokens, its caches, and its marks by position."""
 
     tokens: tuple[int, ...]
     caches: SequenceCaches
+    marks: dict[int, CacheMark]
 
 
 class SequenceTable:
@@ -84,13 +87,23 @@ class SequenceTable:
 
     @property
     def cache_bytes(self) -> int:
-        """Return the bytes of all caches. Memory that a prefix shares with a sequence counts twice."""
-        return self._lanes.nbytes + self.prefix_bytes
+        """Return the bytes of all caches. Memory that a prefix or a mark shares with a sequence counts twice."""
+        return self._lanes.nbytes + self._nbytes_of(live.marks for live in self._live.values())
 
     @property
     def prefix_bytes(self) -> int:
-        """Return the bytes of the kept prefixes. A prefix saved under two ids without a step in between counts once."""
-        return sum(prefix.caches.nbytes for prefix in {id(p): p for p in self._prefixes.values()}.values())
+        """Return the bytes of the kept prefixes and their marks.
+
+        A prefix saved under two ids without a step in between counts once, and so does a mark of several prefixes.
+        """
+        return self._nbytes_of(())
+
+    def _nbytes_of(self, more_marks: Iterable[Mapping[int, CacheMark]]) -> int:
+        prefixes = self._prefixes.values()
+        held: dict[int, SequenceCaches | CacheMark] = {id(p.caches): p.caches for p in prefixes}
+        for marks in (*(p.marks for p in prefixes), *more_marks):
+            held |= {id(mark): mark for mark in marks.values()}
+        return sum(each.nbytes for each in held.values())
 
     def get(self, sequence: int) -> LiveSequence:
         """Return a live sequence. Raises BadFrame if the id is not live."""
@@ -120,6 +133,7 @@ class SequenceTable:
             if sequence in self._live and not self._live[sequence].broken:
                 self._live[sequence].broken = why
                 self._live[sequence].deferred = None
+                self._live[sequence].marks.clear()
                 self._lanes.remove(sequence)
 
     def apply(self, edits: Sequence[Edit], step: Sequence[int] = ()) -> None:
@@ -135,7 +149,7 @@ class SequenceTable:
             try:
                 self._apply(edit)
             except BadFrame as error:
-                if isinstance(edit, Trim | Save | Restore) and edit.sequence in not_in_step:
+                if isinstance(edit, Trim | Save | Restore | Mark) and edit.sequence in not_in_step:
                     self.mark_broken([edit.sequence], error.sentence)
                 else:
                     errors.append(error)
@@ -151,10 +165,14 @@ class SequenceTable:
                 self._lanes.remove(edit.sequence)
             case Trim():
                 self._trim(self.usable(edit.sequence), edit.length)
+            case Mark():
+                self._mark(self.usable(edit.sequence), edit.length)
+            case Unmark():
+                self.get(edit.sequence).marks.pop(edit.length, None)
             case Save():
                 self._save(self.usable(edit.sequence), edit.prefix)
             case Restore():
-                self._restore(self.usable(edit.sequence), edit.prefix)
+                self._restore(self.usable(edit.sequence), edit.prefix, edit.length)
             case Drop():
                 self._prefixes.pop(edit.prefix, None)
 
@@ -174,33 +192,57 @@ class SequenceTable:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}")
         if excess == 0:
             return
-        caches = self._lanes.alone(live.id).trimmed(excess) if length > 0 else self._new_caches()
-        if caches is None:
+        if length == 0:
+            self._lanes.put(live.id, self._new_caches())
+        elif not self._lanes.alone(live.id).rewind(excess, live.marks.get(length)):
             raise BadFrame(
-                f"sequence {live.id} cannot be trimmed to {length} tokens: the model's caches do not allow it"
+                f"sequence {live.id} cannot be trimmed to {length} tokens: it has no mark there and the model's caches "
+                "cannot all be trimmed"
             )
-        self._lanes.put(live.id, caches)
         del live.tokens[length:]
+        live.marks = _up_to(length, live.marks)
         live.kept = None
         live.deferred = None
         live.sampler.forget()
 
-    def _save(self, live: LiveSequence, prefix: int) -> None:
-        kept = live.kept() if live.kept is not None else None
-        if kept is None:
-            kept = Prefix(tuple(live.tokens), self._lanes.copy(live.id))
-            live.kept = ref(kept)
-        self._prefixes[prefix] = kept
+    def _mark(self, live: LiveSequence, length: int) -> None:
+        if length != len(live.tokens):
+            raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; it cannot be marked at {length}")
+        live.marks[length] = self._lanes.mark(live.id)
 
-    def _restore(self, live: LiveSequence, prefix: int) -> None:
+    def _save(self, live: LiveSequence, prefix: int) -> None:
+        caches = live.kept() if live.kept is not None else None
+        if caches is None:
+            caches = self._lanes.copy(live.id)
+            live.kept = ref(caches)
+        self._prefixes[prefix] = Prefix(tuple(live.tokens), caches, dict(live.marks))
+
+    def _restore(self, live: LiveSequence, prefix: int, length: int) -> None:
         if live.tokens:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only an empty one can restore a prefix")
-        if prefix not in self._prefixes:
-            why = f"prefix {prefix} is not kept on this stage"
-            self.mark_broken([live.id], why)  # its caches are empty here, so a step would give wrong tokens
-            raise BadFrame(why)
+        try:
+            caches = self._start_from(prefix, length)
+        except BadFrame as error:
+            self.mark_broken([live.id], error.sentence)  # its caches are empty here: a step would give wrong tokens
+            raise
         kept = self._prefixes[prefix]
-        self._lanes.put(live.id, kept.caches.copy())
-        live.tokens = list(kept.tokens)
-        live.kept = ref(kept)
+        self._lanes.put(live.id, caches)
+        live.tokens = list(kept.tokens[:length])
+        live.marks = _up_to(length, kept.marks)
+        live.kept = ref(kept.caches) if length == len(kept.tokens) else None
         live.sampler.forget()
+
+    def _start_from(self, prefix: int, length: int) -> SequenceCaches:
+        """Return a copy of a prefix's caches with its first ``length`` tokens. Raises BadFrame if there is none."""
+        kept = self._prefixes.get(prefix)
+        if kept is None:
+            raise BadFrame(f"prefix {prefix} is not kept on this stage")
+        excess = len(kept.tokens) - length
+        caches = kept.caches.copy()
+        if not 0 < length <= len(kept.tokens) or (excess and not caches.rewind(excess, kept.marks.get(length))):
+            raise BadFrame(f"prefix {prefix} has {len(kept.tokens)} tokens and cannot be cut to {length}")
+        return caches
+
+
+def _up_to(length: int, marks: Mapping[int, CacheMark]) -> dict[int, CacheMark]:
+    return {at: mark for at, mark in marks.items() if at <= length}

@@ -17,7 +17,10 @@ def copies(leader: Sequence, followers: Several[Sequence], prefix: int) -> list[
     edits: list[Edit] = [Save(leader.id, prefix)]
     for sequence in followers:
         request, sequence.joined = sequence.request, True
-        edits += [Join(sequence.id, len(request.prompt), request.sampling), Restore(sequence.id, prefix)]
+        edits += [
+            Join(sequence.id, len(request.prompt), request.sampling),
+            Restore(sequence.id, prefix, len(leader.fed)),
+        ]
         sequence.fed.extend(leader.fed)
         sequence.cached = sequence.prefilled = len(sequence.fed)
         sequence.next_token = request.prompt[-1]

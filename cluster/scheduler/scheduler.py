@@ -17,7 +17,7 @@ from __future__ import annotations
 from math import inf
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step
 from cluster.core.limits import RETRY_AFTER_S
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
@@ -242,9 +242,7 @@ class Scheduler:
         sequence.served = self._log.written
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
         if match := self._prefixes.find(request.client, sequence.base):
-            self._edits.append(Restore(sequence.id, match.entry))
-            if not match.whole:
-                self._edits.append(Trim(sequence.id, match.length))
+            self._edits.append(Restore(sequence.id, match.entry, match.length))
             sequence.fed.extend(sequence.base[: match.length])
             sequence.cached = sequence.prefilled = match.length
         self._finish_prompt(sequence)

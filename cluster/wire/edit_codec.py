@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save, Trim
+from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Save, Trim, Unmark
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARK_TOKENS
 from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.wire.header_fields import Fields
 
 _JOIN = 0
 _PLAIN: dict[int, tuple[Callable[..., Edit], int]] = {
-    1: (Leave, 1), 2: (Trim, 2), 3: (Save, 2), 4: (Restore, 2), 5: (Drop, 1)
+    1: (Leave, 1), 2: (Trim, 2), 3: (Save, 2), 4: (Restore, 3), 5: (Drop, 1), 6: (Mark, 2), 7: (Unmark, 2)
 }  # fmt: skip
 """Edits with only integer fields: code -> type and number of fields."""
 

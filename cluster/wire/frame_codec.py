@@ -37,7 +37,7 @@ from cluster.wire.edit_codec import pack_edit, unpack_edit
 from cluster.wire.elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, unpack_ids
 
-VERSION = 5
+VERSION = 6
 _PREFIX = struct.Struct("<II")
 _FIELDS = 12
 

@@ -132,7 +132,7 @@ class Caches:
             case Save():
                 self._prefixes[edit.prefix] = self._fed[edit.sequence]
             case Restore():
-                self._fed[edit.sequence] = self._prefixes[edit.prefix]
+                self._fed[edit.sequence] = self._prefixes[edit.prefix][: edit.length]
             case Drop():
                 del self._prefixes[edit.prefix]
 

@@ -20,12 +20,14 @@ from cluster.core.frames import (
     Frame,
     Join,
     Leave,
+    Mark,
     Restore,
     Sample,
     Save,
     Step,
     Tensor,
     Trim,
+    Unmark,
 )
 from cluster.core.plan import LayerRange, ModelShape
 from cluster.core.request import SamplingParams
@@ -73,13 +75,14 @@ def test_a_restored_prefix_goes_on_where_it_was_saved(arch: str, ring: Rings) ->
     r.send(Join(1, len(PROMPT), ALL))
     r.prefill(1, PROMPT[:-1])
     first = r.go_on(1, PROMPT[-1], 5)
+    at = len(PROMPT) + 4
     r.send(Save(1, prefix=9))
     other = [r.decode(1, token) for token in (3, 1, 4, 1, 5, 9)]  # the live one goes another way
-    r.send(Join(2, len(PROMPT), ALL), Restore(2, 9))
+    r.send(Join(2, len(PROMPT), ALL), Restore(2, 9, at))
     assert same(first + r.go_on(2, first[-1].token, 7), whole)
-    r.send(Join(3, len(PROMPT), ALL), Restore(3, 9))
+    r.send(Join(3, len(PROMPT), ALL), Restore(3, 9, at))
     assert same([r.decode(3, token) for token in (3, 1, 4, 1, 5, 9)], other)
-    r.send(Leave(1), Leave(2), Leave(3), Join(4, len(PROMPT), ALL), Restore(4, 9))
+    r.send(Leave(1), Leave(2), Leave(3), Join(4, len(PROMPT), ALL), Restore(4, 9, at))
     assert same(first + r.go_on(4, first[-1].token, 7), whole)
 
 
@@ -182,10 +185,15 @@ def test_leave_and_drop_of_unknown_ids_do_nothing(stage: Stage) -> None:
         ((Join(2, 3, SamplingParams(logit_bias=((320, 1.0),))),), "logit_bias names token 320"),
         ((Trim(1, 4),), "cannot be trimmed to 4"),
         ((Trim(1, -1),), "cannot be trimmed to -1"),
+        ((Mark(1, 1),), "has 3 tokens; it cannot be marked at 1"),
+        ((Mark(5, 2),), "not live"),
+        ((Unmark(5, 2),), "not live"),
+        ((Join(2, 3, GREEDY), Save(1, 1), Restore(2, 1, 4)), "has 3 tokens and cannot be cut to 4"),
+        ((Join(2, 3, GREEDY), Save(1, 1), Restore(2, 1, 0)), "has 3 tokens and cannot be cut to 0"),
         ((Trim(5, 1),), "not live"),
         ((Save(5, 1),), "not live"),
-        ((Restore(1, 1),), "only an empty one"),
-        ((Join(2, 3, GREEDY), Restore(2, 1)), "prefix 1 is not kept"),
+        ((Restore(1, 1, 2),), "only an empty one"),
+        ((Join(2, 3, GREEDY), Restore(2, 1, 2)), "prefix 1 is not kept"),
     ],
 )
 def test_impossible_edits_are_refused(edits: tuple[Edit, ...], words: str, stage: Stage) -> None:
@@ -344,7 +352,7 @@ def test_bfloat16_crosses_cuts_as_it_is(stages: int, tmp_path: Path) -> None:
 
 def test_a_refused_edit_ends_its_own_sequence_and_not_the_step_it_rides_on(stage: Stage) -> None:
     stage.step(frame(Join(1, 3, GREEDY), Join(2, 3, GREEDY), step=prefill(1, 2)))
-    stage.step(frame(Restore(2, 77), step=prefill(3)))
+    stage.step(frame(Restore(2, 77, 2), step=prefill(3)))
     with pytest.raises(BadFrame, match="can only leave: prefix 77 is not kept"):
         stage.step(frame(step=prefill(3, sequence=2)))
     stage.step(frame(Leave(2), step=prefill(4)))

@@ -155,7 +155,7 @@ def test_prefixes_and_trims_leave_the_grammar_where_the_tokens_are(ring: Ring) -
     ring.send(Join(2, len(PROMPT), HOT))
     ring.prefill(2, (*PROMPT, *whole[:4]))
     ring.send(Save(2, 9), Leave(2))
-    ring.send(Join(1, len(PROMPT), HOT), Restore(1, 9), Trim(1, len(PROMPT) + 2))
+    ring.send(Join(1, len(PROMPT), HOT), Restore(1, 9, len(PROMPT) + 2))
     samples = [ring.decode(1, whole[2])]
     samples.append(ring.decode(1, samples[-1].token))
     ring.send(Trim(1, len(PROMPT) + 3))

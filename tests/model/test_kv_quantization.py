@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 from checkpoints import make
 from cluster.core.errors import BadFrame, InvalidOption, ModelUnsupported
-from cluster.core.frames import Compute, Join, Leave, Restore, Save, Step, Trim
+from cluster.core.frames import Compute, Join, Leave, Restore, Save, Step
 from cluster.core.plan import LayerRange
 from cluster.model.model_shape import read_shape
 from effort import chosen
@@ -80,9 +80,9 @@ def test_a_quantized_sequence_is_saved_restored_and_trimmed(wide: Callable[[str]
     said = tokens(ring.go_on(1, PROMPT[-1], 4))
     ring.send(Save(1, 9))
     ring.go_on(1, 7, 3)
-    ring.send(Join(2, len(PROMPT), ALL), Restore(2, 9))
+    ring.send(Join(2, len(PROMPT), ALL), Restore(2, 9, len(PROMPT) + 3))
     assert said + tokens(ring.go_on(2, said[-1], ANSWER - 4)) == whole
-    ring.send(Join(3, len(PROMPT), ALL), Restore(3, 9), Trim(3, len(PROMPT) - 1))
+    ring.send(Join(3, len(PROMPT), ALL), Restore(3, 9, len(PROMPT) - 1))
     assert tokens(ring.go_on(3, PROMPT[-1], ANSWER)) == whole
 
 

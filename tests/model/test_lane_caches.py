@@ -176,7 +176,7 @@ def test_edits_of_one_row_leave_the_others_alone(arch: str, rings: Rings, shape:
     for _ in range(4):
         say(ring, 0, [one, two, three])
     again = replace(one, id=4, said=one.said[:4])
-    ring.send(Join(4, len(one.prompt), GREEDY), Restore(4, 5))
+    ring.send(Join(4, len(one.prompt), GREEDY), Restore(4, 5, len(one.prompt) + 3))
     if shape(arch).trimmable:
         ring.send(Trim(1, len(one.prompt) + 1))
         del one.said[2:]

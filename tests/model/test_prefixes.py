@@ -52,7 +52,7 @@ def test_a_prefix_from_a_chunks_border_goes_on_as_a_fresh_run(arch: str, donor_d
         ring.go_on(1, OTHER[30], 20)
     ring.send(Leave(1))
     for number, border in enumerate(borders, start=1):
-        ring.send(Join(2, len(PROMPT), ALL), Restore(2, border))
+        ring.send(Join(2, len(PROMPT), ALL), Restore(2, border, border))
         ring.prefill(2, PROMPT[border:-1], CHUNKS[number:])
         samples = ring.go_on(2, PROMPT[-1], ANSWER)
         assert tokens(samples) == tokens(whole), border
@@ -75,7 +75,7 @@ def test_a_restored_prefix_can_be_trimmed(arch: str, in_a_lane: bool, rings: Rin
         lane = (1, 3) if in_a_lane else (1,)
         ring.send(step=Step(Compute.DECODE, lane, ((5,),) * len(lane)))
     ring.send(Save(1, prefix=7), Leave(1), Leave(3))
-    ring.send(Join(2, len(PROMPT), GREEDY), Restore(2, 7), Trim(2, 31))
+    ring.send(Join(2, len(PROMPT), GREEDY), Restore(2, 7, 31))
     ring.prefill(2, PROMPT[31:-1])
     assert tokens(ring.go_on(2, PROMPT[-1], ANSWER)) == tokens(whole)
     ring.send(Leave(2), Drop(7))
@@ -88,7 +88,7 @@ def test_one_state_kept_twice_takes_and_counts_its_memory_once(rings: Rings) -> 
     ring.prefill(1, PROMPT)
     one = [stage.cache_bytes for stage in ring.stages]
     ring.send(Save(1, 5), Save(1, 6))
-    ring.send(Join(2, 41, GREEDY), Restore(2, 5), Save(2, 7))
+    ring.send(Join(2, 41, GREEDY), Restore(2, 5, 41), Save(2, 7))
     assert [stage.prefix_bytes for stage in ring.stages] == one
     ring.decode(1, 3)
     ring.send(Save(1, 8))  # it has moved on: another state
@@ -108,7 +108,7 @@ def test_an_id_that_is_kept_anew_holds_the_new_state(rings: Rings) -> None:
     ring.prefill(1, OTHER)
     ring.send(Save(1, 5), Join(2, 41, GREEDY))
     ring.prefill(2, PROMPT[:-1])
-    ring.send(Save(2, 5), Save(1, 6), Leave(1), Leave(2), Join(3, 41, GREEDY), Restore(3, 5))
+    ring.send(Save(2, 5), Save(1, 6), Leave(1), Leave(2), Join(3, 41, GREEDY), Restore(3, 5, 40))
     assert tokens(ring.go_on(3, PROMPT[-1], ANSWER)) == tokens(whole)
     ring.send(Leave(3), Drop(5), Drop(6))
     assert emptied(ring)

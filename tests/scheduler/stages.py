@@ -10,11 +10,13 @@ from cluster.core.frames import (
     Frame,
     Join,
     Leave,
+    Mark,
     Restore,
     Sample,
     Save,
     StageTiming,
     Trim,
+    Unmark,
 )
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.reordering import ReorderBuffer
@@ -60,6 +62,8 @@ class Stages:
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self.compiling: set[int] = set()
         self.deferred: dict[int, Sample] = {}
+        self._marks: dict[int, set[int]] = {}
+        self._kept_marks: dict[int, frozenset[int]] = {}
         self._trimmable = trimmable
         self._numbers = 0
 
@@ -102,23 +106,34 @@ class Stages:
             case Join():
                 assert edit.sequence not in self.fed
                 self.fed[edit.sequence] = ()
+                self._marks[edit.sequence] = set()
                 if edit.sampling.grammar:
                     self.compiling.add(edit.sequence)
             case Leave():
                 self.compiling.discard(edit.sequence)
                 self.deferred.pop(edit.sequence, None)
-                del self.fed[edit.sequence]
+                del self.fed[edit.sequence], self._marks[edit.sequence]
+            case Mark():
+                assert edit.length == len(self.fed[edit.sequence])
+                assert edit.length not in self._marks[edit.sequence]
+                self._marks[edit.sequence].add(edit.length)
+            case Unmark():
+                self._marks[edit.sequence].remove(edit.length)
             case Trim():
                 assert self._trimmable
                 assert edit.length <= len(self.fed[edit.sequence])
                 self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
             case Save():
                 self.prefixes[edit.prefix] = self.fed[edit.sequence]
+                self._kept_marks[edit.prefix] = frozenset(self._marks[edit.sequence])
             case Restore():
                 assert self.fed[edit.sequence] == ()
-                self.fed[edit.sequence] = self.prefixes[edit.prefix]
+                kept, marks = self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
+                assert self._trimmable or edit.length in {len(kept), *marks}
+                self.fed[edit.sequence] = kept[: edit.length]
+                self._marks[edit.sequence] = {at for at in marks if at <= edit.length}
             case Drop():
-                del self.prefixes[edit.prefix]
+                del self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
 
 
 def next_token(history: tuple[int, ...]) -> int:

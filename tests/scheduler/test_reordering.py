@@ -50,7 +50,7 @@ def test_edits_commute_only_where_they_touch_something_else() -> None:
     join, leave = Join(2, 1, SamplingParams()), Leave(2)
     assert order(prefill(0, 1), decode(1, 0, 5, edits=(leave,))) == [1, 0]
     assert order(prefill(0, 2, join), decode(1, 0, 5, edits=(leave,))) == [0, 1]
-    assert order(prefill(0, 1, Drop(7)), decode(1, 0, 5, edits=(Restore(5, 7),))) == [0, 1]
+    assert order(prefill(0, 1, Drop(7)), decode(1, 0, 5, edits=(Restore(5, 7, 1),))) == [0, 1]
     assert order(prefill(0, 1, Save(3, 7)), decode(1, 0, 3)) == [0, 1]
 
 

@@ -72,7 +72,7 @@ class OneStage:
             case Save() if edit.sequence not in self.broken:
                 self.prefixes[edit.prefix] = self.fed[edit.sequence]
             case Restore() if edit.prefix in self.prefixes and edit.sequence not in self.broken:
-                self.fed[edit.sequence] = self.prefixes[edit.prefix]
+                self.fed[edit.sequence] = self.prefixes[edit.prefix][: edit.length]
             case _:
                 self.broken.add(edit.sequence)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Restore, Save, Trim
+from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Restore, Save
 from cluster.core.limits import GRAMMAR_WAIT_S, MAX_JOINED_BYTES
 from cluster.core.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
 from cluster.scheduler.capacity import Capacity
@@ -579,7 +579,7 @@ def test_edits_of_a_keep_come_before_the_leave() -> None:
     assert [type(e) for e in frame.edits] == [Save, Leave]
     stages.take([frame])
     scheduler.submit(request("b", prompt=11, max_tokens=1))
-    assert [type(e) for e in scheduler.next_frames(0.0)[0].edits] == [Join, Restore, Trim]
+    assert [type(e) for e in scheduler.next_frames(0.0)[0].edits] == [Join, Restore]
 
 
 def test_a_new_epoch_goes_on_where_every_answer_was() -> None:

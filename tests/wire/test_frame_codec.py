@@ -20,6 +20,7 @@ from cluster.core.frames import (
     Frame,
     Join,
     Leave,
+    Mark,
     Restore,
     Sample,
     Save,
@@ -28,6 +29,7 @@ from cluster.core.frames import (
     Step,
     Tensor,
     Trim,
+    Unmark,
 )
 from cluster.core.limits import (
     MAX_EDITS,
@@ -69,7 +71,9 @@ edits = st.one_of(
     st.builds(Leave, counts),
     st.builds(Trim, counts, counts),
     st.builds(Save, counts, counts),
-    st.builds(Restore, counts, counts),
+    st.builds(Mark, counts, counts),
+    st.builds(Unmark, counts, counts),
+    st.builds(Restore, counts, counts, counts),
     st.builds(Drop, counts),
 )
 

@@ -12,6 +12,7 @@ from cluster.core.frames import (
     Frame,
     Join,
     Leave,
+    Mark,
     Restore,
     Sample,
     Save,
@@ -20,6 +21,7 @@ from cluster.core.frames import (
     Step,
     Tensor,
     Trim,
+    Unmark,
 )
 from cluster.core.limits import BULK_BYTES
 from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams, TopLogprob
@@ -47,8 +49,11 @@ OTHER_TENSOR = Tensor("float32", (2,), bytes(8))
 DECODE = Step(Compute.DECODE, (1, 2), ((11,), (12,)))
 PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
 FRAMES = (
-    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND), Restore(1, 9)), PREFILL, (TENSOR,)),
-    Frame(EPOCH, 1, 2, (Leave(3), Trim(1, 2), Save(1, 4), Drop(4)), DECODE, (TENSOR, OTHER_TENSOR)),
+    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
+    Frame(
+        EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Drop(4)), DECODE,
+        (TENSOR, OTHER_TENSOR),
+    ),
     Frame(
         EPOCH, 1, 3, (), None, (),
         (Sample(1, 3, 42, -0.25, (TopLogprob(42, -0.25), TopLogprob(7, -2.0)), final=True), Sample(2, 1, 5)),
