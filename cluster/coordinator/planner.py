@@ -83,6 +83,10 @@ def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
     def cost_of(tokens: int) -> Cost:
         return tuple(shape.stage_cache_bytes(own, tokens) for own in layers)
 
+    @lru_cache(maxsize=4096)
+    def mark_cost_of(length: int) -> Cost:
+        return tuple(shape.stage_mark_bytes(own, length) for own in layers)
+
     budget = tuple(s.cache_bytes for s in plan.stages)
     return Capacity(
         lanes=plan.lanes,
@@ -91,6 +95,6 @@ def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
         budget=budget,
         prefix_budget=tuple(int(b * PREFIX_SHARE) for b in budget),
         cost_of=cost_of,
-        trimmable=shape.trimmable,
+        mark_cost_of=None if shape.trimmable else mark_cost_of,
         max_step_ms=max_step_ms,
     )

@@ -62,7 +62,7 @@ class ModelShape:
     Cut e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have an
     entry per layer. ``unclean`` says why the other cuts are not clean. ``batchable``: sequences can share a lane;
     otherwise each needs its own lane. ``trimmable``: a sequence or a kept prefix can drop any number of its last
-    tokens.
+    tokens; otherwise ``mark_curve`` has the sizes of marks.
     """
 
     model: ModelRef
@@ -77,6 +77,8 @@ class ModelShape:
     trimmable: bool = True
     cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Sizes of shorter sequences: (tokens, bytes per layer), ascending, without the one of ``max_context``."""
+    mark_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Sizes of marks: (length in tokens, bytes per layer), ascending, up to ``max_context``; empty if trimmable."""
     active_bytes: tuple[int, ...] = ()
     """Bytes that one token reads of each layer; of stacked experts only its own. Empty: all of every layer."""
     expert_bytes: tuple[int, ...] = ()
@@ -96,6 +98,11 @@ class ModelShape:
         """Return the maximal cache bytes of one sequence of ``tokens`` (None: full length) on that stage."""
         fitting = (sizes for known, sizes in self.cache_curve if tokens is not None and known >= tokens)
         return sum(next(fitting, self.cache_bytes)[layers.start : layers.end])
+
+    def stage_mark_bytes(self, layers: LayerRange, length: int) -> int:
+        """Return the most bytes that a mark at ``length`` tokens takes on that stage."""
+        fitting = (sizes for known, sizes in self.mark_curve if known >= length)
+        return sum(next(fitting, self.mark_curve[-1][1])[layers.start : layers.end])
 
 
 class Objective(StrEnum):

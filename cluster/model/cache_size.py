@@ -1,4 +1,4 @@
-"""Computes the cache bytes of one sequence on each layer, from mlx-lm's own caches and without evaluating them.
+"""Computes the bytes of a sequence's caches and marks on each layer, from mlx-lm's own caches, evaluating none.
 
 A short symbolic run fills the caches. They are then grown, symbolically, to the context's length in the worst way that
 the scheduler's chunks allow. The cost of this does not depend on the length. It knows nothing of weights.
@@ -15,11 +15,12 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from cluster.core import limits
 from cluster.model.kv_quantization import KVQuantization
+from cluster.model.marks import needs_mark
 from cluster.model.module_tree import Module, stand_ins, tree_bytes
 from cluster.model.symbolic_run import record
 from cluster.model.trace import LENGTHS, Trace
 
-__all__ = ["cache_curve"]
+__all__ = ["cache_curve", "mark_curve"]
 
 
 def cache_curve(
@@ -30,10 +31,24 @@ def cache_curve(
     The bound holds for any chunking of the prompt. A cache that several layers use is charged to the first of them. A
     cache that no layer is called with is charged to the first layer and to the last, since both keep it.
     """
+    pairs = _caches_of_two_runs(model)
+    return [_bytes_per_layer(traced, [_at(n, copy.deepcopy(a), b, quantization) for a, b in pairs]) for n in lengths]
+
+
+def mark_curve(model: Module, traced: Trace, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return, for each of ``lengths`` (tokens), an upper bound of a mark's bytes on each layer.
+
+    Bytes are charged to layers as by ``cache_curve``.
+    """
+    pairs = _caches_of_two_runs(model)
+    return [_bytes_per_layer(traced, [_mark_at(n, copy.deepcopy(a), b) for a, b in pairs]) for n in lengths]
+
+
+def _caches_of_two_runs(model: Module) -> list[tuple[Any, Any]]:
+    """Return each cache of the model as a short and a longer run leave it."""
     with stand_ins(model):
         short, long = (record(model, length).caches for length in LENGTHS)
-    pairs = list(zip(short, long, strict=True))
-    return [_bytes_per_layer(traced, [_at(n, copy.deepcopy(a), b, quantization) for a, b in pairs]) for n in lengths]
+    return list(zip(short, long, strict=True))
 
 
 def _bytes_per_layer(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -56,6 +71,19 @@ def _at(tokens: int, short: Any, long: Any, quantization: KVQuantization | None 
     short_bytes, long_bytes = (tree_bytes(cache.state) for cache in (short, long))
     bytes_per_token = -(-(long_bytes - short_bytes) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
     return long_bytes + max(0, bytes_per_token) * max(0, tokens - LENGTHS[1])
+
+
+def _mark_at(tokens: int, short: Any, long: Any) -> int:
+    """Return the bytes of what a mark at ``tokens`` tokens keeps of a cache."""
+    if isinstance(short, CacheList):
+        return sum(_mark_at(tokens, a, b) for a, b in zip(short.caches, long.caches, strict=True))
+    if not needs_mark(short):
+        return 0
+    window = getattr(short, "max_size", None)
+    if window is None or not isinstance(short.keys, mx.array):
+        return _at(tokens, short, long)
+    row_bytes = tree_bytes([short.keys, short.values]) // int(short.keys.shape[2])
+    return row_bytes * int(min(window, tokens + KVCache.step - 1))
 
 
 def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array) -> int:

@@ -13,7 +13,7 @@ from cluster.core import limits
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import ModelRef, ModelShape, SharedWeight
 from cluster.model.cache_abilities import batchable, trimmable
-from cluster.model.cache_size import cache_curve
+from cluster.model.cache_size import cache_curve, mark_curve
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.kv_quantization import choose_quantization
 from cluster.model.module_tree import Module, module_arrays, named_modules
@@ -45,6 +45,8 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
     layers = _layers(model, traced)
     lengths = _lengths(context)
     *shorter, full = cache_curve(model, traced, lengths, quantization)
+    can_trim = trimmable(model, context)
+    marks = [] if can_trim else mark_curve(model, traced, lengths)
     return ModelShape(
         model=ModelRef(name, str(path), checkpoint.fingerprint),
         layers=traced.layers,
@@ -56,7 +58,8 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
         max_context=context,
         cache_curve=tuple(zip(lengths, shorter, strict=False)),
         batchable=quantization is None and batchable(model, traced),
-        trimmable=trimmable(model, context),
+        trimmable=can_trim,
+        mark_curve=tuple(zip(lengths, marks, strict=False)),
         active_bytes=tuple(round(_sum(layer, activity.read_bytes)) for layer in layers),
         expert_bytes=tuple(round(_sum(layer, activity.expert_bytes)) for layer in layers),
         flops=tuple(_sum(layer, activity.flops) for layer in layers),

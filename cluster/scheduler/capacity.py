@@ -12,7 +12,8 @@ from cluster.scheduler.kv_cost import Cost, CostOf
 class Capacity:
     """The scheduler's limits for one loaded plan.
 
-    ``budget``: bytes for all caches, per stage. ``prefix_budget``: the part of it that kept prefixes may use.
+    ``budget``: bytes for all caches, per stage. ``prefix_budget``: the part of it that kept prefixes and marks may
+    use. ``mark_cost_of``: the bytes of a mark at a length; None if the model's caches can all be trimmed.
     ``rows``: maximum sequences per lane (1 if the caches cannot be batched). ``window``: maximum prefill frames in
     the ring. ``chunk``: maximum tokens per prefill frame. ``max_step_ms``: maximum time of a prefill frame on a stage
     while other sequences decode; None means no maximum. ``queue``: maximum waiting requests.
@@ -24,7 +25,7 @@ class Capacity:
     budget: Cost
     prefix_budget: Cost
     cost_of: CostOf
-    trimmable: bool = True
+    mark_cost_of: CostOf | None = None
     chunk: int = PREFILL_CHUNK
     max_step_ms: float | None = None
     queue: int = MAX_QUEUE

@@ -8,7 +8,7 @@ Cost = tuple[int, ...]
 """Bytes, one entry per stage."""
 
 CostOf = Callable[[int], Cost]
-"""Returns the maximum cache size of one sequence with the given number of tokens."""
+"""Returns the maximum size, with the given number of tokens, of one sequence's caches or of a mark."""
 
 
 def lane_cost(lengths: Sequence[int], cost_of: CostOf) -> Cost:

@@ -1,42 +1,62 @@
-"""The index of the prefix cache: which prefixes the stages keep, their owners and sizes, and the eviction order.
+"""The index of the prefix cache: which prefixes the stages keep, their owners, marks and sizes, and the eviction order.
 
 All stages keep the same prefixes, because edits in frames create and drop them. Only this index knows which prefixes
-exist. A prefix of one owner (an API key) is never used for another owner.
+exist. A prefix of one owner is never used for another owner.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.core.limits import MAX_PREFIXES
-from cluster.scheduler.kv_cost import Cost
+from cluster.scheduler.kv_cost import Cost, fits
+from cluster.scheduler.marks import KeptMark, MarkMemory
 from cluster.scheduler.radix import Match, RadixTree
 
 MIN_HIT = 8
 """Shorter hits cost more in edits than they save."""
 
 
+class Owner(NamedTuple):
+    """Who may start from a prefix: requests of the same API key and the same adapter ("" for none)."""
+
+    client: str
+    adapter: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    owner: str
+    owner: Owner
     cost: Cost
     source: int
     """Id of the sequence that the prefix was copied from."""
+    marks: Mapping[int, KeptMark]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A kept prefix that a prompt can start from, the length to use of it, and its marks up to there."""
+
+    prefix: int
+    length: int
+    marks: Mapping[int, KeptMark]
 
 
 class Prefixes:
-    """The kept prefixes, in LRU order, within ``budget`` bytes per stage.
+    """The kept prefixes, in LRU order, within ``budget`` bytes per stage. The marks of live sequences count too.
 
-    ``trimmable``: whether the model's caches can be trimmed. If not, only a whole prefix is a hit.
+    ``trimmable``: whether the model's caches can be trimmed. If not, a prefix is used at a marked length or whole.
     """
 
     def __init__(self, budget: Cost, *, trimmable: bool) -> None:
         self._budget, self._trimmable = budget, trimmable
-        self._trees: dict[str, RadixTree] = {}
+        self._trees: dict[Owner, RadixTree] = {}
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._used = [0] * len(budget)
+        self._marks, self._live_marks = MarkMemory(len(budget)), MarkMemory(len(budget))
         self._made = 0
 
     def __len__(self) -> int:
@@ -44,52 +64,90 @@ class Prefixes:
 
     @property
     def used(self) -> Cost:
-        """Bytes used on each stage."""
-        return tuple(self._used)
+        """Bytes used on each stage by prefixes and by all marks."""
+        return tuple(u + m for u, m in zip(self._used, self._marks.used, strict=True))
 
-    def find(self, owner: str, prompt: Sequence[int]) -> Match | None:
-        """Return the best prefix for a prompt, or None. Counts as a use for the LRU order.
+    def find(self, owner: Owner, prompt: Sequence[int]) -> Start | None:
+        """Return the longest start for a prompt, or None. Counts as a use for the LRU order.
 
-        The match leaves at least the prompt's last token to compute.
+        It leaves at least the prompt's last token to compute.
         """
         tree = self._trees.get(owner)
         if tree is None:
             return None
         asked = tuple(prompt[:-1])
-        match = tree.longest(asked) if self._trimmable else tree.longest_whole(asked)
+        match = tree.longest(asked) if self._trimmable else tree.longest_marked(asked)
         if match is None or match.length < MIN_HIT:
             return None
         self._kept.move_to_end(match.entry)
-        return match
+        marks = self._kept[match.entry].marks
+        return Start(match.entry, match.length, {at: mark for at, mark in marks.items() if at <= match.length})
 
-    def keep(self, owner: str, tokens: tuple[int, ...], cost: Cost, source: int = 0) -> tuple[int | None, list[int]]:
-        """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first."""
-        if len(tokens) < MIN_HIT or any(c > b for c, b in zip(cost, self._budget, strict=True)):
+    def shared(self, owner: Owner, prompt: Sequence[int]) -> int:
+        """Return how many of the prompt's first tokens some prefix has too, marked there or not."""
+        tree = self._trees.get(owner)
+        match: Match | None = tree.longest(tuple(prompt[:-1])) if tree else None
+        return match.length if match else 0
+
+    def keep(
+        self, owner: Owner, tokens: tuple[int, ...], cost: Cost, source: int, marks: Mapping[int, KeptMark]
+    ) -> tuple[int | None, list[int]]:
+        """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first.
+
+        ``cost`` does not include the ``marks``, which a live sequence holds.
+        """
+        if len(tokens) < MIN_HIT:
             return None, []
-        dropped = self.shrink_to(tuple(b - c for b, c in zip(self._budget, cost, strict=True)))
+        dropped = self.make_room(cost, self._budget)
+        if dropped is None:
+            return None, []
         while len(self._kept) >= MAX_PREFIXES:
             dropped.append(self._drop(next(iter(self._kept))))
         self._made += 1
         tree = self._trees.setdefault(owner, RadixTree())
-        replaced = tree.insert(tokens, self._made)
+        replaced = tree.insert(tokens, self._made, marks)
         if replaced is not None:
             self._forget(replaced)
             dropped.append(replaced)
-        self._kept[self._made] = _Kept(owner, cost, source)
+        self._kept[self._made] = _Kept(owner, cost, source, dict(marks))
         self._add(cost, 1)
-        if self._trimmable:
-            dropped += [self._drop(entry) for entry in tree.beginnings(tokens)]
+        self._marks.hold(marks.values())
+        dropped += [self._drop(entry) for entry in tree.beginnings(tokens) if self._replaces(marks, tree, entry)]
         return self._made, dropped
+
+    def _replaces(self, marks: Mapping[int, KeptMark], tree: RadixTree, entry: int) -> bool:
+        """Return whether a longer prefix with these marks can be used wherever its beginning ``entry`` can."""
+        return self._trimmable or len(tree.tokens(entry)) in marks
 
     def passing(self) -> int:
         """Return an id for a temporary prefix: one frame both saves and drops it, so it needs no memory of its own."""
         self._made += 1
         return self._made
 
+    def hold(self, marks: Collection[KeptMark]) -> None:
+        """Count marks that a live sequence gets, until it calls ``release``."""
+        for memory in (self._marks, self._live_marks):
+            memory.hold(marks)
+
+    def release(self, marks: Collection[KeptMark]) -> None:
+        for memory in (self._marks, self._live_marks):
+            memory.release(marks)
+
+    def make_room(self, cost: Cost, room: Cost) -> list[int] | None:
+        """Drop least recently used prefixes until ``cost`` more bytes are within ``room``. Return the dropped ids.
+
+        Return None, and drop nothing, if the marks of live sequences leave too little room.
+        """
+        left = tuple(r - c for r, c in zip(room, cost, strict=True))
+        return self.shrink_to(left) if fits(self._live_marks.used, left) else None
+
     def shrink_to(self, room: Cost) -> list[int]:
-        """Drop the least recently used prefixes until every stage is within ``room`` bytes. Return the dropped ids."""
+        """Drop least recently used prefixes until every stage is within ``room`` bytes. Return the dropped ids.
+
+        If the marks of live sequences alone need more, every prefix is dropped.
+        """
         dropped = []
-        while self._kept and any(used > r for used, r in zip(self._used, room, strict=True)):
+        while self._kept and not fits(self.used, room):
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
 
@@ -106,7 +164,9 @@ class Prefixes:
         return entry
 
     def _forget(self, entry: int) -> None:
-        self._add(self._kept.pop(entry).cost, -1)
+        kept = self._kept.pop(entry)
+        self._add(kept.cost, -1)
+        self._marks.release(kept.marks.values())
 
     def _add(self, cost: Cost, sign: int) -> None:
         for i, c in enumerate(cost):

@@ -23,5 +23,6 @@ def copies(leader: Sequence, followers: Several[Sequence], prefix: int) -> list[
         ]
         sequence.fed.extend(leader.fed)
         sequence.cached = sequence.prefilled = len(sequence.fed)
+        sequence.marks = dict(leader.marks)
         sequence.next_token = request.prompt[-1]
     return [*edits, Drop(prefix)]

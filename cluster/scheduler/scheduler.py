@@ -14,11 +14,25 @@ other sequences (``cluster.scheduler.reordering``). Every frame that is written 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step
-from cluster.core.limits import RETRY_AFTER_S
+from cluster.core.frames import (
+    Compute,
+    Drop,
+    Frame,
+    Join,
+    Leave,
+    Mark,
+    Restore,
+    Sample,
+    Save,
+    SequenceFailure,
+    Step,
+    Unmark,
+)
+from cluster.core.limits import MARK_TOKENS, RETRY_AFTER_S
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
@@ -27,9 +41,10 @@ from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
 from cluster.scheduler.lanes import LaneAssignment
+from cluster.scheduler.marks import KeptMark, expired
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
-from cluster.scheduler.prefixes import Prefixes
+from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
 from cluster.scheduler.sample_forks import copies
 from cluster.scheduler.sequence import Phase, Sequence
 
@@ -47,7 +62,7 @@ class Scheduler:
     def _open(self, epoch: int, capacity: Capacity) -> None:
         self._epoch, self._capacity = epoch, capacity
         self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
-        self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.trimmable)
+        self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.mark_cost_of is None)
         self._prefill_budget = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
         self._log = FrameWriter(epoch)
@@ -230,8 +245,9 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.find(sequence.request.client, sequence.base)  # a use: the prefix it starts from is dropped last
+        self._prefixes.find(_owner(sequence), sequence.base)  # a use: the prefix it starts from is dropped last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
+        self._shed_marks(room)
         return True
 
     def _join(self, sequence: Sequence) -> None:
@@ -241,11 +257,19 @@ class Scheduler:
         sequence.joined = True
         sequence.served = self._log.written
         self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
-        if match := self._prefixes.find(request.client, sequence.base):
-            self._edits.append(Restore(sequence.id, match.entry, match.length))
-            sequence.fed.extend(sequence.base[: match.length])
-            sequence.cached = sequence.prefilled = match.length
+        if start := self._prefixes.find(_owner(sequence), sequence.base):
+            self._edits.append(Restore(sequence.id, start.prefix, start.length))
+            self._begin_at(sequence, start.length, start.marks)
+            self._mark(sequence)
+        self._plan_borders(sequence)
         self._finish_prompt(sequence)
+
+    def _begin_at(self, sequence: Sequence, length: int, marks: Mapping[int, KeptMark]) -> None:
+        """Account for a sequence that joined with the first ``length`` tokens of its prompt, and with ``marks``."""
+        sequence.fed.extend(sequence.base[:length])
+        sequence.cached = sequence.prefilled = length
+        sequence.marks = dict(marks)
+        self._prefixes.hold(marks.values())
 
     def _finish_prompt(self, leader: Sequence) -> None:
         """Once a prompt is sent completely, let it decode, and start the other samples from a copy of it."""
@@ -255,6 +279,8 @@ class Scheduler:
         followers = [s for s in self._lanes if s.leader is leader and not s.joined]
         if followers:
             self._edits += copies(leader, followers, self._prefixes.passing())
+            for follower in followers:
+                self._prefixes.hold(follower.marks.values())
         if leader.request.samples > 1 and any(s.leader is leader for s in self._waiting):
             self._keep(leader)
 
@@ -292,6 +318,8 @@ class Scheduler:
         """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
             self._keep(sequence)
+        self._prefixes.release(sequence.marks.values())
+        sequence.marks = {}
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
 
@@ -311,12 +339,58 @@ class Scheduler:
         cost = self._capacity.cost_of(max(len(sequence.fed), 1))
         if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
             return
-        prefix, dropped = self._prefixes.keep(sequence.request.client, tuple(sequence.fed), cost, sequence.id)
+        tokens = tuple(sequence.fed)
+        prefix, dropped = self._prefixes.keep(_owner(sequence), tokens, cost, sequence.id, sequence.marks)
         self._edits += map(Drop, dropped)
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))
-            free = tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
-            self._edits += map(Drop, self._prefixes.shrink_to(free))
+            self._edits += map(Drop, self._prefixes.shrink_to(self._free()))
+
+    # Marks
+
+    def _plan_borders(self, sequence: Sequence) -> None:
+        """Choose where the prompt is to be marked: at its end, and where others part from it or may do so."""
+        if self._capacity.mark_cost_of is None:
+            return
+        likely = {*sequence.request.boundaries, self._prefixes.shared(_owner(sequence), sequence.base)}
+        sequence.borders = {at for at in likely if MIN_HIT <= at < sequence.prefill_length} | {sequence.prefill_length}
+
+    def _mark_progress(self, sequence: Sequence) -> None:
+        """Mark a prompt that has got to a border, or far beyond its last mark."""
+        length = len(sequence.fed)
+        if length in sequence.borders or length - max(sequence.marks, default=0) >= MARK_TOKENS:
+            self._mark(sequence)
+
+    def _mark(self, sequence: Sequence) -> None:
+        """Mark a sequence where it is now, if there is room. Drop its marks that have become too dense."""
+        length, cost_of = len(sequence.fed), self._capacity.mark_cost_of
+        if cost_of is None or length < MIN_HIT or length in sequence.marks:
+            return
+        for at in expired(sequence.marks, length, sequence.borders):
+            self._unmark(sequence, at)
+        mark, limits = KeptMark(cost_of(length)), (self._capacity.prefix_budget, self._free())
+        dropped = self._prefixes.make_room(mark.cost, tuple(map(min, *limits)))
+        if dropped is not None:
+            self._edits += [*map(Drop, dropped), Mark(sequence.id, length)]
+            sequence.marks[length] = mark
+            self._prefixes.hold([mark])
+
+    def _unmark(self, sequence: Sequence, length: int) -> None:
+        self._edits.append(Unmark(sequence.id, length))
+        self._prefixes.release([sequence.marks.pop(length)])
+
+    def _shed_marks(self, room: Cost) -> None:
+        """Drop marks of live sequences until prefixes and marks fit into ``room`` bytes per stage: borders last."""
+        live = (*self._lanes, *self._flights.leaving)
+        marks = sorted((at in s.borders, at, s.id, s) for s in live for at in s.marks)
+        for _, length, _, sequence in marks:
+            if fits(self._prefixes.used, room):
+                return
+            self._unmark(sequence, length)
+
+    def _free(self) -> Cost:
+        """Return the bytes that live sequences leave for prefixes and marks, per stage."""
+        return tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
 
     # Events of a frame that came back
 
@@ -410,10 +484,16 @@ class Scheduler:
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = self._prefill_budget.chunk(whole, sequence.unsent, others_decode=others)
+        count = min(count, sequence.next_border - start)
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
         frame = self._log.write(sequence.lane, step, count, now)
         sequence.served = self._log.written
+        self._mark_progress(sequence)
         self._finish_prompt(sequence)
         return frame
+
+
+def _owner(sequence: Sequence) -> Owner:
+    return Owner(sequence.request.client)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.core.request import Request
+from cluster.scheduler.marks import KeptMark
 
 
 class Phase(StrEnum):
@@ -34,6 +35,10 @@ class Sequence:
     """Rank by start of decoding among all sequences, from 1; 0 before it decodes."""
     fed: list[int] = field(default_factory=list)
     """Every token in the frames written so far, including those of a restored prefix."""
+    borders: set[int] = field(default_factory=set)
+    """Lengths at which a chunk of ``base`` ends, so that the sequence can be marked there."""
+    marks: dict[int, KeptMark] = field(default_factory=dict)
+    """Its marks on the stages, by length."""
     leader: Sequence | None = None
     """Another sample of the same prompt, which prefills the prompt for this one."""
     joined: bool = False
@@ -62,6 +67,8 @@ class Sequence:
         self.cached = 0
         self.turn = 0
         self.fed = []
+        self.borders = set()
+        self.marks = {}
         self.next_token = None
         self.joined = False
         self.leader = None
@@ -90,6 +97,11 @@ class Sequence:
     def unsent(self) -> int:
         """The number of tokens of ``base`` that still have to be sent in prefill frames."""
         return max(self.prefill_length - len(self.fed), 0)
+
+    @property
+    def next_border(self) -> int:
+        """The length at which the next chunk ends at the latest."""
+        return min((at for at in self.borders if at > len(self.fed)), default=self.prefill_length)
 
     @property
     def reserved(self) -> int:

@@ -243,6 +243,22 @@ def test_a_mark_holds_no_more_memory_than_it_counts(arch: str, rings: Rings) -> 
     assert 0 < marked[0] - plain[0] <= 1.1 * (marked[1] - plain[1]) + 8192  # 8 bytes a token of each tracker
 
 
+@pytest.mark.parametrize("arch", chosen(KINDS[1:], "llama_sliding", "qwen3_next", "falcon_h1", "deepseek_v41"))
+def test_a_mark_is_within_what_the_survey_charges(arch: str, rings: Rings, shape: Callable[[str], ModelShape]) -> None:
+    ring, known = rings(arch), shape(arch)
+    for length in (5, 17, 100, 300):
+        ring.send(Join(1, 600, GREEDY))
+        ring.prefill(1, (PROMPT * 8)[:length], (length,))
+        before = [stage.cache_bytes for stage in ring.stages]
+        ring.send(Mark(1, length))
+        for stage, plain in zip(ring.stages, before, strict=True):
+            charged = known.stage_mark_bytes(stage.spec.layers, length)
+            trackers = 8 * length * known.layers
+            assert 0 < stage.cache_bytes - plain <= charged + trackers
+            assert charged <= known.stage_cache_bytes(stage.spec.layers, length)
+        ring.send(Leave(1))
+
+
 def test_a_start_from_a_long_prefix_takes_the_memory_of_what_it_uses(rings: Rings) -> None:
     ring = rings("llama")
     ring.send(Join(1, 1200, GREEDY))

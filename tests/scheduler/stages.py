@@ -22,6 +22,7 @@ from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.reordering import ReorderBuffer
 
 EOS = 0
+MARK_BYTES = (3, 5)
 
 
 def capacity(
@@ -35,7 +36,7 @@ def capacity(
     trimmable: bool = True,
     max_step_ms: float | None = None,
 ) -> Capacity:
-    """Two stages; a token takes 1 byte on the first and 2 on the second."""
+    """Two stages; a token takes 1 byte on the first and 2 on the second, a mark 3 and 5."""
     return Capacity(
         lanes=lanes,
         rows=rows,
@@ -43,7 +44,7 @@ def capacity(
         budget=(budget, 2 * budget),
         prefix_budget=(prefixes, 2 * prefixes),
         cost_of=lambda tokens: (tokens, 2 * tokens),
-        trimmable=trimmable,
+        mark_cost_of=None if trimmable else lambda tokens: MARK_BYTES,
         chunk=chunk,
         queue=queue,
         max_step_ms=max_step_ms,
@@ -62,8 +63,8 @@ class Stages:
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self.compiling: set[int] = set()
         self.deferred: dict[int, Sample] = {}
-        self._marks: dict[int, set[int]] = {}
-        self._kept_marks: dict[int, frozenset[int]] = {}
+        self._marks: dict[int, dict[int, object]] = {}
+        self._kept_marks: dict[int, dict[int, object]] = {}
         self._trimmable = trimmable
         self._numbers = 0
 
@@ -101,12 +102,18 @@ class Stages:
             error=failure,
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """What prefixes and marks take of the first stage."""
+        marks = {mark for held in (*self._marks.values(), *self._kept_marks.values()) for mark in held.values()}
+        return sum(map(len, self.prefixes.values())) + MARK_BYTES[0] * len(marks)
+
     def _apply(self, edit: Edit) -> None:
         match edit:
             case Join():
                 assert edit.sequence not in self.fed
                 self.fed[edit.sequence] = ()
-                self._marks[edit.sequence] = set()
+                self._marks[edit.sequence] = {}
                 if edit.sampling.grammar:
                     self.compiling.add(edit.sequence)
             case Leave():
@@ -116,22 +123,22 @@ class Stages:
             case Mark():
                 assert edit.length == len(self.fed[edit.sequence])
                 assert edit.length not in self._marks[edit.sequence]
-                self._marks[edit.sequence].add(edit.length)
+                self._marks[edit.sequence][edit.length] = object()
             case Unmark():
-                self._marks[edit.sequence].remove(edit.length)
+                del self._marks[edit.sequence][edit.length]
             case Trim():
                 assert self._trimmable
                 assert edit.length <= len(self.fed[edit.sequence])
                 self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
             case Save():
                 self.prefixes[edit.prefix] = self.fed[edit.sequence]
-                self._kept_marks[edit.prefix] = frozenset(self._marks[edit.sequence])
+                self._kept_marks[edit.prefix] = dict(self._marks[edit.sequence])
             case Restore():
                 assert self.fed[edit.sequence] == ()
                 kept, marks = self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
                 assert self._trimmable or edit.length in {len(kept), *marks}
                 self.fed[edit.sequence] = kept[: edit.length]
-                self._marks[edit.sequence] = {at for at in marks if at <= edit.length}
+                self._marks[edit.sequence] = {at: mark for at, mark in marks.items() if at <= edit.length}
             case Drop():
                 del self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
 

@@ -516,6 +516,8 @@ class World:
         self.stages.take(self.scheduler.next_frames(self.now))
         used = zip(self.scheduler.reserved, self.scheduler.prefixes.used, self.plan.budget, strict=True)
         assert all(reserved + kept <= budget for reserved, kept, budget in used)
+        kept = zip(self.scheduler.prefixes.used, self.plan.prefix_budget, strict=True)
+        assert all(used <= most for used, most in kept)
         assert max(self.scheduler.lane_sizes) <= self.plan.rows
         prefills = [f for f in self.stages.frames if f.step and f.step.compute is Compute.PREFILL]
         assert len(prefills) <= self.plan.window
@@ -532,6 +534,7 @@ class World:
         assert not self.scheduler.in_flight
         assert self.stages.fed == {}
         assert len(self.stages.prefixes) == len(self.scheduler.prefixes)
+        assert self.stages.kept_bytes == self.scheduler.prefixes.used[0]
         for name in self.complete:
             assert self.said[name] == continuation(self.prompts[name].prompt, len(self.said[name]))
             assert len(self.said[name]) == self.prompts[name].max_tokens
