@@ -55,6 +55,10 @@ class InFlightFrames:
         """Return whether a frame in the ring touches any of these."""
         return any(not touched.isdisjoint(f.touched) for f in self._flights.values())
 
+    def touches_before(self, sequence: int, number: int) -> bool:
+        """Return whether a frame in the ring that was written before frame ``number`` touches the sequence."""
+        return any(f.number < number and ("sequence", sequence) in f.touched for f in self._flights.values())
+
     def hold(self, sequence: Sequence) -> bool:
         """Return whether a frame in the ring touches the sequence. If so, hold it until ``take_left`` returns it."""
         if in_ring := self.meet(frozenset([("sequence", sequence.id)])):

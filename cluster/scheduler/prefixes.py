@@ -151,7 +151,7 @@ class Prefixes:
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
 
-    def forget(self, sources: Sequence[int]) -> list[int]:
+    def forget(self, sources: Collection[int]) -> list[int]:
         """Drop the prefixes copied from these sequences, because a step of them failed. Return the dropped ids."""
         return [self._drop(entry) for entry, kept in list(self._kept.items()) if kept.source in sources]
 

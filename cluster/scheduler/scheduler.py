@@ -1,9 +1,11 @@
 """The scheduler: requests in, the next frames out.
 
 A request waits in the fair queue until every stage has room for its worst case. Then it enters the emptiest lane and
-starts from the longest kept prefix. The rest of its prompt is sent as several prefill frames that do not wait for each
-other. Decode frames, one per lane, go before prefill frames. While other sequences decode, the prefill budget limits
-the size of a prefill frame, and each of their lanes gets one decode frame before the next prefill frame.
+starts from the longest beginning that a kept prefix or a live sequence has. If another prompt that begins alike is
+being read, it waits until that has got as far as both go. The rest of its prompt is sent as several prefill frames that
+do not wait for each other. Decode frames, one per lane, go before prefill frames. While other sequences decode, the
+prefill budget limits the size of a prefill frame, and each of their lanes gets one decode frame before the next prefill
+frame.
 
 A sequence whose grammar the last stage still compiles has no sample in the reply to its decode frame. It sits out
 until its sample comes with a later frame (``cluster.scheduler.deferred``); the others of its lane go on.
@@ -15,6 +17,7 @@ other sequences (``cluster.scheduler.reordering``). Every frame that is written 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
@@ -24,15 +27,13 @@ from cluster.core.frames import (
     Frame,
     Join,
     Leave,
-    Mark,
     Restore,
     Sample,
     Save,
     SequenceFailure,
     Step,
-    Unmark,
 )
-from cluster.core.limits import MARK_TOKENS, RETRY_AFTER_S
+from cluster.core.limits import RETRY_AFTER_S
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
@@ -41,12 +42,13 @@ from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
 from cluster.scheduler.lanes import LaneAssignment
-from cluster.scheduler.marks import KeptMark, expired
+from cluster.scheduler.marking import Marking
+from cluster.scheduler.marks import KeptMark
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
-from cluster.scheduler.sample_forks import copies
 from cluster.scheduler.sequence import Phase, Sequence
+from cluster.scheduler.sharing import Copies, LiveStart, best_reader, live_starts
 
 
 class Scheduler:
@@ -67,6 +69,8 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._log = FrameWriter(epoch)
         self._flights, self._edits = self._log.flights, self._log.edits
+        self._marking = Marking(capacity, self._prefixes, self._edits)
+        self._copies = Copies()
         self._lanes_since_prefill: set[int] = set()
         self._deferred = DeferredSamples()
 
@@ -121,8 +125,8 @@ class Scheduler:
     def submit(self, *requests: Request, said: tuple[tuple[int, ...], ...] = ()) -> None:
         """Accept all of the requests, or none.
 
-        Several requests are samples of one prompt. The first prefills the prompt for all, unless ``said`` is given:
-        the answers so far, one per request, of requests that are resumed.
+        Several requests are samples of one prompt. ``said`` are the answers so far, one per request, of requests that
+        are resumed.
 
         Raise ``Busy`` if the queue is full, ``PromptTooLong`` for a request that can never fit, and
         ``InvalidRequest`` for an id that is already live.
@@ -138,11 +142,9 @@ class Scheduler:
                 "try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
-        leader: Sequence | None = None
         for request, answer in zip(requests, said or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, leader=leader, said=list(answer))
-            leader = leader or (None if said else sequence)
+            sequence = Sequence(request, self._sequences_seen, said=list(answer))
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
@@ -187,10 +189,11 @@ class Scheduler:
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
         for sequence in live:
             sequence.prefilled += flight.prefills
+        self._spoil(flight, frame)
         events = self._events(live, frame)
         if flight.compute is Compute.DECODE and not frame.error:
             self._defer_unanswered(live, frame, flight.sent_at)
-        self._free_finished(flight, frame)
+        self._free_finished()
         rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(
@@ -247,22 +250,46 @@ class Scheduler:
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
         self._prefixes.find(_owner(sequence), sequence.base)  # a use: the prefix it starts from is dropped last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
-        self._shed_marks(room)
+        self._marking.shed((*self._lanes, *self._flights.leaving), room)
         return True
 
+    # Where a prompt starts
+
     def _join(self, sequence: Sequence) -> None:
-        if sequence.follows:
+        """Start a sequence from the longest kept or live beginning, or make it wait for one that is being read."""
+        kept = self._prefixes.find(_owner(sequence), sequence.base)
+        live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.needed)
+        copied = max(live, key=lambda start: start.now, default=None)
+        kept_length = kept.length if kept else 0
+        copied_length = copied.now if copied else 0
+        sequence.leader = None
+        if reader := best_reader(live, max(kept_length, copied_length), MIN_HIT):
+            sequence.leader, sequence.awaits = reader.source, reader.later
+            self._marking.plan(reader.source, [reader.later])
             return
-        request = sequence.request
         sequence.joined = True
         sequence.served = self._log.written
-        self._edits.append(Join(sequence.id, len(request.prompt), request.sampling))
-        if start := self._prefixes.find(_owner(sequence), sequence.base):
-            self._edits.append(Restore(sequence.id, start.prefix, start.length))
-            self._begin_at(sequence, start.length, start.marks)
-            self._mark(sequence)
-        self._plan_borders(sequence)
+        self._edits.append(Join(sequence.id, len(sequence.request.prompt), sequence.request.sampling))
+        if copied and copied_length >= MIN_HIT and copied_length > kept_length:
+            self._copy(copied, sequence)
+        elif kept:
+            self._edits.append(Restore(sequence.id, kept.prefix, kept.length))
+            self._begin_at(sequence, kept.length, kept.marks)
+        kept_shared = self._prefixes.shared(_owner(sequence), sequence.base)
+        self._marking.plan(sequence, [kept_shared, *(start.shared for start in live)])
         self._finish_prompt(sequence)
+
+    def _sources(self, sequence: Sequence) -> list[Sequence]:
+        """Return the live sequences that ``sequence`` may start from."""
+        live = (*self._lanes, *self._flights.leaving)
+        return [s for s in live if s.joined and not s.broken and _owner(s) == _owner(sequence)]
+
+    def _copy(self, start: LiveStart, sequence: Sequence) -> None:
+        """Let a sequence start from a copy of a live one. The same edits drop the copy's prefix again."""
+        source, prefix = start.source, self._prefixes.passing()
+        self._copies.add(source.id, sequence.id, self._log.written)
+        self._edits += [Save(source.id, prefix), Restore(sequence.id, prefix, start.now), Drop(prefix)]
+        self._begin_at(sequence, start.now, {at: mark for at, mark in source.marks.items() if at <= start.now})
 
     def _begin_at(self, sequence: Sequence, length: int, marks: Mapping[int, KeptMark]) -> None:
         """Account for a sequence that joined with the first ``length`` tokens of its prompt, and with ``marks``."""
@@ -270,31 +297,32 @@ class Scheduler:
         sequence.cached = sequence.prefilled = length
         sequence.marks = dict(marks)
         self._prefixes.hold(marks.values())
+        self._marking.mark(sequence, self._free())
 
-    def _finish_prompt(self, leader: Sequence) -> None:
-        """Once a prompt is sent completely, let it decode, and start the other samples from a copy of it."""
-        if leader.unsent:
-            return
-        leader.next_token = leader.base[-1]
-        followers = [s for s in self._lanes if s.leader is leader and not s.joined]
-        if followers:
-            self._edits += copies(leader, followers, self._prefixes.passing())
-            for follower in followers:
-                self._prefixes.hold(follower.marks.values())
-        if leader.request.samples > 1 and any(s.leader is leader for s in self._waiting):
-            self._keep(leader)
+    def _finish_prompt(self, sequence: Sequence) -> None:
+        """Let a sequence decode once its prompt is sent completely."""
+        if not sequence.unsent:
+            sequence.next_token = sequence.base[-1]
 
-    def _hand_over(self, leader: Sequence) -> None:
-        """Make the next sample that still waits for the prompt prefill it for the others: its leader is gone."""
-        followers = [s for s in self._by_request.values() if s.leader is leader and not s.joined]
-        if not followers:
-            return
-        new_leader = followers[0]
-        new_leader.leader = None
-        for other in followers[1:]:
-            other.leader = new_leader
-        if new_leader.phase is not Phase.QUEUED:
-            self._join(new_leader)
+    def _wake(self, reader: Sequence) -> None:
+        """Let those that wait for ``reader`` join, if it has got as far as they need, or ends."""
+        waiting = [s for s in self._lanes if s.leader is reader and (reader.ended or len(reader.fed) >= s.awaits)]
+        for sequence in sorted(waiting, key=lambda s: s.id):
+            self._join(sequence)
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Queue a sequence again, first and under a new id: it started from a copy that a failed step has spoiled."""
+        spoiled = replace(sequence, ended=True, broken=True)
+        self._deferred.discard(sequence)
+        self._lanes.leave(sequence)
+        followers = [s for s in self._lanes if s.leader is sequence]
+        sequence.begin_anew()
+        self._sequences_seen += 1
+        sequence.id = self._sequences_seen
+        self._waiting.put_back([sequence])
+        self._vacate(spoiled)
+        for follower in followers:
+            self._join(follower)
 
     def _remove(self, sequence: Sequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
@@ -302,14 +330,17 @@ class Scheduler:
         if sequence.phase is Phase.QUEUED:
             self._waiting.remove(sequence)
         else:
-            del self._by_id[sequence.id]
+            sequence.ended, sequence.broken = True, not keep
+            self._wake(sequence)
             self._lanes.leave(sequence)
-            sequence.broken = not keep
-            if not self._flights.hold(sequence):
-                self._leave(sequence)
-        if sequence.request.samples > 1:
-            self._hand_over(sequence)
+            self._vacate(sequence)
         self._admit()
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Let a sequence that is in no lane any more leave its stages, once its last frame has come back."""
+        del self._by_id[sequence.id]
+        if not self._flights.hold(sequence):
+            self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Keep or free the caches of a sequence that has no frame in the ring.
@@ -318,17 +349,25 @@ class Scheduler:
         """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
             self._keep(sequence)
-        self._prefixes.release(sequence.marks.values())
-        sequence.marks = {}
+        self._marking.release(sequence)
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
 
-    def _free_finished(self, flight: InFlightFrame, frame: Frame) -> None:
-        """Free ended sequences whose last frame came back, and prefixes copied from a sequence whose step failed."""
-        failed = flight.sequences if frame.error else tuple(f.sequence for f in frame.failures)
-        self._edits += map(Drop, self._prefixes.forget(failed) if failed else ())
-        for sequence in self._flights.leaving:
-            sequence.broken = sequence.broken or sequence.id in failed
+    def _spoil(self, flight: InFlightFrame, frame: Frame) -> None:
+        """Drop what was copied from a sequence after its step failed. Start live copies again."""
+        failed = set(flight.sequences) if frame.error else {f.sequence for f in frame.failures}
+        if failed:
+            spoiled = self._copies.spoiled(failed, frame.number)
+            self._edits += map(Drop, self._prefixes.forget(failed | spoiled))
+            for sequence in (*self._lanes, *self._flights.leaving):
+                sequence.broken = sequence.broken or sequence.id in failed | spoiled
+            for sequence in [s for s in self._lanes if s.id in spoiled]:
+                self._restart(sequence)
+            self._admit()
+        self._copies.prune(self._flights)
+
+    def _free_finished(self) -> None:
+        """Free ended sequences whose last frame came back."""
         if left := self._flights.take_left():
             for sequence in left:
                 self._leave(sequence)
@@ -345,48 +384,6 @@ class Scheduler:
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))
             self._edits += map(Drop, self._prefixes.shrink_to(self._free()))
-
-    # Marks
-
-    def _plan_borders(self, sequence: Sequence) -> None:
-        """Choose where the prompt is to be marked: at its end, and where others part from it or may do so."""
-        if self._capacity.mark_cost_of is None:
-            return
-        likely = {*sequence.request.boundaries, self._prefixes.shared(_owner(sequence), sequence.base)}
-        sequence.borders = {at for at in likely if MIN_HIT <= at < sequence.prefill_length} | {sequence.prefill_length}
-
-    def _mark_progress(self, sequence: Sequence) -> None:
-        """Mark a prompt that has got to a border, or far beyond its last mark."""
-        length = len(sequence.fed)
-        if length in sequence.borders or length - max(sequence.marks, default=0) >= MARK_TOKENS:
-            self._mark(sequence)
-
-    def _mark(self, sequence: Sequence) -> None:
-        """Mark a sequence where it is now, if there is room. Drop its marks that have become too dense."""
-        length, cost_of = len(sequence.fed), self._capacity.mark_cost_of
-        if cost_of is None or length < MIN_HIT or length in sequence.marks:
-            return
-        for at in expired(sequence.marks, length, sequence.borders):
-            self._unmark(sequence, at)
-        mark, limits = KeptMark(cost_of(length)), (self._capacity.prefix_budget, self._free())
-        dropped = self._prefixes.make_room(mark.cost, tuple(map(min, *limits)))
-        if dropped is not None:
-            self._edits += [*map(Drop, dropped), Mark(sequence.id, length)]
-            sequence.marks[length] = mark
-            self._prefixes.hold([mark])
-
-    def _unmark(self, sequence: Sequence, length: int) -> None:
-        self._edits.append(Unmark(sequence.id, length))
-        self._prefixes.release([sequence.marks.pop(length)])
-
-    def _shed_marks(self, room: Cost) -> None:
-        """Drop marks of live sequences until prefixes and marks fit into ``room`` bytes per stage: borders last."""
-        live = (*self._lanes, *self._flights.leaving)
-        marks = sorted((at in s.borders, at, s.id, s) for s in live for at in s.marks)
-        for _, length, _, sequence in marks:
-            if fits(self._prefixes.used, room):
-                return
-            self._unmark(sequence, length)
 
     def _free(self) -> Cost:
         """Return the bytes that live sequences leave for prefixes and marks, per stage."""
@@ -490,7 +487,8 @@ class Scheduler:
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
         frame = self._log.write(sequence.lane, step, count, now)
         sequence.served = self._log.written
-        self._mark_progress(sequence)
+        self._marking.mark_progress(sequence, self._free())
+        self._wake(sequence)
         self._finish_prompt(sequence)
         return frame
 

@@ -40,9 +40,13 @@ class Sequence:
     marks: dict[int, KeptMark] = field(default_factory=dict)
     """Its marks on the stages, by length."""
     leader: Sequence | None = None
-    """Another sample of the same prompt, which prefills the prompt for this one."""
+    """The sequence that it waits for, since that is reading what both begin with; None if it does not wait."""
+    awaits: int = 0
+    """How many tokens the leader must have been fed."""
     joined: bool = False
     """A ``Join`` edit for it has been issued."""
+    ended: bool = False
+    """It leaves: it decodes and reads no further."""
     broken: bool = False
     """A step of it failed, so the stages may hold different states of it."""
     served: int = 0
@@ -57,10 +61,7 @@ class Sequence:
         self.base = (*self.request.prompt, *self.said)
 
     def begin_anew(self) -> None:
-        """Reset it to queued: the stages lost its state, so prompt and answer so far must be prefilled again.
-
-        Samples of one prompt may have diverged, so none follows another any more.
-        """
+        """Reset it to queued: the stages lost its state, so prompt and answer so far must be prefilled again."""
         self.base = (*self.request.prompt, *self.said)
         self.lane = -1
         self.prefilled = 0
@@ -72,6 +73,7 @@ class Sequence:
         self.next_token = None
         self.joined = False
         self.leader = None
+        self.broken = False
 
     @property
     def produced(self) -> int:
@@ -87,11 +89,6 @@ class Sequence:
     @property
     def prefill_length(self) -> int:
         return len(self.base) - 1
-
-    @property
-    def follows(self) -> bool:
-        """Whether it waits for its leader's prompt to be sent, to start from a copy of it."""
-        return self.leader is not None and self.leader.unsent > 0
 
     @property
     def unsent(self) -> int:

@@ -1,0 +1,68 @@
+"""Chooses where the prompts of one epoch are marked, and writes the edits for it, within the budget of prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cluster.core.frames import Drop, Edit, Mark, Unmark
+from cluster.core.limits import MARK_TOKENS
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.kv_cost import Cost, fits
+from cluster.scheduler.marks import KeptMark, expired
+from cluster.scheduler.prefixes import MIN_HIT, Prefixes
+from cluster.scheduler.sequence import Sequence
+
+
+class Marking:
+    """The marks of live sequences. Appends to ``edits``. Does nothing if the model's caches can all be trimmed."""
+
+    def __init__(self, capacity: Capacity, prefixes: Prefixes, edits: list[Edit]) -> None:
+        self._capacity, self._prefixes, self._edits = capacity, prefixes, edits
+
+    @property
+    def needed(self) -> bool:
+        return self._capacity.mark_cost_of is not None
+
+    def plan(self, sequence: Sequence, parted: Iterable[int]) -> None:
+        """Choose where a prompt is to be marked: at its end, where others may part from it, and where they did."""
+        if self.needed:
+            end = sequence.prefill_length
+            likely = {*sequence.request.boundaries, *parted}
+            sequence.borders |= {at for at in likely if MIN_HIT <= at < end} | {end}
+
+    def mark_progress(self, sequence: Sequence, free: Cost) -> None:
+        """Mark a prompt that has got to a border, or far beyond its last mark."""
+        length = len(sequence.fed)
+        if length in sequence.borders or length - max(sequence.marks, default=0) >= MARK_TOKENS:
+            self.mark(sequence, free)
+
+    def mark(self, sequence: Sequence, free: Cost) -> None:
+        """Mark a sequence where it is now, if there is room in ``free`` bytes. Drop marks that became too dense."""
+        length, cost_of = len(sequence.fed), self._capacity.mark_cost_of
+        if cost_of is None or length < MIN_HIT or length in sequence.marks:
+            return
+        for at in expired(sequence.marks, length, sequence.borders):
+            self._unmark(sequence, at)
+        mark = KeptMark(cost_of(length))
+        room = tuple(map(min, self._capacity.prefix_budget, free))
+        dropped = self._prefixes.make_room(mark.cost, room)
+        if dropped is not None:
+            self._edits += [*map(Drop, dropped), Mark(sequence.id, length)]
+            sequence.marks[length] = mark
+            self._prefixes.hold([mark])
+
+    def shed(self, live: Iterable[Sequence], room: Cost) -> None:
+        """Drop marks of live sequences until prefixes and marks fit into ``room`` bytes per stage: borders last."""
+        for _, length, _, sequence in sorted((at in s.borders, at, s.id, s) for s in live for at in s.marks):
+            if fits(self._prefixes.used, room):
+                return
+            self._unmark(sequence, length)
+
+    def release(self, sequence: Sequence) -> None:
+        """Account for a sequence that leaves with its marks."""
+        self._prefixes.release(sequence.marks.values())
+        sequence.marks = {}
+
+    def _unmark(self, sequence: Sequence, length: int) -> None:
+        self._edits.append(Unmark(sequence.id, length))
+        self._prefixes.release([sequence.marks.pop(length)])
