@@ -49,7 +49,8 @@ async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, cal
     tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
     prompt = _check_length(tokenized, checkpoint)
     request = _request(params, prompt, tokenized.grammar, checkpoint, caller)
-    return replace(request, parsing=Parsing(options.offered, tokenized.thinking))
+    parsing = Parsing(options.offered, tokenized.thinking)
+    return replace(request, parsing=parsing, boundaries=tokenized.boundaries)
 
 
 def check_conversation(conversation: Conversation, context: int) -> None:

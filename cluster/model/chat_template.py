@@ -20,6 +20,7 @@ from cluster.core.request import ChatMessage, ChatOptions, Tool
 from cluster.model.conversation import fit_messages, message_fields
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
+from cluster.model.prompt_boundaries import find_boundaries
 from cluster.model.prompt_length import require_at_most
 from cluster.model.template_abilities import CallForm, TemplateAbilities
 
@@ -50,12 +51,8 @@ class ChatTemplate:
                 field="messages",
             )
         self._require_tools(messages, options)
-        arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}
-        if options.offered:
-            arguments["tools"] = [describe_tool(tool) for tool in options.offered]
-        fitted = fit_messages(messages, self._abilities)
-        form = self._abilities.call_form if any(m.tool_calls for m in fitted) else CallForm()
-        written = [message_fields(message, form) for message in fitted]
+        arguments = self._arguments(options)
+        written = self._fields(messages)
         try:
             text = self._apply(written, arguments)
         except MemoryError:  # the sandbox reports its memory limit itself
@@ -74,16 +71,40 @@ class ChatTemplate:
                 require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "messages")
             return tuple(self._wrapper.encode(text, add_special_tokens=False))
 
+    def boundaries(self, messages: Sequence[ChatMessage], options: ChatOptions, ids: Sequence[int]) -> list[int]:
+        """Return where later prompts may part from ``ids``, which ``render`` returned for the same conversation."""
+        arguments = self._arguments(options)
+
+        def render(some: Sequence[ChatMessage], starts_answer: bool) -> str | None:
+            return self._try(self._fields(some), {**arguments, "add_generation_prompt": starts_answer})
+
+        with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
+            return find_boundaries(messages, ids, render, partial(self._wrapper.encode, add_special_tokens=False))
+
+    def _arguments(self, options: ChatOptions) -> dict[str, Any]:
+        arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}
+        if options.offered:
+            arguments["tools"] = [describe_tool(tool) for tool in options.offered]
+        return arguments
+
+    def _fields(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+        fitted = fit_messages(messages, self._abilities)
+        form = self._abilities.call_form if any(m.tool_calls for m in fitted) else CallForm()
+        return [message_fields(message, form) for message in fitted]
+
     def _apply(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str:
         text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
-            list(messages), tokenize=False, add_generation_prompt=True, **arguments
+            list(messages), tokenize=False, **{"add_generation_prompt": True, **arguments}
         )
         return text
 
     def _probe(self, messages: Sequence[dict[str, Any]]) -> str | None:
         """Return the rendered text; None if the template raises."""
+        return self._try(messages, {})
+
+    def _try(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
         try:
-            return self._apply(messages, {})
+            return self._apply(messages, arguments)
         except MemoryError:
             raise
         except Exception:  # a template can raise anything

@@ -128,6 +128,13 @@ class Tokenizer:
         """
         return self._template.render(messages, options, most)
 
+    def boundaries(self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: Sequence[int]) -> list[int]:
+        """Return ascending lengths at which later prompts may part from ``prompt``, which ``chat`` returned for these.
+
+        Raises InvalidRequest if the tokenizer fails.
+        """
+        return self._template.boundaries(messages, options, prompt)
+
     def parsing(self, prompt: Sequence[int], options: ChatOptions = PLAIN) -> Parsing:
         """Return how to parse the answer to ``prompt``, which ``chat`` returned for the same options."""
         return Parsing(options.offered, self._marks.opens_reasoning(prompt))

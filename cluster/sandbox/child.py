@@ -12,7 +12,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -42,6 +43,8 @@ from cluster.sandbox.job_messages import (
 )
 
 HELLO: Final = (ChatMessage("user", "Hello"),)
+BOUNDARIES_SHARE: Final = 0.2
+"""Share of a job's CPU time that its prompt may have taken for its boundaries, which take up to four times as long."""
 
 
 class JobRunner:
@@ -49,6 +52,7 @@ class JobRunner:
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer
+        self._boundaries = False
 
     def reply(self, job: Job) -> bytes:
         """Run a job within its limits. Return the serialized reply or error."""
@@ -74,13 +78,14 @@ class JobRunner:
             case Encode():
                 return _prompt(self._tokenizer, self._tokenizer.encode(job.text, most=job.most), job)
             case Converse():
-                return _conversation(self._tokenizer, job)
+                return _conversation(self._tokenizer, job, with_boundaries=self._boundaries)
             case CheckGrammar():
                 self._tokenizer.check_grammar(job.grammar)
                 return Ready()
 
     def _open(self, job: OpenModel) -> None:
         self._tokenizer = load_tokenizer(Path(job.folder))
+        self._boundaries = job.boundaries
         if job.grammars:
             with suppress(InvalidGrammar):  # the tokenizer does not support grammars; each check reports that
                 self._tokenizer.grammars()
@@ -105,8 +110,9 @@ def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) 
     return PromptReply(len(ids), pack_tokens(ids), tuple(tokenizer.token_texts(ids)) if job.texts else ())
 
 
-def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
+def _conversation(tokenizer: Tokenizer, job: Converse, *, with_boundaries: bool) -> PromptReply:
     """Render and tokenize a conversation, and return the grammar of its answer. Raises InvalidRequest."""
+    begun = time.process_time()
     calling = tokenizer.required_call_grammar(job.options)
     if calling and job.grammar:
         raise InvalidRequest(
@@ -120,7 +126,10 @@ def _conversation(tokenizer: Tokenizer, job: Converse) -> PromptReply:
     grammar = calling or job.grammar
     if grammar:
         grammar = tokenizer.defer_past_reasoning(grammar, parsing, calls=calling is not None)
-    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar)
+    boundaries: Sequence[int] = ()
+    if with_boundaries and prompt.ids and time.process_time() - begun < job.limits.cpu_s * BOUNDARIES_SHARE:
+        boundaries = tokenizer.boundaries(job.messages, job.options, ids)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(boundaries))
 
 
 @contextmanager

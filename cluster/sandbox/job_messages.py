@@ -15,7 +15,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES
+from cluster.core.limits import MAX_BOUNDARIES, MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar
 
 __all__ = [
@@ -53,11 +53,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """Load the tokenizer in ``folder``; always the first job. ``grammars``: also prepare it to compile grammars."""
+    """Load the tokenizer in ``folder``; always the first job. ``grammars``: also prepare it to compile grammars.
+
+    ``boundaries``: return the boundaries of conversations.
+    """
 
     folder: str
     grammars: bool
     limits: Limits
+    boundaries: bool = False
     kind: Literal["open"] = "open"
 
 
@@ -124,7 +128,8 @@ class Ready:
 class PromptReply:
     """A tokenized prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the job's ``max_tokens``.
 
-    ``ids`` are uint32 in native byte order. ``thinking`` and ``grammar`` are set for conversations only.
+    ``ids`` are uint32 in native byte order. ``thinking``, ``grammar`` and ``boundaries`` (lengths at which later
+    prompts may part from this one) are set for conversations only.
     """
 
     count: int
@@ -132,6 +137,7 @@ class PromptReply:
     texts: tuple[str, ...] = ()
     thinking: bool = False
     grammar: Grammar | None = None
+    boundaries: Annotated[tuple[int, ...], Field(max_length=MAX_BOUNDARIES)] = ()
     kind: Literal["prompt"] = "prompt"
 
 

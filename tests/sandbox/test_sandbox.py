@@ -71,8 +71,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[SandboxedTokenizer]:
-    text = SandboxedTokenizer(folder)
+async def opened(folder: Path, *, boundaries: bool = False) -> AsyncIterator[SandboxedTokenizer]:
+    text = SandboxedTokenizer(folder, boundaries=boundaries)
     await text.open()
     try:
         yield text
@@ -144,6 +144,19 @@ async def test_prompts_are_those_of_the_tokenizer(plain_sandbox: SandboxedTokeni
     with pytest.raises(InvalidRequest, match="chat_template_kwargs: 'frobnicate'") as refused:
         await text.converse(messages, replace(PLAIN, template='{"frobnicate": 1}'), None, 100)
     assert refused.value.field == "chat_template_kwargs"
+
+
+async def test_boundaries_of_conversations_come_where_they_are_asked_for(plain_sandbox: SandboxedTokenizer) -> None:
+    messages = (ChatMessage("user", "What is a hop?"),)
+    plain = await plain_sandbox.converse(messages, PLAIN, None, 100)
+    assert plain.boundaries == ()
+    async with opened(BUNDLED / "faq", boundaries=True) as text:
+        found = await text.converse(messages, PLAIN, None, 100)
+        assert found.ids == plain.ids
+        assert list(found.boundaries) == load_tokenizer(BUNDLED / "faq").boundaries(messages, PLAIN, plain.ids)
+        assert len(found.boundaries) == 2
+        assert (await text.converse(messages, PLAIN, None, 1)).boundaries == ()
+        assert (await text.encode("What is a hop?", 100)).boundaries == ()
 
 
 @pytest.mark.long

@@ -1,0 +1,52 @@
+"""Where later prompts part from a conversation, in the chat templates of common model families."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from cluster.core.request import ChatMessage, ChatOptions
+from model.test_template_families import FAMILIES, OFFER, Family, call, make
+
+SYSTEM = ChatMessage("system", "You are a coding agent. " * 5)
+FIRST = (SYSTEM, ChatMessage("user", "Please fix it. " * 4))
+CALL = ChatMessage(
+    "assistant", "", reasoning="Let me look at the files first.", tool_calls=(call("call_1", "shell", command="ls"),)
+)
+AGENTS = (*FIRST, CALL, ChatMessage("tool", "a.py\nb.py\n" * 8, tool_call_id="call_1", name="shell"))
+PLAIN = (*FIRST, ChatMessage("assistant", "What is it?", reasoning="Hm."), ChatMessage("user", "The test. " * 20))
+OTHER = (SYSTEM, ChatMessage("user", "What is this?"))
+NEXT = (ChatMessage("assistant", "Done.", reasoning="I should say so."), ChatMessage("user", "Thanks; the next one."))
+
+
+def shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_next_prompts_part_near_a_boundary(family: Family, tmp_path: Path) -> None:
+    """Another conversation, a tool's result, and the next question, after which reasoning may be dropped."""
+    tokenizer = make(family, tmp_path)
+    options, second = (OFFER, AGENTS) if family.answer else (ChatOptions(), PLAIN)
+    asked = (FIRST, second, (*second, *NEXT))
+    prompts = [tokenizer.chat(messages, options) for messages in asked]
+    marks: set[int] = set()
+    for messages, prompt, later in zip(asked, prompts, prompts[1:], strict=False):
+        found = tokenizer.boundaries(messages, options, prompt)
+        assert found == sorted(set(found))
+        assert all(0 < length < len(prompt) for length in found)
+        marks |= {*found, len(prompt) - 1}
+        both = shared(prompt, later)
+        assert max(length for length in marks if length <= both) >= 0.95 * both
+    new = tokenizer.chat(OTHER, options)
+    assert shared(new, prompts[0]) in marks
+
+
+def test_a_conversation_that_only_asks_has_a_boundary_too(tmp_path: Path) -> None:
+    tokenizer = make(FAMILIES[0], tmp_path)
+    prompt = tokenizer.chat((ChatMessage("user", "0 or 1?"),))
+    found = tokenizer.boundaries((ChatMessage("user", "0 or 1?"),), ChatOptions(), prompt)
+    assert tokenizer.decode(prompt[: found[0]]).endswith("user\n")
+    assert tokenizer.decode(prompt[: found[-1]]).endswith("0 or 1?<|im_end|>\n")
