@@ -38,8 +38,9 @@ class Client:
     It connects at the first call and reconnects after a lost connection. Threads may share it. Close it, or use
     ``with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this machine's certificate, which is
     renewed in the background while the client is open. Without a certificate, the client reaches only a coordinator on
-    this machine. ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline and other calls
-    have 10 s. Every method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
+    this machine. ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline, ``plan`` has 60
+    s, and other calls have 10 s. ``drain`` never has a deadline. ``load`` has none either, but ends if it makes no
+    progress. Every method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(

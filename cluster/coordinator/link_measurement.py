@@ -1,4 +1,4 @@
-"""Measure the links between workers. The receiving worker measures; each pair is measured at most once a day.
+"""Measure the links between workers. The receiving worker measures, and keeps the result for ``LINK_KEPT_S`` seconds.
 
 In round k, each worker measures the link from the worker k places ahead, so no worker sends or receives twice at once.
 """

@@ -57,9 +57,9 @@ class Belief:
 class Suspicion:
     """Beliefs about workers by name. Event methods take the time and return the beliefs that they changed.
 
-    Time in which ``look`` was not called (this machine slept, or was starved of CPU) counts against no worker. A worker
-    on an overloaded machine may be silent for longer, according to the lag that it reports and to its recent slow
-    answers.
+    A gap between calls of ``look`` longer than ``suspect_s`` counts against no worker: this machine slept, or was
+    starved of CPU. A worker on an overloaded machine may be silent for longer, according to the lag that it reports and
+    to its recent slow answers.
     """
 
     def __init__(self, suspect_s: float = SUSPECT_S, gone_s: float = GONE_S) -> None:

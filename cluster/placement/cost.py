@@ -1,6 +1,7 @@
 """Predicts a stage's seconds per decode step or prompt chunk, from bytes, operations and a worker's profile.
 
-This is the only place that predicts speed. It knows shapes and profiles, and nothing of how they were measured.
+``decode_s`` is the reference. ``StageTable.seconds`` is the same formula for one row, as a matrix over all stages; a
+test in ``tests/placement/test_search.py`` keeps them equal. Neither knows how profiles were measured.
 """
 
 from __future__ import annotations

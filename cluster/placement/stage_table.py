@@ -50,7 +50,10 @@ class StageTable:
                     self.read[i, j] += shared_read(weight, LayerRange(start, end), layers, 1)
 
     def seconds(self, worker: Candidate, *, unbounded: bool = False) -> Matrix:
-        """Return a decode step's seconds on every stage that fits ``worker``, or on every stage if ``unbounded``."""
+        """Return a decode step's seconds on every stage that fits ``worker``, or on every stage if ``unbounded``.
+
+        They are those of ``decode_s`` for one row.
+        """
         profile = worker.profile
         seconds = profile.step_s + self.lengths * profile.layer_s + self.read / profile.bandwidth
         seconds = seconds * profile.correction(self.fingerprint)

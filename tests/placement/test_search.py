@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from cluster.core.limits import BALANCE_SLACK, GIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.cost import decode_s
 from cluster.placement.memory_split import Room
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
@@ -76,6 +79,18 @@ def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, can
     with_it = [total_s(shape, candidates, one) for one in every if chosen in one[0]]
     found = asked.best(including=chosen, slack=0.0)
     assert (found.seconds if found else None) == (close(min(with_it), rel=1e-9) if with_it else None)
+
+
+@settings(max_examples=effort(40, 150), deadline=None)
+@given(shapes(), clusters())
+def test_the_table_has_the_seconds_that_decode_s_predicts(shape: ModelShape, candidates: Candidates) -> None:
+    table = StageTable(shape, 1)
+    stages = [LayerRange(start, end) for start, end in combinations(table.positions, 2)]
+    for worker in candidates.workers:
+        seconds = table.seconds(worker, unbounded=True)
+        assert seconds[np.triu_indices(len(table.positions), 1)] == close(
+            [decode_s(shape, worker.profile, layers) for layers in stages], rel=1e-9
+        )
 
 
 def big(layers: int) -> ModelShape:
