@@ -208,7 +208,7 @@ class GrammarCompiler:
             return self._take_excess()
 
     def _take_excess(self) -> list[Compilation]:
-        """Remove and return the grammars that were not asked for of late, until the rest is within the budget."""
+        """Remove and return the least recently used grammars, until the rest is within the budget."""
         taken: list[Compilation] = []
         total = sum(one.nbytes for one, _ in self._kept.values())
         while total > COMPILED_BYTES or len(self._kept) > COMPILED_KEPT:

@@ -48,9 +48,9 @@ def _options(
     timeout_ms: int = KEEPALIVE_TIMEOUT_MS,
     receive_bytes: int | None = None,
 ) -> Options:
-    """``max_bytes`` bounds what is sent, and what is received unless ``receive_bytes`` does.
+    """Return channel options. ``max_bytes`` limits messages sent, and those received unless ``receive_bytes`` does.
 
-    ``timeout_ms`` bounds a ping's answer too: keepalive's own bound alone noticed a stopped peer after a minute.
+    ``timeout_ms`` limits a ping's answer too: keepalive's own limit noticed a stopped peer only after a minute.
     """
     return [
         ("grpc.max_receive_message_length", max_bytes if receive_bytes is None else receive_bytes),
@@ -77,8 +77,8 @@ CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KE
 coordinator need not be disconnected."""
 _PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 _ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
-"""Whoever iterates over a stream reads it off the connection itself. Else a thread of gRPC's reads, and wakes the
-reader: half of a hop's wake-ups, and a quarter of its time."""
+"""The thread that iterates over a stream reads from the connection itself. Otherwise one of gRPC's threads reads and
+wakes the reader, which is half of a hop's wake-ups and a quarter of its time."""
 
 
 def _data_options(receive_bytes: int) -> Options:
@@ -98,7 +98,7 @@ _MOST_FIELDS: Final = {worker_pb2.LoadStageRequest.DESCRIPTOR.full_name: MAX_STA
 
 
 def control_server(trust: Trust) -> aio.Server:
-    """A server for calls within the cluster, which asks ``trust`` about every one of them. Bind it, then start it.
+    """Return a server for calls within the cluster. ``trust`` authorizes every call. Bind it, then start it.
 
     Requests to workers and stores are counted and charged before they are parsed.
     """
@@ -108,12 +108,12 @@ def control_server(trust: Trust) -> aio.Server:
 
 
 def control_bounds(trust: Trust) -> MessageBounds:
-    """What stands before the services of workers and stores."""
+    """Return the interceptor that bounds requests to workers and stores."""
     return MessageBounds(_CONTROL_SERVICES, ByteBudget(), partial(_caller, trust), _MOST_FIELDS)
 
 
 def _caller(trust: Trust, context: aio.ServicerContext[Any, Any]) -> str:
-    """Who calls: the party that its certificate says, or a program at this address."""
+    """Return the caller: the party of its certificate, or a program at its address."""
     shown: Any = context.auth_context()
     party = trust.party(shown)
     return f"{party.role}.{party.id}" if party else context.peer().rpartition(":")[0]
@@ -166,10 +166,10 @@ def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -
 
 
 def data_channel(trust: Trust, address: str, peer: str, receive_bytes: int = MAX_FRAME_BYTES) -> grpc.Channel:
-    """A connection of its own to the data port of ``peer`` (see ``Trust.channel``), or to its store.
+    """Return a channel to the data port or store of ``peer`` (see ``Trust.channel``), on its own connection.
 
-    A message from there may have ``receive_bytes``.
-    Raises ``InvalidOption`` where the address makes no sense, or is out of this process's reach.
+    A received message may have ``receive_bytes``. Raises ``InvalidOption`` if the address is invalid, or if this
+    process has no credentials for it.
     """
     return _dial(trust, address, peer, [*_data_options(receive_bytes), *_ONE_THREAD], grpc.secure_channel)
 
@@ -181,7 +181,7 @@ def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S)
 
 
 def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> aio.Channel:
-    """A channel to a control port, where pings are answered in ``ping_s``. Raises as ``data_channel`` does.
+    """Return a channel to a control port whose pings are answered within ``ping_s``. Raises as ``data_channel`` does.
 
     An answer may have MAX_ANSWER_BYTES.
     """

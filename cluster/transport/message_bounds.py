@@ -1,8 +1,8 @@
-"""gRPC requests, counted and charged while they are still bytes, before protobuf builds objects of them.
+"""Count and charge gRPC requests while they are still bytes, before protobuf builds objects of them.
 
-16 MiB of empty submessages are eight million objects. gRPC's own bound is on bytes, so a message's fields are counted
-on the wire format, also those of members: a worker without a cluster answers every program of its machine. It knows
-the requests' descriptors. It refuses to know what a request means.
+16 MiB of empty submessages are eight million objects. gRPC itself limits only bytes, so a message's fields are counted
+in the wire format, even those of members: a worker without a cluster answers every program of its machine. The module
+knows the requests' descriptors, not their meaning.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 _VARINT: Final = 0
 _BYTES: Final = 2
 _SIZES: Final = {1: 8, 3: 0, 4: 0, 5: 4}
-"""Bytes of a value by its type on the wire; a group's ends have none, and its fields are counted like others."""
+"""Bytes of a value by its wire type. A group's ends have none, and its fields are counted like others."""
 _CONTINUED: Final = bytes(range(128, 256))
-"""Bytes of a varint that another one follows."""
+"""Bytes of a varint that are not its last."""
 _NONE: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 def count_fields(data: bytes, message: Descriptor, most: int = MAX_FIELDS) -> None:
-    """Allow ``data`` as a ``message`` so many fields, in all submessages together, and so many packed numbers.
+    """Check that ``data`` as a ``message`` has at most ``most`` fields, those of submessages included.
 
-    Raises ``TooLarge``. Malformed data ends the count: protobuf stops there too, and built only what was counted.
+    Packed numbers are limited to ``MAX_PROMPT_IDS``. Raises ``TooLarge``. Malformed data ends the count: protobuf stops
+    there too, and has built only what was counted.
     """
     if len(data) <= most:  # a field has two bytes at least
         return
@@ -110,8 +111,8 @@ def _message_type(message: Descriptor) -> _MessageType:
 class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
     """Intercepts ``services``: charges a request to ``bodies`` until it ends, bounds its fields, then parses it.
 
-    ``client`` names who calls, as ``Charge`` takes it. ``most_fields`` says for some messages, by full name, that they
-    may have more than MAX_FIELDS. All but small messages are counted and parsed in the thread for it.
+    ``client`` returns the caller's name for ``Charge``. ``most_fields`` allows some messages, by full name, more fields
+    than MAX_FIELDS. All but small messages are counted and parsed on the parsing thread.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
 
 
 def _parse(message: Descriptor, deserialize: Callable[[bytes], Any] | None, most: int, data: bytes) -> Any:
-    """The request. Raises ``TooLarge``, and ``InvalidRequest`` where it is none."""
+    """Return the request. Raises ``TooLarge``, and ``InvalidRequest`` if it is malformed."""
     assert deserialize, "generated servicers always have one"
     count_fields(data, message, most)
     try:

@@ -1,7 +1,7 @@
-"""Runs work that grows with a request's size in a thread: counting, parsing, converting and packing it.
+"""Run work that grows with a request's size on one thread: counting, parsing, converting and packing.
 
-Python computes in one thread at a time, so more threads would only keep the event loop waiting for its turn. It knows
-nothing of what the work is.
+Python computes in one thread at a time, so more threads would only delay the event loop. The module does not know what
+the work is.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Ts = TypeVarTuple("Ts")
 
 
 class ParsingThread:
-    """One piece of work at a time, in the order of arrival; at most ``waiting`` pieces wait."""
+    """Runs one piece of work at a time, in the order of arrival. At most ``waiting`` pieces wait."""
 
     def __init__(self, waiting: int = MAX_PARSING_WAITING) -> None:
         self._max_waiting = waiting
         self._thread = anyio.CapacityLimiter(1)
         self._pending = 0
-        """Pieces that run or wait. The limiter does not count those that have just come."""
+        """Pieces that run or wait. The limiter does not count those that have just arrived."""
 
     async def run(self, size: int, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
-        """Return ``work(*arguments)``, done right here if the request has at most ``SMALL_REQUEST_BYTES``.
+        """Return ``work(*arguments)``, called directly if the request has at most ``SMALL_REQUEST_BYTES``.
 
         ``size`` is the request's size in bytes. Raises ``Busy`` if too much work waits, and what ``work`` raises.
         """
@@ -48,4 +48,4 @@ class ParsingThread:
 
 
 PARSING: Final = ParsingThread()
-"""The one thread for the requests of this process, over gRPC and HTTP."""
+"""The thread for all requests of this process, over gRPC and HTTP."""
