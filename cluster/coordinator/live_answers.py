@@ -61,7 +61,7 @@ class LiveAnswers:
         try:
             if request.id in self._requests:
                 raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-            self._scheduler.submit(*samples, said=tokens)
+            self._scheduler.submit(*samples, answers=tokens)
         except MacpipeError as e:
             answer.put(e)
             return

@@ -141,7 +141,7 @@ class BatchCaches(HeldCaches):
     """
 
     @classmethod
-    def merged(cls, parts: Sequence[SequenceCaches]) -> Self:
+    def merge(cls, parts: Sequence[SequenceCaches]) -> Self:
         """Create a batch with a row for each of ``parts``. Consumes ``parts``."""
         layout = parts[0]._layout
         held: list[Any] = []
@@ -156,7 +156,7 @@ class BatchCaches(HeldCaches):
 
     def extend(self, parts: Sequence[SequenceCaches]) -> None:
         """Add a row for each of ``parts``. Consumes ``parts``."""
-        more = BatchCaches.merged(parts)
+        more = BatchCaches.merge(parts)
         for i, cache in enumerate(self._held):
             _pad_token_states([cache, more._held[i]])
             cache.extend(more._held[i])

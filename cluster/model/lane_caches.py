@@ -90,7 +90,7 @@ class LaneCaches:
 
     def _batch(self, lane: int, staying: list[int], coming: list[SequenceCaches]) -> BatchCaches:
         if not staying:
-            return BatchCaches.merged(coming)
+            return BatchCaches.merge(coming)
         batch = self._batches[lane]
         self._order(batch, staying)
         if coming:

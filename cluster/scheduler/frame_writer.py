@@ -28,7 +28,7 @@ class FrameWriter:
         edits_wait = step.compute is Compute.DECODE and self._edits_would_delay(sequences)
         return self._write_frame(lane, sequences, prefills, 0 if edits_wait else len(self.edits), step, now)
 
-    def heavy(self, now: float) -> list[Frame]:
+    def write_overflow(self, now: float) -> list[Frame]:
         """Write edit-only frames until the pending edits, and the grammars in them, fit into one frame."""
         self.edits[:] = tidy(self.edits)
         frames = []
@@ -36,12 +36,12 @@ class FrameWriter:
             frames.append(self._write_frame(-1, (), 0, count, None, now))
         return frames
 
-    def rest(self, now: float) -> list[Frame]:
+    def write_remaining(self, now: float) -> list[Frame]:
         """Write one edit-only frame for the edits that no step carried.
 
         At most one such frame is in the ring at a time, so that a slow ring gets few frames with many edits each.
         """
-        if not self.edits or self.flights.bare:
+        if not self.edits or self.flights.has_edits_only:
             return []
         return [self._write_frame(-1, (), 0, len(self.edits), None, now)]
 
@@ -52,7 +52,7 @@ class FrameWriter:
     def _edits_would_delay(self, sequences: tuple[int, ...]) -> bool:
         """Return whether a step of ``sequences`` needs no pending edit, but would wait for a frame with them."""
         own, edited = touched_by(sequences, ()), touched_by((), self.edits)
-        return own.isdisjoint(edited) and self.flights.meet(edited)
+        return own.isdisjoint(edited) and self.flights.touches(edited)
 
     def _write_frame(
         self, lane: int, sequences: tuple[int, ...], prefills: int, count: int, step: Step | None, now: float

@@ -47,11 +47,11 @@ class InFlightFrames:
         return next(((f.sent_at, f.prefills) for f in self._flights.values()), None)
 
     @property
-    def bare(self) -> bool:
+    def has_edits_only(self) -> bool:
         """Whether an edit-only frame is in the ring."""
         return any(f.compute is None for f in self._flights.values())
 
-    def meet(self, touched: Touched) -> bool:
+    def touches(self, touched: Touched) -> bool:
         """Return whether a frame in the ring touches any of these."""
         return any(not touched.isdisjoint(f.touched) for f in self._flights.values())
 
@@ -59,9 +59,9 @@ class InFlightFrames:
         """Return whether a frame in the ring that was written before frame ``number`` touches the sequence."""
         return any(f.number < number and ("sequence", sequence) in f.touched for f in self._flights.values())
 
-    def hold(self, sequence: Sequence) -> bool:
-        """Return whether a frame in the ring touches the sequence. If so, hold it until ``take_left`` returns it."""
-        if in_ring := self.meet(frozenset([("sequence", sequence.id)])):
+    def defer_leave(self, sequence: Sequence) -> bool:
+        """Return whether a frame in the ring touches the sequence. If so, ``take_departed`` returns it later."""
+        if in_ring := self.touches(frozenset([("sequence", sequence.id)])):
             self._leaving[sequence.id] = sequence
         return in_ring
 
@@ -70,9 +70,9 @@ class InFlightFrames:
         """Sequences that have ended but still have a frame in the ring."""
         return tuple(self._leaving.values())
 
-    def take_left(self) -> list[Sequence]:
+    def take_departed(self) -> list[Sequence]:
         """Remove and return the sequences in ``leaving`` whose last frame has come back."""
-        back = [s for s in self._leaving.values() if not self.meet(frozenset([("sequence", s.id)]))]
+        back = [s for s in self._leaving.values() if not self.touches(frozenset([("sequence", s.id)]))]
         for sequence in back:
             del self._leaving[sequence.id]
         return back
@@ -80,7 +80,7 @@ class InFlightFrames:
     def add(self, flight: InFlightFrame) -> None:
         self._flights[flight.number] = flight
 
-    def land(self, frame: Frame) -> InFlightFrame:
+    def receive(self, frame: Frame) -> InFlightFrame:
         """Remove and return the record of a frame that came back.
 
         Raise ``BadFrame`` if the frame is not in the ring, answers a sequence twice, or shows that another was lost.

@@ -122,11 +122,11 @@ class Scheduler:
 
     # Events
 
-    def submit(self, *requests: Request, said: tuple[tuple[int, ...], ...] = ()) -> None:
+    def submit(self, *requests: Request, answers: tuple[tuple[int, ...], ...] = ()) -> None:
         """Accept all of the requests, or none.
 
-        Several requests are samples of one prompt. ``said`` are the answers so far, one per request, of requests that
-        are resumed.
+        Several requests are samples of one prompt. ``answers`` are the answers so far, one per request, of
+        requests that are resumed.
 
         Raise ``Busy`` if the queue is full, ``PromptTooLong`` for a request that can never fit, and
         ``InvalidRequest`` for an id that is already live.
@@ -142,9 +142,9 @@ class Scheduler:
                 "try again later",
                 retry_after_s=RETRY_AFTER_S,
             )
-        for request, answer in zip(requests, said or ((),) * len(requests), strict=True):
+        for request, answer in zip(requests, answers or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, said=list(answer))
+            sequence = Sequence(request, self._sequences_seen, answer=list(answer))
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
@@ -181,7 +181,7 @@ class Scheduler:
         """Account for a frame that the last stage sent back. Raise ``BadFrame`` if it is unexpected or invalid."""
         if frame.epoch != self._epoch:
             raise BadFrame(f"unexpected frame of epoch {frame.epoch}: the current epoch is {self._epoch}")
-        flight = self._flights.land(frame)
+        flight = self._flights.receive(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
         if not frame.error:
@@ -209,11 +209,11 @@ class Scheduler:
     def next_frames(self, now: float) -> list[Frame]:
         """Return every frame that can be written now, decode before prefill. The first one carries the edits."""
         self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
-        frames = [*self._log.heavy(now), *self._decodes(now)]
+        frames = [*self._log.write_overflow(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
-        frames += self._log.rest(now)
+        frames += self._log.write_remaining(now)
         if not self._flights and self._deferred.ask_at() <= now:
             frames.append(self._log.ask(now))
         if frames:
@@ -339,7 +339,7 @@ class Scheduler:
     def _vacate(self, sequence: Sequence) -> None:
         """Let a sequence that is in no lane any more leave its stages, once its last frame has come back."""
         del self._by_id[sequence.id]
-        if not self._flights.hold(sequence):
+        if not self._flights.defer_leave(sequence):
             self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -368,7 +368,7 @@ class Scheduler:
 
     def _free_finished(self) -> None:
         """Free ended sequences whose last frame came back."""
-        if left := self._flights.take_left():
+        if left := self._flights.take_departed():
             for sequence in left:
                 self._leave(sequence)
             self._admit()
@@ -430,7 +430,7 @@ class Scheduler:
         ended = sample.token in self._eos and not request.ignore_eos
         finish = FinishReason.STOP if ended else None
         if not ended:
-            sequence.said.append(sample.token)
+            sequence.answer.append(sample.token)
             sequence.next_token = sample.token
             finish = FinishReason.LENGTH if sequence.produced >= request.max_tokens else None
             finish = FinishReason.STOP if sample.final else finish

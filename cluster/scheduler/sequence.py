@@ -53,16 +53,16 @@ class Sequence:
     """The number of frames written when its last prefill chunk was sent, or when it joined."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while a decode frame is in the ring."""
-    said: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
     """The answer so far."""
     base: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.base = (*self.request.prompt, *self.said)
+        self.base = (*self.request.prompt, *self.answer)
 
     def begin_anew(self) -> None:
         """Reset it to queued: the stages lost its state, so prompt and answer so far must be prefilled again."""
-        self.base = (*self.request.prompt, *self.said)
+        self.base = (*self.request.prompt, *self.answer)
         self.lane = -1
         self.prefilled = 0
         self.cached = 0
@@ -78,7 +78,7 @@ class Sequence:
     @property
     def produced(self) -> int:
         """The number of tokens in the answer so far."""
-        return len(self.said)
+        return len(self.answer)
 
     @property
     def phase(self) -> Phase:
