@@ -66,6 +66,7 @@ LEAVE_S = 1.5
 """After which a worker that was told to stop goes, wherever its layers are."""
 STATUS_EVERY_S = 0.02
 ENGINE_S = 0.03
+ENDED = "the engine was ended by SIGKILL"
 SPEED = {
     "cluster.coordinator.heartbeat.HEARTBEAT_S": 0.05,
     "cluster.coordinator.heartbeat.LOOK_S": 0.02,
@@ -325,13 +326,14 @@ class Mac(Port):
         self._network.cut(self._data)
 
     def crash(self) -> None:
-        self._problem = "the engine was ended by SIGKILL"
+        self._problem = ENDED
         self._network.faults.pop(self._data, None)
         self._drop()
         self._later(ENGINE_S, self._engine_back)
 
     def _engine_back(self) -> None:
-        self._problem = ""
+        if self._problem == ENDED:  # else it was stopped as soon as it was there
+            self._problem = ""
 
     def revive(self) -> None:
         """Bring it back. A stopped Mac continues with its caches, but not with its old streams."""
