@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import grpc
 
@@ -17,8 +18,16 @@ from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import PING_S, pulse_channel
 
 PULSE = "/cluster.v1.StageService/Pulse"
-_UNANSWERED = "ping timeout"
+PING_TIMEOUT: Final = "ping timeout"
 """Part of gRPC's reason if the connection is open but silent. The connection of a process that exits is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Why a liveness stream ended. ``is_silence``: the peer did not answer; it need not have exited."""
+
+    reason: str
+    is_silence: bool = False
 
 
 def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -72,30 +81,32 @@ class LivenessStream:
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
 
     def _listen(self) -> None:
-        while _UNANSWERED in (why := self._wait_for_end()) and self._reopen():
-            continue
+        end = self._wait_for_end()
+        while end.is_silence and self._reopen():
+            end = self._wait_for_end()
         if not self._closed:
-            if _UNANSWERED in why:
+            if end.is_silence:
                 self._silent()
-            self._lost(why)
+            self._lost(end.reason)
 
-    def _wait_for_end(self) -> str:
-        """Wait for the end of the call. Return gRPC's reason.
+    def _wait_for_end(self) -> StreamEnd:
+        """Wait for the end of the call. Return why it ended.
 
         Pings start with the connection, so a link that is cut before that is silent for as long as connecting may take.
         """
         try:
             self._ready.result(CONNECT_TIMEOUT_S + self._granted_s - PING_S)
         except grpc.FutureTimeoutError:
-            return f"UNAVAILABLE: {_UNANSWERED}: the liveness stream got no connection"
+            return StreamEnd("UNAVAILABLE: the liveness stream got no connection", is_silence=True)
         except grpc.FutureCancelledError:
-            return "the liveness stream was closed"
+            return StreamEnd("the liveness stream was closed")
         try:
             for _ in self._call:
                 pass
         except grpc.RpcError as e:
-            return f"{e.code().name}: {e.details()}"
-        return "the peer ended the liveness stream"
+            # gRPC has no code of its own for this.
+            return StreamEnd(f"{e.code().name}: {e.details()}", is_silence=PING_TIMEOUT in (e.details() or ""))
+        return StreamEnd("the peer ended the liveness stream")
 
     def _reopen(self) -> bool:
         """Open the stream again with a longer timeout.

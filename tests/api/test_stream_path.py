@@ -1,9 +1,10 @@
-"""The way of a token from the engine loop to the wire: how many async generators it passes, on each route."""
+"""The path of a request and of its tokens: the thread that decodes it, the async generators that a token passes."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,14 +12,18 @@ import grpc
 import httpx
 import pytest
 
+from cluster.api import request_validation
 from cluster.api.daemon import DESCRIPTORS
+from cluster.api.grpc import proto_decoding
 from cluster.api.grpc.inference_service import InferenceServicer
 from cluster.api.http.app import application
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
+from cluster.api.requests import Conversation
 from cluster.coordinator.answer_queue import AnswerQueue, Event, EventBatch
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, Usage
+from cluster.core.limits import MAX_MESSAGES
+from cluster.core.request import Accepted, ChatMessage, FinishEvent, FinishReason, Request, TokenEvent, Usage
 from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.transport.message_bounds import MessageBounds
@@ -120,3 +125,28 @@ async def test_a_token_passes_three_generators_at_most_over_grpc(method: str, st
     events = [reply.WhichOneof("event") async for reply in getattr(stub, method)(message)]
     assert events == ["prompt", "token", "finish"]
     assert coordinator.depth == 3
+
+
+async def test_a_long_conversation_is_decoded_and_checked_off_the_loop(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPC cancels calls that the loop does not take up within 30 s, which 300 long conversations at once reached."""
+    threads: dict[str, list[int]] = {"decode": [], "check": []}
+    decode, check = proto_decoding.decode_message, request_validation.check_conversation
+
+    def decode_here(message: pb.ChatMessage) -> ChatMessage:
+        threads["decode"].append(threading.get_ident())
+        return decode(message)
+
+    def check_here(conversation: Conversation, context: int) -> None:
+        threads["check"].append(threading.get_ident())
+        check(conversation, context)
+
+    monkeypatch.setattr(proto_decoding, "decode_message", decode_here)
+    monkeypatch.setattr(request_validation, "check_conversation", check_here)
+    turns = [pb.ChatMessage(role="user", content="hi")] * MAX_MESSAGES
+    with pytest.raises(grpc.RpcError) as refused:
+        await anext(aiter(stub.Chat(pb.ChatRequest(messages=turns))))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (len(threads["decode"]), len(threads["check"])) == (MAX_MESSAGES, 1)
+    assert threading.get_ident() not in {*threads["decode"], *threads["check"]}

@@ -7,12 +7,9 @@ import threading
 import anyio
 import pytest
 
-from cluster.api import request_validation
-from cluster.core.errors import Busy, InvalidRequest
-from cluster.core.limits import MAX_MESSAGES, RETRY_AFTER_S, SMALL_REQUEST_BYTES
+from cluster.core.errors import Busy
+from cluster.core.limits import RETRY_AFTER_S, SMALL_REQUEST_BYTES
 from cluster.transport.parsing_thread import ParsingThread
-from cluster.v1 import inference_pb2 as pb
-from fuzz.targets.asked import served
 
 pytestmark = pytest.mark.anyio
 
@@ -49,20 +46,3 @@ async def test_one_piece_runs_at_a_time_and_more_than_may_wait_are_refused() -> 
             tasks.start_soon(ask)
     assert at_once == [1, 1, 1]
     assert [error.retry_after_s for error in refused] == [RETRY_AFTER_S]
-
-
-async def test_a_long_conversation_is_decoded_and_checked_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GRPC cancels calls that the loop does not take up within 30 s, which 300 long conversations at once reached."""
-    threads: list[int] = []
-    decode = request_validation.messages
-    monkeypatch.setattr(
-        request_validation, "messages", lambda given: threads.append(threading.get_ident()) or decode(given)
-    )
-    checkpoint = served()
-    turns = [pb.ChatMessage(role="user", content="hi")] * MAX_MESSAGES
-    caller = request_validation.Caller("client", None)
-    with pytest.raises(InvalidRequest, match="no answer fits"):
-        await request_validation.chat_request(pb.ChatRequest(messages=turns), checkpoint, caller)
-    assert await request_validation.count_tokens(pb.TokenizeRequest(messages=turns), checkpoint) > MAX_MESSAGES
-    assert len(threads) == 2
-    assert threading.get_ident() not in threads
