@@ -46,10 +46,10 @@ def make_llama(
 
 def make_model(folder: Path, config: Mapping[str, Any], bits: int = 0) -> Path:
     """Random fp32 weights, or such of ``bits`` in groups of ``GROUP``; the tokenizer is the one that comes along, which
-    is enough for token ids.
+    is enough for token ids. The vocabulary is that tokenizer's unless ``config`` has a ``vocab_size``.
     """
     folder.mkdir()
-    config = {**config, "vocab_size": load_tokenizer(resolve_model("faq")).vocab_size}
+    config = {"vocab_size": load_tokenizer(resolve_model("faq")).vocab_size, **config}
     module = import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
