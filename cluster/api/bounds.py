@@ -24,5 +24,7 @@ MAX_WORDS: Final = 16
 """Entries in a list of keywords, such as ``include`` or ``modalities``."""
 MAX_METADATA: Final = 64
 """Entries of a response's metadata; OpenAI takes 16."""
+MAX_IGNORED_CHARS: Final = KIB
+"""Characters in the list of ignored fields that a response sends in its header."""
 MAX_TOOLS_CHARS: Final = MIB
 """Characters in the descriptions and schemas of all tools of a request. Also the largest --max-schema-bytes."""

@@ -91,7 +91,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         coordinator.journal = _journal(settings)
         http_port_settings = http_port(settings)
         key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
-        service = RequestService(coordinator, Metrics(), key_usage)
+        service = RequestService(coordinator, Metrics(), key_usage, strict=settings.strict)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))

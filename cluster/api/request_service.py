@@ -40,9 +40,16 @@ class RunningRequest:
 
 
 class RequestService:
-    """The requests of one coordinator. ``key_usage`` is the usage of its API keys; None without a cluster."""
+    """The requests of one coordinator.
 
-    def __init__(self, coordinator: Coordinator, metrics: Metrics, key_usage: KeyUsage | None = None) -> None:
+    ``key_usage`` is the usage of its API keys; None without a cluster. ``strict``: fields of a request that have no
+    effect are errors, and no answer is shortened to what fits.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, metrics: Metrics, key_usage: KeyUsage | None = None, *, strict: bool = False
+    ) -> None:
+        self.strict = strict
         self.coordinator = coordinator
         self.metrics = metrics
         self.key_usage = key_usage

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.api.chat_preparation import check_messages, check_options, check_size
-from cluster.api.requests import AnswerParams, Caller, ChatParams, Conversation, GenerateParams
+from cluster.api.requests import AnswerParams, Caller, ChatParams, Conversation, GenerateParams, PreparedRequest
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, PromptTooLong
@@ -25,7 +25,7 @@ from cluster.sandbox.tokenizer import Tokenized
 from cluster.transport.parsing_thread import PARSING
 
 
-async def generate_request(params: GenerateParams, size: int, checkpoint: ModelInfo, caller: Caller) -> Request:
+async def generate_request(params: GenerateParams, size: int, checkpoint: ModelInfo, caller: Caller) -> PreparedRequest:
     """Build the request for a prompt. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if isinstance(params.prompt, str):
         context = checkpoint.shape.max_context
@@ -37,20 +37,27 @@ async def generate_request(params: GenerateParams, size: int, checkpoint: ModelI
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
     _check_grammar(params.grammar)
-    return _request(params, prompt, params.grammar, checkpoint, caller)
+    return PreparedRequest(_request(params, prompt, params.grammar, checkpoint, caller))
 
 
-async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, caller: Caller) -> Request:
-    """Build the request for a conversation. Raises ``InvalidRequest`` or ``PromptTooLong``."""
+async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, caller: Caller) -> PreparedRequest:
+    """Build the request for a conversation.
+
+    Raises ``InvalidRequest`` or ``PromptTooLong``; for a strict caller also if the model's template ignores an option.
+    """
     messages, options = params.conversation.messages, params.conversation.options
     context = checkpoint.shape.max_context
     _check_grammar(params.grammar)
     await PARSING.run(size, check_conversation, params.conversation, context)
     tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
     prompt = _check_length(tokenized, checkpoint)
+    if tokenized.ignored and caller.strict:
+        name = tokenized.ignored[0]
+        raise InvalidRequest(f"this model's chat template does not support this {name}; leave it out", field=name)
     request = _request(params, prompt, tokenized.grammar, checkpoint, caller)
     parsing = Parsing(options.offered, tokenized.thinking)
-    return replace(request, parsing=parsing, boundaries=tokenized.boundaries)
+    request = replace(request, parsing=parsing, boundaries=tokenized.boundaries)
+    return PreparedRequest(request, ignored=tokenized.ignored)
 
 
 def check_conversation(conversation: Conversation, context: int) -> None:
@@ -137,7 +144,7 @@ def _request(
         id=params.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
         sampling=sampling_params(params.sampling, checkpoint.vocabulary, grammar),
-        max_tokens=_max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller.default_max_tokens),
+        max_tokens=_max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller),
         stop=stop_strings(params.stop),
         ignore_eos=params.ignore_eos,
         deadline=caller.deadline,
@@ -148,16 +155,18 @@ def _request(
     )
 
 
-def _max_tokens(asked: int | None, prompt: int, context: int, default: int | None) -> int:
+def _max_tokens(asked: int | None, prompt: int, context: int, caller: Caller) -> int:
     """Return the maximum length of the answer in tokens.
 
-    Raises ``PromptTooLong`` if the requested length does not fit; it is never shortened.
+    Raises ``PromptTooLong`` if the requested length does not fit and the caller does not let it be shortened.
     """
     room = _max_answer_tokens(prompt, context)
     if asked is None:
-        return min(default or room, room)
+        return min(caller.default_max_tokens or room, room)
     if asked < 1:
         raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
+    if asked > room and caller.shorten:
+        return room
     if asked > room:
         raise PromptTooLong(
             f"prompt ({prompt}) and max_tokens ({asked}) need {prompt + asked} tokens, but the "

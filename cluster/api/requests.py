@@ -13,7 +13,7 @@ from typing import Final
 
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import DEFAULT_MAX_TOKENS
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request
 
 TOOL_SCHEMA: Final = "tools[]"
 """In a mapping of names: the path from a tool to its schema, for errors whose field is ``tools[i]``."""
@@ -25,12 +25,15 @@ class Caller:
 
     ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
     clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
-    as the context allows.
+    as the context allows. ``shorten``: a max_tokens that does not fit the context is lowered to what fits. ``strict``:
+    hints that the model's chat template does not know are errors.
     """
 
     client: str
     deadline: float | None
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    shorten: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,14 @@ class ChatParams(AnswerParams):
     """The next message of a conversation."""
 
     conversation: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that is ready to be submitted. ``ignored`` are the parameters that have no effect on this model."""
+
+    request: Request
+    ignored: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -77,7 +77,12 @@ MaxSchemaBytes = Annotated[
         min=1, max=MOST_SCHEMA_BYTES, metavar="BYTES", help="Maximum size of a JSON schema, regex or Lark grammar."
     ),
 ]
-
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Reject fields that have no effect and answers that do not fit, instead of telling in headers."
+    ),
+]
 Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
 Home = Annotated[
     Path | None, typer.Option(help="Folder for state and parts of models; else MACPIPE_HOME, else the default.")
@@ -133,6 +138,7 @@ def serve(
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
+    strict: Strict = False,
     take_back: TakeBack = False,
     cluster: ClusterName = "default",
     wait: Wait = DISCOVERY_TIMEOUT_S,
@@ -169,6 +175,7 @@ def serve(
         peers_only=peers_only,
         journal=journal,
         max_schema_bytes=max_schema_bytes,
+        strict=strict,
     )
     raise typer.Exit(_run(settings, exit_with_stdin))
 

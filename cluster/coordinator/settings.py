@@ -71,7 +71,8 @@ class ServeSettings:
     folder for parts of models, the coordinator's id and the journal. ``journal`` says when the journal is flushed to
     disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None means the default one,
     which may be in use: then it is tried again later.
-    ``max_schema_bytes`` is the maximum size of one answer's grammar.
+    ``max_schema_bytes`` is the maximum size of one answer's grammar. ``strict``: fields of a request that have no
+    effect are errors.
     """
 
     order: LoadOrder
@@ -85,3 +86,4 @@ class ServeSettings:
     peers_only: bool = False
     journal: Fsync | None = None
     max_schema_bytes: int = MAX_SCHEMA_BYTES
+    strict: bool = False

@@ -1,7 +1,7 @@
 """Renders conversations with the model's own chat template, including tools and template arguments.
 
 An argument that the template does not use is rejected by name: otherwise the model would, for example, never see the
-tools and answer as if there were none.
+tools and answer as if there were none. A hint, such as the reasoning effort, is ignored instead.
 """
 
 from __future__ import annotations
@@ -92,15 +92,20 @@ class ChatTemplate:
         form = self._abilities.call_form if any(m.tool_calls for m in fitted) else CallForm()
         return [message_fields(message, form) for message in fitted]
 
+    def ignored_options(self, options: ChatOptions) -> tuple[str, ...]:
+        """Return the names of the hints that the template does not know."""
+        effort = options.reasoning_effort
+        return ("reasoning_effort",) if effort not in ("", "none") and not self._knows_effort(effort) else ()
+
     def _apply(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str:
         text: str = self._wrapper.apply_chat_template(  # type: ignore[no-untyped-call]
             list(messages), tokenize=False, **{"add_generation_prompt": True, **arguments}
         )
         return text
 
-    def _probe(self, messages: Sequence[dict[str, Any]]) -> str | None:
+    def _probe(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str | None:
         """Return the rendered text; None if the template raises."""
-        return self._try(messages, {})
+        return self._try(messages, arguments)
 
     def _try(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
         try:
@@ -143,13 +148,14 @@ class ChatTemplate:
 
     def _effort(self, options: ChatOptions) -> dict[str, Any]:
         effort = options.reasoning_effort
-        if not effort or (effort == "none" and not self._takes("reasoning_effort")):
-            return {}
+        return {"reasoning_effort": effort} if effort and self._knows_effort(effort) else {}
+
+    def _knows_effort(self, effort: str) -> bool:
+        """Return whether the template uses the effort, and does not raise for this one."""
         if not self._takes("reasoning_effort"):
-            raise InvalidRequest(
-                "this model's chat template does not support reasoning_effort; leave it out", field="reasoning_effort"
-            )
-        return {"reasoning_effort": effort}
+            return False
+        hello = ({"role": "user", "content": "Hello"},)
+        return self._probe(hello, reasoning_effort=effort) is not None or self._probe(hello) is None
 
     def _further(self, options: ChatOptions) -> dict[str, Any]:
         if not options.template:

@@ -123,8 +123,8 @@ class Tokenizer:
         """Return the token ids of the messages in the model's own template, up to the start of the answer.
 
         Raises InvalidRequest if the model has no template, if the template rejects the messages, or if it does not
-        support an option (``tools``, ``enable_thinking``, ``reasoning_effort``, ``chat_template_kwargs``).
-        Raises PromptTooLong as ``encode``.
+        support an option (``tools``, ``enable_thinking``, ``chat_template_kwargs``). Hints that it does not support
+        are ignored. Raises PromptTooLong as ``encode``.
         """
         return self._template.render(messages, options, most)
 
@@ -134,6 +134,10 @@ class Tokenizer:
         Raises InvalidRequest if the tokenizer fails.
         """
         return self._template.boundaries(messages, options, prompt)
+
+    def ignored_options(self, options: ChatOptions) -> tuple[str, ...]:
+        """Return the names of the hints in ``options`` that the chat template does not support."""
+        return self._template.ignored_options(options)
 
     def parsing(self, prompt: Sequence[int], options: ChatOptions = PLAIN) -> Parsing:
         """Return how to parse the answer to ``prompt``, which ``chat`` returned for the same options."""

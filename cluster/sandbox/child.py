@@ -129,7 +129,8 @@ def _conversation(tokenizer: Tokenizer, job: Converse, *, with_boundaries: bool)
     boundaries: Sequence[int] = ()
     if with_boundaries and prompt.ids and time.process_time() - begun < job.limits.cpu_s * BOUNDARIES_SHARE:
         boundaries = tokenizer.boundaries(job.messages, job.options, ids)
-    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(boundaries))
+    ignored = tokenizer.ignored_options(job.options)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(boundaries), ignored)
 
 
 @contextmanager

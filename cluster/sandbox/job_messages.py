@@ -128,8 +128,8 @@ class Ready:
 class PromptReply:
     """A tokenized prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the job's ``max_tokens``.
 
-    ``ids`` are uint32 in native byte order. ``thinking``, ``grammar`` and ``boundaries`` (lengths at which later
-    prompts may part from this one) are set for conversations only.
+    ``ids`` are uint32 in native byte order. The other fields are set for conversations only: ``boundaries`` are lengths
+    at which later prompts may part from this one, ``ignored`` names the options that the chat template does not know.
     """
 
     count: int
@@ -138,6 +138,7 @@ class PromptReply:
     thinking: bool = False
     grammar: Grammar | None = None
     boundaries: Annotated[tuple[int, ...], Field(max_length=MAX_BOUNDARIES)] = ()
+    ignored: Annotated[tuple[Annotated[str, Field(max_length=64)], ...], Field(max_length=8)] = ()
     kind: Literal["prompt"] = "prompt"
 
 

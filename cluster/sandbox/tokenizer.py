@@ -61,7 +61,8 @@ class Tokenized:
 
     ``texts`` has the text of each token if it was requested. ``thinking``: a conversation's answer starts inside the
     reasoning. ``grammar`` is the grammar of the answer, if there is one. ``boundaries`` are ascending lengths at which
-    later prompts may part from this one.
+    later prompts may part from this one. ``ignored`` names the options of a conversation that
+    have no effect with the model's chat template.
     """
 
     count: int
@@ -70,6 +71,7 @@ class Tokenized:
     thinking: bool = False
     grammar: Grammar | None = None
     boundaries: tuple[int, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 class TextService(Protocol):
@@ -181,7 +183,9 @@ class SandboxedTokenizer:
 def tokenized(prompt: PromptReply) -> Tokenized:
     """Convert a reply for callers. Raises ``BadFrame`` if its token ids are invalid."""
     ids = unpack_tokens(prompt.ids)
-    return Tokenized(prompt.count, ids, prompt.texts, prompt.thinking, prompt.grammar, prompt.boundaries)
+    return Tokenized(
+        prompt.count, ids, prompt.texts, prompt.thinking, prompt.grammar, prompt.boundaries, prompt.ignored
+    )
 
 
 def prompt_limits(size: int, max_tokens: int = 0) -> Limits:

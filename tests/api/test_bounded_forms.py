@@ -23,7 +23,7 @@ from cluster.core.errors import InvalidRequest, TooLarge
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
 
 TURN = {"role": "user", "content": "hi"}
-BOUNDED = (bodies._refuse, bodies._drop, bodies._bound_values)
+BOUNDED = (bodies._refuse, bodies._drop, bodies._drop_hint, bodies._bound_values)
 """What may stand around a value of any kind."""
 
 
@@ -58,7 +58,7 @@ def test_every_container_of_every_form_is_bounded(form: type[Form]) -> None:
             case "dict":
                 assert schema.get("max_length"), f"{path} has no max_length"
             case "any":
-                pytest.fail(f"{path} takes anything: make it Ignored, Unsupported or JsonObject")
+                pytest.fail(f"{path} takes anything: make it Ignored, Hint, Unsupported or JsonObject")
             case "tuple" | "set" | "frozenset" | "generator" | "typed-dict" | "dataclass":
                 pytest.fail(f"{path} is a {schema['type']}, for which this test knows no bound")
 

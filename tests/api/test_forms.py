@@ -251,7 +251,8 @@ def test_responses_join_what_an_assistant_did_into_one_turn() -> None:
 @pytest.mark.parametrize(
     ("more", "field"),
     [({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
-     ({"background": True}, "background"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+     ({"background": True}, "background"), ({"tools": [{"type": "local_shell"}]}, "tools[0].type"),
+     ({"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]}, "tools[1].name"),
      ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
      ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
      ({"input": [{"type": "function_call_output", "call_id": "c", "output": "4"}]}, "input[0].call_id"),
@@ -283,7 +284,11 @@ def test_results_of_tools_come_before_what_the_user_says() -> None:
 @pytest.mark.parametrize(
     ("more", "field"),
     [({"max_tokens": None}, "max_tokens"), ({"temperature": 1.5}, "temperature"), ({"mcp_servers": []}, "mcp_servers"),
-     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+     ({"tools": [{"name": "f", "type": "web_search_20250305x", "input_schema": {}}]}, "tools[0].type"),
+     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits[0].type"),
+     ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": 2}]}},
+      "context_management.edits[0].keep"),
      ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
      ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
      ({"messages": [TURN, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]},

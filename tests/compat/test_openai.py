@@ -218,7 +218,6 @@ def test_what_cannot_be_done_is_refused_by_name(client: OpenAI) -> None:
         "made_up": {"extra_body": {"made_up": 1}},
         "functions": {"functions": []},
         "top_logprobs": {"top_logprobs": 2},
-        "max_completion_tokens": {"max_completion_tokens": 100_000},
         "tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
         "messages[0].content[0]": {
             "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]

@@ -195,7 +195,6 @@ def test_tools_calls_and_reasoning_reach_the_template(tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        (ChatOptions(reasoning_effort="high"), "reasoning_effort"),
         (ChatOptions(template="[1]"), "chat_template_kwargs"),
         (ChatOptions(template="{"), "chat_template_kwargs"),
         (ChatOptions(template='{"chat_template": "x"}'), "chat_template_kwargs"),
@@ -207,6 +206,24 @@ def test_what_the_template_does_not_take_is_refused(tokenizer: Tokenizer, option
     with pytest.raises(InvalidRequest) as refusal:
         tokenizer.chat([ChatMessage("user", "hi")], options)
     assert refusal.value.field == field
+
+
+def test_an_effort_that_the_template_does_not_know_is_ignored_and_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ask, high = [ChatMessage("user", "hi")], ChatOptions(reasoning_effort="high")
+    assert tokenizer.chat(ask, high) == tokenizer.chat(ask)
+    assert tokenizer.ignored_options(high) == ("reasoning_effort",)
+    assert tokenizer.ignored_options(ChatOptions()) == ()
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if reasoning_effort and reasoning_effort != 'high' %}{{ raise_exception('only high') }}{% endif %}"
+        "{{ reasoning_effort }}"
+    )
+    fixed = tokenizer_with(tmp_path, template)
+    assert fixed.decode(fixed.chat(ask, high)) == "hihigh"
+    assert fixed.ignored_options(high) == ()
+    low = ChatOptions(reasoning_effort="low")
+    assert fixed.decode(fixed.chat(ask, low)) == "hi"
+    assert fixed.ignored_options(low) == ("reasoning_effort",)
 
 
 def test_a_model_without_tools_says_so(tmp_path: Path) -> None:

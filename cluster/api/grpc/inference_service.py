@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 
@@ -14,11 +14,11 @@ from cluster.api import request_validation
 from cluster.api.grpc import proto_encoding
 from cluster.api.grpc.proto_decoding import chat_params, field_names, generate_params, tokenize_prompt
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.api.requests import AnswerParams, Caller, rename_fields
+from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
-from cluster.core.request import FinishEvent, Request, TokenEvent
+from cluster.core.request import FinishEvent, TokenEvent
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
 from cluster.transport.parsing_thread import PARSING
@@ -26,6 +26,8 @@ from cluster.transport.rich_errors import abort
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceServiceServicer
 
+IGNORED_METADATA: Final = "x-macpipe-ignored"
+"""Initial metadata: the names of fields that were ignored, separated by commas."""
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Message = TypeVar("Message", pb.GenerateRequest, pb.ChatRequest)
 Params = TypeVar("Params", bound=AnswerParams)
@@ -57,7 +59,7 @@ class InferenceServicer(InferenceServiceServicer):
         self,
         message: Message,
         decode: Callable[[Message], Params],
-        validate: Callable[[Params, int, ModelInfo, Caller], Awaitable[Request]],
+        validate: Callable[[Params, int, ModelInfo, Caller], Awaitable[PreparedRequest]],
         context: Context,
     ) -> AsyncIterator[RunningRequest]:
         """Submit the request of a message, and end it with the block. An error in the block ends the call."""
@@ -66,8 +68,10 @@ class InferenceServicer(InferenceServiceServicer):
             with rename_fields(field_names(message)):
                 size = message.ByteSize()
                 params = await PARSING.run(size, decode, message)
-                request = await validate(params, size, checkpoint, self._caller(context))
-                running = await self._service.submit(request, checkpoint)
+                prepared = await validate(params, size, checkpoint, self._caller(context))
+                running = await self._service.submit(prepared.request, checkpoint)
+            if prepared.ignored:
+                await context.send_initial_metadata(((IGNORED_METADATA, ", ".join(prepared.ignored)),))
             async with aclosing(running.events):
                 yield running
 
@@ -82,7 +86,7 @@ class InferenceServicer(InferenceServiceServicer):
     def _caller(self, context: Context) -> Caller:
         left_s = context.time_remaining()
         deadline = None if left_s is None else time.monotonic() + left_s
-        return Caller(client_name(self._trust, context), deadline)
+        return Caller(client_name(self._trust, context), deadline, strict=self._service.strict)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_sent(context):

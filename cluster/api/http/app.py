@@ -46,7 +46,8 @@ def application(
         route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
         service.metrics.count_response(route, status)
 
-    return RequestMiddleware(app, observe, Authorizer(app.routes, service.key_usage), origin_policy, service.bodies)
+    authorizer = Authorizer(app.routes, service.key_usage)
+    return RequestMiddleware(app, observe, authorizer, origin_policy, service.bodies, strict=service.strict)
 
 
 def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:

@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.api.elements import ElementCounter
+from cluster.api.http.adjustments import adjustments_of
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
 from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_BYTES, MIB
 from cluster.transport.byte_budget import Charge
@@ -68,6 +70,29 @@ def _drop(value: object) -> None:
     """Replace an ignored value with None."""
 
 
+def note_ignored(info: ValidationInfo, field: str) -> None:
+    """Note that the request has ``field``, which has no effect here. ``read`` collects these notes."""
+    if info.context is not None:
+        info.context[field] = None
+
+
+def _drop_hint(value: object, info: ValidationInfo) -> None:
+    """Replace a hint with None, and note its name if it asks for something."""
+    if value:
+        note_ignored(info, info.field_name or "")
+
+
+def hint(name: str) -> AfterValidator:
+    """Return a validator that notes a value of the field ``name`` (its whole path) as ignored."""
+
+    def note(value: T, info: ValidationInfo) -> T:
+        if value:
+            note_ignored(info, name)
+        return value
+
+    return AfterValidator(note)
+
+
 def _bound_values(value: object) -> object:
     """Reject a JSON value with too many values inside, before they are validated."""
     pending = [value]
@@ -87,7 +112,9 @@ def _bound_values(value: object) -> object:
 Unsupported = Annotated[Any, AfterValidator(_refuse), WithJsonSchema({"type": "null"})]
 """A field that the original API has and macpipe does not support: null, else a 400 that says so."""
 Ignored = Annotated[Any, AfterValidator(_drop), WithJsonSchema({})]
-"""A field that does not change the answer in the original API either, such as client notes or hints for caches."""
+"""A field that asks for nothing, such as a part of an earlier answer that the client sends back."""
+Hint = Annotated[Any, AfterValidator(_drop_hint), WithJsonSchema({})]
+"""A field that does not change what an answer means, such as a note or a hint for caches. The client is told."""
 Text = Annotated[str, Field(max_length=MAX_PROMPT_BYTES)]
 """Text that becomes part of the prompt, whose bytes are counted later."""
 ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
@@ -109,7 +136,10 @@ async def read(request: Request, form: type[F]) -> F:
     Raises ``InvalidRequest``, ``TooLarge``, ``Busy``, ``DeadlineExceeded``, or ``Aborted`` if the client disconnects.
     """
     body = await _receive_body(request, ElementCounter(form.most_commas))
-    return await PARSING.run(len(body), _parse, body, form)
+    hints: dict[str, None] = {}
+    parsed = await PARSING.run(len(body), _parse, body, form, hints)
+    adjustments_of(request.scope).ignore(hints)
+    return parsed
 
 
 async def build(request: Request, make: Callable[[], T]) -> T:
@@ -153,11 +183,14 @@ def _too_large() -> TooLarge:
 def parse(body: bytes, form: type[F]) -> F:
     """Parse ``body`` as ``form``. Raises ``TooLarge``, and ``InvalidRequest`` for an invalid field."""
     ElementCounter(form.most_commas).feed(body)
-    return _parse(body, form)
+    return _parse(body, form, {})
 
 
-def _parse(body: bytes | bytearray, form: type[F]) -> F:
-    """Parse a body whose elements were counted. Parsing and validating hold the GIL for at most 50 ms each."""
+def _parse(body: bytes | bytearray, form: type[F], hints: dict[str, None]) -> F:
+    """Parse a body whose elements were counted, and add the names of the hints in it to ``hints``.
+
+    Parsing and validating hold the GIL for at most 50 ms each.
+    """
     if not body.strip():
         raise InvalidRequest("the request has no body; send a JSON object")
     try:
@@ -165,7 +198,7 @@ def _parse(body: bytes | bytearray, form: type[F]) -> F:
     except ValueError as e:
         raise InvalidRequest(f"the body is not JSON: {e}", code="invalid_json") from None
     try:
-        return form.model_validate(parsed)
+        return form.model_validate(parsed, context=hints)
     except ValidationError as e:
         raise _invalid_request(max(e.errors(include_url=False, include_input=False), key=_relevance)) from None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from cluster.api.bounds import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
-from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
+from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
     FunctionSpec,
@@ -35,7 +35,7 @@ class ChatContentPart(Form):
     image_url: Ignored = None
     input_audio: Ignored = None
     file: Ignored = None
-    cache_control: Ignored = None
+    cache_control: Hint = None
 
 
 class CalledFunction(Form):
@@ -122,19 +122,19 @@ class ChatForm(SamplingForm):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
-    metadata: Ignored = None
-    user: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
+    metadata: Hint = None
+    user: Hint = None
+    safety_identifier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
     moderation: Unsupported = None
-    prediction: Unsupported = None
-    verbosity: Unsupported = None
-    web_search_options: Unsupported = None
+    prediction: Hint = None
+    verbosity: Hint = None
+    web_search_options: Hint = None
 
     @property
     def samples(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from starlette.requests import Request
 
+from cluster.api.http.adjustments import adjustments_of
 from cluster.api.http.body import build, form_size
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.request_service import RequestService, RunningRequest
@@ -28,8 +30,19 @@ class ConversationForm(Protocol):
 async def submit_chat(
     service: RequestService, request: Request, form: ConversationForm, request_id: str, checkpoint: ModelInfo
 ) -> RunningRequest:
-    """Submit the conversation of a form. Raises the errors of every check, each with the form's field."""
+    """Submit the conversation of a form, with an answer that fits the context.
+
+    What this changes of the request is noted in its ``Adjustments``. Raises the errors of every check, each with the
+    form's field.
+    """
     params = await build(request, lambda: form.params(request_id))
-    with rename_fields(form.field_names()):
-        chat = await chat_request(params, form_size(request), checkpoint, caller_of(request, None))
-        return await service.submit(chat, checkpoint)
+    names = form.field_names()
+    adjustments = adjustments_of(request.scope)
+    caller = replace(caller_of(request, None), shorten=not adjustments.strict, strict=adjustments.strict)
+    with rename_fields(names):
+        chat = await chat_request(params, form_size(request), checkpoint, caller)
+        running = await service.submit(chat.request, checkpoint)
+    adjustments.ignore(names.get(name, name) for name in chat.ignored)
+    if params.max_tokens is not None and chat.request.max_tokens < params.max_tokens:
+        adjustments.max_tokens = chat.request.max_tokens
+    return running

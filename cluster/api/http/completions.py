@@ -68,7 +68,7 @@ class Completions:
             async with AsyncExitStack() as undo:
                 all_running = []
                 for one in requests:
-                    running = await self.service.submit(one, checkpoint)
+                    running = await self.service.submit(one.request, checkpoint)
                     undo.push_async_callback(running.events.aclose)
                     all_running.append(running)
                 undo.pop_all()

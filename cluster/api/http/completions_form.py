@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final
 from pydantic import Field
 
 from cluster.api.bounds import MAX_ELEMENTS
-from cluster.api.http.body import Ignored, ShortText, Text, Unsupported
+from cluster.api.http.body import Hint, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import ChatStreamOptions
 from cluster.api.http.openai_formats import ResponseFormat, decode_grammar
 from cluster.api.http.sampling_form import Count, SamplingForm, stop_list
@@ -37,7 +37,7 @@ class CompletionsForm(SamplingForm):
     stream_options: ChatStreamOptions | None = None
     response_format: ResponseFormat | None = None
     priority: Annotated[Count, Field(le=9)] = 0
-    user: Ignored = None
+    user: Hint = None
     suffix: Unsupported = None
 
     @property

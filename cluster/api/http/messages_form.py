@@ -11,11 +11,12 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 from pydantic import Field
 
 from cluster.api.bounds import MAX_PARTS, MAX_WORDS
-from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported
+from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported, hint
 from cluster.api.http.json_response import compact
 from cluster.api.http.openai_formats import Name, check_answers, schema_grammar
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
 from cluster.api.http.schema_check import check_schema
+from cluster.api.http.server_tools import ServerTool
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
@@ -49,7 +50,7 @@ class Block(Form):
     source: Ignored = None
     title: Ignored = None
     context: Ignored = None
-    cache_control: Ignored = None
+    cache_control: Hint = None
     citations: Ignored = None
     caller: Ignored = None
 
@@ -65,17 +66,17 @@ class AnthropicMessage(Form):
 
 
 class AnthropicTool(Form):
-    """A tool of the client. Anthropic's server tools have another ``type``, which is rejected."""
+    """A tool of the client. It is always loaded: deferred loading would need Anthropic's tool search."""
 
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
     input_schema: JsonObject
     strict: bool | None = None
-    cache_control: Ignored = None
+    cache_control: Hint = None
     eager_input_streaming: Ignored = None
-    input_examples: Ignored = None
-    defer_loading: Literal[False] | None = None
+    input_examples: Hint = None
+    defer_loading: Annotated[bool | None, hint("tools.defer_loading")] = None
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
 
 
@@ -89,8 +90,8 @@ class ThinkingForm(Form):
     """The thinking options. ``budget_tokens`` cannot be enforced; max_tokens bounds reasoning and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Positive | None = None
-    display: Literal["summarized"] | None = None
+    budget_tokens: Annotated[Positive | None, hint("thinking.budget_tokens")] = None
+    display: Annotated[Literal["summarized", "omitted"] | None, hint("thinking.display")] = None
 
 
 class OutputFormat(Form):
@@ -103,18 +104,29 @@ class OutputConfig(Form):
     format: OutputFormat | None = None
 
 
+class ContextEdit(Form):
+    """A rule by which old content would be removed. Only a rule that removes nothing can be honoured."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Form):
+    edits: Annotated[list[ContextEdit], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
+
+
 class CountForm(Form):
     """The body of /v1/messages/count_tokens: all fields that determine the prompt."""
 
     model: ShortText
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Text | Blocks | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[AnthropicTool | ServerTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: ThinkingForm | None = None
     output_config: OutputConfig | None = None
-    cache_control: Ignored = None
-    context_management: Unsupported = None
+    cache_control: Hint = None
+    context_management: Annotated[ContextManagement | None, hint("context_management")] = None
     mcp_servers: Unsupported = None
 
     def field_names(self) -> dict[str, str]:
@@ -145,7 +157,9 @@ class CountForm(Form):
         if choice.type == "tool" and not choice.name:
             raise InvalidRequest("tool_choice has no name; name the tool to call", field="tool_choice.name")
         return ChatOptions(
-            tools=tuple(_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
+            tools=tuple(
+                _tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ()) if isinstance(t, AnthropicTool)
+            ),
             tool_choice=_CHOICES[choice.type],
             tool_name=(choice.type == "tool" and choice.name) or "",
             parallel_tool_calls=not choice.disable_parallel_tool_use,
@@ -165,9 +179,9 @@ class MessagesForm(CountForm):
     stop_sequences: StopStrings | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     speed: Literal["standard"] | None = None
-    metadata: Ignored = None
-    user_profile_id: Ignored = None
-    workspace_id: Ignored = None
+    metadata: Hint = None
+    user_profile_id: Hint = None
+    workspace_id: Hint = None
     diagnostics: Unsupported = None
     container: Unsupported = None
     inference_geo: Unsupported = None

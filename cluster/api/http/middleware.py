@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.api.http.adjustments import begin_adjustments
 from cluster.api.http.authorization import KEY, Authorizer
 from cluster.api.http.body import CHARGE
 from cluster.api.http.caller_identity import client_name
@@ -33,7 +34,7 @@ class RequestMiddleware:
     """Wraps an application. Requests pass the checks of ``origin_policy``, CORS, and ``AuthorizationMiddleware``.
 
     ``authorizer`` checks the API key that a route requires. ``bodies`` counts the bytes that each request holds until
-    it ends.
+    it ends. With ``strict`` a field that has no effect is an error.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class RequestMiddleware:
         authorizer: Authorizer,
         origin_policy: OriginPolicy | None = None,
         bodies: ByteBudget | None = None,
+        *,
+        strict: bool = False,
     ) -> None:
+        self._strict = strict
         self._observe = observe
         self._authorizer = authorizer
         self._origins = origin_policy or OriginPolicy()
@@ -54,7 +58,13 @@ class RequestMiddleware:
             await self._next(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        reply = _Reply(send, scope, _request_id(headers), lambda: self._authorizer.rate_limit_headers(scope.get(KEY)))
+        adjustments = begin_adjustments(scope, strict=self._strict)
+        reply = _Reply(
+            send,
+            scope,
+            _request_id(headers),
+            lambda: {**self._authorizer.rate_limit_headers(scope.get(KEY)), **adjustments.headers()},
+        )
         try:
             await self._answer(scope, headers, receive, reply)
         except MacpipeError as e:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
 from cluster.api.elements import ElementCounter
-from cluster.api.http.body import Form, Ignored, JsonObject
+from cluster.api.http.body import Form, JsonObject, Text, hint
 from cluster.api.http.json_response import compact
 from cluster.api.http.schema_check import check_schema
 from cluster.core.errors import InvalidRequest
@@ -46,7 +46,7 @@ class JsonSchema(Form):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     name: Name | None = None
-    description: Ignored = None
+    description: Annotated[Text | None, hint("response_format.json_schema.description")] = None
     schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 

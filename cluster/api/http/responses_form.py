@@ -5,13 +5,24 @@ Nothing is stored: each request has the whole conversation, including reasoning 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from cluster.api.bounds import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
-from cluster.api.http.body import Form, Ignored, JsonObject, ShortText, Text, Unsupported, first_entries
+from cluster.api.http.body import (
+    Form,
+    Hint,
+    Ignored,
+    JsonObject,
+    ShortText,
+    Text,
+    Unsupported,
+    first_entries,
+    hint,
+    note_ignored,
+)
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
     FunctionSpec,
@@ -23,12 +34,14 @@ from cluster.api.http.openai_formats import (
 )
 from cluster.api.http.reasoning_effort import Effort, decode_thinking, thinking_names
 from cluster.api.http.sampling_form import Positive
+from cluster.api.http.server_tools import ServerTool
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_TOOLS, MAX_TOP_LOGPROBS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, ToolCall, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
 TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
@@ -68,10 +81,10 @@ class InputItem(Form):
 
 
 class ResponsesTool(FunctionSpec):
-    """A function. OpenAI's server tools (web_search and others) have another type, which is rejected."""
+    """A function of the client."""
 
     type: Literal["function"]
-    defer_loading: Literal[False] | None = None
+    defer_loading: Annotated[bool | None, hint("tools.defer_loading")] = None
 
 
 class ResponsesNamedTool(Form):
@@ -82,29 +95,38 @@ class ResponsesNamedTool(Form):
 class Format(Form):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
-    description: Ignored = None
+    description: Annotated[Text | None, hint("text.format.description")] = None
     json_schema: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
 class TextOptions(Form):
     format: Format | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Annotated[Literal["low", "medium", "high"] | None, hint("text.verbosity")] = None
 
 
 class Reasoning(Form):
     effort: Effort | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    summary: Annotated[Literal["auto", "concise", "detailed"] | None, hint("reasoning.summary")] = None
+    generate_summary: Annotated[Literal["auto", "concise", "detailed"] | None, hint("reasoning.generate_summary")] = (
+        None
+    )
 
 
 class ResponsesStreamOptions(Form):
     include_obfuscation: Literal[False] | None = None
 
 
+def _note_encryption(included: list[str], info: ValidationInfo) -> list[str]:
+    if ENCRYPTED in included:
+        note_ignored(info, "include.reasoning.encrypted_content")
+    return included
+
+
 Included: TypeAlias = Annotated[
     list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]],
     Field(max_length=MAX_WORDS, fail_fast=True),
+    AfterValidator(_note_encryption),
 ]
 
 
@@ -121,7 +143,7 @@ class ResponsesForm(Form):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[ResponsesTool | ServerTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none", "required"] | ResponsesNamedTool | None, RejectAllowedTools] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -135,12 +157,12 @@ class ResponsesForm(Form):
     background: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Annotated[dict[str, ShortText], Field(max_length=MAX_METADATA), first_entries(MAX_METADATA)] | None = None
-    user: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
-    client_metadata: Ignored = None
+    user: Hint = None
+    safety_identifier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
+    client_metadata: Hint = None
     previous_response_id: Unsupported = None
     access_programs: Unsupported = None
     background_options: Unsupported = None
@@ -150,6 +172,11 @@ class ResponsesForm(Form):
     prompt: Unsupported = None
     max_tool_calls: Unsupported = None
     context_management: Unsupported = None
+
+    @property
+    def functions(self) -> Sequence[tuple[int, ResponsesTool]]:
+        """The client's functions, each with its index among the tools."""
+        return [(i, t) for i, t in enumerate(self.tools or ()) if isinstance(t, ResponsesTool)]
 
     @property
     def logprobs(self) -> bool:
@@ -212,7 +239,7 @@ class ResponsesForm(Form):
         thinking = decode_thinking(effort, self.chat_template_kwargs, "reasoning.effort")
         choice = self.tool_choice or "auto"
         return ChatOptions(
-            tools=tuple(decode_tool(t, f"tools[{i}]") for i, t in enumerate(self.tools or ())),
+            tools=tuple(decode_tool(t, f"tools[{i}]") for i, t in self.functions),
             tool_choice=ToolChoice.NAMED if isinstance(choice, ResponsesNamedTool) else ToolChoice(choice),
             tool_name=choice.name if isinstance(choice, ResponsesNamedTool) else "",
             parallel_tool_calls=self.parallel_tool_calls is not False,

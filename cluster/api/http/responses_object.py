@@ -71,7 +71,7 @@ class ResponseEncoder:
             "top_p": request.sampling.top_p,
             "text": {"format": self._format()},
             "tool_choice": self._choice(),
-            "tools": [t.model_dump(exclude_none=True) for t in form.tools or ()],
+            "tools": [t.model_dump(exclude_none=True) for _, t in form.functions],
             "truncation": "disabled",
         }
 

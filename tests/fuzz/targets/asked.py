@@ -183,6 +183,7 @@ class _Desk:
     coordinator = _Nobody()
     metrics = Metrics()
     bodies = ByteBudget()
+    strict = False
 
     async def submit(self, request: object, checkpoint: object) -> object:
         raise Busy("nothing is taken here")
