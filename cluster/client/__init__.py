@@ -13,7 +13,7 @@ from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.client import Client
 from cluster.client.options import ChatKeywords, Options
-from cluster.client.results import Choice, Completion, Finish, Model, Prompt, Timings, Token, Tokens
+from cluster.client.results import AcceptedRequest, Choice, Completion, Finish, Model, Timings, Token, Tokens
 from cluster.client.streams import Loading, Stream
 from cluster.core.cluster_state import (
     ClusterState,
@@ -38,6 +38,7 @@ from cluster.core.request import (
 from cluster.core.worker import WorkerState
 
 __all__ = [
+    "AcceptedRequest",
     "AsyncClient",
     "AsyncLoading",
     "AsyncStream",
@@ -58,7 +59,6 @@ __all__ = [
     "ModelPlan",
     "Objective",
     "Options",
-    "Prompt",
     "Repair",
     "RequestState",
     "Route",

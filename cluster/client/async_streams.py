@@ -12,7 +12,7 @@ from typing import Self
 from cluster.client.async_calls import AsyncStreamCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import decode_load_event
-from cluster.client.results import Completion, Prompt, Token
+from cluster.client.results import AcceptedRequest, Completion, Token
 from cluster.client.transcript import PartialAnswer
 from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
@@ -33,11 +33,11 @@ class AsyncStream(PartialAnswer):
         super().__init__(offset)
         self._call = call
 
-    async def wait_accepted(self) -> Prompt:
+    async def wait_accepted(self) -> AcceptedRequest:
         """Wait until the coordinator accepts the request. Raise its MacpipeError if it refuses."""
-        while self._transcript.prompt is None:
+        while self._transcript.accepted is None:
             await self._advance()
-        return self._transcript.prompt
+        return self._transcript.accepted
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Yield tokens as they arrive. The last text may be in ``finish.text`` only; ``texts`` yields all of it."""
@@ -81,7 +81,7 @@ class AsyncStream(PartialAnswer):
         """Return the tokens of the next event, or None after a complete answer."""
         reply = await self._call.read()
         if reply is not None:
-            return self._transcript.accept(reply)
+            return self._transcript.add_event(reply)
         self._transcript.close()
         return None
 

@@ -16,7 +16,7 @@ from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, LoadOptions, Options
 from cluster.client.proto_decoding import decode_models, decode_tokens
-from cluster.client.proto_encoding import Prompt
+from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
 from cluster.client.streams import Loading, Stream
 from cluster.codec.cluster_state import decode_cluster_state
@@ -50,11 +50,11 @@ class Client:
         self._timeout_s = check_timeout_s(timeout_s)
         self._connection = CoordinatorConnection(self.address, load_trust(cluster))
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+    def generate(self, prompt: PromptInput, **options: Unpack[Options]) -> Completion:
         """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
         return self.stream(prompt, **options).completion()
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+    def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> Stream:
         """Stream the answer of ``generate`` token by token."""
         request = requests.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.client.results import Finish, Model, Prompt, Timings, Tokens
+from cluster.client.results import AcceptedRequest, Finish, Model, Timings, Tokens
 from cluster.codec.answer import FINISH_REASON_OF, decode_call, decode_figures
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_progress
@@ -13,10 +13,10 @@ from cluster.core.request import Usage
 from cluster.v1 import cluster_pb2, inference_pb2
 
 
-def decode_prompt(reply: inference_pb2.PromptInfo) -> Prompt:
+def decode_accepted(reply: inference_pb2.PromptInfo) -> AcceptedRequest:
     """Decode the acceptance of a request."""
     samples = max(reply.samples, 1)
-    return Prompt(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
+    return AcceptedRequest(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
 
 
 def decode_finish(reply: inference_pb2.FinishInfo) -> Finish:

@@ -26,13 +26,13 @@ from cluster.core.limits import MAX_CONTROL_BYTES, MIB
 from cluster.core.plan import Objective, Route
 from cluster.v1 import cluster_pb2, inference_pb2
 
-Prompt = str | Sequence[int]
+PromptInput = str | Sequence[int]
 """Text, or token ids."""
 
 M = TypeVar("M", bound=Message)
 
 
-def encode_generate(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
+def encode_generate(prompt: PromptInput, options: Options) -> inference_pb2.GenerateRequest:
     """Encode ``generate``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options)
     request = inference_pb2.GenerateRequest(

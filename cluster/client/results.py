@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, Usage
 from cluster.core.request import TokenEvent as Token
 
-__all__ = ["Choice", "Completion", "Finish", "Model", "Prompt", "Timings", "Token", "Tokens"]
+__all__ = ["AcceptedRequest", "Choice", "Completion", "Finish", "Model", "Timings", "Token", "Tokens"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class AcceptedRequest:
     """The acceptance of a request: its id, model and prompt length, and the effective seed and token limit."""
 
     request_id: str

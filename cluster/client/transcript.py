@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.client.proto_decoding import decode_finish, decode_prompt
-from cluster.client.results import Choice, Completion, Finish, Prompt, Token
+from cluster.client.proto_decoding import decode_accepted, decode_finish
+from cluster.client.results import AcceptedRequest, Choice, Completion, Finish, Token
 from cluster.codec.answer import decode_token
 from cluster.core.errors import MacpipeError, VersionMismatch
 from cluster.core.request import ToolCall, ToolCallDelta
@@ -69,7 +69,7 @@ class Transcript:
     """
 
     def __init__(self, offset: int | Sequence[int] = 0) -> None:
-        self.prompt: Prompt | None = None
+        self.accepted: AcceptedRequest | None = None
         self._offset = offset
         self._answers = [_Answer(self._offset_of(0))]
 
@@ -91,16 +91,16 @@ class Transcript:
         """The answer's text so far."""
         return self._answers[0].text
 
-    def accept(self, reply: Reply) -> tuple[Token, ...]:
+    def add_event(self, reply: Reply) -> tuple[Token, ...]:
         """Add one event. Return its tokens: zero or one. Raise MacpipeError for an event out of order."""
         event = reply.WhichOneof("event")
-        opening = self.prompt is None
+        opening = self.accepted is None
         if self.complete or (event == "prompt") is not opening:
             raise _protocol_error(f"{event or 'unknown event'} out of order")
         match event:
             case "prompt":
-                self.prompt = decode_prompt(reply.prompt)
-                self._answers = [_Answer(self._offset_of(i)) for i in range(self.prompt.samples)]
+                self.accepted = decode_accepted(reply.prompt)
+                self._answers = [_Answer(self._offset_of(i)) for i in range(self.accepted.samples)]
             case "token":
                 token = decode_token(reply.token)
                 self._answer(token.sample).append(token)
@@ -134,8 +134,8 @@ class Transcript:
 
     def completion(self) -> Completion:
         """Return the complete answer. Raise MacpipeError while it is incomplete."""
-        prompt, finish = self.prompt, self.finish
-        if prompt is None or finish is None:
+        accepted, finish = self.accepted, self.finish
+        if accepted is None or finish is None:
             raise self._incomplete_error()
         choices = tuple(answer.choice(answer.finish) for answer in self._answers if answer.finish)
         first = choices[0]
@@ -147,9 +147,9 @@ class Transcript:
             usage=first.usage,
             timings=finish.timings,
             stages=finish.stages,
-            seed=prompt.seed,
-            request_id=prompt.request_id,
-            model=prompt.model,
+            seed=accepted.seed,
+            request_id=accepted.request_id,
+            model=accepted.model,
             reasoning=first.reasoning,
             tool_calls=first.tool_calls,
             choices=choices,
@@ -171,9 +171,9 @@ class PartialAnswer:
         self._transcript = Transcript(offset)
 
     @property
-    def prompt(self) -> Prompt | None:
+    def accepted(self) -> AcceptedRequest | None:
         """The request's acceptance; None until it arrives (see ``wait_accepted``)."""
-        return self._transcript.prompt
+        return self._transcript.accepted
 
     @property
     def text(self) -> str:

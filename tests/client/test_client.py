@@ -158,7 +158,7 @@ def test_an_unknown_option_is_a_type_error(ask: Ask) -> None:
 
 def test_stream_gives_tokens_then_the_finish(coordinator: Coordinator) -> None:
     with Client(coordinator.address) as client, client.stream("Why?") as stream:
-        assert stream.prompt is None
+        assert stream.accepted is None
         assert stream.wait_accepted().seed == 7
         assert stream.finish is None
         tokens = list(stream)
