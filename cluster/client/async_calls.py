@@ -17,7 +17,7 @@ from grpc import aio
 
 from cluster.client.deadlines import translate_errors
 from cluster.core.errors import Aborted
-from cluster.security.trust import Options
+from cluster.security.trust import ChannelOptions
 from cluster.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
 if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
@@ -32,7 +32,7 @@ R = TypeVar("R")
 class AsyncStubs:
     """A channel and the stubs of the public services on it. It belongs to the running event loop."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials, options: ChannelOptions) -> None:
         self.address = address
         self._channel = aio.secure_channel(address, credentials, options=options)
         self.inference: inference_pb2_grpc.InferenceServiceAsyncStub

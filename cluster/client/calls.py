@@ -15,7 +15,7 @@ import grpc
 
 from cluster.client.deadlines import translate_errors
 from cluster.core.errors import MacpipeError
-from cluster.security.trust import Options
+from cluster.security.trust import ChannelOptions
 from cluster.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
 if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Stubs:
     """A channel and the stubs of the public services on it. Threads may share it."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials, options: ChannelOptions) -> None:
         self.address = address
         self._channel = grpc.secure_channel(address, credentials, options=options)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)

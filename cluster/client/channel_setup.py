@@ -11,7 +11,7 @@ from cluster.core.limits import CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS
 from cluster.core.text import parse_address
 from cluster.platform.paths import state_home
 from cluster.security.credentials import open_trust
-from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, Options, Trust
+from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, ChannelOptions, Trust
 
 CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
 DEFAULT_CLUSTER: Final = "default"
@@ -34,7 +34,7 @@ def load_trust(cluster: str | None) -> Trust:
     return open_trust(state_home(), cluster or os.environ.get(CLUSTER_VARIABLE) or DEFAULT_CLUSTER, ADMIN, CLIENT)
 
 
-def channel_credentials(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, Options]:
+def channel_credentials(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
     """Return channel credentials and options for the coordinator at ``address``. Raise as ``Trust.channel`` does."""
     host, _ = parse_address(address)
     credentials, name_options = trust.channel(host, COORDINATOR)

@@ -13,7 +13,7 @@ import grpc
 from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
 from cluster.security.name_check import check_name
-from cluster.security.trust import AuthContext, Options, Trust
+from cluster.security.trust import AuthContext, ChannelOptions, Trust
 
 if TYPE_CHECKING:
     from cluster.security.roles import Party
@@ -59,7 +59,7 @@ class LocalTrust:
             )
         return grpc.local_server_credentials()
 
-    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
+    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
         if not is_loopback(host):
             raise InvalidOption(
                 f"{host} is another machine, and this one has no certificate for it: create a cluster with"

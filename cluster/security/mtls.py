@@ -19,7 +19,7 @@ from cluster.security.keyring import Keyring
 from cluster.security.members import Members
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Party, Role, party_of_certificate
-from cluster.security.trust import AuthContext, Options
+from cluster.security.trust import AuthContext, ChannelOptions
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class ClusterTrust:
         first = _configuration(given)
         return grpc.dynamic_ssl_server_credentials(first, renewed, require_client_authentication=True)  # type: ignore[arg-type]  # None is "as it is"
 
-    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
+    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
         own = self.keyring
         own.check_clock(self._clock())
         credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)

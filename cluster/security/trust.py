@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cluster.security.revocations import Revocations
     from cluster.security.roles import Party
 
-Options = list[tuple[str, Any]]
+ChannelOptions = list[tuple[str, Any]]
 AuthContext = Mapping[str, Iterable[bytes]]
 """The peer's ``auth_context``, as gRPC gives it."""
 COORDINATOR: Final = "coordinator"
@@ -47,7 +47,7 @@ class Trust(Protocol):
     def server(self, host: str) -> grpc.ServerCredentials:
         """Return credentials for listening on ``host``. Raises ``InvalidOption`` if strangers could connect."""
 
-    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, Options]:
+    def channel(self, host: str, peer: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
         """Return credentials and options for dialling ``peer`` at ``host``: ``ROLE.ID``, or ``ROLE`` for any of it.
 
         Raises ``InvalidOption`` if the peer could not be authenticated, ``ClockWrong`` if this process's own

@@ -32,7 +32,7 @@ from cluster.core.limits import (
     RECONNECT_MS,
 )
 from cluster.core.text import format_address, parse_address
-from cluster.security.trust import Options, Trust
+from cluster.security.trust import ChannelOptions, Trust
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import store_pb2, worker_pb2
@@ -47,7 +47,7 @@ def _options(
     keepalive_ms: int = KEEPALIVE_MS,
     timeout_ms: int = KEEPALIVE_TIMEOUT_MS,
     receive_bytes: int | None = None,
-) -> Options:
+) -> ChannelOptions:
     """Return channel options. ``max_bytes`` limits messages sent, and those received unless ``receive_bytes`` does.
 
     ``timeout_ms`` limits a ping's answer too: keepalive's own limit noticed a stopped peer only after a minute.
@@ -71,17 +71,20 @@ def _options(
     ]
 
 
-_IDLE: Options = [("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
-CONTROL_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
+_IDLE: ChannelOptions = [("grpc.max_connection_idle_ms", CONTROL_IDLE_MS)]
+CONTROL_OPTIONS: ChannelOptions = [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
 """For control ports. The timeout is long: heartbeats tell a worker whether its coordinator is alive, so a slow
 coordinator need not be disconnected."""
-_PUBLIC_OPTIONS: Options = [*_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS), *_IDLE]
-_ONE_THREAD: Options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
+_PUBLIC_OPTIONS: ChannelOptions = [
+    *_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS),
+    *_IDLE,
+]
+_ONE_THREAD: ChannelOptions = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
 """The thread that iterates over a stream reads from the connection itself. Otherwise one of gRPC's threads reads and
 wakes the reader, which is half of a hop's wake-ups and a quarter of its time."""
 
 
-def _data_options(receive_bytes: int) -> Options:
+def _data_options(receive_bytes: int) -> ChannelOptions:
     return [
         *_options(MAX_FRAME_BYTES, BULK_KEEPALIVE_MS, BULK_TIMEOUT_MS, receive_bytes),
         ("grpc.min_reconnect_backoff_ms", CONNECT_ATTEMPT_MS),
@@ -90,7 +93,7 @@ def _data_options(receive_bytes: int) -> Options:
     ]
 
 
-DATA_OPTIONS: Options = _data_options(MAX_FRAME_BYTES)
+DATA_OPTIONS: ChannelOptions = _data_options(MAX_FRAME_BYTES)
 _CONTROL_SERVICES: Final = tuple(
     service for file in (worker_pb2, store_pb2) for service in file.DESCRIPTOR.services_by_name.values()
 )
@@ -176,7 +179,7 @@ def data_channel(trust: Trust, address: str, peer: str, receive_bytes: int = MAX
 
 def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
     """Return a channel to a data port that carries only pings, with timeout ``ping_s``, on its own connection."""
-    own_connection: Options = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
+    own_connection: ChannelOptions = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
     return _dial(trust, address, peer, [*_ping_options(ping_s), *own_connection], grpc.secure_channel)
 
 
@@ -188,12 +191,12 @@ def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_
     return _dial(trust, address, peer, _ping_options(ping_s), aio.secure_channel)
 
 
-def _ping_options(ping_s: float) -> Options:
-    patient: Options = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
+def _ping_options(ping_s: float) -> ChannelOptions:
+    patient: ChannelOptions = [("grpc.min_reconnect_backoff_ms", round(CONNECT_ATTEMPT_MS * ping_s / PING_S))]
     return [*_options(MAX_CONTROL_BYTES, KEEPALIVE_MS, round(ping_s * 1000), MAX_ANSWER_BYTES), *_IDLE, *patient]
 
 
-def _dial(trust: Trust, address: str, peer: str, options: Options, secure: Callable[..., Channel]) -> Channel:
+def _dial(trust: Trust, address: str, peer: str, options: ChannelOptions, secure: Callable[..., Channel]) -> Channel:
     host, _ = parse_address(address)
     credentials, name_options = trust.channel(host, peer)
     return secure(address, credentials, options=[*options, *name_options])

@@ -32,7 +32,7 @@ from cluster.security.access_rules import RULES
 from cluster.security.authority import Authority
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Role
-from cluster.security.trust import Options, Trust
+from cluster.security.trust import ChannelOptions, Trust
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.transport.grpc_streams import DataServer
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
@@ -227,7 +227,7 @@ def outcome(channel: grpc.Channel, method: Method) -> grpc.StatusCode:
 
 def asked(who: str, lead: Lead, ports: Ports, tmp_path: Path) -> dict[str, grpc.StatusCode]:
     shown = credentials(who, lead, tmp_path)
-    named: Options = [("grpc.ssl_target_name_override", f"coordinator.{lead.authority.cluster_id}")]
+    named: ChannelOptions = [("grpc.ssl_target_name_override", f"coordinator.{lead.authority.cluster_id}")]
     found = {}
     for port, mine in ((ports.control, False), (ports.data, True)):
         with grpc.secure_channel(
