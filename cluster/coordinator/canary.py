@@ -19,9 +19,9 @@ POLL_S = 0.01
 async def run_canary(
     loop: EngineLoop,
     plan: Plan,
-    checkpoint: ModelInfo,
+    model_info: ModelInfo,
     failures: asyncio.Queue[MacpipeError],
-    watch: HeartbeatMonitor,
+    heartbeat: HeartbeatMonitor,
     timeout_s: float = CANARY_TIMEOUT_S,
 ) -> None:
     """Wait for a token of this epoch, from a live request or from the canary request that this function sends.
@@ -29,7 +29,7 @@ async def run_canary(
     Raises the first error in ``failures``, and removes it there. Raises ``WorkerLost`` if no token comes within
     ``timeout_s``, or if a worker of the plan is gone: it may have gone before this epoch reported to ``failures``.
     """
-    canary = _create_request(plan, checkpoint)
+    canary = _create_request(plan, model_info)
     answer = AnswerQueue(loop.post)
     loop.submit(canary, answer)
     try:
@@ -37,7 +37,7 @@ async def run_canary(
             while loop.proven != plan.epoch:
                 if not failures.empty():
                     raise failures.get_nowait()
-                watch.require((s.worker for s in plan.stages), "before a token came back")
+                heartbeat.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise WorkerLost(f"no token passed the stages within {timeout_s:.0f} s") from None
@@ -45,6 +45,6 @@ async def run_canary(
         loop.end(canary.id, Aborted("the canary is no longer needed"))
 
 
-def _create_request(plan: Plan, checkpoint: ModelInfo) -> Request:
-    ids = (checkpoint.tokenizer.encode("Hello") or (0,))[:2]
+def _create_request(plan: Plan, model_info: ModelInfo) -> Request:
+    ids = (model_info.tokenizer.encode("Hello") or (0,))[:2]
     return Request(f"canary-{plan.epoch}", ids, SamplingParams(), max_tokens=1)

@@ -94,7 +94,7 @@ class Coordinator:
         self._loading = asyncio.Lock()
         self._service: ModelService | None = None
         self._lag = lag
-        self._watch = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
+        self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed. The waiter clears it."""
@@ -139,43 +139,43 @@ class Coordinator:
                 self.changed.set()
 
     async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
-        checkpoint = await self._reader.read(order.model, order.max_context, order.kv_bits)
+        model_info = await self._reader.read(order.model, order.max_context, order.kv_bits)
         try:
-            await self._replace_with(checkpoint, order, report)
+            await self._replace_with(model_info, order, report)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await checkpoint.close()
+                await model_info.close()
             raise
 
-    async def _replace_with(self, checkpoint: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
+    async def _replace_with(self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
         if self._service:
             await self._service.teach()  # the next plan uses the step times measured here
-        found = await self._gather_workers(order, checkpoint.shape, report)
-        found, order = await self._prefer_held_slices(checkpoint, order, found)
+        found = await self._gather_workers(order, model_info.shape, report)
+        found, order = await self._prefer_held_slices(model_info, order, found)
         number = self._epochs.next(m.facts.epoch for m in self._roster.members)
-        plan = await self._make_plan(number, checkpoint.shape, found, order)
+        plan = await self._make_plan(number, model_info.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
-        self._watch.start()
-        service = await self._open_service(checkpoint, order, Assignment(plan, workers), report)
+        self._heartbeat.start()
+        service = await self._open_service(model_info, order, Assignment(plan, workers), report)
         service.loop.answers.totals = self._totals
         service.loop.answers.journal = self.journal
         self._service = service
 
     async def _open_service(
-        self, checkpoint: ModelInfo, order: LoadOrder, assignment: Assignment, report: LoadReporter
+        self, model_info: ModelInfo, order: LoadOrder, assignment: Assignment, report: LoadReporter
     ) -> ModelService:
         """Return a service that has produced a token.
 
         If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
         if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
         """
-        deps = ServiceDeps(self._roster, self._watch, self._dialer, self._weights, self._epochs)
+        deps = ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs)
         for _ in range(EPOCH_TRIES):
-            service = ModelService(deps, checkpoint, order, assignment, self._report_problem)
+            service = ModelService(deps, model_info, order, assignment, self._report_problem)
             try:
                 await service.open(report.progress)
             except StaleEpoch as e:
@@ -214,7 +214,7 @@ class Coordinator:
         return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
 
     async def _prefer_held_slices(
-        self, checkpoint: ModelInfo, order: LoadOrder, workers: tuple[WorkerInfo, ...]
+        self, model_info: ModelInfo, order: LoadOrder, workers: tuple[WorkerInfo, ...]
     ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
         """Return the workers and the order that reuse slices held since before this coordinator restarted.
 
@@ -223,7 +223,7 @@ class Coordinator:
         """
         for _ in range(ADOPTION_LOOKS):
             members = [m.facts for m in self._roster.members if not m.problem]
-            adopted = adoptable_plan(checkpoint.shape, order, members)
+            adopted = adoptable_plan(model_info.shape, order, members)
             if adopted or not any(self._roster.owns(f) for f in members):
                 return adopted or (workers, order)
             await anyio.sleep(SETTLE_S)
@@ -248,14 +248,14 @@ class Coordinator:
     async def _close(self, error: MacpipeError) -> None:
         service, self._service = self._service, None
         if service:
-            await service.checkpoint.close()
+            await service.model_info.close()
             await service.close(error)
         self._roster.pin(())
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""
         await self._close(NotServing("the coordinator is stopping"))
-        await self._watch.close()
+        await self._heartbeat.close()
         if self._refreshing:
             self._refreshing.cancel()
             await asyncio.wait((self._refreshing,), timeout=UNLOAD_TIMEOUT_S)
@@ -270,7 +270,7 @@ class Coordinator:
         name = service.plan.model.name
         if model and model != name:
             raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
-        return service.checkpoint
+        return service.model_info
 
     def _require_service(self) -> ModelService:
         if self._service:
@@ -279,27 +279,27 @@ class Coordinator:
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         """Check the request's grammar (see ``GrammarCheck``), then ``submit`` the request.
 
         Raises ``InvalidGrammar`` with the compiler's reason, and whatever ``submit`` raises.
         """
         if request.sampling.grammar:
-            await self.check_grammar(request.sampling.grammar, checkpoint)
-        return self.submit(request, checkpoint)
+            await self.check_grammar(request.sampling.grammar, model_info)
+        return self.submit(request, model_info)
 
-    async def check_grammar(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
+    async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
         """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``GrammarCheck``)."""
-        await self._grammars.check(grammar, checkpoint)
+        await self._grammars.check(grammar, model_info)
 
-    def submit(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
-        """Queue a request that was tokenized for ``checkpoint``.
+    def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
+        """Queue a request that was tokenized for ``model_info``.
 
         The returned queue yields ``Accepted`` first, or an error. Raises ``NotServing`` if no model is served, or if
         another model was loaded in the meantime.
         """
         service = self._require_service()
-        if service.checkpoint is not checkpoint:
+        if service.model_info is not model_info:
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
         answer = _create_answer(service.loop, request)
         service.loop.submit(request, answer)
@@ -371,7 +371,7 @@ class Coordinator:
             version=__version__,
             state=self.state,
             problem=repair.cause if repair else "",
-            workers=describe_workers((*members, *self._watch.duplicates()), self._watch.beliefs()),
+            workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
             requests_finished=self._totals.finished,
             tokens_generated=self._totals.tokens,
             uptime_seconds=time.monotonic() - self._started,
@@ -393,7 +393,7 @@ class Coordinator:
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""
-        return await self._watch.everybody() if self._service else await self._refresh_roster()
+        return await self._heartbeat.everybody() if self._service else await self._refresh_roster()
 
     async def _refresh_roster(self) -> tuple[RosterEntry, ...]:
         """Refresh the roster and return its members; after ``STATUS_ASK_S``, return the last known members.

@@ -59,13 +59,13 @@ class EngineLoop:
         decoder: Callable[[], Decoder],
         broken: Callable[[MacpipeError], None],
         clock: Callable[[], float] = time.monotonic,
-        pace: StepTimes | None = None,
+        step_times: StepTimes | None = None,
         parser: Callable[[Parsing], Parser] = make_plain,
         lag: Lag = no_lag,
     ) -> None:
         self._scheduler = scheduler
         self._broken, self._clock, self._lag = broken, clock, lag
-        self.patience = FrameDeadlines(clock())
+        self.deadlines = FrameDeadlines(clock())
         self.answers = LiveAnswers(scheduler, self._flush, decoder, parser, clock)
         self._inbox = JobQueue()
         self.post = EventBatch()  # events of all answers; delivered after each job
@@ -74,12 +74,12 @@ class EngineLoop:
         self._refusal: MacpipeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.proven = 0  # the last epoch that produced a token
-        self._begin_epoch(plan, pace)
+        self._begin_epoch(plan, step_times)
 
-    def _begin_epoch(self, plan: Plan, pace: StepTimes | None) -> None:
-        self._plan, self._pace = plan, pace
+    def _begin_epoch(self, plan: Plan, step_times: StepTimes | None) -> None:
+        self._plan, self._step_times = plan, step_times
         self._occupancy = StageUtilization(len(plan.stages))
-        self.patience = FrameDeadlines(self._clock(), overdue=self.patience.overdue)
+        self.deadlines = FrameDeadlines(self._clock(), overdue=self.deadlines.overdue)
 
     # Called from other threads
 
@@ -88,9 +88,9 @@ class EngineLoop:
         self._ring = ring
         self._thread.start()
 
-    def resume(self, plan: Plan, capacity: Capacity, ring: Ring, pace: StepTimes | None = None) -> None:
+    def resume(self, plan: Plan, capacity: Capacity, ring: Ring, step_times: StepTimes | None = None) -> None:
         """Continue with a new epoch's ring, whose stages hold no caches yet."""
-        self._inbox.put(lambda: self._resume(plan, capacity, ring, pace))
+        self._inbox.put(lambda: self._resume(plan, capacity, ring, step_times))
 
     def hold(self) -> None:
         """Close the ring and keep requests waiting until ``resume`` or ``refuse``."""
@@ -142,18 +142,18 @@ class EngineLoop:
         return self._inbox.ask(self._view)
 
     def _view(self) -> LoopView:
-        return LoopView.of(self._scheduler, self.answers.ages(), self._occupancy, self._pace)
+        return LoopView.of(self._scheduler, self.answers.ages(), self._occupancy, self._step_times)
 
     # The loop's own thread
 
     def _run(self) -> None:
         while True:
-            patience = self._wait_s()
-            if patience == 0.0:  # checked between jobs, since a busy loop's inbox may never be empty
+            wait_s = self._wait_s()
+            if wait_s == 0.0:  # checked between jobs, since a busy loop's inbox may never be empty
                 self._do(self._check_deadlines)
-                patience = self._wait_s()
+                wait_s = self._wait_s()
             try:
-                job = self._inbox.get(patience)
+                job = self._inbox.get(wait_s)
             except queue.Empty:
                 continue
             if job is None:
@@ -179,7 +179,7 @@ class EngineLoop:
     def _frame_due(self) -> float | None:
         """Return the time by which the oldest frame in the ring must be back; None if the ring is empty."""
         oldest = self._scheduler.oldest() if self._ring else None
-        return self.patience.due_at(*oldest, extra_s(self._lag())) if oldest else None
+        return self.deadlines.due_at(*oldest, extra_s(self._lag())) if oldest else None
 
     def _check_deadlines(self) -> None:
         """End requests that are late, treat the ring as lost if a frame is overdue, and send what is due."""
@@ -187,8 +187,8 @@ class EngineLoop:
         for request_id in self._scheduler.overdue(now):
             self.answers.end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
         if (due := self._frame_due()) is not None and due <= now:
-            self.patience.overdue += 1
-            self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.patience.alive_at:.0f} s"))
+            self.deadlines.overdue += 1
+            self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.deadlines.alive_at:.0f} s"))
         if self._ring:  # without one, no stage compiles
             for request_id, grammar in self._scheduler.late(now):
                 self.answers.end(request_id, _late_grammar(grammar))
@@ -217,15 +217,15 @@ class EngineLoop:
         except MacpipeError as e:
             self._suspect(e)
             return
-        self.patience.learn(outcome.prefills, outcome.sent_at, self._clock())
+        self.deadlines.learn(outcome.prefills, outcome.sent_at, self._clock())
         self._flush()
         self._account(outcome)
 
     def _account(self, outcome: Outcome) -> None:
         now = self._clock()
         self._occupancy.frame(outcome.sent_at, now, outcome.timings)
-        if self._pace and outcome.rows:
-            self._pace.frame(outcome.timings, outcome.rows, outcome.context)
+        if self._step_times and outcome.rows:
+            self._step_times.frame(outcome.timings, outcome.rows, outcome.context)
         if self.answers.handle(outcome, now, self._plan.stages):
             self.proven = self._plan.epoch
 
@@ -242,10 +242,10 @@ class EngineLoop:
             self._close_ring()
             self._broken(cause)
 
-    def _resume(self, plan: Plan, capacity: Capacity, ring: Ring, pace: StepTimes | None) -> None:
+    def _resume(self, plan: Plan, capacity: Capacity, ring: Ring, step_times: StepTimes | None) -> None:
         self._close_ring()
         self._ring, self._refusal = ring, None
-        self._begin_epoch(plan, pace)
+        self._begin_epoch(plan, step_times)
         for refused in self._scheduler.begin_epoch(plan.epoch, capacity):
             loss = WorkerLost(f"the remaining Macs cannot hold this request: {refused.sentence}")
             self.answers.end(refused.request_id, loss)

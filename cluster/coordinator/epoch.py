@@ -47,7 +47,7 @@ class EpochBuilder:
 
     dialer: Dialer
     weights: WeightDistribution
-    checkpoint: ModelInfo
+    model_info: ModelInfo
     control: ControlOf
     progress: Progress
     received: Received
@@ -70,7 +70,7 @@ class EpochBuilder:
         if only is not None and not missing:
             await load_slices(stages, selected_controls, [_NOTHING] * len(selected), self.progress)
             return
-        async with self.weights.delivery(plan, self.checkpoint, workers) as delivery:
+        async with self.weights.delivery(plan, self.model_info, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
             proofs = await load_slices(stages, selected_controls, orders, self.progress)
             new_proofs = [p for i, p in zip(selected, proofs, strict=True) if i in missing]

@@ -13,7 +13,7 @@ class GrammarCheck:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
 
-    async def check(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
+    async def check(self, grammar: Grammar, model_info: ModelInfo) -> None:
         """Raise ``InvalidGrammar`` if the grammar is too long, does not compile (with the reason) or is too costly.
 
         Raises ``Busy`` if too many checks are waiting.
@@ -24,4 +24,4 @@ class GrammarCheck:
                 f"the {grammar.kind.value} has {size} bytes; the limit is {self._max_bytes} (--max-schema-bytes)",
                 field=grammar.kind.value,
             )
-        await checkpoint.text.check_grammar(grammar)
+        await model_info.text.check_grammar(grammar)

@@ -24,17 +24,19 @@ from cluster.platform.overload import Lag, no_lag
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
-Told = Callable[[Belief], None]
+OnChange = Callable[[Belief], None]
 
 
 class HeartbeatMonitor:
     """Heartbeats of all workers.
 
-    ``told`` is called with every changed belief. ``alive`` returns the workers that a frame passed a moment ago.
+    ``on_change`` is called with every changed belief. ``alive`` returns the workers that a frame passed a moment ago.
     """
 
-    def __init__(self, roster: Roster, told: Told, alive: Callable[[], Collection[str]], lag: Lag = no_lag) -> None:
-        self._roster, self._on_change, self._alive, self._lag = roster, told, alive, lag
+    def __init__(
+        self, roster: Roster, on_change: OnChange, alive: Callable[[], Collection[str]], lag: Lag = no_lag
+    ) -> None:
+        self._roster, self._on_change, self._alive, self._lag = roster, on_change, alive, lag
         self._suspicion = Suspicion()
         self._table = WorkerTable(self.is_gone)
         self._beats: dict[str, asyncio.Task[None]] = {}

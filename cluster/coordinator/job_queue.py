@@ -51,6 +51,6 @@ class JobQueue:
             future.set_exception(NotServing("the model is no longer served; try again once a model is loaded"))
         return future
 
-    def get(self, patience_s: float | None) -> Job | None:
-        """Return the next job; None once closed. Raises ``queue.Empty`` after ``patience_s``; None waits for ever."""
-        return self._jobs.get(timeout=patience_s)
+    def get(self, wait_s: float | None) -> Job | None:
+        """Return the next job; None once closed. Raises ``queue.Empty`` after ``wait_s``; None waits for ever."""
+        return self._jobs.get(timeout=wait_s)

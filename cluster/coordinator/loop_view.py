@@ -22,13 +22,13 @@ class LoopView:
     prefix_bytes: tuple[int, ...]
     prefixes: int
     bubbles: tuple[float, ...]
-    pace: tuple[StageStepTime, ...] = ()
+    step_times: tuple[StageStepTime, ...] = ()
     busy_s: tuple[float, ...] = ()
     active_s: float = 0.0
 
     @classmethod
     def of(
-        cls, scheduler: Scheduler, ages: Mapping[str, float], occupancy: StageUtilization, pace: StepTimes | None
+        cls, scheduler: Scheduler, ages: Mapping[str, float], occupancy: StageUtilization, step_times: StepTimes | None
     ) -> LoopView:
         """Build the view. ``ages`` maps request ids to seconds since acceptance; others are omitted."""
         live = ((s, ages.get(s.request.id)) for s in scheduler.sequences)
@@ -39,7 +39,7 @@ class LoopView:
             prefix_bytes=scheduler.prefixes.used,
             prefixes=len(scheduler.prefixes),
             bubbles=occupancy.bubbles(),
-            pace=pace.stages() if pace else (),
+            step_times=step_times.stages() if step_times else (),
             busy_s=occupancy.busy_s,
             active_s=occupancy.active_s,
         )

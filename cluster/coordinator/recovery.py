@@ -55,7 +55,7 @@ class ServiceDeps:
     """The dependencies of a service: the cluster's workers, and the means to reach them."""
 
     roster: Roster
-    watch: HeartbeatMonitor
+    heartbeat: HeartbeatMonitor
     dialer: Dialer
     weights: WeightDistribution
     epochs: EpochNumbers
@@ -66,7 +66,7 @@ class RecoveryContext:
     """The served model and the parts that a recovery uses. ``failures`` queues those that are not handled yet."""
 
     deps: ServiceDeps
-    checkpoint: ModelInfo
+    model_info: ModelInfo
     order: LoadOrder
     builder: EpochBuilder
     loop: EngineLoop
@@ -117,7 +117,7 @@ class EpochChange(ABC):
         context = self._context
         plan = self._epoch.plan
         number = context.deps.epochs.next(m.facts.epoch for m in members)
-        return reassign_layers(number, plan, context.checkpoint.shape, context.order, members, self._without)
+        return reassign_layers(number, plan, context.model_info.shape, context.order, members, self._without)
 
     async def _open(self, chosen: Assignment) -> Epoch:
         context = self._context
@@ -130,12 +130,12 @@ class EpochChange(ABC):
         epoch = await context.builder.link(chosen.plan, chosen.workers)
         ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
-        limits = capacity(chosen.plan, context.checkpoint.shape, context.order.max_step_ms)
-        pace = StepTimes(context.checkpoint.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
-        context.loop.resume(chosen.plan, limits, ring, pace)
+        limits = capacity(chosen.plan, context.model_info.shape, context.order.max_step_ms)
+        step_times = StepTimes(context.model_info.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
+        context.loop.resume(chosen.plan, limits, ring, step_times)
         self._epoch = epoch
-        patience_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
-        await run_canary(context.loop, epoch.plan, context.checkpoint, context.failures, context.deps.watch, patience_s)
+        wait_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
+        await run_canary(context.loop, epoch.plan, context.model_info, context.failures, context.deps.heartbeat, wait_s)
         return epoch
 
     async def _while_all_live(
@@ -152,7 +152,7 @@ class EpochChange(ABC):
         try:
             while not task.done():
                 await asyncio.wait((task,), timeout=RECOVERY_PAUSE_S / 2)
-                self._context.deps.watch.require(names, "while it was loading")
+                self._context.deps.heartbeat.require(names, "while it was loading")
                 check()
             await task
         finally:
@@ -199,10 +199,10 @@ class Recovery(EpochChange):
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members)
         log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
-        patience = self._context.loop.patience
-        if patience.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
+        deadlines = self._context.loop.deadlines
+        if deadlines.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
             members = tuple(m for m in members if not is_excused(m))
-        busy_ms = FRAME_FLOOR_S * 500 * patience.growth / 2
+        busy_ms = FRAME_FLOOR_S * 500 * deadlines.growth / 2
         stuck = find_hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
         unresponsive = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
         for member in members:
@@ -218,7 +218,7 @@ class Recovery(EpochChange):
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         names = [s.worker for s in self._epoch.plan.stages]
-        return await self._context.deps.watch.ask(names, time.monotonic())
+        return await self._context.deps.heartbeat.ask(names, time.monotonic())
 
     async def _try_once(self) -> Epoch:
         members = await self._ask_workers()
@@ -230,7 +230,7 @@ class Recovery(EpochChange):
         """Raise ``_EngineRestarting`` while a crashed engine restarts, unless it crashes repeatedly."""
         names = {s.worker for s in self._epoch.plan.stages}
         for m in members:
-            belief = self._context.deps.watch.belief(m.facts.name)
+            belief = self._context.deps.heartbeat.belief(m.facts.name)
             steady = belief is None or belief.lost_since(time.monotonic() - CRASHES_S) < ENGINE_CRASHES
             if m.facts.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
                 raise _EngineRestarting(f"waiting for the engine of {m.facts.name}: {m.problem}")

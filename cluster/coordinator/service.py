@@ -54,10 +54,10 @@ class ModelService:
     """
 
     def __init__(
-        self, deps: ServiceDeps, checkpoint: ModelInfo, order: LoadOrder, first: Assignment, notify: Notify
+        self, deps: ServiceDeps, model_info: ModelInfo, order: LoadOrder, first: Assignment, notify: Notify
     ) -> None:
         self._deps, self._notify, self._first = deps, notify, first
-        self.checkpoint = checkpoint
+        self.model_info = model_info
         self._events = asyncio.get_running_loop()
         self._failures: Failures = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
         self._tasks: list[asyncio.Task[None]] = []
@@ -65,18 +65,18 @@ class ModelService:
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
-        limits = capacity(first.plan, checkpoint.shape, order.max_step_ms)
-        scheduler = Scheduler(first.plan.epoch, limits, checkpoint.tokenizer.eos)
-        tokenizer = checkpoint.tokenizer
-        pace = StepTimes(checkpoint.shape, first.plan.stages, [w.profile for w in first.workers])
+        limits = capacity(first.plan, model_info.shape, order.max_step_ms)
+        scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos)
+        tokenizer = model_info.tokenizer
+        step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])
         self.loop = EngineLoop(
             first.plan,
             scheduler,
             tokenizer.decoder,
             self._broken,
-            pace=pace,
+            step_times=step_times,
             parser=tokenizer.parser,
-            lag=deps.watch.lag,
+            lag=deps.heartbeat.lag,
         )
         self._order = order
         self._epoch: Epoch | None = None
@@ -100,19 +100,19 @@ class ModelService:
         builder = EpochBuilder(
             self._deps.dialer,
             self._deps.weights,
-            self.checkpoint,
+            self.model_info,
             self._control,
             progress,
             self.loop.on_message,
             self.loop.on_stream_lost,
         )
-        self._context = RecoveryContext(self._deps, self.checkpoint, self._order, builder, self.loop, self._failures)
+        self._context = RecoveryContext(self._deps, self.model_info, self._order, builder, self.loop, self._failures)
         plan, workers = self._first.plan, self._first.workers
         try:
             await builder.load(plan, workers)
             self._epoch = await builder.link(plan, workers)
             self.loop.start(await builder.connect(self._epoch))
-            await run_canary(self.loop, plan, self.checkpoint, self._failures, self._deps.watch)
+            await run_canary(self.loop, plan, self.model_info, self._failures, self._deps.heartbeat)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))
@@ -147,7 +147,7 @@ class ModelService:
 
     def alive(self) -> set[str]:
         """Return the workers that a frame passed within the last ``HEARTBEAT_S``."""
-        recent = time.monotonic() - self.loop.patience.alive_at < HEARTBEAT_S and self.recovery is None
+        recent = time.monotonic() - self.loop.deadlines.alive_at < HEARTBEAT_S and self.recovery is None
         return self._holders() if recent else set()
 
     async def teach(self) -> None:
@@ -158,9 +158,9 @@ class ModelService:
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
             view = await asyncio.wrap_future(self.loop.view())
             async with anyio.create_task_group() as tasks:
-                for pace, control in zip(view.pace, epoch.controls, strict=False):
-                    if pace.ratio:
-                        tasks.start_soon(_teach_worker, control, epoch.plan.model.fingerprint, pace.ratio)
+                for stage, control in zip(view.step_times, epoch.controls, strict=False):
+                    if stage.ratio:
+                        tasks.start_soon(_teach_worker, control, epoch.plan.model.fingerprint, stage.ratio)
 
     async def _teach_periodically(self) -> None:
         while True:
@@ -268,7 +268,7 @@ class ModelService:
 
     async def _move_draining(self) -> None:
         """Move the layers of the first draining worker that holds a stage."""
-        for member in self._deps.watch.members():
+        for member in self._deps.heartbeat.members():
             name, facts = member.facts.name, member.facts
             if facts.draining and not member.problem and name in self._holders() and self._may_retry_move(name):
                 await self._move_from(facts)
@@ -319,12 +319,12 @@ class ModelService:
         if not self._order.take_back or time.monotonic() < self._no_restore_before:
             return
         since = time.monotonic() - STEADY_S
-        watch = self._deps.watch
-        steady = (m.facts for m in watch.members() if not m.problem and watch.up_since(m.facts.name, since))
+        heartbeat = self._deps.heartbeat
+        steady = (m.facts for m in heartbeat.members() if not m.problem and heartbeat.up_since(m.facts.name, since))
         next_number = self._deps.epochs.next
         reason = "workers that were lost are back and take their layers again"
         try:
-            assignment = restore_plan(next_number, self._first, self.plan, self.checkpoint.shape, self._order, steady)
+            assignment = restore_plan(next_number, self._first, self.plan, self.model_info.shape, self._order, steady)
             if assignment and self._epoch:
                 await self._carry_out(PlannedMove(self._context, self._epoch, reason), assignment)
         except MacpipeError as e:

@@ -101,9 +101,12 @@ def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]
         for stage, reserved, prefixes, bubble in load
     ]
     found += stages[len(found) :]
-    for i, pace in enumerate(loop.pace[: len(found)]):
+    for i, stage in enumerate(loop.step_times[: len(found)]):
         found[i] = replace(
-            found[i], measured_ms=pace.measured_ms, expected_ms=pace.expected_ms, measured_frames=pace.frames
+            found[i],
+            measured_ms=stage.measured_ms,
+            expected_ms=stage.expected_ms,
+            measured_frames=stage.frames,
         )
     for i, busy_s in enumerate(loop.busy_s[: len(found)]):
         found[i] = replace(found[i], busy_seconds=busy_s, active_seconds=loop.active_s)

@@ -95,13 +95,13 @@ class WeightDistribution:
 
     @asynccontextmanager
     async def delivery(
-        self, plan: Plan, checkpoint: ModelInfo, workers: Sequence[WorkerInfo]
+        self, plan: Plan, model_info: ModelInfo, workers: Sequence[WorkerInfo]
     ) -> AsyncIterator[WeightDelivery]:
         """Open the coordinator's store and hash its folder until the context ends."""
-        found = checkpoint.found
+        found = model_info.found
         stop = Event()
         item = await anyio.to_thread.run_sync(self._store_server.share, found.folder, found.partial)
-        orders = _orders(plan, checkpoint)
+        orders = _orders(plan, model_info)
         names = sorted({name for order in orders for name in order.tensors})
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
         own.add_done_callback(ignore_error)  # nobody awaits it if the load fails
@@ -136,14 +136,14 @@ class WeightDistribution:
         return format_address(host, port)
 
 
-def _orders(plan: Plan, checkpoint: ModelInfo) -> list[FetchOrder]:
+def _orders(plan: Plan, model_info: ModelInfo) -> list[FetchOrder]:
     """Return the order of each stage. A tensor shared by several stages is fetched by the first of them."""
-    origin = checkpoint.found.partial.origin if checkpoint.found.partial else None
+    origin = model_info.found.partial.origin if model_info.found.partial else None
     repo, commit = (origin.repo, origin.commit) if origin else ("", "")
     orders: list[FetchOrder] = []
     assigned: set[str] = set()
     for stage in plan.stages:
-        names = checkpoint.tensors.of(stage.layers)
+        names = model_info.tensors.of(stage.layers)
         orders.append(FetchOrder(tuple(sorted(names)), tuple(sorted(names & assigned)), (), repo, commit))
         assigned |= names
     return orders

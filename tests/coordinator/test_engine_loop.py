@@ -314,7 +314,7 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
 
     async def body(bench: Bench) -> None:
         bench.keep_waiting = True
-        bench.loop.patience = FrameDeadlines(0.0, floor_s=0.3, most_s=5.0)
+        bench.loop.deadlines = FrameDeadlines(0.0, floor_s=0.3, most_s=5.0)
         bench.network.faults["b:1"] = lambda message: None if decode(message).number > 6 else message
         answer = bench.ask("a", max_tokens=50)
         async with asyncio.timeout(10):
@@ -323,7 +323,7 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
         assert isinstance(bench.failures[0], FrameOverdue)
         bench.replace_ring()
         assert (await read(answer))[0] == list(range(2, 52))
-        assert bench.loop.patience.growth == 2.0, "the next ring gets twice the time"
+        assert bench.loop.deadlines.growth == 2.0, "the next ring gets twice the time"
 
     run(body)
 

@@ -33,7 +33,7 @@ LOOP = LoopView(
     prefix_bytes=(1, 2),
     prefixes=4,
     bubbles=(0.25, 0.5),
-    pace=(StageStepTime(16, 3.0, 2.0),),
+    step_times=(StageStepTime(16, 3.0, 2.0),),
     busy_s=(8.0, 9.0),
     active_s=10.0,
 )
@@ -52,7 +52,7 @@ def test_a_stage_is_shown_as_it_was_planned_and_as_it_is() -> None:
 
 def test_a_loop_of_other_stages_than_the_plan_has_is_no_error() -> None:
     """Plan and loop are two snapshots, and a recovery may come between them."""
-    fewer = replace(LOOP, reserved_bytes=(10,), prefix_bytes=(1,), bubbles=(0.0,), pace=(), busy_s=(8.0,))
+    fewer = replace(LOOP, reserved_bytes=(10,), prefix_bytes=(1,), bubbles=(0.0,), step_times=(), busy_s=(8.0,))
     more = replace(LOOP, reserved_bytes=(1, 2, 3), prefix_bytes=(0,) * 3, bubbles=(0.0,) * 3, busy_s=(1.0,) * 3)
     assert [s.reserved_bytes for s in with_plan(IDLE, PLAN, RING, fewer).stages] == [10, 0]
     assert [s.reserved_bytes for s in with_plan(IDLE, PLAN, RING, more).stages] == [1, 2]

@@ -29,10 +29,10 @@ PROFILE = Profile(bandwidth=1e6, layer_s=0.001, step_s=0.0005, row_cost=0.5)
 
 
 def paced(profile: Profile, frames: int, took_us: int, rows: int = 1, context: int = 5) -> StepTimes:
-    pace = StepTimes(SHAPE, STAGES, [profile, profile])
+    step_times = StepTimes(SHAPE, STAGES, [profile, profile])
     for _ in range(frames):
-        pace.frame([StageTiming(0, 0, took_us, 0), StageTiming(1, 0, 2 * took_us, 0)], rows, context)
-    return pace
+        step_times.frame([StageTiming(0, 0, took_us, 0), StageTiming(1, 0, 2 * took_us, 0)], rows, context)
+    return step_times
 
 
 def test_too_few_frames_say_nothing() -> None:
@@ -55,10 +55,10 @@ def test_a_correction_changes_what_is_expected_and_not_what_is_learned() -> None
 
 
 def test_the_median_of_the_last_frames_counts() -> None:
-    pace = paced(PROFILE, LEAST_FRAMES, 10**9)
+    step_times = paced(PROFILE, LEAST_FRAMES, 10**9)
     for _ in range(LEARNED_FRAMES):
-        pace.frame([StageTiming(0, 0, 2550, 0), StageTiming(9, 0, 1, 0)], 1, 5)
-    assert pace.stages()[0].ratio == pytest.approx(1.0)
+        step_times.frame([StageTiming(0, 0, 2550, 0), StageTiming(9, 0, 1, 0)], 1, 5)
+    assert step_times.stages()[0].ratio == pytest.approx(1.0)
 
 
 def test_an_unknown_speed_is_measured_and_teaches_nothing() -> None:

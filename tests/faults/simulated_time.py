@@ -97,9 +97,9 @@ class _Inbox(JobQueue):
         super().close()
         self._filled.set()
 
-    async def wait(self, patience_s: float | None) -> Job | None:
-        """Return the next job; None once closed. Raises TimeoutError after ``patience_s``; None waits for ever."""
-        async with asyncio.timeout(patience_s):
+    async def wait(self, wait_s: float | None) -> Job | None:
+        """Return the next job; None once closed. Raises TimeoutError after ``wait_s``; None waits for ever."""
+        async with asyncio.timeout(wait_s):
             while self._jobs.empty():
                 self._filled.clear()
                 await self._filled.wait()
@@ -129,12 +129,12 @@ class SimulatedEngineLoop(EngineLoop):
     async def _drive(self) -> None:
         """Do what ``_run`` does."""
         while True:
-            patience = self._wait_s()
-            if patience == 0.0:
+            wait_s = self._wait_s()
+            if wait_s == 0.0:
                 self._do(self._check_deadlines)
-                patience = self._wait_s()
+                wait_s = self._wait_s()
             try:
-                job = await self._inbox.wait(patience)
+                job = await self._inbox.wait(wait_s)
             except TimeoutError:
                 continue
             if job is None:

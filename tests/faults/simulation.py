@@ -467,31 +467,31 @@ class Simulation:
             await asyncio.sleep(STATUS_EVERY_S)
             began = simulated_now()
             try:
-                await self._watch.everybody()
+                await self._heartbeat.everybody()
             finally:
                 self.history.note("status", took_s=simulated_now() - began, error="")
 
     async def close(self) -> None:
-        await self._watch.close()
+        await self._heartbeat.close()
         await self.service.close(NotServing("the simulation is over"))
 
     async def open(self) -> None:
         """Until a token has gone through every stage."""
         roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", workers=STAGES)
-        self._watch = HeartbeatMonitor(roster, self._believed, lambda: self.service.alive())
-        self._watch._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
+        self._heartbeat = HeartbeatMonitor(roster, self._believed, lambda: self.service.alive())
+        self._heartbeat._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
         checkpoint = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
-        means = ServiceDeps(roster, self._watch, self._network, _NoBytes(), self.epochs)
+        means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)
         self.service = ModelService(means, checkpoint, order, first, lambda said: None)
-        self._watch.start()
+        self._heartbeat.start()
         await self.service.open(lambda progress: None)
         self._homes = [s.worker for s in self.service.plan.stages]
 
     def gone(self, name: str) -> bool:
         """Whether the coordinator believes that."""
-        return self._watch.is_gone(name)
+        return self._heartbeat.is_gone(name)
 
     def _believed(self, belief: Belief) -> None:
         self.service.on_belief(belief)
