@@ -91,14 +91,15 @@ def adoptable_plan(
         f for f in members if f.epoch and f.fingerprint == shape.model.fingerprint and f.kv_bits == order.kv_bits
     ]
     newest = max((f.epoch for f in matching), default=0)
-    holders = sorted((f for f in matching if f.epoch == newest and f.layers), key=lambda f: f.layers or _NO_LAYERS)
-    ranges = tuple(f.layers for f in holders if f.layers)
+    of_newest = (f for f in matching if f.epoch == newest and f.layers)
+    slice_workers = sorted(of_newest, key=lambda f: f.layers or _NO_LAYERS)
+    ranges = tuple(f.layers for f in slice_workers if f.layers)
     ends = [0, *(r.end for r in ranges)]
     whole = bool(ranges) and ends[-1] == shape.layers and [r.start for r in ranges] == ends[:-1]
     as_asked = order.layers in (None, ranges) and order.workers in (None, len(ranges))
-    if not (whole and as_asked) or any(f.draining for f in holders):
+    if not (whole and as_asked) or any(f.draining for f in slice_workers):
         return None
-    return tuple(holders), replace(order, layers=ranges, workers=len(ranges))
+    return tuple(slice_workers), replace(order, layers=ranges, workers=len(ranges))
 
 
 _NO_LAYERS = LayerRange(0, 1)

@@ -117,18 +117,18 @@ class Roster:
             return _other_version(facts.name, "macpipe", facts.version, __version__)
         if _mlx_lm_of(facts) != MLX_LM:
             return _other_version(facts.name, "mlx-lm", _mlx_lm_of(facts), MLX_LM)
-        if facts.holder and facts.holder != self._coordinator:
+        if facts.live_owner and facts.live_owner != self._coordinator:
             return f"{facts.name} serves {facts.model} for another coordinator"
-        if self.has_other_owner(facts):
+        if self.is_held_by_other_process(facts):
             return (
                 f"{facts.name} serves {facts.model} for another coordinator that has the id of this one, "
                 f"{self._coordinator}: {COPIED}"
             )
         return ""
 
-    def has_other_owner(self, facts: WorkerInfo) -> bool:
-        """Return whether another process with this coordinator's id holds the worker, or did until a moment ago."""
-        return facts.holder == self._coordinator and facts.holder_instance not in ("", self.instance)
+    def is_held_by_other_process(self, facts: WorkerInfo) -> bool:
+        """Return whether another process with this coordinator's id owns the worker, or did until a moment ago."""
+        return facts.live_owner == self._coordinator and facts.live_owner_process not in ("", self.instance)
 
     def owns(self, facts: WorkerInfo) -> bool:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
@@ -166,7 +166,7 @@ class Roster:
                 if names != reported:
                     reported = names
                     report.waiting(usable, wanted)
-                if conflicting := next((m for m in self.members if self.has_other_owner(m.facts)), None):
+                if conflicting := next((m for m in self.members if self.is_held_by_other_process(m.facts)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
                         raise DuplicateId(conflicting.problem)
                 elif (wanted and sum(map(counts, usable)) >= wanted) or (

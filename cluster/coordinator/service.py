@@ -141,14 +141,14 @@ class ModelService:
 
     def on_belief(self, belief: Belief) -> None:
         """Handle a changed belief: if a worker that holds a stage is gone, treat the ring as lost."""
-        if belief.worker in self._holders() and belief.standing is Standing.GONE:
+        if belief.worker in self._stage_workers() and belief.standing is Standing.GONE:
             cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
             self.loop.suspect(cause)
 
     def alive(self) -> set[str]:
         """Return the workers that a frame passed within the last ``HEARTBEAT_S``."""
         recent = time.monotonic() - self.loop.deadlines.alive_at < HEARTBEAT_S and self.recovery is None
-        return self._holders() if recent else set()
+        return self._stage_workers() if recent else set()
 
     async def teach(self) -> None:
         """Send each worker its ratio of measured to predicted step time, if enough frames were measured."""
@@ -228,7 +228,7 @@ class ModelService:
         Raises ``NoPlan`` if no other workers can hold its layers, ``Aborted`` if the drain is undone, ``WorkerLost`` if
         the worker crashes in the meantime and keeps its layers, and ``DeadlineExceeded`` after ``MOVE_S``.
         """
-        if name not in self._holders():
+        if name not in self._stage_workers():
             return
         if (leaving := self._leaving.get(name)) is None:
             leaving = self._leaving[name] = self._events.create_future()
@@ -252,7 +252,7 @@ class ModelService:
         """
         for name in tuple(self._leaving):
             why = f"worker {name} was lost during its drain and has its layers back; drain it again"
-            self._end_leave(name, WorkerLost(why, worker=name) if name in self._holders() else None)
+            self._end_leave(name, WorkerLost(why, worker=name) if name in self._stage_workers() else None)
 
     def _end_leave(self, name: str, error: MacpipeError | None = None) -> None:
         leaving = self._leaving.pop(name, None)
@@ -263,14 +263,14 @@ class ModelService:
         else:
             leaving.set_result(None)
 
-    def _holders(self) -> set[str]:
+    def _stage_workers(self) -> set[str]:
         return {s.worker for s in self.plan.stages}
 
     async def _move_draining(self) -> None:
         """Move the layers of the first draining worker that holds a stage."""
         for member in self._deps.heartbeat.members():
             name, facts = member.facts.name, member.facts
-            if facts.draining and not member.problem and name in self._holders() and self._may_retry_move(name):
+            if facts.draining and not member.problem and name in self._stage_workers() and self._may_retry_move(name):
                 await self._move_from(facts)
                 return
 
@@ -293,7 +293,7 @@ class ModelService:
                     return
                 log.warning("move: failed, trying without worker=%s reason=%s", worker, e.sentence)
                 without.add(worker)
-        if name not in self._holders():
+        if name not in self._stage_workers():
             await self._release(leaver)
 
     async def _cannot_leave(self, leaver: WorkerInfo, why: MacpipeError) -> None:

@@ -53,10 +53,10 @@ class WorkerInfo(WorkerSummary):
     kv_bits: int = 0
     owner: str = ""
     """Id of the coordinator that owns its stage, even if it has been silent."""
-    holder: str = ""
-    """Id of the coordinator whose heartbeat holds its stage; empty if none does."""
-    holder_instance: str = ""
-    """Random id of the coordinator's process that holds its stage; empty if none does."""
+    live_owner: str = ""
+    """The owner's id if its last heartbeat is recent; empty if not."""
+    live_owner_process: str = ""
+    """Random id of the owner's process if it was heard too recently to have restarted since; empty if not."""
     instance: str = ""
     """Random id of its process."""
     profile: Profile = field(default_factory=Profile)

@@ -50,7 +50,7 @@ CoordinatorRequest: TypeAlias = (
 )
 _RELEASE_INTERVAL_S = 0.05
 """Interval of checks whether a coordinator still needs a worker that stops."""
-_NOTHING = Hello(0, "", "", "", "", 0, 0)
+_NO_ENGINE = Hello(0, "", "", "", "", 0, 0)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class WorkerServicer(WorkerServiceServicer):
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
     """Set once this Mac was removed from its cluster."""
-    _loaded_by: Hello | None = field(default=None)
+    _loading_engine: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
     def __post_init__(self) -> None:
@@ -84,11 +84,11 @@ class WorkerServicer(WorkerServiceServicer):
             self._heard = time.monotonic()
         report, problem = await self._report()
         info = await self._describe(report)
-        hello = self.supervisor.hello or _NOTHING
+        hello = self.supervisor.hello or _NO_ENGINE
         return encode_info(info, data_port=hello.port, problem=problem, clock=time.time())
 
     async def _describe(self, report: Reported) -> WorkerInfo:
-        hello = self.supervisor.hello or _NOTHING
+        hello = self.supervisor.hello or _NO_ENGINE
         held = self._loaded_request() or pb.LoadStageRequest()  # after the report: a dead engine holds nothing
         return WorkerInfo(
             id=self.id,
@@ -117,8 +117,8 @@ class WorkerServicer(WorkerServiceServicer):
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
             owner=held.coordinator,
-            holder=self._holder(),
-            holder_instance=held.instance if self._holder_lives() else "",
+            live_owner=self._live_owner(),
+            live_owner_process=held.instance if self._owner_was_heard() else "",
             instance=self.instance,
             profile=self.file.kept.profile,
             busy_ms=report.busy_ms,
@@ -139,18 +139,19 @@ class WorkerServicer(WorkerServiceServicer):
             if self.trust.serial in revoked:
                 self.removed.set()
 
-    def _holder(self) -> str:
-        """Return the coordinator that owns the stage, if its last heartbeat is recent; else an empty text."""
+    def _live_owner(self) -> str:
+        """Return the id of the coordinator that owns the stage if its last heartbeat is recent; "" if not."""
         held = self._loaded_request()
         return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
 
-    def _holder_lives(self) -> bool:
-        """Return whether the process that owns the stage was heard too recently to have been restarted since."""
-        return bool(self._holder()) and time.monotonic() - self._heard < RESTART_S
+    def _owner_was_heard(self) -> bool:
+        """Return whether the owner was heard within ``RESTART_S``, so that it must be the same process still."""
+        return bool(self._live_owner()) and time.monotonic() - self._heard < RESTART_S
 
     def _loaded_request(self) -> pb.LoadStageRequest | None:
         """Return the request of the loaded slice; None if the engine that loaded it has ended."""
-        return self.loaded if self._loaded_by is not None and self._loaded_by is self.supervisor.hello else None
+        engine = self._loading_engine
+        return self.loaded if engine is not None and engine is self.supervisor.hello else None
 
     async def _report(self) -> tuple[Reported, str]:
         try:
@@ -175,7 +176,7 @@ class WorkerServicer(WorkerServiceServicer):
                     yield event
         except MacpipeError as e:
             await abort(context, e)
-        self.loaded, self._loaded_by, self._heard = request, self.supervisor.hello, time.monotonic()
+        self.loaded, self._loading_engine, self._heard = request, self.supervisor.hello, time.monotonic()
         yield pb.LoadStageResponse(ready=True)
 
     def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
@@ -219,7 +220,7 @@ class WorkerServicer(WorkerServiceServicer):
         """Report from now on that this worker stops; return once no coordinator needs it any more."""
         self.stopping = True
         while True:
-            if not self._holder():
+            if not self._live_owner():
                 return
             await anyio.sleep(_RELEASE_INTERVAL_S)
 
@@ -230,11 +231,11 @@ class WorkerServicer(WorkerServiceServicer):
         return pb.ResetEngineResponse()
 
     async def _refuse_others(self, request: CoordinatorRequest, context: Context) -> None:
-        """Abort the call if another coordinator, or another process of the same id, holds the stage."""
-        held, holder = self._loaded_request(), self._holder()
-        if held and holder and holder != request.coordinator:
+        """Abort the call if another coordinator, or another process of the same id, owns the stage."""
+        held, owner = self._loaded_request(), self._live_owner()
+        if held and owner and owner != request.coordinator:
             await abort(context, WorkerTaken(f"it serves {held.model} for {_OTHER}"))
-        if held and self._holder_lives() and held.instance != request.instance:
+        if held and self._owner_was_heard() and held.instance != request.instance:
             await abort(context, WorkerTaken(f"it serves {held.model} for {_SAME_ID}"))
 
     async def RequestCertificate(

@@ -297,7 +297,7 @@ def test_a_coordinator_with_the_id_of_this_one_is_told_from_a_life_before(
     network: Network, instance: str, served: bool
 ) -> None:
     held = replace(
-        facts("ada", "a:1"), holder="me", holder_instance=network.instance if instance == "mine" else instance
+        facts("ada", "a:1"), live_owner="me", live_owner_process=network.instance if instance == "mine" else instance
     )
     problem = network.objection(held)
     assert (problem == "") is served
