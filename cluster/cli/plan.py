@@ -60,7 +60,7 @@ def plan(
     with errors_in_json(json):
         order = LoadOrder(
             model=model,
-            workers=workers,
+            worker_count=workers,
             layers=parse_layers(layers) if layers else None,
             route=route,
             max_context=context,
@@ -96,7 +96,7 @@ def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cl
         try:
             return client.plan(
                 order.model,
-                workers=order.workers,
+                workers=order.worker_count,
                 layers=layers,
                 route=order.route,
                 max_context=order.max_context,

@@ -152,7 +152,7 @@ def serve(
     settings = ServeSettings(
         LoadOrder(
             model=model,
-            workers=workers,
+            worker_count=workers,
             layers=parse_layers(layers) if layers else None,
             route=route,
             max_context=max_context,

@@ -191,7 +191,7 @@ class Coordinator:
     ) -> tuple[WorkerInfo, ...]:
         """Wait for the workers that the order asks for. One that is too small for any piece of the model is not one."""
         return await self._roster.gather(
-            order.stages, order.wait_s, report, lambda w: not is_too_small(shape, Room(w.name, w.memory_limit))
+            order.stage_count, order.wait_s, report, lambda w: not is_too_small(shape, Room(w.name, w.memory_limit))
         )
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
@@ -203,7 +203,7 @@ class Coordinator:
         if wait:
             found = await self._gather_workers(order, shape, self._report)
         else:
-            found = await self._roster.present(order.stages)
+            found = await self._roster.present(order.stage_count)
         return await self._make_plan(0, shape, found, order)
 
     async def _make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:

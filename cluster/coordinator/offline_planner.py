@@ -34,8 +34,8 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     small files and headers into ``home``. Raises ``NoPlan`` if ``macs`` names fewer Macs than the order asks for.
     """
     candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
-    if order.workers and order.workers > len(candidates.workers):
-        raise NoPlan(f"{order.workers} workers were asked for, but --assume names {len(candidates.workers)}")
+    if order.worker_count and order.worker_count > len(candidates.workers):
+        raise NoPlan(f"{order.worker_count} workers were asked for, but --assume names {len(candidates.workers)}")
     try:
         shape = read_shape(
             Store(home).find_by_name(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits

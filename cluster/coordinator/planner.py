@@ -26,15 +26,15 @@ def make_plan(
 
     Raises the errors of ``plan_over``.
     """
-    macs = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
-    return plan_over(epoch, shape, Candidates(macs, links or {}, relay=order.route is Route.RELAY), order)
+    offered = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
+    return plan_over(epoch, shape, Candidates(offered, links or {}, relay=order.route is Route.RELAY), order)
 
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
     """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
     if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
         raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
-    request = PlanRequest(order.objective, order.workers, order.layers, order.lanes)
+    request = PlanRequest(order.objective, order.worker_count, order.layers, order.lanes)
     proposal = propose(shape, candidates, request)
     stages = _stages(epoch, shape, proposal, order.kv_bits)
     lanes = order.lanes or len(stages)

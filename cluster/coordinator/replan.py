@@ -96,10 +96,10 @@ def adoptable_plan(
     ranges = tuple(f.layers for f in slice_workers if f.layers)
     ends = [0, *(r.end for r in ranges)]
     whole = bool(ranges) and ends[-1] == shape.layers and [r.start for r in ranges] == ends[:-1]
-    as_asked = order.layers in (None, ranges) and order.workers in (None, len(ranges))
+    as_asked = order.layers in (None, ranges) and order.worker_count in (None, len(ranges))
     if not (whole and as_asked) or any(f.draining for f in slice_workers):
         return None
-    return tuple(slice_workers), replace(order, layers=ranges, workers=len(ranges))
+    return tuple(slice_workers), replace(order, layers=ranges, worker_count=len(ranges))
 
 
 _NO_LAYERS = LayerRange(0, 1)
@@ -147,7 +147,7 @@ def _make_new_cut(
 def _assign(
     epoch: int, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo], layers: list[LayerRange] | None
 ) -> Assignment:
-    narrowed = replace(order, layers=tuple(layers) if layers else None, workers=len(workers))
+    narrowed = replace(order, layers=tuple(layers) if layers else None, worker_count=len(workers))
     plan = make_plan(epoch, shape, workers, narrowed)
     by_name = {w.name: w for w in workers}  # the planner may put the workers in another order
     return Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages))

@@ -14,10 +14,10 @@ from cluster.core.plan import LayerRange, Objective, Route
 class LoadOrder:
     """The model to serve and how to place it.
 
-    ``workers`` is the number of workers; None uses the number that is best for ``objective``, of those present once
-    at least one is. ``layers`` are the layer ranges of the stages; None leaves the cuts to the planner. ``wait_s`` is
-    the maximum wait for workers in seconds. With ``take_back``, lost workers get their layers back once they return;
-    without it, they become spares.
+    ``worker_count`` None uses as many workers as are best for ``objective``, of those present once at least one is.
+    ``layers`` are the layer ranges of the stages; None leaves the cuts to the planner. ``wait_s`` is the maximum wait
+    for workers in seconds. With ``take_back``, lost workers get their layers back once they return; without it, they
+    become spares.
 
     ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
@@ -25,7 +25,7 @@ class LoadOrder:
     """
 
     model: str
-    workers: int | None = None
+    worker_count: int | None = None
     layers: tuple[LayerRange, ...] | None = None
     route: Route = Route.DIRECT
     max_context: int | None = None
@@ -37,9 +37,9 @@ class LoadOrder:
     take_back: bool = False
 
     @property
-    def stages(self) -> int | None:
+    def stage_count(self) -> int | None:
         """The number of stages that the operator asks for; None leaves it to the planner."""
-        return self.workers or (len(self.layers) if self.layers else None)
+        return self.worker_count or (len(self.layers) if self.layers else None)
 
 
 @dataclass(frozen=True, slots=True)

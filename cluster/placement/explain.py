@@ -102,7 +102,7 @@ def _explain_bottleneck(layout: Layout) -> str:
 
 def _explain_single_worker(layout: Layout, search: Search | None) -> str:
     """Name a single Mac that can hold the whole model and is faster for one user, if there is one."""
-    found = search.best(stages=1) if search and len(layout.workers) > 1 else None
+    found = search.best(stage_count=1) if search and len(layout.workers) > 1 else None
     if found is None or layout.of(found).token_s >= layout.token_s:
         return ""
     alone = layout.of(found)

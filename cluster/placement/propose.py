@@ -1,7 +1,13 @@
 """Proposes a layout for a model and some workers, with a forecast and reasons. Decides; loads nothing.
 
-If the speed of every worker is known, the search finds the best layout over any of them. Otherwise all workers that
-are large enough are used in their given order, with the layers split by memory.
+There are three cases:
+
+- Layer ranges are given: they are checked, and the best workers for them are chosen.
+- The speed of every worker is known: the search finds the best layout over any of the workers (``search``).
+- A speed is unknown: the layers are split by memory over all workers that are large enough, in their given order
+  (``memory_split``).
+
+After a loss, ``coordinator.replan`` asks again with the layer ranges or the number of workers that remain.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ class PlanRequest:
     """
 
     objective: Objective = Objective.LATENCY
-    stages: int | None = None
+    stage_count: int | None = None
     layers: tuple[LayerRange, ...] | None = None
     lanes: int | None = None
 
@@ -64,7 +70,7 @@ def propose(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Pro
     if not candidates.known:
         return _split_by_memory(shape, candidates, wish)
     search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective)
-    found = search.best(stages=wish.stages)
+    found = search.best(stage_count=wish.stage_count)
     if found is None:
         return _split_by_memory(shape, candidates, wish)  # raises an error that says what is missing
     return _build_proposal(shape, candidates, wish, found.workers, found.ranges, search)
@@ -79,9 +85,9 @@ def _use_given_ranges(
     the others are spare.
     """
     check_cuts(shape, layers)
-    if wish.stages not in (None, len(layers)):
+    if wish.stage_count not in (None, len(layers)):
         raise NoPlan(
-            f"{_count_ranges(len(layers))} given, but --workers {wish.stages}; give as many ranges as workers, "
+            f"{_count_ranges(len(layers))} given, but --workers {wish.stage_count}; give as many ranges as workers, "
             "or omit one of the two"
         )
     if len(layers) > len(candidates.workers):
@@ -104,7 +110,7 @@ def _choose_workers(
         return tuple(candidates.workers)
     if candidates.known:
         only_these_cuts = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
-        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, wish.objective).best(stages=len(layers))
+        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, wish.objective).best(stage_count=len(layers))
         if found is not None:
             return found.workers
     return _largest(candidates, len(layers))
@@ -119,8 +125,8 @@ def _split_by_memory(shape: ModelShape, candidates: Candidates, wish: PlanReques
 
     Without a request, use all workers, except the smallest ones that the model does not fit on.
     """
-    if wish.stages:
-        chosen = _largest(candidates, wish.stages)
+    if wish.stage_count:
+        chosen = _largest(candidates, wish.stage_count)
         return _build_proposal(shape, candidates, wish, chosen, _solve(shape, chosen), None)
     most = min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None
     chosen, ranges = place_on_largest(
@@ -163,4 +169,5 @@ def _explain_worker_limit(wish: PlanRequest) -> str:
     """Return why no more workers are used, if the user limited their number, else an empty string."""
     if wish.layers:
         return f"{_count_ranges(len(wish.layers))} given"
-    return f"{wish.stages} worker{'s were' if wish.stages != 1 else ' was'} asked for" if wish.stages else ""
+    count = wish.stage_count
+    return f"{count} worker{'s were' if count != 1 else ' was'} asked for" if count else ""

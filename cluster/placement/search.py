@@ -92,17 +92,17 @@ class Search:
         return np.array([self._candidates.hop_s(one, other, n) for n in self._table.boundary])
 
     def best(
-        self, *, stages: int | None = None, including: Candidate | None = None, slack: float = BALANCE_SLACK
+        self, *, stage_count: int | None = None, including: Candidate | None = None, slack: float = BALANCE_SLACK
     ) -> BestLayout | None:
         """Return the best layout, or None if none fits.
 
-        ``stages`` restricts the number of stages. ``including`` restricts the search to layouts that use that worker;
-        it finds nothing if not every order is compared.
+        ``stage_count`` restricts the number of stages. ``including`` restricts the search to layouts that use that
+        worker; it finds nothing if not every order is compared.
         """
         limit = inf
         if self._objective is Objective.THROUGHPUT:
-            limit = self._least(None, stages, including)[0]
-        cost, key, last = self._least(limit, stages, including)
+            limit = self._least(None, stage_count, including)[0]
+        cost, key, last = self._least(limit, stage_count, including)
         if cost == inf:
             return None
         steps = self._trace_back(limit, key, last)
@@ -110,19 +110,21 @@ class Search:
             steps = self._balance([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
         return self._build_layout(steps)
 
-    def _least(self, limit: float | None, stages: int | None, including: Candidate | None) -> tuple[float, Key, int]:
+    def _least(
+        self, limit: float | None, stage_count: int | None, including: Candidate | None
+    ) -> tuple[float, Key, int]:
         """Return the cost, set and last kind of the cheapest layout. Of equal costs, fewer stages win."""
         ends = [
             (float(state.cost[-1]), self._count(key), key, last)
             for key, lasts in self._states(limit).items()
-            if self._is_candidate(key, stages, including)
+            if self._is_candidate(key, stage_count, including)
             for last, state in lasts.items()
         ]
         cost, _, key, last = min(ends, default=(inf, 0, (), 0))
         return cost, key, last
 
-    def _is_candidate(self, key: Key, stages: int | None, including: Candidate | None) -> bool:
-        if self._count(key) != stages if stages is not None else self._count(key) == 0:
+    def _is_candidate(self, key: Key, stage_count: int | None, including: Candidate | None) -> bool:
+        if self._count(key) != stage_count if stage_count is not None else self._count(key) == 0:
             return False
         if including is None:
             return True

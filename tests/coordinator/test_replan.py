@@ -18,7 +18,7 @@ from cluster.core.worker import WorkerInfo
 
 MODEL = ModelRef("m", "", "f" * 64)
 SHAPE = ModelShape(MODEL, 6, (10 * MIB,) * 6, (MIB,) * 6, (), (1, 2, 3, 4, 5), (), 64)
-ORDER = LoadOrder("m", workers=3)
+ORDER = LoadOrder("m", worker_count=3)
 EPOCH = 7
 CAUSE = WorkerLost("cyd: the data stream broke", worker="cyd")
 
@@ -137,12 +137,12 @@ def adopted(*facts: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
 
 def test_slices_that_are_held_are_adopted_where_they_are_the_whole_model() -> None:
     assert adopted(*reversed(STAGES), worker("dee")) == ["ada 0-1", "bob 2-3", "cyd 4-5"]
-    assert adopted(*STAGES, order=replace(ORDER, workers=None)) is not None
+    assert adopted(*STAGES, order=replace(ORDER, worker_count=None)) is not None
     assert adopted(*STAGES[:2]) is None
     assert adopted(*STAGES[:2], holding("cyd", 4, 6, epoch=EPOCH - 1)) is None
     assert adopted(*STAGES[:2], holding("cyd", 4, 6, fingerprint="other")) is None
     assert adopted(*STAGES[:2], holding("cyd", 4, 6, draining=True)) is None
-    assert adopted(*STAGES, order=replace(ORDER, workers=2)) is None
+    assert adopted(*STAGES, order=replace(ORDER, worker_count=2)) is None
     assert adopted(*STAGES, order=replace(ORDER, kv_bits=4)) is None
     asked = (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 6))
     assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None

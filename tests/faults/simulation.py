@@ -477,7 +477,7 @@ class Simulation:
 
     async def open(self) -> None:
         """Until a token has gone through every stage."""
-        roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", workers=STAGES)
+        roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", worker_count=STAGES)
         self._heartbeat = HeartbeatMonitor(roster, self._believed, lambda: self.service.alive())
         self._heartbeat._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])

@@ -94,16 +94,16 @@ def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
     with pytest.raises(NoPlan, match="2 layer ranges were given, but there is 1 worker; give fewer"):
         propose(shape(), Candidates([mac("fast", 100)]), wish)
     with pytest.raises(NoPlan, match="2 layer ranges were given, but --workers 1; give as many ranges as workers"):
-        propose(shape(), candidates, replace(wish, stages=1))
+        propose(shape(), candidates, replace(wish, stage_count=1))
     with pytest.raises(NoPlan, match="m has layers 0-39, but the ranges end at layer 40"):
-        propose(shape(), candidates, replace(wish, layers=(LayerRange(0, 41),), stages=2))
+        propose(shape(), candidates, replace(wish, layers=(LayerRange(0, 41),), stage_count=2))
 
 
 def test_of_more_workers_than_ranges_the_best_hold_them_in_the_best_order() -> None:
     candidates = Candidates([mac("slow", 100, SLOW), mac("small", 8), mac("fast", 40), mac("tiny", 4)])
     layers = (LayerRange(0, 5), LayerRange(5, 40))
     for stages in (None, 2):
-        made = propose(shape(), candidates, PlanRequest(layers=layers, stages=stages))
+        made = propose(shape(), candidates, PlanRequest(layers=layers, stage_count=stages))
         assert [w.name for w in made.workers] == ["small", "fast"]
         assert made.ranges == layers
         assert {(s.worker, s.why) for s in made.spares} == {(n, "2 layer ranges were given") for n in ("slow", "tiny")}
@@ -118,7 +118,7 @@ def test_what_fits_nowhere_is_refused_with_the_gib_missing() -> None:
     with pytest.raises(DoesNotFit, match=r"needs 40.6 GiB .* the workers offer 19 GiB; a lacks .* GiB; b lacks"):
         propose(shape(), Candidates([mac("a", 10), mac("b", 10)]), PlanRequest())
     with pytest.raises(NoPlan, match="3 workers"):
-        propose(shape(clean_cuts=(20,)), Candidates([mac(n, 100) for n in "abc"]), PlanRequest(stages=3))
+        propose(shape(clean_cuts=(20,)), Candidates([mac(n, 100) for n in "abc"]), PlanRequest(stage_count=3))
 
 
 def test_an_unknown_speed_means_all_of_them_by_memory() -> None:
@@ -140,7 +140,7 @@ def test_of_workers_of_unknown_speed_the_too_small_are_spare() -> None:
 
 def test_a_number_of_workers_is_as_asked() -> None:
     candidates = Candidates([mac("a", 100, SLOW), mac("b", 100), mac("c", 100)])
-    made = propose(shape(), candidates, PlanRequest(stages=2))
+    made = propose(shape(), candidates, PlanRequest(stage_count=2))
     assert [w.name for w in made.workers] == ["b", "c"]
     assert made.spares[0].why == "2 workers were asked for"
 

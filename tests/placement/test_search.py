@@ -73,7 +73,7 @@ def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, can
     every, asked = list(layouts(shape, candidates)), search(shape, candidates, Objective.LATENCY)
     for count in range(1, len(candidates.workers) + 1):
         of_that = [total_s(shape, candidates, one) for one in every if len(one[0]) == count]
-        found = asked.best(stages=count, slack=0.0)
+        found = asked.best(stage_count=count, slack=0.0)
         assert (found.seconds if found else None) == (close(min(of_that), rel=1e-9) if of_that else None)
     chosen = candidates.workers[0]
     with_it = [total_s(shape, candidates, one) for one in every if chosen in one[0]]

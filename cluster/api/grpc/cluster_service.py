@@ -121,7 +121,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         raise InvalidRequest("the model is missing; name a Hugging Face id or a folder", field="model")
     return LoadOrder(
         model=r.model,
-        workers=r.workers or None,
+        worker_count=r.workers or None,
         layers=parse_layers(r.layers) if r.layers else None,
         route=decode_route(r.route),
         max_context=r.max_context or None,
