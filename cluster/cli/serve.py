@@ -167,9 +167,7 @@ def serve(
         cluster=cluster,
         host=host,
         port=port,
-        http=_http_settings(
-            http, served_model_name, http_allow_host, http_allow_origin, certificate_files(http_cert, http_key)
-        ),
+        http=_http_settings(http, served_model_name, http_allow_host, http_allow_origin, http_cert, http_key),
         join_port=join_port,
         peers=collect_values(peer),
         peers_only=peers_only,
@@ -198,7 +196,8 @@ def _http_settings(
     served: list[str] | None,
     hosts: list[str] | None,
     origins: list[str] | None,
-    certificate: tuple[Path, Path] | None,
+    certificate: Path | None,
+    key: Path | None,
 ) -> HttpSettings:
     from cluster.coordinator.settings import HttpSettings
 
@@ -208,7 +207,7 @@ def _http_settings(
         collect_values(served),
         collect_values(hosts),
         collect_values(origins),
-        certificate,
+        certificate_files(certificate, key),
     )
 
 

@@ -7,7 +7,7 @@ from ipaddress import ip_interface
 
 from zeroconf.asyncio import AsyncServiceInfo
 
-from cluster.client.proto_decoding import decode_finish, decode_load_event, decode_prompt
+from cluster.client.proto_decoding import decode_finish, decode_load_event, decode_accepted
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_plan
@@ -61,7 +61,7 @@ def replies() -> Prepared:
 
     def run(data: bytes) -> None:
         answer = inference_pb2.GenerateResponse.FromString(data)
-        for name, read in (("prompt", decode_prompt), ("token", decode_token), ("finish", decode_finish)):
+        for name, read in (("prompt", decode_accepted), ("token", decode_token), ("finish", decode_finish)):
             if answer.WhichOneof("event") == name:
                 read(getattr(answer, name))
         decode_load_event(cluster_pb2.LoadModelResponse.FromString(data))
