@@ -7,7 +7,7 @@ from ipaddress import ip_interface
 
 from zeroconf.asyncio import AsyncServiceInfo
 
-from cluster.client.proto_decoding import decode_finish, decode_load_event, decode_accepted
+from cluster.client.proto_decoding import decode_accepted, decode_finish, decode_load_event
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_plan
