@@ -35,6 +35,9 @@ VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "v
 PROBE: Final = "Hello"
 PLAIN: Final = ChatOptions()
 REPLACEMENT: Final = "\ufffd"
+UNDECIDED: Final = 16
+"""Tokens that are held back for an incomplete character. A character has at most four bytes, and a token at least one;
+runs of more are invalid in any case."""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -222,11 +225,23 @@ class TextDecoder:
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT):
-            return ""
+            return self._certain(text) if len(self._window) > self._given + UNDECIDED else ""
         piece = text[len(self._given_text) :]
         del self._window[: self._given]
         self._given = len(self._window)
         self._given_text = self._decode(self._window)
+        return piece
+
+    def _certain(self, text: str) -> str:
+        """Return the text of a long window except its last character, which alone can still change.
+
+        Otherwise an answer of nothing but incomplete characters, which a client can force with ``logit_bias``, would be
+        decoded from its beginning at each token.
+        """
+        piece = text[len(self._given_text) : -1]
+        del self._window[:-UNDECIDED]
+        self._given = 0
+        self._given_text = self._decode(self._window)[:-1]
         return piece
 
     def flush(self) -> str:

@@ -16,7 +16,7 @@ from tokenizers import decoders, models
 from checkpoints import SPECIAL_IDS, VOCABULARY, make_tokenizer
 from cluster.core.errors import BadCheckpoint, InvalidRequest
 from cluster.core.request import ChatMessage
-from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.model.tokenizer import UNDECIDED, TextDecoder, Tokenizer, load_tokenizer
 
 END = SPECIAL_IDS["<|end|>"]
 
@@ -42,6 +42,23 @@ def test_text_goes_there_and_back(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("the")[0] == 257
     assert tokenizer.vocab_size == 258 + len(SPECIAL_IDS)
+
+
+def test_incomplete_characters_are_not_decoded_again_at_each_token(tokenizer: Tokenizer) -> None:
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return tokenizer.decode(ids)
+
+    first_of_three = tokenizer.encode("漢")[0]
+    for ids in ([first_of_three] * 500, [*tokenizer.encode("a"), *[first_of_three] * 500, *tokenizer.encode("漢字 b")]):
+        decoder = TextDecoder(decode)
+        pieces = [decoder.add(token) for token in ids]
+        assert sum(map(len, pieces)) >= 500 - 2 * UNDECIDED
+        assert "".join([*pieces, decoder.flush()]) == tokenizer.decode(ids)
+    assert longest <= 2 * UNDECIDED + 2
 
 
 def test_special_tokens_are_added_unless_told_not_to(folder: Path) -> None:
