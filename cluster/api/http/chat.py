@@ -23,7 +23,7 @@ from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
-from cluster.api.http.logprobs import chat_logprobs
+from cluster.api.http.logprobs import chat_logprobs, collected_chat_logprobs
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
@@ -66,11 +66,11 @@ class ChunkHead:
 async def _completion(head: ChunkHead, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
     answers = await collect_answers(running)
     usage = openai_usage(sum_usage(w.finish for w in answers), sum(w.reasoning_counter.tokens for w in answers))
-    choices = [_choice(i, answer, running, logprobs) for i, answer in enumerate(answers)]
+    choices = [await _choice(i, answer, running, logprobs) for i, answer in enumerate(answers)]
     return {**head.fields("chat.completion"), "choices": choices, "usage": usage}
 
 
-def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
+async def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if answer.calls else "")}
     message["refusal"] = None
     if answer.reasoning:
@@ -80,7 +80,7 @@ def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logpro
             {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
             for c in answer.calls
         ]
-    shown = chat_logprobs(answer.tokens, running) if logprobs else None
+    shown = await collected_chat_logprobs(answer.tokens, running) if logprobs else None
     reason = answer.finish.reason.value if answer.finish else None
     return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
 

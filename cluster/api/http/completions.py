@@ -25,7 +25,7 @@ from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
-from cluster.api.http.logprobs import columns
+from cluster.api.http.logprobs import collected_columns, columns
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
@@ -85,6 +85,8 @@ class CompletionsEncoder:
     _usage: Usage = field(default_factory=lambda: Usage(0, 0))
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters so far, by choice."""
+    _echoed: dict[str, str] = field(default_factory=dict)
+    """Text of each prompt, by its request."""
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
@@ -92,16 +94,18 @@ class CompletionsEncoder:
             gathered = [tasks.create_task(collect_answers(running)) for running in self.all_running]
         answers = [task.result() for task in gathered]
         choices = [
-            self._choice(p, i, whole, running)
+            await self._choice(p, i, whole, running)
             for p, (running, wholes) in enumerate(zip(self.all_running, answers, strict=True))
             for i, whole in enumerate(wholes)
         ]
         usage = openai_usage(reduce(add_usage, (sum_usage(w.finish for w in wholes) for wholes in answers)))
         return {**self.head.fields(KIND), "choices": choices, "usage": usage}
 
-    def _choice(self, prompt: int, sample: int, whole: CollectedAnswer, running: RunningRequest) -> dict[str, Any]:
+    async def _choice(
+        self, prompt: int, sample: int, whole: CollectedAnswer, running: RunningRequest
+    ) -> dict[str, Any]:
         echoed = self._echo(running)
-        logprobs = None if self.form.logprobs is None else columns(whole.tokens, running, 0)
+        logprobs = None if self.form.logprobs is None else await collected_columns(whole.tokens, running)
         return {
             "index": prompt * self.form.samples + sample,
             "text": echoed + whole.text,
@@ -110,8 +114,13 @@ class CompletionsEncoder:
         }
 
     def _echo(self, running: RunningRequest) -> str:
-        """Return the prompt as text if ``echo`` is set, else an empty text."""
-        return running.checkpoint.tokenizer.decode(running.request.prompt) if self.form.echo else ""
+        """Return the prompt as text if ``echo`` is set, else an empty text. It is decoded once for all samples."""
+        if not self.form.echo:
+            return ""
+        prompt = running.request.id
+        if prompt not in self._echoed:
+            self._echoed[prompt] = running.checkpoint.tokenizer.decode(running.request.prompt)
+        return self._echoed[prompt]
 
     def begin(self) -> Iterator[bytes]:
         if self.form.echo:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
+from cluster.api.http.json_response import encode_list
 from cluster.api.request_service import RunningRequest
 from cluster.core.request import TokenEvent
 
@@ -16,6 +18,11 @@ _LEAST: Final = -9999.0
 def chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
     """Return ``{"content": [...], "refusal": null}``."""
     return {"content": [entry(t, running) for t in tokens], "refusal": None}
+
+
+async def collected_chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
+    """Return the same for a whole answer, encoded while the event loop goes on."""
+    return {"content": await encode_list(entry(t, running) for t in tokens), "refusal": None}
 
 
 def entry(token: TokenEvent, running: RunningRequest) -> dict[str, Any]:
@@ -39,13 +46,25 @@ def _alternatives(token: TokenEvent, text: Callable[[int], str]) -> dict[str, fl
 def columns(tokens: Sequence[TokenEvent], running: RunningRequest, offset: int) -> dict[str, Any]:
     """Return the ``logprobs`` of completions; ``offset`` is the character at which the first token's text begins."""
     text = running.checkpoint.tokenizer.token_text
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
     return {
         "tokens": [text(t.token) for t in tokens],
         "token_logprobs": [max(t.logprob or 0.0, _LEAST) for t in tokens],
         "top_logprobs": [_alternatives(t, text) for t in tokens],
-        "text_offset": offsets,
+        "text_offset": _offsets(tokens, offset),
     }
+
+
+async def collected_columns(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
+    """Return the same for a whole answer, encoded while the event loop goes on."""
+    text = running.checkpoint.tokenizer.token_text
+    return {
+        "tokens": await encode_list(text(t.token) for t in tokens),
+        "token_logprobs": [max(t.logprob or 0.0, _LEAST) for t in tokens],
+        "top_logprobs": await encode_list(_alternatives(t, text) for t in tokens),
+        "text_offset": _offsets(tokens, 0),
+    }
+
+
+def _offsets(tokens: Sequence[TokenEvent], offset: int) -> list[int]:
+    """Return the character at which each token's text begins."""
+    return list(accumulate((len(t.text) for t in tokens[:-1]), initial=offset)) if tokens else []

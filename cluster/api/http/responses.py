@@ -13,7 +13,7 @@ from starlette.requests import Request
 from cluster.api.http.answer_assembly import AnswerPart, CollectedAnswer, collect_answers
 from cluster.api.http.body import read
 from cluster.api.http.chat_submission import submit_chat
-from cluster.api.http.json_response import Json, new_id
+from cluster.api.http.json_response import Encoded, Json, encode_list, new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.responses_form import ResponsesForm
@@ -44,12 +44,14 @@ class Responses:
 async def _whole_response(encoder: ResponseEncoder) -> dict[str, Any]:
     (answer,) = await collect_answers(encoder.running)
     assert answer.finish
-    return encoder.finish_object(encode_items(encoder, answer), answer.finish, answer.reasoning_counter.tokens)
+    items = await encode_items(encoder, answer)
+    return encoder.finish_object(items, answer.finish, answer.reasoning_counter.tokens)
 
 
-def encode_items(encoder: ResponseEncoder, answer: CollectedAnswer) -> Sequence[dict[str, Any]]:
+async def encode_items(encoder: ResponseEncoder, answer: CollectedAnswer) -> Sequence[dict[str, Any]]:
     """Return the output items in the order of generation. An empty answer has one empty message."""
-    tokens = [entry(t, encoder.running) for t in answer.tokens] if encoder.form.logprobs else []
+    logprobs = answer.tokens if encoder.form.logprobs else []
+    tokens = await encode_list(entry(t, encoder.running) for t in logprobs)
     items = []
     for part in answer.parts or (AnswerPart(),):
         if part.call:
@@ -58,7 +60,9 @@ def encode_items(encoder: ResponseEncoder, answer: CollectedAnswer) -> Sequence[
             items.append(encoder.reasoning(new_id("rs_"), part.text))
         else:
             items.append(encoder.message(new_id("msg_"), part.text, tokens))
-            tokens = []  # the first message has all log-probabilities; another message follows only after a call
+            tokens = Encoded(
+                "[]"
+            )  # the first message has all log-probabilities; another message follows only after a call
     if answer.finish:
         items[-1]["status"] = encoder.item_status(answer.finish)
     return items

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from cluster.api.http.errors import openai_error
+from cluster.api.http.json_response import Encoded
 from cluster.api.http.responses_form import ResponsesForm, ResponsesNamedTool
 from cluster.api.request_service import RunningRequest
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, Usage
+
+NO_LOGPROBS: Final = Encoded("[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class ResponseEncoder:
         return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
 
     def message(
-        self, item_id: str, text: str, logprobs: Sequence[dict[str, Any]] = (), status: str = "completed"
+        self, item_id: str, text: str, logprobs: Encoded = NO_LOGPROBS, status: str = "completed"
     ) -> dict[str, Any]:
         """Return a message item of the assistant."""
         content = [output_text(text, logprobs)] if status != "in_progress" else []
@@ -107,9 +110,9 @@ class ResponseEncoder:
         }
 
 
-def output_text(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def output_text(text: str, logprobs: Encoded = NO_LOGPROBS) -> dict[str, Any]:
     """Return a text part of a message."""
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def encode_usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:

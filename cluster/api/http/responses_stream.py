@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.http.answer_assembly import is_content, reasoning_counters
-from cluster.api.http.json_response import new_id
+from cluster.api.http.json_response import compact, encoded_list, new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import ResponseEncoder, output_text
@@ -28,7 +28,8 @@ class OutputItem:
     call_id: str = ""
     name: str = ""
     text: str = ""
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[str] = field(default_factory=list)
+    """JSON texts: one object per token."""
 
     @property
     def place(self) -> dict[str, Any]:
@@ -87,11 +88,13 @@ class ResponseStreamEncoder:
         if e.text:
             logprobs = []
             if self.encoder.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
-                logprobs = [entry(e, self.encoder.running)]
+                logprobs = [compact(entry(e, self.encoder.running))]
             yield from self._open_item("message")
             assert self._open
             self._open.logprobs += logprobs
-            yield from self._add_part(e.text, "response.output_text.delta", {"content_index": 0, "logprobs": logprobs})
+            yield from self._add_part(
+                e.text, "response.output_text.delta", {"content_index": 0, "logprobs": encoded_list(logprobs)}
+            )
         for call in e.calls:
             yield from self._open_item(f"call {call.index}", call.id, call.name)
             if call.arguments:
@@ -128,7 +131,7 @@ class ResponseStreamEncoder:
 
     def _text_done(self, item: OutputItem) -> Pieces:
         if item.kind == "message":
-            done = {"content_index": 0, "text": item.text, "logprobs": item.logprobs}
+            done = {"content_index": 0, "text": item.text, "logprobs": encoded_list(item.logprobs)}
             yield {"type": "response.output_text.done", **item.place, **done}
         elif item.kind == "reasoning":
             yield {"type": "response.reasoning_text.done", **item.place, "content_index": 0, "text": item.text}
@@ -139,14 +142,14 @@ class ResponseStreamEncoder:
     def _part(self, text: str) -> dict[str, Any] | None:
         assert self._open
         if self._open.kind == "message":
-            return output_text(text, self._open.logprobs)
+            return output_text(text, encoded_list(self._open.logprobs))
         return {"type": "reasoning_text", "text": text} if self._open.kind == "reasoning" else None
 
     def _object(self, status: str) -> dict[str, Any]:
         item = self._open
         assert item
         if item.kind == "message":
-            return self.encoder.message(item.id, item.text, item.logprobs, status)
+            return self.encoder.message(item.id, item.text, encoded_list(item.logprobs), status)
         if item.kind == "reasoning":
             return self.encoder.reasoning(item.id, item.text, status)
         return self.encoder.call(item.id, item.call_id, item.name, item.text, status)
