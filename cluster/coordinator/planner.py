@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import LANE_ROWS, MAX_STAGES, PREFIX_SHARE
+from cluster.core.limits import LANE_ROWS, MAX_SCORED_LOGITS, MAX_STAGES, PREFIX_SHARE
 from cluster.core.plan import Link, ModelShape, Plan, PlannedStage, Route, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
@@ -96,5 +96,6 @@ def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
         prefix_budget=tuple(int(b * PREFIX_SHARE) for b in budget),
         cost_of=cost_of,
         mark_cost_of=None if shape.trimmable else mark_cost_of,
+        scored_chunk=max(MAX_SCORED_LOGITS // max(shape.vocabulary, 1), 1),
         max_step_ms=max_step_ms,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cluster.core.request import SamplingParams, TopLogprob
+from cluster.core.request import PromptLogprobs, SamplingParams, TopLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,19 @@ class Compute(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScoring:
+    """Tells the last stage to report log-probabilities of prompt tokens with a prefill step of one sequence.
+
+    ``targets`` are the tokens that follow consecutive positions of the step, after its first ``skip`` positions. The
+    last target may be the first token of the next chunk. ``top`` is the number of alternatives at each position.
+    """
+
+    skip: int
+    targets: tuple[int, ...]
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """A computation. ``tokens`` has one row of token ids per sequence of ``sequences``; all rows have one length.
 
@@ -113,6 +126,7 @@ class Step:
     compute: Compute
     sequences: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
+    scoring: PromptScoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +177,9 @@ class Frame:
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
     has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
-    only ``samples`` and ``failures``; a failed sequence can only leave. A row whose grammar is still being compiled has
-    neither; its sample or failure comes with a later frame. A frame with an ``error`` continues to the end of the ring,
-    so that every stage applies its edits, but no stage computes it any further.
+    only ``samples``, ``failures`` and ``prompt_logprobs``; a failed sequence can only leave. A row whose grammar is
+    still being compiled has neither sample nor failure yet; it comes with a later frame. A frame with an ``error``
+    continues to the end of the ring, so that every stage applies its edits, but no stage computes it any further.
     """
 
     epoch: int
@@ -178,3 +192,4 @@ class Frame:
     failures: tuple[SequenceFailure, ...] = ()
     timings: tuple[StageTiming, ...] = ()
     error: Failure | None = None
+    prompt_logprobs: PromptLogprobs | None = None

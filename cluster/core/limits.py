@@ -65,6 +65,11 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+MAX_SCORED_LOGITS: Final = 32 * MIB
+"""Logits of a prefill step that reports log-probabilities: 128 MiB in float32. Its chunk is shortened to this: with a
+vocabulary of 152,000 tokens it has 220."""
+SCORED_SLICE_LOGITS: Final = 4 * MIB
+"""Logits whose log-probabilities are computed at once. With alternatives, each takes several times its own bytes."""
 LEAST_REPETITION_PENALTY: Final = 0.01
 """Logits are divided by it; near zero they would overflow. In practice nobody asks for less than a half."""
 MOST_REPETITION_PENALTY: Final = 10.0

@@ -87,6 +87,8 @@ class ModelShape:
     """Floating-point operations of one token per layer, without the part of attention that grows with the context."""
     boundary_bytes: tuple[int, ...] = ()
     """Bytes that cross the cut before each layer for one token; the first entry is for token ids."""
+    vocabulary: int = 0
+    """Logits of one position; 0 if unknown."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage with these layers holds."""

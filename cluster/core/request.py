@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 
 from cluster.core.plan import LayerRange
 
@@ -181,6 +182,8 @@ class Request:
     answers, each with its own seed; sample 0 equals the answer of a request for one. ``parsing`` None leaves the
     answer's text as it is. With ``stage_timings`` every token has its time per stage. ``boundaries`` are
     ascending lengths at which later prompts may part from this one; they save work and change no token.
+    ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
+    no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``.
     """
 
     id: str
@@ -196,6 +199,7 @@ class Request:
     parsing: Parsing | None = None
     stage_timings: bool = False
     boundaries: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,28 @@ class TopLogprob:
     logprob: float
     text: str = ""
     """Only for clients; stages and the coordinator know the id."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The log-probabilities of consecutive prompt tokens, each given all tokens before it.
+
+    They are those of the model's own distribution, without temperature, bias or penalties. ``start`` is the index of
+    the first of these tokens in the prompt; the prompt's first token has none. ``logprobs`` has one value per token.
+    ``top_tokens`` and ``top_logprobs`` hold the same number of alternatives for each token, most probable first. They
+    are flat, since a chunk has ten thousand of them.
+    """
+
+    start: int
+    logprobs: tuple[float, ...]
+    top_tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+    def top(self, i: int) -> tuple[TopLogprob, ...]:
+        """Return the possible alternatives of the ``i``-th of these tokens, most probable first."""
+        count = len(self.top_tokens) // len(self.logprobs)
+        own = range(i * count, (i + 1) * count)
+        return tuple(TopLogprob(self.top_tokens[j], p) for j in own if isfinite(p := self.top_logprobs[j]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
         batchable=quantization is None and batchable(model, traced),
         trimmable=can_trim,
         mark_curve=tuple(zip(lengths, marks, strict=False)),
+        vocabulary=traced.vocabulary,
         active_bytes=tuple(round(_sum(layer, activity.read_bytes)) for layer in layers),
         expert_bytes=tuple(round(_sum(layer, activity.expert_bytes)) for layer in layers),
         flops=tuple(_sum(layer, activity.flops) for layer in layers),

@@ -18,9 +18,11 @@ from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.core.limits import LATE_ROWS
 from cluster.core.plan import LayerRange, StageSpec
+from cluster.core.request import PromptLogprobs
 from cluster.model.batch_sampling import BatchSampling
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
+from cluster.model.prompt_scoring import require_valid_scoring, score_prompt
 from cluster.model.sequences import LiveSequence, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensor_codec import pack, unpack
@@ -36,11 +38,12 @@ GPU free memory and allocate it again for the next chunk."""
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """The output of a step: tensors for the next stage, or the last stage's samples and failures."""
+    """The output of a step: tensors for the next stage, or what the last stage reports."""
 
     tensors: tuple[Tensor, ...] = ()
     samples: tuple[Sample, ...] = ()
     failures: tuple[SequenceFailure, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> Stage:
@@ -137,8 +140,8 @@ class Stage:
     def step(self, frame: Frame) -> Frame:
         """Apply the frame's edits in order, compute its step, and return the frame for the next stage.
 
-        The last stage returns the reply (samples and failures, no edits, no step). A frame that carries an error is
-        passed on with its edits applied and its step not computed.
+        The last stage returns the reply (samples, failures and log-probabilities of the prompt; no edits, no step). A
+        frame that carries an error is passed on with its edits applied and its step not computed.
 
         A row whose grammar is not compiled yet is not sampled: it has neither sample nor failure in this reply. Its
         sample is in the reply to a later frame, whatever this frame is for.
@@ -169,7 +172,15 @@ class Stage:
 
     def _onward(self, frame: Frame, result: _Result) -> Frame:
         if self.spec.last:
-            return replace(frame, edits=(), step=None, tensors=(), samples=result.samples, failures=result.failures)
+            return replace(
+                frame,
+                edits=(),
+                step=None,
+                tensors=(),
+                samples=result.samples,
+                failures=result.failures,
+                prompt_logprobs=result.prompt_logprobs,
+            )
         return replace(frame, tensors=result.tensors)
 
     def _apply_edits(self, frame: Frame) -> None:
@@ -209,6 +220,7 @@ class Stage:
         high = max(map(max, step.tokens))
         if low < 0 or high >= self._vocabulary:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
+        require_valid_scoring(step, self._vocabulary)
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
             if live.deferred is not None:
@@ -233,10 +245,9 @@ class Stage:
     def _evaluate_and_sample(
         self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]
     ) -> _Result:
-        """Evaluate the step and sample its tokens. For a prefill, do not compute the head."""
+        """Evaluate the step and sample its tokens. For a prefill, compute the head only if it has a ``scoring``."""
         if step.compute is Compute.PREFILL:
-            mx.eval(states)
-            return _Result()
+            return _evaluate_prefill(rows[0], step, logits, states)
         if any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
         sampled = 1 if step.compute is Compute.DECODE else logits.shape[1]
@@ -302,6 +313,16 @@ def _sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[Sequ
     picks = BatchSampling([live], logits, logits.shape[1])
     mx.eval(picks.arrays())
     return picks.results()
+
+
+def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
+    scoring = step.scoring
+    if scoring is None:
+        mx.eval(states)
+        return _Result()
+    mx.eval(logits, states)
+    start = len(live.tokens) - len(step.tokens[0]) + scoring.skip + 1
+    return _Result(prompt_logprobs=score_prompt(logits, scoring, start))
 
 
 def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int]:

@@ -15,8 +15,9 @@ class Capacity:
     ``budget``: bytes for all caches, per stage. ``prefix_budget``: the part of it that kept prefixes and marks may
     use. ``mark_cost_of``: the bytes of a mark at a length; None if the model's caches can all be trimmed.
     ``rows``: maximum sequences per lane (1 if the caches cannot be batched). ``window``: maximum prefill frames in
-    the ring. ``chunk``: maximum tokens per prefill frame. ``max_step_ms``: maximum time of a prefill frame on a stage
-    while other sequences decode; None means no maximum. ``queue``: maximum waiting requests.
+    the ring. ``chunk``: maximum tokens per prefill frame. ``scored_chunk``: the same for a frame that reports
+    log-probabilities of its tokens, which needs memory for their logits. ``max_step_ms``: maximum time of a prefill
+    frame on a stage while other sequences decode; None means no maximum. ``queue``: maximum waiting requests.
     """
 
     lanes: int
@@ -27,6 +28,7 @@ class Capacity:
     cost_of: CostOf
     mark_cost_of: CostOf | None = None
     chunk: int = PREFILL_CHUNK
+    scored_chunk: int = PREFILL_CHUNK
     max_step_ms: float | None = None
     queue: int = MAX_QUEUE
 

@@ -21,7 +21,17 @@ from typing import Any
 import msgpack
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Compute, Failure, Frame, Sample, SequenceFailure, StageTiming, Step, Tensor
+from cluster.core.frames import (
+    Compute,
+    Failure,
+    Frame,
+    PromptScoring,
+    Sample,
+    SequenceFailure,
+    StageTiming,
+    Step,
+    Tensor,
+)
 from cluster.core.limits import (
     MAX_EDITS,
     MAX_FRAME_BYTES,
@@ -32,14 +42,14 @@ from cluster.core.limits import (
     MAX_TENSORS,
     MAX_TOP_LOGPROBS,
 )
-from cluster.core.request import TopLogprob
+from cluster.core.request import PromptLogprobs, TopLogprob
 from cluster.wire.edit_codec import pack_edit, unpack_edit
 from cluster.wire.elements import require_few_elements
-from cluster.wire.header_fields import Fields, pack_ids, unpack_ids
+from cluster.wire.header_fields import Fields, pack_ids, pack_numbers, unpack_ids, unpack_numbers
 
-VERSION = 6
+VERSION = 7
 _PREFIX = struct.Struct("<II")
-_FIELDS = 12
+_FIELDS = 13
 
 ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
@@ -70,6 +80,7 @@ def pack_header(frame: Frame, *, apart: bool) -> bytes:
             None if (e := frame.error) is None else (e.stage, e.reason, e.sentence),
             [(f.sequence, f.reason, f.sentence) for f in frame.failures],
             apart,
+            _pack_prompt_logprobs(frame.prompt_logprobs),
         )
     )
     body = [] if apart else _bodies(frame)
@@ -124,6 +135,7 @@ def decode_head(message: bytes) -> tuple[Frame, bool]:
         timings=_timings(f.counts(8, 4 * MAX_STAGES)),
         error=_unpack_failure(f.optional_list(9)),
         failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
+        prompt_logprobs=_unpack_prompt_logprobs(f.optional_list(12)),
     )
     if apart and len(view) > end:
         raise BadFrame(f"a frame with a separate body has {len(view) - end} bytes after its header")
@@ -166,20 +178,34 @@ def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
     if step is None:
         return None
     width = len(step.tokens[0])
-    return int(step.compute), step.sequences, width, pack_ids(chain.from_iterable(step.tokens))
+    scoring = None if (s := step.scoring) is None else (s.skip, pack_ids(s.targets), s.top)
+    return int(step.compute), step.sequences, width, pack_ids(chain.from_iterable(step.tokens)), scoring
 
 
 def _unpack_step(value: list[Any] | None) -> Step | None:
     if value is None:
         return None
-    f = Fields(value, "step", 4)
+    f = Fields(value, "step", 5)
     sequences = f.counts(1, MAX_ROWS)
     width = f.count(2)
     ids = unpack_ids(f.blob(3))
     if not sequences or not width or len(sequences) * width != len(ids):
         raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
     rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
-    return Step(_compute(f.count(0)), sequences, rows)
+    return Step(_compute(f.count(0)), sequences, rows, _unpack_scoring(f.optional_list(4)))
+
+
+def _unpack_scoring(value: list[Any] | None) -> PromptScoring | None:
+    if value is None:
+        return None
+    f = Fields(value, "scoring", 3)
+    return PromptScoring(f.count(0), unpack_ids(f.blob(1)), _top_count(f.count(2)))
+
+
+def _top_count(count: int) -> int:
+    if count > MAX_TOP_LOGPROBS:
+        raise BadFrame(f"a frame has {count} alternatives per token; the limit is {MAX_TOP_LOGPROBS}")
+    return count
 
 
 def _compute(code: int) -> Compute:
@@ -225,6 +251,25 @@ def _unpack_sample(value: Any) -> Sample:
     top = [Fields(row, "alternative", 2) for row in f.rows(4, MAX_TOP_LOGPROBS)]
     alternatives = tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
     return Sample(f.count(0), f.count(1), f.count(2), logprob, alternatives, f.flag(5))
+
+
+def _pack_prompt_logprobs(p: PromptLogprobs | None) -> tuple[Any, ...] | None:
+    """Return the values as float32, which holds every type of logits exactly."""
+    if p is None:
+        return None
+    return p.start, pack_numbers(p.logprobs), pack_ids(p.top_tokens), pack_numbers(p.top_logprobs)
+
+
+def _unpack_prompt_logprobs(value: list[Any] | None) -> PromptLogprobs | None:
+    if value is None:
+        return None
+    f = Fields(value, "prompt log-probabilities", 4)
+    start, own = f.count(0), unpack_numbers(f.blob(1))
+    tokens, logprobs = unpack_ids(f.blob(2)), unpack_numbers(f.blob(3))
+    if not own or len(tokens) != len(logprobs) or len(tokens) % len(own):
+        raise BadFrame(f"{len(own)} prompt tokens have {len(tokens)} alternatives with {len(logprobs)} values")
+    _top_count(len(tokens) // len(own))
+    return PromptLogprobs(start, own, tokens, logprobs)
 
 
 def _unpack_failure(value: list[Any] | None) -> Failure | None:

@@ -1,10 +1,11 @@
-"""Validates the fields of an untrusted frame header, and packs token ids as bytes."""
+"""Validates the fields of an untrusted frame header, and packs token ids and numbers as bytes."""
 
 from __future__ import annotations
 
 import sys
 from array import array
 from collections.abc import Iterable
+from math import isnan
 from typing import Any
 
 from cluster.core.errors import BadFrame
@@ -107,3 +108,24 @@ def unpack_ids(data: bytes) -> tuple[int, ...]:
     if sys.byteorder == "big":
         ids.byteswap()
     return tuple(ids)
+
+
+def pack_numbers(numbers: Iterable[float]) -> bytes:
+    """Return numbers as little-endian float32."""
+    packed = array("f", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_numbers(data: bytes) -> tuple[float, ...]:
+    """Return the numbers that ``pack_numbers`` packed. Raises ``BadFrame`` for a NaN or an incomplete number."""
+    if len(data) % 4:
+        raise BadFrame(f"numbers have {len(data)} bytes, which is not a multiple of 4")
+    packed = array("f", data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    numbers = tuple(packed)
+    if any(map(isnan, numbers)):
+        raise BadFrame("a frame has a log-probability that is not a number")
+    return numbers

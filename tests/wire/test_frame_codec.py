@@ -21,6 +21,7 @@ from cluster.core.frames import (
     Join,
     Leave,
     Mark,
+    PromptScoring,
     Restore,
     Sample,
     Save,
@@ -41,7 +42,7 @@ from cluster.core.limits import (
     MAX_ROWS,
     MAX_TOP_LOGPROBS,
 )
-from cluster.core.request import Grammar, GrammarKind, SamplingParams, TopLogprob
+from cluster.core.request import Grammar, GrammarKind, PromptLogprobs, SamplingParams, TopLogprob
 from cluster.scheduler.pending_edits import first_load
 from cluster.wire.frame_codec import ITEM_BYTES, VERSION, decode, encode
 
@@ -78,6 +79,9 @@ edits = st.one_of(
 )
 
 
+scorings = st.builds(PromptScoring, counts, st.lists(ids, max_size=5).map(tuple), st.integers(0, MAX_TOP_LOGPROBS))
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
@@ -86,6 +90,19 @@ def steps(draw: st.DrawFn) -> Step:
         draw(st.sampled_from(Compute)),
         tuple(draw(st.lists(counts, min_size=rows, max_size=rows))),
         tuple(draw(st.lists(row, min_size=rows, max_size=rows))),
+        draw(st.none() | scorings),
+    )
+
+
+@st.composite
+def prompt_logprobs(draw: st.DrawFn) -> PromptLogprobs:
+    count, top = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    values = st.floats(width=32, allow_nan=False)
+    return PromptLogprobs(
+        draw(counts),
+        tuple(draw(st.lists(values, min_size=count, max_size=count))),
+        tuple(draw(st.lists(ids, min_size=count * top, max_size=count * top))),
+        tuple(draw(st.lists(values, min_size=count * top, max_size=count * top))),
     )
 
 
@@ -112,6 +129,7 @@ frames = st.builds(
     ),
     timings=st.lists(st.builds(StageTiming, small, small, small, small), max_size=4).map(tuple),
     error=st.none() | st.builds(Failure, small, st.text(max_size=9), st.text(max_size=20)),
+    prompt_logprobs=st.none() | prompt_logprobs(),
 )
 
 
@@ -158,18 +176,43 @@ def _with_header(header: object, body: bytes = b"") -> bytes:
     return struct.pack("<II", len(packed), checksum) + packed + body
 
 
+FLOATS = bytes(4 * (MAX_TOP_LOGPROBS + 1))
+
+
+def _scoring(value: object) -> list[object]:
+    """A header whose step asks for log-probabilities of the prompt."""
+    step = [0, [1], 1, b"\0\0\0\0", value]
+    return [VERSION, 0, 0, 0, [], step, [], [], [], None, [], False, None]
+
+
+def _scored(value: object) -> list[object]:
+    """A header with log-probabilities of the prompt."""
+    return [VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, value]
+
+
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        ([1, 0, 0, 0, [], None, [], [], [], None, [], False], "layout version 1"),
-        ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False], "whole number"),
-        ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False], "unknown code 9"),
-        ([VERSION, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0"], [], [], [], None, [], False], "unknown kind 7"),
-        ([VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0"], [], [], [], None, [], False], "carries 1 token ids"),
-        ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False], "unknown type"),
-        ([VERSION, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False], "tensors need"),
-        ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False], "four numbers"),
-        ([VERSION, 0, 0, 0, [], None, [], [], []], "12 fields"),
+        ([1, 0, 0, 0, [], None, [], [], [], None, [], False, None], "layout version 1"),
+        ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False, None], "whole number"),
+        ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False, None], "unknown code 9"),
+        ([VERSION, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0", None], [], [], [], None, [], False, None], "unknown kind 7"),
+        (
+            [VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0", None], [], [], [], None, [], False, None],
+            "carries 1 token ids",
+        ),
+        ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False, None], "unknown type"),
+        ([VERSION, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False, None], "tensors need"),
+        ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False, None], "four numbers"),
+        ([VERSION, 0, 0, 0, [], None, [], [], []], "13 fields"),
+        (_scoring([0, b"\0", 3]), "multiple of 4"),
+        (_scoring([0, b"", MAX_TOP_LOGPROBS + 1]), f"limit is {MAX_TOP_LOGPROBS}"),
+        (_scored([0, b"", b"", b""]), "0 prompt tokens"),
+        (_scored([0, FLOATS[:8], FLOATS[:12], FLOATS[:12]]), "3 alternatives"),
+        (_scored([0, FLOATS[:4], FLOATS[:8], FLOATS[:4]]), "with 1 values"),
+        (_scored([0, FLOATS[:4], FLOATS, FLOATS]), f"limit is {MAX_TOP_LOGPROBS}"),
+        (_scored([0, struct.pack("<f", math.nan), b"", b""]), "not a number"),
+        (_scored([0, FLOATS[:5], b"", b""]), "multiple of 4"),
     ],
 )
 def test_each_bound_has_its_sentence(header: list[object], sentence: str) -> None:
@@ -236,7 +279,7 @@ def test_all_alternatives_of_a_whole_lane_may_be_read_again() -> None:
 
 def test_bytes_of_no_tensor_are_refused() -> None:
     with pytest.raises(BadFrame, match="belong to no tensor"):
-        decode(_with_header([VERSION, 0, 0, 0, [], None, [], [], [], None, [], False], b"surplus"))
+        decode(_with_header([VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, None], b"surplus"))
 
 
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:

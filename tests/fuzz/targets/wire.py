@@ -13,6 +13,7 @@ from cluster.core.frames import (
     Join,
     Leave,
     Mark,
+    PromptScoring,
     Restore,
     Sample,
     Save,
@@ -24,7 +25,7 @@ from cluster.core.frames import (
     Unmark,
 )
 from cluster.core.limits import BULK_BYTES
-from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams, TopLogprob
+from cluster.core.request import Grammar, GrammarKind, PromptLogprobs, Request, SamplingParams, TopLogprob
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.rich_errors import from_status, to_status
@@ -60,6 +61,8 @@ FRAMES = (
         (SequenceFailure(2, "STAGE_FAILED", "no"),), (StageTiming(0, 1, 2, 3), StageTiming(1, 4, 5, 6)),
     ),
     Frame(EPOCH, 0, 4, error=Failure(1, "STAGE_FAILED", "it broke")),
+    Frame(EPOCH, 0, 5, (), Step(Compute.PREFILL, (1,), ((5, 6, 7),), PromptScoring(1, (7, 8), 2)), (TENSOR,)),
+    Frame(EPOCH, 0, 6, prompt_logprobs=PromptLogprobs(2, (-0.5, -1.25), (7, 9, 8, 1), (-0.5, -1.0, -1.25, -2.0))),
 )  # fmt: skip
 BULKY = Frame(EPOCH, 0, 5, (), PREFILL, (Tensor("uint8", (BULK_BYTES + 4,), bytes(BULK_BYTES + 4)),))
 SMALL_BULK = tuple(parcel.message for parcel in pack(BULKY))
