@@ -22,21 +22,31 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
-from cluster.core.limits import KEY_CHECK_S
-from cluster.core.request import Accepted, FinishEvent, Request, TokenEvent
+from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
+from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, TokenEvent
 from cluster.transport.byte_budget import ByteBudget
 
 log = logging.getLogger(__name__)
 Events = AsyncGenerator[TokenEvent | FinishEvent, None]
+PromptAndAnswerEvents = AsyncGenerator[PromptLogprobs | TokenEvent | FinishEvent, None]
 
 
 @dataclass(frozen=True, slots=True)
 class RunningRequest:
-    """An accepted request. Read its ``events`` to the end, or close them."""
+    """An accepted request. Read its ``events``, or ``all_events``, to the end, or close them.
+
+    ``all_events`` begin with the log-probabilities of the prompt, if the request asks for these.
+    """
 
     request: Request
     checkpoint: ModelInfo
-    events: Events
+    all_events: PromptAndAnswerEvents
+
+    @property
+    def events(self) -> Events:
+        """The events of a request that does not ask for log-probabilities of its prompt."""
+        assert self.request.prompt_logprobs is None
+        return self.all_events  # type: ignore[return-value]  # then there are no others
 
 
 class RequestService:
@@ -120,11 +130,16 @@ class RequestService:
 
     async def _events(
         self, request: Request, answer: AnswerQueue
-    ) -> AsyncGenerator[Accepted | TokenEvent | FinishEvent, None]:
+    ) -> AsyncGenerator[Accepted | PromptLogprobs | TokenEvent | FinishEvent, None]:
         ended = False
         self._live[request.id] = request.client
         try:
             async for event in answer:
+                if isinstance(event, PromptLogprobs):
+                    for piece in event.split(PROMPT_PIECE_TOKENS):
+                        yield piece
+                        await asyncio.sleep(0)  # others get their turn between two pieces
+                    continue
                 if isinstance(event, FinishEvent):
                     self.metrics.count_finished(event)
                 elif self.key_usage and isinstance(event, TokenEvent):

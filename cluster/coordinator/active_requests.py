@@ -21,12 +21,13 @@ def split_samples(request: Request) -> tuple[Request, ...]:
 def _sample(request: Request, index: int) -> Request:
     """Derive a sample's request.
 
-    Its seed is the upper 63 bits of BLAKE2b-64 of (seed, index), both as unsigned little-endian 64-bit integers.
+    Its seed is the upper 63 bits of BLAKE2b-64 of (seed, index), both as unsigned little-endian 64-bit integers. The
+    prompt is the same for all, so only sample 0 reports its log-probabilities.
     """
     seed_and_index = b"".join(n.to_bytes(8, "little") for n in (request.sampling.seed, index))
     digest = hashlib.blake2b(seed_and_index, digest_size=8, person=b"macpipe.sample").digest()
     sampling = replace(request.sampling, seed=int.from_bytes(digest, "little") >> 1)
-    return replace(request, id=f"{request.id}#{index}", sampling=sampling)
+    return replace(request, id=f"{request.id}#{index}", sampling=sampling, prompt_logprobs=None)
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class ActiveSample:
         for index, token in enumerate(tokens):
             event = self._event(index, Sample(0, 0, token))
             if index >= self.skip:
-                self.parent.answer.repeat(event)
+                self.parent.answer.put_uncounted(event)
 
     def _event(self, index: int, picked: Sample, cached: int = 0) -> TokenEvent:
         parsed = self.text.add(picked.token)

@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_UNREAD_EVENTS
-from cluster.core.request import Accepted, FinishEvent, TokenEvent
+from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, TokenEvent
 
-Event = Accepted | TokenEvent | FinishEvent
+Event = Accepted | PromptLogprobs | TokenEvent | FinishEvent
 Queue: TypeAlias = asyncio.Queue[Event | MacpipeError]
 
 
@@ -52,20 +52,23 @@ class AnswerQueue:
         self._samples = self._unfinished = samples
         self._post, self._loop = post, asyncio.get_running_loop()
         self._events: Queue = asyncio.Queue()
-        self._written = self._read = self._repeated = 0
+        self._written = self._read = self._uncounted = 0
 
     def put(self, event: Event | MacpipeError) -> bool:
         """Send an event to the reader. Return False, and drop a token, if the reader is too far behind."""
-        unread = self._written - max(self._read, self._repeated)
+        unread = self._written - max(self._read, self._uncounted)
         if isinstance(event, TokenEvent) and unread >= self._samples * MAX_UNREAD_EVENTS:
             return False
         self._put(event)
         return True
 
-    def repeat(self, event: TokenEvent) -> None:
-        """Send a token of an earlier coordinator. These tokens do not count as unread, so the bound ignores them."""
+    def put_uncounted(self, event: TokenEvent | PromptLogprobs) -> None:
+        """Send an event that does not count as unread: a token of an earlier coordinator, or a piece of the prompt.
+
+        Their number is bounded by the answer so far, and by the prompt.
+        """
         self._put(event)
-        self._repeated = self._written
+        self._uncounted = self._written
 
     def _put(self, event: Event | MacpipeError) -> None:
         self._written += 1

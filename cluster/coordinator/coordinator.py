@@ -319,6 +319,8 @@ class Coordinator:
             raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
         tokens, skip = continue_request(kept, offsets)
         request = kept.request
+        if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
+            request = replace(request, prompt_logprobs=None)
         answer = _create_answer(service.loop, request)
         service.loop.submit(request, answer, tokens, skip)
         return request, answer

@@ -240,7 +240,8 @@ def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[An
     """Return the tokens that each sample of a resumed request starts with, and how many of them the reader already has.
 
     A token that may have ended its answer is computed again. So are tokens that the reader does not have yet, if their
-    log-probabilities were requested. Raises ``InvalidRequest`` unless there is one offset, or one per sample.
+    log-probabilities were requested, or those of the prompt, which come first. Raises ``InvalidRequest`` unless there
+    is one offset, or one per sample.
     """
     request = kept.request
     skip = tuple(offsets) * (request.samples if len(offsets) == 1 else 1)
@@ -249,7 +250,9 @@ def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[An
             f"got {len(skip)} offsets for {request.samples} samples; give one offset, or one per sample",
             field="offsets",
         )
-    ends = [min(request.max_tokens - 1, n) if request.sampling.logprobs else request.max_tokens - 1 for n in skip]
+    last = max(request.max_tokens - 1, 0)
+    scored = request.sampling.logprobs or request.prompt_logprobs is not None
+    ends = [min(last, n) if scored else last for n in skip]
     return tuple(tuple(s[:end]) for s, end in zip(kept.tokens, ends, strict=True)), skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, split_samples
 from cluster.coordinator.answer_queue import AnswerQueue
@@ -16,8 +17,8 @@ from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
 from cluster.core.limits import MAX_REPLAYS
 from cluster.core.plan import PlannedStage
-from cluster.core.request import Accepted, FinishReason, Parsing, Request, Usage
-from cluster.scheduler.outcome import Outcome, Produced, SampleFailed
+from cluster.core.request import Accepted, FinishReason, Parsing, Request, TokenEvent, Usage
+from cluster.scheduler.outcome import Outcome, Produced, PromptScored, SampleFailed
 from cluster.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,16 @@ class LiveAnswers:
         return got_token
 
     def _handle_safely(
-        self, live: ActiveSample, event: Produced | SampleFailed, now: float, stages: Sequence[PlannedStage]
+        self,
+        live: ActiveSample,
+        event: Produced | SampleFailed | PromptScored,
+        now: float,
+        stages: Sequence[PlannedStage],
     ) -> None:
         try:
+            if isinstance(event, PromptScored):
+                live.parent.answer.put_uncounted(event.logprobs)
+                return
             if isinstance(event, Produced):
                 live.timings.token(now)
                 self._on_token(live, event)
@@ -164,7 +172,8 @@ class LiveAnswers:
             self._leave_scheduler(live)
         if finish:
             completion_tokens = produced.index + produced.counts
-            self._finish(live, finish, Usage(len(live.request.prompt), completion_tokens, produced.cached))
+            usage = Usage(len(live.request.prompt), completion_tokens, produced.cached)
+            self._finish(live, finish, usage, _end_token(live, produced))
 
     def _leave_scheduler(self, live: ActiveSample) -> None:
         try:
@@ -173,8 +182,8 @@ class LiveAnswers:
             return  # the same token also reached max_tokens, so the scheduler ended it
         self._flush()
 
-    def _finish(self, live: ActiveSample, reason: FinishReason, usage: Usage) -> None:
-        last = live.finish(reason, usage)
+    def _finish(self, live: ActiveSample, reason: FinishReason, usage: Usage, end: TokenEvent | None) -> None:
+        last = replace(live.finish(reason, usage), end=end)
         del self._samples[live.request.id]
         live.parent.live.remove(live.request.id)
         if not live.parent.live:
@@ -183,3 +192,11 @@ class LiveAnswers:
         live.parent.answer.put(last)
         if self.journal and not live.parent.live:
             self.journal.record_ended(live.parent.request.id)
+
+
+def _end_token(live: ActiveSample, produced: Produced) -> TokenEvent | None:
+    """Return the end-of-sequence token that ended an answer; None if something else did."""
+    if produced.counts or produced.finish is not FinishReason.STOP:
+        return None
+    picked = produced.sample
+    return TokenEvent(produced.index, picked.token, "", picked.logprob, picked.top, sample=live.sample)

@@ -86,15 +86,17 @@ def as_data(r: Request) -> tuple[Any, ...]:
         r.priority,
         r.samples,
         parsing,
+        r.prompt_logprobs,
     )
 
 
 def from_data(data: Any) -> Request:
     """Return the request from the output of ``as_data`` after a round trip through msgpack.
 
-    Raises ``TypeError`` or ``ValueError``.
+    An older record has no ``prompt_logprobs``. Raises ``TypeError`` or ``ValueError``.
     """
-    request_id, prompt, sampling, max_tokens, stop, ignore_eos, client, priority, samples, parsing = data
+    request_id, prompt, sampling, max_tokens, stop, ignore_eos, client, priority, samples, parsing, *newer = data
+    (prompt_logprobs,) = newer or (None,)
     request = Request(
         id=request_id,
         prompt=tuple(prompt),
@@ -106,6 +108,7 @@ def from_data(data: Any) -> Request:
         priority=priority,
         samples=samples,
         parsing=_read_parsing(*parsing) if parsing else None,
+        prompt_logprobs=prompt_logprobs,
     )
     if not _has_valid_types(request):
         raise TypeError("a field of the request has the wrong type")
@@ -130,6 +133,7 @@ def _has_valid_types(r: Request) -> bool:
         all(type(text) is str for text in texts)
         and all(type(count) is int for count in counts)
         and type(r.ignore_eos) is bool
+        and (r.prompt_logprobs is None or type(r.prompt_logprobs) is int)
         and all(_has_type_of(getattr(p, f.name), getattr(_DEFAULTS, f.name)) for f in fields(p) if f.name != "grammar")
         and all(len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float) for pair in p.logit_bias)
     )

@@ -65,6 +65,10 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+MAX_PROMPT_LOGPROBS: Final = 64 * KIB
+"""Log-probabilities of prompts in one answer, alternatives and copies for samples included: 2 MiB of JSON."""
+PROMPT_PIECE_TOKENS: Final = 64
+"""Prompt tokens whose log-probabilities are encoded at a stretch: with all alternatives, 5 to 10 ms."""
 MAX_SCORED_LOGITS: Final = 32 * MIB
 """Logits of a prefill step that reports log-probabilities: 128 MiB in float32. Its chunk is shortened to this: with a
 vocabulary of 152,000 tokens it has 220."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
@@ -233,6 +233,13 @@ class PromptLogprobs:
         own = range(i * count, (i + 1) * count)
         return tuple(TopLogprob(self.top_tokens[j], p) for j in own if isfinite(p := self.top_logprobs[j]))
 
+    def split(self, most: int) -> Iterator[PromptLogprobs]:
+        """Yield the same in pieces of at most ``most`` tokens."""
+        count = len(self.top_tokens) // len(self.logprobs)
+        for first in range(0, len(self.logprobs), most):
+            own, tops = slice(first, first + most), slice(first * count, (first + most) * count)
+            yield PromptLogprobs(self.start + first, self.logprobs[own], self.top_tokens[tops], self.top_logprobs[tops])
+
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
@@ -274,7 +281,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The end of a complete answer, one per sample. ``stop`` is the stop string that ended it, if any."""
+    """The end of a complete answer, one per sample. ``stop`` is the stop string that ended it, if any.
+
+    ``end`` is the end-of-sequence token that ended it, if any; it is not part of the answer.
+    """
 
     reason: FinishReason
     text: str
@@ -286,3 +296,4 @@ class FinishEvent:
     calls: tuple[ToolCallDelta, ...] = ()
     sample: int = 0
     stop: str = ""
+    end: TokenEvent | None = None

@@ -63,5 +63,6 @@ class FrameWriter:
         compute = step.compute if step else None
         self.written += 1
         del self.edits[:count]
-        self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched_by(sequences, edits)))
+        scoring, touched = step.scoring if step else None, touched_by(sequences, edits)
+        self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring))
         return Frame(self._epoch, max(lane, 0), number, edits, step)

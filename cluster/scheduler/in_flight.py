@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Compute, Frame
+from cluster.core.frames import Compute, Frame, PromptScoring
 from cluster.scheduler.reordering import Touched
 from cluster.scheduler.sequence import Sequence
 
@@ -14,7 +14,8 @@ from cluster.scheduler.sequence import Sequence
 class InFlightFrame:
     """A frame in the ring: its compute, its sequences, the number of prompt tokens it prefills, and what it touches.
 
-    ``compute`` is None for an edit-only frame. ``sent_at`` is in seconds of the injected clock.
+    ``compute`` is None for an edit-only frame. ``sent_at`` is in seconds of the injected clock. ``scoring`` is what it
+    reports of the prompt.
     """
 
     number: int
@@ -24,6 +25,7 @@ class InFlightFrame:
     prefills: int
     sent_at: float
     touched: Touched = frozenset()
+    scoring: PromptScoring | None = None
 
 
 class InFlightFrames:

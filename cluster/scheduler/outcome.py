@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.core.frames import Sample, StageTiming
-from cluster.core.request import FinishReason
+from cluster.core.request import FinishReason, PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,14 @@ class Produced:
     """False for the end-of-sequence token."""
     cached: int
     """Prompt tokens taken from a kept prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """The log-probabilities of a piece of a request's prompt. The pieces come in order, before the first token."""
+
+    request_id: str
+    logprobs: PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Outcome:
     request_ids: tuple[str, ...]
     timings: tuple[StageTiming, ...]
     sent_at: float
-    events: tuple[Produced | SampleFailed, ...] = ()
+    events: tuple[Produced | SampleFailed | PromptScored, ...] = ()
     rows: int = 0
     """Sequences in a decode frame; 0 for a frame that failed or was not a decode frame."""
     context: int = 0

@@ -47,6 +47,7 @@ from cluster.scheduler.marks import KeptMark
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
+from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
 from cluster.scheduler.sequence import Phase, Sequence
 from cluster.scheduler.sharing import Copies, LiveStart, best_reader, live_starts
 
@@ -190,7 +191,7 @@ class Scheduler:
         for sequence in live:
             sequence.prefilled += flight.prefills
         self._spoil(flight, frame)
-        events = self._events(live, frame)
+        events = (*account_scores(flight, live, frame), *self._events(live, frame))
         if flight.compute is Compute.DECODE and not frame.error:
             self._defer_unanswered(live, frame, flight.sent_at)
         self._free_finished()
@@ -248,7 +249,7 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         room = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.find(_owner(sequence), sequence.base)  # a use: the prefix it starts from is dropped last
+        self._prefixes.find(_owner(sequence), sequence.beginning)  # a use: what it starts from is dropped last
         self._edits += map(Drop, self._prefixes.shrink_to(room))
         self._marking.shed((*self._lanes, *self._flights.leaving), room)
         return True
@@ -257,7 +258,7 @@ class Scheduler:
 
     def _join(self, sequence: Sequence) -> None:
         """Start a sequence from the longest kept or live beginning, or make it wait for one that is being read."""
-        kept = self._prefixes.find(_owner(sequence), sequence.base)
+        kept = self._prefixes.find(_owner(sequence), sequence.beginning)
         live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.needed)
         copied = max(live, key=lambda start: start.now, default=None)
         kept_length = kept.length if kept else 0
@@ -427,8 +428,8 @@ class Scheduler:
         request = sequence.request
         self._deferred.discard(sequence)
         index = sequence.produced
-        ended = sample.token in self._eos and not request.ignore_eos
-        finish = FinishReason.STOP if ended else None
+        ended = request.max_tokens == 0 or (sample.token in self._eos and not request.ignore_eos)
+        finish = (FinishReason.STOP if request.max_tokens else FinishReason.LENGTH) if ended else None
         if not ended:
             sequence.answer.append(sample.token)
             sequence.next_token = sample.token
@@ -481,10 +482,10 @@ class Scheduler:
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = self._prefill_budget.chunk(whole, sequence.unsent, others_decode=others)
-        count = min(count, sequence.next_border - start)
+        count = min(count, sequence.next_border - start, longest_chunk(sequence, self._capacity))
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
-        step = Step(Compute.PREFILL, (sequence.id,), (tokens,))
+        step = Step(Compute.PREFILL, (sequence.id,), (tokens,), scoring_of(sequence, start, count))
         frame = self._log.write(sequence.lane, step, count, now)
         sequence.served = self._log.written
         self._marking.mark_progress(sequence, self._free())

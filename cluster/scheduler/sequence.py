@@ -55,6 +55,8 @@ class Sequence:
     """The token that the next decode frame feeds; None while a decode frame is in the ring."""
     answer: list[int] = field(default_factory=list)
     """The answer so far."""
+    scored: int = 1
+    """The number of prompt tokens whose log-probability the reader has; the first token has none."""
     base: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,19 @@ class Sequence:
     @property
     def prefill_length(self) -> int:
         return len(self.base) - 1
+
+    @property
+    def unscored(self) -> bool:
+        """Whether the reader still waits for log-probabilities of the prompt."""
+        return self.request.prompt_logprobs is not None and self.scored < len(self.request.prompt)
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """The tokens of which all but the last may come from a kept prefix.
+
+        A token whose step reports the log-probability of the next one must be computed.
+        """
+        return self.base[: self.scored] if self.unscored else self.base
 
     @property
     def unsent(self) -> int:

@@ -34,12 +34,13 @@ def live_starts(sequence: Sequence, sources: Iterable[Sequence], *, trimmable: b
 
 def _live_start(sequence: Sequence, source: Sequence, trimmable: bool) -> LiveStart:
     shared = min(_shared(sequence, source), sequence.prefill_length)
+    usable = min(shared, len(sequence.beginning) - 1)
     fed = len(source.fed)
-    if trimmable or fed <= shared:
-        now = min(fed, shared)
+    if trimmable or fed <= usable:
+        now = min(fed, usable)
     else:
-        now = max((at for at in source.marks if at <= shared), default=0)
-    later = 0 if source.ended else min(shared, source.prefill_length)
+        now = max((at for at in source.marks if at <= usable), default=0)
+    later = 0 if source.ended else min(usable, source.prefill_length)
     return LiveStart(source, shared, now, later if later > fed else now)
 
 

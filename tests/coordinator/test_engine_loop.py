@@ -32,7 +32,16 @@ from cluster.core.errors import (
 from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
 from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
 from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
-from cluster.core.request import FinishEvent, FinishReason, Grammar, GrammarKind, Request, SamplingParams, TokenEvent
+from cluster.core.request import (
+    FinishEvent,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.platform import private_files
 from cluster.scheduler import deferred
@@ -89,7 +98,15 @@ class FakeStage:
             self._deferred[frame.step.sequences[0]], samples = samples[0], ()
         if self.compiled:
             samples, self._deferred = (*samples, *self._deferred.values()), {}
-        return replace(frame, edits=(), step=None, samples=samples)
+        return replace(frame, edits=(), step=None, samples=samples, prompt_logprobs=_score(frame))
+
+
+def _score(frame: Frame) -> PromptLogprobs | None:
+    """Return minus the tokens of the prompt, as if these were their log-probabilities."""
+    if frame.step is None or frame.step.scoring is None or frame.error:
+        return None
+    targets = frame.step.scoring.targets  # each is its own index
+    return PromptLogprobs(targets[0], tuple(-float(target) for target in targets))
 
 
 class Numbers:
@@ -512,6 +529,37 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
         with pytest.raises(Aborted, match="enough"):
             await read(endless)
         await bench.emptied()
+
+    run(body)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_prompts_log_probabilities_come_once_before_the_tokens_and_after_a_lost_ring(samples: int) -> None:
+    prompt = tuple(range(2000))
+
+    async def body(bench: Bench) -> None:
+        bench.capacity = replace(bench.capacity, chunk=1, scored_chunk=1)
+        bench.replace_ring()
+        bench.keep_waiting = True
+        answer = AnswerQueue(bench.loop.post, samples=samples)
+        asked = Request("a", prompt, SamplingParams(), 2, samples=samples, prompt_logprobs=0)
+        bench.loop.submit(asked, answer)
+        pieces: list[PromptLogprobs] = []
+        tokens = 0
+        async with asyncio.timeout(15):
+            async for event in answer:
+                if isinstance(event, PromptLogprobs):
+                    assert not tokens
+                    pieces.append(event)
+                    if len(pieces) == 20:
+                        bench.capacity = replace(bench.capacity, chunk=64, scored_chunk=50)
+                        bench.replace_ring()
+                elif isinstance(event, TokenEvent):
+                    tokens += 1
+        assert [value for piece in pieces for value in piece.logprobs] == [-float(i) for i in prompt[1:]]
+        assert [piece.start for piece in pieces[:20]] == list(range(1, 21))
+        assert max(len(piece.logprobs) for piece in pieces) == 50
+        assert tokens == 2 * samples
 
     run(body)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.api.metrics import Metrics
 from cluster.coordinator import journal as journal_module
 from cluster.coordinator.journal import Fsync, Journal, JournaledRequest, continue_request
-from cluster.coordinator.request_records import HEADER, as_data
+from cluster.coordinator.request_records import HEADER, as_data, from_data
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import JOURNAL_RETRY_S, RESUME_S
@@ -175,6 +175,19 @@ def test_what_may_have_ended_an_answer_is_computed_anew_and_so_are_log_probabili
     assert continue_request(kept, (2,)) == (((7, 8),), (2,))
     kept.request = replace(kept.request, sampling=replace(SAMPLING, logprobs=True))
     assert continue_request(kept, (1,)) == (((7,),), (1,))
+    kept.request = replace(request("a"), max_tokens=3, prompt_logprobs=2)
+    assert continue_request(kept, (0,)) == (((),), (0,))
+    kept = JournaledRequest(replace(request("a"), max_tokens=0, prompt_logprobs=2), 0.0, [[]])
+    assert continue_request(kept, (0,)) == (((),), (0,))
+
+
+def test_a_request_for_its_prompts_log_probabilities_comes_back_and_older_records_have_none() -> None:
+    asked = replace(request("a"), deadline=None, prompt_logprobs=0)
+    assert from_data(as_data(asked)) == asked
+    assert from_data(as_data(asked)[:-1]) == replace(asked, prompt_logprobs=None)
+    for wrong in ("2", 1.5, True):
+        with pytest.raises(TypeError):
+            from_data((*as_data(asked)[:-1], wrong))
 
 
 def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None:

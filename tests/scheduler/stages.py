@@ -15,9 +15,11 @@ from cluster.core.frames import (
     Sample,
     Save,
     StageTiming,
+    Step,
     Trim,
     Unmark,
 )
+from cluster.core.request import PromptLogprobs
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.reordering import ReorderBuffer
 
@@ -35,6 +37,7 @@ def capacity(
     queue: int = 100,
     trimmable: bool = True,
     max_step_ms: float | None = None,
+    scored_chunk: int = 100,
 ) -> Capacity:
     """Two stages; a token takes 1 byte on the first and 2 on the second, a mark 3 and 5."""
     return Capacity(
@@ -48,6 +51,7 @@ def capacity(
         chunk=chunk,
         queue=queue,
         max_step_ms=max_step_ms,
+        scored_chunk=scored_chunk,
     )
 
 
@@ -81,6 +85,7 @@ class Stages:
         for edit in frame.edits:
             self._apply(edit)
         samples: list[Sample] = []
+        logprobs = self._score(frame.step) if frame.step and frame.step.scoring else None
         for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
             self.fed[sequence] += tokens
             if frame.step and frame.step.compute is Compute.DECODE:
@@ -100,6 +105,7 @@ class Stages:
             samples=said,
             timings=timings,
             error=failure,
+            prompt_logprobs=None if failure else logprobs,
         )
 
     @property
@@ -107,6 +113,21 @@ class Stages:
         """What prefixes and marks take of the first stage."""
         marks = {mark for held in (*self._marks.values(), *self._kept_marks.values()) for mark in held.values()}
         return sum(map(len, self.prefixes.values())) + MARK_BYTES[0] * len(marks)
+
+    def _score(self, step: Step) -> PromptLogprobs:
+        """What the step reports of its prompt: by all that comes before each token."""
+        (sequence,), (row,), scoring = step.sequences, step.tokens, step.scoring
+        assert scoring is not None
+        assert step.compute is Compute.PREFILL
+        before = self.fed[sequence] + row[: scoring.skip + 1]
+        start = len(before)
+        assert scoring.targets[:-1] == row[scoring.skip + 1 : scoring.skip + len(scoring.targets)]
+        found = []
+        for target in scoring.targets:
+            found.append(logprob(before, target))
+            before += (target,)
+        tops = scoring.top * len(found)
+        return PromptLogprobs(start, tuple(found), (7,) * tops, (-1.0,) * tops)
 
     def _apply(self, edit: Edit) -> None:
         match edit:
@@ -146,6 +167,11 @@ class Stages:
 def next_token(history: tuple[int, ...]) -> int:
     """1 to 50, by the whole history."""
     return hash(history) % 50 + 1
+
+
+def logprob(history: tuple[int, ...], token: int) -> float:
+    """A whole number from -99 to 0, by the whole history."""
+    return -float(hash((history, token)) % 100)
 
 
 def continuation(prompt: tuple[int, ...], tokens: int) -> list[int]:
