@@ -18,6 +18,8 @@ from cluster.scheduler.radix import Match, RadixTree
 
 MIN_HIT = 8
 """Shorter hits cost more in edits than they save."""
+_UNUSED_SHARE = 1 / 64
+"""A prefix is dropped for one that has all but this share of its tokens."""
 
 
 class Owner(NamedTuple):
@@ -90,11 +92,19 @@ class Prefixes:
         return match.length if match else 0
 
     def keep(
-        self, owner: Owner, tokens: tuple[int, ...], cost: Cost, source: int, marks: Mapping[int, KeptMark]
+        self,
+        owner: Owner,
+        tokens: tuple[int, ...],
+        cost: Cost,
+        source: int,
+        marks: Mapping[int, KeptMark],
+        start: Start | None = None,
     ) -> tuple[int | None, list[int]]:
         """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first.
 
-        ``cost`` does not include the ``marks``, which a live sequence holds.
+        ``cost`` does not include the ``marks``, which a live sequence holds. ``start`` is what that started from: it is
+        dropped if nearly all of it was used. The next turn of a chat so takes the place of the last one, although the
+        last answer was rendered anew.
         """
         if len(tokens) < MIN_HIT:
             return None, []
@@ -113,6 +123,9 @@ class Prefixes:
         self._add(cost, 1)
         self._marks.hold(marks.values())
         dropped += [self._drop(entry) for entry in tree.beginnings(tokens) if self._replaces(marks, tree, entry)]
+        if start and start.prefix in self._kept:
+            whole = len(tree.tokens(start.prefix))
+            dropped += [self._drop(start.prefix)] if whole - start.length <= whole * _UNUSED_SHARE else []
         return self._made, dropped
 
     def _replaces(self, marks: Mapping[int, KeptMark], tree: RadixTree, entry: int) -> bool:

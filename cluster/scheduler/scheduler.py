@@ -21,18 +21,7 @@ from dataclasses import replace
 from math import inf
 
 from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import (
-    Compute,
-    Drop,
-    Frame,
-    Join,
-    Leave,
-    Restore,
-    Sample,
-    Save,
-    SequenceFailure,
-    Step,
-)
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step
 from cluster.core.limits import RETRY_AFTER_S
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
@@ -275,6 +264,7 @@ class Scheduler:
             self._copy(copied, sequence)
         elif kept:
             self._edits.append(Restore(sequence.id, kept.prefix, kept.length))
+            sequence.start = kept
             self._begin_at(sequence, kept.length, kept.marks)
         kept_shared = self._prefixes.shared(_owner(sequence), sequence.base)
         self._marking.plan(sequence, [kept_shared, *(start.shared for start in live)])
@@ -380,7 +370,9 @@ class Scheduler:
         if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
             return
         tokens = tuple(sequence.fed)
-        prefix, dropped = self._prefixes.keep(_owner(sequence), tokens, cost, sequence.id, sequence.marks)
+        prefix, dropped = self._prefixes.keep(
+            _owner(sequence), tokens, cost, sequence.id, sequence.marks, sequence.start
+        )
         self._edits += map(Drop, dropped)
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))

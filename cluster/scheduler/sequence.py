@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from cluster.core.request import Request
 from cluster.scheduler.marks import KeptMark
+from cluster.scheduler.prefixes import Start
 
 
 class Phase(StrEnum):
@@ -39,6 +40,8 @@ class Sequence:
     """Lengths at which a chunk of ``base`` ends, so that the sequence can be marked there."""
     marks: dict[int, KeptMark] = field(default_factory=dict)
     """Its marks on the stages, by length."""
+    start: Start | None = None
+    """The kept prefix that it started from; None if there was none."""
     leader: Sequence | None = None
     """The sequence that it waits for, since that is reading what both begin with; None if it does not wait."""
     awaits: int = 0
@@ -72,6 +75,7 @@ class Sequence:
         self.fed = []
         self.borders = set()
         self.marks = {}
+        self.start = None
         self.next_token = None
         self.joined = False
         self.leader = None

@@ -78,6 +78,17 @@ def test_a_later_turn_keeps_the_marks_of_the_turns_before() -> None:
     assert chat.ask((*PROMPT[:57], 1)) == 56
 
 
+def test_a_turn_takes_the_place_of_the_last_one_though_its_answer_is_rendered_anew() -> None:
+    chat = Chat()
+    prompt = (*PROMPT, *range(200, 500))
+    for turn in range(3):
+        chat.ask(prompt, 20, len(prompt) - 1)
+        prompt = (*prompt, turn, 7, 8, 9)
+    assert len(chat.scheduler.prefixes) == 1
+    chat.ask((*prompt[:40], 1, 2), 20)
+    assert len(chat.scheduler.prefixes) == 2
+
+
 def test_where_two_prompts_parted_the_third_starts() -> None:
     chat = Chat()
     chat.ask(PROMPT)
