@@ -50,9 +50,13 @@ def check_size(what: str, size: int, context: int, field: str) -> None:
     """Raise ``PromptTooLong`` if no text of ``size`` bytes fits ``context`` tokens. ``what``: subject and verb."""
     most = min(MAX_PROMPT_BYTES, context * MAX_BYTES_PER_TOKEN)
     if size > most:
-        raise PromptTooLong(
+        error = PromptTooLong(
             f"the {what} {size} bytes; send at most {most}: the context has {context} tokens", field=field
         )
+        least = -(-size // MAX_BYTES_PER_TOKEN)
+        if least > context:
+            error.details = {"tokens": str(least), "maximum": str(context - 1)}
+        raise error
 
 
 def check_options(options: ChatOptions) -> None:

@@ -132,6 +132,7 @@ class RequestService:
         self, request: Request, answer: AnswerQueue
     ) -> AsyncGenerator[Accepted | PromptLogprobs | TokenEvent | FinishEvent, None]:
         ended = False
+        unfinished = request.samples
         self._live[request.id] = request.client
         try:
             async for event in answer:
@@ -142,10 +143,11 @@ class RequestService:
                     continue
                 if isinstance(event, FinishEvent):
                     self.metrics.count_finished(event)
+                    unfinished -= 1
+                    ended = not unfinished  # clients may hang up on reading the last event
                 elif self.key_usage and isinstance(event, TokenEvent):
                     self.key_usage.charge_tokens(request.client, 1)
                 yield event
-            ended = True
         except MacpipeError as e:
             self.metrics.count_error(e)
             ended = True

@@ -49,7 +49,11 @@ async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, cal
     context = checkpoint.shape.max_context
     _check_grammar(params.grammar)
     await PARSING.run(size, check_conversation, params.conversation, context)
-    tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
+    try:
+        tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
+    except PromptTooLong as e:
+        e.details["maximum"] = str(context - 1)  # the sandbox counts further
+        raise
     prompt = _check_length(tokenized, checkpoint)
     if tokenized.ignored and caller.strict:
         name = tokenized.ignored[0]
@@ -172,6 +176,9 @@ def _max_tokens(asked: int | None, prompt: int, context: int, caller: Caller) ->
             f"prompt ({prompt}) and max_tokens ({asked}) need {prompt + asked} tokens, but the "
             f"context has {context}; ask for at most {room}, or serve with a larger --max-context",
             field="max_tokens",
+            tokens=str(prompt),
+            max_tokens=str(asked),
+            context=str(context),
         )
     return asked
 
@@ -183,5 +190,7 @@ def _max_answer_tokens(prompt: int, context: int) -> int:
             f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "
             "with a larger --max-context",
             field="prompt",
+            tokens=str(prompt),
+            maximum=str(context - 1),
         )
     return context - prompt

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import PurePath
 
 import anyio
 
@@ -268,7 +269,7 @@ class Coordinator:
         """Return the served model. Raises ``NotServing``, or ``ModelNotFound`` if ``model`` is another name."""
         service = self._require_service()
         name = service.plan.model.name
-        if model and model != name:
+        if model and model not in (name, PurePath(name).name):
             raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
         return service.model_info
 

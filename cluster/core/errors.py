@@ -44,7 +44,11 @@ class InvalidRequest(MacpipeError):
 
 
 class PromptTooLong(InvalidRequest):
-    """Prompt and answer together exceed the context that this cluster serves."""
+    """Prompt and answer together exceed the context that this cluster serves.
+
+    ``details`` has numbers of tokens: ``tokens`` of the prompt (at least) and the ``maximum`` of a prompt; or
+    ``tokens``, ``max_tokens`` and ``context``.
+    """
 
     reason = "PROMPT_TOO_LONG"
 

@@ -2,8 +2,8 @@
 
 If the call format allows it, a call's arguments are streamed; the call then counts as a call from their first
 character, even if it is cut off later. Otherwise a call is parsed once it is complete. If the text is not a valid call
-(broken JSON, an unknown tool, an answer that ends inside it), it is content. Only markers and the blanks around them
-are lost.
+(broken JSON, an unknown tool), it is content. What is lost are markers, the blanks around them, and a call that is cut
+off before its name is known.
 """
 
 from __future__ import annotations
@@ -84,13 +84,17 @@ class AnswerParser:
         return out.parsed()
 
     def flush(self, *, whole: bool) -> Parsed:
-        """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid."""
+        """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid.
+
+        Else the answer was cut off, and the beginning of a call is dropped: it is no text for a person.
+        """
         out = _Out()
         if self._state is _ParserState.CALL:
             body = self._held
             self._held = ""
             self._state = _ParserState.CONTENT
-            if not self._close_call(body, out) and not (whole and self._parse_calls(body, out)):
+            complete = whole or not self._marks.call_end
+            if not self._close_call(body, out) and not (complete and self._parse_calls(body, out)) and whole:
                 self._emit_text(self._blanks + self._marks.call_start + body, out)
         else:
             self._emit_text(self._held, out, last=True)
@@ -225,9 +229,11 @@ def _read_calls(body: str, marks: OutputMarkers, tools: Sequence[Tool]) -> list[
 
 def _check_call(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
     """Return id, name and arguments. Raises ValueError, KeyError or TypeError if it is no call of ``tools``."""
-    name, arguments = call["name"], call.get("arguments") or {}
+    name, arguments = call["name"], call.get("arguments")
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        arguments = json.loads(arguments or "{}")
+    elif arguments is None:
+        arguments = {}
     if not isinstance(arguments, dict) or name not in {tool.name for tool in tools}:
         raise ValueError("not a call of an offered tool")
     identity = call.get("id")

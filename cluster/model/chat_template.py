@@ -50,7 +50,12 @@ class ChatTemplate:
                 "this model has no chat template; send it raw text instead (completions, or generate --raw)",
                 field="messages",
             )
-        self._require_tools(messages, options)
+        self.require_tools(options)
+        if any(m.tool_calls for m in messages) and not self._takes("tool_calls"):
+            raise InvalidRequest(
+                "this model's chat template does not support tool calls; leave them out of the messages",
+                field="messages",
+            )
         arguments = self._arguments(options)
         written = self._fields(messages)
         try:
@@ -118,7 +123,8 @@ class ChatTemplate:
     def _takes(self, name: str) -> bool:
         return self._names is None or name in self._names
 
-    def _require_tools(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
+    def require_tools(self, options: ChatOptions) -> None:
+        """Raise InvalidRequest if tools are offered, and the model does not take them or its calls cannot be parsed."""
         if options.offered and not self._takes("tools"):
             raise InvalidRequest("this model's chat template does not support tools; leave them out", field="tools")
         if options.offered and self._marks.parse is None:
@@ -126,11 +132,6 @@ class ChatTemplate:
                 "macpipe cannot parse tool calls of this model, since it does not know their format; "
                 "leave the tools out",
                 field="tools",
-            )
-        if any(m.tool_calls for m in messages) and not self._takes("tool_calls"):
-            raise InvalidRequest(
-                "this model's chat template does not support tool calls; leave them out of the messages",
-                field="messages",
             )
 
     def _thinking_fields(self, options: ChatOptions) -> dict[str, Any]:

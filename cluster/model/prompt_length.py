@@ -35,4 +35,6 @@ def require_at_most(most: int, text: str, encode: Callable[[str], Sequence[int]]
             raise PromptTooLong(
                 f"the prompt has {size} bytes and more than {most} tokens; shorten it to at most {most} tokens",
                 field=field,
+                tokens=str(least),
+                maximum=str(most),
             )

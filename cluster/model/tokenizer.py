@@ -154,8 +154,10 @@ class Tokenizer:
     def required_call_grammar(self, options: ChatOptions) -> Grammar | None:
         """Return the grammar of an answer that must call a tool, in the model's own format; None if it need not.
 
-        Raises InvalidRequest if the tool was not offered, or if no grammar is known for the model's call format.
+        Raises InvalidRequest if the tool was not offered, if the model takes no tools, or if no grammar is known for
+        its call format.
         """
+        self._template.require_tools(options)
         return tool_call_grammar(options, self._marks)
 
     def defer_past_reasoning(self, grammar: Grammar, parsing: Parsing, *, calls: bool = False) -> Grammar:

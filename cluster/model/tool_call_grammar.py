@@ -139,11 +139,12 @@ def _json(schema: dict[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
 
 
-def _parameters(tool: Tool) -> Any:
+def _parameters(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a tool's arguments, which are always an object, even if the schema does not say so."""
     parameters = describe_tool(tool)["function"]["parameters"]
     if why := find_unenforced(parameters):
         raise InvalidRequest(f"the parameters of the tool {tool.name} cannot be enforced: {why}", field="tools")
-    return parameters
+    return {**parameters, "type": "object"}
 
 
 def _call_schema(tool: Tool, arguments: str = "arguments") -> dict[str, Any]:

@@ -61,7 +61,7 @@ class JobRunner:
                 return pack_reply(self.do(job))
         except BaseException as error:
             failed = _failure(job, error)
-        return pack_reply(JobFailed(failed.reason, failed.sentence, failed.field))
+        return pack_reply(JobFailed(failed.reason, failed.sentence, failed.field, failed.details))
 
     def do(self, job: Job) -> Reply:
         """Run a job without limits. Raises whatever the job raises."""

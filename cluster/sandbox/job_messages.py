@@ -9,7 +9,8 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from dataclasses import field as dataclass_field
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 HEADER: Final = struct.Struct("!I")
+ShortWord: TypeAlias = Annotated[str, Field(max_length=64)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +140,18 @@ class PromptReply:
     thinking: bool = False
     grammar: Grammar | None = None
     boundaries: Annotated[tuple[int, ...], Field(max_length=MAX_BOUNDARIES)] = ()
-    ignored: Annotated[tuple[Annotated[str, Field(max_length=64)], ...], Field(max_length=8)] = ()
+    ignored: Annotated[tuple[ShortWord, ...], Field(max_length=8)] = ()
     kind: Literal["prompt"] = "prompt"
 
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """The job failed with the ``MacpipeError`` of that ``reason``, ``sentence`` and ``field``."""
+    """The job failed with the ``MacpipeError`` of that ``reason``, ``sentence``, ``field`` and ``details``."""
 
     reason: str
     sentence: str
     field: str
+    details: Annotated[dict[ShortWord, ShortWord], Field(max_length=8)] = dataclass_field(default_factory=dict)
     kind: Literal["failed"] = "failed"
 
 

@@ -114,6 +114,7 @@ class SandboxProcess:
         if isinstance(reply, JobFailed):
             error = MacpipeError.of(reply.reason, reply.sentence)
             error.field = reply.field
+            error.details = reply.details
             raise error
         return reply
 

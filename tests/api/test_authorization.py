@@ -112,7 +112,7 @@ def bearer(text: str) -> dict[str, str]:
     return {"authorization": f"Bearer {text}"}
 
 
-PUBLIC = {"/health", "/ready", "/live"}
+PUBLIC = {"/health", "/ready", "/live", "/api/hello"}
 ADMIN = {"/metrics"}
 
 

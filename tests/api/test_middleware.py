@@ -194,6 +194,9 @@ class AsSent:
     def end(self) -> tuple[bytes, ...]:
         return (b"end",)
 
+    def idle(self) -> bytes:
+        return sse.COMMENT
+
     def fail(self, error: MacpipeError) -> bytes:
         return error.sentence.encode()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import json
+import re
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -16,6 +19,7 @@ from cluster.api import request_validation
 from cluster.api.daemon import DESCRIPTORS
 from cluster.api.grpc import proto_decoding
 from cluster.api.grpc.inference_service import InferenceServicer
+from cluster.api.http import sse
 from cluster.api.http.app import application
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
@@ -116,6 +120,61 @@ async def test_a_token_passes_three_generators_at_most_over_http(
     assert answer.status_code == 200
     assert '"a"' in answer.text
     assert 1 <= coordinator.depth <= 3
+
+
+class Silent(OneToken):
+    """A coordinator that computes nothing until ``go_on`` is called."""
+
+    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+        self.batch = EventBatch()
+        answer = AnswerQueue(self.batch, samples=1)
+        answer.put(Accepted())
+        self.batch.deliver()
+        self.answer = answer
+        return answer
+
+    def go_on(self) -> None:
+        self.answer.put(TokenEvent(0, 5, "a"))
+        self.answer.put(FinishEvent(FinishReason.STOP, "", Usage(1, 1), 1.0, 1.0))
+        self.batch.deliver()
+
+
+@pytest.mark.parametrize(
+    ("path", "sign"),
+    [
+        ("/v1/chat/completions", b": still working"),
+        ("/v1/messages", b"event: ping"),
+        ("/v1/responses", b"event: response.in_progress"),
+    ],
+)
+async def test_silence_is_broken_in_each_apis_way(path: str, sign: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timeouts of Codex count events, not comments; the numbers of its events have no gap all the same."""
+    monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.02)
+    coordinator = Silent()
+    sent: list[bytes] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+        if sum(piece.startswith(sign) for piece in sent) == 3:
+            coordinator.go_on()
+
+    received = [{"type": "http.request", "body": json.dumps({**ROUTES[path], "stream": True}).encode()}]
+
+    async def receive() -> dict[str, Any]:
+        return received.pop() if received else await asyncio.get_running_loop().create_future()
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+        "raw_path": path.encode(), "query_string": b"", "scheme": "http", "root_path": "", "client": ("127.0.0.1", 5),
+        "server": ("127.0.0.1", 8080), "headers": [(b"host", b"localhost:8080")],
+    }  # fmt: skip
+    app = application(RequestService(coordinator, Metrics()))  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        await app(scope, receive, send)  # type: ignore[arg-type]
+    assert sum(piece.startswith(sign) for piece in sent) >= 3
+    numbers = [int(n) for piece in sent for n in re.findall(rb'"sequence_number":(\d+)', piece)]
+    assert numbers == list(range(len(numbers)))
+    assert b"".join(sent).count(b'"a"') >= 1
 
 
 @pytest.mark.parametrize("method", ["Generate", "Chat"])

@@ -157,9 +157,14 @@ def test_a_call_is_one_from_where_its_arguments_begin(tokenizer: Tokenizer) -> N
     assert parsed(tokenizer, [cut], Parsing(TOOLS), whole=False)[1:3] == ("", [("weather", '{"city": "Os')])
 
 
-def test_a_call_that_was_cut_off_before_is_content_and_one_that_the_model_ended_is_a_call(tokenizer: Tokenizer) -> None:
-    begun = ONE[: ONE.index('"arguments')]
-    assert parsed(tokenizer, [begun], Parsing(TOOLS), whole=False)[1:3] == (begun, [])
+@pytest.mark.parametrize("end", ["", "\n", '{"na', '"weather', '"arguments'])
+def test_a_call_that_was_cut_off_before_is_left_out(tokenizer: Tokenizer, end: str) -> None:
+    begun = ONE[: ONE.index(end)] if end else "<tool_call>"
+    for pieces in ([f"So: {begun}"], list(f"So: {begun}")):
+        assert parsed(tokenizer, pieces, Parsing(TOOLS), whole=False)[1:3] == ("So:", [])
+
+
+def test_a_call_that_the_model_ended_needs_no_end_mark(tokenizer: Tokenizer) -> None:
     ended = ONE.removesuffix("</tool_call>")
     assert parsed(tokenizer, [ended], Parsing(TOOLS), whole=True)[2] == [("weather", '{"city": "Oslo", "days": 2}')]
 
@@ -230,8 +235,15 @@ def test_a_model_without_tools_says_so(tmp_path: Path) -> None:
     plain = tokenizer_with(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(InvalidRequest, match="does not support tools"):
         plain.chat([ChatMessage("user", "hi")], ChatOptions(TOOLS))
-    with pytest.raises(InvalidRequest, match="has no grammar for"):
+    with pytest.raises(InvalidRequest, match="does not support tools; leave them out"):
         plain.required_call_grammar(ChatOptions(TOOLS, ToolChoice.REQUIRED))
+
+
+def test_a_format_without_a_grammar_says_so(tmp_path: Path) -> None:
+    template = "{{ tools }}<tool_call>\n<function={% for m in messages %}{{ m.content }}{% endfor %}"
+    coder = tokenizer_with(tmp_path, template, "<tool_call>", "</tool_call>")
+    with pytest.raises(InvalidRequest, match="has no grammar for"):
+        coder.required_call_grammar(ChatOptions(TOOLS, ToolChoice.REQUIRED))
 
 
 def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
@@ -258,6 +270,16 @@ def test_a_call_that_must_be_is_in_the_models_own_format(tokenizer: Tokenizer) -
         tokenizer.required_call_grammar(ChatOptions(TOOLS, ToolChoice.NAMED, "nobody"))
 
 
+def test_required_arguments_are_an_object_where_the_schema_does_not_say_so(tokenizer: Tokenizer) -> None:
+    bare = Tool("weather", parameters='{"properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}')
+    required = tokenizer.required_call_grammar(ChatOptions((bare,), ToolChoice.REQUIRED))
+    assert required is not None
+    call = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>'
+    assert accepts(tokenizer, required, call % '{"city": "Oslo"}')
+    for empty in ("null", "{}", "0", '""'):
+        assert not accepts(tokenizer, required, call % empty)
+
+
 MISTRAL = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}"
 
 
@@ -268,4 +290,5 @@ def test_the_format_without_an_end_mark(tmp_path: Path) -> None:
     text = '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}'
     assert accepts(mistral, required, text)
     assert parsed(mistral, list(text), Parsing(TOOLS))[2] == [("weather", '{"city": "Oslo"}')]
-    assert parsed(mistral, list(text), Parsing(TOOLS), whole=False)[1:3] == (text, [])
+    assert parsed(mistral, list(text), Parsing(TOOLS), whole=False)[2] == [("weather", '{"city": "Oslo"}')]
+    assert parsed(mistral, list(text[:-3]), Parsing(TOOLS), whole=False)[1:3] == ("", [])

@@ -64,6 +64,7 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
         *_get("/health", health.ready, Access.ANYONE),
         *_get("/ready", health.ready, Access.ANYONE),
         *_get("/live", health.live, Access.ANYONE),
+        *_get("/api/hello", health.hello, Access.ANYONE),
         *_get("/metrics", health.metrics, Access.ADMIN),
         *_get("/openapi.json", openapi),
         *_get("/v1/models", models.list_models),

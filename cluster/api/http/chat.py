@@ -26,7 +26,7 @@ from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import chat_logprobs, collected_chat_logprobs
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.reasoning_counter import ReasoningCounter
-from cluster.api.http.sse import DONE, EventStream, event, while_connected
+from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, TokenEvent, ToolCallDelta
@@ -115,6 +115,9 @@ class ChatEncoder:
             usage = openai_usage(sum_usage(finishes), sum(c.tokens for c in self._counters))
             yield event({**self.head.fields("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
+
+    def idle(self) -> bytes:
+        return COMMENT
 
     def fail(self, error: MacpipeError) -> bytes:
         return event(openai_error(error))

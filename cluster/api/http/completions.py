@@ -27,7 +27,7 @@ from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
 from cluster.api.http.logprobs import collected_columns, columns
 from cluster.api.http.model_names import ModelNames
-from cluster.api.http.sse import DONE, EventStream, event, while_connected
+from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import generate_request
 from cluster.api.requests import rename_fields
@@ -148,6 +148,9 @@ class CompletionsEncoder:
         if self.form.stream_options and self.form.stream_options.include_usage:
             yield event({**self.head.fields(KIND), "choices": [], "usage": openai_usage(self._usage)})
         yield DONE
+
+    def idle(self) -> bytes:
+        return COMMENT
 
     def fail(self, error: MacpipeError) -> bytes:
         return event(openai_error(error))

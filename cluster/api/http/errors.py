@@ -47,11 +47,27 @@ def openai_error(error: MacpipeError) -> dict[str, Any]:
 
 
 def anthropic_error(error: MacpipeError) -> dict[str, Any]:
-    """Return ``{"type": "error", "error": {type, message}}``; the message starts with the field."""
+    """Return ``{"type": "error", "error": {type, message}}``; the message starts with the field.
+
+    A prompt that is too long is described in Anthropic's own words: clients compact their conversation when they read
+    them.
+    """
     status = error.http_status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    message = with_subject(error.field, error.sentence)
+    message = _length_message(error) if isinstance(error, PromptTooLong) else with_subject(error.field, error.sentence)
     return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _length_message(error: PromptTooLong) -> str:
+    numbers = error.details
+    if "maximum" in numbers:
+        return f"prompt is too long: {numbers['tokens']} tokens > {numbers['maximum']} maximum"
+    if "max_tokens" in numbers:
+        return (
+            f"input length and `max_tokens` exceed context limit: {numbers['tokens']} + {numbers['max_tokens']} > "
+            f"{numbers['context']}, decrease input length or `max_tokens` and try again"
+        )
+    return f"prompt is too long: {error.sentence}"
 
 
 def _code(error: MacpipeError) -> str:

@@ -50,6 +50,10 @@ class Health:
         """Return 200 as long as this process answers."""
         return Json({"status": "live", **({"version": __version__} if request.scope.get(TRUSTED) else {})})
 
+    async def hello(self, request: Request) -> Response:
+        """Return 200 without content: Claude Code asks whether the address answers."""
+        return Response()
+
     async def metrics(self, request: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
         coordinator = self.service.coordinator

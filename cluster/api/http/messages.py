@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pydantic_core import from_json
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
@@ -38,7 +38,7 @@ class Messages:
         running = await submit_chat(self.service, request, form, new_id("msg_"), checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
-            return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id, PING)
+            return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id)
         return Json(await while_connected(request, lambda: _whole_response(model, running)))
 
 
@@ -93,9 +93,9 @@ def _block(part: AnswerPart) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Parse a call's arguments. Return ``{}`` if they are invalid, as in an unconstrained or truncated answer."""
+    """Parse a call's arguments. Return the complete fields of a truncated answer; ``{}`` if there are none."""
     try:
-        value = json.loads(text)
+        value = from_json(text, allow_partial=True)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
@@ -128,6 +128,9 @@ class MessageEncoder:
 
     def end(self) -> Iterator[bytes]:
         yield from ()  # the finish event was the end
+
+    def idle(self) -> bytes:
+        return PING
 
     def fail(self, error: MacpipeError) -> bytes:
         return event(anthropic_error(error), "error")

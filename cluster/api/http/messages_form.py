@@ -24,6 +24,9 @@ from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCa
 
 T = TypeVar("T")
 TEXT = "text"
+BILLING: Final = "x-anthropic-billing-header:"
+"""Start of a line that Claude Code puts before its system prompt. It differs in each session, so that no session could
+start from the prefix of another one; Anthropic's servers take it out too."""
 _CHOICES: Final = {
     "auto": ToolChoice.AUTO,
     "any": ToolChoice.REQUIRED,
@@ -217,8 +220,11 @@ def _tool(tool: AnthropicTool, field: str) -> Tool:
 
 
 def _system(system: str | list[Block] | None) -> Iterator[ChatMessage]:
-    if system:
-        yield ChatMessage(role="system", content=_text(system, "system"))
+    text = _text(system or "", "system")
+    while text.startswith(BILLING):
+        text = text.partition("\n")[2].lstrip("\n")
+    if text:
+        yield ChatMessage(role="system", content=text)
 
 
 def _text(content: str | list[Block], field: str) -> str:

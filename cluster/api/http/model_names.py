@@ -22,7 +22,8 @@ class ModelNames:
     def checkpoint(self, requested: str | None) -> ModelInfo:
         """Return the served model. Raises ``NotServing``, and ``ModelNotFound`` if ``requested`` is another model."""
         checkpoint = self._coordinator.checkpoint("")
-        known = (*self.public_names(checkpoint), checkpoint.shape.model.name, DEFAULT, "", None)
+        name = checkpoint.shape.model.name
+        known = (*self.public_names(checkpoint), name, PurePath(name).name, DEFAULT, "", None)
         if requested not in known:
             listed = ", ".join(self.public_names(checkpoint))
             raise ModelNotFound(f"the model {str(requested)[:64]} is not served here; use {listed}", field="model")
@@ -39,5 +40,7 @@ class ModelNames:
 
 def model_id(checkpoint: ModelInfo) -> str:
     """Return the public id: a Hugging Face id or bundled name unchanged, a folder's last part (its path is private)."""
-    name = checkpoint.shape.model.name
-    return PurePath(name).name if name.startswith(("/", ".", "~")) else name
+    model = checkpoint.shape.model
+    name = PurePath(model.name)
+    is_folder = model.name.startswith(("/", ".", "~")) or PurePath(model.path).parts[-len(name.parts) :] == name.parts
+    return name.name if is_folder else model.name

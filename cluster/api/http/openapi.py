@@ -28,6 +28,7 @@ READINGS: Final[tuple[tuple[str, str], ...]] = (
     ("/health", "200 while a token can pass through every stage, else 503 and the reason."),
     ("/ready", "The same as /health."),
     ("/live", "200 as long as the coordinator's process answers."),
+    ("/api/hello", "200 without content as long as the coordinator's process answers."),
     ("/metrics", "Metrics in Prometheus' text format."),
 )
 _TEMPLATE: Final = "#/components/schemas/{model}"

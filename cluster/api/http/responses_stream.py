@@ -65,6 +65,10 @@ class ResponseStreamEncoder:
     def end(self) -> Iterator[bytes]:
         yield from ()  # the finish event was the end
 
+    def idle(self) -> bytes:
+        """Return ``response.in_progress`` again: the idle timeout of Codex counts events, not comments."""
+        return self._event({"type": "response.in_progress", "response": self.encoder.begin_object()})
+
     def fail(self, error: MacpipeError) -> bytes:
         return self._event({"type": "response.failed", "response": self.encoder.fail_object(self._done, error)})
 

@@ -1,4 +1,4 @@
-"""Streams an answer as server-sent events, with comments during silence.
+"""Streams an answer as server-sent events. During silence it sends comments, or events that say nothing new.
 
 A stream ends with its answer or when the client disconnects. However it ends, the answer is closed, which ends the
 request behind it.
@@ -48,6 +48,9 @@ class StreamEncoder(Protocol[E_contra]):
     def end(self) -> Iterable[bytes]:
         """Return what comes after the last event."""
 
+    def idle(self) -> bytes:
+        """Return what is sent during silence: a comment, or an event where clients' timeouts count only events."""
+
     def fail(self, error: MacpipeError) -> bytes:
         """Return the end of an answer that an error ended. The headers are sent, so it can only go into the stream."""
 
@@ -55,7 +58,8 @@ class StreamEncoder(Protocol[E_contra]):
 class EventStream(Generic[E]):
     """The streamed response of an answer, whose events ``encoder`` encodes.
 
-    ``idle`` is sent after ``STREAM_COMMENT_S`` without an event. ``request_id`` is logged with internal errors.
+    What ``encoder.idle`` returns is sent after ``STREAM_COMMENT_S`` without an event. ``request_id`` is logged with
+    internal errors.
     """
 
     def __init__(
@@ -63,13 +67,12 @@ class EventStream(Generic[E]):
         events: AbstractAsyncContextManager[AsyncIterator[E]],
         encoder: StreamEncoder[E],
         request_id: str,
-        idle: bytes = COMMENT,
     ) -> None:
         self._events = events
         self._encoder = encoder
         self._request_id = request_id
-        self._idle = idle
         self._wrote = False
+        self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._events as events:
@@ -100,18 +103,20 @@ class EventStream(Generic[E]):
             return [self._encoder.fail(sentence_of(error, self._request_id))], False
 
     async def _send_pieces(self, pieces: Iterable[bytes], send: Send) -> None:
-        for piece in filter(None, pieces):
-            self._wrote = True
-            async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        async with self._sending:
+            for piece in filter(None, pieces):
+                self._wrote = True
+                async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _comment(self, send: Send) -> None:
-        """Send ``idle`` during silence. It never splits an event: each event is written in one send."""
+        """Send something during silence. The lock keeps it out of the pieces of an event, which may be numbered."""
         while True:
             self._wrote = False
             await asyncio.sleep(STREAM_COMMENT_S)
-            if not self._wrote:
-                await send({"type": "http.response.body", "body": self._idle, "more_body": True})
+            async with self._sending:
+                if not self._wrote:
+                    await send({"type": "http.response.body", "body": self._encoder.idle(), "more_body": True})
 
 
 async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
