@@ -50,10 +50,11 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- "<|assistant|>" -}}
-    {%- if enable_thinking is defined and not enable_thinking -%}{{- "<think></think>" -}}{%- endif -%}
+    {%- if enable_thinking -%}{{- "<think>" -}}{%- endif -%}
 {%- endif -%}
 """
-"""Thinking before the last user message is dropped, as in the templates of reasoning models.
+"""Thinking before the last user message is dropped, as in the templates of reasoning models. With ``enable_thinking`` a
+prompt ends with the beginning of the thinking, so the next task shares the prompts before it up to there.
 
 Content begins with a space, since the words of the bundled vocabulary do and servers strip it from an answer.
 """

@@ -125,6 +125,7 @@ TOOLS = {
     "list_folder": ("path",),
     "start_agent": ("task",),
 }
+THINKING, NO_THINKING = {"enable_thinking": True}, {"enable_thinking": False}
 SYSTEM_WORDS, TOOL_WORDS, THOUGHT_WORDS = 600, 60, 30
 STEPS = 12
 """Requests of a generated session."""
@@ -161,7 +162,7 @@ class Script:
                 messages.append({"role": "user", "content": TASKS[step // TASK_EVERY]})
             else:
                 messages += self._call(step, self._result(step, CALLS))
-            yield Ask(CHAT, {"messages": list(messages), "tools": self._tools})
+            yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
 
     def chat_session(self, answer: Callable[[], str]) -> Iterator[Ask]:
         """Yield the requests of a chat that has the model's own answers: ``answer`` returns the latest."""
@@ -170,16 +171,17 @@ class Script:
         for step in range(STEPS):
             shown = self._result(step + 1, range(1, STEPS + 1))
             messages.append({"role": "user", "content": f"{TASKS[step % len(TASKS)]}\n{shown}"})
-            yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "logit_bias": bias})
+            body = {"messages": list(messages), "tools": self._tools, "logit_bias": bias}
+            yield Ask(CHAT, {**body, "chat_template_kwargs": NO_THINKING})
             messages.append({"role": "assistant", "content": answer()})
 
     def short_turns(self, tokens: int, turns: int) -> Iterator[Ask]:
         """Yield a request of about ``tokens``, then ``turns`` more that each add a call with a short result."""
         messages = [*self._opening(), {"role": "user", "content": f"{TASKS[0]}\n{self._filling(tokens)}"}]
-        yield Ask(CHAT, {"messages": list(messages), "tools": self._tools})
+        yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
         for turn in range(turns):
             messages += self._call(turn, self._text(THOUGHT_WORDS))
-            yield Ask(CHAT, {"messages": list(messages), "tools": self._tools})
+            yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
 
     def agents(self, count: int, tokens: int) -> list[Ask]:
         """Return the first requests of ``count`` sub-agents that begin with the same ``tokens`` or so."""

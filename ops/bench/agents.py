@@ -289,7 +289,8 @@ def main() -> int:
     if not sessions and not asked.tokens:
         parser.error("--tokens 0 needs --sessions")
     plan = Plan(sessions, asked.tokens, asked.at, asked.agents, asked.shared, asked.rounds)
-    longest = max(asked.tokens, asked.shared, *(len(str(a.body)) // 2 for s in sessions.values() for a in s))
+    generated = max(asked.tokens, asked.at, asked.shared) if asked.tokens else 0
+    longest = max([generated, *(len(str(a.body)) // 2 for s in sessions.values() for a in s)])
     context = asked.context or longest * 5 // 4 + ROOM
     chosen = {asked.model.name: asked.model} if asked.model else dict.fromkeys(asked.models)
     try:

@@ -60,7 +60,7 @@ def test_the_longest_shared_beginning_is_reusable_but_for_the_last_token() -> No
     assert prompts.reusable((2, 1)) == 0
 
 
-def test_a_new_task_drops_the_thinking_and_each_other_turn_extends_its_prompt(tokenizer: Tokenizer) -> None:
+def test_a_new_task_drops_the_thinking_and_other_turns_extend_their_prompt(tokenizer: Tokenizer) -> None:
     from agent_sessions import CALLS, Prompts, Script
 
     prompts, before = Prompts(), 0
