@@ -35,8 +35,8 @@ MAX_HEADER_ELEMENTS: Final = 64 * KIB
 lane with all alternatives have 17,000."""
 MAX_JOINED_ELEMENTS: Final = MAX_HEADER_ELEMENTS // 2
 """Values in the joins of one frame: the maximal biases of eleven requests."""
-MAX_MARK_TOKENS: Final = 64
-"""Tokens of the mark that ends a model's reasoning; the longest known has five."""
+MAX_MARKER_TOKENS: Final = 64
+"""Tokens of the marker that ends a model's reasoning; the longest known has five."""
 MAX_EDITS: Final = 4096
 """Edits of one frame: enough to free every sequence and every prefix."""
 MAX_ROWS: Final = 256

@@ -55,13 +55,13 @@ class _Out:
 class AnswerParser:
     """Parses the text of one answer, piece by piece."""
 
-    def __init__(self, marks: OutputMarkers, parsing: Parsing) -> None:
-        self._marks = marks
+    def __init__(self, markers: OutputMarkers, parsing: Parsing) -> None:
+        self._markers = markers
         self._tools = parsing.tools
         self._state = _ParserState.REASONING if parsing.thinking else _ParserState.CONTENT
         self._held = ""
         """Text not yet emitted: a possible marker, blanks that may be dropped, or an unparsed call."""
-        self._fresh = parsing.thinking or bool(marks.think_start)
+        self._fresh = parsing.thinking or bool(markers.think_start)
         """Whether the current part is still empty: its leading blanks are dropped."""
         self._blanks = ""
         """Blanks before a call; they are emitted if the call turns out to be content."""
@@ -93,9 +93,9 @@ class AnswerParser:
             body = self._held
             self._held = ""
             self._state = _ParserState.CONTENT
-            complete = whole or not self._marks.call_end
+            complete = whole or not self._markers.call_end
             if not self._close_call(body, out) and not (complete and self._parse_calls(body, out)) and whole:
-                self._emit_text(self._blanks + self._marks.call_start + body, out)
+                self._emit_text(self._blanks + self._markers.call_start + body, out)
         else:
             self._emit_text(self._held, out, last=True)
             self._held = ""
@@ -103,7 +103,7 @@ class AnswerParser:
 
     def _step(self, out: _Out) -> bool:
         """Process the held text up to the next marker. Return False if more text is needed."""
-        mark, at = self._next_mark()
+        marker, at = self._next_marker()
         if at < 0:
             if self._state is _ParserState.CALL:
                 self._emit_certain_arguments(out)
@@ -111,33 +111,33 @@ class AnswerParser:
                 self._emit_certain_text(out)
             return False
         before = self._held[:at]
-        self._held = self._held[at + len(mark) :]
-        self._handle_marker(mark, before, out)
+        self._held = self._held[at + len(marker) :]
+        self._handle_marker(marker, before, out)
         return True
 
-    def _handle_marker(self, mark: str, before: str, out: _Out) -> None:
-        """Process ``mark`` and the text ``before`` it."""
+    def _handle_marker(self, marker: str, before: str, out: _Out) -> None:
+        """Process ``marker`` and the text ``before`` it."""
         if self._state is _ParserState.CALL:
             self._state = _ParserState.CONTENT
             if not self._close_call(before, out) and not self._parse_calls(before, out):
-                self._emit_text(self._blanks + self._marks.call_start + before + self._marks.call_end, out)
+                self._emit_text(self._blanks + self._markers.call_start + before + self._markers.call_end, out)
             return
-        ends_reasoning = self._state is _ParserState.REASONING and mark == self._marks.think_end
-        if mark in self._marks.noise and not ends_reasoning:
+        ends_reasoning = self._state is _ParserState.REASONING and marker == self._markers.think_end
+        if marker in self._markers.noise and not ends_reasoning:
             self._held = before + self._held
             return
         emitted = before.rstrip() if self._holds_blanks() else before
         self._emit_text(emitted, out)
         self._blanks = "" if self._fresh else before[len(emitted) :]
         self._state = {
-            self._marks.think_start: _ParserState.REASONING,
-            self._marks.think_end: _ParserState.CONTENT,
-            self._marks.call_start: _ParserState.CALL,
-        }[mark]
+            self._markers.think_start: _ParserState.REASONING,
+            self._markers.think_end: _ParserState.CONTENT,
+            self._markers.call_start: _ParserState.CALL,
+        }[marker]
         self._fresh = self._state is not _ParserState.CALL
 
-    def _marks_here(self) -> tuple[str, ...]:
-        m = self._marks
+    def _markers_here(self) -> tuple[str, ...]:
+        m = self._markers
         calls = (m.call_start,) if self._tools and m.call_start else ()
         match self._state:
             case _ParserState.CALL:
@@ -147,15 +147,15 @@ class AnswerParser:
             case _ParserState.CONTENT:
                 return (*((m.think_start,) if m.think_start else ()), *calls, *m.noise)
 
-    def _next_mark(self) -> tuple[str, int]:
+    def _next_marker(self) -> tuple[str, int]:
         """Return the first marker (the longest if several start there) and its index; ("", -1) if there is none."""
-        found = [(at, -len(mark), mark) for mark in self._marks_here() if (at := self._held.find(mark)) >= 0]
-        at, _, mark = min(found, default=(-1, 0, ""))
-        return mark, at
+        found = [(at, -len(marker), marker) for marker in self._markers_here() if (at := self._held.find(marker)) >= 0]
+        at, _, marker = min(found, default=(-1, 0, ""))
+        return marker, at
 
     def _emit_certain_text(self, out: _Out) -> None:
         """Emit the held text that cannot belong to a marker. Hold trailing blanks until the next text is known."""
-        keep = _possible_start(self._held, self._marks_here())
+        keep = _possible_start(self._held, self._markers_here())
         certain = self._held[: len(self._held) - keep]
         emitted = certain.rstrip() if self._holds_blanks() else certain
         self._held = self._held[len(emitted) :]
@@ -178,13 +178,13 @@ class AnswerParser:
         """Emit the arguments of an unfinished call that are certain."""
         self._held = self._open_call(self._held, out)
         if self._open:
-            certain = len(self._held) - _possible_start(self._held, self._marks_here())
+            certain = len(self._held) - _possible_start(self._held, self._markers_here())
             self._emit_arguments(self._open.add(self._held[:certain]), out)
             self._held = self._held[certain:]
 
     def _open_call(self, body: str, out: _Out) -> str:
         """Emit the tool's name once it is known. Return the rest of ``body``."""
-        if self._open or not (opened := PartialToolCall.start(body, self._marks.format, self._names)):
+        if self._open or not (opened := PartialToolCall.start(body, self._markers.format, self._names)):
             return body
         self._open, at = opened
         out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))
@@ -207,7 +207,7 @@ class AnswerParser:
 
     def _parse_calls(self, body: str, out: _Out) -> bool:
         """Parse and emit the calls in ``body``. Return False if there is no valid call."""
-        found = _read_calls(body, self._marks, self._tools)
+        found = _read_calls(body, self._markers, self._tools)
         for identity, name, arguments in found:
             out.calls.append(ToolCallDelta(self._calls, identity, name))
             pieces = (arguments[i : i + PIECE] for i in range(0, len(arguments), PIECE))
@@ -217,11 +217,11 @@ class AnswerParser:
         return bool(found)
 
 
-def _read_calls(body: str, marks: OutputMarkers, tools: Sequence[Tool]) -> list[tuple[str, str, str]]:
+def _read_calls(body: str, markers: OutputMarkers, tools: Sequence[Tool]) -> list[tuple[str, str, str]]:
     """Return id, name and arguments of the calls in ``body``; an empty list if any of them is invalid."""
-    assert marks.parse is not None, "tools were offered to a model without a parser"
+    assert markers.parse is not None, "tools were offered to a model without a parser"
     try:
-        parsed = marks.parse(body, [describe_tool(tool) for tool in tools])
+        parsed = markers.parse(body, [describe_tool(tool) for tool in tools])
         return [_check_call(one, tools) for one in (parsed if isinstance(parsed, list) else [parsed])]
     except Exception:  # parsers may raise anything for invalid text; such text is content
         return []
@@ -245,7 +245,7 @@ def _new_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _possible_start(text: str, marks: Sequence[str]) -> int:
+def _possible_start(text: str, markers: Sequence[str]) -> int:
     """Return the length of the longest suffix of ``text`` that is a prefix of a marker."""
-    longest = min(len(text), max((len(mark) - 1 for mark in marks), default=0))
-    return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
+    longest = min(len(text), max((len(marker) - 1 for marker in markers), default=0))
+    return next((n for n in range(longest, 0, -1) if any(marker.startswith(text[-n:]) for marker in markers)), 0)

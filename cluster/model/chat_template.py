@@ -37,9 +37,9 @@ OURS: Final = frozenset(
 class ChatTemplate:
     """The template of one tokenizer."""
 
-    def __init__(self, wrapper: TokenizerWrapper, marks: OutputMarkers) -> None:
+    def __init__(self, wrapper: TokenizerWrapper, markers: OutputMarkers) -> None:
         self._wrapper = wrapper
-        self._marks = marks
+        self._markers = markers
         self._names = _names(wrapper)
         self._abilities = TemplateAbilities(self._probe)
 
@@ -127,7 +127,7 @@ class ChatTemplate:
         """Raise InvalidRequest if tools are offered, and the model does not take them or its calls cannot be parsed."""
         if options.offered and not self._takes("tools"):
             raise InvalidRequest("this model's chat template does not support tools; leave them out", field="tools")
-        if options.offered and self._marks.parse is None:
+        if options.offered and self._markers.parse is None:
             raise InvalidRequest(
                 "macpipe cannot parse tool calls of this model, since it does not know their format; "
                 "leave the tools out",
@@ -138,7 +138,7 @@ class ChatTemplate:
         wanted = options.enable_thinking
         if wanted is None and options.reasoning_effort == "none":
             wanted = False
-        if wanted is None or (not wanted and not self._marks.think_start):
+        if wanted is None or (not wanted and not self._markers.think_start):
             return {}
         if not self._takes("enable_thinking") and not self._takes("thinking"):
             raise InvalidRequest(

@@ -62,9 +62,9 @@ class OutputMarkers:
         text: str = self._wrapper.decode(ids[start + len(self._wrapper.think_start_tokens) :])
         return not text.strip()
 
-    def to_lark(self, mark: str) -> str:
-        """Return ``mark`` as a Lark expression: added tokens by their ids, everything else as text."""
-        tokens = self._wrapper.encode(mark, add_special_tokens=False)
+    def to_lark(self, marker: str) -> str:
+        """Return ``marker`` as a Lark expression: added tokens by their ids, everything else as text."""
+        tokens = self._wrapper.encode(marker, add_special_tokens=False)
         return " ".join(self._token(token) for token in tokens)
 
     def _token(self, token: int) -> str:

@@ -104,8 +104,8 @@ class Tokenizer:
         self._wrapper = wrapper
         self.eos: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.vocab_size: int = len(wrapper)
-        self._marks = OutputMarkers(wrapper)
-        self._template = ChatTemplate(wrapper, self._marks)
+        self._markers = OutputMarkers(wrapper)
+        self._template = ChatTemplate(wrapper, self._markers)
         self._grammars: Grammars | None = None
         self._lock = Lock()
 
@@ -144,12 +144,12 @@ class Tokenizer:
 
     def parsing(self, prompt: Sequence[int], options: ChatOptions = PLAIN) -> Parsing:
         """Return how to parse the answer to ``prompt``, which ``chat`` returned for the same options."""
-        return Parsing(options.offered, self._marks.opens_reasoning(prompt))
+        return Parsing(options.offered, self._markers.opens_reasoning(prompt))
 
     @property
     def reasoning_end(self) -> tuple[int, ...]:
         """Return the token ids that end the model's reasoning; empty if it has no reasoning markers."""
-        return self._marks.reasoning_end
+        return self._markers.reasoning_end
 
     def required_call_grammar(self, options: ChatOptions) -> Grammar | None:
         """Return the grammar of an answer that must call a tool, in the model's own format; None if it need not.
@@ -158,20 +158,20 @@ class Tokenizer:
         its call format.
         """
         self._template.require_tools(options)
-        return tool_call_grammar(options, self._marks)
+        return tool_call_grammar(options, self._markers)
 
     def defer_past_reasoning(self, grammar: Grammar, parsing: Parsing, *, calls: bool = False) -> Grammar:
         """Return ``grammar`` for an answer with this ``parsing``: it applies after the reasoning, if there is any.
 
         ``calls``: the grammar is that of a tool call, not of the content.
         """
-        if self._marks.content_start and not calls:
-            return replace(grammar, free_until=self._marks.content_start)
-        return replace(grammar, free_until=self._marks.reasoning_end) if parsing.thinking else grammar
+        if self._markers.content_start and not calls:
+            return replace(grammar, free_until=self._markers.content_start)
+        return replace(grammar, free_until=self._markers.reasoning_end) if parsing.thinking else grammar
 
     def parser(self, parsing: Parsing) -> AnswerParser:
         """Return a parser for one answer's text."""
-        return AnswerParser(self._marks, parsing)
+        return AnswerParser(self._markers, parsing)
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Compile ``grammar`` and follow it for some tokens. Unbounded in time and memory. Raises InvalidGrammar."""

@@ -17,7 +17,7 @@ from cluster.model.schema_support import find_unenforced
 __all__ = ["tool_call_grammar"]
 
 
-def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | None:
+def tool_call_grammar(options: ChatOptions, markers: OutputMarkers) -> Grammar | None:
     """Return the grammar of an answer that must call a tool; see ``Tokenizer.required_call_grammar``."""
     if options.tool_choice not in (ToolChoice.REQUIRED, ToolChoice.NAMED):
         return None
@@ -25,18 +25,18 @@ def tool_call_grammar(options: ChatOptions, marks: OutputMarkers) -> Grammar | N
     if not tools:
         wanted = f"the tool {options.tool_name[:64]!r}" if options.tool_choice is ToolChoice.NAMED else "a tool"
         raise InvalidRequest(f"tool_choice requires {wanted}, which is not among the tools", field="tool_choice")
-    write = WRITERS.get(marks.format)
+    write = WRITERS.get(markers.format)
     if write is None:
         raise InvalidRequest(
             "macpipe has no grammar for this model's tool call format; use tool_choice auto",
             field="tool_choice",
         )
-    return Grammar(GrammarKind.LARK, write(tools, marks, options.parallel_tool_calls))
+    return Grammar(GrammarKind.LARK, write(tools, markers, options.parallel_tool_calls))
 
 
-def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _json_tools(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     r"""Return the grammar of ``<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>``, once or more often."""
-    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
+    start, end = markers.to_lark(markers.call_start), markers.to_lark(markers.call_end)
     again = ' ("\\n"? call)*' if several else ""
     return "\n".join(
         (
@@ -47,23 +47,23 @@ def _json_tools(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> s
     )
 
 
-def _mistral(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _mistral(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of ``[TOOL_CALLS]name[ARGS]{...}``, once or more often."""
-    head, middle = marks.to_lark(marks.call_start), marks.to_lark("[ARGS]")
+    head, middle = markers.to_lark(markers.call_start), markers.to_lark("[ARGS]")
     rules = [
         f"tool_{i}: {head} {quote_lark(tool.name)} {middle} {_json(_parameters(tool))}" for i, tool in enumerate(tools)
     ]
     return "\n".join((_start(len(tools), several), *rules))
 
 
-def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _kimi_k2(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of Kimi K2's calls, once or more often.
 
     A call is ``functions.name:0<|tool_call_argument_begin|>{...}`` between markers; a section with markers holds all.
     """
-    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
+    start, end = markers.to_lark(markers.call_start), markers.to_lark(markers.call_end)
     begin, middle, close = map(
-        marks.to_lark, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+        markers.to_lark, ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
     )
     rules = [
         f"tool_{i}: {begin} {quote_lark(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {middle} "
@@ -74,9 +74,12 @@ def _kimi_k2(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     return "\n".join((f"start: {start} {calls} {end}", *rules))
 
 
-def _harmony(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _harmony(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of one harmony call. There is never a second one, since a call ends the answer."""
-    head, middle = marks.to_lark("<|channel|>commentary to=functions."), marks.to_lark("<|constrain|>json<|message|>")
+    head, middle = (
+        markers.to_lark("<|channel|>commentary to=functions."),
+        markers.to_lark("<|constrain|>json<|message|>"),
+    )
     rules = [
         f"tool_{i}: {head} {quote_lark(tool.name + ' ')} {middle} {_json(_parameters(tool))}"
         for i, tool in enumerate(tools)
@@ -84,20 +87,20 @@ def _harmony(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
     return "\n".join((_start(len(tools), False), *rules))
 
 
-def _deepseek(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _deepseek(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of ``NAME<sep>{...}`` between markers, once or more often."""
-    return _deepseek_calls(tools, marks, several, "", "")
+    return _deepseek_calls(tools, markers, several, "", "")
 
 
-def _deepseek_blocks(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _deepseek_blocks(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of ``function<sep>NAME`` and a block of JSON code between markers, once or more often."""
-    return _deepseek_calls(tools, marks, several, "\n```json\n", "\n```")
+    return _deepseek_calls(tools, markers, several, "\n```json\n", "\n```")
 
 
-def _deepseek_calls(tools: Sequence[Tool], marks: OutputMarkers, several: bool, opening: str, closing: str) -> str:
-    begin, close = marks.to_lark("<｜tool▁calls▁begin｜>"), marks.to_lark("<｜tool▁calls▁end｜>")
-    separator = marks.to_lark("<｜tool▁sep｜>")
-    start, end = marks.to_lark(marks.call_start), marks.to_lark(marks.call_end)
+def _deepseek_calls(tools: Sequence[Tool], markers: OutputMarkers, several: bool, opening: str, closing: str) -> str:
+    begin, close = markers.to_lark("<｜tool▁calls▁begin｜>"), markers.to_lark("<｜tool▁calls▁end｜>")
+    separator = markers.to_lark("<｜tool▁sep｜>")
+    start, end = markers.to_lark(markers.call_start), markers.to_lark(markers.call_end)
     rules = []
     for i, tool in enumerate(tools):
         name = quote_lark(tool.name + opening)
@@ -108,7 +111,7 @@ def _deepseek_calls(tools: Sequence[Tool], marks: OutputMarkers, several: bool, 
     return "\n".join((f"start: {begin} {calls} {close}", *rules))
 
 
-def _llama3(tools: Sequence[Tool], marks: OutputMarkers, several: bool) -> str:
+def _llama3(tools: Sequence[Tool], markers: OutputMarkers, several: bool) -> str:
     """Return the grammar of one ``{"name": ..., "parameters": {...}}``, the only call that Llama 3 makes at a time."""
     schema = {"anyOf": [_call_schema(tool, "parameters") for tool in tools]}
     return f"start: {_json(schema)}"

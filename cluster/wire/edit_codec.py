@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Save, Trim, Unmark
-from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARK_TOKENS
+from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARKER_TOKENS
 from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.wire.header_fields import Fields
 
@@ -84,4 +84,4 @@ def _unpack_grammar(value: list[Any] | None) -> Grammar | None:
     f = Fields(value, "grammar", 3)
     if f.text(0) not in _GRAMMARS:
         raise BadFrame(f"a grammar of unknown kind {f.text(0)[:32]!r}")
-    return Grammar(GrammarKind(f.text(0)), f.text(1), f.counts(2, MAX_MARK_TOKENS))
+    return Grammar(GrammarKind(f.text(0)), f.text(1), f.counts(2, MAX_MARKER_TOKENS))

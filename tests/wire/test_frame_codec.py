@@ -38,7 +38,7 @@ from cluster.core.limits import (
     MAX_HEADER_ELEMENTS,
     MAX_JOINED_BYTES,
     MAX_LOGIT_BIAS,
-    MAX_MARK_TOKENS,
+    MAX_MARKER_TOKENS,
     MAX_ROWS,
     MAX_TOP_LOGPROBS,
 )
@@ -247,10 +247,10 @@ def _join(biases: int = 0, grammar: int = 0, mark: int = 0) -> Join:
     return Join(1, 2, SamplingParams(logit_bias=tuple((i, 1.5) for i in range(biases)), grammar=bound))
 
 
-LONGEST = _join(MAX_LOGIT_BIAS, 1000, MAX_MARK_TOKENS)
+LONGEST = _join(MAX_LOGIT_BIAS, 1000, MAX_MARKER_TOKENS)
 JOINS = {
     "plain": [_join()] * 3000,
-    "marked": [_join(0, 1, MAX_MARK_TOKENS)] * 600,
+    "marked": [_join(0, 1, MAX_MARKER_TOKENS)] * 600,
     "biased": [_join(MAX_LOGIT_BIAS)] * 25,
     "grammars": [_join(0, MAX_JOINED_BYTES // 2)] * 3,
     "mixed": [LONGEST, *[_join()] * 500] * 4,

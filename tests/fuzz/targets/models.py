@@ -222,7 +222,7 @@ def _grammar(kind: GrammarKind, *seeds: str) -> Callable[[], Prepared]:
 def answers() -> Prepared:
     """Parse a model's text, which may be anything, into reasoning, content and calls, in every known format."""
     formats = [import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call for name in FORMATS]
-    marks = served().tokenizer._marks
+    marks = served().tokenizer._markers
     marks = copy(marks)
     marks.think_start, marks.think_end, marks.call_start, marks.call_end = (
         "<think>",
