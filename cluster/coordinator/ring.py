@@ -1,8 +1,9 @@
 """Hold the coordinator's data streams of one epoch.
 
 The ring feeds stage 0, pulls from the last stage, and relays the hops that have no direct link. A relayed hop uses both
-lines. The feed of stage 0 and the pull use only the urgent line, since tokens and samples are small and always urgent.
-The caller decides who feeds whom. This module refuses to know what a frame contains.
+lines, urgent and bulk (see ``transport.streams.Line``). The feed of stage 0 and the pull use only the urgent line,
+since tokens and samples are small and always urgent. The caller decides who feeds whom. This module refuses to know
+what a frame contains.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class RingStage:
 
     worker: str
     address: str
-    inlet: Route
+    input_route: Route
     party: str = WORKER
 
 
@@ -54,7 +55,7 @@ class Ring:
         """Open all streams and return the feed of stage 0."""
         first, last = stages[0], stages[-1]
         for before, after in pairwise(stages):
-            if after.inlet is Route.RELAY:
+            if after.input_route is Route.RELAY:
                 self._relay(dialer, epoch, before, after, lost)
         self._streams.append(_pull(dialer, epoch, last, received, lost))
         feed = _feed(dialer, epoch, first, lost)

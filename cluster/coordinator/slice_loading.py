@@ -64,11 +64,11 @@ async def link_stages(
 
     Raises the first other error and cancels the other links.
     """
-    inlets: dict[int, Route] = {}
+    input_routes: dict[int, Route] = {}
 
     async def link(i: int, control: WorkerClient) -> None:
         before = workers[i - 1] if i and plan.route is Route.DIRECT else None
-        inlets[i] = await _link(control, plan.epoch, before)
+        input_routes[i] = await _link(control, plan.epoch, before)
 
     try:
         async with anyio.create_task_group() as tasks:
@@ -76,7 +76,7 @@ async def link_stages(
                 tasks.start_soon(link, i, control)
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(RingStage(w.name, w.data_address, inlets[i], worker_of(w.id)) for i, w in enumerate(workers))
+    return tuple(RingStage(w.name, w.data_address, input_routes[i], worker_of(w.id)) for i, w in enumerate(workers))
 
 
 async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> Route:

@@ -33,7 +33,9 @@ def describe_plan(plan: Plan) -> ModelPlan:
 
 def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> ClusterState:
     """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes."""
-    stages = [_describe_stage(stage, inlet.inlet) for stage, inlet in zip(plan.stages, ring, strict=True)]
+    stages = [
+        _describe_stage(stage, ring_stage.input_route) for stage, ring_stage in zip(plan.stages, ring, strict=True)
+    ]
     return replace(
         state,
         model=plan.model.name,
@@ -80,14 +82,14 @@ def _describe_worker(member: RosterEntry, belief: Belief | None) -> WorkerState:
     )
 
 
-def _describe_stage(planned: PlannedStage, inlet: Route) -> StageState:
+def _describe_stage(planned: PlannedStage, input_route: Route) -> StageState:
     return StageState(
         index=planned.spec.index,
         worker=planned.worker,
         layers=planned.layers,
         weight_bytes=planned.weight_bytes,
         cache_bytes=planned.cache_bytes,
-        inlet=inlet,
+        input_route=input_route,
         predicted_ms=planned.decode_ms,
     )
 

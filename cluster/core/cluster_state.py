@@ -49,8 +49,8 @@ class RequestState(StrEnum):
 class StageState:
     """The layers that a worker (by name) holds.
 
-    ``cache_bytes`` is room for all sequences at the promised context length. ``inlet`` is the route of the stage's
-    input; the coordinator feeds the first stage.
+    ``cache_bytes`` is room for all sequences at the promised context length. ``input_route`` is the route of the
+    stage's input; the coordinator feeds the first stage.
     """
 
     index: int
@@ -58,7 +58,7 @@ class StageState:
     layers: LayerRange
     weight_bytes: int
     cache_bytes: int
-    inlet: Route
+    input_route: Route
     reserved_bytes: int = 0
     prefix_bytes: int = 0
     bubble_share: float = 0.0

@@ -43,10 +43,10 @@ def test_a_stage_is_shown_as_it_was_planned_and_as_it_is() -> None:
     state = with_plan(IDLE, PLAN, RING, LOOP)
     assert (state.model, state.epoch, state.layers, state.route) == ("m", 7, 6, Route.DIRECT)
     first, second = state.stages
-    assert (first.worker, first.layers, first.inlet) == ("ada", LayerRange(0, 3), Route.DIRECT)
+    assert (first.worker, first.layers, first.input_route) == ("ada", LayerRange(0, 3), Route.DIRECT)
     assert (first.reserved_bytes, first.prefix_bytes, first.bubble_share) == (10, 1, 0.25)
     assert (first.measured_ms, first.expected_ms, first.measured_frames) == (3.0, 2.0, 16)
-    assert (second.inlet, second.measured_ms) == (Route.RELAY, 0.0), "nothing is known of its frames yet"
+    assert (second.input_route, second.measured_ms) == (Route.RELAY, 0.0), "nothing is known of its frames yet"
     assert (second.busy_seconds, second.active_seconds) == (9.0, 10.0)
 
 
@@ -67,7 +67,7 @@ def test_who_waits_is_counted() -> None:
 
 def test_a_plan_that_is_not_loaded_has_the_planned_route_everywhere() -> None:
     plan = describe_plan(replace(PLAN, route=Route.RELAY))
-    assert [(s.worker, s.inlet) for s in plan.stages] == [("ada", Route.RELAY), ("bob", Route.RELAY)]
+    assert [(s.worker, s.input_route) for s in plan.stages] == [("ada", Route.RELAY), ("bob", Route.RELAY)]
     assert (plan.model, plan.layers, plan.reasons) == ("m", 6, PLAN.reasons)
 
 

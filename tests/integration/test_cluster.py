@@ -75,7 +75,7 @@ def test_three_workers_give_the_tokens_of_one_process(secured: tuple[Cluster, st
     with Client(secured[1], timeout_s=60) as client:
         state = client.cluster()
         assert {s.worker for s in state.stages} == set(NAMES)
-        assert [s.inlet for s in state.stages] == ["relay", "direct", "direct"]
+        assert [s.input_route for s in state.stages] == ["relay", "direct", "direct"]
         assert client.generate(ids, max_tokens=16, ignore_eos=True).tokens == greedy(llama, ids, 16)
 
 

@@ -78,7 +78,7 @@ def test_three_hosts_find_each_other_and_answer_though_a_cable_is_pulled(
     assert sorted(w["control_address"].split(":")[0] for w in workers) == [h.address for h in three_hosts]
     stages = status["stages"]
     assert isinstance(stages, list)
-    assert [s["inlet"] for s in stages] == ["relay", "direct", "direct"]
+    assert [s["input_route"] for s in stages] == ["relay", "direct", "direct"]
     answer = macpipe(first, "generate", "-p", "hello there", "--raw", "--max-tokens", "16", "--ignore-eos")
     prompt = macpipe(first, "generate", "-p", "hello there", "--raw", "--max-tokens", "1")["usage"]
     assert isinstance(prompt, dict)

@@ -35,10 +35,10 @@ def test_tokens_are_those_of_one_process(client: Client, llama: Path, stages: in
 
 def test_the_relayed_route_gives_the_same_tokens(client: Client, llama: Path) -> None:
     serve_model(client, llama, 3, route=Route.RELAY)
-    assert {s.inlet for s in client.cluster().stages} == {Route.RELAY}
+    assert {s.input_route for s in client.cluster().stages} == {Route.RELAY}
     relayed = client.generate(PROMPT, max_tokens=16, ignore_eos=True).tokens
     serve_model(client, llama, 3)
-    assert [s.inlet for s in client.cluster().stages] == [Route.RELAY, Route.DIRECT, Route.DIRECT]
+    assert [s.input_route for s in client.cluster().stages] == [Route.RELAY, Route.DIRECT, Route.DIRECT]
     assert client.generate(PROMPT, max_tokens=16, ignore_eos=True).tokens == relayed == greedy(llama, PROMPT, 16)
 
 
