@@ -15,6 +15,7 @@ from pathlib import PurePath
 import anyio
 
 from cluster import __version__
+from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
@@ -26,7 +27,7 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.planner import Links, make_plan
 from cluster.coordinator.recovery import ServiceDeps
-from cluster.coordinator.replan import Assignment, adoptable_plan
+from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
 from cluster.coordinator.request_timings import LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
@@ -46,12 +47,10 @@ from cluster.core.errors import (
     WorkerLost,
 )
 from cluster.core.limits import (
-    ADOPTION_LOOKS,
     CONTROL_TIMEOUT_S,
     EPOCH_TRIES,
     MAX_SCHEMA_BYTES,
     OVERLOADED_S,
-    SETTLE_S,
     STATUS_ASK_S,
     STATUS_VIEW_S,
     UNLOAD_TIMEOUT_S,
@@ -152,7 +151,7 @@ class Coordinator:
         if self._service:
             await self._service.teach()  # the next plan uses the step times measured here
         found = await self._gather_workers(order, model_info.shape, report)
-        found, order = await self._prefer_held_slices(model_info, order, found)
+        found, order = await adopt_held_slices(model_info.shape, order, found, self._roster)
         number = self._epochs.next(m.facts.epoch for m in self._roster.members)
         plan = await self._make_plan(number, model_info.shape, found, order)
         report.planned(plan)
@@ -213,23 +212,6 @@ class Coordinator:
         if len(found) > 1 and all(w.profile.known for w in found):
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
         return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
-
-    async def _prefer_held_slices(
-        self, model_info: ModelInfo, order: LoadOrder, workers: tuple[WorkerInfo, ...]
-    ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
-        """Return the workers and the order that reuse slices held since before this coordinator restarted.
-
-        Look ``ADOPTION_LOOKS`` times, since not every worker may have answered yet. Without a complete set of slices,
-        return ``workers`` and ``order`` unchanged.
-        """
-        for _ in range(ADOPTION_LOOKS):
-            members = [m.facts for m in self._roster.members if not m.problem]
-            adopted = adoptable_plan(model_info.shape, order, members)
-            if adopted or not any(self._roster.owns(f) for f in members):
-                return adopted or (workers, order)
-            await anyio.sleep(SETTLE_S)
-            await self._roster.refresh()
-        return workers, order
 
     def _report_problem(self, sentence: str) -> None:
         self.changed.set()

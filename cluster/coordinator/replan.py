@@ -80,31 +80,6 @@ def holds(facts: WorkerInfo, stage: PlannedStage) -> bool:
     return bool(facts.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits)
 
 
-def adoptable_plan(
-    shape: ModelShape, order: LoadOrder, members: Iterable[WorkerInfo]
-) -> tuple[tuple[WorkerInfo, ...], LoadOrder] | None:
-    """Return workers and an order that keep all held slices where they are; None if these do not form a whole model.
-
-    A restarted coordinator uses this to adopt workers that still hold its model.
-    """
-    matching = [
-        f for f in members if f.epoch and f.fingerprint == shape.model.fingerprint and f.kv_bits == order.kv_bits
-    ]
-    newest = max((f.epoch for f in matching), default=0)
-    of_newest = (f for f in matching if f.epoch == newest and f.layers)
-    slice_workers = sorted(of_newest, key=lambda f: f.layers or _NO_LAYERS)
-    ranges = tuple(f.layers for f in slice_workers if f.layers)
-    ends = [0, *(r.end for r in ranges)]
-    whole = bool(ranges) and ends[-1] == shape.layers and [r.start for r in ranges] == ends[:-1]
-    as_asked = order.layers in (None, ranges) and order.worker_count in (None, len(ranges))
-    if not (whole and as_asked) or any(f.draining for f in slice_workers):
-        return None
-    return tuple(slice_workers), replace(order, layers=ranges, worker_count=len(ranges))
-
-
-_NO_LAYERS = LayerRange(0, 1)
-
-
 def _keep_cut(
     epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerInfo]
 ) -> Assignment | None:

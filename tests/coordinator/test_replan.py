@@ -1,4 +1,4 @@
-"""Replanning: which worker takes over, which one is to blame, and whose slices are adopted. Pure decisions."""
+"""Replanning: which worker takes over, and which one is to blame. Pure decisions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable, verdicts
 from cluster.coordinator.planner import make_plan
-from cluster.coordinator.replan import Assignment, adoptable_plan, reassign_layers, restore_plan
+from cluster.coordinator.replan import Assignment, reassign_layers, restore_plan
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, NoWorkers, WorkerLost
@@ -128,24 +128,6 @@ def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
 def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> None:
     slow = members(replace(STAGES[0], computing=True), replace(STAGES[1], lag_seconds=0.5), STAGES[2])
     assert [m.facts.name for m in slow if is_excused(m)] == ["ada", "bob"]
-
-
-def adopted(*facts: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
-    found = adoptable_plan(SHAPE, order, facts)
-    return [f"{w.name} {r}" for w, r in zip(found[0], found[1].layers or (), strict=True)] if found else None
-
-
-def test_slices_that_are_held_are_adopted_where_they_are_the_whole_model() -> None:
-    assert adopted(*reversed(STAGES), worker("dee")) == ["ada 0-1", "bob 2-3", "cyd 4-5"]
-    assert adopted(*STAGES, order=replace(ORDER, worker_count=None)) is not None
-    assert adopted(*STAGES[:2]) is None
-    assert adopted(*STAGES[:2], holding("cyd", 4, 6, epoch=EPOCH - 1)) is None
-    assert adopted(*STAGES[:2], holding("cyd", 4, 6, fingerprint="other")) is None
-    assert adopted(*STAGES[:2], holding("cyd", 4, 6, draining=True)) is None
-    assert adopted(*STAGES, order=replace(ORDER, worker_count=2)) is None
-    assert adopted(*STAGES, order=replace(ORDER, kv_bits=4)) is None
-    asked = (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 6))
-    assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None
 
 
 def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:

@@ -1,0 +1,46 @@
+"""Adoption: the slices that workers still hold are used again if they are the whole model that was ordered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.coordinator.adoption import adoptable_plan
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.limits import MIB
+from cluster.core.plan import LayerRange, ModelRef, ModelShape
+from cluster.core.worker import WorkerInfo
+
+MODEL = ModelRef("m", "", "f" * 64)
+SHAPE = ModelShape(MODEL, 6, (10 * MIB,) * 6, (MIB,) * 6, (), (1, 2, 3, 4, 5), (), 64)
+ORDER = LoadOrder("m", worker_count=3)
+EPOCH = 7
+
+
+def worker(name: str) -> WorkerInfo:
+    return WorkerInfo(f"id-{name}", name, "", f"{name}:1", f"{name}:2", "", "", "", 0, 40 * MIB)
+
+
+def holding(name: str, start: int, end: int, **more: object) -> WorkerInfo:
+    held = {"epoch": EPOCH, "layers": LayerRange(start, end), "fingerprint": MODEL.fingerprint, **more}
+    return replace(worker(name), **held)  # type: ignore[arg-type]
+
+
+STAGES = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6))
+
+
+def adopted(*facts: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
+    found = adoptable_plan(SHAPE, order, facts)
+    return [f"{w.name} {r}" for w, r in zip(found[0], found[1].layers or (), strict=True)] if found else None
+
+
+def test_held_slices_are_adopted_if_they_are_the_whole_model() -> None:
+    assert adopted(*reversed(STAGES), worker("dee")) == ["ada 0-1", "bob 2-3", "cyd 4-5"]
+    assert adopted(*STAGES, order=replace(ORDER, worker_count=None)) is not None
+    assert adopted(*STAGES[:2]) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, epoch=EPOCH - 1)) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, fingerprint="other")) is None
+    assert adopted(*STAGES[:2], holding("cyd", 4, 6, draining=True)) is None
+    assert adopted(*STAGES, order=replace(ORDER, worker_count=2)) is None
+    assert adopted(*STAGES, order=replace(ORDER, kv_bits=4)) is None
+    asked = (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 6))
+    assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None
