@@ -15,7 +15,7 @@ from statistics import median
 from cluster.core.frames import StageTiming
 from cluster.core.limits import LEARNED_FRAMES, LEAST_FRAMES
 from cluster.core.plan import ModelShape, PlannedStage, Profile
-from cluster.placement.cost import decode_s
+from cluster.placement.predicted_step_time import decode_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from cluster.core.limits import FAR_OFF, GIB
 from cluster.core.plan import LayerRange, ModelShape, Objective, Spare
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.cost import decode_s, fixed_s
-from cluster.placement.forecast import forecast, hops_s, token_s
+from cluster.placement.layout_forecast import forecast, hops_s, token_s
 from cluster.placement.memory_split import needed_bytes
+from cluster.placement.predicted_step_time import decode_s, fixed_s
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
 

@@ -19,9 +19,9 @@ from cluster.core.errors import NoPlan
 from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.cost import decode_s
-from cluster.placement.forecast import forecast
+from cluster.placement.layout_forecast import forecast
 from cluster.placement.memory_split import check, check_cuts, place_on_largest, solve
+from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
 

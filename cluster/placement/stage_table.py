@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cluster.core.limits import REFERENCE_CONTEXT
 from cluster.core.plan import LayerRange, ModelShape, SharedWeight
 from cluster.placement.candidates import Candidate
-from cluster.placement.cost import boundary_bytes, shared_read
+from cluster.placement.predicted_step_time import boundary_bytes, shared_read
 
 __all__ = ["Matrix", "StageTable"]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from cluster.core.limits import MEMORY_MARGIN
 from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.cost import boundary_bytes, decode_s
 from cluster.placement.memory_split import Room, needed_bytes
+from cluster.placement.predicted_step_time import boundary_bytes, decode_s
 
 Layout = tuple[tuple[Candidate, ...], tuple[LayerRange, ...]]
 PROFILES = st.builds(

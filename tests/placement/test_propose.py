@@ -11,8 +11,8 @@ from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.chips import CHIPS, assumed_workers
-from cluster.placement.cost import decode_s, read_bytes
 from cluster.placement.memory_split import Room
+from cluster.placement.predicted_step_time import decode_s, read_bytes
 from cluster.placement.propose import PlanRequest, propose
 
 FAST, SLOW = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from cluster.core.limits import BALANCE_SLACK, GIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.cost import decode_s
 from cluster.placement.memory_split import Room
+from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
 from effort import effort

@@ -12,7 +12,7 @@ from itertools import pairwise
 from cluster.core.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
 from cluster.core.plan import Forecast, LayerRange, ModelShape, chunks
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.cost import boundary_bytes, decode_s, prefill_s
+from cluster.placement.predicted_step_time import boundary_bytes, decode_s, prefill_s
 
 __all__ = ["forecast", "hops_s", "token_s"]
 
