@@ -45,7 +45,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.identity import hold_identity
-    from cluster.worker.profiler import ensure_profile
+    from cluster.worker.profile_provider import ensure_profile
     from cluster.worker.stage_loader import StageLoader
     from cluster.worker.supervisor import Supervisor
     from cluster.worker.worker_service import WorkerServicer

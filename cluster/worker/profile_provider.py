@@ -26,11 +26,11 @@ async def ensure_profile(settings: WorkerSettings, supervisor: Supervisor) -> Pr
     file = ProfileFile(_profile_path(settings), _profile_key(settings, supervisor))
     wanted = settings.profile is Profiling.NEW or not file.kept.profile.known
     if wanted and settings.profile is not Profiling.OFF:
-        await measure(supervisor, file)
+        await request_measurement(supervisor, file)
     return file
 
 
-async def measure(supervisor: Supervisor, file: ProfileFile) -> None:
+async def request_measurement(supervisor: Supervisor, file: ProfileFile) -> None:
     """Have the engine measure itself, and store the result."""
     sys.stderr.write("measuring this machine's speed, once ...\n")
     try:
