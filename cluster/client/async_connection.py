@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.client.async_calls import AsyncRepeater, AsyncStreamCall, AsyncStubs, AsyncUnaryCall, run_blocking
-from cluster.client.certificate_renewal import CertificateRenewal
 from cluster.client.channel_setup import channel_credentials
+from cluster.client.renewal_schedule import ScheduledRenewal
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import CONTROL_TIMEOUT_S
 from cluster.security.bounds import CLIENT_RENEWAL_LOOK_S, RENEWAL_CLOSE_S
@@ -35,7 +35,7 @@ class AsyncCoordinatorConnection:
         self._trust = trust
         self._serial = trust.serial
         self._credentials, self._options = channel_credentials(trust, address)
-        self._renewal = CertificateRenewal(trust)
+        self._renewal = ScheduledRenewal(trust)
         self._repeater = AsyncRepeater(self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
         self._lock = threading.Lock()
         self._stubs: AsyncStubs | None = None

@@ -18,7 +18,7 @@ from client.scripted import Coordinator, finish_event, prompt_event, token_event
 from cluster.client import AsyncClient, Client
 from cluster.client.async_calls import AsyncRepeater
 from cluster.client.calls import Repeater
-from cluster.client.certificate_renewal import CertificateRenewal
+from cluster.client.renewal_schedule import ScheduledRenewal
 from cluster.core.errors import Busy, MacpipeError, Unreachable
 from cluster.security.certificate_renewal import renew_certificate
 from cluster.security.cluster_folder import ClusterFolder
@@ -214,8 +214,8 @@ class Certificate:
 @pytest.mark.parametrize(("spread", "due"), [(0.0, 60.0), (1.0, 64.5)])
 def test_clients_of_one_machine_renew_one_after_the_other(spread: float, due: float) -> None:
     trust: Any = Certificate()
-    assert CertificateRenewal(trust, lambda: 0.0, spread).due_in_s() == due
-    assert 60.0 <= CertificateRenewal(trust, lambda: 0.0).due_in_s() <= 64.5
+    assert ScheduledRenewal(trust, lambda: 0.0, spread).due_in_s() == due
+    assert 60.0 <= ScheduledRenewal(trust, lambda: 0.0).due_in_s() <= 64.5
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_renewal_that_fails_is_tried_again_and_logged(
 ) -> None:
     trust: Any = Certificate()
     now = [70.0]
-    renewal = CertificateRenewal(trust, lambda: now[0], 0.0)
+    renewal = ScheduledRenewal(trust, lambda: now[0], 0.0)
     assert renewal.due_in_s() <= 0
     with caplog.at_level(logging.INFO, "cluster.client"):
         renewal.postpone(error)

@@ -1,4 +1,7 @@
-"""Decides when this machine's client certificate is renewed, and stores the new one. It makes no call."""
+"""Decides when this machine's client certificate is renewed, and stores the new one.
+
+It makes no call: the connections send the request (``_renew_certificate`` in ``async_connection`` and ``connection``).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cluster.security.trust import Trust
 log = logging.getLogger(__name__)
 
 
-class CertificateRenewal:
+class ScheduledRenewal:
     """The renewals of one client: wait until due, send ``make_request``, then ``install`` the reply or ``postpone``.
 
     Clients of one machine share a certificate. ``spread`` (0 to 1) separates their renewals, so that the first renews
