@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
-    from cluster.store.fetch import Fetched
+    from cluster.store.tensor_fetch import Fetched
 
 BAR_WIDTH: Final = 16
 """Narrow enough for a line with a worker's name, sizes, speed and state in 80 columns."""

@@ -18,8 +18,8 @@ from cluster.platform.paths import state_home
 if TYPE_CHECKING:
     from threading import Event
 
-    from cluster.store.fetch import Fetch, Fetched
     from cluster.store.store import FoundModel
+    from cluster.store.tensor_fetch import Fetch, Fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) 
 
     from cluster.model.checkpoint import open_checkpoint
     from cluster.store.digest_manifest import DigestManifest
-    from cluster.store.fetch import Fetch, Wanted
     from cluster.store.hub import Hub
+    from cluster.store.tensor_fetch import Fetch, Wanted
 
     checkpoint = open_checkpoint(found.folder)
     names = _tensors_of_layers(found.folder, model, layers) if layers else tuple(checkpoint.tensors)

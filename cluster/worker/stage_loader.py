@@ -17,11 +17,11 @@ from cluster.core.limits import FETCH_TICK_S, MAX_ANSWER_BYTES
 from cluster.core.plan import ModelRef
 from cluster.security.trust import Trust
 from cluster.store.digests import digests
-from cluster.store.fetch import Fetch, Fetched, Wanted
 from cluster.store.hub import Hub
 from cluster.store.peer_client import Peer
 from cluster.store.store import FoundModel, Store
 from cluster.store.store_server import StoreServer
+from cluster.store.tensor_fetch import Fetch, Fetched, Wanted
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker.pipe_messages import Progress
 

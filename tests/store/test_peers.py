@@ -22,7 +22,6 @@ from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
-from cluster.store.fetch import Fetch, Wanted, _group_runs
 from cluster.store.hub import Hub
 from cluster.store.limits import MAX_MODEL_FILES, MAX_STORE_ANSWER_BYTES, MAX_TENSORS_NAMED
 from cluster.store.model_files import StoredFile
@@ -30,6 +29,7 @@ from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial
 from cluster.store.peer_client import Peer
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
+from cluster.store.tensor_fetch import Fetch, Wanted, _group_runs
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import store_pb2 as pb
 from cluster.v1.store_pb2_grpc import StoreServiceServicer, add_StoreServiceServicer_to_server

@@ -18,10 +18,10 @@ from cluster.store import range_download as runs
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.digests import digests
 from cluster.store.disk_space import free_bytes
-from cluster.store.fetch import Fetch, Wanted
 from cluster.store.hub import Hub
 from cluster.store.partial_checkpoint import PartialCheckpoint, place
 from cluster.store.store import Store
+from cluster.store.tensor_fetch import Fetch, Wanted
 from disks import FailingDisk, SmallDisk
 from fake_hub import FakeHub
 
