@@ -8,7 +8,7 @@ from cluster.core.request import ChatMessage, ChatOptions, Grammar
 from cluster.model.tokenizer import Tokenizer
 from cluster.sandbox.child import JobRunner
 from cluster.sandbox.job_messages import CheckGrammar, Converse, Encode, Job, Limits, PromptReply
-from cluster.sandbox.tokenizer import TextService, Tokenized, tokenized
+from cluster.sandbox.sandboxed_tokenizer import TextService, Tokenized, tokenized
 
 NO_LIMITS = Limits(1e6, 1 << 40, 1e6)
 

@@ -21,7 +21,7 @@ from cluster.core.limits import (
     MAX_SAMPLES,
 )
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, utf8_size
-from cluster.sandbox.tokenizer import Tokenized
+from cluster.sandbox.sandboxed_tokenizer import Tokenized
 from cluster.transport.parsing_thread import PARSING
 
 

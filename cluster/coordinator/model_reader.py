@@ -21,7 +21,7 @@ from cluster.model.model_shape import read_shape
 from cluster.model.tensor_map import TensorMap, tensor_map
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.process import SandboxProcess
-from cluster.sandbox.tokenizer import SandboxedTokenizer, TextService
+from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService
 from cluster.store.store import FoundModel, Store
 
 T = TypeVar("T")

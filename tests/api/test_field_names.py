@@ -25,7 +25,7 @@ from cluster.api.requests import (
 from cluster.core.errors import InvalidGrammar, InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_PROMPT_BYTES
 from cluster.core.request import ChatOptions, GrammarKind
-from cluster.sandbox.tokenizer import Tokenized
+from cluster.sandbox.sandboxed_tokenizer import Tokenized
 from cluster.security.credentials import LocalTrust
 from cluster.v1 import inference_pb2 as pb
 from fuzz.targets.asked import SEEDS

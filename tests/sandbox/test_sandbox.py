@@ -28,7 +28,7 @@ from cluster.sandbox.job_messages import Encode, Limits, OpenModel, WarmUp, pack
 from cluster.sandbox.memory import resident_bytes
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
-from cluster.sandbox.tokenizer import OPENING, SandboxedTokenizer, prompt_limits
+from cluster.sandbox.sandboxed_tokenizer import OPENING, SandboxedTokenizer, prompt_limits
 from effort import chosen
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -344,7 +344,7 @@ import asyncio, sys
 from pathlib import Path
 from cluster.core.request import ChatMessage, ChatOptions
 from cluster.sandbox.job_messages import Converse, Limits
-from cluster.sandbox.tokenizer import SandboxedTokenizer
+from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer
 
 async def main():
     text = SandboxedTokenizer(Path(sys.argv[1]))

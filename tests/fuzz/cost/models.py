@@ -14,7 +14,7 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_PROMPT_BYTES, MAX_SMALL_FILE_BYTES, MIB
 from cluster.core.request import ChatMessage, ChatOptions
 from cluster.model.tokenizer import load_tokenizer
-from cluster.sandbox.tokenizer import SandboxedTokenizer
+from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer
 from cluster.v1 import inference_pb2 as pb
 from fuzz.cost.recipe import Recipe, filled
 from fuzz.cost.stand_in import LONG_CONTEXT, model_folder, outcome_of, served

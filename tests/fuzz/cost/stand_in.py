@@ -20,7 +20,7 @@ from cluster.core.limits import MAX_SCHEMA_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
-from cluster.sandbox.tokenizer import SandboxedTokenizer, TextService, Tokenized
+from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService, Tokenized
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN
 from fuzz.targets.asked import served as plain_model
 from fuzz.targets.kept import scratch

@@ -11,7 +11,7 @@ from cluster.core.limits import (
     SANDBOX_OPEN_CPU_S,
     SANDBOX_OPEN_MEMORY_BYTES,
 )
-from cluster.sandbox.tokenizer import prompt_limits
+from cluster.sandbox.sandboxed_tokenizer import prompt_limits
 from fuzz.cost.measure import CPU_S, MEMORY_MIB
 from fuzz.cost.recipe import Recipe
 

@@ -23,7 +23,7 @@ from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
 from cluster.sandbox.job_messages import HEADER as SANDBOX_HEADER
 from cluster.sandbox.job_messages import JobFailed as SandboxFailed
 from cluster.sandbox.job_messages import PromptReply, Ready, pack_reply, pack_tokens, payload_size, unpack_reply
-from cluster.sandbox.tokenizer import tokenized
+from cluster.sandbox.sandboxed_tokenizer import tokenized
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.partial_checkpoint import PartialCheckpoint, place
 from cluster.worker import pipe_messages as messages
