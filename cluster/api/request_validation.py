@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.api.chat_preparation import check_messages, check_options, check_size
+from cluster.api.conversation_validation import check_messages, check_options, check_size
 from cluster.api.requests import AnswerParams, Caller, ChatParams, Conversation, GenerateParams, PreparedRequest
 from cluster.api.sampling_validation import sampling_params, stop_strings
 from cluster.coordinator.model_reader import ModelInfo

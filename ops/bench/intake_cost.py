@@ -28,7 +28,7 @@ from figures import Figure, options, print_figures
 from starlette.requests import Request
 
 from cluster.api.bounds import MAX_ITEMS, MAX_JSON_VALUES
-from cluster.api.chat_preparation import check_messages, check_options
+from cluster.api.conversation_validation import check_messages, check_options
 from cluster.api.grpc.proto_decoding import chat_params
 from cluster.api.http.body import CHARGE, build, read
 from cluster.api.http.chat_form import ChatForm

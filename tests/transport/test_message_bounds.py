@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.api import bounds
-from cluster.api.chat_preparation import check_messages
+from cluster.api.conversation_validation import check_messages
 from cluster.api.daemon import DESCRIPTORS
 from cluster.api.grpc.proto_decoding import messages, template_options
 from cluster.core.errors import Busy, InvalidRequest, TooLarge
