@@ -81,12 +81,13 @@ class AsyncStreamCall(Generic[R]):
 
 
 class AsyncRepeater:
-    """Runs ``work`` in the background until stopped. ``work`` returns the seconds until its next run.
+    """Runs the method ``work`` in the task ``name`` until stopped. ``work`` returns the seconds until its next run.
 
-    It ends within ``longest_s`` seconds of the deletion of the object whose method ``work`` is.
+    When the object of ``work`` is deleted, the task ends within ``longest_s`` seconds.
     """
 
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, float]], longest_s: float) -> None:
+    def __init__(self, name: str, work: Callable[[], Coroutine[Any, Any, float]], longest_s: float) -> None:
+        self._name = name
         self._work = weakref.WeakMethod(work)
         self._longest_s = longest_s
         self._stopping = asyncio.Event()
@@ -95,7 +96,7 @@ class AsyncRepeater:
     def start(self) -> None:
         """Begin. Do nothing if it was started before."""
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = asyncio.create_task(self._run(), name=self._name)
 
     async def stop(self, within_s: float) -> None:
         """End after the current run, or after ``within_s`` seconds."""

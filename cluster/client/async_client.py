@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from cluster.client import proto_encoding as requests
+from cluster.client import proto_encoding as encoding
 from cluster.client.async_calls import AsyncStubs
 from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.async_streams import AsyncLoading, AsyncStream
@@ -56,7 +56,7 @@ class AsyncClient:
 
     def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncStream:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
-        request = requests.encode_generate(prompt, options)
+        request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
@@ -69,7 +69,7 @@ class AsyncClient:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> AsyncStream:
         """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
-        request = requests.encode_chat(messages, options)
+        request = encoding.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
@@ -80,13 +80,13 @@ class AsyncClient:
         coroutine, but needs a running event loop. Iterating raises RequestNotFound if the request is unknown or the
         coordinator keeps no journal.
         """
-        request = requests.encode_resume(request_id, offset)
+        request = encoding.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return AsyncStream(resumed, offset)
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        request = requests.encode_tokenize(given, model)
+        request = encoding.encode_tokenize(given, model)
         return decode_tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
@@ -95,7 +95,7 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        await self._ask(lambda to: to.inference.Abort, requests.encode_abort(request_id))
+        await self._ask(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
 
     async def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
@@ -106,12 +106,12 @@ class AsyncClient:
 
         Raise TypeError for an unknown option.
         """
-        request = requests.encode_load(model, options)
+        request = encoding.encode_load(model, options)
         return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
-        request = requests.encode_plan(model, options)
+        request = encoding.encode_plan(model, options)
         return decode_plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     async def unload(self) -> None:

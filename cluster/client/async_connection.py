@@ -36,7 +36,7 @@ class AsyncCoordinatorConnection:
         self._serial = trust.serial
         self._credentials, self._options = channel_credentials(trust, address)
         self._renewal = ScheduledRenewal(trust)
-        self._repeater = AsyncRepeater(self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
+        self._repeater = AsyncRepeater("certificate renewal", self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
         self._lock = threading.Lock()
         self._stubs: AsyncStubs | None = None
         self._open: weakref.WeakSet[AsyncStubs] = weakref.WeakSet()

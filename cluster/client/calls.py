@@ -99,12 +99,13 @@ class StreamCall(Generic[R]):
 
 
 class Repeater:
-    """Runs ``work`` in the background until stopped. ``work`` returns the seconds until its next run.
+    """Runs the method ``work`` in the thread ``name`` until stopped. ``work`` returns the seconds until its next run.
 
-    It ends within ``longest_s`` seconds of the deletion of the object whose method ``work`` is.
+    When the object of ``work`` is deleted, the thread ends within ``longest_s`` seconds.
     """
 
-    def __init__(self, work: Callable[[], float], longest_s: float) -> None:
+    def __init__(self, name: str, work: Callable[[], float], longest_s: float) -> None:
+        self._name = name
         self._work = weakref.WeakMethod(work)
         self._longest_s = longest_s
         self._stopping = threading.Event()
@@ -113,7 +114,7 @@ class Repeater:
     def start(self) -> None:
         """Begin. Do nothing if it was started before."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="certificate renewal", daemon=True)
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
     def stop(self, within_s: float) -> None:

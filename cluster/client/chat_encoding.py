@@ -67,13 +67,13 @@ def encode_template(options: ChatKeywords) -> pb.TemplateOptions:
         sent.parallel_tool_calls = check_bool("parallel_tool_calls", parallel)
     if (thinking := options.get("enable_thinking")) is not None:
         sent.enable_thinking = check_bool("enable_thinking", thinking)
-    if further := options.get("chat_template_kwargs"):
-        sent.chat_template_kwargs = encode_json("chat_template_kwargs", further)
+    if template_kwargs := options.get("chat_template_kwargs"):
+        sent.chat_template_kwargs = encode_json("chat_template_kwargs", template_kwargs)
     return sent
 
 
 def _encode_choice(wanted: str) -> pb.ToolChoice:
-    """Encode "auto", "none", "required" or the name of a tool, which may be "named"."""
+    """Encode "auto", "none", "required" or a tool's name. A tool may be called "named": here that is always a name."""
     if not wanted:
         return pb.ToolChoice()
     if wanted in set(ToolChoice) - {ToolChoice.NAMED}:

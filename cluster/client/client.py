@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from cluster.client import proto_encoding as requests
+from cluster.client import proto_encoding as encoding
 from cluster.client.calls import Stubs
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
@@ -56,7 +56,7 @@ class Client:
 
     def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> Stream:
         """Stream the answer of ``generate`` token by token."""
-        request = requests.encode_generate(prompt, options)
+        request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return Stream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
 
@@ -69,7 +69,7 @@ class Client:
 
     def stream_chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Stream:
         """Stream the answer of ``chat`` token by token."""
-        request = requests.encode_chat(messages, options)
+        request = encoding.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
         return Stream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
 
@@ -79,13 +79,13 @@ class Client:
         ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Iterating
         raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
         """
-        request = requests.encode_resume(request_id, offset)
+        request = encoding.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return Stream(resumed, offset)
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""
-        request = requests.encode_tokenize(given, model)
+        request = encoding.encode_tokenize(given, model)
         return decode_tokens(self._ask(lambda to: to.inference.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
@@ -94,7 +94,7 @@ class Client:
 
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        self._ask(lambda to: to.inference.Abort, requests.encode_abort(request_id))
+        self._ask(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
 
     def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""
@@ -105,12 +105,12 @@ class Client:
 
         Raise TypeError for an unknown option.
         """
-        request = requests.encode_load(model, options)
+        request = encoding.encode_load(model, options)
         return Loading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
 
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
-        request = requests.encode_plan(model, options)
+        request = encoding.encode_plan(model, options)
         return decode_plan(self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
     def unload(self) -> None:

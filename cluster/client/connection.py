@@ -37,7 +37,7 @@ class CoordinatorConnection:
         self._serial = trust.serial
         self._credentials, self._options = channel_credentials(trust, address)
         self._renewal = ScheduledRenewal(trust)
-        self._repeater = Repeater(self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
+        self._repeater = Repeater("certificate renewal", self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
         self._lock = threading.Lock()
         self._stubs: Stubs | None = None
         self._open: weakref.WeakSet[Stubs] = weakref.WeakSet()

@@ -33,7 +33,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a complete answer. ``text`` was held back because it could have become a stop string."""
+    """The end of a complete answer. ``text`` is its last text, which no token carried: it could have become a stop."""
 
     reason: FinishReason
     text: str

@@ -257,7 +257,7 @@ class Owner:
 
 def test_a_client_that_was_never_closed_leaves_no_thread() -> None:
     owner = Owner()
-    repeater = Repeater(owner.work, longest_s=0.02)
+    repeater = Repeater("test", owner.work, longest_s=0.02)
     repeater.start()
     assert owner.ran.wait(5)
     assert repeater._thread
@@ -269,7 +269,7 @@ def test_a_client_that_was_never_closed_leaves_no_thread() -> None:
 def test_an_asynchronous_client_that_was_never_closed_leaves_no_task() -> None:
     async def run() -> None:
         owner = Owner()
-        repeater = AsyncRepeater(owner.work_asynchronously, longest_s=0.02)
+        repeater = AsyncRepeater("test", owner.work_asynchronously, longest_s=0.02)
         repeater.start()
         assert repeater._task
         del owner
@@ -281,13 +281,13 @@ def test_an_asynchronous_client_that_was_never_closed_leaves_no_task() -> None:
 def test_background_work_runs_once_even_if_it_is_stopped_at_once() -> None:
     """A command that makes one call renews before it ends."""
     owner = Owner()
-    repeater = Repeater(owner.work, longest_s=60.0)
+    repeater = Repeater("test", owner.work, longest_s=60.0)
     repeater.start()
     repeater.stop(5)
     assert owner.runs == 1
 
     async def run() -> None:
-        other = AsyncRepeater(owner.work_asynchronously, longest_s=60.0)
+        other = AsyncRepeater("test", owner.work_asynchronously, longest_s=60.0)
         other.start()
         await other.stop(5)
 
