@@ -130,7 +130,7 @@ class HeartbeatMonitor:
             for worker in self._alive():
                 if self._suspicion.of(worker) and not self._suspicion.is_gone(worker):
                     self._report(self._suspicion.on_heard(worker, now))
-            self._report(self._suspicion.look(now, self._lag()))
+            self._report(self._suspicion.judge_silence(now, self._lag()))
             await asyncio.sleep(LOOK_S)
 
     def _update_asked(self) -> None:

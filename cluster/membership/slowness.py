@@ -36,7 +36,7 @@ class SlowAnswers:
         if 2 * took_s > self._usual_s:
             self._slow.append((now, took_s))
 
-    def granted(self, now: float) -> float:
+    def allowed_s(self, now: float) -> float:
         """Return the seconds allowed: twice the second slowest recent answer, and at least the usual time.
 
         The slowest answer alone does not count: it may have been a cut link.

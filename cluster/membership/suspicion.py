@@ -48,7 +48,7 @@ class Belief:
         """Return how often it was found gone since ``when``, among the losses in ``lost_at``."""
         return sum(at >= when for at in self.lost_at)
 
-    def lost(self, why: str, now: float) -> Belief:
+    def as_gone(self, why: str, now: float) -> Belief:
         """Return the belief that it is gone since ``now``."""
         at = (*self.lost_at, now)[-_REMEMBERED:]
         return replace(self, standing=Standing.GONE, since=now, why=why, losses=self.losses + 1, lost_at=at)
@@ -57,15 +57,15 @@ class Belief:
 class Suspicion:
     """Beliefs about workers by name. Event methods take the time and return the beliefs that they changed.
 
-    A gap between calls of ``look`` longer than ``suspect_s`` counts against no worker: this machine slept, or was
-    starved of CPU. A worker on an overloaded machine may be silent for longer, according to the lag that it reports and
-    to its recent slow answers.
+    A gap between calls of ``judge_silence`` longer than ``suspect_s`` counts against no worker: this machine slept, or
+    was starved of CPU. A worker on an overloaded machine may be silent for longer, according to the lag that it reports
+    and to its recent slow answers.
     """
 
     def __init__(self, suspect_s: float = SUSPECT_S, gone_s: float = GONE_S) -> None:
         self._suspect_s, self._gone_s = suspect_s, gone_s
         self._beliefs: dict[str, Belief] = {}
-        self._looked: float | None = None
+        self._judged_at: float | None = None
         self._answers: dict[str, SlowAnswers] = {}
         self._lags: dict[str, float] = {}
 
@@ -94,10 +94,10 @@ class Suspicion:
         """Return the longest lag, in seconds, reported by a worker that is not gone."""
         return max((lag for worker, lag in tuple(self._lags.items()) if not self.is_gone(worker)), default=0.0)
 
-    def granted(self, worker: str, now: float) -> float:
-        """Return the seconds of silence after which the worker counts as gone, without this machine's own lag."""
+    def allowed_silence_s(self, worker: str, now: float) -> float:
+        """Return the seconds of silence after which the worker counts as gone. The caller adds this machine's lag."""
         answers = self._answers.get(worker)
-        return (answers.granted(now) if answers else self._gone_s) + extra_s(self._lags.get(worker, 0.0))
+        return (answers.allowed_s(now) if answers else self._gone_s) + extra_s(self._lags.get(worker, 0.0))
 
     def on_heard(self, worker: str, now: float) -> tuple[Belief, ...]:
         """Record a sign of life. A worker that is not watched yet is watched from now on."""
@@ -116,26 +116,26 @@ class Suspicion:
         if known and known.standing is Standing.GONE:
             self._beliefs[worker] = replace(known, why=why)
             return ()
-        return self._believe((known or Belief(worker, Standing.UP, now, now)).lost(why, now))
+        return self._believe((known or Belief(worker, Standing.UP, now, now)).as_gone(why, now))
 
-    def look(self, now: float, lag_s: float = 0.0) -> tuple[Belief, ...]:
+    def judge_silence(self, now: float, lag_s: float = 0.0) -> tuple[Belief, ...]:
         """Judge the silence of all workers. ``lag_s``: how late events happen on this machine, in seconds."""
         self._excuse(now)
         return tuple(b for known in tuple(self._beliefs.values()) for b in self._judge(known, now, extra_s(lag_s)))
 
     def _excuse(self, now: float) -> None:
-        """Extend every worker's ``heard`` by a long time in which ``look`` was not called."""
-        missed = now - self._looked if self._looked is not None else 0.0
-        self._looked = now
+        """Extend every worker's ``heard`` by a long time in which ``judge_silence`` was not called."""
+        missed = now - self._judged_at if self._judged_at is not None else 0.0
+        self._judged_at = now
         if missed > self._suspect_s:
             for name, b in self._beliefs.items():
                 self._beliefs[name] = replace(b, heard=min(now, b.heard + missed))
 
     def _judge(self, known: Belief, now: float, more_s: float) -> tuple[Belief, ...]:
         silence = now - known.heard
-        if known.standing is not Standing.GONE and silence >= self.granted(known.worker, now) + more_s:
+        if known.standing is not Standing.GONE and silence >= self.allowed_silence_s(known.worker, now) + more_s:
             why = f"has not been heard for {silence:.1f} s"
-            return self._believe(known.lost(why, now))
+            return self._believe(known.as_gone(why, now))
         if known.standing is Standing.UP and silence >= self._suspect_s + more_s:
             why = f"is late: nothing heard for {silence:.1f} s"
             return self._believe(replace(known, standing=Standing.SUSPECT, since=now, why=why))

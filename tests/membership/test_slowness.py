@@ -21,17 +21,17 @@ from cluster.membership.suspicion import Suspicion
 def test_one_slow_answer_changes_nothing_and_two_double_the_second_slowest() -> None:
     answers = SlowAnswers(2.5)
     answers.add(9.0, 0.0)
-    assert answers.granted(1.0) == 2.5
+    assert answers.allowed_s(1.0) == 2.5
     answers.add(4.0, 2.0)
-    assert answers.granted(3.0) == 8.0
-    assert answers.granted(2.1 + SLOW_ANSWER_S) == 2.5
+    assert answers.allowed_s(3.0) == 8.0
+    assert answers.allowed_s(2.1 + SLOW_ANSWER_S) == 2.5
 
 
 def test_experience_is_bounded() -> None:
     answers = SlowAnswers(2.5)
     for now in range(10):
         answers.add(3600.0, now)
-    assert answers.granted(10.0) == MAX_PATIENCE * 2.5
+    assert answers.allowed_s(10.0) == MAX_PATIENCE * 2.5
 
 
 def test_the_second_silence_of_an_address_and_each_further_one_gives_it_more_time() -> None:
@@ -70,12 +70,12 @@ def test_a_worker_whose_machine_is_late_or_this_one_is_is_given_as_much_more() -
     suspicion = Suspicion(suspect_s=1.0, gone_s=2.5)
     suspicion.on_heard("a", 0.0)
     suspicion.note_lag("a", 0.5)
-    assert suspicion.granted("a", 0.0) == 2.5 + 0.5 * LAG_STEPS
+    assert suspicion.allowed_silence_s("a", 0.0) == 2.5 + 0.5 * LAG_STEPS
     assert suspicion.worst_lag() == 0.5
-    suspicion.look(0.9, lag_s=0.25)
+    suspicion.judge_silence(0.9, lag_s=0.25)
     for tenths in range(10, 85):
-        assert not any(b.standing == "gone" for b in suspicion.look(tenths / 10, lag_s=0.25)), tenths
-    (gone,) = suspicion.look(8.6, lag_s=0.25)
+        assert not any(b.standing == "gone" for b in suspicion.judge_silence(tenths / 10, lag_s=0.25)), tenths
+    (gone,) = suspicion.judge_silence(8.6, lag_s=0.25)
     assert gone.standing == "gone"
     assert suspicion.worst_lag() == 0.0, "whoever is gone slows nobody down"
 
@@ -85,7 +85,7 @@ def test_a_worker_that_answers_every_four_seconds_is_gone_twice_and_then_slow() 
     suspicion.on_heard("a", 0.0)
     for tenths in range(1, 400):
         now = tenths / 10
-        suspicion.look(now)
+        suspicion.judge_silence(now)
         if tenths % 40 == 0:
             suspicion.on_heard("a", now)
             belief = suspicion.of("a")

@@ -15,7 +15,7 @@ def watched(*workers: str, now: float = 0.0) -> Suspicion:
     suspicion = Suspicion(suspect_s=1.0, gone_s=2.5)
     for worker in workers:
         suspicion.on_heard(worker, now)
-    suspicion.look(now)
+    suspicion.judge_silence(now)
     return suspicion
 
 
@@ -26,7 +26,7 @@ def standings(
     changes, now = [], since
     while now < until:
         now = round(now + 0.1, 3)
-        changes += [(now, b.worker, str(b.standing)) for b in suspicion.look(now)]
+        changes += [(now, b.worker, str(b.standing)) for b in suspicion.judge_silence(now)]
     return changes
 
 
@@ -64,7 +64,7 @@ def test_a_slow_worker_is_never_gone() -> None:
 def test_time_in_which_nobody_looked_is_held_against_no_one() -> None:
     suspicion = watched("a", "b")
     assert standings(suspicion, 0.5) == []
-    assert suspicion.look(60.0) == ()  # this machine slept for a minute
+    assert suspicion.judge_silence(60.0) == ()  # this machine slept for a minute
     suspicion.on_heard("a", 60.1)
     assert next(c for c in standings(suspicion, 64.0, since=60.1) if c[2] == "gone")[1] == "b"
 
@@ -82,7 +82,7 @@ def test_whatever_happens_beliefs_are_sound(events: list[tuple[str, str, float]]
             suspicion.on_refusal(worker, "no", now)
             assert suspicion.is_gone(worker)
         else:
-            for belief in suspicion.look(now):
+            for belief in suspicion.judge_silence(now):
                 assert belief.standing is not Standing.UP
                 assert now - heard[belief.worker] >= 1.0
         assert all(b.since <= now and b.heard <= now for b in suspicion)
