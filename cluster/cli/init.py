@@ -21,7 +21,9 @@ MAX_MACS = 64
 
 
 def init(
-    macs: Annotated[int, typer.Option(min=0, max=MAX_MACS, help="Print this many join tokens, one per other Mac.")] = 1,
+    other_macs: Annotated[
+        int, typer.Option("--macs", min=0, max=MAX_MACS, help="Print this many join tokens, one per other Mac.")
+    ] = 1,
     name: Annotated[
         str | None, typer.Option(help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
@@ -56,7 +58,7 @@ def init(
             Role.ADMIN: coordinator,
         }
         made = create_cluster(folder, member_name, ids)
-        tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(macs)]
+        tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(other_macs)]
         _, key = KeyStore(folder).create("first", KeyScope.ADMIN)
         _print_result(folder.cluster, made, tokens, key, json)
         if tokens and wait:

@@ -30,7 +30,10 @@ JoinPort = Annotated[
 
 
 def admit(folder: ClusterFolder, tokens: Sequence[JoinToken], host: str, port: int | None) -> int:
-    """Admit Macs until each of ``tokens`` is used or ended, or Ctrl-C. Return the exit code: 1 if one ended unused."""
+    """Admit Macs until every token was used, revoked or expired, or until Ctrl-C.
+
+    Return the exit code: 1 if a token was revoked or expired without being used.
+    """
     import anyio
 
     from cluster.core.errors import MacpipeError
@@ -64,7 +67,7 @@ async def _admit(folder: ClusterFolder, ids: list[str], host: str, port: int | N
             await anyio.sleep(0 if watch.is_over() else LOOK_S)
         tasks.cancel_scope.cancel()
     if watch.is_over():
-        return watch.unused
+        return watch.exit_code
     sys.stderr.write("\r")  # overwrite the terminal's ^C
     note(f"stopped waiting; {_macs(len(watch.open))} may still join while `macpipe serve` runs")
     return 0
@@ -98,19 +101,19 @@ async def _coordinator_admits(folder: ClusterFolder, port: int) -> bool:
 
 
 class _JoinWatch:
-    """Tokens that are still open. ``unused`` is the exit code: 1 if a token ended without being used."""
+    """Tokens that are still open. ``exit_code`` is 1 if a token was revoked or expired without being used."""
 
     def __init__(self, tokens: TokenStore, ids: list[str]) -> None:
         self._tokens = tokens
         self.open = set(ids)
-        self.unused = 0
+        self.exit_code = 0
 
     def is_over(self) -> bool:
-        """Return whether every token was used or ended."""
+        """Return whether every token was used, revoked or expired."""
         return not self.open
 
     def check(self) -> list[str]:
-        """Return a line for each token that was used or ended since the last call."""
+        """Return a line for each token that was used, revoked or expired since the last call."""
         import time
 
         from cluster.security.tokens import TokenState
@@ -124,7 +127,7 @@ class _JoinWatch:
             if state is TokenState.USED:
                 lines.append(f"{token.user} joined as {token.role}")
             else:
-                self.unused = 1
+                self.exit_code = 1
                 lines.append(f"a token for a {token.role} ({token.id}) is {state} and was not used")
         return lines
 

@@ -32,7 +32,7 @@ from cluster.core.errors import (
 from cluster.core.text import format_address, parse_address
 from cluster.discovery.join_announcement import look_for_join
 from cluster.joining.coordinator_search import search
-from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, JoinRequest, read_answer, read_refusal
+from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, JoinRequest, read_refusal, read_reply
 from cluster.security.admission import clocks_in_words
 from cluster.security.authority import PresentedAuthority, read_authority
 from cluster.security.bounds import (
@@ -194,7 +194,7 @@ async def _post(order: JoinOrder, presented: Presented, request: JoinRequest) ->
     if response.status_code != httpx2.codes.OK:
         raise read_refusal(body) or Unreachable(f"{presented.address} answers with {response.status_code}")
     try:
-        return read_answer(body)
+        return read_reply(body)
     except ValueError as e:
         raise Unreachable(f"{presented.address}: {e}") from e
 

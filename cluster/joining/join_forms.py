@@ -41,14 +41,14 @@ class JoinRequest(_Form):
 
 
 class JoinReply(_Form):
-    """The answer: the certificate and the coordinator's clock."""
+    """The reply: the certificate and the coordinator's clock."""
 
     certificate: Pem
     clock: Seconds
 
 
 def _count_values(body: bytes) -> int:
-    """Return an upper bound of the values in JSON, nested ones included; marks within texts count as well."""
+    """Return an upper bound of the values in JSON, nested ones included: separators inside strings count as well."""
     return sum(map(body.count, (b",", b"[", b"{")))
 
 
@@ -65,8 +65,8 @@ def read_request(body: bytes) -> JoinRequest:
         ) from None
 
 
-def read_answer(body: bytes) -> JoinReply:
-    """Parse an answer. Raises ``ValueError``."""
+def read_reply(body: bytes) -> JoinReply:
+    """Parse a reply. Raises ``ValueError``."""
     if _count_values(body) > MAX_JOIN_VALUES:
         raise ValueError("the answer has too many fields")
     try:

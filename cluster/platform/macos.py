@@ -19,7 +19,7 @@ from typing import Final
 __all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure", "process_seconds"]
 
 MIB: Final = 2**20
-ANSWER_S: Final = 5.0
+COMMAND_TIMEOUT_S: Final = 5.0
 """Time limit of a command; system_profiler takes about one second."""
 PRESSURES: Final = {1: "normal", 2: "warning", 4: "critical"}
 """kern.memorystatus_vm_pressure_level, as the kernel's header names the levels (sys/event.h, NOTE_MEMORYSTATUS)."""
@@ -115,7 +115,7 @@ def _run_command(*command: str) -> str:
     if platform.system() != "Darwin":
         return ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout

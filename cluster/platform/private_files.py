@@ -28,9 +28,10 @@ _STATE_FOLDERS: Final = frozenset({"clusters", "coordinators", "digests", "manif
 
 
 def make_private_folder(path: Path, top: Path | None = None) -> None:
-    """Create ``path`` and its missing parents with mode 0700. Existing folders from ``top`` down to it get it too.
+    """Create ``path`` and its missing parents with mode 0700.
 
-    Without ``top`` only ``path`` itself is changed. Raises OSError, also if a folder belongs to another user.
+    Existing folders from ``top`` down to ``path`` get that mode too; without ``top``, only ``path`` does. Raises
+    OSError, also if a folder belongs to another user.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
@@ -109,7 +110,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_and_open(path: Path, content: bytes, fresh: Path) -> int:
-    """Do the same by way of the file ``fresh``, and return a descriptor of the new ``path``, to append to."""
+    """Write ``content`` to ``fresh``, rename that to ``path``, and return a descriptor for appending to ``path``.
+
+    Raises OSError; ``path`` is then what it was.
+    """
     file = create_private_file(fresh)
     try:
         write_all(file, content)

@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["resident_bytes"]
 
-ANSWER_S: Final = 2.0
+PS_TIMEOUT_S: Final = 2.0
 """Timeout of ``ps``, in seconds."""
 
 
@@ -28,4 +28,4 @@ def _from_proc(pid: int) -> int:
 
 def _from_ps(pid: int) -> int:
     command = ["ps", "-o", "rss=", "-p", str(pid)]
-    return int(subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=True).stdout) << 10
+    return int(subprocess.run(command, capture_output=True, timeout=PS_TIMEOUT_S, check=True).stdout) << 10

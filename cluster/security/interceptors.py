@@ -36,12 +36,12 @@ def authorize(trust: Trust, method: str, shown: AuthContext) -> Party | Refusal:
         return refusal
     if not is_allowed(method, party.role):
         roles = " or ".join(sorted(RULES.get(method, ()))) or "nobody"
-        called = method.rpartition("/")[2]
-        return grpc.StatusCode.PERMISSION_DENIED, f"{called} is for {roles}, and {party.name} is {_a(party.role)}"
+        called, role = method.rpartition("/")[2], _with_article(party.role)
+        return grpc.StatusCode.PERMISSION_DENIED, f"{called} is for {roles}, and {party.name} is {role}"
     return party
 
 
-def _a(role: str) -> str:
+def _with_article(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
@@ -78,12 +78,12 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
         behaviour, method = _behaviour(handler), handler_call_details.method
 
         def guarded(request: Any, context: grpc.ServicerContext) -> Any:
-            self._admit(method, context)
+            self._authorize_and_track(method, context)
             return behaviour(request, context)
 
-        return _like(handler, guarded)
+        return _with_behaviour(handler, guarded)
 
-    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+    def _authorize_and_track(self, method: str, context: grpc.ServicerContext) -> None:
         """Allow the call and register it, so that ``_sweep`` can cancel it when its party is removed."""
         party = authorize(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
@@ -118,17 +118,17 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
             return handler
         behaviour, method = _behaviour(handler), handler_call_details.method
 
-        async def whole(request: Any, context: Context) -> Any:
-            await self._require_admitted(method, context)
+        async def unary(request: Any, context: Context) -> Any:
+            await self._require_authorized(method, context)
             return await behaviour(request, context)
 
         async def stream(request: Any, context: Context) -> None:
-            party = await self._require_admitted(method, context)
+            party = await self._require_authorized(method, context)
             await self._run_while_admitted(party, context, _run_stream(behaviour, request, context))
 
-        return _like(handler, stream if handler.response_streaming else whole)
+        return _with_behaviour(handler, stream if handler.response_streaming else unary)
 
-    async def _require_admitted(self, method: str, context: Context) -> Party:
+    async def _require_authorized(self, method: str, context: Context) -> Party:
         party = authorize(self._trust, method, _shown_certificate(context))
         if not isinstance(party, Party):
             await _refuse(context, party)
@@ -187,7 +187,7 @@ def _behaviour(handler: Handler) -> Callable[..., Any]:
     return found
 
 
-def _like(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
+def _with_behaviour(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
     """Return the same method with another behaviour."""
     makes: dict[tuple[bool, bool], Callable[..., Handler]] = {
         (False, False): grpc.unary_unary_rpc_method_handler,

@@ -30,7 +30,7 @@ from cluster.core.text import parse_address
 from cluster.joining import client
 from cluster.joining import join_port as port
 from cluster.joining.client import JoinOrder, join
-from cluster.joining.join_forms import read_answer, read_refusal, read_request
+from cluster.joining.join_forms import read_refusal, read_reply, read_request
 from cluster.joining.join_port import admit_macs
 from cluster.joining.join_service import GuessLimiter
 from cluster.security.admission import Admission
@@ -93,7 +93,7 @@ async def test_a_mac_that_missed_the_answer_asks_again_with_its_key(
 ) -> None:
     order = mac.order(admission, address)
     with monkeypatch.context() as patch:
-        patch.setattr(client, "read_answer", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(client, "read_reply", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             await join(order)
     assert not ClusterFolder(mac.home, "lab").exists
@@ -332,7 +332,7 @@ def test_a_request_of_many_values_is_refused_before_it_is_parsed(body: bytes) ->
     with pytest.raises(InvalidRequest, match="too many fields"):
         read_request(body)
     with pytest.raises(ValueError, match="too many fields"):
-        read_answer(body)
+        read_reply(body)
 
 
 def test_a_name_may_be_all_commas() -> None:

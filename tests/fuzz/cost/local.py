@@ -17,7 +17,7 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
 from cluster.core.request import Request, SamplingParams
 from cluster.core.text import parse_layers
-from cluster.joining.join_forms import read_answer, read_refusal, read_request
+from cluster.joining.join_forms import read_refusal, read_reply, read_request
 from cluster.security.authority import read_authority, read_request_key
 from cluster.security.bounds import MAX_JOIN_BYTES, MAX_PEM_BYTES
 from cluster.security.cluster_folder import ClusterFolder
@@ -100,7 +100,7 @@ def _asked_to_join() -> Entry:
 def _answered_to_join() -> Entry:
     def read(data: bytes) -> None:
         read_refusal(data)
-        read_answer(data)
+        read_reply(data)
 
     return _plain(read, (MacpipeError, ValueError))
 
