@@ -72,10 +72,10 @@ class EpochBuilder:
             return
         async with self.weights.delivery(plan, self.model_info, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
-            proofs = await load_slices(stages, selected_controls, orders, self.progress)
-            new_proofs = [p for i, p in zip(selected, proofs, strict=True) if i in missing]
+            stage_digests = await load_slices(stages, selected_controls, orders, self.progress)
+            new_digests = [d for i, d in zip(selected, stage_digests, strict=True) if i in missing]
             new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
-            await new_delivery.check(new_proofs, lambda: self._report_all(plan, "hashing"))
+            await new_delivery.check(new_digests, lambda: self._report_all(plan, "hashing"))
         if read_bytes := sum(plan.stages[i].weight_bytes for i in missing):
             self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
 

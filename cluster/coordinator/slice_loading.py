@@ -11,7 +11,7 @@ import anyio
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import LinkFailed, MacpipeError
-from cluster.core.plan import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageProof
+from cluster.core.plan import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageDigests
 from cluster.core.worker import WorkerInfo
 from cluster.platform.process import first_error
 from cluster.security.trust import worker_of
@@ -26,15 +26,15 @@ async def load_slices(
     controls: Sequence[WorkerClient],
     orders: Sequence[FetchOrder],
     progress: Progress,
-) -> tuple[StageProof, ...]:
-    """Load every slice. Return a proof with the digests of its tensors for each stage, in order.
+) -> tuple[StageDigests, ...]:
+    """Load every slice. Return the digests of each stage's tensors, in order.
 
     Raises the first error and cancels the other loads.
     """
-    proofs: dict[int, StageProof] = {}
+    stage_digests: dict[int, StageDigests] = {}
 
     async def load(stage: PlannedStage, control: WorkerClient, order: FetchOrder) -> None:
-        proofs[stage.spec.index] = await _load(stage, control, order, progress)
+        stage_digests[stage.spec.index] = await _load(stage, control, order, progress)
 
     try:
         async with anyio.create_task_group() as tasks:
@@ -42,19 +42,19 @@ async def load_slices(
                 tasks.start_soon(load, stage, control, order)
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(proofs[stage.spec.index] for stage in stages)
+    return tuple(stage_digests[stage.spec.index] for stage in stages)
 
 
-async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress) -> StageProof:
-    proof = StageProof(stage.worker, ())
+async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress) -> StageDigests:
+    digests = StageDigests(stage.worker, ())
     async for p in control.load(stage.spec, order):
-        if isinstance(p, StageProof):
-            proof = p
+        if isinstance(p, StageDigests):
+            digests = p
             continue
         total = p.total_bytes or stage.weight_bytes
         done = total if p.state in ("hashing", "ready") else p.done_bytes
         progress(replace(p, worker=stage.worker, done_bytes=done, total_bytes=total))
-    return proof
+    return digests
 
 
 async def link_stages(

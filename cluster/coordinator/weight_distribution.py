@@ -20,7 +20,7 @@ from cluster.coordinator.roster import Roster
 from cluster.core.errors import ModelDiffers
 from cluster.core.futures import ignore_error
 from cluster.core.limits import HEARTBEAT_S
-from cluster.core.plan import FetchOrder, Plan, StageProof, StorePlace
+from cluster.core.plan import FetchOrder, Plan, StageDigests, StorePlace
 from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import worker_of
@@ -43,45 +43,45 @@ class WeightDelivery:
     own: asyncio.Task[dict[str, str]]
     """Digests of the coordinator's own folder, by tensor name; empty if the folder is incomplete."""
 
-    async def check(self, proofs: Sequence[StageProof], waiting: Callable[[], None]) -> None:
+    async def check(self, stages: Sequence[StageDigests], waiting: Callable[[], None]) -> None:
         """Raise ``ModelDiffers``, naming worker and tensor, unless all workers hold the tensors of one model.
 
         ``waiting`` is called every ``HEARTBEAT_S`` while the coordinator's own folder is being hashed.
         """
-        for proof, order in zip(proofs, self.orders, strict=True):
-            if missing := set(order.tensors) - {name for name, _ in proof.digests}:
+        for stage, order in zip(stages, self.orders, strict=True):
+            if missing := set(order.tensors) - {name for name, _ in stage.digests}:
                 raise ModelDiffers(
-                    f"worker {proof.worker} did not prove its copy of the tensor {min(missing)}", worker=proof.worker
+                    f"worker {stage.worker} did not prove its copy of the tensor {min(missing)}", worker=stage.worker
                 )
         while not self.own.done():
             waiting()
             await asyncio.wait([self.own], timeout=HEARTBEAT_S)
         self.manifest.learn((await self.own).items(), f"{COORDINATOR}'s folder")
-        compare(proofs, self.manifest)
-        for proof in proofs:
-            self.manifest.learn(proof.digests, f"worker {proof.worker}")
+        compare(stages, self.manifest)
+        for stage in stages:
+            self.manifest.learn(stage.digests, f"worker {stage.worker}")
 
 
-def compare(proofs: Sequence[StageProof], manifest: DigestManifest) -> None:
-    """Compare proofs with the manifest and with each other. Raises ``ModelDiffers``, naming worker and tensor."""
+def compare(stages: Sequence[StageDigests], manifest: DigestManifest) -> None:
+    """Compare digests with the manifest and with each other. Raises ``ModelDiffers``, naming worker and tensor."""
     seen: dict[str, tuple[str, str]] = {}
-    for proof in proofs:
-        for name, digest in proof.digests:
+    for stage in stages:
+        for name, digest in stage.digests:
             known = manifest.known.get(name)
-            other, theirs = seen.setdefault(name, (proof.worker, digest))
+            other, theirs = seen.setdefault(name, (stage.worker, digest))
             if known not in (None, digest):
                 raise ModelDiffers(
-                    f"worker {proof.worker} has another version of the tensor {name} (sha256 {digest[:12]}, expected "
+                    f"worker {stage.worker} has another version of the tensor {name} (sha256 {digest[:12]}, expected "
                     f"{known[:12] if known else ''}): its copy of the model is damaged or another version. Remove that "
                     f"copy and load again; if all Macs have a new version, remove {manifest.path}",
-                    worker=proof.worker,
+                    worker=stage.worker,
                     tensor=name,
                 )
             if theirs != digest:
                 raise ModelDiffers(
-                    f"worker {other} and worker {proof.worker} have different bytes of the tensor {name} (sha256 "
+                    f"worker {other} and worker {stage.worker} have different bytes of the tensor {name} (sha256 "
                     f"{theirs[:12]} and {digest[:12]}). Give both the same copy of the model and load again",
-                    worker=proof.worker,
+                    worker=stage.worker,
                     tensor=name,
                 )
 

@@ -28,7 +28,7 @@ from cluster.core.limits import (
     LOAD_STALL_S,
     LOAD_STUCK_S,
 )
-from cluster.core.plan import FetchOrder, Link, LoadProgress, StageProof, StageSpec
+from cluster.core.plan import FetchOrder, Link, LoadProgress, StageDigests, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.security.bounds import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
@@ -135,8 +135,8 @@ class WorkerClient:
             )
         return answer
 
-    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
-        """Load a slice. Yield its progress, then a ``StageProof`` with the digests of its tensors.
+    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageDigests]:
+        """Load a slice. Yield its progress, then a ``StageDigests`` with the digests of its tensors.
 
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
         """
@@ -158,7 +158,7 @@ class WorkerClient:
                     message.peer_bytes,
                     tuple(message.notices),
                 )
-        yield StageProof(self.name, tuple(digests))
+        yield StageDigests(self.name, tuple(digests))
 
     async def link(self, epoch: int, before: WorkerInfo | None) -> None:
         """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it."""

@@ -59,10 +59,10 @@ class SharedWeight:
 class ModelShape:
     """What placement needs to know of a model, found without reading a weight. All sizes are bytes.
 
-    Cut e lies before layer e. ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have an
-    entry per layer. ``unclean`` says why the other cuts are not clean. ``batchable``: sequences can share a lane;
-    otherwise each needs its own lane. ``trimmable``: a sequence or a kept prefix can drop any number of its last
-    tokens; otherwise ``mark_curve`` has the sizes of marks.
+    Cut e lies before layer e. A cut is clean if a stage may begin there; ``unclean`` says why the other cuts are not.
+    ``layer_bytes`` and ``cache_bytes`` (one sequence of ``max_context`` tokens) have an entry per layer. ``batchable``:
+    sequences can share a lane; otherwise each needs its own lane. ``trimmable``: a sequence or a kept prefix can drop
+    any number of its last tokens; otherwise ``mark_curve`` has the sizes of marks.
     """
 
     model: ModelRef
@@ -292,7 +292,7 @@ class FetchOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class StageProof:
+class StageDigests:
     """The hashes of a stage's tensors on its worker: pairs of name and SHA-256 in hex."""
 
     worker: str
@@ -307,31 +307,31 @@ _BLOCK: Final = 64
 """GPU kernels are fastest at attention over whole blocks, and there are few such lengths."""
 
 
-def overlapping_chunk(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> int:
-    """Return the tokens per chunk for a prompt of ``prompt`` tokens over ``stages`` stages, at most ``most``.
+def overlapping_chunk(prompt_tokens: int, stage_count: int, max_chunk: int = PREFILL_CHUNK) -> int:
+    """Return the tokens per chunk for a prompt of ``prompt_tokens`` over ``stage_count`` stages, at most ``max_chunk``.
 
     Chunks are whole blocks, so that kernels compiled for one prompt's lengths serve the next prompt.
     """
-    if stages == 1:
-        return most
-    return min(most, max(_LEAST_SPLIT, -(-prompt // (_FILLS * stages * _BLOCK)) * _BLOCK))
+    if stage_count == 1:
+        return max_chunk
+    return min(max_chunk, max(_LEAST_SPLIT, -(-prompt_tokens // (_FILLS * stage_count * _BLOCK)) * _BLOCK))
 
 
-def next_chunk(left: int, chunk: int, most: int = PREFILL_CHUNK) -> int:
-    """Return how many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``most``.
+def next_chunk(left: int, chunk: int, max_chunk: int = PREFILL_CHUNK) -> int:
+    """Return how many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``max_chunk``.
 
     The last chunk includes a remainder of less than a block if it has room: the remainder alone would read all weights
     for a few tokens.
     """
-    return left if left <= most and left - chunk < _BLOCK else chunk
+    return left if left <= max_chunk and left - chunk < _BLOCK else chunk
 
 
-def chunks(prompt: int, stages: int, most: int = PREFILL_CHUNK) -> list[int]:
+def chunks(prompt_tokens: int, stage_count: int, max_chunk: int = PREFILL_CHUNK) -> list[int]:
     """Return the tokens of each piece of a prompt that has the stages to itself, in order."""
-    chunk = overlapping_chunk(prompt, stages, most)
+    chunk = overlapping_chunk(prompt_tokens, stage_count, max_chunk)
     pieces: list[int] = []
-    left = prompt
+    left = prompt_tokens
     while left:
-        pieces.append(next_chunk(left, chunk, most))
+        pieces.append(next_chunk(left, chunk, max_chunk))
         left -= pieces[-1]
     return pieces

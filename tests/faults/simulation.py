@@ -41,7 +41,7 @@ from cluster.core.errors import (
     WorkerRefused,
 )
 from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
-from cluster.core.plan import FetchOrder, LoadProgress, ModelRef, ModelShape, Plan, StageProof, StageSpec
+from cluster.core.plan import FetchOrder, LoadProgress, ModelRef, ModelShape, Plan, StageDigests, StageSpec
 from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Sighting
@@ -222,7 +222,7 @@ class Mac(Port):
             instance=str(self._life),
         )
 
-    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageProof]:
+    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageDigests]:
         await self._reached()
         if self._problem:
             raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
@@ -237,7 +237,7 @@ class Mac(Port):
         if self._caches:
             self._caches.close()
         self._caches = Caches(spec)
-        yield StageProof(self.name, ())
+        yield StageDigests(self.name, ())
 
     async def link(self, epoch: int, before: WorkerInfo | None) -> None:
         await self._reached()
@@ -380,7 +380,7 @@ class _Macs(Roster):
 
 
 class _Unchecked(WeightDelivery):
-    async def check(self, proofs: Sequence[StageProof], waiting: Any) -> None:
+    async def check(self, stages: Sequence[StageDigests], waiting: Any) -> None:
         """There are no bytes to compare."""
 
 
