@@ -59,7 +59,7 @@ from cluster.core.plan import ModelShape, Plan
 from cluster.core.request import Grammar, Request
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
-from cluster.placement.memory_split import Room, is_too_small
+from cluster.placement.memory_split import WorkerMemory, is_too_small
 from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
@@ -191,7 +191,10 @@ class Coordinator:
     ) -> tuple[WorkerInfo, ...]:
         """Wait for the workers that the order asks for. One that is too small for any piece of the model is not one."""
         return await self._roster.gather(
-            order.stage_count, order.wait_s, report, lambda w: not is_too_small(shape, Room(w.name, w.memory_limit))
+            order.stage_count,
+            order.wait_s,
+            report,
+            lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
         )
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:

@@ -11,7 +11,7 @@ from cluster.core.limits import LANE_ROWS, MAX_SCORED_LOGITS, MAX_STAGES, PREFIX
 from cluster.core.plan import Link, ModelShape, Plan, PlannedStage, Route, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.propose import PlanRequest, Proposal, propose
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.kv_cost import Cost
@@ -26,7 +26,7 @@ def make_plan(
 
     Raises the errors of ``plan_over``.
     """
-    offered = [Candidate(Room(w.name, w.memory_limit), w.profile) for w in workers]
+    offered = [Candidate(WorkerMemory(w.name, w.memory_limit), w.profile) for w in workers]
     return plan_over(epoch, shape, Candidates(offered, links or {}, relay=order.route is Route.RELAY), order)
 
 
@@ -70,7 +70,7 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> 
     for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
         spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, kv_bits)
         used = shape.stage_bytes(layers)
-        left = worker.room.usable - used
+        left = worker.memory.usable - used
         stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
     return tuple(stages)
 

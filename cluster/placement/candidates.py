@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
 from cluster.core.plan import Link, Profile
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 
 __all__ = ["ASSUMED_LINK", "Candidate", "Candidates"]
 
@@ -21,16 +21,16 @@ ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
 class Candidate:
     """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``."""
 
-    room: Room
+    memory: WorkerMemory
     profile: Profile
 
     @property
     def name(self) -> str:
-        return self.room.worker
+        return self.memory.worker
 
     @property
     def kind(self) -> tuple[int, Profile]:
-        return self.room.usable, self.profile
+        return self.memory.usable, self.profile
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ class Candidates:
     def known(self) -> bool:
         """Whether the speed of every worker is known."""
         return all(w.profile.known for w in self.workers)
-
-    @property
-    def rooms(self) -> list[Room]:
-        return [w.room for w in self.workers]
 
     def between(self, one: Candidate, other: Candidate) -> Link:
         return self.links.get((one.name, other.name), self.link)

@@ -16,7 +16,7 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import ASSUMED_ROUND_TRIP_S, GIB
 from cluster.core.plan import Link, Profile
 from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 
 __all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
 
@@ -137,4 +137,4 @@ def _candidate(label: str, chip: Chip, gb: int, index: int, names: list[str]) ->
     efficiency = DECODE_EFFICIENCY_ULTRA if "ultra" in label else DECODE_EFFICIENCY
     profile = Profile(bandwidth * 1e9 * efficiency, LAYER_S, STEP_S, tflops * 1e12 * PREFILL_EFFICIENCY, ROW_COST)
     nbytes = gb * GIB * (3 if gb > LARGE_MEMORY_GB else 2) // (4 if gb > LARGE_MEMORY_GB else 3)
-    return Candidate(Room(name, nbytes, adjustable=False), profile)
+    return Candidate(WorkerMemory(name, nbytes, adjustable=False), profile)

@@ -129,9 +129,9 @@ def _explain_memory_limit(layout: Layout) -> str:
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
-        f"{_gib(needed_bytes(layout.shape, r, 1) - w.room.usable)} more on {w.name}"
+        f"{_gib(needed_bytes(layout.shape, r, 1) - w.memory.usable)} more on {w.name}"
         for w, r in zip(found.workers, found.ranges, strict=True)
-        if needed_bytes(layout.shape, r, 1) > w.room.usable
+        if needed_bytes(layout.shape, r, 1) > w.memory.usable
     ]
     if not missing:
         return ""
@@ -174,7 +174,7 @@ def _why_spare(layout: Layout, search: Search | None, worker: Candidate) -> str:
         return f"{_others(layout)} hold{'' if some else 's'} the model, and {'are' if some else 'is'} faster or larger"
     found = search.best(including=worker)
     if found is None:
-        return f"no layout fits that uses it with its {_gib(worker.room.usable)}"
+        return f"no layout fits that uses it with its {_gib(worker.memory.usable)}"
     other = layout.of(found)
     if layout.objective is Objective.THROUGHPUT:
         return f"it would only slow the others down: {other.merit} instead of {layout.merit}"

@@ -20,7 +20,7 @@ Placed = TypeVar("Placed")
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class WorkerMemory:
     """The memory of a worker: the bytes that it offers for weights, caches and work.
 
     ``adjustable``: whether the user may raise the offer.
@@ -40,10 +40,10 @@ def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
     return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)
 
 
-def is_too_small(shape: ModelShape, room: Room, sequences: int = 1) -> bool:
+def is_too_small(shape: ModelShape, memory: WorkerMemory, sequences: int = 1) -> bool:
     """Return whether the worker cannot hold even the smallest piece of the model."""
     pieces = (LayerRange(a, b) for a, b in pairwise((0, *shape.clean_cuts, shape.layers)))
-    return min(needed_bytes(shape, piece, sequences) for piece in pieces) > room.usable
+    return min(needed_bytes(shape, piece, sequences) for piece in pieces) > memory.usable
 
 
 def place_on_largest(workers: Sequence[W], size: Callable[[W], int], place: Callable[[Sequence[W]], Placed]) -> Placed:
@@ -64,21 +64,21 @@ def place_on_largest(workers: Sequence[W], size: Callable[[W], int], place: Call
             remaining.remove(min(remaining, key=size))
 
 
-def solve(shape: ModelShape, rooms: Sequence[Room], sequences: int) -> tuple[LayerRange, ...]:
-    """Return one layer range per room, in order.
+def solve(shape: ModelShape, memories: Sequence[WorkerMemory], sequences: int) -> tuple[LayerRange, ...]:
+    """Return one layer range per worker, in order.
 
     Raise ``NoPlan`` if there are too few clean cuts, and ``DoesNotFit``, with the missing GiB, if memory is too small.
     """
-    if len(shape.clean_cuts) < len(rooms) - 1:
-        raise NoPlan(_too_few_cuts(shape, len(rooms)))
+    if len(shape.clean_cuts) < len(memories) - 1:
+        raise NoPlan(_too_few_cuts(shape, len(memories)))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for i, room in enumerate(rooms):
-        last = i == len(rooms) - 1
+    for i, memory in enumerate(memories):
+        last = i == len(memories) - 1
         ends = [shape.layers] if last else list(shape.clean_cuts)
-        best = _extend(shape, best, ends, room, sequences)
+        best = _extend(shape, best, ends, memory, sequences)
     _, ends_found = best[shape.layers]
     ranges = tuple(LayerRange(a, b) for a, b in zip((0, *ends_found), ends_found, strict=False))
-    check(shape, rooms, ranges, sequences)
+    check(shape, memories, ranges, sequences)
     return ranges
 
 
@@ -86,14 +86,14 @@ def _extend(
     shape: ModelShape,
     best: dict[int, tuple[float, tuple[int, ...]]],
     ends: list[int],
-    room: Room,
+    memory: WorkerMemory,
     sequences: int,
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """Return the best relative memory use for each possible end of this room's range, over all ends of the previous."""
+    """Return the best relative memory use for each possible end of a worker's range, over all ends of the previous."""
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
     for end in ends:
         options = [
-            (max(full, needed_bytes(shape, LayerRange(start, end), sequences) / max(room.usable, 1)), (*cuts, end))
+            (max(full, needed_bytes(shape, LayerRange(start, end), sequences) / max(memory.usable, 1)), (*cuts, end))
             for start, (full, cuts) in best.items()
             if start < end
         ]
@@ -102,16 +102,16 @@ def _extend(
     return found
 
 
-def check(shape: ModelShape, rooms: Sequence[Room], ranges: Sequence[LayerRange], sequences: int) -> None:
+def check(shape: ModelShape, memories: Sequence[WorkerMemory], ranges: Sequence[LayerRange], sequences: int) -> None:
     """Check a layout against clean cuts and memory. Raise ``NoPlan`` or ``DoesNotFit``."""
     check_cuts(shape, ranges)
     short = [
-        (room, missing)
-        for room, layers in zip(rooms, ranges, strict=True)
-        if (missing := needed_bytes(shape, layers, sequences) - room.usable) > 0
+        (memory, missing)
+        for memory, layers in zip(memories, ranges, strict=True)
+        if (missing := needed_bytes(shape, layers, sequences) - memory.usable) > 0
     ]
     if short:
-        raise DoesNotFit(_does_not_fit(shape, rooms, ranges, sequences, short), missing_bytes=str(_sum(short)))
+        raise DoesNotFit(_does_not_fit(shape, memories, ranges, sequences, short), missing_bytes=str(_sum(short)))
 
 
 def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
@@ -129,7 +129,7 @@ def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
             )
 
 
-def _sum(short: list[tuple[Room, int]]) -> int:
+def _sum(short: list[tuple[WorkerMemory, int]]) -> int:
     return sum(missing for _, missing in short)
 
 
@@ -147,17 +147,17 @@ def _too_few_cuts(shape: ModelShape, workers: int) -> str:
 
 def _does_not_fit(
     shape: ModelShape,
-    rooms: Sequence[Room],
+    memories: Sequence[WorkerMemory],
     ranges: Sequence[LayerRange],
     sequences: int,
-    short: list[tuple[Room, int]],
+    short: list[tuple[WorkerMemory, int]],
 ) -> str:
     total = sum(needed_bytes(shape, layers, sequences) for layers in ranges)
-    names = "; ".join(f"{room.worker} lacks {_gib(missing)}" for room, missing in short)
-    raised = "raise --memory-limit, " if any(room.adjustable for room in rooms) else ""
+    names = "; ".join(f"{memory.worker} lacks {_gib(missing)}" for memory, missing in short)
+    raised = "raise --memory-limit, " if any(memory.adjustable for memory in memories) else ""
     return (
         f"{shape.model.name} does not fit: it needs {_gib(total)} with {sequences} x {shape.max_context} tokens of "
-        f"context, the workers offer {_gib(sum(r.usable for r in rooms))}; {names}; "
+        f"context, the workers offer {_gib(sum(r.usable for r in memories))}; {names}; "
         f"add a worker, {raised}or lower --max-context"
     )
 

@@ -97,7 +97,7 @@ def _use_given_ranges(
             f"worker{'s' * (count != 1)}; give fewer ranges, or add a worker"
         )
     workers = _choose_workers(shape, candidates, wish, layers)
-    check(shape, [w.room for w in workers], layers, SEQUENCES)
+    check(shape, [w.memory for w in workers], layers, SEQUENCES)
     search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective) if candidates.known else None
     return _build_proposal(shape, candidates, wish, workers, tuple(layers), search)
 
@@ -130,18 +130,18 @@ def _split_by_memory(shape: ModelShape, candidates: Candidates, wish: PlanReques
         return _build_proposal(shape, candidates, wish, chosen, _solve(shape, chosen), None)
     most = min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None
     chosen, ranges = place_on_largest(
-        _largest(candidates, most), lambda w: w.room.usable, lambda workers: (tuple(workers), _solve(shape, workers))
+        _largest(candidates, most), lambda w: w.memory.usable, lambda workers: (tuple(workers), _solve(shape, workers))
     )
     return _build_proposal(shape, candidates, wish, chosen, ranges, None)
 
 
 def _solve(shape: ModelShape, workers: Sequence[Candidate]) -> tuple[LayerRange, ...]:
-    return solve(shape, [w.room for w in workers], SEQUENCES)
+    return solve(shape, [w.memory for w in workers], SEQUENCES)
 
 
 def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
     """Return the ``most`` workers with the most memory, in their given order; all workers for None."""
-    largest = sorted(candidates.workers, key=lambda w: -w.room.usable)[:most]
+    largest = sorted(candidates.workers, key=lambda w: -w.memory.usable)[:most]
     return tuple(w for w in candidates.workers if w in largest)
 
 

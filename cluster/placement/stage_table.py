@@ -59,7 +59,7 @@ class StageTable:
         seconds = seconds * profile.correction(self.fingerprint)
         impossible = self.lengths <= 0
         if not unbounded:
-            impossible |= self.needed > worker.room.usable
+            impossible |= self.needed > worker.memory.usable
         return np.where(impossible, np.inf, seconds)
 
 

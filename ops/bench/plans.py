@@ -18,7 +18,7 @@ from shapes import CONFIGS, make_headers
 from cluster.core.limits import GIB
 from cluster.core.plan import ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.propose import PlanRequest, propose
 
 MACS = ("m2-ultra-192x2", "m4-pro-48x4", "m3-max-64,m2-max-96,m4-pro-24")
@@ -49,7 +49,9 @@ def search_s(workers: int, layers: int, alike: bool, objective: Objective) -> fl
     )
     differ = 0 if alike else 1
     macs = [
-        Candidate(Room(f"w{i}", (20 + i * differ) * GIB), Profile(2e11 + 1e10 * i * differ, 1e-4, 1e-4, 1e13, 0.2))
+        Candidate(
+            WorkerMemory(f"w{i}", (20 + i * differ) * GIB), Profile(2e11 + 1e10 * i * differ, 1e-4, 1e-4, 1e13, 0.2)
+        )
         for i in range(workers)
     ]
     began = time.perf_counter()

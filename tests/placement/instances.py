@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.core.limits import MEMORY_MARGIN
 from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.memory_split import Room, needed_bytes
+from cluster.placement.memory_split import WorkerMemory, needed_bytes
 from cluster.placement.predicted_step_time import boundary_bytes, decode_s
 
 Layout = tuple[tuple[Candidate, ...], tuple[LayerRange, ...]]
@@ -53,7 +53,7 @@ def clusters(draw: st.DrawFn, most: int = 4) -> Candidates:
     n = draw(st.integers(1, most))
     kinds = draw(st.lists(st.tuples(st.integers(30, 900), PROFILES), min_size=1, max_size=n))
     chosen = [draw(st.sampled_from(kinds)) for _ in range(n)]
-    workers = [Candidate(Room(f"w{i}", size), profile) for i, (size, profile) in enumerate(chosen)]
+    workers = [Candidate(WorkerMemory(f"w{i}", size), profile) for i, (size, profile) in enumerate(chosen)]
     pairs = [(a.name, b.name) for a, b in permutations(workers, 2)] if draw(st.booleans()) else []
     return Candidates(workers, {pair: draw(LINKS) for pair in pairs}, draw(LINKS), draw(st.booleans()))
 
@@ -69,7 +69,7 @@ def layouts(shape: ModelShape, candidates: Candidates) -> Iterator[Layout]:
 
 
 def fits(shape: ModelShape, worker: Candidate, layers: LayerRange) -> bool:
-    return needed_bytes(shape, layers, 1) <= int(worker.room.nbytes * (1 - MEMORY_MARGIN))
+    return needed_bytes(shape, layers, 1) <= int(worker.memory.nbytes * (1 - MEMORY_MARGIN))
 
 
 def stages_s(shape: ModelShape, layout: Layout) -> list[float]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.core.errors import DoesNotFit, NoPlan
 from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, SharedWeight
-from cluster.placement.memory_split import Room, check, needed_bytes, solve
+from cluster.placement.memory_split import WorkerMemory, check, needed_bytes, solve
 
 MODEL = ModelRef("m", "", "")
 
@@ -30,8 +30,8 @@ def shape(layer_bytes: list[int], unclean: tuple[int, ...] = (), shared: tuple[S
     )
 
 
-def fullness(s: ModelShape, rooms: list[Room], ranges: tuple[LayerRange, ...]) -> float:
-    return max(needed_bytes(s, r, 1) / room.usable for r, room in zip(ranges, rooms, strict=True))
+def fullness(s: ModelShape, memories: list[WorkerMemory], ranges: tuple[LayerRange, ...]) -> float:
+    return max(needed_bytes(s, r, 1) / memory.usable for r, memory in zip(ranges, memories, strict=True))
 
 
 @given(
@@ -42,35 +42,35 @@ def fullness(s: ModelShape, rooms: list[Room], ranges: tuple[LayerRange, ...]) -
 def test_no_other_cut_leaves_the_fullest_worker_emptier(layers: list[int], sizes: list[int], bad: set[int]) -> None:
     tied = SharedWeight("embed", 9, (0, len(layers) - 1))
     s = shape(layers, tuple(sorted(e for e in bad if e < len(layers))), (tied,))
-    rooms = [Room(f"w{i}", size) for i, size in enumerate(sizes)]
-    assume(len(s.clean_cuts) >= len(rooms) - 1)
-    found = solve(s, rooms, 1)
-    bounds = [(0, *cuts, s.layers) for cuts in combinations(s.clean_cuts, len(rooms) - 1)]
+    memories = [WorkerMemory(f"w{i}", size) for i, size in enumerate(sizes)]
+    assume(len(s.clean_cuts) >= len(memories) - 1)
+    found = solve(s, memories, 1)
+    bounds = [(0, *cuts, s.layers) for cuts in combinations(s.clean_cuts, len(memories) - 1)]
     every = [tuple(LayerRange(a, b) for a, b in pairwise(c)) for c in bounds]
     assert found in every
-    assert fullness(s, rooms, found) == min(fullness(s, rooms, other) for other in every)
+    assert fullness(s, memories, found) == min(fullness(s, memories, other) for other in every)
 
 
 def test_bigger_macs_get_more_layers() -> None:
-    found = solve(shape([100] * 12), [Room("a", 1000), Room("b", 2000)], 1)
+    found = solve(shape([100] * 12), [WorkerMemory("a", 1000), WorkerMemory("b", 2000)], 1)
     assert found == (LayerRange(0, 4), LayerRange(4, 12))
 
 
 def test_what_does_not_fit_is_refused_with_the_gib_missing() -> None:
     with pytest.raises(DoesNotFit, match=r"needs 40 GiB .* offer 19 GiB; a lacks 10.5 GiB; b lacks 10.5 GiB"):
-        solve(shape([GIB] * 40), [Room("a", 10 * GIB), Room("b", 10 * GIB)], 1)
+        solve(shape([GIB] * 40), [WorkerMemory("a", 10 * GIB), WorkerMemory("b", 10 * GIB)], 1)
 
 
 def test_too_few_cuts_say_how_many_workers_would_do() -> None:
     with pytest.raises(NoPlan, match="cut into 2 stages at most, but there are 3 workers; use --workers 2"):
-        solve(shape([1] * 4, unclean=(1, 3)), [Room(n, 1000) for n in "abc"], 1)
+        solve(shape([1] * 4, unclean=(1, 3)), [WorkerMemory(n, 1000) for n in "abc"], 1)
 
 
 def test_given_layers_obey_the_same_rules() -> None:
-    rooms = [Room("a", 1000), Room("b", 1000)]
+    memories = [WorkerMemory("a", 1000), WorkerMemory("b", 1000)]
     s = shape([1] * 4, unclean=(1,))
-    check(s, rooms, (LayerRange(0, 2), LayerRange(2, 4)), 1)
+    check(s, memories, (LayerRange(0, 2), LayerRange(2, 4)), 1)
     with pytest.raises(NoPlan, match=r"cannot be cut before layer 1: layers 0 feed .* before 2, 3"):
-        check(s, rooms, (LayerRange(0, 1), LayerRange(1, 4)), 1)
+        check(s, memories, (LayerRange(0, 1), LayerRange(1, 4)), 1)
     with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at layer 2"):
-        check(s, rooms, (LayerRange(0, 2), LayerRange(2, 3)), 1)
+        check(s, memories, (LayerRange(0, 2), LayerRange(2, 3)), 1)

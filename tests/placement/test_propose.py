@@ -11,7 +11,7 @@ from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective, Profile, SharedWeight
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.chips import CHIPS, assumed_workers
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import decode_s, read_bytes
 from cluster.placement.propose import PlanRequest, propose
 
@@ -35,7 +35,7 @@ def shape(layers: int = 40, gib: int = 1, **more: object) -> ModelShape:
 
 
 def mac(name: str, gib: int, profile: Profile = FAST) -> Candidate:
-    return Candidate(Room(name, gib * GIB), profile)
+    return Candidate(WorkerMemory(name, gib * GIB), profile)
 
 
 def told(candidates: Candidates, wish: PlanRequest | None = None, model: ModelShape | None = None) -> str:
@@ -107,7 +107,7 @@ def test_of_more_workers_than_ranges_the_best_hold_them_in_the_best_order() -> N
         assert [w.name for w in made.workers] == ["small", "fast"]
         assert made.ranges == layers
         assert {(s.worker, s.why) for s in made.spares} == {(n, "2 layer ranges were given") for n in ("slow", "tiny")}
-    unmeasured = Candidates([mac(w.name, w.room.nbytes // GIB, Profile()) for w in candidates.workers])
+    unmeasured = Candidates([mac(w.name, w.memory.nbytes // GIB, Profile()) for w in candidates.workers])
     made = propose(shape(), unmeasured, PlanRequest(layers=(LayerRange(0, 25), LayerRange(25, 40))))
     assert [w.name for w in made.workers] == ["slow", "fast"], "the largest, in their order"
     with pytest.raises(DoesNotFit, match=r"offer 133 GiB; fast lacks 103 GiB"):
@@ -205,7 +205,7 @@ def test_a_number_of_macs_goes_before_or_behind(written: str) -> None:
 def test_macs_are_assumed_by_name() -> None:
     made = assumed_workers("m2-ultra-192, m4-pro-48x2,10GbE")
     assert [w.name for w in made.workers] == ["m2-ultra-192", "m4-pro-48#1", "m4-pro-48#2"]
-    assert made.workers[0].room.nbytes == 144 * GIB
+    assert made.workers[0].memory.nbytes == 144 * GIB
     assert made.workers[1].profile == made.workers[2].profile
     assert made.link.bandwidth == 1.15e9
     assert assumed_workers("m2-ultra-192 + 2x m4-pro-48 + 10gbe") == made

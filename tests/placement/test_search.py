@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from cluster.core.limits import BALANCE_SLACK, GIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.memory_split import Room
+from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
@@ -108,7 +108,7 @@ def big(layers: int) -> ModelShape:
 
 
 def mac(i: int, gib: int, bandwidth: float) -> Candidate:
-    return Candidate(Room(f"w{i}", gib * GIB), Profile(bandwidth, 1e-4, 1e-4))
+    return Candidate(WorkerMemory(f"w{i}", gib * GIB), Profile(bandwidth, 1e-4, 1e-4))
 
 
 def test_sixteen_different_workers_and_128_layers_are_a_bounded_search() -> None:
