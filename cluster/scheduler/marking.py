@@ -8,7 +8,7 @@ from cluster.core.frames import Drop, Edit, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.kv_cost import Cost, fits
-from cluster.scheduler.marks import KeptMark, expired
+from cluster.scheduler.marks import KeptMark, surplus
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.sequence import Sequence
 
@@ -20,20 +20,25 @@ class Marking:
         self._capacity, self._prefixes, self._edits = capacity, prefixes, edits
 
     @property
-    def needed(self) -> bool:
+    def caches_need_marks(self) -> bool:
+        """Whether the model has caches that cannot be trimmed."""
         return self._capacity.mark_cost_of is not None
 
-    def plan(self, sequence: Sequence, parted: Iterable[int]) -> None:
-        """Choose where a prompt is to be marked: at its end, where others may part from it, and where they did."""
-        if self.needed:
+    def choose_chunk_ends(self, sequence: Sequence, parted: Iterable[int]) -> None:
+        """Choose where chunks of a prompt end, so that it can be marked there.
+
+        They end at its end, at its request's ``boundaries``, and at the lengths ``parted``, where known sequences begin
+        to differ from it.
+        """
+        if self.caches_need_marks:
             end = sequence.prefill_length
             likely = {*sequence.request.boundaries, *parted}
-            sequence.borders |= {at for at in likely if MIN_HIT <= at < end} | {end}
+            sequence.chunk_ends |= {at for at in likely if MIN_HIT <= at < end} | {end}
 
     def mark_progress(self, sequence: Sequence, free: Cost) -> None:
-        """Mark a prompt that has got to a border, or far beyond its last mark."""
+        """Mark a prompt that has got to one of its chunk ends, or far beyond its last mark."""
         length = len(sequence.fed)
-        if length in sequence.borders or length - max(sequence.marks, default=0) >= MARK_TOKENS:
+        if length in sequence.chunk_ends or length - max(sequence.marks, default=0) >= MARK_TOKENS:
             self.mark(sequence, free)
 
     def mark(self, sequence: Sequence, free: Cost) -> None:
@@ -41,20 +46,23 @@ class Marking:
         length, cost_of = len(sequence.fed), self._capacity.mark_cost_of
         if cost_of is None or length < MIN_HIT or length in sequence.marks:
             return
-        for at in expired(sequence.marks, length, sequence.borders):
+        for at in surplus(sequence.marks, length, sequence.chunk_ends):
             self._unmark(sequence, at)
         mark = KeptMark(cost_of(length))
-        room = tuple(map(min, self._capacity.prefix_budget, free))
-        dropped = self._prefixes.make_room(mark.cost, room)
+        limit = tuple(map(min, self._capacity.prefix_budget, free))
+        dropped = self._prefixes.make_room(mark.cost, limit)
         if dropped is not None:
             self._edits += [*map(Drop, dropped), Mark(sequence.id, length)]
             sequence.marks[length] = mark
             self._prefixes.hold([mark])
 
-    def shed(self, live: Iterable[Sequence], room: Cost) -> None:
-        """Drop marks of live sequences until prefixes and marks fit into ``room`` bytes per stage: borders last."""
-        for _, length, _, sequence in sorted((at in s.borders, at, s.id, s) for s in live for at in s.marks):
-            if fits(self._prefixes.used, room):
+    def drop_marks(self, live: Iterable[Sequence], limit: Cost) -> None:
+        """Drop marks of live sequences until prefixes and marks are within ``limit`` bytes per stage.
+
+        Marks at chunk ends are dropped last.
+        """
+        for _, length, _, sequence in sorted((at in s.chunk_ends, at, s.id, s) for s in live for at in s.marks):
+            if fits(self._prefixes.used, limit):
                 return
             self._unmark(sequence, length)
 

@@ -49,11 +49,11 @@ class MarkMemory:
             self._used[i] += sign * nbytes
 
 
-def expired(lengths: Iterable[int], now: int, fixed: Container[int]) -> list[int]:
+def surplus(lengths: Iterable[int], now: int, fixed: Container[int]) -> list[int]:
     """Return the marks to drop from a sequence of ``now`` tokens that is marked at ``lengths``.
 
-    The gap that a dropped mark leaves is never longer than the way from its newer end to ``now``. So the number of
-    marks grows with the logarithm of ``now``. Marks in ``fixed`` are never dropped.
+    After a drop, the two neighbours are no farther apart than the newer one is from ``now``. So the number of marks
+    grows with the logarithm of ``now``. Marks in ``fixed`` are never dropped.
     """
     dropped: list[int] = []
     newer = now

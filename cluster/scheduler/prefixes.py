@@ -59,7 +59,7 @@ class Prefixes:
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._used = [0] * len(budget)
         self._marks, self._live_marks = MarkMemory(len(budget)), MarkMemory(len(budget))
-        self._made = 0
+        self._last_id = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -74,6 +74,17 @@ class Prefixes:
 
         It leaves at least the prompt's last token to compute.
         """
+        match = self._use_longest(owner, prompt)
+        if match is None:
+            return None
+        marks = self._kept[match.entry].marks
+        return Start(match.entry, match.length, {at: mark for at, mark in marks.items() if at <= match.length})
+
+    def touch(self, owner: Owner, prompt: Sequence[int]) -> None:
+        """Count the prefix that a prompt would start from as used, so that it is dropped last."""
+        self._use_longest(owner, prompt)
+
+    def _use_longest(self, owner: Owner, prompt: Sequence[int]) -> Match | None:
         tree = self._trees.get(owner)
         if tree is None:
             return None
@@ -82,8 +93,7 @@ class Prefixes:
         if match is None or match.length < MIN_HIT:
             return None
         self._kept.move_to_end(match.entry)
-        marks = self._kept[match.entry].marks
-        return Start(match.entry, match.length, {at: mark for at, mark in marks.items() if at <= match.length})
+        return match
 
     def shared(self, owner: Owner, prompt: Sequence[int]) -> int:
         """Return how many of the prompt's first tokens some prefix has too, marked there or not."""
@@ -113,29 +123,29 @@ class Prefixes:
             return None, []
         while len(self._kept) >= MAX_PREFIXES:
             dropped.append(self._drop(next(iter(self._kept))))
-        self._made += 1
+        self._last_id += 1
         tree = self._trees.setdefault(owner, RadixTree())
-        replaced = tree.insert(tokens, self._made, marks)
+        replaced = tree.insert(tokens, self._last_id, marks)
         if replaced is not None:
             self._forget(replaced)
             dropped.append(replaced)
-        self._kept[self._made] = _Kept(owner, cost, source, dict(marks))
+        self._kept[self._last_id] = _Kept(owner, cost, source, dict(marks))
         self._add(cost, 1)
         self._marks.hold(marks.values())
-        dropped += [self._drop(entry) for entry in tree.beginnings(tokens) if self._replaces(marks, tree, entry)]
+        dropped += [self._drop(entry) for entry in tree.beginnings(tokens) if self._makes_redundant(marks, tree, entry)]
         if start and start.prefix in self._kept:
             whole = len(tree.tokens(start.prefix))
             dropped += [self._drop(start.prefix)] if whole - start.length <= whole * _UNUSED_SHARE else []
-        return self._made, dropped
+        return self._last_id, dropped
 
-    def _replaces(self, marks: Mapping[int, KeptMark], tree: RadixTree, entry: int) -> bool:
+    def _makes_redundant(self, marks: Mapping[int, KeptMark], tree: RadixTree, entry: int) -> bool:
         """Return whether a longer prefix with these marks can be used wherever its beginning ``entry`` can."""
         return self._trimmable or len(tree.tokens(entry)) in marks
 
-    def passing(self) -> int:
+    def temporary_id(self) -> int:
         """Return an id for a temporary prefix: one frame both saves and drops it, so it needs no memory of its own."""
-        self._made += 1
-        return self._made
+        self._last_id += 1
+        return self._last_id
 
     def hold(self, marks: Collection[KeptMark]) -> None:
         """Count marks that a live sequence gets, until it calls ``release``."""
@@ -146,21 +156,21 @@ class Prefixes:
         for memory in (self._marks, self._live_marks):
             memory.release(marks)
 
-    def make_room(self, cost: Cost, room: Cost) -> list[int] | None:
-        """Drop least recently used prefixes until ``cost`` more bytes are within ``room``. Return the dropped ids.
+    def make_room(self, cost: Cost, limit: Cost) -> list[int] | None:
+        """Drop least recently used prefixes until ``cost`` more bytes are within ``limit``. Return the dropped ids.
 
         Return None, and drop nothing, if the marks of live sequences leave too little room.
         """
-        left = tuple(r - c for r, c in zip(room, cost, strict=True))
+        left = tuple(most - c for most, c in zip(limit, cost, strict=True))
         return self.shrink_to(left) if fits(self._live_marks.used, left) else None
 
-    def shrink_to(self, room: Cost) -> list[int]:
-        """Drop least recently used prefixes until every stage is within ``room`` bytes. Return the dropped ids.
+    def shrink_to(self, limit: Cost) -> list[int]:
+        """Drop least recently used prefixes until every stage is within ``limit`` bytes. Return the dropped ids.
 
         If the marks of live sequences alone need more, every prefix is dropped.
         """
         dropped = []
-        while self._kept and not fits(self.used, room):
+        while self._kept and not fits(self.used, limit):
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
 

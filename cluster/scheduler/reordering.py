@@ -48,7 +48,7 @@ class ReorderBuffer:
             raise BadFrame(f"too many frames wait on one stage: {len(self._waiting)}")
         self._waiting.append(_WaitingFrame(frame, ready, touched(frame)))
 
-    def lacking(self, number: int) -> Frame | None:
+    def waiting_without_tensors(self, number: int) -> Frame | None:
         """Return the waiting frame ``number`` if it lacks its tensors, else None."""
         return next((w.frame for w in self._waiting if w.frame.number == number and not w.ready), None)
 
@@ -63,10 +63,12 @@ class ReorderBuffer:
         if not self._waiting:
             return None
         head = self._waiting[0]
-        if _is_prefill(head.frame) and (passing := self._find_overtaking(head)):
-            if head.ready:  # a head that cannot run yet was not delayed, so its lane may overtake again
-                self._overtook.add(passing.frame.lane)
-            return self._take_out(passing)
+        if _is_prefill(head.frame) and (overtaking := self._find_overtaking(head)):
+            if (
+                head.ready
+            ):  # overtaking a head without tensors delays nothing, so it does not use up this lane's one turn
+                self._overtook.add(overtaking.frame.lane)
+            return self._take_out(overtaking)
         if not head.ready:
             return None
         if _is_prefill(head.frame):
@@ -85,7 +87,7 @@ class ReorderBuffer:
         spent = self._overtook if head.ready else frozenset()
         before: set[tuple[str, int]] = set()
         for waiting in self._waiting:
-            eligible = waiting.ready and _is_decode(waiting.frame) and waiting.frame.lane not in spent
+            eligible = waiting.ready and _is_urgent(waiting.frame) and waiting.frame.lane not in spent
             if eligible and before.isdisjoint(waiting.touched):
                 return waiting
             before |= waiting.touched
@@ -115,5 +117,5 @@ def _is_prefill(frame: Frame) -> bool:
     return frame.step is not None and frame.step.compute is Compute.PREFILL and frame.error is None
 
 
-def _is_decode(frame: Frame) -> bool:
+def _is_urgent(frame: Frame) -> bool:
     return frame.step is not None and frame.step.compute is not Compute.PREFILL

@@ -2,10 +2,10 @@
 
 A request waits in the fair queue until every stage has room for its worst case. Then it enters the emptiest lane and
 starts from the longest beginning that a kept prefix or a live sequence has. If another prompt that begins alike is
-being read, it waits until that has got as far as both go. The rest of its prompt is sent as several prefill frames that
-do not wait for each other. Decode frames, one per lane, go before prefill frames. While other sequences decode, the
-prefill budget limits the size of a prefill frame, and each of their lanes gets one decode frame before the next prefill
-frame.
+being prefilled, it waits until that one is where the two part. The rest of its prompt is sent as several prefill frames
+that do not wait for each other. Decode frames, one per lane, go before prefill frames. While other sequences decode,
+the prefill budget limits the size of a prefill frame, and each of their lanes gets one decode frame before the next
+prefill frame.
 
 A sequence whose grammar the last stage still compiles has no sample in the reply to its decode frame. It sits out
 until its sample comes with a later frame (``cluster.scheduler.deferred``); the others of its lane go on.
@@ -38,7 +38,7 @@ from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
 from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
 from cluster.scheduler.sequence import Phase, Sequence
-from cluster.scheduler.sharing import Copies, LiveStart, best_reader, live_starts
+from cluster.scheduler.sharing import Copies, LiveStart, best_leader, live_starts
 
 
 class Scheduler:
@@ -57,8 +57,8 @@ class Scheduler:
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.mark_cost_of is None)
         self._prefill_budget = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
         self._by_id: dict[int, Sequence] = {}
-        self._log = FrameWriter(epoch)
-        self._flights, self._edits = self._log.flights, self._log.edits
+        self._writer = FrameWriter(epoch)
+        self._flights, self._edits = self._writer.flights, self._writer.edits
         self._marking = Marking(capacity, self._prefixes, self._edits)
         self._copies = Copies()
         self._lanes_since_prefill: set[int] = set()
@@ -198,14 +198,14 @@ class Scheduler:
 
     def next_frames(self, now: float) -> list[Frame]:
         """Return every frame that can be written now, decode before prefill. The first one carries the edits."""
-        self._lanes.rebalance(lambda members: fits(self._cost(members), self._room()))
-        frames = [*self._log.write_overflow(now), *self._decodes(now)]
+        self._lanes.rebalance(lambda members: fits(self._cost(members), self._free_beside_prefixes()))
+        frames = [*self._writer.write_overflow(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
-        frames += self._log.write_remaining(now)
+        frames += self._writer.write_remaining(now)
         if not self._flights and self._deferred.ask_at() <= now:
-            frames.append(self._log.ask(now))
+            frames.append(self._writer.ask(now))
         if frames:
             self._deferred.on_written(now)
         return frames
@@ -217,8 +217,8 @@ class Scheduler:
         costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane)
         return total(costs, len(self._capacity.budget))
 
-    def _room(self) -> Cost:
-        """Return the bytes that live sequences may use beside the kept prefixes, per stage."""
+    def _free_beside_prefixes(self) -> Cost:
+        """Return the bytes that kept prefixes and marks leave for live sequences, per stage."""
         return tuple(b - p for b, p in zip(self._capacity.budget, self._prefixes.used, strict=True))
 
     def _admit(self) -> None:
@@ -237,10 +237,10 @@ class Scheduler:
         cost, budget = self._cost(members), self._capacity.budget
         if not fits(cost, budget):
             return False
-        room = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.find(_owner(sequence), sequence.beginning)  # a use: what it starts from is dropped last
-        self._edits += map(Drop, self._prefixes.shrink_to(room))
-        self._marking.shed((*self._lanes, *self._flights.leaving), room)
+        limit = tuple(b - c for b, c in zip(budget, cost, strict=True))
+        self._prefixes.touch(_owner(sequence), sequence.beginning)
+        self._edits += map(Drop, self._prefixes.shrink_to(limit))
+        self._marking.drop_marks((*self._lanes, *self._flights.leaving), limit)
         return True
 
     # Where a prompt starts
@@ -248,17 +248,17 @@ class Scheduler:
     def _join(self, sequence: Sequence) -> None:
         """Start a sequence from the longest kept or live beginning, or make it wait for one that is being read."""
         kept = self._prefixes.find(_owner(sequence), sequence.beginning)
-        live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.needed)
+        live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.caches_need_marks)
         copied = max(live, key=lambda start: start.now, default=None)
         kept_length = kept.length if kept else 0
         copied_length = copied.now if copied else 0
         sequence.leader = None
-        if reader := best_reader(live, max(kept_length, copied_length), MIN_HIT):
-            sequence.leader, sequence.awaits = reader.source, reader.later
-            self._marking.plan(reader.source, [reader.later])
+        if awaited := best_leader(live, max(kept_length, copied_length), MIN_HIT):
+            sequence.leader, sequence.awaits = awaited.source, awaited.later
+            self._marking.choose_chunk_ends(awaited.source, [awaited.later])
             return
         sequence.joined = True
-        sequence.served = self._log.written
+        sequence.last_served_at_frame = self._writer.written
         self._edits.append(Join(sequence.id, len(sequence.request.prompt), sequence.request.sampling))
         if copied and copied_length >= MIN_HIT and copied_length > kept_length:
             self._copy(copied, sequence)
@@ -267,7 +267,7 @@ class Scheduler:
             sequence.start = kept
             self._begin_at(sequence, kept.length, kept.marks)
         kept_shared = self._prefixes.shared(_owner(sequence), sequence.base)
-        self._marking.plan(sequence, [kept_shared, *(start.shared for start in live)])
+        self._marking.choose_chunk_ends(sequence, [kept_shared, *(start.shared for start in live)])
         self._finish_prompt(sequence)
 
     def _sources(self, sequence: Sequence) -> list[Sequence]:
@@ -277,8 +277,8 @@ class Scheduler:
 
     def _copy(self, start: LiveStart, sequence: Sequence) -> None:
         """Let a sequence start from a copy of a live one. The same edits drop the copy's prefix again."""
-        source, prefix = start.source, self._prefixes.passing()
-        self._copies.add(source.id, sequence.id, self._log.written)
+        source, prefix = start.source, self._prefixes.temporary_id()
+        self._copies.add(source.id, sequence.id, self._writer.written)
         self._edits += [Save(source.id, prefix), Restore(sequence.id, prefix, start.now), Drop(prefix)]
         self._begin_at(sequence, start.now, {at: mark for at, mark in source.marks.items() if at <= start.now})
 
@@ -288,16 +288,16 @@ class Scheduler:
         sequence.cached = sequence.prefilled = length
         sequence.marks = dict(marks)
         self._prefixes.hold(marks.values())
-        self._marking.mark(sequence, self._free())
+        self._marking.mark(sequence, self._free_beside_sequences())
 
     def _finish_prompt(self, sequence: Sequence) -> None:
         """Let a sequence decode once its prompt is sent completely."""
         if not sequence.unsent:
             sequence.next_token = sequence.base[-1]
 
-    def _wake(self, reader: Sequence) -> None:
-        """Let those that wait for ``reader`` join, if it has got as far as they need, or ends."""
-        waiting = [s for s in self._lanes if s.leader is reader and (reader.ended or len(reader.fed) >= s.awaits)]
+    def _wake(self, leader: Sequence) -> None:
+        """Let those that wait for ``leader`` join, if it has got as far as they need, or ends."""
+        waiting = [s for s in self._lanes if s.leader is leader and (leader.ended or len(leader.fed) >= s.awaits)]
         for sequence in sorted(waiting, key=lambda s: s.id):
             self._join(sequence)
 
@@ -376,9 +376,9 @@ class Scheduler:
         self._edits += map(Drop, dropped)
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))
-            self._edits += map(Drop, self._prefixes.shrink_to(self._free()))
+            self._edits += map(Drop, self._prefixes.shrink_to(self._free_beside_sequences()))
 
-    def _free(self) -> Cost:
+    def _free_beside_sequences(self) -> Cost:
         """Return the bytes that live sequences leave for prefixes and marks, per stage."""
         return tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
 
@@ -446,11 +446,15 @@ class Scheduler:
         self._lanes.begin(lane, sequences)
         self._lanes_since_prefill.add(lane)
         step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
-        return self._log.write(lane, step, 0, now)
+        return self._writer.write(lane, step, 0, now)
 
     def _neediest(self) -> Sequence | None:
         """Return the sequence whose prompt has waited longest for a chunk. A new one goes behind those that wait."""
-        return min((s for s in self._lanes if s.unsent and s.joined), key=lambda s: (s.served, s.id), default=None)
+        return min(
+            (s for s in self._lanes if s.unsent and s.joined),
+            key=lambda s: (s.last_served_at_frame, s.id),
+            default=None,
+        )
 
     def _prefillable(self) -> Sequence | None:
         """Return the sequence to prefill next, or None if a decoding lane goes first.
@@ -474,13 +478,13 @@ class Scheduler:
         self._lanes_since_prefill.clear()
         whole = sequence.prefill_length - sequence.cached
         count = self._prefill_budget.chunk(whole, sequence.unsent, others_decode=others)
-        count = min(count, sequence.next_border - start, longest_chunk(sequence, self._capacity))
+        count = min(count, sequence.next_chunk_end - start, longest_chunk(sequence, self._capacity))
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,), scoring_of(sequence, start, count))
-        frame = self._log.write(sequence.lane, step, count, now)
-        sequence.served = self._log.written
-        self._marking.mark_progress(sequence, self._free())
+        frame = self._writer.write(sequence.lane, step, count, now)
+        sequence.last_served_at_frame = self._writer.written
+        self._marking.mark_progress(sequence, self._free_beside_sequences())
         self._wake(sequence)
         self._finish_prompt(sequence)
         return frame

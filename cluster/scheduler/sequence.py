@@ -36,7 +36,7 @@ class Sequence:
     """Rank by start of decoding among all sequences, from 1; 0 before it decodes."""
     fed: list[int] = field(default_factory=list)
     """Every token in the frames written so far, including those of a restored prefix."""
-    borders: set[int] = field(default_factory=set)
+    chunk_ends: set[int] = field(default_factory=set)
     """Lengths at which a chunk of ``base`` ends, so that the sequence can be marked there."""
     marks: dict[int, KeptMark] = field(default_factory=dict)
     """Its marks on the stages, by length."""
@@ -52,7 +52,7 @@ class Sequence:
     """It leaves: it decodes and reads no further."""
     broken: bool = False
     """A step of it failed, so the stages may hold different states of it."""
-    served: int = 0
+    last_served_at_frame: int = 0
     """The number of frames written when its last prefill chunk was sent, or when it joined."""
     next_token: int | None = None
     """The token that the next decode frame feeds; None while a decode frame is in the ring."""
@@ -73,7 +73,7 @@ class Sequence:
         self.cached = 0
         self.turn = 0
         self.fed = []
-        self.borders = set()
+        self.chunk_ends = set()
         self.marks = {}
         self.start = None
         self.next_token = None
@@ -115,9 +115,9 @@ class Sequence:
         return max(self.prefill_length - len(self.fed), 0)
 
     @property
-    def next_border(self) -> int:
+    def next_chunk_end(self) -> int:
         """The length at which the next chunk ends at the latest."""
-        return min((at for at in self.borders if at > len(self.fed)), default=self.prefill_length)
+        return min((at for at in self.chunk_ends if at > len(self.fed)), default=self.prefill_length)
 
     @property
     def reserved(self) -> int:

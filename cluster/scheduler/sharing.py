@@ -1,7 +1,7 @@
-"""Finds what a sequence can start from of live sequences, and which copies of them a failed step has spoiled.
+"""Finds how much of a prompt can be copied from live sequences, and which copies a failed step has spoiled.
 
-A live sequence is as good a beginning as a kept prefix: it is copied by edits that follow its frames in the log. While
-it still reads what another one needs, the other waits for it and does not read the same.
+A live sequence is as good a beginning as a kept prefix: it is copied by edits that follow its frames in the log. If a
+live sequence is still prefilling tokens that another one shares, the other waits instead of prefilling them again.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _shared(sequence: Sequence, source: Sequence) -> int:
     return prompt + shared_length(list(sequence.base[prompt:]), source.fed[prompt:])
 
 
-def best_reader(starts: Iterable[LiveStart], alone: int, least: int) -> LiveStart | None:
-    """Return the start that is worth waiting for: its source is reading at least ``least`` tokens more of use.
+def best_leader(starts: Iterable[LiveStart], alone: int, least: int) -> LiveStart | None:
+    """Return the start that is worth waiting for: its source is prefilling at least ``least`` more tokens of use.
 
-    ``alone`` is where the sequence could start now. A source that has not got that far would take longer than reading
-    alone, so it is not waited for.
+    ``alone`` is where the sequence could start now. A source that has not got that far would take longer than
+    prefilling alone, so it is not waited for.
     """
     worth = (s for s in starts if s.later >= alone + least and len(s.source.fed) >= alone)
     return max(worth, key=lambda s: (s.later, len(s.source.fed)), default=None)

@@ -84,7 +84,7 @@ class Inbox:
         self._arrived[number] = time.perf_counter_ns()
 
     def _put_body(self, body: FrameBody) -> None:
-        frame = self._turns.lacking(body.number)
+        frame = self._turns.waiting_without_tensors(body.number)
         if frame is not None:
             self._turns.complete(with_body(frame, body.data))
             self._arrived[body.number] = time.perf_counter_ns()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.core.frames import Compute, Drop, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.core.request import Request, SamplingParams
-from cluster.scheduler.marks import KeptMark, MarkMemory, expired
+from cluster.scheduler.marks import KeptMark, MarkMemory, surplus
 from cluster.scheduler.scheduler import Scheduler
 from scheduler.stages import MARK_BYTES, Stages, capacity, continuation
 
@@ -147,7 +147,7 @@ def test_a_prefix_that_goes_takes_its_marks_along() -> None:
 def test_gaps_grow_with_the_distance_and_marks_with_its_logarithm(now: int, fixed: frozenset[int]) -> None:
     held: list[int] = []
     for length in range(1, now + 1):
-        held = [at for at in held if at not in set(expired(held, length, fixed))] + [length]
+        held = [at for at in held if at not in set(surplus(held, length, fixed))] + [length]
     assert fixed & set(range(1, now + 1)) <= set(held)
     assert len(held) <= 2 * math.log2(now) + 3 + 2 * len(fixed)
     for older, newer in zip([0, *held], held, strict=False):

@@ -65,7 +65,7 @@ def test_a_frame_without_its_tensors_lets_others_pass_and_keeps_its_place() -> N
         assert taken
         assert taken.number == number
     assert turns.take() is None
-    assert turns.lacking(0) is not None
-    assert turns.lacking(1) is None
+    assert turns.waiting_without_tensors(0) is not None
+    assert turns.waiting_without_tensors(1) is None
     turns.complete(prefill(0, 1))
     assert [frame.number for _ in range(3) if (frame := turns.take())] == [0, 2, 1]
