@@ -9,7 +9,7 @@ from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.core.cluster_state import LiveRequest, RequestState
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class LoopView:
         )
 
 
-def _describe_request(s: Sequence, age_s: float) -> LiveRequest:
+def _describe_request(s: ScheduledSequence, age_s: float) -> LiveRequest:
     return LiveRequest(
         request_id=s.request.id,
         state=RequestState(s.phase),

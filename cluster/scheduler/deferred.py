@@ -9,28 +9,28 @@ from collections.abc import Iterator
 from math import inf
 
 from cluster.core.limits import GRAMMAR_POLL_S, GRAMMAR_POLL_SHARE, GRAMMAR_WAIT_S
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 class DeferredSamples:
     """The sequences of one epoch that wait for a grammar, and when their decode frames were sent, in seconds."""
 
     def __init__(self) -> None:
-        self._since: dict[int, tuple[float, Sequence]] = {}
+        self._since: dict[int, tuple[float, ScheduledSequence]] = {}
         self._asked_at = -inf
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ScheduledSequence]:
         return (sequence for _, sequence in self._since.values())
 
-    def __contains__(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: ScheduledSequence) -> bool:
         return sequence.id in self._since
 
-    def add(self, sequence: Sequence, sent_at: float) -> None:
+    def add(self, sequence: ScheduledSequence, sent_at: float) -> None:
         """Wait for the sample of a sequence. It goes behind the rows that decode meanwhile."""
         self._since[sequence.id] = sent_at, sequence
         sequence.turn = 0
 
-    def discard(self, sequence: Sequence) -> None:
+    def discard(self, sequence: ScheduledSequence) -> None:
         """Stop waiting: the sample has come, or the sequence has ended."""
         if self._since.pop(sequence.id, None):
             self._asked_at = -inf  # more may have been compiled than one frame samples
@@ -53,6 +53,6 @@ class DeferredSamples:
         """Return when the first sequence will have waited for too long; infinite if nothing waits."""
         return min((at for at, _ in self._since.values()), default=inf) + GRAMMAR_WAIT_S
 
-    def late(self, now: float) -> list[Sequence]:
+    def late(self, now: float) -> list[ScheduledSequence]:
         """Return the sequences that have waited for too long."""
         return [sequence for at, sequence in self._since.values() if at + GRAMMAR_WAIT_S <= now]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 class FairQueue:
@@ -19,15 +19,15 @@ class FairQueue:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._returning: deque[Sequence] = deque()
-        self._queues: dict[str, deque[Sequence]] = {}
+        self._returning: deque[ScheduledSequence] = deque()
+        self._queues: dict[str, deque[ScheduledSequence]] = {}
         self._clocks: dict[str, float] = {}
         self._now = 0.0
 
     def __len__(self) -> int:
         return len(self._returning) + sum(map(len, self._queues.values()))
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ScheduledSequence]:
         """Iterate over all waiting requests: first those that were put back, then the rest in order of arrival."""
         arrived = sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id)
         return iter((*self._returning, *arrived))
@@ -35,23 +35,23 @@ class FairQueue:
     def has_room(self, count: int) -> bool:
         return len(self) + count <= self._most
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         client = sequence.request.client
         self._clocks[client] = max(self._clocks.get(client, 0.0), self._now)
         self._queues.setdefault(client, deque()).append(sequence)
 
-    def put_back(self, sequences: Iterable[Sequence]) -> None:
+    def put_back(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Put admitted requests that lost their stages back at the front. They keep their order and are not charged."""
         self._returning = deque((*sequences, *self._returning))
 
-    def first(self) -> Sequence | None:
+    def first(self) -> ScheduledSequence | None:
         """Return the request that is next, or None if the queue is empty."""
         if self._returning:
             return self._returning[0]
         client = self._next_client()
         return self._queues[client][0] if client is not None else None
 
-    def take(self) -> Sequence:
+    def take(self) -> ScheduledSequence:
         """Remove and return the next request. Advance its client's clock, unless the request was put back."""
         if self._returning:
             return self._returning.popleft()
@@ -64,7 +64,7 @@ class FairQueue:
         self._discard_idle_clocks(client)
         return sequence
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: ScheduledSequence) -> None:
         if sequence in self._returning:
             self._returning.remove(sequence)
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Compute, Frame, PromptScoring
 from cluster.scheduler.reordering import Touched
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class InFlightFrames:
 
     def __init__(self) -> None:
         self._flights: dict[int, InFlightFrame] = {}
-        self._leaving: dict[int, Sequence] = {}
+        self._leaving: dict[int, ScheduledSequence] = {}
         """Sequences that have ended but still have a frame in the ring, so their rows and caches are still in use."""
 
     def __len__(self) -> int:
@@ -61,18 +61,18 @@ class InFlightFrames:
         """Return whether a frame in the ring that was written before frame ``number`` touches the sequence."""
         return any(f.number < number and ("sequence", sequence) in f.touched for f in self._flights.values())
 
-    def defer_leave(self, sequence: Sequence) -> bool:
+    def defer_leave(self, sequence: ScheduledSequence) -> bool:
         """Return whether a frame in the ring touches the sequence. If so, ``take_departed`` returns it later."""
         if in_ring := self.touches(frozenset([("sequence", sequence.id)])):
             self._leaving[sequence.id] = sequence
         return in_ring
 
     @property
-    def leaving(self) -> tuple[Sequence, ...]:
+    def leaving(self) -> tuple[ScheduledSequence, ...]:
         """Sequences that have ended but still have a frame in the ring."""
         return tuple(self._leaving.values())
 
-    def take_departed(self) -> list[Sequence]:
+    def take_departed(self) -> list[ScheduledSequence]:
         """Remove and return the sequences in ``leaving`` whose last frame has come back."""
         back = [s for s in self._leaving.values() if not self.touches(frozenset([("sequence", s.id)]))]
         for sequence in back:

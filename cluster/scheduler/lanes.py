@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
-Allowed = Callable[[list[list[Sequence]]], bool]
+Allowed = Callable[[list[list[ScheduledSequence]]], bool]
 """Returns whether memory allows lanes with these members."""
 
 
@@ -18,29 +18,29 @@ class LaneAssignment:
 
     def __init__(self, count: int, rows: int) -> None:
         self._rows = rows
-        self.members: list[list[Sequence]] = [[] for _ in range(count)]
+        self.members: list[list[ScheduledSequence]] = [[] for _ in range(count)]
         self._busy: list[frozenset[int]] = [frozenset()] * count
         self._turns = 0
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[ScheduledSequence]:
         return (s for lane in self.members for s in lane)
 
     def __len__(self) -> int:
         return sum(map(len, self.members))
 
-    def with_one_more(self, sequence: Sequence) -> list[list[Sequence]] | None:
+    def with_one_more(self, sequence: ScheduledSequence) -> list[list[ScheduledSequence]] | None:
         """Return the lanes' members with this sequence added to the emptiest lane, or None if all lanes are full."""
         lane = self._emptiest()
         if len(self.members[lane]) >= self._rows:
             return None
         return [[*m, sequence] if i == lane else m for i, m in enumerate(self.members)]
 
-    def enter(self, sequence: Sequence) -> None:
+    def enter(self, sequence: ScheduledSequence) -> None:
         """Add a sequence to the emptiest lane."""
         sequence.lane = self._emptiest()
         self.members[sequence.lane].append(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: ScheduledSequence) -> None:
         self.members[sequence.lane].remove(sequence)
 
     def rebalance(self, allowed: Allowed) -> None:
@@ -62,7 +62,7 @@ class LaneAssignment:
                     return True
         return False
 
-    def _move(self, sequence: Sequence, lane: int, allowed: Allowed) -> bool:
+    def _move(self, sequence: ScheduledSequence, lane: int, allowed: Allowed) -> bool:
         after = [[s for s in m if s is not sequence] for m in self.members]
         after[lane].append(sequence)
         if not allowed(after):
@@ -70,7 +70,7 @@ class LaneAssignment:
         self.members, sequence.lane = after, lane
         return True
 
-    def ready(self) -> Iterator[tuple[int, list[Sequence]]]:
+    def ready(self) -> Iterator[tuple[int, list[ScheduledSequence]]]:
         """Yield each idle lane that has members with a token to feed, together with those members.
 
         The members are in the order in which they began to decode, so that a batch only grows at its end.
@@ -80,7 +80,7 @@ class LaneAssignment:
             if waiting and not self._busy[lane]:
                 yield lane, sorted(waiting, key=lambda s: s.turn or self._turns + 1)
 
-    def begin(self, lane: int, sequences: list[Sequence]) -> None:
+    def begin(self, lane: int, sequences: list[ScheduledSequence]) -> None:
         """Mark a lane busy: a decode frame of ``sequences`` was written."""
         for sequence in sequences:
             if not sequence.turn:

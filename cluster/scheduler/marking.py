@@ -10,7 +10,7 @@ from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.kv_cost import Cost, fits
 from cluster.scheduler.marks import KeptMark, surplus
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 class Marking:
@@ -24,7 +24,7 @@ class Marking:
         """Whether the model has caches that cannot be trimmed."""
         return self._capacity.mark_cost_of is not None
 
-    def choose_chunk_ends(self, sequence: Sequence, parted: Iterable[int]) -> None:
+    def choose_chunk_ends(self, sequence: ScheduledSequence, parted: Iterable[int]) -> None:
         """Choose where chunks of a prompt end, so that it can be marked there.
 
         They end at its end, at its request's ``boundaries``, and at the lengths ``parted``, where known sequences begin
@@ -35,13 +35,13 @@ class Marking:
             likely = {*sequence.request.boundaries, *parted}
             sequence.chunk_ends |= {at for at in likely if MIN_HIT <= at < end} | {end}
 
-    def mark_progress(self, sequence: Sequence, free: Cost) -> None:
+    def mark_progress(self, sequence: ScheduledSequence, free: Cost) -> None:
         """Mark a prompt that has got to one of its chunk ends, or far beyond its last mark."""
         length = len(sequence.fed)
         if length in sequence.chunk_ends or length - max(sequence.marks, default=0) >= MARK_TOKENS:
             self.mark(sequence, free)
 
-    def mark(self, sequence: Sequence, free: Cost) -> None:
+    def mark(self, sequence: ScheduledSequence, free: Cost) -> None:
         """Mark a sequence where it is now, if there is room in ``free`` bytes. Drop marks that became too dense."""
         length, cost_of = len(sequence.fed), self._capacity.mark_cost_of
         if cost_of is None or length < MIN_HIT or length in sequence.marks:
@@ -56,7 +56,7 @@ class Marking:
             sequence.marks[length] = mark
             self._prefixes.hold([mark])
 
-    def drop_marks(self, live: Iterable[Sequence], limit: Cost) -> None:
+    def drop_marks(self, live: Iterable[ScheduledSequence], limit: Cost) -> None:
         """Drop marks of live sequences until prefixes and marks are within ``limit`` bytes per stage.
 
         Marks at chunk ends are dropped last.
@@ -66,11 +66,11 @@ class Marking:
                 return
             self._unmark(sequence, length)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: ScheduledSequence) -> None:
         """Account for a sequence that leaves with its marks."""
         self._prefixes.release(sequence.marks.values())
         sequence.marks = {}
 
-    def _unmark(self, sequence: Sequence, length: int) -> None:
+    def _unmark(self, sequence: ScheduledSequence, length: int) -> None:
         self._edits.append(Unmark(sequence.id, length))
         self._prefixes.release([sequence.marks.pop(length)])

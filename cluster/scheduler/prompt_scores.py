@@ -13,15 +13,15 @@ from cluster.core.frames import Frame, PromptScoring
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.outcome import PromptScored
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
-def longest_chunk(sequence: Sequence, capacity: Capacity) -> int:
+def longest_chunk(sequence: ScheduledSequence, capacity: Capacity) -> int:
     """Return the most tokens of a sequence's next chunk. The logits of one that is reported must fit in memory."""
     return capacity.scored_chunk if sequence.unscored else sequence.unsent
 
 
-def scoring_of(sequence: Sequence, start: int, count: int) -> PromptScoring | None:
+def scoring_of(sequence: ScheduledSequence, start: int, count: int) -> PromptScoring | None:
     """Return what a prefill step of tokens ``start`` to ``start + count`` must report; None for nothing."""
     top, prompt = sequence.request.prompt_logprobs, sequence.request.prompt
     first = max(start + 1, sequence.scored)
@@ -29,7 +29,7 @@ def scoring_of(sequence: Sequence, start: int, count: int) -> PromptScoring | No
     return PromptScoring(first - start - 1, targets, top) if top is not None and targets else None
 
 
-def account_scores(flight: InFlightFrame, live: Iterable[Sequence], frame: Frame) -> tuple[PromptScored, ...]:
+def account_scores(flight: InFlightFrame, live: Iterable[ScheduledSequence], frame: Frame) -> tuple[PromptScored, ...]:
     """Return what a frame reports of the prompt of its sequence, if that is among ``live``.
 
     ``prefilled`` of the sequence includes the frame. Raise ``BadFrame`` for a frame that reports something else than

@@ -37,7 +37,7 @@ from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
 from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
-from cluster.scheduler.sequence import Phase, Sequence
+from cluster.scheduler.sequence import Phase, ScheduledSequence
 from cluster.scheduler.sharing import Copies, LiveStart, best_leader, live_starts
 
 
@@ -47,7 +47,7 @@ class Scheduler:
     def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
         self._eos = eos
         self._waiting = FairQueue(capacity.queue)
-        self._by_request: dict[str, Sequence] = {}
+        self._by_request: dict[str, ScheduledSequence] = {}
         self._sequences_seen = 0
         self._open(epoch, capacity)
 
@@ -56,7 +56,7 @@ class Scheduler:
         self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.mark_cost_of is None)
         self._prefill_budget = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
-        self._by_id: dict[int, Sequence] = {}
+        self._by_id: dict[int, ScheduledSequence] = {}
         self._writer = FrameWriter(epoch)
         self._flights, self._edits = self._writer.flights, self._writer.edits
         self._marking = Marking(capacity, self._prefixes, self._edits)
@@ -67,7 +67,7 @@ class Scheduler:
     # Queries
 
     @property
-    def sequences(self) -> tuple[Sequence, ...]:
+    def sequences(self) -> tuple[ScheduledSequence, ...]:
         """Every live request in order of arrival: first those in a lane, then the waiting ones."""
         return (*sorted(self._lanes, key=lambda s: s.id), *self._waiting)
 
@@ -134,7 +134,7 @@ class Scheduler:
             )
         for request, answer in zip(requests, answers or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = Sequence(request, self._sequences_seen, answer=list(answer))
+            sequence = ScheduledSequence(request, self._sequences_seen, answer=list(answer))
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
@@ -156,7 +156,7 @@ class Scheduler:
         self._admit()
         return tuple(refused)
 
-    def end(self, request_id: str) -> Sequence:
+    def end(self, request_id: str) -> ScheduledSequence:
         """Remove and return a request. Its caches are kept as a prefix or freed.
 
         Raise ``RequestNotFound`` if it is not live.
@@ -212,7 +212,7 @@ class Scheduler:
 
     # Memory and lanes
 
-    def _cost(self, members: list[list[Sequence]]) -> Cost:
+    def _cost(self, members: list[list[ScheduledSequence]]) -> Cost:
         lanes = [*members, *([s] for s in self._flights.leaving)]
         costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane)
         return total(costs, len(self._capacity.budget))
@@ -229,7 +229,7 @@ class Scheduler:
             self._by_id[sequence.id] = sequence
             self._join(sequence)
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: ScheduledSequence) -> bool:
         """Drop least recently used prefixes until a sequence fits. Return False if it does not fit even without any."""
         members = self._lanes.with_one_more(sequence)
         if members is None:
@@ -245,7 +245,7 @@ class Scheduler:
 
     # Where a prompt starts
 
-    def _join(self, sequence: Sequence) -> None:
+    def _join(self, sequence: ScheduledSequence) -> None:
         """Start a sequence from the longest kept or live beginning, or make it wait for one that is being read."""
         kept = self._prefixes.find(_owner(sequence), sequence.beginning)
         live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.caches_need_marks)
@@ -270,19 +270,19 @@ class Scheduler:
         self._marking.choose_chunk_ends(sequence, [kept_shared, *(start.shared for start in live)])
         self._finish_prompt(sequence)
 
-    def _sources(self, sequence: Sequence) -> list[Sequence]:
+    def _sources(self, sequence: ScheduledSequence) -> list[ScheduledSequence]:
         """Return the live sequences that ``sequence`` may start from."""
         live = (*self._lanes, *self._flights.leaving)
         return [s for s in live if s.joined and not s.broken and _owner(s) == _owner(sequence)]
 
-    def _copy(self, start: LiveStart, sequence: Sequence) -> None:
+    def _copy(self, start: LiveStart, sequence: ScheduledSequence) -> None:
         """Let a sequence start from a copy of a live one. The same edits drop the copy's prefix again."""
         source, prefix = start.source, self._prefixes.temporary_id()
         self._copies.add(source.id, sequence.id, self._writer.written)
         self._edits += [Save(source.id, prefix), Restore(sequence.id, prefix, start.now), Drop(prefix)]
         self._begin_at(sequence, start.now, {at: mark for at, mark in source.marks.items() if at <= start.now})
 
-    def _begin_at(self, sequence: Sequence, length: int, marks: Mapping[int, KeptMark]) -> None:
+    def _begin_at(self, sequence: ScheduledSequence, length: int, marks: Mapping[int, KeptMark]) -> None:
         """Account for a sequence that joined with the first ``length`` tokens of its prompt, and with ``marks``."""
         sequence.fed.extend(sequence.base[:length])
         sequence.cached = sequence.prefilled = length
@@ -290,18 +290,18 @@ class Scheduler:
         self._prefixes.hold(marks.values())
         self._marking.mark(sequence, self._free_beside_sequences())
 
-    def _finish_prompt(self, sequence: Sequence) -> None:
+    def _finish_prompt(self, sequence: ScheduledSequence) -> None:
         """Let a sequence decode once its prompt is sent completely."""
         if not sequence.unsent:
             sequence.next_token = sequence.base[-1]
 
-    def _wake(self, leader: Sequence) -> None:
+    def _wake(self, leader: ScheduledSequence) -> None:
         """Let those that wait for ``leader`` join, if it has got as far as they need, or ends."""
         waiting = [s for s in self._lanes if s.leader is leader and (leader.ended or len(leader.fed) >= s.awaits)]
         for sequence in sorted(waiting, key=lambda s: s.id):
             self._join(sequence)
 
-    def _restart(self, sequence: Sequence) -> None:
+    def _restart(self, sequence: ScheduledSequence) -> None:
         """Queue a sequence again, first and under a new id: it started from a copy that a failed step has spoiled."""
         spoiled = replace(sequence, ended=True, broken=True)
         self._deferred.discard(sequence)
@@ -315,7 +315,7 @@ class Scheduler:
         for follower in followers:
             self._join(follower)
 
-    def _remove(self, sequence: Sequence, *, keep: bool) -> None:
+    def _remove(self, sequence: ScheduledSequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
         self._deferred.discard(sequence)
         if sequence.phase is Phase.QUEUED:
@@ -327,13 +327,13 @@ class Scheduler:
             self._vacate(sequence)
         self._admit()
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: ScheduledSequence) -> None:
         """Let a sequence that is in no lane any more leave its stages, once its last frame has come back."""
         del self._by_id[sequence.id]
         if not self._flights.defer_leave(sequence):
             self._leave(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: ScheduledSequence) -> None:
         """Keep or free the caches of a sequence that has no frame in the ring.
 
         All stages hold the same state of it now, unless a step of it failed; then nothing is kept.
@@ -364,7 +364,7 @@ class Scheduler:
                 self._leave(sequence)
             self._admit()
 
-    def _keep(self, sequence: Sequence) -> None:
+    def _keep(self, sequence: ScheduledSequence) -> None:
         """Save the caches of a sequence as a prefix on all stages, if there is room."""
         cost = self._capacity.cost_of(max(len(sequence.fed), 1))
         if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
@@ -384,7 +384,7 @@ class Scheduler:
 
     # Events of a frame that came back
 
-    def _events(self, live: list[Sequence], frame: Frame) -> tuple[Produced | SampleFailed, ...]:
+    def _events(self, live: list[ScheduledSequence], frame: Frame) -> tuple[Produced | SampleFailed, ...]:
         if error := frame.error:
             for sequence in live:
                 self._remove(sequence, keep=False)
@@ -396,7 +396,7 @@ class Scheduler:
             *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
         )
 
-    def _defer_unanswered(self, live: list[Sequence], frame: Frame, sent_at: float) -> None:
+    def _defer_unanswered(self, live: list[ScheduledSequence], frame: Frame, sent_at: float) -> None:
         """Let the sequences of a decode frame that have no answer wait for it: their grammars are being compiled.
 
         Raise ``BadFrame`` for one that has no grammar.
@@ -411,12 +411,12 @@ class Scheduler:
                 )
             self._deferred.add(sequence, sent_at)
 
-    def _fail_sample(self, sequence: Sequence, failure: SequenceFailure) -> SampleFailed:
+    def _fail_sample(self, sequence: ScheduledSequence, failure: SequenceFailure) -> SampleFailed:
         """Remove a sequence whose row failed on the last stage. The other rows of its lane have their samples."""
         self._remove(sequence, keep=False)
         return SampleFailed(sequence.request.id, len(self._capacity.budget) - 1, failure.reason, failure.sentence)
 
-    def _account_sample(self, sequence: Sequence, sample: Sample) -> Produced:
+    def _account_sample(self, sequence: ScheduledSequence, sample: Sample) -> Produced:
         request = sequence.request
         self._deferred.discard(sequence)
         index = sequence.produced
@@ -436,7 +436,7 @@ class Scheduler:
     def _decodes(self, now: float) -> list[Frame]:
         return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
 
-    def _decode(self, lane: int, sequences: list[Sequence], now: float) -> Frame:
+    def _decode(self, lane: int, sequences: list[ScheduledSequence], now: float) -> Frame:
         rows = []
         for sequence in sequences:
             assert sequence.next_token is not None
@@ -448,7 +448,7 @@ class Scheduler:
         step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
         return self._writer.write(lane, step, 0, now)
 
-    def _neediest(self) -> Sequence | None:
+    def _neediest(self) -> ScheduledSequence | None:
         """Return the sequence whose prompt has waited longest for a chunk. A new one goes behind those that wait."""
         return min(
             (s for s in self._lanes if s.unsent and s.joined),
@@ -456,7 +456,7 @@ class Scheduler:
             default=None,
         )
 
-    def _prefillable(self) -> Sequence | None:
+    def _prefillable(self) -> ScheduledSequence | None:
         """Return the sequence to prefill next, or None if a decoding lane goes first.
 
         With a step limit, at most one chunk goes between two decode steps of a lane.
@@ -467,12 +467,12 @@ class Scheduler:
             return None
         return sequence
 
-    def _lanes_decoding(self, but: Sequence) -> set[int]:
+    def _lanes_decoding(self, but: ScheduledSequence) -> set[int]:
         """Return the lanes in which sequences other than ``but`` decode. One that waits for its grammar does not."""
         decoding = (s for s in self._lanes if s is not but and s.phase is Phase.DECODE)
         return {s.lane for s in decoding if s not in self._deferred}
 
-    def _prefill(self, sequence: Sequence, now: float) -> Frame:
+    def _prefill(self, sequence: ScheduledSequence, now: float) -> Frame:
         start = len(sequence.fed)
         others = bool(self._lanes_decoding(sequence))
         self._lanes_since_prefill.clear()
@@ -490,5 +490,5 @@ class Scheduler:
         return frame
 
 
-def _owner(sequence: Sequence) -> Owner:
+def _owner(sequence: ScheduledSequence) -> Owner:
     return Owner(sequence.request.client)

@@ -19,7 +19,7 @@ class Phase(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class ScheduledSequence:
     """The scheduler's record of a request. Only the scheduler changes it.
 
     ``base`` is the prompt; after a recovery, the prompt and the answer so far. All but its last token are prefilled;
@@ -42,7 +42,7 @@ class Sequence:
     """Its marks on the stages, by length."""
     start: Start | None = None
     """The kept prefix that it started from; None if there was none."""
-    leader: Sequence | None = None
+    leader: ScheduledSequence | None = None
     """The sequence that it waits for, since that is reading what both begin with; None if it does not wait."""
     awaits: int = 0
     """How many tokens the leader must have been fed."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.scheduler.in_flight import InFlightFrames
 from cluster.scheduler.radix import shared_length
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +21,20 @@ class LiveStart:
     ``shared``: how many first tokens both have.
     """
 
-    source: Sequence
+    source: ScheduledSequence
     shared: int
     now: int
     later: int
 
 
-def live_starts(sequence: Sequence, sources: Iterable[Sequence], *, trimmable: bool) -> list[LiveStart]:
+def live_starts(
+    sequence: ScheduledSequence, sources: Iterable[ScheduledSequence], *, trimmable: bool
+) -> list[LiveStart]:
     """Return what ``sequence`` can use of each source. At least its last token is left to compute."""
     return [_live_start(sequence, source, trimmable) for source in sources]
 
 
-def _live_start(sequence: Sequence, source: Sequence, trimmable: bool) -> LiveStart:
+def _live_start(sequence: ScheduledSequence, source: ScheduledSequence, trimmable: bool) -> LiveStart:
     shared = min(_shared(sequence, source), sequence.prefill_length)
     usable = min(shared, len(sequence.beginning) - 1)
     fed = len(source.fed)
@@ -44,7 +46,7 @@ def _live_start(sequence: Sequence, source: Sequence, trimmable: bool) -> LiveSt
     return LiveStart(source, shared, now, later if later > fed else now)
 
 
-def _shared(sequence: Sequence, source: Sequence) -> int:
+def _shared(sequence: ScheduledSequence, source: ScheduledSequence) -> int:
     prompt = shared_length(sequence.base, source.base)
     if prompt < len(source.base):
         return prompt

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from cluster.core.request import Request, SamplingParams
 from cluster.scheduler.fair_queue import FairQueue
-from cluster.scheduler.sequence import Sequence
+from cluster.scheduler.sequence import ScheduledSequence
 
 
-def sequence(number: int, client: str) -> Sequence:
-    return Sequence(Request(f"r{number}", (1, 2), SamplingParams(), 8, client=client), number)
+def sequence(number: int, client: str) -> ScheduledSequence:
+    return ScheduledSequence(Request(f"r{number}", (1, 2), SamplingParams(), 8, client=client), number)
 
 
 def test_clients_that_come_once_are_forgotten_under_constant_load() -> None:
