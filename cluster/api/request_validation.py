@@ -60,7 +60,7 @@ async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, cal
         raise InvalidRequest(f"this model's chat template does not support this {name}; leave it out", field=name)
     request = _request(params, prompt, tokenized.grammar, checkpoint, caller)
     parsing = Parsing(options.offered, tokenized.thinking)
-    request = replace(request, parsing=parsing, boundaries=tokenized.boundaries)
+    request = replace(request, parsing=parsing, split_points=tokenized.split_points)
     return PreparedRequest(request, ignored=tokenized.ignored)
 
 

@@ -66,7 +66,7 @@ class ModelReader:
         process = await SandboxProcess.start()  # started first, since its imports take as long as reading the headers
         try:
             found, shape = await self._on_thread(_find_model, self._store, name, max_context, kv_bits)
-            text = SandboxedTokenizer(found.folder, boundaries=not shape.trimmable)
+            text = SandboxedTokenizer(found.folder, split_points=not shape.trimmable)
             await text.open(process)
         except BaseException:
             with anyio.CancelScope(shield=True):

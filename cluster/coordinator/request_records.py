@@ -1,7 +1,7 @@
 """Encode and decode the journal's records: bytes with length and checksum, and requests as plain data.
 
 Every field of a request is kept except two: the deadline, since it is a time of the monotonic clock, which a restart
-invalidates; and the boundaries, since they only save work.
+invalidates; and the split points, since they only save work.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory for kept prefixes and marks. Live sequences take precedence."""
 MARK_TOKENS: Final = 512
 """A long prompt is marked at least this often at first; a chunk's end costs no frame of its own."""
-MAX_BOUNDARIES: Final = 8
+MAX_SPLIT_POINTS: Final = 8
 """Lengths that a request names as likely ends of what later prompts share; each may cost a frame of its own."""
 MAX_STEP_MS: Final = 100.0
 """Time that one prefill chunk may take of a stage while others wait for their next token, without --max-step-ms.

@@ -180,8 +180,8 @@ class Request:
     ``client`` is its owner: turns are shared between clients, and kept prefixes are never shared between them. A
     request of priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` is the number of
     answers, each with its own seed; sample 0 equals the answer of a request for one. ``parsing`` None leaves the
-    answer's text as it is. With ``stage_timings`` every token has its time per stage. ``boundaries`` are
-    ascending lengths at which later prompts may part from this one; they save work and change no token.
+    answer's text as it is. With ``stage_timings`` every token has its time per stage. ``split_points`` are ascending
+    lengths at which later prompts may part from this one; they save work and change no token.
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
     no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``.
     """
@@ -198,7 +198,7 @@ class Request:
     samples: int = 1
     parsing: Parsing | None = None
     stage_timings: bool = False
-    boundaries: tuple[int, ...] = ()
+    split_points: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
 
 

@@ -20,8 +20,8 @@ from cluster.core.request import ChatMessage, ChatOptions, Tool
 from cluster.model.conversation import fit_messages, message_fields
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
-from cluster.model.prompt_boundaries import find_boundaries
 from cluster.model.prompt_length import require_at_most
+from cluster.model.split_points import find_split_points
 from cluster.model.template_abilities import CallForm, TemplateAbilities
 
 __all__ = ["ChatTemplate", "describe_tool"]
@@ -76,7 +76,7 @@ class ChatTemplate:
                 require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "messages")
             return tuple(self._wrapper.encode(text, add_special_tokens=False))
 
-    def boundaries(self, messages: Sequence[ChatMessage], options: ChatOptions, ids: Sequence[int]) -> list[int]:
+    def find_split_points(self, messages: Sequence[ChatMessage], options: ChatOptions, ids: Sequence[int]) -> list[int]:
         """Return where later prompts may part from ``ids``, which ``render`` returned for the same conversation."""
         arguments = self._arguments(options)
 
@@ -84,7 +84,7 @@ class ChatTemplate:
             return self._try(self._fields(some), {**arguments, "add_generation_prompt": starts_answer})
 
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
-            return find_boundaries(messages, ids, render, partial(self._wrapper.encode, add_special_tokens=False))
+            return find_split_points(messages, ids, render, partial(self._wrapper.encode, add_special_tokens=False))
 
     def _arguments(self, options: ChatOptions) -> dict[str, Any]:
         arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}

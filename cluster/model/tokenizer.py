@@ -131,12 +131,14 @@ class Tokenizer:
         """
         return self._template.render(messages, options, most)
 
-    def boundaries(self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: Sequence[int]) -> list[int]:
+    def find_split_points(
+        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: Sequence[int]
+    ) -> list[int]:
         """Return ascending lengths at which later prompts may part from ``prompt``, which ``chat`` returned for these.
 
         Raises InvalidRequest if the tokenizer fails.
         """
-        return self._template.boundaries(messages, options, prompt)
+        return self._template.find_split_points(messages, options, prompt)
 
     def ignored_options(self, options: ChatOptions) -> tuple[str, ...]:
         """Return the names of the hints in ``options`` that the chat template does not support."""

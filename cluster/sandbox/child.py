@@ -43,8 +43,8 @@ from cluster.sandbox.job_messages import (
 )
 
 HELLO: Final = (ChatMessage("user", "Hello"),)
-BOUNDARIES_SHARE: Final = 0.2
-"""Share of a job's CPU time that its prompt may have taken for its boundaries, which take up to four times as long."""
+SPLIT_POINTS_SHARE: Final = 0.2
+"""Share of a job's CPU time that its prompt may have taken for split points, which take up to four times as long."""
 
 
 class JobRunner:
@@ -52,7 +52,7 @@ class JobRunner:
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer
-        self._boundaries = False
+        self._split_points = False
 
     def reply(self, job: Job) -> bytes:
         """Run a job within its limits. Return the serialized reply or error."""
@@ -78,14 +78,14 @@ class JobRunner:
             case Encode():
                 return _prompt(self._tokenizer, self._tokenizer.encode(job.text, most=job.most), job)
             case Converse():
-                return _conversation(self._tokenizer, job, with_boundaries=self._boundaries)
+                return _conversation(self._tokenizer, job, with_split_points=self._split_points)
             case CheckGrammar():
                 self._tokenizer.check_grammar(job.grammar)
                 return Ready()
 
     def _open(self, job: OpenModel) -> None:
         self._tokenizer = load_tokenizer(Path(job.folder))
-        self._boundaries = job.boundaries
+        self._split_points = job.split_points
         if job.grammars:
             with suppress(InvalidGrammar):  # the tokenizer does not support grammars; each check reports that
                 self._tokenizer.grammars()
@@ -110,7 +110,7 @@ def _prompt(tokenizer: Tokenizer, ids: tuple[int, ...], job: Encode | Converse) 
     return PromptReply(len(ids), pack_tokens(ids), tuple(tokenizer.token_texts(ids)) if job.texts else ())
 
 
-def _conversation(tokenizer: Tokenizer, job: Converse, *, with_boundaries: bool) -> PromptReply:
+def _conversation(tokenizer: Tokenizer, job: Converse, *, with_split_points: bool) -> PromptReply:
     """Render and tokenize a conversation, and return the grammar of its answer. Raises InvalidRequest."""
     begun = time.process_time()
     calling = tokenizer.required_call_grammar(job.options)
@@ -126,11 +126,11 @@ def _conversation(tokenizer: Tokenizer, job: Converse, *, with_boundaries: bool)
     grammar = calling or job.grammar
     if grammar:
         grammar = tokenizer.defer_past_reasoning(grammar, parsing, calls=calling is not None)
-    boundaries: Sequence[int] = ()
-    if with_boundaries and prompt.ids and time.process_time() - begun < job.limits.cpu_s * BOUNDARIES_SHARE:
-        boundaries = tokenizer.boundaries(job.messages, job.options, ids)
+    split_points: Sequence[int] = ()
+    if with_split_points and prompt.ids and time.process_time() - begun < job.limits.cpu_s * SPLIT_POINTS_SHARE:
+        split_points = tokenizer.find_split_points(job.messages, job.options, ids)
     ignored = tokenizer.ignored_options(job.options)
-    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(boundaries), ignored)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(split_points), ignored)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_BOUNDARIES, MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES
+from cluster.core.limits import MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES, MAX_SPLIT_POINTS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar
 
 __all__ = [
@@ -57,13 +57,13 @@ class Limits:
 class OpenModel:
     """Load the tokenizer in ``folder``; always the first job. ``grammars``: also prepare it to compile grammars.
 
-    ``boundaries``: return the boundaries of conversations.
+    ``split_points``: return the split points of conversations.
     """
 
     folder: str
     grammars: bool
     limits: Limits
-    boundaries: bool = False
+    split_points: bool = False
     kind: Literal["open"] = "open"
 
 
@@ -130,8 +130,9 @@ class Ready:
 class PromptReply:
     """A tokenized prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the job's ``max_tokens``.
 
-    ``ids`` are uint32 in native byte order. The other fields are set for conversations only: ``boundaries`` are lengths
-    at which later prompts may part from this one, ``ignored`` names the options that the chat template does not know.
+    ``ids`` are uint32 in native byte order. The other fields are set for conversations only: ``split_points`` are
+    lengths at which later prompts may part from this one, ``ignored`` names the options that the chat template does not
+    know.
     """
 
     count: int
@@ -139,7 +140,7 @@ class PromptReply:
     texts: tuple[str, ...] = ()
     thinking: bool = False
     grammar: Grammar | None = None
-    boundaries: Annotated[tuple[int, ...], Field(max_length=MAX_BOUNDARIES)] = ()
+    split_points: Annotated[tuple[int, ...], Field(max_length=MAX_SPLIT_POINTS)] = ()
     ignored: Annotated[tuple[ShortWord, ...], Field(max_length=8)] = ()
     kind: Literal["prompt"] = "prompt"
 

@@ -60,9 +60,9 @@ class Tokenized:
     """A prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the caller's ``max_tokens``.
 
     ``texts`` has the text of each token if it was requested. ``thinking``: a conversation's answer starts inside the
-    reasoning. ``grammar`` is the grammar of the answer, if there is one. ``boundaries`` are ascending lengths at which
-    later prompts may part from this one. ``ignored`` names the options of a conversation that
-    have no effect with the model's chat template.
+    reasoning. ``grammar`` is the grammar of the answer, if there is one. ``split_points`` are ascending lengths at
+    which later prompts may part from this one. ``ignored`` names the options of a conversation that have no effect with
+    the model's chat template.
     """
 
     count: int
@@ -70,7 +70,7 @@ class Tokenized:
     texts: tuple[str, ...] = ()
     thinking: bool = False
     grammar: Grammar | None = None
-    boundaries: tuple[int, ...] = ()
+    split_points: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -103,11 +103,11 @@ class SandboxedTokenizer:
 
     Prompts, large prompts and grammars use separate processes, so that neither an expensive schema nor a text of
     megabytes delays other prompts. The processes for large prompts and for grammars start when they are first needed.
-    ``boundaries``: find those of conversations, which takes a few more renderings of each.
+    ``split_points``: find those of conversations, which takes a few more renderings of each.
     """
 
-    def __init__(self, folder: Path, *, boundaries: bool = False) -> None:
-        opening = (OpenModel(str(folder), False, OPENING, boundaries), WarmUp(WARMING_UP))
+    def __init__(self, folder: Path, *, split_points: bool = False) -> None:
+        opening = (OpenModel(str(folder), False, OPENING, split_points), WarmUp(WARMING_UP))
         self._text = ProcessPool(opening)
         self._large = ProcessPool(opening, 1)  # one at a time: each may take gigabytes
         self._grammars = ProcessPool((OpenModel(str(folder), True, OPENING),))
@@ -184,7 +184,7 @@ def tokenized(prompt: PromptReply) -> Tokenized:
     """Convert a reply for callers. Raises ``BadFrame`` if its token ids are invalid."""
     ids = unpack_tokens(prompt.ids)
     return Tokenized(
-        prompt.count, ids, prompt.texts, prompt.thinking, prompt.grammar, prompt.boundaries, prompt.ignored
+        prompt.count, ids, prompt.texts, prompt.thinking, prompt.grammar, prompt.split_points, prompt.ignored
     )
 
 

@@ -27,12 +27,12 @@ class Marking:
     def choose_chunk_ends(self, sequence: ScheduledSequence, parted: Iterable[int]) -> None:
         """Choose where chunks of a prompt end, so that it can be marked there.
 
-        They end at its end, at its request's ``boundaries``, and at the lengths ``parted``, where known sequences begin
-        to differ from it.
+        They end at its end, at its request's ``split_points``, and at the lengths ``parted``, where known sequences
+        begin to differ from it.
         """
         if self.caches_need_marks:
             end = sequence.prefill_length
-            likely = {*sequence.request.boundaries, *parted}
+            likely = {*sequence.request.split_points, *parted}
             sequence.chunk_ends |= {at for at in likely if MIN_HIT <= at < end} | {end}
 
     def mark_progress(self, sequence: ScheduledSequence, free: Cost) -> None:

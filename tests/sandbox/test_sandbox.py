@@ -71,8 +71,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def opened(folder: Path, *, boundaries: bool = False) -> AsyncIterator[SandboxedTokenizer]:
-    text = SandboxedTokenizer(folder, boundaries=boundaries)
+async def opened(folder: Path, *, split_points: bool = False) -> AsyncIterator[SandboxedTokenizer]:
+    text = SandboxedTokenizer(folder, split_points=split_points)
     await text.open()
     try:
         yield text
@@ -146,17 +146,17 @@ async def test_prompts_are_those_of_the_tokenizer(plain_sandbox: SandboxedTokeni
     assert refused.value.field == "chat_template_kwargs"
 
 
-async def test_boundaries_of_conversations_come_where_they_are_asked_for(plain_sandbox: SandboxedTokenizer) -> None:
+async def test_split_points_of_conversations_come_where_they_are_asked_for(plain_sandbox: SandboxedTokenizer) -> None:
     messages = (ChatMessage("user", "What is a hop?"),)
     plain = await plain_sandbox.converse(messages, PLAIN, None, 100)
-    assert plain.boundaries == ()
-    async with opened(BUNDLED / "faq", boundaries=True) as text:
+    assert plain.split_points == ()
+    async with opened(BUNDLED / "faq", split_points=True) as text:
         found = await text.converse(messages, PLAIN, None, 100)
         assert found.ids == plain.ids
-        assert list(found.boundaries) == load_tokenizer(BUNDLED / "faq").boundaries(messages, PLAIN, plain.ids)
-        assert len(found.boundaries) == 2
-        assert (await text.converse(messages, PLAIN, None, 1)).boundaries == ()
-        assert (await text.encode("What is a hop?", 100)).boundaries == ()
+        assert list(found.split_points) == load_tokenizer(BUNDLED / "faq").find_split_points(messages, PLAIN, plain.ids)
+        assert len(found.split_points) == 2
+        assert (await text.converse(messages, PLAIN, None, 1)).split_points == ()
+        assert (await text.encode("What is a hop?", 100)).split_points == ()
 
 
 @pytest.mark.long

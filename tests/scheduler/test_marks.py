@@ -27,11 +27,11 @@ class Chat:
         self.chunks: list[int] = []
         self.edits: list[object] = []
 
-    def submit(self, prompt: tuple[int, ...], *boundaries: int, max_tokens: int = 3) -> int:
+    def submit(self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3) -> int:
         """-> how much of the prompt need not be read"""
         self.made += 1
         self.scheduler.submit(
-            Request(f"r{self.made}", prompt, SamplingParams(), max_tokens, boundaries=boundaries, client="one")
+            Request(f"r{self.made}", prompt, SamplingParams(), max_tokens, split_points=split_points, client="one")
         )
         return self.scheduler.sequences[-1].cached
 
@@ -48,8 +48,8 @@ class Chat:
             self.step()
         self.step()
 
-    def ask(self, prompt: tuple[int, ...], *boundaries: int, max_tokens: int = 3) -> int:
-        cached = self.submit(prompt, *boundaries, max_tokens=max_tokens)
+    def ask(self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3) -> int:
+        cached = self.submit(prompt, *split_points, max_tokens=max_tokens)
         self.run()
         return cached
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cluster.core.request import ChatMessage
 
-__all__ = ["find_boundaries"]
+__all__ = ["find_split_points"]
 
 Render = Callable[[Sequence[ChatMessage], bool], str | None]
 """Renders messages, with or without the start of an answer after them; returns None if the template rejects them."""
 Encode = Callable[[str], Sequence[int]]
 
 
-def find_boundaries(messages: Sequence[ChatMessage], ids: Sequence[int], render: Render, encode: Encode) -> list[int]:
+def find_split_points(messages: Sequence[ChatMessage], ids: Sequence[int], render: Render, encode: Encode) -> list[int]:
     """Return ascending lengths, in tokens, of beginnings that later prompts are likely to share.
 
     ``ids`` is the prompt: ``encode`` of ``render`` of ``messages`` with the start of an answer.
@@ -56,7 +56,7 @@ def _shared_length(a: str, b: str) -> int:
 def _tokens_before(characters: int, text: str, ids: Sequence[int], encode: Encode) -> int:
     """Return how many tokens of ``ids`` lie within the first ``characters`` of ``text``.
 
-    Encode the end of the text if that is shorter, unless a token crosses the boundary.
+    Encode the end of the text if that is shorter, unless a token crosses the split point.
     """
     if characters > len(text) // 2:
         end = encode(text[characters:])

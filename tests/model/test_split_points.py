@@ -26,7 +26,7 @@ def shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_next_prompts_part_near_a_boundary(family: Family, tmp_path: Path) -> None:
+def test_the_next_prompts_part_near_a_split_point(family: Family, tmp_path: Path) -> None:
     """Another conversation, a tool's result, and the next question, after which reasoning may be dropped."""
     tokenizer = make(family, tmp_path)
     options, second = (OFFER, AGENTS) if family.answer else (ChatOptions(), PLAIN)
@@ -34,7 +34,7 @@ def test_the_next_prompts_part_near_a_boundary(family: Family, tmp_path: Path) -
     prompts = [tokenizer.chat(messages, options) for messages in asked]
     marks: set[int] = set()
     for messages, prompt, later in zip(asked, prompts, prompts[1:], strict=False):
-        found = tokenizer.boundaries(messages, options, prompt)
+        found = tokenizer.find_split_points(messages, options, prompt)
         assert found == sorted(set(found))
         assert all(0 < length < len(prompt) for length in found)
         marks |= {*found, len(prompt) - 1}
@@ -44,9 +44,9 @@ def test_the_next_prompts_part_near_a_boundary(family: Family, tmp_path: Path) -
     assert shared(new, prompts[0]) in marks
 
 
-def test_a_conversation_that_only_asks_has_a_boundary_too(tmp_path: Path) -> None:
+def test_a_conversation_that_only_asks_has_a_split_point_too(tmp_path: Path) -> None:
     tokenizer = make(FAMILIES[0], tmp_path)
     prompt = tokenizer.chat((ChatMessage("user", "0 or 1?"),))
-    found = tokenizer.boundaries((ChatMessage("user", "0 or 1?"),), ChatOptions(), prompt)
+    found = tokenizer.find_split_points((ChatMessage("user", "0 or 1?"),), ChatOptions(), prompt)
     assert tokenizer.decode(prompt[: found[0]]).endswith("user\n")
     assert tokenizer.decode(prompt[: found[-1]]).endswith("0 or 1?<|im_end|>\n")
