@@ -168,6 +168,8 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
             return MacpipeError(f"the {peer} at {address} failed: {details or code.name}", code=code.name)
 
 
+_NOT_HTTP2: Final = ("Trying to connect an http1.x server", "Failed parsing HTTP/2")
+"""gRPC's words for a server that answers with something else. No host name can contain them: they have spaces."""
 _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()\d\]]*\Z")
 """The end of gRPC's chain of causes if nothing listens at an address. gRPC has no status code for this case. Only the
 end is matched, where no name that others chose can appear."""
@@ -178,7 +180,7 @@ def _unreachable(details: str, address: str, peer: str) -> Unreachable:
         return OtherParty(f"the server at {address} belongs to this cluster, but is not the expected {peer}")
     if why := handshake_failure(details):
         return Unreachable(f"cannot connect to the {peer} at {address}: {why}")
-    if "http1" in details or "parsing HTTP/2" in details:
+    if any(words in details for words in _NOT_HTTP2):
         return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
     if "failed to connect" not in details.lower() and "resol" not in details.lower():
         return Unreachable(f"the connection to the {peer} at {address} broke ({details or 'no reason given'})")

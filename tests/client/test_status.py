@@ -134,6 +134,8 @@ def test_somebody_elses_details_are_not_ours(data: bytes) -> None:
         ("UNAVAILABLE", "Socket closed", errors.Unreachable, ["mac:1", "broke", "Socket closed"]),
         ("UNAVAILABLE", "last error: UNAVAILABLE: Failed parsing HTTP/2 (Expected SETTINGS)", errors.Unreachable,
          ["mac:1", "gRPC"]),
+        ("UNAVAILABLE", "errors resolving mac-http1:1: [field:hostname lookup error:address lookup failed for"
+         " mac-http1:1: Domain name not found]", errors.Unreachable, ["no coordinator answers", "name not found"]),
         ("DEADLINE_EXCEEDED", "", errors.DeadlineExceeded, ["mac:1", "timed out"]),
         ("CANCELLED", "", errors.Aborted, ["cancelled"]),
         ("UNIMPLEMENTED", "", errors.VersionMismatch, ["mac:1", "version"]),
