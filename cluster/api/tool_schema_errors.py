@@ -10,8 +10,6 @@ from cluster.core.errors import InvalidGrammar
 from cluster.core.limits import TOOL_CHECK_TIMEOUT_S
 from cluster.core.request import Grammar, GrammarKind, Request
 
-_PREFIX = "the json_schema cannot be compiled: "
-
 
 async def find_invalid_tool(
     error: InvalidGrammar, request: Request, checkpoint: ModelInfo, coordinator: Coordinator
@@ -30,10 +28,9 @@ async def find_invalid_tool(
             try:
                 await coordinator.check_grammar(Grammar(GrammarKind.JSON_SCHEMA, tool.parameters), checkpoint)
             except InvalidGrammar as found:
-                why = found.sentence.removeprefix(_PREFIX)
                 return InvalidGrammar(
                     f"tool_choice requires a call that follows the tool's schema, but the parameters of tool "
-                    f"{tool.name!r} cannot be enforced: {why}",
+                    f"{tool.name!r} cannot be enforced: {found.sentence}",
                     field=f"tools[{i}]",
                 )
     return error
