@@ -360,6 +360,49 @@ def test_code_that_looks_into_a_sentence_is_found(condition: str, found: bool) -
     assert list(sentence_readers(ast.parse(program))) == [4] * found
 
 
+LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+LOG_LINE = re.compile(r"[a-z][a-z ]*: (?:[^%=]*[^%= ](?: [a-z_]+=%[0-9.]*[a-z])*|%s)")
+
+
+def log_lines(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Each line that is logged, with its number; a line that is no literal is ""."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in LOG_METHODS:
+                line = node.args[method == "log"]
+                yield node.lineno, str(line.value) if isinstance(line, ast.Constant) else ""
+
+
+def test_log_lines_are_an_event_a_reason_and_values() -> None:
+    """``event: what happened key=value``. Only values vary; ``event: %s`` is for values that are joined elsewhere."""
+    lines = [
+        (f"{path.relative_to(ROOT)}:{number}", line)
+        for path in sorted((ROOT / "cluster").rglob("*.py"))
+        for number, line in log_lines(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert len(lines) > 40
+    wrong = [f"{place}: {line}" for place, line in lines if not LOG_LINE.fullmatch(line)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("line", "fits"),
+    [
+        ("journal: switched off reason=%s path=%s", True),
+        ("join: failed", True),
+        ("certificate: not renewed reason=%s retry_s=%.0f", True),
+        ("cannot check keys: %s now", False),
+        ("%s", False),
+        ("journal: %s is off", False),
+        ("journal: switched off (%s)", False),
+        ("journal switched off reason=%s", False),
+        ("journal: switched off reason=full of requests request=%s", False),
+    ],
+)
+def test_a_log_line_of_another_form_is_found(line: str, fits: bool) -> None:
+    assert bool(LOG_LINE.fullmatch(line)) == fits
+
+
 BROKEN = {
     "core/frames.py": ("import cluster.wire.frame_codec", "core (floor 0) imports wire"),
     "wire/frame.py": ("def f():\n    import asyncio", ":2: wire is pure and imports asyncio"),

@@ -104,7 +104,7 @@ class RequestService:
             try:
                 revoked = {client for client in set(self._live.values()) if self.key_usage.is_revoked(client)}
             except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
-                log.error("cannot check for revoked keys: %s", e.sentence)
+                log.error("keys: cannot check for revoked ones reason=%s", e.sentence)
                 continue
             for request_id in [one for one, client in self._live.items() if client in revoked]:
                 with suppress(RequestNotFound, MacpipeError):

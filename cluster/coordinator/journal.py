@@ -121,7 +121,7 @@ class Journal:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
         if self._needed + len(record) > JOURNAL_BYTES:
-            log.info("journal: request not recorded reason=full of live requests request=%s", request.id)
+            log.info("journal: full of live requests, request not recorded request=%s", request.id)
             return
         self._live[request.id], self._records[request.id] = kept, record
         self._needed += len(record) + _token_bytes(kept)

@@ -43,7 +43,7 @@ async def publish(info: Callable[[Reach], AsyncServiceInfo], host: str, what: st
     """Announce ``what``, which listens on ``host``, during the block. ``info`` makes its records."""
     here = await _reach(host)
     if not here.senders:
-        log.warning("announcement: no interface has the address, %s is not announced address=%s", what, host)
+        log.warning("announcement: not made, no interface has the address address=%s service=%s", host, what)
     zeroconf = open_multicast(here.senders, f"announce {what}") if here.senders else None
     if zeroconf is None:
         yield
@@ -91,7 +91,7 @@ async def _register(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) 
         async with asyncio.timeout(ANNOUNCE_S):
             await zeroconf.async_register_service(info, allow_name_change=True)
     except (OSError, Error, TimeoutError) as error:
-        log.warning("announcement: %s failed over Zeroconf, name it by --peer HOST:PORT error=%r", what, error)
+        log.warning("announcement: failed, use --peer HOST:PORT on other Macs reason=%r service=%s", error, what)
 
 
 async def _keep_up(zeroconf: AsyncZeroconf, make: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> None:

@@ -30,7 +30,7 @@ def open_multicast(senders: Sequence[str] | None, purpose: str) -> AsyncZeroconf
             return AsyncZeroconf(**attempt)
         except (OSError, RuntimeError, Error) as error:
             reason = error
-    log.warning("multicast: cannot %s over Zeroconf, name workers by --peer HOST:PORT reason=%s", purpose, reason)
+    log.warning("multicast: not available, use --peer HOST:PORT reason=%s purpose=%s", reason, purpose)
     return None
 
 

@@ -275,7 +275,7 @@ class Fetch:
             if sentence in self._notices:
                 return
             self._notices[sentence] = None
-        log.warning("%s", sentence)
+        log.warning("fetch: bad bytes reason=%s", sentence)
 
     def _fail(self, tensors: Iterable[TensorInfo], source: Peer | Hub, error: MacpipeError) -> None:
         with self._lock:
