@@ -48,3 +48,11 @@ def test_no_table_of_a_document_has_two_rows_of_one_name(page: Path) -> None:
         cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows] if is_table else []
         names = [next(cell for cell in row if not cell.isdecimal()) for row in cells]
         assert not {name for name in names if name and names.count(name) > 1}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_no_section_of_a_document_makes_one_point_twice(page: Path) -> None:
+    """A merge can bring back the old wording of a list beside the new one."""
+    for section in re.split(r"^#+ ", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        points = re.findall(r"^- \*\*(.+?)\*\*", section, re.MULTILINE)
+        assert not {point for point in points if points.count(point) > 1}
