@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cluster.api import request_service as desks
+from cluster.api import request_service
 from cluster.api.http.app import application, table
 from cluster.api.http.authorization import TRUSTED, Access, Authorizer, DeclaredRoute
 from cluster.api.http.caller_identity import caller_of
@@ -99,7 +99,7 @@ def accounts(keys: KeyStore, clock: Clock) -> KeyUsage:
     return KeyUsage(keys, clock)
 
 
-def desk_of(accounts: KeyUsage | None) -> RequestService:
+def service_of(accounts: KeyUsage | None) -> RequestService:
     return RequestService(cast(Coordinator, Idle()), Metrics(), accounts)
 
 
@@ -118,10 +118,10 @@ ADMIN = {"/metrics"}
 
 async def test_every_route_says_what_it_needs_and_lets_nobody_else_in(keys: KeyStore, accounts: KeyUsage) -> None:
     """The real table of routes, each by each of its methods."""
-    desk = desk_of(accounts)
-    app = application(desk)
+    service = service_of(accounts)
+    app = application(service)
     routes = cast(Any, app)._next._app.routes  # Starlette's own list: what is really served
-    assert len(routes) == len(table(desk)) >= 14
+    assert len(routes) == len(table(service)) >= 14
     texts = {scope: keys.create(scope.value, scope)[1] for scope in KeyScope}
     async with client_to(app) as client:
         for route in routes:
@@ -161,7 +161,7 @@ async def test_a_route_that_declares_nothing_lets_nobody_in(keys: KeyStore, acco
 
 async def test_strangers_are_told_nothing_but_ready_or_not(keys: KeyStore, accounts: KeyUsage) -> None:
     _, text = keys.create("amy")
-    async with client_to(application(desk_of(accounts))) as client:
+    async with client_to(application(service_of(accounts))) as client:
         assert (await client.get("/health")).json() == {"status": "not serving"}
         assert (await client.get("/live")).json() == {"status": "live"}
         assert "version" in (await client.get("/health", headers={"x-api-key": text})).json()
@@ -171,7 +171,7 @@ async def test_strangers_are_told_nothing_but_ready_or_not(keys: KeyStore, accou
 
 
 async def test_without_a_cluster_nobody_needs_a_key() -> None:
-    async with client_to(application(desk_of(None))) as client:
+    async with client_to(application(service_of(None))) as client:
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.get("/metrics")).status_code == 200
         assert "version" in (await client.get("/health")).json()
@@ -186,7 +186,7 @@ async def test_keys_come_as_clients_send_them(
     keys: KeyStore, accounts: KeyUsage, headers: Callable[[str], dict[str, str]]
 ) -> None:
     _, text = keys.create("amy")
-    async with client_to(application(desk_of(accounts))) as client:
+    async with client_to(application(service_of(accounts))) as client:
         assert (await client.get("/v1/models", headers=headers(text))).status_code == 200
         wrong = await client.get("/v1/models", headers=headers(text[:-1]))
         refused = await client.post("/v1/messages", headers=headers(text[:-1]), json={})
@@ -226,7 +226,7 @@ def test_a_bucket_is_refilled_evenly_and_never_more_than_full() -> None:
 async def test_requests_a_minute(keys: KeyStore, accounts: KeyUsage, clock: Clock) -> None:
     _, text = keys.create("amy", limits=KeyLimits(requests_a_minute=2))
     _, other = keys.create("bob")
-    async with client_to(application(desk_of(accounts))) as client:
+    async with client_to(application(service_of(accounts))) as client:
         replies = [await client.get("/v1/models", headers=bearer(text)) for _ in range(3)]
         assert [r.status_code for r in replies] == [200, 200, 429]
         assert [r.headers["x-ratelimit-remaining-requests"] for r in replies] == ["1", "0", "0"]
@@ -282,22 +282,22 @@ def asking() -> Callable[[str, str], Asking]:
 async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
     keys: KeyStore, accounts: KeyUsage, asking: Callable[[str, str], Asking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desks, "KEY_CHECK_S", 0.01)
-    desk = desk_of(accounts)
+    monkeypatch.setattr(request_service, "KEY_CHECK_S", 0.01)
+    service = service_of(accounts)
     (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
     checkpoint = cast(ModelInfo, None)
-    first, second = [await desk.submit(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
+    first, second = [await service.submit(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
     for asked in (first, second):
         assert isinstance(await anext(asked.events), TokenEvent)
-    watching = asyncio.create_task(desk.end_revoked())
+    watching = asyncio.create_task(service.end_revoked())
     keys.revoke("amy")
     with pytest.raises(Unauthenticated, match="was revoked") as caught:
         await asyncio.wait_for(anext(first.events), 5)
     assert caught.value.http_status == 401
     with pytest.raises(Unauthenticated):
-        await desk.submit(asking("late", client_of(amy)), checkpoint)
+        await service.submit(asking("late", client_of(amy)), checkpoint)
     await asyncio.sleep(0.05)
-    assert not cast(Any, desk.coordinator).answers["bob"].ended.is_set()
+    assert not cast(Any, service.coordinator).answers["bob"].ended.is_set()
     await second.events.aclose()
     watching.cancel()
     keys.create("spoil")
@@ -310,7 +310,7 @@ ORIGIN = "https://chat.example:8443"
 
 @pytest.fixture
 def sited(accounts: KeyUsage) -> ASGIApp:
-    return application(desk_of(accounts), (), OriginPolicy(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
+    return application(service_of(accounts), (), OriginPolicy(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
 
 
 async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: KeyStore, sited: ASGIApp) -> None:
@@ -345,7 +345,7 @@ async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: KeyStore,
 async def test_without_an_origin_that_is_allowed_there_is_no_cors_header(accounts: KeyUsage, keys: KeyStore) -> None:
     _, text = keys.create("plain")
     own = {"origin": "http://localhost:8080", "access-control-request-method": "GET"}
-    async with client_to(application(desk_of(accounts))) as client:
+    async with client_to(application(service_of(accounts))) as client:
         for reply in (
             await client.get("/v1/models", headers={"origin": own["origin"], **bearer(text)}),
             await client.options("/v1/models", headers={**own, **bearer(text)}),

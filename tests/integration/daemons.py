@@ -28,14 +28,14 @@ def command(*arguments: str) -> list[str]:
 
 
 def bound(*arguments: str) -> list[str]:
-    """The command of a daemon whose standard input is to be ``lifeline``: it ends with this process, however that
+    """The command of a daemon whose standard input is to be ``watchdog_pipe``: it ends with this process, however that
     ends.
     """
     return command(*arguments, "--exit-with-stdin")
 
 
 @cache
-def lifeline() -> int:
+def watchdog_pipe() -> int:
     """Return the read end of a pipe whose write end this process holds until it ends."""
     end, _ = os.pipe()
     return end
@@ -44,7 +44,9 @@ def lifeline() -> int:
 def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a ``macpipe`` process on this machine in its own session, with its output in ``log``."""
     with log.open("wb") as out:
-        return subprocess.Popen(bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            bound(*arguments), stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True
+        )
 
 
 @dataclass

@@ -29,7 +29,7 @@ from cluster.model.tokenizer import load_tokenizer
 from cluster.security.bounds import LEAF_S
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.roles import Role
-from integration.daemons import START_S, Cluster, free_port, lifeline
+from integration.daemons import START_S, Cluster, free_port, watchdog_pipe
 from integration.reference import greedy
 from parties import shown_by
 
@@ -181,7 +181,7 @@ def launch_with_short_certificates(arguments: Sequence[str], log: Path) -> subpr
     """Start a coordinator whose certificates last for seconds."""
     command = [sys.executable, "-c", SHORT_CERTIFICATES, *arguments, "--exit-with-stdin"]
     with log.open("wb") as out:
-        return subprocess.Popen(command, stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(command, stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True)
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from cluster.client import Client
 from cluster.core.errors import DiskFull, ModelDiffers
 from cluster.model.checkpoint import open_checkpoint
 from fake_hub import FakeHub
-from integration.daemons import Cluster, Daemon, Launch, bound, free_port, lifeline, wait_serving
+from integration.daemons import Cluster, Daemon, Launch, bound, free_port, wait_serving, watchdog_pipe
 from integration.reference import greedy
 from netns import missing as no_root
 
@@ -63,7 +63,7 @@ def knowing(hub: FakeHub, hf_home: Path, before: Sequence[str] = (), **more: str
         with log.open("wb") as out:
             return subprocess.Popen(
                 [*before, *bound(*arguments)],
-                stdin=lifeline(),
+                stdin=watchdog_pipe(),
                 stdout=out,
                 stderr=out,
                 env=env,

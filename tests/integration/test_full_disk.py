@@ -13,7 +13,7 @@ import pytest
 
 from cluster.client import Client
 from disks import SmallDisk
-from integration.daemons import START_S, Cluster, bound, children, free_port, lifeline, wait_serving
+from integration.daemons import START_S, Cluster, bound, children, free_port, wait_serving, watchdog_pipe
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.small_disk]
 MIB = 2**20
@@ -50,7 +50,9 @@ def test_a_coordinator_starts_serves_and_recovers_on_a_disk_that_is_full(
     def launch_full(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         with (disk.path / "log").open("wb") as out:
             disk.fill()
-            return subprocess.Popen(bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True)
+            return subprocess.Popen(
+                bound(*arguments), stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True
+            )
 
     worker = cluster.worker("solo")
     port = free_port()

@@ -18,7 +18,7 @@ import pytest
 from cluster.client import Client
 from cluster.core.errors import MacpipeError
 from cluster.discovery.browse import browse
-from integration.daemons import Cluster, bound, children, free_port, lifeline
+from integration.daemons import Cluster, bound, children, free_port, watchdog_pipe
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 LOUD = "import logging, sys\nlogging.basicConfig(level=logging.DEBUG, stream=sys.stderr)\n"
@@ -40,7 +40,7 @@ def loudly(folder: Path) -> Any:
     def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
             return subprocess.Popen(
-                bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True,
+                bound(*arguments), stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True,
                 env=environment,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client
-from integration.daemons import Cluster, Footprint, alive, bound, children, free_port, gone, lifeline, wait_serving
+from integration.daemons import Cluster, Footprint, alive, bound, children, free_port, gone, wait_serving, watchdog_pipe
 
 pytestmark = pytest.mark.timeout(180)
 Prepare = Callable[[], object]
@@ -61,7 +61,7 @@ def careless(*prepare: Prepare) -> Callable[[Sequence[str], Path], subprocess.Po
         with log.open("wb") as out:
             return subprocess.Popen(
                 bound(*arguments),
-                stdin=lifeline(),
+                stdin=watchdog_pipe(),
                 stdout=out,
                 stderr=out,
                 cwd=log.parent,

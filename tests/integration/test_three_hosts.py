@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.daemons import START_S, Cluster, bound, command, lifeline
+from integration.daemons import START_S, Cluster, bound, command, watchdog_pipe
 from integration.reference import greedy
 from netns import Host
 
@@ -25,7 +25,7 @@ def on(host: Host):  # type: ignore[no-untyped-def]  # a Launch
     def launch(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
             return host.start(  # type: ignore[return-value]  # bytes or text: nothing is read from it
-                *bound(*arguments), stdin=lifeline(), stdout=out, stderr=out, start_new_session=True
+                *bound(*arguments), stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True
             )
 
     return launch

@@ -182,7 +182,7 @@ EXTREMES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**64 - 1),
     }
 )
-"""The ends of what the intake takes, and numbers that are zero in single precision."""
+"""The ends of the accepted ranges, and numbers that are zero in single precision."""
 LONG = [5] * 40_000 + [0, 1]
 ROWS = {
     "usual": LOGITS,

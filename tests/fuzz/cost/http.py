@@ -17,7 +17,7 @@ from cluster.api.http.connection_limit import ConnectionLimit
 from cluster.api.http.openapi import BODIES
 from cluster.core.limits import KIB, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from fuzz.cost.recipe import Recipe, filled
-from fuzz.cost.stand_in import PASSED, desk
+from fuzz.cost.stand_in import PASSED, request_service
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
 
 PIECE = 256 * KIB
@@ -63,7 +63,7 @@ TURN = '{"role":"user","content":"hello"}'
 
 
 def _entry(path: str) -> Entry:
-    app = application(desk())
+    app = application(request_service())
 
     async def take(body: bytes) -> str:
         told: list[dict[str, Any]] = []
@@ -335,7 +335,7 @@ def _whole(path: str) -> dict[str, Recipe]:
 
 def _heads() -> Entry:
     """Parse a request's head with the server's connection, up to the look-up of its route."""
-    reached = application(desk())
+    reached = application(request_service())
     config = Config(reached, http="h11", loop="none", ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
 

@@ -34,7 +34,7 @@ from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.worker_service import WorkerServicer
 from fuzz.cost.recipe import Recipe, filled, varint
-from fuzz.cost.stand_in import PASSED, Aborted, Context, Passed, desk, model_folder, outcome_of
+from fuzz.cost.stand_in import PASSED, Aborted, Context, Passed, model_folder, outcome_of, request_service
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry, job_limit
 from fuzz.targets.kept import scratch
 
@@ -88,8 +88,8 @@ class _Nothing:
 
 def _public(methods: _Methods) -> None:
     trust = LocalTrust()
-    add_InferenceServiceServicer_to_server(InferenceServicer(desk(), trust), methods)  # type: ignore[arg-type]
-    add_ClusterServiceServicer_to_server(ClusterServicer(desk().coordinator, trust), methods)  # type: ignore[arg-type]
+    add_InferenceServiceServicer_to_server(InferenceServicer(request_service(), trust), methods)  # type: ignore[arg-type]
+    add_ClusterServiceServicer_to_server(ClusterServicer(request_service().coordinator, trust), methods)  # type: ignore[arg-type]
 
 
 def _worker(methods: _Methods) -> None:

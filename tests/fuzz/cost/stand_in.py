@@ -90,8 +90,8 @@ class Coordinator:
         return busy
 
 
-def desk() -> RequestService:
-    """The real desk, over the stand-in."""
+def request_service() -> RequestService:
+    """The real service, over the stand-in."""
     served()
     return RequestService(Coordinator(), Metrics())  # type: ignore[arg-type]
 

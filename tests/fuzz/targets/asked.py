@@ -177,7 +177,7 @@ class _Nobody:
 
 
 class _Desk:
-    """Every request that passes the intake is refused."""
+    """Every request that passes validation is refused."""
 
     key_usage = None
     coordinator = _Nobody()

@@ -5,7 +5,7 @@ Each runs in a process of its own, through the code that serves it. The bounds: 
 50 ms at a stretch, and 0.5 s of CPU and 256 MiB are taken. Stalls are in CPU time of the process, all threads
 together, so that other programs of a busy machine do not count.
 
-    python ops/bench/intake_cost.py [--only WORD] [--json]
+    python ops/bench/request_cost.py [--only WORD] [--json]
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def main() -> None:
         print(f"{name} ({len(data) / 2**20:.1f} MiB): {best.outcome}", file=sys.stderr)
         for what, unit, of in (("stall", "ms", "stall_ms"), ("CPU", "ms", "cpu_ms"), ("memory", "MiB", "memory_mib")):
             figures.append(Figure(f"{name}, {what}", unit, [getattr(cost, of) for cost in costs]))
-    print_figures("intake", figures, {}, asked.json, {"over the bounds": over})
+    print_figures("requests", figures, {}, asked.json, {"over the bounds": over})
     sys.exit(1 if over else 0)
 
 
