@@ -192,9 +192,9 @@ class Worker(_message.Message):
     clock_ahead_seconds: _builtins.float
     """Seconds by which its clock is ahead of the coordinator's; negative if it is behind."""
     lag_seconds: _builtins.float
-    """By how much things happen late there; 0 unless its machine is overloaded."""
+    """Seconds by which timers fire late on its machine; 0 unless it is overloaded."""
     macos_version: _builtins.str
-    """Such as 15.1; empty elsewhere than on a Mac."""
+    """For example 15.1; empty if it is not a Mac."""
     def __init__(
         self,
         *,

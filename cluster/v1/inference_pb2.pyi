@@ -737,15 +737,15 @@ class TokenEvent(_message.Message):
     sample: _builtins.int
     """Index of the answer."""
     cached_tokens: _builtins.int
-    """Prompt tokens that a kept prefix brought."""
+    """Prompt tokens that came from a kept prefix."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]: ...
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]: ...
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageFigures]:
-        """What its frames took, one entry a stage, where `stage_timings` asked for it: those since the token before, so the
-        first token's hold the prompt's.
+        """If `stage_timings` is set: each stage's times, summed over the frames since the previous token. The first token's
+        include the prompt.
         """
 
     def __init__(

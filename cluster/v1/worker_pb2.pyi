@@ -147,7 +147,7 @@ class DescribeResponse(_message.Message):
     computing: _builtins.bool
     """The engine has had processor time in its present step: it may be slow, but it does not hang."""
     macos_version: _builtins.str
-    """Such as 15.1; empty elsewhere than on a Mac."""
+    """For example 15.1; empty if it is not a Mac."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
