@@ -17,8 +17,10 @@ from cluster.core.errors import InvalidRequest, PromptTooLong
 from cluster.core.limits import (
     MAX_LISTED_TOKENS,
     MAX_PRIORITY,
+    MAX_PROMPT_LOGPROBS,
     MAX_REQUEST_ID_CHARS,
     MAX_SAMPLES,
+    MAX_TOP_LOGPROBS,
 )
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, utf8_size
 from cluster.sandbox.sandboxed_tokenizer import Tokenized
@@ -37,7 +39,10 @@ async def generate_request(params: GenerateParams, size: int, checkpoint: ModelI
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
     _check_grammar(params.grammar)
-    return PreparedRequest(_request(params, prompt, params.grammar, checkpoint, caller))
+    _check_prompt_logprobs(params.prompt_logprobs, len(prompt))
+    least_tokens = 1 if params.prompt_logprobs is None else 0
+    request = _request(params, prompt, params.grammar, checkpoint, caller, least_tokens)
+    return PreparedRequest(replace(request, prompt_logprobs=params.prompt_logprobs))
 
 
 async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, caller: Caller) -> PreparedRequest:
@@ -128,7 +133,9 @@ def _request(
     grammar: Grammar | None,
     checkpoint: ModelInfo,
     caller: Caller,
+    least_tokens: int = 1,
 ) -> Request:
+    max_tokens = _max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller, least_tokens)
     if len(params.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
     if not params.request_id.isprintable():  # it is logged: a line break in it could forge a log line
@@ -148,7 +155,7 @@ def _request(
         id=params.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
         sampling=sampling_params(params.sampling, checkpoint.vocabulary, grammar),
-        max_tokens=_max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller),
+        max_tokens=max_tokens,
         stop=stop_strings(params.stop),
         ignore_eos=params.ignore_eos,
         deadline=caller.deadline,
@@ -159,7 +166,27 @@ def _request(
     )
 
 
-def _max_tokens(asked: int | None, prompt: int, context: int, caller: Caller) -> int:
+def _check_prompt_logprobs(top: int | None, prompt: int) -> None:
+    if top is None:
+        return
+    if top > MAX_TOP_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs is {top}; it must be at most {MAX_TOP_LOGPROBS}", field="prompt_logprobs"
+        )
+    check_prompt_logprobs(prompt * (1 + top))
+
+
+def check_prompt_logprobs(count: int) -> None:
+    """Raise ``InvalidRequest`` if one answer would have more than ``MAX_PROMPT_LOGPROBS`` of them."""
+    if count > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"{count} log-probabilities of prompts were requested, alternatives included; at most "
+            f"{MAX_PROMPT_LOGPROBS} are allowed; send fewer or shorter prompts, or ask for fewer alternatives",
+            field="prompt_logprobs",
+        )
+
+
+def _max_tokens(asked: int | None, prompt: int, context: int, caller: Caller, least: int) -> int:
     """Return the maximum length of the answer in tokens.
 
     Raises ``PromptTooLong`` if the requested length does not fit and the caller does not let it be shortened.
@@ -167,8 +194,11 @@ def _max_tokens(asked: int | None, prompt: int, context: int, caller: Caller) ->
     room = _max_answer_tokens(prompt, context)
     if asked is None:
         return min(caller.default_max_tokens or room, room)
-    if asked < 1:
-        raise InvalidRequest("max_tokens is 0; it must be at least 1", field="max_tokens")
+    if asked < least:
+        raise InvalidRequest(
+            "max_tokens is 0; it must be at least 1, unless log-probabilities of the prompt are requested",
+            field="max_tokens",
+        )
     if asked > room and caller.shorten:
         return room
     if asked > room:

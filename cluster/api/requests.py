@@ -70,9 +70,13 @@ class AnswerParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateParams(AnswerParams):
-    """The continuation of a prompt, given as text or as token ids."""
+    """The continuation of a prompt, given as text or as token ids.
+
+    ``prompt_logprobs`` asks for the log-probability of each prompt token, and for that many alternatives.
+    """
 
     prompt: str | Sequence[int]
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

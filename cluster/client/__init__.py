@@ -12,8 +12,18 @@ Errors are subclasses of MacpipeError, in ``cluster.core.errors``.
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.client import Client
-from cluster.client.options import ChatKeywords, Options
-from cluster.client.results import AcceptedRequest, Choice, Completion, Finish, Model, Timings, Token, Tokens
+from cluster.client.options import ChatKeywords, GenerateKeywords, Options
+from cluster.client.results import (
+    AcceptedRequest,
+    Choice,
+    Completion,
+    Finish,
+    Model,
+    PromptToken,
+    Timings,
+    Token,
+    Tokens,
+)
 from cluster.client.streams import Loading, Stream
 from cluster.core.cluster_state import (
     ClusterState,
@@ -51,6 +61,7 @@ __all__ = [
     "Finish",
     "FinishReason",
     "Forecast",
+    "GenerateKeywords",
     "LayerRange",
     "LiveRequest",
     "LoadProgress",
@@ -59,6 +70,7 @@ __all__ = [
     "ModelPlan",
     "Objective",
     "Options",
+    "PromptToken",
     "Repair",
     "RequestState",
     "Route",

@@ -14,7 +14,7 @@ from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
-from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions
 from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
@@ -50,11 +50,14 @@ class AsyncClient:
         self._timeout_s = check_timeout_s(timeout_s)
         self._connection = AsyncCoordinatorConnection(self.address, load_trust(cluster))
 
-    async def generate(self, prompt: PromptInput, **options: Unpack[Options]) -> Completion:
-        """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
+    async def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Completion:
+        """Continue a text, or token ids, without a chat template.
+
+        The keywords are those of GenerateKeywords and Options.
+        """
         return await self.stream(prompt, **options).completion()
 
-    def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncStream:
+    def stream(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> AsyncStream:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
         request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)

@@ -14,7 +14,7 @@ from cluster.client.chat_encoding import Turn
 from cluster.client.connection import CoordinatorConnection
 from cluster.client.coordinator_address import resolve_address
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
-from cluster.client.options import ChatKeywords, LoadOptions, Options
+from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions
 from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
@@ -50,11 +50,14 @@ class Client:
         self._timeout_s = check_timeout_s(timeout_s)
         self._connection = CoordinatorConnection(self.address, load_trust(cluster))
 
-    def generate(self, prompt: PromptInput, **options: Unpack[Options]) -> Completion:
-        """Continue a text, or token ids, without a chat template. The keywords are those of Options."""
+    def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Completion:
+        """Continue a text, or token ids, without a chat template.
+
+        The keywords are those of GenerateKeywords and Options.
+        """
         return self.stream(prompt, **options).completion()
 
-    def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> Stream:
+    def stream(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Stream:
         """Stream the answer of ``generate`` token by token."""
         request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)

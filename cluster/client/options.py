@@ -58,6 +58,16 @@ class Options(TypedDict, total=False):
     stage_timings: bool
 
 
+class GenerateKeywords(Options, total=False):
+    """Keywords of ``generate`` in addition to those of Options.
+
+    ``prompt_logprobs`` reports the log-probability of each token of the prompt, and that many alternatives.
+    ``max_tokens`` may then be 0.
+    """
+
+    prompt_logprobs: int | None
+
+
 class ChatKeywords(Options, total=False):
     """Keywords of ``chat`` in addition to those of Options.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from cluster.client.results import AcceptedRequest, Finish, Model, Timings, Tokens
+from cluster.client.results import AcceptedRequest, Finish, Model, PromptToken, Timings, Tokens
 from cluster.codec.answer import FINISH_REASON_OF, decode_call, decode_figures
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_progress
 from cluster.core.cluster_state import ClusterState
 from cluster.core.errors import VersionMismatch
 from cluster.core.plan import LoadProgress
-from cluster.core.request import Usage
+from cluster.core.request import TopLogprob, Usage
 from cluster.v1 import cluster_pb2, inference_pb2
 
 
@@ -29,6 +29,19 @@ def decode_finish(reply: inference_pb2.FinishInfo) -> Finish:
     stages = tuple(map(decode_figures, reply.stages))
     calls = tuple(map(decode_call, reply.tool_calls))
     return Finish(reason, reply.text, usage, timings, stages, reply.reasoning, calls, reply.sample)
+
+
+def decode_prompt_tokens(reply: inference_pb2.PromptLogprobs) -> tuple[PromptToken, ...]:
+    """Decode a piece of the prompt."""
+    return tuple(
+        PromptToken(
+            one.token,
+            one.text,
+            one.logprob if one.HasField("logprob") else None,
+            tuple(TopLogprob(top.token, top.logprob, top.text) for top in one.top),
+        )
+        for one in reply.tokens
+    )
 
 
 def decode_tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:

@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 from cluster.client.chat_encoding import Turn, encode_messages, encode_template
 from cluster.client.options import (
     ChatKeywords,
+    GenerateKeywords,
     LoadOptions,
-    Options,
     check_names,
     check_number,
     check_text,
@@ -32,9 +32,10 @@ PromptInput = str | Sequence[int]
 M = TypeVar("M", bound=Message)
 
 
-def encode_generate(prompt: PromptInput, options: Options) -> inference_pb2.GenerateRequest:
+def encode_generate(prompt: PromptInput, options: GenerateKeywords) -> inference_pb2.GenerateRequest:
     """Encode ``generate``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
-    check_names(options)
+    check_names(options, GenerateKeywords)
+    scored = options.get("prompt_logprobs")
     request = inference_pb2.GenerateRequest(
         request_id=check_text("request_id", options.get("request_id") or ""),
         model=check_text("model", options.get("model") or ""),
@@ -44,6 +45,7 @@ def encode_generate(prompt: PromptInput, options: Options) -> inference_pb2.Gene
         samples=check_whole_number("samples", options.get("samples") or 0),
         stage_timings=bool(options.get("stage_timings")),
         grammar=encode_grammar(options),
+        prompt_logprobs=None if scored is None else check_whole_number("prompt_logprobs", scored),
     )
     if isinstance(prompt, str):
         request.text = check_text("prompt", prompt)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, Usage
+from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, TopLogprob, Usage
 from cluster.core.request import TokenEvent as Token
 
-__all__ = ["AcceptedRequest", "Choice", "Completion", "Finish", "Model", "Timings", "Token", "Tokens"]
+__all__ = ["AcceptedRequest", "Choice", "Completion", "Finish", "Model", "PromptToken", "Timings", "Token", "Tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,16 @@ class AcceptedRequest:
     seed: int
     max_tokens: int
     samples: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of the prompt. ``logprob`` is given all tokens before it; None for the first token."""
+
+    token: int
+    text: str
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,8 @@ class Completion:
     """A complete answer. ``tokens`` holds token ids, ``events`` the tokens with their texts and log-probabilities.
 
     ``text`` ends before a stop string; ``tokens`` may extend to the token that completed it. With several samples, the
-    fields describe the first one, and ``choices`` holds all of them.
+    fields describe the first one, and ``choices`` holds all of them. ``prompt_logprobs`` has every token of the prompt,
+    if the request asked for them.
     """
 
     text: str
@@ -79,6 +90,7 @@ class Completion:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[Choice, ...] = ()
+    prompt_logprobs: tuple[PromptToken, ...] = ()
 
     def __str__(self) -> str:
         return self.text

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.client.proto_decoding import decode_accepted, decode_finish
-from cluster.client.results import AcceptedRequest, Choice, Completion, Finish, Token
+from cluster.client.proto_decoding import decode_accepted, decode_finish, decode_prompt_tokens
+from cluster.client.results import AcceptedRequest, Choice, Completion, Finish, PromptToken, Token
 from cluster.codec.answer import decode_token
 from cluster.core.errors import MacpipeError, VersionMismatch
 from cluster.core.request import ToolCall, ToolCallDelta
@@ -72,6 +72,7 @@ class Transcript:
         self.accepted: AcceptedRequest | None = None
         self._offset = offset
         self._answers = [_Answer(self._offset_of(0))]
+        self._prompt_tokens: list[PromptToken] = []
 
     @property
     def finish(self) -> Finish | None:
@@ -101,6 +102,8 @@ class Transcript:
             case "prompt":
                 self.accepted = decode_accepted(reply.prompt)
                 self._answers = [_Answer(self._offset_of(i)) for i in range(self.accepted.samples)]
+            case "prompt_logprobs" if isinstance(reply, inference_pb2.GenerateResponse):
+                self._add_prompt_tokens(reply.prompt_logprobs)
             case "token":
                 token = decode_token(reply.token)
                 self._answer(token.sample).append(token)
@@ -110,6 +113,11 @@ class Transcript:
             case _:
                 raise VersionMismatch("unknown event from the coordinator; update this client")
         return ()
+
+    def _add_prompt_tokens(self, piece: inference_pb2.PromptLogprobs) -> None:
+        if piece.start != len(self._prompt_tokens):
+            raise _protocol_error(f"got prompt token {piece.start}, expected {len(self._prompt_tokens)}")
+        self._prompt_tokens += decode_prompt_tokens(piece)
 
     def _offset_of(self, sample: int) -> int:
         if isinstance(self._offset, Sequence):
@@ -125,6 +133,9 @@ class Transcript:
         answer = self._answer(finish.sample)
         if answer.finish:
             raise _protocol_error("finish out of order")
+        count = len(self._prompt_tokens)
+        if self.accepted and count not in (0, self.accepted.prompt_tokens) and finish.sample == 0:
+            raise _protocol_error(f"got {count} prompt tokens, expected {self.accepted.prompt_tokens}")
         answer.finish = finish
 
     def close(self) -> None:
@@ -153,6 +164,7 @@ class Transcript:
             reasoning=first.reasoning,
             tool_calls=first.tool_calls,
             choices=choices,
+            prompt_logprobs=tuple(self._prompt_tokens),
         )
 
     def _incomplete_error(self) -> MacpipeError:

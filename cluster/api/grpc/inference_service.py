@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -18,7 +18,7 @@ from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_f
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
-from cluster.core.request import FinishEvent, TokenEvent
+from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
 from cluster.transport.parsing_thread import PARSING
@@ -44,9 +44,10 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with self._answer(request, generate_params, request_validation.generate_request, context) as running:
-            yield pb.GenerateResponse(prompt=_prompt_info(running))
-            async for event in running.events:
-                yield _encode_event(pb.GenerateResponse, event, running)
+            for reply in _opening(running):
+                yield reply
+            async for event in running.all_events:
+                yield _encode_generated(event, running)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
         async with self._answer(request, chat_params, request_validation.chat_request, context) as running:
@@ -72,7 +73,7 @@ class InferenceServicer(InferenceServiceServicer):
                 running = await self._service.submit(prepared.request, checkpoint)
             if prepared.ignored:
                 await context.send_initial_metadata(((IGNORED_METADATA, ", ".join(prepared.ignored)),))
-            async with aclosing(running.events):
+            async with aclosing(running.all_events):
                 yield running
 
     def _owner(self, context: Context) -> str | None:
@@ -97,10 +98,11 @@ class InferenceServicer(InferenceServiceServicer):
                 )
             offsets = tuple(request.offsets) or (request.offset,)
             running = await self._service.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
-            async with aclosing(running.events):
-                yield pb.GenerateResponse(prompt=_prompt_info(running))
-                async for event in running.events:
-                    yield _encode_event(pb.GenerateResponse, event, running)
+            async with aclosing(running.all_events):
+                for reply in _opening(running):
+                    yield reply
+                async for event in running.all_events:
+                    yield _encode_generated(event, running)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_sent(context):
@@ -141,6 +143,21 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
 
 def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
     return proto_encoding.prompt_info(running.request, running.checkpoint.shape.model.name)
+
+
+def _opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:
+    """Yield the prompt, and its first token if its log-probabilities follow."""
+    yield pb.GenerateResponse(prompt=_prompt_info(running))
+    if running.request.prompt_logprobs is not None:
+        first = proto_encoding.first_prompt_token(running.request, running.checkpoint.tokenizer)
+        yield pb.GenerateResponse(prompt_logprobs=first)
+
+
+def _encode_generated(event: PromptLogprobs | TokenEvent | FinishEvent, running: RunningRequest) -> pb.GenerateResponse:
+    if isinstance(event, PromptLogprobs):
+        piece = proto_encoding.prompt_logprobs(event, running.request, running.checkpoint.tokenizer)
+        return pb.GenerateResponse(prompt_logprobs=piece)
+    return _encode_event(pb.GenerateResponse, event, running)
 
 
 def _encode_event(reply: type[Reply], event: TokenEvent | FinishEvent, running: RunningRequest) -> Reply:

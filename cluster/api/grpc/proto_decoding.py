@@ -18,7 +18,8 @@ Answerable: TypeAlias = pb.GenerateRequest | pb.ChatRequest
 def generate_params(message: pb.GenerateRequest) -> GenerateParams:
     """Decode the request for a prompt."""
     prompt = message.tokens.ids if message.WhichOneof("prompt") == "tokens" else message.text
-    return GenerateParams(prompt=prompt, **_answer_params(message))
+    logprobs = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
+    return GenerateParams(prompt=prompt, prompt_logprobs=logprobs, **_answer_params(message))
 
 
 def chat_params(message: pb.ChatRequest) -> ChatParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.codec.answer import FINISH_REASONS, encode_call, encode_figures, encode_token
-from cluster.core.request import FinishEvent, Request, TokenEvent
+from cluster.core.request import FinishEvent, PromptLogprobs, Request, TokenEvent
 from cluster.model.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2 as pb
 
@@ -19,6 +19,29 @@ def prompt_info(request: Request, model: str) -> pb.PromptInfo:
         max_tokens=request.max_tokens,
         samples=request.samples,
     )
+
+
+def first_prompt_token(request: Request, tokenizer: Tokenizer) -> pb.PromptLogprobs:
+    """Encode the first token of a prompt, which has no log-probability."""
+    token = request.prompt[0]
+    return pb.PromptLogprobs(start=0, tokens=[pb.PromptToken(token=token, text=tokenizer.token_text(token))])
+
+
+def prompt_logprobs(piece: PromptLogprobs, request: Request, tokenizer: Tokenizer) -> pb.PromptLogprobs:
+    """Encode a piece of the prompt, with the texts of its tokens and their alternatives."""
+    own = request.prompt[piece.start : piece.start + len(piece.logprobs)]
+    ids = {*own, *piece.top_tokens}
+    texts = dict(zip(ids, tokenizer.token_texts(tuple(ids)), strict=True))
+    tokens = (
+        pb.PromptToken(
+            token=token,
+            text=texts[token],
+            logprob=logprob,
+            top=[pb.TopLogprob(token=t.token, text=texts[t.token], logprob=t.logprob) for t in piece.top(i)],
+        )
+        for i, (token, logprob) in enumerate(zip(own, piece.logprobs, strict=True))
+    )
+    return pb.PromptLogprobs(start=piece.start, tokens=tokens)
 
 
 def token_event(event: TokenEvent, tokenizer: Tokenizer) -> pb.TokenEvent:
