@@ -226,13 +226,23 @@ def test_prompts_of_every_kind() -> None:
 
 @pytest.mark.parametrize(
     ("more", "field"),
-    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1}, "echo"),
+    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
      ({"prompt": ["x"] * 64, "n": 2}, "n"), ({"prompt": ["x"] * 5000}, "prompt"),
      ({"prompt": [-1]}, "prompt[0]"), ({"prompt": ["a", 5]}, "prompt[1]"), ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
      ({"prompt": 5}, "prompt")],
 )  # fmt: skip
 def test_completions_refuse(more: dict[str, Any], field: str) -> None:
     assert refused(CompletionsForm, {"prompt": "x", **more}).field == field
+
+
+@pytest.mark.parametrize(
+    ("more", "alternatives"),
+    [({}, None), ({"logprobs": 2}, None), ({"echo": True}, None), ({"echo": True, "logprobs": 0}, 0),
+     ({"echo": True, "logprobs": 2}, 2), ({"echo": False, "logprobs": 2}, None)],
+)  # fmt: skip
+def test_an_echoed_prompt_has_log_probabilities_as_its_answer(more: dict[str, Any], alternatives: int | None) -> None:
+    (params,) = completions(**more)
+    assert params.prompt_logprobs == alternatives
 
 
 def test_responses_join_what_an_assistant_did_into_one_turn() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import mlx.core as mx
 import openai
 import pytest
+from mlx_lm.utils import load_model
 from openai import AsyncOpenAI, OpenAI
 
+from cluster.model.checkpoint import resolve_model
+from cluster.model.tokenizer import load_tokenizer
 from compat.conftest import ALIAS, Served
 
 pytestmark = [pytest.mark.xdist_group("compat"), pytest.mark.timeout(120)]
@@ -175,6 +180,82 @@ def test_completions_take_tokens_echo_and_logprobs(client: OpenAI) -> None:
             assert 2 <= len(top) <= 3
     assert logprobs.text_offset
     assert logprobs.text_offset[0] == 0
+
+
+def reference_logprobs(prompt: list[int]) -> mx.array:
+    """Return the log-probabilities [position, vocabulary] of one forward of mlx-lm."""
+    model, _ = load_model(resolve_model("faq"))
+    logits: mx.array = model(mx.array([prompt]))[0].astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("length", "max_tokens", "n"), [(1, 0, 1), (1, 2, 1), (700, 0, 1), (60, 3, 2)])
+def test_an_echoed_prompt_has_its_log_probabilities(client: OpenAI, length: int, max_tokens: int, n: int) -> None:
+    prompt = [i * 37 % 300 + 100 for i in range(length)]
+    done = client.completions.create(
+        model="faq", prompt=prompt, temperature=0, echo=True, n=n, max_tokens=max_tokens, logprobs=2
+    )
+    want = reference_logprobs(prompt)
+    for choice in done.choices:
+        found: Any = choice.logprobs
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        values = [want[i, token].item() for i, token in enumerate(prompt[1:])]
+        assert found.token_logprobs[1:length] == pytest.approx(values, abs=1e-4)
+        for i, top in enumerate(found.top_logprobs[1:length]):
+            if not any("\ufffd" in text for text in top):  # incomplete characters have one text
+                assert max(top.values()) == pytest.approx(want[i].max().item(), abs=1e-4)
+        assert [t[token] for t, token in zip(found.top_logprobs[1:], found.tokens[1:], strict=True)] == list(
+            found.token_logprobs[1:]
+        )
+        assert len(found.tokens) == length + max_tokens
+        assert choice.finish_reason == "length"
+        offsets = [*found.text_offset, len(choice.text)]
+        assert offsets == sorted(offsets)
+        whole = [(t, a, b) for t, a, b in zip(found.tokens, offsets, offsets[1:], strict=False) if "\ufffd" not in t]
+        assert [choice.text[a:b][-len(token) :] for token, a, b in whole if b > a] == [t for t, a, b in whole if b > a]
+    assert done.usage
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (length, n * max_tokens)
+
+
+def test_an_echoed_prompt_is_streamed_with_its_log_probabilities(client: OpenAI) -> None:
+    asked: Any = {"model": "faq", "prompt": list(range(100, 300)), "temperature": 0, "echo": True, "logprobs": 1}
+    whole = client.completions.create(**asked, max_tokens=4)
+    chunks = list(client.completions.create(**asked, max_tokens=4, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text
+    parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert len(parts) > 5
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [v for part in parts for v in getattr(part, name)] == getattr(whole.choices[0].logprobs, name)
+
+
+def test_an_end_token_is_the_last_entry_after_an_echoed_prompt(client: OpenAI) -> None:
+    """Evaluations drop the last entry as the token that was generated."""
+    eos = min(load_tokenizer(resolve_model("faq")).eos)
+    done = client.completions.create(
+        model="faq", prompt=[300, 301], temperature=0, max_tokens=1, echo=True, logprobs=1, logit_bias={str(eos): 100}
+    )
+    found: Any = done.choices[0].logprobs
+    assert (len(found.token_logprobs), done.choices[0].finish_reason) == (3, "stop")
+    assert found.token_logprobs[2] == pytest.approx(0.0, abs=1e-6)
+    assert done.usage
+    assert done.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
+        ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
+        ({"echo": True, "logprobs": 20, "prompt": [[300] * 400] * 8}, "logprobs"),
+        ({"echo": True, "logprobs": 20, "prompt": [300] * 400, "n": 8}, "logprobs"),
+    ],
+)
+def test_log_probabilities_of_prompts_have_bounds(client: OpenAI, more: dict[str, Any], param: str) -> None:
+    asked: Any = {"model": "faq", "prompt": [300, 301], **more}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**asked)
+    assert refused.value.param == param
 
 
 def test_responses(client: OpenAI) -> None:

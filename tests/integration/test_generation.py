@@ -52,6 +52,36 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: Client) -> None:
     assert [e.index for e in events] == list(range(len(events)))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_prompt_comes_with_its_log_probabilities(client: Client, samples: int) -> None:
+    """Asked for twice: what was kept of the first one is no help to the second one's report."""
+    prompt = [i * 37 % 300 + 100 for i in range(90)]
+    plain = client.generate(prompt, max_tokens=5)
+    both = [client.generate(prompt, max_tokens=5, samples=samples, prompt_logprobs=3) for _ in range(2)]
+    for answer in both:
+        assert answer.tokens == plain.tokens
+        assert len(answer.choices) == samples
+        assert [one.token for one in answer.prompt_logprobs] == prompt
+        assert answer.prompt_logprobs[0].logprob is None
+        for one in answer.prompt_logprobs[1:]:
+            assert one.logprob is not None
+            assert len(one.top) == 3
+            assert one.logprob <= one.top[0].logprob
+            assert all(top.text for top in one.top)
+    assert both[0].prompt_logprobs == both[1].prompt_logprobs
+    assert client.generate(prompt, max_tokens=0, prompt_logprobs=3).prompt_logprobs == both[0].prompt_logprobs
+    assert client.generate(prompt, max_tokens=1).prompt_logprobs == ()
+
+
+@pytest.mark.parametrize(("options", "field"), [({"prompt_logprobs": 21}, "prompt_logprobs"), ({}, "max_tokens")])
+def test_log_probabilities_of_the_prompt_have_bounds(client: Client, options: dict[str, int], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        client.generate([300, 301], max_tokens=0, **options)  # type: ignore[misc]
+    assert refused.value.field == field
+    with pytest.raises(TypeError, match="unknown option prompt_logprobs"):
+        client.chat([("user", "x")], prompt_logprobs=1)  # type: ignore[call-arg]
+
+
 def test_a_stop_string_cuts_across_tokens(client: Client) -> None:
     whole = client.chat([("user", QUESTION)], max_tokens=60).text
     stop = whole[10:19]

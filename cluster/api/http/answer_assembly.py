@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.request_service import RunningRequest
-from cluster.core.request import FinishEvent, TokenEvent, Usage
+from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent, Usage
 
 
 @dataclass(slots=True)
@@ -82,12 +82,20 @@ def reasoning_counters(running: RunningRequest) -> list[ReasoningCounter]:
     return [ReasoningCounter(running.checkpoint.tokenizer.reasoning_end) for _ in range(running.request.samples)]
 
 
-async def collect_answers(running: RunningRequest) -> list[CollectedAnswer]:
-    """Read the answer to its end and return every sample. Raises the error that ended it early."""
+async def collect_answers(
+    running: RunningRequest, prompt: Callable[[PromptLogprobs], object] | None = None
+) -> list[CollectedAnswer]:
+    """Read the answer to its end and return every sample. Raises the error that ended it early.
+
+    ``prompt`` is called with each piece of the prompt's log-probabilities, if the request asks for these.
+    """
     answers = [CollectedAnswer(count) for count in reasoning_counters(running)]
-    async with aclosing(running.events) as events:
+    async with aclosing(running.all_events) as events:
         async for event in events:
-            answers[event.sample].add(event)
+            if not isinstance(event, PromptLogprobs):
+                answers[event.sample].add(event)
+            elif prompt:
+                prompt(event)
     return answers
 
 

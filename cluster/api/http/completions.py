@@ -25,18 +25,18 @@ from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Json, new_id
-from cluster.api.http.logprobs import collected_columns, columns
+from cluster.api.http.logprobs import EchoedPrompt, collected_columns, columns
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.api.request_validation import generate_request
+from cluster.api.request_validation import check_prompt_logprobs, generate_request
 from cluster.api.requests import rename_fields
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import MacpipeError
-from cluster.core.request import FinishEvent, TokenEvent, Usage
+from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent, Usage
 
 KIND = "text_completion"
-PromptEvent: TypeAlias = tuple[int, TokenEvent | FinishEvent]
+PromptEvent: TypeAlias = tuple[int, PromptLogprobs | TokenEvent | FinishEvent]
 """An event of a prompt, with the prompt's number."""
 
 
@@ -65,11 +65,15 @@ class Completions:
         with rename_fields(form.field_names()):
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
             requests = [await generate_request(params, form_size(request), checkpoint, caller) for params in all_params]
+            if form.prompt_logprobs is not None:
+                check_prompt_logprobs(
+                    sum(len(r.request.prompt) for r in requests) * (1 + form.prompt_logprobs) * form.samples
+                )
             async with AsyncExitStack() as undo:
                 all_running = []
                 for one in requests:
                     running = await self.service.submit(one.request, checkpoint)
-                    undo.push_async_callback(running.events.aclose)
+                    undo.push_async_callback(running.all_events.aclose)
                     all_running.append(running)
                 undo.pop_all()
         return all_running
@@ -85,62 +89,89 @@ class CompletionsEncoder:
     _usage: Usage = field(default_factory=lambda: Usage(0, 0))
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters so far, by choice."""
-    _echoed: dict[str, str] = field(default_factory=dict)
-    """Text of each prompt, by its request."""
+    _prompt_texts: dict[str, str] = field(default_factory=dict)
+    """Text of each prompt that is echoed without log-probabilities, by its request."""
+    _echoed: list[EchoedPrompt] = field(init=False)
+    """The prompts whose log-probabilities are reported; empty if none are."""
+
+    def __post_init__(self) -> None:
+        scored = self.form.prompt_logprobs is not None
+        self._echoed = [EchoedPrompt(running) for running in self.all_running] if scored else []
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         async with asyncio.TaskGroup() as tasks:
-            gathered = [tasks.create_task(collect_answers(running)) for running in self.all_running]
+            gathered = [tasks.create_task(self._collect(p)) for p in range(len(self.all_running))]
         answers = [task.result() for task in gathered]
         choices = [
-            await self._choice(p, i, whole, running)
-            for p, (running, wholes) in enumerate(zip(self.all_running, answers, strict=True))
-            for i, whole in enumerate(wholes)
+            await self._choice(p, i, whole) for p, wholes in enumerate(answers) for i, whole in enumerate(wholes)
         ]
         usage = openai_usage(reduce(add_usage, (sum_usage(w.finish for w in wholes) for wholes in answers)))
         return {**self.head.fields(KIND), "choices": choices, "usage": usage}
 
-    async def _choice(
-        self, prompt: int, sample: int, whole: CollectedAnswer, running: RunningRequest
-    ) -> dict[str, Any]:
-        echoed = self._echo(running)
-        logprobs = None if self.form.logprobs is None else await collected_columns(whole.tokens, running)
+    async def _collect(self, prompt: int) -> list[CollectedAnswer]:
+        running = self.all_running[prompt]
+        if not self._echoed:
+            return await collect_answers(running)
+        echoed = self._echoed[prompt]
+        echoed.begin()
+        return await collect_answers(running, echoed.add)
+
+    async def _choice(self, prompt: int, sample: int, whole: CollectedAnswer) -> dict[str, Any]:
+        running = self.all_running[prompt]
+        text, logprobs = self._echo(prompt), None
+        if self._echoed:
+            tokens = [*whole.tokens, *_end_token(whole.finish)]
+            logprobs = await collected_columns(tokens, running, self._echoed[prompt])
+        elif self.form.logprobs is not None:
+            logprobs = await collected_columns(whole.tokens, running)
         return {
             "index": prompt * self.form.samples + sample,
-            "text": echoed + whole.text,
+            "text": text + whole.text,
             "logprobs": logprobs,
             "finish_reason": whole.finish.reason.value if whole.finish else None,
         }
 
-    def _echo(self, running: RunningRequest) -> str:
+    def _echo(self, prompt: int) -> str:
         """Return the prompt as text if ``echo`` is set, else an empty text. It is decoded once for all samples."""
-        if not self.form.echo:
-            return ""
-        prompt = running.request.id
-        if prompt not in self._echoed:
-            self._echoed[prompt] = running.checkpoint.tokenizer.decode(running.request.prompt)
-        return self._echoed[prompt]
+        if self._echoed:
+            return self._echoed[prompt].text
+        running = self.all_running[prompt]
+        request_id = running.request.id
+        if self.form.echo and request_id not in self._prompt_texts:
+            self._prompt_texts[request_id] = running.checkpoint.tokenizer.decode(running.request.prompt)
+        return self._prompt_texts.get(request_id, "")
 
     def begin(self) -> Iterator[bytes]:
-        if self.form.echo:
-            for p, running in enumerate(self.all_running):
-                for i in range(self.form.samples):
-                    yield self._chunk(p * self.form.samples + i, self._echo(running))
+        for p in range(len(self.all_running) if self.form.echo else 0):
+            text, logprobs = self._echoed[p].begin() if self._echoed else (self._echo(p), None)
+            yield from self._prompt_chunks(p, text, logprobs)
+
+    def _prompt_chunks(self, prompt: int, text: str, logprobs: dict[str, Any] | None) -> Iterator[bytes]:
+        """Yield a piece of the prompt for each of its samples."""
+        for index in range(prompt * self.form.samples, (prompt + 1) * self.form.samples):
+            self._offsets[index] = self._offsets.get(index, 0) + len(text) if self._echoed else 0
+            yield self._chunk(index, text, logprobs)
 
     def encode(self, e: PromptEvent) -> Iterator[bytes]:
         prompt, of_prompt = e
+        if isinstance(of_prompt, PromptLogprobs):
+            yield from self._prompt_chunks(prompt, *self._echoed[prompt].add(of_prompt))
+            return
         index = prompt * self.form.samples + of_prompt.sample
-        logprobs = None
+        tokens = [of_prompt] if isinstance(of_prompt, TokenEvent) else []
+        reason = None
         if isinstance(of_prompt, FinishEvent):
+            reason = of_prompt.reason.value
             usage = of_prompt.usage
             prompted = usage if of_prompt.sample == 0 else Usage(0, usage.completion_tokens)
             self._usage = add_usage(self._usage, prompted)
-        elif self.form.logprobs is not None:
+            tokens += _end_token(of_prompt) if self._echoed else []
+        logprobs = None
+        if tokens and self.form.logprobs is not None:
             offset = self._offsets.get(index, 0)
-            logprobs = columns([of_prompt], self.all_running[prompt], offset)
+            logprobs = columns(tokens, self.all_running[prompt], offset)
             self._offsets[index] = offset + len(of_prompt.text)
-        reason = of_prompt.reason.value if isinstance(of_prompt, FinishEvent) else None
         if of_prompt.text or logprobs or reason:
             yield self._chunk(index, of_prompt.text, logprobs, reason)
 
@@ -160,6 +191,14 @@ class CompletionsEncoder:
         return event({**self.head.fields(KIND), "choices": [choice]})
 
 
+def _end_token(finish: FinishEvent | None) -> list[TokenEvent]:
+    """Return the end-of-sequence token of an answer as a list, empty if something else ended it.
+
+    The columns of an echoed prompt include it, as OpenAI's do: evaluations drop the last entry as the generated token.
+    """
+    return [finish.end] if finish and finish.end else []
+
+
 @asynccontextmanager
 async def _merge_events(
     all_running: Sequence[RunningRequest],
@@ -169,11 +208,13 @@ async def _merge_events(
     The first error ends all prompts. The queue holds at most one event per prompt, so that a slow reader slows the
     prompts down and their own bounds apply.
     """
-    merged: asyncio.Queue[tuple[int, TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(len(all_running))
+    merged: asyncio.Queue[tuple[int, PromptLogprobs | TokenEvent | FinishEvent | Exception | None]] = asyncio.Queue(
+        len(all_running)
+    )
 
     async def pump(number: int, running: RunningRequest) -> None:
         try:
-            async with aclosing(running.events) as events:
+            async with aclosing(running.all_events) as events:
                 async for e in events:
                     await merged.put((number, e))
             await merged.put((number, None))

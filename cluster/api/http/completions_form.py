@@ -55,8 +55,6 @@ class CompletionsForm(SamplingForm):
         """Raise ``InvalidRequest`` for fields that cannot be combined."""
         if self.best_of is not None and self.best_of != self.samples:
             raise InvalidRequest("best_of must equal n; leave it out", field="best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("logprobs of the prompt are not supported; leave out echo or logprobs", field="echo")
         if self.stream_options and not self.stream:
             raise InvalidRequest("stream_options requires stream to be true", field="stream_options")
         if len(self.prompts) * self.samples > MAX_ANSWERS:
@@ -66,9 +64,19 @@ class CompletionsForm(SamplingForm):
                 field="n",
             )
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """The alternatives to report for each token of an echoed prompt; None if no log-probabilities are asked for."""
+        return self.logprobs if self.echo else None
+
     def field_names(self) -> dict[str, str]:
         """Map parameters to this form's fields."""
-        return {"samples": "n", "top_logprobs": "logprobs", **grammar_names("response_format")}
+        return {
+            "samples": "n",
+            "top_logprobs": "logprobs",
+            "prompt_logprobs": "logprobs",
+            **grammar_names("response_format"),
+        }
 
     def params(self, request_id: str) -> list[GenerateParams]:
         """Translate the body, once for each prompt. Raises ``InvalidRequest``, naming the field."""
@@ -88,4 +96,5 @@ class CompletionsForm(SamplingForm):
             priority=self.priority,
             samples=self.samples,
             grammar=decode_grammar(self.response_format),
+            prompt_logprobs=self.prompt_logprobs,
         )
