@@ -27,6 +27,9 @@ ANY_KEY: Final = "macpipe"
 """A placeholder: clients require a key, but without a cluster nothing checks it."""
 PATIENCE_MS: Final = "3600000"
 """How long a client waits for the next event: reading a long prompt for the first time can take minutes."""
+CODING_CONTEXT: Final = 32_768
+"""Tokens of context that coding agents need at least: their first prompts have up to 20,500."""
+CODING_AGENTS: Final = frozenset({"claude", "codex", "opencode", "qwen"})
 AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 """Variables for a CA certificate. The first two replace Python clients' CAs; the last adds to those of Node."""
 
@@ -83,15 +86,26 @@ def launch(
     if client not in CLIENTS:
         raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
     address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
-    found = add_authority(
-        CLIENTS[client], fetch_served(address, os.environ.get(KEY_VARIABLE, ""), find_authority(cluster))
-    )
+    served = fetch_served(address, os.environ.get(KEY_VARIABLE, ""), find_authority(cluster))
+    if warning := short_context(client, served):
+        typer.echo(warning, err=True)
+    found = add_authority(CLIENTS[client], served)
     if run or ctx.args:
         start(found, client, ctx.args)
     elif json_wanted:
         typer.echo(json.dumps({"environment": dict(found.environment), "command": list(found.command)}))
     else:
         typer.echo(shell_lines(found))
+
+
+def short_context(client: str, served: Served) -> str:
+    """Return a warning if the served context is too short for the client's own prompt; empty if it is not."""
+    if client not in CODING_AGENTS or served.context >= CODING_CONTEXT:
+        return ""
+    return (
+        f"{client} needs a context of {CODING_CONTEXT} tokens, and the model is served with {served.context}; "
+        f"serve it with --max-context {CODING_CONTEXT} or more"
+    )
 
 
 def find_authority(cluster: str) -> Path | None:

@@ -6,11 +6,12 @@ import json
 import shlex
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, add_authority, fetch_served, shell_lines
+from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, add_authority, fetch_served, shell_lines, short_context
 from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
 from integration.daemons import free_port
 
@@ -36,6 +37,13 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     assert CLIENTS["qwen"](SERVED).environment["QWEN_CODE_MAX_OUTPUT_TOKENS"] == "2048"
     config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
+
+
+def test_a_context_that_is_too_short_for_an_agent_is_told() -> None:
+    assert "needs a context of 32768 tokens" in short_context("claude", SERVED)
+    assert "--max-context 32768" in short_context("qwen", SERVED)
+    assert short_context("claude", replace(SERVED, context=32_768)) == ""
+    assert short_context("openai", SERVED) == ""
 
 
 @pytest.mark.parametrize(
