@@ -97,7 +97,7 @@ class Compute(IntEnum):
     DECODE = 1
     """The last position."""
     VERIFY = 2
-    """Every position, for speculative decoding."""
+    """Every position, for speculative decoding. No scheduler writes such a step yet; stages support it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from cluster.core.plan import Profile
 from cluster.model.module_tree import tree_bytes
 
-__all__ = ["Stretch", "measure"]
+__all__ = ["Stretch", "measure_device"]
 
 Stretch = Callable[[float], None]
 """Called with the seconds that a step took. It may sleep to make a device look slower."""
@@ -63,7 +63,7 @@ _CPU: Final = _Scale(512, 1024, 3, 4, mx.float32)
 _NARROW: Final = 64
 
 
-def measure(stretch: Stretch) -> Profile:
+def measure_device(stretch: Stretch) -> Profile:
     """Measure the device. Takes two or three seconds and half a gigabyte on a GPU; runs on the MLX thread."""
     scale = _CPU if mx.default_device().type == mx.cpu else _GPU
     narrow, deeper = (_layers(_NARROW, 2 * _NARROW, n, scale.dtype) for n in (SHALLOW, DEEP))

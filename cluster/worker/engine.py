@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from cluster.core.errors import BadFrame, MacpipeError, StaleEpoch
 from cluster.model import device
-from cluster.model import device_speed as speed
+from cluster.model.device_speed import measure_device
 from cluster.platform.overload import TimerLag
 from cluster.security.credentials import open_trust
 from cluster.security.trust import WORKER, Trust
@@ -125,7 +125,7 @@ class Engine:
 
     def _dispatch(self, command: Load | LinkStage | Unload | Measure) -> None:
         if isinstance(command, Measure):
-            p = speed.measure(self._throttle.stretch)
+            p = measure_device(self._throttle.stretch)
             self._send(Measured(command.call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost))
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
