@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from cluster.core.frames import Drop, Edit, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.kept_marks import KeptMark, surplus
 from cluster.scheduler.kv_cost import Cost, fits
-from cluster.scheduler.marks import KeptMark, surplus
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.sequence import ScheduledSequence
 

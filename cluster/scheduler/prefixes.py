@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.core.limits import MAX_PREFIXES
+from cluster.scheduler.kept_marks import KeptMark, MarkMemory
 from cluster.scheduler.kv_cost import Cost, fits
-from cluster.scheduler.marks import KeptMark, MarkMemory
 from cluster.scheduler.radix import Match, RadixTree
 
 MIN_HIT = 8

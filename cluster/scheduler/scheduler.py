@@ -29,10 +29,10 @@ from cluster.scheduler.deferred import DeferredSamples
 from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.in_flight import InFlightFrame
+from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
 from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.marking import Marking
-from cluster.scheduler.marks import KeptMark
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes

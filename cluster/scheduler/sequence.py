@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.core.request import Request
-from cluster.scheduler.marks import KeptMark
+from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.prefixes import Start
 
 

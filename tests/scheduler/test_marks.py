@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.core.frames import Compute, Drop, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.core.request import Request, SamplingParams
-from cluster.scheduler.marks import KeptMark, MarkMemory, surplus
+from cluster.scheduler.kept_marks import KeptMark, MarkMemory, surplus
 from cluster.scheduler.scheduler import Scheduler
 from scheduler.stages import MARK_BYTES, Stages, capacity, continuation
 
