@@ -44,7 +44,7 @@ from cluster.core.limits import (
 )
 from cluster.core.request import PromptLogprobs, TopLogprob
 from cluster.wire.edit_codec import pack_edit, unpack_edit
-from cluster.wire.elements import require_few_elements
+from cluster.wire.header_elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, pack_numbers, unpack_ids, unpack_numbers
 
 VERSION = 7
