@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_port import Cluster, JoinHost, JoinPort
+from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
 from cluster.cli.options import Json
 from cluster.platform.paths import short_host_name, state_home
 
@@ -62,7 +62,7 @@ def init(
         _, key = KeyStore(folder).create("first", KeyScope.ADMIN)
         _print_result(folder.cluster, made, tokens, key, json)
         if tokens and wait:
-            from cluster.cli.join_port import admit
+            from cluster.cli.join_watch import admit
 
             raise typer.Exit(admit(folder, tokens, host, join_port))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_port import Cluster
+from cluster.cli.join_watch import Cluster
 from cluster.cli.options import Json
 from cluster.platform.paths import state_home
 

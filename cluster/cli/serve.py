@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.join_port import JoinPort
+from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
 from cluster.coordinator.journal import Fsync
 from cluster.core.errors import InvalidOption

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_port import Cluster, JoinHost, JoinPort
+from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
 from cluster.cli.options import Json
 from cluster.core.errors import InvalidOption
 from cluster.core.text import duration_in_words, parse_duration
@@ -58,7 +58,7 @@ def create(
         made = TokenStore(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
         _print_token(made, seconds, json)
         if wait:
-            from cluster.cli.join_port import admit
+            from cluster.cli.join_watch import admit
 
             raise typer.Exit(admit(folder, [made], host, join_port))
 
