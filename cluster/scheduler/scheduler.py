@@ -246,7 +246,7 @@ class Scheduler:
     # Where a prompt starts
 
     def _join(self, sequence: ScheduledSequence) -> None:
-        """Start a sequence from the longest kept or live beginning, or make it wait for one that is being read."""
+        """Start a sequence from the longest kept or live beginning, or make it wait for one that is being prefilled."""
         kept = self._prefixes.find(_owner(sequence), sequence.beginning)
         live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.caches_need_marks)
         copied = max(live, key=lambda start: start.now, default=None)

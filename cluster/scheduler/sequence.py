@@ -43,7 +43,7 @@ class ScheduledSequence:
     start: Start | None = None
     """The kept prefix that it started from; None if there was none."""
     leader: ScheduledSequence | None = None
-    """The sequence that it waits for, since that is reading what both begin with; None if it does not wait."""
+    """The sequence that it waits for, since that is prefilling what both begin with; None if it does not wait."""
     awaits: int = 0
     """How many tokens the leader must have been fed."""
     joined: bool = False
