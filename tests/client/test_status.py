@@ -21,7 +21,7 @@ def tree(kind: type[errors.MacpipeError]) -> list[type[errors.MacpipeError]]:
     return [kind, *(one for child in kind.__subclasses__() for one in tree(child))]
 
 
-CLASSES = tree(errors.MacpipeError)
+CLASSES = [kind for kind in tree(errors.MacpipeError) if kind.__module__ == errors.__name__]
 short = st.text(max_size=40).filter(lambda text: text.isprintable())
 
 
