@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.core.errors import InvalidOption
+from cluster.platform.logs import LEVEL_VARIABLE, LogLevel
 
 if TYPE_CHECKING:
     from cluster.client import Options
@@ -21,6 +22,10 @@ Coordinator = Annotated[
 ]
 Cluster = Annotated[
     str | None, typer.Option(metavar="NAME", help="The coordinator's cluster; else MACPIPE_CLUSTER, else default.")
+]
+Level = Annotated[
+    LogLevel,
+    typer.Option("--log-level", envvar=LEVEL_VARIABLE, case_sensitive=False, help="Log lines of this level and above."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

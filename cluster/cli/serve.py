@@ -10,11 +10,13 @@ import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
+from cluster.cli.options import Level
 from cluster.coordinator.journal import Fsync
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.core.plan import Objective, Route
 from cluster.core.text import parse_address, parse_layers
+from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 
@@ -144,6 +146,7 @@ def serve(
     wait: Wait = DISCOVERY_TIMEOUT_S,
     home: Home = None,
     journal: KeepJournal = None,
+    log_level: Level = LogLevel.INFO,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
@@ -175,15 +178,16 @@ def serve(
         max_schema_bytes=max_schema_bytes,
         strict=strict,
     )
-    raise typer.Exit(_run(settings, exit_with_stdin))
+    raise typer.Exit(_run(settings, log_level, exit_with_stdin))
 
 
-def _run(settings: ServeSettings, exit_with_stdin: bool) -> int:
+def _run(settings: ServeSettings, log_level: LogLevel, exit_with_stdin: bool) -> int:
     from cluster.api.daemon import run
     from cluster.cli.load_progress import TerminalReport
 
     accept_signals()
     survive_full_log()
+    configure_logging(log_level)
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

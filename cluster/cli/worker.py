@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from cluster.cli.log_stream import survive_full_log
+from cluster.cli.options import Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
+from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import short_host_name, state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 from cluster.worker.settings import Profiling, WorkerSettings
@@ -47,6 +49,7 @@ def worker(
         Path | None,
         typer.Option(help="The state folder; else MACPIPE_HOME, else the default."),
     ] = None,
+    log_level: Level = LogLevel.INFO,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Run a worker on this Mac.
@@ -67,9 +70,11 @@ def worker(
         interface=interface or "",
         throttle=throttle,
         standby=standby,
+        log_level=log_level,
     )
     accept_signals()
     survive_full_log()
+    configure_logging(log_level)
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

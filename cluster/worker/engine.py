@@ -22,6 +22,7 @@ from typing import BinaryIO
 from cluster.core.errors import BadFrame, MacpipeError, StaleEpoch
 from cluster.model import device
 from cluster.model.device_speed import measure_device
+from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.overload import TimerLag
 from cluster.security.credentials import open_trust
 from cluster.security.trust import WORKER, Trust
@@ -174,7 +175,9 @@ def main() -> int:
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--worker", required=True, help="name of the worker whose credentials it uses in a cluster")
     parser.add_argument("--throttle", type=float, default=1.0)
+    parser.add_argument("--log-level", type=LogLevel, default=LogLevel.INFO)
     options = parser.parse_args()
+    configure_logging(options.log_level)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal and ends us by closing the pipe
     answers = _claim_stdout()

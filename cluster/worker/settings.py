@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from cluster.platform.logs import LogLevel
+
 
 class Profiling(StrEnum):
     """When a worker measures its speed: if no profile is stored, at every start, or never (its speed is unknown)."""
@@ -37,3 +39,4 @@ class WorkerSettings:
     data_port: int = 0
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced at once."""
+    log_level: LogLevel = LogLevel.INFO

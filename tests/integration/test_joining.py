@@ -55,6 +55,7 @@ def test_a_coordinator_that_runs_admits(tmp_path: Path, llama: Path) -> None:
         serving.kill()
         _, said = serving.communicate()
     assert b"Traceback" not in said
+    assert re.search(rb"^[0-9-]{10} [0-9:]{8},\d{3} INFO join: admitted name=mac-2-client$", said, re.MULTILINE)
 
 
 @pytest.mark.netns

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+LINES = """
+import io, logging, sys
+from cluster.platform.logs import LogLevel, configure_logging
+{before}
+configure_logging(LogLevel({level!r}))
+for name in ("cluster.platform.paths", "zeroconf"):
+    for method in ("debug", "info", "warning", "error"):
+        getattr(logging.getLogger(name), method)("%s: %s", name, method)
+"""
+ALL = ["debug", "info", "warning", "error"]
+
+
+def logged(level: str, before: str = "") -> list[str]:
+    """What a process with that level writes on standard error."""
+    code = LINES.format(level=level, before=before)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20)
+    return run.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("level", "ours", "libraries"),
+    [("debug", ALL, ALL[2:]), ("info", ALL[1:], ALL[2:]), ("error", ALL[3:], ALL[3:])],
+)
+def test_lines_have_time_and_level_and_libraries_only_warn(level: str, ours: list[str], libraries: list[str]) -> None:
+    found = [re.fullmatch(r"[0-9-]{10} [0-9:]{8},\d{3} ([A-Z]+) ([a-z.]+): ([a-z]+)", line) for line in logged(level)]
+    lines = [(line[2], line[3]) for line in found if line and line[1] == line[3].upper()]
+    assert lines == [("cluster.platform.paths", one) for one in ours] + [("zeroconf", one) for one in libraries]
+    assert len(lines) == len(found)
+
+
+def test_logging_that_is_configured_already_stays_as_it_is() -> None:
+    before = 'logging.basicConfig(format="mine %(message)s", level=logging.ERROR)'
+    assert logged("debug", before) == ["mine cluster.platform.paths: error", "mine zeroconf: error"]
+
+
+def test_lines_follow_when_standard_error_is_replaced() -> None:
+    """As progress bars and a full disk's guard replace it."""
+    code = (
+        "import io, logging, sys\n"
+        "from cluster.platform.logs import LogLevel, configure_logging\n"
+        "configure_logging(LogLevel.INFO)\n"
+        "sys.stderr = io.StringIO()\n"
+        "logging.getLogger('cluster').info('a: b')\n"
+        "assert sys.stderr.getvalue().endswith(' INFO a: b\\n')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
