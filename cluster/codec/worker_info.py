@@ -1,4 +1,4 @@
-"""Encode and decode the facts of a worker. A worker's claims are checked here, before anybody uses them.
+"""Encode and decode a worker's info. A worker's claims are checked here, before anybody uses them.
 
 A worker describes itself to its coordinator with a DescribeResponse; the coordinator reports it to clients as a Worker.
 Both messages have the fields of ``WorkerSummary``, by the same names.

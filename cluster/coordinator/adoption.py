@@ -25,7 +25,7 @@ async def adopt_held_slices(
     return ``workers`` and ``order`` unchanged.
     """
     for _ in range(ADOPTION_LOOKS):
-        members = [m.facts for m in roster.members if not m.problem]
+        members = [m.info for m in roster.members if not m.problem]
         adopted = adoptable_plan(shape, order, members)
         if adopted or not any(roster.owns(f) for f in members):
             return adopted or (workers, order)

@@ -61,8 +61,8 @@ class CertificateRotation:
         if is_due(*self._trust.valid, self._clock()):
             await anyio.to_thread.run_sync(self._renew_own, renewal)
         for member in await self._ask():
-            if member.reachable and member.facts.certificate[1] and is_due(*member.facts.certificate, self._clock()):
-                await self._renew_worker(member.facts, renewal.folder)
+            if member.reachable and member.info.certificate[1] and is_due(*member.info.certificate, self._clock()):
+                await self._renew_worker(member.info, renewal.folder)
 
     def _renew_own(self, renewal: Renewal) -> None:
         from cluster.security.certificate_renewal import renew_certificate
@@ -71,14 +71,14 @@ class CertificateRotation:
         renewal.install(renew_certificate(renewal.folder, own.role, own.id, renewal.request(), self._clock()))
         log.info("certificates: renewed own certificate")
 
-    async def _renew_worker(self, facts: WorkerInfo, folder: ClusterFolder) -> None:
+    async def _renew_worker(self, info: WorkerInfo, folder: ClusterFolder) -> None:
         from cluster.security.certificate_renewal import renew_certificate
         from cluster.security.roles import Role
 
-        certify = partial(renew_certificate, folder, Role.WORKER, facts.id, now=self._clock())
+        certify = partial(renew_certificate, folder, Role.WORKER, info.id, now=self._clock())
         try:
-            await self._roster.control(facts.control_address).renew(certify)
+            await self._roster.control(info.control_address).renew(certify)
         except MacpipeError as e:
-            log.warning("certificates: not renewed reason=%s worker=%s", e.sentence, facts.name)
+            log.warning("certificates: not renewed reason=%s worker=%s", e.sentence, info.name)
         else:
-            log.info("certificates: renewed worker=%s", facts.name)
+            log.info("certificates: renewed worker=%s", info.name)

@@ -152,7 +152,7 @@ class Coordinator:
             await self._service.teach()  # the next plan uses the step times measured here
         found = await self._gather_workers(order, model_info.shape, report)
         found, order = await adopt_held_slices(model_info.shape, order, found, self._roster)
-        number = self._epochs.next(m.facts.epoch for m in self._roster.members)
+        number = self._epochs.next(m.info.epoch for m in self._roster.members)
         plan = await self._make_plan(number, model_info.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
@@ -330,10 +330,10 @@ class Coordinator:
         Raises ``WorkerLost`` if no such worker answers. Raises ``NoPlan`` if no other workers can hold its layers; the
         worker then stays in use.
         """
-        member = next((m for m in await self.members() if m.facts.name == worker), None)
+        member = next((m for m in await self.members() if m.info.name == worker), None)
         if member is None or not member.reachable:
             raise WorkerLost(f"no worker named {worker} answers; `macpipe status` lists the workers", worker=worker)
-        control = self._roster.control(member.facts.control_address)
+        control = self._roster.control(member.info.control_address)
         await control.drain(undo=undo)
         if self._service is None:
             return

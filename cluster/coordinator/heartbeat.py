@@ -117,10 +117,10 @@ class HeartbeatMonitor:
         if member.problem:
             return member
         if not self._table.is_asked(name):
-            return RosterEntry(member.facts, f"worker {name} has left: it is no longer announced", reachable=False)
+            return RosterEntry(member.info, f"worker {name} has left: it is no longer announced", reachable=False)
         belief = self._suspicion.of(name)
         if belief and belief.standing is Standing.GONE:
-            return RosterEntry(member.facts, f"worker {name} {belief.why}", reachable=False)
+            return RosterEntry(member.info, f"worker {name} {belief.why}", reachable=False)
         return member
 
     async def _run(self) -> None:
@@ -167,7 +167,7 @@ class HeartbeatMonitor:
         began = time.monotonic()
         timeout_s = max(timeout_s, GONE_S + extra_s(self._lag()))
         try:
-            facts, problem = await self._roster.control(address).describe(timeout_s)
+            info, problem = await self._roster.control(address).describe(timeout_s)
         except MacpipeError as e:
             self._on_failure(address, e)
             if time.monotonic() - began >= timeout_s:
@@ -178,24 +178,24 @@ class HeartbeatMonitor:
                 raise
             log.debug("heartbeat: channel closed during a call address=%s", address)
         else:
-            self._on_answer(address, facts, problem)
+            self._on_answer(address, info, problem)
             return max(GONE_S, min(2 * (time.monotonic() - began), MAX_PATIENCE * GONE_S))
         return timeout_s
 
-    def _on_answer(self, address: str, facts: WorkerInfo, problem: str) -> None:
+    def _on_answer(self, address: str, info: WorkerInfo, problem: str) -> None:
         now = time.monotonic()
         self._wake()
-        member = self._roster.member(facts, problem)
+        member = self._roster.member(info, problem)
         change = self._table.answered(address, member, now)
         for name in change.replaced:
-            self._report(self._suspicion.on_refusal(name, f"was replaced by {facts.name} at {address}", now))
+            self._report(self._suspicion.on_refusal(name, f"was replaced by {info.name} at {address}", now))
         if not change.name:
             return
         if problem or not member.reachable:
-            self._report(self._suspicion.on_refusal(facts.name, member.problem, now))
+            self._report(self._suspicion.on_refusal(info.name, member.problem, now))
         else:
-            self._report(self._suspicion.on_heard(facts.name, now))
-        self._suspicion.note_lag(facts.name, facts.lag_seconds)
+            self._report(self._suspicion.on_heard(info.name, now))
+        self._suspicion.note_lag(info.name, info.lag_seconds)
 
     def _on_failure(self, address: str, error: MacpipeError) -> None:
         """Handle that nobody answered at ``address``. A worker that restarted at another address is not affected."""

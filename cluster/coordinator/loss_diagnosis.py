@@ -23,7 +23,7 @@ def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry]) ->
 
 def verdicts(plan: Plan, members: Iterable[RosterEntry]) -> dict[str, str]:
     """Return a sentence for each worker of a plan that no longer holds its stage, by worker name."""
-    known = {m.facts.name: m for m in members}
+    known = {m.info.name: m for m in members}
     found = ((s.worker, _verdict(s, known.get(s.worker))) for s in plan.stages)
     return {worker: why for worker, why in found if why}
 
@@ -33,25 +33,25 @@ def _verdict(stage: PlannedStage, member: RosterEntry | None) -> str:
         return f"worker {stage.worker} is missing"
     if member.problem:
         return with_subject(stage.worker, member.problem, f"worker {stage.worker}")
-    facts = member.facts
-    if not facts.epoch:
+    info = member.info
+    if not info.epoch:
         return f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"
-    if facts.epoch > stage.spec.epoch:
-        return f"worker {stage.worker} was taken over: another coordinator loaded {facts.model} there"
+    if info.epoch > stage.spec.epoch:
+        return f"worker {stage.worker} was taken over: another coordinator loaded {info.model} there"
     return ""
 
 
 def find_hanging(plan: Plan, members: Iterable[RosterEntry], busy_ms: float) -> str | None:
     """Return the plan's worker with the longest running step, if that step has taken ``busy_ms`` or more."""
     planned = {s.worker for s in plan.stages}
-    busy = [(m.facts.busy_ms, m.facts.name) for m in members if m.facts.name in planned and not m.problem]
+    busy = [(m.info.busy_ms, m.info.name) for m in members if m.info.name in planned and not m.problem]
     longest, worker = max(busy, default=(0, ""))
     return worker if longest >= busy_ms else None
 
 
 def is_excused(member: RosterEntry) -> bool:
     """Return whether the engine is slow rather than hung: it computes, or its machine is overloaded."""
-    return member.facts.computing or member.facts.lag_seconds > 0
+    return member.info.computing or member.info.lag_seconds > 0
 
 
 def unservable(cause: MacpipeError, why: MacpipeError) -> WorkerLost:

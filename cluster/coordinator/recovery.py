@@ -116,7 +116,7 @@ class EpochChange(ABC):
     def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
         context = self._context
         plan = self._epoch.plan
-        number = context.deps.epochs.next(m.facts.epoch for m in members)
+        number = context.deps.epochs.next(m.info.epoch for m in members)
         return reassign_layers(number, plan, context.model_info.shape, context.order, members, self._without)
 
     async def _open(self, chosen: Assignment) -> Epoch:
@@ -204,17 +204,17 @@ class Recovery(EpochChange):
             members = tuple(m for m in members if not is_excused(m))
         busy_ms = FRAME_FLOOR_S * 500 * deadlines.growth / 2
         stuck = find_hanging(plan, members, busy_ms) if isinstance(self.cause, FrameOverdue) else None
-        unresponsive = {m.facts.name for m in members if m.reachable and m.problem and m.facts.epoch}
+        unresponsive = {m.info.name for m in members if m.reachable and m.problem and m.info.epoch}
         for member in members:
-            if member.facts.name == stuck or member.facts.name in unresponsive:
+            if member.info.name == stuck or member.info.name in unresponsive:
                 await self._reset(member)
 
     async def _reset(self, member: RosterEntry) -> None:
-        self.cause = WorkerLost(f"the engine of worker {member.facts.name} hangs", worker=member.facts.name)
+        self.cause = WorkerLost(f"the engine of worker {member.info.name} hangs", worker=member.info.name)
         try:
-            await self._context.builder.control(member.facts.control_address).reset(self.cause.sentence)
+            await self._context.builder.control(member.info.control_address).reset(self.cause.sentence)
         except MacpipeError as e:
-            log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.facts.name)
+            log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.info.name)
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         names = [s.worker for s in self._epoch.plan.stages]
@@ -230,10 +230,10 @@ class Recovery(EpochChange):
         """Raise ``_EngineRestarting`` while a crashed engine restarts, unless it crashes repeatedly."""
         names = {s.worker for s in self._epoch.plan.stages}
         for m in members:
-            belief = self._context.deps.heartbeat.belief(m.facts.name)
+            belief = self._context.deps.heartbeat.belief(m.info.name)
             steady = belief is None or belief.lost_since(time.monotonic() - CRASHES_S) < ENGINE_CRASHES
-            if m.facts.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
-                raise _EngineRestarting(f"waiting for the engine of {m.facts.name}: {m.problem}")
+            if m.info.name in names and m.problem and m.reachable and steady and self._elapsed < RETURN_S:
+                raise _EngineRestarting(f"waiting for the engine of {m.info.name}: {m.problem}")
 
     def _on_failed_try(self, why: MacpipeError) -> None:
         """Handle a failed try. A worker that answered but failed is left out of the next try.

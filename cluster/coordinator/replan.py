@@ -38,8 +38,8 @@ def reassign_layers(
 
     Raises ``NoWorkers`` if no worker is left, and ``NoPlan`` or ``DoesNotFit`` if the model does not fit on the rest.
     """
-    usable = {m.facts.name: m.facts for m in members if not m.problem and not m.facts.draining}
-    fit = {name: facts for name, facts in usable.items() if name not in without}
+    usable = {m.info.name: m.info for m in members if not m.problem and not m.info.draining}
+    fit = {name: info for name, info in usable.items() if name not in without}
     if not fit:
         raise NoWorkers("no worker is left")
     same = _keep_cut(epoch, plan, shape, order, fit)
@@ -73,18 +73,18 @@ def _cut_of(plan: Plan) -> list[tuple[str, LayerRange]]:
     return [(s.worker, s.layers) for s in plan.stages]
 
 
-def holds(facts: WorkerInfo, stage: PlannedStage) -> bool:
+def holds(info: WorkerInfo, stage: PlannedStage) -> bool:
     """Return whether the worker has the stage's weights in memory, from any epoch."""
     spec = stage.spec
-    held = facts.fingerprint, facts.layers, facts.kv_bits
-    return bool(facts.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits)
+    held = info.fingerprint, info.layers, info.kv_bits
+    return bool(info.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits)
 
 
 def _keep_cut(
     epoch: int, plan: Plan, shape: ModelShape, order: LoadOrder, fit: dict[str, WorkerInfo]
 ) -> Assignment | None:
     """Return the same layer ranges with a spare for each missing worker; None if the spares do not suffice."""
-    spares = [facts for name, facts in fit.items() if name not in {s.worker for s in plan.stages}]
+    spares = [info for name, info in fit.items() if name not in {s.worker for s in plan.stages}]
     workers: list[WorkerInfo] = []
     for stage in plan.stages:
         chosen = fit.get(stage.worker) or _best_spare(stage, spares)

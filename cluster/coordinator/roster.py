@@ -38,7 +38,7 @@ MLX_LM: Final = version("mlx-lm")
 class RosterEntry:
     """A worker that was seen: its description, and the problem that makes it unusable ("" for none)."""
 
-    facts: WorkerInfo
+    info: WorkerInfo
     problem: str = ""
     reachable: bool = True
     duplicate: bool = False
@@ -75,8 +75,8 @@ class Roster:
         await self._forget(self._controls.keys() - addresses)
         # reachable members come last, so they replace unreachable ones of the same process
         by_reachable = sorted(answers.values(), key=lambda m: m.reachable)
-        unique = {(m.facts.id or m.facts.control_address, m.facts.instance): m for m in by_reachable}
-        ordered = sorted(unique.values(), key=lambda m: (m.facts.name, m.facts.id, m.facts.control_address))
+        unique = {(m.info.id or m.info.control_address, m.info.instance): m for m in by_reachable}
+        ordered = sorted(unique.values(), key=lambda m: (m.info.name, m.info.id, m.info.control_address))
         self.members = _with_duplicates(ordered)
         return self.members
 
@@ -86,53 +86,53 @@ class Roster:
 
     async def _ask(self, address: str, answers: dict[str, RosterEntry]) -> None:
         try:
-            facts, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
+            info, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
             known = self._pinned.get(address) or _unknown_worker(address)
             answers[address] = RosterEntry(known, e.sentence, reachable=False)
         else:
-            answers[address] = self.member(facts, problem)
+            answers[address] = self.member(info, problem)
 
-    def member(self, facts: WorkerInfo, problem: str) -> RosterEntry:
+    def member(self, info: WorkerInfo, problem: str) -> RosterEntry:
         """Return the entry of a worker that answered. A worker outside the cluster counts as unreachable."""
-        if why := self.stranger(facts):
-            return RosterEntry(facts, why, reachable=False)
-        return RosterEntry(facts, problem or self.objection(facts))
+        if why := self.stranger(info):
+            return RosterEntry(info, why, reachable=False)
+        return RosterEntry(info, problem or self.objection(info))
 
-    def stranger(self, facts: WorkerInfo) -> str:
+    def stranger(self, info: WorkerInfo) -> str:
         """Return why a worker with a valid certificate is not a member of the cluster; "" if it is."""
         members = self.trust.members
-        if members is None or any(m.role == WORKER and m.id == facts.id for m in members.current()):
+        if members is None or any(m.role == WORKER and m.id == info.id for m in members.current()):
             return ""
-        return f"{facts.name} was removed from the cluster {self._cluster}, or never admitted to it"
+        return f"{info.name} was removed from the cluster {self._cluster}, or never admitted to it"
 
     def _revoked_serials(self) -> frozenset[int]:
         return self.trust.members.revoked() if self.trust.members else frozenset()
 
-    def objection(self, facts: WorkerInfo) -> str:
+    def objection(self, info: WorkerInfo) -> str:
         """Return why a worker that answered cannot be used; "" if it can."""
-        if facts.cluster != self._cluster:
-            return f"{facts.name} belongs to the cluster {facts.cluster}, not to {self._cluster}"
-        if facts.version != __version__:
-            return _other_version(facts.name, "macpipe", facts.version, __version__)
-        if _mlx_lm_of(facts) != MLX_LM:
-            return _other_version(facts.name, "mlx-lm", _mlx_lm_of(facts), MLX_LM)
-        if facts.live_owner and facts.live_owner != self._coordinator:
-            return f"{facts.name} serves {facts.model} for another coordinator"
-        if self.is_held_by_other_process(facts):
+        if info.cluster != self._cluster:
+            return f"{info.name} belongs to the cluster {info.cluster}, not to {self._cluster}"
+        if info.version != __version__:
+            return _other_version(info.name, "macpipe", info.version, __version__)
+        if _mlx_lm_of(info) != MLX_LM:
+            return _other_version(info.name, "mlx-lm", _mlx_lm_of(info), MLX_LM)
+        if info.live_owner and info.live_owner != self._coordinator:
+            return f"{info.name} serves {info.model} for another coordinator"
+        if self.is_held_by_other_process(info):
             return (
-                f"{facts.name} serves {facts.model} for another coordinator that has the id of this one, "
+                f"{info.name} serves {info.model} for another coordinator that has the id of this one, "
                 f"{self._coordinator}: {COPIED}"
             )
         return ""
 
-    def is_held_by_other_process(self, facts: WorkerInfo) -> bool:
+    def is_held_by_other_process(self, info: WorkerInfo) -> bool:
         """Return whether another process with this coordinator's id owns the worker, or did until a moment ago."""
-        return facts.live_owner == self._coordinator and facts.live_owner_process not in ("", self.instance)
+        return info.live_owner == self._coordinator and info.live_owner_process not in ("", self.instance)
 
-    def owns(self, facts: WorkerInfo) -> bool:
+    def owns(self, info: WorkerInfo) -> bool:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
-        return bool(facts.epoch) and facts.owner == self._coordinator
+        return bool(info.epoch) and info.owner == self._coordinator
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address; create it on first use."""
@@ -166,7 +166,7 @@ class Roster:
                 if names != reported:
                     reported = names
                     report.waiting(usable, wanted)
-                if conflicting := next((m for m in self.members if self.is_held_by_other_process(m.facts)), None):
+                if conflicting := next((m for m in self.members if self.is_held_by_other_process(m.info)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
                         raise DuplicateId(conflicting.problem)
                 elif (wanted and sum(map(counts, usable)) >= wanted) or (
@@ -190,10 +190,10 @@ class Roster:
         return not await self._source.changed(SETTLE_S)
 
     def _too_few_workers(self, wanted: int | None, wait_s: float) -> MacpipeError:
-        usable = [m.facts.name for m in self.members if not m.problem]
+        usable = [m.info.name for m in self.members if not m.problem]
         others = [m.problem for m in self.members if m.problem]
-        others += [f"{m.facts.name} is drained" for m in self.members if m.facts.draining]
-        if any(m.problem and _is_other_version(m.facts) for m in self.members):
+        others += [f"{m.info.name} is drained" for m in self.members if m.info.draining]
+        if any(m.problem and _is_other_version(m.info) for m in self.members):
             return VersionMismatch("; ".join(others))
         found = f"found {', '.join(usable)}" if usable else "found no worker"
         return NoWorkers(
@@ -222,7 +222,7 @@ def _usable(members: Sequence[RosterEntry], wanted: int | None) -> tuple[WorkerI
     Raises ``DuplicateName`` or ``DuplicateId`` if it cannot.
     """
     copied = next((m for m in members if m.duplicate), None)
-    fine = tuple(m.facts for m in members if not m.problem and not m.facts.draining)
+    fine = tuple(m.info for m in members if not m.problem and not m.info.draining)
     counts = Counter(f.name for f in fine)
     single = tuple(f for f in fine if counts[f.name] == 1)
     if (len(single) == len(fine) and not copied) or (wanted and len(single) >= wanted):
@@ -238,12 +238,12 @@ def _with_duplicates(members: Sequence[RosterEntry]) -> tuple[RosterEntry, ...]:
     """Return the members, with a problem set on those that share their id with another process that answers."""
     by_id: dict[str, list[RosterEntry]] = {}
     for member in members:
-        if member.reachable and member.facts.id:
-            by_id.setdefault(member.facts.id, []).append(member)
+        if member.reachable and member.info.id:
+            by_id.setdefault(member.info.id, []).append(member)
     shared = {worker_id: found for worker_id, found in by_id.items() if len(found) > 1}
     return tuple(
-        RosterEntry(m.facts, shared_id([o.facts for o in shared[m.facts.id]]), duplicate=True)
-        if m.reachable and m.facts.id in shared
+        RosterEntry(m.info, shared_id([o.info for o in shared[m.info.id]]), duplicate=True)
+        if m.reachable and m.info.id in shared
         else m
         for m in members
     )
@@ -255,13 +255,13 @@ def shared_id(workers: Sequence[WorkerInfo]) -> str:
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
 
 
-def _mlx_lm_of(facts: WorkerInfo) -> str:
-    return facts.mlx_version.rpartition(" ")[2]
+def _mlx_lm_of(info: WorkerInfo) -> str:
+    return info.mlx_version.rpartition(" ")[2]
 
 
-def _is_other_version(facts: WorkerInfo) -> bool:
+def _is_other_version(info: WorkerInfo) -> bool:
     """Return whether a worker runs another version; False for a worker that never answered."""
-    return bool(facts.version) and (facts.version != __version__ or _mlx_lm_of(facts) != MLX_LM)
+    return bool(info.version) and (info.version != __version__ or _mlx_lm_of(info) != MLX_LM)
 
 
 def _other_version(name: str, what: str, theirs: str, ours: str) -> str:

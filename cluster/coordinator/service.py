@@ -269,9 +269,9 @@ class ModelService:
     async def _move_draining(self) -> None:
         """Move the layers of the first draining worker that holds a stage."""
         for member in self._deps.heartbeat.members():
-            name, facts = member.facts.name, member.facts
-            if facts.draining and not member.problem and name in self._stage_workers() and self._may_retry_move(name):
-                await self._move_from(facts)
+            name, info = member.info.name, member.info
+            if info.draining and not member.problem and name in self._stage_workers() and self._may_retry_move(name):
+                await self._move_from(info)
                 return
 
     def _may_retry_move(self, name: str) -> bool:
@@ -320,7 +320,7 @@ class ModelService:
             return
         since = time.monotonic() - STEADY_S
         heartbeat = self._deps.heartbeat
-        steady = (m.facts for m in heartbeat.members() if not m.problem and heartbeat.up_since(m.facts.name, since))
+        steady = (m.info for m in heartbeat.members() if not m.problem and heartbeat.up_since(m.info.name, since))
         next_number = self._deps.epochs.next
         reason = "workers that were lost are back and take their layers again"
         try:

@@ -66,16 +66,16 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
 def describe_workers(members: Sequence[RosterEntry], beliefs: Sequence[Belief]) -> tuple[WorkerState, ...]:
     """Describe the workers. A duplicate has no belief of its own: the belief is about the worker whose name it uses."""
     by_name = {b.worker: b for b in beliefs}
-    return tuple(_describe_worker(m, None if m.duplicate else by_name.get(m.facts.name)) for m in members)
+    return tuple(_describe_worker(m, None if m.duplicate else by_name.get(m.info.name)) for m in members)
 
 
 def _describe_worker(member: RosterEntry, belief: Belief | None) -> WorkerState:
-    summary = {field.name: getattr(member.facts, field.name) for field in fields(WorkerSummary)}
+    summary = {field.name: getattr(member.info, field.name) for field in fields(WorkerSummary)}
     return WorkerState(
         **summary,
         reachable=member.reachable,
         problem=member.problem,
-        bandwidth=member.facts.profile.bandwidth,
+        bandwidth=member.info.profile.bandwidth,
         standing=belief.standing if belief else Standing.UP,
         silent_seconds=time.monotonic() - belief.heard if belief else 0.0,
         losses=belief.losses if belief else 0,

@@ -121,7 +121,7 @@ class WeightDistribution:
 
     def _peers(self, workers: Sequence[WorkerInfo], worker: WorkerInfo, port: str) -> tuple[StorePlace, ...]:
         """Return where a worker may fetch from: the coordinator, then the plan's workers, then all others."""
-        others = [*workers, *(m.facts for m in self._roster.members if m.reachable)]
+        others = [*workers, *(m.info for m in self._roster.members if m.reachable)]
         named = {w.control_address: w for w in others if w.control_address != worker.control_address}
         own = StorePlace(COORDINATOR, port, self._trust.me)
         return own, *(StorePlace(f"worker {w.name}", address, worker_of(w.id)) for address, w in named.items())

@@ -94,46 +94,46 @@ class WorkerTable:
         A name and an id belong to their worker until it is no longer asked or is gone. Another process that answers
         with them is a duplicate.
         """
-        facts = member.facts
+        info = member.info
         rival = self._find_rival(address, member)
-        replaced = tuple(name for name in self.at(address) if name != facts.name)
+        replaced = tuple(name for name in self.at(address) if name != info.name)
         for name in replaced:
-            self._replace(name, address, facts.name)
+            self._replace(name, address, info.name)
         if rival is None:
             self._duplicates.pop(address, None)
-            self._entries[facts.name] = Entry(member, now, address)
-            return Change(facts.name, replaced)
+            self._entries[info.name] = Entry(member, now, address)
+            return Change(info.name, replaced)
         return Change(self._resolve_rival(address, member, rival, now), replaced)
 
     def _find_rival(self, address: str, member: RosterEntry) -> Entry | None:
         """Return the living worker at another address that has the name or the id of ``member``."""
-        facts = member.facts
-        known = self._entries.get(facts.name)
+        info = member.info
+        known = self._entries.get(info.name)
         if known and known.address == address:
             return None
-        same = (e.member.facts for e in self._entries.values() if facts.id and e.member.facts.id == facts.id)
-        living = {n: self._entries[n] for n in (facts.name, *(f.name for f in same)) if self.is_asked(n)}
+        same = (e.member.info for e in self._entries.values() if info.id and e.member.info.id == info.id)
+        living = {n: self._entries[n] for n in (info.name, *(f.name for f in same)) if self.is_asked(n)}
         return next((e for n, e in living.items() if e.address != address and self._lives(n, e)), None)
 
     def _resolve_rival(self, address: str, member: RosterEntry, rival: Entry, now: float) -> str:
         """Return the worker's name if it answers at two addresses; "" if these are two workers, a duplicate."""
-        facts, other = member.facts, rival.member.facts
-        if (facts.id, facts.instance, facts.name) == (other.id, other.instance, other.name):
+        info, other = member.info, rival.member.info
+        if (info.id, info.instance, info.name) == (other.id, other.instance, other.name):
             self._duplicates.pop(address, None)
             if not rival.member.reachable:
-                self._entries[facts.name] = Entry(member, now, address)
-            return facts.name
-        problem = f"two workers are named {facts.name}, at {rival.address} and {address}; start one with another --name"
-        if facts.id and facts.id == other.id:
-            problem = shared_id((other, facts))
+                self._entries[info.name] = Entry(member, now, address)
+            return info.name
+        problem = f"two workers are named {info.name}, at {rival.address} and {address}; start one with another --name"
+        if info.id and info.id == other.id:
+            problem = shared_id((other, info))
         _, since = self._duplicates.get(address, (member, now))
-        self._duplicates[address] = RosterEntry(facts, problem, reachable=False, duplicate=True), since
+        self._duplicates[address] = RosterEntry(info, problem, reachable=False, duplicate=True), since
         return ""
 
     def _replace(self, name: str, address: str, other: str) -> None:
         entry = self._entries[name]
         why = f"worker {name} is no longer at {address}: {other} answers there"
-        self._entries[name] = Entry(RosterEntry(entry.member.facts, why, reachable=False), entry.heard, "")
+        self._entries[name] = Entry(RosterEntry(entry.member.info, why, reachable=False), entry.heard, "")
 
     def failed(self, address: str, problem: str) -> tuple[str, ...]:
         """Mark the worker at an address as unreachable. Return the names that are asked there."""
@@ -141,7 +141,7 @@ class WorkerTable:
         names = self.at(address)
         for name in names:
             entry = self._entries[name]
-            self._entries[name] = replace(entry, member=RosterEntry(entry.member.facts, problem, reachable=False))
+            self._entries[name] = replace(entry, member=RosterEntry(entry.member.info, problem, reachable=False))
         return names
 
     def _lives(self, name: str, entry: Entry) -> bool:

@@ -1,4 +1,4 @@
-"""The facts of a worker: shared ones, those for its coordinator, and those for clients."""
+"""A worker's description of itself: the fields for everybody, those for its coordinator, and those for clients."""
 
 from __future__ import annotations
 

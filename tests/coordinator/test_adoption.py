@@ -28,8 +28,8 @@ def holding(name: str, start: int, end: int, **more: object) -> WorkerInfo:
 STAGES = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6))
 
 
-def adopted(*facts: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
-    found = adoptable_plan(SHAPE, order, facts)
+def adopted(*workers: WorkerInfo, order: LoadOrder = ORDER) -> list[str] | None:
+    found = adoptable_plan(SHAPE, order, workers)
     return [f"{w.name} {r}" for w, r in zip(found[0], found[1].layers or (), strict=True)] if found else None
 
 

@@ -25,7 +25,7 @@ from cluster.membership.suspicion import Standing
 from cluster.security.credentials import LocalTrust
 
 
-def facts(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerInfo:
+def worker_info(name: str, address: str, worker_id: str = "", instance: str = "") -> WorkerInfo:
     return WorkerInfo(
         id=worker_id or name,
         instance=instance,
@@ -58,7 +58,7 @@ class Worker:
         except TimeoutError:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name) from None
         await asyncio.sleep(0)
-        return facts(name, self.address, self.id, self.instance), ""
+        return worker_info(name, self.address, self.id, self.instance), ""
 
     async def close(self) -> None:
         self.closed = True
@@ -112,7 +112,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def names(watch: HeartbeatMonitor) -> list[str]:
-    return [m.facts.name for m in watch.members()]
+    return [m.info.name for m in watch.members()]
 
 
 def test_nobody_waits_for_a_worker_that_left(network: Network) -> None:
@@ -141,7 +141,7 @@ def test_a_worker_that_left_comes_back_at_another_address(network: Network) -> N
         await until(lambda: names(watch) == ["ada"])
         network.leave("a:1")
         network.start("ada", "a:2")
-        await until(lambda: watch.members()[0].facts.control_address == "a:2")
+        await until(lambda: watch.members()[0].info.control_address == "a:2")
         assert not watch.members()[0].problem
         assert not watch.duplicates()
 
@@ -189,7 +189,7 @@ def test_a_worker_with_a_new_name_at_each_heartbeat_fills_nothing_and_delays_nob
             await watch.ask(names(watch), time.monotonic(), 1e6)
         await until(lambda: len(names(watch)) <= MAX_DEPARTED + 2)
         assert len(watch.beliefs()) <= MAX_DEPARTED + 2
-        living = [m.facts.name for m in watch.members() if m.reachable]
+        living = [m.info.name for m in watch.members() if m.reachable]
         assert living[0] == "ada"
         assert len(living) == 2
 
@@ -209,12 +209,12 @@ def test_a_worker_that_claims_the_name_of_a_living_one_changes_nothing(network: 
         other.refuses = True
         await until(lambda: not watch.duplicates())
         (member,) = watch.members()
-        assert (member.facts.control_address, member.problem) == ("a:1", "")
+        assert (member.info.control_address, member.problem) == ("a:1", "")
         belief = watch.belief("ada")
         assert belief
         assert (belief.standing, belief.losses) == (Standing.UP, 0)
         other.refuses, ada.refuses = False, True
-        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+        await until(lambda: watch.members()[0].info.control_address == "b:1")
 
     watched(network, play)
 
@@ -228,9 +228,9 @@ def test_a_worker_whose_state_folder_was_copied_is_named(network: Network, name:
         await until(lambda: len(watch.duplicates()) == 1)
         (duplicate,) = watch.duplicates()
         assert f"two workers have the id 1, ada at a:1 and {name} at b:1: the state folder" in duplicate.problem
-        assert [(m.facts.name, m.problem) for m in watch.members()] == [("ada", "")]
+        assert [(m.info.name, m.problem) for m in watch.members()] == [("ada", "")]
         await network.refresh()
-        assert [(m.facts.control_address, m.duplicate) for m in network.members] == [("a:1", True), ("b:1", True)]
+        assert [(m.info.control_address, m.duplicate) for m in network.members] == [("a:1", True), ("b:1", True)]
         assert all("the state folder of one was copied" in m.problem for m in network.members)
         with pytest.raises(DuplicateId, match="two workers have the id 1"):
             await network.present(1)
@@ -270,9 +270,9 @@ def test_a_worker_with_two_addresses_is_one(network: Network) -> None:
             await watch.ask(("ada",), time.monotonic())
         assert not watch.duplicates()
         assert [w.name for w in await network.present(1)] == ["ada"]
-        at = watch.members()[0].facts.control_address
+        at = watch.members()[0].info.control_address
         first.refuses = True
-        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+        await until(lambda: watch.members()[0].info.control_address == "b:1")
         assert at in ("a:1", "b:1")
         assert not watch.members()[0].problem
 
@@ -285,7 +285,7 @@ def test_a_worker_that_is_started_again_elsewhere_is_no_duplicate(network: Netwo
         await until(lambda: names(watch) == ["ada"])
         before.refuses = True
         network.start("ada", "b:1", "1", "y")
-        await until(lambda: watch.members()[0].facts.control_address == "b:1")
+        await until(lambda: watch.members()[0].info.control_address == "b:1")
         await watch.ask(("ada",), time.monotonic())
         assert not watch.duplicates()
 
@@ -297,7 +297,9 @@ def test_a_coordinator_with_the_id_of_this_one_is_told_from_a_life_before(
     network: Network, instance: str, served: bool
 ) -> None:
     held = replace(
-        facts("ada", "a:1"), live_owner="me", live_owner_process=network.instance if instance == "mine" else instance
+        worker_info("ada", "a:1"),
+        live_owner="me",
+        live_owner_process=network.instance if instance == "mine" else instance,
     )
     problem = network.objection(held)
     assert (problem == "") is served

@@ -24,8 +24,8 @@ CAUSE = WorkerLost("cyd: the data stream broke", worker="cyd")
 
 
 def worker(name: str, megabytes: int = 40, **more: object) -> WorkerInfo:
-    facts = WorkerInfo(f"id-{name}", name, "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
-    return replace(facts, **more)  # type: ignore[arg-type]
+    info = WorkerInfo(f"id-{name}", name, "", f"{name}:1", f"{name}:2", "", "", "", 0, megabytes * MIB)
+    return replace(info, **more)  # type: ignore[arg-type]
 
 
 def holding(name: str, start: int, end: int, **more: object) -> WorkerInfo:
@@ -37,12 +37,12 @@ STAGES = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6))
 PLAN = make_plan(EPOCH, SHAPE, STAGES, ORDER)
 
 
-def members(*facts: WorkerInfo, **problems: str) -> list[RosterEntry]:
-    return [RosterEntry(f, problems.get(f.name, ""), f.name not in problems) for f in facts]
+def members(*workers: WorkerInfo, **problems: str) -> list[RosterEntry]:
+    return [RosterEntry(f, problems.get(f.name, ""), f.name not in problems) for f in workers]
 
 
-def chosen(*facts: WorkerInfo, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
-    found = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*facts, **problems), without)
+def chosen(*workers: WorkerInfo, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
+    found = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*workers, **problems), without)
     assert [w.name for w in found.workers] == [s.worker for s in found.plan.stages]
     assert found.plan.epoch == EPOCH + 1
     return [(s.worker, str(s.layers)) for s in found.plan.stages]
@@ -83,10 +83,12 @@ def test_a_worker_that_is_too_small_for_any_piece_does_not_stand_in_the_way() ->
 def test_a_new_cut_pairs_each_stage_with_its_worker_where_the_planner_puts_them_in_another_order() -> None:
     """With measured speeds, the last stage of a throughput plan may be the first worker's."""
     quick, slow = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
-    facts = [replace(w, profile=p, memory_limit=m * MIB) for w, p, m in ((STAGES[0], slow, 12), (STAGES[1], quick, 80))]
+    workers = [
+        replace(w, profile=p, memory_limit=m * MIB) for w, p, m in ((STAGES[0], slow, 12), (STAGES[1], quick, 80))
+    ]
     heavy_end = replace(SHAPE, layer_bytes=(40 * MIB, *(MIB,) * 5), clean_cuts=(1, 5))
     plan = make_plan(EPOCH, SHAPE, STAGES, ORDER)
-    found = reassign_layers(EPOCH + 1, plan, heavy_end, ORDER, members(*facts))
+    found = reassign_layers(EPOCH + 1, plan, heavy_end, ORDER, members(*workers))
     assert [s.worker for s in found.plan.stages] == ["bob", "ada"]
     assert [w.name for w in found.workers] == ["bob", "ada"]
 
@@ -127,7 +129,7 @@ def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
 
 def test_an_engine_that_computes_or_whose_machine_is_overloaded_is_excused() -> None:
     slow = members(replace(STAGES[0], computing=True), replace(STAGES[1], lag_seconds=0.5), STAGES[2])
-    assert [m.facts.name for m in slow if is_excused(m)] == ["ada", "bob"]
+    assert [m.info.name for m in slow if is_excused(m)] == ["ada", "bob"]
 
 
 def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:

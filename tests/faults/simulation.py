@@ -189,7 +189,7 @@ class Mac(Port):
 
     async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         await self._reached(timeout_s)
-        return self.facts(), self._problem
+        return self.info(), self._problem
 
     async def _reached(self, timeout_s: float = 1.0) -> None:
         if self._dead:
@@ -199,7 +199,7 @@ class Mac(Port):
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
         await asyncio.sleep(0)
 
-    def facts(self) -> WorkerInfo:
+    def info(self) -> WorkerInfo:
         held = self._caches.spec if self._caches else None
         return WorkerInfo(
             id=self.name,
@@ -480,7 +480,7 @@ class Simulation:
         roster, order = _Macs(self.macs, self._sightings), LoadOrder("sim", worker_count=STAGES)
         self._heartbeat = HeartbeatMonitor(roster, self._believed, lambda: self.service.alive())
         self._heartbeat._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
-        workers = tuple(self.macs[name].facts() for name in NAMES[:STAGES])
+        workers = tuple(self.macs[name].info() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
         checkpoint = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
         means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)

@@ -55,13 +55,13 @@ def test_a_slow_machine_plays_the_same_game(seed: int, monkeypatch: pytest.Monke
         return simulation.history.events, simulated_now() - began
 
     expected = run_simulated(play())
-    facts = Mac.facts
+    info = Mac.info
 
-    def slow_facts(mac: Mac) -> WorkerInfo:
+    def slow_info(mac: Mac) -> WorkerInfo:
         time.sleep(SPEED["cluster.coordinator.heartbeat.HEARTBEAT_S"] / 5)
-        return facts(mac)
+        return info(mac)
 
-    monkeypatch.setattr(Mac, "facts", slow_facts)
+    monkeypatch.setattr(Mac, "info", slow_info)
     assert run_simulated(play()) == expected
 
 
