@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from cluster.api.http.openapi import BODIES
+from cluster.joining.join_forms import JoinRequest
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
 from fuzz.cost import measure
 from fuzz.cost.measure import Cost
@@ -99,6 +100,12 @@ def test_all_kept_inputs_are_refused_or_come_as_far_as_the_sandbox() -> None:
 @pytest.mark.timeout(600)
 def test_kept_inputs_are_refused_by_the_sandbox_or_taken() -> None:
     require_right(replayed("--replay"), names())
+
+
+def test_a_valid_request_to_join_is_taken() -> None:
+    """A request that is refused for its form never reaches the code behind the form."""
+    request = JoinRequest(token="ab" * 4, secret="cd" * 16, csr="", id="ef" * 8, name="mac-2", clock=1e9)
+    assert asyncio.run(TARGETS["join"].prepare().take(request.model_dump_json().encode())) == TAKEN
 
 
 # The measurement

@@ -94,7 +94,7 @@ def _texts() -> Entry:
 
 
 def _asked_to_join() -> Entry:
-    return _plain(lambda data: read_request(data).wish())
+    return _plain(lambda data: read_request(data).admission_request())
 
 
 def _answered_to_join() -> Entry:
