@@ -390,7 +390,7 @@ def test_log_lines_are_an_event_a_reason_and_values() -> None:
     [
         ("journal: switched off reason=%s path=%s", True),
         ("join: failed", True),
-        ("certificate: not renewed reason=%s retry_s=%.0f", True),
+        ("certificates: not renewed reason=%s retry_s=%.0f", True),
         ("cannot check keys: %s now", False),
         ("%s", False),
         ("journal: %s is off", False),

@@ -52,7 +52,7 @@ class ScheduledRenewal:
         """Store the new certificate. Raise MacpipeError if it is not the requested one or cannot be written."""
         assert self._trust.renewal
         self._trust.renewal.install(certificate)
-        log.info("certificate: renewed")
+        log.info("certificates: renewed")
 
     def postpone(self, error: MacpipeError) -> None:
         """Log why the renewal failed. Try again after a tenth of the certificate's remaining life."""
@@ -64,4 +64,4 @@ class ScheduledRenewal:
         self._not_before = now + retry_s
         # An unreachable coordinator also fails the caller's own calls.
         level = logging.INFO if isinstance(error, Unreachable) else logging.WARNING
-        log.log(level, "certificate: not renewed reason=%s retry_s=%.0f", error.sentence, retry_s)
+        log.log(level, "certificates: not renewed reason=%s retry_s=%.0f", error.sentence, retry_s)

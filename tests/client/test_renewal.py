@@ -233,7 +233,7 @@ def test_a_renewal_that_fails_is_tried_again_and_logged(
     assert renewal.due_in_s() == pytest.approx(2.0)
     (record,) = caplog.records
     assert record.levelno == level
-    assert record.getMessage() == f"certificate: not renewed reason={error.sentence} retry_s=2"
+    assert record.getMessage() == f"certificates: not renewed reason={error.sentence} retry_s=2"
     for now[0], retry_s in ((89.0, 1.0), (90.0, 3600.0)):
         renewal.postpone(error)
         assert renewal.due_in_s() == pytest.approx(retry_s)
