@@ -144,6 +144,6 @@ class AsyncClient:
         await self.close()
 
     async def _ask(
-        self, pick: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
+        self, choose: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
     ) -> R:
-        return await self._connection.ask(pick, request, self._timeout_s or usual_s)
+        return await self._connection.ask(choose, request, self._timeout_s or usual_s)

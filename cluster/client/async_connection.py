@@ -42,20 +42,20 @@ class AsyncCoordinatorConnection:
         self._open: weakref.WeakSet[AsyncStubs] = weakref.WeakSet()
         self._closed = False
 
-    async def ask(self, pick: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
-        """Call the method that ``pick`` returns. Raise MacpipeError, also once the connection is closed."""
+    async def ask(self, choose: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
+        """Call the method that ``choose`` returns. Raise MacpipeError, also once the connection is closed."""
         with self._lock:
             stubs = self._current_stubs()
-            call = AsyncUnaryCall(stubs, pick(stubs), request, timeout_s)
+            call = AsyncUnaryCall(stubs, choose(stubs), request, timeout_s)
         return await call.wait()
 
     def stream(
-        self, pick: Callable[[AsyncStubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
+        self, choose: Callable[[AsyncStubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
     ) -> AsyncStreamCall[R]:
-        """Start the streaming method that ``pick`` returns. Raise MacpipeError once the connection is closed."""
+        """Start the streaming method that ``choose`` returns. Raise MacpipeError once the connection is closed."""
         with self._lock:
             stubs = self._current_stubs()
-            return AsyncStreamCall(stubs, pick(stubs), request, timeout_s)
+            return AsyncStreamCall(stubs, choose(stubs), request, timeout_s)
 
     async def close(self) -> None:
         """Close the connection, after a renewal that has begun. Running calls end with Aborted."""

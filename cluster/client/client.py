@@ -140,5 +140,5 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, pick: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
-        return self._connection.ask(pick, request, self._timeout_s or usual_s)
+    def _ask(self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
+        return self._connection.ask(choose, request, self._timeout_s or usual_s)

@@ -43,20 +43,20 @@ class CoordinatorConnection:
         self._open: weakref.WeakSet[Stubs] = weakref.WeakSet()
         self._closed = False
 
-    def ask(self, pick: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
-        """Call the method that ``pick`` returns. Raise MacpipeError, also once the connection is closed."""
+    def ask(self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
+        """Call the method that ``choose`` returns. Raise MacpipeError, also once the connection is closed."""
         with self._lock:
             stubs = self._current_stubs()
-            call = UnaryCall(stubs, pick(stubs), request, timeout_s)
+            call = UnaryCall(stubs, choose(stubs), request, timeout_s)
         return call.wait()
 
     def stream(
-        self, pick: Callable[[Stubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
+        self, choose: Callable[[Stubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
     ) -> StreamCall[R]:
-        """Start the streaming method that ``pick`` returns. Raise MacpipeError once the connection is closed."""
+        """Start the streaming method that ``choose`` returns. Raise MacpipeError once the connection is closed."""
         with self._lock:
             stubs = self._current_stubs()
-            return StreamCall(stubs, pick(stubs), request, timeout_s)
+            return StreamCall(stubs, choose(stubs), request, timeout_s)
 
     def close(self) -> None:
         """Close the connection, after a renewal that has begun. Running calls end with Aborted."""

@@ -54,12 +54,12 @@ class ActiveSample:
     replays: int = 0
     """Number of rings lost since its last token."""
 
-    def send_token(self, index: int, picked: Sample, cached: int = 0) -> bool:
+    def send_token(self, index: int, sampled: Sample, cached: int = 0) -> bool:
         """Send a token to the reader, unless the reader already has it. Return False if the reader is too far behind.
 
         ``cached`` is the number of prompt tokens that came from a kept prefix.
         """
-        event = self._event(index, picked, cached)
+        event = self._event(index, sampled, cached)
         return index < self.skip or self.parent.answer.put(event)
 
     def resend_tokens(self, tokens: Iterable[int]) -> None:
@@ -69,14 +69,14 @@ class ActiveSample:
             if index >= self.skip:
                 self.parent.answer.put_uncounted(event)
 
-    def _event(self, index: int, picked: Sample, cached: int = 0) -> TokenEvent:
-        parsed = self.text.add(picked.token)
+    def _event(self, index: int, sampled: Sample, cached: int = 0) -> TokenEvent:
+        parsed = self.text.add(sampled.token)
         return TokenEvent(
             index,
-            picked.token,
+            sampled.token,
             parsed.text,
-            picked.logprob,
-            picked.top,
+            sampled.logprob,
+            sampled.top,
             reasoning=parsed.reasoning,
             calls=parsed.calls,
             sample=self.sample,

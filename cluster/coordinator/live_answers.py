@@ -198,5 +198,5 @@ def _end_token(live: ActiveSample, produced: Produced) -> TokenEvent | None:
     """Return the end-of-sequence token that ended an answer; None if something else did."""
     if produced.counts or produced.finish is not FinishReason.STOP:
         return None
-    picked = produced.sample
-    return TokenEvent(produced.index, picked.token, "", picked.logprob, picked.top, sample=live.sample)
+    sampled = produced.sample
+    return TokenEvent(produced.index, sampled.token, "", sampled.logprob, sampled.top, sample=live.sample)

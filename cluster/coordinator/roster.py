@@ -151,7 +151,7 @@ class Roster:
     ) -> tuple[WorkerInfo, ...]:
         """Wait for at least ``wanted`` usable workers; with None, for one, until no more come for ``SETTLE_S``.
 
-        Workers that ``counts`` rejects are not counted towards ``wanted``. Return all usable workers: the plan picks
+        Workers that ``counts`` rejects are not counted towards ``wanted``. Return all usable workers: the plan chooses
         the best of them, and says what is missing if ``wanted`` are there but too few count. Raises ``NoWorkers`` or
         ``VersionMismatch`` after ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId``
         after ``RESTART_S`` if another coordinator process has this one's id: until then, it may be the previous process

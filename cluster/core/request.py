@@ -137,7 +137,7 @@ class Parsing:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the last stage picks a token; the defaults are greedy decoding without penalties.
+    """How the last stage chooses a token; the defaults are greedy decoding without penalties.
 
     ``repetition_penalty`` considers the prompt and the answer; ``presence_penalty`` and ``frequency_penalty`` consider
     the answer alone, as OpenAI defines them. ``logit_bias`` has pairs of token id and bias. ``logprobs`` requests the

@@ -51,7 +51,7 @@ class BatchSampling:
     def arrays(self) -> list[mx.array]:
         """Return the arrays to evaluate before ``results()``."""
         shared = [] if self._shared is None else self._shared.arrays()
-        return [*shared, *(array for pick in self._own.values() for array in pick.arrays())]
+        return [*shared, *(array for sampled in self._own.values() for array in sampled.arrays())]
 
     def results(self) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
         """Return the samples, row by row, and the failures: a non-finite output or a grammar that failed."""
@@ -84,7 +84,7 @@ def _rows(flat: mx.array, rows: list[int]) -> mx.array:
 
 
 def _pairs(picked: Picked | None) -> list[tuple[int, float]]:
-    """Return token and log-sum-exp of each row of an evaluated pick."""
+    """Return token and log-sum-exp of each row of an evaluated ``Picked``."""
     if picked is None:
         return []
     tokens: Any = picked.token.tolist()  # a reshape would need another evaluation and wait for the device again

@@ -223,7 +223,7 @@ class Constraint:
         matcher = self._matcher.deep_copy() if self._by_id else self._matcher
         if not matcher.try_consume_tokens([token]):
             self._require_working(matcher)
-            raise StageFailed(f"the grammar does not allow token {token}, which was picked under it")
+            raise StageFailed(f"the grammar does not allow token {token}, which was sampled under it")
         done: bool = matcher.is_stopped()
         if not self._by_id:
             matcher.rollback(1)

@@ -257,9 +257,9 @@ class Stage:
             mx.eval(states, deferred)
             return _Result()
         logits = logits if len(ready) == len(rows) else logits[mx.array(ready)]
-        picks = BatchSampling([rows[i] for i in ready], logits, sampled)
-        mx.eval(picks.arrays(), states, deferred)
-        samples, failures = picks.results()
+        sampling = BatchSampling([rows[i] for i in ready], logits, sampled)
+        mx.eval(sampling.arrays(), states, deferred)
+        samples, failures = sampling.results()
         if len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
             raise StageFailed(failures[0].sentence)
         return _Result(samples=samples, failures=failures)
@@ -310,9 +310,9 @@ def _sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[Sequ
     """Sample a row's deferred logits and forget them."""
     logits, live.deferred = live.deferred, None
     assert logits is not None
-    picks = BatchSampling([live], logits, logits.shape[1])
-    mx.eval(picks.arrays())
-    return picks.results()
+    sampling = BatchSampling([live], logits, logits.shape[1])
+    mx.eval(sampling.arrays())
+    return sampling.results()
 
 
 def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:

@@ -60,24 +60,24 @@ class Proposal:
     reasons: tuple[str, ...]
 
 
-def propose(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
+def propose(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> Proposal:
     """Propose a layout.
 
     Raise ``NoPlan`` for too few clean cuts or invalid layer ranges, and ``DoesNotFit`` with the missing GiB.
     """
-    if wish.layers:
-        return _use_given_ranges(shape, candidates, wish, wish.layers)
+    if request.layers:
+        return _use_given_ranges(shape, candidates, request, request.layers)
     if not candidates.known:
-        return _split_by_memory(shape, candidates, wish)
-    search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective)
-    found = search.best(stage_count=wish.stage_count)
+        return _split_by_memory(shape, candidates, request)
+    search = Search(StageTable(shape, SEQUENCES), candidates, request.objective)
+    found = search.best(stage_count=request.stage_count)
     if found is None:
-        return _split_by_memory(shape, candidates, wish)  # raises an error that says what is missing
-    return _build_proposal(shape, candidates, wish, found.workers, found.ranges, search)
+        return _split_by_memory(shape, candidates, request)  # raises an error that says what is missing
+    return _build_proposal(shape, candidates, request, found.workers, found.ranges, search)
 
 
 def _use_given_ranges(
-    shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, layers: Sequence[LayerRange]
 ) -> Proposal:
     """Propose the given ranges, checked by the same rules. The reasons name the layout that the search prefers.
 
@@ -85,9 +85,9 @@ def _use_given_ranges(
     the others are spare.
     """
     check_cuts(shape, layers)
-    if wish.stage_count not in (None, len(layers)):
+    if request.stage_count not in (None, len(layers)):
         raise NoPlan(
-            f"{_count_ranges(len(layers))} given, but --workers {wish.stage_count}; give as many ranges as workers, "
+            f"{_count_ranges(len(layers))} given, but --workers {request.stage_count}; give as many ranges as workers, "
             "or omit one of the two"
         )
     if len(layers) > len(candidates.workers):
@@ -96,21 +96,23 @@ def _use_given_ranges(
             f"{_count_ranges(len(layers))} given, but there {'are' if count != 1 else 'is'} {count} "
             f"worker{'s' * (count != 1)}; give fewer ranges, or add a worker"
         )
-    workers = _choose_workers(shape, candidates, wish, layers)
+    workers = _choose_workers(shape, candidates, request, layers)
     check(shape, [w.memory for w in workers], layers, SEQUENCES)
-    search = Search(StageTable(shape, SEQUENCES), candidates, wish.objective) if candidates.known else None
-    return _build_proposal(shape, candidates, wish, workers, tuple(layers), search)
+    search = Search(StageTable(shape, SEQUENCES), candidates, request.objective) if candidates.known else None
+    return _build_proposal(shape, candidates, request, workers, tuple(layers), search)
 
 
 def _choose_workers(
-    shape: ModelShape, candidates: Candidates, wish: PlanRequest, layers: Sequence[LayerRange]
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, layers: Sequence[LayerRange]
 ) -> tuple[Candidate, ...]:
     """Return the workers for the given ranges. If there are more workers, choose the best ones in their best order."""
     if len(layers) == len(candidates.workers):
         return tuple(candidates.workers)
     if candidates.known:
         only_these_cuts = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
-        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, wish.objective).best(stage_count=len(layers))
+        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, request.objective).best(
+            stage_count=len(layers)
+        )
         if found is not None:
             return found.workers
     return _largest(candidates, len(layers))
@@ -120,19 +122,19 @@ def _count_ranges(ranges: int) -> str:
     return f"{ranges} layer range{'s were' if ranges != 1 else ' was'}"
 
 
-def _split_by_memory(shape: ModelShape, candidates: Candidates, wish: PlanRequest) -> Proposal:
+def _split_by_memory(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> Proposal:
     """Propose a split by memory over as many of the largest workers as requested.
 
     Without a request, use all workers, except the smallest ones that the model does not fit on.
     """
-    if wish.stage_count:
-        chosen = _largest(candidates, wish.stage_count)
-        return _build_proposal(shape, candidates, wish, chosen, _solve(shape, chosen), None)
+    if request.stage_count:
+        chosen = _largest(candidates, request.stage_count)
+        return _build_proposal(shape, candidates, request, chosen, _solve(shape, chosen), None)
     most = min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None
     chosen, ranges = place_on_largest(
         _largest(candidates, most), lambda w: w.memory.usable, lambda workers: (tuple(workers), _solve(shape, workers))
     )
-    return _build_proposal(shape, candidates, wish, chosen, ranges, None)
+    return _build_proposal(shape, candidates, request, chosen, ranges, None)
 
 
 def _solve(shape: ModelShape, workers: Sequence[Candidate]) -> tuple[LayerRange, ...]:
@@ -148,26 +150,26 @@ def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
 def _build_proposal(
     shape: ModelShape,
     candidates: Candidates,
-    wish: PlanRequest,
+    request: PlanRequest,
     workers: tuple[Candidate, ...],
     ranges: tuple[LayerRange, ...],
     search: Search | None,
 ) -> Proposal:
     known = candidates.known
-    layout = explain.Layout(shape, candidates, workers, ranges, wish.objective)
+    layout = explain.Layout(shape, candidates, workers, ranges, request.objective)
     return Proposal(
         workers,
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
-        forecast(shape, candidates, workers, ranges, wish.lanes) if known else None,
-        explain.spares(layout, search, _explain_worker_limit(wish)),
+        forecast(shape, candidates, workers, ranges, request.lanes) if known else None,
+        explain.spares(layout, search, _explain_worker_limit(request)),
         explain.reasons(layout, search) if known else (explain.unknown(candidates),),
     )
 
 
-def _explain_worker_limit(wish: PlanRequest) -> str:
+def _explain_worker_limit(request: PlanRequest) -> str:
     """Return why no more workers are used, if the user limited their number, else an empty string."""
-    if wish.layers:
-        return f"{_count_ranges(len(wish.layers))} given"
-    count = wish.stage_count
+    if request.layers:
+        return f"{_count_ranges(len(request.layers))} given"
+    count = request.stage_count
     return f"{count} worker{'s were' if count != 1 else ' was'} asked for" if count else ""

@@ -38,8 +38,8 @@ def mac(name: str, gib: int, profile: Profile = FAST) -> Candidate:
     return Candidate(WorkerMemory(name, gib * GIB), profile)
 
 
-def told(candidates: Candidates, wish: PlanRequest | None = None, model: ModelShape | None = None) -> str:
-    made = propose(model or shape(), candidates, wish or PlanRequest())
+def told(candidates: Candidates, request: PlanRequest | None = None, model: ModelShape | None = None) -> str:
+    made = propose(model or shape(), candidates, request or PlanRequest())
     return "\n".join((*made.reasons, *(f"{s.worker}: {s.why}" for s in made.spares)))
 
 
@@ -83,20 +83,20 @@ def test_what_binds_is_named() -> None:
 
 def test_given_layers_are_checked_by_the_same_rules_and_compared() -> None:
     candidates = Candidates([mac("fast", 100), mac("slow", 100, SLOW)])
-    wish = PlanRequest(layers=(LayerRange(0, 5), LayerRange(5, 40)))
-    assert [r.end for r in propose(shape(), candidates, wish).ranges] == [5, 40]
-    assert "fast alone would be faster" in told(candidates, wish)
+    request = PlanRequest(layers=(LayerRange(0, 5), LayerRange(5, 40)))
+    assert [r.end for r in propose(shape(), candidates, request).ranges] == [5, 40]
+    assert "fast alone would be faster" in told(candidates, request)
     with pytest.raises(DoesNotFit, match=r"slow lacks 16.5 GiB"):
-        propose(shape(), Candidates([mac("fast", 100), mac("slow", 20, SLOW)]), wish)
+        propose(shape(), Candidates([mac("fast", 100), mac("slow", 20, SLOW)]), request)
     tied = shape(clean_cuts=tuple(c for c in range(1, 40) if c != 5), unclean=((5, "tied"),))
     with pytest.raises(NoPlan, match="cannot be cut before layer 5"):
-        propose(tied, candidates, wish)
+        propose(tied, candidates, request)
     with pytest.raises(NoPlan, match="2 layer ranges were given, but there is 1 worker; give fewer"):
-        propose(shape(), Candidates([mac("fast", 100)]), wish)
+        propose(shape(), Candidates([mac("fast", 100)]), request)
     with pytest.raises(NoPlan, match="2 layer ranges were given, but --workers 1; give as many ranges as workers"):
-        propose(shape(), candidates, replace(wish, stage_count=1))
+        propose(shape(), candidates, replace(request, stage_count=1))
     with pytest.raises(NoPlan, match="m has layers 0-39, but the ranges end at layer 40"):
-        propose(shape(), candidates, replace(wish, layers=(LayerRange(0, 41),), stage_count=2))
+        propose(shape(), candidates, replace(request, layers=(LayerRange(0, 41),), stage_count=2))
 
 
 def test_of_more_workers_than_ranges_the_best_hold_them_in_the_best_order() -> None:

@@ -61,7 +61,7 @@ def token(door: Admission, role: Role = Role.WORKER, ttl_s: float = HOUR) -> Joi
     return door.tokens.issue(door.authority.fingerprint, role, ttl_s)
 
 
-def wish(
+def admission_request(
     token: JoinToken, csr: bytes = b"", *, name: str = "mac-2", number: int = 2, clock: float = 1.8e9
 ) -> AdmissionRequest:
     return AdmissionRequest(token.id, token.secret, csr or make_request()[1], f"{number:016x}", name, clock)
@@ -103,7 +103,7 @@ def test_a_token_makes_its_bearer_what_it_says(door: Admission) -> None:
     for number, role in enumerate((Role.WORKER, Role.CLIENT, Role.ADMIN), 2):
         one = token(door, role)
         assert JoinToken.parse(one.text).role is role
-        party = read_party(door.admit(wish(one, name=f"mac-{number}", number=number)))
+        party = read_party(door.admit(admission_request(one, name=f"mac-{number}", number=number)))
         assert (party.role, party.name, party.id) == (role, f"mac-{number}", f"{number:016x}")
         assert door.members.admits(party)
     with pytest.raises(InvalidOption, match="no token admits a coordinator"):
@@ -112,7 +112,7 @@ def test_a_token_makes_its_bearer_what_it_says(door: Admission) -> None:
 
 def test_nothing_of_a_secret_is_kept(door: Admission, folder: ClusterFolder) -> None:
     one = token(door)
-    door.admit(wish(one))
+    door.admit(admission_request(one))
     for path in folder.path.rglob("*"):
         if path.is_file():
             assert one.secret not in path.read_bytes()
@@ -123,17 +123,17 @@ def test_nothing_of_a_secret_is_kept(door: Admission, folder: ClusterFolder) -> 
 def test_the_same_key_may_ask_again_and_gets_the_same(door: Admission, clock: Clock) -> None:
     one = token(door)
     _, csr = make_request()
-    first = door.admit(wish(one, csr))
+    first = door.admit(admission_request(one, csr))
     clock.now += 2 * HOUR
-    assert door.admit(wish(one, csr, name="renamed", number=9)) == first
+    assert door.admit(admission_request(one, csr, name="renamed", number=9)) == first
     assert admitted(door) == ["mac-2"]
 
 
 def test_another_key_may_not(door: Admission) -> None:
     one = token(door)
-    door.admit(wish(one))
+    door.admit(admission_request(one))
     with pytest.raises(TokenRefused, match="was used by mac-2; a token admits one Mac"):
-        door.admit(wish(one, name="mac-3", number=3))
+        door.admit(admission_request(one, name="mac-3", number=3))
     assert admitted(door) == ["mac-2"]
 
 
@@ -141,7 +141,7 @@ def test_a_token_ends(door: Admission, clock: Clock) -> None:
     one = token(door)
     clock.now += HOUR
     with pytest.raises(TokenRefused, match="expired 2027-01-15 09:00 UTC; ask for a new one: `macpipe token create`"):
-        door.admit(wish(one))
+        door.admit(admission_request(one))
     assert door.tokens.all_tokens()[0].state(clock.now) is TokenState.EXPIRED
     for ttl in (0.0, 59.0, 8 * DAY, float("nan")):
         with pytest.raises(InvalidOption, match="1 minute to 7 days"):
@@ -151,11 +151,11 @@ def test_a_token_ends(door: Admission, clock: Clock) -> None:
 def test_a_revoked_token_admits_nobody_and_throws_nobody_out(door: Admission) -> None:
     unused, used = token(door), token(door)
     _, csr = make_request()
-    door.admit(wish(used, csr))
+    door.admit(admission_request(used, csr))
     for one in (unused, used):
         assert door.tokens.revoke(one.id).revoked is not None
         with pytest.raises(TokenRefused, match="was revoked"):
-            door.admit(wish(one, csr))
+            door.admit(admission_request(one, csr))
     assert admitted(door) == ["mac-2"]
     with pytest.raises(MemberNotFound, match="no join token ffffffff"):
         door.tokens.revoke("ffffffff")
@@ -170,10 +170,10 @@ def test_a_guess_learns_nothing(door: Admission, tmp_path: Path, clock: Clock) -
     said = set()
     for guess in (JoinToken(mine.id, mine.role, b"f" * 32, b"0" * 16), JoinToken("0" * 8, mine.role, b"f" * 32, b"s")):
         with pytest.raises(WrongSecret) as refused:
-            door.admit(wish(guess))
+            door.admit(admission_request(guess))
         said.add(refused.value.sentence)
     with pytest.raises(WrongSecret) as refused:
-        door.admit(wish(foreign))
+        door.admit(admission_request(foreign))
     assert said == {refused.value.sentence}
     assert admitted(door) == []
 
@@ -193,9 +193,9 @@ def test_a_refusal_for_another_reason_leaves_the_token(
 ) -> None:
     one = token(door)
     with pytest.raises(error):
-        door.admit(wish(one, **bad))  # type: ignore[arg-type]
+        door.admit(admission_request(one, **bad))  # type: ignore[arg-type]
     assert door.tokens.all_tokens()[0].used is None
-    door.admit(wish(one))
+    door.admit(admission_request(one))
     assert admitted(door) == ["mac-2"]
 
 
@@ -209,11 +209,11 @@ def test_a_crash_between_the_two_writes_lets_nobody_else_in(door: Admission, mon
     with monkeypatch.context() as patch:
         patch.setattr(Members, "admit", crash)
         with pytest.raises(KeyboardInterrupt):
-            door.admit(wish(one, csr))
+            door.admit(admission_request(one, csr))
     assert admitted(door) == []
     with pytest.raises(TokenRefused, match="was used by mac-2"):
-        door.admit(wish(one, name="mac-3", number=3))
-    party = read_party(door.admit(wish(one, csr)))
+        door.admit(admission_request(one, name="mac-3", number=3))
+    party = read_party(door.admit(admission_request(one, csr)))
     assert admitted(door) == ["mac-2"]
     assert door.members.admits(party)
 
@@ -221,11 +221,11 @@ def test_a_crash_between_the_two_writes_lets_nobody_else_in(door: Admission, mon
 def test_who_was_removed_does_not_come_back_by_the_old_token(door: Admission) -> None:
     one = token(door)
     _, csr = make_request()
-    door.admit(wish(one, csr))
+    door.admit(admission_request(one, csr))
     door.members.remove("mac-2")
     with pytest.raises(TokenRefused, match="mac-2 was removed from the cluster; ask for a new token"):
-        door.admit(wish(one, csr))
-    door.admit(wish(token(door), csr))
+        door.admit(admission_request(one, csr))
+    door.admit(admission_request(token(door), csr))
     assert admitted(door) == ["mac-2"]
 
 
