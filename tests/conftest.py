@@ -12,13 +12,16 @@ from hypothesis import settings
 
 import cluster.model  # noqa: F401  # first, so that mlx-lm does not lower the limit of files for all that tests start
 from effort import QUICK
+from quick import NOT_QUICK
 
 TESTS = Path(__file__).resolve().parent
 pytest_plugins = ["netns", "disks", "limits"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="run only tests that start no daemon and load no model")
+    parser.addoption(
+        "--quick", action="store_true", help="leave out the files of NOT_QUICK: those that start daemons or load models"
+    )
     parser.addoption("--all", action="store_true", help="run the tests marked long, too")
     parser.addoption("--mtls", action="store_true", help="give the clusters of real daemons certificates")
     parser.addoption("--seed", type=int, default=None, help="the run's randomness; 0, and anew each time with --all")
@@ -33,17 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = random.SystemRandom().randrange(2**32) if config.option.all else 0
 
 
-SLOW_ROOMS = frozenset({"cli", "compat", "faults", "fuzz", "integration", "model", "sandbox"})
-"""Folders whose tests start daemons, or load models."""
-SLOW_FILES = frozenset({"test_lan.py", "test_multicast.py", "test_pull.py", "test_stage_host.py", "test_supervisor.py"})
-
-
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out, with --quick, what takes long: not even its modules are imported."""
+    """With --quick, leave out the files of NOT_QUICK: they are not even imported."""
     if not config.option.quick or not collection_path.is_relative_to(TESTS):
         return None
-    room = collection_path.relative_to(TESTS).parts[:1]
-    return True if SLOW_ROOMS.intersection(room) or collection_path.name in SLOW_FILES else None
+    return True if collection_path.relative_to(TESTS).as_posix() in NOT_QUICK else None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
