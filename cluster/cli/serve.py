@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
 from cluster.cli.options import Level
 from cluster.coordinator.journal import Fsync
+from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
 from cluster.core.plan import Objective, Route
@@ -19,9 +20,6 @@ from cluster.core.text import parse_address, parse_layers
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
-
-if TYPE_CHECKING:
-    from cluster.coordinator.settings import HttpSettings, ServeSettings
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -150,8 +148,6 @@ def serve(
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
-    from cluster.coordinator.settings import LoadOrder, ServeSettings
-
     settings = ServeSettings(
         LoadOrder(
             model=model,
@@ -203,8 +199,6 @@ def _http_settings(
     certificate: Path | None,
     key: Path | None,
 ) -> HttpSettings:
-    from cluster.coordinator.settings import HttpSettings
-
     return HttpSettings(
         parse_http_address(http),
         bool(http),
