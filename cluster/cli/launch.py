@@ -27,9 +27,9 @@ ANY_KEY: Final = "macpipe"
 """A placeholder: clients require a key, but without a cluster nothing checks it."""
 PATIENCE_MS: Final = "3600000"
 """How long a client waits for the next event: reading a long prompt for the first time can take minutes."""
-CODING_CONTEXT: Final = 32_768
-"""Tokens of context that coding agents need at least: their first prompts have up to 20,500."""
-CODING_AGENTS: Final = frozenset({"claude", "codex", "opencode", "qwen"})
+LEAST_CONTEXT: Final = MappingProxyType({"claude": 49_152, "codex": 32_768, "opencode": 32_768, "qwen": 32_768})
+"""Tokens of context that a coding agent needs. Claude Code's first prompt has 20,500, more with a small vocabulary, and
+it keeps thousands of tokens free to compact."""
 AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 """Variables for a CA certificate. The first two replace Python clients' CAs; the last adds to those of Node."""
 
@@ -100,11 +100,12 @@ def launch(
 
 def short_context(client: str, served: Served) -> str:
     """Return a warning if the served context is too short for the client's own prompt; empty if it is not."""
-    if client not in CODING_AGENTS or served.context >= CODING_CONTEXT:
+    least = LEAST_CONTEXT.get(client, 0)
+    if served.context >= least:
         return ""
     return (
-        f"{client} needs a context of {CODING_CONTEXT} tokens, and the model is served with {served.context}; "
-        f"serve it with --max-context {CODING_CONTEXT} or more"
+        f"{client} needs a context of {least} tokens, and the model is served with {served.context}; "
+        f"serve it with --max-context {least} or more"
     )
 
 

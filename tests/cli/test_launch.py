@@ -40,9 +40,9 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
 
 
 def test_a_context_that_is_too_short_for_an_agent_is_told() -> None:
-    assert "needs a context of 32768 tokens" in short_context("claude", SERVED)
+    assert "needs a context of 49152 tokens" in short_context("claude", SERVED)
     assert "--max-context 32768" in short_context("qwen", SERVED)
-    assert short_context("claude", replace(SERVED, context=32_768)) == ""
+    assert short_context("claude", replace(SERVED, context=49_152)) == ""
     assert short_context("openai", SERVED) == ""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.launch import CODING_CONTEXT
+from cluster.cli.launch import LEAST_CONTEXT
 from cluster.client import Client
 from compat.calling_model import make_calling
 from compat.conftest import Served
@@ -97,7 +97,7 @@ def test_an_agent_runs_a_tool_and_goes_on(
     agent, path = AGENTS[name], _binaries(name)
     model = make_calling(tmp_path / f"loop-{name}", agent.tool, agent.call)
     with Client(served.grpc, timeout_s=60) as client:
-        serve_model(client, model, 2, max_context=CODING_CONTEXT)
+        serve_model(client, model, 2, max_context=LEAST_CONTEXT[name])
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     work.mkdir()
