@@ -14,8 +14,8 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import AnswerText, Decoder, Parser
 from cluster.coordinator.journal import AnswerTokens, Journal
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
-from cluster.core.errors import InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
-from cluster.core.limits import MAX_REPLAYS
+from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
+from cluster.core.limits import MAX_REPLAYS, RETRY_AFTER_S
 from cluster.core.plan import PlannedStage
 from cluster.core.request import Accepted, FinishReason, Parsing, Request, TokenEvent, Usage
 from cluster.scheduler.outcome import Outcome, Produced, PromptScored, SampleFailed
@@ -53,7 +53,7 @@ class LiveAnswers:
         skip: tuple[int, ...],
         stages: Sequence[PlannedStage],
     ) -> None:
-        """Schedule a request. A refusal goes to ``answer``, as all its events do.
+        """Schedule a request. A refusal goes to ``answer``, as all its events do. End the requests that it displaces.
 
         ``tokens`` and ``skip`` are as in ``EngineLoop.submit``; ``stages`` are those of the current epoch.
         """
@@ -62,10 +62,12 @@ class LiveAnswers:
         try:
             if request.id in self._requests:
                 raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-            self._scheduler.submit(*samples, answers=tokens)
+            displaced = self._scheduler.submit(*samples, answers=tokens)
         except MacpipeError as e:
             answer.put(e)
             return
+        for refused in displaced:
+            self.end(refused.request_id, Busy(refused.sentence, retry_after_s=RETRY_AFTER_S))
         self._flush()
         now = self._clock()
         self._requests[request.id] = active

@@ -118,7 +118,7 @@ PREFILL_CHUNK: Final = 512
 """Tokens of a prefill frame: enough for matrix-matrix speed, few enough for stages to overlap."""
 MAX_PRIORITY: Final = 9
 MAX_QUEUE: Final = 256
-"""Waiting requests; one more is refused with RESOURCE_EXHAUSTED."""
+"""Waiting samples. With one more, the client that holds most of them is refused with RESOURCE_EXHAUSTED."""
 RETRY_AFTER_S: Final = 2.0
 UNAVAILABLE_S: Final = 5.0
 """Retry delay for an unavailable service that names none: a load or a recovery takes seconds."""

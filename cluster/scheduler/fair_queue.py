@@ -4,13 +4,18 @@ It uses start-time fair queueing. Each client has a virtual clock. Taking a requ
 request's cost: its maximum tokens (prompt and answer) divided by 1 + priority. The next request is the oldest request
 of the client whose clock is furthest behind. A client that sends a hundred requests delays itself, not other clients,
 and no client starves.
+
+A lone client may fill the queue. Once it is full, a client that holds less than an equal share still gets in, and
+displaces the newest requests of the client that holds most.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
+from cluster.core.errors import Busy
+from cluster.core.limits import RETRY_AFTER_S
 from cluster.scheduler.sequence import ScheduledSequence
 
 
@@ -32,8 +37,52 @@ class FairQueue:
         arrived = sorted((s for q in self._queues.values() for s in q), key=lambda s: s.id)
         return iter((*self._returning, *arrived))
 
-    def has_room(self, count: int) -> bool:
-        return len(self) + count <= self._most
+    def make_room(self, client: str, count: int) -> list[ScheduledSequence]:
+        """Make room for ``count`` more sequences of ``client``. Remove and return those that they displace.
+
+        A request is displaced whole, and only before any of its samples has begun. Raise ``Busy``, and displace
+        nothing, if the room of clients with more than an equal share is not enough.
+        """
+        held = Counter(s.request.client for s in self)
+        need = held.total() + count - self._most
+        share = self._most // len({*held, client})
+        displaced: list[ScheduledSequence] = []
+        if need > 0 and held[client] + count <= share:
+            displaced = self._displaceable(held, share, need)
+        if len(displaced) < need:
+            raise Busy(
+                f"the queue is full: {held.total()} samples wait, {held[client]} of them yours, and {count} more are "
+                "too many; try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        for sequence in displaced:
+            self.remove(sequence)
+        return displaced
+
+    def _displaceable(self, held: Counter[str], share: int, need: int) -> list[ScheduledSequence]:
+        """Return at least ``need`` sequences of the clients that hold most, newest first; fewer if there are fewer."""
+        batches = {client: self._whole_batches(client) for client in self._queues if held[client] > share}
+        displaced: list[ScheduledSequence] = []
+        while len(displaced) < need and batches:
+            client = max(batches, key=lambda name: held[name])
+            batch = next(batches[client], None)
+            if batch is None:
+                del batches[client]
+                continue
+            displaced += batch
+            held[client] -= len(batch)
+            if held[client] <= share:
+                del batches[client]
+        return displaced
+
+    def _whole_batches(self, client: str) -> Iterator[list[ScheduledSequence]]:
+        """Iterate over a client's requests of which every sample waits and none has begun, newest first."""
+        waiting: dict[tuple[str, ...], list[ScheduledSequence]] = {}
+        for sequence in self._queues[client]:
+            waiting.setdefault(sequence.batch, []).append(sequence)
+        for batch, sequences in reversed(waiting.items()):
+            if len(sequences) == len(batch) and not any(s.answer for s in sequences):
+                yield sequences
 
     def add(self, sequence: ScheduledSequence) -> None:
         client = sequence.request.client

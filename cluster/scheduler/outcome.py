@@ -42,7 +42,7 @@ class SampleFailed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The stages of a new epoch can never hold this request. The scheduler has removed it."""
+    """The scheduler has removed this request: new stages can never hold it, or it made room in the queue."""
 
     request_id: str
     sentence: str

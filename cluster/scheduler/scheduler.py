@@ -20,9 +20,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 
-from cluster.core.errors import BadFrame, Busy, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step
-from cluster.core.limits import RETRY_AFTER_S
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
@@ -112,8 +111,8 @@ class Scheduler:
 
     # Events
 
-    def submit(self, *requests: Request, answers: tuple[tuple[int, ...], ...] = ()) -> None:
-        """Accept all of the requests, or none.
+    def submit(self, *requests: Request, answers: tuple[tuple[int, ...], ...] = ()) -> tuple[Refused, ...]:
+        """Accept all of the requests, or none. Remove and return waiting requests of others that they displace.
 
         Several requests are samples of one prompt. ``answers`` are the answers so far, one per request, of
         requests that are resumed.
@@ -126,18 +125,18 @@ class Scheduler:
                 raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
             if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
                 raise PromptTooLong(why, field="max_tokens")
-        if not self._waiting.has_room(len(requests)):
-            raise Busy(
-                f"the queue is full: {len(self._lanes)} requests are running and {len(self._waiting)} wait; "
-                "try again later",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        displaced = self._waiting.make_room(requests[0].client, len(requests))
+        for sequence in displaced:
+            del self._by_request[sequence.request.id]
+        batch = tuple(request.id for request in requests)
         for request, answer in zip(requests, answers or ((),) * len(requests), strict=True):
             self._sequences_seen += 1
-            sequence = ScheduledSequence(request, self._sequences_seen, answer=list(answer))
+            sequence = ScheduledSequence(request, self._sequences_seen, answer=list(answer), batch=batch)
             self._by_request[request.id] = sequence
             self._waiting.add(sequence)
         self._admit()
+        why = "the queue is full and you hold most of it, so this request made room for another client; try again later"
+        return tuple(Refused(sequence.request.id, why) for sequence in displaced)
 
     def begin_epoch(self, epoch: int, capacity: Capacity) -> tuple[Refused, ...]:
         """Continue on the empty stages of a new epoch.

@@ -60,6 +60,8 @@ class ScheduledSequence:
     """The answer so far."""
     scored: int = 1
     """The number of prompt tokens whose log-probability the reader has; the first token has none."""
+    batch: tuple[str, ...] = ()
+    """The ids of the requests that were submitted together, itself included: the samples of one prompt."""
     base: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

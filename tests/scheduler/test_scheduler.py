@@ -275,8 +275,8 @@ def test_a_lost_frame_is_noticed_by_the_next_that_cannot_have_overtaken_it() -> 
         scheduler.on_frame(stages.give())
 
 
-def samples(name: str, count: int, prompt: int = 21, max_tokens: int = 4) -> list[Request]:
-    one = request(name, prompt, max_tokens, samples=count)
+def samples(name: str, count: int, prompt: int = 21, max_tokens: int = 4, client: str = "") -> list[Request]:
+    one = request(name, prompt, max_tokens, client, samples=count)
     return [replace(one, id=f"{name}#{i}") for i in range(count)]
 
 
@@ -319,6 +319,33 @@ def test_samples_are_taken_all_or_none() -> None:
         scheduler.submit(*samples("b", 3))
     assert [s.request.id for s in scheduler.sequences] == ["a#0", "a#1", "a#2"]
     scheduler.submit(*samples("c", 2))
+
+
+def test_a_newcomer_gets_its_share_of_a_queue_that_another_client_fills() -> None:
+    scheduler, stages = Scheduler(1, capacity(rows=1, queue=8), frozenset()), Stages()
+    for name in "abcd":
+        scheduler.submit(*samples(name, 2, client="greedy"))
+    with pytest.raises(Busy):
+        scheduler.submit(*samples("e", 2, client="greedy"))
+    displaced = scheduler.submit(*samples("f", 3, client="modest"))
+    assert sorted(refused.request_id for refused in displaced) == ["d#0", "d#1"]
+    live = [s.request.id for s in scheduler.sequences]
+    assert live == ["a#0", "a#1", "b#0", "b#1", "c#0", "c#1", "f#0", "f#1", "f#2"]
+    assert [r.request_id for r in scheduler.submit(request("g", client="modest"))] == ["c#0", "c#1"]
+    with pytest.raises(Busy):
+        scheduler.submit(*samples("h", 3, client="modest"))
+    said = run_dry(scheduler, stages)
+    assert set(said) == {"a#0", "a#1", "b#0", "b#1", "f#0", "f#1", "f#2", "g"}
+    assert stages.fed == {}
+
+
+def test_a_request_that_has_begun_keeps_its_place_in_a_full_queue() -> None:
+    scheduler = Scheduler(1, capacity(rows=1, queue=4), frozenset())
+    scheduler.submit(*samples("a", 4, client="greedy"))
+    scheduler.submit(request("resumed", client="greedy"), answers=((3,),))
+    with pytest.raises(Busy):
+        scheduler.submit(request("b", client="modest"))
+    assert len(scheduler.sequences) == 5
 
 
 def test_a_complete_grammar_ends_an_answer_even_at_its_longest() -> None:
@@ -479,13 +506,17 @@ class World:
         )
         all_asked = [replace(asked, id=f"{name}#{i}" if i else name) for i in range(samples)]
         try:
-            self.scheduler.submit(*all_asked)
+            displaced = self.scheduler.submit(*all_asked)
         except Busy:
             assert sum(s.phase is Phase.QUEUED for s in self.scheduler.sequences) + samples > self.queue
         except PromptTooLong:
             assert len(prompt) + asked.max_tokens > self.plan.budget[0]
         else:
             self.prompts.update((one.id, one) for one in all_asked)
+            for refused in displaced:
+                self.ended[refused.request_id] += 1
+                assert self.prompts[refused.request_id].client != asked.client
+                assert not self.said[refused.request_id]
 
     def cancel(self) -> None:
         live = [s.request.id for s in self.scheduler.sequences]

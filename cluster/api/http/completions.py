@@ -99,9 +99,12 @@ class CompletionsEncoder:
         self._echoed = [EchoedPrompt(running) for running in self.all_running] if scored else []
 
     async def whole(self) -> dict[str, Any]:
-        """Return the body of a response that is not streamed."""
-        async with asyncio.TaskGroup() as tasks:
-            gathered = [tasks.create_task(self._collect(p)) for p in range(len(self.all_running))]
+        """Return the body of a response that is not streamed. Raises the first error that ended an answer early."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                gathered = [tasks.create_task(self._collect(p)) for p in range(len(self.all_running))]
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         answers = [task.result() for task in gathered]
         choices = [
             await self._choice(p, i, whole) for p, wholes in enumerate(answers) for i, whole in enumerate(wholes)
