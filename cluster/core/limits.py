@@ -92,6 +92,8 @@ TOOL_CHECK_TIMEOUT_S: Final = 5.0
 """Time to find the tool whose schema breaks a request's grammar, by compiling each tool alone."""
 MAX_INTAKE_BYTES: Final = 96 * MIB
 """Bytes of all requests being received or processed; one client gets at most half of them."""
+MAX_COLLECTED_BYTES: Final = 40 * MIB
+"""Bytes of one answer that is not streamed, with its request's body: less than a lone client's share."""
 FREE_BODY_BYTES: Final = 64 * KIB
 """The first bytes of a body are not charged, so that ordinary requests pass while large ones fill the budget.
 ``MAX_CONNECTIONS`` of them are 128 MiB."""

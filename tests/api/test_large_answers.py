@@ -1,21 +1,25 @@
-"""An answer's log-probabilities are hundreds of thousands of objects: the event loop goes on while they are encoded."""
+"""Large answers: the event loop goes on while they are encoded and written, and what they hold is bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 
+from cluster.api.http import answer_assembly
 from cluster.api.http.app import application
-from cluster.api.http.json_response import Encoded, compact
+from cluster.api.http.json_response import WRITE_CHARS, Encoded, LongJson, compact, encode_text, encoded_list
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.limits import KIB, MAX_INTAKE_BYTES, MIB
 from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, TopLogprob, Usage
 from fuzz.targets.asked import served
 
@@ -80,13 +84,18 @@ def coordinator() -> ManyTokens:
 
 
 @pytest.fixture
-async def ask(coordinator: ManyTokens) -> AsyncIterator[Callable[..., Any]]:
-    transport = httpx.ASGITransport(application(RequestService(coordinator, Metrics())))  # type: ignore[arg-type]
+def service(coordinator: ManyTokens) -> RequestService:
+    return RequestService(coordinator, Metrics())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def ask(service: RequestService) -> AsyncIterator[Callable[..., Any]]:
+    transport = httpx.ASGITransport(application(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
 
-        async def post(path: str, **more: object) -> Any:
+        async def post(path: str, status: int = 200, **more: object) -> Any:
             answer = await client.post(path, json=ROUTES[path] | more)
-            assert answer.status_code == 200, answer.text
+            assert answer.status_code == status
             return answer.json()
 
         yield post
@@ -105,7 +114,7 @@ async def test_the_event_loop_runs_between_an_answers_tokens(
     turns = asyncio.create_task(count_turns(coordinator.texts))
     await ask(path)
     turns.cancel()
-    assert 1 <= coordinator.texts.most <= 2 * (len(TOP) + 1)
+    assert 1 <= coordinator.texts.most <= 2 * (len(TOP) + 2)
 
 
 async def test_all_of_them_arrive(ask: Callable[..., Any]) -> None:
@@ -129,6 +138,50 @@ async def test_an_echoed_prompt_is_decoded_once_for_all_its_samples(
     answer = await ask("/v1/completions", echo=True, logprobs=None, n=8)
     assert [choice["text"][:9] for choice in answer["choices"]] == ["prompt ab"] * 16
     assert coordinator.texts.decoded == 2
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_an_answer_that_is_too_large_to_collect_names_what_to_change(
+    path: str, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_assembly, "MAX_COLLECTED_BYTES", TOKENS * 1000)
+    error = (await ask(path, status=400))["error"]
+    assert "stream it, or ask for fewer samples, tokens or alternatives" in error["message"]
+    assert error["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_large_answer_waits_for_what_other_clients_hold(
+    path: str, service: RequestService, ask: Callable[..., Any]
+) -> None:
+    others = {f"client {i}": MAX_INTAKE_BYTES >> i for i in range(1, 14)}  # each the half of what is left
+    for client, count in others.items():
+        service.bodies.take(client, count)
+    assert (await ask(path, status=429))["error"]["code"] == "too_many_bytes"
+    for client, count in others.items():
+        service.bodies.give_back(client, count)
+    await ask(path)
+    assert service.bodies.held == 0
+
+
+async def test_a_long_answer_is_written_in_parts() -> None:
+    parts: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        parts.append(message.get("body", b""))
+
+    entries = [compact({"token": "\u00e9", "logprob": -float(i)}) for i in range(20_000)]
+    response = LongJson({"text": "x" * MIB, "entries": encoded_list(entries)})
+    await response({"type": "http"}, AsyncMock(), send)
+    assert max(map(len, parts)) <= 2 * WRITE_CHARS + KIB
+    assert len(parts) > 6
+    assert len(json.loads(b"".join(parts))["entries"]) == len(entries)
+    assert "content-length" not in response.headers
+
+
+@pytest.mark.parametrize("text", ["short", 'a"\n\u00e9\U0001f600' * WRITE_CHARS])
+async def test_a_text_of_any_length_is_encoded_whole(text: str) -> None:
+    assert json.loads(compact([await encode_text(text)])) == [text]
 
 
 def test_encoded_parts_keep_their_places() -> None:

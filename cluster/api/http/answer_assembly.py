@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.request_service import RunningRequest
+from cluster.core.errors import InvalidRequest
+from cluster.core.limits import MAX_COLLECTED_BYTES, MIB
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent, Usage
+from cluster.transport.byte_budget import Charge
+
+EncodeRow: TypeAlias = Callable[[RunningRequest, TokenEvent], tuple[str, ...]]
+_VALUE_BYTES: Final = 64
+"""Bytes charged for each log-probability of a prompt in each sample: its text, its number and their JSON."""
 
 
 @dataclass(slots=True)
@@ -34,8 +42,9 @@ class AnswerPart:
 class CollectedAnswer:
     """One sample of an answer, as generated so far.
 
-    ``parts`` holds the same text and calls in the order of generation. ``tokens`` holds the content's tokens if
-    log-probabilities were requested. ``reasoning_counter`` counts the reasoning tokens.
+    ``parts`` holds the same text and calls in the order of generation. ``rows`` holds the JSON of the content's
+    log-probabilities by token, if they were requested, and ``offsets`` the character at which each token's text begins.
+    ``reasoning_counter`` counts the reasoning tokens.
     """
 
     reasoning_counter: ReasoningCounter
@@ -43,11 +52,12 @@ class CollectedAnswer:
     reasoning: str = ""
     calls: list[GeneratedCall] = field(default_factory=list)
     parts: list[AnswerPart] = field(default_factory=list)
-    tokens: list[TokenEvent] = field(default_factory=list)
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish: FinishEvent | None = None
 
     def add(self, event: TokenEvent | FinishEvent) -> None:
-        """Add the next event of this sample."""
+        """Add the next event of this sample, without its log-probabilities."""
         self.reasoning_counter.add(event)
         self.text += event.text
         self.reasoning += event.reasoning
@@ -60,9 +70,11 @@ class CollectedAnswer:
             self.calls[delta.index].arguments += delta.arguments
         if isinstance(event, FinishEvent):
             self.finish = event
-            return
-        if is_content(event):
-            self.tokens.append(event)
+
+    def add_row(self, row: tuple[str, ...]) -> None:
+        """Add the log-probabilities of the next token, before its text is added."""
+        self.rows.append(row)
+        self.offsets.append(len(self.text))
 
     def _append_text(self, text: str, *, reasoning: bool) -> None:
         if not text:
@@ -83,20 +95,60 @@ def reasoning_counters(running: RunningRequest) -> list[ReasoningCounter]:
 
 
 async def collect_answers(
-    running: RunningRequest, prompt: Callable[[PromptLogprobs], object] | None = None
+    running: RunningRequest,
+    charge: Charge,
+    encode: EncodeRow | None = None,
+    prompt: Callable[[PromptLogprobs], object] | None = None,
 ) -> list[CollectedAnswer]:
     """Read the answer to its end and return every sample. Raises the error that ended it early.
 
-    ``prompt`` is called with each piece of the prompt's log-probabilities, if the request asks for these.
+    ``encode`` returns the JSON of a token's log-probabilities; without it they are dropped. ``prompt`` is called with
+    each piece of the prompt's log-probabilities, if the request asks for these; the end-of-sequence token then has a
+    row too. All that is held is charged to ``charge``: raises ``Busy`` if requests of all clients hold too much,
+    ``InvalidRequest`` if this one alone does.
     """
     answers = [CollectedAnswer(count) for count in reasoning_counters(running)]
     async with aclosing(running.all_events) as events:
         async for event in events:
-            if not isinstance(event, PromptLogprobs):
-                answers[event.sample].add(event)
-            elif prompt:
-                prompt(event)
+            if isinstance(event, PromptLogprobs):
+                values = len(event.logprobs) + len(event.top_tokens)
+                charge_answer(charge, running.request.samples * values * _VALUE_BYTES)
+                if prompt:
+                    prompt(event)
+                continue
+            row: tuple[str, ...] = ()
+            token = _scored_token(event, end=prompt is not None)
+            if encode and token:
+                row = encode(running, token)
+                answers[event.sample].add_row(row)
+                await asyncio.sleep(0)  # events may all be there already, and each row is expensive
+            texts = (event.text, event.reasoning, *row, *(call.arguments for call in event.calls))
+            charge_answer(charge, sum(map(held_size, texts)))
+            answers[event.sample].add(event)
     return answers
+
+
+def _scored_token(event: TokenEvent | FinishEvent, *, end: bool) -> TokenEvent | None:
+    """Return the token whose log-probabilities an event adds. ``end``: the end-of-sequence token is one."""
+    if isinstance(event, FinishEvent):
+        return event.end if end else None
+    return event if is_content(event) else None
+
+
+def held_size(text: str) -> int:
+    """Return the bytes to charge for a text: Python's, and as many for its JSON."""
+    return len(text) * (2 if text.isascii() else 6)
+
+
+def charge_answer(charge: Charge, size: int) -> None:
+    """Charge ``size`` bytes of an answer that is collected. Raises as ``collect_answers`` does."""
+    if charge.size + size > MAX_COLLECTED_BYTES:
+        raise InvalidRequest(
+            f"the answer needs more than {MAX_COLLECTED_BYTES // MIB} MiB; stream it, or ask for fewer samples, tokens "
+            "or alternatives",
+            field="max_tokens",
+        )
+    charge.add(size)
 
 
 def sum_usage(finishes: Iterable[FinishEvent | None]) -> Usage:

@@ -149,8 +149,13 @@ async def build(request: Request, make: Callable[[], T]) -> T:
 
 def form_size(request: Request) -> int:
     """Return the bytes of the body that was read."""
+    return charge_of(request).size
+
+
+def charge_of(request: Request) -> Charge:
+    """Return the charge of what the request holds until it ends: its body, then the answer that is collected."""
     charge: Charge = request.scope[CHARGE]
-    return charge.size
+    return charge
 
 
 async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:

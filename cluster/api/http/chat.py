@@ -12,24 +12,26 @@ from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import (
     CollectedAnswer,
+    EncodeRow,
     collect_answers,
     is_content,
     openai_usage,
     reasoning_counters,
     sum_usage,
 )
-from cluster.api.http.body import read
+from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import openai_error
-from cluster.api.http.json_response import Json, new_id
-from cluster.api.http.logprobs import chat_logprobs, collected_chat_logprobs
+from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
+from cluster.api.http.logprobs import chat_logprobs, chat_row
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, TokenEvent, ToolCallDelta
+from cluster.transport.byte_budget import Charge
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Chat:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
+    async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ChatForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
@@ -48,7 +50,8 @@ class Chat:
             usage = bool(form.stream_options and form.stream_options.include_usage)
             encoder = ChatEncoder(head, running, bool(form.logprobs), usage)
             return EventStream(aclosing(running.events), encoder, head.id)
-        return Json(await while_connected(request, lambda: _completion(head, running, bool(form.logprobs))))
+        charge, rows = charge_of(request), chat_row if form.logprobs else None
+        return LongJson(await while_connected(request, lambda: _completion(head, running, charge, rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +66,30 @@ class ChunkHead:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-async def _completion(head: ChunkHead, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
-    answers = await collect_answers(running)
+async def _completion(
+    head: ChunkHead, running: RunningRequest, charge: Charge, rows: EncodeRow | None
+) -> dict[str, Any]:
+    answers = await collect_answers(running, charge, rows)
     usage = openai_usage(sum_usage(w.finish for w in answers), sum(w.reasoning_counter.tokens for w in answers))
-    choices = [await _choice(i, answer, running, logprobs) for i, answer in enumerate(answers)]
+    choices = [await _choice(i, answer, logprobs=rows is not None) for i, answer in enumerate(answers)]
     return {**head.fields("chat.completion"), "choices": choices, "usage": usage}
 
 
-async def _choice(index: int, answer: CollectedAnswer, running: RunningRequest, logprobs: bool) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if answer.calls else "")}
+async def _choice(index: int, answer: CollectedAnswer, *, logprobs: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": await encode_text(answer.text)}
+    if answer.calls and not answer.text:
+        message["content"] = None
     message["refusal"] = None
     if answer.reasoning:
-        message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
+        reasoning = await encode_text(answer.reasoning)
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
     if answer.calls:
         message["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": await encode_text(c.arguments)}}
             for c in answer.calls
         ]
-    shown = await collected_chat_logprobs(answer.tokens, running) if logprobs else None
+    entries = encoded_list(row for (row,) in answer.rows)
+    shown = {"content": entries, "refusal": None} if logprobs else None
     reason = answer.finish.reason.value if answer.finish else None
     return {"index": index, "message": message, "logprobs": shown, "finish_reason": reason}
 

@@ -15,17 +15,19 @@ from starlette.requests import Request
 from cluster.api.http.answer_assembly import (
     CollectedAnswer,
     add_usage,
+    charge_answer,
     collect_answers,
+    held_size,
     openai_usage,
     sum_usage,
 )
-from cluster.api.http.body import build, form_size, read
+from cluster.api.http.body import build, charge_of, form_size, read
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat import ChunkHead
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
 from cluster.api.http.errors import openai_error
-from cluster.api.http.json_response import Json, new_id
-from cluster.api.http.logprobs import EchoedPrompt, collected_columns, columns
+from cluster.api.http.json_response import LongJson, encode_text, new_id
+from cluster.api.http.logprobs import EchoedPrompt, collected_columns, columns, columns_row
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
@@ -34,6 +36,7 @@ from cluster.api.requests import rename_fields
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent, Usage
+from cluster.transport.byte_budget import Charge
 
 KIND = "text_completion"
 PromptEvent: TypeAlias = tuple[int, PromptLogprobs | TokenEvent | FinishEvent]
@@ -47,7 +50,7 @@ class Completions:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream[PromptEvent]:
+    async def __call__(self, request: Request) -> LongJson | EventStream[PromptEvent]:
         form = await read(request, CompletionsForm)
         checkpoint = self.names.checkpoint(form.model)
         head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
@@ -55,7 +58,8 @@ class Completions:
         encoder = CompletionsEncoder(head, form, all_running)
         if form.stream:
             return EventStream(_merge_events(all_running), encoder, head.id)
-        return Json(await while_connected(request, encoder.whole))
+        charge = charge_of(request)
+        return LongJson(await while_connected(request, lambda: encoder.whole(charge)))
 
     async def _submit(
         self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
@@ -98,11 +102,11 @@ class CompletionsEncoder:
         scored = self.form.prompt_logprobs is not None
         self._echoed = [EchoedPrompt(running) for running in self.all_running] if scored else []
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self, charge: Charge) -> dict[str, Any]:
         """Return the body of a response that is not streamed. Raises the first error that ended an answer early."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                gathered = [tasks.create_task(self._collect(p)) for p in range(len(self.all_running))]
+                gathered = [tasks.create_task(self._collect(p, charge)) for p in range(len(self.all_running))]
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         answers = [task.result() for task in gathered]
@@ -112,25 +116,24 @@ class CompletionsEncoder:
         usage = openai_usage(reduce(add_usage, (sum_usage(w.finish for w in wholes) for wholes in answers)))
         return {**self.head.fields(KIND), "choices": choices, "usage": usage}
 
-    async def _collect(self, prompt: int) -> list[CollectedAnswer]:
+    async def _collect(self, prompt: int, charge: Charge) -> list[CollectedAnswer]:
         running = self.all_running[prompt]
+        encode = None if self.form.logprobs is None else columns_row
         if not self._echoed:
-            return await collect_answers(running)
+            charge_answer(charge, self.form.samples * held_size(self._echo(prompt)))
+            return await collect_answers(running, charge, encode)
         echoed = self._echoed[prompt]
         echoed.begin()
-        return await collect_answers(running, echoed.add)
+        return await collect_answers(running, charge, encode, echoed.add)
 
     async def _choice(self, prompt: int, sample: int, whole: CollectedAnswer) -> dict[str, Any]:
-        running = self.all_running[prompt]
         text, logprobs = self._echo(prompt), None
-        if self._echoed:
-            tokens = [*whole.tokens, *_end_token(whole.finish)]
-            logprobs = await collected_columns(tokens, running, self._echoed[prompt])
-        elif self.form.logprobs is not None:
-            logprobs = await collected_columns(whole.tokens, running)
+        if self.form.logprobs is not None:
+            echoed = self._echoed[prompt] if self._echoed else None
+            logprobs = await collected_columns(whole.rows, whole.offsets, echoed)
         return {
             "index": prompt * self.form.samples + sample,
-            "text": text + whole.text,
+            "text": await encode_text(text + whole.text),
             "logprobs": logprobs,
             "finish_reason": whole.finish.reason.value if whole.finish else None,
         }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import Any, Final
 
-from cluster.api.http.json_response import encode_list
+from cluster.api.http.json_response import compact, encode_each, encoded_list
 from cluster.api.request_service import RunningRequest
 from cluster.core.request import PromptLogprobs, TokenEvent, TopLogprob
 
@@ -19,11 +19,6 @@ _COLUMNS: Final = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 def chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
     """Return ``{"content": [...], "refusal": null}``."""
     return {"content": [entry(t, running) for t in tokens], "refusal": None}
-
-
-async def collected_chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict[str, Any]:
-    """Return the same for a whole answer, encoded while the event loop goes on."""
-    return {"content": await encode_list(entry(t, running) for t in tokens), "refusal": None}
 
 
 def entry(token: TokenEvent, running: RunningRequest) -> dict[str, Any]:
@@ -57,19 +52,29 @@ def columns(tokens: Sequence[TokenEvent], running: RunningRequest, offset: int) 
     }
 
 
-async def collected_columns(
-    tokens: Sequence[TokenEvent], running: RunningRequest, prompt: EchoedPrompt | None = None
-) -> dict[str, Any]:
-    """Return the same for a whole answer after its echoed prompt, encoded while the event loop goes on."""
+def chat_row(running: RunningRequest, token: TokenEvent) -> tuple[str, ...]:
+    """Return the JSON of one token of a chat's answer that is collected."""
+    return (compact(entry(token, running)),)
+
+
+def columns_row(running: RunningRequest, token: TokenEvent) -> tuple[str, ...]:
+    """Return the JSON of one token in the columns of completions, without its offset."""
     text = running.checkpoint.tokenizer.token_text
+    logprob = max(token.logprob or 0.0, _LEAST)
+    return compact(text(token.token)), compact(logprob), compact(_alternatives(token.top, token.token, logprob, text))
+
+
+async def collected_columns(
+    rows: Sequence[tuple[str, ...]], offsets: Sequence[int], prompt: EchoedPrompt | None = None
+) -> dict[str, Any]:
+    """Return the ``logprobs`` of a whole completion after its echoed prompt, from its ``columns_row``s."""
     before = prompt.columns if prompt else dict[str, list[Any]]()
-    answered = (_alternatives(t.top, t.token, t.logprob or 0.0, text) for t in tokens)
-    return {
-        "tokens": await encode_list(chain(before.get("tokens", ()), (text(t.token) for t in tokens))),
-        "token_logprobs": [*before.get("token_logprobs", ()), *(max(t.logprob or 0.0, _LEAST) for t in tokens)],
-        "top_logprobs": await encode_list(chain(before.get("top_logprobs", ()), answered)),
-        "text_offset": [*before.get("text_offset", ()), *_offsets(tokens, len(prompt.text) if prompt else 0)],
-    }
+    found: dict[str, Any] = {}
+    for i, name in enumerate(_COLUMNS[:3]):
+        prompted = await encode_each(before.get(name, ()))
+        found[name] = encoded_list(chain(prompted, (row[i] for row in rows)))
+    start = len(prompt.text) if prompt else 0
+    return {**found, "text_offset": [*before.get("text_offset", ()), *(start + offset for offset in offsets)]}
 
 
 def _offsets(tokens: Sequence[TokenEvent], offset: int) -> list[int]:

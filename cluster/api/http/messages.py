@@ -11,16 +11,17 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
-from cluster.api.http.body import read
+from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import anthropic_error
-from cluster.api.http.json_response import Json, new_id
+from cluster.api.http.json_response import LongJson, encode_text, new_id
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
+from cluster.transport.byte_budget import Charge
 
 PING: Final = event({"type": "ping"}, "ping")
 
@@ -32,14 +33,15 @@ class Messages:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
+    async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, MessagesForm)
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("msg_"), checkpoint)
         model = self.names.shown_name(form.model, checkpoint)
         if form.stream:
             return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id)
-        return Json(await while_connected(request, lambda: _whole_response(model, running)))
+        charge = charge_of(request)
+        return LongJson(await while_connected(request, lambda: _whole_response(model, running, charge)))
 
 
 def encode_message(model: str, running: RunningRequest, usage: Usage) -> dict[str, Any]:
@@ -77,19 +79,19 @@ def encode_ending(finish: FinishEvent) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": finish.stop or None}
 
 
-async def _whole_response(model: str, running: RunningRequest) -> dict[str, Any]:
-    (answer,) = await collect_answers(running)
+async def _whole_response(model: str, running: RunningRequest, charge: Charge) -> dict[str, Any]:
+    (answer,) = await collect_answers(running, charge)
     assert answer.finish
-    content = [_block(part) for part in answer.parts]
+    content = [await _block(part) for part in answer.parts]
     return {**encode_message(model, running, answer.finish.usage), "content": content, **encode_ending(answer.finish)}
 
 
-def _block(part: AnswerPart) -> dict[str, Any]:
+async def _block(part: AnswerPart) -> dict[str, Any]:
     if part.call:
         return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": _object(part.call.arguments)}
     if part.reasoning:
-        return {"type": "thinking", "thinking": part.text, "signature": ""}
-    return {"type": "text", "text": part.text}
+        return {"type": "thinking", "thinking": await encode_text(part.text), "signature": ""}
+    return {"type": "text", "text": await encode_text(part.text)}
 
 
 def _object(text: str) -> dict[str, Any]:

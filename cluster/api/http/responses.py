@@ -11,17 +11,18 @@ from typing import Any
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import AnswerPart, CollectedAnswer, collect_answers
-from cluster.api.http.body import read
+from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_submission import submit_chat
-from cluster.api.http.json_response import Encoded, Json, encode_list, new_id
-from cluster.api.http.logprobs import entry
+from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
+from cluster.api.http.logprobs import chat_row
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.responses_form import ResponsesForm
-from cluster.api.http.responses_object import ResponseEncoder
+from cluster.api.http.responses_object import NO_LOGPROBS, ResponseEncoder
 from cluster.api.http.responses_stream import ResponseStreamEncoder
 from cluster.api.http.sse import EventStream, while_connected
 from cluster.api.request_service import RequestService
 from cluster.core.request import FinishEvent, TokenEvent
+from cluster.transport.byte_budget import Charge
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,19 @@ class Responses:
     service: RequestService
     names: ModelNames
 
-    async def __call__(self, request: Request) -> Json | EventStream[TokenEvent | FinishEvent]:
+    async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ResponsesForm)
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
         encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
         if form.stream:
             return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder), running.request.id)
-        return Json(await while_connected(request, lambda: _whole_response(encoder)))
+        charge = charge_of(request)
+        return LongJson(await while_connected(request, lambda: _whole_response(encoder, charge)))
 
 
-async def _whole_response(encoder: ResponseEncoder) -> dict[str, Any]:
-    (answer,) = await collect_answers(encoder.running)
+async def _whole_response(encoder: ResponseEncoder, charge: Charge) -> dict[str, Any]:
+    (answer,) = await collect_answers(encoder.running, charge, chat_row if encoder.form.logprobs else None)
     assert answer.finish
     items = await encode_items(encoder, answer)
     return encoder.finish_object(items, answer.finish, answer.reasoning_counter.tokens)
@@ -50,19 +52,18 @@ async def _whole_response(encoder: ResponseEncoder) -> dict[str, Any]:
 
 async def encode_items(encoder: ResponseEncoder, answer: CollectedAnswer) -> Sequence[dict[str, Any]]:
     """Return the output items in the order of generation. An empty answer has one empty message."""
-    logprobs = answer.tokens if encoder.form.logprobs else []
-    tokens = await encode_list(entry(t, encoder.running) for t in logprobs)
+    tokens = encoded_list(row for (row,) in answer.rows)
     items = []
     for part in answer.parts or (AnswerPart(),):
         if part.call:
-            items.append(encoder.call(new_id("fc_"), part.call.id, part.call.name, part.call.arguments))
+            items.append(
+                encoder.call(new_id("fc_"), part.call.id, part.call.name, await encode_text(part.call.arguments))
+            )
         elif part.reasoning:
-            items.append(encoder.reasoning(new_id("rs_"), part.text))
+            items.append(encoder.reasoning(new_id("rs_"), await encode_text(part.text)))
         else:
-            items.append(encoder.message(new_id("msg_"), part.text, tokens))
-            tokens = Encoded(
-                "[]"
-            )  # the first message has all log-probabilities; another message follows only after a call
+            items.append(encoder.message(new_id("msg_"), await encode_text(part.text), tokens))
+            tokens = NO_LOGPROBS  # the first message has them all; another message follows only after a call
     if answer.finish:
         items[-1]["status"] = encoder.item_status(answer.finish)
     return items

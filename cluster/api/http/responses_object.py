@@ -86,19 +86,21 @@ class ResponseEncoder:
         choice = self.form.tool_choice
         return choice.model_dump() if isinstance(choice, ResponsesNamedTool) else choice or "auto"
 
-    def reasoning(self, item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
+    def reasoning(self, item_id: str, text: str | Encoded, status: str = "completed") -> dict[str, Any]:
         """Return a reasoning item. It is not encrypted, so that clients can send it back with the next request."""
         content = [{"type": "reasoning_text", "text": text}] if status != "in_progress" else []
         return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
 
     def message(
-        self, item_id: str, text: str, logprobs: Encoded = NO_LOGPROBS, status: str = "completed"
+        self, item_id: str, text: str | Encoded, logprobs: Encoded = NO_LOGPROBS, status: str = "completed"
     ) -> dict[str, Any]:
         """Return a message item of the assistant."""
         content = [output_text(text, logprobs)] if status != "in_progress" else []
         return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def call(self, item_id: str, call_id: str, name: str, text: str, status: str = "completed") -> dict[str, Any]:
+    def call(
+        self, item_id: str, call_id: str, name: str, text: str | Encoded, status: str = "completed"
+    ) -> dict[str, Any]:
         """Return a function call item; ``text`` holds its arguments."""
         return {
             "id": item_id,
@@ -110,7 +112,7 @@ class ResponseEncoder:
         }
 
 
-def output_text(text: str, logprobs: Encoded = NO_LOGPROBS) -> dict[str, Any]:
+def output_text(text: str | Encoded, logprobs: Encoded = NO_LOGPROBS) -> dict[str, Any]:
     """Return a text part of a message."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
