@@ -11,13 +11,21 @@ from pathlib import Path
 
 import grpc.experimental
 import h11
+import llguidance
 import pytest
 import uvicorn
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.routing import BaseRoute, Match, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from cluster.model.grammars import JSON_STYLE
+
 ROOT = Path(__file__).parent.parent
-CAPPED = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "h11", "starlette", "uvicorn")
+GRPC = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status")
+CAPPED = (*GRPC, "h11", "llguidance", "starlette", "uvicorn")
+PRIVATE = {"_chat_template", "_idx", "_trim"}
+"""Private names of mlx-lm's objects that are used. ``borrowed_names`` misses one more: a wrapper's ``_tokenizer``."""
 
 
 def required() -> dict[str, str]:
@@ -36,6 +44,47 @@ def test_libraries_whose_internals_are_used_are_capped_and_the_installed_version
     assert cap, f"{name} has no cap in pyproject.toml"
     assert numbers(version(name)) < numbers(cap[1])
     assert f"{name}=={version(name)}\n" in (ROOT / "ops" / "constraints.txt").read_text()
+
+
+def test_mlx_lm_whose_caches_and_tokenizers_are_looked_into_has_an_exact_version() -> None:
+    assert required()["mlx-lm"] == f"=={version('mlx-lm')}"
+    assert f"mlx-lm=={version('mlx-lm')}\n" in (ROOT / "ops" / "constraints.txt").read_text()
+
+
+def borrowed_names(source: str) -> set[str]:
+    """Private names that ``source`` uses on objects other than ``self``. Misses names that it also defines or has."""
+    tree = ast.parse(source)
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)]
+    own = {node.attr for node in used if ast.unparse(node.value) in {"self", "cls", "super()"}}
+    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {node.attr for node in used if ast.unparse(node.value) not in {"self", "cls", "super()"}} - own
+
+
+def test_private_names_of_other_packages_are_listed() -> None:
+    modules = [path for path in (ROOT / "cluster").rglob("*.py") if path.parent.name != "v1"]
+    found = {name for path in modules for name in borrowed_names(path.read_text())}
+    assert found == {*PRIVATE, "_exit"}, "os._exit is documented"
+    private_modules = re.compile(r"^ *(?:from|import) (?!cluster)\S*\b_[a-z]\S*", re.MULTILINE)
+    imports = {name.strip() for path in modules for name in private_modules.findall(path.read_text())}
+    assert imports == {"from llguidance._lib", "from _typeshed"}, "the latter is for type checkers alone"
+
+
+def test_mlx_lms_caches_and_tokenizers_have_what_is_used() -> None:
+    cache = RotatingKVCache(max_size=4)
+    assert cache._idx == 0
+    assert list(inspect.signature(cache._trim).parameters)[:2] == ["trim_size", "v"]
+    source = inspect.getsource(TokenizerWrapper.__init__)
+    for name in ("_tokenizer", "_chat_template"):
+        assert re.search(rf"self\.{name} = ", source), name
+
+
+def test_llguidance_takes_the_options_of_its_json_compiler() -> None:
+    stubs = ast.parse(Path(llguidance.__file__).with_name("_lib.pyi").read_text())
+    (options,) = (node for node in stubs.body if isinstance(node, ast.ClassDef) and node.name == "JsonCompileOptions")
+    names = {ast.unparse(node.target) for node in options.body if isinstance(node, ast.AnnAssign)}
+    assert set(JSON_STYLE) <= names
+    assert llguidance.LLMatcher.grammar_from_json_schema("{}", defaults=JSON_STYLE)
 
 
 def test_uvicorns_protocol_has_what_is_overridden_and_called() -> None:
