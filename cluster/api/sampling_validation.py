@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.api.requests import SamplingOptions
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import (
-    LEAST_REPETITION_PENALTY,
     MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
-    MOST_REPETITION_PENALTY,
 )
-from cluster.core.request import Grammar, SamplingParams
+from cluster.core.request import SAMPLING_RANGES, Grammar, SamplingParams
 
 _DEFAULTS = SamplingParams()
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-}
 _POSITIVE = {"top_p"}
 """Options that must be above zero, since zero would leave no token to sample."""
 
@@ -40,7 +30,7 @@ def sampling_params(o: SamplingOptions, vocabulary: int, grammar: Grammar | None
         )
     return replace(
         SamplingParams(),
-        **{name: _number(o, name) for name in _RANGES},
+        **{name: _number(o, name) for name in SAMPLING_RANGES},
         grammar=grammar,
         top_k=min(o.top_k, vocabulary),
         logit_bias=_logit_bias(o, vocabulary),
@@ -55,7 +45,7 @@ def _number(o: SamplingOptions, name: str) -> float:
     if given is None:
         return float(getattr(_DEFAULTS, name))
     value = float(given)
-    least, most = _RANGES[name]
+    least, most = SAMPLING_RANGES[name]
     if not math.isfinite(value) or not least <= value <= most or (name in _POSITIVE and value == 0):
         bracket = "(" if name in _POSITIVE else "["
         raise InvalidRequest(f"{name} is {value:g}; it must be in {bracket}{least:g}, {most:g}]", field=name)

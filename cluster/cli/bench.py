@@ -25,10 +25,11 @@ def bench(
         str, typer.Option(metavar="N,N,...", help="Numbers of concurrent users, measured one after the other.")
     ] = ("1,2,4,8,16"),
     prompt: Annotated[
-        int | None, typer.Option(min=LEAST_PROMPT, help=f"Tokens per prompt. [default: {PROMPT}, or what fits]")
+        int | None,
+        typer.Option(min=LEAST_PROMPT, metavar="N", help=f"Tokens per prompt. [default: {PROMPT}, or what fits]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds per number of users.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Rounds per number of users.")] = 3,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,

@@ -25,8 +25,12 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Send this prompt, print the answer, and exit.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=8, help="Number of workers; the model has 8 layers.")] = 2,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=8, metavar="N", help="Number of workers; the model has 8 layers.")
+    ] = 2,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Maximum length of the answer, in tokens.")
+    ] = None,
 ) -> None:
     """Try a whole cluster on this machine.
 

@@ -23,14 +23,16 @@ def generate(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads standard input.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Read the prompt from a file.")
+        Path | None,
+        typer.Option("--file", "-f", exists=True, dir_okay=False, metavar="FILE", help="Read the prompt from a file."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Send this system message before the prompt.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(min=0, help="With --json: add log-probabilities and this many alternatives.")
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --json: add log-probabilities and this many alternatives."),
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="With --json: add each token's time per stage.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print statistics on stderr.")] = False,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.platform.paths import short_host_name, state_home
 
 if TYPE_CHECKING:
@@ -22,17 +21,20 @@ MAX_MACS = 64
 
 def init(
     other_macs: Annotated[
-        int, typer.Option("--macs", min=0, max=MAX_MACS, help="Print this many join tokens, one per other Mac.")
+        int,
+        typer.Option(
+            "--macs", metavar="N", min=0, max=MAX_MACS, help="Print this many join tokens, one per other Mac."
+        ),
     ] = 1,
     name: Annotated[
-        str | None, typer.Option(help="This Mac's name in the cluster.", show_default="the host's name")
+        str | None, typer.Option(metavar="NAME", help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
     cluster: Cluster = "default",
     wait: Annotated[bool, typer.Option(help="Keep running and admit Macs until all have joined.")] = True,
     host: JoinHost = "",
     join_port: JoinPort = None,
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
+    home: Home = None,
 ) -> None:
     """Create a cluster that this Mac leads.
 

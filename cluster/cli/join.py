@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.core.errors import InvalidOption
 from cluster.platform.paths import short_host_name, state_home
 from cluster.security.bounds import MAX_TOKEN_CHARS
@@ -28,7 +28,7 @@ def join(
         typer.Argument(metavar="TOKEN", help="From `macpipe init` or `macpipe token create`; - reads standard input."),
     ],
     name: Annotated[
-        str | None, typer.Option(help="This Mac's name in the cluster.", show_default="the host's name")
+        str | None, typer.Option(metavar="NAME", help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
     peer: Annotated[
         str, typer.Option(metavar="HOST[:PORT]", help="The coordinator's Mac, if it cannot be discovered.")
@@ -40,7 +40,7 @@ def join(
         ),
     ] = "",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
+    home: Home = None,
 ) -> None:
     """Add this Mac to a cluster.
 

@@ -20,12 +20,17 @@ Cluster = Annotated[str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", 
 JoinHost = Annotated[
     str,
     typer.Option(
-        "--host", help="Admit Macs on this address.", show_default="all addresses; VPN addresses are not announced"
+        "--host",
+        metavar="ADDRESS",
+        help="Admit Macs on this address.",
+        show_default="all addresses; VPN addresses are not announced",
     ),
 ]
 JoinPort = Annotated[
     int | None,
-    typer.Option(min=0, max=65535, help="Admit Macs on this port; 0 picks a free one.", show_default="7701"),
+    typer.Option(
+        min=0, max=65535, metavar="PORT", help="Admit Macs on this port; 0 picks a free one.", show_default="7701"
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -21,9 +21,22 @@ if TYPE_CHECKING:
 
 BOUNDS: Final = ("requests/min", "tokens/min", "at once")
 key = typer.Typer(name="key", help="Create, list and revoke the cluster's API keys for HTTP.", no_args_is_help=True)
-InCluster = Annotated[str, typer.Option(help="The cluster's name on this Mac.", envvar="MACPIPE_CLUSTER")]
-Home = Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME, else the default.")]
-Bound = Annotated[int | None, typer.Option(min=1, show_default="no limit")]
+InCluster = Annotated[
+    str, typer.Option(metavar="NAME", help="The cluster's name on this Mac.", envvar="MACPIPE_CLUSTER")
+]
+RequestBound = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Requests that it may start in a minute.", show_default="no limit"),
+]
+TokenBound = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Tokens of prompts and answers that it may use in a minute.", show_default="no limit"
+    ),
+]
+LiveBound = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Requests that it may have at once.", show_default="no limit")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +63,17 @@ class NewKey(KeyFacts):
 @key.command()
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The key's purpose or owner.")],
-    scope: Annotated[str, typer.Option(help="inference, or admin: also metrics.")] = "inference",
-    requests_per_minute: Bound = None,
-    tokens_per_minute: Bound = None,
-    concurrency: Bound = None,
+    scope: Annotated[str, typer.Option(metavar="SCOPE", help="inference, or admin: also metrics.")] = "inference",
+    requests_per_minute: RequestBound = None,
+    tokens_per_minute: TokenBound = None,
+    concurrency: LiveBound = None,
     cluster: InCluster = "default",
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Create a key and print it; it is shown only once.
 
-    Token limits count prompts and answers together. A running coordinator accepts the key at once.
+    A running coordinator accepts the key at once.
     """
     from cluster.security.keys import KeyLimits
 

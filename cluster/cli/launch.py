@@ -72,7 +72,9 @@ def launch(
             help="The coordinator's HTTP address; else MACPIPE_HTTP, else 127.0.0.1:8080.",
         ),
     ] = None,
-    cluster: Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")] = "default",
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")
+    ] = "default",
     run: Annotated[bool, typer.Option("--run", help="Start the client, as arguments after -- do too.")] = False,
     json_wanted: Json = False,
 ) -> None:

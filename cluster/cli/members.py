@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.join_watch import Cluster
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def members(
     everyone: Annotated[bool, typer.Option("--all", help="Include removed members.")] = False,
     cluster: Cluster = "default",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
+    home: Home = None,
 ) -> None:
     """List the members of the cluster that this Mac leads."""
     from cluster.security.authority import Authority

@@ -1,16 +1,18 @@
 """Options that several commands share, and their conversion to ``cluster.client.Options``.
 
-The coordinator checks the values. This module does not import ``annotations`` from ``__future__``, because
+This module does not import ``annotations`` from ``__future__``, because
 ``takes_answer_options`` moves its evaluated annotations to other modules.
 """
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.core.errors import InvalidOption
+from cluster.core.request import SAMPLING_RANGES
 from cluster.platform.logs import LEVEL_VARIABLE, LogLevel
 
 if TYPE_CHECKING:
@@ -27,28 +29,56 @@ Level = Annotated[
     LogLevel,
     typer.Option("--log-level", envvar=LEVEL_VARIABLE, case_sensitive=False, help="Log lines of this level and above."),
 ]
+Home = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="The state folder; else MACPIPE_HOME, else the default.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _range(name: str) -> dict[str, Any]:
+    """Return the arguments of ``typer.Option`` for a number within the range of the sampling parameter ``name``."""
+    least, most = SAMPLING_RANGES[name]
+    return {"metavar": "NUMBER", "min": least, "max": most}
+
+
 def answer_options(
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 always picks the most likely token.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens of this total probability.")
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Maximum length of the answer, in tokens.", show_default="512, or what fits"
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many most likely tokens.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the top probability.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat tokens less often.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(**_range("temperature"), help="0 always picks the most likely token.", show_default="0"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(**_range("top_p"), help="Sample from the most likely tokens of this total probability."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Sample from this many most likely tokens.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(**_range("min_p"), help="Drop tokens below this fraction of the top probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(**_range("repetition_penalty"), help="Above 1: repeat tokens less often.")
+    ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: prefer tokens that are not in the answer yet.")
+        float | None,
+        typer.Option(**_range("presence_penalty"), help="Above 0: prefer tokens that are not in the answer yet."),
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens by how often they occurred.")
+        float | None,
+        typer.Option(**_range("frequency_penalty"), help="Above 0: avoid tokens by how often they occurred."),
     ] = None,
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN=BIAS", help="Make a token id more or less likely. Repeatable.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; the same seed gives the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Random seed; the same seed gives the same answer.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. Repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
     model: Annotated[str, typer.Option(metavar="MODEL", help="Require this model.")] = "",

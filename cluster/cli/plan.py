@@ -32,7 +32,9 @@ def plan(
     objective: HowGood = Objective.LATENCY,
     context: Annotated[
         int | None,
-        typer.Option("--context", "--max-context", min=1, help="Tokens of prompt and answer.", show_default="4096"),
+        typer.Option(
+            "--context", "--max-context", min=1, metavar="N", help="Tokens of prompt and answer.", show_default="4096"
+        ),
     ] = None,
     workers: Workers = None,
     layers: Layers = None,
@@ -44,7 +46,10 @@ def plan(
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
     ] = None,
     cluster: Annotated[
-        str, typer.Option(envvar="MACPIPE_CLUSTER", help="The cluster; without a coordinator, plan for its workers.")
+        str,
+        typer.Option(
+            metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster; without a coordinator, plan for its workers."
+        ),
     ] = "default",
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Search for workers this long.")] = WAIT_S,
     json: Json = False,

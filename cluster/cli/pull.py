@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
+from cluster.core.errors import InvalidOption, ModelNotFound
 from cluster.core.plan import LayerRange
 from cluster.core.text import parse_range
 from cluster.platform.paths import state_home
@@ -42,7 +43,7 @@ def pull(
         str | None,
         typer.Option(metavar="A-B", help="Only the tensors that a stage with these layers reads.", show_default="all"),
     ] = None,
-    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME, else the default.")] = None,
+    home: Home = None,
     json: Json = False,
 ) -> None:
     """Download MODEL, or some of its layers.
@@ -57,7 +58,13 @@ def pull(
     with errors_in_json(json):
         wanted = parse_range(layers) if layers else None
         folder = state_home(home)
-        pulled = fetch(model, Store(folder).find_by_name(model), wanted, folder)
+        try:
+            found = Store(folder).find_by_name(model)
+        except ModelNotFound:
+            if "/" in model:
+                raise
+            raise InvalidOption(f"{model!r} is not a Hugging Face id; give OWNER/NAME", field="model") from None
+        pulled = fetch(model, found, wanted, folder)
         if json:
             print_json(pulled)
         else:
@@ -91,7 +98,6 @@ def fetch(model: str, found: FoundModel, layers: LayerRange | None, home: Path) 
 
 
 def _tensors_of_layers(folder: Path, model: str, layers: LayerRange) -> tuple[str, ...]:
-    from cluster.core.errors import InvalidOption
     from cluster.model.model_shape import read_shape
     from cluster.model.tensor_map import tensor_map
 

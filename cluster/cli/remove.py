@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.join_watch import Cluster
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.platform.paths import state_home
 
 
@@ -18,7 +17,7 @@ def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name, as in `macpipe members`.")],
     cluster: Cluster = "default",
     json: Json = False,
-    home: Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")] = None,
+    home: Home = None,
 ) -> None:
     """Remove a member from the cluster.
 

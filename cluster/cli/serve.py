@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Level
+from cluster.cli.options import Home, Level
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
@@ -28,7 +28,9 @@ Model = Annotated[
         metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Use this many workers.", show_default="the best number")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Use this many workers.", show_default="the best number")
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -42,11 +44,17 @@ HowRoute = Annotated[
 ]
 MaxContext = Annotated[
     int | None,
-    typer.Option(min=1, help="Reserve memory for this many tokens of prompt and answer.", show_default="4096, or less"),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Reserve memory for this many tokens of prompt and answer.",
+        show_default="4096, or less",
+    ),
 ]
 
 Lanes = Annotated[
-    int | None, typer.Option(min=1, help="Number of batches in the pipeline at once.", show_default="one per stage")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of batches in the pipeline at once.", show_default="one per stage"),
 ]
 MaxStepMs = Annotated[
     float,
@@ -84,9 +92,6 @@ Strict = Annotated[
     ),
 ]
 Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
-Home = Annotated[
-    Path | None, typer.Option(help="Folder for state and parts of models; else MACPIPE_HOME, else the default.")
-]
 KeepJournal = Annotated[
     Fsync | None,
     typer.Option(help="Keep live requests on disk, synced this often, so that answers survive a coordinator restart."),
@@ -103,13 +108,18 @@ Peers = Annotated[
 Host = Annotated[
     str,
     typer.Option(
-        help="Listen on this address.", show_default="127.0.0.1, and in a cluster this Mac's best address too"
+        metavar="ADDRESS",
+        help="Listen on this address.",
+        show_default="127.0.0.1, and in a cluster this Mac's best address too",
     ),
 ]
-ClusterName = Annotated[str, typer.Option(envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")]
+ClusterName = Annotated[
+    str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")
+]
 KvBits = Annotated[
     int,
     typer.Option(
+        metavar="BITS",
         help="Quantize KV caches to 8 or 4 bits: longer contexts fit, but a lane takes one request at a time.",
         show_default="not quantized",
     ),
@@ -124,7 +134,7 @@ def serve(
     layers: Layers = None,
     route: HowRoute = Route.DIRECT,
     host: Host = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port.")] = 7700,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")] = 7700,
     http: Http = "",
     served_model_name: ServedNames = None,
     http_allow_host: AllowHosts = None,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
-from cluster.cli.options import Json
+from cluster.cli.options import Home, Json
 from cluster.core.errors import InvalidOption
 from cluster.core.text import duration_in_words, parse_duration
 from cluster.platform.paths import state_home
@@ -26,7 +25,6 @@ token = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Home = Annotated[Path | None, typer.Option(help="The state folder; else MACPIPE_HOME.")]
 
 
 @token.command()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Level
+from cluster.cli.options import Home, Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
 from cluster.platform.logs import LogLevel, configure_logging
@@ -20,19 +19,26 @@ LOOPBACK = "127.0.0.1"
 
 
 def worker(
-    name: Annotated[str | None, typer.Option(help="This worker's name.", show_default="the host's name")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This worker's name.", show_default="the host's name")
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(
-            help="Listen on this address.", show_default=f"{LOOPBACK}, or this Mac's best address in a cluster"
+            metavar="ADDRESS",
+            help="Listen on this address.",
+            show_default=f"{LOOPBACK}, or this Mac's best address in a cluster",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 picks a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port; 0 picks a free one.")
+    ] = 0,
     data_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Receive activations on this port; 0 picks a free one.")
+        int,
+        typer.Option(min=0, max=65535, metavar="PORT", help="Receive activations on this port; 0 picks a free one."),
     ] = 0,
     cluster: Annotated[
-        str, typer.Option(envvar="MACPIPE_CLUSTER", help="The cluster that this worker belongs to.")
+        str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster that this worker belongs to.")
     ] = "default",
     memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory limit, like 24GiB.")] = None,
     interface: Annotated[
@@ -45,10 +51,7 @@ def worker(
         bool, typer.Option(help="Keep a second engine ready (100 MB) to replace a dead one at once.")
     ] = True,
     throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
-    home: Annotated[
-        Path | None,
-        typer.Option(help="The state folder; else MACPIPE_HOME, else the default."),
-    ] = None,
+    home: Home = None,
     log_level: Level = LogLevel.INFO,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:

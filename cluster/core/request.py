@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
+from types import MappingProxyType
+from typing import Final
 
+from cluster.core.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
 from cluster.core.plan import LayerRange
 
 
@@ -158,6 +161,19 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     grammar: Grammar | None = None
+
+
+SAMPLING_RANGES: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "temperature": (0.0, 2.0),
+        "top_p": (0.0, 1.0),
+        "min_p": (0.0, 1.0),
+        "repetition_penalty": (LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY),
+        "presence_penalty": (-2.0, 2.0),
+        "frequency_penalty": (-2.0, 2.0),
+    }
+)
+"""The least and the greatest value that a request may have for a sampling parameter."""
 
 
 class FinishReason(StrEnum):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from typer.core import TyperOption
+from typer.main import get_command
 
 from client.scripted import Coordinator, answer_of, cluster_reply, finish_event, prompt_event
 from cluster import __version__
+from cluster.cli.main import app
 from cluster.core import errors
+from cluster.core.limits import DEFAULT_MAX_TOKENS
+from cluster.core.request import SamplingParams
 from cluster.v1 import cluster_pb2, inference_pb2
 
 Macpipe = Any
@@ -66,6 +72,38 @@ def test_every_command_has_help(macpipe: Macpipe, command: str) -> None:
     assert "exit-with" not in done.stdout
 
 
+def visible_options() -> Iterator[tuple[str, Any]]:
+    """Each option that a command's help shows, with the command."""
+    pending = [("macpipe", get_command(app))]
+    while pending:
+        name, command = pending.pop()
+        pending += [(f"{name} {below}", one) for below, one in getattr(command, "commands", {}).items()]
+        yield from ((name, one) for one in command.params if isinstance(one, TyperOption) and not one.hidden)
+
+
+def test_options_have_help_and_values_have_names() -> None:
+    options = [(command, one) for command, one in visible_options() if "completion" not in one.name]
+    assert len(options) > 100
+    for command, one in options:
+        assert one.help, (command, one.name)
+        assert one.is_flag or one.metavar or one.type_descriptor.is_choice, (command, one.name)
+
+
+def test_the_same_option_has_the_same_form_everywhere() -> None:
+    options = list(visible_options())
+    assert {one.metavar for _, one in options if one.name == "cluster"} == {"NAME"}
+    homes = [(one.metavar, one.help) for _, one in options if one.name == "home"]
+    assert len(homes) > 10
+    assert set(homes) == {("FOLDER", "The state folder; else MACPIPE_HOME, else the default.")}
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_help_shows_defaults_that_the_coordinator_has(macpipe: Macpipe, command: str) -> None:
+    shown = " ".join(macpipe(command, "--help").stdout.split())
+    assert f"[default: ({DEFAULT_MAX_TOKENS}, or what fits); x>=1]" in shown
+    assert f"[default: ({SamplingParams().temperature:g}); 0.0<=x<=2.0]" in shown
+
+
 def test_version(macpipe: Macpipe) -> None:
     done = macpipe("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"macpipe {__version__}\n", "")
@@ -87,6 +125,9 @@ def test_version(macpipe: Macpipe) -> None:
         (["generate", "-p", "x", "--logit-bias", "5"], ["--logit-bias", "TOKEN=BIAS"]),
         (["generate", "-p", "x", "--coordinator", "http://mac:1"], ["http://mac:1", "host:port"]),
         (["chat", "--json"], ["--message"]),
+        (["chat", "--temperature", "-1"], ["--temperature", "0"]),
+        (["generate", "-p", "x", "--repetition-penalty", "11"], ["--repetition-penalty", "10"]),
+        (["pull", "no-such-model"], ["no-such-model", "is not a Hugging Face id; give OWNER/NAME"]),
         (["load", "faq", "--layers", "0-3,5-7"], ["--layers", "5-7", "layer 4"]),
         (["load", "faq", "--route", "pigeon"], ["pigeon", "direct", "relay"]),
         (["load"], ["MODEL"]),
@@ -344,6 +385,7 @@ def test_load_tells_its_progress_in_lines(macpipe: Macpipe, coordinator: Coordin
 
 def test_unload(macpipe: Macpipe, coordinator: Coordinator) -> None:
     assert macpipe("unload", to=coordinator).stdout == "unloaded faq\n"
+    assert json.loads(macpipe("unload", "--json", to=coordinator).stdout) == {"unloaded": "faq"}
 
 
 def test_chat_from_a_pipe_remembers(macpipe: Macpipe, coordinator: Coordinator) -> None:
