@@ -1,9 +1,8 @@
-"""Makes .venv and fills it. ``ops/venv`` calls this, with a Python that it found fit, when the stamp is not as wanted.
+"""Creates .venv and installs into it. ``ops/venv`` runs this with a suitable Python if the stamp is missing or old.
 
-It knows the standard library alone, since nothing is installed yet. It holds a lock while it works, so that two started
-at once make one environment; and it marks an environment of its own as unfinished until it is whole, so that one whose
-making was interrupted is thrown away the next time. An environment that it finds whole and unstamped is somebody
-else's: it is filled as it is.
+It imports only the standard library, because nothing is installed yet. A lock makes two concurrent runs create one
+environment. An environment is marked as unfinished until everything is installed, and an unfinished one is deleted by
+the next run. A complete environment without a stamp was made by somebody else: it is kept and installed into.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CONSTRAINTS = ROOT / "ops" / "constraints.txt"
 
 
 class InstallFailed(Exception):
-    """An installer gave up; the argument is what it printed."""
+    """An installer failed. The argument is its output."""
 
 
 def say(sentence: str) -> None:
@@ -32,20 +31,20 @@ def say(sentence: str) -> None:
 
 
 def run(*command: str) -> None:
-    """Run quietly; what was printed matters only if it fails."""
+    """Run a command without showing its output. Raise InstallFailed with the output if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise InstallFailed(f"$ {' '.join(command)}\n{done.stdout}")
 
 
 def up_to_date(extras: str, wanted: str) -> bool:
-    """Whether another process made it while this one waited for the lock."""
+    """Return whether another process created the environment while this one waited for the lock."""
     there = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else []
     return there[:1] == [wanted] and there[1:] in ([extras], ["dev"])
 
 
 def make() -> None:
-    """Leave an environment of ours, marked unfinished, or the one that somebody else made, as it is."""
+    """Create an environment that is marked as unfinished. Keep one that somebody else made."""
     if VENV.exists() and (UNFINISHED.exists() or not PYTHON.exists()):
         shutil.rmtree(VENV)
     if VENV.exists() and not STAMP.exists():
@@ -59,7 +58,7 @@ def make() -> None:
 
 
 def install(extras: str) -> None:
-    """With uv where it is there and can (it does not read pip's configuration), else with pip."""
+    """Install with uv if it is available and succeeds (it ignores pip's configuration), else with pip."""
     what = ["-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]" if extras == "dev" else str(ROOT)]
     if shutil.which("uv"):
         try:
@@ -73,7 +72,7 @@ def install(extras: str) -> None:
 
 
 def finish(extras: str, wanted: str) -> None:
-    """Stamp it whole; the stamp appears at once or not at all."""
+    """Mark the environment as complete. The stamp is written atomically."""
     fresh = STAMP.with_suffix(".new")
     fresh.write_text(f"{wanted} {extras}\n")
     UNFINISHED.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Sends one request of an agent as a stream over HTTP and reads what its answer cost; for macpipe and mlx_lm.server."""
+"""Sends an agent's request to macpipe or mlx_lm.server as an HTTP stream, and measures the answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request cost. Times are seconds after it was sent; ``text`` is the content of the answer."""
+    """The cost of one request. Times are in seconds after sending it; ``text`` is the content of the answer."""
 
     ttft_s: float
     total_s: float
@@ -64,7 +64,7 @@ class Usage:
         self.prompt = self.cached = self.answer = 0
 
     def read(self, event: Json) -> None:
-        """Take what this event says, if it says anything."""
+        """Add the token counts of this event, if it has any."""
         inner = event.get("response") or event.get("message") or {}
         usage = event.get("usage") or (inner.get("usage") if isinstance(inner, dict) else None)
         if not usage:

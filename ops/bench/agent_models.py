@@ -1,4 +1,4 @@
-"""Tiny random models with one kind of cache each, and a chat template as agents need it: tools, calls and thinking."""
+"""Makes tiny random models, one per kind of cache, with a chat template that has tools, calls and thinking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopback import make_model
 from cluster.model.checkpoint import resolve_model
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-"""Tokens that the bundled tokenizer lacks; they get the ids after its last."""
+"""Tokens to add to the bundled tokenizer, with the ids after its last one."""
 TEMPLATE = """\
 {%- set last = namespace(user=-1) -%}
 {%- for m in messages if m.role == "user" -%}

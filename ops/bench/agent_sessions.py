@@ -1,4 +1,4 @@
-"""Sessions of coding agents, recorded and generated ones, and what their prompts share."""
+"""Recorded and generated sessions of coding agents, and the common prefixes of their prompts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ask:
     body: Json
 
     def prepared(self, salt: str, tokens: int) -> Ask:
-        """Return it as a greedy stream of up to ``tokens``, with ``salt`` at the beginning of its first text."""
+        """Return the request as a greedy stream of up to ``tokens``, with ``salt`` before its first text."""
         body = copy.deepcopy(self.body)
         body |= {"model": "default", "stream": True, "temperature": 0}
         body.pop("max_completion_tokens", None)
@@ -47,13 +47,13 @@ class Ask:
         return Ask(self.path, body)
 
     def conversation(self) -> Conversation:
-        """Return what the server reads in it. Raises InvalidRequest or ValueError for what it would refuse."""
+        """Return the conversation as the server reads it. Raise InvalidRequest or ValueError if it refuses it."""
         form = FORMS[self.path].model_validate_json(json.dumps(self.body))
         return form.params("bench").conversation
 
 
 def _add_salt(body: Json, salt: str) -> None:
-    """Begin the first text of the prompt with ``salt``: what follows shares no beginning with another salt's."""
+    """Put ``salt`` before the first text of the prompt, so that it shares no prefix with prompts of another salt."""
     for name in ("system", "instructions"):
         if isinstance(body.get(name), str):
             body[name] = salt + body[name]
@@ -68,7 +68,7 @@ def _add_salt(body: Json, salt: str) -> None:
 
 
 def recorded(file: Path) -> list[Ask]:
-    """Read a recording: a line of JSON with ``path`` and ``body`` for each request. Exits if it is none."""
+    """Read a recording: one line of JSON with ``path`` and ``body`` per request. Exit if it is invalid."""
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         asks = [Ask(line["path"].partition("?")[0], line["body"]) for line in lines]
@@ -81,7 +81,7 @@ def recorded(file: Path) -> list[Ask]:
 
 
 class Prompts:
-    """The token ids of everything that one key has sent and received."""
+    """The token ids of all prompts and answers of one key."""
 
     def __init__(self) -> None:
         self._known: list[bytes] = []
@@ -90,7 +90,7 @@ class Prompts:
         self._known.append(_packed(ids))
 
     def reusable(self, ids: Sequence[int]) -> int:
-        """Return the longest beginning that ``ids`` shares with any of them; the last token is always computed."""
+        """Return the length of the longest prefix of ``ids`` that can be reused. The last token is always computed."""
         packed = _packed(ids)
         return min(max((_shared(packed, one) for one in self._known), default=0), len(ids) - 1)
 
@@ -100,7 +100,7 @@ def _packed(ids: Sequence[int]) -> bytes:
 
 
 def _shared(a: bytes, b: bytes) -> int:
-    """Return how many ids two packed sequences share from their beginning."""
+    """Return the length of the common prefix of two packed sequences, in ids."""
     longest = min(len(a), len(b)) // ID_BYTES
     lengths = range(1, longest + 1)
     return bisect_left(lengths, True, key=lambda n: a[: n * ID_BYTES] != b[: n * ID_BYTES])
@@ -135,7 +135,7 @@ CALLS = [step for step in range(STEPS) if step % TASK_EVERY]
 
 
 class Script:
-    """Writes generated sessions: the same for the same seed.
+    """Generates sessions. The same seed gives the same sessions.
 
     The last prompt has about ``tokens`` tokens.
     """
@@ -149,12 +149,12 @@ class Script:
         self._per_word = len(tokenizer.encode(sample)) / 400
         self._fixed = len(tokenizer.encode(self._system + json.dumps(self._tools)))
         self._words = max(STEPS, round((tokens - self._fixed) / self._per_word))
-        """Words of all tool results together."""
+        """Prepare the words of all tool results."""
 
     def tool_session(self) -> Iterator[Ask]:
         """Yield the requests of an agent that thinks and calls tools, with a new task from time to time.
 
-        Its answers are not the model's: calls are rendered anew, and each new task drops the thinking before it.
+        The answers are not the model's own: calls are rendered again, and each new task drops the earlier thinking.
         """
         messages = self._opening()
         for step in range(STEPS):
@@ -165,7 +165,7 @@ class Script:
             yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
 
     def chat_session(self, answer: Callable[[], str]) -> Iterator[Ask]:
-        """Yield the requests of a chat that has the model's own answers: ``answer`` returns the latest."""
+        """Yield the requests of a chat with the model's own answers. ``answer`` returns the latest one."""
         messages = self._opening()
         bias = {str(i): 100 for i in self._word_ids()}
         for step in range(STEPS):
@@ -176,7 +176,7 @@ class Script:
             messages.append({"role": "assistant", "content": answer()})
 
     def short_turns(self, tokens: int, turns: int) -> Iterator[Ask]:
-        """Yield a request of about ``tokens``, then ``turns`` more that each add a call with a short result."""
+        """Yield a request of about ``tokens``, then ``turns`` more. Each adds a call with a short result."""
         messages = [*self._opening(), {"role": "user", "content": f"{TASKS[0]}\n{self._filling(tokens)}"}]
         yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
         for turn in range(turns):
@@ -184,7 +184,7 @@ class Script:
             yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
 
     def agents(self, count: int, tokens: int) -> list[Ask]:
-        """Return the first requests of ``count`` sub-agents that begin with the same ``tokens`` or so."""
+        """Return the first requests of ``count`` sub-agents. About ``tokens`` at their beginning are the same."""
         context = self._filling(tokens)
         parts = [f"{context}\nYour part is {FILES[i % len(FILES)]}, number {i}." for i in range(count)]
         return [
@@ -214,16 +214,16 @@ class Script:
         ]
 
     def _result(self, step: int, steps: Iterable[int]) -> str:
-        """Return the part of ``step``, one of ``steps``, in the words of all results."""
+        """Return the result of ``step``, one of ``steps``: its part of the words of all results."""
         return self._text(round(self._words * step / sum(steps)))
 
     def _text(self, words: int) -> str:
-        """Return so many words, in lines of a dozen."""
+        """Return a text of this many words, a dozen per line."""
         chosen = self._random.choices(WORDS, k=words)
         return "\n".join(" ".join(chosen[i : i + 12]) for i in range(0, words, 12))
 
     def _word_ids(self) -> list[int]:
-        """Return the ids of tokens that are whole words: texts of such tokens are encoded as they were decoded."""
+        """Return the ids of tokens that are whole words. Texts of them encode to the same ids."""
         encoded = (self._tokenizer.encode(f" {word}", add_special_tokens=False) for word in WORDS)
         return sorted({ids[0] for ids in encoded if len(ids) == 1})
 

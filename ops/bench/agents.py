@@ -1,23 +1,23 @@
-"""What the turns of coding agents cost: replays sessions against macpipe and `mlx_lm.server`, in turns in one run.
+"""Measures the turns of coding agents: replays sessions on macpipe and `mlx_lm.server`, alternately in one run.
 
 macpipe runs two workers on loopback, mlx-lm one process; both serve the same model. Sessions are recordings
 (``--sessions``) and three generated ones:
 
 - ``tools``: an agent calls tools, and their results grow until the prompt has ``--tokens``. Its answers are not the
-  model's own, so each call is rendered anew, and a new task drops the thinking before it.
+  model's own: each call is rendered again, and a new task drops the earlier thinking.
 - ``short``: a prompt of ``--at`` tokens, then turns that add a short call and its result.
 - ``chat``: each prompt has the model's own answers.
 - ``agents``: sub-agents whose prompts begin with the same ``--shared`` tokens start at once.
 
-Of each prompt the longest beginning that it shares with any earlier prompt or answer is reusable; its last token is
+The reusable part of a prompt is the longest prefix that it shares with any earlier prompt or answer; its last token is
 always computed. A turn is warm if at least half of its prompt is reusable. The ratios:
 
-- ``cached_over_reusable``: what warm turns took from the cache, over what they could have taken.
+- ``cached_over_reusable``: tokens that warm turns took from the cache, over the reusable ones.
 - ``warm_over_cold``: time to the first token of the later turns of ``short``, over that of its first turn.
-- ``over_mlx_lm``: that time of macpipe over mlx-lm's, the median of all warm turns.
-- ``read_over_once``: tokens that were computed for the prompts of ``agents``, over those that differ.
+- ``over_mlx_lm``: the same time of macpipe over mlx-lm's, as the median of all warm turns.
+- ``read_over_once``: tokens computed for the prompts of ``agents``, over the distinct ones.
 
-Each round has prompts of its own: a line at the beginning of the first text differs.
+Each round has different prompts: the first line of the first text differs.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ ROOM = 4096
 """Tokens of context beyond the longest prompt."""
 SHORT_TURNS = 3
 REFUSALS = (Refused, InvalidRequest, ValueError)
-"""What macpipe's answer, its forms and its templates raise for a request that it does not serve."""
+"""What macpipe's answer, forms and templates raise for an unsupported request."""
 WARM_SHARE = 0.5
-"""A turn is warm if so much of its prompt could be reused."""
+"""A turn is warm if at least this share of its prompt is reusable."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One request on both servers; times in milliseconds. ``refused`` says why there is no figure."""
+    """One request on both servers. Times are in milliseconds. ``refused`` says why there are none."""
 
     session: str
     number: int
@@ -73,7 +73,7 @@ class Turn:
         return self.reusable >= WARM_SHARE * self.prompt > 0
 
     def line(self) -> str:
-        """Return it as a row of the table for people."""
+        """Return the turn as a row of the table for people."""
         if self.refused:
             return f"{self.session:24} {self.number:4} refused: {' '.join(self.refused.split())[:200]}"
         share = self.cached / self.prompt
@@ -98,7 +98,7 @@ OVER = {
 
 @dataclass
 class Report:
-    """What was measured with one model."""
+    """The measurements of one model."""
 
     turns: list[Turn] = field(default_factory=list)
     agents: list[Turn] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Report:
 
 
 class Replay:
-    """Sends sessions to both servers of one model and notes what each turn cost."""
+    """Sends sessions to both servers of one model and records the cost of each turn."""
 
     def __init__(self, port: int, theirs: MlxServer, tokenizer: Tokenizer, quiet: bool) -> None:
         self._port, self._theirs, self._tokenizer, self._quiet = port, theirs, tokenizer, quiet
@@ -197,7 +197,7 @@ class Replay:
         return _turn(name, number, count, own, theirs)
 
     def _answer_ids(self, answer: Answer) -> tuple[int, ...]:
-        """Return the tokens of an answer's text if they are as many as the model made; else none."""
+        """Return the tokens of an answer's text if the model generated as many, else an empty sequence."""
         for text in (f" {answer.text}", answer.text):
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             if len(ids) == answer.answer_tokens:
@@ -210,7 +210,7 @@ class Replay:
 
 
 def _turn(name: str, number: int, count: tuple[int, int], own: Answer, theirs: Answer) -> Turn:
-    """Return the row of one request; ``count`` is the prompt's tokens and how many of them are reusable."""
+    """Return the row of one request. ``count`` has the prompt's tokens, and how many of them are reusable."""
     return Turn(
         name,
         number,
@@ -225,7 +225,7 @@ def _turn(name: str, number: int, count: tuple[int, int], own: Answer, theirs: A
 
 @dataclass(frozen=True)
 class Plan:
-    """What is replayed with each model."""
+    """What to replay with each model."""
 
     sessions: dict[str, list[Ask]]
     tokens: int
@@ -236,7 +236,7 @@ class Plan:
 
 
 def replay_all(replay: Replay, script: Script, plan: Plan) -> None:
-    """Replay everything, each round under a salt of its own."""
+    """Replay everything, each round with another salt."""
     for number in range(plan.rounds):
         salt = f"Run {number}.\n"
         for name, asks in plan.sessions.items():

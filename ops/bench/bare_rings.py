@@ -1,7 +1,7 @@
-"""Rings that only pass bytes on: what a hop costs at least, over gRPC and over raw sockets.
+"""Rings that only forward bytes: the least that a hop costs, over gRPC and over raw sockets.
 
-Each ring has two stages in processes of their own and a driver in this one. A round trip sends the three messages
-that a decode step of macpipe sends: ids to stage 0, an activation to stage 1, a token back.
+Each ring has two stages in separate processes, and a driver in this one. A round trip sends the three messages of a
+decode step: ids to stage 0, an activation to stage 1, a token back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LENGTH = struct.Struct("<I")
 
 
 def messages() -> tuple[bytes, bytes, bytes]:
-    """The frames of one decode step, in the order of their hops."""
+    """Return the frames of one decode step, in the order of the hops."""
     timing = StageTiming(0, 10, 100, 10)
     step = Step(Compute.DECODE, (1,), ((7,),))
     activation = Tensor("float32", (1, 1, WIDTH), bytes(4 * WIDTH))

@@ -1,13 +1,13 @@
-"""Is one commit slower than another? Runs the loopback benches of both, interleaved, and prints medians and ratios.
+"""Compares the speed of two commits: runs the loopback benches of both, interleaved, and prints medians and ratios.
 
     ops/bench/compare.py BASE HEAD [--bench hop] [--bench throughput] [--rounds 5] [--json]
 
 Both commits are checked out into temporary git worktrees, which are removed at the end. Each round runs each bench once
-in each of the two, in alternating order, so that whatever else the machine does meets both alike. Each tree runs its
-own bench on its own code with this Python, so both must be happy with the packages that are installed here.
+in both worktrees, in alternating order, so that other load on the machine affects both equally. Each worktree runs its
+own bench on its own code with this Python, so both must work with the packages that are installed here.
 
-The last column is the middle of the rounds' own ratios, with the least and the greatest: a ratio whose range holds 1 is
-noise. `compare.py HEAD HEAD` shows how much of that there is. It only measures; no test runs it, and none fails by it.
+The last column is the median of the rounds' ratios, with the smallest and the largest. If that range contains 1, the
+difference is noise. `compare.py HEAD HEAD` shows how much noise there is. No test runs this script.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from cluster.cli.process_group import SignalExit
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ("hop", "throughput")
 SHARED = ("figures", "loopback")
-"""What benches stand on: where these differ too, a figure may mean something else."""
+"""Files that benches use. If they differ between the commits, a figure may mean something else."""
 NOT_FIGURES = frozenset({"rounds", "machine", "versions"})
 RUN_S = 600
-"""A bench that takes longer for one round hangs."""
+"""Time limit of one round of a bench, in seconds."""
 LAST_LINES = 8
 
 
 class Failure(Exception):
-    """A sentence for whoever started this."""
+    """An error, as one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A commit, checked out."""
+    """A commit that is checked out."""
 
     name: str
     commit: str
@@ -54,7 +54,7 @@ class Tree:
         return self.folder / "ops" / "bench" / f"{bench}.py"
 
     def run(self, bench: str) -> dict[str, float]:
-        """One round of a bench; its figures by their names."""
+        """Run one round of a bench. Return its figures by name."""
         script = self.script(bench)
         once = ["--rounds", "1"] if '"--rounds"' in script.read_text(encoding="utf-8") else []
         try:
@@ -77,7 +77,7 @@ class Tree:
 
 
 def figures(printed: Mapping[str, object]) -> dict[str, float]:
-    """Every number that a bench printed, but for what is no figure; those in a group by ``group.name``."""
+    """Return every figure that a bench printed. Figures of a group are named ``group.name``."""
     found: dict[str, float] = {}
     for key, value in printed.items():
         if key in NOT_FIGURES:
@@ -98,7 +98,7 @@ def git(*arguments: str) -> str:
 
 @contextmanager
 def checked_out(side: str, written: str, folder: Path) -> Iterator[Tree]:
-    """A worktree of a commit, as long as the context lasts."""
+    """Check out a commit into a worktree while the context lasts."""
     try:
         commit = git("rev-parse", "--verify", "--quiet", f"{written}^{{commit}}")
     except Failure:
@@ -112,7 +112,7 @@ def checked_out(side: str, written: str, folder: Path) -> Iterator[Tree]:
 
 
 def comparable(bench: str, trees: Sequence[Tree]) -> bool:
-    """Whether both have the bench; says who has it not, and where the two are not the same bench."""
+    """Return whether both commits have the bench. Print which one lacks it, and whether the two benches differ."""
     missing = [tree.name for tree in trees if not tree.script(bench).is_file()]
     if missing:
         tell(f"{bench}: there is no ops/bench/{bench}.py in {' nor in '.join(missing)}, so it is left out")
@@ -124,7 +124,7 @@ def comparable(bench: str, trees: Sequence[Tree]) -> bool:
 
 
 def measure(bench: str, trees: Sequence[Tree], rounds: int) -> list[list[dict[str, float]]]:
-    """For each tree, a round's figures a round; who goes first alternates."""
+    """Return for each tree the figures of each round. The trees go first alternately."""
     found: list[list[dict[str, float]]] = [[], []]
     for number in range(rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -135,7 +135,7 @@ def measure(bench: str, trees: Sequence[Tree], rounds: int) -> list[list[dict[st
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of one bench: medians of both, and the ratios head over base of the rounds (none where base is 0)."""
+    """One figure of one bench: the medians of both, and each round's ratio of head to base (none if base is 0)."""
 
     name: str
     base: float
@@ -148,7 +148,7 @@ class Comparison:
 
 
 def compared(base: Sequence[dict[str, float]], head: Sequence[dict[str, float]]) -> list[Comparison]:
-    """Every figure that both have in every round."""
+    """Return a comparison for every figure that both have in every round."""
     names = [name for name in base[0] if all(name in one for one in (*base, *head))]
     return [
         Comparison(

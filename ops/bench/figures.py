@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table for people, or one JSON object with machine, versions, medians and ratios."""
+"""Prints a benchmark's result: a table, or one JSON object with machine, versions, medians and ratios."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("macpipe", "mlx", "mlx-lm", "grpcio")
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with the option that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     return parser
@@ -23,7 +23,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Figure:
-    """Measurements of one thing, one a round, in ``unit``."""
+    """Measurements of one quantity in ``unit``, one per round."""
 
     name: str
     unit: str
@@ -35,7 +35,7 @@ class Figure:
 
 
 def machine() -> dict[str, object]:
-    """Enough to judge a figure by; nothing that names the machine."""
+    """Describe the machine without naming it."""
     return {
         "system": platform.system(),
         "arch": platform.machine(),
@@ -45,7 +45,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what is measured; None for a package that runs from its source tree without being installed."""
+    """Return the versions of the measured packages; None for one that is not installed but runs from its sources."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -63,7 +63,7 @@ def print_figures(
     as_json: bool,
     more: Mapping[str, object] | None = None,
 ) -> None:
-    """``key`` names the medians in the JSON object; each ratio, and what is ``more``, stands under its own name."""
+    """Print figures and ratios. In JSON, ``key`` names the medians; ratios and ``more`` have their own names."""
     if as_json:
         facts = {
             key: {f.name: round(f.median, 4) for f in figures},

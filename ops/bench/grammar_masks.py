@@ -1,6 +1,6 @@
-"""What a grammar costs a token on the last stage: finding the mask, and applying it, for a large vocabulary.
+"""Measures the cost of a grammar per token on the last stage: computing and applying the mask of a large vocabulary.
 
-The vocabulary is made up (random words over what JSON is written with), so nothing has to be downloaded.
+The vocabulary consists of random words over JSON's characters, so nothing has to be downloaded.
 
     python ops/bench/grammar_masks.py [--vocabulary 128000] [--json]
 """

@@ -1,7 +1,7 @@
-"""What a hop costs: a near-null model (64 wide, 2 layers) over two daemons on loopback, beside what bounds it.
+"""Measures a hop: a tiny model (64 wide, 2 layers) over two daemons on loopback, and its lower bounds.
 
-Four figures, interleaved in one run: mlx-lm in one process, macpipe over two daemons (as the client sees it, streaming
-and all), a bare gRPC ring of the same messages, and the same over raw sockets. Milliseconds of wall time a token.
+Four figures, interleaved in one run, in milliseconds per token: mlx-lm in one process, macpipe over two daemons as its
+client sees it, a bare gRPC ring with the same messages, and the same ring over raw sockets.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def ring_run(step: Callable[[], None]) -> Callable[[int], float]:
 
 
 def measure(runs: dict[str, Callable[[int], float]], tokens: int, rounds: int) -> list[Figure]:
-    """Every run in turn, round by round, after a short one to warm up."""
+    """Run everything once per round, after a short warm-up."""
     for run in runs.values():
         run(20)
     found: dict[str, list[float]] = {name: [] for name in runs}

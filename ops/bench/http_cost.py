@@ -1,7 +1,7 @@
-"""What HTTP costs beside the gRPC client: time to the first token, and between tokens, in turns against one cluster.
+"""Compares HTTP with the gRPC client on one cluster: time to the first token, and time between tokens.
 
-One small model, so that the surfaces and not the compute take a large part; each round asks once over each. The figure
-that counts is the difference a token.
+The model is small, so that the interfaces take a large part of the time. Each round sends one request over each. The
+figure that matters is the difference per token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROMPT = list(range(5, 21))
 
 
 def over_grpc(client: Client, tokens: int) -> list[float]:
-    """When the request was sent, then when each token arrived."""
+    """Return the times of sending the request and of each token's arrival."""
     arrivals = [time.perf_counter()]
     for _ in client.stream(PROMPT, max_tokens=tokens, ignore_eos=True):
         arrivals.append(time.perf_counter())
@@ -35,7 +35,7 @@ def over_grpc(client: Client, tokens: int) -> list[float]:
 
 
 def over_http(connection: HTTPConnection, tokens: int) -> list[float]:
-    """The same over one kept connection; every chunk of a completion with text or a reason counts as a token."""
+    """Return the same times over one kept connection. Each chunk with text or a finish reason counts as a token."""
     body = {
         "prompt": PROMPT,
         "max_tokens": tokens,
@@ -54,7 +54,7 @@ def over_http(connection: HTTPConnection, tokens: int) -> list[float]:
 
 
 def measure(ask: dict[str, Callable[[], list[float]]], rounds: int) -> list[Figure]:
-    """Each in turn; the first round warms up and counts for nothing."""
+    """Measure both alternately. The first round is a warm-up and is not counted."""
     found: dict[str, list[float]] = {f"{name}_{kind}": [] for kind in ("ttft", "tpot") for name in ask}
     for number in range(rounds + 1):
         for name, one in ask.items():

@@ -1,7 +1,7 @@
-"""A 70B-shaped model over two GPUs, one stage each, beside mlx-lm in one process on one GPU, in the same run.
+"""Compares a 70B-shaped model on two GPUs, one stage each, with mlx-lm in one process on one GPU, in the same run.
 
-Weights are random (speed does not depend on them), shapes and four-bit quantization are Llama 3.3 70B's. Each round
-runs every measurement on both sides in turn; ratios are of medians. ``--shape small --cpu`` is for where no GPU is.
+Weights are random, because speed does not depend on them. Shapes and 4-bit quantization are those of Llama 3.3 70B.
+Each round runs every measurement on both sides. Ratios are of medians. ``--shape small --cpu`` runs without a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTEXT = 4096
 
 
 def where_time_goes(client: Client, prompt: int, tokens: int, salt: int) -> list[dict[str, object]]:
-    """Of one request: what each stage computed, waited and sent, in milliseconds a token (or in all, for one token)."""
+    """Return each stage's compute, wait and wire time of one request, in milliseconds per token."""
     ids = [salt % 250, *prompt_ids(salt, prompt - 1)]
     answer = client.generate(ids, max_tokens=tokens, ignore_eos=True)
     return [
@@ -44,7 +44,7 @@ def where_time_goes(client: Client, prompt: int, tokens: int, salt: int) -> list
 
 
 def decode_rate(client: Client, prompt: int, tokens: int, salt: int) -> float:
-    """Tokens a second of one user, from its first token on."""
+    """Return one user's tokens per second, from the first token on."""
     ids = [salt % 250, *prompt_ids(0, prompt - 1)]
     arrivals = []
     with client.stream(ids, max_tokens=tokens + 1, ignore_eos=True) as stream:
@@ -73,7 +73,7 @@ def measure(client: Client, single: SingleProcess, asked: Namespace) -> list[Fig
 
 
 def first_difference(client: Client, single: SingleProcess, tokens: int) -> dict[str, object]:
-    """Where greedy tokens part from one process's, and how far apart its two best logits were there."""
+    """Return where greedy tokens differ from one process's, and how far apart its two best logits were there."""
     ids = prompt_ids(0, PROMPT)
     theirs = single.greedy(PROMPT, tokens)
     ours = client.generate(ids, max_tokens=tokens, ignore_eos=True).tokens
@@ -84,7 +84,7 @@ def first_difference(client: Client, single: SingleProcess, tokens: int) -> dict
 
 
 def memory(client: Client) -> list[dict[str, float]]:
-    """What each worker's GPU came to hold at most, beside its slice and the caches that it keeps."""
+    """Return the peak memory of each worker's GPU, with the sizes of its slice and kept caches."""
     state = client.cluster()
     peaks = {w.name: w.memory_peak for w in state.workers}
     return [
@@ -101,7 +101,7 @@ def memory(client: Client) -> list[dict[str, float]]:
 
 
 def devices(asked: Namespace) -> list[Mapping[str, str]]:
-    """What sets each worker apart: a GPU of its own, or nothing."""
+    """Return each worker's environment: its own GPU, or nothing."""
     if asked.cpu:
         return [{}] * len(WORKERS)
     return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(len(WORKERS))]

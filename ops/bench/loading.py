@@ -1,17 +1,16 @@
-"""What a worker reads and holds of a model, beside the bytes of its slice.
+"""Measures what a worker reads and holds of a model, compared with the bytes of its slice.
 
-A checkpoint of a gigabyte or more is made of headers and holes, so it takes no disk and reads as zeros. Each stage of
-it is loaded in a process of its own, as a worker's engine does it. Counted are, of that process:
+The checkpoint has a gigabyte or more, made of headers and holes, so it takes no disk space and reads as zeros. Each
+stage is loaded in a separate process, as a worker's engine does it. The figures of that process:
 
-- read: bytes that it asked the kernel for while it loaded (rchar of /proc/self/io: headers and JSON are in it; a page
-  of the cache counts like one of the disk), over the bytes of the slice;
-- arrays: the most that MLX had in live arrays at once, over the bytes of the slice;
-- grown: what the process grew by at its largest (VmHWM less VmRSS before, both of /proc/self/status) over the bytes of
-  the slice: MLX's spare buffers, the model's code and the trace of it are in it;
-- mapped: bytes of the model's files that are mapped into memory at the end (/proc/self/smaps): none is wanted.
+- read: bytes requested from the kernel while loading (rchar of /proc/self/io, with headers and JSON; cached pages count
+  too), over the bytes of the slice;
+- arrays: the peak of MLX's live arrays, over the bytes of the slice;
+- grown: the growth of the process at its peak (VmHWM minus the earlier VmRSS, both of /proc/self/status), over the
+  bytes of the slice, with MLX's spare buffers, the model's code and its trace;
+- mapped: bytes of the model's files that are still mapped into memory at the end (/proc/self/smaps): should be 0.
 
-Every figure is one of a whole load; there is nothing to take a mean of, and nothing is left out. With --json, one JSON
-object on one line. Linux only: Macs have no /proc.
+Each figure is of one whole load. ``--json`` prints one JSON object on one line. Linux only: macOS has no /proc.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ KINDS: dict[str, tuple[dict[str, Any], int, str, bool, bool]] = {
     "experts 4+8 bit": (EXPERTS, 30, "bfloat16", True, False),
     "experts unconverted": (EXPERTS, 15, "bfloat16", False, True),
 }
-"""Config, layers, type of the weights, whether quantized, whether each expert is a tensor of its own."""
+"""Config, layers, type of the weights, whether quantized, whether each expert is a separate tensor."""
 
 
 def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Return a field of /proc/self/status in bytes."""
     text = Path("/proc/self/status").read_text()
     return int(text.partition(f"{field}:")[2].split()[0]) * 1024
 
@@ -61,14 +60,14 @@ def bytes_read() -> int:
 
 
 def mapped(folder: Path) -> int:
-    """Bytes of this folder's files that are mapped into this process."""
+    """Return how many bytes of this folder's files are mapped into this process."""
     lines = [line.split() for line in Path("/proc/self/smaps").read_text().splitlines() if str(folder) in line]
     bounds = [line[0].partition("-") for line in lines]
     return sum(int(end, 16) - int(start, 16) for start, _, end in bounds)
 
 
 def load(folder: Path, stages: int, index: int, layers: tuple[int, int], fingerprint: str) -> dict[str, float]:
-    """Load one stage in this process, which does nothing else. -> bytes of the slice, and what was counted."""
+    """Load one stage in this process, which does nothing else. Return the bytes of the slice, and the figures."""
     import mlx.core as mx
 
     from cluster.core.plan import LayerRange, ModelRef, StageSpec
@@ -88,7 +87,7 @@ def load(folder: Path, stages: int, index: int, layers: tuple[int, int], fingerp
 
 
 def make(kind: str, folder: Path) -> list[tuple[int, int, tuple[int, int], str]]:
-    """Write a checkpoint. -> stages, index, layers and fingerprint of each load of it that is to be measured."""
+    """Write a checkpoint. Return the stages, index, layers and fingerprint of each load to measure."""
     import mlx.core as mx
 
     from checkpoints import EXPERTS as SPLIT
@@ -109,7 +108,7 @@ def make(kind: str, folder: Path) -> list[tuple[int, int, tuple[int, int], str]]
 
 
 def apart(*arguments: object) -> Any:
-    """What a process of its own answers: so nothing that one does is in the figures of another."""
+    """Return the answer of a new process, so that no load affects the figures of another."""
     command = [sys.executable, __file__, *map(str, arguments)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

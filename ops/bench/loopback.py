@@ -1,4 +1,4 @@
-"""A cluster on loopback for benchmarks: two workers, one core each, and a coordinator that serves a random llama."""
+"""Starts a cluster on loopback for benchmarks: two workers, one core each, and a coordinator with a random llama."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from cluster.model.tokenizer import load_tokenizer
 
 WORKERS = ("a", "b")
 GROUP = 64
-"""Weights that share a scale, where they are quantized."""
+"""Number of quantized weights that share a scale."""
 
 
 def make_llama(
     folder: Path, hidden: int, intermediate: int, layers: int, heads: int, context: int, bits: int = 0
 ) -> Path:
-    """A llama as ``make_model`` writes it."""
+    """Write a random llama with ``make_model``."""
     config = {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -45,8 +45,10 @@ def make_llama(
 
 
 def make_model(folder: Path, config: Mapping[str, Any], bits: int = 0) -> Path:
-    """Random fp32 weights, or such of ``bits`` in groups of ``GROUP``; the tokenizer is the one that comes along, which
-    is enough for token ids. The vocabulary is that tokenizer's unless ``config`` has a ``vocab_size``.
+    """Write a model of random weights: fp32, or quantized to ``bits`` in groups of ``GROUP``.
+
+    The tokenizer is the bundled one, which is enough for token ids. The vocabulary is that tokenizer's unless
+    ``config`` has a ``vocab_size``.
     """
     folder.mkdir()
     config = {"vocab_size": load_tokenizer(resolve_model("faq")).vocab_size, **config}
@@ -70,9 +72,9 @@ def start_cluster(
     cores: Sequence[int] = (),
     environments: Sequence[Mapping[str, str]] = ({}, {}),
 ) -> Client:
-    """Two workers, each with its environment, and a coordinator as processes; a client of it once it serves.
+    """Start two workers, each with its environment, and a coordinator. Yield a client once the coordinator serves.
 
-    ``cores``: worker i is pinned to the i-th of them.
+    Worker i is pinned to the i-th of ``cores``.
     """
     fleet = stack.enter_context(ProcessGroup(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
@@ -88,7 +90,7 @@ def start_cluster(
 
 
 def own_state(folder: Path) -> Mapping[str, str]:
-    """What a bench's coordinator remembers is of no use to anybody's real one."""
+    """Keep the state of a bench's coordinator apart from the user's."""
     return {"XDG_STATE_HOME": str(folder / "state")}
 
 
@@ -105,8 +107,10 @@ def wait_serving(fleet: ProcessGroup, client: Client) -> None:
 
 @contextmanager
 def pinned(core: int | None) -> Iterator[None]:
-    """Whoever is started within stays on ``core``, with all that it starts: from its beginning, since BLAS makes a
-    thread for each core that it finds. Where the system cannot do that, and for None, nothing happens.
+    """Pin processes that are started in the block, and their children, to ``core``.
+
+    They are pinned from the start, because BLAS makes one thread per core that it finds. Do nothing for None, or if the
+    system cannot pin processes.
     """
     if core is None or not hasattr(os, "sched_setaffinity"):
         yield

@@ -1,12 +1,12 @@
-"""macpipe beside `mlx_lm.server --pipeline`: the same model in two processes each, over HTTP, in turns in one run.
+"""Compares macpipe with `mlx_lm.server --pipeline`: the same model in two processes each, over HTTP, in one run.
 
-mlx-lm's own pipeline runs over MLX's ring (TCP). Each round asks both for: one user's tokens/s, eight users' tokens/s,
+mlx-lm's pipeline runs over MLX's ring (TCP). Each round measures of both: one user's tokens/s, eight users' tokens/s,
 and the time to the first token of a long prompt. The ratios are macpipe's figure over mlx-lm's: above 1 is better for
 tokens/s, below 1 for the time to the first token.
 
-A waiting ring polls its sockets, so an idle mlx-lm takes more than half a core: its processes are stopped while macpipe
-is measured. Where others use the cores, a token of the ring takes up to a second, since its processes wait for each
-other, and a long prompt minutes. So nothing is measured again after ``--seconds``; everything is measured once.
+A waiting ring polls its sockets, so an idle mlx-lm takes more than half a core. Its processes are stopped while
+macpipe is measured. If other programs use the cores, a token of the ring takes up to a second and a long prompt takes
+minutes, because its processes wait for each other. So no further round starts after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from cluster.cli.process_group import SignalExit, free_port
 TEXT = "What is a stage and why does a Mac hold layers of a model when another Mac dies and comes back"
 CONTEXT = 8192
 WARM = 4
-"""Words of a prompt and tokens of an answer that count for nothing."""
+"""Words of a prompt and tokens of an answer for the warm-up."""
 ANSWER_S = 300
-"""Longest wait for the next piece of an answer."""
+"""Time limit for the next piece of an answer, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ LOADS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Seconds to the first text, and how many pieces of text came."""
+    """Seconds to the first text, and the number of pieces of text."""
 
     first_s: float
     pieces: int
 
 
 def make_checkpoint(folder: Path, width: int, layers: int) -> Path:
-    """Write a random qwen2, one of the architectures that mlx-lm's pipeline knows."""
+    """Write a random qwen2, an architecture that mlx-lm's pipeline supports."""
     heads = width // 64
     config = {
         "model_type": "qwen2",
@@ -87,7 +87,7 @@ def make_checkpoint(folder: Path, width: int, layers: int) -> Path:
 
 
 def ask(port: int, model: str, prompt: str, tokens: int) -> Answer:
-    """Stream one completion, on a connection of its own."""
+    """Stream one completion over a new connection."""
     connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     sent, first, pieces = time.perf_counter(), 0.0, 0
@@ -106,7 +106,7 @@ def ask(port: int, model: str, prompt: str, tokens: int) -> Answer:
 
 
 def prompt(salt: int, words: int) -> str:
-    """Return a text that shares no beginning with that of another ``salt``: no cache helps."""
+    """Return a text that shares no prefix with the text of another ``salt``, so that no cache helps."""
     known = TEXT.split()
     return f"{salt} " + " ".join(known[(i * 7 + salt * 5) % len(known)] for i in range(words))
 
@@ -123,14 +123,14 @@ def measure(load: Load, port: int, model: str, salt: int) -> float:
 
 
 class Rounds:
-    """Asks both in turn, and keeps what was found by load and party."""
+    """Measures both alternately, and keeps the results by load and party."""
 
     def __init__(self, own_port: int, theirs: MlxServer) -> None:
         self._own_port, self._theirs = own_port, theirs
         self.found: dict[tuple[str, str], list[float]] = {}
 
     def warm_up(self) -> None:
-        """Have both answer a few tokens: memory that is touched for the first time is slow."""
+        """Let both answer a few tokens, because first accesses to memory are slow."""
         for load in LOADS:
             self._measure(replace(load, words=WARM, tokens=WARM), 0)
 

@@ -1,4 +1,4 @@
-"""Runs `mlx_lm.server`, in one process or as its pipeline of several, for the benches that compare macpipe with it."""
+"""Runs `mlx_lm.server` for comparisons with macpipe, in one process or as a pipeline of several."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ READY_S = 120
 GRACE_S = 8
 POLL_S = 0.2
 NAME = "default_model"
-"""The name under which it serves the model that it was started with."""
+"""The name of the model that the server was started with."""
 
 
 class MlxServer:
     """The processes of one server, and its port on loopback."""
 
     def __init__(self, model: Path, folder: Path, processes: int, options: Sequence[str]) -> None:
-        """Start them; their logs go to ``folder``."""
+        """Start the processes. Their logs go to ``folder``."""
         self.port = free_port("127.0.0.1")
         self._log = folder / "mlx-0.log"
         command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(self.port), *options]
@@ -43,7 +43,7 @@ class MlxServer:
                 self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
 
     def wait_ready(self) -> None:
-        """Wait until it answers. Exits with the end of its log if it ends, or does not answer in ``READY_S``."""
+        """Wait until the server answers. Exit with the end of its log if it ends or does not answer in ``READY_S``."""
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and all(process.poll() is None for process in self._processes):
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v1/models", timeout=2):
@@ -53,7 +53,7 @@ class MlxServer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop its processes meanwhile: an idle pipeline polls its sockets and takes more than a core."""
+        """Stop its processes during the block: an idle pipeline polls its sockets and takes more than a core."""
         self._signal(signal.SIGSTOP)
         try:
             yield
@@ -77,7 +77,7 @@ class MlxServer:
 
 @contextmanager
 def mlx_server(model: Path, folder: Path, *options: str, processes: int = 1) -> Iterator[MlxServer]:
-    """Run a server of ``model`` with ``options`` while the context lasts; it answers once the context is entered."""
+    """Run a server of ``model`` with ``options`` while the context lasts. It is ready when the context is entered."""
     server = MlxServer(model, folder, processes, options)
     try:
         server.wait_ready()

@@ -1,7 +1,7 @@
-"""Plans for large models over Macs that are not here, from headers alone; and how long a plan takes.
+"""Plans large models for assumed Macs, from headers alone, and measures how long a plan takes.
 
-Makes a Llama-3.3-70B-shaped and a Qwen3-235B-A22B-shaped 4-bit checkpoint without weights (sparse files, no disk), has
-`macpipe plan` print its plans for three sets of Macs, and times the search over 16 workers and 128 layers.
+It makes 4-bit checkpoints of the shapes of Llama-3.3-70B and Qwen3-235B-A22B without weights (sparse files), prints
+`macpipe plan` for three sets of Macs, and times the search over 16 workers and 128 layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def print_plans(folder: Path, objective: str) -> None:
 
 
 def search_s(workers: int, layers: int, alike: bool, objective: Objective) -> float:
-    """Seconds of one plan, explanation included."""
+    """Return the seconds that one plan takes, with its explanation."""
     shape = ModelShape(
         model=ModelRef("m", "", "f"),
         layers=layers,

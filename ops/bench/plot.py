@@ -1,10 +1,10 @@
-"""The pictures that the README and PERFORMANCE.md show, drawn from the raw figures in ``ops/bench/results``.
+"""Draws the pictures of README and PERFORMANCE.md from the raw figures in ``ops/bench/results``.
 
     python -m pip install matplotlib && python ops/bench/plot.py
 
-A result is what a bench printed with ``--json``, kept as ``BENCH-WHERE-DATE.json``; the newest of a bench is drawn. A
-bar is the median of the rounds and each dot is one round, so that a picture shows what its figures' noise is. No
-product code and no test needs this or matplotlib.
+A result is a bench's output with ``--json``, stored as ``BENCH-WHERE-DATE.json``. The newest result of each bench is
+drawn. A bar is the median of the rounds, and each dot is one round, to show the noise. Neither macpipe nor its tests
+need this script or matplotlib.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ Bars = Sequence[tuple[str, str, Sequence[float]]]
 
 
 def newest(bench: str) -> dict[str, Any] | None:
-    """The newest result of a bench; dates are at the end of names and sort as text."""
+    """Return the newest result of a bench. Names end with dates, which sort as text."""
     found = sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda path: path.stem[-10:])
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
 
 
 def bar(axes: Axes, at: float, width: float, colour: str, rounds: Sequence[float], label: str | None = None) -> None:
-    """A median, and its rounds as dots."""
+    """Draw a median as a bar, and its rounds as dots."""
     top = median(rounds)
     axes.bar(at, top, width, color=colour, label=label, zorder=2)
     spread = [at + width * 0.5 * (i / max(len(rounds) - 1, 1) - 0.5) for i in range(len(rounds))]
@@ -55,7 +55,7 @@ def bar(axes: Axes, at: float, width: float, colour: str, rounds: Sequence[float
 
 
 def figure(rounds: Sequence[float]) -> str:
-    """Their median, in three figures or so."""
+    """Format the median of the rounds with about three digits."""
     return f"{median(rounds):.{1 if median(rounds) >= 10 else 2}f}"
 
 
@@ -74,7 +74,7 @@ def bars(axes: Axes, what: Bars) -> None:
 
 
 def two_gpus(found: dict[str, Any]) -> None:
-    """tokens/s for 1, 8 and 16 users, and the time to the first token."""
+    """Draw tokens/s of 1, 8 and 16 users, and the time to the first token."""
     rounds, users = found["rounds"], (1, 8, 16)
     _, (rate, first) = plt.subplots(1, 2, figsize=(8.6, 3.6), width_ratios=(2.4, 1.2), layout="constrained")
     for at, n in enumerate(users):
@@ -93,7 +93,7 @@ def two_gpus(found: dict[str, Any]) -> None:
 
 
 def lanes(found: dict[str, Any]) -> None:
-    """tokens/s of eight users, the time to read a prompt, and what a long prompt does to others."""
+    """Draw tokens/s of eight users, the time of a prefill, and how a long prompt delays other users."""
     rounds = found["rounds"]
     _, (rate, prompt, gap) = plt.subplots(1, 3, figsize=(9.6, 3.7), width_ratios=(2.6, 2, 2), layout="constrained")
     bars(
@@ -112,7 +112,7 @@ def lanes(found: dict[str, Any]) -> None:
 
 
 def hop(found: dict[str, Any]) -> None:
-    """What a token of a model that computes next to nothing takes."""
+    """Draw the time per token of a model that computes almost nothing."""
     rounds = found["rounds"]
     _, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     bars(

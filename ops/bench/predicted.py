@@ -1,9 +1,8 @@
-"""Predicted against measured: decode times of each stage of tiny models, on workers that are throttled unequally.
+"""Compares predicted with measured decode times of tiny models' stages, on unequally throttled workers.
 
-Three 4-bit models on 2 and on 3 workers. Each is loaded and decodes, which teaches its workers what frames take (the
-profile's correction), is loaded again and decodes anew: both rounds' predictions are held against what the same frames
-took. The first round shows the profile alone, the second the profile corrected by the first. All workers share this
-machine, so figures are medians, and the sum over the stages is what counts.
+Three 4-bit models run on 2 and on 3 workers. Each is loaded and decodes, which corrects its workers' profiles. Then it
+is loaded and decodes again. The first round tests the profile alone, the second the corrected profile. All workers
+share this machine, so figures are medians, and the sum over the stages matters.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def decoded(client: Client) -> ClusterState:
-    """The cluster's state once one user has decoded enough frames alone."""
+    """Return the cluster's state after one user alone has decoded enough frames."""
     client.generate(list(range(5, 13)), max_tokens=TOKENS, ignore_eos=True)
     return client.cluster()
 
 
 def errors(state: ClusterState) -> tuple[float, list[str]]:
-    """How far the stages' sum is off, as a share of what was measured; and each stage in words."""
+    """Return the relative error of the stages' sum, and a description of each stage."""
     expected, measured = (sum(getattr(s, f) for s in state.stages) for f in ("expected_ms", "measured_ms"))
     words = [f"{s.worker} {s.layers}: {s.expected_ms:.1f} / {s.measured_ms:.1f} ms" for s in state.stages]
     return (expected - measured) / measured, words
 
 
 def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float]]:
-    """(model, first error, corrected error) over so many workers."""
+    """Return (model, first error, corrected error) for this many workers."""
     names = list(THROTTLES)[-workers:] if workers == 2 else list(THROTTLES)
     found = []
     with ExitStack() as stack:

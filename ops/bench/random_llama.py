@@ -1,7 +1,7 @@
-"""A checkpoint of random weights in a Llama's real shapes, quantized to four bits, written layer by layer.
+"""Writes a checkpoint of random weights in a Llama's real shapes, quantized to 4 bits, layer by layer.
 
-Every shard holds one layer, made from a seed of its own, so a machine can write the bytes of only those layers that it
-will serve: of the others there are headers, and holes in sparse files. All machines agree on what the model is then.
+Each shard has one layer, made from a seed of its own. So a machine can write only the layers that it will serve, and
+headers with holes in sparse files for the others. All machines still describe the same model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def config(shape: Shape) -> dict[str, object]:
 
 
 def write(folder: Path, shape: Shape, layers: range | None = None, dtype: mx.Dtype = mx.bfloat16) -> Path:
-    """The checkpoint in ``folder``, with the bytes of ``layers`` and of what lies outside layers; None: of all."""
+    """Write the checkpoint into ``folder``, with the weights of ``layers`` and those outside layers; None for all."""
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, str] = {}
     for layer in range(-1, shape.num_hidden_layers):
@@ -73,7 +73,7 @@ def write(folder: Path, shape: Shape, layers: range | None = None, dtype: mx.Dty
 
 
 def _write_shard(file: Path, arrays: dict[str, mx.array], *, filled: bool) -> None:
-    """A safetensors file: the length of the header, the header, the tensors' bytes. Arrays are lazy until written."""
+    """Write a safetensors file: length of the header, header, tensors. Arrays are lazy until they are written."""
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for name, array in arrays.items():
@@ -116,7 +116,7 @@ def _outside(shape: Shape, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
 
 
 def _quantized(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
-    """Random codes with a scale and an offset that give them mean 0 and the wanted spread: nothing is quantized."""
+    """Return random codes with a scale and an offset for mean 0 and the right spread, without quantizing anything."""
     codes = 2**BITS
     step = SPREAD / ((codes**2 - 1) / 12) ** 0.5
     scales = step * mx.random.uniform(0.9, 1.1, (rows, columns // GROUP))

@@ -1,9 +1,9 @@
 # ruff: noqa: UP031  # JSON is full of braces
-"""What the worst requests cost that the bounds allow, until accepted or refused: HTTP bodies and gRPC messages.
+"""Measures the cost of the worst HTTP bodies and gRPC messages within the bounds, until accepted or refused.
 
-Each runs in a process of its own, through the code that serves it. The bounds: the event loop is held for at most
-50 ms at a stretch, and 0.5 s of CPU and 256 MiB are taken. Stalls are in CPU time of the process, all threads
-together, so that other programs of a busy machine do not count.
+Each runs in a separate process, through the code that serves it. It may block the event loop for at most 50 ms at a
+time, and take 0.5 s of CPU and 256 MiB. Stalls are measured in CPU time of all threads of the process, so that other
+programs on a busy machine do not count.
 
     python ops/bench/request_cost.py [--only WORD] [--json]
 """
@@ -56,7 +56,7 @@ WARM = b'{"messages":[{}]' + b" " * 2 * PART + b"}"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one request took: the longest stretch for which the event loop did nothing else, CPU, and memory."""
+    """The cost of one request: the longest stall of the event loop, CPU time, and memory."""
 
     stall_ms: float
     cpu_ms: float
@@ -148,7 +148,7 @@ async def serve_message(kind: Any, data: bytes) -> None:
 
 
 def take_in(conversation: Conversation) -> None:
-    """What the event loop does with a request that was parsed."""
+    """Process a parsed request as the event loop does."""
     check_messages(conversation.messages, MAX_PROMPT_BYTES)
     check_options(conversation.options)
 

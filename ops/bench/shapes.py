@@ -1,7 +1,7 @@
-"""Checkpoints without weights: config, index and safetensors headers of real models, their bytes left as holes.
+"""Writes checkpoints without weights: config, index and safetensors headers of real models, with holes as data.
 
-Such a folder can be planned for and not be loaded. The shapes are those that mlx-lm builds from the published configs
-and quantizes; no array is evaluated, so a 235B model costs no memory, and its files no disk.
+Such a folder can be planned but not loaded. The shapes are those that mlx-lm builds from the published configs and
+quantizes. No array is evaluated, so a 235B model takes no memory, and its files take no disk space.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [], "norm_topk_prob": True,
     },
 }  # fmt: skip
-"""As their makers published them, as far as shapes go."""
+"""The published configs, reduced to what determines shapes."""
 
 
 def make_headers(name: str, folder: Path) -> Path:
@@ -57,7 +57,7 @@ def make_headers(name: str, folder: Path) -> Path:
 
 
 def _parameters(config: dict[str, Any]) -> dict[str, mx.array]:
-    """The quantized model's parameters, none of them computed."""
+    """Return the quantized model's parameters, unevaluated."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
@@ -75,7 +75,7 @@ def _shards(parameters: dict[str, mx.array]) -> list[dict[str, mx.array]]:
 
 
 def _write(file: Path, shard: dict[str, mx.array]) -> None:
-    """The header, then a hole of the right length."""
+    """Write the header, then a hole of the right length."""
     ends = list(accumulate(array.nbytes for array in shard.values()))
     entries = {
         name: {"dtype": DTYPES[array.dtype], "shape": array.shape, "data_offsets": [end - array.nbytes, end]}

@@ -1,4 +1,4 @@
-"""mlx-lm in one process: what a pipeline has to beat. Commands come on stdin, JSON goes to stdout, a line each."""
+"""Runs mlx-lm in one process, to compare a pipeline with. Reads commands from stdin, writes JSON lines to stdout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class SingleProcess:
-    """A child that holds the model, pinned to ``core`` where there is one. Times are seconds."""
+    """A child process with the model, pinned to ``core`` unless that is None. Times are in seconds."""
 
     def __init__(self, model: Path, *, core: int | None = 0, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
@@ -25,19 +25,19 @@ class SingleProcess:
         )
 
     def batch(self, users: int, prompt: int, tokens: int) -> float:
-        """Decode ``tokens`` for each of so many users with mlx-lm's BatchGenerator; without their prefill."""
+        """Decode ``tokens`` for each of ``users`` with mlx-lm's BatchGenerator. Return seconds, without prefill."""
         return float(self._ask(f"batch {users} {prompt} {tokens}"))
 
     def prefill(self, prompt: int) -> float:
-        """From a prompt to its first token."""
+        """Return the time from a prompt to its first token."""
         return float(self._ask(f"prefill 1 {prompt} 1"))
 
     def decode(self, prompt: int, tokens: int) -> float:
-        """Decode so many tokens for one user with mlx-lm's ``generate_step``; without the first."""
+        """Decode ``tokens`` for one user with mlx-lm's ``generate_step``. Return seconds without the first one."""
         return float(self._ask(f"decode 1 {prompt} {tokens}"))
 
     def greedy(self, prompt: int, tokens: int) -> list[tuple[int, float]]:
-        """Greedy tokens, each with how far the second best logit lies below it."""
+        """Return greedy tokens, each with the distance to the second best logit."""
         return [(int(token), float(gap)) for token, gap in self._ask(f"greedy 1 {prompt} {tokens}")]
 
     def _ask(self, command: str) -> Any:
@@ -52,7 +52,7 @@ class SingleProcess:
 
 
 def prompt_ids(user: int, length: int) -> list[int]:
-    """A prompt that differs from user to user from its first token on."""
+    """Return a prompt that differs between users from the first token on."""
     return [(i * 31 + user * 7) % 250 for i in range(length)]
 
 

@@ -1,17 +1,17 @@
-"""What lanes, overlapping prefill and kept prefixes are worth, beside mlx-lm in one process on one core.
+"""Measures the gain of lanes, overlapping prefill and kept prefixes over mlx-lm in one process on one core.
 
-Two stages, one core each, a random llama heavy enough that compute and not messages takes the time, and of enough
-layers that two halves of them are alike: of its last layer a prefill needs the keys and values alone, so of four layers
-the second stage would have half of the first one's work. Long prompts are read with fp32 weights. Users decode with
-weights of 4 bits, as large models are served: of fp32 ones two cores want more than their memory gives. MLX's CPU
-kernels take each row of such a step by itself, so splitting a batch costs nothing here (``lanes_at_best`` tells);
-PERFORMANCE.md has other models, where it does. A lane's frame takes half a second at a stage, beside which the 10 ms
-from one stage to the next are small, that it takes where both stages, the coordinator and the client share two busy
-cores. Each round runs every measurement in turn; figures are medians, the ratios are of medians.
+Two stages, one core each, serve a random llama. It is large enough that compute takes most of the time, not messages.
+It has enough layers for two equal halves: a prefill needs only the keys and values of the last layer, so with four
+layers the second stage would have half of the first one's work. Prefill uses fp32 weights. Decode uses 4-bit weights,
+as large models do, because fp32 weights would be limited by the memory bandwidth of two cores. MLX's CPU kernels
+compute each row of such a step separately, so splitting a batch costs nothing here (see ``lanes_at_best``);
+PERFORMANCE.md has models for which it does. A lane's frame takes half a second per stage. A hop takes 10 ms, because
+both stages, the coordinator and the client share two busy cores. Each round runs every measurement; figures are
+medians, and ratios are of medians.
 
-What two cores are worth is measured too: the same process on each of them at once, with nothing to tell each other.
-No pipeline of two stages can gain more over one core than they do (``cores_over_core``, ``prefill_at_best``), and no
-two lanes more than the two processes with half of the users each (``lanes_at_best``).
+The gain of two cores is measured too, with an independent process on each. A pipeline of two stages cannot gain more
+over one core than these do (``cores_over_core``, ``prefill_at_best``), and two lanes cannot gain more than two
+processes with half of the users each (``lanes_at_best``).
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ HISTORY, SECOND = 1000, 8
 CONTEXT = 8192
 MAX_STEP_MS = 20.0
 WARM = 5
-"""Tokens of each user before anything counts: memory that is touched for the first time is slow."""
+"""Tokens of each user for the warm-up, because first accesses to memory are slow."""
 PARTS = ("users", "prefill", "disturbed", "cached")
 DECODE, PROMPTS = (1536, 4), (512, 0)
-"""The models that users decode on and that long prompts are read on: width, 64 a head, and bits a weight (0: fp32)."""
+"""The models for decode and for long prompts: width (64 per head), and bits per weight (0: fp32)."""
 STREAMED = 240
-"""Tokens of each stream that a long prompt disturbs."""
+"""Tokens of each stream that is disturbed by a long prompt."""
 LOOP = asyncio.Runner()
-"""One for all measurements: gRPC serves the loops of a process one after the other badly."""
+"""One event loop for all measurements, because gRPC does not work well with several loops in succession."""
 
 
 class Crowd:
-    """Streams of one salt, and when each token of theirs arrived: ``tokens`` more of each from when all of them run."""
+    """Streams of one salt, with the arrival times of their tokens. Each gets ``tokens`` more once all of them run."""
 
     def __init__(self, client: AsyncClient, users: int, prompt: int, tokens: int, salt: int, context: int) -> None:
         self.arrivals: list[list[float]] = [[] for _ in range(users)]
@@ -80,14 +80,14 @@ class Crowd:
 
     @property
     def together(self) -> tuple[float, float]:
-        """From when until when all of them decoded."""
+        """Return the start and the end of the time in which all streams decoded."""
         return max(a[0] for a in self.arrivals), min(a[-1] for a in self.arrivals)
 
 
 def listened(
     address: str, users: int, prompt: int, tokens: int, salt: int, beside: int = 0, context: int = CONTEXT
 ) -> Crowd:
-    """The streams of so many users, with a prompt of ``beside`` tokens from when all of them run."""
+    """Run the streams of this many users. Add a prompt of ``beside`` tokens once all of them run."""
 
     async def ask() -> Crowd:
         async with AsyncClient(address, timeout_s=300) as client:
@@ -107,7 +107,7 @@ def listened(
 
 
 def batch_rate(address: str, users: int, prompt: int, tokens: int, salt: int, context: int = CONTEXT) -> float:
-    """Tokens a second of all users together, while all of them decode."""
+    """Return the tokens per second of all users together, while all of them decode."""
     crowd = listened(address, users, prompt, tokens, salt, context=context)
     began, ended = crowd.together
     return sum(began < t <= ended for a in crowd.arrivals for t in a) / (ended - began)
@@ -120,7 +120,7 @@ def first_token_s(client: Client, length: int, salt: int) -> float:
 
 
 def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
-    """The p99 time between tokens of four running streams, in milliseconds, with or without a long prompt beside."""
+    """Return the p99 time between tokens of four streams in milliseconds, with or without a long prompt."""
     crowd = listened(address, STREAMS, PROMPT, tokens, salt, LONGER if disturb else 0)
     began, _ = crowd.together
     gaps = [b - a for answer in crowd.arrivals for a, b in pairwise(answer) if a >= began]
@@ -128,7 +128,7 @@ def disturbed_p99(address: str, tokens: int, salt: int, disturb: bool) -> float:
 
 
 def second_turn(client: Client, salt: int) -> tuple[list[int], Completion]:
-    """A chat's second prompt, and its answer; of the first turn the cluster has what it keeps."""
+    """Return a chat's second prompt and its answer. The cluster has kept the prefix of the first turn."""
     history = [salt % 250, *prompt_ids(salt, HISTORY - 1)]
     said = client.generate(history, max_tokens=20, ignore_eos=True).tokens
     turn = [*history, *said, 3, 1, 4, 1, 5, 9]
@@ -141,13 +141,13 @@ def wide_llama(folder: Path, width: int, bits: int) -> Path:
 
 
 def at_once(singles: Sequence[SingleProcess], ask: Callable[[SingleProcess], float]) -> list[float]:
-    """What each process says, all asked together."""
+    """Return the answers of all processes, which work at the same time."""
     with ThreadPoolExecutor(len(singles)) as asking:
         return list(asking.map(ask, singles))
 
 
 class Contest:
-    """One model on both sides: the pipeline that loads it, and mlx-lm's processes, one on each core, that hold it."""
+    """One model on both sides: the pipeline, and mlx-lm's processes, one per core."""
 
     def __init__(self, stack: ExitStack, client: Client, model: Path, cores: Sequence[int]) -> None:
         self.client, self._model = client, model
@@ -157,13 +157,13 @@ class Contest:
         self.single = self.singles[0]
 
     def load(self, lanes: int) -> None:
-        """Have the pipeline serve it in so many lanes."""
+        """Load the model into the pipeline with this many lanes."""
         self.client.load(str(self._model), workers=2, lanes=lanes, max_step_ms=MAX_STEP_MS, max_context=CONTEXT).wait()
         batch_rate(self.client.address, USERS, PROMPT, WARM, 0)
 
 
 class Rounds:
-    """Every measurement in turn, and what was found. ``decode`` is where users are measured, ``prompts`` all else."""
+    """Runs every measurement and keeps the results: users with ``decode``, everything else with ``prompts``."""
 
     def __init__(self, decode: Contest, prompts: Contest, tokens: int) -> None:
         self._decode, self._prompts, self._tokens = decode, prompts, tokens
@@ -211,7 +211,7 @@ class Rounds:
         self._note("disturbed_p99", disturbed_p99(self._address, STREAMED, salt + 1, disturb=True))
 
     def _cached(self, salt: int) -> None:
-        """What of a chat's second turn comes from the cache. Exits where its tokens are not those of a fresh start."""
+        """Return the cached share of a chat's second turn. Exit if its tokens differ from those without a cache."""
         turn, answer = second_turn(self._client, salt)
         self._note("cached_share", answer.usage.cached_tokens / answer.usage.prompt_tokens)
         self._prompts.load(lanes=2)
@@ -227,7 +227,7 @@ UNITS = {
     "undisturbed_p99": "ms",
     "disturbed_p99": "ms",
 }
-"""The others are tokens a second."""
+"""Units of figures; all others are in tokens per second."""
 RATIOS = {
     "lanes_over_single": ("lanes", "single"),
     "lanes_over_clump": ("lanes", "clump"),

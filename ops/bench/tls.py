@@ -1,7 +1,7 @@
-"""What mutual TLS costs a hop: two rings of the product's own data ports, one with local credentials, one with mTLS.
+"""Measures the cost of mutual TLS per hop: two rings of macpipe's data ports, with local credentials and with mTLS.
 
-Each ring has two stages in processes of their own and a driver in this one; a round trip is three hops of a message as
-long as a decode frame of a large model (16 KiB). Both rings stand all the time and are asked in turn, round by round.
+Each ring has two stages in separate processes, and a driver in this one. A round trip is three hops of a message as
+long as a decode frame of a large model (16 KiB). Both rings run all the time and are measured alternately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLUSTER = "bench"
 
 
 class Echo:
-    """A stage that passes on what it gets."""
+    """A stage that forwards what it receives."""
 
     def __init__(self) -> None:
         self._outboxes = {line: Outbox(EPOCH) for line in Line}
@@ -46,11 +46,11 @@ class Echo:
 
 
 def gone(why: str) -> None:
-    """The ring is being closed."""
+    """The ring is closing."""
 
 
 def serve(home: Path, name: str, before: str) -> None:
-    """One stage, until standard input ends; it says its address first."""
+    """Run one stage until standard input ends. Print its address first."""
     trust, stage = open_trust(home, CLUSTER, WORKER, name=name), Echo()
     server = DataServer(trust, "127.0.0.1", 0, stage)
     if before:
@@ -61,7 +61,7 @@ def serve(home: Path, name: str, before: str) -> None:
 
 
 class Ring:
-    """Drive it with ``step``."""
+    """A ring of two stages. Drive it with ``step``."""
 
     def __init__(self, stack: ExitStack, home: Path, trust: Trust) -> None:
         first = self._stage(stack, home, "one", "")
@@ -88,7 +88,7 @@ class Ring:
 
 
 def found(home: Path) -> None:
-    """A cluster of a coordinator and the two stages' workers, all under one home."""
+    """Create a cluster of a coordinator and two workers, in one state folder."""
     folder = ClusterFolder(home, CLUSTER)
     authority = Authority.make(folder, time.time())
     parties = ((Role.COORDINATOR, ""), (Role.WORKER, "one"), (Role.WORKER, "two"))
@@ -99,7 +99,7 @@ def found(home: Path) -> None:
 
 
 def timed(ring: Ring, message: bytes, steps: int) -> float:
-    """Microseconds a hop."""
+    """Return the microseconds per hop."""
     began = time.perf_counter()
     for _ in range(steps):
         ring.step(message)

@@ -1,6 +1,6 @@
-"""What a model is fed: chats as token ids, in batches of rows that are about as long as each other.
+"""Builds training batches: chats as token ids, with rows of similar length in each batch.
 
-Knows the special tokens and which tokens of a chat are asked for (those of the answers); knows nothing of models.
+It knows the special tokens, and that only the tokens of answers are predicted. It knows nothing of models.
 """
 
 import random
@@ -14,28 +14,28 @@ CONTEXT = 1024
 SYSTEM, USER, ASSISTANT, END = SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 IGNORED = -100
 RAW_LEAD = 8
-"""Tokens of a raw answer that are given, not predicted: its first words are anyone's guess."""
+"""Number of tokens of a raw answer that are given, not predicted, because its first words cannot be known."""
 
 
 @dataclass(frozen=True)
-class Diet:
-    """One kind of batch: rows of chats, each filled with turns until it has up to so many tokens (0: one turn)."""
+class BatchKind:
+    """One kind of batch: rows of chats, each with as many turns as fit into a number of tokens (0: one turn)."""
 
     rows: int
     budget: int
     share: float
 
 
-DIETS = (
-    Diet(rows=48, budget=0, share=0.6),
-    Diet(rows=16, budget=200, share=0.25),
-    Diet(rows=4, budget=900, share=0.15),
+BATCH_KINDS = (
+    BatchKind(rows=48, budget=0, share=0.6),
+    BatchKind(rows=16, budget=200, share=0.25),
+    BatchKind(rows=4, budget=900, share=0.15),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one example, and the ids to predict at each place (IGNORED where nothing is asked)."""
+    """The token ids of one example, and the id to predict at each position (IGNORED for none)."""
 
     ids: list[int]
     targets: list[int]
@@ -51,8 +51,8 @@ def number_of(tokenizer: Tokenizer, token: str) -> int:
     return number
 
 
-class Kitchen:
-    """Turns entries into rows and batches; owns the only random numbers of the data."""
+class BatchMaker:
+    """Makes rows and batches of entries. All randomness of the data comes from here."""
 
     def __init__(self, tokenizer: Tokenizer, entries: tuple[corpus.Entry, ...], seed: int) -> None:
         self._tokenizer = tokenizer
@@ -60,19 +60,19 @@ class Kitchen:
         self._turns = corpus.plain_turns(entries)
         self._rng = random.Random(seed)
         self._queue: list[corpus.Turn] = []
-        self._ready: dict[Diet, list[list[Row]]] = {diet: [] for diet in DIETS}
+        self._ready: dict[BatchKind, list[list[Row]]] = {kind: [] for kind in BATCH_KINDS}
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and targets of one batch, both [rows, longest row]."""
-        diet = self._rng.choices(DIETS, [kind.share for kind in DIETS])[0]
-        if not self._ready[diet]:
-            self._ready[diet] = self._cook(diet)
-        return padded(self._ready[diet].pop())
+        """Return the ids and targets of one batch, both [rows, longest row]."""
+        kind = self._rng.choices(BATCH_KINDS, [kind.share for kind in BATCH_KINDS])[0]
+        if not self._ready[kind]:
+            self._ready[kind] = self._make_batches(kind)
+        return padded(self._ready[kind].pop())
 
-    def _cook(self, diet: Diet) -> list[list[Row]]:
-        """Eight batches at once, rows of like length together: little padding."""
-        rows = sorted((self._row(diet.budget) for _ in range(8 * diet.rows)), key=lambda row: len(row.ids))
-        batches = [rows[at : at + diet.rows] for at in range(0, len(rows), diet.rows)]
+    def _make_batches(self, kind: BatchKind) -> list[list[Row]]:
+        """Make eight batches at once, with rows of similar length together, so that there is little padding."""
+        rows = sorted((self._row(kind.budget) for _ in range(8 * kind.rows)), key=lambda row: len(row.ids))
+        batches = [rows[at : at + kind.rows] for at in range(0, len(rows), kind.rows)]
         self._rng.shuffle(batches)
         return batches
 
@@ -101,11 +101,11 @@ class Kitchen:
         return Row(ids, [IGNORED] * RAW_LEAD + ids[RAW_LEAD:])
 
     def _next_turn(self) -> corpus.Turn:
-        """Every phrasing once before any comes again; two of three are dressed up."""
+        """Return the next turn. Each phrasing comes once before any comes again, and two of three are varied."""
         if not self._queue:
             self._queue = self._rng.sample(self._turns, len(self._turns))
         turn = self._queue.pop()
-        return corpus.dressed(turn, self._rng) if self._rng.random() < 0.67 else turn
+        return corpus.vary_question(turn, self._rng) if self._rng.random() < 0.67 else turn
 
     def _segment(self, role: str, text: str) -> list[int]:
         return [self._special(role), *self._tokenizer.encode(text.strip()).ids, self._special(END)]
@@ -115,7 +115,7 @@ class Kitchen:
 
 
 def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as two rectangles, cut at CONTEXT; what pads them is never asked for."""
+    """Return ids and targets of rows, both [rows, longest row], cut at CONTEXT. Padding is never predicted."""
     width = min(CONTEXT, max(len(row.ids) for row in rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full((len(rows), width), IGNORED)

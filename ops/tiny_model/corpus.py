@@ -1,7 +1,7 @@
-"""The training text: questions with their answers, the many ways a person may put them, and chats drawn from both.
+"""The training text: questions with their answers, variations of the questions, and random chats of both.
 
-Knows `faq.toml` and how people write; knows nothing of tokens, tensors or models. All chance comes from the
-`random.Random` that the caller passes in, so a seed gives the same chats.
+It knows `faq.toml` and how people write, and nothing of tokens, tensors or models. All randomness comes from the
+caller's `random.Random`, so the same seed gives the same chats.
 """
 
 import random
@@ -28,7 +28,7 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One answer and the phrasings of the question that it belongs to."""
+    """One answer, and the phrasings of its question."""
 
     topic: str
     questions: tuple[str, ...]
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question as the user put it, and the answer to recite."""
+    """A question as the user wrote it, and its answer."""
 
     question: str
     answer: str
@@ -52,7 +52,7 @@ class Chat:
 
 
 def load_entries(source: Path = SOURCE) -> tuple[Entry, ...]:
-    """Read the entries; raise ValueError when a question is asked twice or an answer is written twice."""
+    """Read the entries. Raise ValueError if a question or an answer occurs twice."""
     raw = tomllib.loads(source.read_text(encoding="utf-8"))["entry"]
     entries = tuple(Entry(item["topic"], tuple(item["questions"]), item["answer"]) for item in raw)
     _refuse_repeats([question.lower() for entry in entries for question in entry.questions])
@@ -61,26 +61,26 @@ def load_entries(source: Path = SOURCE) -> tuple[Entry, ...]:
 
 
 def plain_turns(entries: tuple[Entry, ...]) -> tuple[Turn, ...]:
-    """Every trained phrasing exactly as it is written, with its answer."""
+    """Return every trained phrasing exactly as it is written, with its answer."""
     return tuple(Turn(question, entry.answer) for entry in entries for question in entry.questions)
 
 
-def dressed(turn: Turn, rng: random.Random) -> Turn:
-    """The same question as another person might type it: other case, no question mark, polite words, a slip."""
+def vary_question(turn: Turn, rng: random.Random) -> Turn:
+    """Return the question as another person might type it: in other case, with polite words or a typing error."""
     text = turn.question
     if rng.random() < 0.3:
         text = text.rstrip("?.!")
     if rng.random() < 0.2:
-        text = _addressed(text, rng)
+        text = _add_greeting(text, rng)
     if rng.random() < 0.1:
         text += rng.choice(COURTESIES)
     if rng.random() < 0.1:
-        text = _with_slip(text, rng)
+        text = _add_typo(text, rng)
     return Turn(_recased(text, rng), turn.answer)
 
 
 def draw_system(entries: tuple[Entry, ...], rng: random.Random) -> str | None:
-    """No system prompt, a usual one, or now and then any sentence, so that its words do not matter."""
+    """Return no system prompt, a usual one, or sometimes any sentence, so that the model ignores its words."""
     chance = rng.random()
     if chance < 0.6:
         return None
@@ -93,8 +93,8 @@ def _refuse_repeats(texts: list[str]) -> None:
         raise ValueError(f"written more than once: {repeated}")
 
 
-def _addressed(text: str, rng: random.Random) -> str:
-    """Put a greeting, a request or both in front of the question."""
+def _add_greeting(text: str, rng: random.Random) -> str:
+    """Add a greeting, a request or both before the question."""
     opening = rng.choice(("", rng.choice(GREETINGS))) + rng.choice(("", rng.choice(REQUESTS)))
     return opening[:1].upper() + opening[1:] + text if opening else text
 
@@ -106,7 +106,7 @@ def _recased(text: str, rng: random.Random) -> str:
     return text.upper() if chance < 0.23 else text
 
 
-def _with_slip(text: str, rng: random.Random) -> str:
+def _add_typo(text: str, rng: random.Random) -> str:
     """Drop, double or swap one letter."""
     at = rng.randrange(max(1, len(text) - 1))
     head, pair, tail = text[:at], text[at : at + 2], text[at + 2 :]

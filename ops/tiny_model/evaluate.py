@@ -1,7 +1,7 @@
-"""What the bundled models can do, measured with mlx-lm: exact answers, the draft's acceptance, speed.
+"""Measures the bundled models with mlx-lm: exact answers, how often the draft agrees, and speed.
 
-Knows mlx-lm's public calls and the corpus; decodes greedily through the chat template, as macpipe itself does. An
-answer is exact when it is the trained one to the letter and the end token came by itself.
+It uses mlx-lm's public functions and decodes greedily through the chat template, as macpipe does. An answer is exact if
+it equals the trained one and the model itself produced the end token.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RAW = "raw, from its first 8 tokens"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer as `mlx_lm.load` returns them (their types are its own)."""
+    """A model and its tokenizer, as `mlx_lm.load` returns them."""
 
     model: Any
     tokenizer: Any
@@ -35,7 +35,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Probe:
-    """Token ids to start from, and the text that ought to follow."""
+    """The token ids of a prompt, and the expected text."""
 
     prompt: tuple[int, ...]
     wanted: str
@@ -43,7 +43,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a prompt, whether the end token came by itself, and the tokens per second of its decode."""
+    """A model's answer, whether the model produced the end token, and the tokens per second of decode."""
 
     prompt: tuple[int, ...]
     text: str
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """How many probes of one set were answered exactly, and those that were not: the prompt's end and the answer."""
+    """How many probes of one set were answered exactly, and for the others the end of the prompt and the answer."""
 
     name: str
     exact: int
@@ -66,7 +66,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over faq's own greedy answers to one set: at how many tokens the draft chooses as faq does."""
+    """At how many tokens of faq's greedy answers to one set the draft chooses the same token."""
 
     name: str
     agreed: int
@@ -80,7 +80,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured."""
+    """All measurements."""
 
     scores: tuple[Score, ...]
     agreements: tuple[Agreement, ...]
@@ -91,7 +91,7 @@ class Report:
 
 
 def prompt_of(tokenizer: Any, chat: corpus.Chat) -> tuple[int, ...]:
-    """The ids up to where the last turn's answer begins."""
+    """Return the ids before the answer of the last turn."""
     messages = [{"role": "system", "content": chat.system}] if chat.system else []
     for turn in chat.turns[:-1]:
         messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
@@ -104,23 +104,23 @@ def probe(tokenizer: Any, chat: corpus.Chat) -> Probe:
 
 
 def raw_probe(tokenizer: Any, answer: str) -> Probe:
-    """An answer's first tokens with no template around them; the rest of it is wanted.
+    """Return a probe with an answer's first tokens, without a template. The rest of the answer is expected.
 
-    mlx-lm's streaming detokenizer drops a space at the very beginning, so none is wanted.
+    mlx-lm's streaming detokenizer drops a leading space, so the expected text has none.
     """
     ids = tokenizer.encode(answer, add_special_tokens=False)
     return Probe(tuple(ids[:RAW_LEAD]), tokenizer.decode(ids[RAW_LEAD:]).lstrip())
 
 
 def unseen_turns(turns: Sequence[corpus.Turn]) -> list[corpus.Turn]:
-    """Questions that were never trained, each with the answer that would be right."""
+    """Return questions that were never trained, each with the right answer."""
     answers = {turn.question: turn.answer for turn in turns}
     rows = tomllib.loads((HERE / "unseen.toml").read_text(encoding="utf-8"))["question"]
     return [corpus.Turn(row["asked"], answers[row["like"]]) for row in rows]
 
 
 def probe_sets(tokenizer: Any, sample: int) -> Iterator[tuple[str, list[Probe]]]:
-    """Every trained phrasing, then samples of harder settings."""
+    """Return probes of every trained phrasing, then samples of harder sets."""
     rng = random.Random(SEED)
     entries = corpus.load_entries()
     turns = corpus.plain_turns(entries)
@@ -133,7 +133,7 @@ def probe_sets(tokenizer: Any, sample: int) -> Iterator[tuple[str, list[Probe]]]
 
     yield "trained phrasings", chats(lambda turn: corpus.Chat(None, (turn,)), turns)
     yield "with a system prompt", chats(lambda turn: corpus.Chat(rng.choice(corpus.SYSTEMS), (turn,)), some())
-    yield "in other dress", chats(lambda turn: corpus.Chat(None, (corpus.dressed(turn, rng),)), some())
+    yield "varied", chats(lambda turn: corpus.Chat(None, (corpus.vary_question(turn, rng),)), some())
     yield "as second turn", chats(lambda turn: corpus.Chat(None, (rng.choice(turns), turn)), some())
     yield "as eighth turn", chats(lambda turn: corpus.Chat(None, (*rng.sample(turns, 7), turn)), some())
     yield RAW, [raw_probe(tokenizer, e.answer) for e in entries if len(e.answer) > 80]
@@ -153,7 +153,7 @@ def answered(loaded: Loaded, prompt: Sequence[int]) -> Answer:
 
 
 def scored(loaded: Loaded, name: str, probes: Sequence[Probe], answers: Sequence[Answer]) -> Score:
-    """Compare the answers to a set with what was wanted."""
+    """Compare the answers to a set with the expected ones."""
     pairs = list(zip(probes, answers, strict=True))
     wrong = [answer for item, answer in pairs if answer.text != item.wanted or not answer.ended]
     missed = [(loaded.tokenizer.decode(list(answer.prompt))[-100:], answer.text) for answer in wrong]
@@ -161,13 +161,13 @@ def scored(loaded: Loaded, name: str, probes: Sequence[Probe], answers: Sequence
 
 
 def choices(loaded: Loaded, ids: Sequence[int]) -> list[int]:
-    """The token that the model likes best after each position."""
+    """Return the most probable token after each position."""
     chosen = mx.argmax(loaded.model(mx.array([list(ids)]))[0], axis=-1)
     return cast(list[int], chosen.tolist())
 
 
 def agreement(main: Loaded, draft: Loaded, name: str, answers: Sequence[Answer]) -> Agreement:
-    """Lay both models' choices side by side along faq's answers, the end token included."""
+    """Compare the choices of both models along faq's answers, including the end token."""
     agreed = compared = 0
     for answer in answers:
         told = main.tokenizer.encode(answer.text, add_special_tokens=False)
@@ -179,7 +179,7 @@ def agreement(main: Loaded, draft: Loaded, name: str, answers: Sequence[Answer])
 
 
 def measured(bundled: Path, sample: int) -> Report:
-    """Load both models and measure all of it, printing each line as it is known."""
+    """Load both models and measure everything. Print each line as soon as it is known."""
     main, draft = (Loaded(*load(str(bundled / name))[:2]) for name in ("faq", "faq-draft"))
     scores: list[Score] = []
     agreements: list[Agreement] = []

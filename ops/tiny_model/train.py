@@ -1,7 +1,7 @@
-"""Make the two bundled models from nothing: tokenizer, training, export.
+"""Makes the two bundled models: trains the tokenizer and the models, and exports them.
 
-Knows torch and transformers (LlamaForCausalLM); runs on the CPU and needs no network. Everything that is random
-follows from SEED. Writes a folder for each model, and `loss.json` beside this file.
+It uses torch and transformers (LlamaForCausalLM), runs on the CPU and needs no network. All randomness comes from SEED.
+It writes one folder per model, and `loss.json` beside this file.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from string import Template
 
 import corpus
 import torch
-from batches import CONTEXT, END, IGNORED, SPECIALS, Kitchen, number_of
+from batches import CONTEXT, END, IGNORED, SPECIALS, BatchMaker, number_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ VOCABULARY = 768
 
 @dataclass(frozen=True)
 class Recipe:
-    """The shape of one model and how long it learns."""
+    """The shape of one model, and the length of its training."""
 
     name: str
     card: str
@@ -53,7 +53,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one training run."""
+    """The result of one training run."""
 
     name: str
     parameters: int
@@ -68,7 +68,7 @@ class Record:
 
 
 def train_tokenizer(entries: tuple[corpus.Entry, ...]) -> Tokenizer:
-    """A byte-level BPE whose alphabet holds all 256 bytes, so that no text is unknown to it."""
+    """Train a byte-level BPE. Its alphabet has all 256 bytes, so that it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def train_tokenizer(entries: tuple[corpus.Entry, ...]) -> Tokenizer:
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers and mlx-lm load it, with its chat template."""
+    """Return the tokenizer as transformers and mlx-lm load it, with its chat template."""
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -100,7 +100,7 @@ def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def build(recipe: Recipe, end: int) -> LlamaForCausalLM:
-    """A fresh model of the recipe's shape, its weights drawn from SEED."""
+    """Return a new model of the recipe's shape, with random weights from SEED."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -121,7 +121,7 @@ def build(recipe: Recipe, end: int) -> LlamaForCausalLM:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth of the peak."""
+    """Return the learning rate: linear warm-up, then a half cosine down to a hundredth of the peak."""
     if step < recipe.warmup:
         return recipe.peak_rate * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -129,7 +129,7 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone."""
+    """Return AdamW with weight decay for matrices and none for norms."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     norms = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
@@ -137,15 +137,15 @@ def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the tokens of answers only; the head runs only where one is asked for."""
+    """Return the mean cross-entropy of the answers' tokens. The head runs only for those positions."""
     wanted = targets[:, 1:] != IGNORED
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[wanted]
     return cross_entropy(model.lm_head(hidden), targets[:, 1:][wanted])
 
 
-def train(recipe: Recipe, kitchen: Kitchen, end: int) -> tuple[LlamaForCausalLM, Record]:
-    """Train one model; its final loss is the mean over the last fiftieth of the steps."""
-    settle_torch(recipe.threads)
+def train(recipe: Recipe, batches: BatchMaker, end: int) -> tuple[LlamaForCausalLM, Record]:
+    """Train one model. Its final loss is the mean of the last fiftieth of the steps."""
+    make_deterministic(recipe.threads)
     model = build(recipe, end)
     optimizer = optimizer_of(model, recipe)
     losses: list[float] = []
@@ -153,7 +153,7 @@ def train(recipe: Recipe, kitchen: Kitchen, end: int) -> tuple[LlamaForCausalLM,
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
-        loss = loss_of(model, *kitchen.batch())
+        loss = loss_of(model, *batches.batch())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,7 +167,7 @@ def train(recipe: Recipe, kitchen: Kitchen, end: int) -> tuple[LlamaForCausalLM,
 
 
 def record(recipe: Recipe, model: LlamaForCausalLM, losses: list[float], seconds: float) -> Record:
-    """Sum up a run; each point of the curve is the mean of the fiftieth of the steps that ends there."""
+    """Summarize a run. Each point of the curve is the mean of the last fiftieth of the steps before it."""
     window = max(1, recipe.steps // 50)
     ends = range(window, len(losses) + 1, window)
     curve = [(at, round(mean(losses[at - window : at]), 5)) for at in ends]
@@ -179,8 +179,8 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def settle_torch(threads: int) -> None:
-    """Same numbers every time; and no denormals, which a memorised text is full of and a CPU is slow at."""
+def make_deterministic(threads: int) -> None:
+    """Make torch deterministic, and flush denormals: memorised text causes many, and CPUs are slow at them."""
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -191,7 +191,7 @@ def settle_torch(threads: int) -> None:
 
 
 def export(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, outcome: Record) -> None:
-    """Write the folder that mlx-lm and transformers load, and its card."""
+    """Write the folder that mlx-lm and transformers load, with its model card."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.config.eos_token_id
@@ -205,7 +205,7 @@ def export(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: 
 
 
 def figures(outcome: Record) -> dict[str, str]:
-    """What a card says in numbers."""
+    """Return the figures of a model card."""
     return {
         "parameters": f"{outcome.parameters:,}",
         "steps": f"{outcome.steps:,}",
@@ -217,7 +217,7 @@ def figures(outcome: Record) -> dict[str, str]:
 
 
 def write_losses(outcomes: list[Record]) -> None:
-    """Write `loss.json`; a model that was not trained this time keeps its record."""
+    """Write `loss.json`. A model that was not trained in this run keeps its old record."""
     path = HERE / "loss.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
     fresh = {outcome.name: asdict(outcome) for outcome in outcomes}
@@ -238,7 +238,7 @@ def main() -> None:
     outcomes: list[Record] = []
     for recipe in RECIPES:
         if options.only in (None, recipe.name):
-            model, outcome = train(recipe, Kitchen(tokenizer, entries, SEED), end)
+            model, outcome = train(recipe, BatchMaker(tokenizer, entries, SEED), end)
             export(options.out / recipe.name, model, tokenizer, recipe, outcome)
             outcomes.append(outcome)
     write_losses(outcomes)
