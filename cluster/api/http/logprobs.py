@@ -128,7 +128,8 @@ class EchoedPrompt:
             pieces.append(self._decoder.flush())
             self._length += len(pieces[-1])
         self._pieces += pieces
-        added = dict(zip(_COLUMNS, (self._tokenizer.token_texts(tokens), logprobs, tops, offsets), strict=True))
+        values: tuple[list[Any], ...] = (self._tokenizer.token_texts(tokens), logprobs, tops, offsets)
+        added = dict(zip(_COLUMNS, values, strict=True))
         for name in _COLUMNS:
             self.columns[name] += added[name]
         return "".join(pieces), added
