@@ -59,8 +59,6 @@ def worker(
 
     Loads and runs the layers that a coordinator assigns. Runs in the foreground; Ctrl-C ends it.
     """
-    from cluster.worker.daemon import run
-
     settings = WorkerSettings(
         name=short_host_name() if name is None else name,
         home=state_home(home),
@@ -75,13 +73,19 @@ def worker(
         standby=standby,
         log_level=log_level,
     )
+    raise typer.Exit(_run(settings, exit_with_stdin))
+
+
+def _run(settings: WorkerSettings, exit_with_stdin: bool) -> int:
+    from cluster.worker.daemon import run
+
     accept_signals()
     survive_full_log()
-    configure_logging(log_level)
+    configure_logging(settings.log_level)
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()
-    raise typer.Exit(run(settings))
+    return run(settings)
 
 
 def _host(host: str | None, interface: str | None) -> str:
