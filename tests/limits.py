@@ -2,10 +2,14 @@
 
 pytest-timeout raises in the test. A test that then waits for a child, as leaving ``with Popen(...)`` does, would hang:
 so its children are killed a moment later. If it hangs even then, this process prints all stacks and ends.
+
+On Linux a child whose parent has ended, such as one that a shell started in the background, is known by a variable in
+its environment. What is left of these when the tests are over is killed too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -13,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +26,8 @@ import pytest
 GRACE_S = 10.0
 """From a test's time limit until its children are killed, and again until this process ends."""
 INHERITED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+MARK = "TESTS_PROCESS"
+"""Environment variable of everything that tests start: the id of the process that runs the tests."""
 _LIMIT = pytest.StashKey["Limit"]()
 
 
@@ -44,16 +51,35 @@ def seconds(etime: str) -> int:
     return int(days or 0) * 86400 + sum(int(part) * 60**i for i, part in enumerate(reversed(clock.split(":"))))
 
 
+def marked() -> set[int]:
+    """Return the other processes whose environment names this one in ``MARK``; on Linux only."""
+    wanted, found = f"{MARK}={os.getpid()}".encode(), set()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if wanted in file.read_bytes().split(b"\0"):
+                found.add(int(file.parent.name))
+    return found - {os.getpid()}
+
+
 def descendants(pid: int, younger_than_s: float) -> list[int]:
-    """Return processes that descend from ``pid`` and started less than ``younger_than_s`` ago."""
+    """Return processes that descend from ``pid`` or are ``marked``, and started less than ``younger_than_s`` ago."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,etime="], capture_output=True, text=True, check=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
-    found, parents = [], {pid}
+    orphans = marked()
+    found = [int(child) for child, _, age in rows if int(child) in orphans and seconds(age) <= younger_than_s]
+    parents = {pid}
     while parents:
         born = [(int(child), seconds(age)) for child, parent, age in rows if int(parent) in parents]
-        found += [child for child, age in born if age <= younger_than_s]
+        found += [child for child, age in born if age <= younger_than_s and child not in orphans]
         parents = {child for child, _ in born}
     return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill these processes; some may have ended, as ``ps`` itself has."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class Limit:
@@ -68,11 +94,7 @@ class Limit:
 
     def kill_children(self) -> None:
         """Kill this process's descendants that are no older than the test; shared daemons survive."""
-        for pid in descendants(os.getpid(), time.monotonic() - self._began):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:  # ps itself is among them
-                continue
+        kill(descendants(os.getpid(), time.monotonic() - self._began))
 
     def cancel(self) -> None:
         self._timer.cancel()
@@ -82,6 +104,14 @@ class Limit:
 def pytest_configure(config: pytest.Config) -> None:
     if threading.current_thread() is threading.main_thread():
         reset_inherited_signals()
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":  # xdist's own children are no test's
+        os.environ[MARK] = str(os.getpid())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Kill what outlived its test."""
+    if os.environ.get(MARK) == str(os.getpid()):
+        kill(marked())
 
 
 @pytest.hookimpl(hookwrapper=True)

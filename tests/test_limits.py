@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from limits import Limit, seconds
+from limits import Limit, kill, seconds
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +25,63 @@ def test_children_of_a_test_that_ran_out_of_time_are_killed() -> None:
         limit.cancel()
         limit.kill_children()
         assert child.wait(10) == -signal.SIGKILL
+
+
+def start_orphan() -> int:
+    """Start a process in a session of its own from a shell that ends: no parent leads to it."""
+    script = f"setsid {shlex.join(SLEEPER)} >/dev/null 2>&1 & echo $!"
+    return int(subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=10).stdout)
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until the process has ended, whoever its parent is."""
+    deadline = time.monotonic() + 10
+    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="environments are read in /proc")
+def test_an_orphan_of_a_test_that_ran_out_of_time_is_killed() -> None:
+    limit = Limit(0.0, grace_s=3600.0)
+    limit.cancel()
+    orphan = start_orphan()
+    try:
+        limit.kill_children()
+        wait_for_end(orphan)
+    finally:
+        kill([orphan])
+
+
+LEAVING = """
+from test_limits import start_orphan
+
+def test_that_leaves_an_orphan():
+    print("orphan", start_orphan())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="environments are read in /proc")
+def test_an_orphan_does_not_outlive_the_tests(tmp_path: Path) -> None:
+    (tmp_path / "test_leaving.py").write_text(LEAVING)
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "limits", "-s", "-q", "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT)))}
+    run = subprocess.run(
+        [*command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = re.search(r"orphan (\d+)", run.stdout)
+    assert found
+    try:
+        wait_for_end(int(found[1]))
+    finally:
+        kill([int(found[1])])
 
 
 @pytest.mark.parametrize(("etime", "age"), [("00:07", 7), ("12:00:01", 43201), ("2-01:00:00", 176400)])
