@@ -8,7 +8,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -46,6 +46,29 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "CLOSE_S", 0.5)
     monkeypatch.setattr(server, "HEADER_TIMEOUT_S", LATE_S)
     monkeypatch.setattr(server, "_TICKS", 2)
+
+
+Sweep = Callable[[], Awaitable[None]]
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """Return a function that waits until the server has swept its connections once more."""
+    swept = asyncio.Event()
+    on_tick = server._Server.on_tick
+
+    async def tick(running: server._Server, counter: int) -> bool:
+        ending = await on_tick(running, counter)
+        if counter % server._TICKS == 0:
+            swept.set()
+        return ending
+
+    async def wait() -> None:
+        swept.clear()
+        await asyncio.wait_for(swept.wait(), 20)
+
+    monkeypatch.setattr(server._Server, "on_tick", tick)
+    return wait
 
 
 async def echo(request: Request) -> Response:
@@ -166,7 +189,7 @@ async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer(
         writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\n")
         assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
         writer.write(b"x")
-        await asyncio.sleep(LATE_S + 0.5)
+        await asyncio.sleep(LATE_S + 0.5)  # proves an absence: it is not closed when a head would be late
         writer.write(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
         assert (await reader.readuntil(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
         writer.close()
@@ -199,12 +222,22 @@ async def test_an_idle_connection_is_closed_also_after_an_early_refusal(
         writer.close()
 
 
-async def test_a_client_that_takes_nothing_is_cut_when_its_connection_is_closed() -> None:
+async def test_a_client_that_takes_nothing_is_cut_when_its_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Otherwise its unsent bytes would stay in memory."""
+    lost = asyncio.Event()
+    connection_lost = connection.Connection.connection_lost
+
+    def note(closed: connection.Connection, exc: Exception | None) -> None:
+        connection_lost(closed, exc)
+        lost.set()
+
+    monkeypatch.setattr(connection.Connection, "connection_lost", note)
     async with listening() as place:
         reader, writer = await asyncio.open_connection(*place, limit=1024)
         writer.write(b"GET /much HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-        await asyncio.sleep(2)
+        await asyncio.wait_for(lost.wait(), 20)
         with contextlib.suppress(ConnectionError):
             assert len(await asyncio.wait_for(reader.read(-1), 20)) < MUCH
         writer.close()
@@ -284,7 +317,7 @@ GARBAGE = (
 
 
 @pytest.mark.parametrize("sent", GARBAGE, ids=["tls", "version", "upgrade", "chunk"])
-async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.LogCaptureFixture, sweep: Sweep) -> None:
     """Not their words, and of all of their requests a line a minute."""
     faults: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
@@ -297,7 +330,7 @@ async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.Log
                 writer.close()
             async with httpx.AsyncClient() as client:
                 await client.post(f"http://127.0.0.1:{place[1]}/echo", content=b"a")
-            await asyncio.sleep(0.3)  # a sweep, which reports
+            await sweep()  # it reports
     said = [r.getMessage() for r in caplog.records if r.name.startswith(("cluster", "uvicorn.error"))]
     assert not faults
     assert not any("secret-word" in line or "nvalid HTTP" in line or "pgrade" in line for line in said)
@@ -438,7 +471,9 @@ async def test_hands_that_are_not_shaken_are_taken_back(folder: ClusterFolder) -
             writer.close()
 
 
-async def test_a_given_certificate_is_read_again_when_it_changes(folder: ClusterFolder, tmp_path: Path) -> None:
+async def test_a_given_certificate_is_read_again_when_it_changes(
+    folder: ClusterFolder, tmp_path: Path, sweep: Sweep
+) -> None:
     files = tmp_path / "mine.pem", tmp_path / "mine-key.pem"
 
     def issue() -> None:
@@ -452,7 +487,7 @@ async def test_a_given_certificate_is_read_again_when_it_changes(folder: Cluster
     async with listening(GivenCertificate(*files)) as place:
         first = await shown(place, trusting(folder))
         files[0].write_text("half of a renewal")
-        await asyncio.sleep(0.5)
+        await sweep()  # it looks at the files
         assert await shown(place, trusting(folder)) == first
         issue()
         while await shown(place, trusting(folder)) == first:

@@ -45,6 +45,14 @@ def descendants(folder: Path) -> list[int]:
     return [int(words[0]) for words in ours if clusters & set(words)]
 
 
+def wait_for_processes(folder: Path, count: int) -> None:
+    """Wait until a demo whose temporary files are in ``folder`` has at least ``count`` processes."""
+    deadline = time.monotonic() + 20
+    while len(descendants(folder)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def run_demo(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*DEMO, *arguments],
@@ -122,9 +130,7 @@ def test_no_signal_leaves_an_orphan(
         for line in demo.stderr:
             if moment in line:
                 break
-        time.sleep(0.3)
-        if moment != "starting":
-            assert len(descendants(tmp_path)) == 3
+        wait_for_processes(tmp_path, 1 if moment == "starting" else 3)
         demo.send_signal(number)
         rest = demo.stderr.read()
         # A shell says 130 of both: where Ctrl-C comes while Python runs a string, as dataclasses do when they are
