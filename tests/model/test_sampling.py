@@ -51,8 +51,8 @@ def test_draws_follow_the_distribution() -> None:
     draws, temperature = 2000, 0.8
     params = SamplingParams(temperature=temperature, seed=20)
     history, sampler = [0] * draws, Sampler(params, 0, V)
-    picks = [sampler.pick(mx.array([LOGITS]), history, i).token for i in range(draws)]
-    counts = Counter(mx.concatenate(picks).tolist())
+    drawn = [sampler.pick(mx.array([LOGITS]), history, i).token for i in range(draws)]
+    counts = Counter(mx.concatenate(drawn).tolist())
     chances = [math.exp(x) for x in log_softmax([x / temperature for x in LOGITS])]
     assert sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(chances)) < 37.7
 

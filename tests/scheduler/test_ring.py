@@ -59,8 +59,8 @@ class OneStage:
         for sequence, row in zip(rows, tokens, strict=True):
             self.fed[sequence] += row
         decodes = self.last and frame.step is not None and frame.step.compute is Compute.DECODE
-        picks = [Sample(s, len(self.fed[s]), next_token(self.fed[s])) for s in rows] if decodes else []
-        return replace(frame, samples=tuple(picks))
+        samples = [Sample(s, len(self.fed[s]), next_token(self.fed[s])) for s in rows] if decodes else []
+        return replace(frame, samples=tuple(samples))
 
     def _apply(self, edit: Edit) -> None:
         match edit:
