@@ -89,7 +89,7 @@ def test_a_status_without_an_answer_is_seen_before_it_ends() -> None:
         assert late.took_s > early.took_s
         connection.close()
     monitor.close()
-    assert monitor.take() == []
+    assert all(answer.error for answer in monitor.take()), "a call without an answer is left"
 
 
 def test_scenarios_are_played_in_blocks_with_few_changes_of_how_workers_are_found() -> None:
