@@ -15,7 +15,7 @@ from effort import QUICK
 from quick import NOT_QUICK
 
 TESTS = Path(__file__).resolve().parent
-pytest_plugins = ["netns", "disks", "limits"]
+pytest_plugins = ["closed_loops", "netns", "disks", "limits"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -77,7 +77,6 @@ class LivenessStream:
     def _open(self) -> None:
         self._granted_s = self._ping_s()
         self._channel = pulse_channel(self._trust, self._address, self._peer, self._granted_s)
-        self._ready = grpc.channel_ready_future(self._channel)
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
 
     def _listen(self) -> None:
@@ -94,39 +93,37 @@ class LivenessStream:
 
         Pings start with the connection, so a link that is cut before that is silent for as long as connecting may take.
         """
-        try:
-            self._ready.result(CONNECT_TIMEOUT_S + self._granted_s - PING_S)
-        except grpc.FutureTimeoutError:
-            return StreamEnd("UNAVAILABLE: the liveness stream got no connection", is_silence=True)
-        except grpc.FutureCancelledError:
-            return StreamEnd("the liveness stream was closed")
+        first = threading.Event()
+        limit = threading.Timer(CONNECT_TIMEOUT_S + self._granted_s - PING_S, self._call.cancel)
+        limit.daemon = True
+        limit.start()
         try:
             for _ in self._call:
-                pass
+                first.set()
+                limit.cancel()
         except grpc.RpcError as e:
+            if e.code() is grpc.StatusCode.CANCELLED and not first.is_set():
+                return StreamEnd("UNAVAILABLE: the liveness stream got no connection", is_silence=True)
             # gRPC has no code of its own for this.
             return StreamEnd(f"{e.code().name}: {e.details()}", is_silence=PING_TIMEOUT in (e.details() or ""))
+        finally:
+            limit.cancel()
         return StreamEnd("the peer ended the liveness stream")
 
     def _reopen(self) -> bool:
         """Open the stream again with a longer timeout.
 
-        Return False if the timeout has not doubled, or if the peer cannot be reached within it.
+        Return False if the timeout has not doubled. Connecting is bounded as it was at first.
         """
         with self._closing:
             if self._closed or self._ping_s() < 2 * self._granted_s:
                 return False
             self._channel.close()
             self._open()
-        try:
-            self._ready.result(self._granted_s)
-        except (grpc.FutureTimeoutError, grpc.FutureCancelledError):
-            return False
         return True
 
     def close(self) -> None:
         with self._closing:
             self._closed = True
-            self._ready.cancel()
             self._call.cancel()
             self._channel.close()
