@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _OPENED, _TOKEN, _ENDED, _ALL_TOKENS, _STILL_LIVE = range(5)
 _TOKEN_BYTES: Final = 5
 """Maximum size of a token in a rewritten file."""
+MOST_JOURNAL_SIZES: Final = 4
+"""A file that cannot be rewritten may grow to this many times JOURNAL_BYTES."""
 AnswerTokens = tuple[tuple[int, ...], ...]
 """Token ids of each sample of an answer. () means that no sample has tokens yet."""
 
@@ -148,8 +150,8 @@ class Journal:
         if self.problem:
             if self._monotonic() >= self._retry_at:
                 self._rewrite()
-        elif self._size > JOURNAL_BYTES and self._size - self._needed > JOURNAL_BYTES // 8:
-            self._rewrite()
+        elif self._has_much_to_drop() and self._monotonic() >= self._retry_at:
+            self._compact()
         elif self._pending:
             self._append()
 
@@ -195,22 +197,43 @@ class Journal:
             kept.at = self._noted_live_at
         return pack_record(_STILL_LIVE, "", self._noted_live_at, list(self._live)) if self._live else b""
 
-    def _rewrite(self) -> None:
-        """Replace the file with one that holds only live requests. On failure, keep the old file."""
-        for request_id in [i for i, kept in self._previous.items() if self._expired(kept)]:
-            self._forget(request_id)
+    def _has_much_to_drop(self) -> bool:
+        return self._size > JOURNAL_BYTES and self._size - self._needed > JOURNAL_BYTES // 8
+
+    def _compact(self) -> None:
+        """Replace the file, or go on with the old one: a disk may have room for records but not for a second file."""
         try:
-            make_private_folder(self._path.parent)
-            answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
-            content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
-            # always the same name, since a crash leaves the file, and it contains answers
-            file = replace_and_open(self._path, content, self._path.with_suffix(".new"))
-            self._close_file()
-            self._file, self._size = file, len(content)
+            self._replace()
+        except OSError as e:
+            if self._size > MOST_JOURNAL_SIZES * JOURNAL_BYTES:
+                self._switch_off(e)
+                return
+            log.warning("journal: not rewritten reason=%s path=%s", e.strerror or type(e).__name__, self._path)
+            self._retry_at = self._monotonic() + JOURNAL_RETRY_S
+            self._append()
+        else:
+            self._switch_on()
+
+    def _rewrite(self) -> None:
+        """Replace the file, or switch the journal off."""
+        try:
+            self._replace()
         except OSError as e:
             self._switch_off(e)
         else:
             self._switch_on()
+
+    def _replace(self) -> None:
+        """Replace the file with one that holds only live requests. On failure, keep the old file and raise OSError."""
+        for request_id in [i for i, kept in self._previous.items() if self._expired(kept)]:
+            self._forget(request_id)
+        make_private_folder(self._path.parent)
+        answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
+        content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
+        # always the same name, since a crash leaves the file, and it contains answers
+        file = replace_and_open(self._path, content, self._path.with_suffix(".new"))
+        self._close_file()
+        self._file, self._size = file, len(content)
 
     def _switch_off(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__

@@ -22,6 +22,8 @@ from cluster.model.partial_tool_call import PartialToolCall
 
 __all__ = ["AnswerParser", "Parsed"]
 
+HEAD_CHARS: Final = 2048
+"""Characters before a call's arguments that are searched for its name: it is looked for again with each token."""
 PIECE: Final = 64
 """Characters of arguments in one delta of a call that is parsed as a whole."""
 
@@ -184,7 +186,10 @@ class AnswerParser:
 
     def _open_call(self, body: str, out: _Out) -> str:
         """Emit the tool's name once it is known. Return the rest of ``body``."""
-        if self._open or not (opened := PartialToolCall.start(body, self._markers.format, self._names)):
+        if self._open:
+            return body
+        opened = PartialToolCall.start(body[:HEAD_CHARS], self._markers.format, self._names)
+        if opened is None:
             return body
         self._open, at = opened
         out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))

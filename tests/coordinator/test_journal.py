@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,7 @@ from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import JOURNAL_RETRY_S, RESUME_S
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
+from cluster.platform import private_files
 from disks import FailingDisk
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((5, -1.5), (9, 2.0)), seed=2**63 + 1)
@@ -257,6 +260,47 @@ def test_a_disk_that_stays_full_is_tried_again_but_not_at_each_token(tmp_path: P
     assert kept.problem
     assert failing_disk.fsyncs == tried
     assert [p.name for p in tmp_path.iterdir()] == ["j"]  # no draft is left behind
+
+
+def test_a_disk_without_room_for_a_second_file_keeps_the_journal_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    kept = Journal(tmp_path / "j", monotonic=lambda: now[0])
+    monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 4000)
+    replace_file, refused = journal_module.replace_and_open, 0
+
+    def no_room(*_: object) -> int:
+        nonlocal refused
+        refused += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal_module, "replace_and_open", no_room)
+    kept.record_opened(request("live"), ())
+    for i in range(60):
+        kept.record_opened(request(f"ended-{i}"), ())
+        kept.record_ended(f"ended-{i}")
+        kept.record_token("live", i)
+        kept.flush()
+    assert (kept.problem, refused) == ("", 1)  # tried again only after JOURNAL_RETRY_S
+    assert resumable_copy(tmp_path, "live") == {"live": [list(range(60))]}
+    monkeypatch.setattr(journal_module, "replace_and_open", replace_file)
+    before = (tmp_path / "j").stat().st_size
+    now[0] += JOURNAL_RETRY_S
+    kept.record_token("live", 60)
+    kept.flush()
+    assert (tmp_path / "j").stat().st_size < before / 2
+    kept.close()
+    assert resumable(tmp_path / "j", "live") == {"live": [list(range(61))]}
+
+
+def resumable_copy(folder: Path, *names: str) -> dict[str, list[list[int]]]:
+    """Return what a copy of the journal holds, which leaves the journal as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal_module, "replace_and_open", private_files.replace_and_open)
+        copy = folder / "copy"
+        shutil.copy(folder / "j", copy)
+        return resumable(copy, *names)
 
 
 @pytest.mark.parametrize("truncate_fails", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from checkpoints import make_tokenizer
 from cluster.core.errors import InvalidRequest
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Tool, ToolCall, ToolChoice
+from cluster.model.answer_parser import HEAD_CHARS
+from cluster.model.partial_tool_call import PartialToolCall
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 
 WEATHER = Tool(
@@ -292,3 +294,22 @@ def test_the_format_without_an_end_mark(tmp_path: Path) -> None:
     assert parsed(mistral, list(text), Parsing(TOOLS))[2] == [("weather", '{"city": "Oslo"}')]
     assert parsed(mistral, list(text), Parsing(TOOLS), whole=False)[2] == [("weather", '{"city": "Oslo"}')]
     assert parsed(mistral, list(text[:-3]), Parsing(TOOLS), whole=False)[1:3] == ("", [])
+
+
+def test_the_head_of_a_call_is_looked_for_in_a_bounded_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a call whose head never comes costs the square of its length: it is looked for with each token."""
+    searched: list[int] = []
+    start = PartialToolCall.start
+
+    def watched(text: str, form: str, names: Collection[str]) -> tuple[PartialToolCall, int] | None:
+        searched.append(len(text))
+        return start(text, form, names)
+
+    monkeypatch.setattr(PartialToolCall, "start", watched)
+    parser = tokenizer.parser(Parsing(TOOLS))
+    for piece in ("<tool_call>", *["no head " * 8] * 200):
+        parser.add(piece)
+    assert len(searched) >= 200
+    assert max(searched) == HEAD_CHARS
