@@ -12,7 +12,7 @@ from unittest.mock import AsyncMock
 import httpx
 import pytest
 
-from cluster.api.http import answer_assembly
+from cluster.api.http import answer_assembly, responses_stream
 from cluster.api.http.app import application
 from cluster.api.http.json_response import WRITE_CHARS, Encoded, LongJson, compact, encode_text, encoded_list
 from cluster.api.metrics import Metrics
@@ -189,3 +189,20 @@ def test_encoded_parts_keep_their_places() -> None:
     assert compact(data) == '{"a":[1,2],"b":["x",{"c":"\\""}],"d":null}'
     with pytest.raises(TypeError, match="set"):
         compact({1: {2}})
+
+
+async def test_a_streamed_response_keeps_a_bounded_number_of_log_probabilities(
+    service: RequestService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last events repeat them all."""
+    body = {**ROUTES["/v1/responses"], "stream": True}
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
+        whole = await client.post("/v1/responses", json=body)
+        monkeypatch.setattr(responses_stream, "MAX_REPEATED_BYTES", 20 * KIB)
+        refused = await client.post("/v1/responses", json=body)
+    assert "event: response.completed" in whole.text
+    assert "event: response.failed" in refused.text
+    assert "ask for fewer tokens or alternatives" in refused.text
+    assert len(refused.text) < len(whole.text) / 4
+    assert service.bodies.held == 0

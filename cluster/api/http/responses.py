@@ -37,9 +37,9 @@ class Responses:
         checkpoint = self.names.checkpoint(form.model)
         running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
         encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
-        if form.stream:
-            return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder), running.request.id)
         charge = charge_of(request)
+        if form.stream:
+            return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder, charge), running.request.id)
         return LongJson(await while_connected(request, lambda: _whole_response(encoder, charge)))
 
 

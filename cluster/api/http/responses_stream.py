@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from cluster.api.http.answer_assembly import is_content, reasoning_counters
+from cluster.api.http.answer_assembly import held_size, is_content, reasoning_counters
 from cluster.api.http.json_response import compact, encoded_list, new_id
 from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import ResponseEncoder, output_text
 from cluster.api.http.sse import event
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.limits import MIB
 from cluster.core.request import FinishEvent, TokenEvent
+from cluster.transport.byte_budget import Charge
 
 Pieces = Iterator[dict[str, Any]]
+MAX_REPEATED_BYTES: Final = 10 * MIB
+"""Charged for the log-probabilities of one stream. Its last event encodes them four times, in one step of the loop."""
 
 
 @dataclass(slots=True)
@@ -42,6 +46,9 @@ class ResponseStreamEncoder:
     """One streamed response."""
 
     encoder: ResponseEncoder
+    charge: Charge
+    """What the request holds until it ends: the log-probabilities are kept for the last events, which repeat them."""
+    _logprob_bytes: int = 0
     _number: int = 0
     _reasoning_counter: ReasoningCounter = field(init=False)
     _open: OutputItem | None = None
@@ -93,6 +100,7 @@ class ResponseStreamEncoder:
             logprobs = []
             if self.encoder.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
                 logprobs = [compact(entry(e, self.encoder.running))]
+                self._charge_logprobs(sum(map(held_size, logprobs)))
             yield from self._open_item("message")
             assert self._open
             self._open.logprobs += logprobs
@@ -103,6 +111,17 @@ class ResponseStreamEncoder:
             yield from self._open_item(f"call {call.index}", call.id, call.name)
             if call.arguments:
                 yield from self._add_part(call.arguments, "response.function_call_arguments.delta", {})
+
+    def _charge_logprobs(self, size: int) -> None:
+        """Charge kept log-probabilities. Raises ``InvalidRequest`` if there are too many, ``Busy`` as ``Charge``."""
+        self._logprob_bytes += size
+        if self._logprob_bytes > MAX_REPEATED_BYTES:
+            raise InvalidRequest(
+                f"the log-probabilities of this stream need more than {MAX_REPEATED_BYTES // MIB} MiB, and its last "
+                "events repeat them; ask for fewer tokens or alternatives",
+                field="top_logprobs",
+            )
+        self.charge.add(size)
 
     def _add_part(self, text: str, kind: str, more: dict[str, Any]) -> Pieces:
         assert self._open
