@@ -81,7 +81,7 @@ class ChatTemplate:
         arguments = self._arguments(options)
 
         def render(some: Sequence[ChatMessage], starts_answer: bool) -> str | None:
-            return self._try(self._fields(some), {**arguments, "add_generation_prompt": starts_answer})
+            return self._probe(self._fields(some), **arguments, add_generation_prompt=starts_answer)
 
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
             return find_split_points(messages, ids, render, partial(self._wrapper.encode, add_special_tokens=False))
@@ -110,9 +110,6 @@ class ChatTemplate:
 
     def _probe(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str | None:
         """Return the rendered text; None if the template raises."""
-        return self._try(messages, arguments)
-
-    def _try(self, messages: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
         try:
             return self._apply(messages, arguments)
         except MemoryError:

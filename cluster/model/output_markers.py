@@ -19,9 +19,9 @@ __all__ = ["OutputMarkers"]
 class OutputMarkers:
     """Holds the markers of one model. A marker that the model does not use is empty.
 
-    ``call_end`` is also empty if the end of the answer ends a call. ``parse`` is mlx-lm's parser: it takes the text of
-    a call, without its markers, and the tools as the template reads them. ``format`` is mlx-lm's name of the call
-    format, "" if it has none.
+    ``call_end`` is also empty if the end of the answer ends a call. ``parse`` is the parser of mlx-lm or of
+    ``call_formats``: it takes the text of a call, without its markers, and the tools as the template reads them.
+    ``format`` is its name of the call format, "" if there is none.
     """
 
     def __init__(self, wrapper: TokenizerWrapper) -> None:

@@ -70,6 +70,13 @@ class Family:
     """Whether a call can be required."""
 
 
+DEEPSEEK_TOKENS = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
 FAMILIES = (
     Family(
         "qwen2.5",
@@ -106,26 +113,14 @@ FAMILIES = (
         "deepseek-v3",
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>shell\n```json\n{"command": "ls"}\n```'
         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        (
-            "<｜tool▁calls▁begin｜>",
-            "<｜tool▁call▁begin｜>",
-            "<｜tool▁sep｜>",
-            "<｜tool▁call▁end｜>",
-            "<｜tool▁calls▁end｜>",
-        ),
+        DEEPSEEK_TOKENS,
         True,
     ),
     Family(
         "deepseek-v3.1",
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>shell<｜tool▁sep｜>{"command": "ls"}'
         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        (
-            "<｜tool▁calls▁begin｜>",
-            "<｜tool▁call▁begin｜>",
-            "<｜tool▁sep｜>",
-            "<｜tool▁call▁end｜>",
-            "<｜tool▁calls▁end｜>",
-        ),
+        DEEPSEEK_TOKENS,
         True,
     ),
     Family(
