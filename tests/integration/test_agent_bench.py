@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from integration.benches import run_bench
 
 BENCH = Path(__file__).parents[2] / "ops" / "bench"
 CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]}
@@ -145,16 +143,7 @@ def test_the_bench_runs_with_a_short_session(tmp_path: Path) -> None:
     recording = tmp_path / "routes.jsonl"
     recording.write_text("".join(json.dumps({"path": p, "body": b}) + "\n" for p, b in BODIES.items()))
     sizes = ["--tokens", "4000", "--at", "4000", "--agents", "2", "--shared", "3600"]
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "agents.py"), "--json", "--models", "llama", "--sessions", str(recording), *sizes],
-        env={**os.environ, "PYTHONPATH": str(BENCH.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    facts = run_bench("agents", "--json", "--models", "llama", "--sessions", str(recording), *sizes)
     assert facts["llama_refused"] == 0
     assert facts["llama_cached_over_reusable"] >= 0.99
     assert facts["medians"]["llama_mlx_warm"] > 0

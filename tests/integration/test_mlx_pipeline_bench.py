@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCH = Path(__file__).parents[2] / "ops" / "bench" / "mlx_pipeline.py"
+from integration.benches import run_bench
+
 SMALL = ("--width", "64", "--layers", "2", "--rounds", "3", "--seconds", "0", "--json")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_bench_ends_after_its_seconds_with_every_figure() -> None:
-    done = subprocess.run(
-        [sys.executable, str(BENCH), *SMALL],
-        env={**os.environ, "PYTHONPATH": str(BENCH.parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    facts = run_bench("mlx_pipeline", *SMALL)
     assert len(facts["rounds"]) == 6
     assert all(len(values) == 1 and values[0] > 0 for values in facts["rounds"].values())
     assert all(facts[f"{load}_over_mlx_lm"] > 0 for load in ("one_user", "eight_users", "first_token"))
