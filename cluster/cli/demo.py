@@ -37,6 +37,7 @@ def demo(
     Starts workers and a coordinator, loads the small bundled model, and opens a chat with it. Stops and deletes
     everything at the end.
     """
+    import signal
     import tempfile
     from pathlib import Path
 
@@ -45,9 +46,12 @@ def demo(
     from cluster.platform.process import accept_signals
 
     accept_signals()
+    # On a terminal, Ctrl-C ends an answer and not the chat.
+    has_chat = prompt is None and sys.stdin.isatty()
+    exits = [signal.SIGTERM, signal.SIGHUP, *([] if has_chat else [signal.SIGINT])]
     address = f"{HOST}:{free_port(HOST)}"
     with (
-        SignalExit() as signal_exit,
+        SignalExit(*exits) as signal_exit,
         tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
         ProcessGroup(Path(folder)) as processes,
         signal_exit.insisting(),

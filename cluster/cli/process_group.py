@@ -97,17 +97,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class SignalExit:
-    """While it is entered, SIGTERM and SIGHUP unwind the block and exit with 128 + signal number.
+    """While it is entered, ``signals`` unwind the block and exit with 128 + signal number.
 
     Further signals are ignored, so that they do not interrupt the unwinding.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
+        self._signals = signals
         self._before: dict[int, Handler] = {}
         self._insisting = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._before = {number: signal.signal(number, self._leave) for number in self._signals}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
