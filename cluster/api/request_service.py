@@ -39,7 +39,7 @@ class RunningRequest:
     """
 
     request: Request
-    checkpoint: ModelInfo
+    model_info: ModelInfo
     all_events: PromptAndAnswerEvents
 
     @property
@@ -68,7 +68,7 @@ class RequestService:
         self._live: dict[str, str] = {}
         """The client of each live request, by request id."""
 
-    async def submit(self, request: Request, checkpoint: ModelInfo) -> RunningRequest:
+    async def submit(self, request: Request, model_info: ModelInfo) -> RunningRequest:
         """Submit a request. Return once it has a lane or a place in the queue.
 
         Raises ``Unauthenticated`` or ``LimitReached`` for its key, ``InvalidGrammar``, or the error with which the
@@ -78,18 +78,18 @@ class RequestService:
             if self.key_usage:
                 self.key_usage.charge_prompt(request.client, len(request.prompt))
             try:
-                answer = await self.coordinator.accept(request, checkpoint)
+                answer = await self.coordinator.accept(request, model_info)
             except InvalidGrammar as e:
-                raise await find_invalid_tool(e, request, checkpoint, self.coordinator) from None
-        return await self._wait_accepted(request, answer, checkpoint)
+                raise await find_invalid_tool(e, request, model_info, self.coordinator) from None
+        return await self._wait_accepted(request, answer, model_info)
 
     async def resume(
-        self, request_id: str, offsets: Sequence[int], client: str, checkpoint: ModelInfo
+        self, request_id: str, offsets: Sequence[int], client: str, model_info: ModelInfo
     ) -> RunningRequest:
         """Resume an answer from the journal at ``offsets``, one for each sample. Raises the coordinator's errors."""
         with self._count_errors():
             request, answer = self.coordinator.resume(request_id, offsets, client)
-        return await self._wait_accepted(request, answer, checkpoint)
+        return await self._wait_accepted(request, answer, model_info)
 
     async def abort(self, request_id: str, client: str | None) -> None:
         """End a live request of ``client``; of any client if None. Raises ``RequestNotFound``."""
@@ -118,7 +118,7 @@ class RequestService:
             self.metrics.count_error(e)
             raise
 
-    async def _wait_accepted(self, request: Request, answer: AnswerQueue, checkpoint: ModelInfo) -> RunningRequest:
+    async def _wait_accepted(self, request: Request, answer: AnswerQueue, model_info: ModelInfo) -> RunningRequest:
         events = self._events(request, answer)
         try:
             first = await anext(events)
@@ -126,7 +126,7 @@ class RequestService:
             answer.abandon()
             raise
         assert isinstance(first, Accepted)
-        return RunningRequest(request, checkpoint, events)  # type: ignore[arg-type]  # Accepted comes first and once
+        return RunningRequest(request, model_info, events)  # type: ignore[arg-type]  # Accepted comes first and once
 
     async def _events(
         self, request: Request, answer: AnswerQueue

@@ -27,43 +27,43 @@ from cluster.sandbox.sandboxed_tokenizer import Tokenized
 from cluster.transport.parsing_thread import PARSING
 
 
-async def generate_request(params: GenerateParams, size: int, checkpoint: ModelInfo, caller: Caller) -> PreparedRequest:
+async def generate_request(params: GenerateParams, size: int, model_info: ModelInfo, caller: Caller) -> PreparedRequest:
     """Build the request for a prompt. Raises ``InvalidRequest`` or ``PromptTooLong``."""
     if isinstance(params.prompt, str):
-        context = checkpoint.shape.max_context
+        context = model_info.shape.max_context
         check_size("prompt has", utf8_size(params.prompt), context, "prompt")
-        tokenized = await checkpoint.text.encode(params.prompt, context)
-        prompt = _check_length(tokenized, checkpoint)
+        tokenized = await model_info.text.encode(params.prompt, context)
+        prompt = _check_length(tokenized, model_info)
     else:
-        prompt = await PARSING.run(size, _check_ids, params.prompt, checkpoint)
+        prompt = await PARSING.run(size, _check_ids, params.prompt, model_info)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
     _check_grammar(params.grammar)
     _check_prompt_logprobs(params.prompt_logprobs, len(prompt))
     least_tokens = 1 if params.prompt_logprobs is None else 0
-    request = _request(params, prompt, params.grammar, checkpoint, caller, least_tokens)
+    request = _request(params, prompt, params.grammar, model_info, caller, least_tokens)
     return PreparedRequest(replace(request, prompt_logprobs=params.prompt_logprobs))
 
 
-async def chat_request(params: ChatParams, size: int, checkpoint: ModelInfo, caller: Caller) -> PreparedRequest:
+async def chat_request(params: ChatParams, size: int, model_info: ModelInfo, caller: Caller) -> PreparedRequest:
     """Build the request for a conversation.
 
     Raises ``InvalidRequest`` or ``PromptTooLong``; for a strict caller also if the model's template ignores an option.
     """
     messages, options = params.conversation.messages, params.conversation.options
-    context = checkpoint.shape.max_context
+    context = model_info.shape.max_context
     _check_grammar(params.grammar)
     await PARSING.run(size, check_conversation, params.conversation, context)
     try:
-        tokenized = await checkpoint.text.converse(messages, options, params.grammar, context)
+        tokenized = await model_info.text.converse(messages, options, params.grammar, context)
     except PromptTooLong as e:
         e.details["maximum"] = str(context - 1)  # the sandbox counts further
         raise
-    prompt = _check_length(tokenized, checkpoint)
+    prompt = _check_length(tokenized, model_info)
     if tokenized.ignored and caller.strict:
         name = tokenized.ignored[0]
         raise InvalidRequest(f"this model's chat template does not support this {name}; leave it out", field=name)
-    request = _request(params, prompt, tokenized.grammar, checkpoint, caller)
+    request = _request(params, prompt, tokenized.grammar, model_info, caller)
     parsing = Parsing(options.offered, tokenized.thinking)
     request = replace(request, parsing=parsing, split_points=tokenized.split_points)
     return PreparedRequest(request, ignored=tokenized.ignored)
@@ -75,14 +75,14 @@ def check_conversation(conversation: Conversation, context: int) -> None:
     check_options(conversation.options)
 
 
-async def count_tokens(prompt: str | Conversation, size: int, checkpoint: ModelInfo) -> int:
+async def count_tokens(prompt: str | Conversation, size: int, model_info: ModelInfo) -> int:
     """Count the tokens of a text, or of a conversation rendered with the model's chat template."""
-    return (await _tokenize(prompt, size, checkpoint, 0, texts=False)).count
+    return (await _tokenize(prompt, size, model_info, 0, texts=False)).count
 
 
-async def list_tokens(prompt: str | Conversation, size: int, checkpoint: ModelInfo) -> Tokenized:
+async def list_tokens(prompt: str | Conversation, size: int, model_info: ModelInfo) -> Tokenized:
     """Return at most ``MAX_LISTED_TOKENS`` tokens, each with its text. Raises ``InvalidRequest`` if there are more."""
-    tokenized = await _tokenize(prompt, size, checkpoint, MAX_LISTED_TOKENS, texts=True)
+    tokenized = await _tokenize(prompt, size, model_info, MAX_LISTED_TOKENS, texts=True)
     if tokenized.count > MAX_LISTED_TOKENS:
         raise InvalidRequest(
             f"the input has {tokenized.count} tokens; at most {MAX_LISTED_TOKENS} can be listed; send a shorter input",
@@ -92,14 +92,14 @@ async def list_tokens(prompt: str | Conversation, size: int, checkpoint: ModelIn
 
 
 async def _tokenize(
-    prompt: str | Conversation, size: int, checkpoint: ModelInfo, max_tokens: int, *, texts: bool
+    prompt: str | Conversation, size: int, model_info: ModelInfo, max_tokens: int, *, texts: bool
 ) -> Tokenized:
-    context = max(checkpoint.shape.max_context, MAX_LISTED_TOKENS)  # more tokens than are served are counted too
+    context = max(model_info.shape.max_context, MAX_LISTED_TOKENS)  # more tokens than are served are counted too
     if isinstance(prompt, str):
         check_size("text has", utf8_size(prompt), context, "prompt")
-        return await checkpoint.text.encode(prompt, max_tokens, texts=texts)
+        return await model_info.text.encode(prompt, max_tokens, texts=texts)
     await PARSING.run(size, check_conversation, prompt, context)
-    return await checkpoint.text.converse(prompt.messages, prompt.options, None, max_tokens, texts=texts)
+    return await model_info.text.converse(prompt.messages, prompt.options, None, max_tokens, texts=texts)
 
 
 def _check_grammar(grammar: Grammar | None) -> None:
@@ -107,20 +107,20 @@ def _check_grammar(grammar: Grammar | None) -> None:
         raise InvalidRequest(f"the {grammar.kind.value} is empty", field=grammar.kind.value)
 
 
-def _check_length(tokenized: Tokenized, checkpoint: ModelInfo) -> tuple[int, ...]:
+def _check_length(tokenized: Tokenized, model_info: ModelInfo) -> tuple[int, ...]:
     """Return the prompt's ids. Raises ``PromptTooLong`` if they leave no room for an answer."""
-    _max_answer_tokens(tokenized.count, checkpoint.shape.max_context)
+    _max_answer_tokens(tokenized.count, model_info.shape.max_context)
     return tokenized.ids
 
 
-def _check_ids(ids: Sequence[int], checkpoint: ModelInfo) -> tuple[int, ...]:
+def _check_ids(ids: Sequence[int], model_info: ModelInfo) -> tuple[int, ...]:
     """Return the token ids of a prompt, counted before they are copied.
 
     Raises ``InvalidRequest`` for an id outside the vocabulary, or ``PromptTooLong``.
     """
-    _max_answer_tokens(len(ids), checkpoint.shape.max_context)
+    _max_answer_tokens(len(ids), model_info.shape.max_context)
     prompt = tuple(ids)
-    size = checkpoint.vocabulary
+    size = model_info.vocabulary
     largest = max(prompt, default=0)
     if largest >= size:
         raise InvalidRequest(f"the prompt has the token id {largest}; the model has {size} tokens", field="prompt")
@@ -131,11 +131,11 @@ def _request(
     params: AnswerParams,
     prompt: tuple[int, ...],
     grammar: Grammar | None,
-    checkpoint: ModelInfo,
+    model_info: ModelInfo,
     caller: Caller,
     least_tokens: int = 1,
 ) -> Request:
-    max_tokens = _max_tokens(params.max_tokens, len(prompt), checkpoint.shape.max_context, caller, least_tokens)
+    max_tokens = _max_tokens(params.max_tokens, len(prompt), model_info.shape.max_context, caller, least_tokens)
     if len(params.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
     if not params.request_id.isprintable():  # it is logged: a line break in it could forge a log line
@@ -154,7 +154,7 @@ def _request(
     return Request(
         id=params.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
-        sampling=sampling_params(params.sampling, checkpoint.vocabulary, grammar),
+        sampling=sampling_params(params.sampling, model_info.vocabulary, grammar),
         max_tokens=max_tokens,
         stop=stop_strings(params.stop),
         ignore_eos=params.ignore_eos,

@@ -12,7 +12,7 @@ from cluster.core.request import Grammar, GrammarKind, Request
 
 
 async def find_invalid_tool(
-    error: InvalidGrammar, request: Request, checkpoint: ModelInfo, coordinator: Coordinator
+    error: InvalidGrammar, request: Request, model_info: ModelInfo, coordinator: Coordinator
 ) -> InvalidGrammar:
     """Return an error that names the tool with the invalid parameters, with the field ``tools[i]``.
 
@@ -26,7 +26,7 @@ async def find_invalid_tool(
             if not tool.parameters:
                 continue
             try:
-                await coordinator.check_grammar(Grammar(GrammarKind.JSON_SCHEMA, tool.parameters), checkpoint)
+                await coordinator.check_grammar(Grammar(GrammarKind.JSON_SCHEMA, tool.parameters), model_info)
             except InvalidGrammar as found:
                 return InvalidGrammar(
                     f"tool_choice requires a call that follows the tool's schema, but the parameters of tool "

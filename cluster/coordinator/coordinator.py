@@ -250,7 +250,7 @@ class Coordinator:
 
     # Serving
 
-    def checkpoint(self, model: str) -> ModelInfo:
+    def served_model(self, model: str) -> ModelInfo:
         """Return the served model. Raises ``NotServing``, or ``ModelNotFound`` if ``model`` is another name."""
         service = self._require_service()
         name = service.plan.model.name

@@ -70,13 +70,13 @@ class Idle:
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}
 
-    def checkpoint(self, name: str) -> ModelInfo:
+    def served_model(self, name: str) -> ModelInfo:
         raise NotServing("no model is loaded")
 
     async def under_way(self) -> tuple[None, None]:
         return None, None
 
-    async def accept(self, request: Asking, checkpoint: ModelInfo) -> Answering:
+    async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:
         self.answers[request.id] = Answering()
         return self.answers[request.id]
 
@@ -285,8 +285,8 @@ async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
     monkeypatch.setattr(request_service, "KEY_CHECK_S", 0.01)
     service = service_of(accounts)
     (amy, _), (bob, _) = keys.create("amy"), keys.create("bob")
-    checkpoint = cast(ModelInfo, None)
-    first, second = [await service.submit(asking(k.name, client_of(k)), checkpoint) for k in (amy, bob)]
+    model_info = cast(ModelInfo, None)
+    first, second = [await service.submit(asking(k.name, client_of(k)), model_info) for k in (amy, bob)]
     for asked in (first, second):
         assert isinstance(await anext(asked.events), TokenEvent)
     watching = asyncio.create_task(service.end_revoked())
@@ -295,7 +295,7 @@ async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
         await asyncio.wait_for(anext(first.events), 5)
     assert caught.value.http_status == 401
     with pytest.raises(Unauthenticated):
-        await service.submit(asking("late", client_of(amy)), checkpoint)
+        await service.submit(asking("late", client_of(amy)), model_info)
     await asyncio.sleep(0.05)
     assert not cast(Any, service.coordinator).answers["bob"].ended.is_set()
     await second.events.aclose()

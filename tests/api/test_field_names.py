@@ -75,10 +75,10 @@ class Served:
     vocabulary = 10
     shape = type("Shape", (), {"max_context": 100})
 
-    def checkpoint(self, model: str) -> Any:
+    def served_model(self, model: str) -> Any:
         return self
 
-    async def accept(self, request: Any, checkpoint: Any) -> NoReturn:
+    async def accept(self, request: Any, model_info: Any) -> NoReturn:
         raise InvalidGrammar("the lark cannot be compiled", field="lark")
 
     async def converse(self, *given: Any, **more: Any) -> Tokenized:

@@ -53,10 +53,10 @@ class Waiting:
         self.loop = EngineLoop(Plan(1, MODEL, (stage,), Route.RELAY, 64, 1, 1, 1), scheduler, decoder, print)
         self.loop.start(ring)
 
-    def checkpoint(self, name: str) -> ModelInfo:
+    def served_model(self, name: str) -> ModelInfo:
         return served()
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         answer = AnswerQueue(self.loop.post, samples=request.samples)
         self.loop.submit(request, answer)
         return answer

@@ -63,10 +63,10 @@ class ManyTokens:
         self.texts = Texts(model.tokenizer)
         self.model = replace(model, tokenizer=self.texts)  # type: ignore[arg-type]
 
-    def checkpoint(self, model: str) -> ModelInfo:
+    def served_model(self, model: str) -> ModelInfo:
         return self.model
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         batch = EventBatch()
         answer = AnswerQueue(batch, samples=request.samples)
         answer.put(Accepted())

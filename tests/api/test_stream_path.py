@@ -61,10 +61,10 @@ class OneToken:
     def __init__(self) -> None:
         self.answers: list[WatchedQueue] = []
 
-    def checkpoint(self, model: str) -> ModelInfo:
+    def served_model(self, model: str) -> ModelInfo:
         return served()
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         batch = EventBatch()
         answer = WatchedQueue(batch, samples=request.samples)
         answer.put(Accepted())
@@ -125,7 +125,7 @@ async def test_a_token_passes_three_generators_at_most_over_http(
 class Silent(OneToken):
     """A coordinator that computes nothing until ``go_on`` is called."""
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         self.batch = EventBatch()
         answer = AnswerQueue(self.batch, samples=1)
         answer.put(Accepted())

@@ -74,15 +74,15 @@ def test_a_folder_is_listed_and_found_by_its_last_part(served: Served) -> None:
 def test_the_last_part_of_any_name_is_a_name() -> None:
     def names(name: str, path: str) -> ModelNames:
         model = ModelRef(name, path, "0")
-        checkpoint = SimpleNamespace(shape=SimpleNamespace(model=model))
-        return ModelNames(SimpleNamespace(checkpoint=lambda _: checkpoint))  # type: ignore[arg-type]
+        model_info = SimpleNamespace(shape=SimpleNamespace(model=model))
+        return ModelNames(SimpleNamespace(served_model=lambda _: model_info))  # type: ignore[arg-type]
 
     hub = names("mlx-community/Qwen3-4bit", "/cache/models--mlx-community--Qwen3-4bit/snapshots/1")
-    assert hub.public_names(hub.checkpoint("Qwen3-4bit")) == ("mlx-community/Qwen3-4bit",)
+    assert hub.public_names(hub.resolve("Qwen3-4bit")) == ("mlx-community/Qwen3-4bit",)
     folder = names("models/qwenlike", "/disk/models/qwenlike")
-    assert folder.public_names(folder.checkpoint("models/qwenlike")) == ("qwenlike",)
+    assert folder.public_names(folder.resolve("models/qwenlike")) == ("qwenlike",)
     with pytest.raises(ModelNotFound):
-        folder.checkpoint("models")
+        folder.resolve("models")
 
 
 def test_a_codex_that_hangs_up_after_the_last_event_has_ended_its_request(faq: Served) -> None:

@@ -389,7 +389,7 @@ class _NoBytes(WeightDistribution):
         """There is no store."""
 
     @asynccontextmanager
-    async def delivery(self, plan: Plan, checkpoint: ModelInfo, workers: Sequence[WorkerInfo]) -> Any:
+    async def delivery(self, plan: Plan, model_info: ModelInfo, workers: Sequence[WorkerInfo]) -> Any:
         yield _Unchecked((FetchOrder(()),) * len(plan.stages), cast(Any, None), cast(Any, None))
 
 
@@ -482,9 +482,9 @@ class Simulation:
         self._heartbeat._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].info() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
-        checkpoint = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
+        model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
         means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)
-        self.service = ModelService(means, checkpoint, order, first, lambda said: None)
+        self.service = ModelService(means, model_info, order, first, lambda said: None)
         self._heartbeat.start()
         await self.service.open(lambda progress: None)
         self._homes = [s.worker for s in self.service.plan.stages]

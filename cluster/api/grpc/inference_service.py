@@ -65,12 +65,12 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> AsyncIterator[RunningRequest]:
         """Submit the request of a message, and end it with the block. An error in the block ends the call."""
         async with _errors_sent(context):
-            checkpoint = self._coordinator.checkpoint(message.model)
+            model_info = self._coordinator.served_model(message.model)
             with rename_fields(field_names(message)):
                 size = message.ByteSize()
                 params = await PARSING.run(size, decode, message)
-                prepared = await validate(params, size, checkpoint, self._caller(context))
-                running = await self._service.submit(prepared.request, checkpoint)
+                prepared = await validate(params, size, model_info, self._caller(context))
+                running = await self._service.submit(prepared.request, model_info)
             if prepared.ignored:
                 await context.send_initial_metadata(((IGNORED_METADATA, ", ".join(prepared.ignored)),))
             async with aclosing(running.all_events):
@@ -91,13 +91,13 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_sent(context):
-            checkpoint = self._coordinator.checkpoint("")
+            model_info = self._coordinator.served_model("")
             if len(request.offsets) > MAX_SAMPLES:
                 raise InvalidRequest(
                     f"{len(request.offsets)} offsets were given; send at most {MAX_SAMPLES}", field="offsets"
                 )
             offsets = tuple(request.offsets) or (request.offset,)
-            running = await self._service.resume(request.request_id, offsets, self._caller(context).client, checkpoint)
+            running = await self._service.resume(request.request_id, offsets, self._caller(context).client, model_info)
             async with aclosing(running.all_events):
                 for reply in _opening(running):
                     yield reply
@@ -106,16 +106,16 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_sent(context):
-            checkpoint = self._coordinator.checkpoint(request.model)
+            model_info = self._coordinator.served_model(request.model)
             with rename_fields({"prompt": "text"}):
                 size = request.ByteSize()
                 prompt = await PARSING.run(size, tokenize_prompt, request)
-                tokenized = await request_validation.list_tokens(prompt, size, checkpoint)
+                tokenized = await request_validation.list_tokens(prompt, size, model_info)
         return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:
-            shape = self._coordinator.checkpoint("").shape
+            shape = self._coordinator.served_model("").shape
         except MacpipeError:
             return pb.ListModelsResponse()
         model = pb.Model(
@@ -142,27 +142,27 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
 
 
 def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
-    return proto_encoding.prompt_info(running.request, running.checkpoint.shape.model.name)
+    return proto_encoding.prompt_info(running.request, running.model_info.shape.model.name)
 
 
 def _opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:
     """Yield the prompt, and its first token if its log-probabilities follow."""
     yield pb.GenerateResponse(prompt=_prompt_info(running))
     if running.request.prompt_logprobs is not None:
-        first = proto_encoding.first_prompt_token(running.request, running.checkpoint.tokenizer)
+        first = proto_encoding.first_prompt_token(running.request, running.model_info.tokenizer)
         yield pb.GenerateResponse(prompt_logprobs=first)
 
 
 def _encode_generated(event: PromptLogprobs | TokenEvent | FinishEvent, running: RunningRequest) -> pb.GenerateResponse:
     if isinstance(event, PromptLogprobs):
-        piece = proto_encoding.prompt_logprobs(event, running.request, running.checkpoint.tokenizer)
+        piece = proto_encoding.prompt_logprobs(event, running.request, running.model_info.tokenizer)
         return pb.GenerateResponse(prompt_logprobs=piece)
     return _encode_event(pb.GenerateResponse, event, running)
 
 
 def _encode_event(reply: type[Reply], event: TokenEvent | FinishEvent, running: RunningRequest) -> Reply:
     if isinstance(event, TokenEvent):
-        return reply(token=proto_encoding.token_event(event, running.checkpoint.tokenizer))
+        return reply(token=proto_encoding.token_event(event, running.model_info.tokenizer))
     return reply(finish=proto_encoding.finish_info(event))
 
 

@@ -91,7 +91,7 @@ def is_content(event: TokenEvent) -> bool:
 
 def reasoning_counters(running: RunningRequest) -> list[ReasoningCounter]:
     """Return a reasoning counter for each sample."""
-    return [ReasoningCounter(running.checkpoint.tokenizer.reasoning_end) for _ in range(running.request.samples)]
+    return [ReasoningCounter(running.model_info.tokenizer.reasoning_end) for _ in range(running.request.samples)]
 
 
 async def collect_answers(

@@ -43,9 +43,9 @@ class Chat:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ChatForm)
-        checkpoint = self.names.checkpoint(form.model)
-        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
-        running = await submit_chat(self.service, request, form, head.id, checkpoint)
+        model_info = self.names.resolve(form.model)
+        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, model_info))
+        running = await submit_chat(self.service, request, form, head.id, model_info)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
             encoder = ChatEncoder(head, running, bool(form.logprobs), usage)

@@ -28,7 +28,7 @@ class ConversationForm(Protocol):
 
 
 async def submit_chat(
-    service: RequestService, request: Request, form: ConversationForm, request_id: str, checkpoint: ModelInfo
+    service: RequestService, request: Request, form: ConversationForm, request_id: str, model_info: ModelInfo
 ) -> RunningRequest:
     """Submit the conversation of a form, with an answer that fits the context.
 
@@ -40,8 +40,8 @@ async def submit_chat(
     adjustments = adjustments_of(request.scope)
     caller = replace(caller_of(request, None), shorten=not adjustments.strict, strict=adjustments.strict)
     with rename_fields(names):
-        chat = await chat_request(params, form_size(request), checkpoint, caller)
-        running = await service.submit(chat.request, checkpoint)
+        chat = await chat_request(params, form_size(request), model_info, caller)
+        running = await service.submit(chat.request, model_info)
     adjustments.ignore(names.get(name, name) for name in chat.ignored)
     if params.max_tokens is not None and chat.request.max_tokens < params.max_tokens:
         adjustments.max_tokens = chat.request.max_tokens

@@ -52,9 +52,9 @@ class Completions:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[PromptEvent]:
         form = await read(request, CompletionsForm)
-        checkpoint = self.names.checkpoint(form.model)
-        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, checkpoint))
-        all_running = await self._submit(form, head.id, checkpoint, request)
+        model_info = self.names.resolve(form.model)
+        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, model_info))
+        all_running = await self._submit(form, head.id, model_info, request)
         encoder = CompletionsEncoder(head, form, all_running)
         if form.stream:
             return EventStream(_merge_events(all_running), encoder, head.id)
@@ -62,13 +62,13 @@ class Completions:
         return LongJson(await while_connected(request, lambda: encoder.whole(charge)))
 
     async def _submit(
-        self, form: CompletionsForm, request_id: str, checkpoint: ModelInfo, request: Request
+        self, form: CompletionsForm, request_id: str, model_info: ModelInfo, request: Request
     ) -> list[RunningRequest]:
         """Submit all prompts. If one is rejected, end those that were accepted and raise its error."""
         all_params = await build(request, lambda: form.params(request_id))
         with rename_fields(form.field_names()):
             caller = caller_of(request, DEFAULT_MAX_TOKENS)
-            requests = [await generate_request(params, form_size(request), checkpoint, caller) for params in all_params]
+            requests = [await generate_request(params, form_size(request), model_info, caller) for params in all_params]
             if form.prompt_logprobs is not None:
                 check_prompt_logprobs(
                     sum(len(r.request.prompt) for r in requests) * (1 + form.prompt_logprobs) * form.samples
@@ -76,7 +76,7 @@ class Completions:
             async with AsyncExitStack() as undo:
                 all_running = []
                 for one in requests:
-                    running = await self.service.submit(one.request, checkpoint)
+                    running = await self.service.submit(one.request, model_info)
                     undo.push_async_callback(running.all_events.aclose)
                     all_running.append(running)
                 undo.pop_all()
@@ -145,7 +145,7 @@ class CompletionsEncoder:
         running = self.all_running[prompt]
         request_id = running.request.id
         if self.form.echo and request_id not in self._prompt_texts:
-            self._prompt_texts[request_id] = running.checkpoint.tokenizer.decode(running.request.prompt)
+            self._prompt_texts[request_id] = running.model_info.tokenizer.decode(running.request.prompt)
         return self._prompt_texts.get(request_id, "")
 
     def begin(self) -> Iterator[bytes]:

@@ -39,11 +39,11 @@ class Health:
             return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
         facts: dict[str, Any] = {"status": state.value, "version": __version__}
         try:
-            checkpoint = self.names.checkpoint(None)
+            model_info = self.names.resolve(None)
         except MacpipeError as e:
             facts["message"] = e.sentence
         else:
-            facts |= {"model": model_id(checkpoint), "context_length": checkpoint.shape.max_context}
+            facts |= {"model": model_id(model_info), "context_length": model_info.shape.max_context}
         return _ready(state, facts)
 
     async def live(self, request: Request) -> Json:

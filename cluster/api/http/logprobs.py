@@ -23,7 +23,7 @@ def chat_logprobs(tokens: Sequence[TokenEvent], running: RunningRequest) -> dict
 
 def entry(token: TokenEvent, running: RunningRequest) -> dict[str, Any]:
     """Encode one token with its alternatives. ``bytes`` is null if the token is only part of a character."""
-    text = running.checkpoint.tokenizer.token_text
+    text = running.model_info.tokenizer.token_text
     top = [_logprob_entry(text(t.token), t.logprob) for t in token.top]
     return {**_logprob_entry(text(token.token), token.logprob or 0.0), "top_logprobs": top}
 
@@ -43,7 +43,7 @@ def _alternatives(
 
 def columns(tokens: Sequence[TokenEvent], running: RunningRequest, offset: int) -> dict[str, Any]:
     """Return the ``logprobs`` of completions; ``offset`` is the character at which the first token's text begins."""
-    text = running.checkpoint.tokenizer.token_text
+    text = running.model_info.tokenizer.token_text
     return {
         "tokens": [text(t.token) for t in tokens],
         "token_logprobs": [max(t.logprob or 0.0, _LEAST) for t in tokens],
@@ -59,7 +59,7 @@ def chat_row(running: RunningRequest, token: TokenEvent) -> tuple[str, ...]:
 
 def columns_row(running: RunningRequest, token: TokenEvent) -> tuple[str, ...]:
     """Return the JSON of one token in the columns of completions, without its offset."""
-    text = running.checkpoint.tokenizer.token_text
+    text = running.model_info.tokenizer.token_text
     logprob = max(token.logprob or 0.0, _LEAST)
     return compact(text(token.token)), compact(logprob), compact(_alternatives(token.top, token.token, logprob, text))
 
@@ -91,7 +91,7 @@ class EchoedPrompt:
 
     def __init__(self, running: RunningRequest) -> None:
         self._prompt = running.request.prompt
-        self._tokenizer = running.checkpoint.tokenizer
+        self._tokenizer = running.model_info.tokenizer
         self._decoder = self._tokenizer.decoder()
         self._count = self._length = 0
         self._pieces: list[str] = []

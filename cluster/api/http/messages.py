@@ -35,9 +35,9 @@ class Messages:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, MessagesForm)
-        checkpoint = self.names.checkpoint(form.model)
-        running = await submit_chat(self.service, request, form, new_id("msg_"), checkpoint)
-        model = self.names.shown_name(form.model, checkpoint)
+        model_info = self.names.resolve(form.model)
+        running = await submit_chat(self.service, request, form, new_id("msg_"), model_info)
+        model = self.names.shown_name(form.model, model_info)
         if form.stream:
             return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id)
         charge = charge_of(request)

@@ -25,22 +25,22 @@ class Models:
     async def list_models(self, request: Request) -> Json:
         """Return the list of models; empty while nothing is served."""
         try:
-            checkpoint = self.names.checkpoint(None)
+            model_info = self.names.resolve(None)
         except MacpipeError:
             return Json(_page([]))
-        return Json(_page([self._model(name, checkpoint) for name in self.names.public_names(checkpoint)]))
+        return Json(_page([self._model(name, model_info) for name in self.names.public_names(model_info)]))
 
     async def get_model(self, request: Request) -> Json:
         """Return the model with one of its names. Raises ``ModelNotFound``."""
         name = request.path_params["model"]
         try:
-            checkpoint = self.names.checkpoint(name)
+            model_info = self.names.resolve(name)
         except NotServing as e:
             raise ModelNotFound(f"the model {name[:64]} is not served here: {e.sentence}", field="model") from None
-        return Json(self._model(self.names.shown_name(name, checkpoint), checkpoint))
+        return Json(self._model(self.names.shown_name(name, model_info), model_info))
 
-    def _model(self, name: str, checkpoint: ModelInfo) -> dict[str, Any]:
-        shape = checkpoint.shape
+    def _model(self, name: str, model_info: ModelInfo) -> dict[str, Any]:
+        shape = model_info.shape
         return {
             "id": name,
             "object": "model",
@@ -51,7 +51,7 @@ class Models:
             "owned_by": "macpipe",
             "context_length": shape.max_context,
             "max_model_len": shape.max_context,
-            "root": model_id(checkpoint),
+            "root": model_id(model_info),
             "layers": shape.layers,
         }
 

@@ -34,9 +34,9 @@ class Responses:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ResponsesForm)
-        checkpoint = self.names.checkpoint(form.model)
-        running = await submit_chat(self.service, request, form, new_id("resp_"), checkpoint)
-        encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, checkpoint), int(time.time()))
+        model_info = self.names.resolve(form.model)
+        running = await submit_chat(self.service, request, form, new_id("resp_"), model_info)
+        encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, model_info), int(time.time()))
         charge = charge_of(request)
         if form.stream:
             return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder, charge), running.request.id)

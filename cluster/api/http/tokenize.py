@@ -47,14 +47,14 @@ class Tokenize:
     async def tokens(self, request: Request) -> Json:
         """Return the token ids and the text of each."""
         form = await read(request, TokenizeForm)
-        checkpoint = self.names.checkpoint(form.model)
+        model_info = self.names.resolve(form.model)
         prompt = await build(request, form.params)
-        tokenized = await list_tokens(prompt, form_size(request), checkpoint)
+        tokenized = await list_tokens(prompt, form_size(request), model_info)
         return Json(
             {
-                "model": model_id(checkpoint),
+                "model": model_id(model_info),
                 "count": tokenized.count,
-                "context_length": checkpoint.shape.max_context,
+                "context_length": model_info.shape.max_context,
                 "tokens": tokenized.ids,
                 "texts": tokenized.texts,
             }
@@ -63,8 +63,8 @@ class Tokenize:
     async def count(self, request: Request) -> Json:
         """Return the number of prompt tokens, in Anthropic's format."""
         form = await read(request, CountForm)
-        checkpoint = self.names.checkpoint(form.model)
+        model_info = self.names.resolve(form.model)
         conversation = await build(request, form.conversation)
         with rename_fields(form.field_names()):
-            count = await count_tokens(conversation, form_size(request), checkpoint)
+            count = await count_tokens(conversation, form_size(request), model_info)
         return Json({"input_tokens": count})

@@ -54,8 +54,8 @@ def _of_model(name: str, change: Callable[[Path, bytes], None]) -> Callable[[], 
                 text = SandboxedTokenizer(folder)
                 await text.open()
                 tokenizer = await anyio.to_thread.run_sync(load_tokenizer, folder)
-                checkpoint = ModelInfo(known.shape, tokenizer, known.tensors, known.found, text)
-                said = await checkpoint.text.converse(CHAT, ChatOptions(), None, LONG_CONTEXT)
+                model_info = ModelInfo(known.shape, tokenizer, known.tensors, known.found, text)
+                said = await model_info.text.converse(CHAT, ChatOptions(), None, LONG_CONTEXT)
             except MacpipeError as e:
                 return outcome_of(e)
             return TAKEN if said.count <= LONG_CONTEXT else "!! a prompt beyond every bound"

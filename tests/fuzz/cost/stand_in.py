@@ -60,18 +60,18 @@ class Coordinator:
     def __init__(self) -> None:
         self._grammars = GrammarCheck(MAX_SCHEMA_BYTES)
 
-    def checkpoint(self, name: str) -> ModelInfo:
+    def served_model(self, name: str) -> ModelInfo:
         return served()
 
     async def under_way(self) -> tuple[None, None]:
         return None, None
 
-    async def check_grammar(self, grammar: Grammar, checkpoint: ModelInfo) -> None:
-        await self._grammars.check(grammar, checkpoint)
+    async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
+        await self._grammars.check(grammar, model_info)
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> NoReturn:
+    async def accept(self, request: Request, model_info: ModelInfo) -> NoReturn:
         if request.sampling.grammar:
-            await self.check_grammar(request.sampling.grammar, checkpoint)
+            await self.check_grammar(request.sampling.grammar, model_info)
         raise Passed(PASSED)
 
     def resume(self, request_id: str, offsets: tuple[int, ...], client: str) -> NoReturn:

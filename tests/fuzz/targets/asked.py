@@ -166,7 +166,7 @@ class _Nobody:
 
     journal = None
 
-    def checkpoint(self, name: str) -> ModelInfo:
+    def served_model(self, name: str) -> ModelInfo:
         return served()
 
     async def under_way(self) -> tuple[None, None]:
@@ -185,7 +185,7 @@ class _Desk:
     bodies = ByteBudget()
     strict = False
 
-    async def submit(self, request: object, checkpoint: object) -> object:
+    async def submit(self, request: object, model_info: object) -> object:
         raise Busy("nothing is taken here")
 
 
