@@ -287,8 +287,8 @@ TEXT_METHODS = {
     "partition",
     "split",
 }
-READS_GRPC = {"cluster/transport/rich_errors.py", "cluster/security/handshake_errors.py"}
-"""They read the text of gRPC's own failures, which have no codes for these cases."""
+READS_GRPC = {"cluster/transport/rich_errors.py"}
+"""It reads the text of gRPC's own failures, which have no codes for these cases."""
 
 
 def is_sentence(node: ast.AST, caught: frozenset[str]) -> bool:

@@ -19,7 +19,6 @@ from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
-from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.journal import Journal, continue_request
 from cluster.coordinator.link_measurement import measure_links
@@ -90,7 +89,7 @@ class Coordinator:
         self._totals = LoopTotals()
         self._reader = ModelReader(store)
         self._weights = WeightDistribution(store, roster)
-        self._grammars = GrammarCheck(max_schema_bytes)
+        self._max_schema_bytes = max_schema_bytes
         self._loading = asyncio.Lock()
         self._service: ModelService | None = None
         self._lag = lag
@@ -266,17 +265,17 @@ class Coordinator:
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Check the request's grammar (see ``GrammarCheck``), then ``submit`` the request.
+        """Check the request's grammar, then ``submit`` the request.
 
-        Raises ``InvalidGrammar`` with the compiler's reason, and whatever ``submit`` raises.
+        Raises what ``check_grammar`` and ``submit`` raise.
         """
         if request.sampling.grammar:
             await self.check_grammar(request.sampling.grammar, model_info)
         return self.submit(request, model_info)
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
-        """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``GrammarCheck``)."""
-        await self._grammars.check(grammar, model_info)
+        """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``ModelInfo.check_grammar``)."""
+        await model_info.check_grammar(grammar, self._max_schema_bytes)
 
     def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         """Queue a request that was tokenized for ``model_info``.

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import anyio
 
-from cluster.core.errors import InvalidOption
+from cluster.core.errors import InvalidGrammar, InvalidOption
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape
+from cluster.core.request import Grammar
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
 from cluster.model.tensor_map import TensorMap, tensor_map
@@ -44,6 +45,20 @@ class ModelInfo:
     @property
     def vocabulary(self) -> int:
         return self.tokenizer.vocab_size
+
+    async def check_grammar(self, grammar: Grammar, max_bytes: int) -> None:
+        """Check at a bounded cost, before a request is accepted, that its grammar can be enforced.
+
+        Raises ``InvalidGrammar`` if the grammar has more than ``max_bytes``, does not compile (with the reason) or is
+        too costly, and ``Busy`` if too many checks are waiting.
+        """
+        size = len(grammar.source.encode())
+        if size > max_bytes:
+            raise InvalidGrammar(
+                f"the {grammar.kind.value} has {size} bytes; the limit is {max_bytes} (--max-schema-bytes)",
+                field=grammar.kind.value,
+            )
+        await self.text.check_grammar(grammar)
 
     async def close(self) -> None:
         """End the processes of ``text``. Requests that they are tokenizing fail."""

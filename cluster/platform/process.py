@@ -1,4 +1,4 @@
-"""How our processes start, which limits they have, and how they end."""
+"""How our processes start, which limits they have, how much memory they hold, and how they end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -80,3 +81,24 @@ def allow_open_files() -> int:
         with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below an infinite one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+PS_TIMEOUT_S: Final = 2.0
+"""Timeout of ``ps``, in seconds."""
+
+
+def resident_bytes(pid: int, platform: str = sys.platform) -> int:
+    """Return the resident bytes of process ``pid``; 0 if it has ended or is unknown. May block for milliseconds."""
+    try:
+        return _from_proc(pid) if platform == "linux" else _from_ps(pid)
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return 0
+
+
+def _from_proc(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * resource.getpagesize()
+
+
+def _from_ps(pid: int) -> int:
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    return int(subprocess.run(command, capture_output=True, timeout=PS_TIMEOUT_S, check=True).stdout) << 10

@@ -19,10 +19,9 @@ import anyio
 
 from cluster.core.errors import BadFrame, Busy, MacpipeError, NotServing
 from cluster.core.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S, SANDBOX_MEMORY_BYTES
-from cluster.platform.process import isolated_environment
+from cluster.platform.process import isolated_environment, resident_bytes
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
 from cluster.sandbox.job_messages import HEADER, Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
-from cluster.sandbox.memory import resident_bytes
 
 __all__ = ["SandboxProcess"]
 

@@ -31,7 +31,6 @@ from cluster.core.errors import (
     Unreachable,
     VersionMismatch,
 )
-from cluster.security.handshake_errors import handshake_failure
 
 DOMAIN: Final = "macpipe"
 COORDINATOR: Final = "coordinator"
@@ -174,11 +173,29 @@ _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()
 """The end of gRPC's chain of causes if nothing listens at an address. gRPC has no status code for this case. Only the
 end is matched, where no name that others chose can appear."""
 
+_HANDSHAKE_CAUSES: Final = (
+    (("WRONG_VERSION_NUMBER",), "it does not speak TLS, so it is in no cluster; let it join with `macpipe join TOKEN`"),
+    (
+        ("certificate has expired", "certificate is not yet valid"),
+        "its certificate is not valid now by this Mac's clock; compare the clocks of both Macs",
+    ),
+    (
+        ("BAD_SIGNATURE", "CERTIFICATE_VERIFY_FAILED", "certificate signature failure", "unable to get local issuer"),
+        "its certificate is of another cluster; let it join this one with `macpipe join TOKEN`",
+    ),
+    (
+        ("Socket closed", "Connection reset", "handshake"),
+        "it closed the connection at once: it is stopping, it is in another cluster or in none, or it no longer"
+        " accepts this Mac's certificate",
+    ),
+)
+"""The cause of a failed TLS handshake, by gRPC's words for it."""
+
 
 def _unreachable(details: str, address: str, peer: str) -> Unreachable:
     if "Hostname Verification" in details:
         return OtherParty(f"the server at {address} belongs to this cluster, but is not the expected {peer}")
-    if why := handshake_failure(details):
+    if why := _handshake_cause(details):
         return Unreachable(f"cannot connect to the {peer} at {address}: {why}")
     if any(words in details for words in _NOT_HTTP2):
         return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
@@ -191,6 +208,14 @@ def _unreachable(details: str, address: str, peer: str) -> Unreachable:
         f"no coordinator answers at {address} ({_cause(details)}); start one with `macpipe serve MODEL`,"
         " or name another with --coordinator HOST:PORT or MACPIPE_COORDINATOR"
     )
+
+
+def _handshake_cause(details: str) -> str:
+    """Return why a TLS handshake failed; empty if none did."""
+    if "failed to connect" not in details:
+        return ""
+    causes = (cause for words, cause in _HANDSHAKE_CAUSES if any(word in details for word in words))
+    return next(causes, "")
 
 
 def _cause(details: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 import anyio
 
-from cluster.coordinator.grammars import GrammarCheck
 from cluster.core.errors import MacpipeError, StageFailed
 from cluster.core.limits import (
     MAX_SCHEMA_BYTES,
@@ -34,12 +33,11 @@ FOLLOWED = 24
 
 def _checked(kind: GrammarKind) -> Entry:
     """The coordinator's look at a grammar, before its request is accepted."""
-    served()
-    check = GrammarCheck(MAX_SCHEMA_BYTES)
+    model_info = served()
 
     async def take(source: bytes) -> str:
         try:
-            await check.check(Grammar(kind, source.decode("utf-8", "replace")), served())
+            await model_info.check_grammar(Grammar(kind, source.decode("utf-8", "replace")), MAX_SCHEMA_BYTES)
         except MacpipeError as e:
             return outcome_of(e)
         return TAKEN

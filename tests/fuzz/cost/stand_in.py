@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
-from cluster.coordinator.grammars import GrammarCheck
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Busy, MacpipeError, RequestNotFound
 from cluster.core.limits import MAX_SCHEMA_BYTES
@@ -57,9 +56,6 @@ class Coordinator:
 
     journal = None
 
-    def __init__(self) -> None:
-        self._grammars = GrammarCheck(MAX_SCHEMA_BYTES)
-
     def served_model(self, name: str) -> ModelInfo:
         return served()
 
@@ -67,7 +63,7 @@ class Coordinator:
         return None, None
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
-        await self._grammars.check(grammar, model_info)
+        await model_info.check_grammar(grammar, MAX_SCHEMA_BYTES)
 
     async def accept(self, request: Request, model_info: ModelInfo) -> NoReturn:
         if request.sampling.grammar:
