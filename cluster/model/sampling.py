@@ -26,10 +26,13 @@ from cluster.core.request import Grammar, SamplingParams, TopLogprob
 from cluster.model.grammar_compiler import Compilation, GrammarCompiler
 from cluster.model.grammars import Constraint
 
-__all__ = ["Picked", "Sampler", "draw_key", "greedy"]
+__all__ = ["Picked", "Sampler", "draw_key", "draw_noise", "greedy"]
 
 COLDEST: Final = 1e-5
 """Lower temperatures select the most probable token, since dividing by them overflows."""
+
+LEAST_NOISE: Final = -4.0
+"""Below all finite noise. The generator's uniform zero gives minus infinity, which would exclude a token."""
 
 
 def draw_key(seed: int, position: int) -> mx.array:
@@ -41,6 +44,15 @@ def draw_key(seed: int, position: int) -> mx.array:
     counter = b"".join((n % 2**64).to_bytes(8, "little") for n in (seed, position))
     digest = hashlib.blake2b(counter, digest_size=8, person=b"macpipe.draw").digest()
     return mx.array([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")], dtype=mx.uint32)
+
+
+def draw_noise(seed: int, position: int, width: int) -> mx.array:
+    """Return the Gumbel noise of the token at ``position``: float32[1, width], finite.
+
+    The most probable token after the noise was added is a sample of the distribution. The noise of a token depends on
+    ``width``, so models that shall draw the same tokens use the same width.
+    """
+    return mx.maximum(mx.random.gumbel((1, width), key=draw_key(seed, position)), LEAST_NOISE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +206,8 @@ class Sampler:
             logprobs = _top_k(logprobs, p.top_k)
         # The maximum is shifted to 0 first: otherwise a low temperature sends a flat distribution to minus infinity.
         above = (logprobs - mx.max(logprobs, axis=-1, keepdims=True)).astype(mx.float32)
-        return mx.random.categorical(above * (1 / p.temperature), key=draw_key(p.seed, position))
+        # Not mx.random.categorical: it takes another path for a single row than for several.
+        return mx.argmax(above * (1 / p.temperature) + draw_noise(p.seed, position, self._vocabulary), axis=-1)
 
 
 def _clamp_logits(logits: mx.array, own: mx.array) -> mx.array:

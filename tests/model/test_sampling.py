@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from cluster.core.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
 from cluster.core.plan import ModelShape
 from cluster.core.request import SamplingParams, TopLogprob
-from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key
+from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key, draw_noise
 from model.ring import PROMPT, Ring, tokens
 
 V = 16
@@ -78,6 +78,46 @@ def test_keys_differ_and_never_change() -> None:
 
 
 PINNED = ([3128965616, 440293811], [2456883705, 3278642266])
+
+
+def test_a_draw_takes_the_best_of_log_probability_and_noise() -> None:
+    """The token is the argmax of the log-probabilities over the temperature plus the noise of (seed, position)."""
+    for seed in range(40):
+        params = SamplingParams(temperature=0.8, top_k=5, seed=seed)
+        filtered = _top_k(mx.array([log_softmax(LOGITS)]), 5)
+        want = mx.argmax(filtered / 0.8 + draw_noise(seed, len(HISTORY), V))
+        assert pick(params) == want.item()
+
+
+def test_one_draw_is_that_of_several_rows() -> None:
+    """A row draws the same token alone and among others, and in whatever row of a wider array."""
+    rows = mx.random.normal((6, 300), key=mx.array([4, 2], dtype=mx.uint32)) * 3
+    params = SamplingParams(temperature=1.0, seed=11)
+    alone = [Sampler(params, 0, 300).pick(rows[i : i + 1], [], 9).token.item() for i in range(6)]
+    assert alone == mx.argmax(rows + draw_noise(11, 9, 300), axis=-1).tolist()
+
+
+def test_models_that_nearly_agree_draw_the_same_token_under_one_key() -> None:
+    """A draft's draws agree at least (1 - d) / (1 + d) of the time, where d is the distance of the distributions."""
+    width, draws = 1000, 400
+    noise = mx.random.normal((2, width), key=mx.array([1, 7], dtype=mx.uint32))
+    target, draft = noise[:1] * 4, noise[:1] * 4 + noise[1:] * 0.5
+    distance = (0.5 * mx.abs(mx.softmax(target) - mx.softmax(draft)).sum()).item()
+    params = SamplingParams(temperature=1.0, seed=5)
+    samplers = [Sampler(params, 0, width) for _ in range(2)]
+    same = sum(
+        samplers[0].pick(target, [], at).token.item() == samplers[1].pick(draft, [], at).token.item()
+        for at in range(draws)
+    )
+    assert isinstance(distance, float)
+    assert same / draws > (1 - distance) / (1 + distance) - 0.05
+
+
+def test_noise_excludes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator's zero is noise of minus infinity; a filter may leave that one token alone."""
+    forbidden = mx.full((1, V), -math.inf)
+    monkeypatch.setattr(mx.random, "gumbel", lambda shape, key: forbidden)
+    assert pick(SamplingParams(temperature=1.0, top_k=1)) == pick(SamplingParams())
 
 
 @pytest.mark.parametrize("arch", ["llama_sliding", "mamba2"])
