@@ -132,6 +132,16 @@ MAX_PREFIXES: Final = 1024
 """Kept prefixes, however small. The edits that drop all of them fit one frame."""
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory for kept prefixes and marks. Live sequences take precedence."""
+LOOKUP_TOKENS: Final = 64 * KIB
+"""Tokens of a sequence in which its last tokens are looked up: 27 us for most texts, 0.5 ms for the worst."""
+CLIENT_ANSWER_BYTES: Final = 256 * KIB
+"""Earlier answers of one client from which its next ones are guessed: as many tokens as of the sequence itself."""
+EARLIER_ANSWER_BYTES: Final = 64 * MIB
+"""The same of all clients together."""
+MAX_ANSWER_CLIENTS: Final = 1024
+"""Clients whose earlier answers are kept."""
+ANSWER_AGE_S: Final = 3600.0
+"""An older answer is of another task, and is not kept in memory for longer than it is of use."""
 MARK_TOKENS: Final = 512
 """A long prompt is marked at least this often at first; a chunk's end costs no frame of its own."""
 MAX_SPLIT_POINTS: Final = 8

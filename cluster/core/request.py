@@ -198,6 +198,8 @@ class Request:
     answers, each with its own seed; sample 0 equals the answer of a request for one. ``parsing`` None leaves the
     answer's text as it is. With ``stage_timings`` every token has its time per stage. ``split_points`` are ascending
     lengths at which later prompts may part from this one; they save work and change no token.
+    ``prediction`` holds the tokens that the client expects of the answer; they save time and change no token. Without
+    ``speculate`` no token of the answer is guessed before it is sampled.
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
     no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``.
     """
@@ -216,6 +218,8 @@ class Request:
     stage_timings: bool = False
     split_points: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
+    prediction: tuple[int, ...] = ()
+    speculate: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,44 @@
+"""What may come next in an answer, guessed before it is computed. A wrong guess costs compute and changes no token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from cluster.core.request import Request
+
+
+class GuessSource(StrEnum):
+    """Where a guess comes from."""
+
+    NGRAM = "ngram"
+    PREDICTION = "prediction"
+    GRAMMAR = "grammar"
+    DRAFT = "draft"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Tokens that are guessed to come next, in order."""
+
+    tokens: tuple[int, ...]
+    source: GuessSource
+
+
+class Guesser(Protocol):
+    """Guesses the tokens of answers."""
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
+        """Guess at most ``count`` tokens after ``tokens``: the prompt, the verified answer and guesses in flight."""
+
+    def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
+        """Account for guesses of one source that were verified."""
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None:
+        """Take note of an answer that ended: ``tokens`` are the prompt and the verified answer."""
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept for a request that left."""
