@@ -36,7 +36,10 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """A sequence drops all but its first ``length`` tokens. Caches that cannot be trimmed need a mark there."""
+    """A sequence keeps at most its first ``length`` tokens. Caches that cannot be trimmed need a mark there.
+
+    A shorter sequence stays as it is: a stage that did not compute a guess has nothing to drop.
+    """
 
     sequence: int
     length: int
@@ -121,12 +124,23 @@ class Step:
     joins the batch; one that is left out leaves it, but need not end. Keep the order from frame to frame and append new
     sequences: any other order costs a copy of the batch. A step of one sequence does not change the lane's batch, so a
     prompt can be prefilled in between.
+
+    A step of one sequence may feed guesses of its next tokens: ``guesses`` of the sequence's last tokens, up to the end
+    of this row, were guessed when the step was written. ``start`` is the position of the row's first token. It is None
+    for a step of several sequences.
     """
 
     compute: Compute
     sequences: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
     scoring: PromptScoring | None = None
+    guesses: int = 0
+    start: int | None = None
+
+    @property
+    def guessed(self) -> bool:
+        """Whether every token of the row is a guess. Only such a step can become void."""
+        return self.guesses > 0 and self.guesses >= len(self.tokens[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +193,8 @@ class Frame:
     has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
     only ``samples``, ``failures`` and ``prompt_logprobs``; a failed sequence can only leave. A row whose grammar is
     still being compiled has neither sample nor failure yet; it comes with a later frame. A frame with an ``error``
-    continues to the end of the ring, so that every stage applies its edits, but no stage computes it any further.
+    continues to the end of the ring, so that every stage applies its edits, but no stage computes it any further. The
+    same is true of a ``void`` frame: a guess that a stage found to be wrong, or of no use any more. It breaks nothing.
     """
 
     epoch: int
@@ -193,3 +208,4 @@ class Frame:
     timings: tuple[StageTiming, ...] = ()
     error: Failure | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    void: bool = False

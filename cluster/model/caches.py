@@ -19,7 +19,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from cluster.core.errors import ModelUnsupported
 from cluster.core.plan import LayerRange
 from cluster.model.kv_quantization import KVQuantization
-from cluster.model.marks import CacheMark, can_rewind, rewind
+from cluster.model.marks import CacheMark, can_rewind, needs_mark, rewind
 from cluster.model.module_tree import Module, tree_arrays, tree_bytes
 from cluster.model.trace import Trace
 
@@ -120,6 +120,11 @@ class SequenceCaches(HeldCaches):
     def mark(self) -> CacheMark:
         """Return a mark of the current position."""
         return CacheMark(self._held)
+
+    @property
+    def need_marks(self) -> bool:
+        """Return whether a cache cannot always be trimmed. It is the same for all sequences of a stage."""
+        return any(needs_mark(cache) for cache in self._held)
 
     def rewind(self, tokens: int, mark: CacheMark | None) -> bool:
         """Drop the last ``tokens`` tokens in place. ``mark`` must be of the position before them.

@@ -172,6 +172,20 @@ class Constraint:
         self._grammar_start: int | None = None if self._free_until else self._start
         self._end = self._start
 
+    def rewind(self, length: int) -> None:
+        """Go back to the first ``length`` tokens, after those behind them have been dropped."""
+        if self._grammar_start is None:
+            self._end = max(self._start, min(self._end, length))
+            return
+        back = self._end - length
+        if back <= 0 and not self.failed:
+            return
+        # llguidance cannot roll back a token that a grammar names by id
+        if self._by_id or self.failed or length < self._grammar_start or not self._matcher.rollback(back):
+            self.forget()
+            return
+        self._end = length
+
     def allowed_mask(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
         """Return which of ``vocabulary`` ids may follow ``tokens[:position]``: bool [vocabulary].
 

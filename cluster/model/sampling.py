@@ -124,12 +124,23 @@ class Sampler:
         return self._compilation is not None and self._compilation.done
 
     def forget(self) -> None:
-        """Reset the token counts and the grammar, after earlier tokens have changed (a trim, a restored prefix)."""
+        """Reset the token counts and the grammar, after earlier tokens have changed (a restored prefix)."""
         for counts in (self._seen, self._answer):
             if counts is not None:
                 counts.reset()
         if self._constraint is not None:
             self._constraint.forget()
+
+    def rewind(self, tokens: Sequence[int], length: int) -> None:
+        """Undo what followed ``tokens[:length]``: the rest of ``tokens`` is about to be dropped.
+
+        It costs as much as the dropped tokens, not as all of them.
+        """
+        for counts in (self._seen, self._answer):
+            if counts is not None:
+                counts.rewind(tokens, length)
+        if self._constraint is not None:
+            self._constraint.rewind(length)
 
     def pick(self, logits: mx.array, tokens: Sequence[int], position: int, *, guessed: bool = False) -> Picked:
         """Sample the token at ``position`` lazily, from ``logits`` [1, vocabulary] after ``tokens[:position]``.
@@ -255,12 +266,20 @@ class _Counts:
         self._end = self._start
 
     def after(self, tokens: Sequence[int], position: int) -> mx.array:
-        """Return the counts over ``tokens[start:position]``. ``position`` must not decrease between resets."""
+        """Return the counts over ``tokens[start:position]``. Only ``rewind`` may go back."""
         if position > self._end:
             new = mx.array(list(tokens[self._end : position]))
             self._counts = self._counts.at[new].add(1)
             self._end = position
         return self._counts
+
+    def rewind(self, tokens: Sequence[int], length: int) -> None:
+        """Subtract the counts of ``tokens[length:]``."""
+        kept = max(length, self._start)
+        if kept < self._end:
+            dropped = mx.array(list(tokens[kept : self._end]))
+            self._counts = self._counts.at[dropped].add(-1)
+            self._end = kept
 
 
 def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[mx.array, mx.array] | None:

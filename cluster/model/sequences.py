@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 import mlx.core as mx
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Save, Trim, Unmark
+from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Sample, Save, Step, Trim, Unmark
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
@@ -31,6 +31,9 @@ class LiveSequence:
     ``broken`` is the reason why no further step may use it, "" if there is none. ``marks`` are by position. ``kept``
     refers to a prefix's caches with exactly this sequence's state, if there are any. ``deferred`` has the logits
     [1, positions, vocabulary] of a step that is sampled once the sequence's grammar is compiled.
+
+    ``guess_marks`` are those taken before tokens that are still guesses; a prefix does not get them. ``sampled`` is the
+    position and the token of the last sample, on the last stage.
     """
 
     id: int
@@ -40,6 +43,8 @@ class LiveSequence:
     marks: dict[int, CacheMark] = field(default_factory=dict)
     kept: ReferenceType[SequenceCaches] | None = None
     deferred: mx.array | None = None
+    guess_marks: dict[int, CacheMark] = field(default_factory=dict)
+    sampled: tuple[int, int] | None = None
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Add ``tokens``, which a step has written to the caches."""
@@ -74,6 +79,7 @@ class SequenceTable:
         self._live: dict[int, LiveSequence] = {}
         self._lanes = LaneCaches()
         self._prefixes: dict[int, Prefix] = {}
+        self._need_marks: bool | None = None
 
     @property
     def sequences(self) -> int:
@@ -88,7 +94,8 @@ class SequenceTable:
     @property
     def cache_bytes(self) -> int:
         """Return the bytes of all caches. Memory that a prefix or a mark shares with a sequence counts twice."""
-        return self._lanes.nbytes + self._nbytes_of(live.marks for live in self._live.values())
+        live = self._live.values()
+        return self._lanes.nbytes + self._nbytes_of(marks for each in live for marks in (each.marks, each.guess_marks))
 
     @property
     def prefix_bytes(self) -> int:
@@ -127,6 +134,24 @@ class SequenceTable:
         """Return the caches for one step of ``lane``; see ``LaneCaches.gather``."""
         return self._lanes.gather(lane, sequences)
 
+    def mark_guesses(self, live: LiveSequence, step: Step) -> None:
+        """Mark where a step of guesses starts, and drop the marks before guesses that have turned out right.
+
+        Caches that cannot be trimmed go back to such a mark if the guess is wrong.
+        """
+        verified = step.start + len(step.tokens[0]) - step.guesses if step.start is not None else len(live.tokens) + 1
+        for at in [at for at in live.guess_marks if at < verified]:
+            del live.guess_marks[at]
+        if self._need_marks is None:
+            self._need_marks = self._new_caches().need_marks
+        if step.guesses and self._need_marks:
+            live.guess_marks[len(live.tokens)] = self._lanes.mark(live.id)
+
+    def note_samples(self, samples: Iterable[Sample]) -> None:
+        """Remember the last sample of each sequence, which tells whether a guess of it is right."""
+        for sample in samples:
+            self.get(sample.sequence).sampled = sample.position, sample.token
+
     def mark_broken(self, sequences: Sequence[int], why: str) -> None:
         """Reject further use of ``sequences`` until they leave, and free their caches. Unknown ids are ignored."""
         for sequence in sequences:
@@ -134,6 +159,7 @@ class SequenceTable:
                 self._live[sequence].broken = why
                 self._live[sequence].deferred = None
                 self._live[sequence].marks.clear()
+                self._live[sequence].guess_marks.clear()
                 self._lanes.remove(sequence)
 
     def apply(self, edits: Sequence[Edit], step: Sequence[int] = ()) -> None:
@@ -187,23 +213,28 @@ class SequenceTable:
         self._lanes.put(edit.sequence, self._new_caches())
 
     def _trim(self, live: LiveSequence, length: int) -> None:
+        """Drop all but the first ``length`` tokens. A sequence that is no longer than that stays as it is."""
         excess = len(live.tokens) - length
-        if not 0 <= length <= len(live.tokens):
+        if length < 0:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; it cannot be trimmed to {length}")
-        if excess == 0:
+        if excess <= 0:
             return
+        mark = live.guess_marks.get(length) or live.marks.get(length)
         if length == 0:
             self._lanes.put(live.id, self._new_caches())
-        elif not self._lanes.alone(live.id).rewind(excess, live.marks.get(length)):
+        elif not self._lanes.alone(live.id).rewind(excess, mark):
             raise BadFrame(
                 f"sequence {live.id} cannot be trimmed to {length} tokens: it has no mark there and the model's caches "
                 "cannot all be trimmed"
             )
+        live.sampler.rewind(live.tokens, length)
         del live.tokens[length:]
         live.marks = _up_to(length, live.marks)
+        live.guess_marks = _up_to(length, live.guess_marks)
         live.kept = None
         live.deferred = None
-        live.sampler.forget()
+        if live.sampled is not None and live.sampled[0] > length:
+            live.sampled = None
 
     def _mark(self, live: LiveSequence, length: int) -> None:
         if length != len(live.tokens):

@@ -141,7 +141,8 @@ class Stage:
         """Apply the frame's edits in order, compute its step, and return the frame for the next stage.
 
         The last stage returns the reply (samples, failures and log-probabilities of the prompt; no edits, no step). A
-        frame that carries an error is passed on with its edits applied and its step not computed.
+        frame that carries an error, or is void, is passed on with its edits applied and its step not computed. A step
+        of guesses is void here if what it continues was void, or if the last stage has sampled another token.
 
         A row whose grammar is not compiled yet is not sampled: it has neither sample nor failure in this reply. Its
         sample is in the reply to a later frame, whatever this frame is for.
@@ -160,6 +161,8 @@ class Stage:
             if frame.error is not None:
                 self._break(frame.step, frame.error.sentence)
                 return self._onward(frame, _Result())
+            if frame.void or (frame.step and frame.step.guesses and self._is_void(frame.step)):
+                return self._onward(replace(frame, void=True), self._add_deferred(_Result()))
             result = self._compute(frame.lane, frame.step, frame.tensors) if frame.step else _Result()
             return self._onward(frame, self._add_deferred(result))
         except MacpipeError as error:
@@ -169,6 +172,15 @@ class Stage:
     def _break(self, step: Step | None, why: str) -> None:
         if step is not None:
             self._table.mark_broken(step.sequences, f"one of its steps failed: {why}")
+
+    def _is_void(self, step: Step) -> bool:
+        """Return whether all tokens of a step are guesses that are known to be of no use. Raises BadFrame."""
+        _require_valid_guesses(step)
+        live = self._table.usable(step.sequences[0])
+        if not step.guessed:
+            return False
+        follows_void = (step.start or 0) > len(live.tokens)
+        return follows_void or (self.spec.last and live.sampled != (step.start, step.tokens[0][0]))
 
     def _onward(self, frame: Frame, result: _Result) -> Frame:
         if self.spec.last:
@@ -225,6 +237,8 @@ class Stage:
         for live in rows:
             if live.deferred is not None:
                 raise BadFrame(f"sequence {live.id} takes a step, but its last one waits for its grammar")
+            if step.start not in (None, len(live.tokens)):
+                raise BadFrame(f"the step starts at token {step.start} of sequence {live.id}, not {len(live.tokens)}")
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
                 raise BadFrame(f"sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan")
         return rows
@@ -232,6 +246,8 @@ class Stage:
     def _run(
         self, part: ModelSlice, lane: int, rows: list[LiveSequence], step: Step, incoming: list[mx.array]
     ) -> _Result:
+        for live in rows:
+            self._table.mark_guesses(live, step)
         caches = self._table.gather(lane, step.sequences)
         outgoing = part.run(mx.array(step.tokens), caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
@@ -267,7 +283,7 @@ class Stage:
     def _add_deferred(self, result: _Result) -> _Result:
         """Sample the deferred rows whose grammar has been compiled meanwhile. Whatever fails is its own row's failure.
 
-        Return ``result`` with their samples and failures.
+        Return ``result`` with their samples and failures, and note all samples of this frame.
         """
         samples, failures = list(result.samples), list(result.failures)
         for live in self._table.deferred(LATE_ROWS):
@@ -279,6 +295,7 @@ class Stage:
             samples += more
             failures += failed
             self._table.mark_broken([f.sequence for f in failed], failed[0].sentence if failed else "")
+        self._table.note_samples(samples)
         return replace(result, samples=tuple(samples), failures=tuple(failures))
 
     def _failure(self, rows: Sequence[LiveSequence], error: Exception) -> StageFailed:
@@ -341,6 +358,12 @@ def _require_rows(step: Step) -> None:
         )
     if lengths == {0}:
         raise BadFrame(f"the step of sequence {step.sequences[0]} has no tokens")
+
+
+def _require_valid_guesses(step: Step) -> None:
+    _require_rows(step)
+    if len(step.sequences) > 1 or step.start is None or step.compute is Compute.PREFILL:
+        raise BadFrame(f"the step of sequence {step.sequences[0]} cannot feed guesses: it must decode it alone")
 
 
 def _no_caches() -> NoReturn:

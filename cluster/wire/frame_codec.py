@@ -47,9 +47,9 @@ from cluster.wire.edit_codec import pack_edit, unpack_edit
 from cluster.wire.header_elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, pack_numbers, unpack_ids, unpack_numbers
 
-VERSION = 7
+VERSION = 8
 _PREFIX = struct.Struct("<II")
-_FIELDS = 13
+_FIELDS = 14
 
 ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
@@ -81,6 +81,7 @@ def pack_header(frame: Frame, *, apart: bool) -> bytes:
             [(f.sequence, f.reason, f.sentence) for f in frame.failures],
             apart,
             _pack_prompt_logprobs(frame.prompt_logprobs),
+            frame.void,
         )
     )
     body = [] if apart else _bodies(frame)
@@ -136,6 +137,7 @@ def decode_head(message: bytes) -> tuple[Frame, bool]:
         error=_unpack_failure(f.optional_list(9)),
         failures=tuple(_unpack_sequence_failure(row) for row in f.rows(10, MAX_ROWS)),
         prompt_logprobs=_unpack_prompt_logprobs(f.optional_list(12)),
+        void=f.flag(13),
     )
     if apart and len(view) > end:
         raise BadFrame(f"a frame with a separate body has {len(view) - end} bytes after its header")
@@ -179,20 +181,22 @@ def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
         return None
     width = len(step.tokens[0])
     scoring = None if (s := step.scoring) is None else (s.skip, pack_ids(s.targets), s.top)
-    return int(step.compute), step.sequences, width, pack_ids(chain.from_iterable(step.tokens)), scoring
+    ids = pack_ids(chain.from_iterable(step.tokens))
+    return int(step.compute), step.sequences, width, ids, scoring, step.guesses, step.start
 
 
 def _unpack_step(value: list[Any] | None) -> Step | None:
     if value is None:
         return None
-    f = Fields(value, "step", 5)
+    f = Fields(value, "step", 7)
     sequences = f.counts(1, MAX_ROWS)
     width = f.count(2)
     ids = unpack_ids(f.blob(3))
     if not sequences or not width or len(sequences) * width != len(ids):
         raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
     rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
-    return Step(_compute(f.count(0)), sequences, rows, _unpack_scoring(f.optional_list(4)))
+    start = None if value[6] is None else f.count(6)
+    return Step(_compute(f.count(0)), sequences, rows, _unpack_scoring(f.optional_list(4)), f.count(5), start)
 
 
 def _unpack_scoring(value: list[Any] | None) -> PromptScoring | None:

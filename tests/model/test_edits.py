@@ -183,7 +183,6 @@ def test_leave_and_drop_of_unknown_ids_do_nothing(stage: Stage) -> None:
     [
         ((Join(1, 3, GREEDY),), "cannot join again"),
         ((Join(2, 3, SamplingParams(logit_bias=((320, 1.0),))),), "logit_bias names token 320"),
-        ((Trim(1, 4),), "cannot be trimmed to 4"),
         ((Trim(1, -1),), "cannot be trimmed to -1"),
         ((Mark(1, 1),), "has 3 tokens; it cannot be marked at 1"),
         ((Mark(5, 2),), "not live"),

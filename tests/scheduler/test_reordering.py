@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Save, Step
+from dataclasses import replace
+
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Save, Step, Trim
 from cluster.core.request import SamplingParams
 from cluster.scheduler.reordering import ReorderBuffer
 
@@ -69,3 +71,40 @@ def test_a_frame_without_its_tensors_lets_others_pass_and_keeps_its_place() -> N
     assert turns.waiting_without_tensors(1) is None
     turns.complete(prefill(0, 1))
     assert [frame.number for _ in range(3) if (frame := turns.take())] == [0, 2, 1]
+
+
+def guess(number: int, sequence: int, start: int, *edits: Trim, lane: int = 3) -> Frame:
+    return Frame(1, lane, number, edits, Step(Compute.DECODE, (sequence,), ((1,),), guesses=1, start=start))
+
+
+def test_a_guess_lets_what_others_wait_for_go_first() -> None:
+    assert order(guess(0, 1, 4), guess(1, 1, 5), decode(2, 0, 5)) == [2, 0, 1]
+    assert order(guess(0, 1, 4), prefill(1, 2), decode(2, 0, 5)) == [1, 2, 0]
+    assert order(guess(0, 1, 4), Frame(1, 0, 1, (Drop(7),)), guess(2, 2, 9)) == [1, 0, 2]
+
+
+def test_a_guess_overtakes_nothing_and_keeps_the_order_of_its_sequence() -> None:
+    assert order(prefill(0, 1), guess(1, 5, 4)) == [0, 1]
+    assert order(guess(0, 1, 4), decode(1, 3, 1)) == [0, 1]
+
+
+def test_a_guess_waits_for_one_frame_of_each_lane_and_one_prompt_chunk() -> None:
+    """It may turn out to be right, and its own next token then waits for it."""
+    turns = ReorderBuffer()
+    turns.add(guess(0, 1, 4), ready=True)
+    taken = []
+    for number in range(1, 9, 2):
+        turns.add(decode(number, 0, 5), ready=True)
+        turns.add(prefill(number + 1, 6), ready=True)
+        taken += [frame.number for _ in range(2) if (frame := turns.take())]
+    assert taken.index(0) <= 2
+
+
+def test_a_waiting_guess_that_a_later_frame_trims_away_is_void() -> None:
+    turns = ReorderBuffer()
+    for frame in (guess(0, 1, 4), guess(1, 1, 5), guess(2, 2, 5), guess(3, 1, 6)):
+        turns.add(frame, ready=True)
+    turns.add(replace(decode(4, 3, 1), edits=(Trim(1, 5),)), ready=True)
+    turns.add(guess(5, 1, 7), ready=True)  # behind the trim
+    found = {frame.number: frame.void for _ in range(6) if (frame := turns.take())}
+    assert found == {0: False, 1: True, 2: False, 3: True, 4: False, 5: False}

@@ -91,6 +91,8 @@ def steps(draw: st.DrawFn) -> Step:
         tuple(draw(st.lists(counts, min_size=rows, max_size=rows))),
         tuple(draw(st.lists(row, min_size=rows, max_size=rows))),
         draw(st.none() | scorings),
+        draw(small),
+        draw(st.none() | counts),
     )
 
 
@@ -130,6 +132,7 @@ frames = st.builds(
     timings=st.lists(st.builds(StageTiming, small, small, small, small), max_size=4).map(tuple),
     error=st.none() | st.builds(Failure, small, st.text(max_size=9), st.text(max_size=20)),
     prompt_logprobs=st.none() | prompt_logprobs(),
+    void=st.booleans(),
 )
 
 
@@ -181,30 +184,37 @@ FLOATS = bytes(4 * (MAX_TOP_LOGPROBS + 1))
 
 def _scoring(value: object) -> list[object]:
     """A header whose step asks for log-probabilities of the prompt."""
-    step = [0, [1], 1, b"\0\0\0\0", value]
-    return [VERSION, 0, 0, 0, [], step, [], [], [], None, [], False, None]
+    step = [0, [1], 1, b"\0\0\0\0", value, 0, None]
+    return [VERSION, 0, 0, 0, [], step, [], [], [], None, [], False, None, False]
+
+
+def _header(step: object = None, tensors: tuple[object, ...] = (), void: object = False) -> list[object]:
+    return [VERSION, 0, 0, 0, [], step, list(tensors), [], [], None, [], False, None, void]
 
 
 def _scored(value: object) -> list[object]:
     """A header with log-probabilities of the prompt."""
-    return [VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, value]
+    return [VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, value, False]
 
 
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        ([1, 0, 0, 0, [], None, [], [], [], None, [], False, None], "layout version 1"),
-        ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False, None], "whole number"),
-        ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False, None], "unknown code 9"),
-        ([VERSION, 0, 0, 0, [], [7, [1], 1, b"\0\0\0\0", None], [], [], [], None, [], False, None], "unknown kind 7"),
+        ([1, 0, 0, 0, [], None, [], [], [], None, [], False, None, False], "layout version 1"),
+        ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False, None, False], "whole number"),
+        ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False, None, False], "unknown code 9"),
+        (_header([7, [1], 1, b"\0\0\0\0", None, 0, None]), "unknown kind 7"),
         (
-            [VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0", None], [], [], [], None, [], False, None],
+            [VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0", None, 0, None], [], [], [], None, [], False, None, False],
             "carries 1 token ids",
         ),
-        ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False, None], "unknown type"),
-        ([VERSION, 0, 0, 0, [], None, [["float32", [2**60, 2**60]]], [], [], None, [], False, None], "tensors need"),
-        ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False, None], "four numbers"),
-        ([VERSION, 0, 0, 0, [], None, [], [], []], "13 fields"),
+        ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False, None, False], "unknown type"),
+        (_header(tensors=(["float32", [2**60, 2**60]],)), "tensors need"),
+        ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False, None, False], "four numbers"),
+        ([VERSION, 0, 0, 0, [], None, [], [], []], "14 fields"),
+        (_header([1, [1], 1, b"\0\0\0\0", None, -1, 4]), "field 5"),
+        (_header([1, [1], 1, b"\0\0\0\0", None, 1, -4]), "field 6"),
+        (_header(void=1), "true or false"),
         (_scoring([0, b"\0", 3]), "multiple of 4"),
         (_scoring([0, b"", MAX_TOP_LOGPROBS + 1]), f"limit is {MAX_TOP_LOGPROBS}"),
         (_scored([0, b"", b"", b""]), "0 prompt tokens"),
@@ -279,7 +289,7 @@ def test_all_alternatives_of_a_whole_lane_may_be_read_again() -> None:
 
 def test_bytes_of_no_tensor_are_refused() -> None:
     with pytest.raises(BadFrame, match="belong to no tensor"):
-        decode(_with_header([VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, None], b"surplus"))
+        decode(_with_header([VERSION, 0, 0, 0, [], None, [], [], [], None, [], False, None, False], b"surplus"))
 
 
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:

@@ -62,6 +62,8 @@ FRAMES = (
     ),
     Frame(EPOCH, 0, 4, error=Failure(1, "STAGE_FAILED", "it broke")),
     Frame(EPOCH, 0, 5, (), Step(Compute.PREFILL, (1,), ((5, 6, 7),), PromptScoring(1, (7, 8), 2)), (TENSOR,)),
+    Frame(EPOCH, 0, 7, (Trim(1, 4),), Step(Compute.DECODE, (1,), ((5,),), None, 2, 4), (TENSOR,)),
+    Frame(EPOCH, 0, 8, (), Step(Compute.DECODE, (1,), ((5,),), None, 1, 4), void=True),
     Frame(EPOCH, 0, 6, prompt_logprobs=PromptLogprobs(2, (-0.5, -1.25), (7, 9, 8, 1), (-0.5, -1.0, -1.25, -2.0))),
 )  # fmt: skip
 BULKY = Frame(EPOCH, 0, 5, (), PREFILL, (Tensor("uint8", (BULK_BYTES + 4,), bytes(BULK_BYTES + 4)),))
