@@ -18,7 +18,7 @@ def drain(
     cluster: Cluster = None,
     json: Json = False,
 ) -> None:
-    """Move a worker's layers to others.
+    """Move a worker's layers to other workers.
 
     Running answers continue. The worker gets no layers until --undo or until it restarts.
     """

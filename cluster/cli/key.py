@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.help import Command
 from cluster.cli.options import Home, Json
 from cluster.platform.paths import state_home
 
@@ -26,16 +27,16 @@ InCluster = Annotated[
 ]
 RequestBound = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Requests that it may start in a minute.", show_default="no limit"),
+    typer.Option(min=1, metavar="N", help="Maximum number of requests per minute.", show_default="no limit"),
 ]
 TokenBound = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Tokens of prompts and answers that it may use in a minute.", show_default="no limit"
+        min=1, metavar="N", help="Maximum number of tokens per minute, in prompts and answers.", show_default="no limit"
     ),
 ]
 LiveBound = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Requests that it may have at once.", show_default="no limit")
+    int | None, typer.Option(min=1, metavar="N", help="Maximum number of requests at once.", show_default="no limit")
 ]
 
 
@@ -60,10 +61,12 @@ class NewKey(KeyFacts):
     key: str
 
 
-@key.command()
+@key.command(cls=Command)
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The key's purpose or owner.")],
-    scope: Annotated[str, typer.Option(metavar="SCOPE", help="inference, or admin: also metrics.")] = "inference",
+    scope: Annotated[
+        str, typer.Option(metavar="SCOPE", help="inference, or admin, which also reads metrics.")
+    ] = "inference",
     requests_per_minute: RequestBound = None,
     tokens_per_minute: TokenBound = None,
     concurrency: LiveBound = None,
@@ -89,7 +92,7 @@ def create(
         sys.stderr.write(f"save this key: it is not shown again. Revoke it with `macpipe key revoke {name}`\n")
 
 
-@key.command("list")
+@key.command("list", cls=Command)
 def show(cluster: InCluster = "default", home: Home = None, json: Json = False) -> None:
     """List the keys without their secrets."""
     with errors_in_json(json):
@@ -104,7 +107,7 @@ def show(cluster: InCluster = "default", home: Home = None, json: Json = False) 
             sys.stdout.write("no keys; create one with `macpipe key create NAME`\n")
 
 
-@key.command()
+@key.command(cls=Command)
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id, as in `macpipe key list`.")],
     cluster: InCluster = "default",

@@ -75,7 +75,7 @@ def launch(
     cluster: Annotated[
         str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")
     ] = "default",
-    run: Annotated[bool, typer.Option("--run", help="Start the client, as arguments after -- do too.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Start the client, without needing arguments after --.")] = False,
     json_wanted: Json = False,
 ) -> None:
     """Print the environment for a client, or start it with -- ARGS.

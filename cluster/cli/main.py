@@ -18,6 +18,7 @@ from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.error_boundary import run_with_error_boundary
 from cluster.cli.generate import generate
+from cluster.cli.help import HELP_WIDTH, Command
 from cluster.cli.init import init
 from cluster.cli.join import join
 from cluster.cli.key import key
@@ -57,15 +58,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
 for command in (demo, init, join, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(token, name="token")
 app.add_typer(key)
 for command in (members, remove):
-    app.command()(command)
-app.command(context_settings={"allow_extra_args": True})(launch)
+    app.command(cls=Command)(command)
+app.command(cls=Command, context_settings={"allow_extra_args": True})(launch)
 
 
 def show_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Workers, check_kv_bits
+from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Peers, Workers, check_kv_bits
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
 from cluster.core.plan import Objective, Route
@@ -42,9 +42,7 @@ def plan(
     lanes: Lanes = None,
     kv_bits: KvBits = 0,
     coordinator: Coordinator = None,
-    peer: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
-    ] = None,
+    peer: Peers = None,
     cluster: Annotated[
         str,
         typer.Option(

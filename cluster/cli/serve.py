@@ -62,7 +62,10 @@ MaxStepMs = Annotated[
 ]
 
 Http = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Serve HTTP on this address, or off.", show_default="127.0.0.1:8080")
+    str,
+    typer.Option(
+        metavar="HOST:PORT", help="Serve HTTP on this address; off serves none.", show_default="127.0.0.1:8080"
+    ),
 ]
 
 ServedNames = Annotated[
@@ -88,7 +91,8 @@ MaxSchemaBytes = Annotated[
 Strict = Annotated[
     bool,
     typer.Option(
-        "--strict", help="Reject fields that have no effect and answers that do not fit, instead of telling in headers."
+        "--strict",
+        help="Reject fields that have no effect and answers that may not fit. By default headers report them.",
     ),
 ]
 Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
@@ -103,7 +107,8 @@ TakeBack = Annotated[
     ),
 ]
 Peers = Annotated[
-    list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker that cannot be discovered. Repeatable.")
+    list[str] | None,
+    typer.Option(metavar="HOST:PORT", help="Address of a worker that cannot be discovered. Repeatable."),
 ]
 Host = Annotated[
     str,

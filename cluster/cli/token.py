@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.help import Command
 from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
 from cluster.cli.options import Home, Json
 from cluster.core.errors import InvalidOption
@@ -27,10 +28,13 @@ token = typer.Typer(
 )
 
 
-@token.command()
+@token.command(cls=Command)
 def create(
     role: Annotated[
-        str, typer.Option(metavar="ROLE", help="The Mac's role: worker, client (inference) or admin (also load).")
+        str,
+        typer.Option(
+            metavar="ROLE", help="The Mac's role: worker, client (sends requests) or admin (also loads models)."
+        ),
     ] = "worker",
     ttl: Annotated[str, typer.Option(metavar="DURATION", help="Lifetime, like 30m, 2h or 1d.")] = "1h",
     wait: Annotated[
@@ -61,7 +65,7 @@ def create(
             raise typer.Exit(admit(folder, [made], host, join_port))
 
 
-@token.command(name="list")
+@token.command(name="list", cls=Command)
 def show(cluster: Cluster = "default", json: Json = False, home: Home = None) -> None:
     """List join tokens without their secrets.
 
@@ -86,7 +90,7 @@ def show(cluster: Cluster = "default", json: Json = False, home: Home = None) ->
             sys.stdout.write("no join tokens; create one with `macpipe token create`\n")
 
 
-@token.command()
+@token.command(cls=Command)
 def revoke(
     id: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as in `macpipe token list`.")],  # noqa: A002
     cluster: Cluster = "default",

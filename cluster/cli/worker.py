@@ -45,7 +45,8 @@ def worker(
         str | None, typer.Option(metavar="NAME", help="Listen on this network interface, like en0, instead of --host.")
     ] = None,
     profile: Annotated[
-        Profiling, typer.Option(help="This Mac's speed: from the first start, measured again, or unknown.")
+        Profiling,
+        typer.Option(help="Use the speed measured at the first start, measure it again, or leave it unknown."),
     ] = Profiling.KEPT,
     standby: Annotated[
         bool, typer.Option(help="Keep a second engine ready (100 MB) to replace a dead one at once.")

@@ -100,8 +100,8 @@ def test_the_same_option_has_the_same_form_everywhere() -> None:
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_help_shows_defaults_that_the_coordinator_has(macpipe: Macpipe, command: str) -> None:
     shown = " ".join(macpipe(command, "--help").stdout.split())
-    assert f"[default: ({DEFAULT_MAX_TOKENS}, or what fits); x>=1]" in shown
-    assert f"[default: ({SamplingParams().temperature:g}); 0.0<=x<=2.0]" in shown
+    assert f"[default: {DEFAULT_MAX_TOKENS}, or what fits]" in shown
+    assert f"[default: {SamplingParams().temperature:g}; 0 to 2]" in shown
 
 
 def test_version(macpipe: Macpipe) -> None:
