@@ -11,12 +11,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import cluster
 
+pytestmark = pytest.mark.xdist_group("architecture")  # one process parses every file
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
@@ -44,6 +46,12 @@ HEAVY = {"mlx", "mlx_lm", "numpy", "tokenizers", "torch", "transformers"}
 # The brackets keep these lines from matching themselves.
 INDEX = re.compile(r"py[p]i\.org|python[h]osted|--(extra-)?index[-]url|--find[-]links|--trusted[-]host")
 PLACE = re.compile(r"(?<![\w.~$}>-])/(?:[r]oot|[w]ork|[h]ome/\w+|[U]sers/\w+|[o]pt/(wheels|pypi))\b")
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Parse a file once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -118,7 +126,7 @@ def violations(root: Path) -> Iterator[str]:
         if room_of(module) not in FLOOR:
             yield f"{path.relative_to(root)}: {room_of(module)} is on no floor"
             continue
-        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), parts[:-1]):
+        for line, name in imported(parsed(path), parts[:-1]):
             if module == "cluster" and name.startswith("cluster.client"):
                 continue  # the package hands the clients out, and imports them when they are asked for
             if why := broken_rule(room_of(module), name) or broken_adapter(module, name):
@@ -223,7 +231,7 @@ def definitions() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "cluster").rglob("*.py")):
         if "v1" not in path.relative_to(ROOT).parts:
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in parsed(path).body:
                 if isinstance(node, ast.ClassDef):
                     found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     return found
@@ -243,7 +251,7 @@ def import_circles() -> list[list[str]]:
             modules[".".join(parts).removesuffix(".__init__")] = (path, parts[:-1])
     graph = {}
     for module, (path, package) in modules.items():
-        names = imported(ast.parse(path.read_text(encoding="utf-8")), package)
+        names = imported(parsed(path), package)
         graph[module] = {n if n in modules else n.rpartition(".")[0] for _, n in names} & modules.keys() - {module}
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -333,7 +341,7 @@ def test_no_code_looks_into_a_sentence() -> None:
     for path in sorted((ROOT / "cluster").rglob("*.py")):
         name = str(path.relative_to(ROOT))
         if name not in READS_GRPC and "v1" not in path.parts:
-            found += [f"{name}:{line}" for line in sentence_readers(ast.parse(path.read_text(encoding="utf-8")))]
+            found += [f"{name}:{line}" for line in sentence_readers(parsed(path))]
     assert not found, "\n".join(found)
 
 
@@ -378,7 +386,7 @@ def test_log_lines_are_an_event_a_reason_and_values() -> None:
     lines = [
         (f"{path.relative_to(ROOT)}:{number}", line)
         for path in sorted((ROOT / "cluster").rglob("*.py"))
-        for number, line in log_lines(ast.parse(path.read_text(encoding="utf-8")))
+        for number, line in log_lines(parsed(path))
     ]
     assert len(lines) > 40
     wrong = [f"{place}: {line}" for place, line in lines if not LOG_LINE.fullmatch(line)]

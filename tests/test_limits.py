@@ -64,8 +64,10 @@ def test_that_leaves_an_orphan():
 @pytest.mark.skipif(sys.platform != "linux", reason="environments are read in /proc")
 def test_an_orphan_does_not_outlive_the_tests(tmp_path: Path) -> None:
     (tmp_path / "test_leaving.py").write_text(LEAVING)
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "limits", "-s", "-q", "--rootdir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT)))}
+    plugins = ["-p", "pytest_timeout", "-p", "limits"]  # autoload would import those of other packages too
+    command = [sys.executable, "-m", "pytest", *plugins, "-s", "-q", "--rootdir", str(tmp_path)]
+    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     run = subprocess.run(
         [*command, str(tmp_path)],
         capture_output=True,
