@@ -48,10 +48,10 @@ class ProcessGroup:
         self._folder = folder
         self._members: list[ManagedProcess] = []
 
-    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
         """Start ``macpipe ARGUMENTS --exit-with-stdin`` in its own session, so that Ctrl-C does not reach it.
 
-        ``environment`` extends this process's environment.
+        ``environment`` extends this process's environment. Return the id of the process, which is its group's too.
         """
         log = self._folder / f"{name}.log"
         with log.open("wb") as stderr:
@@ -64,6 +64,7 @@ class ProcessGroup:
                 env={**isolated_environment(os.environ), **(environment or {})},
             )
         self._members.append(ManagedProcess(name, process, log))
+        return process.pid
 
     def check(self) -> None:
         """Raise MacpipeError with the last log lines if a process has exited."""
