@@ -255,14 +255,29 @@ async def test_when_all_connections_are_taken_those_who_only_wait_make_room(monk
             writer.close()
 
 
-async def connect(place: tuple[str, int], count: int) -> list[socket.socket]:
-    """Start that many connections in one turn of the event loop."""
-    begun = [socket.socket() for _ in range(count)]
-    for one in begun:
-        one.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            one.connect(place)
-    return begun
+@asynccontextmanager
+async def connect(place: tuple[str, int], count: int) -> AsyncIterator[None]:
+    """Start that many connections in one turn of the event loop, and wait until the system has them all.
+
+    Those that find its queue full are tried again a second later, and would come after whoever connects meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as begun:
+        ready = []
+        for _ in range(count):
+            one = begun.enter_context(socket.socket())
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                one.connect(place)
+            ready.append(loop.create_future())
+            loop.add_writer(one, _set_ready, loop, one, ready[-1])
+        await asyncio.gather(*ready)
+        yield
+
+
+def _set_ready(loop: asyncio.AbstractEventLoop, one: socket.socket, ready: asyncio.Future[None]) -> None:
+    loop.remove_writer(one)
+    ready.set_result(None)
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -279,13 +294,11 @@ async def test_a_burst_of_silent_connections_keeps_nobody_out(
         httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{place[1]}", verify=trusting(folder)) as client,
     ):
         assert (await client.post("/echo", content=b"abc")).text == "3"
-        silent = await connect(place, 200)
-        for _ in range(5):
-            assert (await client.post("/echo", content=b"abc")).text == "3"
-            async with httpx.AsyncClient(verify=trusting(folder)) as newcomer:
-                assert (await newcomer.post(f"{client.base_url}/echo", content=b"ab")).text == "2"
-        for one in silent:
-            one.close()
+        async with connect(place, 200):
+            for _ in range(5):
+                assert (await client.post("/echo", content=b"abc")).text == "3"
+                async with httpx.AsyncClient(verify=trusting(folder)) as newcomer:
+                    assert (await newcomer.post(f"{client.base_url}/echo", content=b"ab")).text == "2"
 
 
 async def test_where_all_places_have_requests_a_newcomer_is_turned_away_and_one_is_free_again(
