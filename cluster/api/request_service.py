@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from cluster.api.key_usage import KeyUsage, revoked_error
 from cluster.api.metrics import Metrics
+from cluster.api.parsed_answers import ParsedAnswers
 from cluster.api.tool_schema_errors import find_invalid_tool
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
-from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, TokenEvent
+from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, SkippedText, TokenEvent
 from cluster.transport.byte_budget import ByteBudget
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class RequestService:
             raise
 
     async def _wait_accepted(self, request: Request, answer: AnswerQueue, model_info: ModelInfo) -> RunningRequest:
-        events = self._events(request, answer)
+        events = self._events(request, answer, ParsedAnswers(request, model_info))
         try:
             first = await anext(events)
         except BaseException:
@@ -129,7 +130,7 @@ class RequestService:
         return RunningRequest(request, model_info, events)  # type: ignore[arg-type]  # Accepted comes first and once
 
     async def _events(
-        self, request: Request, answer: AnswerQueue
+        self, request: Request, answer: AnswerQueue, answers: ParsedAnswers
     ) -> AsyncGenerator[Accepted | PromptLogprobs | TokenEvent | FinishEvent, None]:
         ended = False
         unfinished = request.samples
@@ -141,12 +142,13 @@ class RequestService:
                         yield piece
                         await asyncio.sleep(0)  # others get their turn between two pieces
                     continue
-                if isinstance(event, FinishEvent):
-                    self.metrics.count_finished(event)
-                    unfinished -= 1
-                    ended = not unfinished  # clients may hang up on reading the last event
-                elif self.key_usage and isinstance(event, TokenEvent):
-                    self.key_usage.charge_tokens(request.client, 1)
+                if isinstance(event, SkippedText):
+                    await answers.skip(event)
+                    continue
+                event = await answers.parse(event)
+                self._count(event, request.client)
+                unfinished -= isinstance(event, FinishEvent)
+                ended = not unfinished  # clients may hang up on reading the last event
                 yield event
         except MacpipeError as e:
             self.metrics.count_error(e)
@@ -159,3 +161,9 @@ class RequestService:
             if not ended:
                 answer.abandon()
                 self.metrics.count_abandoned()
+
+    def _count(self, event: Accepted | TokenEvent | FinishEvent, client: str) -> None:
+        if isinstance(event, FinishEvent):
+            self.metrics.count_finished(event)
+        elif self.key_usage and isinstance(event, TokenEvent):
+            self.key_usage.charge_tokens(client, 1)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_text import AnswerText
+from cluster.coordinator.answer_text import TextStream
 from cluster.coordinator.request_timings import RequestTimings
 from cluster.core.frames import Sample
-from cluster.core.request import FinishEvent, FinishReason, Request, TokenEvent, Usage
+from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
 
 
 def split_samples(request: Request) -> tuple[Request, ...]:
@@ -46,7 +46,7 @@ class ActiveSample:
     parent: ActiveRequest
     request: Request
     sample: int
-    text: AnswerText
+    text: TextStream
     timings: RequestTimings
     accepted_at: float
     skip: int = 0
@@ -60,25 +60,30 @@ class ActiveSample:
         ``cached`` is the number of prompt tokens that came from a kept prefix.
         """
         event = self._event(index, sampled, cached)
-        return index < self.skip or self.parent.answer.put(event)
+        return self._skip(event) or self.parent.answer.put(event)
 
     def resend_tokens(self, tokens: Iterable[int]) -> None:
         """Send the tokens that a previous coordinator produced, except those that the reader already has."""
         for index, token in enumerate(tokens):
             event = self._event(index, Sample(0, 0, token))
-            if index >= self.skip:
+            if not self._skip(event):
                 self.parent.answer.put_uncounted(event)
 
+    def _skip(self, event: TokenEvent) -> bool:
+        """Return whether the reader already has the token. If it parses the answer, it still needs the text."""
+        if event.index >= self.skip:
+            return False
+        if self.request.parsing is not None and event.text:
+            self.parent.answer.put_uncounted(SkippedText(self.sample, event.text))
+        return True
+
     def _event(self, index: int, sampled: Sample, cached: int = 0) -> TokenEvent:
-        parsed = self.text.add(sampled.token)
         return TokenEvent(
             index,
             sampled.token,
-            parsed.text,
+            self.text.add(sampled.token),
             sampled.logprob,
             sampled.top,
-            reasoning=parsed.reasoning,
-            calls=parsed.calls,
             sample=self.sample,
             stages=self.timings.lap() if self.request.stage_timings else (),
             cached_tokens=cached,
@@ -86,7 +91,8 @@ class ActiveSample:
 
     def finish(self, reason: FinishReason, usage: Usage) -> FinishEvent:
         """Return the answer's last event, with the text held back so far."""
-        rest, reason = self.text.finish(reason)
+        rest = self.text.flush()
+        if self.text.stopped:
+            reason = FinishReason.STOP
         ttft, tpot, figures = self.timings.ttft_ms, self.timings.tpot_ms, self.timings.figures()
-        finish = FinishEvent(reason, rest.text, usage, ttft, tpot, figures, rest.reasoning, rest.calls, self.sample)
-        return replace(finish, stop=self.text.stopped_by)
+        return FinishEvent(reason, rest, usage, ttft, tpot, figures, sample=self.sample, stop=self.text.stopped_by)

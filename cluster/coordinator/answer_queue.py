@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_UNREAD_EVENTS
-from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, TokenEvent
+from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, SkippedText, TokenEvent
 
-Event = Accepted | PromptLogprobs | TokenEvent | FinishEvent
+Event = Accepted | PromptLogprobs | SkippedText | TokenEvent | FinishEvent
 Queue: TypeAlias = asyncio.Queue[Event | MacpipeError]
 
 
@@ -62,7 +62,7 @@ class AnswerQueue:
         self._put(event)
         return True
 
-    def put_uncounted(self, event: TokenEvent | PromptLogprobs) -> None:
+    def put_uncounted(self, event: TokenEvent | PromptLogprobs | SkippedText) -> None:
         """Send an event that does not count as unread: a token of an earlier coordinator, or a piece of the prompt.
 
         Their number is bounded by the answer so far, and by the prompt.

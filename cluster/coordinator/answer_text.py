@@ -1,15 +1,8 @@
-"""Turn an answer's tokens into text: whole characters only, and nothing that could still become a stop string.
-
-If the answer is parsed, split it into reasoning, tool calls and content.
-"""
+"""Turn an answer's tokens into text: whole characters only, and nothing that could still become a stop string."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
-
-from cluster.core.request import FinishReason, Parsing, Request
-from cluster.model.answer_parser import Parsed
 
 
 class Decoder(Protocol):
@@ -18,66 +11,6 @@ class Decoder(Protocol):
     def add(self, token: int) -> str: ...
 
     def flush(self) -> str: ...
-
-
-class Parser(Protocol):
-    """Splits text into reasoning, tool calls and content. ``called`` is True once there was a tool call."""
-
-    @property
-    def called(self) -> bool: ...
-
-    def add(self, text: str) -> Parsed: ...
-
-    def flush(self, *, whole: bool) -> Parsed: ...
-
-
-class Plain:
-    """The parser of answers that are not parsed: all text is content."""
-
-    called = False
-
-    def add(self, text: str) -> Parsed:
-        return Parsed(text=text)
-
-    def flush(self, *, whole: bool) -> Parsed:
-        return Parsed()
-
-
-def make_plain(parsing: Parsing) -> Parser:
-    """Return a ``Plain``; ``parsing`` is ignored."""
-    return Plain()
-
-
-class AnswerText:
-    """The text of one answer, parsed if its request asks for it."""
-
-    def __init__(self, request: Request, decoder: Decoder, parser: Callable[[Parsing], Parser]) -> None:
-        self._text = TextStream(decoder, request.stop)
-        self._parser: Parser = Plain() if request.parsing is None else parser(request.parsing)
-
-    @property
-    def stopped_by(self) -> str:
-        """The stop string that appeared; "" if none did."""
-        return self._text.stopped_by
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has appeared; no text follows it."""
-        return self._text.stopped
-
-    def add(self, token: int) -> Parsed:
-        """Return the output that became certain with this token."""
-        return self._parser.add(self._text.add(token))
-
-    def finish(self, reason: FinishReason) -> tuple[Parsed, FinishReason]:
-        """Return the output held back so far and the final finish reason. ``reason`` is the scheduler's."""
-        rest = self._parser.add(self._text.flush())
-        if self.stopped:
-            reason = FinishReason.STOP
-        last = self._parser.flush(whole=reason is FinishReason.STOP and not self.stopped)
-        if self._parser.called and reason is FinishReason.STOP:
-            reason = FinishReason.TOOL_CALLS
-        return Parsed(rest.reasoning + last.reasoning, rest.text + last.text, rest.calls + last.calls), reason
 
 
 class TextStream:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
-from cluster.coordinator.answer_text import Decoder, Parser, make_plain
+from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.job_queue import Job, JobQueue
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.live_answers import LiveAnswers
@@ -33,7 +33,7 @@ from cluster.core.errors import (
 )
 from cluster.core.limits import GRAMMAR_WAIT_S, LOOP_STOP_S
 from cluster.core.plan import Plan
-from cluster.core.request import Grammar, Parsing, Request
+from cluster.core.request import Grammar, Request
 from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -60,13 +60,12 @@ class EngineLoop:
         broken: Callable[[MacpipeError], None],
         clock: Callable[[], float] = time.monotonic,
         step_times: StepTimes | None = None,
-        parser: Callable[[Parsing], Parser] = make_plain,
         lag: Lag = no_lag,
     ) -> None:
         self._scheduler = scheduler
         self._broken, self._clock, self._lag = broken, clock, lag
         self.deadlines = FrameDeadlines(clock())
-        self.answers = LiveAnswers(scheduler, self._flush, decoder, parser, clock)
+        self.answers = LiveAnswers(scheduler, self._flush, decoder, clock)
         self._inbox = JobQueue()
         self.post = EventBatch()  # events of all answers; delivered after each job
         self._ring: Ring | None = None

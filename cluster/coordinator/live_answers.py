@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, split_samples
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_text import AnswerText, Decoder, Parser
+from cluster.coordinator.answer_text import Decoder, TextStream
 from cluster.coordinator.journal import AnswerTokens, Journal
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
 from cluster.core.limits import MAX_REPLAYS, RETRY_AFTER_S
 from cluster.core.plan import PlannedStage
-from cluster.core.request import Accepted, FinishReason, Parsing, Request, TokenEvent, Usage
+from cluster.core.request import Accepted, FinishReason, Request, TokenEvent, Usage
 from cluster.scheduler.outcome import Outcome, Produced, PromptScored, SampleFailed
 from cluster.scheduler.scheduler import Scheduler
 
@@ -35,11 +35,10 @@ class LiveAnswers:
         scheduler: Scheduler,
         flush: Callable[[], None],
         decoder: Callable[[], Decoder],
-        parser: Callable[[Parsing], Parser],
         clock: Callable[[], float],
     ) -> None:
         self._scheduler, self._flush = scheduler, flush
-        self._decoder, self._parser, self._clock = decoder, parser, clock
+        self._decoder, self._clock = decoder, clock
         self._requests: dict[str, ActiveRequest] = {}
         self._samples: dict[str, ActiveSample] = {}
         self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
@@ -73,7 +72,7 @@ class LiveAnswers:
         self._requests[request.id] = active
         for i, sample in enumerate(samples):
             active.live.add(sample.id)
-            text = AnswerText(request, self._decoder(), self._parser)
+            text = TextStream(self._decoder(), request.stop)
             timings = RequestTimings(now, stages)
             self._samples[sample.id] = ActiveSample(active, sample, i, text, timings, now, skip[i] if skip else 0)
         answer.put(Accepted())

@@ -75,7 +75,6 @@ class ModelService:
             tokenizer.decoder,
             self._broken,
             step_times=step_times,
-            parser=tokenizer.parser,
             lag=deps.heartbeat.lag,
         )
         self._order = order

@@ -82,6 +82,12 @@ MAX_SAMPLES: Final = 32
 """Answers of one prompt in one request: as many as one lane can decode together."""
 MAX_TOOLS: Final = 256
 MAX_TOOL_NAME_CHARS: Final = 128
+MAX_READ_CALLS: Final = 256
+"""Tool calls between two markers of an answer; with more, the text is content."""
+SMALL_CALL_CHARS: Final = 512
+"""Text of tool calls that is read at once; the slowest parser takes 3 ms for as much. More is read in the sandbox."""
+SMALL_TOOLS_CHARS: Final = 64 * KIB
+"""Schemas of tools that are parsed at once for such calls: a millisecond."""
 MAX_TEMPLATE_CHARS: Final = 64 * KIB
 """Length of additional chat template arguments, as JSON."""
 MAX_SCHEMA_BYTES: Final = 64 * KIB

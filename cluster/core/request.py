@@ -293,6 +293,14 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class SkippedText:
+    """Text of answer ``sample`` that its reader already has, for the parser of the text that follows."""
+
+    sample: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int

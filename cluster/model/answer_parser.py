@@ -1,9 +1,10 @@
-"""Splits the streamed text of an answer into reasoning, content and tool calls, with mlx-lm's parsers.
+"""Splits the streamed text of an answer into reasoning, content and tool calls.
 
 If the call format allows it, a call's arguments are streamed; the call then counts as a call from their first
-character, even if it is cut off later. Otherwise a call is parsed once it is complete. If the text is not a valid call
-(broken JSON, an unknown tool), it is content. What is lost are markers, the blanks around them, and a call that is cut
-off before its name is known.
+character, even if it is cut off later. Otherwise a call is read once it is complete, with mlx-lm's parsers. Their time
+grows with the square or the cube of the text, so the parser only asks for that: ``read_calls`` may run elsewhere. If
+the text is not a valid call (broken JSON, an unknown tool), it is content. What is lost are markers, the blanks around
+them, and a call that is cut off before its name is known.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from cluster.core.request import Parsing, Tool, ToolCallDelta
+from cluster.core.limits import MAX_READ_CALLS
+from cluster.core.request import Parsing, Tool, ToolCall, ToolCallDelta
 from cluster.model.chat_template import describe_tool
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.partial_tool_call import PartialToolCall
 
-__all__ = ["AnswerParser", "Parsed"]
+__all__ = ["AnswerParser", "Parsed", "read_calls"]
 
 HEAD_CHARS: Final = 2048
 """Characters before a call's arguments that are searched for its name: it is looked for again with each token."""
 PIECE: Final = 64
-"""Characters of arguments in one delta of a call that is parsed as a whole."""
+"""Least number of characters of arguments in one delta of a call that is read as a whole."""
+MAX_PIECES: Final = 128
+"""Deltas of the arguments of such a call. A call of megabytes has longer ones, since each becomes an event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,14 @@ class _Out:
         return Parsed("".join(self.reasoning), "".join(self.text), tuple(self.calls))
 
 
+@dataclass(frozen=True, slots=True)
+class _UnreadCalls:
+    """The text of complete calls, and the content that it is if they are invalid."""
+
+    body: str
+    content: str
+
+
 class AnswerParser:
     """Parses the text of one answer, piece by piece."""
 
@@ -71,36 +83,58 @@ class AnswerParser:
         self._names = frozenset(tool.name for tool in parsing.tools)
         self._open: PartialToolCall | None = None
         """The call whose arguments are being streamed."""
+        self._unread: _UnreadCalls | None = None
 
     @property
     def called(self) -> bool:
         """Return whether a tool call was found; the finish reason is then a tool call."""
         return self._calls > 0
 
+    @property
+    def unread_calls(self) -> str | None:
+        """The text of complete calls that ``read_calls`` has to read. Nothing is parsed until ``add_calls``."""
+        return self._unread.body if self._unread else None
+
     def add(self, text: str) -> Parsed:
-        """Add ``text`` and return the output that is certain now."""
-        out = _Out()
+        """Add ``text`` and return the output that is certain now. See ``unread_calls`` afterwards."""
         self._held += text
-        while self._step(out):
-            pass
-        return out.parsed()
+        return self._advance(_Out())
+
+    def add_calls(self, calls: Sequence[ToolCall]) -> Parsed:
+        """Take what ``read_calls`` returned for ``unread_calls``. Return the output that is certain now."""
+        unread, self._unread = self._unread, None
+        assert unread, "no calls are unread"
+        out = _Out()
+        if calls:
+            self._emit_calls(calls, out)
+        else:
+            self._fresh = False
+            self._emit_text(unread.content, out)
+        return self._advance(out)
 
     def flush(self, *, whole: bool) -> Parsed:
         """Return the rest. ``whole``: the model ended the answer itself, so a call without an end marker is valid.
 
-        Else the answer was cut off, and the beginning of a call is dropped: it is no text for a person.
+        Else the answer was cut off, and the beginning of a call is dropped: it is no text for a person. See
+        ``unread_calls`` afterwards.
         """
         out = _Out()
         if self._state is _ParserState.CALL:
             body = self._held
             self._held = ""
             self._state = _ParserState.CONTENT
-            complete = whole or not self._markers.call_end
-            if not self._close_call(body, out) and not (complete and self._parse_calls(body, out)) and whole:
-                self._emit_text(self._blanks + self._markers.call_start + body, out)
+            if not self._close_call(body, out) and (whole or not self._markers.call_end):
+                content = self._blanks + self._markers.call_start + body
+                self._unread = _UnreadCalls(body, content if whole else "")
         else:
             self._emit_text(self._held, out, last=True)
             self._held = ""
+        return out.parsed()
+
+    def _advance(self, out: _Out) -> Parsed:
+        """Process the held text as far as possible, and return all output."""
+        while not self._unread and self._step(out):
+            pass
         return out.parsed()
 
     def _step(self, out: _Out) -> bool:
@@ -121,8 +155,9 @@ class AnswerParser:
         """Process ``marker`` and the text ``before`` it."""
         if self._state is _ParserState.CALL:
             self._state = _ParserState.CONTENT
-            if not self._close_call(before, out) and not self._parse_calls(before, out):
-                self._emit_text(self._blanks + self._markers.call_start + before + self._markers.call_end, out)
+            if not self._close_call(before, out):
+                content = self._blanks + self._markers.call_start + before + self._markers.call_end
+                self._unread = _UnreadCalls(before, content)
             return
         ends_reasoning = self._state is _ParserState.REASONING and marker == self._markers.think_end
         if marker in self._markers.noise and not ends_reasoning:
@@ -210,30 +245,32 @@ class AnswerParser:
         if arguments:
             out.calls.append(ToolCallDelta(self._calls - 1, arguments=arguments))
 
-    def _parse_calls(self, body: str, out: _Out) -> bool:
-        """Parse and emit the calls in ``body``. Return False if there is no valid call."""
-        found = _read_calls(body, self._markers, self._tools)
-        for identity, name, arguments in found:
-            out.calls.append(ToolCallDelta(self._calls, identity, name))
-            pieces = (arguments[i : i + PIECE] for i in range(0, len(arguments), PIECE))
+    def _emit_calls(self, calls: Sequence[ToolCall], out: _Out) -> None:
+        for call in calls:
+            out.calls.append(ToolCallDelta(self._calls, call.id, call.name))
+            size = max(PIECE, -(-len(call.arguments) // MAX_PIECES))
+            pieces = (call.arguments[i : i + size] for i in range(0, len(call.arguments), size))
             out.calls.extend(ToolCallDelta(self._calls, arguments=piece) for piece in pieces)
             self._calls += 1
-        self._fresh = bool(found)
-        return bool(found)
+        self._fresh = True
 
 
-def _read_calls(body: str, markers: OutputMarkers, tools: Sequence[Tool]) -> list[tuple[str, str, str]]:
-    """Return id, name and arguments of the calls in ``body``; an empty list if any of them is invalid."""
+def read_calls(body: str, markers: OutputMarkers, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
+    """Return the calls in ``body``; none if any of them is invalid, or if they are too many.
+
+    Unbounded in time and memory: the parsers of some formats need hours for 64 KiB.
+    """
     assert markers.parse is not None, "tools were offered to a model without a parser"
     try:
         parsed = markers.parse(body, [describe_tool(tool) for tool in tools])
-        return [_check_call(one, tools) for one in (parsed if isinstance(parsed, list) else [parsed])]
+        calls = parsed if isinstance(parsed, list) else [parsed]
+        return tuple(_check_call(one, tools) for one in calls) if len(calls) <= MAX_READ_CALLS else ()
     except Exception:  # parsers may raise anything for invalid text; such text is content
-        return []
+        return ()
 
 
-def _check_call(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
-    """Return id, name and arguments. Raises ValueError, KeyError or TypeError if it is no call of ``tools``."""
+def _check_call(call: Any, tools: Sequence[Tool]) -> ToolCall:
+    """Return a parsed call. Raises ValueError, KeyError or TypeError if it is no call of ``tools``."""
     name, arguments = call["name"], call.get("arguments")
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}")
@@ -243,7 +280,7 @@ def _check_call(call: Any, tools: Sequence[Tool]) -> tuple[str, str, str]:
         raise ValueError("not a call of an offered tool")
     identity = call.get("id")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return identity if isinstance(identity, str) and identity else _new_id(), name, text
+    return ToolCall(identity if isinstance(identity, str) and identity else _new_id(), name, text)
 
 
 def _new_id() -> str:

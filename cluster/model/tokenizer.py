@@ -18,8 +18,8 @@ from mlx_lm.utils import load_config
 from mlx_lm.utils import load_tokenizer as load_wrapper
 
 from cluster.core.errors import BadCheckpoint, InvalidRequest, MacpipeError
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing
-from cluster.model.answer_parser import AnswerParser
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Tool, ToolCall
+from cluster.model.answer_parser import AnswerParser, read_calls
 from cluster.model.chat_template import ChatTemplate
 from cluster.model.grammars import Grammars
 from cluster.model.output_markers import OutputMarkers
@@ -174,6 +174,13 @@ class Tokenizer:
     def parser(self, parsing: Parsing) -> AnswerParser:
         """Return a parser for one answer's text."""
         return AnswerParser(self._markers, parsing)
+
+    def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
+        """Return the calls of ``tools`` in the text between two markers; none if any is invalid.
+
+        Unbounded in time and memory.
+        """
+        return read_calls(body, self._markers, tools)
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Compile ``grammar`` and follow it for some tokens. Unbounded in time and memory. Raises InvalidGrammar."""

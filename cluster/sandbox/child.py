@@ -25,6 +25,7 @@ from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.failures import CRASHED, job_error, memory_exceeded
 from cluster.sandbox.job_messages import (
     HEADER,
+    CallsReply,
     CheckGrammar,
     Converse,
     Encode,
@@ -33,6 +34,7 @@ from cluster.sandbox.job_messages import (
     Limits,
     OpenModel,
     PromptReply,
+    ReadCalls,
     Ready,
     Reply,
     WarmUp,
@@ -82,6 +84,8 @@ class JobRunner:
             case CheckGrammar():
                 self._tokenizer.check_grammar(job.grammar)
                 return Ready()
+            case ReadCalls():
+                return CallsReply(self._tokenizer.read_calls(job.body, job.tools))
 
     def _open(self, job: OpenModel) -> None:
         self._tokenizer = load_tokenizer(Path(job.folder))

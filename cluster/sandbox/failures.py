@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.core.errors import BadCheckpoint, InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.sandbox.job_messages import CheckGrammar, Encode, Job, Limits, OpenModel, WarmUp
+from cluster.sandbox.job_messages import CheckGrammar, Encode, Job, Limits, OpenModel, ReadCalls, WarmUp
 
 __all__ = ["CRASHED", "cpu_exceeded", "job_error", "memory_exceeded"]
 
@@ -24,6 +24,8 @@ def job_error(job: Job, why: str) -> MacpipeError:
         case CheckGrammar():
             kind = job.grammar.kind.value
             return InvalidGrammar(f"the {kind} cannot be compiled: it {why}; make it simpler", field=kind)
+        case ReadCalls():
+            return InvalidRequest(f"reading the tool calls of this answer {why}")
         case _:
             return InvalidRequest(
                 f"rendering these messages with the model's chat template {why}; make them shorter", field="messages"

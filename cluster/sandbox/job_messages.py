@@ -16,10 +16,11 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_LISTED_TOKENS, MAX_SANDBOX_MESSAGE_BYTES, MAX_SPLIT_POINTS
-from cluster.core.request import ChatMessage, ChatOptions, Grammar
+from cluster.core.limits import MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SANDBOX_MESSAGE_BYTES, MAX_SPLIT_POINTS
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCall
 
 __all__ = [
+    "CallsReply",
     "CheckGrammar",
     "Converse",
     "Encode",
@@ -28,6 +29,7 @@ __all__ = [
     "Limits",
     "OpenModel",
     "PromptReply",
+    "ReadCalls",
     "Ready",
     "Reply",
     "WarmUp",
@@ -120,6 +122,16 @@ class CheckGrammar:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadCalls:
+    """Read the calls of ``tools`` in ``body``, a part of an answer."""
+
+    body: str
+    tools: tuple[Tool, ...]
+    limits: Limits
+    kind: Literal["calls"] = "calls"
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The job is done and returns nothing."""
 
@@ -146,6 +158,14 @@ class PromptReply:
 
 
 @dataclass(frozen=True, slots=True)
+class CallsReply:
+    """The calls that were read; none if any of them was invalid."""
+
+    calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_READ_CALLS)]
+    kind: Literal["called"] = "called"
+
+
+@dataclass(frozen=True, slots=True)
 class JobFailed:
     """The job failed with the ``MacpipeError`` of that ``reason``, ``sentence``, ``field`` and ``details``."""
 
@@ -156,8 +176,8 @@ class JobFailed:
     kind: Literal["failed"] = "failed"
 
 
-Job = OpenModel | WarmUp | Encode | Converse | CheckGrammar
-Reply = Ready | PromptReply | JobFailed
+Job = OpenModel | WarmUp | Encode | Converse | CheckGrammar | ReadCalls
+Reply = Ready | PromptReply | CallsReply | JobFailed
 _JOBS: Final[TypeAdapter[Job]] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
 _REPLIES: Final[TypeAdapter[Reply]] = TypeAdapter(Annotated[Reply, Field(discriminator="kind")])
 

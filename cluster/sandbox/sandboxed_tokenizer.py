@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Final, Protocol
 
 import anyio
 
-from cluster.core.errors import BadFrame, InvalidGrammar, MacpipeError
+from cluster.core.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
 from cluster.core.limits import (
     LARGE_PROMPT_BYTES,
     MAX_LISTED_TOKENS,
@@ -32,8 +33,9 @@ from cluster.core.limits import (
     SANDBOX_WALL_FACTOR,
     SANDBOX_WARM_UP_CPU_S,
 )
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, prompt_size, utf8_size
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Tool, ToolCall, prompt_size, utf8_size
 from cluster.sandbox.job_messages import (
+    CallsReply,
     CheckGrammar,
     Converse,
     Encode,
@@ -41,12 +43,14 @@ from cluster.sandbox.job_messages import (
     Limits,
     OpenModel,
     PromptReply,
+    ReadCalls,
     WarmUp,
     unpack_tokens,
 )
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 
+log = logging.getLogger(__name__)
 __all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "prompt_limits", "tokenized"]
 
 CHECKS_KEPT: Final = 256
@@ -93,6 +97,9 @@ class TextService(Protocol):
 
     async def check_grammar(self, grammar: Grammar) -> None:
         """Raise ``InvalidGrammar`` if the last stage could not enforce ``grammar`` at a bounded cost."""
+
+    async def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
+        """Return the calls of ``tools`` in a part of an answer; none if any is invalid, or takes too much work."""
 
     async def close(self) -> None:
         """Fail all running and waiting jobs with ``NotServing``."""
@@ -156,6 +163,17 @@ class SandboxedTokenizer:
         if error:  # a temporary error, not one of the grammar: do not cache it
             self._checks.pop(key, None)
             raise error
+
+    async def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
+        size = len(body) + sum(len(tool.parameters) for tool in tools)
+        try:
+            reply = await self._text.run(ReadCalls(body, tuple(tools), prompt_limits(size)))
+        except InvalidRequest as error:  # a limit: what no parser can read is content, as an invalid call is
+            log.warning("sandbox: tool calls not read reason=%s characters=%d", error.sentence, len(body))
+            return ()
+        if not isinstance(reply, CallsReply):
+            raise BadFrame("the sandbox sent a reply of the wrong type")
+        return reply.calls
 
     async def _check(self, grammar: Grammar) -> MacpipeError | None:
         """Check ``grammar``. Return None, or the error: it cannot be enforced, or the check itself failed."""

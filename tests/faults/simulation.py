@@ -18,7 +18,6 @@ from typing import Any, cast
 
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_text import make_plain
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.model_reader import ModelInfo
@@ -395,7 +394,6 @@ class _NoBytes(WeightDistribution):
 
 class _Words:
     eos: frozenset[int] = frozenset()
-    parser = staticmethod(make_plain)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return (1, 2)

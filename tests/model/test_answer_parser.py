@@ -16,6 +16,7 @@ from cluster.core.request import ChatMessage, ChatOptions, Grammar, Parsing, Too
 from cluster.model.answer_parser import HEAD_CHARS
 from cluster.model.partial_tool_call import PartialToolCall
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from in_process import with_calls_read
 
 WEATHER = Tool(
     "weather",
@@ -68,7 +69,8 @@ def parsed(
 ) -> tuple[str, str, list[tuple[str, str]], list[str]]:
     """Reasoning, content, the calls as (name, arguments), and their ids."""
     parser = tokenizer.parser(parsing)
-    said = [*map(parser.add, pieces), parser.flush(whole=whole)]
+    said = [part for piece in pieces for part in with_calls_read(tokenizer, parser, parser.add(piece), parsing.tools)]
+    said += with_calls_read(tokenizer, parser, parser.flush(whole=whole), parsing.tools)
     names: dict[int, str] = {}
     arguments: dict[int, str] = {}
     ids: dict[int, str] = {}

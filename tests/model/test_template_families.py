@@ -14,8 +14,10 @@ import pytest
 
 from checkpoints import make_tokenizer
 from cluster.core.request import ChatMessage, ChatOptions, Parsing, Tool, ToolCall, ToolChoice
+from cluster.model.answer_parser import Parsed
 from cluster.model.grammars import Constraint
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from in_process import with_calls_read
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHELL = Tool(
@@ -202,8 +204,10 @@ def test_a_call_in_the_models_format_is_found(family: Family, tmp_path: Path) ->
     tokenizer = make(family, tmp_path)
     ids = tokenizer.chat(AGENT[:3], OFFER)
     parser = tokenizer.parser(tokenizer.parsing(ids, OFFER))
-    parts = [parser.add(character) for character in family.answer]
-    parts.append(parser.flush(whole=True))
+    parts: list[Parsed] = []
+    for character in family.answer:
+        parts += with_calls_read(tokenizer, parser, parser.add(character), OFFER.tools)
+    parts += with_calls_read(tokenizer, parser, parser.flush(whole=True), OFFER.tools)
     calls = [delta for part in parts for delta in part.calls]
     assert [delta.name for delta in calls if delta.name] == ["shell"]
     assert json.loads("".join(delta.arguments for delta in calls)) == {"command": "ls"}

@@ -19,7 +19,7 @@ import pytest
 
 from cluster.core.errors import BadCheckpoint, Busy, InvalidGrammar, InvalidRequest, NotServing, PromptTooLong
 from cluster.core.limits import MAX_LISTED_TOKENS, MAX_PROMPT_BYTES, WHOLE_PROMPT_BYTES
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Tool
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox import process as process_module
@@ -53,7 +53,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(BUNDLED / "faq", tmp_path_factory.mktemp("hostile") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}))
+    settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}
+    config.write_text(json.dumps(settings | {"tool_parser_type": "gemma4"}))
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     split = {
@@ -187,6 +188,16 @@ def test_a_job_s_memory_follows_from_its_bytes_and_from_the_tokens_that_it_may_h
     assert served.memory_bytes <= longest.memory_bytes <= 256 * MIB + 384 * size
     assert size > WHOLE_PROMPT_BYTES or longest.memory_bytes == 256 * MIB
     assert served.memory_bytes <= 640 * MIB
+
+
+async def test_calls_are_read_and_those_that_cost_too_much_are_content(hostile_sandbox: SandboxedTokenizer) -> None:
+    """The parser of this format needs the square of the time for twice the text, and cannot be interrupted."""
+    tools = (Tool("weather"),)
+    (call,) = await hostile_sandbox.read_calls('call:weather{city:<|"|>Oslo<|"|>}', tools)
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Oslo"})
+    assert await hostile_sandbox.read_calls("call:f{" * 4000, tools) == ()
+    assert await hostile_sandbox.read_calls("call:weather{}" * 300, tools) == ()
+    assert len(await hostile_sandbox.read_calls("call:weather{}" * 256, tools)) == 256
 
 
 async def test_a_grammar_that_costs_too_much_is_refused_and_delays_no_prompt(plain_sandbox: SandboxedTokenizer) -> None:

@@ -16,7 +16,7 @@ from cluster.api.request_service import RequestService
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Busy, MacpipeError, RequestNotFound
 from cluster.core.limits import MAX_SCHEMA_BYTES
-from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request
+from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request, Tool, ToolCall
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService, Tokenized
@@ -172,6 +172,9 @@ class LateSandbox(TextService):
 
     async def check_grammar(self, grammar: Grammar) -> None:
         await self._opened().check_grammar(grammar)
+
+    async def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
+        return await self._opened().read_calls(body, tools)
 
     async def close(self) -> None: ...
 

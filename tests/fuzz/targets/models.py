@@ -18,7 +18,7 @@ from mlx_lm import tool_parsers
 from cluster.codec.worker_info import decode_info
 from cluster.core.errors import MacpipeError
 from cluster.core.request import Grammar, GrammarKind, Parsing, Tool
-from cluster.model.answer_parser import AnswerParser
+from cluster.model.answer_parser import AnswerParser, read_calls
 from cluster.model.checkpoint import BUNDLED, open_checkpoint
 from cluster.model.safetensors import read_shard
 from cluster.model.skeleton import open_skeleton
@@ -232,6 +232,10 @@ def answers() -> Prepared:
     )
     tools = (Tool("f", "d", '{"type":"object","properties":{"x":{"type":"integer"}}}'),)
 
+    def read(parser: AnswerParser) -> None:
+        while (body := parser.unread_calls) is not None:
+            parser.add_calls(read_calls(body, marks, tools))
+
     def run(data: bytes) -> None:
         text = data.decode("utf-8", "replace")[:LONGEST_ANSWER]
         for number, parse in enumerate(formats):
@@ -239,7 +243,9 @@ def answers() -> Prepared:
             parser = AnswerParser(marks, Parsing(tools, thinking=number % 2 == 1))
             for at in range(0, len(text), 7):
                 parser.add(text[at : at + 7])
+                read(parser)
             parser.flush(whole=True)
+            read(parser)
 
     said = b'<think>so</think>hello <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
     return Prepared(run, (said, b"f(x=1)", b"[f(x=[1,{}])]"), spoil_bytes)
