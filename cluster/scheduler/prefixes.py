@@ -7,7 +7,7 @@ exist. A prefix of one owner is never used for another owner.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,22 +29,32 @@ class Owner(NamedTuple):
     adapter: str = ""
 
 
+class PrefixSource(NamedTuple):
+    """The sequence that a prefix was saved from, and a frame before which all of its steps so far were written.
+
+    The save travels on this frame or on a later one, but before the sequence's next step.
+    """
+
+    sequence: int
+    frame: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
     owner: Owner
     cost: Cost
-    source: int
-    """Id of the sequence that the prefix was copied from."""
+    source: PrefixSource
     marks: Mapping[int, KeptMark]
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A kept prefix that a prompt can start from, the length to use of it, and its marks up to there."""
+    """A kept prefix that a prompt can start from, the length to use of it, its marks up to there, and its source."""
 
     prefix: int
     length: int
     marks: Mapping[int, KeptMark]
+    source: PrefixSource
 
 
 class Prefixes:
@@ -77,8 +87,9 @@ class Prefixes:
         match = self._use_longest(owner, prompt)
         if match is None:
             return None
-        marks = self._kept[match.entry].marks
-        return Start(match.entry, match.length, {at: mark for at, mark in marks.items() if at <= match.length})
+        kept = self._kept[match.entry]
+        marks = {at: mark for at, mark in kept.marks.items() if at <= match.length}
+        return Start(match.entry, match.length, marks, kept.source)
 
     def touch(self, owner: Owner, prompt: Sequence[int]) -> None:
         """Count the prefix that a prompt would start from as used, so that it is dropped last."""
@@ -106,15 +117,12 @@ class Prefixes:
         owner: Owner,
         tokens: tuple[int, ...],
         cost: Cost,
-        source: int,
+        source: PrefixSource,
         marks: Mapping[int, KeptMark],
-        start: Start | None = None,
     ) -> tuple[int | None, list[int]]:
         """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first.
 
-        ``cost`` does not include the ``marks``, which a live sequence holds. ``start`` is what that started from: it is
-        dropped if nearly all of it was used. The next turn of a chat so takes the place of the last one, although the
-        last answer was rendered anew.
+        ``cost`` does not include the ``marks``, which a live sequence holds.
         """
         if len(tokens) < MIN_HIT:
             return None, []
@@ -132,11 +140,22 @@ class Prefixes:
         self._kept[self._last_id] = _Kept(owner, cost, source, dict(marks))
         self._add(cost, 1)
         self._marks.hold(marks.values())
-        dropped += [self._drop(entry) for entry in tree.beginnings(tokens) if self._makes_redundant(marks, tree, entry)]
+        return self._last_id, dropped
+
+    def drop_redundant(self, prefix: int, start: Start | None) -> list[int]:
+        """Drop the beginnings of a kept prefix that it can replace. Return the dropped ids.
+
+        ``start`` is what its sequence started from: it is dropped if nearly all of it was used. The next turn of a chat
+        so takes the place of the last one, although the last answer was rendered anew.
+        """
+        kept = self._kept[prefix]
+        tree = self._trees[kept.owner]
+        beginnings = tree.beginnings(tree.tokens(prefix))
+        dropped = [self._drop(entry) for entry in beginnings if self._makes_redundant(kept.marks, tree, entry)]
         if start and start.prefix in self._kept:
             whole = len(tree.tokens(start.prefix))
             dropped += [self._drop(start.prefix)] if whole - start.length <= whole * _UNUSED_SHARE else []
-        return self._last_id, dropped
+        return dropped
 
     def _makes_redundant(self, marks: Mapping[int, KeptMark], tree: RadixTree, entry: int) -> bool:
         """Return whether a longer prefix with these marks can be used wherever its beginning ``entry`` can."""
@@ -174,9 +193,14 @@ class Prefixes:
             dropped.append(self._drop(next(iter(self._kept))))
         return dropped
 
-    def forget(self, sources: Collection[int]) -> list[int]:
-        """Drop the prefixes copied from these sequences, because a step of them failed. Return the dropped ids."""
-        return [self._drop(entry) for entry, kept in list(self._kept.items()) if kept.source in sources]
+    def forget(self, sources: Collection[int], frame: int = -1) -> list[int]:
+        """Drop what was saved from these sequences after their step in ``frame``: it failed. Return the dropped ids."""
+        saved = [(entry, kept.source) for entry, kept in self._kept.items() if kept.source.sequence in sources]
+        return [self._drop(entry) for entry, source in saved if source.frame > frame]
+
+    def discard(self, entries: Iterable[int]) -> list[int]:
+        """Drop those of ``entries`` that are still kept. Return their ids."""
+        return [self._drop(entry) for entry in entries if entry in self._kept]
 
     def _drop(self, entry: int) -> int:
         owner = self._kept[entry].owner

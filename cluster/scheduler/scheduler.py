@@ -34,8 +34,9 @@ from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.marking import Marking
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
-from cluster.scheduler.prefixes import MIN_HIT, Owner, Prefixes
+from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
+from cluster.scheduler.saving import Saving
 from cluster.scheduler.sequence import Phase, ScheduledSequence
 from cluster.scheduler.sharing import Copies, LiveStart, best_leader, live_starts
 
@@ -59,6 +60,7 @@ class Scheduler:
         self._writer = FrameWriter(epoch)
         self._flights, self._edits = self._writer.flights, self._writer.edits
         self._marking = Marking(capacity, self._prefixes, self._edits)
+        self._saving = Saving(capacity, self._prefixes, self._edits)
         self._copies = Copies()
         self._lanes_since_prefill: set[int] = set()
         self._deferred = DeferredSamples()
@@ -237,7 +239,7 @@ class Scheduler:
         if not fits(cost, budget):
             return False
         limit = tuple(b - c for b, c in zip(budget, cost, strict=True))
-        self._prefixes.touch(_owner(sequence), sequence.beginning)
+        self._prefixes.touch(sequence.owner, sequence.beginning)
         self._edits += map(Drop, self._prefixes.shrink_to(limit))
         self._marking.drop_marks((*self._lanes, *self._flights.leaving), limit)
         return True
@@ -246,7 +248,7 @@ class Scheduler:
 
     def _join(self, sequence: ScheduledSequence) -> None:
         """Start a sequence from the longest kept or live beginning, or make it wait for one that is being prefilled."""
-        kept = self._prefixes.find(_owner(sequence), sequence.beginning)
+        kept = self._prefixes.find(sequence.owner, sequence.beginning)
         live = live_starts(sequence, self._sources(sequence), trimmable=not self._marking.caches_need_marks)
         copied = max(live, key=lambda start: start.now, default=None)
         kept_length = kept.length if kept else 0
@@ -262,17 +264,18 @@ class Scheduler:
         if copied and copied_length >= MIN_HIT and copied_length > kept_length:
             self._copy(copied, sequence)
         elif kept:
+            self._copies.add(kept.source.sequence, sequence.id, kept.source.frame)
             self._edits.append(Restore(sequence.id, kept.prefix, kept.length))
             sequence.start = kept
             self._begin_at(sequence, kept.length, kept.marks)
-        kept_shared = self._prefixes.shared(_owner(sequence), sequence.base)
+        kept_shared = self._prefixes.shared(sequence.owner, sequence.base)
         self._marking.choose_chunk_ends(sequence, [kept_shared, *(start.shared for start in live)])
         self._finish_prompt(sequence)
 
     def _sources(self, sequence: ScheduledSequence) -> list[ScheduledSequence]:
         """Return the live sequences that ``sequence`` may start from."""
         live = (*self._lanes, *self._flights.leaving)
-        return [s for s in live if s.joined and not s.broken and _owner(s) == _owner(sequence)]
+        return [s for s in live if s.joined and not s.broken and s.owner == sequence.owner]
 
     def _copy(self, start: LiveStart, sequence: ScheduledSequence) -> None:
         """Let a sequence start from a copy of a live one. The same edits drop the copy's prefix again."""
@@ -338,7 +341,7 @@ class Scheduler:
         All stages hold the same state of it now, unless a step of it failed; then nothing is kept.
         """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
-            self._keep(sequence)
+            self._saving.keep(sequence, self._free_beside_sequences(), self._writer.written)
         self._marking.release(sequence)
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
@@ -348,7 +351,7 @@ class Scheduler:
         failed = set(flight.sequences) if frame.error else {f.sequence for f in frame.failures}
         if failed:
             spoiled = self._copies.spoiled(failed, frame.number)
-            self._edits += map(Drop, self._prefixes.forget(failed | spoiled))
+            self._edits += map(Drop, [*self._prefixes.forget(failed, frame.number), *self._prefixes.forget(spoiled)])
             for sequence in (*self._lanes, *self._flights.leaving):
                 sequence.broken = sequence.broken or sequence.id in failed | spoiled
             for sequence in [s for s in self._lanes if s.id in spoiled]:
@@ -362,20 +365,6 @@ class Scheduler:
             for sequence in left:
                 self._leave(sequence)
             self._admit()
-
-    def _keep(self, sequence: ScheduledSequence) -> None:
-        """Save the caches of a sequence as a prefix on all stages, if there is room."""
-        cost = self._capacity.cost_of(max(len(sequence.fed), 1))
-        if not fits(tuple(c + r for c, r in zip(cost, self.reserved, strict=True)), self._capacity.budget):
-            return
-        tokens = tuple(sequence.fed)
-        prefix, dropped = self._prefixes.keep(
-            _owner(sequence), tokens, cost, sequence.id, sequence.marks, sequence.start
-        )
-        self._edits += map(Drop, dropped)
-        if prefix is not None:
-            self._edits.append(Save(sequence.id, prefix))
-            self._edits += map(Drop, self._prefixes.shrink_to(self._free_beside_sequences()))
 
     def _free_beside_sequences(self) -> Cost:
         """Return the bytes that live sequences leave for prefixes and marks, per stage."""
@@ -485,9 +474,7 @@ class Scheduler:
         sequence.last_served_at_frame = self._writer.written
         self._marking.mark_progress(sequence, self._free_beside_sequences())
         self._wake(sequence)
+        if any(s.leader is sequence for s in self._lanes):
+            self._saving.save_progress(sequence, self._free_beside_sequences(), self._writer.written)
         self._finish_prompt(sequence)
         return frame
-
-
-def _owner(sequence: ScheduledSequence) -> Owner:
-    return Owner(sequence.request.client)

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from cluster.core.request import Request
 from cluster.scheduler.kept_marks import KeptMark
-from cluster.scheduler.prefixes import Start
+from cluster.scheduler.prefixes import Owner, Start
 
 
 class Phase(StrEnum):
@@ -16,6 +16,14 @@ class Phase(StrEnum):
     QUEUED = "queued"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedProgress:
+    """The first ``length`` tokens of a prompt that is still being prefilled, saved as ``prefix``."""
+
+    prefix: int
+    length: int
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +50,8 @@ class ScheduledSequence:
     """Its marks on the stages, by length."""
     start: Start | None = None
     """The kept prefix that it started from; None if there was none."""
+    saves: list[SavedProgress] = field(default_factory=list)
+    """What was saved of its prompt for those that wait for it, at most the last two."""
     leader: ScheduledSequence | None = None
     """The sequence that it waits for, since that is prefilling what both begin with; None if it does not wait."""
     awaits: int = 0
@@ -78,10 +88,16 @@ class ScheduledSequence:
         self.chunk_ends = set()
         self.marks = {}
         self.start = None
+        self.saves = []
         self.next_token = None
         self.joined = False
         self.leader = None
         self.broken = False
+
+    @property
+    def owner(self) -> Owner:
+        """The owner of the prefixes that it may start from, and of those saved from it."""
+        return Owner(self.request.client)
 
     @property
     def produced(self) -> int:

@@ -25,8 +25,9 @@ from cluster.core.frames import (
     Trim,
     Unmark,
 )
-from cluster.core.limits import MAX_EDITS, MAX_PREFIXES
+from cluster.core.limits import MARK_TOKENS, MAX_EDITS, MAX_PREFIXES
 from cluster.core.request import Request, SamplingParams
+from cluster.scheduler import marking, saving
 from cluster.scheduler.outcome import Produced, SampleFailed
 from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
@@ -169,10 +170,16 @@ def test_an_abort_during_a_failed_step_leaves_no_poisoned_prefix(rng: random.Ran
 
 @pytest.mark.parametrize("trimmable", [True, False])
 @pytest.mark.parametrize("fails", [0.0, 0.01, 0.05])
-def test_a_failure_in_mid_ring_poisons_nothing(rng: random.Random, fails: float, trimmable: bool) -> None:
+@pytest.mark.parametrize("mark_tokens", [4, MARK_TOKENS])
+def test_a_failure_in_mid_ring_poisons_nothing(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch, fails: float, trimmable: bool, mark_tokens: int
+) -> None:
     """Aborts, failures, prefixes, shared beginnings and overtaking, in any order. Only who shares a step with a
     sequence that an earlier failure broke may fail of it; no prefix and no copy is poisoned, and nothing is left.
+    With few tokens between them, there are many marks, and leaders are often saved.
     """
+    for module in (marking, saving):
+        monkeypatch.setattr(module, "MARK_TOKENS", mark_tokens)
     for i in range(effort(8, 40)):
         rows = 1 if i % 2 else rng.randint(1, 4)
         row = _world(rng, fails, trimmable, rows)

@@ -8,7 +8,9 @@ from collections import defaultdict
 import pytest
 
 from cluster.core.frames import Compute, Failure
+from cluster.core.limits import MARK_TOKENS
 from cluster.core.request import Request, SamplingParams
+from cluster.scheduler import saving
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.in_flight import InFlightFrame, InFlightFrames
 from cluster.scheduler.outcome import Produced
@@ -19,6 +21,8 @@ from scheduler.stages import Stages, capacity, continuation
 from scheduler.test_ring import Row
 
 LONG = tuple(range(100, 500))
+BOOK = tuple(range(1000, 4000))
+WINDOW = 3
 KINDS = pytest.mark.parametrize("trimmable", [True, False])
 
 
@@ -51,6 +55,12 @@ class Ring:
                 self.said[event.request_id].append(event.sample.token)
                 self.first.setdefault(event.request_id, self.read)
 
+    def fail(self) -> None:
+        """Let the next step fail."""
+        while next(iter(self.stages.frames)).step is None:
+            self.step()
+        self.step(Failure(0, "STAGE_FAILED", "no"))
+
     def run(self) -> None:
         while self.scheduler.sequences or self.scheduler.in_flight:
             self.step()
@@ -62,7 +72,7 @@ class Ring:
 
 
 def plan(*, trimmable: bool, **more: int) -> Capacity:
-    options = {"lanes": 2, "rows": 8, "prefixes": 5000, "budget": 50_000, "chunk": 32, "window": 3} | more
+    options = {"lanes": 2, "rows": 8, "prefixes": 5000, "budget": 50_000, "chunk": 32, "window": WINDOW} | more
     return capacity(trimmable=trimmable, **options)
 
 
@@ -117,6 +127,22 @@ def test_the_next_one_reads_on_where_a_reader_is_aborted(trimmable: bool) -> Non
 
 
 @KINDS
+@pytest.mark.parametrize("fails_at", [2000, 2432])
+def test_the_next_one_takes_over_where_a_reader_that_fails_was_last_saved(trimmable: bool, fails_at: int) -> None:
+    """A chunk before the last save may be the one that fails: then it is the save before that."""
+    ring = Ring(plan(trimmable=trimmable, chunk=128, budget=50_000, prefixes=20_000), trimmable=trimmable)
+    for i in range(3):
+        ring.submit(f"r{i}", (*BOOK, i))
+    while ring.read < fails_at:
+        ring.step()
+    ring.fail()
+    ring.run()
+    assert set(ring.said) == {"r1", "r2"}
+    unsaved = MARK_TOKENS + 2 * WINDOW * 128
+    assert 3000 < ring.read <= 3000 + unsaved
+
+
+@KINDS
 def test_who_waits_reads_for_itself_where_a_reader_fails(trimmable: bool) -> None:
     ring = Ring(plan(trimmable=trimmable), trimmable=trimmable)
     for i in range(3):
@@ -155,8 +181,34 @@ def test_a_copy_of_a_reader_that_fails_starts_again(trimmable: bool, stage: int,
     assert row.said["copies"] == continuation(prompts["copies"], 3)
 
 
+@KINDS
+def test_a_start_from_a_save_of_a_reader_starts_again_if_an_earlier_step_fails(
+    trimmable: bool, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader is saved after its first chunk, which the second stage has yet to do."""
+    monkeypatch.setattr(saving, "MARK_TOKENS", 8)
+    row = Row(rng, 2, lanes=3, rows=1, budget=10_000, prefixes=5_000, chunk=8, trimmable=trimmable)
+    prompts = {"reads": (*LONG[:60], 1), "waits": (*LONG[:60], 2), "starts": (*LONG[:8], 7, 8, 9)}
+    for name, prompt in prompts.items():
+        if name == "starts":
+            row.write()
+        row.scheduler.submit(Request(name, prompt, SamplingParams(), 3))
+    row.write()
+    _, waits, starts = row.scheduler.sequences
+    assert (waits.joined, starts.cached, starts.start is not None) == (False, 8, True)
+    while row.lines[0]:
+        row.advance(0)
+    row.advance(1, fail=True)
+    row.settle()
+    assert row.ended == {"reads": "STAGE_FAILED", "waits": "finished", "starts": "finished"}
+    assert all(row.said[name] == continuation(prompts[name], 3) for name in ("waits", "starts"))
+
+
 def test_a_prompt_is_never_read_later_than_alone(rng: random.Random) -> None:
-    """By the tokens that the ring reads before its first one, against the same requests that may not share."""
+    """By the tokens that the ring reads before its first one, against the same requests that may not share.
+
+    Its lane may have a decode frame behind the chunks in the ring, so its first decode frame waits for these.
+    """
     for _ in range(effort(30, 300)):
         chunk, window = rng.choice([8, 32]), rng.randint(1, 4)
         prompts = [
@@ -174,7 +226,7 @@ def test_a_prompt_is_never_read_later_than_alone(rng: random.Random) -> None:
             rings.append(ring)
         shared, alone = rings
         assert shared.read <= alone.read
-        assert all(shared.first[name] <= alone.first[name] + chunk for name in alone.first), (prompts, pauses)
+        assert all(shared.first[name] <= alone.first[name] + chunk * window for name in alone.first), (prompts, pauses)
 
 
 def test_copies_of_copies_are_spoiled_too_but_not_those_made_before() -> None:
