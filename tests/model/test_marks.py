@@ -167,6 +167,7 @@ class Edits(RuleBasedStateMachine):
         self.ring.send(Leave(sequence), Leave(FRESH))
 
 
+@pytest.mark.timeout(effort(60, 600))
 @pytest.mark.parametrize("arch", chosen(KINDS, "llama", "llama_sliding", "qwen3_next", "falcon_h1", "deepseek_v41"))
 def test_any_order_of_edits_leaves_the_tokens_of_a_fresh_start(
     arch: str, rings: Rings, shape: Callable[[str], ModelShape]
