@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from faults.agent_soak import AgentSoak
 from faults.campaign import Summary
 from faults.fleet import NAMES
 from faults.games import Game, fleets
@@ -25,12 +28,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
+    parser.add_argument("--agents", type=float, metavar="MINUTES", help="no faults: sessions of agents for so long")
+    parser.add_argument("--sessions", type=Path, nargs="+", default=[], metavar="FILE", help="recordings for --agents")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
     parser.add_argument("--keep", type=Path, help="keep logs, outcomes.jsonl and failed seeds' histories here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="macpipe-chaos-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if options.agents:
+            return agents(folder, options)
         if options.soak or options.cycles:
             return soak(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -47,9 +54,24 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         found = made.cycles(options.cycles) if options.cycles else made.minutes(options.soak)
     finally:
         made.close()
-    facts = found.facts()
-    print(json.dumps(facts) if options.json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+    _print(found.facts(), options.json)
     return 0 if found.flat and not (found.differing or found.failed) else 1
+
+
+def agents(folder: Path, options: argparse.Namespace) -> int:
+    """Print what agents' sessions needed. Return 1 if a process grew, prefixes outgrew their budget or one failed."""
+    os.environ["MACPIPE_HOME"] = str(folder / "state")  # where the cluster's certificates are
+    made = AgentSoak(folder, recordings=options.sessions)
+    try:
+        found = made.minutes(options.agents)
+    finally:
+        made.close()
+    _print(found.facts(), options.json)
+    return 0 if found.good else 1
+
+
+def _print(facts: Mapping[str, object], as_json: bool) -> None:
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
 
 
 def table(summary: Summary) -> str:

@@ -45,7 +45,7 @@ class Found:
 
     @property
     def flat(self) -> bool:
-        return all(_flat(seen[len(seen) // 4 :]) for seen in self.footprints.values())
+        return all(is_flat(seen[len(seen) // 4 :]) for seen in self.footprints.values())
 
     def facts(self) -> dict[str, object]:
         ends = {name: (seen[len(seen) // 4], seen[-1]) for name, seen in self.footprints.items()}
@@ -67,7 +67,8 @@ class Found:
         }
 
 
-def _flat(seen: list[Footprint]) -> bool:
+def is_flat(seen: list[Footprint]) -> bool:
+    """Whether a process needs no more at the end than at the beginning, but for what allocators keep."""
     first, last = seen[0], seen[-1]
     memory = last.resident <= max(first.resident * GROWTH, first.resident + BYTES)
     return memory and last.files <= first.files + FILES and last.threads <= first.threads + FILES
