@@ -25,7 +25,8 @@ DEFAULT_HTTP: Final = "127.0.0.1:8080"
 KEY_VARIABLE: Final = "MACPIPE_API_KEY"
 ANY_KEY: Final = "macpipe"
 """A placeholder: clients require a key, but without a cluster nothing checks it."""
-PATIENCE_MS: Final = "3600000"
+PATIENCE_S: Final = "3600"
+PATIENCE_MS: Final = f"{PATIENCE_S}000"
 """How long a client waits for the next event: reading a long prompt for the first time can take minutes."""
 LEAST_CONTEXT: Final = MappingProxyType({"claude": 49_152, "codex": 32_768, "opencode": 32_768, "qwen": 32_768})
 """Tokens of context that a coding agent needs. Claude Code's first prompt has 20,500, more with a small vocabulary, and
@@ -250,17 +251,36 @@ def _qwen(s: Served) -> Launch:
     return Launch(environment, ("qwen",))
 
 
+def _aider(s: Served) -> Launch:
+    """Set what aider derives from a model's data sheet. It has none of this model and warns at each start."""
+    environment = {
+        "OPENAI_API_BASE": s.openai,
+        "OPENAI_API_KEY": s.key,
+        "AIDER_TIMEOUT": PATIENCE_S,
+        "AIDER_MAX_CHAT_HISTORY_TOKENS": str(min(max(s.context // 16, 1024), 8192)),  # as for models that it knows
+        "AIDER_SHOW_MODEL_WARNINGS": "false",
+    }
+    return Launch(environment, ("aider", "--model", f"openai/{s.model}"))
+
+
+def _goose(s: Served) -> Launch:
+    environment = {
+        "GOOSE_PROVIDER": "openai",
+        "GOOSE_MODEL": s.model,
+        "GOOSE_CONTEXT_LIMIT": str(s.context),
+        "OPENAI_HOST": s.base,
+        "OPENAI_API_KEY": s.key,
+        "OPENAI_TIMEOUT": PATIENCE_S,
+    }
+    return Launch(environment, ("goose",))
+
+
 CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
     {
         "claude": _claude,
         "codex": _codex,
-        "aider": lambda s: Launch(
-            {"OPENAI_API_BASE": s.openai, "OPENAI_API_KEY": s.key}, ("aider", "--model", f"openai/{s.model}")
-        ),
-        "goose": lambda s: Launch(
-            {"GOOSE_PROVIDER": "openai", "GOOSE_MODEL": s.model, "OPENAI_HOST": s.base, "OPENAI_API_KEY": s.key},
-            ("goose",),
-        ),
+        "aider": _aider,
+        "goose": _goose,
         "opencode": _opencode,
         "qwen": _qwen,
         "openai": lambda s: Launch(_openai(s)),

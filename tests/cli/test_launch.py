@@ -37,6 +37,14 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     assert CLIENTS["qwen"](SERVED).environment["QWEN_CODE_MAX_OUTPUT_TOKENS"] == "2048"
     config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
+    assert CLIENTS["goose"](SERVED).environment["GOOSE_CONTEXT_LIMIT"] == "8192"
+
+
+@pytest.mark.parametrize(("context", "history"), [(8192, "1024"), (65_536, "4096"), (1_000_000, "8192")])
+def test_aider_keeps_as_much_history_as_of_a_model_that_it_knows(context: int, history: str) -> None:
+    environment = CLIENTS["aider"](replace(SERVED, context=context)).environment
+    assert environment["AIDER_MAX_CHAT_HISTORY_TOKENS"] == history
+    assert environment["AIDER_SHOW_MODEL_WARNINGS"] == "false"
 
 
 def test_a_context_that_is_too_short_for_an_agent_is_told() -> None:
@@ -48,10 +56,15 @@ def test_a_context_that_is_too_short_for_an_agent_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("claude", "CLAUDE_STREAM_IDLE_TIMEOUT_MS"), ("qwen", "QWEN_STREAM_IDLE_TIMEOUT_MS")],
+    [
+        ("aider", "AIDER_TIMEOUT"),
+        ("claude", "CLAUDE_STREAM_IDLE_TIMEOUT_MS"),
+        ("goose", "OPENAI_TIMEOUT"),
+        ("qwen", "QWEN_STREAM_IDLE_TIMEOUT_MS"),
+    ],
 )
 def test_clients_wait_for_a_long_prompt(name: str, place: str) -> None:
-    assert CLIENTS[name](SERVED).environment[place] == "3600000"
+    assert CLIENTS[name](SERVED).environment[place] == ("3600000" if place.endswith("_MS") else "3600")
 
 
 @pytest.mark.parametrize("name", CLIENTS)
