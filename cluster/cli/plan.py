@@ -10,7 +10,18 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import HowGood, HowRoute, KvBits, Lanes, Layers, Model, Peers, Workers, check_kv_bits
+from cluster.cli.serve import (
+    HowGood,
+    HowRoute,
+    KvBits,
+    Lanes,
+    Layers,
+    Model,
+    Peers,
+    PrefillChunk,
+    Workers,
+    check_kv_bits,
+)
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
 from cluster.core.plan import Objective, Route
@@ -41,6 +52,7 @@ def plan(
     route: HowRoute = Route.DIRECT,
     lanes: Lanes = None,
     kv_bits: KvBits = 0,
+    prefill_chunk: PrefillChunk = None,
     coordinator: Coordinator = None,
     peer: Peers = None,
     cluster: Annotated[
@@ -70,6 +82,7 @@ def plan(
             wait_s=max(wait, SETTLE_S),
             lanes=lanes,
             kv_bits=check_kv_bits(kv_bits),
+            prefill_chunk=prefill_chunk,
             objective=objective,
         )
         if assume is not None and (coordinator or peer):
@@ -105,6 +118,7 @@ def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cl
                 max_context=order.max_context,
                 lanes=order.lanes,
                 kv_bits=order.kv_bits,
+                prefill_chunk=order.prefill_chunk,
                 objective=order.objective,
             )
         except Unreachable:

@@ -14,7 +14,13 @@ from cluster.cli.options import Home, Level
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS, MOST_SCHEMA_BYTES
+from cluster.core.limits import (
+    DISCOVERY_TIMEOUT_S,
+    MAX_PREFILL_CHUNK,
+    MAX_SCHEMA_BYTES,
+    MAX_STEP_MS,
+    MOST_SCHEMA_BYTES,
+)
 from cluster.core.plan import Objective, Route
 from cluster.core.text import parse_address, parse_layers
 from cluster.platform.logs import LogLevel, configure_logging
@@ -59,6 +65,17 @@ Lanes = Annotated[
 MaxStepMs = Annotated[
     float,
     typer.Option(min=1, metavar="MS", help="Limit a prefill chunk's time on a stage while others decode."),
+]
+
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_PREFILL_CHUNK,
+        metavar="N",
+        help="Read prompts in chunks of N tokens, shorter ones while others decode.",
+        show_default="by measured cost and memory",
+    ),
 ]
 
 Http = Annotated[
@@ -150,6 +167,7 @@ def serve(
     max_context: MaxContext = None,
     lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
+    prefill_chunk: PrefillChunk = None,
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
@@ -173,6 +191,7 @@ def serve(
             wait_s=wait,
             lanes=lanes,
             max_step_ms=max_step_ms,
+            prefill_chunk=prefill_chunk,
             kv_bits=check_kv_bits(kv_bits),
             objective=objective,
             take_back=take_back,

@@ -91,7 +91,8 @@ class LoadOptions(TypedDict, total=False):
     ``workers`` is how many to use: those that are best for ``objective`` (``latency`` or ``throughput``). ``layers``
     sets the ranges, as in ``0-3,4-7``; the default is the planner's. ``lanes`` defaults to one per stage.
     ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
-    caches. ``take_back`` returns a lost worker's layers to it when it comes back.
+    caches. ``prefill_chunk`` is the tokens of a prompt chunk while nobody decodes; the default follows from measured
+    cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back.
     """
 
     workers: int | None
@@ -100,6 +101,7 @@ class LoadOptions(TypedDict, total=False):
     max_context: int | None
     lanes: int | None
     max_step_ms: float | None
+    prefill_chunk: int | None
     kv_bits: int
     objective: Objective | str
     take_back: bool

@@ -96,6 +96,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         lanes=check_whole_number("lanes", options.get("lanes") or 0),
         kv_bits=check_whole_number("kv_bits", options.get("kv_bits") or 0),
         take_back=bool(options.get("take_back")),
+        prefill_chunk=check_whole_number("prefill_chunk", options.get("prefill_chunk") or 0),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
     )
 
@@ -111,6 +112,7 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         max_context=load.max_context,
         lanes=load.lanes,
         kv_bits=load.kv_bits,
+        prefill_chunk=load.prefill_chunk,
         objective=load.objective,
     )
 

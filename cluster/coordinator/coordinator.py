@@ -138,7 +138,7 @@ class Coordinator:
                 self.changed.set()
 
     async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
-        model_info = await self._reader.read(order.model, order.max_context, order.kv_bits)
+        model_info = await self._reader.read(order)
         try:
             await self._replace_with(model_info, order, report)
         except BaseException:
@@ -201,7 +201,7 @@ class Coordinator:
 
         With ``wait``, wait for workers as ``load`` does. Raises ``MacpipeError``.
         """
-        shape = await self._reader.survey(order.model, order.max_context, order.kv_bits)
+        shape = await self._reader.survey(order)
         if wait:
             found = await self._gather_workers(order, shape, self._report)
         else:

@@ -9,10 +9,12 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
 
+from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidGrammar, InvalidOption
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape
@@ -72,15 +74,15 @@ class ModelReader:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
 
-    async def read(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelInfo:
-        """Read a model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
+    async def read(self, order: LoadOrder) -> ModelInfo:
+        """Read an order's model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
 
         Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and for a model of the
         hub also ``ModelForbidden`` or ``HubUnreachable``.
         """
         process = await SandboxProcess.start()  # started first, since its imports take as long as reading the headers
         try:
-            found, shape = await self._on_thread(_find_model, self._store, name, max_context, kv_bits)
+            found, shape = await self._on_thread(_find_model, self._store, order)
             text = SandboxedTokenizer(found.folder, split_points=not shape.trimmable)
             await text.open(process)
         except BaseException:
@@ -94,12 +96,12 @@ class ModelReader:
                 await text.close()
             raise
 
-    async def survey(self, name: str, max_context: int | None, kv_bits: int = 0) -> ModelShape:
+    async def survey(self, order: LoadOrder) -> ModelShape:
         """Read only a model's shape, from its headers: tokenizer and weights may be elsewhere.
 
         Raises the errors of ``read``.
         """
-        return (await self._on_thread(_find_model, self._store, name, max_context, kv_bits))[1]
+        return (await self._on_thread(_find_model, self._store, order))[1]
 
     async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.wrap_future(self._pool.submit(work, *arguments))
@@ -110,9 +112,9 @@ class ModelReader:
         self._pool.shutdown()
 
 
-def _find_model(store: Store, name: str, max_context: int | None, kv_bits: int) -> tuple[FoundModel, ModelShape]:
-    found = store.find_by_name(name)
-    return found, _measure_shape(found, name, max_context, kv_bits)
+def _find_model(store: Store, order: LoadOrder) -> tuple[FoundModel, ModelShape]:
+    found = store.find_by_name(order.model)
+    return found, _measure_shape(found, order)
 
 
 def _load_info(found: FoundModel, shape: ModelShape, text: TextService) -> ModelInfo:
@@ -120,9 +122,14 @@ def _load_info(found: FoundModel, shape: ModelShape, text: TextService) -> Model
     return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text)
 
 
-def _measure_shape(found: FoundModel, name: str, max_context: int | None, kv_bits: int) -> ModelShape:
-    if max_context is not None and max_context < MIN_CONTEXT:
+def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:
+    if order.max_context is not None and order.max_context < MIN_CONTEXT:
         raise InvalidOption(
-            f"max_context is {max_context} tokens; it must be at least {MIN_CONTEXT}", field="max_context"
+            f"max_context is {order.max_context} tokens; it must be at least {MIN_CONTEXT}", field="max_context"
         )
-    return read_shape(found.folder, name, max_context, kv_bits=kv_bits)
+    return read_order_shape(found.folder, order)
+
+
+def read_order_shape(folder: Path, order: LoadOrder) -> ModelShape:
+    """Return the shape of an order's checkpoint, which is in ``folder``. Raises the errors of ``read_shape``."""
+    return read_shape(folder, order.model, order.max_context, kv_bits=order.kv_bits, prefill_chunk=order.prefill_chunk)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_reader import read_order_shape
 from cluster.coordinator.planner import plan_over
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
@@ -17,7 +18,6 @@ from cluster.core.worker import WorkerInfo
 from cluster.discovery.browse import browse
 from cluster.discovery.static import merge_sources, static_source
 from cluster.model.device import close_thread
-from cluster.model.model_shape import read_shape
 from cluster.placement.chips import assumed_workers, assumption
 from cluster.security.credentials import open_trust
 from cluster.security.trust import ADMIN
@@ -37,9 +37,7 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     if order.worker_count and order.worker_count > len(candidates.workers):
         raise NoPlan(f"{order.worker_count} workers were asked for, but --assume names {len(candidates.workers)}")
     try:
-        shape = read_shape(
-            Store(home).find_by_name(order.model).folder, order.model, order.max_context, kv_bits=order.kv_bits
-        )
+        shape = read_order_shape(Store(home).find_by_name(order.model).folder, order)
     finally:
         close_thread()
     plan = plan_over(0, shape, candidates, order)

@@ -7,8 +7,16 @@ from functools import lru_cache
 
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import LANE_ROWS, MAX_SCORED_LOGITS, MAX_STAGES, PREFIX_SHARE
-from cluster.core.plan import Link, ModelShape, Plan, PlannedStage, Route, StageSpec
+from cluster.core.limits import (
+    ACTIVATION_SHARE,
+    LANE_ROWS,
+    MAX_SCORED_LOGITS,
+    MAX_STAGES,
+    MEMORY_MARGIN,
+    PREFILL_CHUNK,
+    PREFIX_SHARE,
+)
+from cluster.core.plan import CHUNK_BLOCK, Link, ModelShape, Plan, PlannedStage, Route, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
@@ -75,7 +83,7 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> 
     return tuple(stages)
 
 
-def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
+def capacity(plan: Plan, shape: ModelShape, order: LoadOrder) -> Capacity:
     """Return the limits within which the scheduler may load the plan's stages."""
     layers = [s.layers for s in plan.stages]
 
@@ -96,6 +104,20 @@ def capacity(plan: Plan, shape: ModelShape, max_step_ms: float) -> Capacity:
         prefix_budget=tuple(int(b * PREFIX_SHARE) for b in budget),
         cost_of=cost_of,
         mark_cost_of=None if shape.trimmable else mark_cost_of,
+        chunk=order.prefill_chunk or PREFILL_CHUNK,
+        max_chunk=lambda context: order.prefill_chunk or max_chunk(plan, shape, context),
+        fixed_chunk=order.prefill_chunk is not None,
         scored_chunk=max(MAX_SCORED_LOGITS // max(shape.vocabulary, 1), 1),
-        max_step_ms=max_step_ms,
+        max_step_ms=order.max_step_ms,
     )
+
+
+def max_chunk(plan: Plan, shape: ModelShape, context: int) -> int:
+    """Return the most tokens of a prompt chunk after ``context`` others, by the memory that each stage keeps free.
+
+    It is never less than ``PREFILL_CHUNK``, and never more than the model's caches are sized for.
+    """
+    share = MEMORY_MARGIN / (1 - MEMORY_MARGIN) * ACTIVATION_SHARE
+    rooms = ((s.layers, int((s.weight_bytes + s.cache_bytes) * share)) for s in plan.stages)
+    fitting = min(shape.chunk_within(room, layers, context) for layers, room in rooms)
+    return max(PREFILL_CHUNK, min(fitting // CHUNK_BLOCK * CHUNK_BLOCK, shape.max_chunk))

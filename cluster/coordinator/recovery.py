@@ -130,7 +130,7 @@ class EpochChange(ABC):
         epoch = await context.builder.link(chosen.plan, chosen.workers)
         ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
-        limits = capacity(chosen.plan, context.model_info.shape, context.order.max_step_ms)
+        limits = capacity(chosen.plan, context.model_info.shape, context.order)
         step_times = StepTimes(context.model_info.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         context.loop.resume(chosen.plan, limits, ring, step_times)
         self._epoch = epoch

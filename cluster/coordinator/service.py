@@ -65,7 +65,7 @@ class ModelService:
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
-        limits = capacity(first.plan, model_info.shape, order.max_step_ms)
+        limits = capacity(first.plan, model_info.shape, order)
         scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos)
         tokenizer = model_info.tokenizer
         step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])

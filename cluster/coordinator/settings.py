@@ -21,6 +21,7 @@ class LoadOrder:
 
     ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
+    ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not.
     """
 
@@ -32,6 +33,7 @@ class LoadOrder:
     wait_s: float = DISCOVERY_TIMEOUT_S
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS
+    prefill_chunk: int | None = None
     kv_bits: int = 0
     objective: Objective = Objective.LATENCY
     take_back: bool = False

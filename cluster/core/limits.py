@@ -14,7 +14,7 @@ GIB: Final = 1024 * MIB
 
 # Sizes on the wire
 MAX_FRAME_BYTES: Final = 256 * MIB
-"""PREFILL_CHUNK tokens x 16,384 wide in bf16 are 16 MiB; three boundary tensors of that fit with room."""
+"""LONG_PREFILL_CHUNK tokens x 16,384 wide in bf16 are 64 MiB; three boundary tensors of that fit with room."""
 MAX_FRAME_HEADER_BYTES: Final = 4 * MIB
 """The grammars of joins take up to half of it; token ids of a chunk (2 KiB), other edits and timings are small."""
 BULK_BYTES: Final = 64 * KIB
@@ -124,6 +124,14 @@ DEFAULT_MAX_CONTEXT: Final = 4096
 # Scheduling
 PREFILL_CHUNK: Final = 512
 """Tokens of a prefill frame: enough for matrix-matrix speed, few enough for stages to overlap."""
+LONG_PREFILL_CHUNK: Final = 2048
+"""Tokens of a prefill frame where that is measured to be better, as for a mixture of experts."""
+LONG_CHUNK_S: Final = 2.0
+"""Time that a prefill frame of more than PREFILL_CHUNK tokens may take of a stage: prompts that come meanwhile wait."""
+LONG_CHUNK_MEMORY: Final = 0.05
+"""Share of a sequence's cache bytes by which longer chunks may raise them. Sliding windows keep a whole last chunk."""
+MAX_PREFILL_CHUNK: Final = 8192
+"""Tokens of a prefill frame with --prefill-chunk; its tensors must fit in MAX_FRAME_BYTES as well."""
 MAX_PRIORITY: Final = 9
 MAX_QUEUE: Final = 256
 """Waiting samples. With one more, the client that holds most of them is refused with RESOURCE_EXHAUSTED."""
@@ -419,6 +427,10 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""
 MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory that is kept free for activations and the allocator."""
+ACTIVATION_SHARE: Final = 0.5
+"""Share of that margin which a chunk of more than PREFILL_CHUNK tokens may take."""
+SCORE_BYTES: Final = 4
+"""Bytes of an attention score, where a kernel does not keep scores to itself."""
 
 # Fetching
 FETCH_TICK_S: Final = 0.25

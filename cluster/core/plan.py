@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import sqrt
 from typing import Final
 
-from cluster.core.limits import PREFILL_CHUNK
+from cluster.core.limits import PREFILL_CHUNK, SCORE_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,6 +90,10 @@ class ModelShape:
     """Bytes that cross the cut before each layer for one token; the first entry is for token ids."""
     vocabulary: int = 0
     """Logits of one position; 0 if unknown."""
+    heads: int = 0
+    """Attention heads of a layer; 0 if unknown."""
+    max_chunk: int = PREFILL_CHUNK
+    """Tokens of the longest prompt chunk for which the sizes of caches hold."""
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage with these layers holds."""
@@ -105,6 +110,20 @@ class ModelShape:
         """Return the most bytes that a mark at ``length`` tokens takes on that stage."""
         fitting = (sizes for known, sizes in self.mark_curve if known >= length)
         return sum(next(fitting, self.mark_curve[-1][1])[layers.start : layers.end])
+
+    def chunk_within(self, room: int, layers: LayerRange, context: int) -> int:
+        """Return how many tokens after ``context`` others a layer can compute at once in ``room`` bytes.
+
+        Attention scores count in full, as where no kernel keeps them to itself, and so do a layer's other values:
+        there is one for each row of its weights. The result is 0 if the model's sizes are unknown.
+        """
+        width = max(self.boundary_bytes, default=0)
+        flops = max(self.flops[layers.start : layers.end], default=0.0)
+        if not (width and flops and self.heads):
+            return 0
+        score = self.heads * SCORE_BYTES
+        token = 4 * flops / width + score * context  # flops / 2 weights, over width / 2 columns, each value twice
+        return int((sqrt(token * token + 4 * score * room) - token) / (2 * score))
 
 
 class Objective(StrEnum):
@@ -301,9 +320,9 @@ class StageDigests:
 
 _FILLS: Final = 4
 """Chunks of a prompt per stage: filling and draining the pipeline then costs 1 / _FILLS of its time."""
-_LEAST_SPLIT: Final = 128
+LEAST_CHUNK: Final = 128
 """A shorter chunk would lose more to thin matrices than overlapping gains."""
-_BLOCK: Final = 64
+CHUNK_BLOCK: Final = 64
 """GPU kernels are fastest at attention over whole blocks, and there are few such lengths."""
 
 
@@ -314,7 +333,7 @@ def overlapping_chunk(prompt_tokens: int, stage_count: int, max_chunk: int = PRE
     """
     if stage_count == 1:
         return max_chunk
-    return min(max_chunk, max(_LEAST_SPLIT, -(-prompt_tokens // (_FILLS * stage_count * _BLOCK)) * _BLOCK))
+    return min(max_chunk, max(LEAST_CHUNK, -(-prompt_tokens // (_FILLS * stage_count * CHUNK_BLOCK)) * CHUNK_BLOCK))
 
 
 def next_chunk(left: int, chunk: int, max_chunk: int = PREFILL_CHUNK) -> int:
@@ -323,7 +342,7 @@ def next_chunk(left: int, chunk: int, max_chunk: int = PREFILL_CHUNK) -> int:
     The last chunk includes a remainder of less than a block if it has room: the remainder alone would read all weights
     for a few tokens.
     """
-    return left if left <= max_chunk and left - chunk < _BLOCK else chunk
+    return left if left <= max_chunk and left - chunk < CHUNK_BLOCK else chunk
 
 
 def chunks(prompt_tokens: int, stage_count: int, max_chunk: int = PREFILL_CHUNK) -> list[int]:

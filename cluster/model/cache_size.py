@@ -20,28 +20,28 @@ from cluster.model.module_tree import Module, stand_ins, tree_bytes
 from cluster.model.symbolic_run import record
 from cluster.model.trace import LENGTHS, Trace
 
-__all__ = ["cache_curve", "mark_curve"]
+__all__ = ["CacheSizes"]
 
 
-def cache_curve(
-    model: Module, traced: Trace, lengths: Sequence[int], quantization: KVQuantization | None = None
-) -> list[tuple[int, ...]]:
-    """Return, for each of ``lengths`` (tokens), an upper bound of one sequence's cache bytes on each layer.
+class CacheSizes:
+    """Upper bounds of the bytes of one sequence's caches on each layer of a model.
 
-    The bound holds for any chunking of the prompt. A cache that several layers use is charged to the first of them. A
-    cache that no layer is called with is charged to the first layer and to the last, since both keep it.
+    A cache that several layers use is charged to the first of them. A cache that no layer is called with is charged to
+    the first layer and to the last, since both keep it.
     """
-    pairs = _caches_of_two_runs(model)
-    return [_bytes_per_layer(traced, [_at(n, copy.deepcopy(a), b, quantization) for a, b in pairs]) for n in lengths]
 
+    def __init__(self, model: Module, traced: Trace, quantization: KVQuantization | None = None) -> None:
+        self._traced, self._quantization = traced, quantization
+        self._pairs = _caches_of_two_runs(model)
 
-def mark_curve(model: Module, traced: Trace, lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return, for each of ``lengths`` (tokens), an upper bound of a mark's bytes on each layer.
+    def of_sequence(self, tokens: int, max_chunk: int) -> tuple[int, ...]:
+        """Return the bytes at ``tokens`` tokens, for a prompt in any chunks of up to ``max_chunk`` tokens."""
+        sizes = [_at(tokens, copy.deepcopy(a), b, max_chunk, self._quantization) for a, b in self._pairs]
+        return _bytes_per_layer(self._traced, sizes)
 
-    Bytes are charged to layers as by ``cache_curve``.
-    """
-    pairs = _caches_of_two_runs(model)
-    return [_bytes_per_layer(traced, [_mark_at(n, copy.deepcopy(a), b) for a, b in pairs]) for n in lengths]
+    def of_mark(self, tokens: int) -> tuple[int, ...]:
+        """Return the bytes of a mark at ``tokens`` tokens."""
+        return _bytes_per_layer(self._traced, [_mark_at(tokens, copy.deepcopy(a), b) for a, b in self._pairs])
 
 
 def _caches_of_two_runs(model: Module) -> list[tuple[Any, Any]]:
@@ -61,13 +61,14 @@ def _bytes_per_layer(traced: Trace, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(charged)
 
 
-def _at(tokens: int, short: Any, long: Any, quantization: KVQuantization | None = None) -> int:
+def _at(tokens: int, short: Any, long: Any, max_chunk: int, quantization: KVQuantization | None = None) -> int:
     """Return the bytes of a cache at ``tokens`` tokens, from its states after the two runs."""
     if isinstance(short, CacheList):
-        return sum(_at(tokens, a, b) for a, b in zip(short.caches, long.caches, strict=True))
+        return sum(_at(tokens, a, b, max_chunk) for a, b in zip(short.caches, long.caches, strict=True))
     if isinstance(getattr(short, "keys", None), mx.array) and hasattr(short, "update_and_fetch"):
         rows = short.keys, short.values
-        return _grown(tokens, short if quantization is None else quantization.apply(short), *rows)
+        cache = short if quantization is None else quantization.apply(short)
+        return _grown(tokens, cache, *rows, max_chunk=max_chunk)
     short_bytes, long_bytes = (tree_bytes(cache.state) for cache in (short, long))
     bytes_per_token = -(-(long_bytes - short_bytes) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
     return long_bytes + max(0, bytes_per_token) * max(0, tokens - LENGTHS[1])
@@ -81,19 +82,19 @@ def _mark_at(tokens: int, short: Any, long: Any) -> int:
         return 0
     window = getattr(short, "max_size", None)
     if window is None or not isinstance(short.keys, mx.array):
-        return _at(tokens, short, long)
+        return _at(tokens, short, long, limits.PREFILL_CHUNK)
     row_bytes = tree_bytes([short.keys, short.values]) // int(short.keys.shape[2])
     return row_bytes * int(min(window, tokens + KVCache.step - 1))
 
 
-def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array) -> int:
+def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array, *, max_chunk: int) -> int:
     """Grow a cache of rows like ``keys`` and ``values``, and return its bytes: all but one chunk first, then the chunk.
 
     A buffer grows in whole blocks from its current end, so it may exceed its tokens by up to one block minus one token.
     A rotating cache holds its window minus one token and the whole last chunk until the next token arrives.
     """
     longest = tokens + KVCache.step - 1
-    chunk = min(limits.PREFILL_CHUNK, tokens)
+    chunk = min(max_chunk, tokens)
     for part in (longest - chunk - LENGTHS[0], chunk):
         if part > 0:
             if hasattr(cache, "maybe_trim_front"):

@@ -5,7 +5,8 @@ Everything is computed on the skeleton; no weights are read. It knows bytes, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from cluster.core import limits
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import ModelRef, ModelShape, SharedWeight
 from cluster.model.cache_abilities import batchable, trimmable
-from cluster.model.cache_size import cache_curve, mark_curve
+from cluster.model.cache_size import CacheSizes
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.kv_quantization import choose_quantization
 from cluster.model.module_tree import Module, module_arrays, named_modules
@@ -29,11 +30,18 @@ CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_l
 """Config keys of the longest context that a model was trained for, the most common first."""
 
 
-def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int = 0) -> ModelShape:
+HEADS_KEYS: Final = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+"""Config keys of the number of attention heads, the most common first."""
+
+
+def read_shape(
+    path: Path, name: str, max_context: int | None, *, kv_bits: int = 0, prefill_chunk: int | None = None
+) -> ModelShape:
     """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
     ``max_context`` is in tokens; None means the model's limit, at most limits.DEFAULT_MAX_CONTEXT. ``kv_bits`` is 4 or
-    8 to quantize keys and values, else 0. Raises InvalidOption if ``max_context`` exceeds the model's limit,
+    8 to quantize keys and values, else 0. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
+    vary. Raises InvalidOption if ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's,
     ModelUnsupported if the model cannot be sliced or quantized, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
@@ -44,9 +52,10 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
     activity = watch(model, {cut: boundary.kept for cut, boundary in traced.boundaries.items()})
     layers = _layers(model, traced)
     lengths = _lengths(context)
-    *shorter, full = cache_curve(model, traced, lengths, quantization)
-    can_trim = trimmable(model, context)
-    marks = [] if can_trim else mark_curve(model, traced, lengths)
+    sizes, can_trim = CacheSizes(model, traced, quantization), trimmable(model, context)
+    max_chunk = _max_chunk(prefill_chunk, max(activity.crossing), partial(sizes.of_sequence, context))
+    *shorter, full = [sizes.of_sequence(n, max_chunk) for n in lengths]
+    marks = [] if can_trim else [sizes.of_mark(n) for n in lengths]
     return ModelShape(
         model=ModelRef(name, str(path), checkpoint.fingerprint),
         layers=traced.layers,
@@ -65,7 +74,29 @@ def read_shape(path: Path, name: str, max_context: int | None, *, kv_bits: int =
         expert_bytes=tuple(round(_sum(layer, activity.expert_bytes)) for layer in layers),
         flops=tuple(_sum(layer, activity.flops) for layer in layers),
         boundary_bytes=(0, *activity.crossing[:-1]),
+        heads=_first_number(checkpoint.config, HEADS_KEYS) or 0,
+        max_chunk=max_chunk,
     )
+
+
+def _max_chunk(asked: int | None, boundary_bytes: int, cache_bytes: Callable[[int], tuple[int, ...]]) -> int:
+    """Return the most tokens per chunk: those asked for, or as many as a frame and the caches can hold at little cost.
+
+    ``boundary_bytes`` are those of one token that cross a cut; ``cache_bytes`` are a full sequence's, by chunk.
+    """
+    sendable = (limits.MAX_FRAME_BYTES - limits.MAX_FRAME_HEADER_BYTES) // max(boundary_bytes, 1)
+    if asked is not None and asked > sendable:
+        raise InvalidOption(
+            f"invalid prefill chunk of {asked} tokens: stages of this model can exchange at most {sendable} at once",
+            field="prefill_chunk",
+        )
+    if asked is not None:
+        return asked
+    usual = sum(cache_bytes(limits.PREFILL_CHUNK))
+    for chunk in (limits.LONG_PREFILL_CHUNK, limits.LONG_PREFILL_CHUNK // 2):
+        if chunk <= sendable and sum(cache_bytes(chunk)) <= usual * (1 + limits.LONG_CHUNK_MEMORY):
+            return chunk
+    return limits.PREFILL_CHUNK
 
 
 def _lengths(context: int) -> list[int]:
@@ -76,18 +107,18 @@ def _lengths(context: int) -> list[int]:
 def _context(config: Mapping[str, Any], asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise InvalidOption(f"invalid context of {asked} tokens: it must be at least 1", field="max_context")
-    limit = _context_limit(config)
+    limit = _first_number(config, CONTEXT_KEYS)  # None for state-space models, whose configs have none
     if asked is not None and limit is not None and asked > limit:
         raise InvalidOption(f"invalid context of {asked} tokens: the model allows at most {limit}", field="max_context")
     wanted = asked or limits.DEFAULT_MAX_CONTEXT
     return wanted if limit is None else min(wanted, limit)
 
 
-def _context_limit(config: Mapping[str, Any]) -> int | None:
-    """Return the model's own limit; None if its config has none (as for state-space models)."""
+def _first_number(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """Return the first of ``keys`` that the config, or else its text model's part, has as a whole number."""
     nested = config.get("text_config")
     for source in (config, nested if isinstance(nested, Mapping) else {}):
-        named = [source[key] for key in CONTEXT_KEYS if isinstance(source.get(key), int)]
+        named = [source[key] for key in keys if isinstance(source.get(key), int)]
         if named:
             return int(named[0])
     return None

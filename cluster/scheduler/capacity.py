@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.core.limits import GIB, MAX_QUEUE, PREFILL_CHUNK
@@ -15,9 +16,11 @@ class Capacity:
     ``budget``: bytes for all caches, per stage. ``prefix_budget``: the part of it that kept prefixes and marks may
     use. ``mark_cost_of``: the bytes of a mark at a length; None if the model's caches can all be trimmed.
     ``rows``: maximum sequences per lane (1 if the caches cannot be batched). ``window``: maximum prefill frames in
-    the ring. ``chunk``: maximum tokens per prefill frame. ``scored_chunk``: the same for a frame that reports
-    log-probabilities of its tokens, which needs memory for their logits. ``max_step_ms``: maximum time of a prefill
-    frame on a stage while other sequences decode; None means no maximum. ``queue``: maximum waiting requests.
+    the ring. ``chunk``: maximum tokens per prefill frame, unless longer ones are measured to be better;
+    ``max_chunk``: then the maximum after so many tokens, by memory. ``fixed_chunk``: every chunk has ``chunk`` tokens
+    if nobody else decodes. ``scored_chunk``: the maximum for a frame that reports log-probabilities of its tokens,
+    which needs memory for their logits. ``max_step_ms``: maximum time of a prefill frame on a stage while other
+    sequences decode; None means no maximum. ``queue``: maximum waiting requests.
     """
 
     lanes: int
@@ -28,6 +31,8 @@ class Capacity:
     cost_of: CostOf
     mark_cost_of: CostOf | None = None
     chunk: int = PREFILL_CHUNK
+    max_chunk: Callable[[int], int] = lambda context: PREFILL_CHUNK
+    fixed_chunk: bool = False
     scored_chunk: int = PREFILL_CHUNK
     max_step_ms: float | None = None
     queue: int = MAX_QUEUE

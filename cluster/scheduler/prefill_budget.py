@@ -1,11 +1,18 @@
-"""Chooses the size of prefill chunks: small enough that stages overlap and that decoding is not delayed too long."""
+"""Chooses the size of prefill chunks: small enough that stages overlap and that decoding is not delayed too long.
+
+A prompt that has the stages to itself is cut into chunks of equal cost, as many as take the least time in total. Until
+costs are known, chunks have equal lengths.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cluster.core.frames import Compute, StageTiming
-from cluster.core.plan import next_chunk, overlapping_chunk
+from cluster.core.limits import LONG_CHUNK_S
+from cluster.core.plan import CHUNK_BLOCK, LEAST_CHUNK, next_chunk, overlapping_chunk
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.chunk_cost import ChunkCost, ChunkCosts
 
 _SMOOTHING = 0.3
 _UNKNOWN_CHUNK = 32
@@ -20,26 +27,39 @@ _MOST_GROWTH = 4
 """Maximum ratio of a chunk to the longest recent one: a line fitted to short chunks is not trusted further."""
 _LEAST_FRAMES = 2.0
 """A chunk may always cost this many times a frame's fixed cost, so that half of its time is useful work."""
+_FIXED_SHARE = 1 / 32
+"""A chunk is long enough once its fixed cost is this share of its time; others would wait for a longer one in vain."""
 
 
 class PrefillBudget:
-    """Learns a chunk's cost on the slowest stage, per frame and per token, from the frames that come back.
+    """Learns a chunk's cost on the slowest stage from the frames that come back, and chooses the next chunk's length.
 
-    A chunk's weight grows with its tokens: a hundred short prompts tell little about the cost of a long chunk.
+    While others decode, the cost is per frame and per token, and a chunk's weight grows with its tokens: a hundred
+    short prompts tell little about the cost of a long chunk.
     """
 
-    def __init__(self, chunk: int, stages: int, max_step_ms: float | None) -> None:
-        self._chunk, self._stages, self._max_step_ms = chunk, stages, max_step_ms
+    def __init__(self, capacity: Capacity) -> None:
+        self._capacity = capacity
+        self._chunk, self._stages, self._max_step_ms = capacity.chunk, len(capacity.budget), capacity.max_step_ms
+        self._costs = ChunkCosts()
         self._frames = self._tokens = self._us = self._tokens_squared = self._tokens_by_us = 0.0
         self._step_us = self._longest = 0.0
 
-    def learn(self, compute: Compute | None, tokens: int, timings: Sequence[StageTiming]) -> None:
-        """Learn from a frame that every stage computed: a decode step, or a prompt chunk of ``tokens`` tokens."""
+    def learn(
+        self, compute: Compute | None, tokens: int, timings: Sequence[StageTiming], context: int | None = None
+    ) -> None:
+        """Learn from a frame that every stage computed: a decode step, or a prompt chunk of ``tokens`` tokens.
+
+        ``context`` is the number of tokens before the chunk; None if it is not known any more.
+        """
         if compute is Compute.DECODE:
             us = sum(t.compute_us for t in timings)
             self._step_us += (us - self._step_us) * (_SMOOTHING if self._step_us else 1.0)
         elif compute is Compute.PREFILL:
             self._learn_chunk(tokens, timings)
+            if context is not None and timings:
+                slowest = max(t.compute_us for t in timings)
+                self._costs.learn(context, tokens, slowest, sum(t.compute_us for t in timings) - slowest)
 
     def _learn_chunk(self, tokens: int, timings: Sequence[StageTiming]) -> None:
         if not timings or tokens < 1:
@@ -53,18 +73,36 @@ class PrefillBudget:
         self._tokens_squared = kept * self._tokens_squared + tokens * tokens
         self._tokens_by_us = kept * self._tokens_by_us + tokens * us
 
-    def chunk(self, whole: int, left: int, *, others_decode: bool) -> int:
+    def chunk(self, start: int, context: int, left: int, *, others_decode: bool) -> int:
         """Return the number of tokens in the next chunk of a prompt.
 
-        ``whole`` tokens of the prompt need prefill; ``left`` of them have not been sent. While others decode, a chunk
-        takes a stage no longer than the budget, and no longer than all stages together take for a decode step. So the
-        time between two tokens at most doubles. If a single token costs more than that, chunks have one token; if the
-        fixed cost of a frame does, a few more tokens change little.
+        ``start`` tokens of the prompt needed no prefill; ``context`` tokens are before the chunk, and ``left`` tokens
+        have not been sent. While others decode, a chunk takes a stage no longer than the budget, and no longer than all
+        stages together take for a decode step. So the time between two tokens at most doubles. If a single token costs
+        more than that, chunks have one token; if the fixed cost of a frame does, a few more tokens change little.
         """
-        chunk = overlapping_chunk(whole, self._stages, self._chunk)
+        chunk, most = self._best_chunk(start, context, left)
         if not others_decode or self._max_step_ms is None:
-            return next_chunk(left, chunk, self._chunk)
+            return next_chunk(left, chunk, most)
         return min(left, self._affordable(chunk, self._max_step_ms * 1e3))
+
+    def _best_chunk(self, start: int, context: int, left: int) -> tuple[int, int]:
+        """Return the length of a chunk that delays nobody, and the most tokens that it may have."""
+        if self._capacity.fixed_chunk:
+            return self._chunk, self._chunk
+        whole, cost = context - start + left, self._costs.known
+        if cost is None:
+            return overlapping_chunk(whole, self._stages, self._chunk), self._chunk
+        most = self._longest_useful(cost, context)
+        even = round(cost.even_chunk(start, whole, context) / CHUNK_BLOCK) * CHUNK_BLOCK
+        return min(most, max(LEAST_CHUNK, even)), most
+
+    def _longest_useful(self, cost: ChunkCost, context: int) -> int:
+        """Return the most tokens of a chunk. More than the usual number must save time, and need memory."""
+        useful = cost.tokens_for(context, cost.fixed / _FIXED_SHARE)
+        in_time = cost.tokens_for(context, max(LONG_CHUNK_S * 1e6 / cost.token_us - cost.fixed, 0.0))
+        most = min(useful, in_time, _MOST_GROWTH * self._longest)
+        return min(self._capacity.max_chunk(context), max(self._chunk, int(most / CHUNK_BLOCK) * CHUNK_BLOCK))
 
     def _affordable(self, most: int, budget_us: float) -> int:
         if not self._frames:

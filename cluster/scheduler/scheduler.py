@@ -55,7 +55,7 @@ class Scheduler:
         self._epoch, self._capacity = epoch, capacity
         self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.mark_cost_of is None)
-        self._prefill_budget = PrefillBudget(capacity.chunk, len(capacity.budget), capacity.max_step_ms)
+        self._prefill_budget = PrefillBudget(capacity)
         self._by_id: dict[int, ScheduledSequence] = {}
         self._writer = FrameWriter(epoch)
         self._flights, self._edits = self._writer.flights, self._writer.edits
@@ -175,9 +175,10 @@ class Scheduler:
         flight = self._flights.receive(frame)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane)
-        if not frame.error:
-            self._prefill_budget.learn(flight.compute, flight.prefills, frame.timings)
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
+        if not frame.error:
+            context = live[0].prefilled if live else None
+            self._prefill_budget.learn(flight.compute, flight.prefills, frame.timings, context)
         for sequence in live:
             sequence.prefilled += flight.prefills
         self._spoil(flight, frame)
@@ -464,8 +465,7 @@ class Scheduler:
         start = len(sequence.fed)
         others = bool(self._lanes_decoding(sequence))
         self._lanes_since_prefill.clear()
-        whole = sequence.prefill_length - sequence.cached
-        count = self._prefill_budget.chunk(whole, sequence.unsent, others_decode=others)
+        count = self._prefill_budget.chunk(sequence.cached, start, sequence.unsent, others_decode=others)
         count = min(count, sequence.next_chunk_end - start, longest_chunk(sequence, self._capacity))
         tokens = sequence.base[start : start + count]
         sequence.fed.extend(tokens)

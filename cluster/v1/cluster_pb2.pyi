@@ -582,6 +582,7 @@ class LoadModelRequest(_message.Message):
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION for another revision than main."""
     workers: _builtins.int
@@ -600,6 +601,8 @@ class LoadModelRequest(_message.Message):
     objective: Global___Objective.ValueType
     take_back: _builtins.bool
     """Lost workers get their layers back once they return; otherwise they become spares."""
+    prefill_chunk: _builtins.int
+    """Tokens of a prompt chunk while nobody decodes; 0: by measured cost and memory."""
     def __init__(
         self,
         *,
@@ -613,10 +616,11 @@ class LoadModelRequest(_message.Message):
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
         take_back: _builtins.bool = ...,
+        prefill_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,6 +640,7 @@ class PlanRequest(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     workers: _builtins.int
     layers: _builtins.str
@@ -644,6 +649,7 @@ class PlanRequest(_message.Message):
     lanes: _builtins.int
     kv_bits: _builtins.int
     objective: Global___Objective.ValueType
+    prefill_chunk: _builtins.int
     def __init__(
         self,
         *,
@@ -655,10 +661,11 @@ class PlanRequest(_message.Message):
         lanes: _builtins.int = ...,
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
+        prefill_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,12 +74,13 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
         forecast=cluster_pb2.Forecast(one_user=12.5, eight_users=70, first_token_seconds=3, prompt_tokens=512),
     )
 
-    done = macpipe("plan", "faq", "--objective", "throughput", "--context", "512", "--kv-bits", "8", to=coordinator)
+    options = ("--objective", "throughput", "--context", "512", "--kv-bits", "8", "--prefill-chunk", "96")
+    done = macpipe("plan", "faq", *options, to=coordinator)
     assert (done.returncode, done.stderr) == (0, "")
     assert "planned for throughput" in done.stdout
     assert "12.5" in done.stdout
     assert "70 for eight together; 512 tokens of prompt take 3 s to the first token" in done.stdout
     assert "spare: mac-b: it would only slow the others down" in done.stdout
     (request,) = coordinator.script.seen
-    assert (request.model, request.max_context, request.kv_bits) == ("faq", 512, 8)
+    assert (request.model, request.max_context, request.kv_bits, request.prefill_chunk) == ("faq", 512, 8, 96)
     assert request.objective == cluster_pb2.OBJECTIVE_THROUGHPUT

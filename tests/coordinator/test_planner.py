@@ -9,7 +9,7 @@ import pytest
 from cluster.coordinator.planner import capacity, make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
-from cluster.core.limits import LANE_ROWS, MEMORY_MARGIN, PREFIX_SHARE
+from cluster.core.limits import ACTIVATION_SHARE, LANE_ROWS, MEMORY_MARGIN, PREFILL_CHUNK, PREFIX_SHARE
 from cluster.core.plan import LayerRange, ModelRef, ModelShape
 from cluster.core.worker import WorkerInfo
 
@@ -54,7 +54,7 @@ def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
 
 def test_short_sequences_are_charged_little() -> None:
     plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
-    limits = capacity(plan, SHAPE, 250.0)
+    limits = capacity(plan, SHAPE, ORDER)
     assert [limits.cost_of(n) for n in (1, 10, 11, 100, 101, 1000)] == [(2, 2)] * 2 + [(12, 12)] * 2 + [(100, 100)] * 2
     assert limits.prefix_budget == tuple(int(b * PREFIX_SHARE) for b in limits.budget)
     assert limits.never_fits(1000) == ""
@@ -68,3 +68,28 @@ def test_what_cannot_be_is_refused() -> None:
         make_plan(7, SHAPE, two, replace(ORDER, lanes=0))
     with pytest.raises(DoesNotFit, match=r"needs .* with 1 x 1000 tokens"):
         make_plan(7, SHAPE, [worker("a", 300), worker("b", 300)], ORDER)
+
+
+def test_long_chunks_need_memory_that_the_stages_keep_free() -> None:
+    shape = replace(SHAPE, flops=(2e6,) * 4, boundary_bytes=(0, 2000, 2000, 2000), heads=8, max_chunk=2048)
+
+    def longest(memory: int, context: int, shape: ModelShape = shape) -> int:
+        plan = make_plan(7, shape, [worker("a", memory), worker("b", 10 * memory)], ORDER)
+        return capacity(plan, shape, ORDER).max_chunk(context)
+
+    assert longest(10**11, 0) == 2048, "what the caches are sized for"
+    assert longest(10**8, 0) == PREFILL_CHUNK, "what is usual needs no proof"
+    wide, deep = longest(3 * 10**9, 0), longest(3 * 10**9, 1000)
+    assert 2048 > wide > deep > PREFILL_CHUNK
+    assert deep % 64 == 0
+    scores, values = 4 * 8 * deep * (1000 + deep), deep * 4 * 2e6 / 2000
+    assert scores + values <= 3 * 10**9 * MEMORY_MARGIN * ACTIVATION_SHARE <= (scores + values) * 1.2
+    assert longest(10**11, 0, replace(shape, heads=0)) == PREFILL_CHUNK, "unknown sizes"
+
+
+def test_a_chunk_that_is_asked_for_is_used() -> None:
+    plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
+    limits = capacity(plan, SHAPE, replace(ORDER, prefill_chunk=96))
+    assert (limits.chunk, limits.max_chunk(5), limits.fixed_chunk) == (96, 96, True)
+    limits = capacity(plan, SHAPE, ORDER)
+    assert (limits.chunk, limits.max_chunk(5), limits.fixed_chunk) == (PREFILL_CHUNK, PREFILL_CHUNK, False)

@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
+from cluster.core.errors import InvalidRequest
 from cluster.core.plan import Route
 from effort import chosen
 from integration.daemons import serve_model
@@ -87,3 +88,11 @@ def test_quantised_caches_give_the_tokens_of_one_process(client: Client, models:
     serve_model(client, folder, 3, kv_bits=bits)
     answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)
     assert answer.tokens == greedy(folder, PROMPT[:80], 16, kv_bits=bits)
+
+
+def test_chunks_of_any_length_give_the_tokens_of_one_process(client: Client, llama: Path) -> None:
+    serve_model(client, llama, 2, prefill_chunk=7)
+    answer = client.generate(PROMPT, max_tokens=4, ignore_eos=True)
+    assert answer.tokens == greedy(llama, PROMPT, 4)
+    with pytest.raises(InvalidRequest, match="prefill_chunk is 8193; it must be from 1 to 8192"):
+        serve_model(client, llama, 2, prefill_chunk=8193)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import SLICEABLE, make, split, split_experts
+from cluster.core import limits
 from cluster.core.errors import InvalidOption
 from cluster.core.frames import Compute, Join, Step
 from cluster.core.plan import LayerRange, ModelShape
@@ -139,3 +140,35 @@ def test_an_unconverted_checkpoint_in_shards_says_the_same(tmp_path: Path, check
 
 def test_surveys_agree_across_calls(checkpoint: Checkpoints, shape: Shapes) -> None:
     assert read_shape(checkpoint("qwen3_moe"), "qwen3_moe", None) == shape("qwen3_moe")
+
+
+def test_longer_chunks_are_sized_for_where_caches_hardly_grow(checkpoint: Checkpoints) -> None:
+    """A sliding window holds a whole last chunk: here 2,048 tokens where it would hold 15."""
+    assert read_shape(checkpoint("llama"), "llama", None).max_chunk == 2048
+    assert read_shape(checkpoint("llama_sliding"), "llama_sliding", None).max_chunk == 512
+    asked, usual = (
+        read_shape(checkpoint("llama_sliding"), "llama_sliding", None, prefill_chunk=n) for n in (1500, 512)
+    )
+    assert asked.max_chunk == 1500
+    assert sum(asked.cache_bytes) > sum(usual.cache_bytes)
+
+
+def test_a_longer_chunk_that_was_asked_for_is_charged(checkpoint: Checkpoints) -> None:
+    path, context = checkpoint("llama_sliding"), 2000
+    shape = read_shape(path, "llama_sliding", context, prefill_chunk=1500)
+    ring = Ring(shape, path, 2)
+    ring.send(Join(1, context, SamplingParams()))
+    ring.prefill(1, [7] * context, (500, 1500))
+    for stage in ring.stages:
+        charged = shape.stage_cache_bytes(stage.spec.layers)
+        assert stage.cache_bytes <= charged <= stage.cache_bytes * 1.4
+
+
+def test_a_chunk_whose_tensors_fill_more_than_a_frame_is_refused(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_FRAME_BYTES", limits.MAX_FRAME_HEADER_BYTES + 600 * 32 * 4)
+    with pytest.raises(InvalidOption, match=r"invalid prefill chunk of 601 tokens: .* at most 600 at once"):
+        read_shape(checkpoint("llama"), "llama", None, prefill_chunk=601)
+    assert read_shape(checkpoint("llama"), "llama", None, prefill_chunk=600).max_chunk == 600
+    assert read_shape(checkpoint("llama"), "llama", None).max_chunk == 512

@@ -38,8 +38,12 @@ def capacity(
     trimmable: bool = True,
     max_step_ms: float | None = None,
     scored_chunk: int = 100,
+    max_chunk: int = 0,
 ) -> Capacity:
-    """Two stages; a token takes 1 byte on the first and 2 on the second, a mark 3 and 5."""
+    """Two stages; a token takes 1 byte on the first and 2 on the second, a mark 3 and 5.
+
+    Chunks have at most ``chunk`` tokens, whatever they cost, unless ``max_chunk`` allows more.
+    """
     return Capacity(
         lanes=lanes,
         rows=rows,
@@ -49,6 +53,7 @@ def capacity(
         cost_of=lambda tokens: (tokens, 2 * tokens),
         mark_cost_of=None if trimmable else lambda tokens: MARK_BYTES,
         chunk=chunk,
+        max_chunk=lambda context: max_chunk or chunk,
         queue=queue,
         max_step_ms=max_step_ms,
         scored_chunk=scored_chunk,

@@ -18,7 +18,7 @@ from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_plan
 from cluster.core.errors import InvalidRequest, MacpipeError
-from cluster.core.limits import MAX_STEP_MS
+from cluster.core.limits import MAX_PREFILL_CHUNK, MAX_STEP_MS
 from cluster.core.plan import LoadProgress, Plan
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
@@ -127,6 +127,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         max_context=r.max_context or None,
         lanes=r.lanes or None,
         max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
+        prefill_chunk=_prefill_chunk(r.prefill_chunk),
         kv_bits=_kv_bits(r.kv_bits),
         objective=decode_objective(r.objective),
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
@@ -137,6 +138,14 @@ def _max_step_ms(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise InvalidRequest(f"max_step_ms is {value:g}; it must be above 0", field="max_step_ms")
     return value or MAX_STEP_MS
+
+
+def _prefill_chunk(value: int) -> int | None:
+    if value > MAX_PREFILL_CHUNK:
+        raise InvalidRequest(
+            f"prefill_chunk is {value}; it must be from 1 to {MAX_PREFILL_CHUNK}", field="prefill_chunk"
+        )
+    return value or None
 
 
 def _kv_bits(value: int) -> int:
