@@ -8,7 +8,6 @@ from functools import lru_cache
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import (
-    ACTIVATION_SHARE,
     LANE_ROWS,
     MAX_SCORED_LOGITS,
     MAX_STAGES,
@@ -117,7 +116,7 @@ def max_chunk(plan: Plan, shape: ModelShape, context: int) -> int:
 
     It is never less than ``PREFILL_CHUNK``, and never more than the model's caches are sized for.
     """
-    share = MEMORY_MARGIN / (1 - MEMORY_MARGIN) * ACTIVATION_SHARE
+    share = MEMORY_MARGIN / (1 - MEMORY_MARGIN)
     rooms = ((s.layers, int((s.weight_bytes + s.cache_bytes) * share)) for s in plan.stages)
     fitting = min(shape.chunk_within(room, layers, context) for layers, room in rooms)
     return max(PREFILL_CHUNK, min(fitting // CHUNK_BLOCK * CHUNK_BLOCK, shape.max_chunk))

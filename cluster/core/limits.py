@@ -427,8 +427,8 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""
 MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory that is kept free for activations and the allocator."""
-ACTIVATION_SHARE: Final = 0.5
-"""Share of that margin which a chunk of more than PREFILL_CHUNK tokens may take."""
+ACTIVE_LAYERS: Final = 16
+"""Layers whose values MLX holds at once, since it runs ahead of the device."""
 SCORE_BYTES: Final = 4
 """Bytes of an attention score, where a kernel does not keep scores to itself."""
 

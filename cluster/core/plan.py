@@ -7,7 +7,7 @@ from enum import StrEnum
 from math import sqrt
 from typing import Final
 
-from cluster.core.limits import PREFILL_CHUNK, SCORE_BYTES
+from cluster.core.limits import ACTIVE_LAYERS, PREFILL_CHUNK, SCORE_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -112,17 +112,19 @@ class ModelShape:
         return sum(next(fitting, self.mark_curve[-1][1])[layers.start : layers.end])
 
     def chunk_within(self, room: int, layers: LayerRange, context: int) -> int:
-        """Return how many tokens after ``context`` others a layer can compute at once in ``room`` bytes.
+        """Return how many tokens after ``context`` others a stage can compute at once in ``room`` bytes.
 
-        Attention scores count in full, as where no kernel keeps them to itself, and so do a layer's other values:
-        there is one for each row of its weights. The result is 0 if the model's sizes are unknown.
+        A layer has a value for each row of its weights, and several layers are held at once. On a GPU, a chunk of 2,048
+        took 2.3 times ``flops / width`` bytes of each of 16 dense layers, and 4.7 times of sparse ones. Attention
+        scores of one layer count in full, as where no kernel keeps them to itself. The result is 0 if the model's sizes
+        are unknown.
         """
         width = max(self.boundary_bytes, default=0)
-        flops = max(self.flops[layers.start : layers.end], default=0.0)
+        flops = max(self.flops[layers.start : layers.end], default=0.0) * min(len(layers), ACTIVE_LAYERS)
         if not (width and flops and self.heads):
             return 0
         score = self.heads * SCORE_BYTES
-        token = 4 * flops / width + score * context  # flops / 2 weights, over width / 2 columns, each value twice
+        token = 5 * flops / width + score * context
         return int((sqrt(token * token + 4 * score * room) - token) / (2 * score))
 
 
