@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from cluster.core.errors import WorkerLost
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
-from cluster.core.plan import LayerRange, Profile
+from cluster.core.plan import LayerRange, Profile, valid_verify_costs
 from cluster.core.text import HIGHEST_PORT, format_address, parse_address
 from cluster.core.worker import WorkerInfo, WorkerState, WorkerSummary
 from cluster.v1 import cluster_pb2, worker_pb2
@@ -142,6 +142,7 @@ def _encode_profile(profile: Profile) -> worker_pb2.Profile:
         flops=profile.flops,
         row_cost=profile.row_cost,
         corrections=[worker_pb2.Ratio(fingerprint=model, ratio=ratio) for model, ratio in profile.corrections],
+        verify_costs=[worker_pb2.VerifyCost(tokens=tokens, cost=cost) for tokens, cost in profile.verify_costs],
     )
 
 
@@ -153,4 +154,7 @@ def _decode_profile(p: worker_pb2.Profile) -> Profile:
     if not all(math.isfinite(f) and f >= 0 for f in figures) or any(c.ratio == 0 for c in p.corrections):
         return Profile()
     learned = tuple((c.fingerprint, c.ratio) for c in p.corrections)
-    return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned)
+    costs = tuple((c.tokens, c.cost) for c in p.verify_costs)
+    if not valid_verify_costs(costs):
+        return Profile()
+    return Profile(p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, learned, costs)

@@ -458,6 +458,8 @@ ASSUMED_ROUND_TRIP_S: Final = 0.0006
 """Of a link that was not measured: 0.24 ms of software each way, as measured on loopback, and a switch."""
 ASSUMED_LINK_BANDWIDTH: Final = 117e6
 """Of a link that was not measured, in bytes a second: gigabit Ethernet, the slowest port of a wired Mac."""
+MAX_VERIFIED: Final = 8
+"""Most tokens of one sequence in a step that verifies guesses; beyond it more rows save nothing on any device known."""
 BALANCE_SLACK: Final = 0.02
 """How much slower than the best a latency plan may be if it balances its stages better, which helps many users."""
 MAX_SEARCH: Final = 2_500

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import sqrt
+from itertools import pairwise
+from math import isfinite, sqrt
 from typing import Final
 
-from cluster.core.limits import ACTIVE_LAYERS, PREFILL_CHUNK, SCORE_BYTES
+from cluster.core.limits import ACTIVE_LAYERS, MAX_VERIFIED, PREFILL_CHUNK, SCORE_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -142,6 +144,10 @@ class Profile:
     A decode step of one row takes ``step_s``, ``layer_s`` per layer, and the time of its weights' and caches' bytes at
     ``bandwidth``. Each further row adds ``row_cost`` (0 to 1) of the weights' time. ``flops`` is the rate of prompts.
     ``corrections`` are pairs of model fingerprint and measured over predicted time, the latest last.
+
+    ``verify_costs`` is for steps of several tokens of one sequence: pairs of their number and how often such a step
+    takes the weights' time of one token, in ascending order. The costs need not ascend, since MLX has other kernels
+    for other numbers. Steps of as many sequences cost something else.
     """
 
     bandwidth: float = 0.0
@@ -150,6 +156,7 @@ class Profile:
     flops: float = 0.0
     row_cost: float = 0.0
     corrections: tuple[tuple[str, float], ...] = ()
+    verify_costs: tuple[tuple[int, float], ...] = ()
 
     @property
     def known(self) -> bool:
@@ -162,6 +169,13 @@ class Profile:
             return learned[fingerprint]
         ratios = sorted(learned.values())
         return (ratios[len(ratios) // 2] + ratios[(len(ratios) - 1) // 2]) / 2 if ratios else 1.0
+
+
+def valid_verify_costs(costs: Sequence[tuple[int, float]]) -> bool:
+    """Return whether ``costs`` can be those of a ``Profile``: few, of ascending numbers of tokens, and each finite."""
+    tokens = [1, *(n for n, _ in costs), MAX_VERIFIED + 1]
+    ascending = all(type(n) is int and n < other for n, other in pairwise(tokens))
+    return ascending and all(isfinite(cost) and cost > 0 for _, cost in costs)
 
 
 @dataclass(frozen=True, slots=True)

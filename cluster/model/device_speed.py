@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
+from cluster.core.limits import MAX_VERIFIED
 from cluster.core.plan import Profile
 from cluster.model.module_tree import tree_bytes
 
@@ -26,6 +27,7 @@ __all__ = ["Stretch", "measure_device"]
 Stretch = Callable[[float], None]
 """Called with the seconds that a step took. It may sleep to make a device look slower."""
 ROWS: Final = 8
+"""Sequences of the timed batch."""
 BUDGET_S: Final = 1.5
 """Seconds for all timed rounds, without the first run of each job, which compiles kernels."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
@@ -37,12 +39,16 @@ PACKED: Final = 0x76543210
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Size and number of the wide layers, and tokens of the timed prompt. The layers must not fit a processor cache."""
+    """Size and number of the wide layers, and tokens of the timed prompt. The layers must not fit a processor cache.
+
+    ``verified`` are the numbers of tokens in the timed steps of one sequence.
+    """
 
     hidden: int
     intermediate: int
     layers: int
     tokens: int
+    verified: tuple[int, ...]
     dtype: mx.Dtype
 
 
@@ -58,8 +64,8 @@ class _Measurement:
         mx.eval(self.model(self.tokens, cache=caches)[:, -1], [c.state for c in caches])
 
 
-_GPU: Final = _Scale(4096, 14336, 4, 512, mx.bfloat16)
-_CPU: Final = _Scale(512, 1024, 3, 4, mx.float32)
+_GPU: Final = _Scale(4096, 14336, 4, 512, tuple(range(2, MAX_VERIFIED + 1)), mx.bfloat16)
+_CPU: Final = _Scale(512, 1024, 3, 4, (2, 4, MAX_VERIFIED), mx.float32)
 _NARROW: Final = 64
 
 
@@ -69,7 +75,8 @@ def measure_device(stretch: Stretch) -> Profile:
     narrow, deeper = (_layers(_NARROW, 2 * _NARROW, n, scale.dtype) for n in (SHALLOW, DEEP))
     wide = _layers(scale.hidden, scale.intermediate, scale.layers, scale.dtype)
     jobs = [(narrow, 1, 1), (deeper, 1, 1), (wide, 1, 1), (wide, ROWS, 1), (wide, 1, scale.tokens)]
-    shallow, deep, one, many, prompt = _times(
+    jobs += [(wide, 1, tokens) for tokens in scale.verified]
+    shallow, deep, one, many, prompt, *verified = _times(
         [_Measurement(m, mx.zeros((r, t), mx.int32)) for m, r, t in jobs], stretch
     )
     mx.clear_cache()
@@ -85,6 +92,10 @@ def measure_device(stretch: Stretch) -> Profile:
         step_s=step_s,
         flops=2 * scale.tokens * _count_weights(scale) / max(prompt - one + reading_s, 1e-9),
         row_cost=min(max((many - one) / reading_s / (ROWS - 1), 0.0), 1.0),  # never above 1: rows can run in turn
+        verify_costs=tuple(
+            (tokens, max(1 + (taken - one) / reading_s, 1.0))
+            for tokens, taken in zip(scale.verified, verified, strict=True)
+        ),
     )
 
 

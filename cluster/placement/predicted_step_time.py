@@ -9,7 +9,7 @@ from __future__ import annotations
 from cluster.core.limits import PREFILL_CHUNK, REFERENCE_CONTEXT
 from cluster.core.plan import LayerRange, ModelShape, Profile, SharedWeight
 
-__all__ = ["boundary_bytes", "decode_s", "fixed_s", "prefill_s", "read_bytes"]
+__all__ = ["boundary_bytes", "decode_s", "fixed_s", "prefill_s", "read_bytes", "verify_s"]
 
 
 def decode_s(
@@ -23,6 +23,23 @@ def decode_s(
     weights = read_bytes(shape, layers, rows) + additional_rows * _dense_bytes(shape, layers)
     caches = rows * shape.stage_cache_bytes(layers, min(context, shape.max_context))
     seconds = fixed_s(profile, len(layers)) + (weights + caches) / profile.bandwidth
+    return seconds * profile.correction(shape.model.fingerprint)
+
+
+def verify_s(
+    shape: ModelShape, profile: Profile, layers: LayerRange, tokens: int, context: int = REFERENCE_CONTEXT
+) -> float | None:
+    """Return the seconds of a step of ``tokens`` tokens of one sequence; None if no such step was measured.
+
+    They read the sequence's caches once. Like rows, they choose experts independently.
+    """
+    cost = 1.0 if tokens == 1 else dict(profile.verify_costs).get(tokens)
+    if not profile.known or cost is None:
+        return None
+    dense = _dense_bytes(shape, layers)
+    experts = read_bytes(shape, layers, tokens) - dense
+    caches = shape.stage_cache_bytes(layers, min(context, shape.max_context))
+    seconds = fixed_s(profile, len(layers)) + (cost * dense + experts + caches) / profile.bandwidth
     return seconds * profile.correction(shape.model.fingerprint)
 
 

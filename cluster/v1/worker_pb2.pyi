@@ -213,6 +213,7 @@ class Profile(_message.Message):
     FLOPS_FIELD_NUMBER: _builtins.int
     ROW_COST_FIELD_NUMBER: _builtins.int
     CORRECTIONS_FIELD_NUMBER: _builtins.int
+    VERIFY_COSTS_FIELD_NUMBER: _builtins.int
     bandwidth: _builtins.float
     layer_s: _builtins.float
     step_s: _builtins.float
@@ -221,6 +222,10 @@ class Profile(_message.Message):
     @_builtins.property
     def corrections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ratio]:
         """Measured over predicted time by the model's fingerprint, as learned from frames; the latest last."""
+
+    @_builtins.property
+    def verify_costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyCost]:
+        """Costs of steps of several tokens of one sequence, ascending by tokens; empty if they were not measured."""
 
     def __init__(
         self,
@@ -231,14 +236,39 @@ class Profile(_message.Message):
         flops: _builtins.float = ...,
         row_cost: _builtins.float = ...,
         corrections: _abc.Iterable[Global___Ratio] | None = ...,
+        verify_costs: _abc.Iterable[Global___VerifyCost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "corrections", b"corrections", "flops", b"flops", "layer_s", b"layer_s", "row_cost", b"row_cost", "step_s", b"step_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "corrections", b"corrections", "flops", b"flops", "layer_s", b"layer_s", "row_cost", b"row_cost", "step_s", b"step_s", "verify_costs", b"verify_costs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class VerifyCost(_message.Message):
+    """A step of so many tokens of one sequence takes so many times the weights' time of one token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    cost: _builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        cost: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyCost: _TypeAlias = VerifyCost  # noqa: Y015
 
 @_typing.final
 class Ratio(_message.Message):

@@ -126,8 +126,7 @@ class Engine:
 
     def _dispatch(self, command: Load | LinkStage | Unload | Measure) -> None:
         if isinstance(command, Measure):
-            p = measure_device(self._throttle.stretch)
-            self._send(Measured(command.call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost))
+            self._send(Measured.of(command.call, measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LinkStage):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import msgpack
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_ENGINE_MESSAGE_BYTES
-from cluster.core.plan import LayerRange, ModelRef, StageSpec
+from cluster.core.limits import MAX_ENGINE_MESSAGE_BYTES, MAX_VERIFIED
+from cluster.core.plan import LayerRange, ModelRef, Profile, StageSpec, valid_verify_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The figures of a ``Profile``."""
+    """The figures of a ``Profile``. ``verify_costs`` begins with that of two tokens; 0 if it was not measured."""
 
     call: int
     bandwidth: float
@@ -95,6 +96,19 @@ class Measured:
     step_s: float
     flops: float
     row_cost: float
+    verify_costs: tuple[float, ...] = ()
+
+    @property
+    def profile(self) -> Profile:
+        costs = tuple((tokens, cost) for tokens, cost in enumerate(self.verify_costs, 2) if cost)
+        valid = costs if valid_verify_costs(costs) else ()
+        return Profile(self.bandwidth, self.layer_s, self.step_s, self.flops, self.row_cost, verify_costs=valid)
+
+    @classmethod
+    def of(cls, call: int, p: Profile) -> Measured:
+        costs = dict(p.verify_costs)
+        every = tuple(costs.get(tokens, 0.0) for tokens in range(2, MAX_VERIFIED + 1))
+        return cls(call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,7 @@ _KINDS = (Begin, Load, LinkStage, Unload, GetReport, Measure, Hello, Progress, D
 _TYPES = {t.__name__: t for t in _KINDS}
 _PLAIN: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
 """Types of the fields' annotations."""
+_FLOATS = "tuple[float, ...]"
 
 
 def pack(message: Begin | Command | Event) -> bytes:
@@ -179,7 +194,14 @@ def _message(item: object) -> Begin | Command | Event:
     annotations = [str(field.type) for field in fields(message_type)] if message_type else []
     if message_type is None or len(annotations) != len(values):
         raise BadFrame("the engine's pipe has a message that this version does not know")
-    if not all(type(value) in _PLAIN[plain] for plain, value in zip(annotations, values, strict=True)):
+    if not all(_has_type(value, annotation) for annotation, value in zip(annotations, values, strict=True)):
         raise BadFrame(f"a message {name} on the engine's pipe has a field of a wrong type")
-    message: Begin | Command | Event = message_type(*values)
+    arguments: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    message: Begin | Command | Event = message_type(*arguments)
     return message
+
+
+def _has_type(value: object, annotation: str) -> bool:
+    if annotation == _FLOATS:
+        return isinstance(value, list) and all(type(v) in _PLAIN["float"] for v in value)
+    return type(value) in _PLAIN[annotation]

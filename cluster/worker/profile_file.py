@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, KIB, LEARN_STEP, LINK_KEPT_S
-from cluster.core.plan import Link, Profile
+from cluster.core.plan import Link, Profile, valid_verify_costs
 from cluster.platform.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 256 * KIB
 """A profile with ``KEPT_LINKS`` links and ``KEPT_CORRECTIONS`` corrections takes much less."""
+_UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What reading raises if the file is missing, damaged, or of another format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _link_end(worker: str, address: str) -> str:
 def _read(path: Path, key: str) -> StoredProfile:
     try:
         kept = _read_profile(read_json(path, MAX_BYTES))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, damaged, or of another format
+    except _UNREADABLE:
         return StoredProfile(key)
     return kept if kept.key == key else StoredProfile(key)
 
@@ -99,9 +101,12 @@ def _link(round_trip_s: float, bandwidth: float) -> Link:
 def _read_profile(facts: Any) -> StoredProfile:
     profile = facts["profile"]
     learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections")[-KEPT_CORRECTIONS:])
+    costs = tuple((tokens, float(cost)) for tokens, cost in profile.pop("verify_costs", ()))
     figures = {name: float(value) for name, value in profile.items()}
     ratios = dict(learned).values()
     if not all(math.isfinite(v) and v >= 0 for v in (*figures.values(), *ratios)) or not all(r > 0 for r in ratios):
         raise ValueError("invalid figure")
+    if not valid_verify_costs(costs):
+        raise ValueError("invalid cost of a step")
     links = tuple((str(end), _link(**link), float(at)) for end, link, at in facts["links"])
-    return StoredProfile(str(facts["key"]), Profile(**figures, corrections=learned), links)
+    return StoredProfile(str(facts["key"]), Profile(**figures, corrections=learned, verify_costs=costs), links)

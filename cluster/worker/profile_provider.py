@@ -10,7 +10,6 @@ from pathlib import Path
 from cluster import __version__
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import PROFILE_TIMEOUT_S
-from cluster.core.plan import Profile
 from cluster.worker.pipe_messages import Measure, Measured
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import Profiling, WorkerSettings
@@ -39,7 +38,7 @@ async def request_measurement(supervisor: Supervisor, file: ProfileFile) -> None
         log.warning("profile: speed not measured, plans use memory alone reason=%s", e.sentence)
         return
     assert isinstance(found, Measured)
-    file.put(Profile(found.bandwidth, found.layer_s, found.step_s, found.flops, found.row_cost))
+    file.put(found.profile)
 
 
 def _profile_path(settings: WorkerSettings) -> Path:

@@ -57,6 +57,7 @@ def _value(kind: Any, numbers: Iterator[int]) -> Any:
 
 def test_a_worker_tells_its_coordinator_everything() -> None:
     info = replace(sample(WorkerInfo), control_address="mac.local:7", data_address="mac.local:9", lag_seconds=0.5)
+    info = replace(info, profile=replace(info.profile, verify_costs=((2, 1.25), (8, 3.5))))
     _, port = parse_address(info.data_address)
     answer = encode_info(info, data_port=port, problem="p", clock=3.0)
     sent = worker_pb2.DescribeResponse.FromString(answer.SerializeToString())

@@ -12,7 +12,7 @@ from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective,
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.chips import CHIPS, assumed_workers
 from cluster.placement.memory_split import WorkerMemory
-from cluster.placement.predicted_step_time import decode_s, read_bytes
+from cluster.placement.predicted_step_time import decode_s, read_bytes, verify_s
 from cluster.placement.propose import PlanRequest, propose
 
 FAST, SLOW = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
@@ -167,6 +167,23 @@ def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
     caches = 2 * model.stage_cache_bytes(LayerRange(0, 1))
     grown = read_bytes(model, LayerRange(0, 1), rows=2) + 30
     assert decode_s(model, free, LayerRange(0, 1), rows=2) == pytest.approx(grown + caches)
+
+
+def test_a_step_of_several_tokens_takes_what_was_measured_and_reads_the_caches_once() -> None:
+    measured = replace(FAST, verify_costs=((3, 1.1), (8, 2.2)))
+    stage = LayerRange(0, 20)
+    one, three = verify_s(shape(), measured, stage, 1), verify_s(shape(), measured, stage, 3)
+    assert one == decode_s(shape(), measured, stage)
+    assert one
+    assert three == pytest.approx(one + 0.1 * 20 * GIB / FAST.bandwidth)
+    assert verify_s(shape(), measured, stage, 2) is None
+    assert verify_s(shape(), FAST, stage, 3) is None
+    assert verify_s(shape(), Profile(), stage, 1) is None
+    experts = shape(active_bytes=(GIB // 2,) * 40, expert_bytes=(GIB * 3 // 4,) * 40)
+    both = verify_s(experts, measured, stage, 3)
+    assert both
+    read = read_bytes(experts, stage, 3) + 0.1 * 20 * GIB / 4
+    assert both == pytest.approx(20e-5 + 1e-4 + (read + experts.stage_cache_bytes(stage, 2048)) / FAST.bandwidth)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])

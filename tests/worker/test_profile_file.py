@@ -14,7 +14,7 @@ from cluster.core.plan import Link, Profile
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.stage_host import Throttle
 
-PROFILE = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2)
+PROFILE = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2, verify_costs=((2, 1.05), (3, 1.11), (8, 2.2)))
 
 
 @pytest.fixture
@@ -39,6 +39,11 @@ def test_a_profile_is_kept_for_its_versions_and_chip_alone(path: Path) -> None:
         '{"key": "k", "profile": {"bandwidth": NaN, "corrections": []}, "links": []}',
         '{"key": "k", "profile": {"corrections": []}, "links": [["w h", {"round_trip_s": 1, "bandwidth": 0}, 1]]}',
         '{"key": "k", "profile": {"speed": 1, "corrections": []}, "links": []}',
+        '{"key": "k", "profile": {"bandwidth": 1' + "0" * 400 + ', "corrections": []}, "links": []}',
+        '{"key": "k", "profile": {"corrections": [], "verify_costs": [[3, 1.1], [2, 1.2]]}, "links": []}',
+        '{"key": "k", "profile": {"corrections": [], "verify_costs": [[2.5, 1.1]]}, "links": []}',
+        '{"key": "k", "profile": {"corrections": [], "verify_costs": [[2, 0]]}, "links": []}',
+        '{"key": "k", "profile": {"corrections": [], "verify_costs": [[9, 1.1]]}, "links": []}',
     ],
 )
 def test_a_damaged_file_means_measuring_again(path: Path, damage: str) -> None:
@@ -50,12 +55,13 @@ def test_a_damaged_file_means_measuring_again(path: Path, damage: str) -> None:
 
 
 def test_the_file_of_an_earlier_version_is_read(path: Path) -> None:
-    """It had a line for each value, and its links were pairs of worker and host."""
+    """It had a line for each value, links were pairs of worker and host, and steps of several tokens had no cost."""
     way = ["w h", {"round_trip_s": 0.001, "bandwidth": 1e9}, time.time()]
     figures = {**asdict(PROFILE), "corrections": [["m", 1.5]]}
+    del figures["verify_costs"]
     path.write_text(json.dumps({"key": "k", "profile": figures, "links": [way]}, indent=1))
     file = ProfileFile(path, "k")
-    assert file.kept.profile == replace(PROFILE, corrections=(("m", 1.5),))
+    assert file.kept.profile == replace(PROFILE, corrections=(("m", 1.5),), verify_costs=())
     assert file.link("w", "h:1") == Link(0.001, 1e9)
 
 

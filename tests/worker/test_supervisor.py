@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from collections import deque
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 
 from cluster.core.errors import BadFrame, WorkerLost
 from cluster.core.limits import OVERLOADED_S
+from cluster.core.plan import Profile
 from cluster.worker.engine_launcher import EngineLauncher
-from cluster.worker.pipe_messages import Done, Hello, Load, Reported, pack, read, unpacker
+from cluster.worker.pipe_messages import Done, Hello, Load, Measured, Reported, pack, read, unpacker
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
@@ -137,3 +139,13 @@ def test_a_message_without_an_end_is_bounded() -> None:
     endless = [b"\xdb\xff\xff\xff\xff", *(bytes(65_000) for _ in range(40))]
     with pytest.raises(BadFrame):
         deque(chain.from_iterable(read(stream, data) for data in endless), 0)
+
+
+@pytest.mark.parametrize("costs", [(), ((2, 1.25),), ((3, 1.11), (8, 2.2))])
+def test_an_engine_tells_the_profile_that_it_measured(costs: tuple[tuple[int, float], ...]) -> None:
+    profile = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, verify_costs=costs)
+    (measured,) = read(unpacker(), pack(Measured.of(1, profile)))
+    assert isinstance(measured, Measured)
+    assert measured.profile == profile
+    damaged = replace(measured, verify_costs=(float("nan"), 1.0))
+    assert damaged.profile == replace(profile, verify_costs=())

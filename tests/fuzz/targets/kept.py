@@ -66,7 +66,7 @@ def engine_messages() -> Prepared:
         messages.Done(1),
         messages.CommandFailed(1, "BAD_CHECKPOINT", "no"),
         messages.Reported(4, 1, 2, 3, 4),
-        messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1),
+        messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1, (1.1, 0.0, 1.3)),
     )
     return Prepared(run, (b"".join(map(messages.pack, said)), *map(messages.pack, said)), spoil_records)
 
@@ -110,7 +110,7 @@ def coordinator_journals() -> Prepared:
 
 
 def worker_profiles() -> Prepared:
-    known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),))
+    known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),), ((2, 1.1), (8, 2.0)))
     kept = profiles.StoredProfile("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
 
     def read(path: Path) -> None:

@@ -196,7 +196,13 @@ def facts() -> Prepared:
     said = worker_pb2.DescribeResponse(
         id="ab" * 8, name="mac-1", version="1", cluster="c", data_port=7000, memory_total=2**36, memory_limit=2**35,
         epoch=3, start_layer=0, end_layer=4, model="m",
-        profile=worker_pb2.Profile(bandwidth=1e11, layer_s=1e-5, step_s=1e-4, flops=1e12),
+        profile=worker_pb2.Profile(
+            bandwidth=1e11,
+            layer_s=1e-5,
+            step_s=1e-4,
+            flops=1e12,
+            verify_costs=[worker_pb2.VerifyCost(tokens=2, cost=1.1)],
+        ),
     )  # fmt: skip
 
     def run(data: bytes) -> None:
