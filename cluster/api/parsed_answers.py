@@ -21,7 +21,7 @@ class ParsedAnswers:
     """The parsers of one request's answers; they do nothing if the request leaves its answers as they are."""
 
     def __init__(self, request: Request, model_info: ModelInfo) -> None:
-        self._checkpoint = model_info
+        self._model_info = model_info
         self._parsers: list[AnswerParser] = []
         if request.parsing is None:
             return
@@ -56,8 +56,8 @@ class ParsedAnswers:
 
     async def _calls(self, body: str) -> tuple[ToolCall, ...]:
         if self._small_tools and len(body) <= SMALL_CALL_CHARS:
-            return self._checkpoint.tokenizer.read_calls(body, self._tools)
-        return await self._checkpoint.text.read_calls(body, self._tools)
+            return self._model_info.tokenizer.read_calls(body, self._tools)
+        return await self._model_info.text.read_calls(body, self._tools)
 
 
 def _join(first: Parsed, second: Parsed) -> Parsed:

@@ -9,6 +9,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.serve import (
     HowGood,
+    HowOftenRight,
     HowRoute,
     KvBits,
     Lanes,
@@ -39,6 +40,7 @@ def load(
     prefill_chunk: PrefillChunk = None,
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
+    acceptance: HowOftenRight = 0.0,
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -65,6 +67,7 @@ def load(
             prefill_chunk=prefill_chunk,
             kv_bits=check_kv_bits(kv_bits),
             objective=objective,
+            acceptance=acceptance,
             take_back=take_back,
         )
         state = follow(loading)

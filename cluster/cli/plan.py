@@ -12,6 +12,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Coordinator, Json
 from cluster.cli.serve import (
     HowGood,
+    HowOftenRight,
     HowRoute,
     KvBits,
     Lanes,
@@ -41,6 +42,7 @@ def plan(
         typer.Option(metavar="MACS", help="Plan for these Macs, not the real ones: m2-ultra-192,m4-pro-48x2,10gbe."),
     ] = None,
     objective: HowGood = Objective.LATENCY,
+    acceptance: HowOftenRight = 0.0,
     context: Annotated[
         int | None,
         typer.Option(
@@ -84,6 +86,7 @@ def plan(
             kv_bits=check_kv_bits(kv_bits),
             prefill_chunk=prefill_chunk,
             objective=objective,
+            acceptance=acceptance,
         )
         if assume is not None and (coordinator or peer):
             raise InvalidOption("--assume cannot be combined with --coordinator or --peer", field="assume")
@@ -120,6 +123,7 @@ def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cl
                 kv_bits=order.kv_bits,
                 prefill_chunk=order.prefill_chunk,
                 objective=order.objective,
+                acceptance=order.acceptance,
             )
         except Unreachable:
             if coordinator or os.environ.get("MACPIPE_COORDINATOR"):

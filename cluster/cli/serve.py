@@ -99,6 +99,10 @@ HttpCert = Annotated[
 ]
 HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --http-cert (PEM).")]
 HowGood = Annotated[Objective, typer.Option(help="Optimize for one user's speed, or for many users' total speed.")]
+HowOftenRight = Annotated[
+    float,
+    typer.Option(metavar="SHARE", help="Plan for one user whose guessed tokens are right this often, from 0 to 1."),
+]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -170,6 +174,7 @@ def serve(
     prefill_chunk: PrefillChunk = None,
     kv_bits: KvBits = 0,
     objective: HowGood = Objective.LATENCY,
+    acceptance: HowOftenRight = 0.0,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
@@ -194,6 +199,7 @@ def serve(
             prefill_chunk=prefill_chunk,
             kv_bits=check_kv_bits(kv_bits),
             objective=objective,
+            acceptance=acceptance,
             take_back=take_back,
         ),
         home=state_home(home),

@@ -92,7 +92,8 @@ class LoadOptions(TypedDict, total=False):
     sets the ranges, as in ``0-3,4-7``; the default is the planner's. ``lanes`` defaults to one per stage.
     ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
     caches. ``prefill_chunk`` is the tokens of a prompt chunk while nobody decodes; the default follows from measured
-    cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back.
+    cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1)
+    plans for one user whose guessed tokens are right this often.
     """
 
     workers: int | None
@@ -105,6 +106,7 @@ class LoadOptions(TypedDict, total=False):
     kv_bits: int
     objective: Objective | str
     take_back: bool
+    acceptance: float
 
 
 def encode_sampling(options: Options) -> pb.SamplingOptions:

@@ -97,6 +97,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         kv_bits=check_whole_number("kv_bits", options.get("kv_bits") or 0),
         take_back=bool(options.get("take_back")),
         prefill_chunk=check_whole_number("prefill_chunk", options.get("prefill_chunk") or 0),
+        acceptance=check_number("acceptance", options.get("acceptance") or 0.0),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
     )
 
@@ -114,6 +115,7 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         kv_bits=load.kv_bits,
         prefill_chunk=load.prefill_chunk,
         objective=load.objective,
+        acceptance=load.acceptance,
     )
 
 

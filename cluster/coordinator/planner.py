@@ -15,7 +15,7 @@ from cluster.core.limits import (
     PREFILL_CHUNK,
     PREFIX_SHARE,
 )
-from cluster.core.plan import CHUNK_BLOCK, Link, ModelShape, Plan, PlannedStage, Route, StageSpec
+from cluster.core.plan import CHUNK_BLOCK, Link, ModelShape, Objective, Plan, PlannedStage, Route, StageSpec
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
@@ -41,7 +41,11 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
     """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
     if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
         raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
-    request = PlanRequest(order.objective, order.worker_count, order.layers, order.lanes)
+    if not 0 <= order.acceptance <= 1:
+        raise InvalidOption(f"--acceptance is {order.acceptance:g}; it must be from 0 to 1", field="acceptance")
+    if order.acceptance and order.objective is not Objective.LATENCY:
+        raise InvalidOption("--acceptance is for one user; use it with --objective latency", field="acceptance")
+    request = PlanRequest(order.objective, order.worker_count, order.layers, order.lanes, order.acceptance)
     proposal = propose(shape, candidates, request)
     stages = _stages(epoch, shape, proposal, order.kv_bits)
     lanes = order.lanes or len(stages)

@@ -22,7 +22,8 @@ class LoadOrder:
     ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
     ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
-    ``kv_bits`` 8 or 4 quantizes caches; 0 does not.
+    ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``acceptance`` is the share of guessed tokens that the
+    plan expects to be right, from 0 to 1.
     """
 
     model: str
@@ -37,6 +38,7 @@ class LoadOrder:
     kv_bits: int = 0
     objective: Objective = Objective.LATENCY
     take_back: bool = False
+    acceptance: float = 0.0
 
     @property
     def stage_count(self) -> int | None:

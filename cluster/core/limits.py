@@ -462,6 +462,10 @@ MAX_VERIFIED: Final = 8
 """Most tokens of one sequence in a step that verifies guesses; beyond it more rows save nothing on any device known."""
 BALANCE_SLACK: Final = 0.02
 """How much slower than the best a latency plan may be if it balances its stages better, which helps many users."""
+GUESSED_GAP: Final = 0.01
+"""How much slower than the best a plan for guessed tokens may be, so that few limits on its stages are tried."""
+MAX_HALVED: Final = 6_000
+"""Pairs of (set of workers, next worker) over all limits on the slowest stage that a plan for guessed tokens tries."""
 MAX_SEARCH: Final = 2_500
 """Pairs of (set of workers, next worker) up to which every order of every subset is tried: eight different workers.
 Beyond that the workers are ordered by speed, and the search is exact for that order."""

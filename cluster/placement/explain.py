@@ -6,11 +6,12 @@ It finds the reasons by running the same search with other questions. It decides
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.core.limits import FAR_OFF, GIB
 from cluster.core.plan import LayerRange, ModelShape, Objective, Spare
 from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.guessed_token_time import guessed_token_s
 from cluster.placement.layout_forecast import forecast, hops_s, token_s
 from cluster.placement.memory_split import needed_bytes
 from cluster.placement.predicted_step_time import decode_s, fixed_s
@@ -32,24 +33,35 @@ class Layout:
     workers: tuple[Candidate, ...]
     ranges: tuple[LayerRange, ...]
     objective: Objective
+    acceptance: float = 0.0
 
     @property
     def token_s(self) -> float:
         return token_s(self.shape, self.candidates, self.workers, self.ranges)
 
     @property
+    def expected_s(self) -> float:
+        """The seconds of a token if guesses are right as often as ``acceptance``; without it those of every token."""
+        hops = hops_s(self.shape, self.candidates, self.workers, self.ranges)
+        return guessed_token_s(self._stages_s, hops, self.acceptance)
+
+    @property
     def slowest_s(self) -> float:
-        return max(decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True))
+        return max(self._stages_s)
+
+    @property
+    def _stages_s(self) -> list[float]:
+        return [decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True)]
 
     def of(self, found: BestLayout) -> Layout:
         """Return another layout for the same shape, candidates and objective."""
-        return Layout(self.shape, self.candidates, found.workers, found.ranges, self.objective)
+        return replace(self, workers=found.workers, ranges=found.ranges)
 
     def gains(self, other: Layout) -> bool:
         """Return whether ``other`` is noticeably better by the objective."""
         if self.objective is Objective.THROUGHPUT:
             return other.slowest_s * NOTICEABLE < self.slowest_s
-        return other.token_s * NOTICEABLE < self.token_s
+        return other.expected_s * NOTICEABLE < self.expected_s
 
     @property
     def merit(self) -> str:
@@ -74,6 +86,7 @@ def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
         sentence
         for sentence in (
             _explain_bottleneck(layout),
+            _explain_guesses(layout),
             _explain_single_worker(layout, search),
             _explain_better_layout(layout, search),
             _explain_memory_limit(layout),
@@ -100,10 +113,18 @@ def _explain_bottleneck(layout: Layout) -> str:
     return f"bound by {by}: of {_ms(layout.token_s)} a token, {spent}"
 
 
+def _explain_guesses(layout: Layout) -> str:
+    """Return what guessed tokens gain for one user, if the plan counts on them."""
+    if not layout.acceptance:
+        return ""
+    without = _figure(1 / layout.token_s)
+    return f"with {layout.acceptance:.0%} of guesses right, one user gets {_rate(layout)} instead of {without}"
+
+
 def _explain_single_worker(layout: Layout, search: Search | None) -> str:
     """Name a single Mac that can hold the whole model and is faster for one user, if there is one."""
     found = search.best(stage_count=1) if search and len(layout.workers) > 1 else None
-    if found is None or layout.of(found).token_s >= layout.token_s:
+    if found is None or layout.of(found).expected_s >= layout.expected_s:
         return ""
     alone = layout.of(found)
     sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
@@ -125,7 +146,7 @@ def _explain_better_layout(layout: Layout, search: Search | None) -> str:
 def _explain_memory_limit(layout: Layout) -> str:
     """Name the best layout without memory limits and the memory that it lacks, if it is noticeably better."""
     table = StageTable(layout.shape, 1)
-    found = Search(table, layout.candidates, layout.objective, unbounded=True).best()
+    found = Search(table, layout.candidates, layout.objective, acceptance=layout.acceptance, unbounded=True).best()
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
@@ -179,9 +200,9 @@ def _why_spare(layout: Layout, search: Search | None, worker: Candidate) -> str:
     if layout.objective is Objective.THROUGHPUT:
         return f"it would only slow the others down: {other.merit} instead of {layout.merit}"
     enough = f"{_others(layout)} {'are' if len(layout.workers) > 1 else 'is'} enough"
-    if other.token_s < layout.token_s * NOTICEABLE:
+    if other.expected_s < layout.expected_s * NOTICEABLE:
         return f"{enough}, and it would make no token faster"
-    return f"{enough}; with it a token would take {_ms(other.token_s)} instead of {_ms(layout.token_s)}"
+    return f"{enough}; with it a token would take {_ms(other.expected_s)} instead of {_ms(layout.expected_s)}"
 
 
 def _others(layout: Layout) -> str:
@@ -189,7 +210,7 @@ def _others(layout: Layout) -> str:
 
 
 def _rate(layout: Layout) -> str:
-    return f"{_figure(1 / layout.token_s)} tokens/s"
+    return f"{_figure(1 / layout.expected_s)} tokens/s"
 
 
 def _figure(number: float) -> str:

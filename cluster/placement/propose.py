@@ -35,13 +35,15 @@ SEQUENCES = 1
 class PlanRequest:
     """The user's request: objective, number of stages, layers of each worker in order, and number of lanes.
 
-    None leaves a choice to the planner.
+    None leaves a choice to the planner. ``acceptance`` is the share of guessed tokens that are expected to be right; 0
+    counts on no guesses. It only changes plans for ``LATENCY``.
     """
 
     objective: Objective = Objective.LATENCY
     stage_count: int | None = None
     layers: tuple[LayerRange, ...] | None = None
     lanes: int | None = None
+    acceptance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def propose(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> 
         return _use_given_ranges(shape, candidates, request, request.layers)
     if not candidates.known:
         return _split_by_memory(shape, candidates, request)
-    search = Search(StageTable(shape, SEQUENCES), candidates, request.objective)
+    search = _search(shape, candidates, request)
     found = search.best(stage_count=request.stage_count)
     if found is None:
         return _split_by_memory(shape, candidates, request)  # raises an error that says what is missing
@@ -98,7 +100,7 @@ def _use_given_ranges(
         )
     workers = _choose_workers(shape, candidates, request, layers)
     check(shape, [w.memory for w in workers], layers, SEQUENCES)
-    search = Search(StageTable(shape, SEQUENCES), candidates, request.objective) if candidates.known else None
+    search = _search(shape, candidates, request) if candidates.known else None
     return _build_proposal(shape, candidates, request, workers, tuple(layers), search)
 
 
@@ -110,12 +112,14 @@ def _choose_workers(
         return tuple(candidates.workers)
     if candidates.known:
         only_these_cuts = replace(shape, clean_cuts=tuple(r.start for r in layers[1:]))
-        found = Search(StageTable(only_these_cuts, SEQUENCES), candidates, request.objective).best(
-            stage_count=len(layers)
-        )
+        found = _search(only_these_cuts, candidates, request).best(stage_count=len(layers))
         if found is not None:
             return found.workers
     return _largest(candidates, len(layers))
+
+
+def _search(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> Search:
+    return Search(StageTable(shape, SEQUENCES), candidates, request.objective, acceptance=request.acceptance)
 
 
 def _count_ranges(ranges: int) -> str:
@@ -156,7 +160,8 @@ def _build_proposal(
     search: Search | None,
 ) -> Proposal:
     known = candidates.known
-    layout = explain.Layout(shape, candidates, workers, ranges, request.objective)
+    acceptance = request.acceptance if request.objective is Objective.LATENCY else 0.0
+    layout = explain.Layout(shape, candidates, workers, ranges, request.objective, acceptance)
     return Proposal(
         workers,
         ranges,

@@ -6,8 +6,9 @@ every order of every subset without listing them. If there are too many workers 
 speed, and any of them may be left out.
 
 ``LATENCY`` minimises the sum of stages and hops. Then, for the same workers in the same order, it minimises the slowest
-stage, as long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum. It
-knows seconds; it refuses to know bytes.
+stage, as long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum.
+``LATENCY`` with an acceptance minimises the time of a token that is guessed right that often, which depends on both
+(``guessed_token_time``). It knows seconds; it refuses to know bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import pairwise, product
 from math import inf, prod
 from typing import TypeAlias
@@ -22,9 +24,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cluster.core.limits import BALANCE_SLACK, MAX_SEARCH
+from cluster.core.limits import BALANCE_SLACK, GUESSED_GAP, MAX_HALVED, MAX_SEARCH
 from cluster.core.plan import LayerRange, Objective
 from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.guessed_token_time import guessed_token_s, steady_token_s
 from cluster.placement.stage_table import Matrix, StageTable
 
 __all__ = ["BestLayout", "Search"]
@@ -67,21 +70,32 @@ class _State:
 
 
 _States: TypeAlias = dict[Key, dict[int, _State]]
+_Steps: TypeAlias = list[tuple[int, int, int]]
+"""Each stage's kind and the positions where it begins and ends."""
 
 
 class Search:
     """Searches the layouts of one model over some workers. ``visited`` counts the transitions that were tried."""
 
     def __init__(
-        self, table: StageTable, candidates: Candidates, objective: Objective, *, unbounded: bool = False
+        self,
+        table: StageTable,
+        candidates: Candidates,
+        objective: Objective,
+        *,
+        acceptance: float = 0.0,
+        unbounded: bool = False,
     ) -> None:
         self._table = table
         self._candidates = candidates
         self._objective = objective
+        self._acceptance = acceptance
         self._kinds = _kinds(candidates)
-        self.every_order = _count_transitions(self._kinds) <= MAX_SEARCH
+        self._transitions = _count_transitions(self._kinds)
+        self.every_order = self._transitions <= MAX_SEARCH
         if not self.every_order:
             self._kinds = [[w] for w in sorted(candidates.workers, key=lambda w: -w.profile.bandwidth)]
+            self._transitions = len(self._kinds) ** 2
         self._stages = [table.seconds(kind[0], unbounded=unbounded) for kind in self._kinds]
         self._hops = [[self._hop(a[0], b[-1]) for b in self._kinds] for a in self._kinds]
         self._runs: dict[float | None, _States] = {}
@@ -99,6 +113,8 @@ class Search:
         ``stage_count`` restricts the number of stages. ``including`` restricts the search to layouts that use that
         worker; it finds nothing if not every order is compared.
         """
+        if self._objective is Objective.LATENCY and self._acceptance:
+            return self._best_guessed(stage_count, including)
         limit = inf
         if self._objective is Objective.THROUGHPUT:
             limit = self._least(None, stage_count, including)[0]
@@ -109,6 +125,71 @@ class Search:
         if self._objective is Objective.LATENCY:
             steps = self._balance([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
         return self._build_layout(steps)
+
+    def _best_guessed(self, stage_count: int | None, including: Candidate | None) -> BestLayout | None:
+        """Return the layout with the least expected time of a token, or None if none fits.
+
+        First it is found without the time for which wrong guesses hold a stage. Then layers move between neighbours,
+        and workers change places, while that makes a token faster.
+        """
+        steps = self._least_steady(stage_count, including)
+        if steps is None:
+            return None
+        least = self._guessed_s(steps)
+        for _ in self._table.positions:
+            other = min(self._neighbours(steps), key=self._guessed_s, default=steps)
+            if (seconds := self._guessed_s(other)) >= least:
+                break
+            steps, least = other, seconds
+        return self._build_layout(steps)
+
+    def _least_steady(self, stage_count: int | None, including: Candidate | None) -> _Steps | None:
+        """Return the steps of the least ``steady_token_s``, within ``GUESSED_GAP``.
+
+        For each number of stages, the sum can only grow as the limit on the slowest stage falls. So a range of limits
+        is bounded from below by the sum at its upper end and the slowest stage at its lower end. Ranges that may hold a
+        better layout are halved, the most promising first. If there are very many sets of workers, only a few are.
+        """
+        counts = [stage_count] if stage_count is not None else list(range(1, len(self._candidates.workers) + 1))
+        ends = self._candidates.ends_s()
+        ranges = [(self._steady_s(self._least(inf, n, including)[0] + ends, 0.0, n), n, 0.0, inf) for n in counts]
+        heapify(ranges)
+        best, least = None, inf
+        for _ in range(max(1, MAX_HALVED // self._transitions)):
+            if not ranges or ranges[0][0] >= least * (1 - GUESSED_GAP):
+                break
+            _, n, low, high = heappop(ranges)
+            cost, key, last = self._least(high, n, including)
+            steps = self._trace_back(high, key, last) if cost < inf else []
+            if high < inf:
+                del self._runs[high]
+            if not steps:
+                continue
+            lap, slowest = cost + ends, max(float(self._stages[kind][a, b]) for kind, a, b in steps)
+            if (seconds := self._steady_s(lap, slowest, n)) < least:
+                best, least = steps, seconds
+            middle = (low + slowest) / 2
+            for down, up in ((low, middle), (middle, slowest * (1 - 1e-9))):
+                if down < up:
+                    heappush(ranges, (self._steady_s(lap, down, n), n, down, up))
+        return best
+
+    def _steady_s(self, lap_s: float, slowest_s: float, stages: int) -> float:
+        return inf if lap_s == inf else steady_token_s(lap_s, slowest_s, stages, self._acceptance)
+
+    def _guessed_s(self, steps: _Steps) -> float:
+        seconds = [float(self._stages[kind][a, b]) for kind, a, b in steps]
+        hops = sum(float(self._hops[one[0]][other[0]][other[1]]) for one, other in pairwise(steps))
+        return guessed_token_s(seconds, hops + self._candidates.ends_s(), self._acceptance)
+
+    def _neighbours(self, steps: _Steps) -> Iterator[_Steps]:
+        """Yield the layouts with one cut moved by a position, or with the workers of two neighbours exchanged."""
+        for i in range(1, len(steps)):
+            (one, a, cut), (other, _, b) = steps[i - 1], steps[i]
+            moved = [(one, other, at) for at in (cut - 1, cut + 1) if a < at < b]
+            exchanged = [(other, one, at) for at in range(a + 1, b) if one != other]
+            for first, second, at in (*moved, *exchanged):
+                yield [*steps[: i - 1], (first, a, at), (second, at, b), *steps[i + 1 :]]
 
     def _least(
         self, limit: float | None, stage_count: int | None, including: Candidate | None
@@ -182,7 +263,7 @@ class Search:
         cost = states[key][last].cost
         return cost if last < 0 or slowest else cost + self._hops[last][kind]
 
-    def _trace_back(self, limit: float, key: Key, last: int) -> list[tuple[int, int, int]]:
+    def _trace_back(self, limit: float, key: Key, last: int) -> _Steps:
         """Return each stage's kind and the positions where it begins and ends, traced back from the end."""
         states = self._states(limit)
         at = len(self._table.positions) - 1
@@ -193,7 +274,7 @@ class Search:
             (key, last), at = state.origins[int(state.before[at])], int(state.begin[at])
         return steps[::-1]
 
-    def _balance(self, order: Sequence[int], bound: float) -> list[tuple[int, int, int]] | None:
+    def _balance(self, order: Sequence[int], bound: float) -> _Steps | None:
         """Return the layout in that order whose slowest stage is fastest, of those with a sum within ``bound``."""
         every = np.unique(np.concatenate([self._stages[kind].ravel() for kind in order]))
         limits = every[np.isfinite(every)]
@@ -201,7 +282,7 @@ class Search:
         i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, limits[i])[0] <= bound)
         return self._chain(order, limits[i])[1] if i < len(limits) else None
 
-    def _chain(self, order: Sequence[int], limit: float) -> tuple[float, list[tuple[int, int, int]]]:
+    def _chain(self, order: Sequence[int], limit: float) -> tuple[float, _Steps]:
         """Return the minimum sum in that order with no stage slower than ``limit``, and its stages."""
         cost, begins = np.full(len(self._table.positions), inf), []
         cost[0] = 0.0

@@ -581,6 +581,7 @@ class LoadModelRequest(_message.Message):
     MAX_STEP_MS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -599,6 +600,8 @@ class LoadModelRequest(_message.Message):
     kv_bits: _builtins.int
     """8 or 4 quantizes caches; 0 leaves them unquantized."""
     objective: Global___Objective.ValueType
+    acceptance: _builtins.float
+    """Plan for one user whose guessed tokens are right this often, from 0 to 1; 0 counts on no guesses."""
     take_back: _builtins.bool
     """Lost workers get their layers back once they return; otherwise they become spares."""
     prefill_chunk: _builtins.int
@@ -615,12 +618,13 @@ class LoadModelRequest(_message.Message):
         max_step_ms: _builtins.float = ...,
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
+        acceptance: _builtins.float = ...,
         take_back: _builtins.bool = ...,
         prefill_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -641,6 +645,7 @@ class PlanRequest(_message.Message):
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     workers: _builtins.int
     layers: _builtins.str
@@ -650,6 +655,7 @@ class PlanRequest(_message.Message):
     kv_bits: _builtins.int
     objective: Global___Objective.ValueType
     prefill_chunk: _builtins.int
+    acceptance: _builtins.float
     def __init__(
         self,
         *,
@@ -662,10 +668,11 @@ class PlanRequest(_message.Message):
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
         prefill_chunk: _builtins.int = ...,
+        acceptance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,12 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
         ),
         (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
+        (["faq", "--assume", "m4-pro-48x2", "--acceptance", "1.5"], 2, ["--acceptance is 1.5", "from 0 to 1"]),
+        (
+            ["faq", "--assume", "m4-pro-48x2", "--acceptance", "0.5", "--objective", "throughput"],
+            2,
+            ["--acceptance is for one user", "--objective latency"],
+        ),
         (["faq", "--wait", "0", "--cluster", "nobody-is-in-this-one"], 1, ["found no worker"]),
         (["faq", "--coordinator", "127.0.0.1:1"], 1, ["no coordinator answers"]),
     ],
@@ -84,3 +90,5 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     (request,) = coordinator.script.seen
     assert (request.model, request.max_context, request.kv_bits, request.prefill_chunk) == ("faq", 512, 8, 96)
     assert request.objective == cluster_pb2.OBJECTIVE_THROUGHPUT
+    macpipe("plan", "faq", "--acceptance", "0.7", to=coordinator)
+    assert coordinator.script.seen[-1].acceptance == 0.7

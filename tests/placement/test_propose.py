@@ -72,6 +72,19 @@ def test_throughput_takes_both_and_says_who_would_be_faster_alone() -> None:
     assert made.forecast.one_user < latency.forecast.one_user
 
 
+def test_guesses_make_more_macs_worth_while_and_their_gain_is_named() -> None:
+    candidates = Candidates([mac("a", 100), mac("b", 100)])
+    request = PlanRequest(acceptance=0.7)
+    assert len(propose(shape(), candidates, PlanRequest()).workers) == 1
+    assert len(propose(shape(), candidates, request).workers) == 2
+    assert "with 70% of guesses right, one user gets 27.4 tokens/s instead of 17.8" in told(candidates, request)
+    assert "alone would be faster" not in told(candidates, request)
+    halves = PlanRequest(layers=(LayerRange(0, 30), LayerRange(30, 40)), acceptance=0.7)
+    assert "the planner would choose a 0-19, b 20-39: 27.4 tokens/s instead of" in told(candidates, halves)
+    throughput = PlanRequest(Objective.THROUGHPUT, acceptance=0.7)
+    assert told(candidates, throughput) == told(candidates, PlanRequest(Objective.THROUGHPUT))
+
+
 def test_what_binds_is_named() -> None:
     tight = Candidates([mac("a", 24), mac("b", 24, SLOW)])
     assert "also bound by memory: with 17.8 GiB more on a, a 0-39 would give 18 tokens/s" in told(tight)

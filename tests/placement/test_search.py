@@ -1,4 +1,4 @@
-"""The search finds what brute force finds, for both objectives, with bounded work."""
+"""The search finds what brute force finds, for both objectives and for guessed tokens, with bounded work."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.core.limits import BALANCE_SLACK, GIB
+from cluster.core.limits import BALANCE_SLACK, GIB, GUESSED_GAP, MAX_HALVED
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.guessed_token_time import guessed_token_s, steady_token_s
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
 from effort import effort
-from placement.instances import clusters, layouts, shapes, stages_s, total_s
+from placement.instances import Layout, clusters, layouts, shapes, stages_s, total_s
 
 close = pytest.approx
 
@@ -65,6 +67,33 @@ def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidate
     assert found.slowest == close(slowest, rel=1e-9)
     as_quick = [one for one in every if max(stages_s(shape, one)) <= slowest * (1 + 1e-12)]
     assert found.seconds == close(min(total_s(shape, candidates, one) for one in as_quick), rel=1e-9)
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=effort(100, 1000), deadline=None)
+@given(shapes(), clusters(), st.sampled_from([0.1, 0.5, 0.7, 0.9, 1.0]))
+def test_with_guesses_it_is_as_fast_as_trying_everything(
+    shape: ModelShape, candidates: Candidates, acceptance: float
+) -> None:
+    every = list(layouts(shape, candidates))
+    found = Search(StageTable(shape, 1), candidates, Objective.LATENCY, acceptance=acceptance).best()
+    if found is None:
+        assert every == []
+        return
+    assert (found.workers, found.ranges) in every
+
+    def steady(one: Layout) -> float:
+        lap = total_s(shape, candidates, one) + candidates.ends_s()
+        return steady_token_s(lap, max(stages_s(shape, one)), len(one[0]), acceptance)
+
+    def expected(one: Layout) -> float:
+        stages = stages_s(shape, one)
+        hops = total_s(shape, candidates, one) - sum(stages) + candidates.ends_s()
+        return guessed_token_s(stages, hops, acceptance)
+
+    least = min(map(steady, every))
+    good = [one for one in every if steady(one) <= least / (1 - GUESSED_GAP) * (1 + 1e-9)]
+    assert expected((found.workers, found.ranges)) <= max(map(expected, good)) * (1 + 1e-9)
 
 
 @settings(max_examples=effort(40, 150), deadline=None)
@@ -129,6 +158,36 @@ def test_sixteen_alike_are_compared_in_every_order() -> None:
     assert asked.every_order
     assert [len(r) for r in found.ranges] == [8] * 16
     assert asked.visited <= 32
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.9])
+def test_with_guesses_more_macs_are_used_and_stages_grow_towards_the_end(acceptance: float) -> None:
+    workers = [mac(i, 100, 3e11) for i in range(4)]
+    found = Search(StageTable(big(7), 1), Candidates(workers), Objective.LATENCY, acceptance=acceptance).best()
+    assert found
+    assert [len(r) for r in found.ranges] == [1, 2, 2, 2]
+    unequal = [mac(0, 30, 6e11), mac(1, 100, 3e11)]
+    found = Search(StageTable(big(80), 1), Candidates(unequal), Objective.LATENCY, acceptance=acceptance).best()
+    assert found
+    assert [w.name for w in found.workers] == ["w0", "w1"], "the slow stage is the last one"
+
+
+def test_a_wrong_guess_holds_a_slow_first_stage_and_not_a_slow_last_one() -> None:
+    assert guessed_token_s([20.0, 5.0], 0.0, 0.5) == close(0.5 * (25 + 15) + 0.5 * 20)
+    assert guessed_token_s([5.0, 20.0], 0.0, 0.5) == close(0.5 * 25 + 0.5 * 20)
+    assert guessed_token_s([5.0, 20.0, 5.0], 0.0, 0.5) == close(0.5 * (30 + 10) + 0.5 * 20)
+    assert guessed_token_s([20.0, 5.0], 0.0, 0.0) == 25.0
+    assert guessed_token_s([10.0], 4.0, 0.9) == close(14.0), "on one Mac nothing overlaps"
+
+
+@pytest.mark.parametrize(("count", "differ"), [(16, 1), (8, 1), (16, 0)])
+def test_a_search_with_guesses_is_bounded(count: int, differ: int) -> None:
+    workers = [mac(i, 40 + i * differ, 2e11 + 1e10 * i * differ) for i in range(count)]
+    asked = Search(StageTable(big(128), 1), Candidates(workers), Objective.LATENCY, acceptance=0.7)
+    found = asked.best()
+    assert found
+    assert found.ranges[-1].end == 128
+    assert asked.visited <= 2 * MAX_HALVED
 
 
 def test_equal_macs_share_evenly_and_the_fewest_are_used() -> None:

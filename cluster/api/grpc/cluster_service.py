@@ -130,6 +130,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         prefill_chunk=_prefill_chunk(r.prefill_chunk),
         kv_bits=_kv_bits(r.kv_bits),
         objective=decode_objective(r.objective),
+        acceptance=r.acceptance,
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
     )
 

@@ -258,7 +258,14 @@ CHAT_PROTO = inference_pb2.ChatRequest(messages=TURNS, sampling=SAMPLING, stop=S
 CHAT_PLAIN = inference_pb2.ChatRequest(messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR)
 TOKENIZE = (inference_pb2.TokenizeRequest(text="hello"), inference_pb2.TokenizeRequest(messages=TURNS[:2]))
 LOAD = cluster_pb2.LoadModelRequest(
-    model="faq", workers=2, layers="0-1,2-3", max_context=64, max_step_ms=5.0, kv_bits=8, prefill_chunk=16
+    model="faq",
+    workers=2,
+    layers="0-1,2-3",
+    max_context=64,
+    max_step_ms=5.0,
+    kv_bits=8,
+    prefill_chunk=16,
+    acceptance=0.5,
 )
 PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
 
