@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
+from cluster.cli.options import Cluster, Coordinator, Json, answer_options, takes_options
 from cluster.core.errors import InvalidOption, NotServing
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ BUNDLED: Final = "faq"
 SUGGESTIONS: Final = ("Who are you?", "What can you do?", "What is a hop?")
 
 
-@takes_answer_options
+@takes_options(answer_options)
 def chat(
-    options: Any,
     message: Annotated[
         str | None,
         typer.Option("--message", "-m", metavar="TEXT", help="Send this message, print the answer, and exit."),
@@ -33,6 +32,7 @@ def chat(
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
+    options: Any = None,
 ) -> None:
     """Chat with the model.
 

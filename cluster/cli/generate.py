@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Coordinator, Json, takes_answer_options
+from cluster.cli.options import Cluster, Coordinator, Json, answer_options, takes_options
 from cluster.core.errors import InvalidOption
 
 if TYPE_CHECKING:
     from cluster.client import Client, Options, Stream
 
 
-@takes_answer_options
+@takes_options(answer_options)
 def generate(
-    options: Any,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads standard input.")
     ] = None,
@@ -39,6 +38,7 @@ def generate(
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
+    options: Any = None,
 ) -> None:
     """Print the answer to a prompt."""
     with errors_in_json(json):

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.cli.serve import (
-    HowGood,
-    HowOftenRight,
-    HowRoute,
-    KvBits,
-    Lanes,
-    Layers,
-    MaxContext,
-    MaxStepMs,
-    Model,
-    PrefillChunk,
-    TakeBack,
-    Workers,
-    check_kv_bits,
-)
+from cluster.cli.options import Cluster, Coordinator, Json, takes_options
+from cluster.cli.plan_options import plan_options
+from cluster.cli.serve import MaxContext, MaxStepMs, Model, TakeBack
 from cluster.core.limits import MAX_STEP_MS
-from cluster.core.plan import Objective, Route
 
 if TYPE_CHECKING:
     from cluster.client import ClusterState, Loading
 
 
+@takes_options(plan_options)
 def load(
     model: Model,
-    workers: Workers = None,
-    layers: Layers = None,
-    route: HowRoute = Route.DIRECT,
+    options: Any = None,
     max_context: MaxContext = None,
-    lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
-    prefill_chunk: PrefillChunk = None,
-    kv_bits: KvBits = 0,
-    objective: HowGood = Objective.LATENCY,
-    acceptance: HowOftenRight = 0.0,
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -51,25 +31,9 @@ def load(
     It replaces the served model.
     """
     from cluster.client import Client
-    from cluster.core.text import parse_layers
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
-        if layers:
-            parse_layers(layers)
-        loading = client.load(
-            model,
-            workers=workers,
-            layers=layers or "",
-            route=route,
-            max_context=max_context,
-            lanes=lanes,
-            max_step_ms=max_step_ms,
-            prefill_chunk=prefill_chunk,
-            kv_bits=check_kv_bits(kv_bits),
-            objective=objective,
-            acceptance=acceptance,
-            take_back=take_back,
-        )
+        loading = client.load(model, max_context=max_context, max_step_ms=max_step_ms, take_back=take_back, **options)
         state = follow(loading)
         if json:
             from cluster.cli.json_output import print_json

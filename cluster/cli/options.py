@@ -1,7 +1,7 @@
 """Options that several commands share, and their conversion to ``cluster.client.Options``.
 
 This module does not import ``annotations`` from ``__future__``, because
-``takes_answer_options`` moves its evaluated annotations to other modules.
+``takes_options`` moves its evaluated annotations to other modules.
 """
 
 import inspect
@@ -103,21 +103,28 @@ def answer_options(
     }
 
 
-def takes_answer_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter ``options`` of ``command`` by the parameters of ``answer_options``."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(answer_options).parameters
+def takes_options(shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator for commands: it replaces their parameter ``options`` by the parameters of ``shared``.
 
-    def run(**given: Any) -> None:
-        options = answer_options(**{name: given.pop(name) for name in shared})
-        command(**given, options=options)
+    The command gets what ``shared`` returns.
+    """
+    parameters = inspect.signature(shared).parameters
 
-    merged = {name: one for name, one in own.items() if name != "options"} | dict(shared)
-    run.__name__ = command.__name__
-    run.__doc__ = command.__doc__
-    run.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: one.annotation for name, one in merged.items()}
-    return run
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            options = shared(**{name: given.pop(name) for name in parameters})
+            command(**given, options=options)
+
+        merged: dict[str, inspect.Parameter] = {}
+        for name, one in inspect.signature(command, eval_str=True).parameters.items():
+            merged |= parameters if name == "options" else {name: one}
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        run.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+        run.__annotations__ = {name: one.annotation for name, one in merged.items()}
+        return run
+
+    return decorate
 
 
 def parse_biases(given: list[str] | tuple[str, ...]) -> dict[int, float] | None:

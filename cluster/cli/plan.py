@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Coordinator, Json
-from cluster.cli.serve import (
-    HowGood,
-    HowOftenRight,
-    HowRoute,
-    KvBits,
-    Lanes,
-    Layers,
-    Model,
-    Peers,
-    PrefillChunk,
-    Workers,
-    check_kv_bits,
-)
+from cluster.cli.options import Coordinator, Json, takes_options
+from cluster.cli.plan_options import PlanOptions, order_options, plan_options
+from cluster.cli.serve import Model, Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
-from cluster.core.plan import Objective, Route
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -35,26 +23,20 @@ if TYPE_CHECKING:
 WAIT_S = 5.0
 
 
+@takes_options(plan_options)
 def plan(
     model: Model,
     assume: Annotated[
         str | None,
         typer.Option(metavar="MACS", help="Plan for these Macs, not the real ones: m2-ultra-192,m4-pro-48x2,10gbe."),
     ] = None,
-    objective: HowGood = Objective.LATENCY,
-    acceptance: HowOftenRight = 0.0,
+    options: Any = None,
     context: Annotated[
         int | None,
         typer.Option(
             "--context", "--max-context", min=1, metavar="N", help="Tokens of prompt and answer.", show_default="4096"
         ),
     ] = None,
-    workers: Workers = None,
-    layers: Layers = None,
-    route: HowRoute = Route.DIRECT,
-    lanes: Lanes = None,
-    kv_bits: KvBits = 0,
-    prefill_chunk: PrefillChunk = None,
     coordinator: Coordinator = None,
     peer: Peers = None,
     cluster: Annotated[
@@ -72,28 +54,15 @@ def plan(
     With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.coordinator.settings import LoadOrder
-    from cluster.core.text import parse_layers
 
     with errors_in_json(json):
-        order = LoadOrder(
-            model=model,
-            worker_count=workers,
-            layers=parse_layers(layers) if layers else None,
-            route=route,
-            max_context=context,
-            wait_s=max(wait, SETTLE_S),
-            lanes=lanes,
-            kv_bits=check_kv_bits(kv_bits),
-            prefill_chunk=prefill_chunk,
-            objective=objective,
-            acceptance=acceptance,
-        )
+        order = LoadOrder(model, max_context=context, wait_s=max(wait, SETTLE_S), **order_options(options))
         if assume is not None and (coordinator or peer):
             raise InvalidOption("--assume cannot be combined with --coordinator or --peer", field="assume")
         if assume is not None:
             made = plan_assumed(order, assume)
         else:
-            made = coordinators_plan(order, layers or "", coordinator, cluster) or plan_found(
+            made = coordinators_plan(model, context, options, coordinator, cluster) or plan_found(
                 order, cluster, tuple(peer or ())
             )
         show(made, json)
@@ -107,24 +76,15 @@ def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
     return describe_plan(plan_for(order, assume, state_home()))
 
 
-def coordinators_plan(order: LoadOrder, layers: str, coordinator: str | None, cluster: str) -> ModelPlan | None:
+def coordinators_plan(
+    model: str, context: int | None, options: PlanOptions, coordinator: str | None, cluster: str
+) -> ModelPlan | None:
     """Return a running coordinator's plan. Return None if none was named and none runs at the default address."""
     from cluster.client import Client
 
     with Client(coordinator, cluster=cluster) as client:
         try:
-            return client.plan(
-                order.model,
-                workers=order.worker_count,
-                layers=layers,
-                route=order.route,
-                max_context=order.max_context,
-                lanes=order.lanes,
-                kv_bits=order.kv_bits,
-                prefill_chunk=order.prefill_chunk,
-                objective=order.objective,
-                acceptance=order.acceptance,
-            )
+            return client.plan(model, max_context=context, **options)
         except Unreachable:
             if coordinator or os.environ.get("MACPIPE_COORDINATOR"):
                 raise

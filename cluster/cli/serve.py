@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Home, Level
+from cluster.cli.options import Home, Level, takes_options
+from cluster.cli.plan_options import order_options, plan_options
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import (
     DISCOVERY_TIMEOUT_S,
-    MAX_PREFILL_CHUNK,
     MAX_SCHEMA_BYTES,
     MAX_STEP_MS,
     MOST_SCHEMA_BYTES,
 )
-from cluster.core.plan import Objective, Route
-from cluster.core.text import parse_address, parse_layers
+from cluster.core.text import parse_address
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
@@ -34,20 +33,6 @@ Model = Annotated[
         metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
     ),
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Use this many workers.", show_default="the best number")
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RANGES",
-        help="Layers per stage, like 0-3,4-7. Ranges go to workers in order of name, or to the best if there are more.",
-        show_default="planned",
-    ),
-]
-HowRoute = Annotated[
-    Route, typer.Option(help="Send activations directly between workers, or relay them through the coordinator.")
-]
 MaxContext = Annotated[
     int | None,
     typer.Option(
@@ -58,25 +43,11 @@ MaxContext = Annotated[
     ),
 ]
 
-Lanes = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Number of batches in the pipeline at once.", show_default="one per stage"),
-]
 MaxStepMs = Annotated[
     float,
     typer.Option(min=1, metavar="MS", help="Limit a prefill chunk's time on a stage while others decode."),
 ]
 
-PrefillChunk = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MAX_PREFILL_CHUNK,
-        metavar="N",
-        help="Read prompts in chunks of N tokens, shorter ones while others decode.",
-        show_default="by measured cost and memory",
-    ),
-]
 
 Http = Annotated[
     str,
@@ -98,11 +69,6 @@ HttpCert = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Certificate for HTTPS (PEM), instead of the cluster's own.")
 ]
 HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --http-cert (PEM).")]
-HowGood = Annotated[Objective, typer.Option(help="Optimize for one user's speed, or for many users' total speed.")]
-HowOftenRight = Annotated[
-    float,
-    typer.Option(metavar="SHARE", help="Plan for one user whose guessed tokens are right this often, from 0 to 1."),
-]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -142,23 +108,14 @@ Host = Annotated[
 ClusterName = Annotated[
     str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")
 ]
-KvBits = Annotated[
-    int,
-    typer.Option(
-        metavar="BITS",
-        help="Quantize KV caches to 8 or 4 bits: longer contexts fit, but a lane takes one request at a time.",
-        show_default="not quantized",
-    ),
-]
 
 
+@takes_options(plan_options)
 def serve(
     model: Model,
-    workers: Workers = None,
+    options: Any = None,
     peer: Peers = None,
     peers_only: Annotated[bool, typer.Option("--peers-only", help="Use --peer workers only.")] = False,
-    layers: Layers = None,
-    route: HowRoute = Route.DIRECT,
     host: Host = "",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")] = 7700,
     http: Http = "",
@@ -169,12 +126,7 @@ def serve(
     http_key: HttpKey = None,
     join_port: JoinPort = None,
     max_context: MaxContext = None,
-    lanes: Lanes = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
-    prefill_chunk: PrefillChunk = None,
-    kv_bits: KvBits = 0,
-    objective: HowGood = Objective.LATENCY,
-    acceptance: HowOftenRight = 0.0,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
@@ -189,18 +141,11 @@ def serve(
     settings = ServeSettings(
         LoadOrder(
             model=model,
-            worker_count=workers,
-            layers=parse_layers(layers) if layers else None,
-            route=route,
             max_context=max_context,
-            wait_s=wait,
-            lanes=lanes,
             max_step_ms=max_step_ms,
-            prefill_chunk=prefill_chunk,
-            kv_bits=check_kv_bits(kv_bits),
-            objective=objective,
-            acceptance=acceptance,
             take_back=take_back,
+            wait_s=wait,
+            **order_options(options),
         ),
         home=state_home(home),
         cluster=cluster,
@@ -269,10 +214,3 @@ def certificate_files(certificate: Path | None, key: Path | None) -> tuple[Path,
     if certificate or key:
         raise InvalidOption("--http-cert and --http-key must be given together", field="http_cert")
     return None
-
-
-def check_kv_bits(bits: int) -> int:
-    """Return ``bits`` if it is 4, 8, or 0 for no quantization. Raise InvalidOption otherwise."""
-    if bits not in (0, 4, 8):
-        raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")
-    return bits

@@ -16,8 +16,9 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SANDBOX_MESSAGE_BYTES, MAX_SPLIT_POINTS
+from cluster.core.limits import MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SPLIT_POINTS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCall
+from cluster.sandbox.limits import MAX_SANDBOX_MESSAGE_BYTES
 
 __all__ = [
     "CallsReply",

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import anyio
 
 from cluster.core.errors import Busy, MacpipeError, NotServing
-from cluster.core.limits import MAX_SANDBOX_WAITING, RETRY_AFTER_S, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
+from cluster.core.limits import RETRY_AFTER_S
 from cluster.sandbox.job_messages import Job, Reply
+from cluster.sandbox.limits import MAX_SANDBOX_WAITING, SANDBOX_GROW_S, SANDBOX_PROCESSES, SANDBOX_WAIT_S
 from cluster.sandbox.process import SandboxProcess
 
 __all__ = ["ProcessPool"]

@@ -18,10 +18,11 @@ from typing import Final
 import anyio
 
 from cluster.core.errors import BadFrame, Busy, MacpipeError, NotServing
-from cluster.core.limits import MEMORY_WATCH_S, MIB, RETRY_AFTER_S, SANDBOX_MEMORY_BYTES
+from cluster.core.limits import MIB, RETRY_AFTER_S
 from cluster.platform.process import isolated_environment, resident_bytes
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
 from cluster.sandbox.job_messages import HEADER, Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
+from cluster.sandbox.limits import MEMORY_WATCH_S, SANDBOX_MEMORY_BYTES
 
 __all__ = ["SandboxProcess"]
 

@@ -18,21 +18,7 @@ from typing import Final, Protocol
 import anyio
 
 from cluster.core.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.core.limits import (
-    LARGE_PROMPT_BYTES,
-    MAX_LISTED_TOKENS,
-    MIB,
-    SANDBOX_CPU_S,
-    SANDBOX_CPU_S_PER_MIB,
-    SANDBOX_MEMORY_BYTES,
-    SANDBOX_MEMORY_PER_BYTE,
-    SANDBOX_MEMORY_PER_TOKEN,
-    SANDBOX_OPEN_CPU_S,
-    SANDBOX_OPEN_MEMORY_BYTES,
-    SANDBOX_OPEN_WALL_S,
-    SANDBOX_WALL_FACTOR,
-    SANDBOX_WARM_UP_CPU_S,
-)
+from cluster.core.limits import MAX_LISTED_TOKENS, MIB
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Tool, ToolCall, prompt_size, utf8_size
 from cluster.sandbox.job_messages import (
     CallsReply,
@@ -46,6 +32,19 @@ from cluster.sandbox.job_messages import (
     ReadCalls,
     WarmUp,
     unpack_tokens,
+)
+from cluster.sandbox.limits import (
+    LARGE_PROMPT_BYTES,
+    SANDBOX_CPU_S,
+    SANDBOX_CPU_S_PER_MIB,
+    SANDBOX_MEMORY_BYTES,
+    SANDBOX_MEMORY_PER_BYTE,
+    SANDBOX_MEMORY_PER_TOKEN,
+    SANDBOX_OPEN_CPU_S,
+    SANDBOX_OPEN_MEMORY_BYTES,
+    SANDBOX_OPEN_WALL_S,
+    SANDBOX_WALL_FACTOR,
+    SANDBOX_WARM_UP_CPU_S,
 )
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess

@@ -9,18 +9,13 @@ from collections.abc import Callable, Mapping
 import anyio
 
 from cluster.core.errors import MacpipeError, StageFailed
-from cluster.core.limits import (
-    MAX_SCHEMA_BYTES,
-    SANDBOX_CPU_S,
-    SANDBOX_MEMORY_BYTES,
-    SANDBOX_PROCESSES,
-    SANDBOX_WALL_FACTOR,
-)
+from cluster.core.limits import MAX_SCHEMA_BYTES
 from cluster.core.request import Grammar, GrammarKind
 from cluster.model.grammars import Constraint
 from cluster.model.tokenizer import Tokenizer
 from cluster.sandbox.child import JobRunner
 from cluster.sandbox.job_messages import HEADER, CheckGrammar, Limits, Ready, unpack_reply
+from cluster.sandbox.limits import SANDBOX_CPU_S, SANDBOX_MEMORY_BYTES, SANDBOX_PROCESSES, SANDBOX_WALL_FACTOR
 from fuzz.cost.recipe import Recipe, filled, size
 from fuzz.cost.stand_in import outcome_of, served
 from fuzz.cost.target import TAKEN, CostTarget, Entry

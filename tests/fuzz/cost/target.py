@@ -6,11 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cluster.core.limits import (
-    MIB,
-    SANDBOX_OPEN_CPU_S,
-    SANDBOX_OPEN_MEMORY_BYTES,
-)
+from cluster.core.limits import MIB
+from cluster.sandbox.limits import SANDBOX_OPEN_CPU_S, SANDBOX_OPEN_MEMORY_BYTES
 from cluster.sandbox.sandboxed_tokenizer import prompt_limits
 from fuzz.cost.measure import CPU_S, MEMORY_MIB
 from fuzz.cost.recipe import Recipe
