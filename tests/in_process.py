@@ -20,8 +20,8 @@ class InProcess(TextService):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._worker, self._tokenizer = JobRunner(tokenizer), tokenizer
 
-    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        return self._done(Encode(max_tokens, texts, NO_LIMITS, text))
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False, special: bool = True) -> Tokenized:
+        return self._done(Encode(max_tokens, texts, NO_LIMITS, text, special))
 
     async def converse(
         self,

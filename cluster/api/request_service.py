@@ -69,6 +69,11 @@ class RequestService:
         self._live: dict[str, str] = {}
         """The client of each live request, by request id."""
 
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens may be guessed before they are sampled."""
+        return self.coordinator.speculates
+
     async def submit(self, request: Request, model_info: ModelInfo) -> RunningRequest:
         """Submit a request. Return once it has a lane or a place in the queue.
 

@@ -42,7 +42,8 @@ async def generate_request(params: GenerateParams, size: int, model_info: ModelI
     _check_prompt_logprobs(params.prompt_logprobs, len(prompt))
     least_tokens = 1 if params.prompt_logprobs is None else 0
     request = _request(params, prompt, params.grammar, model_info, caller, least_tokens)
-    return PreparedRequest(replace(request, prompt_logprobs=params.prompt_logprobs))
+    request = replace(request, prompt_logprobs=params.prompt_logprobs)
+    return await _predict(params, PreparedRequest(request), model_info, caller)
 
 
 async def chat_request(params: ChatParams, size: int, model_info: ModelInfo, caller: Caller) -> PreparedRequest:
@@ -66,7 +67,40 @@ async def chat_request(params: ChatParams, size: int, model_info: ModelInfo, cal
     request = _request(params, prompt, tokenized.grammar, model_info, caller)
     parsing = Parsing(options.offered, tokenized.thinking)
     request = replace(request, parsing=parsing, split_points=tokenized.split_points)
-    return PreparedRequest(request, ignored=tokenized.ignored)
+    prepared = PreparedRequest(request, ignored=tokenized.ignored)
+    return await _predict(params, prepared, model_info, caller)
+
+
+async def _predict(
+    params: AnswerParams, prepared: PreparedRequest, model_info: ModelInfo, caller: Caller
+) -> PreparedRequest:
+    """Add the tokens of the prediction to a request, if they are of use.
+
+    Raises ``InvalidRequest`` for one that is longer than any answer, and for a strict caller if it has no effect.
+    """
+    text, context = params.prediction, model_info.shape.max_context
+    if not text:
+        return prepared
+    check_size("prediction has", utf8_size(text), context, "prediction")
+    if not (caller.speculates and params.speculate):
+        if caller.strict:
+            why = "speculate is false" if caller.speculates else "this server does not speculate"
+            raise InvalidRequest(f"the prediction has no effect, since {why}; leave it out", field="prediction")
+        return replace(prepared, ignored=(*prepared.ignored, "prediction"))
+    try:
+        tokenized = await model_info.text.encode(text, context, special=False)
+    except PromptTooLong as e:
+        raise _long_prediction(context) from e
+    if tokenized.count > context:
+        raise _long_prediction(context)
+    return replace(prepared, request=replace(prepared.request, prediction=tokenized.ids))
+
+
+def _long_prediction(context: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"the prediction is longer than the context of {context} tokens; send the part that the answer may repeat",
+        field="prediction",
+    )
 
 
 def check_conversation(conversation: Conversation, context: int) -> None:
@@ -163,6 +197,7 @@ def _request(
         priority=params.priority,
         samples=max(params.samples, 1),
         stage_timings=params.stage_timings,
+        speculate=params.speculate,
     )
 
 

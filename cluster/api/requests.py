@@ -26,7 +26,7 @@ class Caller:
     ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
     clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
     as the context allows. ``shorten``: a max_tokens that does not fit the context is lowered to what fits. ``strict``:
-    hints that the model's chat template does not know are errors.
+    hints that have no effect are errors. ``speculates``: tokens may be guessed before they are sampled.
     """
 
     client: str
@@ -34,6 +34,7 @@ class Caller:
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS
     shorten: bool = False
     strict: bool = False
+    speculates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,10 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerParams:
-    """The parameters of every answer, whatever its prompt."""
+    """The parameters of every answer, whatever its prompt.
+
+    ``prediction`` is text that the client expects of it. ``speculate`` False lets no token be guessed.
+    """
 
     request_id: str = ""
     sampling: SamplingOptions = SamplingOptions()
@@ -66,6 +70,8 @@ class AnswerParams:
     samples: int = 1
     grammar: Grammar | None = None
     stage_timings: bool = False
+    prediction: str = ""
+    speculate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,9 @@ class Options(TypedDict, total=False):
     log-probability, ``top_logprobs`` that many alternatives. ``request_id`` identifies the request for ``abort``; if it
     is empty, the coordinator generates one. ``samples`` is the number of answers. At most one of ``json_schema``,
     ``json_object``, ``regex`` and ``lark`` constrains the answer. ``priority`` (0 to 9) moves a request ahead in the
-    fair queue. ``stage_timings`` adds the stages' timings to every token. ``timeout_s`` is the deadline of the whole
-    answer; it overrides the client's ``timeout_s``.
+    fair queue. ``stage_timings`` adds the stages' timings to every token. ``prediction`` is text that the answer may
+    repeat: it saves time and changes no token. ``speculate`` False lets no token be guessed before it is sampled.
+    ``timeout_s`` is the deadline of the whole answer; it overrides the client's ``timeout_s``.
     """
 
     model: str
@@ -56,6 +57,8 @@ class Options(TypedDict, total=False):
     regex: str
     lark: str
     stage_timings: bool
+    prediction: str
+    speculate: bool | None
 
 
 class GenerateKeywords(Options, total=False):
@@ -129,6 +132,12 @@ def encode_stop(options: Options) -> pb.StopOptions:
         stop=[check_text("stop", one) for one in strings],
         ignore_eos=check_bool("ignore_eos", options.get("ignore_eos") or False),
     )
+
+
+def encode_speculate(options: Options) -> bool | None:
+    """Encode whether tokens may be guessed; None leaves it to the coordinator. Raise InvalidRequest."""
+    given = options.get("speculate")
+    return None if given is None else check_bool("speculate", given)
 
 
 def encode_grammar(options: Options) -> pb.Grammar | None:

@@ -24,7 +24,13 @@ def decode_finish(reply: inference_pb2.FinishInfo) -> Finish:
     reason = FINISH_REASON_OF.get(reply.reason)
     if reason is None:
         raise VersionMismatch(f"unknown finish reason {reply.reason} from the coordinator; update this client")
-    usage = Usage(reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.cached_tokens)
+    usage = Usage(
+        reply.usage.prompt_tokens,
+        reply.usage.completion_tokens,
+        reply.usage.cached_tokens,
+        reply.usage.accepted_prediction_tokens,
+        reply.usage.rejected_prediction_tokens,
+    )
     timings = Timings(reply.timings.ttft_ms, reply.timings.tpot_ms, reply.timings.tokens_per_second)
     stages = tuple(map(decode_figures, reply.stages))
     calls = tuple(map(decode_call, reply.tool_calls))

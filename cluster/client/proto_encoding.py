@@ -18,6 +18,7 @@ from cluster.client.options import (
     check_whole_number,
     encode_grammar,
     encode_sampling,
+    encode_speculate,
     encode_stop,
 )
 from cluster.codec.plan import OBJECTIVES, ROUTES
@@ -45,6 +46,8 @@ def encode_generate(prompt: PromptInput, options: GenerateKeywords) -> inference
         samples=check_whole_number("samples", options.get("samples") or 0),
         stage_timings=bool(options.get("stage_timings")),
         grammar=encode_grammar(options),
+        prediction=check_text("prediction", options.get("prediction") or ""),
+        speculate=encode_speculate(options),
         prompt_logprobs=None if scored is None else check_whole_number("prompt_logprobs", scored),
     )
     if isinstance(prompt, str):
@@ -68,6 +71,8 @@ def encode_chat(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb
         samples=check_whole_number("samples", options.get("samples") or 0),
         stage_timings=bool(options.get("stage_timings")),
         grammar=encode_grammar(options),
+        prediction=check_text("prediction", options.get("prediction") or ""),
+        speculate=encode_speculate(options),
         template=encode_template(options),
     )
     return _check_size(request, "messages")

@@ -29,6 +29,7 @@ def encode_token(event: TokenEvent) -> pb.TokenEvent:
         sample=event.sample,
         stages=map(encode_figures, event.stages),
         cached_tokens=event.cached_tokens,
+        guess=event.guess,
     )
 
 
@@ -45,6 +46,7 @@ def decode_token(message: pb.TokenEvent) -> TokenEvent:
         sample=message.sample,
         stages=tuple(map(decode_figures, message.stages)),
         cached_tokens=message.cached_tokens,
+        guess=message.guess,
     )
 
 

@@ -257,6 +257,11 @@ class Coordinator:
             raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
         return service.model_info
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the served model's tokens may be guessed before they are sampled; False without a model."""
+        return self._service is not None and self._service.speculates
+
     def _require_service(self) -> ModelService:
         if self._service:
             return self._service

@@ -1,7 +1,7 @@
 """Encode and decode the journal's records: bytes with length and checksum, and requests as plain data.
 
-Every field of a request is kept except two: the deadline, since it is a time of the monotonic clock, which a restart
-invalidates; and the split points, since they only save work.
+Every field of a request is kept except three: the deadline, since it is a time of the monotonic clock, which a restart
+invalidates; the split points and the prediction, since they only save work.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ HEADER: Final = b"macpipe journal 2\n"
 _PREFIX: Final = struct.Struct(">II")
 """Precedes each record: the length of its msgpack body in bytes, and the CRC-32 of the body."""
 _DEFAULTS = SamplingParams()
+_NEWER: Final[tuple[Any, ...]] = (None, True)
+"""The values of ``prompt_logprobs`` and ``speculate`` in records that have none."""
 
 
 class DamagedJournal(ValueError):
@@ -87,16 +89,17 @@ def as_data(r: Request) -> tuple[Any, ...]:
         r.samples,
         parsing,
         r.prompt_logprobs,
+        r.speculate,
     )
 
 
 def from_data(data: Any) -> Request:
     """Return the request from the output of ``as_data`` after a round trip through msgpack.
 
-    An older record has no ``prompt_logprobs``. Raises ``TypeError`` or ``ValueError``.
+    An older record lacks the last or the last two fields. Raises ``TypeError`` or ``ValueError``.
     """
     request_id, prompt, sampling, max_tokens, stop, ignore_eos, client, priority, samples, parsing, *newer = data
-    (prompt_logprobs,) = newer or (None,)
+    prompt_logprobs, speculate = tuple(newer) + _NEWER[len(newer) :]
     request = Request(
         id=request_id,
         prompt=tuple(prompt),
@@ -109,6 +112,7 @@ def from_data(data: Any) -> Request:
         samples=samples,
         parsing=_read_parsing(*parsing) if parsing else None,
         prompt_logprobs=prompt_logprobs,
+        speculate=speculate,
     )
     if not _has_valid_types(request):
         raise TypeError("a field of the request has the wrong type")
@@ -133,6 +137,7 @@ def _has_valid_types(r: Request) -> bool:
         all(type(text) is str for text in texts)
         and all(type(count) is int for count in counts)
         and type(r.ignore_eos) is bool
+        and type(r.speculate) is bool
         and (r.prompt_logprobs is None or type(r.prompt_logprobs) is int)
         and all(_has_type_of(getattr(p, f.name), getattr(_DEFAULTS, f.name)) for f in fields(p) if f.name != "grammar")
         and all(len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float) for pair in p.logit_bias)

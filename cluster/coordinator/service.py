@@ -36,7 +36,7 @@ from cluster.core.limits import (
     RECOVERY_PAUSE_S,
     STEADY_S,
 )
-from cluster.core.plan import Plan
+from cluster.core.plan import Plan, Speculation
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.scheduler import Scheduler
@@ -86,6 +86,11 @@ class ModelService:
     @property
     def plan(self) -> Plan:
         return self._epoch.plan if self._epoch else self._first.plan
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens may be guessed before they are sampled."""
+        return self._order.speculation is not Speculation.OFF
 
     @property
     def epoch(self) -> Epoch | None:

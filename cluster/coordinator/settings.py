@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
 from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
-from cluster.core.plan import LayerRange, Objective, Route
+from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class LoadOrder:
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
     ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``acceptance`` is the share of guessed tokens that the
-    plan expects to be right, from 0 to 1.
+    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled.
     """
 
     model: str
@@ -39,6 +39,7 @@ class LoadOrder:
     objective: Objective = Objective.LATENCY
     take_back: bool = False
     acceptance: float = 0.0
+    speculation: Speculation = Speculation.OFF
 
     @property
     def stage_count(self) -> int | None:

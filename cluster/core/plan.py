@@ -130,6 +130,15 @@ class ModelShape:
         return int((sqrt(token * token + 4 * score * room) - token) / (2 * score))
 
 
+class Speculation(StrEnum):
+    """What guesses tokens before they are sampled: nothing, whatever there is, or one source."""
+
+    OFF = "off"
+    AUTO = "auto"
+    NGRAM = "ngram"
+    DRAFT = "draft"
+
+
 class Objective(StrEnum):
     """What a plan optimizes: one user's next token, or many users' tokens together."""
 

@@ -290,6 +290,8 @@ class TokenEvent:
     sample: int = 0
     stages: tuple[StageFigures, ...] = ()
     cached_tokens: int = 0
+    guess: str = ""
+    """What guessed the token before it was sampled; "" if nothing did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,9 +304,13 @@ class SkippedText:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Tokens of a request. Those of its prediction that were computed ahead are the answer's, or were rejected."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class JobRunner:
                     self._tokenizer.chat(HELLO)
                 return Ready()
             case Encode():
-                return _prompt(self._tokenizer, self._tokenizer.encode(job.text, most=job.most), job)
+                return _prompt(self._tokenizer, self._tokenizer.encode(job.text, job.special, job.most), job)
             case Converse():
                 return _conversation(self._tokenizer, job, with_split_points=self._split_points)
             case CheckGrammar():

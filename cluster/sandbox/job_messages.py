@@ -97,9 +97,10 @@ class PromptJob:
 
 @dataclass(frozen=True, slots=True)
 class Encode(PromptJob):
-    """Tokenize ``text``."""
+    """Tokenize ``text``, with the tokenizer's special tokens around it if ``special``."""
 
     text: str
+    special: bool = True
     kind: Literal["encode"] = "encode"
 
 

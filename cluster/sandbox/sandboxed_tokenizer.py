@@ -80,8 +80,8 @@ class Tokenized:
 class TextService(Protocol):
     """The tokenizer operations that requests need. Each method also raises ``Busy`` and ``NotServing``."""
 
-    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        """Tokenize ``text``. Raises ``InvalidRequest``."""
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False, special: bool = True) -> Tokenized:
+        """Tokenize ``text``, with special tokens around it unless ``special`` is False. Raises ``InvalidRequest``."""
 
     async def converse(
         self,
@@ -132,9 +132,9 @@ class SandboxedTokenizer:
         """
         await self._text.open(process)
 
-    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False, special: bool = True) -> Tokenized:
         size = utf8_size(text)
-        return await self._prompt(Encode(max_tokens, texts, prompt_limits(size, max_tokens), text), size)
+        return await self._prompt(Encode(max_tokens, texts, prompt_limits(size, max_tokens), text, special), size)
 
     async def converse(
         self,

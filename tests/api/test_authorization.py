@@ -66,6 +66,7 @@ class Idle:
 
     state = ServingState.IDLE
     journal = None
+    speculates = False
 
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}

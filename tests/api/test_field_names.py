@@ -70,6 +70,7 @@ def test_every_kind_of_grammar_has_the_forms_name() -> None:
 class Served:
     """A coordinator whose grammars are invalid, and a text service whose prompts have one token."""
 
+    speculates = False
     text: Any = property(lambda self: self)
     tokenizer = None
     vocabulary = 10

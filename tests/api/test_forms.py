@@ -56,6 +56,20 @@ def test_every_sampling_field_arrives() -> None:
     assert (asked.stop, asked.max_tokens) == (["a"], 9)
 
 
+def test_predictions_are_text_or_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "file"}]
+    for content in ("a file", parts):
+        assert chat(prediction={"type": "content", "content": content}).prediction == "a file"
+    assert chat().prediction == ""
+
+
+def test_every_answer_is_speculated_for_unless_its_client_says_no() -> None:
+    for asked in (chat, lambda **more: completions(**more)[0]):
+        assert asked().speculate
+        assert asked(speculate=None).speculate
+        assert not asked(speculate=False).speculate
+
+
 @pytest.mark.parametrize(
     ("more", "field", "word"),
     [
@@ -69,6 +83,12 @@ def test_every_sampling_field_arrives() -> None:
         ({"made_up": 1}, "made_up", "not a parameter"),
         ({"functions": []}, "functions", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
+        ({"prediction": "a file"}, "prediction", "prediction: "),
+        ({"prediction": {"type": "content"}}, "prediction.content", "missing"),
+        ({"prediction": {"type": "image", "content": "x"}}, "prediction.type", "content"),
+        ({"prediction": {"type": "content", "content": 5}}, "prediction.content", "prediction.content: "),
+        ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0]", "only text"),
+        ({"speculate": "no"}, "speculate", "boolean"),
         ({"store": True}, "store", "should be false"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
         ({"top_logprobs": 1}, "top_logprobs", "logprobs"),

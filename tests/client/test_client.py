@@ -90,10 +90,13 @@ def test_every_option_is_sent(ask: Ask, coordinator: Coordinator) -> None:
         ignore_eos=True,
         logit_bias={5: -1},
         stage_timings=True,
+        prediction="a file",
+        speculate=False,
         **sampling,
     )
     (request,) = coordinator.script.seen
     assert request.stage_timings
+    assert (request.prediction, request.HasField("speculate"), request.speculate) == ("a file", True, False)
     assert {name: getattr(request.sampling, name) for name in sampling} == sampling
     assert dict(request.sampling.logit_bias) == {5: -1.0}
     assert (request.model, list(request.tokens.ids), request.WhichOneof("prompt")) == ("faq", [1, 2, 3], "tokens")
@@ -106,6 +109,7 @@ def test_what_is_not_given_is_not_sent(ask: Ask, coordinator: Coordinator) -> No
     assert not request.sampling.ListFields()
     assert not request.stop.HasField("max_tokens")
     assert not request.stage_timings
+    assert not request.HasField("speculate")
     assert request.WhichOneof("prompt") == "text"
 
 
@@ -125,6 +129,8 @@ def test_messages_have_three_forms(ask: Ask, coordinator: Coordinator) -> None:
         ("generate", ["Hi"], {"seed": 2**64}, "seed"),
         ("generate", ["Hi"], {"seed": -1}, "seed"),
         ("generate", ["Hi"], {"top_k": 1.5}, "top_k"),
+        ("generate", ["Hi"], {"prediction": 5}, "prediction"),
+        ("generate", ["Hi"], {"speculate": "no"}, "speculate"),
         ("generate", ["Hi"], {"logprobs": 3}, "logprobs"),
         ("generate", ["Hi"], {"logit_bias": {-1: 1.0}}, "logit_bias"),
         ("generate", ["Hi"], {"stop": [3]}, "stop"),

@@ -44,6 +44,7 @@ def post(served: Served, path: str, more: dict[str, Any] | None = None) -> httpx
     [
         ("/v1/chat/completions", {}, None),
         ("/v1/chat/completions", {"user": None, "metadata": {}}, None),
+        ("/v1/chat/completions", {"prediction": {"type": "content", "content": "A hop"}}, "prediction"),
         ("/v1/chat/completions", {"reasoning_effort": "high", "user": "amy"}, "user, reasoning_effort"),
         (
             "/v1/chat/completions",

@@ -87,7 +87,8 @@ class InferenceServicer(InferenceServiceServicer):
     def _caller(self, context: Context) -> Caller:
         left_s = context.time_remaining()
         deadline = None if left_s is None else time.monotonic() + left_s
-        return Caller(client_name(self._trust, context), deadline, strict=self._service.strict)
+        client = client_name(self._trust, context)
+        return Caller(client, deadline, strict=self._service.strict, speculates=self._service.speculates)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_sent(context):

@@ -56,6 +56,8 @@ def _answer_params(message: Answerable) -> dict[str, Any]:
         "samples": message.samples,
         "grammar": _grammar(message.grammar),
         "stage_timings": message.stage_timings,
+        "prediction": message.prediction,
+        "speculate": message.speculate if message.HasField("speculate") else True,
     }
 
 

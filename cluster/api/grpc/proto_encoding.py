@@ -56,6 +56,8 @@ def finish_info(event: FinishEvent) -> pb.FinishInfo:
         prompt_tokens=event.usage.prompt_tokens,
         completion_tokens=event.usage.completion_tokens,
         cached_tokens=event.usage.cached_tokens,
+        accepted_prediction_tokens=event.usage.accepted_prediction_tokens,
+        rejected_prediction_tokens=event.usage.rejected_prediction_tokens,
     )
     rate = 1e3 / event.tpot_ms if event.tpot_ms else 0.0
     timings = pb.Timings(ttft_ms=event.ttft_ms, tpot_ms=event.tpot_ms, tokens_per_second=rate)

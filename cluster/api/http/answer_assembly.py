@@ -156,7 +156,9 @@ def sum_usage(finishes: Iterable[FinishEvent | None]) -> Usage:
     usages = [f.usage for f in finishes if f]
     completion = sum(u.completion_tokens for u in usages)
     first = usages[0] if usages else Usage(0, 0)
-    return Usage(first.prompt_tokens, completion, first.cached_tokens)
+    accepted = sum(u.accepted_prediction_tokens for u in usages)
+    rejected = sum(u.rejected_prediction_tokens for u in usages)
+    return Usage(first.prompt_tokens, completion, first.cached_tokens, accepted, rejected)
 
 
 def add_usage(a: Usage, b: Usage) -> Usage:
@@ -165,16 +167,22 @@ def add_usage(a: Usage, b: Usage) -> Usage:
         a.prompt_tokens + b.prompt_tokens,
         a.completion_tokens + b.completion_tokens,
         a.cached_tokens + b.cached_tokens,
+        a.accepted_prediction_tokens + b.accepted_prediction_tokens,
+        a.rejected_prediction_tokens + b.rejected_prediction_tokens,
     )
 
 
 def openai_usage(usage: Usage, reasoning_tokens: int | None = None) -> dict[str, Any]:
-    """Return the ``usage`` object of chat and completions. ``reasoning_tokens`` None omits their count."""
-    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
+    """Return the ``usage`` object. ``reasoning_tokens`` None omits the details of the answer, as for completions."""
+    details = {
+        "reasoning_tokens": reasoning_tokens,
+        "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+        "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+    }
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        **details,
+        **({} if reasoning_tokens is None else {"completion_tokens_details": details}),
     }

@@ -95,13 +95,23 @@ class ChatNamedTool(Form):
     function: NamedFunction
 
 
+class PredictionForm(Form):
+    """Text that is expected of the answer."""
+
+    type: Literal["content"]
+    content: Text | Parts
+
+
 class ChatStreamOptions(Form):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
 class ChatForm(SamplingForm):
-    """The body. It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs."""
+    """The body.
+
+    It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs, priority, speculate.
+    """
 
     model: ShortText | None = None
     messages: MessageList
@@ -132,7 +142,7 @@ class ChatForm(SamplingForm):
     function_call: Unsupported = None
     functions: Unsupported = None
     moderation: Unsupported = None
-    prediction: Hint = None
+    prediction: PredictionForm | None = None
     verbosity: Hint = None
     web_search_options: Hint = None
 
@@ -178,6 +188,8 @@ class ChatForm(SamplingForm):
             priority=self.priority,
             samples=self.samples,
             grammar=decode_grammar(self.response_format),
+            prediction=join_text(self.prediction.content, "prediction.content") if self.prediction else "",
+            speculate=self.speculate is not False,
         )
 
     def _options(self) -> ChatOptions:

@@ -38,7 +38,12 @@ async def submit_chat(
     params = await build(request, lambda: form.params(request_id))
     names = form.field_names()
     adjustments = adjustments_of(request.scope)
-    caller = replace(caller_of(request, None), shorten=not adjustments.strict, strict=adjustments.strict)
+    caller = replace(
+        caller_of(request, None),
+        shorten=not adjustments.strict,
+        strict=adjustments.strict,
+        speculates=service.speculates,
+    )
     with rename_fields(names):
         chat = await chat_request(params, form_size(request), model_info, caller)
         running = await service.submit(chat.request, model_info)

@@ -22,7 +22,10 @@ Prompt = Text | Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_f
 
 
 class CompletionsForm(SamplingForm):
-    """The body. It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, response_format, priority."""
+    """The body.
+
+    It adds to OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, response_format, priority, speculate.
+    """
 
     most_commas: ClassVar[int] = MAX_ELEMENTS + MAX_PROMPT_IDS
 
@@ -96,5 +99,6 @@ class CompletionsForm(SamplingForm):
             priority=self.priority,
             samples=self.samples,
             grammar=decode_grammar(self.response_format),
+            speculate=self.speculate is not False,
             prompt_logprobs=self.prompt_logprobs,
         )

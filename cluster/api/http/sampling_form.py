@@ -43,6 +43,7 @@ class SamplingForm(Form):
     seed: Seed | None = None
     stop: StopString | StopStrings | None = None
     ignore_eos: bool = False
+    speculate: bool | None = None
 
     def sampling_options(self, *, logprobs: bool, top_logprobs: int) -> SamplingOptions:
         """Return the sampling options. The default temperature is 1, as at OpenAI. Raises ``InvalidRequest``."""

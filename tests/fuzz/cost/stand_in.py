@@ -55,6 +55,7 @@ class Coordinator:
     """Checks a request's grammar as the real one does, and then stops."""
 
     journal = None
+    speculates = True
 
     def served_model(self, name: str) -> ModelInfo:
         return served()
@@ -156,8 +157,8 @@ class LateSandbox(TextService):
         await text.check_grammar(Grammar(GrammarKind.REGEX, "a"))
         self._text = text
 
-    async def encode(self, text: str, max_tokens: int, *, texts: bool = False) -> Tokenized:
-        return await self._opened().encode(text, max_tokens, texts=texts)
+    async def encode(self, text: str, max_tokens: int, *, texts: bool = False, special: bool = True) -> Tokenized:
+        return await self._opened().encode(text, max_tokens, texts=texts, special=special)
 
     async def converse(
         self,

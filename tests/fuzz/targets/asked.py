@@ -33,7 +33,7 @@ from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target
 from in_process import InProcess
 
-CALLER = Caller("fuzz", None)
+CALLER = Caller("fuzz", None, speculates=True)
 
 
 @functools.cache
@@ -114,6 +114,8 @@ CHAT: dict[str, Any] = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
     "logit_bias": {"3": 1.5},
     "stop": ["a", "b"],
+    "prediction": {"type": "content", "content": [{"type": "text", "text": "hello"}]},
+    "speculate": True,
     "max_tokens": 5,
     "seed": 7,
     "stream": True,
@@ -184,6 +186,7 @@ class _Desk:
     metrics = Metrics()
     bodies = ByteBudget()
     strict = False
+    speculates = True
 
     async def submit(self, request: object, model_info: object) -> object:
         raise Busy("nothing is taken here")
@@ -252,10 +255,12 @@ async def _asked(app: Any, request: h11.Request, body: bytes | None) -> int:
 
 
 GENERATE = inference_pb2.GenerateRequest(request_id="r", text="hello", sampling=SAMPLING, stop=STOP, grammar=GRAMMAR)
-GENERATE_IDS = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, priority=3)
+GENERATE_IDS = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, speculate=False)
 GENERATES = (GENERATE, GENERATE_IDS)
 CHAT_PROTO = inference_pb2.ChatRequest(messages=TURNS, sampling=SAMPLING, stop=STOP, template=TEMPLATE)
-CHAT_PLAIN = inference_pb2.ChatRequest(messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR)
+CHAT_PLAIN = inference_pb2.ChatRequest(
+    messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR, prediction="hello", priority=3
+)
 TOKENIZE = (inference_pb2.TokenizeRequest(text="hello"), inference_pb2.TokenizeRequest(messages=TURNS[:2]))
 LOAD = cluster_pb2.LoadModelRequest(
     model="faq",
