@@ -20,11 +20,15 @@ class StageTiming:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A sequence starts with empty caches. Tokens from ``prompt_length`` on count as its answer."""
+    """A sequence starts with empty caches. Tokens from ``prompt_length`` on count as its answer.
+
+    With ``look_ahead``, its samples report the tokens that its grammar forces after them.
+    """
 
     sequence: int
     prompt_length: int
     sampling: SamplingParams
+    look_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,8 @@ class Tensor:
 class Sample:
     """A token that the last stage sampled; ``position`` is its index in the sequence, prompt included.
 
-    ``final``: the sequence's grammar is complete with it, and only an end could follow.
+    ``final``: the sequence's grammar is complete with it, and only an end could follow. ``forced`` are the next tokens,
+    if the grammar allows no others; at most ``MAX_FORCED_TOKENS``.
     """
 
     sequence: int
@@ -165,6 +170,7 @@ class Sample:
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
     final: bool = False
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,9 @@ MAX_PREFIXES: Final = 1024
 """Kept prefixes, however small. The edits that drop all of them fit one frame."""
 PREFIX_SHARE: Final = 0.5
 """Share of a stage's cache memory for kept prefixes and marks. Live sequences take precedence."""
+MAX_FORCED_TOKENS: Final = 16
+"""Tokens that a grammar forces after a sample, as far as they are reported. No chain of guesses is longer, and to find
+them takes as long as a mask, which is then needed once for so many tokens."""
 LOOKUP_TOKENS: Final = 64 * KIB
 """Tokens of a sequence in which its last tokens are looked up: 27 us for most texts, 0.5 ms for the worst."""
 CLIENT_ANSWER_BYTES: Final = 256 * KIB

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, StageFailed
 from cluster.core.frames import Sample, SequenceFailure
+from cluster.model.grammars import LookAhead
 from cluster.model.sampling import Picked, greedy
 from cluster.model.sequences import LiveSequence
 
@@ -67,11 +68,12 @@ class BatchSampling:
             else:
                 logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
                 try:
-                    final = at == len(live.tokens) and live.sampler.completes(live.tokens, token)
+                    last = at == len(live.tokens)
+                    ahead = live.sampler.look_ahead(live.tokens, token) if last else LookAhead()
                 except MacpipeError as error:  # a grammar failure concerns this sequence alone
                     failures[live.id] = SequenceFailure(live.id, error.reason, error.sentence)
                     continue
-                samples.append(Sample(live.id, at, token, logprob, top, final))
+                samples.append(Sample(live.id, at, token, logprob, top, ahead.complete, ahead.forced))
         return tuple(s for s in samples if s.sequence not in failures), tuple(failures.values())
 
 

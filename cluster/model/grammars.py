@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -30,6 +30,7 @@ from cluster.core.limits import (
     MASK_LEXER_FUEL,
     MASK_PARSER_ITEMS,
     MASK_ROW_ITEMS,
+    MAX_FORCED_TOKENS,
     WALK_CPU_S,
     WALK_TOKENS,
 )
@@ -40,7 +41,7 @@ from cluster.model.schema_support import find_unenforced
 if TYPE_CHECKING:  # a type of the stubs alone
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["Constraint", "Grammars"]
+__all__ = ["Constraint", "Grammars", "LookAhead"]
 
 MASK_LIMITS: Final = LLParserLimits(
     step_lexer_fuel=MASK_LEXER_FUEL, step_max_items=MASK_PARSER_ITEMS, max_items_in_row=MASK_ROW_ITEMS
@@ -151,6 +152,14 @@ class _Spelling:
         return ids
 
 
+@dataclass(frozen=True, slots=True)
+class LookAhead:
+    """What a grammar says of the time after a token: only the end can follow, or only these tokens, in order."""
+
+    complete: bool = False
+    forced: tuple[int, ...] = ()
+
+
 class Constraint:
     """Tracks one sequence's position in its grammar. The position depends on the sequence's tokens alone.
 
@@ -171,9 +180,15 @@ class Constraint:
         self._matcher.reset()
         self._grammar_start: int | None = None if self._free_until else self._start
         self._end = self._start
+        self._forget_forced()
+
+    def _forget_forced(self) -> None:
+        self._forced: tuple[int, ...] = ()
+        self._forced_start = 0
 
     def rewind(self, length: int) -> None:
         """Go back to the first ``length`` tokens, after those behind them have been dropped."""
+        self._forget_forced()
         if self._grammar_start is None:
             self._end = max(self._start, min(self._end, length))
             return
@@ -221,27 +236,40 @@ class Constraint:
             )
         return mask
 
-    def is_complete_after(self, tokens: Sequence[int], token: int) -> bool:
-        """Return whether only the end of the answer can follow ``token``, which was sampled after ``tokens``.
+    def look_ahead(self, tokens: Sequence[int], token: int, *, forced: bool = False) -> LookAhead:
+        """Return what must follow ``token``, which was sampled after ``tokens``; ``forced`` tokens only if asked for.
 
         Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails or the
         token is too much work.
         """
         with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
-            return self._completed(tokens, token)
+            return self._look_ahead(tokens, token, forced)
 
-    def _completed(self, tokens: Sequence[int], token: int) -> bool:
+    def _look_ahead(self, tokens: Sequence[int], token: int, forced: bool) -> LookAhead:
         if self._grammar_start is None or token in self._eos or self._end != len(tokens):
-            return False
+            return LookAhead()
         # llguidance cannot roll back a token that a grammar names by id. A copy works but costs twice as much.
         matcher = self._matcher.deep_copy() if self._by_id else self._matcher
         if not matcher.try_consume_tokens([token]):
             self._require_working(matcher)
             raise StageFailed(f"the grammar does not allow token {token}, which was sampled under it")
         done: bool = matcher.is_stopped()
+        following = self._find_forced(matcher, len(tokens), token) if forced and not done else ()
         if not self._by_id:
             matcher.rollback(1)
-        return done
+        return LookAhead(done, following)
+
+    def _find_forced(self, matcher: LLMatcher, position: int, token: int) -> tuple[int, ...]:
+        """Return the only tokens that can follow ``token`` at ``position``, which ``matcher`` has consumed.
+
+        What is known is not computed again: it takes as long as a mask, over all bytes that the grammar forces.
+        """
+        known = position - self._forced_start
+        if 0 <= known < len(self._forced) - 1 and self._forced[known] == token:
+            return self._forced[known + 1 :]
+        self._forced = tuple(matcher.compute_ff_tokens()[:MAX_FORCED_TOKENS])
+        self._forced_start = position + 1
+        return self._forced
 
     def _follow(self, tokens: Sequence[int], position: int) -> bool:
         """Advance over the new tokens. Return False, and stop at the first bad token, if the grammar forbids one."""

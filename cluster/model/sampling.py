@@ -24,7 +24,7 @@ import mlx.core as mx
 from cluster.core.errors import InvalidGrammar, StageFailed
 from cluster.core.request import Grammar, SamplingParams, TopLogprob
 from cluster.model.grammar_compiler import Compilation, GrammarCompiler
-from cluster.model.grammars import Constraint
+from cluster.model.grammars import Constraint, LookAhead
 
 __all__ = ["Picked", "Sampler", "draw_key", "draw_noise", "greedy"]
 
@@ -79,7 +79,10 @@ def greedy(logits: mx.array) -> Picked:
 
 
 class Sampler:
-    """Samples the tokens of one sequence. ``vocabulary`` is the number of logits."""
+    """Samples the tokens of one sequence. ``vocabulary`` is the number of logits.
+
+    ``forced``: look ahead for tokens that the grammar forces.
+    """
 
     def __init__(
         self,
@@ -87,8 +90,11 @@ class Sampler:
         prompt_length: int,
         vocabulary: int,
         grammars: GrammarCompiler | None = None,
+        *,
+        forced: bool = False,
     ) -> None:
         self.params = params
+        self._forced = forced
         self._prompt_length = prompt_length
         self._grammars = grammars
         self._constraint: Constraint | None = None
@@ -157,9 +163,11 @@ class Sampler:
         token = self._draw(logprobs, position)
         return Picked(token, norm, logprobs.squeeze(0) if self.params.logprobs else None)
 
-    def completes(self, tokens: Sequence[int], token: int) -> bool:
-        """Return whether only the end can follow ``token``, sampled after all of ``tokens``, by the grammar."""
-        return self._constraint is not None and self._constraint.is_complete_after(tokens, token)
+    def look_ahead(self, tokens: Sequence[int], token: int) -> LookAhead:
+        """Return what must follow ``token``, sampled after all of ``tokens``, by the grammar."""
+        if self._constraint is None:
+            return LookAhead()
+        return self._constraint.look_ahead(tokens, token, forced=self._forced)
 
     def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
         """Return the token's log-probability and the best alternatives; (None, ()) if they are not requested."""

@@ -208,7 +208,7 @@ class SequenceTable:
         outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
         if outside:
             raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens")
-        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary, self._grammars)
+        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary, self._grammars, forced=edit.look_ahead)
         self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
         self._lanes.put(edit.sequence, self._new_caches())
 

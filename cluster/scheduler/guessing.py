@@ -34,6 +34,9 @@ class Guesser(Protocol):
     def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
         """Guess at most ``count`` tokens after ``tokens``: the prompt, the verified answer and guesses in flight."""
 
+    def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None:
+        """Take note of the only ``tokens`` that the request's grammar allows from ``position`` on."""
+
     def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
         """Account for guesses of one source that were verified."""
 

@@ -1,8 +1,8 @@
 """Guesses an answer from texts: the client's prediction, the request's own tokens, and the client's earlier answers.
 
 Where the last tokens of a sequence occurred before, what followed there is the guess, and the sequence is followed
-along that text until they part. A guess need not fit the request's grammar, which only the last stage knows: it then
-differs from the token that the stage samples, as any wrong guess does.
+along that text until they part. Tokens that a grammar forces go before any text. Otherwise a guess need not fit the
+grammar, which only the last stage knows: it then differs from the token that is sampled, as any wrong guess does.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class _Followed:
         """Index in the prediction from which it is searched for the answer's last tokens."""
         self.least = LEAST_MATCH
         self.place: _TextPosition | None = None
+        self.forced: tuple[int, ...] = ()
+        self.forced_start = 0
+        """The position of the first of the tokens that the grammar forces."""
 
     def update(self, tokens: Sequence[int]) -> None:
         """Take over the tokens that are new, and those that were guesses."""
@@ -82,6 +85,8 @@ class TextGuesser:
         followed = self._followed.get(request.id)
         if followed is None:
             followed = self._followed[request.id] = _Followed(request, tokens)
+        if forced := _read_forced(followed, tokens):
+            return Guess(forced[:count], GuessSource.GRAMMAR)
         followed.update(tokens)
         place = _go_on(followed, len(tokens)) or self._find(followed, request, len(tokens))
         followed.place = place
@@ -90,6 +95,11 @@ class TextGuesser:
         if place.source is GuessSource.PREDICTION:
             followed.resume = place.index
         return Guess(_read(place, count), place.source)
+
+    def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None:
+        """Take note of the only ``tokens`` that the request's grammar allows from ``position`` on."""
+        if followed := self._followed.get(request.id):
+            followed.forced, followed.forced_start = tokens, position
 
     def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
         """Require longer matches after wrong guesses, shorter ones after right guesses."""
@@ -159,6 +169,14 @@ def _find_in_prediction(followed: _Followed, answered: int) -> int | None:
             if 0 <= index < len(followed.prediction) // ID_BYTES:
                 return index
     return None
+
+
+def _read_forced(followed: _Followed, tokens: Sequence[int]) -> tuple[int, ...]:
+    """Return the tokens that the grammar forces after ``tokens``, as far as they are known."""
+    known = len(tokens) - followed.forced_start
+    if not 0 <= known < len(followed.forced) or tuple(tokens[followed.forced_start :]) != followed.forced[:known]:
+        return ()
+    return followed.forced[known:]
 
 
 def _at_boundary(text: Packed, index: int) -> bool:

@@ -24,7 +24,7 @@ _CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
 def pack_edit(edit: Edit) -> list[Any]:
     """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
-        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling)]
+        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling), edit.look_ahead]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
 
 
@@ -33,8 +33,8 @@ def unpack_edit(value: Any) -> Edit:
     if type(value) is not list or not value or type(value[0]) is not int:
         raise BadFrame("a frame's edit is not a list that starts with an integer code")
     if value[0] == _JOIN:
-        f = Fields(value, "join", 4)
-        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]))
+        f = Fields(value, "join", 5)
+        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4))
     if value[0] not in _PLAIN:
         raise BadFrame(f"a frame's edit has the unknown code {value[0]}")
     kind, count = _PLAIN[value[0]]

@@ -34,6 +34,7 @@ from cluster.core.frames import (
 )
 from cluster.core.limits import (
     MAX_EDITS,
+    MAX_FORCED_TOKENS,
     MAX_FRAME_BYTES,
     MAX_FRAME_HEADER_BYTES,
     MAX_ROWS,
@@ -246,15 +247,19 @@ def _tensors(rows: Iterable[Any], body: memoryview) -> tuple[Tensor, ...]:
 
 
 def _pack_sample(s: Sample) -> tuple[Any, ...]:
-    return s.sequence, s.position, s.token, s.logprob, [(t.token, t.logprob) for t in s.top], s.final
+    top = [(t.token, t.logprob) for t in s.top]
+    return s.sequence, s.position, s.token, s.logprob, top, s.final, pack_ids(s.forced)
 
 
 def _unpack_sample(value: Any) -> Sample:
-    f = Fields(value, "sample", 6)
+    f = Fields(value, "sample", 7)
     logprob = None if value[3] is None else f.number(3)
     top = [Fields(row, "alternative", 2) for row in f.rows(4, MAX_TOP_LOGPROBS)]
     alternatives = tuple(TopLogprob(row.count(0), row.number(1)) for row in top)
-    return Sample(f.count(0), f.count(1), f.count(2), logprob, alternatives, f.flag(5))
+    forced = unpack_ids(f.blob(6))
+    if len(forced) > MAX_FORCED_TOKENS:
+        raise BadFrame(f"a sample has {len(forced)} forced tokens; the limit is {MAX_FORCED_TOKENS}")
+    return Sample(f.count(0), f.count(1), f.count(2), logprob, alternatives, f.flag(5), forced)
 
 
 def _pack_prompt_logprobs(p: PromptLogprobs | None) -> tuple[Any, ...] | None:

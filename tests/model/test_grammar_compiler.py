@@ -304,10 +304,10 @@ def test_who_leaves_while_its_grammar_is_compiled_leaves_nothing(folder: Path, g
 
 
 def test_a_grammar_that_fails_at_a_token_fails_its_own_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Constraint, tokens: object, token: int) -> bool:
+    def fail(self: Constraint, tokens: object, token: int, *, forced: bool) -> None:
         raise StageFailed("the grammar does not allow it")
 
-    monkeypatch.setattr(Constraint, "is_complete_after", fail)
+    monkeypatch.setattr(Constraint, "look_ahead", fail)
     ring = Ring(read_shape(folder, "llama", 512), folder, 2)
     ring.send(Join(1, len(PROMPT), SamplingParams(grammar=WORD)), Join(2, len(PROMPT), SamplingParams()))
     for sequence in (1, 2):

@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from checkpoints import SPECIAL_IDS, make
 from cluster.core.errors import InvalidGrammar
 from cluster.core.frames import Compute, Join, Leave, Restore, Sample, Save, Step, Trim
+from cluster.core.limits import MAX_FORCED_TOKENS
 from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
@@ -114,6 +115,49 @@ def test_nothing_that_a_request_asks_for_brings_back_what_is_ruled_out(ring: Rin
     assert all(t.logprob > -float("inf") for s in samples for t in s.top)
     assert samples[0].top[0].token == samples[0].token
     assert len(samples[0].top) < 20, "only few tokens can begin an object"
+
+
+@pytest.mark.parametrize("kind", ["json", "regex", "lark"])
+def test_forced_tokens_are_those_that_come(ring: Ring, tokenizer: Tokenizer, kind: str) -> None:
+    """A sample that looks ahead names the tokens which its grammar leaves no choice about: they are sampled next."""
+    grammar = {"json": JSON, "regex": Grammar(GrammarKind.REGEX, "(yes|no), of course"), "lark": LARK}[kind]
+    sampling = SamplingParams(temperature=1.0, seed=3, grammar=grammar)
+    plain = document(ring, sampling)
+    assert not any(sample.forced for sample in plain)
+    ring.send(Join(1, len(PROMPT), sampling, look_ahead=True))
+    ring.prefill(1, PROMPT[:-1])
+    samples = [ring.decode(1, PROMPT[-1])]
+    while not samples[-1].final and samples[-1].token not in END:
+        samples.append(ring.decode(1, samples[-1].token))
+    said = tokens(samples)
+    assert said == tokens(plain)
+    for i, sample in enumerate(samples):
+        assert tuple(said[i + 1 : i + 1 + len(sample.forced)]) == sample.forced
+    assert any(len(sample.forced) > 1 for sample in samples)
+
+
+def test_forced_tokens_are_bounded_and_found_once_for_so_many(tokenizer: Tokenizer) -> None:
+    grammar = Grammar(GrammarKind.REGEX, "(a|b)" + "c" * 100)
+    constraint = tokenizer.grammars().constraint(grammar, 0)
+    said = tokenizer.encode("a" + "c" * 100, add_special_tokens=False)
+    found = [constraint.look_ahead([], said[0], forced=True).forced]
+    assert len(found[0]) == MAX_FORCED_TOKENS
+    for i in range(1, 2 * MAX_FORCED_TOKENS):
+        assert constraint.allowed_mask(said[:i], i, tokenizer.vocab_size) is not None
+        found.append(constraint.look_ahead(said[:i], said[i], forced=True).forced)
+        assert found[-1] == tuple(said[i + 1 : i + 1 + len(found[-1])])
+        assert 1 <= len(found[-1]) <= MAX_FORCED_TOKENS
+    assert sum(len(one) == MAX_FORCED_TOKENS for one in found) == 2
+
+
+def test_after_a_wrong_guess_other_tokens_are_forced(tokenizer: Tokenizer) -> None:
+    constraint = tokenizer.grammars().constraint(Grammar(GrammarKind.REGEX, "xyz|abc"), 0)
+    x, y, z, a, b, c = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "xyzabc")
+    assert constraint.look_ahead([], x, forced=True).forced == (y, z)
+    constraint.allowed_mask([x], 1, tokenizer.vocab_size)
+    constraint.rewind(0)
+    assert constraint.look_ahead([], a, forced=True).forced == (b, c)
+    assert constraint.look_ahead([], a).forced == ()
 
 
 def test_rows_of_a_batch_follow_each_its_own(ring: Ring, tokenizer: Tokenizer) -> None:
@@ -295,7 +339,7 @@ def test_a_token_that_is_too_much_work_is_the_grammars_fault(tokenizer: Tokenize
     """Not the stage's, whose failure would begin a recovery."""
     grammars = tokenizer.grammars()
     digit = tokenizer.encode("6", add_special_tokens=False)[0]
-    for act in (lambda c: c.is_complete_after([], digit), lambda c: c.allowed_mask([digit], 1, tokenizer.vocab_size)):
+    for act in (lambda c: c.look_ahead([], digit), lambda c: c.allowed_mask([digit], 1, tokenizer.vocab_size)):
         constraint = grammars.constraint(Grammar(GrammarKind.LARK, ALTERNATIVES), 0)
         assert constraint.allowed_mask([], 0, tokenizer.vocab_size)[digit]
         with pytest.raises(InvalidGrammar, match="too much work for one token"):
@@ -311,7 +355,7 @@ def test_a_schema_of_2000_optional_properties_is_taken_and_followed(tokenizer: T
     answer = tokenizer.encode('{"p7": 1, "p1999": 23}', add_special_tokens=False)
     for position, token in enumerate(answer):
         assert constraint.allowed_mask(answer[:position], position, tokenizer.vocab_size)[token]
-        constraint.is_complete_after(answer[:position], token)
+        constraint.look_ahead(answer[:position], token)
     assert constraint.allowed_mask(answer, len(answer), tokenizer.vocab_size)[list(tokenizer.eos)].any()
 
 

@@ -113,6 +113,16 @@ def test_wrong_guesses_ask_for_longer_matches() -> None:
     assert len(right[GuessSource.NGRAM]) < 250
 
 
+def test_what_a_grammar_forces_goes_before_any_text() -> None:
+    guesser, request = TextGuesser(now), ask((1, 2, 3, 4, 1, 2))
+    assert guesser.propose(request, [1, 2, 3, 4, 1, 2], 1) == Guess((3,), GuessSource.NGRAM)
+    guesser.hint(request, 7, (8, 9, 10))
+    assert guesser.propose(request, [1, 2, 3, 4, 1, 2, 7], 2) == Guess((8, 9), GuessSource.GRAMMAR)
+    assert guesser.propose(request, [1, 2, 3, 4, 1, 2, 7, 8, 9], 2) == Guess((10,), GuessSource.GRAMMAR)
+    assert guesser.propose(request, [1, 2, 3, 4, 1, 2, 7, 8, 9, 10, 1, 2], 1) == Guess((7,), GuessSource.NGRAM)
+    assert guesser.propose(request, [1, 2, 3, 4, 1, 2, 7, 9, 1, 2], 1) == Guess((7,), GuessSource.NGRAM)
+
+
 def test_samples_and_long_prompts() -> None:
     """Each sample follows its own tokens; of a prompt longer than what is searched, its end is known."""
     guesser = TextGuesser(now)

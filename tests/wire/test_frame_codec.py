@@ -34,6 +34,7 @@ from cluster.core.frames import (
 )
 from cluster.core.limits import (
     MAX_EDITS,
+    MAX_FORCED_TOKENS,
     MAX_FRAME_HEADER_BYTES,
     MAX_HEADER_ELEMENTS,
     MAX_JOINED_BYTES,
@@ -68,7 +69,7 @@ samplings = st.builds(
     grammar=st.none() | grammars,
 )
 edits = st.one_of(
-    st.builds(Join, counts, counts, samplings),
+    st.builds(Join, counts, counts, samplings, st.booleans()),
     st.builds(Leave, counts),
     st.builds(Trim, counts, counts),
     st.builds(Save, counts, counts),
@@ -116,7 +117,8 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 alternatives = st.lists(st.builds(TopLogprob, ids, numbers), max_size=3).map(tuple)
-samples = st.builds(Sample, counts, counts, ids, st.none() | numbers, alternatives, st.booleans())
+forced = st.lists(ids, max_size=MAX_FORCED_TOKENS).map(tuple)
+samples = st.builds(Sample, counts, counts, ids, st.none() | numbers, alternatives, st.booleans(), forced)
 frames = st.builds(
     Frame,
     epoch=counts,
@@ -295,3 +297,9 @@ def test_bytes_of_no_tensor_are_refused() -> None:
 def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:
     with pytest.raises(BadFrame, match="claims a header"):
         decode((MAX_FRAME_HEADER_BYTES + 1).to_bytes(4, "little") + bytes(64))
+
+
+def test_a_sample_forces_a_bounded_number_of_tokens() -> None:
+    frame = Frame(1, 2, 3, samples=(Sample(1, 2, 3, forced=(7,) * (MAX_FORCED_TOKENS + 1)),))
+    with pytest.raises(BadFrame, match="17 forced tokens; the limit is 16"):
+        decode(encode(frame))

@@ -50,14 +50,14 @@ OTHER_TENSOR = Tensor("float32", (2,), bytes(8))
 DECODE = Step(Compute.DECODE, (1, 2), ((11,), (12,)))
 PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
 FRAMES = (
-    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
+    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
     Frame(
         EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Drop(4)), DECODE,
         (TENSOR, OTHER_TENSOR),
     ),
     Frame(
         EPOCH, 1, 3, (), None, (),
-        (Sample(1, 3, 42, -0.25, (TopLogprob(42, -0.25), TopLogprob(7, -2.0)), final=True), Sample(2, 1, 5)),
+        (Sample(1, 3, 42, -0.25, (TopLogprob(42, -0.25), TopLogprob(7, -2.0)), True), Sample(2, 1, 5, forced=(6, 7))),
         (SequenceFailure(2, "STAGE_FAILED", "no"),), (StageTiming(0, 1, 2, 3), StageTiming(1, 4, 5, 6)),
     ),
     Frame(EPOCH, 0, 4, error=Failure(1, "STAGE_FAILED", "it broke")),
