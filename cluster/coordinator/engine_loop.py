@@ -198,6 +198,8 @@ class EngineLoop:
             return
         for frame in self._scheduler.next_frames(self._clock()):
             self._ring.send(encode(frame))
+        for frame in self._scheduler.guess_frames(self._clock()):
+            self._ring.send(encode(frame))
 
     def _submit(self, request: Request, answer: AnswerQueue, tokens: AnswerTokens, skip: tuple[int, ...]) -> None:
         if self._refusal:
@@ -208,15 +210,16 @@ class EngineLoop:
     def _on_frame(self, message: bytes) -> None:
         if not self._ring:
             return
+        now = self._clock()
         try:
             frame = decode(message)
             if frame.epoch < self._plan.epoch:
                 return  # from a stage that does not know of the new epoch yet
-            outcome = self._scheduler.on_frame(frame)
+            outcome = self._scheduler.on_frame(frame, now)
         except MacpipeError as e:
             self._suspect(e)
             return
-        self.deadlines.learn(outcome.prefills, outcome.sent_at, self._clock())
+        self.deadlines.learn(outcome.prefills, outcome.sent_at, now)
         self._flush()
         self._account(outcome)
 

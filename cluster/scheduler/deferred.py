@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from math import inf
 
 from cluster.core.limits import GRAMMAR_POLL_S, GRAMMAR_POLL_SHARE, GRAMMAR_WAIT_S
+from cluster.core.request import Grammar
 from cluster.scheduler.sequence import ScheduledSequence
 
 
@@ -53,6 +54,7 @@ class DeferredSamples:
         """Return when the first sequence will have waited for too long; infinite if nothing waits."""
         return min((at for at, _ in self._since.values()), default=inf) + GRAMMAR_WAIT_S
 
-    def late(self, now: float) -> list[ScheduledSequence]:
-        """Return the sequences that have waited for too long."""
-        return [sequence for at, sequence in self._since.values() if at + GRAMMAR_WAIT_S <= now]
+    def late(self, now: float) -> list[tuple[str, Grammar]]:
+        """Return the requests that have waited for too long, each with its grammar."""
+        late = (sequence.request for at, sequence in self._since.values() if at + GRAMMAR_WAIT_S <= now)
+        return [(request.id, request.sampling.grammar) for request in late if request.sampling.grammar]

@@ -2,12 +2,14 @@
 
 Edits keep their order and travel on the next frame. The exception: an edit that touches what a frame in the ring
 touches would make a decode frame wait for that frame, and delay its tokens. Then the edits travel in a frame of their
-own.
+own. The trims that a step of guessed sequences needs always travel with it.
 """
 
 from __future__ import annotations
 
-from cluster.core.frames import Compute, Edit, Frame, Step
+from collections.abc import Sequence
+
+from cluster.core.frames import Compute, Edit, Frame, Step, Trim
 from cluster.scheduler.in_flight import InFlightFrame, InFlightFrames
 from cluster.scheduler.pending_edits import first_load, tidy
 from cluster.scheduler.reordering import touched_by
@@ -22,11 +24,14 @@ class FrameWriter:
         self.edits: list[Edit] = []
         self.written = 0
 
-    def write(self, lane: int, step: Step, prefills: int, now: float) -> Frame:
-        """Write a frame for ``step``. It carries the pending edits, unless they would delay a decode step."""
+    def write(self, lane: int, step: Step, prefills: int, now: float, trims: Sequence[Trim] = ()) -> Frame:
+        """Write a frame for ``step``, with ``trims``. It carries the pending edits too, unless they would delay it.
+
+        A guess carries none: it lets frames of others go first, and these may need the edits.
+        """
         sequences = step.sequences
-        edits_wait = step.compute is Compute.DECODE and self._edits_would_delay(sequences)
-        return self._write_frame(lane, sequences, prefills, 0 if edits_wait else len(self.edits), step, now)
+        edits_wait = step.compute is Compute.DECODE and (step.guessed or self._edits_would_delay(sequences))
+        return self._write_frame(lane, sequences, prefills, 0 if edits_wait else len(self.edits), step, now, trims)
 
     def write_overflow(self, now: float) -> list[Frame]:
         """Write edit-only frames until the pending edits, and the grammars in them, fit into one frame."""
@@ -55,14 +60,22 @@ class FrameWriter:
         return own.isdisjoint(edited) and self.flights.touches(edited)
 
     def _write_frame(
-        self, lane: int, sequences: tuple[int, ...], prefills: int, count: int, step: Step | None, now: float
+        self,
+        lane: int,
+        sequences: tuple[int, ...],
+        prefills: int,
+        count: int,
+        step: Step | None,
+        now: float,
+        trims: Sequence[Trim] = (),
     ) -> Frame:
-        """Write a frame that carries the first ``count`` edits."""
+        """Write a frame that carries the first ``count`` edits, then ``trims``."""
         number = self.written
-        edits = tuple(self.edits[:count])
+        edits = (*self.edits[:count], *trims)
         compute = step.compute if step else None
         self.written += 1
         del self.edits[:count]
         scoring, touched = step.scoring if step else None, touched_by(sequences, edits)
-        self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring))
+        guessed = step is not None and step.guessed
+        self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring, guessed))
         return Frame(self._epoch, max(lane, 0), number, edits, step)

@@ -14,6 +14,8 @@ from cluster.scheduler.sequence import ScheduledSequence
 class InFlightFrame:
     """A frame in the ring: its compute, its sequences, the number of prompt tokens it prefills, and what it touches.
 
+    ``guessed``: its token was a guess when it was written, so frames of other sequences may overtake it.
+
     ``compute`` is None for an edit-only frame. ``sent_at`` is in seconds of the injected clock. ``scoring`` is what it
     reports of the prompt.
     """
@@ -26,6 +28,7 @@ class InFlightFrame:
     sent_at: float
     touched: Touched = frozenset()
     scoring: PromptScoring | None = None
+    guessed: bool = False
 
 
 class InFlightFrames:
@@ -101,12 +104,14 @@ class InFlightFrames:
 
         ``cluster.scheduler.reordering`` defines which frames may overtake which.
         """
-        behind_prefill = False
+        behind_prefill = behind_guess = False
         for older in self._flights.values():
             if older.number > back.number:
                 return
             prefill = older.compute is Compute.PREFILL
             behind_prefill = behind_prefill or prefill
+            behind_guess = behind_guess or older.guessed
             same = not set(older.sequences).isdisjoint(back.sequences)
-            if same or not behind_prefill or (prefill and back.compute is Compute.PREFILL):
+            overtaken = behind_guess or (behind_prefill and not (prefill and back.compute is Compute.PREFILL))
+            if same or not overtaken:
                 raise BadFrame(f"frame {older.number} was lost: frame {back.number} came back before it")

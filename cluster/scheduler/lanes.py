@@ -14,12 +14,17 @@ Allowed = Callable[[list[list[ScheduledSequence]]], bool]
 
 
 class LaneAssignment:
-    """``count`` lanes of at most ``rows`` sequences. A lane whose decode frame is in the ring is busy."""
+    """``count`` lanes of at most ``rows`` sequences. A lane whose decode frame is in the ring is busy.
+
+    Of a chain of guesses, that frame is the first one.
+    """
 
     def __init__(self, count: int, rows: int) -> None:
         self._rows = rows
         self.members: list[list[ScheduledSequence]] = [[] for _ in range(count)]
         self._busy: list[frozenset[int]] = [frozenset()] * count
+        self._frames = [-1] * count
+        """The number of the frame that each lane is busy with."""
         self._turns = 0
 
     def __iter__(self) -> Iterator[ScheduledSequence]:
@@ -80,17 +85,32 @@ class LaneAssignment:
             if waiting and not self._busy[lane]:
                 yield lane, sorted(waiting, key=lambda s: s.turn or self._turns + 1)
 
-    def begin(self, lane: int, sequences: list[ScheduledSequence]) -> None:
-        """Mark a lane busy: a decode frame of ``sequences`` was written."""
+    def blocking(self) -> list[ScheduledSequence]:
+        """Return the sequences whose guesses keep a lane busy, for whose next step another member is waiting."""
+        return [s for lane in self.members if len(lane) > 1 for s in lane if len(s.chain) > 1 and _is_awaited(s, lane)]
+
+    def begin(self, lane: int, sequences: list[ScheduledSequence], frame: int) -> None:
+        """Mark a lane busy: decode frame number ``frame``, of ``sequences``, was written."""
         for sequence in sequences:
             if not sequence.turn:
                 self._turns += 1
                 sequence.turn = self._turns
         self._busy[lane] = frozenset(s.id for s in sequences)
+        self._frames[lane] = frame
 
-    def end(self, lane: int) -> None:
-        """Mark a lane idle: its decode frame came back."""
-        self._busy[lane] = frozenset()
+    def end(self, lane: int, frame: int, following: int | None = None) -> None:
+        """Mark a lane idle: decode frame number ``frame`` came back. Do nothing if it was busy with another one.
+
+        It stays busy with frame ``following``, if a guess in that one turned out right.
+        """
+        if self._frames[lane] == frame and following is not None:
+            self._frames[lane] = following
+        elif self._frames[lane] == frame:
+            self._busy[lane], self._frames[lane] = frozenset(), -1
 
     def _emptiest(self) -> int:
         return min(range(len(self.members)), key=lambda i: len(self.members[i]))
+
+
+def _is_awaited(sequence: ScheduledSequence, lane: list[ScheduledSequence]) -> bool:
+    return any(other.next_token is not None for other in lane if other is not sequence)

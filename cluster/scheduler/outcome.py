@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.core.frames import Sample, StageTiming
 from cluster.core.request import FinishReason, PromptLogprobs
+from cluster.scheduler.guessing import GuessSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,10 @@ class Produced:
     """False for the end-of-sequence token."""
     cached: int
     """Prompt tokens taken from a kept prefix."""
+    guess: GuessSource | None = None
+    """Who guessed the token, if it had been sent as a guess when it was sampled."""
+    missed: GuessSource | None = None
+    """Who guessed another token, if that had been sent as a guess when this one was sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of one frame that came back. ``request_ids`` are the live requests that it computed for."""
+    """The result of one frame that came back. ``request_ids`` are the live requests that it computed for.
+
+    A guess that was of no use counts for no request.
+    """
 
     request_ids: tuple[str, ...]
     timings: tuple[StageTiming, ...]

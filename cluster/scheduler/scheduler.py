@@ -10,6 +10,9 @@ prefill frame.
 A sequence whose grammar the last stage still compiles has no sample in the reply to its decode frame. It sits out
 until its sample comes with a later frame (``cluster.scheduler.deferred``); the others of its lane go on.
 
+Behind the decode frame of a lone sequence, frames may feed guesses of its next tokens
+(``cluster.scheduler.guess_chains``).
+
 Frames of one sequence come back in the order in which they were written. A decode frame may overtake prefill frames of
 other sequences (``cluster.scheduler.reordering``). Every frame that is written comes back, or the ring is lost.
 """
@@ -21,19 +24,23 @@ from dataclasses import replace
 from math import inf
 
 from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step
+from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.request import FinishReason, Grammar, Request
+from cluster.scheduler.cache_memory import CacheMemory
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
 from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.frame_writer import FrameWriter
+from cluster.scheduler.guess_chains import GuessChains
+from cluster.scheduler.guessing import Guesser
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.kept_marks import KeptMark
-from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
+from cluster.scheduler.kv_cost import Cost, fits
 from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.marking import Marking
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
+from cluster.scheduler.prefill_turns import PrefillTurns
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
 from cluster.scheduler.saving import Saving
@@ -42,10 +49,14 @@ from cluster.scheduler.sharing import Copies, LiveStart, best_leader, live_start
 
 
 class Scheduler:
-    """Schedules the requests of one model, across epochs. ``eos`` are the token ids that end an answer."""
+    """Schedules the requests of one model, across epochs.
 
-    def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int]) -> None:
+    ``eos`` are the token ids that end an answer. ``guesser`` guesses tokens before they are sampled; None: nobody does.
+    """
+
+    def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int], guesser: Guesser | None = None) -> None:
         self._eos = eos
+        self.speculation = GuessChains(guesser, eos)
         self._waiting = FairQueue(capacity.queue)
         self._by_request: dict[str, ScheduledSequence] = {}
         self._sequences_seen = 0
@@ -62,8 +73,10 @@ class Scheduler:
         self._marking = Marking(capacity, self._prefixes, self._edits)
         self._saving = Saving(capacity, self._prefixes, self._edits)
         self._copies = Copies()
-        self._lanes_since_prefill: set[int] = set()
         self._deferred = DeferredSamples()
+        self._turns = PrefillTurns(self._lanes, self._deferred, limited=capacity.max_step_ms is not None)
+        self._memory = CacheMemory(capacity, self._lanes, self._flights, self._prefixes)
+        self.speculation.begin_epoch(len(capacity.budget), self._writer, self._memory.has_room_for_marks)
 
     # Queries
 
@@ -83,7 +96,7 @@ class Scheduler:
     @property
     def reserved(self) -> Cost:
         """Worst-case bytes of the live sequences' caches, per stage."""
-        return self._cost(self._lanes.members)
+        return self._memory.reserved
 
     @property
     def prefixes(self) -> Prefixes:
@@ -104,8 +117,7 @@ class Scheduler:
 
     def late(self, now: float) -> list[tuple[str, Grammar]]:
         """Return the requests whose grammar the last stage has not compiled in time."""
-        waiting = ((s.request.id, s.request.sampling.grammar) for s in self._deferred.late(now))
-        return [(request_id, grammar) for request_id, grammar in waiting if grammar]
+        return self._deferred.late(now)
 
     def overdue(self, now: float) -> list[str]:
         """Return the ids of all live requests, waiting or not, whose deadline has passed."""
@@ -148,12 +160,15 @@ class Scheduler:
         """
         lost = sorted(self._lanes, key=lambda s: s.id)
         for sequence in self._by_request.values():
+            self.speculation.drop_unverified(sequence)
             sequence.begin_anew()
         self._waiting.put_back(lost)
         self._open(epoch, capacity)
         refused = [Refused(s.request.id, why) for s in self._waiting if (why := capacity.never_fits(s.reserved))]
         for refusal in refused:
-            self._waiting.remove(self._by_request.pop(refusal.request_id))
+            removed = self._by_request.pop(refusal.request_id)
+            self._waiting.remove(removed)
+            self.speculation.leave(removed, learn=False)
         self._admit()
         return tuple(refused)
 
@@ -168,25 +183,32 @@ class Scheduler:
         self._remove(sequence, keep=True)
         return sequence
 
-    def on_frame(self, frame: Frame) -> Outcome:
-        """Account for a frame that the last stage sent back. Raise ``BadFrame`` if it is unexpected or invalid."""
+    def on_frame(self, frame: Frame, now: float | None = None) -> Outcome:
+        """Account for a frame that the last stage sent back. Raise ``BadFrame`` if it is unexpected or invalid.
+
+        ``now`` is the time at which it came back, from which its lap is measured.
+        """
         if frame.epoch != self._epoch:
             raise BadFrame(f"unexpected frame of epoch {frame.epoch}: the current epoch is {self._epoch}")
         flight = self._flights.receive(frame)
-        if flight.compute is Compute.DECODE:
-            self._lanes.end(flight.lane)
+        if frame.void and not flight.guessed:
+            raise BadFrame(f"invalid frame {frame.number} of epoch {frame.epoch}: it is void, but it was no guess")
         live = [s for i in flight.sequences if (s := self._by_id.get(i))]
-        if not frame.error:
+        decodes = flight.compute is Compute.DECODE and not frame.error
+        if decodes:
+            live = self.speculation.receive(flight, live, frame, now)
+        if not frame.error and (live or not flight.guessed):
             context = live[0].prefilled if live else None
             self._prefill_budget.learn(flight.compute, flight.prefills, frame.timings, context)
         for sequence in live:
             sequence.prefilled += flight.prefills
         self._spoil(flight, frame)
         events = (*account_scores(flight, live, frame), *self._events(live, frame))
-        if flight.compute is Compute.DECODE and not frame.error:
+        if decodes:
             self._defer_unanswered(live, frame, flight.sent_at)
+        self._end_lane(flight, live, failed=frame.error is not None)
         self._free_finished()
-        rows = len(flight.sequences) if flight.compute is Compute.DECODE and not frame.error else 0
+        rows = len(flight.sequences) if decodes and live else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(
             tuple(s.request.id for s in live),
@@ -198,11 +220,25 @@ class Scheduler:
             prefills=flight.prefills,
         )
 
+    def _end_lane(self, flight: InFlightFrame, live: list[ScheduledSequence], *, failed: bool) -> None:
+        """Let a lane whose decode frame came back have another, unless a guess that turned out right is under way."""
+        if flight.compute is Compute.DECODE:
+            chain = live[0].chain if len(live) == 1 and not failed else ()
+            self._lanes.end(flight.lane, flight.number, chain[0].number if chain else None)
+
+    def guess_frames(self, now: float) -> list[Frame]:
+        """Return frames that feed guesses. Call it once the frames of ``next_frames`` have been sent."""
+        decoding = [self._lanes.members[lane] for lane in sorted(self._turns.lanes_decoding())]
+        busy = self._flights.prefills > 0 or any(s.unsent for s in self._lanes)
+        return self.speculation.write(decoding, now, busy=busy)
+
     def next_frames(self, now: float) -> list[Frame]:
         """Return every frame that can be written now, decode before prefill. The first one carries the edits."""
-        self._lanes.rebalance(lambda members: fits(self._cost(members), self._free_beside_prefixes()))
+        for blocking in self._lanes.blocking():
+            self.speculation.drop_unverified(blocking)
+        self._lanes.rebalance(lambda members: fits(self._memory.cost(members), self._memory.beside_prefixes()))
         frames = [*self._writer.write_overflow(now), *self._decodes(now)]
-        while self._flights.prefills < self._capacity.window and (sequence := self._prefillable()):
+        while self._flights.prefills < self._capacity.window and (sequence := self._turns.next()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
         frames += self._writer.write_remaining(now)
@@ -213,15 +249,6 @@ class Scheduler:
         return frames
 
     # Memory and lanes
-
-    def _cost(self, members: list[list[ScheduledSequence]]) -> Cost:
-        lanes = [*members, *([s] for s in self._flights.leaving)]
-        costs = (lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane)
-        return total(costs, len(self._capacity.budget))
-
-    def _free_beside_prefixes(self) -> Cost:
-        """Return the bytes that kept prefixes and marks leave for live sequences, per stage."""
-        return tuple(b - p for b, p in zip(self._capacity.budget, self._prefixes.used, strict=True))
 
     def _admit(self) -> None:
         """Admit waiting requests in turn while memory lasts. None overtakes a request that waits for memory."""
@@ -236,7 +263,7 @@ class Scheduler:
         members = self._lanes.with_one_more(sequence)
         if members is None:
             return False
-        cost, budget = self._cost(members), self._capacity.budget
+        cost, budget = self._memory.cost(members), self._capacity.budget
         if not fits(cost, budget):
             return False
         limit = tuple(b - c for b, c in zip(budget, cost, strict=True))
@@ -291,7 +318,7 @@ class Scheduler:
         sequence.cached = sequence.prefilled = length
         sequence.marks = dict(marks)
         self._prefixes.hold(marks.values())
-        self._marking.mark(sequence, self._free_beside_sequences())
+        self._marking.mark(sequence, self._memory.beside_sequences())
 
     def _finish_prompt(self, sequence: ScheduledSequence) -> None:
         """Let a sequence decode once its prompt is sent completely."""
@@ -320,6 +347,7 @@ class Scheduler:
 
     def _remove(self, sequence: ScheduledSequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
+        self.speculation.leave(sequence, learn=keep)
         self._deferred.discard(sequence)
         if sequence.phase is Phase.QUEUED:
             self._waiting.remove(sequence)
@@ -331,8 +359,15 @@ class Scheduler:
         self._admit()
 
     def _vacate(self, sequence: ScheduledSequence) -> None:
-        """Let a sequence that is in no lane any more leave its stages, once its last frame has come back."""
+        """Let a sequence that is in no lane any more leave its stages, once its last frame has come back.
+
+        Guesses that still wait on a stage are trimmed at once, so that no stage computes them.
+        """
         del self._by_id[sequence.id]
+        self.speculation.drop_unverified(sequence)
+        if sequence.trim_to is not None and not sequence.broken:
+            self._edits.append(Trim(sequence.id, sequence.trim_to))
+            sequence.trim_to = None
         if not self._flights.defer_leave(sequence):
             self._leave(sequence)
 
@@ -342,7 +377,7 @@ class Scheduler:
         All stages hold the same state of it now, unless a step of it failed; then nothing is kept.
         """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
-            self._saving.keep(sequence, self._free_beside_sequences(), self._writer.written)
+            self._saving.keep(sequence, self._memory.beside_sequences(), self._writer.written)
         self._marking.release(sequence)
         if sequence.joined:
             self._edits.append(Leave(sequence.id))
@@ -366,10 +401,6 @@ class Scheduler:
             for sequence in left:
                 self._leave(sequence)
             self._admit()
-
-    def _free_beside_sequences(self) -> Cost:
-        """Return the bytes that live sequences leave for prefixes and marks, per stage."""
-        return tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
 
     # Events of a frame that came back
 
@@ -411,14 +442,16 @@ class Scheduler:
         index = sequence.produced
         ended = request.max_tokens == 0 or (sample.token in self._eos and not request.ignore_eos)
         finish = (FinishReason.STOP if request.max_tokens else FinishReason.LENGTH) if ended else None
+        guess, missed = self.speculation.verify(sequence, sample.token)
         if not ended:
             sequence.answer.append(sample.token)
-            sequence.next_token = sample.token
+            sequence.next_token = None if sequence.chain else sample.token
             finish = FinishReason.LENGTH if sequence.produced >= request.max_tokens else None
             finish = FinishReason.STOP if sample.final else finish
         if finish:
+            self.speculation.drop_all(sequence)
             self._remove(sequence, keep=True)
-        return Produced(request.id, index, sample, finish, not ended, sequence.cached)
+        return Produced(request.id, index, sample, finish, not ended, sequence.cached, guess, missed)
 
     # Frames
 
@@ -426,45 +459,19 @@ class Scheduler:
         return [self._decode(lane, sequences, now) for lane, sequences in list(self._lanes.ready())]
 
     def _decode(self, lane: int, sequences: list[ScheduledSequence], now: float) -> Frame:
-        rows = []
-        for sequence in sequences:
-            assert sequence.next_token is not None
-            rows.append((sequence.next_token,))
-            sequence.fed.append(sequence.next_token)
-            sequence.next_token = None
-        self._lanes.begin(lane, sequences)
-        self._lanes_since_prefill.add(lane)
-        step = Step(Compute.DECODE, tuple(s.id for s in sequences), tuple(rows))
-        return self._writer.write(lane, step, 0, now)
-
-    def _neediest(self) -> ScheduledSequence | None:
-        """Return the sequence whose prompt has waited longest for a chunk. A new one goes behind those that wait."""
-        return min(
-            (s for s in self._lanes if s.unsent and s.joined),
-            key=lambda s: (s.last_served_at_frame, s.id),
-            default=None,
-        )
-
-    def _prefillable(self) -> ScheduledSequence | None:
-        """Return the sequence to prefill next, or None if a decoding lane goes first.
-
-        With a step limit, at most one chunk goes between two decode steps of a lane.
-        """
-        sequence = self._neediest()
-        limited = self._capacity.max_step_ms is not None
-        if sequence and limited and not self._lanes_decoding(sequence) <= self._lanes_since_prefill:
-            return None
-        return sequence
-
-    def _lanes_decoding(self, but: ScheduledSequence) -> set[int]:
-        """Return the lanes in which sequences other than ``but`` decode. One that waits for its grammar does not."""
-        decoding = (s for s in self._lanes if s is not but and s.phase is Phase.DECODE)
-        return {s.lane for s in decoding if s not in self._deferred}
+        number = self._writer.written
+        trims = [Trim(s.id, s.trim_to) for s in sequences if s.trim_to is not None]
+        start = len(sequences[0].fed) if len(sequences) == 1 else None
+        rows = tuple((s.feed_next(number),) for s in sequences)
+        self._lanes.begin(lane, sequences, number)
+        self._turns.on_decode(lane)
+        step = Step(Compute.DECODE, tuple(s.id for s in sequences), rows, start=start)
+        return self._writer.write(lane, step, 0, now, trims)
 
     def _prefill(self, sequence: ScheduledSequence, now: float) -> Frame:
         start = len(sequence.fed)
-        others = bool(self._lanes_decoding(sequence))
-        self._lanes_since_prefill.clear()
+        others = bool(self._turns.lanes_decoding(sequence))
+        self._turns.on_prefill()
         count = self._prefill_budget.chunk(sequence.cached, start, sequence.unsent, others_decode=others)
         count = min(count, sequence.next_chunk_end - start, longest_chunk(sequence, self._capacity))
         tokens = sequence.base[start : start + count]
@@ -472,9 +479,9 @@ class Scheduler:
         step = Step(Compute.PREFILL, (sequence.id,), (tokens,), scoring_of(sequence, start, count))
         frame = self._writer.write(sequence.lane, step, count, now)
         sequence.last_served_at_frame = self._writer.written
-        self._marking.mark_progress(sequence, self._free_beside_sequences())
+        self._marking.mark_progress(sequence, self._memory.beside_sequences())
         self._wake(sequence)
         if any(s.leader is sequence for s in self._lanes):
-            self._saving.save_progress(sequence, self._free_beside_sequences(), self._writer.written)
+            self._saving.save_progress(sequence, self._memory.beside_sequences(), self._writer.written)
         self._finish_prompt(sequence)
         return frame

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from cluster.core.request import Request
+from cluster.scheduler.acceptance import RightShare
+from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.prefixes import Owner, Start
 
@@ -26,6 +29,18 @@ class SavedProgress:
     length: int
 
 
+class ChainLink(NamedTuple):
+    """A decode frame in the ring that feeds ``token`` as token ``start`` of a sequence.
+
+    ``source`` tells who guessed the token; None if it was sampled.
+    """
+
+    number: int
+    start: int
+    token: int
+    source: GuessSource | None = None
+
+
 @dataclass(slots=True, eq=False)
 class ScheduledSequence:
     """The scheduler's record of a request. Only the scheduler changes it.
@@ -43,7 +58,7 @@ class ScheduledSequence:
     turn: int = 0
     """Rank by start of decoding among all sequences, from 1; 0 before it decodes."""
     fed: list[int] = field(default_factory=list)
-    """Every token in the frames written so far, including those of a restored prefix."""
+    """Every token in the frames written so far, including those of a restored prefix, but for dropped guesses."""
     chunk_ends: set[int] = field(default_factory=set)
     """Lengths at which a chunk of ``base`` ends, so that the sequence can be marked there."""
     marks: dict[int, KeptMark] = field(default_factory=dict)
@@ -65,7 +80,19 @@ class ScheduledSequence:
     last_served_at_frame: int = 0
     """The number of frames written when its last prefill chunk was sent, or when it joined."""
     next_token: int | None = None
-    """The token that the next decode frame feeds; None while a decode frame is in the ring."""
+    """The token that the next decode frame feeds; None while such a frame is in the ring."""
+    chain: list[ChainLink] = field(default_factory=list)
+    """Its decode frames in the ring. The first one's token is certain; those behind it feed guesses."""
+    trim_to: int | None = None
+    """The length to which its next step must trim it, since stages may hold dropped guesses; None if they do not."""
+    sampled: bool = False
+    """A token of it has been sampled in this epoch."""
+    guess_marks: int = 0
+    """The number of marks that its guesses may have left on the stages."""
+    untried: Guess | None = None
+    """A guess of the next token that was not sent. It is only compared, to learn how often guesses are right."""
+    acceptance: dict[GuessSource, RightShare] = field(default_factory=dict)
+    """How often guesses of it were right."""
     answer: list[int] = field(default_factory=list)
     """The answer so far."""
     scored: int = 1
@@ -90,9 +117,43 @@ class ScheduledSequence:
         self.start = None
         self.saves = []
         self.next_token = None
+        self.chain = []
+        self.trim_to = None
+        self.sampled = False
+        self.guess_marks = 0
+        self.untried = None
         self.joined = False
         self.leader = None
         self.broken = False
+
+    def feed_next(self, number: int) -> int:
+        """Return ``next_token``: decode frame ``number`` feeds it, so its chain of frames begins anew."""
+        token = self.next_token
+        assert token is not None, "a frame of it is in the ring"
+        self.chain.append(ChainLink(number, len(self.fed), token))
+        self.fed.append(token)
+        self.next_token = self.trim_to = None
+        self.guess_marks = 0
+        return token
+
+    def drop_guesses(self, kept: int) -> list[ChainLink]:
+        """Remove and return the links of ``chain`` behind the first ``kept`` ones, with their tokens."""
+        dropped = self.chain[kept:]
+        if dropped:
+            del self.chain[kept:]
+            self.trim_to = dropped[0].start
+            del self.fed[self.trim_to :]
+        return dropped
+
+    @property
+    def certain_length(self) -> int:
+        """The number of its tokens in the frames written so far that are no guesses."""
+        return self.chain[1].start if len(self.chain) > 1 else len(self.fed)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the stages hold just ``fed`` of it, once the frames written so far have been applied."""
+        return len(self.chain) < 2 and self.trim_to is None
 
     @property
     def owner(self) -> Owner:

@@ -37,8 +37,8 @@ def live_starts(
 def _live_start(sequence: ScheduledSequence, source: ScheduledSequence, trimmable: bool) -> LiveStart:
     shared = min(_shared(sequence, source), sequence.prefill_length)
     usable = min(shared, len(sequence.beginning) - 1)
-    fed = len(source.fed)
-    if trimmable or fed <= usable:
+    fed = source.certain_length
+    if trimmable or (fed <= usable and source.exact):
         now = min(fed, usable)
     else:
         now = max((at for at in source.marks if at <= usable), default=0)
@@ -50,7 +50,7 @@ def _shared(sequence: ScheduledSequence, source: ScheduledSequence) -> int:
     prompt = shared_length(sequence.base, source.base)
     if prompt < len(source.base):
         return prompt
-    return prompt + shared_length(list(sequence.base[prompt:]), source.fed[prompt:])
+    return prompt + shared_length(list(sequence.base[prompt:]), source.fed[prompt : source.certain_length])
 
 
 def best_leader(starts: Iterable[LiveStart], alone: int, least: int) -> LiveStart | None:

@@ -25,6 +25,7 @@ from cluster.scheduler.reordering import ReorderBuffer
 
 EOS = 0
 MARK_BYTES = (3, 5)
+TIMINGS = (StageTiming(0, 0, 1000, 0), StageTiming(1, 0, 1000, 0))
 
 
 def capacity(
@@ -39,19 +40,21 @@ def capacity(
     max_step_ms: float | None = None,
     scored_chunk: int = 100,
     max_chunk: int = 0,
+    stages: int = 2,
 ) -> Capacity:
-    """Two stages; a token takes 1 byte on the first and 2 on the second, a mark 3 and 5.
+    """A token takes 1 byte on the first stage and 2 on each other one, a mark 3 and 5.
 
     Chunks have at most ``chunk`` tokens, whatever they cost, unless ``max_chunk`` allows more.
     """
+    weights, marks = (1, *[2] * (stages - 1)), (MARK_BYTES[0], *[MARK_BYTES[1]] * (stages - 1))
     return Capacity(
         lanes=lanes,
         rows=rows,
         window=window,
-        budget=(budget, 2 * budget),
-        prefix_budget=(prefixes, 2 * prefixes),
-        cost_of=lambda tokens: (tokens, 2 * tokens),
-        mark_cost_of=None if trimmable else lambda tokens: MARK_BYTES,
+        budget=tuple(weight * budget for weight in weights),
+        prefix_budget=tuple(weight * prefixes for weight in weights),
+        cost_of=lambda tokens: tuple(weight * tokens for weight in weights),
+        mark_cost_of=None if trimmable else lambda tokens: marks,
         chunk=chunk,
         max_chunk=lambda context: max_chunk or chunk,
         queue=queue,
@@ -76,6 +79,8 @@ class Stages:
         self._kept_marks: dict[int, dict[int, object]] = {}
         self._trimmable = trimmable
         self._numbers = 0
+        self._sampled: dict[int, tuple[int, int]] = {}
+        self._guess_marks: dict[int, set[int]] = {}
 
     def take(self, frames: list[Frame]) -> None:
         for frame in frames:
@@ -89,9 +94,15 @@ class Stages:
         assert frame is not None
         for edit in frame.edits:
             self._apply(edit)
+        if frame.void or (frame.step and frame.step.guesses and self._is_void(frame.step)):
+            return Frame(frame.epoch, frame.lane, frame.number, timings=TIMINGS, void=True)
         samples: list[Sample] = []
         logprobs = self._score(frame.step) if frame.step and frame.step.scoring else None
         for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
+            assert frame.step
+            assert frame.step.start in (None, len(self.fed[sequence]))
+            if frame.step.guesses:
+                self._guess_marks.setdefault(sequence, set()).add(len(self.fed[sequence]))
             self.fed[sequence] += tokens
             if frame.step and frame.step.compute is Compute.DECODE:
                 assert sequence not in self.deferred
@@ -101,17 +112,21 @@ class Stages:
                 self.deferred.pop(sequence, None)
         else:
             samples = [self.deferred.pop(sequence) for sequence in {*self.deferred} - self.compiling]
-        timings = (StageTiming(0, 0, 1000, 0), StageTiming(1, 0, 1000, 0))
+            self._sampled |= {s.sequence: (s.position, s.token) for s in samples}
         said = () if failure else tuple(samples)
         return Frame(
             frame.epoch,
             frame.lane,
             frame.number,
             samples=said,
-            timings=timings,
+            timings=TIMINGS,
             error=failure,
             prompt_logprobs=None if failure else logprobs,
         )
+
+    def _is_void(self, step: Step) -> bool:
+        (sequence,), ((token,),) = step.sequences, step.tokens
+        return self._sampled[sequence] != (step.start, token)
 
     @property
     def kept_bytes(self) -> int:
@@ -153,8 +168,8 @@ class Stages:
             case Unmark():
                 del self._marks[edit.sequence][edit.length]
             case Trim():
-                assert self._trimmable
-                assert edit.length <= len(self.fed[edit.sequence])
+                marked = {*self._guess_marks.get(edit.sequence, ()), *self._marks[edit.sequence]}
+                assert self._trimmable or edit.length >= len(self.fed[edit.sequence]) or edit.length in marked
                 self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
             case Save():
                 self.prefixes[edit.prefix] = self.fed[edit.sequence]

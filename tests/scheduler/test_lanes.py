@@ -14,6 +14,6 @@ def test_a_busy_lane_does_not_keep_another_as_full_from_giving() -> None:
         lanes.enter(member)
     for member in [m for m in members if m.lane == 2]:
         lanes.leave(member)
-    lanes.begin(0, list(lanes.members[0]))
+    lanes.begin(0, list(lanes.members[0]), 0)
     lanes.rebalance(lambda after: True)
     assert sorted(map(len, lanes.members)) == [1, 2, 3]

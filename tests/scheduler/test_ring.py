@@ -28,6 +28,7 @@ from cluster.core.frames import (
 from cluster.core.limits import MARK_TOKENS, MAX_EDITS, MAX_PREFIXES
 from cluster.core.request import Request, SamplingParams
 from cluster.scheduler import marking, saving
+from cluster.scheduler.guessing import Guesser
 from cluster.scheduler.outcome import Produced, SampleFailed
 from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
@@ -45,10 +46,14 @@ class OneStage:
         self.marks: dict[int, set[int]] = {}
         self.prefixes: dict[int, tuple[tuple[int, ...], frozenset[int]]] = {}
         self.broken: set[int] = set()
+        self.sampled: dict[int, tuple[int, int]] = {}
+        self.guess_marks: dict[int, set[int]] = {}
 
     def step(self, frame: Frame, fail: bool) -> Frame:
         for edit in frame.edits:
             self._apply(edit)
+        if frame.void or (not fail and not frame.error and frame.step and frame.step.guesses and self._is_void(frame)):
+            return replace(frame, void=True)
         rows = frame.step.sequences if frame.step else ()
         tokens = frame.step.tokens if frame.step else ()
         if not frame.error and (fail or not self.broken.isdisjoint(rows)):
@@ -58,10 +63,23 @@ class OneStage:
             self.broken |= set(rows) & set(self.fed)
             return frame
         for sequence, row in zip(rows, tokens, strict=True):
+            assert frame.step
+            assert frame.step.start in (None, len(self.fed[sequence]))
+            if frame.step.guesses:
+                self.guess_marks.setdefault(sequence, set()).add(len(self.fed[sequence]))
             self.fed[sequence] += row
         decodes = self.last and frame.step is not None and frame.step.compute is Compute.DECODE
         samples = [Sample(s, len(self.fed[s]), next_token(self.fed[s])) for s in rows] if decodes else []
+        self.sampled |= {s.sequence: (s.position, s.token) for s in samples}
         return replace(frame, samples=tuple(samples))
+
+    def _is_void(self, frame: Frame) -> bool:
+        assert frame.step
+        (sequence,), ((token,),), start = frame.step.sequences, frame.step.tokens, frame.step.start
+        assert start is not None
+        if sequence in self.broken:
+            return False
+        return start > len(self.fed[sequence]) or (self.last and self.sampled[sequence] != (start, token))
 
     def _apply(self, edit: Edit) -> None:
         match edit:
@@ -73,6 +91,8 @@ class OneStage:
             case Drop():
                 self.prefixes.pop(edit.prefix, None)
             case Trim() if edit.sequence not in self.broken:
+                marked = {*self.guess_marks.get(edit.sequence, ()), *self.marks[edit.sequence]}
+                assert self.trimmable or edit.length >= len(self.fed[edit.sequence]) or edit.length in marked
                 self.fed[edit.sequence] = self.fed[edit.sequence][: edit.length]
             case Mark() if edit.sequence not in self.broken:
                 assert edit.length == len(self.fed[edit.sequence])
@@ -93,18 +113,24 @@ class OneStage:
 class Row:
     """A scheduler and its stages, which work in any order that their turns allow."""
 
-    def __init__(self, rng: random.Random, count: int, **options: int | float | None) -> None:
-        self.rng = rng
-        self.scheduler = Scheduler(1, capacity(window=count + 1, **options), frozenset())  # type: ignore[arg-type]
+    def __init__(
+        self, rng: random.Random, count: int, guesser: Guesser | None = None, **options: int | float | None
+    ) -> None:
+        self.rng, self.now = rng, 0.0
+        plan = capacity(window=count + 1, stages=count, **options)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(1, plan, frozenset(), guesser)
         trimmable = bool(options.get("trimmable", True))
         self.stages = [OneStage(i, i == count - 1, trimmable) for i in range(count)]
         self.lines: list[deque[Frame]] = [deque() for _ in range(count + 1)]
         self.said: dict[str, list[int]] = defaultdict(list)
         self.ended: dict[str, str] = {}
-        self.done: set[str] = set()
+        self.void: set[int] = set()
+        self.asked: dict[str, Request] = {}
 
     def write(self) -> None:
-        self.lines[0].extend(self.scheduler.next_frames(0.0))
+        self.now += 0.001
+        self.lines[0].extend(self.scheduler.next_frames(self.now))
+        self.lines[0].extend(self.scheduler.guess_frames(self.now))
 
     def advance(self, at: int, fail: bool = False) -> None:
         """Let a stage, or the coordinator behind the last, take what has arrived and do one thing."""
@@ -116,13 +142,17 @@ class Row:
         while self.lines[at]:
             stage.turns.add(self.lines[at].popleft(), ready=True)
         if frame := stage.turns.take():
-            frame = stage.step(frame, fail and frame.step is not None)
+            if frame.void and frame.number not in self.void and self.rng.random() < 0.5:
+                frame = replace(frame, void=False)  # to skip it would only save time
+            frame = stage.step(frame, fail and frame.step is not None and not frame.void)
+            if frame.void:
+                self.void.add(frame.number)
             self.lines[at + 1].append(frame)
 
     def _back(self, frame: Frame) -> None:
-        timings = (StageTiming(0, 0, 1000, 0),)
-        reply = Frame(1, frame.lane, frame.number, samples=frame.samples, timings=timings, error=frame.error)
-        for event in self.scheduler.on_frame(reply).events:
+        timings = tuple(StageTiming(i, 0, 1000, 0) for i in range(len(self.stages)))
+        reply = replace(frame, edits=(), step=None, timings=timings)
+        for event in self.scheduler.on_frame(reply, self.now).events:
             assert event.request_id not in self.ended
             if isinstance(event, Produced):
                 self.said[event.request_id].append(event.sample.token)
@@ -182,7 +212,7 @@ def test_a_failure_in_mid_ring_poisons_nothing(
         monkeypatch.setattr(module, "MARK_TOKENS", mark_tokens)
     for i in range(effort(8, 40)):
         rows = 1 if i % 2 else rng.randint(1, 4)
-        row = _world(rng, fails, trimmable, rows)
+        row = play(rng, fails, trimmable, rows)
         ends = {"finished", "aborted", *(("STAGE_FAILED",) if fails else ()), *(("BROKEN",) if rows > 1 else ())}
         assert set(row.ended.values()) <= ends
         for stage in row.stages:
@@ -190,11 +220,22 @@ def test_a_failure_in_mid_ring_poisons_nothing(
             assert len(stage.prefixes) == len(row.scheduler.prefixes)
 
 
-def _world(rng: random.Random, fails: float, trimmable: bool, rows: int) -> Row:
-    count = rng.randint(2, 4)
+def play(
+    rng: random.Random,
+    fails: float,
+    trimmable: bool,
+    rows: int,
+    *,
+    count: int = 0,
+    guesser: Guesser | None = None,
+    steps: int = 4000,
+) -> Row:
+    """Let requests come, share beginnings, fail and go, on ``count`` stages or a few, and check each answer."""
+    count = count or rng.randint(2, 4)
     row = Row(
         rng,
         count,
+        guesser,
         lanes=rng.randint(1, count),
         rows=rows,
         trimmable=trimmable,
@@ -203,16 +244,19 @@ def _world(rng: random.Random, fails: float, trimmable: bool, rows: int) -> Row:
         chunk=rng.randint(1, 16),
         max_step_ms=rng.choice([None, 1.0]),
     )
-    prompts: dict[str, tuple[int, ...]] = {}
-    for _ in range(4000):
+    prompts = dict[str, tuple[int, ...]]()
+    for _ in range(steps):
         kind = rng.random()
         if kind < 0.02 and len(prompts) < 50:
             start = rng.choice([(), *prompts.values()])[: rng.randint(0, 30)]
             prompt = (*start, *(rng.randint(1, 9) for _ in range(rng.randint(1, 25))))
             try:
-                row.scheduler.submit(ask(name := f"r{len(prompts)}", prompt, rng.randint(1, 9)))
+                name = f"r{len(prompts)}"
+                row.asked[name] = ask(name, prompt, rng.randint(1, 9))
+                row.scheduler.submit(row.asked[name])
                 prompts[name] = prompt
             except (Busy, PromptTooLong):
+                del row.asked[name]
                 continue
             row.write()
         elif kind < 0.025 and row.scheduler.sequences:

@@ -1,0 +1,39 @@
+"""Counts guesses by their source, and the compute that wrong ones wasted on each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.core.frames import StageTiming
+from cluster.scheduler.guessing import GuessSource
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """Tokens that were sent as guesses: ``guessed`` in all, ``accepted`` of them right, ``voided`` of no use."""
+
+    guessed: int = 0
+    accepted: int = 0
+    voided: int = 0
+
+
+@dataclass(slots=True)
+class SpeculationCounts:
+    """The counts since the coordinator started. ``wasted_s`` is in seconds, by the stage's index in its epoch."""
+
+    by_source: dict[GuessSource, SourceCounts] = field(default_factory=dict)
+    wasted_s: list[float] = field(default_factory=list)
+
+    def of(self, source: GuessSource) -> SourceCounts:
+        return self.by_source.setdefault(source, SourceCounts())
+
+    def waste(self, timings: Sequence[StageTiming]) -> None:
+        """Add the times of a frame whose guess was wrong. A stage that skipped it took next to none."""
+        for timing in timings:
+            self.wasted_s += [0.0] * (timing.stage + 1 - len(self.wasted_s))
+            self.wasted_s[timing.stage] += timing.compute_us / 1e6
+
+    def copy(self) -> SpeculationCounts:
+        """Return a copy that does not change any more."""
+        return SpeculationCounts({s: replace(c) for s, c in self.by_source.items()}, list(self.wasted_s))
