@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Final
 
 from cluster.scheduler.guessing import GuessSource
 
 UNKNOWN: Final = 0.5
 """What a source is taken to reach before anything is known of it."""
-PRIOR_WEIGHT: Final = 4.0
+PRIOR_WEIGHT: Final = 2.0
 """Guesses of a sequence that weigh as much as what is known of its source."""
-OWN_DECAY, SOURCE_DECAY = 15 / 16, 255 / 256
+OWN_DECAY: Final = 31 / 32
+SOURCE_DECAY: Final = 255 / 256
 
 
 @dataclass(slots=True)
 class RightShare:
-    """The share of right guesses. Older ones count less and less."""
+    """``right`` of ``total`` guesses. Older ones, and what was assumed at first, count less and less."""
 
-    right: float = 0.0
-    total: float = 0.0
+    right: float
+    total: float = PRIOR_WEIGHT
+
+    @classmethod
+    def assumed(cls, share: float) -> RightShare:
+        return cls(share * PRIOR_WEIGHT)
 
     def add(self, right: bool, decay: float) -> None:
         self.right = decay * self.right + right
         self.total = decay * self.total + 1
 
-    def estimate(self, prior: float) -> float:
-        return (self.right + PRIOR_WEIGHT * prior) / (self.total + PRIOR_WEIGHT)
+    @property
+    def mean(self) -> float:
+        return self.right / self.total
+
+    @property
+    def cautious(self) -> float:
+        """The mean less its standard error, so that few guesses do not pass for good ones by luck."""
+        return max(0.0, self.mean - sqrt(self.mean * max(0.0, 1 - self.mean) / self.total))
 
 
 class Acceptance:
@@ -37,10 +49,15 @@ class Acceptance:
 
     def learn(self, own: dict[GuessSource, RightShare], source: GuessSource, *, right: bool) -> None:
         """Account for a guess that was right or wrong. ``own`` are the shares of its sequence."""
-        own.setdefault(source, RightShare()).add(right, OWN_DECAY)
-        self._sources.setdefault(source, RightShare()).add(right, SOURCE_DECAY)
+        self._own(own, source).add(right, OWN_DECAY)
+        self._source(source).add(right, SOURCE_DECAY)
 
     def estimate(self, own: dict[GuessSource, RightShare], source: GuessSource) -> float:
-        """Return the probability that the next guess of ``source`` is right."""
-        prior = self._sources.get(source, RightShare()).estimate(UNKNOWN)
-        return own.get(source, RightShare()).estimate(prior)
+        """Return the probability that the next guess of ``source`` is right, rather too low than too high."""
+        return self._own(own, source).cautious
+
+    def _own(self, own: dict[GuessSource, RightShare], source: GuessSource) -> RightShare:
+        return own.setdefault(source, RightShare.assumed(self._source(source).mean))
+
+    def _source(self, source: GuessSource) -> RightShare:
+        return self._sources.setdefault(source, RightShare.assumed(UNKNOWN))

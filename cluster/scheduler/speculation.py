@@ -19,6 +19,9 @@ GUESS_COST: Final = 0.05
 """The share of a lap that a wrong guess is taken to cost though no frame waits for it: memory bandwidth, the
 coordinator's work, and heat."""
 
+LEAST_GAIN: Final = 0.03
+"""The share of a lap to gain at least. The acceptance is an estimate, and near the break-even it errs both ways."""
+
 
 @dataclass(frozen=True, slots=True)
 class LapTimes:
@@ -68,12 +71,13 @@ def mean_token_time(times: LapTimes, window: int, acceptance: float) -> float:
 
 
 def choose_window(times: LapTimes, acceptance: float, most: int) -> int:
-    """Return how many frames may be in flight, at most ``most``; 1 means no guess.
+    """Return how many frames may be in flight, at most ``most``; 1 means no guess, as long as little can be gained.
 
     More frames than stages never pay: one of no use would hold the first stage when the next certain one comes.
     """
-    windows = range(1, max(1, min(most, len(times.stages))) + 1)
-    return min(windows, key=lambda window: (mean_token_time(times, window, acceptance), window))
+    windows = range(2, min(most, len(times.stages)) + 1)
+    best = min(windows, key=lambda window: mean_token_time(times, window, acceptance), default=1)
+    return best if mean_token_time(times, best, acceptance) <= (1 - LEAST_GAIN) * times.lap else 1
 
 
 class LapMeter:

