@@ -26,6 +26,7 @@ GRACE_S: Final = 5.0
 """Total time for all processes between SIGTERM and SIGKILL."""
 LOG_LINES: Final = 20
 """How many of the last log lines of an exited process are shown."""
+ENDING: Final = "--exit-with-stdin"
 POLL_S: Final = 0.05
 AGAIN_S: Final = 0.2
 """Time after which a swallowed exit is raised again."""
@@ -48,15 +49,22 @@ class ProcessGroup:
         self._folder = folder
         self._members: list[ManagedProcess] = []
 
-    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    def start(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        program: Path | None = None,
+    ) -> int:
         """Start ``macpipe ARGUMENTS --exit-with-stdin`` in its own session, so that Ctrl-C does not reach it.
 
-        ``environment`` extends this process's environment. Return the id of the process, which is its group's too.
+        ``environment`` extends this process's environment. ``program`` is a script to run in place of ``macpipe``.
+        Return the id of the process, which is its group's too.
         """
         log = self._folder / f"{name}.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli.main", *arguments, "--exit-with-stdin"],
+                [sys.executable, *([str(program)] if program else ["-m", "cluster.cli.main"]), *arguments, ENDING],
                 stdin=subprocess.PIPE,
                 stdout=stderr,
                 stderr=stderr,

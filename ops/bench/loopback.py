@@ -71,10 +71,11 @@ def start_cluster(
     *options: str,
     cores: Sequence[int] = (),
     environments: Sequence[Mapping[str, str]] = ({}, {}),
+    coordinator: Path | None = None,
 ) -> Client:
     """Start two workers, each with its environment, and a coordinator. Yield a client once the coordinator serves.
 
-    Worker i is pinned to the i-th of ``cores``.
+    Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run in place of ``macpipe``.
     """
     fleet = stack.enter_context(ProcessGroup(model.parent))
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
@@ -83,7 +84,7 @@ def start_cluster(
         with pinned(core):
             fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
-    fleet.start("serve", ["serve", str(model), *own], own_state(model.parent))
+    fleet.start("serve", ["serve", str(model), *own], own_state(model.parent), program=coordinator)
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
     wait_serving(fleet, client)
     return client

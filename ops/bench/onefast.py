@@ -1,0 +1,97 @@
+"""Measures what guesses bring one user: a four-bit llama over two workers, one core each, guesses off and on by turns.
+
+The guesser replays the answer just given, with a set share of right tokens (``replay_coordinator``), since random
+weights give no honest one. Each speed-up stands beside the formula's, which uses the stage times and the time of a
+token that the same run has measured without guesses. The greedy tokens of all answers are compared.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+from figures import Figure, options, print_figures
+from loopback import make_llama, start_cluster
+
+from cluster.client import Client, Completion
+from cluster.scheduler.speculation import LapTimes, mean_token_time
+
+RATES = (0.0, 0.7, 0.9)
+PROMPT = [(i * 31) % 250 for i in range(16)]
+REPLAY = Path(__file__).with_name("replay_coordinator.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer: milliseconds per token, its tokens, and each stage's milliseconds per frame."""
+
+    token_ms: float
+    tokens: tuple[int, ...]
+    stage_ms: tuple[float, ...]
+
+
+class Bench:
+    """Answers of one client's prompt, guessed or not."""
+
+    def __init__(self, client: Client, tokens: int) -> None:
+        self._client, self._tokens, self._numbers = client, tokens, count()
+
+    def run(self, rate: float | None) -> Run:
+        """Answer once; ``rate`` is the share of right guesses, None for no guesses."""
+        name = f"off-{next(self._numbers)}" if rate is None else f"replay-{rate}-{next(self._numbers)}"
+        answer: Completion = self._client.generate(
+            PROMPT, max_tokens=self._tokens, ignore_eos=True, request_id=name, timeout_s=600
+        )
+        stages = tuple(stage.compute_ms / self._tokens for stage in answer.stages)
+        return Run(answer.timings.tpot_ms, tuple(answer.tokens), stages)
+
+
+def formula(runs: list[Run], rate: float) -> float:
+    """Return the speed-up that the runs without guesses let expect."""
+    stages = tuple(median(run.stage_ms[i] for run in runs) for i in range(len(runs[0].stage_ms)))
+    lap = median(run.token_ms for run in runs)
+    times = LapTimes(stages, max(lap - sum(stages), 0.0) / (len(stages) + 1))
+    return times.lap / min(mean_token_time(times, window, rate) for window in (1, len(stages)))
+
+
+def main() -> int:
+    parser = options(str(__doc__))
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    asked = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-onefast-")))
+        model = make_llama(
+            folder / "model", asked.width, asked.width * 11 // 4, asked.layers, max(asked.width // 64, 1), 4096, bits=4
+        )
+        bench = Bench(start_cluster(stack, model, cores=(0, 1), coordinator=REPLAY), asked.tokens)
+        first = bench.run(None)
+        for rate in RATES:
+            bench.run(rate)
+        runs: dict[float | None, list[Run]] = {rate: [] for rate in (None, *RATES)}
+        for _ in range(asked.rounds):
+            for rate, found in runs.items():
+                found.append(bench.run(rate))
+    off = runs[None]
+    differ = sum(run.tokens != first.tokens for found in runs.values() for run in found)
+    names = {None: "off", 0.0: "0", 0.7: "0_7", 0.9: "0_9"}
+    figures = [Figure(names[rate], "ms a token", [run.token_ms for run in found]) for rate, found in runs.items()]
+    ratios = {}
+    for rate in RATES:
+        pairs = zip(off, runs[rate], strict=True)
+        ratios[f"speedup_{names[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
+        ratios[f"formula_{names[rate]}"] = formula(off, rate)
+    stage_ms = [round(median(run.stage_ms[i] for run in off), 3) for i in range(len(first.stage_ms))]
+    print_figures("ms_per_token", figures, ratios, asked.json, {"tokens_differ": differ, "stage_ms": stage_ms})
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Runs ``macpipe`` with a guesser for benches: it replays an answer that it has seen, with a set share of wrong tokens.
+
+Arguments are those of ``macpipe``. A request's id says how: ``replay-0.7-...`` is guessed right with probability 0.7.
+All other requests are not guessed. Every answer is remembered by its prompt.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.cli.main import main
+from cluster.coordinator import service
+from cluster.core.request import Request
+from cluster.scheduler.guessing import Guess, GuessSource
+from cluster.scheduler.scheduler import Scheduler
+
+RATE = re.compile(r"replay-([0-9.]+)-")
+OTHER = 5
+"""What is added to a token to make it a wrong guess."""
+
+
+class ReplayGuesser:
+    """Guesses answers that were given before. Whether a token's guess is right depends on the id and its position."""
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
+        rate, known = RATE.match(request.id), self._answers.get(request.prompt)
+        if rate is None or known is None or not (following := known[len(tokens) : len(tokens) + count]):
+            return None
+        guessed = (
+            token if random.Random(f"{request.id} {len(tokens) + i}").random() < float(rate[1]) else token ^ OTHER
+            for i, token in enumerate(following)
+        )
+        return Guess(tuple(guessed), GuessSource.REPLAY)
+
+    def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
+        """Ignore what was right: the rate is set."""
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None:
+        self._answers[request.prompt] = tuple(tokens)
+
+    def forget(self, request: Request) -> None:
+        """Keep the answers: there are as many as prompts in a bench."""
+
+
+def _guessing_scheduler(epoch: int, capacity: Any, eos: frozenset[int], *_: object) -> Scheduler:
+    return Scheduler(epoch, capacity, eos, ReplayGuesser())
+
+
+if __name__ == "__main__":
+    service.Scheduler = _guessing_scheduler  # type: ignore[assignment, misc]
+    main()
