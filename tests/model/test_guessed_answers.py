@@ -1,0 +1,192 @@
+"""Real stages under the real scheduler: with any guesser, samples and kept prefixes are bit for bit those without."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.core.frames import Frame, Sample, StageTiming
+from cluster.core.plan import ModelShape
+from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
+from cluster.model.stage import Stage
+from cluster.scheduler import guess_chains
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.guessing import Guess, Guesser, GuessSource
+from cluster.scheduler.outcome import Produced
+from cluster.scheduler.reordering import ReorderBuffer
+from cluster.scheduler.scheduler import Scheduler
+from effort import chosen, effort
+from model.ring import PROMPT, Ring
+
+KINDS = ("llama", "llama_sliding", "gemma3_text", "qwen3_next", "mamba2", "rwkv7", "falcon_h1", "deepseek_v41")
+LOGPROBS = SamplingParams(logprobs=True, top_logprobs=3)
+SAMPLINGS = (
+    LOGPROBS,
+    replace(LOGPROBS, temperature=0.9, top_p=0.9, top_k=40, seed=5),
+    replace(LOGPROBS, temperature=1.0, seed=6, repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=0.3),
+    replace(LOGPROBS, temperature=1.1, seed=7, logit_bias=((9, 3.0), (11, -4.0))),
+    replace(LOGPROBS, temperature=1.0, seed=8, grammar=Grammar(GrammarKind.REGEX, "([a-f]{1,3}[0-9]+;)*")),
+)
+END = frozenset({259, 262})
+"""The ends of an answer of these checkpoints."""
+Rings = Callable[[str, int], Ring]
+Said = dict[str, list[tuple[Sample, bool]]]
+
+
+@pytest.fixture(scope="module")
+def rings(checkpoint: Callable[[str], Path], shape: Callable[[str], ModelShape]) -> Rings:
+    """Architecture and number of stages -> a ring that tests leave empty."""
+    return cache(lambda arch, stages: Ring(shape(arch), checkpoint(arch), stages))
+
+
+class Replay:
+    """Guesses what was said before, now and then wrong; or one constant token, or anything."""
+
+    def __init__(self, rng: random.Random, said: Said, error: float) -> None:
+        self.rng, self.said, self.error = rng, said, error
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
+        at = len(tokens) - len(request.prompt)
+        truth = [sample.token for sample, _ in self.said[request.id]][at : at + count]
+        found = [self.rng.randrange(250) if self.rng.random() < self.error else token for token in truth]
+        return Guess(tuple(found), GuessSource.REPLAY) if found else None
+
+    def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None: ...
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None: ...
+
+    def forget(self, request: Request) -> None: ...
+
+
+class Play:
+    """A scheduler and real stages, which work in any order that their turns allow."""
+
+    def __init__(self, ring: Ring, shape: ModelShape, rng: random.Random, guesser: Guesser | None) -> None:
+        self.ring, self.rng, self.now = ring, rng, 0.0
+        stages = len(ring.stages)
+        marks = None if shape.trimmable else lambda tokens: (1,) * stages
+        room = (10**6,) * stages
+        plan = Capacity(
+            stages, 4 if shape.batchable else 1, 3, room, room, lambda tokens: (tokens,) * stages, marks, chunk=32
+        )
+        self.scheduler = Scheduler(1, plan, END, guesser)
+        self.turns = [ReorderBuffer() for _ in ring.stages]
+        self.void: set[int] = set()
+        self.said: Said = defaultdict(list)
+
+    def write(self) -> None:
+        self.now += 0.001
+        for frame in (*self.scheduler.next_frames(self.now), *self.scheduler.guess_frames(self.now)):
+            self.turns[0].add(frame, ready=True)
+
+    def advance(self, at: int) -> None:
+        frame = self.turns[at].take()
+        if frame is None:
+            return
+        if frame.void and frame.number not in self.void and self.rng.random() < 0.5 and _has_tensors(at, frame):
+            frame = replace(frame, void=False)
+        stage: Stage = self.ring.stages[at]
+        frame = self.ring.passed(stage.step(frame))
+        if frame.void:
+            self.void.add(frame.number)
+        if at + 1 < len(self.turns):
+            self.turns[at + 1].add(frame, ready=True)
+            return
+        timings = tuple(StageTiming(i, 0, 1000, 0) for i in range(len(self.turns)))
+        for event in self.scheduler.on_frame(replace(frame, timings=timings), self.now).events:
+            assert isinstance(event, Produced), event
+            self.said[event.request_id].append((replace(event.sample, sequence=0), event.finish is not None))
+        self.write()
+
+    def answer(self, requests: Sequence[Request], together: int) -> Said:
+        """Answer the requests, ``together`` of them at once. Nothing stays on the stages but prefixes."""
+        waiting = list(requests)
+        while waiting or self.scheduler.sequences or self.scheduler.in_flight:
+            while waiting and len(self.scheduler.sequences) < together:
+                self.scheduler.submit(waiting.pop(0))
+                self.write()
+            self.advance(self.rng.randrange(len(self.turns)))
+            if not self.scheduler.in_flight:
+                self.now += 1.0
+                self.write()
+        for stage in self.ring.stages:
+            assert stage.sequences == 0
+            assert stage.prefixes == len(self.scheduler.prefixes)
+        return dict(self.said)
+
+    def close(self) -> None:
+        """Drop all prefixes."""
+        for stage in self.ring.stages:
+            stage.begin_epoch(stage.spec)
+
+
+def _has_tensors(at: int, frame: Frame) -> bool:
+    return at == 0 or bool(frame.tensors)
+
+
+def conversation(count: int, max_tokens: int) -> list[Request]:
+    """Requests with all kinds of sampling; some go on from the same beginning."""
+    found = []
+    for i in range(count):
+        prompt = PROMPT[: 20 + 3 * (i % 4)] + PROMPT[i : i + 1] * (i % 3)
+        found.append(Request(f"r{i}", prompt, SAMPLINGS[i % len(SAMPLINGS)], max_tokens))
+    return found
+
+
+@pytest.mark.parametrize("arch", chosen(KINDS, "llama", "llama_sliding", "qwen3_next"))
+def test_any_guesser_leaves_every_sample_bit_for_bit(
+    arch: str, rings: Rings, shape: Callable[[str], ModelShape]
+) -> None:
+    requests = conversation(6, 12)
+    alone = Play(rings(arch, 2), shape(arch), random.Random(0), None)
+    plain = alone.answer(requests, 1)
+    alone.close()
+    assert sum(len(samples) for samples in plain.values()) > 40
+
+    @settings(max_examples=effort(2, 30), deadline=None, suppress_health_check=[*HealthCheck], database=None)
+    @given(st.integers(0, 2**32), st.sampled_from((0.0, 0.3, 1.0)), st.integers(1, 4), st.sampled_from((1, 1, 2)))
+    def check(seed: int, error: float, stages: int, together: int) -> None:
+        rng = random.Random(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: rng.randint(1, max(1, most)))
+            play = Play(rings(arch, stages), shape(arch), rng, Replay(rng, plain, error))
+            said = play.answer(requests, together)
+        counts = play.scheduler.speculation.counts.by_source
+        play.close()
+        assert said == plain
+        assert stages == 1 or together > 1 or counts[GuessSource.REPLAY].guessed
+
+    check()
+
+
+def test_a_next_turn_that_starts_from_a_guessed_answers_prefix_is_that_of_a_fresh_start(
+    rings: Rings, shape: Callable[[str], ModelShape], rng: random.Random
+) -> None:
+    """An answer whose last guesses were wrong is kept; the next turn of the chat starts from it."""
+    ring, known = rings("llama", 3), shape("llama")
+    first = Request("r0", PROMPT, LOGPROBS, 12)
+    fresh = Play(ring, known, rng, None)
+    plain = fresh.answer([first], 1)
+    fresh.close()
+    second = Request("r1", (*PROMPT, *(s.token for s, _ in plain["r0"]), 8, 9), LOGPROBS, 8)
+    fresh = Play(ring, known, rng, None)
+    plain |= fresh.answer([second], 1)
+    fresh.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: most)
+        play = Play(ring, known, rng, Replay(rng, plain, 0.5))
+        said = play.answer([first], 1)
+        play.scheduler.submit(second)
+        (sequence,) = play.scheduler.sequences
+        assert sequence.cached >= len(PROMPT) + 11
+        said |= play.answer([], 1)
+    play.close()
+    assert said == plain
