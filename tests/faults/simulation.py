@@ -39,7 +39,7 @@ from cluster.core.errors import (
     WorkerLost,
     WorkerRefused,
 )
-from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Tensor, Trim
+from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Step, Tensor, Trim
 from cluster.core.plan import FetchOrder, LoadProgress, ModelRef, ModelShape, Plan, StageDigests, StageSpec
 from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
 from cluster.core.worker import WorkerInfo
@@ -97,6 +97,7 @@ class Caches:
         self.boxes = {line: Box(spec.epoch) for line in Line}
         self._fed: dict[int, tuple[int, ...]] = {}
         self._prefixes: dict[int, tuple[int, ...]] = {}
+        self._sampled: dict[int, tuple[int, int]] = {}
         self._numbers = 0
 
     def follows(self, frame: Frame) -> bool:
@@ -107,6 +108,9 @@ class Caches:
     def stepped(self, frame: Frame) -> Frame:
         for edit in frame.edits:
             self._apply(edit)
+        if frame.void or (frame.step and frame.step.guesses and self._is_void(frame.step)):
+            void = replace(frame, tensors=(), void=True)
+            return replace(void, edits=(), step=None) if self.spec.last else void
         rows = []
         for sequence, tokens in zip(frame.step.sequences, frame.step.tokens, strict=True) if frame.step else ():
             self._fed[sequence] += tokens
@@ -119,7 +123,15 @@ class Caches:
         if frame.step and frame.step.compute is Compute.DECODE:
             said = [next_token(row) if agreed else 99 for row in rows]  # 99: the stages do not hold the same
             samples = tuple(Sample(s, 0, t) for s, t in zip(frame.step.sequences, said, strict=True))
+            for sequence, token, row in zip(frame.step.sequences, said, rows, strict=True):
+                self._sampled[sequence] = len(row), token
         return replace(frame, edits=(), step=None, tensors=(), samples=samples)
+
+    def _is_void(self, step: Step) -> bool:
+        """Whether a guess follows a void one, or is known to be wrong. What is void may arrive as such, or not."""
+        (sequence,), ((token,),) = step.sequences, step.tokens
+        follows_void = (step.start or 0) > len(self._fed[sequence])
+        return follows_void or (self.spec.last and self._sampled.get(sequence) != (step.start, token))
 
     def _apply(self, edit: Edit) -> None:
         match edit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,15 @@ import pytest
 
 from cluster.core.errors import Aborted, NotServing
 from cluster.core.worker import WorkerInfo
+from cluster.scheduler import guess_chains
+from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.speculation import LapMeter, LapTimes
+from effort import effort
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulated_time import run_simulated, simulated_now, use_simulated_time
 from faults.simulation import NAMES, SPEED, STAGES, Mac, Simulation, simulated
+from scheduler.guessers import Oracle
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, SEEDS = 5, 55
@@ -42,6 +49,34 @@ def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(tmp_path: Pat
             broken.append(f"seed {seed}: {verdict}; history in {tmp_path}")
     assert not broken, "\n".join(broken)
     assert sum(verdict.requests for verdict, _ in outcomes.values()) >= SEEDS
+
+
+def guess(monkeypatch: pytest.MonkeyPatch) -> list[Scheduler]:
+    """Have every service guess, right and wrong, as far ahead as it may. Return their schedulers."""
+    made: list[Scheduler] = []
+
+    def guessing(epoch: int, capacity: Capacity, eos: frozenset[int], *_: object) -> Scheduler:
+        made.append(Scheduler(epoch, capacity, eos, Oracle(random.Random(len(made)), 0.3)))
+        return made[-1]
+
+    monkeypatch.setattr("cluster.coordinator.service.Scheduler", guessing)
+    monkeypatch.setattr(LapMeter, "times", LapTimes((1.0,) * STAGES))
+    monkeypatch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: most)
+    return made
+
+
+def test_whatever_goes_wrong_between_a_guess_and_its_verdict_the_promise_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac dies, hangs, drains or comes back while guesses are in flight; answers are those without guesses."""
+    schedulers = guess(monkeypatch)
+    outcomes = run_simulated(simulated(range(FIRST, FIRST + effort(12, 300))))
+    for seed, (verdict, history) in outcomes.items():
+        history.save(tmp_path / f"seed-{seed}.jsonl")
+        assert verdict.kept, f"seed {seed}: {verdict}; history in {tmp_path}"
+    counts = [count for each in schedulers for count in each.speculation.counts.by_source.values()]
+    assert sum(count.accepted for count in counts) > len(outcomes)
+    assert sum(count.voided for count in counts) > len(outcomes)
 
 
 @pytest.mark.parametrize("seed", [FIRST, FIRST + 7])
