@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +24,27 @@ from faults.history import History
 from faults.monitor import StatusMonitor
 from faults.proxy import Proxy, owner
 from faults.scenario import ORDERLY, Fault, Kind
-from integration.daemons import Cluster, Daemon, children, free_port, wait_serving
+from integration.daemons import Cluster, Daemon, children, free_port, launch, wait_serving, watchdog_pipe
 
 NAMES = ("ada", "bob", "cyd", "dee")
 MODEL = "faq"
 MEND_S = 60.0
 LEAVE_S = 30.0
 """A daemon that was told to stop ends in DRAIN_S, 15 s, however much goes wrong."""
+
+
+GUESSING = Path(__file__).resolve().parents[2] / "ops" / "bench" / "replay_coordinator.py"
+REPLAY_RATE = "0.6"
+
+
+def launch_guessing(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a coordinator that guesses answers which it gave before, a set share of their tokens rightly."""
+    command = [sys.executable, str(GUESSING), *arguments, "--exit-with-stdin"]
+    environment = {**os.environ, "PYTHONPATH": str(GUESSING.parents[2]), "REPLAY_RATE": REPLAY_RATE}
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True, env=environment
+        )
 
 
 @dataclass
@@ -64,6 +80,8 @@ class Fleet:
     stages: int = 3
     names: tuple[str, ...] = NAMES
     options: tuple[str, ...] = ()
+    speculate: bool = False
+    """Guess the tokens of all answers, many of them wrong."""
     cluster: Cluster = field(init=False)
     parties: dict[str, Party] = field(default_factory=dict)
     announced: bool = False
@@ -104,7 +122,8 @@ class Fleet:
         peers = [o for p in self.parties.values() for o in ("--peer", f"{p.host}:{p.control}")]
         found = [] if self.announced else ["--peers-only", *peers]
         options = ["--workers", str(self.stages), "--port", str(port), "--wait", "60", *found]
-        self.serve = self.cluster.serve(MODEL, *options, *self.options)
+        start = launch_guessing if self.speculate else launch
+        self.serve = self.cluster.serve(MODEL, *options, *self.options, launch=start)
         self.address = f"127.0.0.1:{port}"
         wait_serving(self.address, self.serve)
         self.client = Client(self.address, timeout_s=60)

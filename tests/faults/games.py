@@ -26,6 +26,7 @@ class Game:
     kills: bool = False
     names: tuple[str, ...] = NAMES
     minutes: float | None = None
+    speculate: bool = False
 
     def scenario(self, seed: int, campaign: Campaign) -> Scenario:
         return (kill if self.kills else scenario)(seed, campaign.asked, campaign.fleet.stages)
@@ -56,7 +57,7 @@ def in_blocks(scenarios: Sequence[Scenario]) -> list[Scenario]:
 
 def run(folder: Path, seeds: Sequence[int], game: Game) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
-    fleet, summary, began = Fleet(folder, names=game.names), Summary(), time.monotonic()
+    fleet, summary, began = Fleet(folder, names=game.names, speculate=game.speculate), Summary(), time.monotonic()
     try:
         campaign = Campaign(fleet)
         for done, played in enumerate(in_blocks([game.scenario(seed, campaign) for seed in seeds]), 1):
