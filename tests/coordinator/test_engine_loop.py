@@ -7,9 +7,10 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
 from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
 from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
 from cluster.core.request import (
+    Accepted,
     FinishEvent,
     FinishReason,
     Grammar,
@@ -44,9 +46,11 @@ from cluster.core.request import (
 )
 from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.platform import private_files
-from cluster.scheduler import deferred
+from cluster.scheduler import deferred, guess_chains
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.guessing import Guess, Guesser, GuessSource
 from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.speculation import LapMeter, LapTimes
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
@@ -122,7 +126,7 @@ class Numbers:
 class Bench:
     """Two fake stages in a memory network, and the loop that drives them."""
 
-    def __init__(self, fail_at: int | None = None) -> None:
+    def __init__(self, fail_at: int | None = None, guesser: Guesser | None = None) -> None:
         self.network = MemoryNetwork()
         self.stages = [FakeStage(0, False), FakeStage(1, True, fail_at)]
         self.network.ports = {"a:1": self.stages[0], "b:1": self.stages[1]}
@@ -133,7 +137,8 @@ class Bench:
         room = (1_000_000, 1_000_000)
         self.capacity = Capacity(2, 1, 3, room, (0, 0), lambda tokens: (tokens, tokens))
         self.epoch, self.keep_waiting = EPOCH, False
-        self.loop = EngineLoop(self.plan, Scheduler(EPOCH, self.capacity, frozenset({0})), Numbers, self.broken)
+        self.scheduler = Scheduler(EPOCH, self.capacity, frozenset({0}), guesser)
+        self.loop = EngineLoop(self.plan, self.scheduler, Numbers, self.broken)
         self.ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
         self.loop.start(Ring(self.network, EPOCH, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost))
 
@@ -193,7 +198,7 @@ async def collect(answer: AnswerQueue, into: list[Event]) -> None:
         into.append(event)
 
 
-def run(test: Callable[[Bench], object], **options: int) -> None:
+def run(test: Callable[[Bench], object], **options: Any) -> None:
     async def body() -> None:
         bench = Bench(**options)
         try:
@@ -562,6 +567,61 @@ def test_a_prompts_log_probabilities_come_once_before_the_tokens_and_after_a_los
         assert tokens == 2 * samples
 
     run(body)
+
+
+class Counting:
+    """Guesses that the next token is one more; every third time that it is two more."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
+        self.calls += 1
+        return Guess((tokens[-1] + 1 + (self.calls % 3 == 0),), GuessSource.REPLAY)
+
+    def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None: ...
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None: ...
+
+    def forget(self, request: Request) -> None: ...
+
+
+def test_only_verified_tokens_are_sent_and_journalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses are in flight as answers end by length, by a stop string and by an abort, and as a ring is lost."""
+    written: list[tuple[str, int]] = []
+
+    class Recording(Journal):
+        def record_token(self, request_id: str, token: int, sample: int) -> None:
+            written.append((request_id, token))
+            super().record_token(request_id, token, sample)
+
+    monkeypatch.setattr(LapMeter, "times", LapTimes((1.0, 1.0)))
+    monkeypatch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: most)
+
+    async def body(bench: Bench) -> None:
+        bench.loop.answers.journal = Recording(tmp_path / "j")
+        assert (await read(bench.ask("length", max_tokens=20)))[0] == list(range(2, 22))
+        assert (await read(bench.ask("stop", max_tokens=50, stop=("9 10",))))[0] == list(range(2, 11))
+        await bench.emptied()
+        ended = bench.ask("aborted", max_tokens=50_000)
+        assert isinstance(await anext(ended), Accepted)
+        assert await asyncio.wrap_future(bench.loop.end("aborted", Aborted("enough")))
+        with pytest.raises(Aborted):
+            await read(ended)
+        await bench.emptied()
+        bench.keep_waiting = True
+        lost = bench.ask("lost", max_tokens=3000)
+        bench.replace_ring()
+        assert (await read(lost))[0] == list(range(2, 3002))
+        await bench.emptied()
+        counts = bench.scheduler.speculation.counts.of(GuessSource.REPLAY)
+        assert min(counts.accepted, counts.voided) > 500
+
+    run(body, guesser=Counting())
+    for name, count in (("length", 20), ("stop", 9), ("lost", 3000)):
+        assert [token for request, token in written if request == name] == list(range(2, 2 + count))
+    aborted = [token for request, token in written if request == "aborted"]
+    assert aborted == list(range(2, 2 + len(aborted)))
 
 
 def test_a_full_disk_under_the_journal_leaves_no_answer_without_its_end(
