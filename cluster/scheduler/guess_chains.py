@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from cluster.core.frames import Compute, Frame, Step
+from cluster.core.frames import Compute, Frame, Join, Sample, Step
 from cluster.core.request import Request
 from cluster.scheduler.acceptance import Acceptance
 from cluster.scheduler.frame_writer import FrameWriter
@@ -67,16 +67,24 @@ class GuessChains:
             self._meter.learn(frame.timings, lap_s)
         return advanced
 
-    def verify(self, sequence: ScheduledSequence, token: int) -> tuple[GuessSource | None, GuessSource | None]:
+    def join(self, sequence: ScheduledSequence) -> Join:
+        """Return the edit that starts a sequence. If it is guessed, samples report what its grammar forces."""
+        request = sequence.request
+        guessed = self._guesser is not None and request.speculate and request.sampling.grammar is not None
+        return Join(sequence.id, len(request.prompt), request.sampling, look_ahead=guessed)
+
+    def verify(self, sequence: ScheduledSequence, sample: Sample) -> tuple[GuessSource | None, GuessSource | None]:
         """Compare a sample with the guess behind it. Return the sources of a right one and of a wrong one, if any."""
         sequence.sampled = True
+        if sample.forced and self._guesser:
+            self._guesser.hint(sequence.request, sample.position + 1, sample.forced)
         untried, sequence.untried = sequence.untried, None
         link = sequence.chain[0] if sequence.chain else None
         if link is None or link.source is None:
             if untried:
-                self._learn(sequence, untried.source, right=untried.tokens[0] == token)
+                self._learn(sequence, untried.source, right=untried.tokens[0] == sample.token)
             return None, None
-        right = link.token == token
+        right = link.token == sample.token
         self._learn(sequence, link.source, right=right)
         if right:
             self.counts.of(link.source).accepted += 1

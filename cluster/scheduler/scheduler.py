@@ -24,7 +24,7 @@ from dataclasses import replace
 from math import inf
 
 from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, RequestNotFound
-from cluster.core.frames import Compute, Drop, Frame, Join, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
+from cluster.core.frames import Compute, Drop, Frame, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.cache_memory import CacheMemory
 from cluster.scheduler.capacity import Capacity
@@ -288,7 +288,7 @@ class Scheduler:
             return
         sequence.joined = True
         sequence.last_served_at_frame = self._writer.written
-        self._edits.append(Join(sequence.id, len(sequence.request.prompt), sequence.request.sampling))
+        self._edits.append(self.speculation.join(sequence))
         if copied and copied_length >= MIN_HIT and copied_length > kept_length:
             self._copy(copied, sequence)
         elif kept:
@@ -442,7 +442,7 @@ class Scheduler:
         index = sequence.produced
         ended = request.max_tokens == 0 or (sample.token in self._eos and not request.ignore_eos)
         finish = (FinishReason.STOP if request.max_tokens else FinishReason.LENGTH) if ended else None
-        guess, missed = self.speculation.verify(sequence, sample.token)
+        guess, missed = self.speculation.verify(sequence, sample)
         if not ended:
             sequence.answer.append(sample.token)
             sequence.next_token = None if sequence.chain else sample.token

@@ -44,6 +44,9 @@ class ReplayGuesser:
         )
         return Guess(tuple(guessed), GuessSource.REPLAY)
 
+    def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None:
+        """Ignore what a grammar forces."""
+
     def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
         """Ignore what was right: the rate is set."""
 

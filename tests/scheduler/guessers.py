@@ -32,6 +32,9 @@ class Oracle:
             found.append(token % 50 + 1 if wrong else token)
         return Guess(tuple(found), self.rng.choice((GuessSource.NGRAM, GuessSource.REPLAY)))
 
+    def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None:
+        """Nothing is forced here."""
+
     def learn(self, request: Request, source: GuessSource, right: int, wrong: int) -> None:
         self.right += right
         self.wrong += wrong

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Compute, Frame, Save, StageTiming, Trim
-from cluster.core.request import Request, SamplingParams
+from cluster.core.frames import Compute, Frame, Join, Save, StageTiming, Trim
+from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
 from cluster.scheduler import guess_chains
 from cluster.scheduler.guessing import GuessSource
 from cluster.scheduler.outcome import Produced
@@ -271,3 +271,22 @@ def test_a_model_whose_caches_need_marks_is_guessed_only_where_they_fit(rng: ran
         assert bool(ring.scheduler.speculation.counts.by_source) is fits
         assert ring.scheduler.reserved == (0, 0)
         assert [f.step.compute for f in ring.stages.frames if f.step] == list[Compute]()
+
+
+def test_what_a_grammar_forces_is_told_to_the_guesser(rng: random.Random) -> None:
+    hints: list[tuple[int, tuple[int, ...]]] = []
+
+    class Hinted(Oracle):
+        def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None:
+            hints.append((position, tokens))
+
+    ring = Ring(Hinted(rng, 0.0))
+    grammar = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a"))
+    ring.scheduler.submit(replace(request("a", (1,)), sampling=grammar), replace(request("b", (1,)), speculate=False))
+    frames = ring.write()
+    assert [e.look_ahead for f in frames for e in f.edits if isinstance(e, Join)] == [True, False]
+    ring.stages.compiling.clear()
+    reply = ring.stages.give()
+    forced = tuple(replace(sample, forced=(4, 5)) for sample in reply.samples)
+    ring.scheduler.on_frame(replace(reply, samples=forced))
+    assert hints == [(sample.position + 1, (4, 5)) for sample in forced]
