@@ -345,7 +345,7 @@ class StageDigests:
 
 _FILLS: Final = 4
 """Chunks of a prompt per stage: filling and draining the pipeline then costs 1 / _FILLS of its time."""
-LEAST_CHUNK: Final = 128
+_LEAST_SPLIT: Final = 128
 """A shorter chunk would lose more to thin matrices than overlapping gains."""
 CHUNK_BLOCK: Final = 64
 """GPU kernels are fastest at attention over whole blocks, and there are few such lengths."""
@@ -358,16 +358,16 @@ def overlapping_chunk(prompt_tokens: int, stage_count: int, max_chunk: int = PRE
     """
     if stage_count == 1:
         return max_chunk
-    return min(max_chunk, max(LEAST_CHUNK, -(-prompt_tokens // (_FILLS * stage_count * CHUNK_BLOCK)) * CHUNK_BLOCK))
+    return min(max_chunk, max(_LEAST_SPLIT, -(-prompt_tokens // (_FILLS * stage_count * CHUNK_BLOCK)) * CHUNK_BLOCK))
 
 
 def next_chunk(left: int, chunk: int, max_chunk: int = PREFILL_CHUNK) -> int:
     """Return how many of the ``left`` tokens of a prompt go out next, in chunks of ``chunk``, at most ``max_chunk``.
 
-    The last chunk includes a remainder of less than a block if it has room: the remainder alone would read all weights
-    for a few tokens.
+    The last chunk includes a remainder of less than a block, or than half a short chunk, if it has room: the remainder
+    alone would read all weights for a few tokens.
     """
-    return left if left <= max_chunk and left - chunk < CHUNK_BLOCK else chunk
+    return left if left <= max_chunk and left - chunk < min(CHUNK_BLOCK, chunk // 2) else chunk
 
 
 def chunks(prompt_tokens: int, stage_count: int, max_chunk: int = PREFILL_CHUNK) -> list[int]:

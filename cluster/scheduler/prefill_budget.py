@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cluster.core.frames import Compute, StageTiming
 from cluster.core.limits import LONG_CHUNK_S
-from cluster.core.plan import CHUNK_BLOCK, LEAST_CHUNK, next_chunk, overlapping_chunk
+from cluster.core.plan import CHUNK_BLOCK, next_chunk, overlapping_chunk
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.chunk_cost import ChunkCost, ChunkCosts
 
@@ -94,8 +94,9 @@ class PrefillBudget:
         if cost is None:
             return overlapping_chunk(whole, self._stages, self._chunk), self._chunk
         most = self._longest_useful(cost, context)
-        even = round(cost.even_chunk(start, whole, context) / CHUNK_BLOCK) * CHUNK_BLOCK
-        return min(most, max(LEAST_CHUNK, even)), most
+        even = cost.even_chunk(start, whole, context)
+        block = CHUNK_BLOCK if even >= 2 * CHUNK_BLOCK else CHUNK_BLOCK // 2
+        return min(most, max(block, round(even / block) * block)), most
 
     def _longest_useful(self, cost: ChunkCost, context: int) -> int:
         """Return the most tokens of a chunk. More than the usual number must save time, and need memory."""

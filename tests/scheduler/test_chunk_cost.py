@@ -184,6 +184,14 @@ def test_a_dense_model_keeps_its_chunks() -> None:
     assert max(Pipeline(SLOW, 1).warm_up().read(8191)[0]) == 512
 
 
+def test_a_warm_turn_is_shared_by_the_stages() -> None:
+    """A few hundred new tokens after a long context: two chunks of 128 would leave each stage idle for a third."""
+    slow = Machine(1, 0.5, 2e-4)
+    pipeline = Pipeline(slow, 2).warm_up()
+    assert len(pipeline.read(280, 16_000)[0]) >= 4
+    assert gain(pipeline, 280, 16_000) < 0.9
+
+
 def test_memory_and_time_bound_long_chunks() -> None:
     assert max(Pipeline(MIXTURE, 1, max_chunk=lambda context: 1024).warm_up().read(8191)[0]) == 1024
     slow = Machine(3000, 3.0, 0.0)
