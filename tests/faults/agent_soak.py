@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cluster.client import Client
@@ -65,8 +66,14 @@ class AgentFound:
 
     @property
     def flat(self) -> bool:
-        """Whether no process grew in the second half."""
-        return all(is_flat(seen[len(seen) // 2 :]) for seen in self.footprints.values())
+        """Whether no process typically had more in the last quarter than in the one before.
+
+        A long prompt's activations are memory too, so single samples tell little.
+        """
+        quarters = (
+            (seen[len(seen) // 2 : -len(seen) // 4], seen[-len(seen) // 4 :]) for seen in self.footprints.values()
+        )
+        return all(is_flat([_typical(third), _typical(last)]) for third, last in quarters)
 
     @property
     def good(self) -> bool:
@@ -86,6 +93,12 @@ class AgentFound:
             "flat": self.flat,
             "mib": {name: _tenths(seen) for name, seen in self.footprints.items()},
         }
+
+
+def _typical(seen: Sequence[Footprint]) -> Footprint:
+    """Return the median of each resource."""
+    columns = ([f.resident for f in seen], [f.threads for f in seen], [f.files for f in seen])
+    return Footprint(*(round(median(column)) for column in columns))
 
 
 def _tenths(seen: Sequence[Footprint]) -> list[float]:
