@@ -143,6 +143,24 @@ def test_the_next_one_takes_over_where_a_reader_that_fails_was_last_saved(trimma
 
 
 @KINDS
+def test_the_next_one_takes_over_where_a_copy_of_a_reader_that_fails_loses_its_turn(trimmable: bool) -> None:
+    """The second request has just been copied from the first, and the third waits for it; a chunk from before fails."""
+    ring = Ring(plan(trimmable=trimmable, chunk=128, budget=50_000, prefixes=20_000), trimmable=trimmable)
+    for name, prompt in (("r0", (*BOOK[:2000], 0)), ("r1", (*BOOK, 1)), ("r2", (*BOOK, 2))):
+        ring.submit(name, prompt)
+    copied = ring.scheduler.sequences[1]
+    while not copied.joined:
+        ring.step()
+    assert ring.scheduler.sequences[2].leader is copied
+    lost = copied.id
+    ring.fail()
+    assert copied.id != lost
+    ring.run()
+    assert set(ring.said) == {"r1", "r2"}
+    assert 3000 < ring.read <= 3000 + MARK_TOKENS + 2 * WINDOW * 128
+
+
+@KINDS
 def test_who_waits_reads_for_itself_where_a_reader_fails(trimmable: bool) -> None:
     ring = Ring(plan(trimmable=trimmable), trimmable=trimmable)
     for i in range(3):
