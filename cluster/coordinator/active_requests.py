@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_text import TextStream
+from cluster.coordinator.answer_text import Decoder, TextStream
+from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.request_timings import RequestTimings
 from cluster.core.frames import Sample
+from cluster.core.limits import RESUMED_TOKENS
 from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
 
 
@@ -59,34 +62,23 @@ class ActiveSample:
 
         ``cached`` is the number of prompt tokens that came from a kept prefix.
         """
-        event = self._event(index, sampled, cached)
-        return self._skip(event) or self.parent.answer.put(event)
-
-    def resend_tokens(self, tokens: Iterable[int]) -> None:
-        """Send the tokens that a previous coordinator produced, except those that the reader already has."""
-        for index, token in enumerate(tokens):
-            event = self._event(index, Sample(0, 0, token))
-            if not self._skip(event):
-                self.parent.answer.put_uncounted(event)
-
-    def _skip(self, event: TokenEvent) -> bool:
-        """Return whether the reader already has the token. If it parses the answer, it still needs the text."""
-        if event.index >= self.skip:
-            return False
-        if self.request.parsing is not None and event.text:
-            self.parent.answer.put_uncounted(SkippedText(self.sample, event.text))
-        return True
-
-    def _event(self, index: int, sampled: Sample, cached: int = 0) -> TokenEvent:
-        return TokenEvent(
-            index,
-            sampled.token,
-            self.text.add(sampled.token),
-            sampled.logprob,
-            sampled.top,
-            sample=self.sample,
-            stages=self.timings.lap() if self.request.stage_timings else (),
-            cached_tokens=cached,
+        text = self.text.add(sampled.token)
+        if index < self.skip:
+            if skipped := skipped_text(self.request, self.sample, text):
+                self.parent.answer.put_uncounted(skipped)
+            return True
+        stages = self.timings.lap() if self.request.stage_timings else ()
+        return self.parent.answer.put(
+            TokenEvent(
+                index,
+                sampled.token,
+                text,
+                sampled.logprob,
+                sampled.top,
+                sample=self.sample,
+                stages=stages,
+                cached_tokens=cached,
+            )
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> FinishEvent:
@@ -96,3 +88,42 @@ class ActiveSample:
             reason = FinishReason.STOP
         ttft, tpot, figures = self.timings.ttft_ms, self.timings.tpot_ms, self.timings.figures()
         return FinishEvent(reason, rest, usage, ttft, tpot, figures, sample=self.sample, stop=self.text.stopped_by)
+
+
+def skipped_text(request: Request, sample: int, text: str) -> SkippedText | None:
+    """Return the event of a token that the reader already has; None unless it needs the text to parse the answer."""
+    return SkippedText(sample, text) if request.parsing is not None and text else None
+
+
+class ResumedRequest:
+    """A resumed request while the tokens of an earlier coordinator are decoded, ``RESUMED_TOKENS`` in each step.
+
+    ``tokens`` and ``skip`` are as in ``EngineLoop.submit``. ``texts`` and ``events`` are for the live samples: the
+    state of their decoders, and the tokens that their reader does not have.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        answer: AnswerQueue,
+        tokens: AnswerTokens,
+        skip: tuple[int, ...],
+        decoder: Callable[[], Decoder],
+    ) -> None:
+        self.request, self.answer, self.tokens, self.skip = request, answer, tokens, skip
+        self.texts = [TextStream(decoder(), request.stop) for _ in range(request.samples)]
+        self.events: list[list[TokenEvent | SkippedText]] = [[] for _ in range(request.samples)]
+        self._left = chain.from_iterable(
+            ((sample, index, token) for index, token in enumerate(known)) for sample, known in enumerate(tokens)
+        )
+
+    def decode(self) -> bool:
+        """Decode the next tokens. Return whether there are more."""
+        few = list(islice(self._left, RESUMED_TOKENS))
+        for sample, index, token in few:
+            text = self.texts[sample].add(token)
+            if index >= self.skip[sample]:
+                self.events[sample].append(TokenEvent(index, token, text, sample=sample))
+            elif skipped := skipped_text(self.request, sample, text):
+                self.events[sample].append(skipped)
+        return bool(few)

@@ -65,7 +65,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._broken, self._clock, self._lag = broken, clock, lag
         self.deadlines = FrameDeadlines(clock())
-        self.answers = LiveAnswers(scheduler, self._flush, decoder, clock)
+        self.answers = LiveAnswers(scheduler, self._flush, lambda step: self._inbox.put(step), decoder, clock)
         self._inbox = JobQueue()
         self.post = EventBatch()  # events of all answers; delivered after each job
         self._ring: Ring | None = None
@@ -205,7 +205,7 @@ class EngineLoop:
         if self._refusal:
             answer.put(self._refusal)
         else:
-            self.answers.open(request, answer, tokens, skip, self._plan.stages)
+            self.answers.open(request, answer, tokens, skip, lambda: self._plan.stages)
 
     def _on_frame(self, message: bytes) -> None:
         if not self._ring:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
-from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, split_samples
+from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, ResumedRequest, split_samples
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_text import Decoder, TextStream
+from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.journal import AnswerTokens, Journal
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
@@ -27,19 +28,23 @@ log = logging.getLogger(__name__)
 class LiveAnswers:
     """The live requests of one engine loop. They outlive rings.
 
-    ``flush`` sends the frames that the scheduler can write after a sample has left it.
+    ``flush`` sends the frames that the scheduler can write after a sample has left it. ``later`` calls a function again
+    after what came before it.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         flush: Callable[[], None],
+        later: Callable[[Callable[[], None]], object],
         decoder: Callable[[], Decoder],
         clock: Callable[[], float],
     ) -> None:
-        self._scheduler, self._flush = scheduler, flush
+        self._scheduler, self._flush, self._later = scheduler, flush, later
         self._decoder, self._clock = decoder, clock
         self._requests: dict[str, ActiveRequest] = {}
+        self._resumed: dict[str, ResumedRequest] = {}
+        """Requests that are not scheduled yet."""
         self._samples: dict[str, ActiveSample] = {}
         self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
         self.journal: Journal | None = None  # only the loop's thread writes to it
@@ -50,18 +55,42 @@ class LiveAnswers:
         answer: AnswerQueue,
         tokens: AnswerTokens,
         skip: tuple[int, ...],
-        stages: Sequence[PlannedStage],
+        stages: Callable[[], Sequence[PlannedStage]],
     ) -> None:
         """Schedule a request. A refusal goes to ``answer``, as all its events do. End the requests that it displaces.
 
-        ``tokens`` and ``skip`` are as in ``EngineLoop.submit``; ``stages`` are those of the current epoch.
+        ``tokens`` and ``skip`` are as in ``EngineLoop.submit``; ``stages`` returns those of the current epoch. A
+        resumed request is scheduled once its tokens are decoded, a few at a time: no other request waits for that.
         """
+        if request.id in self._requests or request.id in self._resumed:
+            answer.put(InvalidRequest(f"a request with the id {request.id} is already live", field="request_id"))
+            return
+        resumed = ResumedRequest(request, answer, tokens, skip or (0,) * request.samples, self._decoder)
+        self._resumed[request.id] = resumed
+        self._continue(resumed, stages)
+
+    def _continue(self, resumed: ResumedRequest, stages: Callable[[], Sequence[PlannedStage]]) -> None:
+        """Decode the next tokens of a resumed request, and schedule it after the last ones."""
+        if self._resumed.get(resumed.request.id) is not resumed:
+            return  # it has ended
+        try:
+            more = resumed.decode()
+        except Exception as e:  # a tokenizer may raise anything; only this request ends
+            log.exception("answers: tokens not decoded request=%s", resumed.request.id)
+            self.end(resumed.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
+            return
+        if more:
+            self._later(lambda: self._continue(resumed, stages))
+            return
+        del self._resumed[resumed.request.id]
+        self._schedule(resumed, stages())
+
+    def _schedule(self, resumed: ResumedRequest, stages: Sequence[PlannedStage]) -> None:
+        request, answer = resumed.request, resumed.answer
         samples = split_samples(request)
         active = ActiveRequest(request, answer)
         try:
-            if request.id in self._requests:
-                raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
-            displaced = self._scheduler.submit(*samples, answers=tokens)
+            displaced = self._scheduler.submit(*samples, answers=resumed.tokens)
         except MacpipeError as e:
             answer.put(e)
             return
@@ -72,17 +101,19 @@ class LiveAnswers:
         self._requests[request.id] = active
         for i, sample in enumerate(samples):
             active.live.add(sample.id)
-            text = TextStream(self._decoder(), request.stop)
             timings = RequestTimings(now, stages)
-            self._samples[sample.id] = ActiveSample(active, sample, i, text, timings, now, skip[i] if skip else 0)
+            self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
         answer.put(Accepted())
         if self.journal:
-            self.journal.record_opened(request, tokens)
-        for sample, known in zip(samples, tokens, strict=False):
-            self._samples[sample.id].resend_tokens(known)
+            self.journal.record_opened(request, resumed.tokens)
+        if known := tuple(chain.from_iterable(resumed.events)):
+            answer.put_uncounted(*known)
 
     def end(self, request_id: str, error: MacpipeError) -> bool:
         """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live."""
+        if resumed := self._resumed.pop(request_id, None):
+            resumed.answer.put(error)
+            return True
         live = self._samples.get(request_id)
         active = live.parent if live else self._requests.get(request_id)
         if active is None:
@@ -102,7 +133,7 @@ class LiveAnswers:
 
     def end_all(self, error: MacpipeError) -> None:
         """End every live request with ``error``."""
-        for request_id in tuple(self._requests):
+        for request_id in (*self._requests, *self._resumed):
             self.end(request_id, error)
 
     def begin_epoch(self, stages: Sequence[PlannedStage]) -> None:

@@ -240,6 +240,8 @@ STEADY_S: Final = 3.0
 """A worker counts as back after it has been back for this long."""
 DRAIN_RETRY_S: Final = 5.0
 """Interval of checks whether the layers of a draining worker can move elsewhere."""
+RESUMED_TOKENS: Final = 256
+"""Tokens of a resumed answer that are decoded in one step of the engine loop, between frames: 3 ms."""
 MAX_REPLAYS: Final = 8
 """A request that loses this many rings without a token in between is ended: it may be the cause."""
 RECOVERY_TRIES: Final = 8

@@ -29,7 +29,9 @@ HEAD_CHARS: Final = 2048
 PIECE: Final = 64
 """Least number of characters of arguments in one delta of a call that is read as a whole."""
 MAX_PIECES: Final = 128
-"""Deltas of the arguments of such a call. A call of megabytes has longer ones, since each becomes an event."""
+"""Deltas of the arguments of calls that are read together, besides one for each call. Long calls have longer deltas,
+since each becomes an event.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,12 @@ class AnswerParser:
         self._tools = parsing.tools
         self._state = _ParserState.REASONING if parsing.thinking else _ParserState.CONTENT
         self._held = ""
-        """Text not yet emitted: a possible marker, blanks that may be dropped, or an unparsed call."""
+        """Text not yet emitted that is searched for markers."""
+        self._kept: list[str] = []
+        """Text before that, without markers: blanks that may be dropped, or an unread call. It is not searched again
+        with each token.
+        """
+        self._kept_chars = 0
         self._fresh = parsing.thinking or bool(markers.think_start)
         """Whether the current part is still empty: its leading blanks are dropped."""
         self._blanks = ""
@@ -120,14 +127,14 @@ class AnswerParser:
         """
         out = _Out()
         if self._state is _ParserState.CALL:
-            body = self._held
+            body = self._take_kept() + self._held
             self._held = ""
             self._state = _ParserState.CONTENT
             if not self._close_call(body, out) and (whole or not self._markers.call_end):
                 content = self._blanks + self._markers.call_start + body
                 self._unread = _UnreadCalls(body, content if whole else "")
         else:
-            self._emit_text(self._held, out, last=True)
+            self._emit_text(self._take_kept() + self._held, out, last=True)
             self._held = ""
         return out.parsed()
 
@@ -155,6 +162,7 @@ class AnswerParser:
         """Process ``marker`` and the text ``before`` it."""
         if self._state is _ParserState.CALL:
             self._state = _ParserState.CONTENT
+            before = self._take_kept() + before
             if not self._close_call(before, out):
                 content = self._blanks + self._markers.call_start + before + self._markers.call_end
                 self._unread = _UnreadCalls(before, content)
@@ -163,6 +171,7 @@ class AnswerParser:
         if marker in self._markers.noise and not ends_reasoning:
             self._held = before + self._held
             return
+        before = self._take_kept() + before
         emitted = before.rstrip() if self._holds_blanks() else before
         self._emit_text(emitted, out)
         self._blanks = "" if self._fresh else before[len(emitted) :]
@@ -194,9 +203,11 @@ class AnswerParser:
         """Emit the held text that cannot belong to a marker. Hold trailing blanks until the next text is known."""
         keep = _possible_start(self._held, self._markers_here())
         certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(certain) :]
         emitted = certain.rstrip() if self._holds_blanks() else certain
-        self._held = self._held[len(emitted) :]
-        self._emit_text(emitted, out)
+        if emitted:
+            self._emit_text(self._take_kept() + emitted, out)
+        self._keep(certain[len(emitted) :])
 
     def _holds_blanks(self) -> bool:
         """Return whether blanks before the next marker are dropped, so that they must be held."""
@@ -213,11 +224,24 @@ class AnswerParser:
 
     def _emit_certain_arguments(self, out: _Out) -> None:
         """Emit the arguments of an unfinished call that are certain."""
-        self._held = self._open_call(self._held, out)
+        if not self._open and self._kept_chars <= HEAD_CHARS:
+            self._held = self._open_call(self._take_kept() + self._held, out)
+        at = len(self._held) - _possible_start(self._held, self._markers_here())
+        certain, self._held = self._held[:at], self._held[at:]
         if self._open:
-            certain = len(self._held) - _possible_start(self._held, self._markers_here())
-            self._emit_arguments(self._open.add(self._held[:certain]), out)
-            self._held = self._held[certain:]
+            self._emit_arguments(self._open.add(certain), out)
+        else:
+            self._keep(certain)
+
+    def _keep(self, text: str) -> None:
+        if text:
+            self._kept.append(text)
+            self._kept_chars += len(text)
+
+    def _take_kept(self) -> str:
+        kept = "".join(self._kept)
+        self._kept, self._kept_chars = [], 0
+        return kept
 
     def _open_call(self, body: str, out: _Out) -> str:
         """Emit the tool's name once it is known. Return the rest of ``body``."""
@@ -246,9 +270,9 @@ class AnswerParser:
             out.calls.append(ToolCallDelta(self._calls - 1, arguments=arguments))
 
     def _emit_calls(self, calls: Sequence[ToolCall], out: _Out) -> None:
+        size = max(PIECE, sum(len(call.arguments) for call in calls) // MAX_PIECES + 1)
         for call in calls:
             out.calls.append(ToolCallDelta(self._calls, call.id, call.name))
-            size = max(PIECE, -(-len(call.arguments) // MAX_PIECES))
             pieces = (call.arguments[i : i + size] for i in range(0, len(call.arguments), size))
             out.calls.extend(ToolCallDelta(self._calls, arguments=piece) for piece in pieces)
             self._calls += 1

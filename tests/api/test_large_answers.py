@@ -12,13 +12,15 @@ from unittest.mock import AsyncMock
 import httpx
 import pytest
 
-from cluster.api.http import answer_assembly, responses_stream
+from cluster.api.http import answer_assembly, messages, responses_stream
+from cluster.api.http.answer_assembly import AnswerPart, GeneratedCall
 from cluster.api.http.app import application
 from cluster.api.http.json_response import WRITE_CHARS, Encoded, LongJson, compact, encode_text, encoded_list
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import InvalidRequest
 from cluster.core.limits import KIB, MAX_INTAKE_BYTES, MIB
 from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, TopLogprob, Usage
 from fuzz.targets.asked import served
@@ -208,3 +210,46 @@ async def test_a_streamed_response_keeps_a_bounded_number_of_log_probabilities(
     assert "ask for fewer tokens or alternatives" in refused.text
     assert len(refused.text) < len(whole.text) / 4
     assert service.bodies.held == 0
+
+
+async def test_the_event_loop_runs_before_each_event_that_is_there_already() -> None:
+    batch = EventBatch()
+    answer = AnswerQueue(batch)
+    for i in range(TOKENS):
+        answer.put(TokenEvent(i, 5, "ab"))
+    answer.put(FinishEvent(FinishReason.STOP, "", Usage(1, TOKENS), 1.0, 1.0))
+    batch.deliver()
+    turns: list[int] = []
+
+    async def count() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    assert len([event async for event in answer]) == TOKENS + 1
+    counting.cancel()
+    assert len(turns) > TOKENS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        ('{"a": [1, 2], "b": "\\u00e9"}', {"a": [1, 2], "b": "\u00e9"}),
+        ('{"a": 1, "b": "cut', {"a": 1}),
+        ('{"a": NaN}', {}),
+        ("[1]", {}),
+        ("", {}),
+        ('{"a": "' + "x" * 20_000 + '"}', {"a": "x" * 20_000}),
+    ],
+)
+async def test_a_call_s_arguments_are_an_object(arguments: str, known: object) -> None:
+    block = await messages.encode_block(AnswerPart(call=GeneratedCall("call_1", "f", arguments)))
+    assert json.loads(compact(block)) == {"type": "tool_use", "id": "call_1", "name": "f", "input": known}
+
+
+async def test_arguments_of_too_many_elements_are_refused() -> None:
+    call = GeneratedCall("call_1", "f", '{"a":[' + "[]," * 70_000 + "1]}")
+    with pytest.raises(InvalidRequest, match="the arguments of a call: the JSON has too many elements") as refused:
+        await messages.encode_block(AnswerPart(call=call))
+    assert refused.value.field == "stream"

@@ -8,15 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from answering import Generation
 from checkpoints import make_tokenizer
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
-from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
-from cluster.coordinator.live_answers import LiveAnswers
+from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.frames import Sample
-from cluster.core.limits import SMALL_CALL_CHARS
-from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
+from cluster.core.errors import Aborted
+from cluster.core.limits import RESUMED_TOKENS, SMALL_CALL_CHARS
 from cluster.core.request import (
     FinishEvent,
     FinishReason,
@@ -29,14 +28,12 @@ from cluster.core.request import (
     ToolCall,
 )
 from cluster.model.tokenizer import load_tokenizer
-from cluster.scheduler.outcome import Outcome, Produced
 from fuzz.targets.asked import served
 from in_process import InProcess
 
 pytestmark = pytest.mark.anyio
 
 TOOLS = (Tool("look"),)
-STAGES = (PlannedStage(StageSpec(1, 0, 1, ModelRef("m", "", "f"), LayerRange(0, 1), 10), "ada", 0, 0),)
 CALL = "<tool_call>\n<function=look>\n<parameter=at>\n{}\n</parameter>\n</function>\n</tool_call>"
 
 
@@ -48,15 +45,6 @@ class Letters:
 
     def flush(self) -> str:
         return ""
-
-
-class Scheduling:
-    """A scheduler that takes every request."""
-
-    def submit(self, *samples: Request, answers: object) -> tuple[()]:
-        return ()
-
-    def end(self, sample: str) -> None: ...
 
 
 class WatchedSandbox(InProcess):
@@ -97,21 +85,18 @@ class Answering:
         self._known = known
         self.request = Request("r", (1,), SamplingParams(), 10**6, parsing=Parsing(TOOLS))
 
-    async def accept(self, request: Request, checkpoint: ModelInfo) -> AnswerQueue:
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         return self.resume("r", (0,), "")[1]
 
     def resume(self, request_id: str, offsets: tuple[int, ...], client: str) -> tuple[Request, AnswerQueue]:
-        post = EventBatch()
-        answer = AnswerQueue(post)
-        live = LiveAnswers(Scheduling(), lambda: None, Letters, lambda: 0.0)  # type: ignore[arg-type]
-        live.open(self.request, answer, (self._tokens[: self._known],), offsets, STAGES)
-        for i in range(self._known, len(self._tokens)):
-            token = Produced("r", i, Sample(0, 0, self._tokens[i]), None, counts=True, cached=0)
-            live.handle(Outcome(("r",), (), 0.0, (token,)), 0.0, STAGES)
-        end = Produced("r", len(self._tokens), Sample(0, 0, 0), FinishReason.STOP, counts=False, cached=0)
-        live.handle(Outcome(("r",), (), 0.0, (end,)), 0.0, STAGES)
-        post.deliver()
-        return self.request, answer
+        generation = Generation(self.request, Letters)
+        for _ in generation.begin((self._tokens[: self._known],), offsets):
+            pass
+        for token in self._tokens[self._known :]:
+            generation.say(token)
+        generation.end()
+        generation.deliver()
+        return self.request, generation.answer
 
 
 async def read(
@@ -156,3 +141,22 @@ async def test_a_resumed_answer_goes_on_in_the_middle_of_a_call(
         assert output(resumed) == output(whole[offset:])
         assert resumed[-1] == whole[-1]
         assert [type(event) for event in resumed] == [type(event) for event in whole[offset:]]
+
+
+async def test_tokens_of_a_resumed_answer_are_decoded_in_steps() -> None:
+    generation = Generation(Answering("").request, Letters)
+    assert len(list(generation.begin([[65] * (3 * RESUMED_TOKENS)]))) == 3
+    generation.end()
+    generation.deliver()
+    assert output([event async for event in generation.answer])[0] == "A" * 3 * RESUMED_TOKENS
+
+
+async def test_a_request_may_end_while_its_tokens_are_decoded() -> None:
+    generation = Generation(Answering("").request, Letters)
+    for step, _ in enumerate(generation.begin([[65] * (9 * RESUMED_TOKENS)])):
+        if step == 2:
+            generation.fail(Aborted("the client hung up"))
+    assert step == 2
+    generation.deliver()
+    with pytest.raises(Aborted, match="hung up"):
+        await anext(generation.answer)

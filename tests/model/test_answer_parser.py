@@ -313,5 +313,5 @@ def test_the_head_of_a_call_is_looked_for_in_a_bounded_text(
     parser = tokenizer.parser(Parsing(TOOLS))
     for piece in ("<tool_call>", *["no head " * 8] * 200):
         parser.add(piece)
-    assert len(searched) >= 200
+    assert 30 < len(searched) < 40
     assert max(searched) == HEAD_CHARS

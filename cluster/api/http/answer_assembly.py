@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -121,7 +120,6 @@ async def collect_answers(
             if encode and token:
                 row = encode(running, token)
                 answers[event.sample].add_row(row)
-                await asyncio.sleep(0)  # events may all be there already, and each row is expensive
             texts = (event.text, event.reasoning, *row, *(call.arguments for call in event.calls))
             charge_answer(charge, sum(map(held_size, texts)))
             answers[event.sample].add(event)

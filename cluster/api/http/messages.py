@@ -10,18 +10,20 @@ from typing import Any, Final
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from cluster.api.elements import count_elements
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import anthropic_error
-from cluster.api.http.json_response import LongJson, encode_text, new_id
+from cluster.api.http.json_response import Encoded, LongJson, compact, encode_text, new_id
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
 from cluster.transport.byte_budget import Charge
+from cluster.transport.parsing_thread import PARSING
 
 PING: Final = event({"type": "ping"}, "ping")
 
@@ -82,25 +84,35 @@ def encode_ending(finish: FinishEvent) -> dict[str, Any]:
 async def _whole_response(model: str, running: RunningRequest, charge: Charge) -> dict[str, Any]:
     (answer,) = await collect_answers(running, charge)
     assert answer.finish
-    content = [await _block(part) for part in answer.parts]
+    content = [await encode_block(part) for part in answer.parts]
     return {**encode_message(model, running, answer.finish.usage), "content": content, **encode_ending(answer.finish)}
 
 
-async def _block(part: AnswerPart) -> dict[str, Any]:
+async def encode_block(part: AnswerPart) -> dict[str, Any]:
+    """Return a block of a message's content. Raises ``InvalidRequest`` as ``_object``."""
     if part.call:
-        return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": _object(part.call.arguments)}
+        arguments = part.call.arguments
+        known = await PARSING.run(len(arguments), _object, arguments)
+        return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": known}
     if part.reasoning:
         return {"type": "thinking", "thinking": await encode_text(part.text), "signature": ""}
     return {"type": "text", "text": await encode_text(part.text)}
 
 
-def _object(text: str) -> dict[str, Any]:
-    """Parse a call's arguments. Return the complete fields of a truncated answer; ``{}`` if there are none."""
+def _object(text: str) -> Encoded:
+    """Return a call's arguments as JSON; the complete fields of a truncated answer, ``{}`` if there are none.
+
+    It holds the interpreter for at most 50 ms, as parsing a request's body does. Raises ``InvalidRequest`` if the
+    arguments have more elements than a body may have.
+    """
     try:
-        value = from_json(text, allow_partial=True)
+        count_elements(text)
+        value = from_json(text, allow_partial=True, allow_inf_nan=False)
+    except TooLarge as e:
+        raise InvalidRequest(f"the arguments of a call: {e.sentence}; stream the answer", field="stream") from None
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = {}
+    return Encoded(compact(value if isinstance(value, dict) else {}))
 
 
 @dataclass(slots=True)
