@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.api.bounds import MAX_TOOLS_CHARS
-from cluster.api.elements import ElementCounter
+from cluster.api.json_elements import ElementCounter
+from cluster.api.limits import MAX_TOOLS_CHARS
 from cluster.core.errors import InvalidRequest, PromptTooLong
 from cluster.core.limits import (
     MAX_BYTES_PER_TOKEN,

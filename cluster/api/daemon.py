@@ -42,9 +42,9 @@ from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
-from cluster.security.bounds import DEFAULT_JOIN_PORT
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
+from cluster.security.limits import DEFAULT_JOIN_PORT
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
@@ -98,10 +98,10 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         address = await stack.enter_async_context(_public_port(settings, trust, service, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
-        tasks.start_soon(CertificateRotation(roster, coordinator.members).keep)
+        tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
         await coordinator.load(settings.order)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
-        plan, _ = await coordinator.under_way()
+        plan, _ = await coordinator.plan_and_view()
         if plan:
             report.serving(address, plan, http)
         await anyio.sleep_forever()

@@ -16,8 +16,8 @@ from typing import Final
 
 from cluster.core.errors import LimitReached, Unauthenticated
 from cluster.core.limits import RETRY_AFTER_S
-from cluster.security.bounds import MAX_KEYS
 from cluster.security.keys import ApiKey, KeyStore
+from cluster.security.limits import MAX_KEYS
 
 _MINUTE_S: Final = 60.0
 _CODE: Final = "rate_limit_exceeded"

@@ -13,7 +13,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Home, Json
 from cluster.core.errors import InvalidOption
 from cluster.platform.paths import short_host_name, state_home
-from cluster.security.bounds import MAX_TOKEN_CHARS
+from cluster.security.limits import MAX_TOKEN_CHARS
 
 if TYPE_CHECKING:
     from cluster.joining.client import Joined

@@ -82,7 +82,7 @@ async def _start_admitting(stack: AsyncExitStack, folder: ClusterFolder, host: s
     """Open the join port unless this cluster's running coordinator has it. Return in words where Macs are admitted."""
     from cluster.core.errors import PortInUse
     from cluster.joining.join_port import EVERYWHERE, admit_macs
-    from cluster.security.bounds import DEFAULT_JOIN_PORT
+    from cluster.security.limits import DEFAULT_JOIN_PORT
 
     try:
         wanted = DEFAULT_JOIN_PORT if port is None else port

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.limits import FAR_OFF
-from cluster.security.bounds import CLOCKS_DIFFER_S
+from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
     from rich.table import Table

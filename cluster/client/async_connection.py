@@ -12,7 +12,7 @@ from cluster.client.channel_setup import channel_credentials
 from cluster.client.renewal_schedule import ScheduledRenewal
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import CONTROL_TIMEOUT_S
-from cluster.security.bounds import CLIENT_RENEWAL_LOOK_S, RENEWAL_CLOSE_S
+from cluster.security.limits import CLIENT_RENEWAL_LOOK_S, RENEWAL_CLOSE_S
 from cluster.security.trust import Trust
 from cluster.v1 import cluster_pb2
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from cluster.core.errors import MacpipeError, Unreachable
-from cluster.security.bounds import MAX_RENEWAL_RETRY_S, MIN_RENEWAL_RETRY_S, RENEWAL_SPREAD
+from cluster.security.limits import MAX_RENEWAL_RETRY_S, MIN_RENEWAL_RETRY_S, RENEWAL_SPREAD
 from cluster.security.trust import Trust
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import anyio
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import MacpipeError
 from cluster.core.worker import WorkerInfo
-from cluster.security.bounds import RENEWAL_LOOK_S, REVOCATION_LOOK_S
+from cluster.security.limits import RENEWAL_LOOK_S, REVOCATION_LOOK_S
 
 if TYPE_CHECKING:
     from cluster.security.certificate_renewal import Renewal
@@ -37,7 +37,7 @@ class CertificateRotation:
         self._roster, self._ask, self._clock = roster, ask, clock
         self._trust = roster.trust
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Run until cancelled."""
         if self._trust.members is None or (renewal := self._trust.renewal) is None:
             return

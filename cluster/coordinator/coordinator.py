@@ -148,7 +148,7 @@ class Coordinator:
 
     async def _replace_with(self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
         if self._service:
-            await self._service.teach()  # the next plan uses the step times measured here
+            await self._service.send_step_times()  # the next plan uses the step times measured here
         found = await self._gather_workers(order, model_info.shape, report)
         found, order = await adopt_held_slices(model_info.shape, order, found, self._roster)
         number = self._epochs.next(m.info.epoch for m in self._roster.members)
@@ -201,7 +201,7 @@ class Coordinator:
 
         With ``wait``, wait for workers as ``load`` does. Raises ``MacpipeError``.
         """
-        shape = await self._reader.survey(order)
+        shape = await self._reader.read_shape(order)
         if wait:
             found = await self._gather_workers(order, shape, self._report)
         else:
@@ -342,7 +342,7 @@ class Coordinator:
         if self._service is None:
             return
         if undo:
-            self._service.stays(worker)
+            self._service.cancel_move_away(worker)
             return
         try:
             await self._service.move_away(worker)
@@ -378,14 +378,14 @@ class Coordinator:
             state = with_requests(state, loop) if loop else state
         return state
 
-    async def under_way(self) -> tuple[Plan | None, LoopView | None]:
+    async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""
         plan = self._service.plan if self._service else None
         return plan, await self._view()
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""
-        return await self._heartbeat.everybody() if self._service else await self._refresh_roster()
+        return await self._heartbeat.wait_for_answers() if self._service else await self._refresh_roster()
 
     async def _refresh_roster(self) -> tuple[RosterEntry, ...]:
         """Refresh the roster and return its members; after ``STATUS_ASK_S``, return the last known members.

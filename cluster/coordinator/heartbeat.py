@@ -70,7 +70,7 @@ class HeartbeatMonitor:
     def beliefs(self) -> tuple[Belief, ...]:
         return tuple(self._suspicion)
 
-    async def everybody(self) -> tuple[RosterEntry, ...]:
+    async def wait_for_answers(self) -> tuple[RosterEntry, ...]:
         """Return ``members`` once all workers that are not gone have answered, or after ``STATUS_ASK_S``."""
         return await self.ask(self._table.names(), time.monotonic(), STATUS_ASK_S)
 

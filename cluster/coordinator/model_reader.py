@@ -72,7 +72,7 @@ class ModelReader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model-reader")
 
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read an order's model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
@@ -96,7 +96,7 @@ class ModelReader:
                 await text.close()
             raise
 
-    async def survey(self, order: LoadOrder) -> ModelShape:
+    async def read_shape(self, order: LoadOrder) -> ModelShape:
         """Read only a model's shape, from its headers: tokenizer and weights may be elsewhere.
 
         Raises the errors of ``read``.

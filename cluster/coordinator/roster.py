@@ -95,11 +95,11 @@ class Roster:
 
     def member(self, info: WorkerInfo, problem: str) -> RosterEntry:
         """Return the entry of a worker that answered. A worker outside the cluster counts as unreachable."""
-        if why := self.stranger(info):
+        if why := self.why_not_member(info):
             return RosterEntry(info, why, reachable=False)
-        return RosterEntry(info, problem or self.objection(info))
+        return RosterEntry(info, problem or self.why_unusable(info))
 
-    def stranger(self, info: WorkerInfo) -> str:
+    def why_not_member(self, info: WorkerInfo) -> str:
         """Return why a worker with a valid certificate is not a member of the cluster; "" if it is."""
         members = self.trust.members
         if members is None or any(m.role == WORKER and m.id == info.id for m in members.current()):
@@ -109,7 +109,7 @@ class Roster:
     def _revoked_serials(self) -> frozenset[int]:
         return self.trust.members.revoked() if self.trust.members else frozenset()
 
-    def objection(self, info: WorkerInfo) -> str:
+    def why_unusable(self, info: WorkerInfo) -> str:
         """Return why a worker that answered cannot be used; "" if it can."""
         if info.cluster != self._cluster:
             return f"{info.name} belongs to the cluster {info.cluster}, not to {self._cluster}"

@@ -121,7 +121,10 @@ class ModelService:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))
             raise
-        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._teach_periodically())]
+        self._tasks = [
+            asyncio.create_task(self._supervise()),
+            asyncio.create_task(self._keep_sending_step_times()),
+        ]
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error``, and free the memory of those workers that answer in time."""
@@ -154,7 +157,7 @@ class ModelService:
         recent = time.monotonic() - self.loop.deadlines.alive_at < HEARTBEAT_S and self.recovery is None
         return self._stage_workers() if recent else set()
 
-    async def teach(self) -> None:
+    async def send_step_times(self) -> None:
         """Send each worker its ratio of measured to predicted step time, if enough frames were measured."""
         epoch = self._epoch
         if epoch is None or self.recovery:
@@ -164,12 +167,12 @@ class ModelService:
             async with anyio.create_task_group() as tasks:
                 for stage, control in zip(view.step_times, epoch.controls, strict=False):
                     if stage.ratio:
-                        tasks.start_soon(_teach_worker, control, epoch.plan.model.fingerprint, stage.ratio)
+                        tasks.start_soon(_send_step_time, control, epoch.plan.model.fingerprint, stage.ratio)
 
-    async def _teach_periodically(self) -> None:
+    async def _keep_sending_step_times(self) -> None:
         while True:
             await asyncio.sleep(LEARN_S)
-            await self.teach()
+            await self.send_step_times()
 
     async def _supervise(self) -> None:
         while True:
@@ -245,7 +248,7 @@ class ModelService:
                 f"the layers of {name} were not moved to other workers within {MOVE_S:.0f} s"
             ) from None
 
-    def stays(self, name: str) -> None:
+    def cancel_move_away(self, name: str) -> None:
         """End the wait of ``move_away`` for a worker whose drain was undone."""
         self._end_leave(name, Aborted(f"the drain of {name} was undone"))
 
@@ -340,7 +343,7 @@ class ModelService:
         self._end_leave(leaver.name)
 
 
-async def _teach_worker(control: WorkerClient, fingerprint: str, ratio: float) -> None:
+async def _send_step_time(control: WorkerClient, fingerprint: str, ratio: float) -> None:
     try:
         await control.learn(fingerprint, ratio)
     except MacpipeError as e:

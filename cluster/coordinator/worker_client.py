@@ -30,7 +30,7 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import FetchOrder, Link, LoadProgress, StageDigests, StageSpec
 from cluster.core.worker import WorkerInfo
-from cluster.security.bounds import MAX_REVOKED
+from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.grpc_setup import PING_S, control_channel
 from cluster.transport.rich_errors import from_rpc_error

@@ -1,7 +1,7 @@
 """Bounds, sizes and deadlines that several rooms share or that users notice, each with its reason.
 
 A number that matters to one module alone stands in that module; those of certificates, tokens and keys are in
-``cluster.security.bounds``.
+``cluster.security.limits``.
 """
 
 from __future__ import annotations

@@ -32,10 +32,12 @@ from cluster.core.errors import (
 from cluster.core.text import format_address, parse_address
 from cluster.discovery.join_announcement import look_for_join
 from cluster.joining.coordinator_search import search
-from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, JoinRequest, read_refusal, read_reply
+from cluster.joining.join_messages import AUTHORITY, JOIN, JoinReply, JoinRequest, read_refusal, read_reply
 from cluster.security.admission import clocks_in_words
 from cluster.security.authority import PresentedAuthority, read_authority
-from cluster.security.bounds import (
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keyring import Keyring, make_request
+from cluster.security.limits import (
     CLOCKS_DIFFER_S,
     DEFAULT_JOIN_PORT,
     JOIN_RETRY_S,
@@ -44,8 +46,6 @@ from cluster.security.bounds import (
     JOIN_TRY_S,
     MAX_JOIN_BYTES,
 )
-from cluster.security.cluster_folder import ClusterFolder
-from cluster.security.keyring import Keyring, make_request
 from cluster.security.roles import Party, Role, name_of
 from cluster.security.tokens import JoinToken
 

@@ -13,7 +13,7 @@ import anyio
 
 from cluster.core.errors import ForeignAuthority, MacpipeError, Unreachable
 from cluster.discovery.sighting import Source
-from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
+from cluster.security.limits import JOIN_TRIES, MAX_JOIN_TRIED
 
 T = TypeVar("T")
 

@@ -23,10 +23,10 @@ from cluster.core.text import format_address
 from cluster.discovery.join_announcement import announce_join
 from cluster.joining.join_service import JoinService
 from cluster.security.admission import Admission
-from cluster.security.bounds import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
-from cluster.security.quiet_h11 import QuietProtocol
+from cluster.security.h11_protocol import QuietProtocol
+from cluster.security.limits import JOIN_HANDSHAKE_S, JOIN_S, MAX_JOINS
 from cluster.security.roles import Role
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # strangers must reach it; it is not announced on tunnels

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.core.errors import Busy, MacpipeError, TooLarge
-from cluster.joining.join_forms import AUTHORITY, JOIN, JoinReply, read_request, write_refusal
+from cluster.joining.join_messages import AUTHORITY, JOIN, JoinReply, read_request, write_refusal
 from cluster.security.admission import Admission
-from cluster.security.bounds import MAX_JOIN_BYTES, WRONG_SECRETS
+from cluster.security.limits import MAX_JOIN_BYTES, WRONG_SECRETS
 from cluster.security.tokens import WrongSecret
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from cluster.model.marks import WINDOWS
-from cluster.model.module_tree import Module, stand_ins
+from cluster.model.module_tree import Module, zero_parameters
 from cluster.model.symbolic_run import Recording, record
 from cluster.model.trace import Boundary, Trace
 
@@ -29,7 +29,7 @@ BATCH_METHODS: Final = ("extend", "filter", "extract")
 
 def batchable(model: Module, traced: Trace) -> bool:
     """Return whether sequences of different lengths can share a batch, in every cache and at every clean cut."""
-    with stand_ins(model):
+    with zero_parameters(model):
         try:
             return all(_can_share_batch(model, traced, lengths) for lengths in RAGGED)
         except Exception:  # model code may raise anything when it meets an array of offsets: not batchable

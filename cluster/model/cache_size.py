@@ -16,7 +16,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 from cluster.core import limits
 from cluster.model.kv_quantization import KVQuantization
 from cluster.model.marks import needs_mark
-from cluster.model.module_tree import Module, stand_ins, tree_bytes
+from cluster.model.module_tree import Module, tree_bytes, zero_parameters
 from cluster.model.symbolic_run import record
 from cluster.model.trace import LENGTHS, Trace
 
@@ -46,7 +46,7 @@ class CacheSizes:
 
 def _caches_of_two_runs(model: Module) -> list[tuple[Any, Any]]:
     """Return each cache of the model as a short and a longer run leave it."""
-    with stand_ins(model):
+    with zero_parameters(model):
         short, long = (record(model, length).caches for length in LENGTHS)
     return list(zip(short, long, strict=True))
 

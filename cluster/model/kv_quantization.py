@@ -14,7 +14,7 @@ from typing import Any, Final
 from mlx_lm.models.cache import ArraysCache
 
 from cluster.core.errors import InvalidOption, ModelUnsupported
-from cluster.model.module_tree import Module, stand_ins
+from cluster.model.module_tree import Module, zero_parameters
 from cluster.model.symbolic_run import record
 
 __all__ = ["KVQuantization", "choose_quantization"]
@@ -49,7 +49,7 @@ def choose_quantization(model: Module, kv_bits: int) -> KVQuantization | None:
         return None
     if kv_bits not in BITS:
         raise InvalidOption(f"invalid kv_bits {kv_bits}: keys and values can have 4 or 8 bits", field="kv_bits")
-    with stand_ins(model):
+    with zero_parameters(model):
         caches = record(model, CONTEXT).caches
         _require_plain(caches)
         chosen = KVQuantization(kv_bits, _group_size(caches))

@@ -20,9 +20,9 @@ __all__ = [
     "module_arrays",
     "named_modules",
     "parameters",
-    "stand_ins",
     "tree_arrays",
     "tree_bytes",
+    "zero_parameters",
 ]
 
 
@@ -69,7 +69,7 @@ def layer_prefixes(model: Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def stand_ins(model: Module) -> Iterator[None]:
+def zero_parameters(model: Module) -> Iterator[None]:
     """Replace every parameter, inside the block, by an evaluated broadcast zero of its shape and dtype (four bytes).
 
     The graph of a run then has evaluated leaves, and a forward pass that evaluates an intermediate value (a router's

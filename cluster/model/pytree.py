@@ -15,32 +15,32 @@ import mlx.core as mx
 
 from cluster.model.module_tree import Module
 
-__all__ = ["put_together", "take_apart"]
+__all__ = ["flatten", "unflatten"]
 
 
 @dataclass(frozen=True, slots=True)
-class Hole:
+class Placeholder:
     """The place of array ``index`` in a template."""
 
     index: int
 
 
-def take_apart(value: Any) -> tuple[Any, list[mx.array]]:
-    """Return a template with a Hole for each array, and the arrays in order. ``value`` is not changed."""
+def flatten(value: Any) -> tuple[Any, list[mx.array]]:
+    """Return a template with a Placeholder for each array, and the arrays in order. ``value`` is not changed."""
     arrays: list[mx.array] = []
 
     def take_array(leaf: Any) -> Any:
         if not isinstance(leaf, mx.array):
             return leaf
         arrays.append(leaf)
-        return Hole(len(arrays) - 1)
+        return Placeholder(len(arrays) - 1)
 
     return _map(value, take_array), arrays
 
 
-def put_together(template: Any, arrays: list[mx.array | None]) -> Any:
-    """Return the value with its holes filled. A hole whose array is None (it did not cross the cut) becomes None."""
-    return _map(template, lambda leaf: arrays[leaf.index] if isinstance(leaf, Hole) else leaf)
+def unflatten(template: Any, arrays: list[mx.array | None]) -> Any:
+    """Return the value with its arrays in place. One that is None (it did not cross the cut) stays None."""
+    return _map(template, lambda leaf: arrays[leaf.index] if isinstance(leaf, Placeholder) else leaf)
 
 
 def _map(part: Any, change: Callable[[Any], Any]) -> Any:
@@ -63,6 +63,6 @@ def _map(part: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _carries_arrays(part: Any) -> bool:
-    """Return whether ``part`` is a plain object (kimi_k3's ResidualBlocks), not an array, hole, module or callable."""
+    """Return whether ``part`` is a plain object (kimi_k3's ResidualBlocks), no array, module or callable."""
     plain = hasattr(part, "__dict__") and not callable(part)
-    return plain and not isinstance(part, (mx.array, Hole, Module, type))
+    return plain and not isinstance(part, (mx.array, Placeholder, Module, type))

@@ -21,7 +21,7 @@ from cluster.model.cache_abilities import batchable
 from cluster.model.caches import CacheLayout, HeldCaches, SequenceCaches
 from cluster.model.kv_quantization import choose_quantization
 from cluster.model.module_tree import Module, module_arrays, named_modules
-from cluster.model.pytree import put_together, take_apart
+from cluster.model.pytree import flatten, unflatten
 from cluster.model.symbolic_run import replace_call
 from cluster.model.trace import Boundary, Trace
 
@@ -77,11 +77,11 @@ class ModelSlice:
         last slice, only the logits [batch, length, vocabulary].
         """
         if self.inlet is not None:
-            self._incoming = _put_together(self.inlet, incoming)
+            self._incoming = _rebuild_input(self.inlet, incoming)
         try:
             outgoing = [_logits(self._model(tokens, cache=caches.view()))]
         except _Outlet as out:
-            arrays = take_apart(out.value)[1]
+            arrays = flatten(out.value)[1]
             outgoing = [arrays[i] for i in self.outlet.kept] if self.outlet else []
         finally:
             self._incoming = None
@@ -132,7 +132,7 @@ def _start_device_after(own: Any) -> Any:
 
     def call(self: Module, *args: Any, **kwargs: Any) -> Any:
         value = own(self, *args, **kwargs)
-        mx.async_eval(take_apart(value)[1])  # type: ignore[no-untyped-call]
+        mx.async_eval(flatten(value)[1])  # type: ignore[no-untyped-call]
         return value
 
     return call
@@ -146,12 +146,12 @@ def _raise_out(value: Any) -> None:
     raise _Outlet(value)
 
 
-def _put_together(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
+def _rebuild_input(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
     """Return the value of a ghost: the template with the arrays that crossed the cut."""
-    arrays: list[mx.array | None] = [None] * inlet.holes
-    for hole, array in zip(inlet.kept, incoming, strict=True):
-        arrays[hole] = array
-    return put_together(inlet.template, arrays)
+    arrays: list[mx.array | None] = [None] * inlet.array_count
+    for placeholder, array in zip(inlet.kept, incoming, strict=True):
+        arrays[placeholder] = array
+    return unflatten(inlet.template, arrays)
 
 
 def _logits(out: Any) -> mx.array:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from cluster.model.module_tree import Module
-from cluster.model.pytree import take_apart
+from cluster.model.pytree import flatten
 
 __all__ = ["LayerCall", "Recording", "calls_replaced", "record"]
 
@@ -25,7 +25,7 @@ Call = Callable[..., Any]
 class LayerCall:
     """One call of a layer. ``caches`` are the indices of the caches among its arguments.
 
-    ``template`` and ``arrays`` are the return value as ``take_apart`` splits it.
+    ``template`` and ``arrays`` are the return value as ``flatten`` splits it.
     """
 
     layer: int
@@ -80,7 +80,7 @@ def record(model: Module, length: int, warm: int = 0, rows: int = 1, before: Seq
         def call(self: Module, *args: Any, **kwargs: Any) -> Any:
             used = frozenset(index[id(v)] for v in (*args, *kwargs.values()) if id(v) in index)
             value = own(self, *args, **kwargs)
-            calls.append(LayerCall(layer, used, *take_apart(value)))
+            calls.append(LayerCall(layer, used, *flatten(value)))
             return value
 
         return call

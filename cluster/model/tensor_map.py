@@ -52,13 +52,13 @@ class TensorMap:
 def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:
     """Map the checkpoint in ``path``; ``shared`` is that of its ``ModelShape``. Raises as ``open_skeleton``."""
     tensors = open_checkpoint(path).tensors
-    with _stand_ins_loaded(tensors) as stand_ins:
+    with _zeros_loaded(tensors) as zeros:
         model = open_skeleton(path)
     groups = [_join_arrays(a for _, m in named_modules(layer) for a in module_arrays(m)) for layer in model.layers]
     modules = dict(named_modules(model))
     groups += [_join_arrays(module_arrays(modules[weight.name])) for weight in shared]
-    mx.eval(stand_ins)
-    graph = LazyGraph(stand_ins, groups)
+    mx.eval(zeros)
+    graph = LazyGraph(zeros, groups)
     names = [frozenset(graph.parameters_in(graph.ancestors([group]))) for group in groups]
     count = len(model.layers)
     return TensorMap(
@@ -68,20 +68,20 @@ def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:
 
 
 @contextmanager
-def _stand_ins_loaded(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, mx.array]]:
+def _zeros_loaded(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, mx.array]]:
     """Make ``mx.load`` return, inside the block, zeros of each tensor's shape and dtype instead of the tensors."""
-    stand_ins = {t.name: mx.broadcast_to(mx.zeros((), DTYPES[t.dtype]), t.shape) for t in tensors.values()}
-    mx.eval(stand_ins)
+    zeros = {t.name: mx.broadcast_to(mx.zeros((), DTYPES[t.dtype]), t.shape) for t in tensors.values()}
+    mx.eval(zeros)
     module = mx
     original = mx.load
 
     def load(file: Any, *_args: Any, **_kwargs: Any) -> dict[str, mx.array]:
         name = Path(file).name
-        return {t.name: stand_ins[t.name] for t in tensors.values() if t.file == name}
+        return {t.name: zeros[t.name] for t in tensors.values() if t.file == name}
 
     module.load = load
     try:
-        yield stand_ins
+        yield zeros
     finally:
         module.load = original
 

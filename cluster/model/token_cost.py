@@ -18,7 +18,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.quantized import QuantizedEmbedding
 from mlx_lm.models import switch_layers
 
-from cluster.model.module_tree import Module, module_arrays, named_modules, stand_ins
+from cluster.model.module_tree import Module, module_arrays, named_modules, zero_parameters
 from cluster.model.symbolic_run import record
 
 __all__ = ["TokenCost", "watch"]
@@ -60,7 +60,7 @@ def watch(model: Module, kept: Mapping[int, Sequence[int]]) -> TokenCost:
     """Run one token through ``model``. ``kept`` maps a cut to the array indices of the layer's value that cross it."""
     shares: dict[str, float] = {}
     heads: set[str] = set()
-    with stand_ins(model), ExitStack() as stack:
+    with zero_parameters(model), ExitStack() as stack:
         for path, module in named_modules(model):
             if isinstance(module, _SWITCHES):
                 stack.enter_context(_methods(module, __call__=_count_experts(path, module, shares)))

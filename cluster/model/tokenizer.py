@@ -25,7 +25,7 @@ from cluster.model.grammars import Grammars
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
 from cluster.model.prompt_length import require_at_most
-from cluster.model.tokenizer_bounds import require_bounded
+from cluster.model.tokenizer_limits import require_bounded
 from cluster.model.tool_call_grammar import tool_call_grammar
 
 __all__ = ["TextDecoder", "Tokenizer", "load_tokenizer"]

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, ModelUnsupported
 from cluster.model.lazy_graph import LazyGraph
-from cluster.model.module_tree import Module, layer_prefixes, parameters, stand_ins, tree_arrays
+from cluster.model.module_tree import Module, layer_prefixes, parameters, tree_arrays, zero_parameters
 from cluster.model.symbolic_run import Recording, record
 
 __all__ = ["LENGTHS", "Boundary", "Leaf", "Trace", "trace"]
@@ -42,11 +42,11 @@ class Leaf:
 class Boundary:
     """The value that crosses a cut: a layer's return value. Only the arrays with the indices ``kept`` are sent.
 
-    ``template`` has ``holes`` holes for arrays; ``leaves`` describe the kept ones, in order.
+    ``template`` has a placeholder for each of ``array_count`` arrays; ``leaves`` describe the kept ones, in order.
     """
 
     template: Any
-    holes: int
+    array_count: int
     kept: tuple[int, ...]
     leaves: tuple[Leaf, ...]
 
@@ -88,7 +88,7 @@ def trace(model: Module) -> Trace:
     """
     try:
         studies = [_study(model, length) for length in LENGTHS]
-        with stand_ins(model):
+        with zero_parameters(model):
             pair = record(model, LENGTHS[0], rows=2)
     except MacpipeError:
         raise
@@ -113,7 +113,7 @@ def trace(model: Module) -> Trace:
 
 def _study(model: Module, length: int) -> _Study:
     """Run one study with new stand-ins, since some models (gemma3n) overwrite weights with computed values."""
-    with stand_ins(model):
+    with zero_parameters(model):
         return _Study(model, length)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from cluster.core.errors import ClockWrong, TokenRefused
 from cluster.security.authority import Authority, read_request_key
-from cluster.security.bounds import BACKDATED_S, LEAF_S
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request, public_bytes, read_certificate
+from cluster.security.limits import BACKDATED_S, LEAF_S
 from cluster.security.members import Members
 from cluster.security.roles import Party, Role
 from cluster.security.tokens import TokenStore

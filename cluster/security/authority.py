@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.core.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
-from cluster.security.bounds import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import private_bytes, public_bytes
+from cluster.security.limits import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
 from cluster.security.name_check import check_name
 from cluster.security.roles import ID, Role, name_of
 

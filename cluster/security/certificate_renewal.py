@@ -9,9 +9,9 @@ from threading import Lock
 
 from cluster.core.errors import Busy, InvalidRequest, MemberNotFound
 from cluster.security.authority import Authority
-from cluster.security.bounds import MAX_LEAVES_VALID, RENEWAL_SHARE
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request, read_certificate
+from cluster.security.limits import MAX_LEAVES_VALID, RENEWAL_SHARE
 from cluster.security.members import Members
 from cluster.security.roles import Role
 

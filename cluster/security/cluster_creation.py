@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from cluster.core.errors import InvalidOption
 from cluster.security.admission import Admission
 from cluster.security.authority import Authority
-from cluster.security.bounds import MAX_NAME_CHARS
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.limits import MAX_NAME_CHARS
 from cluster.security.name_check import check_name
 from cluster.security.roles import Party, Role
 

@@ -17,8 +17,8 @@ from typing import Final
 
 from cluster.core.errors import Busy, ClusterDamaged
 from cluster.platform.private_files import OTHERS, make_private_folder, not_written, replace_file
-from cluster.security.bounds import STATE_LOCK_S
 from cluster.security.keyring import Keyring
+from cluster.security.limits import STATE_LOCK_S
 from cluster.security.name_check import check_name
 from cluster.security.roles import Role
 

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from cluster.core.errors import InvalidOption
 from cluster.security.authority import Authority
-from cluster.security.bounds import LEAF_S, RENEWAL_SHARE
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.keyring import make_request
+from cluster.security.limits import LEAF_S, RENEWAL_SHARE
 
 
 class HttpCertificate(Protocol):

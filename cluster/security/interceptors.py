@@ -18,7 +18,7 @@ from grpc import aio
 
 from cluster.core.errors import MacpipeError
 from cluster.security.access_rules import RULES, is_allowed
-from cluster.security.bounds import REVOCATION_LOOK_S
+from cluster.security.limits import REVOCATION_LOOK_S
 from cluster.security.roles import Party
 from cluster.security.trust import AuthContext, Trust
 

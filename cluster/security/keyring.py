@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from cluster.core.errors import ClockWrong, ClusterDamaged, MacpipeError
-from cluster.security.bounds import MAX_PEM_BYTES
+from cluster.security.limits import MAX_PEM_BYTES
 from cluster.security.roles import Party, party_of_certificate, read_party
 
 _READ_ATTEMPTS: Final = 20

@@ -17,10 +17,10 @@ from enum import StrEnum
 from typing import Any, Final
 
 from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
-from cluster.security.bounds import MAX_KEYS
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.limits import MAX_KEYS
 from cluster.security.name_check import check_name
-from cluster.security.statefile import StateFile, bytes_of
+from cluster.security.state_file import StateFile, bytes_of
 
 TEXT: Final = re.compile(r"mpk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 """The form of a key. Any other text is refused without hashing it."""

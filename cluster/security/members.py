@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
-from cluster.security.bounds import MAX_MEMBERS, MAX_SERIALS
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.limits import MAX_MEMBERS, MAX_SERIALS
 from cluster.security.name_check import check_name
 from cluster.security.roles import Party, Role
-from cluster.security.statefile import StateFile
+from cluster.security.state_file import StateFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import grpc
 from cryptography import x509
 
 from cluster.core.errors import MacpipeError
-from cluster.security.bounds import MAX_PARTIES_KNOWN, MAX_PEM_BYTES
 from cluster.security.certificate_renewal import Renewal
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.keyring import Keyring
+from cluster.security.limits import MAX_PARTIES_KNOWN, MAX_PEM_BYTES
 from cluster.security.members import Members
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Party, Role, party_of_certificate

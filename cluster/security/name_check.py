@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from cluster.core.errors import InvalidOption
-from cluster.security.bounds import MAX_NAME_CHARS
+from cluster.security.limits import MAX_NAME_CHARS
 
 NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.security.bounds import MAX_REVOKED
 from cluster.security.cluster_folder import ClusterFolder
-from cluster.security.statefile import StateFile
+from cluster.security.limits import MAX_REVOKED
+from cluster.security.state_file import StateFile
 
 
 class Revocations:
@@ -21,7 +21,7 @@ class Revocations:
         return frozenset(self._file.rows())
 
     def learn(self, serials: Iterable[int]) -> None:
-        """Replace the known serials, at most ``bounds.MAX_REVOKED``; writes the file only if they changed."""
+        """Replace the known serials, at most ``MAX_REVOKED``; writes the file only if they changed."""
         revoked = tuple(sorted(set(serials)))[:MAX_REVOKED]
         if revoked != self._file.rows():
             with self._file.edit() as edit:

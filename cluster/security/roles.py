@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from cluster.core.errors import Unauthenticated
-from cluster.security.bounds import MAX_PEM_BYTES
+from cluster.security.limits import MAX_PEM_BYTES
 
 ID: Final = re.compile(r"[0-9a-f]{16}")
 """Format of a cluster's or a party's id."""

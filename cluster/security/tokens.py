@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from cluster.core.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
 from cluster.security.authority import cluster_id_of
-from cluster.security.bounds import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import date_in_words
+from cluster.security.limits import MAX_TOKEN_CHARS, MAX_TOKEN_S, MAX_TOKENS, MIN_TOKEN_S, TOKEN_S
 from cluster.security.roles import Role
-from cluster.security.statefile import StateFile, bytes_of
+from cluster.security.state_file import StateFile, bytes_of
 
 PREFIX: Final = "mpj1."
 JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN)

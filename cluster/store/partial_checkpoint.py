@@ -41,13 +41,13 @@ class PartialCheckpoint:
         self.origin = read_origin(folder)
         self._journal = AppendLog(folder / RECORDS / "journal.jsonl")
         self._lock = RLock()
-        self._extents = {tensor.file: ByteRanges() for tensor in self.tensors.values()}
+        self._present = {tensor.file: ByteRanges() for tensor in self.tensors.values()}
         self._noted: dict[str, str] = {}
         self._whole: dict[str, str] = {}
         self._stats: dict[str, tuple[int, int]] = {}
         for entry in self._journal.entries():
             self._replay(entry)
-        unchanged = {file for file in self._extents if self._stats.get(file) == self._read_stat(file)}
+        unchanged = {file for file in self._present if self._stats.get(file) == self._read_stat(file)}
         self._verified = {
             tensor: digest
             for tensor, digest in self._noted.items()
@@ -57,10 +57,10 @@ class PartialCheckpoint:
 
     def _replay(self, entry: Entry) -> None:
         match entry:
-            case ["got", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
-                self._extents[file].add(start, end)
-            case ["lost", str(file), int(start), int(end)] if file in self._extents and 0 <= start <= end:
-                self._extents[file].remove(start, end)
+            case ["got", str(file), int(start), int(end)] if file in self._present and 0 <= start <= end:
+                self._present[file].add(start, end)
+            case ["lost", str(file), int(start), int(end)] if file in self._present and 0 <= start <= end:
+                self._present[file].remove(start, end)
             case ["sum", str(tensor), ""]:
                 self._noted.pop(tensor, None)
             case ["sum", str(tensor), str(digest)] if is_digest(digest):
@@ -82,19 +82,19 @@ class PartialCheckpoint:
         with self._lock:
             return frozenset(self._damaged)
 
-    def doubtful(self, tensors: Iterable[str]) -> set[str]:
+    def awaiting_recheck(self, tensors: Iterable[str]) -> set[str]:
         """Return the tensors that are present and were verified once, but not since their file changed on disk."""
         with self._lock:
             return {t for t in tensors if t in self._noted and t not in self._verified and self._complete(t)}
 
     def recheck(self, tensor: TensorInfo) -> bool:
-        """Hash a doubtful tensor again. Return whether it is verified; if not, it counts as damaged and missing."""
+        """Hash a tensor again. Return whether it is verified; if not, it counts as damaged and missing."""
         try:
             digest = self.digest(tensor)
         except OSError:  # an unreadable tensor counts as damaged
             digest = ""
         with self._lock:
-            if not self.doubtful([tensor.name]):
+            if not self.awaiting_recheck([tensor.name]):
                 return True  # a fetch has verified or dropped it meanwhile
             if digest == self._noted[tensor.name]:
                 self.accept([(tensor.name, digest)])
@@ -103,13 +103,13 @@ class PartialCheckpoint:
             self._damaged.add(tensor.name)
             return False
 
-    def noted_digest(self, tensor: str) -> str:
+    def recorded_digest(self, tensor: str) -> str:
         """Return the digest from when the tensor was last verified, or an empty string if it never was."""
         return self._noted.get(tensor, "")
 
     def gaps(self, file: str, start: int, end: int) -> list[tuple[int, int]]:
         with self._lock:
-            return self._extents[file].gaps(start, end)
+            return self._present[file].gaps(start, end)
 
     def missing_bytes(self, tensor: TensorInfo) -> int:
         """Return how many bytes of the tensor are missing."""
@@ -130,7 +130,7 @@ class PartialCheckpoint:
             raise not_written(e, self.folder / file, "the model") from e
         with self._lock:
             self._journal.append([["got", file, start, end]])
-            self._extents[file].add(start, end)
+            self._present[file].add(start, end)
 
     def digest(self, tensor: TensorInfo) -> str:
         """Return the SHA-256 of the tensor's bytes on disk, in hex."""
@@ -148,7 +148,7 @@ class PartialCheckpoint:
     def drop(self, tensor: TensorInfo, *, forget: bool = False) -> None:
         """Record a tensor's bytes as missing, because they are wrong. With ``forget``, also delete its digest."""
         with self._lock:
-            self._extents[tensor.file].remove(tensor.offset, tensor.end)
+            self._present[tensor.file].remove(tensor.offset, tensor.end)
             self._verified.pop(tensor.name, None)  # first: the bytes are wrong even if the journal cannot be written
             lost: list[Entry] = [["lost", tensor.file, tensor.offset, tensor.end]]
             if forget:
@@ -159,17 +159,17 @@ class PartialCheckpoint:
     def seal(self) -> None:
         """Record the files' sizes and modification times. Verified tensors stay verified until these change.
 
-        A file with a doubtful tensor keeps its previous record.
+        A file with a tensor that awaits a recheck keeps its previous record.
         """
         with self._lock:
-            doubtful = {self.tensors[t].file for t in self.doubtful(self._noted)}
-            now = {file: self._read_stat(file) for file in self._extents if file not in doubtful}
+            awaiting = {self.tensors[t].file for t in self.awaiting_recheck(self._noted)}
+            now = {file: self._read_stat(file) for file in self._present if file not in awaiting}
             self._journal.append(["stat", file, *stat] for file, stat in now.items() if stat != self._stats.get(file))
             self._stats |= now
 
     def unproved_files(self) -> list[StoredFile]:
         """Return the complete files that have not been compared with the hub's hash yet."""
-        whole = [f for f in self.origin.files if f.sha256 and f.name in self._extents]
+        whole = [f for f in self.origin.files if f.sha256 and f.name in self._present]
         return [f for f in whole if not self.gaps(f.name, 0, f.size) and self._whole.get(f.name) != f.sha256]
 
     def prove(self, file: StoredFile) -> bool:

@@ -134,9 +134,9 @@ class StoreServer(StoreServiceServicer):
 
     def _recheck(self, item: SharedModel, names: Iterable[str]) -> None:
         """Start to hash again those of the tensors whose file changed since they were verified. Peers ask again."""
-        if item.partial and (doubtful := item.partial.doubtful(names) - item.checking):
-            item.checking |= doubtful
-            task = asyncio.create_task(self._recheck_tensors(item, item.partial, sorted(doubtful)))
+        if item.partial and (awaiting := item.partial.awaiting_recheck(names) - item.checking):
+            item.checking |= awaiting
+            task = asyncio.create_task(self._recheck_tensors(item, item.partial, sorted(awaiting)))
             self._checks.add(task)
             task.add_done_callback(self._checks.discard)
 

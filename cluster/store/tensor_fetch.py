@@ -163,7 +163,7 @@ class Fetch:
 
     def _expected_digest(self, name: str) -> str:
         """Return a tensor's expected digest, or an empty string if unknown. Raise ModelDiffers if peers disagree."""
-        if known := self._manifest.known.get(name) or self._partial.noted_digest(name):
+        if known := self._manifest.known.get(name) or self._partial.recorded_digest(name):
             return known
         reported = {held.digests[name]: peer for peer, held in self._holdings.items() if name in held.digests}
         if len(reported) > 1:

@@ -177,7 +177,7 @@ def data_channel(trust: Trust, address: str, peer: str, receive_bytes: int = MAX
     return _dial(trust, address, peer, [*_data_options(receive_bytes), *_ONE_THREAD], grpc.secure_channel)
 
 
-def pulse_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
+def liveness_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
     """Return a channel to a data port that carries only pings, with timeout ``ping_s``, on its own connection."""
     own_connection: ChannelOptions = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
     return _dial(trust, address, peer, [*_ping_options(ping_s), *own_connection], grpc.secure_channel)

@@ -15,7 +15,7 @@ import grpc
 
 from cluster.core.limits import CONNECT_TIMEOUT_S
 from cluster.security.trust import Trust
-from cluster.transport.grpc_setup import PING_S, pulse_channel
+from cluster.transport.grpc_setup import PING_S, liveness_channel
 
 PULSE = "/cluster.v1.StageService/Pulse"
 PING_TIMEOUT: Final = "ping timeout"
@@ -38,7 +38,7 @@ def beat(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         ended.wait()
 
 
-def usual() -> float:
+def default_ping_s() -> float:
     """Return the default timeout of a ping, in seconds, when no overload is known."""
     return PING_S
 
@@ -61,7 +61,7 @@ class LivenessStream:
         peer: str,
         lost: Callable[[str], None],
         silent: Callable[[], None],
-        ping_s: Callable[[], float] = usual,
+        ping_s: Callable[[], float] = default_ping_s,
     ) -> None:
         self._trust = trust
         self._address = address
@@ -76,7 +76,7 @@ class LivenessStream:
 
     def _open(self) -> None:
         self._granted_s = self._ping_s()
-        self._channel = pulse_channel(self._trust, self._address, self._peer, self._granted_s)
+        self._channel = liveness_channel(self._trust, self._address, self._peer, self._granted_s)
         self._call: Any = self._channel.unary_stream(PULSE, None, None)(b"", wait_for_ready=True)
 
     def _listen(self) -> None:

@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "bad_alloc", "cannot a
 """The words of allocators and of Metal."""
 
 
-class LastWords:
+class OutputTail:
     """Forwards an engine's stderr and keeps its last line."""
 
     def __init__(self, onward: BinaryIO) -> None:
@@ -59,18 +59,18 @@ class LastWords:
             await self._over.wait()
 
 
-def explain_exit(code: int, last_words: str, out_of_memory_kills: int = 0) -> str:
+def explain_exit(code: int, output_tail: str, out_of_memory_kills: int = 0) -> str:
     """Return a sentence about an exit.
 
-    ``code`` is the exit code (negative: a signal), ``last_words`` the last line of output, ``out_of_memory_kills`` how
+    ``code`` is the exit code (negative: a signal), ``output_tail`` the last line of output, ``out_of_memory_kills`` how
     many processes the system killed for lack of memory meanwhile.
     """
     ended = f"the engine ended with exit code {code}" if code >= 0 else f"the engine was ended by {_signal(-code)}"
-    if out_of_memory_kills or any(words in last_words.lower() for words in _OUT_OF_MEMORY):
+    if out_of_memory_kills or any(words in output_tail.lower() for words in _OUT_OF_MEMORY):
         ended += " because memory ran out; give it less with --memory-limit"
     elif code == -signal.SIGKILL:
         ended += ", by hand or by the system for lack of memory"
-    return f"{ended} ({last_words})" if last_words else ended
+    return f"{ended} ({output_tail})" if output_tail else ended
 
 
 def _signal(number: int) -> str:

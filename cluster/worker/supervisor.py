@@ -34,7 +34,7 @@ from cluster.core.limits import (
 from cluster.membership.slowness import Alarms, Silence
 from cluster.platform.overload import Lag, no_lag, processor_seconds
 from cluster.worker.engine_launcher import EngineLauncher
-from cluster.worker.exit_diagnosis import LastWords, explain_exit, out_of_memory_kills
+from cluster.worker.exit_diagnosis import OutputTail, explain_exit, out_of_memory_kills
 from cluster.worker.pipe_messages import (
     Begin,
     Command,
@@ -82,7 +82,7 @@ class Supervisor:
         self.started = anyio.Event()
         self.restarts = 0
         self.problem = "the engine is starting"
-        self._last_words = LastWords(sys.stderr.buffer)
+        self._output_tail = OutputTail(sys.stderr.buffer)
         self._verdict = ""
         self._refusal: MacpipeError | None = None
         self._lag = lag
@@ -123,14 +123,14 @@ class Supervisor:
         _send_begin(self._process)
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._last_words.follow, self._process)
+                tasks.start_soon(self._output_tail.follow, self._process)
                 tasks.start_soon(self._watch, self._process)
                 await self._read_events(self._process)
                 code = await self._process.wait()
-                await self._last_words.wait_for_end()
+                await self._output_tail.wait_for_end()
                 tasks.cancel_scope.cancel()
             memory_kills = out_of_memory_kills() - kills
-            self.problem = self._verdict or explain_exit(code, self._last_words.line, memory_kills)
+            self.problem = self._verdict or explain_exit(code, self._output_tail.line, memory_kills)
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(self._process)

@@ -24,7 +24,7 @@ from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
-from cluster.security.bounds import MAX_REVOKED
+from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
 from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from figures import Figure, options, print_figures
 from starlette.requests import Request
 
-from cluster.api.bounds import MAX_ITEMS, MAX_JSON_VALUES
 from cluster.api.conversation_validation import check_messages, check_options
 from cluster.api.grpc.proto_decoding import chat_params
 from cluster.api.http.body import CHARGE, build, read
@@ -35,6 +34,7 @@ from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.responses_form import ResponsesForm
+from cluster.api.limits import MAX_ITEMS, MAX_JSON_VALUES
 from cluster.api.requests import Conversation
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import (

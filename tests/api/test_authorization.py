@@ -74,7 +74,7 @@ class Idle:
     def served_model(self, name: str) -> ModelInfo:
         raise NotServing("no model is loaded")
 
-    async def under_way(self) -> tuple[None, None]:
+    async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
     async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:

@@ -10,8 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES
-from cluster.api.elements import ElementCounter, count_elements
 from cluster.api.http import body as bodies
 from cluster.api.http.body import Form, parse
 from cluster.api.http.chat_form import ChatForm
@@ -19,6 +17,8 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES
 from cluster.api.http.responses_form import ResponsesForm
+from cluster.api.json_elements import ElementCounter, count_elements
+from cluster.api.limits import MAX_ELEMENTS, MAX_NUMBER_BYTES
 from cluster.core.errors import InvalidRequest, TooLarge
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
 

@@ -29,9 +29,9 @@ from cluster.core.errors import InvalidOption, NoCluster
 from cluster.core.limits import FREE_CHUNKS, MIN_CHUNK_BYTES
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.h11_protocol import PIECE
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
 from cluster.security.keyring import make_request
-from cluster.security.quiet_h11 import PIECE
 
 pytestmark = pytest.mark.anyio
 HALF = b"POST /echo HTTP/1.1\r\nhost: localhost\r\nx-a: b"

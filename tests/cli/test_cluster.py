@@ -21,7 +21,7 @@ import pytest
 
 from cli.conftest import MACPIPE, ROOT
 from cluster.cli.main import main
-from cluster.joining.join_forms import JoinRequest
+from cluster.joining.join_messages import JoinRequest
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.keys import TEXT, KeyLimits, KeyScope, KeyStore

@@ -155,7 +155,7 @@ def test_a_status_does_not_wait_for_a_worker_that_hangs(network: Network) -> Non
         await until(lambda: names(watch) == ["ada", "bob"])
         ada.says = lambda: asyncio.sleep(3600, "ada")
         async with asyncio.timeout(0.2):
-            await watch.everybody()
+            await watch.wait_for_answers()
 
     watched(network, play)
 
@@ -301,6 +301,6 @@ def test_a_coordinator_with_the_id_of_this_one_is_told_from_a_life_before(
         live_owner="me",
         live_owner_process=network.instance if instance == "mine" else instance,
     )
-    problem = network.objection(held)
+    problem = network.why_unusable(held)
     assert (problem == "") is served
     assert served or "another coordinator that has the id of this one" in problem

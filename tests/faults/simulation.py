@@ -477,7 +477,7 @@ class Simulation:
             await asyncio.sleep(STATUS_EVERY_S)
             began = simulated_now()
             try:
-                await self._heartbeat.everybody()
+                await self._heartbeat.wait_for_answers()
             finally:
                 self.history.note("status", took_s=simulated_now() - began, error="")
 

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.core.errors import Unreachable
 from cluster.security.credentials import LocalTrust
-from cluster.transport.grpc_setup import pulse_channel
+from cluster.transport.grpc_setup import liveness_channel
 from cluster.transport.grpc_streams import DataServer, GrpcDialer
 from cluster.transport.liveness_stream import beat
 from cluster.transport.streams import Line, Outbox
@@ -82,10 +82,10 @@ def test_a_cut_before_the_liveness_stream_is_connected_is_seen(
 
     def open_pulse(*given: Any) -> grpc.Channel:
         link.blocked |= {"stage", "caller"}
-        return pulse_channel(*given)
+        return liveness_channel(*given)
 
     monkeypatch.setattr("cluster.transport.liveness_stream.CONNECT_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("cluster.transport.liveness_stream.pulse_channel", open_pulse)
+    monkeypatch.setattr("cluster.transport.liveness_stream.liveness_channel", open_pulse)
     stream = GrpcDialer(LocalTrust()).pull(address, 1, lambda message: None, lambda why: lost.set())
     assert lost.wait(15)
     stream.close()
@@ -100,13 +100,13 @@ def test_an_overloaded_machine_asks_again_before_it_takes_silence_for_a_cut(
 
     def open_pulse(*given: Any) -> grpc.Channel:
         link.blocked.clear()
-        return pulse_channel(*given)
+        return liveness_channel(*given)
 
     def beat_and_tell(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         beats.release()
         return beat(request, context)
 
-    monkeypatch.setattr("cluster.transport.liveness_stream.pulse_channel", open_pulse)
+    monkeypatch.setattr("cluster.transport.liveness_stream.liveness_channel", open_pulse)
     monkeypatch.setattr("cluster.transport.grpc_streams.beat", beat_and_tell)
     stream = GrpcDialer(LocalTrust(), lambda: lag[0]).pull(address, 1, lambda message: heard.set(), lost.append)
     assert beats.acquire(timeout=15)

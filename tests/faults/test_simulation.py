@@ -206,7 +206,7 @@ def test_whoever_waits_for_a_drain_is_told_its_end(end: str) -> None:
                     assert "bob" not in [s.worker for s in service.plan.stages]
                     return
                 if end == "undo":
-                    service.stays("bob")
+                    service.cancel_move_away("bob")
                     with pytest.raises(Aborted, match="undone"):
                         await drain
         finally:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cluster.api.http.openapi import BODIES
-from cluster.joining.join_forms import JoinRequest
+from cluster.joining.join_messages import JoinRequest
 from cluster.v1 import cluster_pb2, inference_pb2, store_pb2, worker_pb2
 from fuzz.cost import measure
 from fuzz.cost.measure import Cost

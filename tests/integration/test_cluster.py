@@ -26,8 +26,8 @@ from cluster.core.errors import (
 )
 from cluster.core.worker import WorkerState
 from cluster.model.tokenizer import load_tokenizer
-from cluster.security.bounds import LEAF_S
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.limits import LEAF_S
 from cluster.security.roles import Role
 from integration.daemons import START_S, Cluster, free_port, watchdog_pipe
 from integration.reference import greedy
@@ -170,8 +170,8 @@ def test_clients_outlive_their_certificate(
 
 
 SHORT_CERTIFICATES = f"""
-import cluster.security.bounds as bounds
-bounds.LEAF_S, bounds.BACKDATED_S = {SHORT_S}, 0.0
+import cluster.security.limits as limits
+limits.LEAF_S, limits.BACKDATED_S = {SHORT_S}, 0.0
 from cluster.cli.main import main
 main()
 """

@@ -30,14 +30,14 @@ from cluster.core.text import parse_address
 from cluster.joining import client
 from cluster.joining import join_port as port
 from cluster.joining.client import JoinOrder, join
-from cluster.joining.join_forms import read_refusal, read_reply, read_request
+from cluster.joining.join_messages import read_refusal, read_reply, read_request
 from cluster.joining.join_port import admit_macs
 from cluster.joining.join_service import GuessLimiter
 from cluster.security.admission import Admission
-from cluster.security.bounds import MAX_JOIN_VALUES, MAX_JOINS
 from cluster.security.cluster_creation import create_cluster
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
+from cluster.security.limits import MAX_JOIN_VALUES, MAX_JOINS
 from cluster.security.roles import Role
 
 pytestmark = pytest.mark.anyio

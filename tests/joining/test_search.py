@@ -16,7 +16,7 @@ from cluster.discovery import browse as browse_module
 from cluster.discovery.join_announcement import SERVICE, announce_join, look_for_join, read_join_sighting
 from cluster.discovery.sighting_table import SightingTable
 from cluster.joining.coordinator_search import search
-from cluster.security.bounds import JOIN_TRIES, MAX_JOIN_TRIED
+from cluster.security.limits import JOIN_TRIES, MAX_JOIN_TRIED
 
 pytestmark = pytest.mark.anyio
 SOON_S = 15

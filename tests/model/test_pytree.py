@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import pytest
 
-from cluster.model.pytree import put_together, take_apart
+from cluster.model.pytree import flatten, unflatten
 
 
 class Pair(NamedTuple):
@@ -41,25 +41,25 @@ A, B, C = (mx.array([float(i)]) for i in range(3))
     ],
 )
 def test_there_and_back(value: Any, arrays: list[mx.array]) -> None:
-    template, found = take_apart(value)
+    template, found = flatten(value)
     assert [id(a) for a in found] == [id(a) for a in arrays]
-    again = put_together(template, list(found))
+    again = unflatten(template, list(found))
     assert type(again) is type(value)
-    assert [id(a) for a in take_apart(again)[1]] == [id(a) for a in arrays]
+    assert [id(a) for a in flatten(again)[1]] == [id(a) for a in arrays]
 
 
 def test_the_value_and_the_template_stay_as_they_are() -> None:
     value = Blocks(A, [B])
-    template, _ = take_apart((value, C))
+    template, _ = flatten((value, C))
     assert (value.partial, value.blocks) == (A, [B])
-    first, second = (put_together(template, [x, None, None])[0] for x in (B, C))
+    first, second = (unflatten(template, [x, None, None])[0] for x in (B, C))
     assert (first.partial, second.partial) == (B, C)
     assert first.count == 3
 
 
 def test_what_did_not_cross_is_none() -> None:
-    template, _ = take_apart({"h": A, "seen": B})
-    assert put_together(template, [C, None]) == {"h": C, "seen": None}
+    template, _ = flatten({"h": A, "seen": B})
+    assert unflatten(template, [C, None]) == {"h": C, "seen": None}
 
 
 def test_no_ring_of_references_holds_the_arrays() -> None:
@@ -69,8 +69,8 @@ def test_no_ring_of_references_holds_the_arrays() -> None:
         before = mx.get_active_memory()
         big = mx.zeros((1000,))
         mx.eval(big)
-        template, arrays = take_apart((big, [big]))
-        put_together(template, list(arrays))
+        template, arrays = flatten((big, [big]))
+        unflatten(template, list(arrays))
         del big, arrays, template
         assert mx.get_active_memory() == before
     finally:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.core.errors import Busy, ClusterDamaged, DuplicateName, InvalidOption, MemberNotFound
-from cluster.security.bounds import MAX_MEMBERS
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.limits import MAX_MEMBERS
 from cluster.security.members import Member, Members
 from cluster.security.roles import Party, Role
 
@@ -128,7 +128,7 @@ def test_who_cannot_be_removed(members: Members) -> None:
 
 def test_the_roster_has_a_bound(members: Members, folder: ClusterFolder) -> None:
     from cluster.security.members import Issued, _pack, _unpack
-    from cluster.security.statefile import StateFile
+    from cluster.security.state_file import StateFile
 
     with StateFile(folder, folder.members, _pack, _unpack).edit() as edit:
         edit.rows = tuple(

@@ -14,10 +14,10 @@ from cluster.coordinator.certificate_rotation import CertificateRotation
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import Busy, InvalidRequest, MemberNotFound
 from cluster.discovery.static import static_source
-from cluster.security.bounds import MAX_LEAVES_VALID
 from cluster.security.certificate_renewal import is_due, renew_certificate
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
+from cluster.security.limits import MAX_LEAVES_VALID
 from cluster.security.roles import Role
 from parties import Lead
 

@@ -20,10 +20,10 @@ from cluster.core.errors import (
 )
 from cluster.security.admission import Admission, AdmissionRequest, clocks_in_words
 from cluster.security.authority import Authority
-from cluster.security.bounds import MAX_TOKENS
 from cluster.security.cluster_creation import create_cluster
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
+from cluster.security.limits import MAX_TOKENS
 from cluster.security.members import Members
 from cluster.security.roles import Role, read_party
 from cluster.security.tokens import JoinToken, TokenState, TokenStore, WrongSecret

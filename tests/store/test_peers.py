@@ -150,7 +150,7 @@ def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
         os.utime(partial.folder / file, ns=(1, 1))
     doubted = PartialCheckpoint(partial.folder)
     assert not doubted.verified
-    assert doubted.doubtful(partial.tensors) == set(names)
+    assert doubted.awaiting_recheck(partial.tensors) == set(names)
     peer = giving("bob", partial.folder)
     asked, ours = hub.weight_bytes, mine(tmp_path / "mine", [peer], partial.fingerprint)
     told = take(tmp_path / "mine", ours, [peer], names, origin).progress

@@ -14,7 +14,7 @@ from grpc import aio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api import bounds
+from cluster.api import limits
 from cluster.api.conversation_validation import check_messages
 from cluster.api.daemon import DESCRIPTORS
 from cluster.api.grpc.proto_decoding import messages, template_options
@@ -147,7 +147,7 @@ def test_messages_and_tools_are_counted_before_they_are_copied() -> None:
         messages([pb.ChatMessage()] * (MAX_MESSAGES + 1))
     with pytest.raises(InvalidRequest):
         template_options(pb.TemplateOptions(tools=[pb.Tool()] * (MAX_TOOLS + 1)))
-    calls = (ToolCall("c", "f", "[" + "[]," * bounds.MAX_ELEMENTS),)
+    calls = (ToolCall("c", "f", "[" + "[]," * limits.MAX_ELEMENTS),)
     with pytest.raises(TooLarge):
         check_messages([ChatMessage("assistant", "", "", calls)], 4096)
 

@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE
 
 import pytest
 
-from cluster.worker.exit_diagnosis import LastWords, explain_exit
+from cluster.worker.exit_diagnosis import OutputTail, explain_exit
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_stderr_is_passed_on_and_its_last_line_kept() -> None:
         code = "import sys; sys.stderr.write('one\\ntwo words\\n\\n')"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=PIPE)
         onward = io.BytesIO()
-        words = LastWords(onward)
+        words = OutputTail(onward)
         await asyncio.gather(words.follow(process), words.wait_for_end(), process.wait())
         return onward.getvalue(), words.line
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-from cluster.api.bounds import MAX_IGNORED_CHARS
+from cluster.api.limits import MAX_IGNORED_CHARS
 from cluster.core.errors import InvalidRequest
 
 IGNORED_HEADER: Final = "x-macpipe-ignored"

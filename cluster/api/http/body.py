@@ -22,9 +22,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 from starlette.requests import ClientDisconnect, Request
 
-from cluster.api.bounds import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
-from cluster.api.elements import ElementCounter
 from cluster.api.http.adjustments import adjustments_of
+from cluster.api.json_elements import ElementCounter
+from cluster.api.limits import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
 from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_BYTES, MIB
 from cluster.transport.byte_budget import Charge

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from cluster.api.bounds import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
 from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
@@ -20,6 +19,7 @@ from cluster.api.http.openai_formats import (
 )
 from cluster.api.http.reasoning_effort import Effort, decode_thinking, thinking_names
 from cluster.api.http.sampling_form import Count, Positive, SamplingForm, stop_list
+from cluster.api.limits import MAX_PARTS, MAX_TURN_CALLS, MAX_WORDS
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOL_NAME_CHARS, MAX_TOOLS, MAX_TOP_LOGPROBS

@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
-from cluster.api.bounds import MAX_ELEMENTS
 from cluster.api.http.body import Hint, ShortText, Text, Unsupported
 from cluster.api.http.chat_form import ChatStreamOptions
 from cluster.api.http.openai_formats import ResponseFormat, decode_grammar
 from cluster.api.http.sampling_form import Count, SamplingForm, stop_list
+from cluster.api.limits import MAX_ELEMENTS
 from cluster.api.requests import GenerateParams, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_ANSWERS, MAX_PROMPT_IDS, MAX_PROMPTS, MAX_SAMPLES, MAX_TOP_LOGPROBS

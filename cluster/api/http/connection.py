@@ -9,7 +9,7 @@ import h11
 
 from cluster.api.http.connection_limit import ConnectionLimit, ConnectionSlot
 from cluster.core.limits import CLOSE_S, HEADER_TIMEOUT_S, LINGER_S
-from cluster.security.quiet_h11 import QuietProtocol
+from cluster.security.h11_protocol import QuietProtocol
 
 
 class Connection(QuietProtocol):

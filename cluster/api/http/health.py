@@ -57,7 +57,7 @@ class Health:
     async def metrics(self, request: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
         coordinator = self.service.coordinator
-        plan, loop = await coordinator.under_way()
+        plan, loop = await coordinator.plan_and_view()
         text = self.service.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

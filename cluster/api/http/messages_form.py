@@ -10,13 +10,13 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
-from cluster.api.bounds import MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported, hint
 from cluster.api.http.json_response import compact
 from cluster.api.http.openai_formats import Name, check_answers, schema_grammar
 from cluster.api.http.sampling_form import Count, Positive, StopStrings
 from cluster.api.http.schema_check import check_schema
 from cluster.api.http.server_tools import ServerTool
+from cluster.api.limits import MAX_PARTS, MAX_WORDS
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS

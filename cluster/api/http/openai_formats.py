@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
-from cluster.api.elements import ElementCounter
 from cluster.api.http.body import Form, JsonObject, Text, hint
 from cluster.api.http.json_response import compact
 from cluster.api.http.schema_check import check_schema
+from cluster.api.json_elements import ElementCounter
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_TOOL_NAME_CHARS
 from cluster.core.request import ChatMessage, Grammar, GrammarKind, Tool

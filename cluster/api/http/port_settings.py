@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from cluster.api.http.origin_policy import OriginPolicy, check_host, check_origin
-from cluster.api.http.server import open_to_everybody
+from cluster.api.http.server import unprotected_port_error
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.text import is_loopback
 from cluster.discovery.interfaces import interfaces
@@ -37,7 +37,7 @@ def http_port(settings: ServeSettings) -> HttpPort:
     host = settings.http.address[0] if settings.http.address else _OWN[1]
     network = not is_loopback(host)
     if network and not folder.exists:
-        raise open_to_everybody(host)
+        raise unprotected_port_error(host)
     named = tuple(check_host(name) for name in settings.http.hosts)
     hosts = (*names_of_this_mac(host), *named) if network else named
     sites = OriginPolicy(frozenset(hosts), frozenset(check_origin(one) for one in settings.http.origins))

@@ -10,7 +10,6 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from cluster.api.bounds import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
 from cluster.api.http.body import (
     Form,
     Hint,
@@ -35,6 +34,7 @@ from cluster.api.http.openai_formats import (
 from cluster.api.http.reasoning_effort import Effort, decode_thinking, thinking_names
 from cluster.api.http.sampling_form import Positive
 from cluster.api.http.server_tools import ServerTool
+from cluster.api.limits import MAX_ITEMS, MAX_METADATA, MAX_PARTS, MAX_WORDS
 from cluster.api.requests import TOOL_SCHEMA, ChatParams, Conversation, SamplingOptions, grammar_names
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_TOOLS, MAX_TOP_LOGPROBS

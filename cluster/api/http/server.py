@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
 def listen(host: str, port: int, *, encrypted: bool = False) -> socket.socket:
     """Return a listening socket. Raises ``PortInUse``, and ``InvalidOption`` for plain HTTP off loopback."""
     if not (encrypted or is_loopback(host)):
-        raise open_to_everybody(host)
+        raise unprotected_port_error(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -144,7 +144,7 @@ def listen(host: str, port: int, *, encrypted: bool = False) -> socket.socket:
     return listener
 
 
-def open_to_everybody(host: str) -> InvalidOption:
+def unprotected_port_error(host: str) -> InvalidOption:
     """Return the error for an HTTP port that would be open to everybody."""
     return InvalidOption(
         f"HTTP on {host} would be open to everybody on the network: without a cluster there are no keys and no "

@@ -17,11 +17,11 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
 from cluster.core.request import Request, SamplingParams
 from cluster.core.text import parse_layers
-from cluster.joining.join_forms import read_refusal, read_reply, read_request
+from cluster.joining.join_messages import read_refusal, read_reply, read_request
 from cluster.security.authority import read_authority, read_request_key
-from cluster.security.bounds import MAX_JOIN_BYTES, MAX_PEM_BYTES
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyStore
+from cluster.security.limits import MAX_JOIN_BYTES, MAX_PEM_BYTES
 from cluster.security.roles import read_party
 from cluster.security.tokens import JoinToken
 from cluster.wire.frame_codec import decode

@@ -60,7 +60,7 @@ class Coordinator:
     def served_model(self, name: str) -> ModelInfo:
         return served()
 
-    async def under_way(self) -> tuple[None, None]:
+    async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:

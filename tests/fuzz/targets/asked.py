@@ -171,7 +171,7 @@ class _Nobody:
     def served_model(self, name: str) -> ModelInfo:
         return served()
 
-    async def under_way(self) -> tuple[None, None]:
+    async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
     def __getattr__(self, name: str) -> Any:

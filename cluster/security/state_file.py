@@ -16,9 +16,9 @@ import msgpack
 
 from cluster.core.errors import Busy, ClusterDamaged
 from cluster.platform.json_file import encode_json, read_json
-from cluster.security.bounds import MAX_STATE_BYTES
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
+from cluster.security.limits import MAX_STATE_BYTES
 
 FORMAT: Final = 2
 OLD_FORMAT: Final = 1

@@ -13,7 +13,7 @@ import pytest
 from cluster.core.errors import BadCheckpoint
 from cluster.core.limits import MAX_ADDED_TOKENS, MAX_CHAT_TEMPLATE_CHARS, MAX_SMALL_FILE_BYTES, MAX_TOKEN_CHARS
 from cluster.model.tokenizer import load_tokenizer
-from cluster.model.tokenizer_bounds import require_bounded
+from cluster.model.tokenizer_limits import require_bounded
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 TOO_LONG = "a" * (MAX_TOKEN_CHARS + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.api.bounds import MAX_ELEMENTS, MAX_NUMBER_BYTES
+from cluster.api.limits import MAX_ELEMENTS, MAX_NUMBER_BYTES
 from cluster.core.errors import TooLarge
 from cluster.core.limits import KIB
 

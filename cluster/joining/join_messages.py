@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.security.admission import AdmissionRequest
-from cluster.security.bounds import MAX_JOIN_VALUES, MAX_NAME_CHARS, MAX_PEM_BYTES
+from cluster.security.limits import MAX_JOIN_VALUES, MAX_NAME_CHARS, MAX_PEM_BYTES
 
 AUTHORITY: Final = "/authority"
 JOIN: Final = "/join"

@@ -12,7 +12,7 @@ import msgpack
 import pytest
 
 from cluster.core.errors import ClusterDamaged
-from cluster.security import statefile
+from cluster.security import state_file
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.keys import ApiKey, KeyLimits, KeyScope, KeyStore
@@ -133,7 +133,7 @@ def test_a_file_that_is_replaced_while_it_is_looked_for_is_found(
             if calls == call:
                 replace_with_json(folder)
 
-    monkeypatch.setattr(statefile, "file_version", replaced_after)
+    monkeypatch.setattr(state_file, "file_version", replaced_after)
     assert Members(folder).all_members() == MEMBERS
     assert not old.exists()
 
