@@ -68,7 +68,7 @@ def look_up(name: HubName) -> ModelFiles:
         info = _model_info(name)
     siblings = sorted(info.siblings or (), key=lambda one: one.rfilename)
     if len(siblings) > MAX_MODEL_FILES:
-        raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are supported.")
+        raise BadCheckpoint(f"{name} has {len(siblings)} files on the hub; at most {MAX_MODEL_FILES} are supported")
     commit = info.sha or name.revision
     files = tuple(_stored_file(one, commit) for one in siblings if is_wanted(one.rfilename))
     _require_model(name, [one.rfilename for one in siblings], files)
@@ -116,20 +116,20 @@ def _not_a_hub(name: HubName) -> HubUnreachable:
 
 def _require_model(name: HubName, all_names: list[str], files: tuple[StoredFile, ...]) -> None:
     if "config.json" not in {file.name for file in files}:
-        raise ModelNotFound(f"{name} on the hub has no config.json, so mlx-lm cannot load it.")
+        raise ModelNotFound(f"{name} on the hub has no config.json, so mlx-lm cannot load it")
     if not any(file.weights for file in files):
         pickles = [one for one in all_names if one.endswith((".bin", ".pt", ".pth"))]
         raise BadCheckpoint(
             f"{name} has its weights only in pickle files ({pickles[0]}), which can run code when they are read; "
             "use a safetensors version of the model."
             if pickles
-            else f"{name} on the hub has no weights: it has no file named model*.safetensors."
+            else f"{name} on the hub has no weights: it has no file named model*.safetensors"
         )
     for file in files:
         if not file.weights and file.size > MAX_SMALL_FILE_BYTES:
             raise BadCheckpoint(
                 f"{file.name} of {name} is too large: it has {file.size} bytes, and a file other than weights may have "
-                f"at most {MAX_SMALL_FILE_BYTES}."
+                f"at most {MAX_SMALL_FILE_BYTES}"
             )
 
 
@@ -155,14 +155,14 @@ class Hub:
         ):
             hf_raise_for_status(answer)
             if answer.status_code != httpx2.codes.PARTIAL_CONTENT and (start or left < _length(answer)):
-                raise FetchFailed(f"{constants.ENDPOINT} does not support range requests, which macpipe needs.")
+                raise FetchFailed(f"{constants.ENDPOINT} does not support range requests, which macpipe needs")
             for data in answer.iter_bytes():
                 left -= len(data)
                 if left < 0:
-                    raise FetchFailed(f"{constants.ENDPOINT} sent more bytes of {file} than requested.")
+                    raise FetchFailed(f"{constants.ENDPOINT} sent more bytes of {file} than requested")
                 yield data
         if left:
-            raise FetchFailed(f"{constants.ENDPOINT} sent {left} bytes too few of {file}.")
+            raise FetchFailed(f"{constants.ENDPOINT} sent {left} bytes too few of {file}")
 
     def small(self, file: StoredFile) -> bytes:
         """Return a small file, or the length field and header of a safetensors file. Raise as ``read`` does."""
@@ -222,7 +222,7 @@ def _refusal(name: HubName, error: Exception) -> MacpipeError:
             f"{name.repo} has no revision {name.revision} on {endpoint}; name one as OWNER/NAME@REVISION"
         )
     if isinstance(error, HFValidationError):
-        return ModelNotFound(f"{str(name)!r} is neither a folder nor a Hugging Face id (owner/name).")
+        return ModelNotFound(f"{str(name)!r} is neither a folder nor a Hugging Face id (owner/name)")
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFound(
             f"there is no model {name.repo} on {endpoint}, or it is private and this Mac's HF_TOKEN has no access; "

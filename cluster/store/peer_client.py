@@ -72,11 +72,11 @@ class Peer:
         with self._failures():
             answer = self._stub.DescribeModel(request, timeout=CONTROL_TIMEOUT_S)
         if (count := len(answer.files)) > MAX_MODEL_FILES:
-            raise BadCheckpoint(f"{self.label} names {count} files of one model; at most {MAX_MODEL_FILES} are taken.")
+            raise BadCheckpoint(f"{self.label} names {count} files of one model; at most {MAX_MODEL_FILES} are allowed")
         files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
         strange = [file.name for file in files if not is_wanted(file.name)]
         if strange:
-            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is no file of a model.")
+            raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is not a file of a model")
         return ModelFiles(files, answer.repo, answer.commit)
 
     def small(self, file: StoredFile) -> bytes:
@@ -88,7 +88,7 @@ class Peer:
             for part in self._stub.ReadFile(request, timeout=PEER_CALL_TIMEOUT_S):
                 content += part.data
                 if len(content) > most:
-                    raise BadCheckpoint(f"{self.label} sent more than {most} bytes of {file.name}.")
+                    raise BadCheckpoint(f"{self.label} sent more than {most} bytes of {file.name}")
         return bytes(content)
 
     def holdings(self, names: Sequence[str]) -> Holdings:
@@ -100,13 +100,13 @@ class Peer:
         with self._failures():
             for part in self._stub.ListTensors(request, timeout=CONTROL_TIMEOUT_S):
                 if len(part.tensors) > MAX_TENSORS_NAMED:
-                    raise FetchFailed(f"{self.label} names more tensors at once than a message may have.")
+                    raise FetchFailed(f"{self.label} names more tensors at once than a message may have")
                 for one in part.tensors:
                     found.setdefault(one.presence, set()).add(one.name)
                     if one.sha256:
                         digests[one.name] = one.sha256.hex()
                 if len(digests) + sum(map(len, found.values())) > 2 * MAX_CHECKPOINT_TENSORS:
-                    raise FetchFailed(f"{self.label} lists more tensors than a model may have.")
+                    raise FetchFailed(f"{self.label} lists more tensors than a model may have")
         return Holdings(
             here=frozenset(found[pb.PRESENCE_HERE]),
             coming=frozenset(found[pb.PRESENCE_COMING]),
@@ -131,12 +131,12 @@ class Peer:
                 for part in call:
                     left -= len(part.data)
                     if left < 0:
-                        raise FetchFailed(f"{self.label} sent more bytes than requested.")
+                        raise FetchFailed(f"{self.label} sent more bytes than requested")
                     yield part.data
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
         if left:
-            raise FetchFailed(f"{self.label} sent {left} bytes too few.")
+            raise FetchFailed(f"{self.label} sent {left} bytes too few")
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
