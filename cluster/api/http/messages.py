@@ -10,7 +10,6 @@ from typing import Any, Final
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from cluster.api.elements import count_elements
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_submission import submit_chat
@@ -19,6 +18,7 @@ from cluster.api.http.json_response import Encoded, LongJson, compact, encode_te
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
+from cluster.api.json_elements import count_elements
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
