@@ -15,7 +15,7 @@ from typing import Any, Final
 from fuzz.cost.measure import MEMORY_MIB, measured_here
 from fuzz.cost.recipe import Recipe, build, shown
 from fuzz.cost.stand_in import SANDBOX
-from fuzz.cost.target import CostTarget, Entry
+from fuzz.cost.target import SANDBOX_CLOSED, TAKEN, CostTarget, Entry
 
 CORPUS: Final = Path(__file__).parent.parent / "corpus" / "cost"
 
@@ -23,13 +23,21 @@ CORPUS: Final = Path(__file__).parent.parent / "corpus" / "cost"
 @dataclass(frozen=True, slots=True)
 class Kept:
     """An input of a target. ``outcome`` is what becomes of it, ``SANDBOX_CLOSED`` where the sandbox decides;
-    ``sandboxed`` is what the sandbox says then.
+    ``sandboxed`` is what the sandbox says then, ``TAKEN`` where nothing else is said.
     """
 
     name: str
     recipe: Recipe
     outcome: str
     sandboxed: str = ""
+
+    @property
+    def needs_sandbox(self) -> bool:
+        return bool(self.sandboxed) or self.outcome == SANDBOX_CLOSED
+
+    def wanted(self, *, closed: bool) -> str:
+        """Return what becomes of it. ``closed``: without a sandbox."""
+        return self.outcome if closed or not self.needs_sandbox else self.sandboxed or TAKEN
 
 
 def kept(target: str) -> list[Kept]:
@@ -48,20 +56,22 @@ async def _replayed(target: CostTarget, closed: bool) -> dict[str, Any]:
     if not known:
         return facts
     entry = target.prepare()
-    if not closed and any(one.sandboxed for one in known):
+    if not closed and any(one.needs_sandbox for one in known):
         await SANDBOX.open()
-    for one in known:
-        facts["inputs"] += 1
-        facts["wrong"] += [f"{one.name} ({shown(one.recipe)}): {why}" async for why in _wrong(entry, one, closed)]
+    try:
+        for one in known:
+            facts["inputs"] += 1
+            facts["wrong"] += [f"{one.name} ({shown(one.recipe)}): {why}" async for why in _wrong(entry, one, closed)]
+    finally:
+        await SANDBOX.close()
     return facts
 
 
 async def _wrong(entry: Entry, one: Kept, closed: bool) -> AsyncIterator[str]:
     data = build(one.recipe)
     cost = await measured_here(lambda copy: entry.take(data))
-    wanted = one.outcome if closed or not one.sandboxed else one.sandboxed
-    if cost.outcome != wanted:
-        yield f"{cost.outcome}, not {wanted}"
+    if cost.outcome != one.wanted(closed=closed):
+        yield f"{cost.outcome}, not {one.wanted(closed=closed)}"
     if cost.mib > MEMORY_MIB:
         yield f"{cost.mib:.0f} MiB"
 

@@ -177,7 +177,11 @@ class LateSandbox(TextService):
     async def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
         return await self._opened().read_calls(body, tools)
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the processes. The next event loop needs others."""
+        if self._text:
+            await self._text.close()
+        self._text = None
 
     def _opened(self) -> SandboxedTokenizer:
         if self._text is None:
