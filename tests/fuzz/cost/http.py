@@ -81,13 +81,13 @@ def _entry(path: str) -> Entry:
         async def send(message: dict[str, Any]) -> None:
             told.append(message)
 
-        await app(_scope(path, len(body)), receive, send)
+        await app(scope_of(path, len(body)), receive, send)
         return _outcome(told)
 
     return Entry(take)
 
 
-def _scope(path: str, length: int) -> dict[str, Any]:
+def scope_of(path: str, length: int) -> dict[str, Any]:
     return {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "server": ("127.0.0.1", 8080),
         "client": ("127.0.0.1", 5), "scheme": "http", "method": "POST", "root_path": "", "path": path,

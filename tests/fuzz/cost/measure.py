@@ -61,11 +61,11 @@ class Cost:
     child_mib: float = 0.0
     killed: bool = False
 
-    def score(self, child_cpu_s: float = CPU_S, child_mib: float = MEMORY_MIB) -> float:
+    def score(self, child_cpu_s: float = CPU_S, child_mib: float = MEMORY_MIB, cpu_s: float = CPU_S) -> float:
         """Above 1 where it is more than an input may cost; the dearest figure decides. The arguments are what child
-        processes may cost, which are only looked at now and then.
+        processes may cost, which are only looked at now and then, and this process's seconds.
         """
-        own = max(self.loop_ms / LOOP_MS, self.cpu_s / CPU_S, self.mib / MEMORY_MIB)
+        own = max(self.loop_ms / LOOP_MS, self.cpu_s / cpu_s, self.mib / MEMORY_MIB)
         child = max((self.child_cpu_s - SLACK_S) / child_cpu_s, self.child_mib / child_mib / SLACK)
         return max(own, child)
 

@@ -100,7 +100,7 @@ class Search:
 
     def score(self, cost: Cost, recipe: Recipe) -> float:
         """Return a value above 1 if an input costs more than allowed."""
-        return cost.score(*self.target.children(size(recipe)))
+        return cost.score(*self.target.children(size(recipe)), self.target.cpu_s)
 
     @property
     def _small(self) -> int:

@@ -70,3 +70,5 @@ class CostTarget:
     atoms: tuple[Recipe, ...] = ()
     children: Callable[[int], Limit] = fixed_limit
     """What child processes may cost for an input of so many bytes."""
+    cpu_s: float = CPU_S
+    """Seconds of this process that an input may cost."""
