@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -22,6 +22,11 @@ from cluster.security.limits import MAX_KEYS
 _MINUTE_S: Final = 60.0
 _CODE: Final = "rate_limit_exceeded"
 _OWNER: Final = "key:"
+
+
+def has_key(client: str) -> bool:
+    """Return whether a client's name is that of an API key."""
+    return client.startswith(_OWNER)
 
 
 def client_of(key: ApiKey) -> str:
@@ -135,7 +140,12 @@ class KeyUsage:
 
     def is_revoked(self, client: str) -> bool:
         """Return whether ``client`` is a key that is no longer valid."""
-        return client.startswith(_OWNER) and self._keys.find_by_id(client.removeprefix(_OWNER)) is None
+        return has_key(client) and self._keys.find_by_id(client.removeprefix(_OWNER)) is None
+
+    def revoked(self, clients: Collection[str]) -> set[str]:
+        """Return those of ``clients`` that are keys which are no longer valid. Reads the keys once."""
+        valid = {client_of(key) for key in self._keys.all_keys() if key.revoked is None}
+        return {client for client in clients if has_key(client) and client not in valid}
 
     def rate_limit_headers(self, key: ApiKey) -> dict[str, str]:
         """Return OpenAI's ``x-ratelimit-*`` headers for ``key``; a quantity without a limit has none."""

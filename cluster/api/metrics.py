@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster import __version__
@@ -100,6 +101,7 @@ class _StateCollector(Collector):
             yield _gauge("macpipe_journal_on", "1 while live requests are journaled to disk.", [], [([], on)])
         if self._plan and self._loop:
             yield from self._requests(self._loop)
+            yield from self._guesses(self._loop)
             yield from self._stages(self._plan, self._loop)
 
     def _requests(self, loop: LoopView) -> Iterator[Metric]:
@@ -109,6 +111,18 @@ class _StateCollector(Collector):
         lanes = [([str(i)], float(size)) for i, size in enumerate(loop.lane_sizes)]
         yield _gauge("macpipe_lane_sequences", "Decoding sequences in each lane.", ["lane"], lanes)
         yield _gauge("macpipe_kept_prefixes", "Prefixes cached for later requests.", [], [([], float(loop.prefixes))])
+
+    def _guesses(self, loop: LoopView) -> Iterator[Metric]:
+        for name, text, count in (
+            ("macpipe_guessed_tokens", "Tokens computed as guesses, by source.", attrgetter("guessed")),
+            ("macpipe_accepted_tokens", "Guessed tokens that were right, by source.", attrgetter("accepted")),
+            (
+                "macpipe_voided_tokens",
+                "Guessed tokens that were of no use, by source.",
+                attrgetter("voided"),
+            ),
+        ):
+            yield _counter(name, text, ["source"], [([one.source], float(count(one))) for one in loop.guesses])
 
     def _stages(self, plan: Plan, loop: LoopView) -> Iterator[Metric]:
         def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
@@ -124,7 +138,17 @@ class _StateCollector(Collector):
         room = by_stage(s.cache_bytes for s in plan.stages)
         yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
         bubbles = by_stage(loop.bubbles)
+        wasted = by_stage([*loop.wasted_s, *[0.0] * len(plan.stages)][: len(plan.stages)])
+        text = "Compute time of wrong guesses since the last recovery."
+        yield _counter("macpipe_wasted_compute_seconds", text, labels, wasted)
         yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
+
+
+def _counter(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:
+    counter = CounterMetricFamily(name, text, labels=labels)
+    for names, value in values:
+        counter.add_metric(names, value)
+    return counter
 
 
 def _gauge(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:

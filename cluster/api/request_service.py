@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from cluster.api.key_usage import KeyUsage, revoked_error
+from cluster.api.key_usage import KeyUsage, has_key, revoked_error
 from cluster.api.metrics import Metrics
 from cluster.api.parsed_answers import ParsedAnswers
 from cluster.api.tool_schema_errors import find_invalid_tool
@@ -68,6 +68,8 @@ class RequestService:
         """The bytes held by all requests, gRPC and HTTP together."""
         self._live: dict[str, str] = {}
         """The client of each live request, by request id."""
+        self._answered: set[str] = set()
+        """The clients with a key of whose answers something may be kept."""
 
     @property
     def speculates(self) -> bool:
@@ -104,17 +106,23 @@ class RequestService:
         await self.coordinator.abort(request_id)
 
     async def end_revoked(self) -> None:
-        """End live requests whose key was revoked, every ``KEY_CHECK_S`` seconds. Never returns if there are keys."""
+        """End live requests whose key was revoked, every ``KEY_CHECK_S`` seconds, and drop what is kept of its answers.
+
+        Never returns if there are keys.
+        """
         while self.key_usage:
             await asyncio.sleep(KEY_CHECK_S)
             try:
-                revoked = {client for client in set(self._live.values()) if self.key_usage.is_revoked(client)}
+                revoked = self.key_usage.revoked(self._answered)
             except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
                 log.error("keys: cannot check for revoked ones reason=%s", e.sentence)
                 continue
             for request_id in [one for one, client in self._live.items() if client in revoked]:
                 with suppress(RequestNotFound, MacpipeError):
                     await self.coordinator.abort(request_id)
+            for client in revoked:  # after its answers have ended, so that none of them is kept
+                self.coordinator.forget_client(client)
+            self._answered -= revoked - set(self._live.values())
 
     @contextmanager
     def _count_errors(self) -> Iterator[None]:
@@ -140,6 +148,8 @@ class RequestService:
         ended = False
         unfinished = request.samples
         self._live[request.id] = request.client
+        if has_key(request.client):
+            self._answered.add(request.client)
         try:
             async for event in answer:
                 if isinstance(event, PromptLogprobs):

@@ -38,7 +38,9 @@ def answer_as_json(completion: Completion) -> dict[str, Any]:
     if any(token.logprob is not None for token in completion.events):
         facts["logprobs"] = [_logprobs(token) for token in completion.events]
     if any(token.stages for token in completion.events):
-        facts["trace"] = [{"token": token.token, "stages": token.stages} for token in completion.events]
+        facts["trace"] = [
+            {"token": token.token, "guess": token.guess, "stages": token.stages} for token in completion.events
+        ]
     return facts
 
 

@@ -33,7 +33,9 @@ def generate(
         int | None,
         typer.Option(min=0, metavar="N", help="With --json: add log-probabilities and this many alternatives."),
     ] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="With --json: add each token's time per stage.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="With --json: add each token's time per stage, and what guessed it.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print statistics on stderr.")] = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,

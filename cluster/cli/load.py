@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import plan_options
-from cluster.cli.serve import MaxContext, MaxStepMs, Model, TakeBack
+from cluster.cli.serve import MaxContext, MaxStepMs, Model, Speculate, TakeBack
 from cluster.core.limits import MAX_STEP_MS
+from cluster.core.plan import Speculation
 
 if TYPE_CHECKING:
     from cluster.client import ClusterState, Loading
@@ -21,6 +22,7 @@ def load(
     options: Any = None,
     max_context: MaxContext = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
+    speculate: Speculate = Speculation.OFF,
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -33,7 +35,14 @@ def load(
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
-        loading = client.load(model, max_context=max_context, max_step_ms=max_step_ms, take_back=take_back, **options)
+        loading = client.load(
+            model,
+            max_context=max_context,
+            max_step_ms=max_step_ms,
+            speculate=speculate,
+            take_back=take_back,
+            **options,
+        )
         state = follow(loading)
         if json:
             from cluster.cli.json_output import print_json

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from cluster.client import ClusterState, LiveRequest
 
-RIGHT: Final = frozenset({"prompt", "cached", "answer", "lane", "age"})
+RIGHT: Final = frozenset({"prompt", "cached", "answer", "guessed", "lane", "age"})
 STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
 
 
@@ -27,7 +27,7 @@ def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = Fa
             from cluster.cli.json_output import print_json
 
             lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
-            print_json({"requests": state.requests, **lanes, "stages": state.stages})
+            print_json({"requests": state.requests, **lanes, "guesses": state.guesses, "stages": state.stages})
         else:
             _show(state)
 
@@ -65,7 +65,7 @@ def _stages(state: ClusterState) -> Table:
 def _table(requests: tuple[LiveRequest, ...]) -> Table:
     from cluster.cli.screen import format_duration, printable, table
 
-    shown = table("request", "state", "prompt", "cached", "answer", "lane", "age", right=RIGHT)
+    shown = table("request", "state", "prompt", "cached", "answer", "guessed", "lane", "age", right=RIGHT)
     for one in requests:
         prefilled = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
@@ -74,6 +74,7 @@ def _table(requests: tuple[LiveRequest, ...]) -> Table:
             str(one.prompt_tokens) if prefilled else f"{one.prefilled_tokens} of {one.prompt_tokens}",
             str(one.cached_tokens),
             str(one.completion_tokens),
+            str(one.guessed_tokens),
             "-" if one.lane is None else str(one.lane),
             format_duration(one.age_seconds),
         )

@@ -21,6 +21,7 @@ from cluster.core.limits import (
     MAX_STEP_MS,
     MOST_SCHEMA_BYTES,
 )
+from cluster.core.plan import Speculation
 from cluster.core.text import parse_address
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import state_home
@@ -69,6 +70,12 @@ HttpCert = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Certificate for HTTPS (PEM), instead of the cluster's own.")
 ]
 HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --http-cert (PEM).")]
+Speculate = Annotated[
+    Speculation,
+    typer.Option(
+        help="Guess tokens from texts that the client has, and compute them ahead: faster for one user, same tokens."
+    ),
+]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -127,6 +134,7 @@ def serve(
     join_port: JoinPort = None,
     max_context: MaxContext = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
+    speculate: Speculate = Speculation.OFF,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
@@ -144,6 +152,7 @@ def serve(
             max_context=max_context,
             max_step_ms=max_step_ms,
             take_back=take_back,
+            speculation=speculate,
             wait_s=wait,
             **order_options(options),
         ),

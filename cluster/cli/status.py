@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Final
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.limits import FAR_OFF
+from cluster.core.plan import Speculation
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import ClusterState, Repair, StageState, WorkerState
+    from cluster.client import ClusterState, GuessCounts, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
@@ -107,11 +108,23 @@ def headline(state: ClusterState) -> list[str]:
             f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
             f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
         )
+    if state.speculation is not Speculation.OFF:
+        lines.append(f"speculation ({state.speculation}): {describe_guesses(state.guesses)}")
     lines.append(
         f"{len(state.requests)} live requests, {state.requests_finished} finished,"
         f" {state.tokens_generated} tokens generated"
     )
     return lines
+
+
+def describe_guesses(guesses: tuple[GuessCounts, ...]) -> str:
+    """Describe for each source how many of its guesses were right."""
+    shown = [
+        f"{one.source} {one.accepted} of {one.guessed} guesses right ({one.accepted / one.guessed:.0%})"
+        for one in guesses
+        if one.guessed
+    ]
+    return ", ".join(shown) or "no guesses yet"
 
 
 def describe_move(move: Repair) -> str:

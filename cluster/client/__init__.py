@@ -27,6 +27,7 @@ from cluster.client.results import (
 from cluster.client.streams import Loading, Stream
 from cluster.core.cluster_state import (
     ClusterState,
+    GuessCounts,
     LiveRequest,
     ModelPlan,
     Repair,
@@ -34,7 +35,7 @@ from cluster.core.cluster_state import (
     ServingState,
     StageState,
 )
-from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
+from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
 from cluster.core.request import (
     ChatMessage,
     FinishReason,
@@ -62,6 +63,7 @@ __all__ = [
     "FinishReason",
     "Forecast",
     "GenerateKeywords",
+    "GuessCounts",
     "LayerRange",
     "LiveRequest",
     "LoadProgress",
@@ -76,6 +78,7 @@ __all__ = [
     "Route",
     "ServingState",
     "Spare",
+    "Speculation",
     "StageFigures",
     "StageState",
     "Stream",

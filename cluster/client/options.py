@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
 from cluster.core.errors import InvalidRequest
-from cluster.core.plan import Objective, Route
+from cluster.core.plan import Objective, Route, Speculation
 from cluster.core.request import Tool
 from cluster.v1 import inference_pb2 as pb
 
@@ -96,7 +96,8 @@ class LoadOptions(TypedDict, total=False):
     ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
     caches. ``prefill_chunk`` is the tokens of a prompt chunk while nobody decodes; the default follows from measured
     cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1)
-    plans for one user whose guessed tokens are right this often.
+    plans for one user whose guessed tokens are right this often. ``speculate``
+    (``off``, ``auto`` or ``ngram``) says what guesses tokens before they are sampled.
     """
 
     workers: int | None
@@ -108,6 +109,7 @@ class LoadOptions(TypedDict, total=False):
     prefill_chunk: int | None
     kv_bits: int
     objective: Objective | str
+    speculate: Speculation | str
     take_back: bool
     acceptance: float
 

@@ -21,10 +21,10 @@ from cluster.client.options import (
     encode_speculate,
     encode_stop,
 )
-from cluster.codec.plan import OBJECTIVES, ROUTES
+from cluster.codec.plan import OBJECTIVES, ROUTES, SPECULATIONS
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_CONTROL_BYTES, MIB
-from cluster.core.plan import Objective, Route
+from cluster.core.plan import Objective, Route, Speculation
 from cluster.v1 import cluster_pb2, inference_pb2
 
 PromptInput = str | Sequence[int]
@@ -104,6 +104,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         prefill_chunk=check_whole_number("prefill_chunk", options.get("prefill_chunk") or 0),
         acceptance=check_number("acceptance", options.get("acceptance") or 0.0),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
+        speculation=SPECULATIONS[_speculation(options.get("speculate") or Speculation.OFF)],
     )
 
 
@@ -157,6 +158,13 @@ def _objective(given: Objective | str) -> Objective:
         return Objective(given)
     except ValueError:
         raise InvalidRequest(f"objective must be latency or throughput, not {given!r}", field="objective") from None
+
+
+def _speculation(given: Speculation | str) -> Speculation:
+    try:
+        return Speculation(given)
+    except ValueError:
+        raise InvalidRequest(f"speculate must be off, auto or ngram, not {given!r}", field="speculate") from None
 
 
 def _check_size(request: M, field: str) -> M:

@@ -6,16 +6,18 @@ from typing import Final
 
 from cluster.codec.plan import (
     ROUTES,
+    SPECULATIONS,
     decode_forecast,
     decode_objective,
     decode_route,
     decode_spares,
+    decode_speculation,
     decode_stage,
     encode_explanation,
     encode_stage,
 )
 from cluster.codec.worker_info import decode_worker, encode_worker
-from cluster.core.cluster_state import ClusterState, LiveRequest, Repair, RequestState, ServingState
+from cluster.core.cluster_state import ClusterState, GuessCounts, LiveRequest, Repair, RequestState, ServingState
 from cluster.v1 import cluster_pb2 as pb
 
 _SERVING_STATES: Final = {
@@ -63,6 +65,8 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         recoveries=state.recoveries,
         warnings=state.warnings,
         lag_seconds=state.lag_seconds,
+        speculation=SPECULATIONS[state.speculation],
+        guesses=map(_encode_counts, state.guesses),
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -99,7 +103,13 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         recoveries=reply.recoveries,
         warnings=tuple(reply.warnings),
         lag_seconds=reply.lag_seconds,
+        speculation=decode_speculation(reply.speculation),
+        guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided) for g in reply.guesses),
     )
+
+
+def _encode_counts(counts: GuessCounts) -> pb.GuessCounts:
+    return pb.GuessCounts(source=counts.source, guessed=counts.guessed, accepted=counts.accepted, voided=counts.voided)
 
 
 def _encode_repair(repair: Repair) -> pb.Repair:
@@ -134,6 +144,7 @@ def _encode_request(request: LiveRequest) -> pb.LiveRequest:
         lane=-1 if request.lane is None else request.lane,
         age_seconds=request.age_seconds,
         cached_tokens=request.cached_tokens,
+        guessed_tokens=request.guessed_tokens,
     )
 
 
@@ -147,4 +158,5 @@ def _decode_request(message: pb.LiveRequest) -> LiveRequest:
         lane=message.lane if message.lane >= 0 else None,
         age_seconds=message.age_seconds,
         cached_tokens=message.cached_tokens,
+        guessed_tokens=message.guessed_tokens,
     )

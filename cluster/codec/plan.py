@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 from cluster.core.cluster_state import ModelPlan, StageState
 from cluster.core.errors import MacpipeError
-from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare
+from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
 from cluster.v1 import cluster_pb2 as pb
 
 Explained: TypeAlias = pb.GetClusterResponse | pb.PlanResponse
@@ -20,6 +20,14 @@ OBJECTIVES: Final = {
 }
 
 
+SPECULATIONS: Final = {
+    Speculation.OFF: pb.SPECULATION_OFF,
+    Speculation.AUTO: pb.SPECULATION_AUTO,
+    Speculation.NGRAM: pb.SPECULATION_NGRAM,
+}
+_SPECULATION_OF: Final = {number: speculation for speculation, number in SPECULATIONS.items()}
+
+
 def decode_route(route: pb.Route.ValueType) -> Route:
     """Return the route; ``DIRECT`` unless it is ``RELAY``."""
     return Route.RELAY if route == pb.ROUTE_RELAY else Route.DIRECT
@@ -28,6 +36,11 @@ def decode_route(route: pb.Route.ValueType) -> Route:
 def decode_objective(objective: pb.Objective.ValueType) -> Objective:
     """Return the objective; ``LATENCY`` unless it is ``THROUGHPUT``."""
     return Objective.THROUGHPUT if objective == pb.OBJECTIVE_THROUGHPUT else Objective.LATENCY
+
+
+def decode_speculation(speculation: pb.Speculation.ValueType) -> Speculation:
+    """Return what guesses tokens; ``OFF`` for a value that this version does not know."""
+    return _SPECULATION_OF.get(speculation, Speculation.OFF)
 
 
 def decode_layers(start: int, end: int) -> LayerRange:
@@ -113,6 +126,7 @@ def encode_stage(stage: StageState) -> pb.Stage:
         measured_frames=stage.measured_frames,
         busy_seconds=stage.busy_seconds,
         active_seconds=stage.active_seconds,
+        wasted_seconds=stage.wasted_seconds,
     )
 
 
@@ -134,6 +148,7 @@ def decode_stage(message: pb.Stage) -> StageState:
         measured_frames=message.measured_frames,
         busy_seconds=message.busy_seconds,
         active_seconds=message.active_seconds,
+        wasted_seconds=message.wasted_seconds,
     )
 
 

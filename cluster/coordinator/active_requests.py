@@ -11,9 +11,10 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder, TextStream
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.request_timings import RequestTimings
-from cluster.core.frames import Sample
 from cluster.core.limits import RESUMED_TOKENS
 from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
+from cluster.scheduler.guessing import GuessSource
+from cluster.scheduler.outcome import Produced
 
 
 def split_samples(request: Request) -> tuple[Request, ...]:
@@ -43,6 +44,21 @@ class ActiveRequest:
 
 
 @dataclass(slots=True)
+class GuessedTokens:
+    """Counts the tokens of one sample that were guessed before they were sampled, and those of its prediction."""
+
+    accepted: int = 0
+    accepted_predictions: int = 0
+    rejected_predictions: int = 0
+
+    def add(self, produced: Produced) -> None:
+        """Count the next token."""
+        self.accepted += produced.counts and produced.guess is not None
+        self.accepted_predictions += produced.guess is GuessSource.PREDICTION
+        self.rejected_predictions += produced.missed is GuessSource.PREDICTION
+
+
+@dataclass(slots=True)
 class ActiveSample:
     """A sample that has not ended. It outlives rings: its text and its reader wait for the next ring."""
 
@@ -56,12 +72,11 @@ class ActiveSample:
     """Number of tokens that the reader already has, and that are not sent again."""
     replays: int = 0
     """Number of rings lost since its last token."""
+    guesses: GuessedTokens = field(default_factory=GuessedTokens)
 
-    def send_token(self, index: int, sampled: Sample, cached: int = 0) -> bool:
-        """Send a token to the reader, unless the reader already has it. Return False if the reader is too far behind.
-
-        ``cached`` is the number of prompt tokens that came from a kept prefix.
-        """
+    def send_token(self, produced: Produced) -> bool:
+        """Send a token to the reader, unless it already has it. Return False if the reader is too far behind."""
+        index, sampled = produced.index, produced.sample
         text = self.text.add(sampled.token)
         if index < self.skip:
             if skipped := skipped_text(self.request, self.sample, text):
@@ -77,7 +92,8 @@ class ActiveSample:
                 sampled.top,
                 sample=self.sample,
                 stages=stages,
-                cached_tokens=cached,
+                cached_tokens=produced.cached,
+                guess=produced.guess or "",
             )
         )
 

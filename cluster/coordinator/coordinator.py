@@ -54,7 +54,7 @@ from cluster.core.limits import (
     STATUS_VIEW_S,
     UNLOAD_TIMEOUT_S,
 )
-from cluster.core.plan import ModelShape, Plan
+from cluster.core.plan import ModelShape, Plan, Speculation
 from cluster.core.request import Grammar, Request
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
@@ -260,7 +260,7 @@ class Coordinator:
     @property
     def speculates(self) -> bool:
         """Whether the served model's tokens may be guessed before they are sampled; False without a model."""
-        return self._service is not None and self._service.speculates
+        return self._service is not None and self._service.speculation is not Speculation.OFF
 
     def _require_service(self) -> ModelService:
         if self._service:
@@ -314,6 +314,11 @@ class Coordinator:
         answer = _create_answer(service.loop, request)
         service.loop.submit(request, answer, tokens, skip)
         return request, answer
+
+    def forget_client(self, client: str) -> None:
+        """Drop what is kept of a client's earlier answers. Its live requests go on; end them first."""
+        if self._service:
+            self._service.loop.forget_client(client)
 
     async def abort(self, request_id: str) -> None:
         """End a request in any phase. Raises ``RequestNotFound``, or ``DeadlineExceeded`` if the loop is stuck."""
@@ -374,7 +379,7 @@ class Coordinator:
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):
-            state = with_plan(state, epoch.plan, epoch.stages, loop)
+            state = replace(with_plan(state, epoch.plan, epoch.stages, loop), speculation=service.speculation)
             state = with_requests(state, loop) if loop else state
         return state
 

@@ -136,12 +136,16 @@ class EngineLoop:
         if self._thread.is_alive():
             log.error("engine loop: thread did not stop in time seconds=%.0f", LOOP_STOP_S)
 
+    def forget_client(self, client: str) -> None:
+        """Drop what is kept of a client's earlier answers to guess its next ones."""
+        self._inbox.put(lambda: self._scheduler.speculation.forget_client(client))
+
     def view(self) -> Future[LoopView]:
         """Return a future of the live requests, lanes and memory, taken on the loop's thread."""
         return self._inbox.ask(self._view)
 
     def _view(self) -> LoopView:
-        return LoopView.of(self._scheduler, self.answers.ages(), self._occupancy, self._step_times)
+        return LoopView.of(self._scheduler, self.answers.progress(), self._occupancy, self._step_times)
 
     # The loop's own thread
 

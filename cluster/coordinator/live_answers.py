@@ -14,6 +14,7 @@ from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, Res
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.journal import AnswerTokens, Journal
+from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
 from cluster.core.limits import MAX_REPLAYS, RETRY_AFTER_S
@@ -145,10 +146,11 @@ class LiveAnswers:
                 loss = WorkerLost(f"a stage was lost {MAX_REPLAYS} times in a row during this request")
                 self.end(live.request.id, loss)
 
-    def ages(self) -> dict[str, float]:
-        """Return the seconds since each live sample was accepted, by its id."""
+    def progress(self) -> dict[str, AnswerProgress]:
+        """Return how far each live sample is, by its id."""
         now = self._clock()
-        return {sample_id: now - live.accepted_at for sample_id, live in self._samples.items()}
+        samples = self._samples.items()
+        return {sample_id: AnswerProgress(now - live.accepted_at, live.guesses.accepted) for sample_id, live in samples}
 
     def flush_journal(self) -> None:
         """Write the records since the last call to the journal, if there is one."""
@@ -191,11 +193,12 @@ class LiveAnswers:
     def _on_token(self, live: ActiveSample, produced: Produced) -> None:
         finish = produced.finish
         live.replays = 0
+        live.guesses.add(produced)
         if produced.counts:
             self.totals.tokens += 1
             if self.journal:
                 self.journal.record_token(live.parent.request.id, produced.sample.token, live.sample)
-            if not live.send_token(produced.index, produced.sample, produced.cached):
+            if not live.send_token(produced):
                 why = SlowReader("the client reads its tokens too slowly, so its request was ended")
                 self.end(live.request.id, why)
                 return
@@ -204,7 +207,8 @@ class LiveAnswers:
             self._leave_scheduler(live)
         if finish:
             completion_tokens = produced.index + produced.counts
-            usage = Usage(len(live.request.prompt), completion_tokens, produced.cached)
+            predicted = live.guesses.accepted_predictions, live.guesses.rejected_predictions
+            usage = Usage(len(live.request.prompt), completion_tokens, produced.cached, *predicted)
             self._finish(live, finish, usage, _end_token(live, produced))
 
     def _leave_scheduler(self, live: ActiveSample) -> None:

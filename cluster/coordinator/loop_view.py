@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StageStepTime, StepTimes
-from cluster.core.cluster_state import LiveRequest, RequestState
+from cluster.core.cluster_state import GuessCounts, LiveRequest, RequestState
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerProgress:
+    """The seconds since a sample was accepted, and how many of its tokens were guessed before they were sampled."""
+
+    age_s: float
+    guessed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +33,24 @@ class LoopView:
     step_times: tuple[StageStepTime, ...] = ()
     busy_s: tuple[float, ...] = ()
     active_s: float = 0.0
+    guesses: tuple[GuessCounts, ...] = ()
+    """Since the model was loaded, by source."""
+    wasted_s: tuple[float, ...] = ()
+    """Seconds of this epoch in which the stages computed wrong guesses."""
 
     @classmethod
     def of(
-        cls, scheduler: Scheduler, ages: Mapping[str, float], occupancy: StageUtilization, step_times: StepTimes | None
+        cls,
+        scheduler: Scheduler,
+        answers: Mapping[str, AnswerProgress],
+        occupancy: StageUtilization,
+        step_times: StepTimes | None,
     ) -> LoopView:
-        """Build the view. ``ages`` maps request ids to seconds since acceptance; others are omitted."""
-        live = ((s, ages.get(s.request.id)) for s in scheduler.sequences)
+        """Build the view. ``answers`` has the live samples by request id; others are omitted."""
+        live = ((s, answers.get(s.request.id)) for s in scheduler.sequences)
+        counts = scheduler.speculation.counts
         return cls(
-            requests=tuple(_describe_request(s, age) for s, age in live if age is not None),
+            requests=tuple(_describe_request(s, progress) for s, progress in live if progress),
             lane_sizes=scheduler.lane_sizes,
             reserved_bytes=scheduler.reserved,
             prefix_bytes=scheduler.prefixes.used,
@@ -42,10 +59,14 @@ class LoopView:
             step_times=step_times.stages() if step_times else (),
             busy_s=occupancy.busy_s,
             active_s=occupancy.active_s,
+            guesses=tuple(
+                GuessCounts(source, c.guessed, c.accepted, c.voided) for source, c in sorted(counts.by_source.items())
+            ),
+            wasted_s=tuple(counts.wasted_s),
         )
 
 
-def _describe_request(s: ScheduledSequence, age_s: float) -> LiveRequest:
+def _describe_request(s: ScheduledSequence, progress: AnswerProgress) -> LiveRequest:
     return LiveRequest(
         request_id=s.request.id,
         state=RequestState(s.phase),
@@ -53,6 +74,7 @@ def _describe_request(s: ScheduledSequence, age_s: float) -> LiveRequest:
         prefilled_tokens=min(s.prefilled, len(s.request.prompt)),
         completion_tokens=s.produced,
         lane=s.lane if s.lane >= 0 else None,
-        age_seconds=age_s,
+        age_seconds=progress.age_s,
         cached_tokens=s.cached,
+        guessed_tokens=progress.guessed,
     )

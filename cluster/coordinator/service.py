@@ -40,6 +40,7 @@ from cluster.core.plan import Plan, Speculation
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.text_guesser import TextGuesser
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class ModelService:
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order)
-        scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos)
+        guesser = None if order.speculation is Speculation.OFF else TextGuesser(time.monotonic)
+        scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, guesser)
         tokenizer = model_info.tokenizer
         step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])
         self.loop = EngineLoop(
@@ -88,9 +90,9 @@ class ModelService:
         return self._epoch.plan if self._epoch else self._first.plan
 
     @property
-    def speculates(self) -> bool:
-        """Whether tokens may be guessed before they are sampled."""
-        return self._order.speculation is not Speculation.OFF
+    def speculation(self) -> Speculation:
+        """What guesses tokens before they are sampled."""
+        return self._order.speculation
 
     @property
     def epoch(self) -> Epoch | None:

@@ -60,6 +60,7 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
         requests=loop.requests,
         lane_sizes=loop.lane_sizes,
         prefixes=loop.prefixes,
+        guesses=loop.guesses,
     )
 
 
@@ -110,6 +111,8 @@ def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]
             expected_ms=stage.expected_ms,
             measured_frames=stage.frames,
         )
+    for i, wasted_s in enumerate(loop.wasted_s[: len(found)]):
+        found[i] = replace(found[i], wasted_seconds=wasted_s)
     for i, busy_s in enumerate(loop.busy_s[: len(found)]):
         found[i] = replace(found[i], busy_seconds=busy_s, active_seconds=loop.active_s)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare
+from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare, Speculation
 from cluster.core.worker import WorkerState
 
 
@@ -73,6 +73,8 @@ class StageState:
     """Compute time since the model was loaded."""
     active_seconds: float = 0.0
     """Time since the model was loaded with a frame in flight anywhere in the ring."""
+    wasted_seconds: float = 0.0
+    """Compute time since the last recovery of guesses that were wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,18 @@ class LiveRequest:
     lane: int | None
     age_seconds: float
     cached_tokens: int = 0
+    guessed_tokens: int = 0
+    """Tokens of the answer that were guessed before they were sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuessCounts:
+    """Tokens that one source guessed: ``accepted`` were right, ``voided`` were of no use."""
+
+    source: str
+    guessed: int
+    accepted: int
+    voided: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +135,8 @@ class ClusterState:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Options that are not in effect although the cluster serves; one sentence each."""
+    speculation: Speculation = Speculation.OFF
+    guesses: tuple[GuessCounts, ...] = ()
     lag_seconds: float = 0.0
     """Scheduling delay on the coordinator's machine; 0.0 unless the machine is overloaded."""
 

@@ -131,12 +131,11 @@ class ModelShape:
 
 
 class Speculation(StrEnum):
-    """What guesses tokens before they are sampled: nothing, whatever there is, or one source."""
+    """What guesses tokens before they are sampled: nothing, whatever there is, or texts that the client has."""
 
     OFF = "off"
     AUTO = "auto"
     NGRAM = "ngram"
-    DRAFT = "draft"
 
 
 class Objective(StrEnum):

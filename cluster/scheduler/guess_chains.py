@@ -112,6 +112,12 @@ class GuessChains:
             if link.source:
                 self.counts.of(link.source).voided += 1
 
+    def forget_client(self, client: str) -> None:
+        """Drop what is kept of a client's answers."""
+        if self._guesser:
+            self._report_left(self._guesser)
+            self._guesser.forget_client(client)
+
     def leave(self, sequence: ScheduledSequence, *, learn: bool) -> None:
         """Note that a request left. ``learn``: its answer is worth learning."""
         if self._guesser:

@@ -45,3 +45,6 @@ class Guesser(Protocol):
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that left."""
+
+    def forget_client(self, client: str) -> None:
+        """Drop what was observed of a client's answers."""

@@ -92,6 +92,32 @@ OBJECTIVE_THROUGHPUT: Objective.ValueType  # 2
 """The most tokens for many users: the slowest stage is as fast as possible."""
 Global___Objective: _TypeAlias = Objective  # noqa: Y015
 
+class _Speculation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpeculationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Speculation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPECULATION_UNSPECIFIED: _Speculation.ValueType  # 0
+    """The default, which is OFF."""
+    SPECULATION_OFF: _Speculation.ValueType  # 1
+    SPECULATION_AUTO: _Speculation.ValueType  # 2
+    """Whatever there is."""
+    SPECULATION_NGRAM: _Speculation.ValueType  # 3
+    """The client's prediction, the grammar, the request's own tokens, and earlier answers of the same client."""
+
+class Speculation(_Speculation, metaclass=_SpeculationEnumTypeWrapper):
+    """What guesses tokens before they are sampled. Guesses save time and change no token."""
+
+SPECULATION_UNSPECIFIED: Speculation.ValueType  # 0
+"""The default, which is OFF."""
+SPECULATION_OFF: Speculation.ValueType  # 1
+SPECULATION_AUTO: Speculation.ValueType  # 2
+"""Whatever there is."""
+SPECULATION_NGRAM: Speculation.ValueType  # 3
+"""The client's prediction, the grammar, the request's own tokens, and earlier answers of the same client."""
+Global___Speculation: _TypeAlias = Speculation  # noqa: Y015
+
 class _RequestState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -305,6 +331,7 @@ class Stage(_message.Message):
     MEASURED_MS_FIELD_NUMBER: _builtins.int
     EXPECTED_MS_FIELD_NUMBER: _builtins.int
     MEASURED_FRAMES_FIELD_NUMBER: _builtins.int
+    WASTED_SECONDS_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
     ACTIVE_SECONDS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
@@ -328,6 +355,8 @@ class Stage(_message.Message):
     """Median time of recent decode frames, and the prediction for the same frames; 0: too few frames yet."""
     expected_ms: _builtins.float
     measured_frames: _builtins.int
+    wasted_seconds: _builtins.float
+    """Seconds since the last recovery in which it computed wrong guesses."""
     busy_seconds: _builtins.float
     """Seconds since the model was loaded in which this stage computed, and in which any frame was in the ring.
     Two readings give the idle share between them.
@@ -350,12 +379,13 @@ class Stage(_message.Message):
         measured_ms: _builtins.float = ...,
         expected_ms: _builtins.float = ...,
         measured_frames: _builtins.int = ...,
+        wasted_seconds: _builtins.float = ...,
         busy_seconds: _builtins.float = ...,
         active_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +403,7 @@ class LiveRequest(_message.Message):
     LANE_FIELD_NUMBER: _builtins.int
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    GUESSED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     state: Global___RequestState.ValueType
     prompt_tokens: _builtins.int
@@ -384,6 +415,8 @@ class LiveRequest(_message.Message):
     age_seconds: _builtins.float
     cached_tokens: _builtins.int
     """Prompt tokens that came from a kept prefix."""
+    guessed_tokens: _builtins.int
+    """Tokens of the answer that were guessed before they were sampled."""
     def __init__(
         self,
         *,
@@ -395,14 +428,49 @@ class LiveRequest(_message.Message):
         lane: _builtins.int = ...,
         age_seconds: _builtins.float = ...,
         cached_tokens: _builtins.int = ...,
+        guessed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "guessed_tokens", b"guessed_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LiveRequest: _TypeAlias = LiveRequest  # noqa: Y015
+
+@_typing.final
+class GuessCounts(_message.Message):
+    """Tokens that one source guessed since the model was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    GUESSED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    VOIDED_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """ngram, prediction or grammar."""
+    guessed: _builtins.int
+    """Sent to the stages as guesses."""
+    accepted: _builtins.int
+    """Right."""
+    voided: _builtins.int
+    """Of no use: wrong, or behind a wrong one."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        guessed: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        voided: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "guessed", b"guessed", "source", b"source", "voided", b"voided"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuessCounts: _TypeAlias = GuessCounts  # noqa: Y015
 
 @_typing.final
 class Repair(_message.Message):
@@ -469,6 +537,8 @@ class GetClusterResponse(_message.Message):
     SPARES_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     FORECAST_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
+    GUESSES_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
@@ -492,6 +562,7 @@ class GetClusterResponse(_message.Message):
     prefixes: _builtins.int
     """Prefixes that are kept for later requests."""
     objective: Global___Objective.ValueType
+    speculation: Global___Speculation.ValueType
     recoveries: _builtins.int
     """Losses that the service has survived since the model was loaded."""
     lag_seconds: _builtins.float
@@ -516,6 +587,8 @@ class GetClusterResponse(_message.Message):
     def forecast(self) -> Global___Forecast:
         """Absent if a worker's speed was unknown."""
 
+    @_builtins.property
+    def guesses(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuessCounts]: ...
     @_builtins.property
     def repair(self) -> Global___Repair:
         """Set while `state` is FAILED or RECOVERING."""
@@ -554,6 +627,8 @@ class GetClusterResponse(_message.Message):
         spares: _abc.Iterable[Global___SpareWorker] | None = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         forecast: Global___Forecast | None = ...,
+        speculation: Global___Speculation.ValueType = ...,
+        guesses: _abc.Iterable[Global___GuessCounts] | None = ...,
         repair: Global___Repair | None = ...,
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
@@ -562,7 +637,7 @@ class GetClusterResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,6 +657,7 @@ class LoadModelRequest(_message.Message):
     KV_BITS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -602,6 +678,7 @@ class LoadModelRequest(_message.Message):
     objective: Global___Objective.ValueType
     acceptance: _builtins.float
     """Plan for one user whose guessed tokens are right this often, from 0 to 1; 0 counts on no guesses."""
+    speculation: Global___Speculation.ValueType
     take_back: _builtins.bool
     """Lost workers get their layers back once they return; otherwise they become spares."""
     prefill_chunk: _builtins.int
@@ -619,12 +696,13 @@ class LoadModelRequest(_message.Message):
         kv_bits: _builtins.int = ...,
         objective: Global___Objective.ValueType = ...,
         acceptance: _builtins.float = ...,
+        speculation: Global___Speculation.ValueType = ...,
         take_back: _builtins.bool = ...,
         prefill_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

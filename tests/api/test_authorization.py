@@ -48,7 +48,8 @@ class Clock:
 class Answering:
     """An answer that goes on until it is aborted."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: str) -> None:
+        self.client = client
         self.ended = asyncio.Event()
 
     async def __aiter__(self) -> AsyncGenerator[Accepted | TokenEvent, None]:
@@ -70,6 +71,8 @@ class Idle:
 
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}
+        self.forgotten: set[str] = set()
+        self.forgot = asyncio.Event()
 
     def served_model(self, name: str) -> ModelInfo:
         raise NotServing("no model is loaded")
@@ -78,11 +81,16 @@ class Idle:
         return None, None
 
     async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:
-        self.answers[request.id] = Answering()
+        self.answers[request.id] = Answering(request.client)
         return self.answers[request.id]
 
     async def abort(self, request_id: str) -> None:
         self.answers[request_id].ended.set()
+
+    def forget_client(self, client: str) -> None:
+        assert all(answer.ended.is_set() for answer in self.answers.values() if answer.client == client)
+        self.forgotten.add(client)
+        self.forgot.set()
 
 
 @pytest.fixture
@@ -297,8 +305,10 @@ async def test_what_a_revoked_key_has_under_way_ends_with_the_reason(
     assert caught.value.http_status == 401
     with pytest.raises(Unauthenticated):
         await service.submit(asking("late", client_of(amy)), model_info)
-    await asyncio.sleep(0.05)
-    assert not cast(Any, service.coordinator).answers["bob"].ended.is_set()
+    coordinator: Any = service.coordinator
+    await asyncio.wait_for(coordinator.forgot.wait(), 5)
+    assert coordinator.forgotten == {client_of(amy)}
+    assert not coordinator.answers["bob"].ended.is_set()
     await second.events.aclose()
     watching.cancel()
     keys.create("spoil")

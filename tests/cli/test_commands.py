@@ -217,7 +217,13 @@ def test_generate_json_has_the_promised_shape(macpipe: Macpipe, coordinator: Coo
         "text": ANSWER.rstrip("\n"),
         "tokens": [100, 101, 102, 103, 104],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 4, "completion_tokens": 5, "cached_tokens": 1},
+        "usage": {
+            "prompt_tokens": 4,
+            "completion_tokens": 5,
+            "cached_tokens": 1,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
         "timings": {"ttft_ms": 12.5, "tpot_ms": 2.5, "tokens_per_second": 400.0},
         "stages": [
             {"worker": "mac-a", "layers": [0, 4], "compute_ms": 8.5, "wire_ms": 0.5, "wait_ms": 0.25},
@@ -237,12 +243,13 @@ def test_generate_traces_each_token(macpipe: Macpipe, coordinator: Coordinator) 
         for event in answer_of(request):
             if event.HasField("token") and request.stage_timings:
                 event.token.stages.append(told)
+                event.token.guess = "ngram"
             yield event
 
     coordinator.script.answer = answer
     facts = json.loads(macpipe("generate", "-p", "Why?", "--json", "--trace", to=coordinator).stdout)
     stage = {"worker": "mac-a", "layers": [0, 4], "compute_ms": 2.5, "wire_ms": 0.5, "wait_ms": 0.25}
-    assert facts["trace"] == [{"token": token, "stages": [stage]} for token in facts["tokens"]]
+    assert facts["trace"] == [{"token": token, "guess": "ngram", "stages": [stage]} for token in facts["tokens"]]
     assert "trace" not in json.loads(macpipe("generate", "-p", "Why?", "--json", to=coordinator).stdout)
 
 

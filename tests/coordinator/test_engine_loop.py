@@ -587,6 +587,8 @@ class Counting:
 
     def forget(self, request: Request) -> None: ...
 
+    def forget_client(self, client: str) -> None: ...
+
 
 def test_only_verified_tokens_are_sent_and_journalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses are in flight as answers end by length, by a stop string and by an abort, and as a ring is lost."""

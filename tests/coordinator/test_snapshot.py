@@ -11,7 +11,7 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_plan, describe_workers, with_plan, with_requests
 from cluster.coordinator.step_times import StageStepTime
-from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState, ServingState
+from cluster.core.cluster_state import ClusterState, GuessCounts, LiveRequest, RequestState, ServingState
 from cluster.core.limits import MIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Profile, Route
 from cluster.core.worker import WorkerInfo
@@ -48,6 +48,14 @@ def test_a_stage_is_shown_as_it_was_planned_and_as_it_is() -> None:
     assert (first.measured_ms, first.expected_ms, first.measured_frames) == (3.0, 2.0, 16)
     assert (second.input_route, second.measured_ms) == (Route.RELAY, 0.0), "nothing is known of its frames yet"
     assert (second.busy_seconds, second.active_seconds) == (9.0, 10.0)
+
+
+def test_guesses_are_shown_by_source_and_their_waste_by_stage() -> None:
+    counts = (GuessCounts("ngram", 9, 5, 2),)
+    loop = replace(LOOP, guesses=counts, wasted_s=(0.5, 1.5, 2.5))
+    assert with_requests(IDLE, loop).guesses == counts
+    assert [s.wasted_seconds for s in with_plan(IDLE, PLAN, RING, loop).stages] == [0.5, 1.5]
+    assert [s.wasted_seconds for s in with_plan(IDLE, PLAN, RING, LOOP).stages] == [0.0, 0.0]
 
 
 def test_a_loop_of_other_stages_than_the_plan_has_is_no_error() -> None:

@@ -67,6 +67,8 @@ class Replay:
 
     def forget(self, request: Request) -> None: ...
 
+    def forget_client(self, client: str) -> None: ...
+
 
 class Play:
     """A scheduler and real stages, which work in any order that their turns allow."""

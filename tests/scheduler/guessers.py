@@ -45,6 +45,9 @@ class Oracle:
     def forget(self, request: Request) -> None:
         self.left.append(request.id)
 
+    def forget_client(self, client: str) -> None:
+        self.seen.clear()
+
 
 class Constant(Oracle):
     """Guesses one token, whatever comes."""

@@ -45,6 +45,8 @@ class Known:
 
     def forget(self, request: Request) -> None: ...
 
+    def forget_client(self, client: str) -> None: ...
+
 
 def _token(prompt: tuple[int, ...], position: int) -> int:
     return 1 + (prompt[0] + position) % 900

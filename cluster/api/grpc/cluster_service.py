@@ -13,13 +13,13 @@ import anyio
 import grpc
 
 from cluster.codec.cluster_state import encode_cluster_state
-from cluster.codec.plan import decode_objective, decode_route, encode_plan, encode_progress
+from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_plan
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_PREFILL_CHUNK, MAX_STEP_MS
-from cluster.core.plan import LoadProgress, Plan
+from cluster.core.plan import LoadProgress, Plan, Speculation
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import Trust
@@ -132,6 +132,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         objective=decode_objective(r.objective),
         acceptance=r.acceptance,
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
+        speculation=decode_speculation(r.speculation) if isinstance(r, pb.LoadModelRequest) else Speculation.OFF,
     )
 
 

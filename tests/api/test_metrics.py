@@ -1,0 +1,28 @@
+"""The metrics of guesses: counters by source, and by the stage whose compute wrong ones wasted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.api.metrics import Metrics
+from cluster.core.cluster_state import GuessCounts, ServingState
+from coordinator.test_snapshot import LOOP, PLAN
+
+
+def exposition(**more: object) -> list[str]:
+    loop = replace(LOOP, **more)
+    return Metrics().exposition(ServingState.SERVING, PLAN, loop).decode().splitlines()
+
+
+def test_guesses_are_counted_by_source_and_waste_by_stage() -> None:
+    counts = (GuessCounts("ngram", 9, 5, 2), GuessCounts("prediction", 7, 7, 0))
+    lines = exposition(guesses=counts, wasted_s=(0.5,))
+    assert 'macpipe_guessed_tokens_total{source="ngram"} 9.0' in lines
+    assert 'macpipe_accepted_tokens_total{source="prediction"} 7.0' in lines
+    assert 'macpipe_voided_tokens_total{source="ngram"} 2.0' in lines
+    assert 'macpipe_wasted_compute_seconds_total{stage="0",worker="ada"} 0.5' in lines
+    assert 'macpipe_wasted_compute_seconds_total{stage="1",worker="bob"} 0.0' in lines
+
+
+def test_without_guesses_no_source_is_named() -> None:
+    assert not [line for line in exposition() if "source=" in line]
