@@ -84,7 +84,7 @@ def address_on(name: str, local: Iterable[Interface]) -> str:
     known = {i.name: i for i in local}
     if name not in known:
         named = ", ".join(sorted(known)) or "none"
-        raise InvalidOption(f"--interface {name}: there is no such interface; there are {named}", field="interface")
+        raise InvalidOption(f"--interface {name}: no such interface; this Mac has {named}", field="interface")
     ips = [a.ip for a in known[name].addresses]
     usable = sorted((ip for ip in ips if _usable(ip)), key=lambda ip: (ip.version, ip.is_link_local))
     if not usable:

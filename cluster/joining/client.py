@@ -301,7 +301,7 @@ def _find_cause(error: Exception, address: str) -> Exception:
         return _Cut(f"{address} closed the connection; it may be busy: try again in a minute")
     known = next((one for one in reversed(chain) if isinstance(one, OSError) and one.strerror), error)
     words = getattr(known, "strerror", None) or str(known) or "it cannot be reached"
-    return Unreachable(f"nobody admits Macs at {address}: {words.lower()}")
+    return Unreachable(f"no coordinator admits Macs at {address}: {words.lower()}")
 
 
 _HUNG_UP: Final = (

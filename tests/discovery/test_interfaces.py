@@ -51,7 +51,7 @@ def test_a_wildcard_is_not_announced_on_a_tunnel() -> None:
 
 def test_an_interface_by_name() -> None:
     assert address_on("utun3", [WIFI, VPN]) == "100.100.0.5"
-    with pytest.raises(InvalidOption, match="no such interface; there are en1, utun3"):
+    with pytest.raises(InvalidOption, match="no such interface; this Mac has en1, utun3"):
         address_on("en9", [WIFI, VPN])
     with pytest.raises(InvalidOption, match="no address now"):
         address_on("en7", [interface("en7")])
