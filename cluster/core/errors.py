@@ -173,6 +173,12 @@ class DiskFull(MacpipeError):
     reason, grpc_status, http_status = "DISK_FULL", "RESOURCE_EXHAUSTED", 507
 
 
+class PrefixMissing(MacpipeError):
+    """A prefix is not on this worker's disk, not completely, or is damaged."""
+
+    reason, grpc_status, http_status = "PREFIX_MISSING", "NOT_FOUND", 404
+
+
 class NoPlan(MacpipeError):
     """The layers cannot be placed on these workers as requested."""
 

@@ -93,7 +93,19 @@ class Drop:
     prefix: int
 
 
-Edit = Join | Leave | Trim | Mark | Unmark | Save | Restore | Drop
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Write a kept prefix to each stage's disk, as far as there is time and room before it is dropped.
+
+    ``owner`` is the name of the owner whose requests alone may start from it, ``adapter`` that of the adapter.
+    """
+
+    prefix: int
+    owner: str
+    adapter: str = ""
+
+
+Edit = Join | Leave | Trim | Mark | Unmark | Save | Restore | Drop | Persist
 
 
 class Compute(IntEnum):

@@ -85,6 +85,18 @@ class HeldCaches:
         if self._layout.quantization is not None:
             self._held[:own] = [self._layout.quantization.apply(cache) for cache in self._held[:own]]
 
+    def named(self) -> list[tuple[str, Any]]:
+        """Return each cache with a name that does not depend on the cut: its number in mlx-lm's list.
+
+        A tracker's name begins with ``t``.
+        """
+        names = (*map(str, self._layout.own), *(f"t{i}" for i in self._layout.trackers))
+        return list(zip(names, self._held, strict=True))
+
+    def replace(self, name: str, cache: Any) -> None:
+        """Put ``cache`` in place of the one with that name."""
+        self._held[[known for known, _ in self.named()].index(name)] = cache
+
     def arrays(self) -> list[mx.array]:
         """Return the arrays to evaluate after a step."""
         return tree_arrays([cache.state for cache in self._held])

@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 from weakref import ReferenceType, ref
 
 import mlx.core as mx
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Sample, Save, Step, Trim, Unmark
+from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Persist, Restore, Sample, Save, Step, Trim, Unmark
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
 from cluster.model.marks import CacheMark
 from cluster.model.sampling import Sampler
 
-__all__ = ["LiveSequence", "SequenceTable"]
+__all__ = ["LiveSequence", "Prefix", "PrefixStore", "SequenceTable"]
 
 
 @dataclass(slots=True)
@@ -61,10 +62,20 @@ class Prefix:
     marks: dict[int, CacheMark]
 
 
+class PrefixStore(Protocol):
+    """Where prefixes are kept beside the stage's memory."""
+
+    def persist(self, prefix: Prefix, edit: Persist) -> None:
+        """Begin to write a prefix that the stage keeps."""
+
+    def drop(self, prefix: int) -> None:
+        """Stop writing or reading the prefix with this id, which the stage drops."""
+
+
 class SequenceTable:
     """Holds live sequences and prefixes by id. ``vocabulary`` bounds the token ids in a logit bias.
 
-    ``grammars`` compiles the sequences' grammars; only a stage that samples needs it.
+    ``grammars`` compiles the sequences' grammars; only a stage that samples needs it. ``store`` keeps prefixes too.
     """
 
     def __init__(
@@ -72,8 +83,10 @@ class SequenceTable:
         new_caches: Callable[[], SequenceCaches],
         vocabulary: int,
         grammars: GrammarCompiler | None = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self._new_caches = new_caches
+        self._store = store
         self._vocabulary = vocabulary
         self._grammars = grammars
         self._live: dict[int, LiveSequence] = {}
@@ -169,7 +182,8 @@ class SequenceTable:
         frame has a step without the edit's sequence, that sequence is marked broken and the step goes on. Otherwise
         the first error is raised (BadFrame) after all edits.
         """
-        not_in_step = {e.sequence for e in edits if not isinstance(e, Drop)} - set(step) if step else set()
+        named = {e.sequence for e in edits if not isinstance(e, Drop | Persist)}
+        not_in_step = named - set(step) if step else set()
         errors: list[BadFrame] = []
         for edit in edits:
             try:
@@ -200,7 +214,9 @@ class SequenceTable:
             case Restore():
                 self._restore(self.usable(edit.sequence), edit.prefix, edit.length)
             case Drop():
-                self._prefixes.pop(edit.prefix, None)
+                self._drop(edit.prefix)
+            case Persist():
+                self._persist(edit)
 
     def _join(self, edit: Join) -> None:
         if edit.sequence in self._live:
@@ -248,6 +264,16 @@ class SequenceTable:
             live.kept = ref(caches)
         self._prefixes[prefix] = Prefix(tuple(live.tokens), caches, dict(live.marks))
 
+    def _drop(self, prefix: int) -> None:
+        self._prefixes.pop(prefix, None)
+        if self._store:
+            self._store.drop(prefix)
+
+    def _persist(self, edit: Persist) -> None:
+        kept = self._prefixes.get(edit.prefix)
+        if self._store and kept:
+            self._store.persist(kept, edit)
+
     def _restore(self, live: LiveSequence, prefix: int, length: int) -> None:
         if live.tokens:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only an empty one can restore a prefix")
@@ -262,6 +288,10 @@ class SequenceTable:
         live.marks = _up_to(length, kept.marks)
         live.kept = ref(kept.caches) if length == len(kept.tokens) else None
         live.sampler.forget()
+
+    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches) -> None:
+        """Keep a prefix that was read from the store."""
+        self._prefixes[prefix] = Prefix(tokens, caches, {})
 
     def _start_from(self, prefix: int, length: int) -> SequenceCaches:
         """Return a copy of a prefix's caches with its first ``length`` tokens. Raises BadFrame if there is none."""

@@ -20,10 +20,11 @@ from cluster.core.limits import LATE_ROWS
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.core.request import PromptLogprobs
 from cluster.model.batch_sampling import BatchSampling
+from cluster.model.caches import SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
 from cluster.model.prompt_scoring import require_valid_scoring, score_prompt
-from cluster.model.sequences import LiveSequence, SequenceTable
+from cluster.model.sequences import LiveSequence, PrefixStore, SequenceTable
 from cluster.model.slice import ModelSlice
 from cluster.model.tensor_codec import pack, unpack
 from cluster.model.tokenizer import load_tokenizer
@@ -46,15 +47,18 @@ class _Result:
     prompt_logprobs: PromptLogprobs | None = None
 
 
-def load_stage(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> Stage:
+def load_stage(
+    spec: StageSpec, path: Path, progress: Callable[[int, int], None], store: PrefixStore | None = None
+) -> Stage:
     """Load the stage that ``spec`` describes from the checkpoint in ``path``, reading only the stage's own tensors.
 
-    ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. Raises ModelDiffers,
-    NoPlan (a cut that is not clean), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
+    ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. ``store`` keeps
+    prefixes on disk; None if none does. Raises ModelDiffers, NoPlan (a cut that is not clean), ModelNotFound,
+    BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
     grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if spec.last else None
     try:
-        return Stage(spec, *load_slice(spec, path, progress), grammars)
+        return Stage(spec, *load_slice(spec, path, progress), grammars, store)
     except BaseException:
         if grammars:
             grammars.close()
@@ -75,13 +79,15 @@ class Stage:
         vocabulary: int,
         weight_bytes: int,
         grammars: GrammarCompiler | None = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self.spec = spec
+        self._store = store
         self._grammars = grammars
         self.weight_bytes = weight_bytes
         self._slice: ModelSlice | None = part
         self._vocabulary = vocabulary
-        self._table = SequenceTable(part.new_caches, vocabulary, grammars)
+        self._table = SequenceTable(part.new_caches, vocabulary, grammars, store)
         self._steps = 0
 
     @property
@@ -134,8 +140,16 @@ class Stage:
                 "load it again"
             )
         self.spec = spec
-        self._table = SequenceTable(self._require_loaded().new_caches, self._vocabulary, self._grammars)
+        self._table = SequenceTable(self._require_loaded().new_caches, self._vocabulary, self._grammars, self._store)
         mx.clear_cache()
+
+    def new_caches(self) -> SequenceCaches:
+        """Create empty caches for one sequence."""
+        return self._require_loaded().new_caches()
+
+    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches) -> None:
+        """Keep a prefix whose caches were read from a disk, between two frames."""
+        self._table.add_prefix(prefix, tokens, caches)
 
     def step(self, frame: Frame) -> Frame:
         """Apply the frame's edits in order, compute its step, and return the frame for the next stage.

@@ -94,7 +94,7 @@ def open_regular_file(path: Path) -> BinaryIO:
     return os.fdopen(file, "rb")
 
 
-def write_all(file: int, data: bytes) -> None:
+def write_all(file: int, data: bytes | memoryview) -> None:
     """Write all of ``data``, in as many writes as needed. Raises OSError, possibly after writing a part."""
     left = memoryview(data)
     while left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.core.frames import Drop, Edit, Join, Leave, Restore, Save
+from cluster.core.frames import Drop, Edit, Join, Leave, Persist, Restore, Save
 from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES, MAX_JOINED_ELEMENTS
 
 MAX_PENDING_EDITS = MAX_EDITS // 2
@@ -18,16 +18,17 @@ def tidy(edits: Sequence[Edit]) -> list[Edit]:
     """Return the edits without those that cancel out.
 
     A sequence that joins and leaves within ``edits`` needs none of its edits, unless a prefix is saved from it. A
-    prefix that is saved and dropped within ``edits`` needs neither edit, unless it is restored in between.
+    prefix that is saved and dropped within ``edits`` needs neither edit, unless it is restored in between. It is not
+    written to disk either.
     """
     used = {e.prefix for e in edits if isinstance(e, Restore)}
     dropped = {e.prefix for e in edits if isinstance(e, Drop)}
     idle = {e.prefix for e in edits if isinstance(e, Save) and e.prefix in dropped and e.prefix not in used}
-    rest = [e for e in edits if not (isinstance(e, Save | Drop) and e.prefix in idle)]
+    rest = [e for e in edits if not (isinstance(e, Save | Drop | Persist) and e.prefix in idle)]
     copied = {e.sequence for e in rest if isinstance(e, Save)}
     joined = {e.sequence for e in rest if isinstance(e, Join)}
     gone = {e.sequence for e in rest if isinstance(e, Leave)} & joined - copied
-    return [e for e in rest if isinstance(e, Drop) or e.sequence not in gone]
+    return [e for e in rest if isinstance(e, Drop | Persist) or e.sequence not in gone]
 
 
 def first_load(edits: Sequence[Edit]) -> int:

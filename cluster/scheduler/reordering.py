@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Compute, Drop, Edit, Frame, Restore, Save, Trim
+from cluster.core.frames import Compute, Drop, Edit, Frame, Persist, Restore, Save, Trim
 from cluster.core.limits import MAX_FRAMES_WAITING
 
 Touched = frozenset[tuple[str, int]]
@@ -126,7 +126,7 @@ def touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
 
 
 def _touched_by_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
-    if isinstance(edit, Drop):
+    if isinstance(edit, Drop | Persist):
         return (("prefix", edit.prefix),)
     if isinstance(edit, Save | Restore):
         return ("sequence", edit.sequence), ("prefix", edit.prefix)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.core.errors import BadFrame
-from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Restore, Save, Trim, Unmark
+from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Persist, Restore, Save, Trim, Unmark
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARKER_TOKENS
 from cluster.core.request import Grammar, GrammarKind, SamplingParams
 from cluster.wire.header_fields import Fields
 
 _JOIN = 0
+_PERSIST = 8
 _PLAIN: dict[int, tuple[Callable[..., Edit], int]] = {
     1: (Leave, 1), 2: (Trim, 2), 3: (Save, 2), 4: (Restore, 3), 5: (Drop, 1), 6: (Mark, 2), 7: (Unmark, 2)
 }  # fmt: skip
@@ -25,6 +26,8 @@ def pack_edit(edit: Edit) -> list[Any]:
     """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
         return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling), edit.look_ahead]
+    if isinstance(edit, Persist):
+        return [_PERSIST, edit.prefix, edit.owner, edit.adapter]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
 
 
@@ -35,6 +38,9 @@ def unpack_edit(value: Any) -> Edit:
     if value[0] == _JOIN:
         f = Fields(value, "join", 5)
         return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4))
+    if value[0] == _PERSIST:
+        f = Fields(value, "persist", 4)
+        return Persist(f.count(1), f.text(2), f.text(3))
     if value[0] not in _PLAIN:
         raise BadFrame(f"a frame's edit has the unknown code {value[0]}")
     kind, count = _PLAIN[value[0]]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import mlx.core as mx
 import pytest
@@ -18,6 +19,7 @@ from cluster.core.frames import Compute, Drop, Failure, Frame, Join, Leave, Mark
 from cluster.core.plan import ModelShape
 from cluster.core.request import SamplingParams
 from effort import chosen, effort
+from model.disks import Disks
 from model.ring import ALL, PROMPT, Ring, logprobs, tokens
 
 GREEDY = SamplingParams()
@@ -56,13 +58,19 @@ class Known:
 
 
 class Edits(RuleBasedStateMachine):
-    """Any order of edits, steps and failures. ``ring`` and ``trimmable`` are set by a subclass."""
+    """Any order of edits, steps, disk round trips and failures.
+
+    ``ring``, ``trimmable`` and ``folder``, for files, are set by a subclass.
+    """
 
     ring: Ring
     trimmable: bool
+    folder: Path
 
     @initialize()
     def begin(self) -> None:
+        self.disks = Disks(self.ring, Path(mkdtemp(dir=self.folder)))
+        self.written: list[Known] = []
         self.live: dict[int, Known] = {}
         self.prefixes: dict[int, Known] = {}
         self.ids = 0
@@ -128,6 +136,42 @@ class Edits(RuleBasedStateMachine):
 
     @precondition(lambda self: self.prefixes)
     @rule(data=st.data())
+    def persist(self, data: st.DataObject) -> None:
+        prefix, known = self.pick(data, self.prefixes)
+        self.disks.persist(prefix)
+        self.written.append(known)
+
+    @precondition(lambda self: self.written and len(self.prefixes) < 4)
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        """Read what was written: at once, or after a restart, an eviction or a fault. It is whole, or it is a miss."""
+        known = data.draw(st.sampled_from(self.written))
+        length = data.draw(st.sampled_from(known.borders(self.trimmable)))
+        cut = known.cut(length)
+        errors = self.disks.read(new := self.new_id(), tuple(token for chunk in cut.chunks for token in chunk))
+        if any(errors):
+            self.ring.send(Drop(new))
+        else:
+            self.prefixes[new] = Known(cut.chunks)
+
+    @rule()
+    def restart(self) -> None:
+        self.disks.restart()
+
+    @precondition(lambda self: self.disks.files())
+    @rule(data=st.data(), delete=st.booleans())
+    def damage(self, data: st.DataObject, delete: bool) -> None:
+        """A file is lost, or a bit of it flips."""
+        path = data.draw(st.sampled_from(self.disks.files()))
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+        if delete:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+
+    @precondition(lambda self: self.prefixes)
+    @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         prefix, _ = self.pick(data, self.prefixes)
         self.ring.send(Drop(prefix))
@@ -155,6 +199,7 @@ class Edits(RuleBasedStateMachine):
         for sequence, known in self.live.items():
             self.check(sequence, known)
         self.ring.send(*(Drop(prefix) for prefix in self.prefixes))
+        self.disks.close()
         assert all((s.sequences, s.prefixes, s.cache_bytes) == (0, 0, 0) for s in self.ring.stages)
 
     def check(self, sequence: int, known: Known) -> None:
@@ -170,9 +215,10 @@ class Edits(RuleBasedStateMachine):
 @pytest.mark.timeout(effort(60, 600))
 @pytest.mark.parametrize("arch", chosen(KINDS, "llama", "llama_sliding", "qwen3_next", "falcon_h1", "deepseek_v41"))
 def test_any_order_of_edits_leaves_the_tokens_of_a_fresh_start(
-    arch: str, rings: Rings, shape: Callable[[str], ModelShape]
+    arch: str, rings: Rings, shape: Callable[[str], ModelShape], tmp_path: Path
 ) -> None:
-    machine = type("EditsOf", (Edits,), {"ring": rings(arch), "trimmable": shape(arch).trimmable})
+    fields = {"ring": rings(arch), "trimmable": shape(arch).trimmable, "folder": tmp_path}
+    machine = type("EditsOf", (Edits,), fields)
     run_settings = settings(
         max_examples=effort(4, 60),
         stateful_step_count=effort(20, 40),

@@ -11,6 +11,7 @@ from cluster.core.frames import (
     Join,
     Leave,
     Mark,
+    Persist,
     Restore,
     Sample,
     Save,
@@ -75,6 +76,7 @@ class Stages:
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self.compiling: set[int] = set()
         self.deferred: dict[int, Sample] = {}
+        self.persisted: list[Persist] = []
         self._marks: dict[int, dict[int, object]] = {}
         self._kept_marks: dict[int, dict[int, object]] = {}
         self._trimmable = trimmable
@@ -180,6 +182,9 @@ class Stages:
                 assert self._trimmable or edit.length in {len(kept), *marks}
                 self.fed[edit.sequence] = kept[: edit.length]
                 self._marks[edit.sequence] = {at: mark for at, mark in marks.items() if at <= edit.length}
+            case Persist():
+                assert edit.prefix in self.prefixes
+                self.persisted.append(edit)
             case Drop():
                 del self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
 

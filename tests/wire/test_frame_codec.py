@@ -21,6 +21,7 @@ from cluster.core.frames import (
     Join,
     Leave,
     Mark,
+    Persist,
     PromptScoring,
     Restore,
     Sample,
@@ -75,6 +76,7 @@ edits = st.one_of(
     st.builds(Save, counts, counts),
     st.builds(Mark, counts, counts),
     st.builds(Unmark, counts, counts),
+    st.builds(Persist, counts, st.text(max_size=9), st.text(max_size=9)),
     st.builds(Restore, counts, counts, counts),
     st.builds(Drop, counts),
 )

@@ -13,6 +13,7 @@ from cluster.core.frames import (
     Join,
     Leave,
     Mark,
+    Persist,
     PromptScoring,
     Restore,
     Sample,
@@ -52,8 +53,8 @@ PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
 FRAMES = (
     Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
     Frame(
-        EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Drop(4)), DECODE,
-        (TENSOR, OTHER_TENSOR),
+        EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Persist(4, "key-0", "a"), Drop(4)),
+        DECODE, (TENSOR, OTHER_TENSOR),
     ),
     Frame(
         EPOCH, 1, 3, (), None, (),
