@@ -22,6 +22,7 @@ from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
+from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
 from cluster.coordinator.coordinator import Coordinator
@@ -90,6 +91,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         )
         coordinator.journal = _journal(settings)
         http_port_settings = http_port(settings)
+        coordinator.prefix_owners = partial(prefix_owners, http_port_settings.keys, trust)
         key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
         service = RequestService(coordinator, Metrics(), key_usage, strict=settings.strict)
         checks = health.HealthServicer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -16,6 +16,8 @@ from cluster.core.cluster_state import RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
+from cluster.core.worker import WorkerSummary
+from cluster.scheduler.disk_prefixes import ReadOutcome
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -75,18 +77,31 @@ class Metrics:
         self._responses.labels(route, str(status or 499)).inc()
 
     def exposition(
-        self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None = None
+        self,
+        state: ServingState,
+        plan: Plan | None,
+        loop: LoopView | None,
+        journal: Journal | None = None,
+        workers: Sequence[WorkerSummary] = (),
     ) -> bytes:
         """Return all metrics in Prometheus' text format, with gauges of the given state."""
         gauges = CollectorRegistry()
-        gauges.register(_StateCollector(state, plan, loop, journal))
+        gauges.register(_StateCollector(state, plan, loop, journal, workers))
         return generate_latest(self._registry) + generate_latest(gauges)
 
 
 class _StateCollector(Collector):
     """Collects the gauges of one state of the coordinator."""
 
-    def __init__(self, state: ServingState, plan: Plan | None, loop: LoopView | None, journal: Journal | None) -> None:
+    def __init__(
+        self,
+        state: ServingState,
+        plan: Plan | None,
+        loop: LoopView | None,
+        journal: Journal | None,
+        workers: Sequence[WorkerSummary],
+    ) -> None:
+        self._workers = workers
         self._state = state
         self._plan = plan
         self._loop = loop
@@ -99,10 +114,23 @@ class _StateCollector(Collector):
         if self._journal:
             on = float(not self._journal.problem)
             yield _gauge("macpipe_journal_on", "1 while live requests are journaled to disk.", [], [([], on)])
+        yield from self._disks()
         if self._plan and self._loop:
             yield from self._requests(self._loop)
             yield from self._guesses(self._loop)
             yield from self._stages(self._plan, self._loop)
+
+    def _disks(self) -> Iterator[Metric]:
+        """Yield what the workers have on their disks. Evictions are counted since the start of a worker's engine."""
+        disks = [worker for worker in self._workers if worker.prefix_disk_limit]
+        used = [([worker.name], float(worker.prefix_disk_bytes)) for worker in disks]
+        yield _gauge("macpipe_prefix_disk_bytes", "Prefixes on a worker's disk.", ["worker"], used)
+        evictions = CounterMetricFamily(
+            "macpipe_prefix_disk_evictions", "Beginnings deleted from a worker's disk to make room.", labels=["worker"]
+        )
+        for worker in disks:
+            evictions.add_metric([worker.name], worker.prefix_disk_evictions)
+        yield evictions
 
     def _requests(self, loop: LoopView) -> Iterator[Metric]:
         states = [state for state in RequestState if state is not RequestState.UNKNOWN]
@@ -111,6 +139,14 @@ class _StateCollector(Collector):
         lanes = [([str(i)], float(size)) for i, size in enumerate(loop.lane_sizes)]
         yield _gauge("macpipe_lane_sequences", "Decoding sequences in each lane.", ["lane"], lanes)
         yield _gauge("macpipe_kept_prefixes", "Prefixes cached for later requests.", [], [([], float(loop.prefixes))])
+        reads = CounterMetricFamily(
+            "macpipe_prefix_disk_reads", "Prefixes read from the workers' disks, by outcome.", labels=["outcome"]
+        )
+        for outcome in ReadOutcome:
+            reads.add_metric([outcome.value], loop.disk_reads.get(outcome, 0))
+        yield reads
+        tokens = "Prompt tokens that were read from the workers' disks."
+        yield CounterMetricFamily("macpipe_prefix_disk_tokens", tokens, value=loop.disk_tokens)
 
     def _guesses(self, loop: LoopView) -> Iterator[Metric]:
         for name, text, count in (

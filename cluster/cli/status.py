@@ -38,7 +38,7 @@ def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json 
 
 def show_state(state: ClusterState) -> None:
     """Print the cluster's state on stdout."""
-    from cluster.cli.screen import console, format_duration, printable
+    from cluster.cli.screen import console, printable
 
     screen = console(sys.stdout)
     for line in headline(state):
@@ -52,18 +52,28 @@ def show_state(state: ClusterState) -> None:
     for spare in state.spares:
         screen.print(printable(f"spare: {spare.worker}: {spare.why}"), soft_wrap=True)
     for worker in state.workers:
-        if worker.memory_pressure in ("warning", "critical"):
-            screen.print(printable(f"{worker.name}: memory pressure is {worker.memory_pressure}"), soft_wrap=True)
-        if worker.lag_seconds:
-            screen.print(printable(describe_overload(worker.name, worker.lag_seconds)), soft_wrap=True)
-        if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
-            difference = format_duration(abs(worker.clock_ahead_seconds))
-            direction = "ahead" if worker.clock_ahead_seconds > 0 else "behind"
-            screen.print(printable(f"{worker.name}'s clock is {difference} {direction}"), soft_wrap=True)
-        if off := describe_deviation(worker.name, [stage for stage in state.stages if stage.worker == worker.name]):
-            screen.print(printable(off), soft_wrap=True)
-        if worker.problem:
-            screen.print(printable(f"{worker.name}: {worker.problem}"), soft_wrap=True)
+        held = [stage for stage in state.stages if stage.worker == worker.name]
+        for line in (*_describe_disk(worker), *_describe_problems(worker, held)):
+            screen.print(printable(line), soft_wrap=True)
+
+
+def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]:
+    """Return a line for each problem of a worker, which holds the stages ``held``."""
+    from cluster.cli.screen import format_duration
+
+    lines = []
+    if worker.memory_pressure in ("warning", "critical"):
+        lines.append(f"{worker.name}: memory pressure is {worker.memory_pressure}")
+    if worker.lag_seconds:
+        lines.append(describe_overload(worker.name, worker.lag_seconds))
+    if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
+        direction = "ahead" if worker.clock_ahead_seconds > 0 else "behind"
+        lines.append(f"{worker.name}'s clock is {format_duration(abs(worker.clock_ahead_seconds))} {direction}")
+    if off := describe_deviation(worker.name, held):
+        lines.append(off)
+    if worker.problem:
+        lines.append(f"{worker.name}: {worker.problem}")
+    return lines
 
 
 def describe_overload(worker: str, lag_s: float) -> str:
@@ -83,6 +93,15 @@ def describe_deviation(worker: str, held: list[StageState]) -> str:
         f"{worker}: a step takes {measured:.2f} ms, predicted {predicted:.2f} ms: the Mac is busy now, or was when its"
         " speed was measured; measure again there with `macpipe worker --profile new`"
     )
+
+
+def _describe_disk(worker: WorkerState) -> list[str]:
+    from cluster.cli.screen import format_bytes
+
+    if not worker.prefix_disk_limit:
+        return []
+    used, limit = format_bytes(worker.prefix_disk_bytes), format_bytes(worker.prefix_disk_limit)
+    return [f"{worker.name}: {used} of {limit} of prefixes on disk, {worker.prefix_disk_evictions} evicted"]
 
 
 def headline(state: ClusterState) -> list[str]:
@@ -114,6 +133,10 @@ def headline(state: ClusterState) -> list[str]:
         f"{len(state.requests)} live requests, {state.requests_finished} finished,"
         f" {state.tokens_generated} tokens generated"
     )
+    if state.disk_hits or state.disk_misses:
+        lines.append(
+            f"{state.disk_hits} prefixes read from disk ({state.disk_tokens} tokens), {state.disk_misses} missed"
+        )
     return lines
 
 

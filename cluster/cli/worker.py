@@ -16,6 +16,14 @@ from cluster.platform.process import accept_signals, allow_open_files, end_with_
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"
+PrefixDisk = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Keep caches of prompts and answers on this Mac's disk too, up to this size, like 50GiB.",
+        show_default="in memory only",
+    ),
+]
 
 
 def worker(
@@ -41,6 +49,7 @@ def worker(
         str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster that this worker belongs to.")
     ] = "default",
     memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory limit, like 24GiB.")] = None,
+    prefix_disk: PrefixDisk = None,
     interface: Annotated[
         str | None, typer.Option(metavar="NAME", help="Listen on this network interface, like en0, instead of --host.")
     ] = None,
@@ -68,6 +77,7 @@ def worker(
         port=port,
         data_port=data_port,
         memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit else None,
+        prefix_disk=parse_size(prefix_disk, "--prefix-disk") if prefix_disk else 0,
         profile=profile,
         interface=interface or "",
         throttle=throttle,

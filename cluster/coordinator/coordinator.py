@@ -25,6 +25,7 @@ from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.planner import Links, make_plan
+from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
@@ -83,6 +84,8 @@ class Coordinator:
     ) -> None:
         self.journal: Journal | None = None
         """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
+        self.prefix_owners: OwnersOf = PrefixOwners
+        """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
@@ -172,7 +175,7 @@ class Coordinator:
         If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
         if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
         """
-        deps = ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs)
+        deps = ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, self.prefix_owners)
         for _ in range(EPOCH_TRIES):
             service = ModelService(deps, model_info, order, assignment, self._report_problem)
             try:
@@ -387,6 +390,10 @@ class Coordinator:
         """Return the served plan and the engine loop's view. Ask no worker."""
         plan = self._service.plan if self._service else None
         return plan, await self._view()
+
+    def known_workers(self) -> tuple[WorkerInfo, ...]:
+        """Return what the workers said last. Ask none."""
+        return tuple(member.info for member in self._heartbeat.members())
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""

@@ -38,6 +38,7 @@ from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.disk_prefixes import DiskContents, DiskRead, ReadOutcome
 from cluster.scheduler.outcome import Outcome
 from cluster.scheduler.scheduler import Scheduler
 from cluster.wire.frame_codec import decode, encode
@@ -61,8 +62,10 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
         step_times: StepTimes | None = None,
         lag: Lag = no_lag,
+        read_prefix: Callable[[DiskRead], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
+        self._read_prefix = read_prefix
         self._broken, self._clock, self._lag = broken, clock, lag
         self.deadlines = FrameDeadlines(clock())
         self.answers = LiveAnswers(scheduler, self._flush, lambda step: self._inbox.put(step), decoder, clock)
@@ -82,14 +85,22 @@ class EngineLoop:
 
     # Called from other threads
 
-    def start(self, ring: Ring) -> None:
-        """Start the thread with the first epoch's ring."""
+    def start(self, ring: Ring, disk: DiskContents | None = None) -> None:
+        """Start the thread with the first epoch's ring, and what its stages have on disk."""
         self._ring = ring
+        self._scheduler.disk.open(disk)
         self._thread.start()
 
-    def resume(self, plan: Plan, capacity: Capacity, ring: Ring, step_times: StepTimes | None = None) -> None:
-        """Continue with a new epoch's ring, whose stages hold no caches yet."""
-        self._inbox.put(lambda: self._resume(plan, capacity, ring, step_times))
+    def resume(
+        self,
+        plan: Plan,
+        capacity: Capacity,
+        ring: Ring,
+        step_times: StepTimes | None = None,
+        disk: DiskContents | None = None,
+    ) -> None:
+        """Continue with a new epoch's ring, whose stages hold no caches but those on their disks."""
+        self._inbox.put(lambda: self._resume(plan, capacity, ring, step_times, disk))
 
     def hold(self) -> None:
         """Close the ring and keep requests waiting until ``resume`` or ``refuse``."""
@@ -113,6 +124,10 @@ class EngineLoop:
     def on_message(self, message: bytes) -> None:
         """Queue a frame from the last stage."""
         self._inbox.put(lambda: self._on_frame(message))
+
+    def on_prefix_read(self, order: DiskRead, outcome: ReadOutcome, seconds: float) -> None:
+        """Queue the answer to a read that ``read_prefix`` was asked for."""
+        self._inbox.put(lambda: self._on_prefix_read(order, outcome, seconds))
 
     def on_stream_lost(self, epoch: int, worker: str, why: str) -> None:
         """Queue the loss of a stream of an epoch's ring."""
@@ -204,6 +219,13 @@ class EngineLoop:
             self._ring.send(encode(frame))
         for frame in self._scheduler.guess_frames(self._clock()):
             self._ring.send(encode(frame))
+        for order in self._scheduler.disk.take_orders():
+            if self._read_prefix:
+                self._read_prefix(order)
+
+    def _on_prefix_read(self, order: DiskRead, outcome: ReadOutcome, seconds: float) -> None:
+        self._scheduler.disk.finish(order, outcome, seconds)
+        self._flush()
 
     def _submit(self, request: Request, answer: AnswerQueue, tokens: AnswerTokens, skip: tuple[int, ...]) -> None:
         if self._refusal:
@@ -248,11 +270,18 @@ class EngineLoop:
             self._close_ring()
             self._broken(cause)
 
-    def _resume(self, plan: Plan, capacity: Capacity, ring: Ring, step_times: StepTimes | None) -> None:
+    def _resume(
+        self,
+        plan: Plan,
+        capacity: Capacity,
+        ring: Ring,
+        step_times: StepTimes | None,
+        disk: DiskContents | None,
+    ) -> None:
         self._close_ring()
         self._ring, self._refusal = ring, None
         self._begin_epoch(plan, step_times)
-        for refused in self._scheduler.begin_epoch(plan.epoch, capacity):
+        for refused in self._scheduler.begin_epoch(plan.epoch, capacity, disk):
             loss = WorkerLost(f"the remaining Macs cannot hold this request: {refused.sentence}")
             self.answers.end(refused.request_id, loss)
         self.answers.begin_epoch(plan.stages)

@@ -13,11 +13,12 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replan import holds
 from cluster.coordinator.ring import Ring, RingStage, StageLost
 from cluster.coordinator.slice_loading import Progress, link_stages, load_slices
-from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.coordinator.weight_distribution import WeightDelivery, WeightDistribution
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LoadProgress, Plan
+from cluster.core.prefix_keys import edition_key
 from cluster.core.worker import WorkerInfo
 from cluster.transport.streams import Dialer, Received
 
@@ -54,6 +55,8 @@ class EpochBuilder:
     lost: StageLost
     rate: float = 0.0
     """Bytes per second of the last load, over all workers; 0 before the first load."""
+    edition: str = ""
+    """Name of the model's edition by the digests of all its tensors; empty while they are not all known."""
 
     async def load(self, plan: Plan, workers: Sequence[WorkerInfo], only: Collection[str] | None = None) -> None:
         """Load the slices of all workers, or of those named in ``only``. Raises ``MacpipeError``.
@@ -76,8 +79,16 @@ class EpochBuilder:
             new_digests = [d for i, d in zip(selected, stage_digests, strict=True) if i in missing]
             new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await new_delivery.check(new_digests, lambda: self._report_all(plan, "hashing"))
+            self.edition = self._edition_of(plan, delivery)
         if read_bytes := sum(plan.stages[i].weight_bytes for i in missing):
             self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
+
+    def _edition_of(self, plan: Plan, delivery: WeightDelivery) -> str:
+        known = delivery.manifest.known
+        names = {name for order in delivery.orders for name in order.tensors}
+        digests = {name: known[name] for name in names if name in known}
+        complete = len(digests) == len(names)
+        return edition_key(plan.model.fingerprint, digests, plan.stages[0].spec.kv_bits) if complete else ""
 
     def _report_all(self, plan: Plan, state: str) -> None:
         for stage in plan.stages:

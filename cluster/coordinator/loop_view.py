@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StageStepTime, StepTimes
@@ -37,6 +37,10 @@ class LoopView:
     """Since the model was loaded, by source."""
     wasted_s: tuple[float, ...] = ()
     """Seconds of this epoch in which the stages computed wrong guesses."""
+    disk_reads: Mapping[str, int] = field(default_factory=dict)
+    """Reads of prefixes from the workers' disks since the model was loaded, by outcome."""
+    disk_tokens: int = 0
+    """Tokens that they spared the stages to prefill."""
 
     @classmethod
     def of(
@@ -63,6 +67,8 @@ class LoopView:
                 GuessCounts(source, c.guessed, c.accepted, c.voided) for source, c in sorted(counts.by_source.items())
             ),
             wasted_s=tuple(counts.wasted_s),
+            disk_reads={outcome.value: count for outcome, count in scheduler.disk_use.reads.items()},
+            disk_tokens=scheduler.disk_use.tokens,
         )
 
 

@@ -22,6 +22,7 @@ from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planner import capacity
+from cluster.coordinator.prefix_disks import OwnersOf, PrefixDisks, PrefixOwners
 from cluster.coordinator.replan import Assignment, holds, reassign_layers
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.settings import LoadOrder
@@ -59,6 +60,7 @@ class ServiceDeps:
     dialer: Dialer
     weights: WeightDistribution
     epochs: EpochNumbers
+    prefix_owners: OwnersOf = PrefixOwners
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class RecoveryContext:
     builder: EpochBuilder
     loop: EngineLoop
     failures: Failures
+    disks: PrefixDisks
 
 
 class EpochChange(ABC):
@@ -128,11 +131,12 @@ class EpochChange(ABC):
         context.deps.roster.pin(chosen.workers)
         await self._while_all_live(chosen, context.builder.load(chosen.plan, chosen.workers))
         epoch = await context.builder.link(chosen.plan, chosen.workers)
+        disk = await context.disks.open(epoch, context.builder.edition)
         ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
         limits = capacity(chosen.plan, context.model_info.shape, context.order)
         step_times = StepTimes(context.model_info.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
-        context.loop.resume(chosen.plan, limits, ring, step_times)
+        context.loop.resume(chosen.plan, limits, ring, step_times, disk)
         self._epoch = epoch
         wait_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
         await run_canary(context.loop, epoch.plan, context.model_info, context.failures, context.deps.heartbeat, wait_s)

@@ -19,6 +19,7 @@ from cluster.coordinator.epoch import Epoch, EpochBuilder, unload_workers
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planned_move import PlannedMove
 from cluster.coordinator.planner import capacity
+from cluster.coordinator.prefix_disks import PrefixDisks
 from cluster.coordinator.recovery import EpochChange, Failures, Recovery, RecoveryContext, ServiceDeps
 from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
@@ -39,6 +40,7 @@ from cluster.core.limits import (
 from cluster.core.plan import Plan, Speculation
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
+from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.text_guesser import TextGuesser
 
@@ -78,7 +80,9 @@ class ModelService:
             self._broken,
             step_times=step_times,
             lag=deps.heartbeat.lag,
+            read_prefix=self._read_prefix,
         )
+        self._disks = PrefixDisks(deps.prefix_owners)
         self._order = order
         self._epoch: Epoch | None = None
         self.recovery: Recovery | None = None
@@ -112,12 +116,15 @@ class ModelService:
             self.loop.on_message,
             self.loop.on_stream_lost,
         )
-        self._context = RecoveryContext(self._deps, self.model_info, self._order, builder, self.loop, self._failures)
+        self._context = RecoveryContext(
+            self._deps, self.model_info, self._order, builder, self.loop, self._failures, self._disks
+        )
         plan, workers = self._first.plan, self._first.workers
         try:
             await builder.load(plan, workers)
             self._epoch = await builder.link(plan, workers)
-            self.loop.start(await builder.connect(self._epoch))
+            disk = await self._disks.open(self._epoch, builder.edition)
+            self.loop.start(await builder.connect(self._epoch), disk)
             await run_canary(self.loop, plan, self.model_info, self._failures, self._deps.heartbeat)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -141,6 +148,15 @@ class ModelService:
     def _control(self, address: str) -> WorkerClient:
         self._contacted.add(address)
         return self._deps.roster.control(address)
+
+    # Prefixes on disk
+
+    def _read_prefix(self, order: DiskRead) -> None:
+        """Have the stages read a prefix. Called on the loop's thread."""
+        asyncio.run_coroutine_threadsafe(self._read_from_disks(order), self._events)
+
+    async def _read_from_disks(self, order: DiskRead) -> None:
+        self.loop.on_prefix_read(order, *await self._disks.read(order))
 
     # Failures
 
@@ -175,6 +191,7 @@ class ModelService:
         while True:
             await asyncio.sleep(LEARN_S)
             await self.send_step_times()
+            await self._disks.follow_owners()
 
     async def _supervise(self) -> None:
         while True:

@@ -13,6 +13,7 @@ from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState, St
 from cluster.core.plan import Plan, PlannedStage, Route
 from cluster.core.worker import WorkerState, WorkerSummary
 from cluster.membership.suspicion import Belief, Standing
+from cluster.scheduler.disk_prefixes import ReadOutcome
 
 
 def describe_plan(plan: Plan) -> ModelPlan:
@@ -61,6 +62,9 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
         lane_sizes=loop.lane_sizes,
         prefixes=loop.prefixes,
         guesses=loop.guesses,
+        disk_hits=loop.disk_reads.get(ReadOutcome.HIT, 0),
+        disk_misses=sum(count for outcome, count in loop.disk_reads.items() if outcome != ReadOutcome.HIT),
+        disk_tokens=loop.disk_tokens,
     )
 
 

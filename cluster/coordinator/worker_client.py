@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,10 @@ from cluster.core.limits import (
     LOAD_STUCK_S,
 )
 from cluster.core.plan import FetchOrder, Link, LoadProgress, StageDigests, StageSpec
+from cluster.core.prefix_keys import unpack_beginnings
+from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
 from cluster.core.worker import WorkerInfo
+from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.grpc_setup import PING_S, control_channel
@@ -166,6 +169,32 @@ class WorkerClient:
             source, party = (before.data_address, worker_of(before.id)) if before else ("", "")
             request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party)
             await self._stub.LinkStage(request, timeout=self._deadline())
+
+    async def open_prefixes(
+        self, epoch: int, edition: str, owners: Collection[str], *, anonymous: bool
+    ) -> list[tuple[int, bytes]]:
+        """Open the worker's prefixes on disk; see ``OpenPrefixes``. Return lengths and names, latest used first."""
+        request = pb.OpenPrefixesRequest(epoch=epoch, edition=edition, owners=sorted(owners), anonymous=anonymous)
+        async with self._map_errors():
+            answer = await self._stub.OpenPrefixes(request, timeout=DISK_OPEN_S)
+        try:
+            found = unpack_beginnings(answer.beginnings)
+        except ValueError as e:
+            raise WorkerLost(f"worker {self.name} sent an invalid list of prefixes", worker=self.name) from e
+        return found[:MAX_DISK_NODES]
+
+    async def read_prefix(self, order: DiskRead) -> None:
+        """Have the worker read a prefix from disk. Raises ``PrefixMissing`` if it cannot."""
+        request = pb.ReadPrefixRequest(
+            epoch=order.epoch,
+            prefix=order.prefix,
+            owner=order.owner,
+            adapter=order.adapter,
+            beginning=order.node,
+            length=order.length,
+        )
+        async with self._map_errors():
+            await self._stub.ReadPrefix(request, timeout=order.timeout_s)
 
     async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         async with self._map_errors():

@@ -126,6 +126,12 @@ class ClusterState:
     lane_sizes: tuple[int, ...] = ()
     queued: int = 0
     prefixes: int = 0
+    disk_hits: int = 0
+    """Prefixes read from the workers' disks since the model was loaded, ..."""
+    disk_misses: int = 0
+    """... those that could not be read, or not in time, ..."""
+    disk_tokens: int = 0
+    """... and the tokens that were not prefilled for it."""
     repair: Repair | None = None
     move: Repair | None = None
     recoveries: int = 0

@@ -39,6 +39,11 @@ class WorkerSummary:
     """The worker's clock minus the coordinator's; negative if it is behind."""
     lag_seconds: float = 0.0
     """Scheduling delay on the worker's machine; 0.0 unless the machine is overloaded."""
+    prefix_disk_limit: int = 0
+    """Maximum bytes of prefixes on its disk; 0 without ``--prefix-disk``."""
+    prefix_disk_bytes: int = 0
+    prefix_disk_evictions: int = 0
+    """Beginnings of sequences that were deleted from its disk to make room, since its engine started."""
 
 
 @dataclass(frozen=True, slots=True)

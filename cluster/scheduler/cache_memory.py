@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.in_flight import InFlightFrames
 from cluster.scheduler.kv_cost import Cost, fits, lane_cost, total
@@ -11,10 +13,21 @@ from cluster.scheduler.sequence import ScheduledSequence
 
 
 class CacheMemory:
-    """The memory of one epoch's stages. It counts whatever the other objects hold."""
+    """The memory of one epoch's stages. It counts whatever the other objects hold.
 
-    def __init__(self, capacity: Capacity, lanes: LaneAssignment, flights: InFlightFrames, prefixes: Prefixes) -> None:
+    ``reading`` returns the bytes per stage of the prefixes that are being read from disks.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        lanes: LaneAssignment,
+        flights: InFlightFrames,
+        prefixes: Prefixes,
+        reading: Callable[[], Cost],
+    ) -> None:
         self._capacity, self._lanes, self._flights, self._prefixes = capacity, lanes, flights, prefixes
+        self._reading = reading
 
     @property
     def reserved(self) -> Cost:
@@ -22,11 +35,11 @@ class CacheMemory:
         return self.cost(self._lanes.members)
 
     def cost(self, members: list[list[ScheduledSequence]]) -> Cost:
-        """Return the worst-case bytes of lanes with these members, and of the sequences that are leaving."""
+        """Return the worst-case bytes of lanes with these members, of the sequences that are leaving, and of reads."""
         lanes = [*members, *([s] for s in self._flights.leaving)]
         costs = [lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane]
         costs += [self._guess_mark_cost(s, s.guess_marks) for lane in lanes for s in lane if s.guess_marks]
-        return total(costs, len(self._capacity.budget))
+        return total((*costs, self._reading()), len(self._capacity.budget))
 
     def beside_prefixes(self) -> Cost:
         """Return the bytes that kept prefixes and marks leave for live sequences, per stage."""

@@ -105,6 +105,13 @@ class PrefillBudget:
         most = min(useful, in_time, _MOST_GROWTH * self._longest)
         return min(self._capacity.max_chunk(context), max(self._chunk, int(most / CHUNK_BLOCK) * CHUNK_BLOCK))
 
+    def seconds(self, tokens: int) -> float | None:
+        """Return how long the slowest stage takes for a prompt of ``tokens`` tokens; None before the first chunk."""
+        if not self._frames:
+            return None
+        fixed_us, us_a_token = self._cost()
+        return (-(-tokens // self._chunk) * fixed_us + tokens * us_a_token) / 1e6
+
     def _affordable(self, most: int, budget_us: float) -> int:
         if not self._frames:
             return min(_UNKNOWN_CHUNK, most)

@@ -119,10 +119,12 @@ class Prefixes:
         cost: Cost,
         source: PrefixSource,
         marks: Mapping[int, KeptMark],
+        prefix: int | None = None,
     ) -> tuple[int | None, list[int]]:
         """Add a prefix. Return its id (None if it is too short or too large to keep) and the ids to drop first.
 
-        ``cost`` does not include the ``marks``, which a live sequence holds.
+        ``cost`` does not include the ``marks``, which a live sequence holds. ``prefix`` is the id if the stages have it
+        under a temporary one, which is to stay.
         """
         if len(tokens) < MIN_HIT:
             return None, []
@@ -131,16 +133,16 @@ class Prefixes:
             return None, []
         while len(self._kept) >= MAX_PREFIXES:
             dropped.append(self._drop(next(iter(self._kept))))
-        self._last_id += 1
+        entry = self.temporary_id() if prefix is None else prefix
         tree = self._trees.setdefault(owner, RadixTree())
-        replaced = tree.insert(tokens, self._last_id, marks)
+        replaced = tree.insert(tokens, entry, marks)
         if replaced is not None:
             self._forget(replaced)
             dropped.append(replaced)
-        self._kept[self._last_id] = _Kept(owner, cost, source, dict(marks))
+        self._kept[entry] = _Kept(owner, cost, source, dict(marks))
         self._add(cost, 1)
         self._marks.hold(marks.values())
-        return self._last_id, dropped
+        return entry, dropped
 
     def drop_redundant(self, prefix: int, start: Start | None) -> list[int]:
         """Drop the beginnings of a kept prefix that it can replace. Return the dropped ids.

@@ -23,13 +23,14 @@ class Saving:
     def __init__(self, capacity: Capacity, prefixes: Prefixes, edits: list[Edit]) -> None:
         self._capacity, self._prefixes, self._edits = capacity, prefixes, edits
 
-    def keep(self, sequence: ScheduledSequence, free: Cost, frame: int) -> None:
-        """Save a sequence that has ended, and drop the prefixes that this makes redundant."""
+    def keep(self, sequence: ScheduledSequence, free: Cost, frame: int) -> int | None:
+        """Save a sequence that has ended, drop the prefixes that this makes redundant, and return the new one."""
         prefix = self._save(sequence, free, frame)
         if prefix is not None:
             redundant = self._prefixes.discard(save.prefix for save in sequence.saves)
             redundant += self._prefixes.drop_redundant(prefix, sequence.start)
             self._edits += map(Drop, redundant)
+        return prefix
 
     def save_progress(self, leader: ScheduledSequence, free: Cost, frame: int) -> None:
         """Save what a leader has prefilled, if that is ``MARK_TOKENS`` more than when it was last saved.

@@ -29,6 +29,7 @@ from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.cache_memory import CacheMemory
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
+from cluster.scheduler.disk_prefixes import DiskContents, DiskPrefixes, DiskUse
 from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.guess_chains import GuessChains
@@ -60,9 +61,10 @@ class Scheduler:
         self._waiting = FairQueue(capacity.queue)
         self._by_request: dict[str, ScheduledSequence] = {}
         self._sequences_seen = 0
-        self._open(epoch, capacity)
+        self.disk_use = DiskUse()
+        self._open(epoch, capacity, None)
 
-    def _open(self, epoch: int, capacity: Capacity) -> None:
+    def _open(self, epoch: int, capacity: Capacity, disk: DiskContents | None) -> None:
         self._epoch, self._capacity = epoch, capacity
         self._lanes = LaneAssignment(capacity.lanes, capacity.rows)
         self._prefixes = Prefixes(capacity.prefix_budget, trimmable=capacity.mark_cost_of is None)
@@ -75,8 +77,12 @@ class Scheduler:
         self._copies = Copies()
         self._deferred = DeferredSamples()
         self._turns = PrefillTurns(self._lanes, self._deferred, limited=capacity.max_step_ms is not None)
-        self._memory = CacheMemory(capacity, self._lanes, self._flights, self._prefixes)
+        self._memory = CacheMemory(capacity, self._lanes, self._flights, self._prefixes, lambda: self.disk.reserved)
         self.speculation.begin_epoch(len(capacity.budget), self._writer, self._memory.has_room_for_marks)
+        self.disk = DiskPrefixes(
+            epoch, disk, self.disk_use, capacity, self._prefixes, self._prefill_budget, self._edits,
+            self._memory.beside_sequences, self._join, self._admit,
+        )  # fmt: skip
 
     # Queries
 
@@ -152,8 +158,8 @@ class Scheduler:
         why = "the queue is full and you hold most of it, so this request made room for another client; try again later"
         return tuple(Refused(sequence.request.id, why) for sequence in displaced)
 
-    def begin_epoch(self, epoch: int, capacity: Capacity) -> tuple[Refused, ...]:
-        """Continue on the empty stages of a new epoch.
+    def begin_epoch(self, epoch: int, capacity: Capacity, disk: DiskContents | None = None) -> tuple[Refused, ...]:
+        """Continue on the stages of a new epoch, which have nothing but the prefixes on their disks.
 
         Requests that had a lane are prefilled again with their answers so far, before those that wait. Remove and
         return the requests that the new stages can never hold.
@@ -163,7 +169,7 @@ class Scheduler:
             self.speculation.drop_unverified(sequence)
             sequence.begin_anew()
         self._waiting.put_back(lost)
-        self._open(epoch, capacity)
+        self._open(epoch, capacity, disk)
         refused = [Refused(s.request.id, why) for s in self._waiting if (why := capacity.never_fits(s.reserved))]
         for refusal in refused:
             removed = self._by_request.pop(refusal.request_id)
@@ -286,6 +292,8 @@ class Scheduler:
             sequence.leader, sequence.awaits = awaited.source, awaited.later
             self._marking.choose_chunk_ends(awaited.source, [awaited.later])
             return
+        if self.disk.wait(sequence, max(kept_length, copied_length)):
+            return
         sequence.joined = True
         sequence.last_served_at_frame = self._writer.written
         self._edits.append(self.speculation.join(sequence))
@@ -377,7 +385,8 @@ class Scheduler:
         All stages hold the same state of it now, unless a step of it failed; then nothing is kept.
         """
         if len(sequence.fed) > sequence.cached and not sequence.broken:
-            self._saving.keep(sequence, self._memory.beside_sequences(), self._writer.written)
+            prefix = self._saving.keep(sequence, self._memory.beside_sequences(), self._writer.written)
+            self.disk.persist(sequence, prefix)
         self._marking.release(sequence)
         if sequence.joined:
             self._edits.append(Leave(sequence.id))

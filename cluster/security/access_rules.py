@@ -25,6 +25,8 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "LoadStage": _COORDINATORS,
         "LinkStage": _COORDINATORS,
         "UnloadStage": _COORDINATORS,
+        "OpenPrefixes": _COORDINATORS,
+        "ReadPrefix": _COORDINATORS,
         "MeasureLink": _INSPECTORS,
         "LearnRatio": _COORDINATORS,
         "ResetEngine": _COORDINATORS,

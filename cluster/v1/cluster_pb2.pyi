@@ -182,6 +182,9 @@ class Worker(_message.Message):
     CLOCK_AHEAD_SECONDS_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     MACOS_VERSION_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_LIMIT_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -221,6 +224,10 @@ class Worker(_message.Message):
     """Seconds by which timers fire late on its machine; 0 unless it is overloaded."""
     macos_version: _builtins.str
     """For example 15.1; empty if it is not a Mac."""
+    prefix_disk_limit: _builtins.int
+    """Prefixes on disk: the most bytes, 0 without --prefix-disk; the bytes now; beginnings that went to make room."""
+    prefix_disk_bytes: _builtins.int
+    prefix_disk_evictions: _builtins.int
     def __init__(
         self,
         *,
@@ -250,10 +257,13 @@ class Worker(_message.Message):
         clock_ahead_seconds: _builtins.float = ...,
         lag_seconds: _builtins.float = ...,
         macos_version: _builtins.str = ...,
+        prefix_disk_limit: _builtins.int = ...,
+        prefix_disk_bytes: _builtins.int = ...,
+        prefix_disk_evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "lag_seconds", b"lag_seconds", "losses", b"losses", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "lag_seconds", b"lag_seconds", "losses", b"losses", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -543,6 +553,9 @@ class GetClusterResponse(_message.Message):
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    DISK_HITS_FIELD_NUMBER: _builtins.int
+    DISK_MISSES_FIELD_NUMBER: _builtins.int
+    DISK_TOKENS_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
@@ -565,6 +578,12 @@ class GetClusterResponse(_message.Message):
     speculation: Global___Speculation.ValueType
     recoveries: _builtins.int
     """Losses that the service has survived since the model was loaded."""
+    disk_hits: _builtins.int
+    """Prefixes read from the workers' disks since the model was loaded: those that were, those that could not be, and
+    the tokens that did not have to be prefilled.
+    """
+    disk_misses: _builtins.int
+    disk_tokens: _builtins.int
     lag_seconds: _builtins.float
     """Seconds by which timers fire late on the coordinator's machine; 0 unless it is overloaded."""
     @_builtins.property
@@ -633,11 +652,14 @@ class GetClusterResponse(_message.Message):
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        disk_hits: _builtins.int = ...,
+        disk_misses: _builtins.int = ...,
+        disk_tokens: _builtins.int = ...,
         lag_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

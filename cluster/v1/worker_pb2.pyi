@@ -93,6 +93,9 @@ class DescribeResponse(_message.Message):
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTING_FIELD_NUMBER: _builtins.int
     MACOS_VERSION_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_LIMIT_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -148,6 +151,10 @@ class DescribeResponse(_message.Message):
     """The engine has had processor time in its present step: it may be slow, but it does not hang."""
     macos_version: _builtins.str
     """For example 15.1; empty if it is not a Mac."""
+    prefix_disk_limit: _builtins.int
+    """Prefixes on disk: the most bytes, 0 without --prefix-disk; the bytes now; beginnings that went to make room."""
+    prefix_disk_bytes: _builtins.int
+    prefix_disk_evictions: _builtins.int
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
@@ -192,10 +199,13 @@ class DescribeResponse(_message.Message):
         lag_seconds: _builtins.float = ...,
         computing: _builtins.bool = ...,
         macos_version: _builtins.str = ...,
+        prefix_disk_limit: _builtins.int = ...,
+        prefix_disk_bytes: _builtins.int = ...,
+        prefix_disk_evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -599,6 +609,109 @@ class LinkStageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkStageResponse: _TypeAlias = LinkStageResponse  # noqa: Y015
+
+@_typing.final
+class OpenPrefixesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    EDITION_FIELD_NUMBER: _builtins.int
+    OWNERS_FIELD_NUMBER: _builtins.int
+    ANONYMOUS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    edition: _builtins.str
+    """Name of the model's edition: a hash of the digests of all its tensors and of kv_bits."""
+    anonymous: _builtins.bool
+    @_builtins.property
+    def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the owners who may have prefixes, and whether callers without a key may."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        edition: _builtins.str = ...,
+        owners: _abc.Iterable[_builtins.str] | None = ...,
+        anonymous: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous", b"anonymous", "edition", b"edition", "epoch", b"epoch", "owners", b"owners"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPrefixesRequest: _TypeAlias = OpenPrefixesRequest  # noqa: Y015
+
+@_typing.final
+class OpenPrefixesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGINNINGS_FIELD_NUMBER: _builtins.int
+    beginnings: _builtins.bytes
+    """For each beginning: its name (16 bytes) and its length in tokens (4 bytes, little-endian). The latest used first."""
+    def __init__(
+        self,
+        *,
+        beginnings: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beginnings", b"beginnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPrefixesResponse: _TypeAlias = OpenPrefixesResponse  # noqa: Y015
+
+@_typing.final
+class ReadPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    BEGINNING_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    prefix: _builtins.int
+    """Id under which frames restore and drop it."""
+    owner: _builtins.str
+    adapter: _builtins.str
+    beginning: _builtins.bytes
+    """Name of the beginning (16 bytes) and its length in tokens."""
+    length: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        prefix: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        beginning: _builtins.bytes = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "beginning", b"beginning", "epoch", b"epoch", "length", b"length", "owner", b"owner", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadPrefixRequest: _TypeAlias = ReadPrefixRequest  # noqa: Y015
+
+@_typing.final
+class ReadPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadPrefixResponse: _TypeAlias = ReadPrefixResponse  # noqa: Y015
 
 @_typing.final
 class UnloadStageRequest(_message.Message):

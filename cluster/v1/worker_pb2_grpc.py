@@ -54,6 +54,16 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.FromString,
                 _registered_method=True)
+        self.OpenPrefixes = channel.unary_unary(
+                '/cluster.v1.WorkerService/OpenPrefixes',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.OpenPrefixesRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.OpenPrefixesResponse.FromString,
+                _registered_method=True)
+        self.ReadPrefix = channel.unary_unary(
+                '/cluster.v1.WorkerService/ReadPrefix',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.ReadPrefixRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.ReadPrefixResponse.FromString,
+                _registered_method=True)
         self.MeasureLink = channel.unary_unary(
                 '/cluster.v1.WorkerService/MeasureLink',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.SerializeToString,
@@ -112,6 +122,21 @@ class WorkerServiceServicer:
 
     def UnloadStage(self, request, context):
         """UnloadStage frees everything of the epoch. For an older epoch it does nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenPrefixes(self, request, context):
+        """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
+        from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadPrefix(self, request, context):
+        """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +206,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.UnloadStage,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.SerializeToString,
+            ),
+            'OpenPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPrefixes,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.OpenPrefixesRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.OpenPrefixesResponse.SerializeToString,
+            ),
+            'ReadPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadPrefix,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.ReadPrefixRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.ReadPrefixResponse.SerializeToString,
             ),
             'MeasureLink': grpc.unary_unary_rpc_method_handler(
                     servicer.MeasureLink,
@@ -321,6 +356,60 @@ class WorkerService:
             '/cluster.v1.WorkerService/UnloadStage',
             cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.UnloadStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/OpenPrefixes',
+            cluster_dot_v1_dot_worker__pb2.OpenPrefixesRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.OpenPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/ReadPrefix',
+            cluster_dot_v1_dot_worker__pb2.ReadPrefixRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.ReadPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,12 @@ class WorkerServiceStub:
     """LinkStage connects a loaded stage to the previous one."""
     UnloadStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]
     """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+    OpenPrefixes: _grpc.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]
+    """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
+    from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
+    """
+    ReadPrefix: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReadPrefixRequest, _worker_pb2.ReadPrefixResponse]
+    """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it."""
     MeasureLink: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]
     """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result."""
     LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
@@ -67,6 +73,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """LinkStage connects a loaded stage to the previous one."""
     UnloadStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]  # type: ignore[assignment]
     """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+    OpenPrefixes: _aio.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]  # type: ignore[assignment]
+    """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
+    from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
+    """
+    ReadPrefix: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReadPrefixRequest, _worker_pb2.ReadPrefixResponse]  # type: ignore[assignment]
+    """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it."""
     MeasureLink: _aio.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]  # type: ignore[assignment]
     """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result."""
     LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
@@ -112,6 +124,24 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UnloadStageResponse, _abc.Awaitable[_worker_pb2.UnloadStageResponse]]:
         """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+
+    @_abc_1.abstractmethod
+    def OpenPrefixes(
+        self,
+        request: _worker_pb2.OpenPrefixesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.OpenPrefixesResponse, _abc.Awaitable[_worker_pb2.OpenPrefixesResponse]]:
+        """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
+        from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadPrefix(
+        self,
+        request: _worker_pb2.ReadPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ReadPrefixResponse, _abc.Awaitable[_worker_pb2.ReadPrefixResponse]]:
+        """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it."""
 
     @_abc_1.abstractmethod
     def MeasureLink(

@@ -16,7 +16,7 @@ from cluster.core.errors import MacpipeError, Unauthenticated
 from cluster.core.limits import DRAIN_S
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error
-from cluster.worker.settings import WorkerSettings
+from cluster.worker.settings import WorkerSettings, prefix_folder
 
 if TYPE_CHECKING:
     import grpc
@@ -45,6 +45,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.identity import hold_identity
+    from cluster.worker.prefix_files import prepare_folder
     from cluster.worker.profile_provider import ensure_profile
     from cluster.worker.stage_loader import StageLoader
     from cluster.worker.supervisor import Supervisor
@@ -56,6 +57,9 @@ async def _run(settings: WorkerSettings) -> None:
         settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
         if trust.revoked(trust.serial):
             raise _removed_error(settings.cluster)
+        await anyio.to_thread.run_sync(
+            prepare_folder, prefix_folder(settings.home, settings.name), settings.prefix_disk
+        )
         server = control_server(trust)
         port = bind(server, trust, settings.host, settings.port)
         machine = machine_facts()

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.core.errors import BadFrame, MacpipeError, StaleEpoch
+from cluster.core.errors import BadFrame, MacpipeError, PrefixMissing, StaleEpoch
+from cluster.core.prefix_keys import pack_beginnings
 from cluster.model import device
 from cluster.model.device_speed import measure_device
 from cluster.platform.logs import LogLevel, configure_logging
@@ -39,16 +40,23 @@ from cluster.worker.pipe_messages import (
     Load,
     Measure,
     Measured,
+    OpenPrefixes,
+    PrefixesOpened,
     Progress,
+    ReadPrefix,
     Reported,
     Unload,
     pack,
     read,
     unpacker,
 )
+from cluster.worker.prefix_disk import PrefixDisk, PrefixDiskPlace, ReadOrder
+from cluster.worker.settings import prefix_folder
 from cluster.worker.stage_host import StageHost, Throttle, describe_error
 
 Job = Callable[[], None]
+_Queued = Load | LinkStage | OpenPrefixes | Unload | Measure
+"""The commands that the MLX thread runs."""
 
 
 class Engine:
@@ -62,6 +70,7 @@ class Engine:
         memory_limit: int | None,
         answers: BinaryIO,
         throttle: Throttle | None = None,
+        disk: PrefixDiskPlace | None = None,
     ) -> None:
         self._answers = answers
         self._throttle = throttle or Throttle()
@@ -73,7 +82,8 @@ class Engine:
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
         self._began: float | None = None
-        self._host = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle)
+        self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
+        self._host = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle, self._disk)
         self._server = DataServer(trust, host, port, self._host)
         self._send_hello(facts, limit)
 
@@ -97,6 +107,8 @@ class Engine:
             job()
             self._began = None
         self._host.unload()
+        if self._disk:
+            self._disk.close()
         self._server.stop()
         device.close_thread()
 
@@ -104,16 +116,30 @@ class Engine:
         self._jobs.put(None)
 
     def submit(self, command: Command) -> None:
-        """Queue a command. A report is answered at once, on the caller's thread."""
+        """Queue a command. A report is answered at once, on the caller's thread; a read from disk has its own."""
         if isinstance(command, GetReport):
             began = self._began
             busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
             used, peak = device.memory_used(), device.memory_peak()
-            self._send(Reported(command.call, used, self._host.sequences, peak, busy_ms))
+            on_disk = (self._disk.nbytes, self._disk.evictions) if self._disk else (0, 0)
+            self._send(Reported(command.call, used, self._host.sequences, peak, busy_ms, *on_disk))
+        elif isinstance(command, ReadPrefix):
+            self._read_prefix(command)
         else:
             self._jobs.put(lambda: self._run_command(command))
 
-    def _run_command(self, command: Load | LinkStage | Unload | Measure) -> None:
+    def _read_prefix(self, command: ReadPrefix) -> None:
+        def answer(error: MacpipeError | None) -> None:
+            failed = error and CommandFailed(command.call, error.reason, error.sentence)
+            self._send(failed or Done(command.call))
+
+        c = command
+        if self._disk:
+            self._disk.read(ReadOrder(c.epoch, c.prefix, c.owner, c.adapter, c.node, c.length), answer)
+        else:
+            answer(PrefixMissing("this worker keeps no prefixes on disk"))
+
+    def _run_command(self, command: _Queued) -> None:
         try:
             self._dispatch(command)
         except Exception as e:  # the process's edge: the daemon is told, whatever it was
@@ -121,16 +147,20 @@ class Engine:
             epoch = e.details.get("epoch", "") if isinstance(e, StaleEpoch) else ""
             self._send(CommandFailed(command.call, reason, sentence, epoch))
         else:
-            if not isinstance(command, Measure):
+            if not isinstance(command, Measure | OpenPrefixes):
                 self._send(Done(command.call))
 
-    def _dispatch(self, command: Load | LinkStage | Unload | Measure) -> None:
+    def _dispatch(self, command: _Queued) -> None:
         if isinstance(command, Measure):
             self._send(Measured.of(command.call, measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LinkStage):
             self._host.link(command.epoch, command.pull_from, command.peer)
+        elif isinstance(command, OpenPrefixes):
+            owners = command.owners.split("\n")
+            found = self._host.open_prefixes(command.epoch, command.edition, owners, anonymous=command.anonymous)
+            self._send(PrefixesOpened(command.call, pack_beginnings(found)))
         elif self._host.epoch <= command.epoch:
             self._host.unload()
 
@@ -165,6 +195,12 @@ def _claim_stdout() -> BinaryIO:
     return answers
 
 
+def _prefix_place(options: argparse.Namespace) -> PrefixDiskPlace | None:
+    if not options.prefix_disk:
+        return None
+    return PrefixDiskPlace(prefix_folder(options.home, options.worker), options.prefix_disk)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The engine of a macpipe worker; started by its daemon.")
     parser.add_argument("--host", default="127.0.0.1")
@@ -173,6 +209,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--worker", required=True, help="name of the worker whose credentials it uses in a cluster")
+    parser.add_argument("--prefix-disk", type=int, metavar="BYTES", help="keep prefixes on disk, up to this size")
     parser.add_argument("--throttle", type=float, default=1.0)
     parser.add_argument("--log-level", type=LogLevel, default=LogLevel.INFO)
     options = parser.parse_args()
@@ -184,7 +221,8 @@ def main() -> int:
         return 0  # it was a standby and was not needed
     try:
         trust = open_trust(options.home, options.cluster, WORKER, name=options.worker)
-        engine = Engine(trust, options.host, options.port, options.memory_limit, answers, Throttle(options.throttle))
+        throttle, disk = Throttle(options.throttle), _prefix_place(options)
+        engine = Engine(trust, options.host, options.port, options.memory_limit, answers, throttle, disk)
     except MacpipeError as e:
         answers.write(pack(CommandFailed(0, e.reason, e.sentence)))
         answers.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 
@@ -62,6 +62,41 @@ class LinkStage:
     epoch: int
     pull_from: str
     peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPrefixes:
+    """Use the prefixes on disk in this epoch; answered with ``PrefixesOpened``. ``owners`` are names, one a line.
+
+    The prefixes of all others are deleted, but with ``anonymous`` those of callers without a key are kept.
+    """
+
+    call: int
+    epoch: int
+    edition: str
+    owners: str
+    anonymous: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixesOpened:
+    """``beginnings`` has 16 bytes of name and 4 of length for each beginning that the stage can start from."""
+
+    call: int
+    beginnings: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrefix:
+    """Read the beginning ``node`` of ``length`` tokens from disk, and keep it as prefix ``prefix``."""
+
+    call: int
+    epoch: int
+    prefix: int
+    owner: str
+    adapter: str
+    node: bytes
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +193,17 @@ class Reported:
     sequences: int
     memory_peak: int = 0
     busy_ms: int = 0
+    prefix_disk_bytes: int = 0
+    prefix_disk_evictions: int = 0
 
 
-Command = Load | LinkStage | Unload | GetReport | Measure
-Event = Hello | Progress | Done | CommandFailed | Reported | Measured
-_KINDS = (Begin, Load, LinkStage, Unload, GetReport, Measure, Hello, Progress, Done, CommandFailed, Reported, Measured)
+Command = Load | LinkStage | OpenPrefixes | ReadPrefix | Unload | GetReport | Measure
+Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened
+_KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}
-_PLAIN: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
+_PLAIN: Mapping[str, tuple[type, ...]] = {
+    "int": (int,), "float": (float, int), "str": (str,), "bytes": (bytes,), "bool": (bool,)
+}  # fmt: skip
 """Types of the fields' annotations."""
 _FLOATS = "tuple[float, ...]"
 

@@ -37,6 +37,13 @@ class WorkerSettings:
     interface: str = ""
     throttle: float = 1.0
     data_port: int = 0
+    prefix_disk: int = 0
+    """Maximum bytes of prefixes on disk; 0 keeps none there."""
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced at once."""
     log_level: LogLevel = LogLevel.INFO
+
+
+def prefix_folder(home: Path, worker: str) -> Path:
+    """Return the folder of a worker's prefixes on disk."""
+    return home / "workers" / worker / "prefixes"

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cluster.core.errors import BadFrame, LinkFailed, MacpipeError, ModelDiffers, StageFailed, StaleEpoch, Unreachable
+from cluster.core.errors import (
+    BadFrame,
+    LinkFailed,
+    MacpipeError,
+    ModelDiffers,
+    PrefixMissing,
+    StageFailed,
+    StaleEpoch,
+    Unreachable,
+)
 from cluster.core.frames import Failure, Frame, StageTiming
 from cluster.core.plan import ModelRef, StageSpec
 from cluster.model import device
@@ -24,6 +33,7 @@ from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.wire.message_split import Parcel, pack
 from cluster.worker.inbox import Arrival, Inbox
+from cluster.worker.prefix_disk import PrefixDisk
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +74,14 @@ class StageHost:
     """Holds no stage or one loaded stage. ``post`` gives a job to the MLX thread."""
 
     def __init__(
-        self, post: Callable[[Callable[[], None]], None], dialer: Dialer, throttle: Throttle | None = None
+        self,
+        post: Callable[[Callable[[], None]], None],
+        dialer: Dialer,
+        throttle: Throttle | None = None,
+        disk: PrefixDisk | None = None,
     ) -> None:
         self._post = post
+        self._disk = disk
         self._throttle = throttle or Throttle()
         self._dialer = dialer
         self._stage: Stage | None = None
@@ -95,7 +110,7 @@ class StageHost:
         self._unlink()
         if not self._try_begin_epoch(spec, progress):
             self.unload()
-            stage = load_stage(spec, _folder(spec.model), progress)
+            stage = load_stage(spec, _folder(spec.model), progress, self._disk)
             if device.compiles():
                 warm(stage)
             self._stage = stage
@@ -109,17 +124,34 @@ class StageHost:
             self._stage.begin_epoch(spec)
         except StaleEpoch:
             return False
+        if self._disk:
+            self._disk.end_epoch()
         progress(self._stage.weight_bytes, self._stage.weight_bytes)
         return True
+
+    def open_prefixes(
+        self, epoch: int, edition: str, owners: Collection[str], *, anonymous: bool
+    ) -> list[tuple[int, bytes]]:
+        """Let the stage use its prefixes on disk; see ``PrefixDisk.open``.
+
+        Raises ``StaleEpoch``, and ``PrefixMissing`` if there is no disk for them.
+        """
+        self._require_epoch(epoch, "open prefixes of")
+        if self._disk is None or self._stage is None:
+            raise PrefixMissing("this worker keeps no prefixes on disk")
+        return self._disk.open(self._stage, edition, owners, anonymous=anonymous)
+
+    def _require_epoch(self, epoch: int, what: str) -> None:
+        if epoch != self.epoch:
+            why = f"asked to {what} epoch {epoch}, but epoch {self.epoch} is loaded"
+            raise StaleEpoch(why, epoch=str(self.epoch))
 
     def link(self, epoch: int, pull_from: str, peer: str = WORKER) -> None:
         """Pull frames from the previous stage, which ``peer`` holds.
 
         Raises ``StaleEpoch``, and ``LinkFailed`` if the peer cannot be reached.
         """
-        if epoch != self.epoch:
-            why = f"asked to link epoch {epoch}, but epoch {self.epoch} is loaded"
-            raise StaleEpoch(why, epoch=str(self.epoch))
+        self._require_epoch(epoch, "link")
         if not pull_from:
             return
         self._close_inlets()
@@ -139,6 +171,9 @@ class StageHost:
     def unload(self) -> None:
         """Free the stage, its caches and its streams, if there is a stage."""
         self._unlink()
+        if self._disk:
+            self._disk.flush()
+            self._disk.end_epoch()
         if self._stage:
             self._stage.close()
         self._stage = None

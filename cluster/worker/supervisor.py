@@ -70,11 +70,12 @@ class Supervisor:
 
     def __init__(self, settings: WorkerSettings, memory_limit: int | None, lag: Lag = no_lag) -> None:
         limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
+        disk = [f"--prefix-disk={settings.prefix_disk}"] if settings.prefix_disk else []
         slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
         where = [f"--host={settings.host}", f"--port={settings.data_port}"]
         where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
         where += [f"--log-level={settings.log_level}"]
-        self.standby = EngineLauncher([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *slower])
+        self.standby = EngineLauncher([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *disk, *slower])
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)

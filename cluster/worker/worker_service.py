@@ -20,6 +20,7 @@ from cluster.codec.worker_info import encode_info
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
 from cluster.core.limits import HOLD_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
 from cluster.core.plan import LayerRange
+from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
@@ -30,7 +31,17 @@ from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
-from cluster.worker.pipe_messages import Hello, LinkStage, Load, Progress, Reported, Unload
+from cluster.worker.pipe_messages import (
+    Hello,
+    LinkStage,
+    Load,
+    OpenPrefixes,
+    PrefixesOpened,
+    Progress,
+    ReadPrefix,
+    Reported,
+    Unload,
+)
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.stage_loader import StageLoader
@@ -125,6 +136,9 @@ class WorkerServicer(WorkerServiceServicer):
             computing=self.supervisor.computing,
             stopping=self.stopping,
             certificate=self.trust.valid,
+            prefix_disk_limit=self.settings.prefix_disk,
+            prefix_disk_bytes=report.prefix_disk_bytes,
+            prefix_disk_evictions=report.prefix_disk_evictions,
         )
 
     async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
@@ -188,6 +202,31 @@ class WorkerServicer(WorkerServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.LinkStageResponse()
+
+    async def OpenPrefixes(self, request: pb.OpenPrefixesRequest, context: Context) -> pb.OpenPrefixesResponse:
+        await _require_names(context, request.edition)
+        if len(request.owners) > MAX_DISK_OWNERS:
+            await abort(context, InvalidRequest(f"at most {MAX_DISK_OWNERS} owners may have prefixes", field="owners"))
+        owners = "\n".join(request.owners)
+        try:
+            opened = await self.supervisor.ask(
+                lambda call: OpenPrefixes(call, request.epoch, request.edition, owners, request.anonymous)
+            )
+        except MacpipeError as e:
+            await abort(context, e)
+        assert isinstance(opened, PrefixesOpened)
+        return pb.OpenPrefixesResponse(beginnings=opened.beginnings)
+
+    async def ReadPrefix(self, request: pb.ReadPrefixRequest, context: Context) -> pb.ReadPrefixResponse:
+        await _require_names(context, request.owner, request.adapter)
+        r = request
+        try:
+            await self.supervisor.ask(
+                lambda call: ReadPrefix(call, r.epoch, r.prefix, r.owner, r.adapter, r.beginning, r.length), DISK_READ_S
+            )
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.ReadPrefixResponse()
 
     async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
         await self._refuse_others(request, context)

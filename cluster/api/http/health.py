@@ -58,7 +58,9 @@ class Health:
         """Return the metrics in Prometheus' text format."""
         coordinator = self.service.coordinator
         plan, loop = await coordinator.plan_and_view()
-        text = self.service.metrics.exposition(coordinator.state, plan, loop, coordinator.journal)
+        text = self.service.metrics.exposition(
+            coordinator.state, plan, loop, coordinator.journal, coordinator.known_workers()
+        )
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:
