@@ -14,6 +14,8 @@ always computed. A turn is warm if at least half of its prompt is reusable. The 
 
 - ``cached_over_reusable``: tokens that warm turns took from the cache, over the reusable ones.
 - ``warm_over_cold``: time to the first token of the later turns of ``short``, over that of its first turn.
+- ``ssd_over_cold``: time to the first token of that first turn, sent again after a restart of coordinator and workers,
+  which have it on disk, over the same without.
 - ``over_mlx_lm``: the same time of macpipe over mlx-lm's, as the median of all warm turns.
 - ``read_over_once``: tokens computed for the prompts of ``agents``, over the distinct ones.
 
@@ -47,6 +49,7 @@ ANSWER_TOKENS = 8
 ROOM = 4096
 """Tokens of context beyond the longest prompt."""
 SHORT_TURNS = 3
+DISK = ("--prefix-disk", "16GiB")
 REFUSALS = (Refused, InvalidRequest, ValueError)
 """What macpipe's answer, forms and templates raise for an unsupported request."""
 WARM_SHARE = 0.5
@@ -92,6 +95,7 @@ HEADER = (
 
 OVER = {
     "warm_over_cold": ("short_warm", "short_cold"),
+    "ssd_over_cold": ("restarted", "short_cold"),
     "cold_over_mlx_lm": ("short_cold", "mlx_short_cold"),
 }
 
@@ -102,6 +106,7 @@ class Report:
 
     turns: list[Turn] = field(default_factory=list)
     agents: list[Turn] = field(default_factory=list)
+    restarted: list[Turn] = field(default_factory=list)
 
     def _warm(self) -> list[Turn]:
         return [turn for turn in self.turns if turn.warm]
@@ -118,6 +123,7 @@ class Report:
             "short_warm": [t.ttft_ms for t in short if t.warm],
             "mlx_short_cold": [t.mlx_ttft_ms for t in short if not t.warm],
             "mlx_short_warm": [t.mlx_ttft_ms for t in short if t.warm],
+            "restarted": [t.ttft_ms for t in self.restarted if not t.refused],
             "agents": [t.ttft_ms for t in self.agents if not t.refused],
             "mlx_agents": [t.mlx_ttft_ms for t in self.agents if not t.refused],
         }
@@ -152,11 +158,28 @@ class Replay:
         self._prompts = Prompts()
         self.report = Report()
         self.last_text = ""
+        self._short: list[Ask] = []
 
     def session(self, name: str, asks: Iterable[Ask], salt: str) -> None:
         """Replay a session turn by turn. ``last_text`` is macpipe's latest answer."""
         for number, ask in enumerate(asks):
-            self._note(self.report.turns, self._turn(name, number, ask.prepared(salt, ANSWER_TOKENS)))
+            prepared = ask.prepared(salt, ANSWER_TOKENS)
+            self._note(self.report.turns, self._turn(name, number, prepared))
+            if name == "short" and not number:
+                self._short.append(prepared)
+
+    def after_restart(self) -> None:
+        """Send the first turn of each ``short`` session to macpipe again, which has been restarted."""
+        for number, ask in enumerate(self._short):
+            try:
+                own = send(self._port, ask)
+            except REFUSALS as error:
+                self._note(self.report.restarted, Turn("restarted", number, refused=str(error)))
+                continue
+            turn = Turn(
+                "restarted", number, own.prompt_tokens, own.prompt_tokens - 1, own.cached_tokens, own.ttft_s * 1e3
+            )
+            self._note(self.report.restarted, turn)
 
     def at_once(self, asks: Sequence[Ask], salt: str) -> None:
         """Send all requests at once: first to macpipe, then to mlx-lm."""
@@ -264,11 +287,15 @@ def measure(name: str, model: Path | None, plan: Plan, context: int, quiet: bool
             served.symlink_to(model.resolve(), target_is_directory=True)
         tokenizer = load_tokenizer(served)
         port = free_port("127.0.0.1")
-        start_cluster(stack, served, "--http", f"127.0.0.1:{port}", "--max-context", str(context))
-        theirs = stack.enter_context(mlx_server(served, folder))
-        replay = Replay(port, theirs, tokenizer, quiet)
-        print(f"{name}\n{HEADER}", file=sys.stderr if quiet else sys.stdout, flush=True)
-        replay_all(replay, Script(tokenizer, plan.tokens), plan)
+        options = ("--http", f"127.0.0.1:{port}", "--max-context", str(context))
+        with ExitStack() as first:
+            start_cluster(first, served, *options, worker_options=DISK)
+            theirs = first.enter_context(mlx_server(served, folder))
+            replay = Replay(port, theirs, tokenizer, quiet)
+            print(f"{name}\n{HEADER}", file=sys.stderr if quiet else sys.stdout, flush=True)
+            replay_all(replay, Script(tokenizer, plan.tokens), plan)
+        start_cluster(stack, served, *options, worker_options=DISK)
+        replay.after_restart()
     return replay.report
 
 
@@ -300,7 +327,7 @@ def main() -> int:
         raise SystemExit(f"mlx_lm.server answered {refused}") from None
     figures = [figure for name, report in reports.items() for figure in report.figures(f"{name}_")]
     ratios = {key: ratio for name, report in reports.items() for key, ratio in report.ratios(f"{name}_").items()}
-    rows = {name: [asdict(turn) for turn in (*r.turns, *r.agents)] for name, r in reports.items()}
+    rows = {name: [asdict(turn) for turn in (*r.turns, *r.agents, *r.restarted)] for name, r in reports.items()}
     print_figures("medians", figures, ratios, asked.json, {"turns": rows} if asked.json else None)
     return 0
 

@@ -72,6 +72,7 @@ def start_cluster(
     cores: Sequence[int] = (),
     environments: Sequence[Mapping[str, str]] = ({}, {}),
     coordinator: Path | None = None,
+    worker_options: Sequence[str] = (),
 ) -> Client:
     """Start two workers, each with its environment, and a coordinator. Yield a client once the coordinator serves.
 
@@ -81,6 +82,7 @@ def start_cluster(
     cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
     for name, environment, core in zip(WORKERS, environments, cores or (None, None), strict=True):
         own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
+        own += worker_options
         with pinned(core):
             fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
