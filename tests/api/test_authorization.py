@@ -80,6 +80,9 @@ class Idle:
     async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
+    def known_workers(self) -> tuple[()]:
+        return ()
+
     async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:
         self.answers[request.id] = Answering(request.client)
         return self.answers[request.id]

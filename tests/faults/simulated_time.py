@@ -22,6 +22,7 @@ from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.job_queue import Job, JobQueue
 from cluster.coordinator.ring import Ring
 from cluster.core.errors import MacpipeError, StaleEpoch, Unreachable
+from cluster.scheduler.disk_prefixes import DiskContents
 from cluster.security.trust import WORKER
 from cluster.transport.streams import Line, Lost, Received
 
@@ -114,8 +115,9 @@ class SimulatedEngineLoop(EngineLoop):
         self._inbox: _Inbox = _Inbox()
         self._driving: asyncio.Task[None] | None = None
 
-    def start(self, ring: Ring) -> None:
+    def start(self, ring: Ring, disk: DiskContents | None = None) -> None:
         self._ring = ring
+        self._scheduler.disk.open(disk)
         self._driving = asyncio.create_task(self._drive())
 
     def stop(self, error: MacpipeError) -> None:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, cast
 
 from cluster import __version__
@@ -401,7 +402,7 @@ class _NoBytes(WeightDistribution):
 
     @asynccontextmanager
     async def delivery(self, plan: Plan, model_info: ModelInfo, workers: Sequence[WorkerInfo]) -> Any:
-        yield _Unchecked((FetchOrder(()),) * len(plan.stages), cast(Any, None), cast(Any, None))
+        yield _Unchecked((FetchOrder(()),) * len(plan.stages), cast(Any, SimpleNamespace(known={})), cast(Any, None))
 
 
 class _Words:

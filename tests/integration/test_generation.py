@@ -330,7 +330,8 @@ def test_the_commands_print_what_the_design_promises(address: str, client: Clien
     facts = json.loads(done.stdout)
     assert facts["text"] == client.chat([("user", QUESTION)]).text
     assert facts["finish_reason"] == "stop"
-    assert set(facts["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    counts = {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    assert set(facts["usage"]) == counts | {"accepted_prediction_tokens", "rejected_prediction_tokens"}
     assert {"ttft_ms", "tpot_ms", "tokens_per_second"} <= set(facts["timings"])
     assert [s["layers"] for s in facts["stages"]] == [[0, 4], [4, 8]]
     assert set(facts["stages"][0]) == {"worker", "layers", "compute_ms", "wire_ms", "wait_ms"}

@@ -63,6 +63,9 @@ class Coordinator:
     async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
+    def known_workers(self) -> tuple[()]:
+        return ()
+
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
         await model_info.check_grammar(grammar, MAX_SCHEMA_BYTES)
 

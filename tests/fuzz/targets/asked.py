@@ -174,6 +174,9 @@ class _Nobody:
     async def plan_and_view(self) -> tuple[None, None]:
         return None, None
 
+    def known_workers(self) -> tuple[()]:
+        return ()
+
     def __getattr__(self, name: str) -> Any:
         raise Busy(f"nothing is taken here: {name}")
 
