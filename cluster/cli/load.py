@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import plan_options
-from cluster.cli.serve import MaxContext, MaxStepMs, Model, Speculate, TakeBack
+from cluster.cli.serve import Draft, MaxContext, MaxStepMs, Model, Speculate, TakeBack
 from cluster.core.limits import MAX_STEP_MS
 from cluster.core.plan import Speculation
 
@@ -23,6 +23,7 @@ def load(
     max_context: MaxContext = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     speculate: Speculate = Speculation.OFF,
+    draft: Draft = "",
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -40,6 +41,7 @@ def load(
             max_context=max_context,
             max_step_ms=max_step_ms,
             speculate=speculate,
+            draft=draft,
             take_back=take_back,
             **options,
         )

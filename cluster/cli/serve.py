@@ -73,7 +73,14 @@ HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private 
 Speculate = Annotated[
     Speculation,
     typer.Option(
-        help="Guess tokens from texts that the client has, and compute them ahead: faster for one user, same tokens."
+        help="Guess tokens from texts that the client has, from a draft model, or both, and compute them ahead: faster "
+        "for one user, same tokens."
+    ),
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL", help="Draft model for --speculate auto or draft, on a spare Mac.", show_default="none"
     ),
 ]
 MaxSchemaBytes = Annotated[
@@ -135,6 +142,7 @@ def serve(
     max_context: MaxContext = None,
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     speculate: Speculate = Speculation.OFF,
+    draft: Draft = "",
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
@@ -153,6 +161,7 @@ def serve(
             max_step_ms=max_step_ms,
             take_back=take_back,
             speculation=speculate,
+            draft=draft,
             wait_s=wait,
             **order_options(options),
         ),

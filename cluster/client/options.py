@@ -97,7 +97,8 @@ class LoadOptions(TypedDict, total=False):
     caches. ``prefill_chunk`` is the tokens of a prompt chunk while nobody decodes; the default follows from measured
     cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1)
     plans for one user whose guessed tokens are right this often. ``speculate``
-    (``off``, ``auto`` or ``ngram``) says what guesses tokens before they are sampled.
+    (``off``, ``auto``, ``ngram`` or ``draft``) says what guesses tokens before they are sampled, and ``draft`` names
+    the draft model.
     """
 
     workers: int | None
@@ -110,6 +111,7 @@ class LoadOptions(TypedDict, total=False):
     kv_bits: int
     objective: Objective | str
     speculate: Speculation | str
+    draft: str
     take_back: bool
     acceptance: float
 

@@ -104,6 +104,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         prefill_chunk=check_whole_number("prefill_chunk", options.get("prefill_chunk") or 0),
         acceptance=check_number("acceptance", options.get("acceptance") or 0.0),
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
+        draft=check_text("draft", options.get("draft") or ""),
         speculation=SPECULATIONS[_speculation(options.get("speculate") or Speculation.OFF)],
     )
 
@@ -164,7 +165,7 @@ def _speculation(given: Speculation | str) -> Speculation:
     try:
         return Speculation(given)
     except ValueError:
-        raise InvalidRequest(f"speculate must be off, auto or ngram, not {given!r}", field="speculate") from None
+        raise InvalidRequest(f"speculate must be off, auto, ngram or draft, not {given!r}", field="speculate") from None
 
 
 def _check_size(request: M, field: str) -> M:

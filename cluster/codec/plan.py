@@ -24,6 +24,7 @@ SPECULATIONS: Final = {
     Speculation.OFF: pb.SPECULATION_OFF,
     Speculation.AUTO: pb.SPECULATION_AUTO,
     Speculation.NGRAM: pb.SPECULATION_NGRAM,
+    Speculation.DRAFT: pb.SPECULATION_DRAFT,
 }
 _SPECULATION_OF: Final = {number: speculation for speculation, number in SPECULATIONS.items()}
 

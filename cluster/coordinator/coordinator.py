@@ -17,6 +17,7 @@ import anyio
 from cluster import __version__
 from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.draft_service import DraftAssignment, assign_draft, require_matching_draft
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
@@ -39,6 +40,7 @@ from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
+    InvalidOption,
     MacpipeError,
     ModelNotFound,
     NotServing,
@@ -141,34 +143,57 @@ class Coordinator:
                 self.changed.set()
 
     async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
+        order.check()
         model_info = await self._reader.read(order)
         try:
-            await self._replace_with(model_info, order, report)
+            await self._replace_with(model_info, order, report, await self._read_draft(model_info, order))
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
             raise
 
-    async def _replace_with(self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter) -> None:
+    async def _read_draft(self, target: ModelInfo, order: LoadOrder) -> ModelInfo | None:
+        """Read the draft model of an order, if it has one. Raises ``InvalidOption`` if it does not fit the target."""
+        if not order.draft:
+            return None
+        try:
+            draft = await self._reader.read(LoadOrder(order.draft, max_context=target.shape.max_context))
+        except InvalidOption:  # its own limit is lower, so longer requests get no drafts
+            draft = await self._reader.read(LoadOrder(order.draft))
+        await draft.close()  # nobody sends it text
+        require_matching_draft(target, draft)
+        return draft
+
+    async def _replace_with(
+        self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter, draft_info: ModelInfo | None
+    ) -> None:
         if self._service:
             await self._service.send_step_times()  # the next plan uses the step times measured here
-        found = await self._gather_workers(order, model_info.shape, report)
-        found, order = await adopt_held_slices(model_info.shape, order, found, self._roster)
+        gathered = await self._gather_workers(order, model_info.shape, report)
+        found, order = await adopt_held_slices(model_info.shape, order, gathered, self._roster)
         number = self._epochs.next(m.info.epoch for m in self._roster.members)
         plan = await self._make_plan(number, model_info.shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
+        draft = None
+        if draft_info:
+            draft = assign_draft(self._epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
         await self._close(NotServing("another model is being loaded"))
-        self._roster.pin(workers)
+        self._roster.pin((*workers, draft.worker) if draft else workers)
         self._heartbeat.start()
-        service = await self._open_service(model_info, order, Assignment(plan, workers), report)
+        service = await self._open_service(model_info, order, Assignment(plan, workers), report, draft)
         service.loop.answers.totals = self._totals
         service.loop.answers.journal = self.journal
         self._service = service
 
     async def _open_service(
-        self, model_info: ModelInfo, order: LoadOrder, assignment: Assignment, report: LoadReporter
+        self,
+        model_info: ModelInfo,
+        order: LoadOrder,
+        assignment: Assignment,
+        report: LoadReporter,
+        draft: DraftAssignment | None,
     ) -> ModelService:
         """Return a service that has produced a token.
 
@@ -177,13 +202,15 @@ class Coordinator:
         """
         deps = ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, self.prefix_owners)
         for _ in range(EPOCH_TRIES):
-            service = ModelService(deps, model_info, order, assignment, self._report_problem)
+            service = ModelService(deps, model_info, order, assignment, self._report_problem, draft)
             try:
                 await service.open(report.progress)
             except StaleEpoch as e:
                 if not self._epochs.learn_refusal(e):
                     raise
                 assignment = replace(assignment, plan=assignment.plan.of_epoch(self._epochs.next()))
+                if draft:
+                    draft = replace(draft, plan=draft.plan.of_epoch(self._epochs.next()))
             else:
                 return service
         raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
@@ -191,9 +218,12 @@ class Coordinator:
     async def _gather_workers(
         self, order: LoadOrder, shape: ModelShape, report: LoadReporter
     ) -> tuple[WorkerInfo, ...]:
-        """Wait for the workers that the order asks for. One that is too small for any piece of the model is not one."""
+        """Wait for the workers that the order asks for, and for one more if there is a draft model.
+
+        One that is too small for any piece of the model does not count.
+        """
         return await self._roster.gather(
-            order.stage_count,
+            order.stage_count + bool(order.draft) if order.stage_count else None,
             order.wait_s,
             report,
             lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
@@ -378,13 +408,18 @@ class Coordinator:
             repair=repair,
             move=service.move.describe() if service and service.move else None,
             recoveries=service.recoveries if service else 0,
-            warnings=(self.journal.problem,) if self.journal and self.journal.problem else (),
+            warnings=self._warnings(),
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):
             state = replace(with_plan(state, epoch.plan, epoch.stages, loop), speculation=service.speculation)
             state = with_requests(state, loop) if loop else state
         return state
+
+    def _warnings(self) -> tuple[str, ...]:
+        journal = self.journal.problem if self.journal else ""
+        draft = self._service.draft_problem if self._service else ""
+        return tuple(filter(None, (journal, draft)))
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

@@ -151,6 +151,14 @@ class EngineLoop:
         if self._thread.is_alive():
             log.error("engine loop: thread did not stop in time seconds=%.0f", LOOP_STOP_S)
 
+    def advance_guesses(self, job: Callable[[], bool]) -> None:
+        """Queue a job of a guesser. If it returns True, send what can be guessed now."""
+        self._inbox.put(lambda: self._advance_guesses(job))
+
+    def _advance_guesses(self, job: Callable[[], bool]) -> None:
+        if job():
+            self._flush()
+
     def forget_client(self, client: str) -> None:
         """Drop what is kept of a client's earlier answers to guess its next ones."""
         self._inbox.put(lambda: self._scheduler.speculation.forget_client(client))

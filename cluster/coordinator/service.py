@@ -14,6 +14,7 @@ from collections.abc import Callable
 import anyio
 
 from cluster.coordinator.canary import run_canary
+from cluster.coordinator.draft_service import DraftAssignment, DraftService
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder, unload_workers
 from cluster.coordinator.model_reader import ModelInfo
@@ -41,6 +42,7 @@ from cluster.core.plan import Plan, Speculation
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.disk_prefixes import DiskRead
+from cluster.scheduler.guessing import FirstGuesser, Guesser
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.text_guesser import TextGuesser
 
@@ -57,7 +59,13 @@ class ModelService:
     """
 
     def __init__(
-        self, deps: ServiceDeps, model_info: ModelInfo, order: LoadOrder, first: Assignment, notify: Notify
+        self,
+        deps: ServiceDeps,
+        model_info: ModelInfo,
+        order: LoadOrder,
+        first: Assignment,
+        notify: Notify,
+        draft: DraftAssignment | None = None,
     ) -> None:
         self._deps, self._notify, self._first = deps, notify, first
         self.model_info = model_info
@@ -69,8 +77,8 @@ class ModelService:
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order)
-        guesser = None if order.speculation is Speculation.OFF else TextGuesser(time.monotonic)
-        scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, guesser)
+        self._draft = DraftService(draft, deps.dialer, deps.weights, self._control) if draft else None
+        scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, self._guesser(order.speculation))
         tokenizer = model_info.tokenizer
         step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])
         self.loop = EngineLoop(
@@ -92,6 +100,18 @@ class ModelService:
     @property
     def plan(self) -> Plan:
         return self._epoch.plan if self._epoch else self._first.plan
+
+    def _guesser(self, speculation: Speculation) -> Guesser | None:
+        draft = [self._draft.guesser] if self._draft else []
+        if speculation is Speculation.OFF:
+            return None
+        texts = [] if speculation is Speculation.DRAFT else [TextGuesser(time.monotonic)]
+        return FirstGuesser([*texts, *draft])
+
+    @property
+    def draft_problem(self) -> str:
+        """Why there are no drafts although there is a draft model; "" if there are, or if there is none."""
+        return self._draft.problem if self._draft else ""
 
     @property
     def speculation(self) -> Speculation:
@@ -126,6 +146,8 @@ class ModelService:
             disk = await self._disks.open(self._epoch, builder.edition)
             self.loop.start(await builder.connect(self._epoch), disk)
             await run_canary(self.loop, plan, self.model_info, self._failures, self._deps.heartbeat)
+            if self._draft:
+                await self._draft.open(progress, self.loop.advance_guesses)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.close(NotServing("the load failed"))
@@ -143,6 +165,8 @@ class ModelService:
         for name in tuple(self._leaving):
             self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
+        if self._draft:
+            await anyio.to_thread.run_sync(self._draft.close)
         await unload_workers(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
 
     def _control(self, address: str) -> WorkerClient:

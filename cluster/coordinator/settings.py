@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
+from cluster.core.errors import InvalidOption
 from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
@@ -23,7 +24,8 @@ class LoadOrder:
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
     ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``acceptance`` is the share of guessed tokens that the
-    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled.
+    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled;
+    ``draft`` is the draft model, "" if there is none.
     """
 
     model: str
@@ -40,6 +42,14 @@ class LoadOrder:
     take_back: bool = False
     acceptance: float = 0.0
     speculation: Speculation = Speculation.OFF
+    draft: str = ""
+
+    def check(self) -> None:
+        """Raise ``InvalidOption`` for options that contradict each other."""
+        if self.speculation is Speculation.DRAFT and not self.draft:
+            raise InvalidOption("--speculate draft needs a draft model: name it with --draft", field="draft")
+        if self.draft and self.speculation not in (Speculation.AUTO, Speculation.DRAFT):
+            raise InvalidOption("--draft needs --speculate auto or draft", field="speculate")
 
     @property
     def stage_count(self) -> int | None:

@@ -22,13 +22,15 @@ class StageTiming:
 class Join:
     """A sequence starts with empty caches. Tokens from ``prompt_length`` on count as its answer.
 
-    With ``look_ahead``, its samples report the tokens that its grammar forces after them.
+    With ``look_ahead``, its samples report the tokens that its grammar forces after them. ``noise`` is the vocabulary
+    for which tokens are drawn, if that is another than this model's: the target's, whose tokens a draft guesses.
     """
 
     sequence: int
     prompt_length: int
     sampling: SamplingParams
     look_ahead: bool = False
+    noise: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class Step:
     A step of one sequence may feed guesses of its next tokens: ``guesses`` of the sequence's last tokens, up to the end
     of this row, were guessed when the step was written. ``start`` is the position of the row's first token. It is None
     for a step of several sequences.
+
+    ``drafts`` above 1 makes a stage that holds the whole model feed each sample back, until it has that many samples.
     """
 
     compute: Compute
@@ -152,6 +156,7 @@ class Step:
     scoring: PromptScoring | None = None
     guesses: int = 0
     start: int | None = None
+    drafts: int = 1
 
     @property
     def guessed(self) -> bool:

@@ -149,6 +149,10 @@ PREFIX_SHARE: Final = 0.5
 MAX_FORCED_TOKENS: Final = 16
 """Tokens that a grammar forces after a sample, as far as they are reported. No chain of guesses is longer, and to find
 them takes as long as a mask, which is then needed once for so many tokens."""
+DRAFT_AHEAD: Final = 8
+"""Tokens that a draft model guesses beyond those that are needed now. It must be ahead of the ring's next lap."""
+MAX_DRAFTS: Final = 16
+"""Tokens that a draft model guesses in one step. Longer drafts are rarely right to their end."""
 LOOKUP_TOKENS: Final = 64 * KIB
 """Tokens of a sequence in which its last tokens are looked up: 27 us for most texts, 0.5 ms for the worst."""
 CLIENT_ANSWER_BYTES: Final = 256 * KIB

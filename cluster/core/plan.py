@@ -131,11 +131,12 @@ class ModelShape:
 
 
 class Speculation(StrEnum):
-    """What guesses tokens before they are sampled: nothing, whatever there is, or texts that the client has."""
+    """What guesses tokens: nothing, whatever there is, texts that the client has, or a draft model alone."""
 
     OFF = "off"
     AUTO = "auto"
     NGRAM = "ngram"
+    DRAFT = "draft"
 
 
 class Objective(StrEnum):

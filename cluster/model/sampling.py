@@ -81,7 +81,8 @@ def greedy(logits: mx.array) -> Picked:
 class Sampler:
     """Samples the tokens of one sequence. ``vocabulary`` is the number of logits.
 
-    ``forced``: look ahead for tokens that the grammar forces.
+    ``forced``: look ahead for tokens that the grammar forces. ``noise`` is the number of tokens that are drawn, if that
+    is another: those of a target model, of which a draft model has the same first ones. 0 means ``vocabulary``.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class Sampler:
         grammars: GrammarCompiler | None = None,
         *,
         forced: bool = False,
+        noise: int = 0,
     ) -> None:
         self.params = params
         self._forced = forced
+        self._noise = noise or vocabulary
         self._prompt_length = prompt_length
         self._grammars = grammars
         self._constraint: Constraint | None = None
@@ -226,7 +229,9 @@ class Sampler:
         # The maximum is shifted to 0 first: otherwise a low temperature sends a flat distribution to minus infinity.
         above = (logprobs - mx.max(logprobs, axis=-1, keepdims=True)).astype(mx.float32)
         # Not mx.random.categorical: it takes another path for a single row than for several.
-        return mx.argmax(above * (1 / p.temperature) + draw_noise(p.seed, position, self._vocabulary), axis=-1)
+        noise = draw_noise(p.seed, position, self._noise)[:, : self._vocabulary]
+        drawn = above[:, : self._noise] * (1 / p.temperature) + noise
+        return mx.argmax(drawn, axis=-1)
 
 
 def _clamp_logits(logits: mx.array, own: mx.array) -> mx.array:

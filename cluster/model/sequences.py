@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Persist, Restore, Sample, Save, Step, Trim, Unmark
+from cluster.core.limits import MAX_VOCABULARY
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
@@ -224,7 +225,16 @@ class SequenceTable:
         outside = [token for token, _ in edit.sampling.logit_bias if not 0 <= token < self._vocabulary]
         if outside:
             raise BadFrame(f"logit_bias names token {outside[0]}; the model has {self._vocabulary} tokens")
-        sampler = Sampler(edit.sampling, edit.prompt_length, self._vocabulary, self._grammars, forced=edit.look_ahead)
+        if edit.noise > MAX_VOCABULARY:
+            raise BadFrame(f"sequence {edit.sequence} draws from {edit.noise} tokens; the limit is {MAX_VOCABULARY}")
+        sampler = Sampler(
+            edit.sampling,
+            edit.prompt_length,
+            self._vocabulary,
+            self._grammars,
+            forced=edit.look_ahead,
+            noise=edit.noise,
+        )
         self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
         self._lanes.put(edit.sequence, self._new_caches())
 

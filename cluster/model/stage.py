@@ -223,6 +223,7 @@ class Stage:
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
             result = self._run(part, lane, rows, step, incoming)
+            result = self._draft(part, lane, rows, step, result)
         except Exception as error:  # MLX or model code may raise anything; it must end only these sequences
             raise self._failure(rows, error) from error
         for failure in result.failures:
@@ -247,6 +248,8 @@ class Stage:
         if low < 0 or high >= self._vocabulary:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         require_valid_scoring(step, self._vocabulary)
+        if step.drafts > 1 and (len(step.sequences) > 1 or not (self.spec.first and self.spec.last)):
+            raise BadFrame("only a stage that holds the whole model can draft, and for one sequence at a time")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
             if live.deferred is not None:
@@ -271,6 +274,17 @@ class Stage:
         sent = [mx.contiguous(array) for array in outgoing]
         mx.eval(sent, caches.arrays())
         return _Result(tensors=tuple(pack(array) for array in sent))
+
+    def _draft(self, part: ModelSlice, lane: int, rows: list[LiveSequence], step: Step, result: _Result) -> _Result:
+        """Feed the sample of a step that drafts, then the sample after that, and so on. Return all samples."""
+        samples = list(result.samples)
+        while 0 < len(samples) < step.drafts and len(rows[0].tokens) < self.spec.max_context:
+            fed = Step(Compute.DECODE, step.sequences, ((samples[-1].token,),))
+            result = self._run(part, lane, rows, fed, [])
+            if not result.samples:
+                break
+            samples += result.samples
+        return replace(result, samples=tuple(samples))
 
     def _evaluate_and_sample(
         self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]

@@ -109,6 +109,10 @@ class Tokenizer:
         self._grammars: Grammars | None = None
         self._lock = Lock()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token, special tokens included."""
+        return dict(self._wrapper.get_vocab())
+
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> tuple[int, ...]:
         """Return the token ids of ``text``, by default with the tokenizer's special tokens around it (a BOS).
 

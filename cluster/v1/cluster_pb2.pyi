@@ -105,6 +105,8 @@ class _SpeculationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Speculati
     """Whatever there is."""
     SPECULATION_NGRAM: _Speculation.ValueType  # 3
     """The client's prediction, the grammar, the request's own tokens, and earlier answers of the same client."""
+    SPECULATION_DRAFT: _Speculation.ValueType  # 4
+    """A draft model alone."""
 
 class Speculation(_Speculation, metaclass=_SpeculationEnumTypeWrapper):
     """What guesses tokens before they are sampled. Guesses save time and change no token."""
@@ -116,6 +118,8 @@ SPECULATION_AUTO: Speculation.ValueType  # 2
 """Whatever there is."""
 SPECULATION_NGRAM: Speculation.ValueType  # 3
 """The client's prediction, the grammar, the request's own tokens, and earlier answers of the same client."""
+SPECULATION_DRAFT: Speculation.ValueType  # 4
+"""A draft model alone."""
 Global___Speculation: _TypeAlias = Speculation  # noqa: Y015
 
 class _RequestState:
@@ -459,7 +463,7 @@ class GuessCounts(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     VOIDED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """ngram, prediction or grammar."""
+    """ngram, prediction, grammar or draft."""
     guessed: _builtins.int
     """Sent to the stages as guesses."""
     accepted: _builtins.int
@@ -680,6 +684,7 @@ class LoadModelRequest(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     ACCEPTANCE_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -701,6 +706,8 @@ class LoadModelRequest(_message.Message):
     acceptance: _builtins.float
     """Plan for one user whose guessed tokens are right this often, from 0 to 1; 0 counts on no guesses."""
     speculation: Global___Speculation.ValueType
+    draft: _builtins.str
+    """The draft model of AUTO or DRAFT; empty: none. A Mac that holds no layers of the model holds all of it."""
     take_back: _builtins.bool
     """Lost workers get their layers back once they return; otherwise they become spares."""
     prefill_chunk: _builtins.int
@@ -719,12 +726,13 @@ class LoadModelRequest(_message.Message):
         objective: Global___Objective.ValueType = ...,
         acceptance: _builtins.float = ...,
         speculation: Global___Speculation.ValueType = ...,
+        draft: _builtins.str = ...,
         take_back: _builtins.bool = ...,
         prefill_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "draft", b"draft", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

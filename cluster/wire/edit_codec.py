@@ -25,7 +25,7 @@ _CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
 def pack_edit(edit: Edit) -> list[Any]:
     """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
-        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling), edit.look_ahead]
+        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling), edit.look_ahead, edit.noise]
     if isinstance(edit, Persist):
         return [_PERSIST, edit.prefix, edit.owner, edit.adapter]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
@@ -36,8 +36,8 @@ def unpack_edit(value: Any) -> Edit:
     if type(value) is not list or not value or type(value[0]) is not int:
         raise BadFrame("a frame's edit is not a list that starts with an integer code")
     if value[0] == _JOIN:
-        f = Fields(value, "join", 5)
-        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4))
+        f = Fields(value, "join", 6)
+        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4), f.count(5))
     if value[0] == _PERSIST:
         f = Fields(value, "persist", 4)
         return Persist(f.count(1), f.text(2), f.text(3))

@@ -33,6 +33,7 @@ from cluster.core.frames import (
     Tensor,
 )
 from cluster.core.limits import (
+    MAX_DRAFTS,
     MAX_EDITS,
     MAX_FORCED_TOKENS,
     MAX_FRAME_BYTES,
@@ -183,13 +184,13 @@ def _pack_step(step: Step | None) -> tuple[Any, ...] | None:
     width = len(step.tokens[0])
     scoring = None if (s := step.scoring) is None else (s.skip, pack_ids(s.targets), s.top)
     ids = pack_ids(chain.from_iterable(step.tokens))
-    return int(step.compute), step.sequences, width, ids, scoring, step.guesses, step.start
+    return int(step.compute), step.sequences, width, ids, scoring, step.guesses, step.start, step.drafts
 
 
 def _unpack_step(value: list[Any] | None) -> Step | None:
     if value is None:
         return None
-    f = Fields(value, "step", 7)
+    f = Fields(value, "step", 8)
     sequences = f.counts(1, MAX_ROWS)
     width = f.count(2)
     ids = unpack_ids(f.blob(3))
@@ -197,7 +198,10 @@ def _unpack_step(value: list[Any] | None) -> Step | None:
         raise BadFrame(f"a step of {len(sequences)} rows of {width} tokens carries {len(ids)} token ids")
     rows = tuple(ids[a:b] for a, b in pairwise(range(0, len(ids) + 1, width)))
     start = None if value[6] is None else f.count(6)
-    return Step(_compute(f.count(0)), sequences, rows, _unpack_scoring(f.optional_list(4)), f.count(5), start)
+    scoring, drafts = _unpack_scoring(f.optional_list(4)), f.count(7)
+    if not 1 <= drafts <= MAX_DRAFTS:
+        raise BadFrame(f"a step drafts {drafts} tokens; it may draft 1 to {MAX_DRAFTS}")
+    return Step(_compute(f.count(0)), sequences, rows, scoring, f.count(5), start, drafts)
 
 
 def _unpack_scoring(value: list[Any] | None) -> PromptScoring | None:

@@ -34,6 +34,7 @@ from cluster.core.frames import (
     Unmark,
 )
 from cluster.core.limits import (
+    MAX_DRAFTS,
     MAX_EDITS,
     MAX_FORCED_TOKENS,
     MAX_FRAME_HEADER_BYTES,
@@ -70,7 +71,7 @@ samplings = st.builds(
     grammar=st.none() | grammars,
 )
 edits = st.one_of(
-    st.builds(Join, counts, counts, samplings, st.booleans()),
+    st.builds(Join, counts, counts, samplings, st.booleans(), counts),
     st.builds(Leave, counts),
     st.builds(Trim, counts, counts),
     st.builds(Save, counts, counts),
@@ -96,6 +97,7 @@ def steps(draw: st.DrawFn) -> Step:
         draw(st.none() | scorings),
         draw(small),
         draw(st.none() | counts),
+        draw(st.integers(1, MAX_DRAFTS)),
     )
 
 
@@ -188,7 +190,7 @@ FLOATS = bytes(4 * (MAX_TOP_LOGPROBS + 1))
 
 def _scoring(value: object) -> list[object]:
     """A header whose step asks for log-probabilities of the prompt."""
-    step = [0, [1], 1, b"\0\0\0\0", value, 0, None]
+    step = [0, [1], 1, b"\0\0\0\0", value, 0, None, 1]
     return [VERSION, 0, 0, 0, [], step, [], [], [], None, [], False, None, False]
 
 
@@ -207,17 +209,32 @@ def _scored(value: object) -> list[object]:
         ([1, 0, 0, 0, [], None, [], [], [], None, [], False, None, False], "layout version 1"),
         ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False, None, False], "whole number"),
         ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False, None, False], "unknown code 9"),
-        (_header([7, [1], 1, b"\0\0\0\0", None, 0, None]), "unknown kind 7"),
+        (_header([7, [1], 1, b"\0\0\0\0", None, 0, None, 1]), "unknown kind 7"),
         (
-            [VERSION, 0, 0, 0, [], [0, [1], 2, b"\0\0\0\0", None, 0, None], [], [], [], None, [], False, None, False],
+            [
+                VERSION,
+                0,
+                0,
+                0,
+                [],
+                [0, [1], 2, b"\0\0\0\0", None, 0, None, 1],
+                [],
+                [],
+                [],
+                None,
+                [],
+                False,
+                None,
+                False,
+            ],
             "carries 1 token ids",
         ),
         ([VERSION, 0, 0, 0, [], None, [["float128", [1]]], [], [], None, [], False, None, False], "unknown type"),
         (_header(tensors=(["float32", [2**60, 2**60]],)), "tensors need"),
         ([VERSION, 0, 0, 0, [], None, [], [], [1, 2, 3], None, [], False, None, False], "four numbers"),
         ([VERSION, 0, 0, 0, [], None, [], [], []], "14 fields"),
-        (_header([1, [1], 1, b"\0\0\0\0", None, -1, 4]), "field 5"),
-        (_header([1, [1], 1, b"\0\0\0\0", None, 1, -4]), "field 6"),
+        (_header([1, [1], 1, b"\0\0\0\0", None, -1, 4, 1]), "field 5"),
+        (_header([1, [1], 1, b"\0\0\0\0", None, 1, -4, 1]), "field 6"),
         (_header(void=1), "true or false"),
         (_scoring([0, b"\0", 3]), "multiple of 4"),
         (_scoring([0, b"", MAX_TOP_LOGPROBS + 1]), f"limit is {MAX_TOP_LOGPROBS}"),
@@ -304,4 +321,11 @@ def test_a_header_longer_than_its_bound_is_refused_before_it_is_read() -> None:
 def test_a_sample_forces_a_bounded_number_of_tokens() -> None:
     frame = Frame(1, 2, 3, samples=(Sample(1, 2, 3, forced=(7,) * (MAX_FORCED_TOKENS + 1)),))
     with pytest.raises(BadFrame, match="17 forced tokens; the limit is 16"):
+        decode(encode(frame))
+
+
+@pytest.mark.parametrize("drafts", [0, MAX_DRAFTS + 1])
+def test_a_step_drafts_a_bounded_number_of_tokens(drafts: int) -> None:
+    frame = Frame(1, 2, 3, (), Step(Compute.DECODE, (1,), ((5,),), drafts=drafts))
+    with pytest.raises(BadFrame, match=f"drafts {drafts} tokens; it may draft 1 to 16"):
         decode(encode(frame))

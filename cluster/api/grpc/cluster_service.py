@@ -133,6 +133,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         acceptance=r.acceptance,
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
         speculation=decode_speculation(r.speculation) if isinstance(r, pb.LoadModelRequest) else Speculation.OFF,
+        draft=r.draft if isinstance(r, pb.LoadModelRequest) else "",
     )
 
 

@@ -51,7 +51,7 @@ OTHER_TENSOR = Tensor("float32", (2,), bytes(8))
 DECODE = Step(Compute.DECODE, (1, 2), ((11,), (12,)))
 PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
 FRAMES = (
-    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
+    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True, 768), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
     Frame(
         EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Persist(4, "key-0", "a"), Drop(4)),
         DECODE, (TENSOR, OTHER_TENSOR),
@@ -65,6 +65,7 @@ FRAMES = (
     Frame(EPOCH, 0, 5, (), Step(Compute.PREFILL, (1,), ((5, 6, 7),), PromptScoring(1, (7, 8), 2)), (TENSOR,)),
     Frame(EPOCH, 0, 7, (Trim(1, 4),), Step(Compute.DECODE, (1,), ((5,),), None, 2, 4), (TENSOR,)),
     Frame(EPOCH, 0, 8, (), Step(Compute.DECODE, (1,), ((5,),), None, 1, 4), void=True),
+    Frame(EPOCH, 0, 9, (), Step(Compute.DECODE, (1,), ((5,),), drafts=9), (TENSOR,)),
     Frame(EPOCH, 0, 6, prompt_logprobs=PromptLogprobs(2, (-0.5, -1.25), (7, 9, 8, 1), (-0.5, -1.0, -1.25, -2.0))),
 )  # fmt: skip
 BULKY = Frame(EPOCH, 0, 5, (), PREFILL, (Tensor("uint8", (BULK_BYTES + 4,), bytes(BULK_BYTES + 4)),))
