@@ -33,6 +33,7 @@ from cluster.core.plan import LayerRange, ModelShape
 from cluster.core.request import SamplingParams
 from cluster.model.model_shape import read_shape
 from cluster.model.stage import Stage
+from model.memory import settled_memory
 from model.ring import ALL, PROMPT, Ring, logprobs, open_stage, tokens
 
 GREEDY = SamplingParams()
@@ -158,7 +159,7 @@ def test_memory_goes_back_when_sequences_leave(arch: str, ring: Rings, request: 
     gc.collect()  # what other tests left; from here on nothing may need a collector
     gc.disable()
     request.addfinalizer(gc.enable)
-    before = mx.get_active_memory()
+    before = settled_memory()
     r.send(Join(1, 41, GREEDY))
     r.prefill(1, PROMPT)
     held = mx.get_active_memory() - before
@@ -329,7 +330,7 @@ def _out_of_memory(*_arrays: object) -> None:
 def test_a_closed_stage_has_given_everything_back(tmp_path: Path) -> None:
     path = make("llama", tmp_path, layers=6)
     gc.collect()
-    before = mx.get_active_memory()
+    before = settled_memory()
     one = open_stage(read_shape(path, "llama", None), path, LayerRange(0, 3), 0, 2)
     one.step(frame(Join(1, 2, GREEDY), step=prefill(1, 2)))
     assert mx.get_active_memory() > before + one.weight_bytes

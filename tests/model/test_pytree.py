@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from cluster.model.pytree import flatten, unflatten
+from model.memory import settled_memory
 
 
 class Pair(NamedTuple):
@@ -66,7 +67,7 @@ def test_no_ring_of_references_holds_the_arrays() -> None:
     gc.collect()
     gc.disable()
     try:
-        before = mx.get_active_memory()
+        before = settled_memory()
         big = mx.zeros((1000,))
         mx.eval(big)
         template, arrays = flatten((big, [big]))

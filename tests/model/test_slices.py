@@ -22,6 +22,7 @@ from cluster.model.slice import ModelSlice
 from cluster.model.stage import load_stage
 from cluster.model.trace import trace
 from effort import chosen
+from model.memory import settled_memory
 from model.ring import ALL, PROMPT, Ring, cuts, edited, logprobs, nothing, open_stage, reference, tokens
 
 Checkpoints = Callable[[str], Path]
@@ -64,7 +65,7 @@ def test_stages_say_what_mlx_lm_says(
 def test_a_stage_weighs_what_the_survey_says(arch: str, checkpoint: Checkpoints, shape: Shapes) -> None:
     for layers in cuts(shape(arch), min(3, len(shape(arch).clean_cuts) + 1)):
         gc.collect()
-        before = mx.get_active_memory()
+        before = settled_memory()
         stage = open_stage(shape(arch), checkpoint(arch), layers, 0, 1)
         grown = mx.get_active_memory() - before
         assert stage.weight_bytes == shape(arch).stage_bytes(layers)
@@ -77,7 +78,7 @@ def test_loading_never_holds_the_tensors_of_others(tmp_path: Path) -> None:
     path = make("llama", tmp_path, layers=12, intermediate_size=4096)
     shape = read_shape(path, "llama", None)
     gc.collect()
-    before = mx.get_active_memory()
+    before = settled_memory()
     mx.reset_peak_memory()
     stage = open_stage(shape, path, LayerRange(4, 6), 1, 3)
     assert mx.get_peak_memory() - before < stage.weight_bytes * 1.1
@@ -166,7 +167,7 @@ def test_prefill_leaves_the_head_alone(tmp_path: Path) -> None:
     def peak(compute: Compute) -> int:
         ring.send(Join(1, 200, SamplingParams()))
         mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = settled_memory()
         ring.send(step=Step(compute, (1,), (row,)))
         grown = mx.get_peak_memory() - before
         ring.send(Leave(1))
