@@ -50,7 +50,7 @@ from cluster.worker.pipe_messages import (
     read,
     unpacker,
 )
-from cluster.worker.prefix_disk import PrefixDisk, PrefixDiskPlace, ReadOrder
+from cluster.worker.prefix_disk import PrefixDisk, PrefixDiskPlace
 from cluster.worker.settings import prefix_folder
 from cluster.worker.stage_host import StageHost, Throttle, describe_error
 
@@ -133,9 +133,8 @@ class Engine:
             failed = error and CommandFailed(command.call, error.reason, error.sentence)
             self._send(failed or Done(command.call))
 
-        c = command
         if self._disk:
-            self._disk.read(ReadOrder(c.epoch, c.prefix, c.owner, c.adapter, c.node, c.length), answer)
+            self._disk.read(command, answer)
         else:
             answer(PrefixMissing("this worker keeps no prefixes on disk"))
 

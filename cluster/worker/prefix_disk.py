@@ -33,6 +33,7 @@ from cluster.model.sequences import Prefix
 from cluster.model.stage import Stage
 from cluster.model.stored_caches import CacheBuilder, StoredPiece, leaf_names
 from cluster.worker.piece_file import Piece
+from cluster.worker.pipe_messages import ReadPrefix
 from cluster.worker.prefix_files import Node, Place, PrefixFiles
 from cluster.worker.prefix_writer import Post, PrefixWriter
 
@@ -49,18 +50,6 @@ class PrefixDiskPlace:
 
     folder: Path
     limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOrder:
-    """Read the first ``length`` tokens of a sequence, which ``node`` names, and keep them as prefix ``prefix``."""
-
-    epoch: int
-    prefix: int
-    owner: str
-    adapter: str
-    node: bytes
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +75,7 @@ class PrefixDisk:
         self._opened: _Opened | None = None
         self._dropped: deque[int] = deque(maxlen=_REMEMBERED_DROPS)
         """Prefixes that were dropped, perhaps before a read of them arrived or ended."""
-        self._reads: queue.Queue[tuple[ReadOrder, Answer] | None] = queue.Queue(MAX_DISK_READS)
+        self._reads: queue.Queue[tuple[ReadPrefix, Answer] | None] = queue.Queue(MAX_DISK_READS)
         threading.Thread(target=self._run, args=(folder, limit), name="prefix-reader", daemon=True).start()
 
     @property
@@ -146,7 +135,7 @@ class PrefixDisk:
 
     # On any thread
 
-    def read(self, order: ReadOrder, answer: Answer) -> None:
+    def read(self, order: ReadPrefix, answer: Answer) -> None:
         """Read a prefix. ``answer`` is called once, on any thread, with None if the stage keeps it now."""
         try:
             self._reads.put_nowait((order, answer))
@@ -179,7 +168,7 @@ class PrefixDisk:
             else:
                 answer(None)
 
-    def _read(self, order: ReadOrder) -> None:
+    def _read(self, order: ReadPrefix) -> None:
         opened = self._require_open(order)
         files = self._files.result(0)
         path = files.path(Place(order.owner, opened.edition), order.node)
@@ -191,7 +180,7 @@ class PrefixDisk:
         files.touch(path)
 
     def _read_leaf(
-        self, files: PrefixFiles, path: list[Node], leaf: str, order: ReadOrder, builder: CacheBuilder
+        self, files: PrefixFiles, path: list[Node], leaf: str, order: ReadPrefix, builder: CacheBuilder
     ) -> None:
         """Read one cache. A node whose files cannot be used is deleted. Raises PrefixMissing."""
         node, start = path[-1], 0
@@ -209,7 +198,7 @@ class PrefixDisk:
             _delete(files, node, e)
             raise
 
-    def _require_open(self, order: ReadOrder) -> _Opened:
+    def _require_open(self, order: ReadPrefix) -> _Opened:
         opened = self._opened
         if opened is None or opened.epoch != order.epoch:
             raise StaleEpoch("the prefix belongs to another epoch than the one that is loaded")
@@ -219,7 +208,7 @@ class PrefixDisk:
             raise Aborted("the prefix belongs to an owner who is gone")
         return opened
 
-    def _on_mlx(self, order: ReadOrder, work: Callable[[], Result]) -> Result:
+    def _on_mlx(self, order: ReadPrefix, work: Callable[[], Result]) -> Result:
         """Run a short piece of work on the MLX thread, unless the read has become useless. Raises what it raises."""
         done: Future[Result] = Future()
 
@@ -234,7 +223,7 @@ class PrefixDisk:
         return done.result(DISK_READ_S)
 
 
-def _read_tokens(files: PrefixFiles, path: list[Node], order: ReadOrder, edition: str) -> tuple[int, ...]:
+def _read_tokens(files: PrefixFiles, path: list[Node], order: ReadPrefix, edition: str) -> tuple[int, ...]:
     """Return the tokens of a path. Raises PrefixMissing if they are not those that the order's node stands for."""
     tokens: tuple[int, ...] = ()
     for node in path:

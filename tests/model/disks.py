@@ -10,7 +10,8 @@ from pathlib import Path
 from cluster.core.errors import MacpipeError
 from cluster.core.frames import Persist
 from cluster.core.prefix_keys import node_ids, owner_key
-from cluster.worker.prefix_disk import PrefixDisk, ReadOrder
+from cluster.worker.pipe_messages import ReadPrefix
+from cluster.worker.prefix_disk import PrefixDisk
 from model.ring import Ring
 
 EDITION = "0" * 32
@@ -62,7 +63,7 @@ class Disks:
     def read(self, prefix: int, tokens: tuple[int, ...], owner: str = OWNER) -> list[MacpipeError | None]:
         """Read the first tokens of a sequence as ``prefix``. -> each stage's error"""
         ((length, node),) = node_ids(self.edition, owner, "", tokens, [len(tokens)])
-        order = ReadOrder(1, prefix, owner, "", node, length)
+        order = ReadPrefix(0, 1, prefix, owner, "", node, length)
         answers: list[Future[MacpipeError | None]] = [Future() for _ in self.disks]
         for disk, answer in zip(self.disks, answers, strict=True):
             disk.read(order, answer.set_result)
