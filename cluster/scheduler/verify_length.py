@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cluster.scheduler.speculation import LapTimes
+
 __all__ = ["choose_verify_length", "mean_token_time"]
 
 
@@ -18,12 +20,12 @@ def mean_token_time(stages: Sequence[float], hop: float, tokens: int, acceptance
     the probability that a guess is right. A token of a frame after a wrong guess takes a whole lap of the ring; later
     frames follow at the pace of the slowest stage.
     """
-    lap = sum(stages) + (len(stages) + 1) * hop
-    period = max(*stages, lap / len(stages))
+    times = LapTimes(tuple(stages), hop)
+    period = times.period(len(stages))
     if acceptance >= 1:
         return period / tokens
     whole = acceptance**tokens
-    return (1 - acceptance) * (lap + period * whole / (1 - whole))
+    return (1 - acceptance) * (times.lap + period * whole / (1 - whole))
 
 
 def choose_verify_length(steps: Mapping[int, Sequence[float]], hop: float, acceptance: float) -> int:
