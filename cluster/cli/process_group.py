@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ LOG_LINES: Final = 20
 ENDING: Final = "--exit-with-stdin"
 POLL_S: Final = 0.05
 AGAIN_S: Final = 0.2
-"""Time after which a swallowed exit is raised again."""
+"""Time after which a signal that had no effect is sent again."""
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -114,6 +115,7 @@ class SignalExit:
     def __init__(self, *signals: signal.Signals) -> None:
         self._signals = signals
         self._before: dict[int, Handler] = {}
+        self._leaving = False
         self._insisting = False
 
     def __enter__(self) -> Self:
@@ -126,28 +128,47 @@ class SignalExit:
 
     @contextmanager
     def insisting(self) -> Iterator[None]:
-        """Raise the exit again every ``AGAIN_S`` until the block ends.
+        """Send a signal that came to the main thread again, every ``AGAIN_S`` until the block ends.
 
-        Compiled code may swallow an exception that a signal raises in it: importing grpc did in one run of sixty.
+        Python's handler runs between two instructions: a signal that comes right before a blocking system call is
+        noticed only when that returns. And compiled code may swallow an exception that a handler raises in it:
+        importing grpc did in one run of sixty.
         """
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        ended = threading.Event()
+        repeater = threading.Thread(target=self._repeat, args=(reader, ended), name="signal-repeater", daemon=True)
+        repeater.start()
         self._insisting = True
         try:
             yield
         finally:
             self._insisting = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            ended.set()
+            signal.set_wakeup_fd(before)
+            writer.close()
+            repeater.join()
+            reader.close()
+
+    def _repeat(self, reader: socket.socket, ended: threading.Event) -> None:
+        """Wait for one of the signals, which the system's handler writes to ``reader``, then repeat it until ended."""
+        while came := reader.recv(1):
+            while came[0] in self._signals and not ended.wait(AGAIN_S):
+                signal.pthread_kill(_main_thread(), came[0])
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if self._leaving and not self._insisting:
+            return
+        self._leaving = True
+        for other in {signal.SIGTERM, signal.SIGHUP, signal.SIGINT} - {number}:
             signal.signal(other, signal.SIG_IGN)
-        if self._insisting:
-            signal.signal(signal.SIGALRM, lambda *_: self._exit_again(number))
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
         raise SystemExit(128 + number)
 
-    def _exit_again(self, number: int) -> None:
-        if self._insisting:
-            raise SystemExit(128 + number)
+
+def _main_thread() -> int:
+    """Return the id of the thread that runs Python's signal handlers."""
+    return threading.main_thread().ident or 0
 
 
 def free_port(host: str) -> int:

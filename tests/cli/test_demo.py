@@ -173,11 +173,33 @@ with SignalExit(signal.SIGTERM) as signal_exit, signal_exit.insisting():
     time.sleep(60)
 """
 
+UNNOTICED = """
+import os, signal, threading, time
+from cluster.cli.process_group import SignalExit
+
+def signal_itself():
+    time.sleep(0.3)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+with SignalExit(signal.SIGTERM) as signal_exit, signal_exit.insisting():
+    threading.Thread(target=signal_itself).start()
+    os.read(os.pipe()[0], 1)
+"""
+
+
+def run_script(script: str, environment: dict[str, str]) -> tuple[int, str]:
+    path = environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=path, capture_output=True, text=True, timeout=20, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
 
 def test_an_exit_that_is_swallowed_is_raised_again(environment: dict[str, str]) -> None:
     """Compiled code, finalizers and callbacks may swallow what a signal handler raises."""
-    path = environment | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", SWALLOWING], env=path, capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stdout) == (143, "swallowed\n"), done
+    assert run_script(SWALLOWING, environment) == (143, "swallowed\n")
+
+
+def test_a_signal_that_does_not_interrupt_a_system_call_is_sent_again(environment: dict[str, str]) -> None:
+    """One that comes right before the call does not, and one that another thread receives."""
+    assert run_script(UNNOTICED, environment) == (143, "")
