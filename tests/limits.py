@@ -51,6 +51,15 @@ def seconds(etime: str) -> int:
     return int(days or 0) * 86400 + sum(int(part) * 60**i for i, part in enumerate(reversed(clock.split(":"))))
 
 
+def started_within(etime: str, period_s: float) -> bool:
+    """Say whether a process of this age may have started in the last ``period_s``.
+
+    ``ps`` subtracts two times that are each cut to whole seconds, so a process that is 0.02 s old can have the age
+    00:01. So one second more is allowed: sparing a test's process is worse than killing one that is a second older.
+    """
+    return seconds(etime) <= period_s + 1
+
+
 def marked() -> set[int]:
     """Return the other processes whose environment names this one in ``MARK``; on Linux only."""
     wanted, found = f"{MARK}={os.getpid()}".encode(), set()
@@ -66,11 +75,11 @@ def descendants(pid: int, younger_than_s: float) -> list[int]:
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,etime="], capture_output=True, text=True, check=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     orphans = marked()
-    found = [int(child) for child, _, age in rows if int(child) in orphans and seconds(age) <= younger_than_s]
+    found = [int(child) for child, _, age in rows if int(child) in orphans and started_within(age, younger_than_s)]
     parents = {pid}
     while parents:
-        born = [(int(child), seconds(age)) for child, parent, age in rows if int(parent) in parents]
-        found += [child for child, age in born if age <= younger_than_s and child not in orphans]
+        born = [(int(child), age) for child, parent, age in rows if int(parent) in parents]
+        found += [child for child, age in born if started_within(age, younger_than_s) and child not in orphans]
         parents = {child for child, _ in born}
     return found
 

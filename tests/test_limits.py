@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limit, kill, seconds
+from limits import Limit, kill, seconds, started_within
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +89,12 @@ def test_an_orphan_does_not_outlive_the_tests(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("etime", "age"), [("00:07", 7), ("12:00:01", 43201), ("2-01:00:00", 176400)])
 def test_ages_are_read_as_ps_writes_them(etime: str, age: int) -> None:
     assert seconds(etime) == age
+
+
+def test_a_process_may_be_younger_than_ps_writes() -> None:
+    """The orphan of a test that began 0.02 s ago was spared where ``ps`` wrote 00:01."""
+    assert started_within("00:01", 0.02)
+    assert not started_within("00:02", 0.02)
 
 
 def test_children_ignore_no_signal_under_nohup() -> None:
