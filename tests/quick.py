@@ -1,9 +1,10 @@
-"""What ``--quick`` leaves out."""
+"""What ``--quick`` leaves out, so that it takes less than a minute on two idle cores."""
 
 from __future__ import annotations
 
 NOT_QUICK = frozenset(
     {
+        "cli/test_bench.py",
         "cli/test_cluster.py",
         "cli/test_commands.py",
         "cli/test_demo.py",
@@ -14,23 +15,32 @@ NOT_QUICK = frozenset(
         "discovery/test_multicast.py",
         "faults/test_kills.py",
         "faults/test_leaving.py",
+        "faults/test_links.py",
         "faults/test_overload.py",
         "faults/test_resuming.py",
         "faults/test_seeds.py",
+        "faults/test_simulation.py",
         "faults/test_soak.py",
         "fuzz/test_cost.py",
         "integration",
         "model/test_architectures.py",
         "model/test_device.py",
+        "model/test_drafts.py",
         "model/test_edits.py",
         "model/test_grammars.py",
+        "model/test_guessed_answers.py",
+        "model/test_guesses.py",
         "model/test_kv_quantization.py",
         "model/test_lane_caches.py",
         "model/test_loading.py",
         "model/test_marks.py",
+        "model/test_model_shape.py",
+        "model/test_prefix_disk.py",
         "model/test_prefixes.py",
         "model/test_prompt_scoring.py",
+        "model/test_sampling.py",
         "model/test_slices.py",
+        "model/test_takeover.py",
         "model/test_tensor_map.py",
         "model/test_warmup.py",
         "sandbox",
@@ -39,4 +49,4 @@ NOT_QUICK = frozenset(
         "worker/test_supervisor.py",
     }
 )
-"""The files, and folders of files, that start daemons, commands or engines, or load models, from ``tests``."""
+"""Files and folders in ``tests`` that start daemons, commands or engines, load models, or take long by themselves."""
