@@ -102,7 +102,7 @@ class RequestService:
     async def abort(self, request_id: str, client: str | None) -> None:
         """End a live request of ``client``; of any client if None. Raises ``RequestNotFound``."""
         if client is not None and self._live.get(request_id) != client:
-            raise RequestNotFound(f"you have no live request with the id {request_id}")
+            raise RequestNotFound(f"you have no live request with the id {request_id}; it may have ended")
         await self.coordinator.abort(request_id)
 
     async def end_revoked(self) -> None:

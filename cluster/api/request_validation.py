@@ -138,7 +138,7 @@ async def _tokenize(
 
 def _check_grammar(grammar: Grammar | None) -> None:
     if grammar and grammar.kind is not GrammarKind.JSON_OBJECT and not grammar.source.strip():
-        raise InvalidRequest(f"the {grammar.kind.value} is empty", field=grammar.kind.value)
+        raise InvalidRequest(f"the {grammar.kind.value} is empty; send one, or leave it out", field=grammar.kind.value)
 
 
 def _check_length(tokenized: Tokenized, model_info: ModelInfo) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ def _request(
     if len(params.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
     if not params.request_id.isprintable():  # it is logged: a line break in it could forge a log line
-        raise InvalidRequest("the request id has characters that cannot be printed", field="request_id")
+        raise InvalidRequest("the request id has characters that cannot be printed; leave them out", field="request_id")
     if params.samples > MAX_SAMPLES:
         raise InvalidRequest(
             f"{params.samples} samples were requested; at most {MAX_SAMPLES} are allowed", field="samples"

@@ -106,7 +106,9 @@ def _read_token() -> str:
         sys.stderr.flush()
     line = sys.stdin.readline(1024).strip()
     if not line:
-        raise InvalidOption("no join token on standard input", field="token")
+        raise InvalidOption(
+            "no join token on standard input; paste the line that `macpipe token create` prints", field="token"
+        )
     return line
 
 

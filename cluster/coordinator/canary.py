@@ -40,7 +40,9 @@ async def run_canary(
                 heartbeat.require((s.worker for s in plan.stages), "before a token came back")
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise WorkerLost(f"no token passed the stages within {timeout_s:.0f} s") from None
+        raise WorkerLost(
+            f"no token passed the stages within {timeout_s:.0f} s; `macpipe status` shows which Macs answer"
+        ) from None
     finally:
         loop.end(canary.id, Aborted("the canary is no longer needed"))
 

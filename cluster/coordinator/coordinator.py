@@ -364,7 +364,7 @@ class Coordinator:
             why = f"request {request_id} did not end within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
             raise DeadlineExceeded(why) from None
         if not was_live:
-            raise RequestNotFound(f"no live request has the id {request_id}")
+            raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
         """Move a worker's layers to other workers and stop using it; ``undo`` takes it back into use.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.core.errors import InvalidOption
 from cluster.platform.paths import hold_id, read_id
+from cluster.platform.private_files import CHOOSE_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def read_coordinator_id(home: Path, cluster: str) -> str:
     try:
         return read_id(folder)
     except OSError as e:
-        raise InvalidOption(f"cannot keep the coordinator's id in {folder}: {e.strerror}; set MACPIPE_HOME") from e
+        raise InvalidOption(f"cannot keep the coordinator's id in {folder}: {e.strerror}; {CHOOSE_FOLDER}") from e
 
 
 @contextmanager

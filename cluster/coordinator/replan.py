@@ -41,7 +41,7 @@ def reassign_layers(
     usable = {m.info.name: m.info for m in members if not m.problem and not m.info.draining}
     fit = {name: info for name, info in usable.items() if name not in without}
     if not fit:
-        raise NoWorkers("no worker is left")
+        raise NoWorkers("no worker is left to hold the layers; start one with `macpipe worker`")
     same = _keep_cut(epoch, plan, shape, order, fit)
     return same or _make_new_cut(epoch, plan, shape, order, fit)
 

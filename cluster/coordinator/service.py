@@ -288,7 +288,8 @@ class ModelService:
                 await asyncio.shield(leaving)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the layers of {name} were not moved to other workers within {MOVE_S:.0f} s"
+                f"the layers of {name} were not moved to other workers within {MOVE_S:.0f} s; see `macpipe status`, and"
+                " drain it again"
             ) from None
 
     def cancel_move_away(self, name: str) -> None:

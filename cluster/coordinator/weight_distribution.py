@@ -51,7 +51,9 @@ class WeightDelivery:
         for stage, order in zip(stages, self.orders, strict=True):
             if missing := set(order.tensors) - {name for name, _ in stage.digests}:
                 raise ModelDiffers(
-                    f"worker {stage.worker} did not prove its copy of the tensor {min(missing)}", worker=stage.worker
+                    f"worker {stage.worker} sent no digest of its tensor {min(missing)}, so its copy of the model is"
+                    " not verified; run the same version of macpipe on all Macs and load again",
+                    worker=stage.worker,
                 )
         while not self.own.done():
             waiting()

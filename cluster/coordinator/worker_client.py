@@ -328,7 +328,7 @@ def _party_of(worker_id: str) -> str:
     from cluster.security.roles import ID
 
     if not ID.fullmatch(worker_id):
-        raise WorkerReplaced("the worker reports an invalid id")
+        raise WorkerReplaced("the worker reports an id that is not one of macpipe's")
     return worker_of(worker_id)
 
 

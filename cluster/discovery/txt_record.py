@@ -31,9 +31,12 @@ class Announcement:
         for field in fields(self):
             text: str = getattr(self, field.name)
             if len(text.encode("utf-8", "replace")) > MAX_FIELD_BYTES or not text.isprintable():
-                raise InvalidOption(f"a worker's {field.name} is printable text of at most {MAX_FIELD_BYTES} bytes")
+                raise InvalidOption(
+                    f"the {field.name} {text[:64]!r} cannot be announced; use printable text of at most"
+                    f" {MAX_FIELD_BYTES} bytes"
+                )
             if not text and field.name != "name":
-                raise InvalidOption(f"a worker's {field.name} is empty")
+                raise InvalidOption(f"the {field.name} that a worker announces is empty; give one")
 
 
 def write(announcement: Announcement) -> dict[bytes, bytes]:

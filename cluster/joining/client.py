@@ -128,7 +128,7 @@ async def fetch_authority(address: str) -> Presented:
         response, body = await caller("GET", AUTHORITY)
     try:
         if response.status_code != httpx2.codes.OK:
-            raise ValueError(f"it answers with {response.status_code}")
+            raise ValueError(f"its HTTP status is {response.status_code}")
         return Presented(address, read_authority(body), _date(response))
     except ValueError as e:
         raise ForeignAuthority(f"{address} is not a macpipe coordinator that admits Macs ({e})") from e
@@ -192,11 +192,14 @@ async def _post(order: JoinOrder, presented: Presented, request: JoinRequest) ->
     except ssl.SSLCertVerificationError as e:
         raise _explain_verification_error(e, presented, order.clock()) from None
     if response.status_code != httpx2.codes.OK:
-        raise read_refusal(body) or Unreachable(f"{presented.address} answers with {response.status_code}")
+        raise read_refusal(body) or Unreachable(
+            f"the coordinator at {presented.address} answers a request to join with HTTP status {response.status_code};"
+            " see its log"
+        )
     try:
         return read_reply(body)
     except ValueError as e:
-        raise Unreachable(f"{presented.address}: {e}") from e
+        raise Unreachable(f"cannot read the answer of the coordinator at {presented.address}: {e}") from e
 
 
 def _install(
@@ -273,7 +276,10 @@ class _Caller:
                 response = await self._client.send(request, stream=True)
                 return response, await _read_bounded(response)
         except (TimeoutError, httpx2.TimeoutException):
-            raise Unreachable(f"{self._address} does not answer in {self._seconds:.0f} s") from None
+            raise Unreachable(
+                f"{self._address} did not answer within {self._seconds:.0f} s; check the address, and that both Macs"
+                " are on one network"
+            ) from None
         except (httpx2.HTTPError, OSError) as e:
             raise _find_cause(e, self._address) from None
 

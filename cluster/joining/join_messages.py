@@ -55,24 +55,27 @@ def _count_values(body: bytes) -> int:
 def read_request(body: bytes) -> JoinRequest:
     """Parse a request. Raises ``InvalidRequest`` that names the wrong field, not its content."""
     if _count_values(body) > MAX_JOIN_VALUES:
-        raise InvalidRequest("this is not a request to join: it has too many fields")
+        raise InvalidRequest(
+            "the request to join has too many fields; install the same version of macpipe on both Macs"
+        )
     try:
         return JoinRequest.model_validate_json(body)
     except ValidationError as e:
         field = ".".join(str(part) for part in e.errors(include_input=False)[0]["loc"])
         raise InvalidRequest(
-            "this is not a request to join that this version of macpipe understands", field=field
+            "this version of macpipe does not understand the request to join; install the same version on both Macs",
+            field=field,
         ) from None
 
 
 def read_reply(body: bytes) -> JoinReply:
     """Parse a reply. Raises ``ValueError``."""
     if _count_values(body) > MAX_JOIN_VALUES:
-        raise ValueError("the answer has too many fields")
+        raise ValueError("it has too many fields")
     try:
         return JoinReply.model_validate_json(body)
     except ValidationError:
-        raise ValueError("this version of macpipe does not understand the answer") from None
+        raise ValueError("this version of macpipe does not understand it; install the coordinator's version") from None
 
 
 def write_refusal(error: MacpipeError) -> dict[str, Any]:

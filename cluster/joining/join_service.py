@@ -91,5 +91,5 @@ async def _read_body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_JOIN_BYTES:
-            raise TooLarge(f"a request to join has at most {MAX_JOIN_BYTES} bytes")
+            raise TooLarge(f"the request to join is too long; at most {MAX_JOIN_BYTES} bytes are allowed")
     return bytes(body)

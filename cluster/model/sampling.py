@@ -182,9 +182,11 @@ class Sampler:
     def _bind(self, grammar: Grammar) -> Constraint:
         if self._constraint is None:
             if self._grammars is None:
-                raise InvalidGrammar("this stage has no tokenizer, so it cannot apply a grammar")
+                raise InvalidGrammar(
+                    "this stage has no tokenizer, so it cannot apply a grammar; serve a model with a tokenizer"
+                )
             if self._compilation is None:
-                raise InvalidGrammar("too many other grammars wait to be compiled")
+                raise InvalidGrammar("too many other grammars wait to be compiled; try again in a moment")
             self._constraint = self._compilation.constraint(grammar, self._prompt_length)
         if self._compilation:
             self._compilation.masks += 1

@@ -34,7 +34,9 @@ def open_skeleton(path: Path) -> Module:
     except Exception as error:  # model code may raise anything for an invalid config
         raise _open_error(path, error) from error
     if not hasattr(model, "layers"):
-        raise ModelUnsupported(f"{type(model).__module__.rpartition('.')[2]} models have no layers to split")
+        raise ModelUnsupported(
+            f"{type(model).__module__.rpartition('.')[2]} models have no list of layers to split; choose another model"
+        )
     return model
 
 

@@ -47,7 +47,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     process that can be killed (``cluster.sandbox``).
     """
     if not any((path / name).is_file() for name in VOCABULARIES):
-        raise BadCheckpoint(f"{str(path)!r} has no tokenizer: it has none of {', '.join(VOCABULARIES)}")
+        raise BadCheckpoint(
+            f"{str(path)!r} has no tokenizer: it has none of {', '.join(VOCABULARIES)}; copy or fetch the model again"
+        )
     require_bounded(path)
     try:
         with panics_raised_as(ValueError("the tokenizers library failed")):

@@ -18,6 +18,8 @@ from cluster.core.errors import DiskFull, InvalidOption, MacpipeError
 
 log = logging.getLogger(__name__)
 
+CHOOSE_FOLDER: Final = "choose a state folder that is yours with --home or MACPIPE_HOME"
+"""What to do where the state folder cannot be used; every command that writes to it has ``--home``."""
 OTHERS: Final = 0o077
 """Permissions of everybody but the owner."""
 _WRITERS: Final = 0o022
@@ -66,8 +68,8 @@ def protect_home(home: Path) -> None:
         return
     if mode & _WRITERS:
         raise InvalidOption(
-            f"other users of this machine can replace files in {home} (mode {mode:03o}); run `chmod 700 {home}`, or set"
-            " MACPIPE_HOME to a folder that is yours"
+            f"other users of this machine can replace files in {home} (mode {mode:03o}); run `chmod 700 {home}`, or"
+            f" {CHOOSE_FOLDER}"
         )
 
 
@@ -134,7 +136,7 @@ def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
         return DiskFull(f"cannot write {what} to {path}: {why}; free some room there and try again", path=str(path))
     if error.errno in _BROKEN:
         return DiskFull(f"cannot write {what} to {path}: {why}; check that disk, then try again", path=str(path))
-    return InvalidOption(f"cannot write {what} to {path}: {why}; set MACPIPE_HOME to a folder that is yours")
+    return InvalidOption(f"cannot write {what} to {path}: {why}; {CHOOSE_FOLDER}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -142,7 +142,9 @@ class Scheduler:
         """
         for request in requests:
             if request.id in self._by_request:
-                raise InvalidRequest(f"a request with the id {request.id} is already live", field="request_id")
+                raise InvalidRequest(
+                    f"a request with the id {request.id} is already live; choose another id", field="request_id"
+                )
             if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
                 raise PromptTooLong(why, field="max_tokens")
         displaced = self._waiting.make_room(requests[0].client, len(requests))
@@ -185,7 +187,7 @@ class Scheduler:
         """
         sequence = self._by_request.get(request_id)
         if sequence is None:
-            raise RequestNotFound(f"no live request has the id {request_id}")
+            raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
         self._remove(sequence, keep=True)
         return sequence
 

@@ -42,7 +42,10 @@ class Authority:
     def make(cls, folder: ClusterFolder, now: float) -> Authority:
         """Create an authority and write it to ``folder``. Raises ``InvalidOption`` if the folder has one."""
         if folder.exists:
-            raise InvalidOption(f"this Mac is already in a cluster named {folder.cluster} ({folder.path})")
+            raise InvalidOption(
+                f"this Mac is already in a cluster named {folder.cluster}; choose another name with --cluster NAME, or"
+                f" remove {folder.path}"
+            )
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name(
             [
@@ -78,7 +81,9 @@ class Authority:
             if public_bytes(own.public_key()) != public_bytes(private.public_key()):
                 raise ValueError("the key belongs to another authority")
         except (OSError, ValueError, TypeError) as e:
-            raise ClusterDamaged(f"the authority in {folder.path} cannot be used: {e}") from e
+            raise ClusterDamaged(
+                f"the authority in {folder.path} cannot be used: {e}; put back a copy of its files"
+            ) from e
         return cls(certificate, private)
 
     @property

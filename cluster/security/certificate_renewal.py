@@ -39,7 +39,7 @@ class Renewal:
         found = self.folder.keyring(self._role, self._worker)
         if found is None:
             raise MemberNotFound(
-                f"this machine no longer has the role {self._role} in the cluster {self.folder.cluster}"
+                f"this Mac is no longer a {self._role} of the cluster {self.folder.cluster}; join it again"
             )
         return found
 
@@ -76,10 +76,10 @@ def renew_certificate(folder: ClusterFolder, role: Role, id: str, request: bytes
     members = Members(folder)
     member = next((m for m in members.current() if (m.role, m.id) == (role, id)), None)
     if member is None:
-        raise MemberNotFound(f"the {role} {id} is not a member of this cluster")
+        raise MemberNotFound(f"the {role} {id} is not a member of this cluster; join again with a new token")
     valid = [one for one in member.issued if one.not_after > now]
     if len(valid) >= MAX_LEAVES_VALID:
-        raise Busy(f"{member.name} already has {len(valid)} valid certificates")
+        raise Busy(f"{member.name} already has {len(valid)} valid certificates; try again when one of them has expired")
     authority = Authority.load(folder)
     certificate = authority.sign(request, member.role, member.id, member.name, now)
     members.renew(*read_certificate(certificate))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.core.errors import InvalidOption
+from cluster.platform.private_files import CHOOSE_FOLDER
 from cluster.security.admission import Admission
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
@@ -44,7 +45,7 @@ def create_cluster(
             draft.path.rename(folder.path)
         except OSError as e:
             _check_free(folder)
-            raise InvalidOption(f"cannot make {folder.path}: {e.strerror}") from e
+            raise InvalidOption(f"cannot make {folder.path}: {e.strerror}; {CHOOSE_FOLDER}") from e
     finally:
         shutil.rmtree(draft.home, ignore_errors=True)
     return CreatedCluster(authority.cluster_id, authority.fingerprint, parties)

@@ -90,7 +90,7 @@ class Members:
             rows = self._drop_expired(edit.rows)
             at = _position(rows, lambda m: m.removed is None and (m.id, m.role) == (party.id, party.role))
             if at is None:
-                raise MemberNotFound(f"{party.name} is not a member of this cluster")
+                raise MemberNotFound(f"{party.name} is not a member of this cluster; `macpipe members` shows who is")
             now = self._clock()
             valid = [one for one in rows[at].issued if one.not_after > now][-MAX_SERIALS + 1 :]
             fresh = replace(rows[at], issued=(*valid, Issued(party.serial, not_after)))

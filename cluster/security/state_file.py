@@ -76,7 +76,7 @@ class StateFile(Generic[T]):
     def _write(self, rows: tuple[T, ...]) -> None:
         content = encode_json({"format": FORMAT, "rows": [self._pack(row) for row in rows]})
         if len(content) > MAX_STATE_BYTES:
-            raise Busy(f"{self._path.name} of this cluster is full")
+            raise Busy(f"{self._path} has reached its maximum size; remove entries that are not needed any more")
         self._folder.write(self._path, content)
         with suppress(OSError):  # it is not read any more
             self._old.unlink(missing_ok=True)
@@ -88,14 +88,14 @@ class StateFile(Generic[T]):
                 with suppress(FileNotFoundError):
                     return path, file_version(path)
         except OSError as e:
-            raise ClusterDamaged(f"cannot read {path}: {e.strerror}") from e
+            raise ClusterDamaged(f"cannot read {path}: {e.strerror}; check who owns it, and its disk") from e
         return None
 
     def _read(self, path: Path) -> tuple[T, ...]:
         try:
             return self._read_json() if path == self._path else self._read_old()
         except OSError as e:
-            raise ClusterDamaged(f"cannot read {path}: {e.strerror}") from e
+            raise ClusterDamaged(f"cannot read {path}: {e.strerror}; check who owns it, and its disk") from e
         except Exception as e:  # msgpack and the rows' own checks raise errors of many kinds
             raise ClusterDamaged(f"{path} is damaged ({type(e).__name__}); put back a copy of it") from e
 

@@ -126,7 +126,7 @@ class TokenStore:
                 f"no token admits a {role}; a token is for a worker, a client or an admin", field="role"
             )
         if not MIN_TOKEN_S <= ttl_s <= MAX_TOKEN_S:
-            raise InvalidOption("a join token lasts from 1 minute to 7 days", field="ttl")
+            raise InvalidOption(f"a join token cannot last {ttl_s:.0f} s; choose from 1 minute to 7 days", field="ttl")
         made = JoinToken(secrets.token_hex(_ID), role, fingerprint, secrets.token_bytes(_SECRET))
         now = self._clock()
         with self._file.edit() as edit:

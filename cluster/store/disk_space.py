@@ -22,8 +22,8 @@ def require_room(folder: Path, needed: int, free: int, what: str) -> None:
     if needed and needed + DISK_MARGIN_BYTES > free:
         raise DiskFull(
             f"{what} needs {size_in_words(needed)} more on disk, but only {size_in_words(free)} are free at "
-            f"{folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or set MACPIPE_HOME to "
-            "another disk",
+            f"{folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or choose "
+            "another disk with --home or MACPIPE_HOME",
             needed_bytes=str(needed),
             free_bytes=str(free),
             path=str(folder),

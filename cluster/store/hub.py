@@ -116,14 +116,16 @@ def _not_a_hub(name: HubName) -> HubUnreachable:
 
 def _require_model(name: HubName, all_names: list[str], files: tuple[StoredFile, ...]) -> None:
     if "config.json" not in {file.name for file in files}:
-        raise ModelNotFound(f"{name} on the hub has no config.json, so mlx-lm cannot load it")
+        raise ModelNotFound(
+            f"{name} on the hub has no config.json, so mlx-lm cannot load it; choose an MLX conversion of the model"
+        )
     if not any(file.weights for file in files):
         pickles = [one for one in all_names if one.endswith((".bin", ".pt", ".pth"))]
         raise BadCheckpoint(
             f"{name} has its weights only in pickle files ({pickles[0]}), which can run code when they are read; "
-            "use a safetensors version of the model."
+            "use a safetensors version of the model"
             if pickles
-            else f"{name} on the hub has no weights: it has no file named model*.safetensors"
+            else f"{name} on the hub has no weights: it has no file named model*.safetensors; choose another conversion"
         )
     for file in files:
         if not file.weights and file.size > MAX_SMALL_FILE_BYTES:
@@ -155,14 +157,19 @@ class Hub:
         ):
             hf_raise_for_status(answer)
             if answer.status_code != httpx2.codes.PARTIAL_CONTENT and (start or left < _length(answer)):
-                raise FetchFailed(f"{constants.ENDPOINT} does not support range requests, which macpipe needs")
+                raise FetchFailed(
+                    f"{constants.ENDPOINT} does not support range requests, which macpipe needs; set HF_ENDPOINT to"
+                    " another mirror, or unset it"
+                )
             for data in answer.iter_bytes():
                 left -= len(data)
                 if left < 0:
                     raise FetchFailed(f"{constants.ENDPOINT} sent more bytes of {file} than requested")
                 yield data
         if left:
-            raise FetchFailed(f"{constants.ENDPOINT} sent {left} bytes too few of {file}")
+            raise FetchFailed(
+                f"{constants.ENDPOINT} sent {left} bytes too few of {file}; try again, it continues from there"
+            )
 
     def small(self, file: StoredFile) -> bytes:
         """Return a small file, or the length field and header of a safetensors file. Raise as ``read`` does."""
@@ -175,7 +182,10 @@ class Hub:
         head = b"".join(self.read(file.name, 0, first)) if first else b""
         length = 8 + int.from_bytes(head[:8], "little")
         if length > min(MAX_SAFETENSORS_HEADER_BYTES, file.size):
-            raise BadCheckpoint(f"The header of {file.name} on the hub is damaged.", file=file.name)
+            raise BadCheckpoint(
+                f"the header of {file.name} on the hub is damaged; choose another conversion of the model",
+                file=file.name,
+            )
         return head[:length] if length <= first else head + b"".join(self.read(file.name, first, length))
 
 

@@ -205,8 +205,8 @@ def place(models: Path, origin: ModelFiles, read: Read, expected: str = "") -> P
         fingerprint = _fill(made, origin, read)
         if expected and fingerprint != expected:
             raise BadCheckpoint(
-                f"The received headers are not those of this model (fingerprint {fingerprint[:12]}, "
-                f"expected {expected[:12]}). Load the model again."
+                f"the received headers are not those of this model (fingerprint {fingerprint[:12]}, "
+                f"expected {expected[:12]}); load the model again"
             )
         folder = models / fingerprint
         if not is_partial(folder):
@@ -234,9 +234,9 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
         content = read(file)
         total += len(content)
         if total > MAX_MODEL_READ_BYTES or len(content) > file.size:
-            raise BadCheckpoint(f"{file.name} does not match its source's description. Load the model again.")
+            raise BadCheckpoint(f"{file.name} does not match its source's description; load the model again")
         if not file.weights and not file.matches(content):
-            raise BadCheckpoint(f"{file.name} does not match its source's description. Load the model again.")
+            raise BadCheckpoint(f"{file.name} does not match its source's description; load the model again")
         _write_file(made / file.name, content, file.size if file.weights else len(content))
         if file.weights:
             journal.append([["got", file.name, 0, len(content)]])
@@ -263,7 +263,7 @@ def _require_bounds(origin: ModelFiles) -> None:
     """Raise BadCheckpoint, before any file is created, if the files claim more than ``MAX_MODEL_BYTES`` in total."""
     claimed = sum(file.size for file in origin.files)
     if claimed > MAX_MODEL_BYTES:
-        raise BadCheckpoint(f"The model's files claim {claimed} bytes; at most {MAX_MODEL_BYTES} are accepted.")
+        raise BadCheckpoint(f"the model's files claim {claimed} bytes; at most {MAX_MODEL_BYTES} are accepted")
 
 
 def read_origin(folder: Path) -> ModelFiles:

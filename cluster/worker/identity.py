@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.core.errors import DuplicateName, InvalidOption
 from cluster.platform.paths import hold_id, read_id
+from cluster.platform.private_files import CHOOSE_FOLDER
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -50,6 +51,4 @@ def _folder(home: Path, name: str) -> Path:
 
 
 def _write_error(folder: Path, e: OSError) -> InvalidOption:
-    return InvalidOption(
-        f"cannot write this worker's id to {folder}: {e.strerror}; set MACPIPE_HOME to a folder that is yours"
-    )
+    return InvalidOption(f"cannot write this worker's id to {folder}: {e.strerror}; {CHOOSE_FOLDER}")

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
 _SAME_ID = (
-    "another coordinator of the same id, since a state folder was copied; stop one of the two, or give one a "
-    "MACPIPE_HOME of its own"
+    "another coordinator of the same id, since a state folder was copied; stop one of the two, or start "
+    "it with --home or MACPIPE_HOME set to a folder of its own"
 )
 CoordinatorRequest: TypeAlias = (
     pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest

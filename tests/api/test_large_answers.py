@@ -250,6 +250,6 @@ async def test_a_call_s_arguments_are_an_object(arguments: str, known: object) -
 
 async def test_arguments_of_too_many_elements_are_refused() -> None:
     call = GeneratedCall("call_1", "f", '{"a":[' + "[]," * 70_000 + "1]}")
-    with pytest.raises(InvalidRequest, match="the arguments of a call: the JSON has too many elements") as refused:
+    with pytest.raises(InvalidRequest, match="as one object, because the JSON has too many elements") as refused:
         await messages.encode_block(AnswerPart(call=call))
     assert refused.value.field == "stream"

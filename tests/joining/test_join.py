@@ -117,7 +117,7 @@ async def test_nobody_there_is_told(admission: Admission, mac: Mac, monkeypatch:
     with pytest.raises(Unreachable, match=r"no coordinator admits Macs at 127\.0\.0\.1:1:"):
         await join(mac.order(admission, "127.0.0.1:1"))
     monkeypatch.setattr(client, "JOIN_TRY_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Unreachable, match="does not answer in"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Unreachable, match="did not answer within"):
         await join(mac.order(admission, f"127.0.0.1:{silent.getsockname()[1]}"))
 
 

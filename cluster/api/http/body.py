@@ -161,7 +161,9 @@ def charge_of(request: Request) -> Charge:
 async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:
     length = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
-        raise InvalidRequest("the header content-length is not a number", field="content-length")
+        raise InvalidRequest(
+            "the header content-length is not a number; send the body's length in bytes", field="content-length"
+        )
     if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
         raise _too_large()
     charge: Charge = request.scope[CHARGE]

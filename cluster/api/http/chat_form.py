@@ -222,7 +222,7 @@ def decode_messages(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
 def decode_message(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> ChatMessage:
     """Translate one message. Raises ``InvalidRequest`` for a field that its role requires or does not allow."""
     if m.role != "assistant" and m.content is None:
-        raise InvalidRequest(f"{field} has no content", field=f"{field}.content")
+        raise InvalidRequest(f"{field} has no content; send its text", field=f"{field}.content")
     if m.role != "assistant" and m.tool_calls:
         raise InvalidRequest(
             f"{field} has the role {m.role}; only assistant messages may have tool_calls", field=f"{field}.tool_calls"
@@ -260,5 +260,5 @@ def join_text(content: str | list[ChatContentPart] | None, field: str) -> str:
                 f"{field}[{i}] has the type {part.type[:32]}; only text is supported", field=f"{field}[{i}]"
             )
         if part.text is None and part.refusal is None:
-            raise InvalidRequest(f"{field}[{i}] has no text", field=f"{field}[{i}].text")
+            raise InvalidRequest(f"{field}[{i}] has no text; send some, or leave it out", field=f"{field}[{i}].text")
     return "".join(part.text or part.refusal or "" for part in content)

@@ -109,7 +109,10 @@ def _object(text: str) -> Encoded:
         count_elements(text)
         value = from_json(text, allow_partial=True, allow_inf_nan=False)
     except TooLarge as e:
-        raise InvalidRequest(f"the arguments of a call: {e.sentence}; stream the answer", field="stream") from None
+        raise InvalidRequest(
+            f"cannot send the arguments of a tool call as one object, because {e.sentence}; stream the answer instead",
+            field="stream",
+        ) from None
     except ValueError:
         value = {}
     return Encoded(compact(value if isinstance(value, dict) else {}))
