@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import cluster.model  # noqa: F401  # first, so that mlx-lm does not lower the limit of files for all that tests start
-from effort import QUICK
+from effort import QUICK, WHOLE
 from quick import NOT_QUICK
 
 TESTS = Path(__file__).resolve().parent
@@ -29,8 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Derive the same examples from the same tree in each default run; --all looks for new ones."""
-    settings.register_profile(QUICK, derandomize=True)
-    settings.load_profile("default" if config.option.all else QUICK)
+    # How long an example takes depends on what else this machine does, so it decides nothing.
+    settings.register_profile(WHOLE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(QUICK, settings.get_profile(WHOLE), derandomize=True)
+    settings.load_profile(WHOLE if config.option.all else QUICK)
     # The processes of xdist are given this process's options, so they share its seed.
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**32) if config.option.all else 0

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUICK = "quick"
-"""The profile that conftest loads for the quick run."""
+"""The profile that conftest loads for the default run."""
+WHOLE = "whole"
+"""The profile that conftest loads with ``--all``."""
 
 
 def effort(quick: int, whole: int) -> int:

@@ -56,6 +56,8 @@ from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
 
 EPOCH = 5
+HANG_S = 40
+"""After this long an answer hangs: less than the test's own limit, so that the failure names what was awaited."""
 BOUND = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a"))
 MODEL = ModelRef("m", "", "")
 
@@ -162,9 +164,9 @@ class Bench:
         ring = Ring(self.network, self.epoch, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost)
         self.loop.resume(plan, self.capacity, ring)
 
-    async def emptied(self, within_s: float = 5) -> None:
+    async def emptied(self) -> None:
         """Return once the edits that free every sequence have gone round."""
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(HANG_S):
             while any(s.live for s in self.stages):
                 await asyncio.sleep(0.01)
 
@@ -183,7 +185,7 @@ class Bench:
 
 async def read(answer: AnswerQueue) -> tuple[list[int], str, FinishEvent]:
     tokens, text = [], ""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         async for event in answer:
             if isinstance(event, TokenEvent):
                 tokens.append(event.token)
@@ -238,7 +240,7 @@ def test_a_client_that_does_not_read_loses_its_answer_and_slows_nobody() -> None
         asleep = bench.ask("asleep", max_tokens=50_000)
         for i in range(20):
             assert (await read(bench.ask(f"awake{i}", first=10 * i)))[2].reason is FinishReason.LENGTH
-        await bench.emptied(30)
+        await bench.emptied()
         said: list[Event] = []
         with pytest.raises(SlowReader, match="reads its tokens too slowly"):
             await asyncio.wait_for(collect(asleep, said), 5)
@@ -339,7 +341,7 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
         bench.loop.deadlines = FrameDeadlines(0.0, floor_s=0.3, most_s=5.0)
         bench.network.faults["b:1"] = lambda message: None if decode(message).number > 6 else message
         answer = bench.ask("a", max_tokens=50)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while not bench.failures:
                 await asyncio.sleep(0.01)
         assert isinstance(bench.failures[0], FrameOverdue)
@@ -355,7 +357,7 @@ def test_a_new_ring_goes_on_where_every_answer_was() -> None:
         answers = [bench.ask(f"r{i}", first=10 * i + 1, max_tokens=9) for i in range(4)]
         bench.network.faults["b:1"] = lambda message: None if decode(message).number > 12 else message
         bench.keep_waiting = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             while bench.ring_is_whole():
                 bench.network.cut("b:1")
                 await asyncio.sleep(0.01)
@@ -376,7 +378,7 @@ def test_a_ring_that_breaks_before_it_is_taken_up_is_noticed_too() -> None:
         endless = bench.ask("a", max_tokens=10_000)
         bench.loop.on_stream_lost(EPOCH + 1, "mac-b", "it broke while it was opened")
         bench.replace_ring()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             while not bench.failures:
                 await asyncio.sleep(0.01)
         assert "mac-b" in bench.failures[0].sentence
@@ -520,7 +522,7 @@ def test_samples_end_each_by_itself_and_fail_together() -> None:
         bench.loop.submit(Request("a", (1,), SamplingParams(), 3, samples=3), answer)
         said: dict[int, list[int]] = {0: [], 1: [], 2: []}
         ends = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             async for event in answer:
                 if isinstance(event, TokenEvent):
                     said[event.sample].append(event.token)
@@ -551,7 +553,7 @@ def test_a_prompts_log_probabilities_come_once_before_the_tokens_and_after_a_los
         bench.loop.submit(asked, answer)
         pieces: list[PromptLogprobs] = []
         tokens = 0
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(HANG_S):
             async for event in answer:
                 if isinstance(event, PromptLogprobs):
                     assert not tokens
