@@ -26,6 +26,15 @@ def chat(**more: Any) -> ChatParams:
     return parse(json.dumps({"messages": [TURN], **more}).encode(), ChatForm).params("id")
 
 
+def responses(**more: Any) -> ChatParams:
+    return parse(json.dumps({"input": "hi", **more}).encode(), ResponsesForm).params("id")
+
+
+def messages(**more: Any) -> ChatParams:
+    body = {"model": "m", "max_tokens": 9, "messages": [TURN], **more}
+    return parse(json.dumps(body).encode(), MessagesForm).params("id")
+
+
 def refused(form: type[Form], body: object) -> InvalidRequest:
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
 
@@ -64,7 +73,7 @@ def test_predictions_are_text_or_parts_of_text() -> None:
 
 
 def test_every_answer_is_speculated_for_unless_its_client_says_no() -> None:
-    for asked in (chat, lambda **more: completions(**more)[0]):
+    for asked in (chat, lambda **more: completions(**more)[0], responses, messages):
         assert asked().speculate
         assert asked(speculate=None).speculate
         assert not asked(speculate=False).speculate

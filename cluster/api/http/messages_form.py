@@ -172,7 +172,7 @@ class CountForm(Form):
 
 
 class MessagesForm(CountForm):
-    """The body."""
+    """The body. It adds to Anthropic's fields: speculate."""
 
     max_tokens: Positive
     stream: bool | None = None
@@ -180,6 +180,7 @@ class MessagesForm(CountForm):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Count | None = None
     stop_sequences: StopStrings | None = None
+    speculate: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     speed: Literal["standard"] | None = None
     metadata: Hint = None
@@ -211,6 +212,7 @@ class MessagesForm(CountForm):
             max_tokens=self.max_tokens,
             stop=self.stop_sequences or (),
             grammar=self.grammar(),
+            speculate=self.speculate is not False,
         )
 
 

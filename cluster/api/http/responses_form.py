@@ -131,7 +131,7 @@ Included: TypeAlias = Annotated[
 
 
 class ResponsesForm(Form):
-    """The body. It adds to OpenAI's fields: top_k, min_p, seed, chat_template_kwargs."""
+    """The body. It adds to OpenAI's fields: top_k, min_p, seed, chat_template_kwargs, speculate."""
 
     model: ShortText | None = None
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
@@ -149,6 +149,7 @@ class ResponsesForm(Form):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: JsonObject | None = None
+    speculate: bool | None = None
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     include: Included | None = None
@@ -210,6 +211,7 @@ class ResponsesForm(Form):
             sampling=sampling,
             max_tokens=self.max_output_tokens,
             grammar=self._grammar(),
+            speculate=self.speculate is not False,
         )
 
     def _instruction_messages(self) -> Iterator[ChatMessage]:
