@@ -5,7 +5,7 @@ all behind it: the sequence's next step trims them from the stages. So whatever 
 guesses.
 
 Only a sequence that decodes alone in its lane is guessed, and only while no prompt is read. The lanes share the stages:
-with as many lanes as stages there is no guess.
+with as many lanes as stages there is no guess, and a guess goes out only where it delays no other lane.
 """
 
 from __future__ import annotations
@@ -137,9 +137,32 @@ class GuessChains:
         self._report_left(self._guesser)
         if busy or not lanes:
             return []
-        share = self._stages // len(lanes)
-        alone = (members[0] for members in lanes if len(members) == 1)
-        return [frame for sequence in alone for frame in self._extend(sequence, share, now, self._guesser)]
+        times = self._meter.times
+        share = (times.slots if times and len(lanes) > 1 else self._stages) // len(lanes)
+        alone = [members[0] for members in lanes if len(members) == 1]
+        frames: list[Frame] = []
+        for sequence in alone:
+            for token, source in self._choose(sequence, share, self._guesser):
+                if len(lanes) > 1 and self._would_delay_others(lanes, now):
+                    break
+                frames.append(self._send(sequence, token, source, now))
+        return frames
+
+    def _would_delay_others(self, lanes: Collection[list[ScheduledSequence]], now: float) -> bool:
+        """Return whether a certain frame may come to a stage that computes a guess which is sent now.
+
+        A lane's next certain frame follows its first frame in flight. The guess is sent once that one is back.
+        """
+        times = self._meter.times
+        if times is None:
+            return False
+        slowest = max(times.stages)
+        free = 0.0
+        for sent in self._writer.flights.decodes_sent_at():
+            free = max(free, sent) + slowest
+        ends = max(free, now) + slowest
+        heads = (s.chain[0].number for members in lanes for s in members if s.chain)
+        return any(self._writer.flights.sent_at(head) + times.lap < ends for head in heads)
 
     def _report_left(self, guesser: Guesser) -> None:
         for request, tokens in self._left:
@@ -148,8 +171,8 @@ class GuessChains:
             guesser.forget(request)
         self._left.clear()
 
-    def _extend(self, sequence: ScheduledSequence, share: int, now: float, guesser: Guesser) -> list[Frame]:
-        """Write guesses for a sequence until ``share`` frames of it are in flight, or no more are worth it."""
+    def _choose(self, sequence: ScheduledSequence, share: int, guesser: Guesser) -> list[tuple[int, GuessSource]]:
+        """Choose guesses for a sequence until ``share`` frames of it are in flight, or no more are worth it."""
         request = sequence.request
         count = min(share, request.max_tokens - sequence.produced) - len(sequence.chain)
         if count < 1 or not sequence.chain or not sequence.sampled or sequence.untried or not request.speculate:
@@ -162,7 +185,7 @@ class GuessChains:
             window = 1
         if window == 1 and len(sequence.chain) == 1:
             sequence.untried = guess
-        return [self._send(sequence, token, guess.source, now) for token in tokens[: window - len(sequence.chain)]]
+        return [(token, guess.source) for token in tokens[: window - len(sequence.chain)]]
 
     def _sendable(self, sequence: ScheduledSequence, guess: Guess) -> tuple[int, ...]:
         """Return the guessed tokens before one that ends the answer: nothing follows that."""

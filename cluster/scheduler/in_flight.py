@@ -51,6 +51,14 @@ class InFlightFrames:
         """Return when the oldest frame in the ring was written and how many tokens it prefills; None if empty."""
         return next(((f.sent_at, f.prefills) for f in self._flights.values()), None)
 
+    def sent_at(self, number: int) -> float:
+        """Return when a frame that is in the ring was written."""
+        return self._flights[number].sent_at
+
+    def decodes_sent_at(self) -> list[float]:
+        """Return when the decode frames in the ring were written, the oldest first."""
+        return [f.sent_at for f in self._flights.values() if f.compute is Compute.DECODE]
+
     @property
     def has_edits_only(self) -> bool:
         """Whether an edit-only frame is in the ring."""

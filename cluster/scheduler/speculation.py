@@ -35,6 +35,12 @@ class LapTimes:
         """The time from sending a frame to its reply, if nothing delays it."""
         return sum(self.stages) + (len(self.stages) + 1) * self.hop
 
+    @property
+    def slots(self) -> int:
+        """How many frames can be in flight without waiting for each other, at most one for each stage."""
+        slowest = max(self.stages)
+        return min(len(self.stages), int(self.lap / slowest)) if slowest else len(self.stages)
+
     def period(self, window: int) -> float:
         """Return the time between two replies of ``window`` frames that follow each other."""
         return max(*self.stages, self.lap / window)
