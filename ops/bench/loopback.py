@@ -67,26 +67,31 @@ def make_model(folder: Path, config: Mapping[str, Any], bits: int = 0) -> Path:
 
 def start_cluster(
     stack: ExitStack,
-    model: Path,
+    model: Path | str,
     *options: str,
+    folder: Path | None = None,
     cores: Sequence[int] = (),
     environments: Sequence[Mapping[str, str]] = ({}, {}),
     coordinator: Path | None = None,
     worker_options: Sequence[str] = (),
+    spares: Sequence[str] = (),
 ) -> Client:
     """Start two workers, each with its environment, and a coordinator. Yield a client once the coordinator serves.
 
-    Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run in place of ``macpipe``.
+    Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run in place of ``macpipe``. ``spares``
+    are the names of more workers. Logs and state are in ``folder``; None means the model's parent.
     """
-    fleet = stack.enter_context(ProcessGroup(model.parent))
-    cluster, port = f"bench-{model.parent.name}", free_port("127.0.0.1")
-    for name, environment, core in zip(WORKERS, environments, cores or (None, None), strict=True):
-        own = ["--name", name, "--cluster", cluster, "--home", str(model.parent / name), "--profile", "off"]
+    folder = folder or Path(model).parent
+    fleet = stack.enter_context(ProcessGroup(folder))
+    cluster, port = f"bench-{folder.name}", free_port("127.0.0.1")
+    workers = [*zip(WORKERS, environments, cores or (None, None), strict=True), *((name, {}, None) for name in spares)]
+    for name, environment, core in workers:
+        own = ["--name", name, "--cluster", cluster, "--home", str(folder / name), "--profile", "off"]
         own += worker_options
         with pinned(core):
             fleet.start(name, ["worker", *own], environment)
     own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
-    fleet.start("serve", ["serve", str(model), *own], own_state(model.parent), program=coordinator)
+    fleet.start("serve", ["serve", str(model), *own], own_state(folder), program=coordinator)
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
     wait_serving(fleet, client)
     return client
