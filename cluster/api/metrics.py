@@ -160,6 +160,12 @@ class _StateCollector(Collector):
         ):
             yield _counter(name, text, ["source"], [([one.source], float(count(one))) for one in loop.guesses])
 
+        window = max((request.window for request in loop.requests), default=1)
+        text = "The most frames of one request that may be in flight at once; 1 without guesses."
+        yield _gauge("macpipe_guess_window", text, [], [([], float(window))])
+        text = "Times that there was no memory for the marks of guesses."
+        yield CounterMetricFamily("macpipe_guesses_without_room", text, value=loop.guesses_without_room)
+
     def _stages(self, plan: Plan, loop: LoopView) -> Iterator[Metric]:
         def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
             return [([str(i), s.worker], v) for i, (s, v) in enumerate(zip(plan.stages, values, strict=True))]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from cluster.client import ClusterState, LiveRequest
 
-RIGHT: Final = frozenset({"prompt", "cached", "answer", "guessed", "lane", "age"})
+RIGHT: Final = frozenset({"prompt", "cached", "answer", "guessed", "window", "lane", "age"})
 STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
 
 
@@ -65,7 +65,7 @@ def _stages(state: ClusterState) -> Table:
 def _table(requests: tuple[LiveRequest, ...]) -> Table:
     from cluster.cli.screen import format_duration, printable, table
 
-    shown = table("request", "state", "prompt", "cached", "answer", "guessed", "lane", "age", right=RIGHT)
+    shown = table("request", "state", "prompt", "cached", "answer", "guessed", "window", "lane", "age", right=RIGHT)
     for one in requests:
         prefilled = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
@@ -75,6 +75,7 @@ def _table(requests: tuple[LiveRequest, ...]) -> Table:
             str(one.cached_tokens),
             str(one.completion_tokens),
             str(one.guessed_tokens),
+            str(one.window),
             "-" if one.lane is None else str(one.lane),
             format_duration(one.age_seconds),
         )

@@ -14,7 +14,7 @@ from cluster.security.limits import CLOCKS_DIFFER_S
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import ClusterState, GuessCounts, Repair, StageState, WorkerState
+    from cluster.client import ClusterState, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
 
@@ -128,7 +128,7 @@ def headline(state: ClusterState) -> list[str]:
             f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
         )
     if state.speculation is not Speculation.OFF:
-        lines.append(f"speculation ({state.speculation}): {describe_guesses(state.guesses)}")
+        lines.append(f"speculation ({state.speculation}): {describe_guesses(state)}")
     lines.append(
         f"{len(state.requests)} live requests, {state.requests_finished} finished,"
         f" {state.tokens_generated} tokens generated"
@@ -140,14 +140,19 @@ def headline(state: ClusterState) -> list[str]:
     return lines
 
 
-def describe_guesses(guesses: tuple[GuessCounts, ...]) -> str:
-    """Describe for each source how many of its guesses were right."""
+def describe_guesses(state: ClusterState) -> str:
+    """Describe for each source how many of its guesses were right, and how many frames are sent ahead now."""
     shown = [
         f"{one.source} {one.accepted} of {one.guessed} guesses right ({one.accepted / one.guessed:.0%})"
-        for one in guesses
+        for one in state.guesses
         if one.guessed
     ]
-    return ", ".join(shown) or "no guesses yet"
+    parts = [", ".join(shown) or "no guesses yet"]
+    if (window := max((request.window for request in state.requests), default=1)) > 1:
+        parts.append(f"up to {window} frames of a request in flight")
+    if state.guesses_without_room:
+        parts.append(f"no memory for the marks of guesses {state.guesses_without_room} times")
+    return "; ".join(parts)
 
 
 def describe_move(move: Repair) -> str:

@@ -70,6 +70,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         lag_seconds=state.lag_seconds,
         speculation=SPECULATIONS[state.speculation],
         guesses=map(_encode_counts, state.guesses),
+        guesses_without_room=state.guesses_without_room,
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -111,6 +112,7 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         lag_seconds=reply.lag_seconds,
         speculation=decode_speculation(reply.speculation),
         guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided) for g in reply.guesses),
+        guesses_without_room=reply.guesses_without_room,
     )
 
 
@@ -151,6 +153,7 @@ def _encode_request(request: LiveRequest) -> pb.LiveRequest:
         age_seconds=request.age_seconds,
         cached_tokens=request.cached_tokens,
         guessed_tokens=request.guessed_tokens,
+        window=request.window,
     )
 
 
@@ -165,4 +168,5 @@ def _decode_request(message: pb.LiveRequest) -> LiveRequest:
         age_seconds=message.age_seconds,
         cached_tokens=message.cached_tokens,
         guessed_tokens=message.guessed_tokens,
+        window=max(message.window, 1),
     )

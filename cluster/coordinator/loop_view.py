@@ -35,6 +35,8 @@ class LoopView:
     active_s: float = 0.0
     guesses: tuple[GuessCounts, ...] = ()
     """Since the model was loaded, by source."""
+    guesses_without_room: int = 0
+    """Times since the model was loaded that there was no memory for the marks of guesses."""
     wasted_s: tuple[float, ...] = ()
     """Seconds of this epoch in which the stages computed wrong guesses."""
     disk_reads: Mapping[str, int] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class LoopView:
             guesses=tuple(
                 GuessCounts(source, c.guessed, c.accepted, c.voided) for source, c in sorted(counts.by_source.items())
             ),
+            guesses_without_room=counts.without_room,
             wasted_s=tuple(counts.wasted_s),
             disk_reads={outcome.value: count for outcome, count in scheduler.disk_use.reads.items()},
             disk_tokens=scheduler.disk_use.tokens,
@@ -83,4 +86,5 @@ def _describe_request(s: ScheduledSequence, progress: AnswerProgress) -> LiveReq
         age_seconds=progress.age_s,
         cached_tokens=s.cached,
         guessed_tokens=progress.guessed,
+        window=s.window,
     )

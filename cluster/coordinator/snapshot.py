@@ -62,6 +62,7 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
         lane_sizes=loop.lane_sizes,
         prefixes=loop.prefixes,
         guesses=loop.guesses,
+        guesses_without_room=loop.guesses_without_room,
         disk_hits=loop.disk_reads.get(ReadOutcome.HIT, 0),
         disk_misses=sum(count for outcome, count in loop.disk_reads.items() if outcome != ReadOutcome.HIT),
         disk_tokens=loop.disk_tokens,

@@ -91,6 +91,8 @@ class LiveRequest:
     cached_tokens: int = 0
     guessed_tokens: int = 0
     """Tokens of the answer that were guessed before they were sampled."""
+    window: int = 1
+    """How many of its frames may be in flight at once; 1: no guess is worth it, or there is no memory for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ class ClusterState:
     """Options that are not in effect although the cluster serves; one sentence each."""
     speculation: Speculation = Speculation.OFF
     guesses: tuple[GuessCounts, ...] = ()
+    guesses_without_room: int = 0
+    """Times that a request was not guessed because there was no memory for the marks that its model needs."""
     lag_seconds: float = 0.0
     """Scheduling delay on the coordinator's machine; 0.0 unless the machine is overloaded."""
 

@@ -139,6 +139,10 @@ class GuessChains:
             return []
         times = self._meter.times
         share = (times.slots if times and len(lanes) > 1 else self._stages) // len(lanes)
+        for members in lanes:
+            if share < 2 or len(members) > 1:
+                for sequence in members:
+                    sequence.window = 1
         alone = [members[0] for members in lanes if len(members) == 1]
         frames: list[Frame] = []
         for sequence in alone:
@@ -182,7 +186,9 @@ class GuessChains:
             return []
         window = self._window(sequence, guess.source, share)
         if window > 1 and not self._reserve_marks(sequence, window):
+            self.counts.without_room += 1
             window = 1
+        sequence.window = window
         if window == 1 and len(sequence.chain) == 1:
             sequence.untried = guess
         return [(token, guess.source) for token in tokens[: window - len(sequence.chain)]]

@@ -89,6 +89,8 @@ class ScheduledSequence:
     """The length to which its next step must trim it, since stages may hold dropped guesses; None if they do not."""
     sampled: bool = False
     """A token of it has been sampled in this epoch."""
+    window: int = 1
+    """How many frames of it may be in flight, by the last decision; 1: no guess."""
     guess_marks: int = 0
     """The number of marks that its guesses may have left on the stages."""
     untried: Guess | None = None
@@ -122,6 +124,7 @@ class ScheduledSequence:
         self.chain = []
         self.trim_to = None
         self.sampled = False
+        self.window = 1
         self.guess_marks = 0
         self.untried = None
         self.joined = False

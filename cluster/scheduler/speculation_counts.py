@@ -1,4 +1,4 @@
-"""Counts guesses by their source, and the compute that wrong ones wasted on each stage."""
+"""Counts guesses by their source, those that lacked memory, and the compute that wrong ones wasted on each stage."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ class SourceCounts:
 
 @dataclass(slots=True)
 class SpeculationCounts:
-    """The counts since the coordinator started. ``wasted_s`` is in seconds, by the stage's index in its epoch."""
+    """The counts since the coordinator started. ``wasted_s`` is in seconds, by the stage's index in its epoch.
+
+    ``without_room`` counts how often a sequence was not guessed because there was no memory for marks.
+    """
 
     by_source: dict[GuessSource, SourceCounts] = field(default_factory=dict)
     wasted_s: list[float] = field(default_factory=list)
+    without_room: int = 0
 
     def of(self, source: GuessSource) -> SourceCounts:
         return self.by_source.setdefault(source, SourceCounts())
@@ -36,4 +40,6 @@ class SpeculationCounts:
 
     def copy(self) -> SpeculationCounts:
         """Return a copy that does not change any more."""
-        return SpeculationCounts({s: replace(c) for s, c in self.by_source.items()}, list(self.wasted_s))
+        return SpeculationCounts(
+            {s: replace(c) for s, c in self.by_source.items()}, list(self.wasted_s), self.without_room
+        )

@@ -418,6 +418,7 @@ class LiveRequest(_message.Message):
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     GUESSED_TOKENS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     state: Global___RequestState.ValueType
     prompt_tokens: _builtins.int
@@ -431,6 +432,8 @@ class LiveRequest(_message.Message):
     """Prompt tokens that came from a kept prefix."""
     guessed_tokens: _builtins.int
     """Tokens of the answer that were guessed before they were sampled."""
+    window: _builtins.int
+    """How many of its frames may be in flight at once; 1: no guess is worth it, or there is no memory for one."""
     def __init__(
         self,
         *,
@@ -443,10 +446,11 @@ class LiveRequest(_message.Message):
         age_seconds: _builtins.float = ...,
         cached_tokens: _builtins.int = ...,
         guessed_tokens: _builtins.int = ...,
+        window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "guessed_tokens", b"guessed_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "guessed_tokens", b"guessed_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -553,6 +557,7 @@ class GetClusterResponse(_message.Message):
     FORECAST_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     GUESSES_FIELD_NUMBER: _builtins.int
+    GUESSES_WITHOUT_ROOM_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
@@ -580,6 +585,8 @@ class GetClusterResponse(_message.Message):
     """Prefixes that are kept for later requests."""
     objective: Global___Objective.ValueType
     speculation: Global___Speculation.ValueType
+    guesses_without_room: _builtins.int
+    """Times that a request was not guessed because there was no memory for the marks that its model needs."""
     recoveries: _builtins.int
     """Losses that the service has survived since the model was loaded."""
     disk_hits: _builtins.int
@@ -652,6 +659,7 @@ class GetClusterResponse(_message.Message):
         forecast: Global___Forecast | None = ...,
         speculation: Global___Speculation.ValueType = ...,
         guesses: _abc.Iterable[Global___GuessCounts] | None = ...,
+        guesses_without_room: _builtins.int = ...,
         repair: Global___Repair | None = ...,
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
@@ -663,7 +671,7 @@ class GetClusterResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,3 +26,11 @@ def test_guesses_are_counted_by_source_and_waste_by_stage() -> None:
 
 def test_without_guesses_no_source_is_named() -> None:
     assert not [line for line in exposition() if "source=" in line]
+    assert "macpipe_guess_window 1.0" in exposition()
+
+
+def test_the_widest_window_and_missing_memory_for_marks_are_shown() -> None:
+    requests = tuple(replace(LOOP.requests[0], window=window) for window in (1, 3, 2))
+    lines = exposition(requests=requests, guesses_without_room=4)
+    assert "macpipe_guess_window 3.0" in lines
+    assert "macpipe_guesses_without_room_total 4.0" in lines

@@ -14,9 +14,16 @@ from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, printable
 from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
-from cluster.core.cluster_state import ClusterState, ServingState, StageState
+from cluster.core.cluster_state import (
+    ClusterState,
+    GuessCounts,
+    LiveRequest,
+    RequestState,
+    ServingState,
+    StageState,
+)
 from cluster.core.errors import InvalidOption
-from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, StageSpec
+from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, Speculation, StageSpec
 from cluster.core.text import parse_layers, parse_size
 from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.platform.paths import state_home
@@ -132,6 +139,20 @@ def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
     assert not [line for line in headline(state) if "overloaded" in line]
     (own,) = [line for line in headline(replace(state, lag_seconds=0.5)) if "overloaded" in line]
     assert own.startswith("problem: the coordinator's machine is overloaded")
+
+
+def test_guesses_are_shown_with_their_window_and_with_what_they_lack() -> None:
+    state = ClusterState("c", "1", ServingState.SERVING, uptime_seconds=1.0)
+    assert not [line for line in headline(state) if "speculation" in line]
+    state = replace(state, speculation=Speculation.AUTO)
+    assert "speculation (auto): no guesses yet" in headline(state)
+    live = LiveRequest("r", RequestState.DECODE, 3, 3, 1, 0, 1.0, window=2)
+    counts = (GuessCounts("ngram", 8, 6, 2), GuessCounts("draft", 0, 0, 0))
+    state = replace(state, guesses=counts, requests=(live, replace(live, window=1)), guesses_without_room=3)
+    assert (
+        "speculation (auto): ngram 6 of 8 guesses right (75%); up to 2 frames of a request in flight; "
+        "no memory for the marks of guesses 3 times"
+    ) in headline(state)
 
 
 def test_a_worker_is_shown_with_its_chip_and_what_its_mac_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,7 @@ def test_guesses_are_shown_by_source_and_their_waste_by_stage() -> None:
     counts = (GuessCounts("ngram", 9, 5, 2),)
     loop = replace(LOOP, guesses=counts, wasted_s=(0.5, 1.5, 2.5))
     assert with_requests(IDLE, loop).guesses == counts
+    assert with_requests(IDLE, replace(LOOP, guesses_without_room=3)).guesses_without_room == 3
     assert [s.wasted_seconds for s in with_plan(IDLE, PLAN, RING, loop).stages] == [0.5, 1.5]
     assert [s.wasted_seconds for s in with_plan(IDLE, PLAN, RING, LOOP).stages] == [0.0, 0.0]
 

@@ -269,6 +269,7 @@ def test_a_model_whose_caches_need_marks_is_guessed_only_where_they_fit(rng: ran
         ring.scheduler, ring.stages = Scheduler(1, plan, frozenset(), Oracle(rng, 0.0)), Stages(trimmable=False)
         ring.warm_up()
         assert bool(ring.scheduler.speculation.counts.by_source) is fits
+        assert bool(ring.scheduler.speculation.counts.without_room) is not fits
         assert ring.scheduler.reserved == (0, 0)
         assert [f.step.compute for f in ring.stages.frames if f.step] == list[Compute]()
 
