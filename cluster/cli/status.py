@@ -128,7 +128,8 @@ def headline(state: ClusterState) -> list[str]:
             f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
         )
     if state.speculation is not Speculation.OFF:
-        lines.append(f"speculation ({state.speculation}): {describe_guesses(state)}")
+        draft = f", draft model on {state.draft_worker}" if state.draft_worker else ""
+        lines.append(f"speculation ({state.speculation}{draft}): {describe_guesses(state)}")
     lines.append(
         f"{len(state.requests)} live requests, {state.requests_finished} finished,"
         f" {state.tokens_generated} tokens generated"

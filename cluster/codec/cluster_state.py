@@ -71,6 +71,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         speculation=SPECULATIONS[state.speculation],
         guesses=map(_encode_counts, state.guesses),
         guesses_without_room=state.guesses_without_room,
+        draft_worker=state.draft_worker,
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -113,6 +114,7 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         speculation=decode_speculation(reply.speculation),
         guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided) for g in reply.guesses),
         guesses_without_room=reply.guesses_without_room,
+        draft_worker=reply.draft_worker,
     )
 
 

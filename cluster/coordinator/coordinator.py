@@ -17,7 +17,7 @@ import anyio
 from cluster import __version__
 from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.draft_service import DraftAssignment, assign_draft, require_matching_draft
+from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, require_matching_draft
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
@@ -180,7 +180,8 @@ class Coordinator:
         if draft_info:
             draft = assign_draft(self._epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
         await self._close(NotServing("another model is being loaded"))
-        self._roster.pin((*workers, draft.worker) if draft else workers)
+        self._roster.pin(workers)
+        self._roster.pin_draft(draft.worker if draft else None)
         self._heartbeat.start()
         service = await self._open_service(model_info, order, Assignment(plan, workers), report, draft)
         service.loop.answers.totals = self._totals
@@ -269,6 +270,7 @@ class Coordinator:
             await service.model_info.close()
             await service.close(error)
         self._roster.pin(())
+        self._roster.pin_draft(None)
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""
@@ -409,6 +411,7 @@ class Coordinator:
             move=service.move.describe() if service and service.move else None,
             recoveries=service.recoveries if service else 0,
             warnings=self._warnings(),
+            draft_worker=service.draft_worker if service else "",
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):

@@ -65,7 +65,10 @@ class ServiceDeps:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryContext:
-    """The served model and the parts that a recovery uses. ``failures`` queues those that are not handled yet."""
+    """The served model and the parts that a recovery uses. ``failures`` queues those that are not handled yet.
+
+    ``draft_worker`` returns the worker that holds the draft model, "" if there is none. It gets layers last.
+    """
 
     deps: ServiceDeps
     model_info: ModelInfo
@@ -74,6 +77,7 @@ class RecoveryContext:
     loop: EngineLoop
     failures: Failures
     disks: PrefixDisks
+    draft_worker: Callable[[], str]
 
 
 class EpochChange(ABC):
@@ -120,7 +124,8 @@ class EpochChange(ABC):
         context = self._context
         plan = self._epoch.plan
         number = context.deps.epochs.next(m.info.epoch for m in members)
-        return reassign_layers(number, plan, context.model_info.shape, context.order, members, self._without)
+        last = (context.draft_worker(),)
+        return reassign_layers(number, plan, context.model_info.shape, context.order, members, self._without, last)
 
     async def _open(self, chosen: Assignment) -> Epoch:
         context = self._context

@@ -1,18 +1,19 @@
 """Decide the next epoch's plan after the loss of a stage. Loads nothing.
 
-Preference, in this order: the same workers, if all are back; a spare for each missing worker; a new cut over the
-remaining workers.
+Preference, in this order: the same workers, if all are back; a spare for each missing worker, the draft model's last; a
+new cut over the remaining workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import DoesNotFit, NoWorkers
+from cluster.core.errors import DoesNotFit, NoPlan, NoWorkers
 from cluster.core.plan import LayerRange, ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
 from cluster.placement.memory_split import place_on_largest
@@ -33,8 +34,12 @@ def reassign_layers(
     order: LoadOrder,
     members: Iterable[RosterEntry],
     without: Collection[str] = (),
+    last: Collection[str] = (),
 ) -> Assignment:
     """Return the plan of the next epoch over the usable members, except those named in ``without``.
+
+    Those named in ``last`` take the place of a missing worker only if no other spare can. They are part of a new cut
+    only if the model does not fit otherwise.
 
     Raises ``NoWorkers`` if no worker is left, and ``NoPlan`` or ``DoesNotFit`` if the model does not fit on the rest.
     """
@@ -42,8 +47,15 @@ def reassign_layers(
     fit = {name: info for name, info in usable.items() if name not in without}
     if not fit:
         raise NoWorkers("no worker is left to hold the layers; start one with `macpipe worker`")
-    same = _keep_cut(epoch, plan, shape, order, fit)
-    return same or _make_new_cut(epoch, plan, shape, order, fit)
+    others = {name: info for name, info in fit.items() if name not in last or name in {s.worker for s in plan.stages}}
+    choices = [others, fit] if len(others) < len(fit) else [fit]
+    for offered in choices:
+        if same := _keep_cut(epoch, plan, shape, order, offered):
+            return same
+    if len(choices) > 1 and others:
+        with suppress(NoPlan, DoesNotFit):
+            return _make_new_cut(epoch, plan, shape, order, others)
+    return _make_new_cut(epoch, plan, shape, order, fit)
 
 
 def restore_plan(

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import anyio
 
 from cluster.coordinator.canary import run_canary
-from cluster.coordinator.draft_service import DraftAssignment, DraftService
+from cluster.coordinator.draft_assignment import DraftAssignment
+from cluster.coordinator.draft_service import DraftService
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder, unload_workers
 from cluster.coordinator.model_reader import ModelInfo
@@ -77,7 +78,7 @@ class ModelService:
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order)
-        self._draft = DraftService(draft, deps.dialer, deps.weights, self._control) if draft else None
+        self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
         scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, self._guesser(order.speculation))
         tokenizer = model_info.tokenizer
         step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])
@@ -114,6 +115,11 @@ class ModelService:
         return self._draft.problem if self._draft else ""
 
     @property
+    def draft_worker(self) -> str:
+        """The worker that holds the draft model; "" if there is none, or if it is lost."""
+        return self._draft.worker if self._draft else ""
+
+    @property
     def speculation(self) -> Speculation:
         """What guesses tokens before they are sampled."""
         return self._order.speculation
@@ -137,7 +143,14 @@ class ModelService:
             self.loop.on_stream_lost,
         )
         self._context = RecoveryContext(
-            self._deps, self.model_info, self._order, builder, self.loop, self._failures, self._disks
+            self._deps,
+            self.model_info,
+            self._order,
+            builder,
+            self.loop,
+            self._failures,
+            self._disks,
+            lambda: self.draft_worker,
         )
         plan, workers = self._first.plan, self._first.workers
         try:
@@ -166,7 +179,7 @@ class ModelService:
             self._end_leave(name, error)
         await anyio.to_thread.run_sync(self.loop.stop, error)
         if self._draft:
-            await anyio.to_thread.run_sync(self._draft.close)
+            await self._draft.close()
         await unload_workers(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
 
     def _control(self, address: str) -> WorkerClient:
@@ -193,6 +206,8 @@ class ModelService:
         if belief.worker in self._stage_workers() and belief.standing is Standing.GONE:
             cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
             self.loop.suspect(cause)
+        if self._draft and belief.worker == self._draft.worker and belief.standing is Standing.GONE:
+            self._draft.lose(f"worker {belief.worker}: {belief.why}")
 
     def alive(self) -> set[str]:
         """Return the workers that a frame passed within the last ``HEARTBEAT_S``."""
@@ -233,11 +248,15 @@ class ModelService:
         except TimeoutError:
             await self._move_draining()
             await self._restore_layers()
+            if self._draft:
+                self._draft.tend(self._stage_workers())
         else:
             await self._recover(cause)
 
     async def _recover(self, cause: MacpipeError) -> None:
         assert self._epoch
+        if self._draft:
+            self._draft.stop_loading()
         self.recovery = recovery = Recovery(self._context, self._epoch, cause)
         self._notify(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
@@ -258,6 +277,8 @@ class ModelService:
         switch starts a recovery.
         """
         self.move = move
+        if self._draft:
+            self._draft.stop_loading()
         try:
             self._epoch = await move.run(chosen)
         except MacpipeError as e:
@@ -273,11 +294,13 @@ class ModelService:
     # Draining workers
 
     async def move_away(self, name: str) -> None:
-        """Wait until a drained worker holds no layers.
+        """Wait until a drained worker holds no layers, nor the draft model.
 
         Raises ``NoPlan`` if no other workers can hold its layers, ``Aborted`` if the drain is undone, ``WorkerLost`` if
         the worker crashes in the meantime and keeps its layers, and ``DeadlineExceeded`` after ``MOVE_S``.
         """
+        if self._draft:
+            await self._draft.leave(name)
         if name not in self._stage_workers():
             return
         if (leaving := self._leaving.get(name)) is None:

@@ -147,6 +147,8 @@ class ClusterState:
     guesses: tuple[GuessCounts, ...] = ()
     guesses_without_room: int = 0
     """Times that a request was not guessed because there was no memory for the marks that its model needs."""
+    draft_worker: str = ""
+    """The worker that holds the draft model; "" if there is none, or if it is lost."""
     lag_seconds: float = 0.0
     """Scheduling delay on the coordinator's machine; 0.0 unless the machine is overloaded."""
 

@@ -117,15 +117,17 @@ class DraftGuesser:
     def forget_client(self, client: str) -> None:
         """A draft model keeps no answers."""
 
-    def open(self) -> None:
-        """Begin to guess: the draft's ring is there."""
-        self._closed = False
+    def open(self, model: DraftModel) -> None:
+        """Begin to guess: the ring of ``model`` is there, and its stage holds nothing."""
+        self._model, self._closed = model, False
+        self._numbers = self._sequences = 0
 
     def close(self) -> None:
         """Guess nothing any more: the draft's ring is lost."""
         self._closed = True
         self._drafted.clear()
         self._by_id.clear()
+        self._reserved = 0
 
     def _begin(self, request: Request) -> _DraftedSequence | None:
         length = len(request.prompt) + request.max_tokens + MAX_DRAFTS

@@ -558,6 +558,7 @@ class GetClusterResponse(_message.Message):
     SPECULATION_FIELD_NUMBER: _builtins.int
     GUESSES_FIELD_NUMBER: _builtins.int
     GUESSES_WITHOUT_ROOM_FIELD_NUMBER: _builtins.int
+    DRAFT_WORKER_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
@@ -587,6 +588,8 @@ class GetClusterResponse(_message.Message):
     speculation: Global___Speculation.ValueType
     guesses_without_room: _builtins.int
     """Times that a request was not guessed because there was no memory for the marks that its model needs."""
+    draft_worker: _builtins.str
+    """The worker that holds the draft model; empty if there is none, or if it is lost."""
     recoveries: _builtins.int
     """Losses that the service has survived since the model was loaded."""
     disk_hits: _builtins.int
@@ -660,6 +663,7 @@ class GetClusterResponse(_message.Message):
         speculation: Global___Speculation.ValueType = ...,
         guesses: _abc.Iterable[Global___GuessCounts] | None = ...,
         guesses_without_room: _builtins.int = ...,
+        draft_worker: _builtins.str = ...,
         repair: Global___Repair | None = ...,
         recoveries: _builtins.int = ...,
         move: Global___Repair | None = ...,
@@ -671,7 +675,7 @@ class GetClusterResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

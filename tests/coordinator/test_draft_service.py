@@ -1,24 +1,29 @@
-"""Which draft models fit a target, where one is put, and what is refused."""
+"""Which draft models fit a target, where one is put, what is refused, and how one comes back after a loss."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shutil
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
 from cluster.coordinator import draft_service
-from cluster.coordinator.draft_service import DraftService, assign_draft, require_matching_draft
+from cluster.coordinator.draft_assignment import assign_draft, require_matching_draft
+from cluster.coordinator.draft_service import DRAFT_RETRY_S, MOST_DRAFT_RETRY_S, DraftService
+from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import InvalidOption, NoPlan
+from cluster.core.errors import InvalidOption, NoPlan, StaleEpoch, WorkerLost
 from cluster.core.frames import Compute, Frame, Sample
 from cluster.core.limits import GIB
-from cluster.core.plan import LayerRange, Speculation
+from cluster.core.plan import LayerRange, Plan, Speculation
 from cluster.core.request import Request, SamplingParams
 from cluster.core.worker import WorkerInfo
 from cluster.model.checkpoint import BUNDLED
@@ -88,6 +93,13 @@ def test_a_draft_is_put_whole_on_a_mac_without_layers(target: ModelInfo, draft: 
     assert [stage.layers for stage in chosen.plan.stages] == [LayerRange(0, draft.shape.layers)]
 
 
+def test_a_mac_that_holds_the_draft_already_is_chosen_before_a_larger_one(target: ModelInfo, draft: ModelInfo) -> None:
+    whole = {"layers": LayerRange(0, draft.shape.layers), "fingerprint": draft.shape.model.fingerprint}
+    bob = replace(worker("bob"), epoch=3, **whole)  # type: ignore[arg-type]
+    assert assign_draft(7, target, draft, [worker("ada", 9 * GIB), bob], []).worker.name == "bob"
+    assert assign_draft(7, target, draft, [worker("ada", 9 * GIB), replace(bob, kv_bits=8)], []).worker.name == "ada"
+
+
 def test_a_draft_without_room_is_refused(target: ModelInfo, draft: ModelInfo) -> None:
     with pytest.raises(NoPlan, match="no Mac is left for the draft model faq-draft"):
         assign_draft(7, target, draft, [worker("ada")], ["ada"])
@@ -112,20 +124,24 @@ def test_options_that_go_together() -> None:
 
 
 class DraftRing:
-    """Stands for the builder of the draft's epoch and for its ring. It computes nothing."""
+    """Stands for the builder of a draft's epoch and for its ring. It computes nothing."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, opened: OpenDraft, arguments: tuple[Any, ...]) -> None:
         *_, self.received, self.lost = arguments
+        self._opened = opened
         self.sent: list[Frame] = []
-        self.lost_at_once = self.closed = False
+        self.lost_at_once = opened.lost_at_once
+        self.closed = False
 
-    async def load(self, *_: Any) -> None: ...
+    async def load(self, plan: Plan, workers: tuple[WorkerInfo, ...]) -> None:
+        self.worker, self.epoch = workers[0].name, plan.epoch
+        await self._opened.loads()
 
     async def link(self, *_: Any) -> None: ...
 
     async def connect(self, _epoch: Any) -> Self:
         if self.lost_at_once:
-            self.lost(7, "bob", "it is gone")
+            self.lost(self.epoch, self.worker, "it is gone")
         return self
 
     def send(self, message: bytes) -> None:
@@ -139,27 +155,74 @@ REQUEST = Request("r", (5, 6, 7), SamplingParams(), 40)
 
 
 class OpenDraft:
-    """A draft service over a ring that computes nothing, with the engine loop's jobs done at once."""
+    """A draft service over rings that compute nothing, with the engine loop's jobs done at once.
+
+    Its target is on ``ada``, the draft on ``bob``; ``cyd`` is a spare. Jobs of the event loop run within ``run``.
+    """
 
     def __init__(self, target: ModelInfo, draft: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(draft_service, "EpochBuilder", self._build)
-        unused: Any = None
-        assignment = assign_draft(7, target, draft, [worker("ada"), worker("bob")], ["ada"])
-        self.service = DraftService(assignment, unused, unused, unused)
+        monkeypatch.setattr(draft_service, "unload_workers", self._unload)
+        monkeypatch.setattr(draft_service, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.members = [RosterEntry(worker(name)) for name in ("ada", "bob", "cyd")]
+        self.now, self.lost_at_once = 100.0, False
+        self.rings: list[DraftRing] = []
         self.flushes: list[bool] = []
-        self.lost_at_once = False
+        self.told: list[str] = []
+        self.freed: list[str] = []
+        self.gone: set[str] = set()
+        self.epochs = EpochNumbers(clock=lambda: 0)
+        self.loads: Callable[[], Coroutine[Any, Any, None]] = self._loads
+        deps: Any = SimpleNamespace(
+            dialer=None,
+            weights=None,
+            epochs=self.epochs,
+            roster=SimpleNamespace(pin_draft=lambda pinned: None),
+            heartbeat=SimpleNamespace(members=lambda: tuple(self.members), is_gone=self.gone.__contains__),
+        )
+        assignment = assign_draft(self.epochs.next(), target, draft, [worker("ada"), worker("bob")], ["ada"])
+        control: Any = lambda address: address  # noqa: E731
+        self.service = DraftService(target, assignment, deps, control, self.told.append)
 
     def _build(self, *arguments: Any) -> DraftRing:
-        self.ring = DraftRing(*arguments)
-        self.ring.lost_at_once = self.lost_at_once
-        return self.ring
+        self.rings.append(DraftRing(self, arguments))
+        return self.rings[-1]
+
+    async def _loads(self) -> None: ...
+
+    async def _unload(self, epoch: int, controls: list[str]) -> None:
+        self.freed += controls
+
+    @property
+    def ring(self) -> DraftRing:
+        return self.rings[-1]
+
+    async def opened(self) -> None:
+        await self.service.open(lambda _: None, lambda job: self.flushes.append(job()))
 
     def open(self) -> None:
-        asyncio.run(self.service.open(lambda _: None, lambda job: self.flushes.append(job())))
+        asyncio.run(self.opened())
+
+    async def tend(self, *busy: str) -> None:
+        """Tend, and wait for what that began."""
+        self.service.tend(busy or ("ada",))
+        if self.service._task:
+            await asyncio.wait((self.service._task,))
 
     def guess(self) -> tuple[int, ...]:
         guess = self.service.guesser.propose(REQUEST, REQUEST.prompt, 2)
         return guess.tokens if guess else ()
+
+    def answer(self, ring: DraftRing) -> None:
+        """Bring the guesses that a ring was asked for."""
+        samples = tuple(Sample(1, 3 + i, 20 + i) for i in range(10))
+        ring.received(encode(Frame(ring.epoch, 0, 1, samples=samples)))
+
+    def spoil(self, name: str, problem: str = "it is gone", **more: bool) -> None:
+        self.members = [
+            RosterEntry(replace(m.info, **more), problem) if m.info.name == name else m  # type: ignore[arg-type]
+            for m in self.members
+        ]
 
 
 @pytest.fixture
@@ -169,28 +232,29 @@ def opened(target: ModelInfo, draft: ModelInfo, monkeypatch: pytest.MonkeyPatch)
 
 def test_drafts_that_arrive_are_sent_as_guesses(opened: OpenDraft) -> None:
     assert opened.guess() == ()
-    assert opened.service.problem == "the draft model is not loaded yet"
+    assert opened.service.problem == "the draft model faq-draft is not loaded yet"
     opened.open()
-    assert opened.service.problem == ""
+    assert (opened.service.problem, opened.service.worker) == ("", "bob")
     assert opened.guess() == ()
     prefill, decode_ = opened.ring.sent
     assert prefill.step
     assert decode_.step
-    assert (prefill.step.compute, prefill.step.tokens, prefill.epoch) == (Compute.PREFILL, ((5, 6),), 7)
+    epoch = opened.ring.epoch
+    assert (prefill.step.compute, prefill.step.tokens, prefill.epoch) == (Compute.PREFILL, ((5, 6),), epoch)
     assert (decode_.step.compute, decode_.step.tokens, decode_.step.drafts) == (Compute.DECODE, ((7,),), 10)
-    samples = tuple(Sample(1, 3 + i, 20 + i) for i in range(10))
-    opened.ring.received(encode(Frame(7, 0, 1, samples=samples)))
+    opened.answer(opened.ring)
     assert opened.flushes == [False, True]
     assert opened.guess() == (20, 21)
-    opened.service.close()
+    asyncio.run(opened.service.close())
     assert opened.ring.closed
 
 
 def test_a_lost_draft_is_told_and_guesses_no_more(opened: OpenDraft) -> None:
     opened.open()
     opened.guess()
-    opened.ring.lost(7, "bob", "it is gone")
-    assert opened.service.problem == "the draft model is lost (bob: it is gone); load the model again to have it back"
+    opened.ring.lost(opened.ring.epoch, "bob", "it is gone")
+    assert opened.service.problem == "the draft model faq-draft does not guess: bob: it is gone"
+    assert opened.service.worker == ""
     assert opened.ring.closed
     sent = len(opened.ring.sent)
     assert opened.guess() == ()
@@ -201,10 +265,10 @@ def test_a_lost_draft_is_told_and_guesses_no_more(opened: OpenDraft) -> None:
 def test_a_draft_that_is_lost_while_it_is_connected_stays_lost(opened: OpenDraft) -> None:
     opened.lost_at_once = True
     opened.open()
-    assert "bob: it is gone" in opened.service.problem
+    assert opened.service.worker == ""
     assert opened.guess() == ()
     assert not opened.ring.sent
-    opened.service.close()
+    asyncio.run(opened.service.close())
     assert opened.ring.closed
 
 
@@ -212,5 +276,127 @@ def test_an_invalid_reply_of_a_draft_ends_it_alone(opened: OpenDraft) -> None:
     opened.open()
     opened.guess()
     opened.ring.received(b"no frame")
-    assert "the draft model is lost" in opened.service.problem
+    assert "the draft model faq-draft does not guess" in opened.service.problem
     assert opened.guess() == ()
+
+
+def test_a_lost_draft_comes_back_on_another_mac_and_begins_anew(opened: OpenDraft) -> None:
+    async def play() -> None:
+        await opened.opened()
+        await opened.tend()
+        assert len(opened.rings) == 1, "nothing is to be done"
+        opened.guess()
+        first = opened.ring
+        first.lost(first.epoch, "bob", "it is gone")
+        opened.spoil("bob")
+        await opened.tend()
+        assert (opened.service.worker, opened.service.problem, opened.freed) == ("cyd", "", [])
+        assert opened.ring.epoch > first.epoch
+        opened.answer(first)
+        assert opened.guess() == (), "what the lost ring still says is of no use"
+        assert [frame.number for frame in opened.ring.sent] == [0, 1]
+        opened.answer(opened.ring)
+        assert opened.guess() == (20, 21)
+        first.lost(first.epoch, "bob", "it is gone")
+        assert opened.service.worker == "cyd"
+
+    asyncio.run(play())
+    lost, back = opened.told
+    assert "does not guess: bob: it is gone" in lost
+    assert back == "the draft model faq-draft guesses again on worker cyd"
+
+
+def test_a_draft_whose_mac_takes_layers_goes_elsewhere_or_waits_for_a_mac(opened: OpenDraft) -> None:
+    async def play() -> None:
+        await opened.opened()
+        await opened.tend("ada", "bob")
+        assert (opened.service.worker, opened.freed) == ("cyd", []), "bob holds layers now"
+        opened.spoil("ada")
+        opened.now += DRAFT_RETRY_S
+        await opened.tend("bob", "cyd")
+        assert opened.service.worker == ""
+        assert "no Mac is left for the draft model faq-draft" in opened.service.problem
+        opened.spoil("ada", "")
+        await opened.tend("bob", "cyd")
+        assert opened.service.worker == "", "it was tried a moment ago"
+        opened.now += DRAFT_RETRY_S
+        await opened.tend("bob", "cyd")
+        assert opened.service.worker == "ada"
+
+    asyncio.run(play())
+
+
+def test_a_draft_leaves_a_mac_that_drains_and_frees_it(opened: OpenDraft) -> None:
+    async def play() -> None:
+        await opened.opened()
+        opened.spoil("bob", "", draining=True)
+        await opened.tend()
+        assert (opened.service.worker, opened.freed) == ("cyd", ["bob:1"])
+        await opened.service.leave("ada")
+        assert opened.service.worker == "cyd"
+        opened.spoil("cyd", "", draining=True)
+        await opened.service.leave("cyd")
+        assert (opened.service.worker, opened.freed) == ("", ["bob:1", "cyd:1"])
+        assert opened.service.problem == "the draft model faq-draft does not guess: worker cyd is being drained"
+        await opened.tend("ada")
+        assert opened.service.worker == ""
+
+    asyncio.run(play())
+
+
+def test_a_draft_that_cannot_be_loaded_is_tried_again_less_and_less_often(opened: OpenDraft) -> None:
+    async def play() -> None:
+        await opened.opened()
+        opened.ring.lost(opened.ring.epoch, "bob", "it is gone")
+
+        async def fail() -> None:
+            if len(opened.rings) == 2:
+                raise StaleEpoch("an old epoch", epoch=str(opened.epochs.last + 50))
+            raise WorkerLost("worker bob ended")
+
+        opened.loads = fail
+        waits, last = list[float](), opened.now
+        while len(opened.rings) < 9:
+            before = len(opened.rings)
+            await opened.tend()
+            if len(opened.rings) > before:
+                waits.append(opened.now - last)
+                last = opened.now
+            opened.now += 1.0
+        assert "worker bob ended" in opened.service.problem
+        assert waits == [0.0, *(min(DRAFT_RETRY_S * 2**i, MOST_DRAFT_RETRY_S) for i in range(7))]
+        assert opened.rings[2].epoch > opened.rings[1].epoch + 50, "what the refusal named was learnt"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("end", ["gone", "layers", "close"])
+def test_a_load_of_the_draft_ends_if_its_mac_is_gone_or_layers_come_first(opened: OpenDraft, end: str) -> None:
+    async def play() -> None:
+        await opened.opened()
+        opened.ring.lost(opened.ring.epoch, "bob", "it is gone")
+        began, never = asyncio.Event(), asyncio.Event()
+
+        async def hang() -> None:
+            began.set()
+            await never.wait()
+
+        opened.loads = hang
+        opened.service.tend(("ada",))
+        task = opened.service._task
+        assert task
+        await began.wait()
+        opened.service.tend(("ada",))
+        assert len(opened.rings) == 2, "a load is under way"
+        if end == "gone":
+            opened.gone.add(opened.ring.worker)
+            opened.service.tend(("ada",))
+        elif end == "layers":
+            opened.service.stop_loading()
+        else:
+            await opened.service.close()
+        await asyncio.wait((task,))
+        assert task.cancelled()
+        assert opened.service.worker == ""
+
+    asyncio.run(play())

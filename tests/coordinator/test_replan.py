@@ -41,8 +41,10 @@ def members(*workers: WorkerInfo, **problems: str) -> list[RosterEntry]:
     return [RosterEntry(f, problems.get(f.name, ""), f.name not in problems) for f in workers]
 
 
-def chosen(*workers: WorkerInfo, without: tuple[str, ...] = (), **problems: str) -> list[tuple[str, str]]:
-    found = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*workers, **problems), without)
+def chosen(
+    *workers: WorkerInfo, without: tuple[str, ...] = (), last: tuple[str, ...] = (), **problems: str
+) -> list[tuple[str, str]]:
+    found = reassign_layers(EPOCH + 1, PLAN, SHAPE, ORDER, members(*workers, **problems), without, last)
     assert [w.name for w in found.workers] == [s.worker for s in found.plan.stages]
     assert found.plan.epoch == EPOCH + 1
     return [(s.worker, str(s.layers)) for s in found.plan.stages]
@@ -54,6 +56,22 @@ def test_the_same_workers_come_first_then_a_spare_then_a_new_cut() -> None:
     assert chosen(*STAGES, dee, bob="gone") == [("ada", "0-1"), ("dee", "2-3"), ("cyd", "4-5")]
     assert chosen(*STAGES, bob="gone") == [("ada", "0-2"), ("cyd", "3-5")]
     assert chosen(*STAGES, without=("ada",)) == [("bob", "0-2"), ("cyd", "3-5")]
+
+
+def test_the_draft_models_worker_takes_layers_only_where_no_other_spare_can() -> None:
+    dee, eve, tiny = worker("dee", 80), worker("eve"), worker("fay", 1)
+    kept = [("ada", "0-1"), ("eve", "2-3"), ("cyd", "4-5")]
+    assert chosen(*STAGES, dee, last=("dee",)) == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
+    assert chosen(*STAGES, dee, eve, last=("dee",), bob="gone") == kept
+    taken = [("ada", "0-1"), ("dee", "2-3"), ("cyd", "4-5")]
+    assert chosen(*STAGES, dee, last=("dee",), bob="gone") == taken
+    assert chosen(*STAGES, dee, tiny, last=("dee",), bob="gone") == taken
+    both = chosen(*STAGES, dee, last=("dee",), ada="gone", bob="gone")
+    assert [name for name, _ in both] == ["cyd", "dee"], "the layers do not fit on cyd alone"
+    roomy = (holding("ada", 0, 2), holding("bob", 2, 4), holding("cyd", 4, 6, memory_limit=400 * MIB))
+    alone = chosen(*roomy, dee, last=("dee",), ada="gone", bob="gone")
+    assert alone == [("cyd", "0-5")], "the draft stays where the layers fit without its worker"
+    assert chosen(*STAGES, worker("dee", 400), last=("dee",), ada="gone", bob="gone", cyd="gone") == [("dee", "0-5")]
 
 
 def test_the_spare_that_has_the_layers_already_is_taken_before_a_larger_one() -> None:
