@@ -162,7 +162,7 @@ def test_any_guesser_leaves_every_sample_bit_for_bit(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: rng.randint(1, max(1, most)))
             play = Play(rings(arch, stages), shape(arch), rng, Replay(rng, plain, error))
-            said = play.answer(requests, together if stages > 1 else 1)  # one lane would batch them
+            said = play.answer(requests, together if stages > 1 else 1)  # one lane would turn their windows
         counts = play.scheduler.speculation.counts.by_source
         play.close()
         assert said == plain

@@ -20,7 +20,7 @@ from cluster.core.request import SamplingParams
 from cluster.model.model_shape import read_shape
 from effort import chosen
 from model.memory import settled_memory
-from model.ring import PROMPT, Ring, tokens
+from model.ring import ALL, PROMPT, Ring, logprobs, tokens
 
 Checkpoints = Callable[[str], Path]
 Shapes = Callable[[str], ModelShape]
@@ -130,6 +130,45 @@ def test_a_sequence_in_a_lane_says_what_it_says_alone(arch: str, stages: int, ri
     assert all((s.sequences, s.cache_bytes) == (0, 0) for s in ring.stages)
     for talk in everyone:
         assert talk.said[: talk.count] == alone(ring, talk), (talk.id, len(talk.prompt))
+
+
+def together(ring: Ring, first: int, second: int, count: int) -> list[tuple[list[Sample], list[Sample]]]:
+    """Answer prompts of two lengths alone, then in one lane. Return the samples of each, alone and in the lane."""
+    prompts = [PROMPT[:first], tuple((7 * token + 3) % 250 for token in PROMPT[:second])]
+    lone = [ring.answer(ALL, count, prompt) for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        ring.send(Join(i, len(prompt), ALL))
+        ring.prefill(i, prompt[:-1])
+    lane: list[list[Sample]] = [[], []]
+    fed = [prompt[-1] for prompt in prompts]
+    for _ in range(count):
+        step = Step(Compute.DECODE, (0, 1), tuple((token,) for token in fed))
+        samples = ring.send(step=step).samples
+        fed = tokens(samples)
+        for row, sample in zip(lane, samples, strict=True):
+            row.append(replace(sample, sequence=1))
+    ring.send(Leave(0), Leave(1))
+    return list(zip(lone, lane, strict=True))
+
+
+@pytest.mark.parametrize("arch", chosen(PLAIN, "llama", "llama_sliding"))
+def test_a_lane_changes_no_bit_of_a_distribution(arch: str, rings: Rings) -> None:
+    for alone, lane in together(rings(arch, 1), 20, 40, 4):
+        assert lane == alone
+
+
+def test_a_window_that_fills_in_a_lane_adds_its_keys_in_another_order(rings: Rings) -> None:
+    """Rows of a lane overwrite one slot of their windows (16) at a time, so the shorter row's keys are turned around.
+
+    Its distributions are bit for bit the same until then, and its tokens always.
+    """
+    filled = 16 - 14
+    (short, turned), (long, same) = together(rings("llama_sliding", 1), 10, 15, 4)
+    assert same == long
+    assert turned[:filled] == short[:filled]
+    assert tokens(turned) == tokens(short)
+    for one, other in zip(turned, short, strict=True):
+        assert mx.allclose(logprobs(one), logprobs(other), rtol=0, atol=1e-4)
 
 
 def test_which_models_can_share_a_lane(tmp_path: Path, shape: Shapes) -> None:
