@@ -13,6 +13,7 @@ NOT_QUICK = frozenset(
         "compat",
         "discovery/test_lan.py",
         "discovery/test_multicast.py",
+        "faults/test_drafts.py",
         "faults/test_kills.py",
         "faults/test_leaving.py",
         "faults/test_links.py",

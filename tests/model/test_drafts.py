@@ -83,8 +83,9 @@ class Drafting:
 
     def __init__(self, ring: Ring, capacity: int = 1000) -> None:
         self.stage = ring.stages[0]
-        self.guesser = DraftGuesser(DraftModel(1, VOCABULARY, VOCABULARY, 512, capacity, 16), self._send)
-        self.guesser.open()
+        model = DraftModel(1, VOCABULARY, VOCABULARY, 512, capacity, 16)
+        self.guesser = DraftGuesser(model, self._send)
+        self.guesser.open(model)
         self.waiting: list[Frame] = []
         self.decodes = 0
 
