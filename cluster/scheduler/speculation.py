@@ -1,16 +1,15 @@
 """Decides how many frames of a sequence may be in flight: pure arithmetic on measured times and acceptance.
 
-Without guesses a token takes a whole lap of the ring. With a chain of frames in flight, a right guess takes the time
-between two frames, and a wrong one a lap, plus the time for which frames of no use still hold a stage.
+``cluster.core.lap_times`` has the time that a token takes. Here it is weighed, and the times are measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from cluster.core.frames import StageTiming
+from cluster.core.lap_times import LapTimes, mean_token_time
 
 SMOOTHING: Final = 0.1
 LEAST_FRAMES: Final = 4
@@ -23,67 +22,15 @@ LEAST_GAIN: Final = 0.03
 """The share of a lap to gain at least. The acceptance is an estimate, and near the break-even it errs both ways."""
 
 
-@dataclass(frozen=True, slots=True)
-class LapTimes:
-    """What a frame of one row takes: ``stages`` to compute, in order, and ``hop`` between two of them, in one unit."""
-
-    stages: tuple[float, ...]
-    hop: float = 0.0
-
-    @property
-    def lap(self) -> float:
-        """The time from sending a frame to its reply, if nothing delays it."""
-        return sum(self.stages) + (len(self.stages) + 1) * self.hop
-
-    @property
-    def slots(self) -> int:
-        """How many frames can be in flight without waiting for each other, at most one for each stage."""
-        slowest = max(self.stages)
-        return min(len(self.stages), int(self.lap / slowest)) if slowest else len(self.stages)
-
-    def period(self, window: int) -> float:
-        """Return the time between two replies of ``window`` frames that follow each other."""
-        return max(*self.stages, self.lap / window)
-
-    def residual(self, window: int) -> float:
-        """Return how much later a frame comes back that follows a wrong guess.
-
-        ``window`` frames were sent together, and the first reply showed that the others are of no use. The last stage
-        skips them. Another stage skips those that wait there once the next certain frame has arrived, but not the one
-        that it is computing.
-        """
-        stale = [self.hop] * (window - 1)  # when each arrives at the present stage
-        free, certain = self.hop + self.stages[0], self.lap + self.hop
-        for i, seconds in enumerate(self.stages):
-            left: list[float] = []
-            for arrival in stale if i < len(self.stages) - 1 else ():
-                begins = max(arrival, free)
-                if begins < certain:
-                    free = begins + seconds
-                    left.append(free + self.hop)
-            certain = max(certain, free) + seconds + self.hop
-            following = self.stages[i + 1] if i + 1 < len(self.stages) else 0.0
-            head = sum(self.stages[: i + 1]) + (i + 2) * self.hop  # when the first frame arrives at the next stage
-            stale, free = left, head + following
-        return certain - 2 * self.lap
-
-
-def mean_token_time(times: LapTimes, window: int, acceptance: float) -> float:
-    """Return the expected time of a token with ``window`` frames in flight, where guesses are right that often."""
-    if window < 2:
-        return times.lap
-    miss = times.lap + times.residual(window) + GUESS_COST * times.lap
-    return (1 - acceptance) * miss + acceptance * times.period(window)
-
-
 def choose_window(times: LapTimes, acceptance: float, most: int) -> int:
     """Return how many frames may be in flight, at most ``most``; 1 means no guess, as long as little can be gained.
 
     More frames than stages never pay: one of no use would hold the first stage when the next certain one comes.
     """
+    cost = (1 - acceptance) * GUESS_COST * times.lap
     windows = range(2, min(most, len(times.stages)) + 1)
     best = min(windows, key=lambda window: mean_token_time(times, window, acceptance), default=1)
-    return best if mean_token_time(times, best, acceptance) <= (1 - LEAST_GAIN) * times.lap else 1
+    return best if mean_token_time(times, best, acceptance) + cost <= (1 - LEAST_GAIN) * times.lap else 1
 
 
 class LapMeter:

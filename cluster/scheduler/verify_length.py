@@ -6,32 +6,22 @@ sequence. It yields the tokens up to the first wrong guess. As many frames as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from cluster.scheduler.speculation import LapTimes
+from cluster.core.lap_times import LapTimes, mean_token_time
 
-__all__ = ["choose_verify_length", "mean_token_time"]
-
-
-def mean_token_time(stages: Sequence[float], hop: float, tokens: int, acceptance: float) -> float:
-    """Return the expected time of a token if each frame verifies ``tokens`` tokens.
-
-    ``stages`` are the times of such a frame on each stage, ``hop`` is the time between two stages, and ``acceptance``
-    the probability that a guess is right. A token of a frame after a wrong guess takes a whole lap of the ring; later
-    frames follow at the pace of the slowest stage.
-    """
-    times = LapTimes(tuple(stages), hop)
-    period = times.period(len(stages))
-    if acceptance >= 1:
-        return period / tokens
-    whole = acceptance**tokens
-    return (1 - acceptance) * (times.lap + period * whole / (1 - whole))
+__all__ = ["choose_verify_length"]
 
 
-def choose_verify_length(steps: Mapping[int, Sequence[float]], hop: float, acceptance: float) -> int:
+def choose_verify_length(steps: Mapping[int, LapTimes], acceptance: float) -> int:
     """Return the number of tokens per frame with the least expected time of a token; the smallest of equal ones.
 
-    ``steps`` has, for each possible number of tokens, the times of such a frame on each stage. It must have 1: one
-    token per frame is the choice unless more are known to be faster.
+    ``steps`` has the times of a frame of each possible number of tokens. It must have 1: one token per frame is the
+    choice unless more are known to be faster.
     """
-    return min(steps, key=lambda tokens: (mean_token_time(steps[tokens], hop, tokens, acceptance), tokens))
+
+    def expected(tokens: int) -> float:
+        times = steps[tokens]
+        return mean_token_time(times, len(times.stages), acceptance, tokens)
+
+    return min(steps, key=lambda tokens: (expected(tokens), tokens))

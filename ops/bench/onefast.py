@@ -19,7 +19,7 @@ from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
 
 from cluster.client import Client, Completion
-from cluster.scheduler.speculation import LapTimes, mean_token_time
+from cluster.core.lap_times import LapTimes, mean_token_time
 
 RATES = (0.0, 0.7, 0.9)
 PROMPT = [(i * 31) % 250 for i in range(16)]

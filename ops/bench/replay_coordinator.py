@@ -15,11 +15,11 @@ from typing import Any
 
 from cluster.cli.main import main
 from cluster.coordinator import service
+from cluster.core.lap_times import LapTimes
 from cluster.core.request import Request
 from cluster.scheduler import guess_chains
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import LapTimes
 
 OF_ALL = os.environ.get("REPLAY_RATE")
 RATE = re.compile(r"replay-([0-9.]+)-")

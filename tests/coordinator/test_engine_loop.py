@@ -31,6 +31,7 @@ from cluster.core.errors import (
     WorkerLost,
 )
 from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.core.lap_times import LapTimes
 from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
 from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
 from cluster.core.request import (
@@ -50,7 +51,7 @@ from cluster.scheduler import deferred, guess_chains
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.guessing import Guess, Guesser, GuessSource
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import LapMeter, LapTimes
+from cluster.scheduler.speculation import LapMeter
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import Aborted, NotServing
+from cluster.core.lap_times import LapTimes
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler import guess_chains
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import LapMeter, LapTimes
+from cluster.scheduler.speculation import LapMeter
 from effort import effort
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulated_time import run_simulated, simulated_now, use_simulated_time

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from cluster.scheduler.verify_length import choose_verify_length, mean_token_time
+from cluster.core.lap_times import LapTimes, mean_token_time
+from cluster.scheduler.verify_length import choose_verify_length
 
 Costs = Mapping[int, float]
 M5_MAX: Costs = {1: 1.0, 3: 1.11, 5: 1.45, 8: 2.2}
@@ -19,15 +20,19 @@ CPU: Costs = {1: 1.0, 2: 1.97, 3: 2.93, 4: 3.86, 8: 7.7}
 STEP = 20.0
 
 
-def steps(costs: Costs, stages: int) -> dict[int, tuple[float, ...]]:
+def steps(costs: Costs, stages: int, hop: float = 0.0) -> dict[int, LapTimes]:
     """The stages share a model equally, so each takes its part of a step."""
-    return {tokens: (STEP / stages * cost,) * stages for tokens, cost in costs.items()}
+    return {tokens: LapTimes((STEP / stages * cost,) * stages, hop) for tokens, cost in costs.items()}
+
+
+def token_time(times: LapTimes, tokens: int, acceptance: float) -> float:
+    return mean_token_time(times, len(times.stages), acceptance, tokens)
 
 
 def speedup(costs: Costs, stages: int, acceptance: float, hop: float = 0.0) -> tuple[int, float]:
-    every = steps(costs, stages)
-    chosen = choose_verify_length(every, hop, acceptance)
-    return chosen, STEP / mean_token_time(every[chosen], hop, chosen, acceptance)
+    every = steps(costs, stages, hop)
+    chosen = choose_verify_length(every, acceptance)
+    return chosen, STEP / token_time(every[chosen], chosen, acceptance)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +69,9 @@ def test_without_right_guesses_a_frame_verifies_one_token(costs: Costs, stages: 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_the_choice_is_never_slower_than_one_token(costs: Costs, stages: int, acceptance: float) -> None:
-    every = steps(costs, stages)
+    every = steps(costs, stages, hop=1.0)
     _, faster = speedup(costs, stages, acceptance, hop=1.0)
-    assert faster >= STEP / mean_token_time(every[1], 1.0, 1, acceptance)
+    assert faster >= STEP / token_time(every[1], 1, acceptance)
 
 
 def test_dear_hops_make_longer_frames_worth_while() -> None:
@@ -75,5 +80,6 @@ def test_dear_hops_make_longer_frames_worth_while() -> None:
 
 
 def test_frames_of_right_guesses_alone_follow_at_the_pace_of_the_slowest_stage() -> None:
-    assert mean_token_time((5.0, 15.0), 0.0, 4, 1.0) == pytest.approx(15 / 4)
-    assert mean_token_time((5.0, 15.0), 0.0, 4, 0.999999) == pytest.approx(15 / 4, rel=1e-3)
+    times = LapTimes((5.0, 15.0))
+    assert token_time(times, 4, 1.0) == pytest.approx(15 / 4)
+    assert token_time(times, 4, 0.999999) == pytest.approx(15 / 4, rel=1e-3)
