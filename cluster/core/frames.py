@@ -116,9 +116,7 @@ class Compute(IntEnum):
     PREFILL = 0
     """No position: the step only fills the caches."""
     DECODE = 1
-    """The last position."""
-    VERIFY = 2
-    """Every position, for speculative decoding. No scheduler writes such a step yet; stages support it."""
+    """The last position, and each one before a guess."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,8 @@ class Step:
 
     A step of one sequence may feed guesses of its next tokens: ``guesses`` of the sequence's last tokens, up to the end
     of this row, were guessed when the step was written. ``start`` is the position of the row's first token. It is None
-    for a step of several sequences.
+    for a step of several sequences. The row may hold one certain token with guesses behind it, or several guesses. Then
+    its positions are sampled in order, up to the first sample that is not the token that the row feeds next.
 
     ``drafts`` above 1 makes a stage that holds the whole model feed each sample back, until it has that many samples.
     """
@@ -162,6 +161,11 @@ class Step:
     def guessed(self) -> bool:
         """Whether every token of the row is a guess. Only such a step can become void."""
         return self.guesses > 0 and self.guesses >= len(self.tokens[0])
+
+    @property
+    def sampled(self) -> int:
+        """The most positions of a row that the last stage samples; they are the row's last ones."""
+        return 0 if self.compute is Compute.PREFILL else min(len(self.tokens[0]), self.guesses + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,8 @@ class Frame:
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
     has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
-    only ``samples``, ``failures`` and ``prompt_logprobs``; a failed sequence can only leave. A row whose grammar is
+    only ``samples``, ``failures`` and ``prompt_logprobs``; a failed sequence can only leave. Of a row of guesses, a
+    sequence has a sample for each position that follows right ones; then one may fail. A row whose grammar is
     still being compiled has neither sample nor failure yet; it comes with a later frame. A frame with an ``error``
     continues to the end of the ring, so that every stage applies its edits, but no stage computes it any further. The
     same is true of a ``void`` frame: a guess that a stage found to be wrong, or of no use any more. It breaks nothing.

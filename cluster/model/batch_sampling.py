@@ -1,7 +1,7 @@
-"""Samples the tokens of one step, each row with the settings of its sequence.
+"""Samples the tokens of one step, each position with the settings of its sequence.
 
-Greedy rows share one argmax; the other rows are sampled one by one. It knows rows and samplers, nothing of caches or
-layers.
+Greedy positions share one argmax; the others are sampled one by one. It knows positions and samplers, nothing of caches
+or layers.
 """
 
 from __future__ import annotations
@@ -14,39 +14,36 @@ import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, StageFailed
 from cluster.core.frames import Sample, SequenceFailure
-from cluster.model.grammars import LookAhead
 from cluster.model.sampling import Picked, greedy
 from cluster.model.sequences import LiveSequence
 
-__all__ = ["BatchSampling"]
+__all__ = ["BatchSampling", "sample_row"]
 
 
 class BatchSampling:
     """Holds the lazy samples of one step: evaluate ``arrays()``, then call ``results()``.
 
-    ``logits`` [rows, length, vocabulary] belong to ``rows``, whose ``tokens`` already include those of the step. The
-    last ``sampled`` positions of each row are sampled.
+    ``logits`` [positions, vocabulary] belong to ``asked``: pairs of a sequence and the position to sample, which is the
+    number of tokens before it.
     """
 
-    def __init__(self, rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> None:
-        self._asked = [(live, len(live.tokens) - sampled + 1 + i) for live in rows for i in range(sampled)]
-        _, length, vocabulary = logits.shape
-        flat = logits[:, length - sampled :, :].reshape(len(self._asked), vocabulary)
-        self._plain = [i for i, (live, _) in enumerate(self._asked) if live.sampler.plain]
-        self._shared = greedy(_rows(flat, self._plain)) if self._plain else None
+    def __init__(self, asked: Sequence[tuple[LiveSequence, int]], logits: mx.array) -> None:
+        self._asked = asked
+        self._plain = [i for i, (live, _) in enumerate(asked) if live.sampler.plain]
+        self._shared = greedy(_rows(logits, self._plain)) if self._plain else None
         self._failures: dict[int, SequenceFailure] = {}
         self._own = {
             i: picked
-            for i, (live, at) in enumerate(self._asked)
-            if not live.sampler.plain and (picked := self._pick(live, flat[i : i + 1], at, guessed=sampled > 1))
+            for i, (live, at) in enumerate(asked)
+            if not live.sampler.plain and (picked := self._pick(i, live, logits[i : i + 1], at))
         }
 
-    def _pick(self, live: LiveSequence, logits: mx.array, at: int, *, guessed: bool) -> Picked | None:
-        """Sample one position. If the grammar fails, record a failure of this sequence alone and return None."""
+    def _pick(self, i: int, live: LiveSequence, logits: mx.array, at: int) -> Picked | None:
+        """Sample one position. If the grammar fails, record a failure of this position alone and return None."""
         try:
-            return live.sampler.pick(logits, live.tokens, at, guessed=guessed)
+            return live.sampler.pick(logits, live.tokens, at)
         except MacpipeError as error:
-            self._failures.setdefault(live.id, SequenceFailure(live.id, error.reason, error.sentence))
+            self._failures[i] = SequenceFailure(live.id, error.reason, error.sentence)
             return None
 
     def arrays(self) -> list[mx.array]:
@@ -54,27 +51,53 @@ class BatchSampling:
         shared = [] if self._shared is None else self._shared.arrays()
         return [*shared, *(array for sampled in self._own.values() for array in sampled.arrays())]
 
-    def results(self) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
-        """Return the samples, row by row, and the failures: a non-finite output or a grammar that failed."""
+    def results(self) -> list[Sample | SequenceFailure]:
+        """Return the sample of each position, or its failure: a non-finite output or a grammar that failed."""
         shared = dict(zip(self._plain, _pairs(self._shared), strict=True))
-        samples: list[Sample] = []
-        failures = dict(self._failures)
+        found: list[Sample | SequenceFailure] = []
         for i, (live, at) in enumerate(self._asked):
-            if live.id in failures:
+            if failure := self._failures.get(i):
+                found.append(failure)
                 continue
             token, norm = shared[i] if i in shared else _pairs(self._own[i])[0]
-            if not isfinite(norm):
-                failures[live.id] = _failure(live.id, at)
-            else:
-                logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
-                try:
-                    last = at == len(live.tokens)
-                    ahead = live.sampler.look_ahead(live.tokens, token) if last else LookAhead()
-                except MacpipeError as error:  # a grammar failure concerns this sequence alone
-                    failures[live.id] = SequenceFailure(live.id, error.reason, error.sentence)
-                    continue
-                samples.append(Sample(live.id, at, token, logprob, top, ahead.complete, ahead.forced))
-        return tuple(s for s in samples if s.sequence not in failures), tuple(failures.values())
+            found.append(self._describe(i, live, at, token) if isfinite(norm) else _failure(live.id, at))
+        return found
+
+    def _describe(self, i: int, live: LiveSequence, at: int, token: int) -> Sample | SequenceFailure:
+        logprob, top = live.sampler.alternatives(self._own[i]) if i in self._own else (None, ())
+        try:
+            ahead = live.sampler.look_ahead(at, token)
+        except MacpipeError as error:  # a grammar failure concerns this sequence alone
+            return SequenceFailure(live.id, error.reason, error.sentence)
+        return Sample(live.id, at, token, logprob, top, ahead.complete, ahead.forced)
+
+
+def sample_row(live: LiveSequence, logits: mx.array, states: Sequence[mx.array]) -> list[Sample | SequenceFailure]:
+    """Sample the last positions of one sequence, of which all but the first follow guesses. Evaluate ``states`` too.
+
+    ``logits`` [positions, vocabulary] belong to the last of its ``tokens``. The result ends with the first sample that
+    is not the token fed behind it, that completes the grammar, or that fails: what follows would come after a wrong
+    guess. A grammar is followed position by position, since it can neither follow wrong guesses nor go back for free.
+    """
+    count = logits.shape[0]
+    first = len(live.tokens) - count + 1
+    at_once = 1 if live.sampler.bound else count
+    found: list[Sample | SequenceFailure] = []
+    for at in range(0, count, at_once):
+        sampling = BatchSampling([(live, first + at + i) for i in range(at_once)], logits[at : at + at_once])
+        mx.eval(sampling.arrays(), states)
+        for result in sampling.results():
+            found.append(result)
+            if not _goes_on(live, result):
+                return found
+    return found
+
+
+def _goes_on(live: LiveSequence, result: Sample | SequenceFailure) -> bool:
+    """Return whether the token that was fed behind a sample is that sample."""
+    if isinstance(result, SequenceFailure) or result.final:
+        return False
+    return result.position < len(live.tokens) and live.tokens[result.position] == result.token
 
 
 def _failure(sequence: int, position: int) -> SequenceFailure:

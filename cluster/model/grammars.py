@@ -204,8 +204,8 @@ class Constraint:
     def allowed_mask(self, tokens: Sequence[int], position: int, vocabulary: int) -> NDArray[np.bool_] | None:
         """Return which of ``vocabulary`` ids may follow ``tokens[:position]``: bool [vocabulary].
 
-        Return None if the grammar does not allow ``tokens[:position]``, as for a draft that will be rejected. Raises
-        InvalidGrammar if the mask costs too much or allows no token.
+        Return None if the grammar does not allow ``tokens[:position]``. Raises InvalidGrammar if the mask costs too
+        much or allows no token.
         """
         with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
             return self._mask(vocabulary) if self._follow(tokens, position) else None
@@ -236,17 +236,19 @@ class Constraint:
             )
         return mask
 
-    def look_ahead(self, tokens: Sequence[int], token: int, *, forced: bool = False) -> LookAhead:
-        """Return what must follow ``token``, which was sampled after ``tokens``; ``forced`` tokens only if asked for.
+    def look_ahead(self, position: int, token: int, *, forced: bool = False) -> LookAhead:
+        """Return what must follow ``token``, sampled at ``position``; ``forced`` tokens only if asked for.
+
+        Nothing is known unless the last mask was the one for ``position``.
 
         Raises StageFailed for a token that the grammar does not allow, InvalidGrammar where the compiler fails or the
         token is too much work.
         """
         with panics_raised_as(InvalidGrammar("the grammar compiler fails on this grammar; change it")):
-            return self._look_ahead(tokens, token, forced)
+            return self._look_ahead(position, token, forced)
 
-    def _look_ahead(self, tokens: Sequence[int], token: int, forced: bool) -> LookAhead:
-        if self._grammar_start is None or token in self._eos or self._end != len(tokens):
+    def _look_ahead(self, position: int, token: int, forced: bool) -> LookAhead:
+        if self._grammar_start is None or token in self._eos or self._end != position:
             return LookAhead()
         # llguidance cannot roll back a token that a grammar names by id. A copy works but costs twice as much.
         matcher = self._matcher.deep_copy() if self._by_id else self._matcher
@@ -254,7 +256,7 @@ class Constraint:
             self._require_working(matcher)
             raise StageFailed(f"the grammar does not allow token {token}, which was sampled under it")
         done: bool = matcher.is_stopped()
-        following = self._find_forced(matcher, len(tokens), token) if forced and not done else ()
+        following = self._find_forced(matcher, position, token) if forced and not done else ()
         if not self._by_id:
             matcher.rollback(1)
         return LookAhead(done, following)

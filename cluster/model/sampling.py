@@ -151,26 +151,24 @@ class Sampler:
         if self._constraint is not None:
             self._constraint.rewind(length)
 
-    def pick(self, logits: mx.array, tokens: Sequence[int], position: int, *, guessed: bool = False) -> Picked:
+    def pick(self, logits: mx.array, tokens: Sequence[int], position: int) -> Picked:
         """Sample the token at ``position`` lazily, from ``logits`` [1, vocabulary] after ``tokens[:position]``.
 
-        ``guessed`` means that ``tokens`` contains drafts that may be rejected, so tokens that a grammar does not allow
-        are not an error. The sampler must be ``ready``. Raises InvalidGrammar if the grammar fails, StageFailed if the
-        tokens violate it.
+        The sampler must be ``ready``. Raises InvalidGrammar if the grammar fails, StageFailed if the tokens violate it.
         """
         logits = self._adjust(logits, tokens, position)
         if self.params.grammar is not None:
-            logits = self._apply_mask(logits, self._bind(self.params.grammar), tokens, position, guessed)
+            logits = self._apply_mask(logits, self._bind(self.params.grammar), tokens, position)
         norm = mx.logsumexp(logits, keepdims=True)
         logprobs = logits - norm
         token = self._draw(logprobs, position)
         return Picked(token, norm, logprobs.squeeze(0) if self.params.logprobs else None)
 
-    def look_ahead(self, tokens: Sequence[int], token: int) -> LookAhead:
-        """Return what must follow ``token``, sampled after all of ``tokens``, by the grammar."""
+    def look_ahead(self, position: int, token: int) -> LookAhead:
+        """Return what must follow ``token``, which was picked at ``position`` last of all, by the grammar."""
         if self._constraint is None:
             return LookAhead()
-        return self._constraint.look_ahead(tokens, token, forced=self._forced)
+        return self._constraint.look_ahead(position, token, forced=self._forced)
 
     def alternatives(self, picked: Picked) -> tuple[float | None, tuple[TopLogprob, ...]]:
         """Return the token's log-probability and the best alternatives; (None, ()) if they are not requested."""
@@ -192,14 +190,12 @@ class Sampler:
             self._compilation.masks += 1
         return self._constraint
 
-    def _apply_mask(
-        self, logits: mx.array, constraint: Constraint, tokens: Sequence[int], position: int, guessed: bool
-    ) -> mx.array:
+    def _apply_mask(self, logits: mx.array, constraint: Constraint, tokens: Sequence[int], position: int) -> mx.array:
         """Apply the grammar's mask, after bias and penalties so that they cannot re-enable a forbidden token."""
         allowed = constraint.allowed_mask(tokens, position, self._vocabulary)
-        if allowed is None and not guessed:
+        if allowed is None:
             raise StageFailed(f"the answer up to position {position} violates its grammar")
-        return logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
+        return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def _adjust(self, logits: mx.array, tokens: Sequence[int], position: int) -> mx.array:
         """Apply bias, then penalties, in mlx-lm's order."""

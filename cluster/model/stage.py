@@ -16,10 +16,10 @@ import mlx.core as mx
 
 from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
-from cluster.core.limits import LATE_ROWS
+from cluster.core.limits import LATE_ROWS, MAX_VERIFIED
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.core.request import PromptLogprobs
-from cluster.model.batch_sampling import BatchSampling
+from cluster.model.batch_sampling import BatchSampling, sample_row
 from cluster.model.caches import SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
@@ -161,6 +161,9 @@ class Stage:
         A row whose grammar is not compiled yet is not sampled: it has neither sample nor failure in this reply. Its
         sample is in the reply to a later frame, whatever this frame is for.
 
+        A row of several guesses is answered up to its first wrong one. The rows of guesses behind that stay in the
+        caches until a trim.
+
         Raises StaleEpoch before any edit is applied. Raises BadFrame for an invalid frame and StageFailed if the
         model's forward fails; edits are applied in both cases. After an error the sequences of the step are rejected
         until they leave: only some stages have computed the step, and continuing would give wrong tokens.
@@ -294,17 +297,14 @@ class Stage:
             return _evaluate_prefill(rows[0], step, logits, states)
         if any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
-        sampled = 1 if step.compute is Compute.DECODE else logits.shape[1]
-        ready = _defer(rows, logits, sampled)
+        ready = _defer(rows, logits, step.sampled)
         deferred = [live.deferred for live in rows if live.deferred is not None]
         if not ready:
             mx.eval(states, deferred)
             return _Result()
         logits = logits if len(ready) == len(rows) else logits[mx.array(ready)]
-        sampling = BatchSampling([rows[i] for i in ready], logits, sampled)
-        mx.eval(sampling.arrays(), states, deferred)
-        samples, failures = sampling.results()
-        if len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
+        samples, failures = _sample([rows[i] for i in ready], logits, step.sampled, [*states, *deferred])
+        if not samples and len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
             raise StageFailed(failures[0].sentence)
         return _Result(samples=samples, failures=failures)
 
@@ -355,9 +355,21 @@ def _sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[Sequ
     """Sample a row's deferred logits and forget them."""
     logits, live.deferred = live.deferred, None
     assert logits is not None
-    sampling = BatchSampling([live], logits, logits.shape[1])
-    mx.eval(sampling.arrays())
-    return sampling.results()
+    return _sample([live], logits, logits.shape[1], ())
+
+
+def _sample(
+    rows: Sequence[LiveSequence], logits: mx.array, sampled: int, states: Sequence[mx.array]
+) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
+    """Sample the last position of each row, or the last ``sampled`` ones of a single row. Evaluate ``states`` too."""
+    if sampled > 1:
+        found = sample_row(rows[0], logits[0, logits.shape[1] - sampled :], states)
+    else:
+        sampling = BatchSampling([(live, len(live.tokens)) for live in rows], logits[:, -1])
+        mx.eval(sampling.arrays(), states)
+        found = sampling.results()
+    samples = tuple(result for result in found if isinstance(result, Sample))
+    return samples, tuple(result for result in found if isinstance(result, SequenceFailure))
 
 
 def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
@@ -392,6 +404,8 @@ def _require_valid_guesses(step: Step) -> None:
     _require_rows(step)
     if len(step.sequences) > 1 or step.start is None or step.compute is Compute.PREFILL:
         raise BadFrame(f"the step of sequence {step.sequences[0]} cannot feed guesses: it must decode it alone")
+    if step.sampled > MAX_VERIFIED:
+        raise BadFrame(f"a step samples {step.sampled} tokens of sequence {step.sequences[0]}; at most {MAX_VERIFIED}")
 
 
 def _no_caches() -> NoReturn:

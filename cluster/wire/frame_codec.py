@@ -43,13 +43,14 @@ from cluster.core.limits import (
     MAX_TENSOR_RANK,
     MAX_TENSORS,
     MAX_TOP_LOGPROBS,
+    MAX_VERIFIED,
 )
 from cluster.core.request import PromptLogprobs, TopLogprob
 from cluster.wire.edit_codec import pack_edit, unpack_edit
 from cluster.wire.header_elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, pack_numbers, unpack_ids, unpack_numbers
 
-VERSION = 8
+VERSION = 9
 _PREFIX = struct.Struct("<II")
 _FIELDS = 14
 
@@ -201,7 +202,10 @@ def _unpack_step(value: list[Any] | None) -> Step | None:
     scoring, drafts = _unpack_scoring(f.optional_list(4)), f.count(7)
     if not 1 <= drafts <= MAX_DRAFTS:
         raise BadFrame(f"a step drafts {drafts} tokens; it may draft 1 to {MAX_DRAFTS}")
-    return Step(_compute(f.count(0)), sequences, rows, scoring, f.count(5), start, drafts)
+    step = Step(_compute(f.count(0)), sequences, rows, scoring, f.count(5), start, drafts)
+    if step.sampled > MAX_VERIFIED:
+        raise BadFrame(f"a step samples {step.sampled} tokens of a sequence; it may sample {MAX_VERIFIED}")
+    return step
 
 
 def _unpack_scoring(value: list[Any] | None) -> PromptScoring | None:

@@ -138,13 +138,13 @@ def test_a_sequence_of_any_kind_can_start_over(ring: Rings) -> None:
     assert same(r.go_on(1, PROMPT[-1], 4), whole)
 
 
-def test_verify_samples_every_position(ring: Rings) -> None:
+def test_a_row_of_right_guesses_is_sampled_at_every_position(ring: Rings) -> None:
     r = ring("llama")
     whole = r.answer(replace(ALL, temperature=1.0, seed=5), 6)
     row = (PROMPT[-1], *tokens(whole)[:-1])
     r.send(Join(1, len(PROMPT), replace(ALL, temperature=1.0, seed=5)))
     r.prefill(1, PROMPT[:-1])
-    samples = r.send(step=Step(Compute.VERIFY, (1,), (row,))).samples
+    samples = r.send(step=Step(Compute.DECODE, (1,), (row,), guesses=5, start=len(PROMPT) - 1)).samples
     assert tokens(samples) == tokens(whole)
     assert [s.position for s in samples] == [s.position for s in whole]
     r.send(Trim(1, len(PROMPT) - 1))

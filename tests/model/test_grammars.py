@@ -140,11 +140,11 @@ def test_forced_tokens_are_bounded_and_found_once_for_so_many(tokenizer: Tokeniz
     grammar = Grammar(GrammarKind.REGEX, "(a|b)" + "c" * 100)
     constraint = tokenizer.grammars().constraint(grammar, 0)
     said = tokenizer.encode("a" + "c" * 100, add_special_tokens=False)
-    found = [constraint.look_ahead([], said[0], forced=True).forced]
+    found = [constraint.look_ahead(0, said[0], forced=True).forced]
     assert len(found[0]) == MAX_FORCED_TOKENS
     for i in range(1, 2 * MAX_FORCED_TOKENS):
         assert constraint.allowed_mask(said[:i], i, tokenizer.vocab_size) is not None
-        found.append(constraint.look_ahead(said[:i], said[i], forced=True).forced)
+        found.append(constraint.look_ahead(i, said[i], forced=True).forced)
         assert found[-1] == tuple(said[i + 1 : i + 1 + len(found[-1])])
         assert 1 <= len(found[-1]) <= MAX_FORCED_TOKENS
     assert sum(len(one) == MAX_FORCED_TOKENS for one in found) == 2
@@ -153,11 +153,11 @@ def test_forced_tokens_are_bounded_and_found_once_for_so_many(tokenizer: Tokeniz
 def test_after_a_wrong_guess_other_tokens_are_forced(tokenizer: Tokenizer) -> None:
     constraint = tokenizer.grammars().constraint(Grammar(GrammarKind.REGEX, "xyz|abc"), 0)
     x, y, z, a, b, c = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "xyzabc")
-    assert constraint.look_ahead([], x, forced=True).forced == (y, z)
+    assert constraint.look_ahead(0, x, forced=True).forced == (y, z)
     constraint.allowed_mask([x], 1, tokenizer.vocab_size)
     constraint.rewind(0)
-    assert constraint.look_ahead([], a, forced=True).forced == (b, c)
-    assert constraint.look_ahead([], a).forced == ()
+    assert constraint.look_ahead(0, a, forced=True).forced == (b, c)
+    assert constraint.look_ahead(0, a).forced == ()
 
 
 def test_rows_of_a_batch_follow_each_its_own(ring: Ring, tokenizer: Tokenizer) -> None:
@@ -211,9 +211,9 @@ def test_guesses_that_the_grammar_forbids_are_answered_up_to_where_they_go_wrong
     whole = tokens(document(ring, HOT))
     ring.send(Join(1, len(PROMPT), HOT))
     ring.prefill(1, PROMPT[:-1])
-    guesses = (PROMPT[-1], whole[0], 259, 5)
-    reply = ring.send(step=Step(Compute.VERIFY, (1,), (guesses,)))
-    assert tokens(reply.samples)[:2] == whole[:2]
+    row = (PROMPT[-1], whole[0], 259, 5)
+    reply = ring.send(step=Step(Compute.DECODE, (1,), (row,), guesses=3, start=len(PROMPT) - 1))
+    assert tokens(reply.samples) == whole[:2]
     ring.send(Trim(1, len(PROMPT) + 1))
     assert tokens(ring.go_on(1, whole[1], 3)) == whole[2:5]
 
@@ -339,7 +339,7 @@ def test_a_token_that_is_too_much_work_is_the_grammars_fault(tokenizer: Tokenize
     """Not the stage's, whose failure would begin a recovery."""
     grammars = tokenizer.grammars()
     digit = tokenizer.encode("6", add_special_tokens=False)[0]
-    for act in (lambda c: c.look_ahead([], digit), lambda c: c.allowed_mask([digit], 1, tokenizer.vocab_size)):
+    for act in (lambda c: c.look_ahead(0, digit), lambda c: c.allowed_mask([digit], 1, tokenizer.vocab_size)):
         constraint = grammars.constraint(Grammar(GrammarKind.LARK, ALTERNATIVES), 0)
         assert constraint.allowed_mask([], 0, tokenizer.vocab_size)[digit]
         with pytest.raises(InvalidGrammar, match="too much work for one token"):
@@ -355,7 +355,7 @@ def test_a_schema_of_2000_optional_properties_is_taken_and_followed(tokenizer: T
     answer = tokenizer.encode('{"p7": 1, "p1999": 23}', add_special_tokens=False)
     for position, token in enumerate(answer):
         assert constraint.allowed_mask(answer[:position], position, tokenizer.vocab_size)[token]
-        constraint.look_ahead(answer[:position], token)
+        constraint.look_ahead(position, token)
     assert constraint.allowed_mask(answer, len(answer), tokenizer.vocab_size)[list(tokenizer.eos)].any()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints import PECULIAR, SLICEABLE, make, poison
 from cluster.core.errors import ModelDiffers, ModelUnsupported, NoPlan, StageFailed
-from cluster.core.frames import Compute, Frame, Join, Leave, Step
+from cluster.core.frames import Compute, Frame, Join, Leave, PromptScoring, Step
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, StageSpec
 from cluster.core.request import SamplingParams
 from cluster.model.model_shape import read_shape
@@ -158,23 +158,23 @@ def test_layers_that_are_not_there_are_refused(checkpoint: Checkpoints, shape: S
 
 
 def test_prefill_leaves_the_head_alone(tmp_path: Path) -> None:
-    """A prefill's memory has no room for the logits of its positions; a verify step computes them."""
+    """A prefill's memory has no room for the logits of its positions, unless it reports their probabilities."""
     shape = read_shape(make("llama_untied", tmp_path, vocab_size=8192), "llama_untied", None)
     ring = Ring(shape, tmp_path, 1)
     row = tuple(i % 250 for i in range(200))
     logits_bytes = len(row) * 8192 * 4
 
-    def peak(compute: Compute) -> int:
+    def peak(scoring: PromptScoring | None) -> int:
         ring.send(Join(1, 200, SamplingParams()))
         mx.reset_peak_memory()
         before = settled_memory()
-        ring.send(step=Step(compute, (1,), (row,)))
+        ring.send(step=Step(Compute.PREFILL, (1,), (row,), scoring))
         grown = mx.get_peak_memory() - before
         ring.send(Leave(1))
         return grown
 
-    assert peak(Compute.PREFILL) < logits_bytes / 2
-    assert peak(Compute.VERIFY) > logits_bytes
+    assert peak(None) < logits_bytes / 2
+    assert peak(PromptScoring(0, (*row[1:], 1), 0)) > logits_bytes
 
 
 def test_a_module_that_layers_share_keeps_its_arrays(checkpoint: Checkpoints) -> None:

@@ -44,6 +44,7 @@ from cluster.core.limits import (
     MAX_MARKER_TOKENS,
     MAX_ROWS,
     MAX_TOP_LOGPROBS,
+    MAX_VERIFIED,
 )
 from cluster.core.request import Grammar, GrammarKind, PromptLogprobs, SamplingParams, TopLogprob
 from cluster.scheduler.pending_edits import first_load
@@ -88,7 +89,7 @@ scorings = st.builds(PromptScoring, counts, st.lists(ids, max_size=5).map(tuple)
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    rows, width = draw(st.integers(1, 3)), draw(st.integers(1, MAX_VERIFIED))
     row = st.lists(ids, min_size=width, max_size=width).map(tuple)
     return Step(
         draw(st.sampled_from(Compute)),
@@ -322,6 +323,14 @@ def test_a_sample_forces_a_bounded_number_of_tokens() -> None:
     frame = Frame(1, 2, 3, samples=(Sample(1, 2, 3, forced=(7,) * (MAX_FORCED_TOKENS + 1)),))
     with pytest.raises(BadFrame, match="17 forced tokens; the limit is 16"):
         decode(encode(frame))
+
+
+def test_a_step_samples_a_bounded_number_of_tokens() -> None:
+    row = (5,) * (MAX_VERIFIED + 1)
+    whole = Frame(1, 2, 3, (), Step(Compute.DECODE, (1,), (row,), guesses=MAX_VERIFIED - 1, start=4))
+    assert decode(encode(whole)) == whole
+    with pytest.raises(BadFrame, match="samples 9 tokens of a sequence; it may sample 8"):
+        decode(encode(Frame(1, 2, 3, (), Step(Compute.DECODE, (1,), (row,), guesses=MAX_VERIFIED, start=4))))
 
 
 @pytest.mark.parametrize("drafts", [0, MAX_DRAFTS + 1])

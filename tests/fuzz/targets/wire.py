@@ -66,6 +66,9 @@ FRAMES = (
     Frame(EPOCH, 0, 7, (Trim(1, 4),), Step(Compute.DECODE, (1,), ((5,),), None, 2, 4), (TENSOR,)),
     Frame(EPOCH, 0, 8, (), Step(Compute.DECODE, (1,), ((5,),), None, 1, 4), void=True),
     Frame(EPOCH, 0, 9, (), Step(Compute.DECODE, (1,), ((5,),), drafts=9), (TENSOR,)),
+    Frame(EPOCH, 0, 10, (Trim(1, 4),), Step(Compute.DECODE, (1,), ((5, 6, 7),), None, 2, 4), (TENSOR,)),
+    Frame(EPOCH, 0, 11, (), Step(Compute.DECODE, (1,), ((8, 9),), None, 4, 7), (TENSOR,)),
+    Frame(EPOCH, 0, 10, (), None, (), (Sample(1, 5, 6, -0.25), Sample(1, 6, 9, -0.5)), (SequenceFailure(1, "R", "s"),)),
     Frame(EPOCH, 0, 6, prompt_logprobs=PromptLogprobs(2, (-0.5, -1.25), (7, 9, 8, 1), (-0.5, -1.0, -1.25, -2.0))),
 )  # fmt: skip
 BULKY = Frame(EPOCH, 0, 5, (), PREFILL, (Tensor("uint8", (BULK_BYTES + 4,), bytes(BULK_BYTES + 4)),))
