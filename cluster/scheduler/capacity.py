@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from cluster.core.limits import GIB, MAX_QUEUE, PREFILL_CHUNK
 from cluster.scheduler.kv_cost import Cost, CostOf
@@ -20,7 +20,8 @@ class Capacity:
     ``max_chunk``: then the maximum after so many tokens, by memory. ``fixed_chunk``: every chunk has ``chunk`` tokens
     if nobody else decodes. ``scored_chunk``: the maximum for a frame that reports log-probabilities of its tokens,
     which needs memory for their logits. ``max_step_ms``: maximum time of a prefill frame on a stage while other
-    sequences decode; None means no maximum. ``queue``: maximum waiting requests.
+    sequences decode; None means no maximum. ``queue``: maximum waiting requests. ``verify_costs``: for each number of
+    tokens of one sequence that a frame may verify at once, how often it takes each stage's time of one token.
     """
 
     lanes: int
@@ -36,6 +37,7 @@ class Capacity:
     scored_chunk: int = PREFILL_CHUNK
     max_step_ms: float | None = None
     queue: int = MAX_QUEUE
+    verify_costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def never_fits(self, tokens: int) -> str:
         """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can."""

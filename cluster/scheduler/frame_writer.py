@@ -76,6 +76,8 @@ class FrameWriter:
         self.written += 1
         del self.edits[:count]
         scoring, touched = step.scoring if step else None, touched_by(sequences, edits)
-        guessed = step is not None and step.guessed
-        self.flights.add(InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring, guessed))
+        guessed, sampled = (step.guessed, max(step.sampled, 1)) if step else (False, 1)
+        self.flights.add(
+            InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring, guessed, sampled)
+        )
         return Frame(self._epoch, max(lane, 0), number, edits, step)

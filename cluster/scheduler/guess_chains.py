@@ -1,4 +1,7 @@
-"""Sends guesses of a sequence's next tokens behind its certain frame, and verifies them one by one.
+"""Sends guesses of a sequence's next tokens behind its certain token, and verifies them one by one.
+
+Where frames of several tokens are known to be cheap, a frame feeds several. Then guesses follow the certain token in
+its frame, and others follow in frames of their own.
 
 A sample that equals the guess behind it makes that guess's frame the certain one. Any other sample drops that guess and
 all behind it: the sequence's next step trims them from the stages. So whatever is guessed, tokens are those without
@@ -10,8 +13,9 @@ with as many lanes as stages there is no guess, and a guess goes out only where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from cluster.core.errors import BadFrame
 from cluster.core.frames import Compute, Frame, Join, Sample, Step
 from cluster.core.request import Request
 from cluster.scheduler.acceptance import Acceptance
@@ -21,6 +25,7 @@ from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.sequence import ChainLink, ScheduledSequence
 from cluster.scheduler.speculation import LapMeter, choose_window
 from cluster.scheduler.speculation_counts import SpeculationCounts
+from cluster.scheduler.verify_length import Depth, choose_depth
 
 MarkRoom = Callable[[ScheduledSequence, int], bool]
 """Returns whether there is memory for that many marks of a sequence."""
@@ -36,10 +41,17 @@ class GuessChains:
         """Requests that left, each with its tokens if its answer is worth learning. They wait for ``write``."""
         self.counts = SpeculationCounts()
 
-    def begin_epoch(self, stages: int, writer: FrameWriter, has_mark_room: MarkRoom) -> None:
-        """Use the stages and frames of a new epoch."""
+    def begin_epoch(
+        self,
+        stages: int,
+        writer: FrameWriter,
+        has_mark_room: MarkRoom,
+        verify_costs: Mapping[int, Sequence[float]],
+    ) -> None:
+        """Use the stages and frames of a new epoch. ``verify_costs`` are those of its capacity."""
         self._stages, self._writer, self._has_mark_room = stages, writer, has_mark_room
-        self._meter = LapMeter(stages)
+        self._lengths = (1, *sorted(verify_costs))
+        self._meter = LapMeter(stages, verify_costs)
 
     # Frames that came back
 
@@ -54,18 +66,36 @@ class GuessChains:
         for sequence in sequences:
             if not sequence.chain or sequence.chain[0].number != flight.number:
                 continue
+            head = sequence.chain[0]
             if frame.void:  # no stage skips a right guess today; if one does, its token is fed again
-                sequence.next_token = sequence.chain[0].token
-                self._drop(sequence, 0)
+                sequence.next_token = head.tokens[0]
+                self.drop_all(sequence)
                 continue
-            sequence.chain.pop(0)
+            if len(head.tokens) > 1:
+                self._account_row(sequence, head, frame)
+            rest = head.behind_first()
+            sequence.chain[:1] = [rest._replace(back=True)] if rest else []
             advanced.append(sequence)
         if flight.guessed and not advanced:
             self.counts.waste(frame.timings)
         elif advanced and len(flight.sequences) == 1:
             lap_s = None if now is None or flight.guessed else now - flight.sent_at
-            self._meter.learn(frame.timings, lap_s)
+            self._meter.learn(frame.timings, lap_s, flight.sampled)
         return advanced
+
+    def _account_row(self, sequence: ScheduledSequence, head: ChainLink, frame: Frame) -> None:
+        """Raise ``BadFrame`` unless a row was sampled just up to its first wrong guess. Count what it wasted."""
+        samples = [sample for sample in frame.samples if sample.sequence == sequence.id]
+        pairs = zip(samples, head.tokens[1:], strict=False)
+        stops = (i for i, (sample, token) in enumerate(pairs) if sample.final or sample.token != token)
+        right = next(stops, min(len(samples), len(head.tokens) - 1))
+        failed = any(failure.sequence == sequence.id for failure in frame.failures)
+        if len(samples) != right + (not failed):
+            raise BadFrame(
+                f"invalid frame {frame.number} of epoch {frame.epoch}: {len(samples)} samples of a row of "
+                f"{len(head.tokens)} tokens, of which {right} guesses are right"
+            )
+        self.counts.waste(frame.timings, 1 - (right + 1) / len(head.tokens))
 
     def join(self, sequence: ScheduledSequence) -> Join:
         """Return the edit that starts a sequence. If it is guessed, samples report what its grammar forces."""
@@ -84,13 +114,16 @@ class GuessChains:
             if untried:
                 self._learn(sequence, untried.source, right=untried.tokens[0] == sample.token)
             return None, None
-        right = link.token == sample.token
+        right = link.tokens[0] == sample.token
         self._learn(sequence, link.source, right=right)
-        if right:
-            self.counts.of(link.source).accepted += 1
-            return link.source, None
-        self._drop(sequence, 0)
-        return None, link.source
+        if not right:
+            self.drop_all(sequence)
+            return None, link.source
+        self.counts.of(link.source).accepted += 1
+        if link.back:
+            rest = link.behind_first()
+            sequence.chain[:1] = [rest] if rest else []
+        return link.source, None
 
     def _learn(self, sequence: ScheduledSequence, source: GuessSource, *, right: bool) -> None:
         self._acceptance.learn(sequence.acceptance, source, right=right)
@@ -99,18 +132,22 @@ class GuessChains:
 
     # Guesses that are dropped
 
+    def drop_frames(self, sequence: ScheduledSequence) -> None:
+        """Drop the frames of guesses that its next samples could still confirm."""
+        self._count_dropped(sequence.drop_links(1))
+
     def drop_unverified(self, sequence: ScheduledSequence) -> None:
-        """Drop every guess of a sequence that its next sample could still confirm."""
-        self._drop(sequence, 1)
+        """Drop every guess of a sequence that its next samples could still confirm."""
+        self._count_dropped(sequence.drop_guesses())
 
     def drop_all(self, sequence: ScheduledSequence) -> None:
         """Drop every guess of a sequence whose last sample has come."""
-        self._drop(sequence, 0)
+        self._count_dropped(sequence.drop_links(0))
 
-    def _drop(self, sequence: ScheduledSequence, kept: int) -> None:
-        for link in sequence.drop_guesses(kept):
+    def _count_dropped(self, links: Sequence[ChainLink]) -> None:
+        for link in links:
             if link.source:
-                self.counts.of(link.source).voided += 1
+                self.counts.of(link.source).voided += len(link.tokens)
 
     def forget_client(self, client: str) -> None:
         """Drop what is kept of a client's answers."""
@@ -146,11 +183,29 @@ class GuessChains:
         alone = [members[0] for members in lanes if len(members) == 1]
         frames: list[Frame] = []
         for sequence in alone:
-            for token, source in self._choose(sequence, share, self._guesser):
+            for tokens, source in self._choose(sequence, share, self._guesser, rows=len(lanes) == 1):
                 if len(lanes) > 1 and self._would_delay_others(lanes, now):
                     break
-                frames.append(self._send(sequence, token, source, now))
+                frames.append(self._send(sequence, tokens, source, now))
         return frames
+
+    def extend_head(
+        self, sequence: ScheduledSequence, lanes: Collection[list[ScheduledSequence]], *, busy: bool
+    ) -> None:
+        """Add guesses to the frame that is about to feed a sequence's next token, if such rows are cheap.
+
+        Only a sequence that decodes alone gets them. The frame waits for the guesser then.
+        """
+        alone = [member for members in lanes for member in members] == [sequence]
+        if self._guesser is None or len(self._lengths) == 1 or busy or not alone:
+            return
+        guess = self._propose(sequence, self._guesser, self._lengths[-1] - 1)
+        if guess is None or not sequence.sampled:
+            return
+        depth = self._depth(sequence, guess.source, self._stages, 1 + len(guess.tokens))
+        if tokens := guess.tokens[: depth.tokens - 1]:
+            sequence.feed_row(tokens, guess.source)
+            self._count_sent(guess.source, tokens, rows=len(tokens))
 
     def _would_delay_others(self, lanes: Collection[list[ScheduledSequence]], now: float) -> bool:
         """Return whether a certain frame may come to a stage that computes a guess which is sent now.
@@ -175,23 +230,43 @@ class GuessChains:
             guesser.forget(request)
         self._left.clear()
 
-    def _choose(self, sequence: ScheduledSequence, share: int, guesser: Guesser) -> list[tuple[int, GuessSource]]:
-        """Choose guesses for a sequence until ``share`` frames of it are in flight, or no more are worth it."""
-        request = sequence.request
-        count = min(share, request.max_tokens - sequence.produced) - len(sequence.chain)
-        if count < 1 or not sequence.chain or not sequence.sampled or sequence.untried or not request.speculate:
+    def _choose(
+        self, sequence: ScheduledSequence, share: int, guesser: Guesser, *, rows: bool
+    ) -> list[tuple[tuple[int, ...], GuessSource]]:
+        """Choose guesses for a sequence until ``share`` frames of it are in flight, or no more are worth it.
+
+        Return the tokens of each frame, several only with ``rows``.
+        """
+        if not sequence.chain or not sequence.sampled or sequence.untried:
             return []
-        guess = guesser.propose(request, sequence.fed, count)
-        if guess is None or not (tokens := self._sendable(sequence, guess)[:count]):
+        room = share - len(sequence.chain)
+        compares = len(sequence.chain) == 1 and len(sequence.chain[0].tokens) == 1
+        longest = self._lengths[-1] if rows else 1
+        if room < 1 and (longest == 1 or not compares):
             return []
-        window = self._window(sequence, guess.source, share)
-        if window > 1 and not self._reserve_marks(sequence, window):
+        guess = self._propose(sequence, guesser, max(room, 1) * longest)
+        if guess is None:
+            return []
+        depth = self._depth(sequence, guess.source, share, len(guess.tokens) if rows else 1)
+        if depth.window > 1 and not self._reserve_marks(sequence, depth.window):
             self.counts.without_room += 1
-            window = 1
-        sequence.window = window
-        if window == 1 and len(sequence.chain) == 1:
+            depth = Depth()
+        sequence.window = depth.window
+        if depth.window == 1 and compares:
             sequence.untried = guess
-        return [(token, guess.source) for token in tokens[: window - len(sequence.chain)]]
+        pieces = self._cut(guess.tokens, depth.tokens)
+        return [(tokens, guess.source) for tokens in pieces[: max(depth.window - len(sequence.chain), 0)]]
+
+    def _propose(self, sequence: ScheduledSequence, guesser: Guesser, count: int) -> Guess | None:
+        """Return a guess of up to ``count`` tokens that may be sent: none past the end of the answer."""
+        request = sequence.request
+        in_flight = sum(len(link.tokens) for link in sequence.chain)
+        count = min(count, request.max_tokens - sequence.produced - in_flight)
+        if count < 1 or not request.speculate:
+            return None
+        guess = guesser.propose(request, sequence.fed, count)
+        tokens = self._sendable(sequence, guess)[:count] if guess else ()
+        return Guess(tokens, guess.source) if guess and tokens else None
 
     def _sendable(self, sequence: ScheduledSequence, guess: Guess) -> tuple[int, ...]:
         """Return the guessed tokens before one that ends the answer: nothing follows that."""
@@ -200,11 +275,23 @@ class GuessChains:
         ends = (i for i, token in enumerate(guess.tokens) if token in self._eos)
         return guess.tokens[: next(ends, len(guess.tokens))]
 
-    def _window(self, sequence: ScheduledSequence, source: GuessSource, share: int) -> int:
-        times = self._meter.times
+    def _depth(self, sequence: ScheduledSequence, source: GuessSource, share: int, tokens: int) -> Depth:
+        """Return how many frames may be in flight, at most ``share``, and their length, at most ``tokens``."""
+        times, right = self._meter.times, self._acceptance.estimate(sequence.acceptance, source)
         if times is None:
-            return 1
-        return choose_window(times, self._acceptance.estimate(sequence.acceptance, source), share)
+            return Depth()
+        if tokens == 1 or len(self._lengths) == 1:
+            return Depth(choose_window(times, right, share))
+        return choose_depth({n: step for n, step in self._meter.steps().items() if n <= tokens}, right, share)
+
+    def _cut(self, tokens: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
+        """Cut guesses into pieces for frames of ``length`` tokens. Only lengths of known cost are used."""
+        pieces = []
+        while tokens:
+            size = max(n for n in self._lengths if n <= min(length, len(tokens)))
+            pieces.append(tokens[:size])
+            tokens = tokens[size:]
+        return pieces
 
     def _reserve_marks(self, sequence: ScheduledSequence, window: int) -> bool:
         """Reserve memory for the marks that stages take before guesses. Return False if there is none."""
@@ -214,11 +301,17 @@ class GuessChains:
             sequence.guess_marks = window
         return True
 
-    def _send(self, sequence: ScheduledSequence, token: int, source: GuessSource, now: float) -> Frame:
+    def _send(self, sequence: ScheduledSequence, tokens: tuple[int, ...], source: GuessSource, now: float) -> Frame:
         start = len(sequence.fed)
-        step = Step(Compute.DECODE, (sequence.id,), ((token,),), guesses=len(sequence.chain), start=start)
+        guesses = start + len(tokens) - sequence.certain_length
+        step = Step(Compute.DECODE, (sequence.id,), (tokens,), guesses=guesses, start=start)
         frame = self._writer.write(sequence.lane, step, 0, now)
-        sequence.fed.append(token)
-        sequence.chain.append(ChainLink(frame.number, start, token, source))
-        self.counts.of(source).guessed += 1
+        sequence.fed.extend(tokens)
+        sequence.chain.append(ChainLink(frame.number, start, tokens, source))
+        self._count_sent(source, tokens, rows=len(tokens) - 1)
         return frame
+
+    def _count_sent(self, source: GuessSource, tokens: tuple[int, ...], *, rows: int) -> None:
+        counts = self.counts.of(source)
+        counts.guessed += len(tokens)
+        counts.rows += rows

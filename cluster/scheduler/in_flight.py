@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from cluster.core.errors import BadFrame
@@ -16,6 +17,8 @@ class InFlightFrame:
 
     ``guessed``: its token was a guess when it was written, so frames of other sequences may overtake it.
 
+    ``sampled``: the most samples of a sequence that it returns.
+
     ``compute`` is None for an edit-only frame. ``sent_at`` is in seconds of the injected clock. ``scoring`` is what it
     reports of the prompt.
     """
@@ -29,6 +32,7 @@ class InFlightFrame:
     touched: Touched = frozenset()
     scoring: PromptScoring | None = None
     guessed: bool = False
+    sampled: int = 1
 
 
 class InFlightFrames:
@@ -101,9 +105,11 @@ class InFlightFrames:
         if frame.number not in self._flights:
             raise BadFrame(f"unexpected frame {frame.number} of epoch {frame.epoch}: it is not in the ring")
         flight = self._flights.pop(frame.number)
-        answered = [*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)]
-        if len(set(answered)) < len(answered):
-            raise BadFrame(f"invalid frame {frame.number} of epoch {frame.epoch}: two answers for one sequence")
+        failed = [f.sequence for f in frame.failures]
+        answers = Counter([*(s.sequence for s in frame.samples), *failed])
+        most = dict.fromkeys(flight.sequences, flight.sampled)
+        if len(set(failed)) < len(failed) or any(n > most.get(sequence, 1) for sequence, n in answers.items()):
+            raise BadFrame(f"invalid frame {frame.number} of epoch {frame.epoch}: too many answers for one sequence")
         self._require_none_lost(flight)
         return flight
 

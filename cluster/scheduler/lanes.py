@@ -5,7 +5,7 @@ A lane is a batch of sequences that decode together. With several lanes, each st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from cluster.scheduler.sequence import ScheduledSequence
 
@@ -98,14 +98,16 @@ class LaneAssignment:
         self._busy[lane] = frozenset(s.id for s in sequences)
         self._frames[lane] = frame
 
-    def end(self, lane: int, frame: int, following: int | None = None) -> None:
+    def end(self, lane: int, frame: int, advanced: Sequence[ScheduledSequence]) -> None:
         """Mark a lane idle: decode frame number ``frame`` came back. Do nothing if it was busy with another one.
 
-        It stays busy with frame ``following``, if a guess in that one turned out right.
+        A lone sequence that has ``advanced`` keeps it busy, if a guess that turned out right is under way.
         """
-        if self._frames[lane] == frame and following is not None:
-            self._frames[lane] = following
-        elif self._frames[lane] == frame:
+        if self._frames[lane] != frame:
+            return
+        if len(advanced) == 1 and (chain := advanced[0].chain):
+            self._frames[lane] = chain[0].number
+        else:
             self._busy[lane], self._frames[lane] = frozenset(), -1
 
     def _emptiest(self) -> int:

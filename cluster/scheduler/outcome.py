@@ -65,7 +65,7 @@ class Outcome:
     sent_at: float
     events: tuple[Produced | SampleFailed | PromptScored, ...] = ()
     rows: int = 0
-    """Sequences in a decode frame; 0 for a frame that failed or was not a decode frame."""
+    """Sequences in a decode frame of one token each; 0 for a frame that failed, and for any other."""
     context: int = 0
     """Average number of tokens of the frame's live sequences, prompt and answer."""
     prefills: int = 0

@@ -44,3 +44,7 @@ class PrefillTurns:
         """Return the lanes in which sequences other than ``but`` decode. One that waits for its grammar does not."""
         decoding = (s for s in self._lanes if s is not but and s.phase is Phase.DECODE)
         return {s.lane for s in decoding if s not in self._deferred}
+
+    def decoding(self) -> list[list[ScheduledSequence]]:
+        """Return the members of the lanes in which sequences decode."""
+        return [self._lanes.members[lane] for lane in sorted(self.lanes_decoding())]

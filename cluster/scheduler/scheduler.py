@@ -78,7 +78,9 @@ class Scheduler:
         self._deferred = DeferredSamples()
         self._turns = PrefillTurns(self._lanes, self._deferred, limited=capacity.max_step_ms is not None)
         self._memory = CacheMemory(capacity, self._lanes, self._flights, self._prefixes, lambda: self.disk.reserved)
-        self.speculation.begin_epoch(len(capacity.budget), self._writer, self._memory.has_room_for_marks)
+        self.speculation.begin_epoch(
+            len(capacity.budget), self._writer, self._memory.has_room_for_marks, capacity.verify_costs
+        )
         self.disk = DiskPrefixes(
             epoch, disk, self.disk_use, capacity, self._prefixes, self._prefill_budget, self._edits,
             self._memory.beside_sequences, self._join, self._admit,
@@ -205,7 +207,7 @@ class Scheduler:
         decodes = flight.compute is Compute.DECODE and not frame.error
         if decodes:
             live = self.speculation.receive(flight, live, frame, now)
-        if not frame.error and (live or not flight.guessed):
+        if not frame.error and (live or not flight.guessed) and flight.sampled == 1:
             context = live[0].prefilled if live else None
             self._prefill_budget.learn(flight.compute, flight.prefills, frame.timings, context)
         for sequence in live:
@@ -214,9 +216,10 @@ class Scheduler:
         events = (*account_scores(flight, live, frame), *self._events(live, frame))
         if decodes:
             self._defer_unanswered(live, frame, flight.sent_at)
-        self._end_lane(flight, live, failed=frame.error is not None)
+        if flight.compute is Compute.DECODE:
+            self._lanes.end(flight.lane, flight.number, () if frame.error else live)
         self._free_finished()
-        rows = len(flight.sequences) if decodes and live else 0
+        rows = len(flight.sequences) if decodes and live and flight.sampled == 1 else 0
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(
             tuple(s.request.id for s in live),
@@ -228,22 +231,18 @@ class Scheduler:
             prefills=flight.prefills,
         )
 
-    def _end_lane(self, flight: InFlightFrame, live: list[ScheduledSequence], *, failed: bool) -> None:
-        """Let a lane whose decode frame came back have another, unless a guess that turned out right is under way."""
-        if flight.compute is Compute.DECODE:
-            chain = live[0].chain if len(live) == 1 and not failed else ()
-            self._lanes.end(flight.lane, flight.number, chain[0].number if chain else None)
-
     def guess_frames(self, now: float) -> list[Frame]:
         """Return frames that feed guesses. Call it once the frames of ``next_frames`` have been sent."""
-        decoding = [self._lanes.members[lane] for lane in sorted(self._turns.lanes_decoding())]
-        busy = self._flights.prefills > 0 or any(s.unsent for s in self._lanes)
-        return self.speculation.write(decoding, now, busy=busy)
+        return self.speculation.write(self._turns.decoding(), now, busy=self._reads_prompt)
+
+    @property
+    def _reads_prompt(self) -> bool:
+        return self._flights.prefills > 0 or any(s.unsent for s in self._lanes)
 
     def next_frames(self, now: float) -> list[Frame]:
         """Return every frame that can be written now, decode before prefill. The first one carries the edits."""
         for blocking in self._lanes.blocking():
-            self.speculation.drop_unverified(blocking)
+            self.speculation.drop_frames(blocking)
         self._lanes.rebalance(lambda members: fits(self._memory.cost(members), self._memory.beside_prefixes()))
         frames = [*self._writer.write_overflow(now), *self._decodes(now)]
         while self._flights.prefills < self._capacity.window and (sequence := self._turns.next()):
@@ -421,10 +420,9 @@ class Scheduler:
                 self._remove(sequence, keep=False)
             return tuple(SampleFailed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
         by_id = {s.id: s for s in (*live, *self._deferred)}
-        failed = [self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))]
-        return (
-            *failed,
+        return (  # a row may fail behind its first samples
             *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
+            *(self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))),
         )
 
     def _defer_unanswered(self, live: list[ScheduledSequence], frame: Frame, sent_at: float) -> None:
@@ -473,10 +471,14 @@ class Scheduler:
         number = self._writer.written
         trims = [Trim(s.id, s.trim_to) for s in sequences if s.trim_to is not None]
         start = len(sequences[0].fed) if len(sequences) == 1 else None
-        rows = tuple((s.feed_next(number),) for s in sequences)
+        for sequence in sequences:
+            sequence.feed_next(number)
+        if len(sequences) == 1:
+            self.speculation.extend_head(sequences[0], self._turns.decoding(), busy=self._reads_prompt)
+        rows = tuple(s.chain[0].tokens for s in sequences)
         self._lanes.begin(lane, sequences, number)
         self._turns.on_decode(lane)
-        step = Step(Compute.DECODE, tuple(s.id for s in sequences), rows, start=start)
+        step = Step(Compute.DECODE, tuple(s.id for s in sequences), rows, guesses=len(rows[0]) - 1, start=start)
         return self._writer.write(lane, step, 0, now, trims)
 
     def _prefill(self, sequence: ScheduledSequence, now: float) -> Frame:

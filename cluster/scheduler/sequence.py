@@ -30,15 +30,21 @@ class SavedProgress:
 
 
 class ChainLink(NamedTuple):
-    """A decode frame in the ring that feeds ``token`` as token ``start`` of a sequence.
+    """A decode frame in the ring that feeds ``tokens``, from token ``start`` of a sequence on.
 
-    ``source`` tells who guessed the token; None if it was sampled.
+    ``source`` tells who guessed the tokens; None if there is only one, which was sampled. ``back``: the frame has come
+    back, and ``tokens`` are those that its samples must still verify.
     """
 
     number: int
     start: int
-    token: int
+    tokens: tuple[int, ...]
     source: GuessSource | None = None
+    back: bool = False
+
+    def behind_first(self) -> ChainLink | None:
+        """Return the link without its first token, whose sample is known; None if it has no other."""
+        return self._replace(start=self.start + 1, tokens=self.tokens[1:]) if len(self.tokens) > 1 else None
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +90,7 @@ class ScheduledSequence:
     next_token: int | None = None
     """The token that the next decode frame feeds; None while such a frame is in the ring."""
     chain: list[ChainLink] = field(default_factory=list)
-    """Its decode frames in the ring. The first one's token is certain; those behind it feed guesses."""
+    """Its decode frames in the ring. The first token of the first one is certain; all those behind are guesses."""
     trim_to: int | None = None
     """The length to which its next step must trim it, since stages may hold dropped guesses; None if they do not."""
     sampled: bool = False
@@ -132,17 +138,22 @@ class ScheduledSequence:
         self.misses_disk = False
         self.broken = False
 
-    def feed_next(self, number: int) -> int:
-        """Return ``next_token``: decode frame ``number`` feeds it, so its chain of frames begins anew."""
+    def feed_next(self, number: int) -> None:
+        """Feed ``next_token`` with decode frame ``number``, so that its chain of frames begins anew."""
         token = self.next_token
         assert token is not None, "a frame of it is in the ring"
-        self.chain.append(ChainLink(number, len(self.fed), token))
+        self.chain.append(ChainLink(number, len(self.fed), (token,)))
         self.fed.append(token)
         self.next_token = self.trim_to = None
         self.guess_marks = 0
-        return token
 
-    def drop_guesses(self, kept: int) -> list[ChainLink]:
+    def feed_row(self, tokens: tuple[int, ...], source: GuessSource) -> None:
+        """Feed guesses with the frame of its chain that was written last."""
+        last = self.chain[-1]
+        self.chain[-1] = last._replace(tokens=(*last.tokens, *tokens), source=source)
+        self.fed.extend(tokens)
+
+    def drop_links(self, kept: int) -> list[ChainLink]:
         """Remove and return the links of ``chain`` behind the first ``kept`` ones, with their tokens."""
         dropped = self.chain[kept:]
         if dropped:
@@ -151,15 +162,27 @@ class ScheduledSequence:
             del self.fed[self.trim_to :]
         return dropped
 
+    def drop_guesses(self) -> list[ChainLink]:
+        """Remove and return all that is not certain: links of ``chain``, and the guesses in its first one."""
+        if not self.chain:
+            return []
+        dropped, head = self.drop_links(1), self.chain[0]
+        if rest := head.behind_first():
+            self.chain[0] = head._replace(tokens=head.tokens[:1])
+            self.trim_to = rest.start
+            del self.fed[self.trim_to :]
+            dropped.insert(0, rest)
+        return dropped
+
     @property
     def certain_length(self) -> int:
         """The number of its tokens in the frames written so far that are no guesses."""
-        return self.chain[1].start if len(self.chain) > 1 else len(self.fed)
+        return self.chain[0].start + (not self.chain[0].back) if self.chain else len(self.fed)
 
     @property
     def exact(self) -> bool:
         """Whether the stages hold just ``fed`` of it, once the frames written so far have been applied."""
-        return len(self.chain) < 2 and self.trim_to is None
+        return len(self.fed) == self.certain_length and self.trim_to is None
 
     @property
     def owner(self) -> Owner:

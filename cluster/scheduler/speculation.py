@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from cluster.core.frames import StageTiming
@@ -33,23 +33,40 @@ def choose_window(times: LapTimes, acceptance: float, most: int) -> int:
     return best if mean_token_time(times, best, acceptance) + cost <= (1 - LEAST_GAIN) * times.lap else 1
 
 
-class LapMeter:
-    """Measures the laps of frames of one row in one epoch."""
+class _StageMeans:
+    """The mean seconds that frames of one kind take on each stage; recent ones weigh more."""
 
     def __init__(self, stages: int) -> None:
-        self._stages = [0.0] * stages
-        self._wire = 0.0
-        self._frames = self._laps = 0
+        self.seconds = [0.0] * stages
+        self.frames = 0
 
-    def learn(self, timings: Sequence[StageTiming], lap_s: float | None) -> None:
-        """Learn from a frame of one row that every stage computed. ``lap_s`` is None if its lap was not measured."""
-        if len(timings) != len(self._stages):
-            return
-        self._frames += 1
-        rate = max(SMOOTHING, 1 / self._frames)
+    def learn(self, timings: Sequence[StageTiming]) -> None:
+        self.frames += 1
+        rate = max(SMOOTHING, 1 / self.frames)
         for timing in timings:
-            if timing.stage < len(self._stages):
-                self._stages[timing.stage] += rate * (timing.compute_us / 1e6 - self._stages[timing.stage])
+            if timing.stage < len(self.seconds):
+                self.seconds[timing.stage] += rate * (timing.compute_us / 1e6 - self.seconds[timing.stage])
+
+
+class LapMeter:
+    """Measures the laps of frames of one sequence in one epoch.
+
+    ``costs`` has, for each number of tokens that a frame may verify, how often it is expected to take each stage's time
+    of one token.
+    """
+
+    def __init__(self, stages: int, costs: Mapping[int, Sequence[float]]) -> None:
+        self._costs = costs
+        self._stages = {tokens: _StageMeans(stages) for tokens in (1, *costs)}
+        self._count = stages
+        self._wire = 0.0
+        self._laps = 0
+
+    def learn(self, timings: Sequence[StageTiming], lap_s: float | None, tokens: int = 1) -> None:
+        """Learn from a frame of ``tokens`` tokens that every stage computed. ``lap_s`` is None if it is not known."""
+        if len(timings) != self._count:
+            return
+        self._stages[tokens].learn(timings)
         if lap_s is not None:
             self._laps += 1
             wire = max(lap_s - sum(t.compute_us + t.wait_us for t in timings) / 1e6, 0.0)
@@ -57,7 +74,18 @@ class LapMeter:
 
     @property
     def times(self) -> LapTimes | None:
-        """The mean times, in seconds; None until enough frames were measured."""
+        """The mean times of frames of one token, in seconds; None until enough frames were measured."""
         if self._laps < LEAST_FRAMES:
             return None
-        return LapTimes(tuple(self._stages), self._wire / (len(self._stages) + 1))
+        return LapTimes(tuple(self._stages[1].seconds), self._wire / (self._count + 1))
+
+    def steps(self) -> dict[int, LapTimes]:
+        """Return the times of frames by their tokens, measured or expected; empty until enough were measured."""
+        one = self.times
+        return {} if one is None else {1: one} | {tokens: self._times_of(tokens, one) for tokens in self._costs}
+
+    def _times_of(self, tokens: int, one: LapTimes) -> LapTimes:
+        measured = self._stages[tokens]
+        if measured.frames >= LEAST_FRAMES:
+            return LapTimes(tuple(measured.seconds), one.hop)
+        return LapTimes(tuple(c * s for c, s in zip(self._costs[tokens], one.stages, strict=True)), one.hop)

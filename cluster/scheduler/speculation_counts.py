@@ -11,11 +11,15 @@ from cluster.scheduler.guessing import GuessSource
 
 @dataclass(slots=True)
 class SourceCounts:
-    """Tokens that were sent as guesses: ``guessed`` in all, ``accepted`` of them right, ``voided`` of no use."""
+    """Tokens that were sent as guesses: ``guessed`` in all, ``accepted`` of them right, ``voided`` of no use.
+
+    ``rows`` of them followed another token in one frame.
+    """
 
     guessed: int = 0
     accepted: int = 0
     voided: int = 0
+    rows: int = 0
 
 
 @dataclass(slots=True)
@@ -32,11 +36,11 @@ class SpeculationCounts:
     def of(self, source: GuessSource) -> SourceCounts:
         return self.by_source.setdefault(source, SourceCounts())
 
-    def waste(self, timings: Sequence[StageTiming]) -> None:
-        """Add the times of a frame whose guess was wrong. A stage that skipped it took next to none."""
+    def waste(self, timings: Sequence[StageTiming], share: float = 1.0) -> None:
+        """Add the ``share`` of a frame's times that wrong guesses took. A stage that skipped it took next to none."""
         for timing in timings:
             self.wasted_s += [0.0] * (timing.stage + 1 - len(self.wasted_s))
-            self.wasted_s[timing.stage] += timing.compute_us / 1e6
+            self.wasted_s[timing.stage] += share * timing.compute_us / 1e6
 
     def copy(self) -> SpeculationCounts:
         """Return a copy that does not change any more."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cluster.core.frames import (
     Compute,
     Drop,
@@ -42,10 +44,12 @@ def capacity(
     scored_chunk: int = 100,
     max_chunk: int = 0,
     stages: int = 2,
+    verify_costs: Mapping[int, float] | None = None,
 ) -> Capacity:
     """A token takes 1 byte on the first stage and 2 on each other one, a mark 3 and 5.
 
-    Chunks have at most ``chunk`` tokens, whatever they cost, unless ``max_chunk`` allows more.
+    Chunks have at most ``chunk`` tokens, whatever they cost, unless ``max_chunk`` allows more. Rows cost the same on
+    every stage.
     """
     weights, marks = (1, *[2] * (stages - 1)), (MARK_BYTES[0], *[MARK_BYTES[1]] * (stages - 1))
     return Capacity(
@@ -61,6 +65,7 @@ def capacity(
         queue=queue,
         max_step_ms=max_step_ms,
         scored_chunk=scored_chunk,
+        verify_costs={tokens: (cost,) * stages for tokens, cost in (verify_costs or {}).items()},
     )
 
 
@@ -75,7 +80,7 @@ class Stages:
         self.fed: dict[int, tuple[int, ...]] = {}
         self.prefixes: dict[int, tuple[int, ...]] = {}
         self.compiling: set[int] = set()
-        self.deferred: dict[int, Sample] = {}
+        self.deferred: dict[int, list[Sample]] = {}
         self.persisted: list[Persist] = []
         self._marks: dict[int, dict[int, object]] = {}
         self._kept_marks: dict[int, dict[int, object]] = {}
@@ -108,12 +113,13 @@ class Stages:
             self.fed[sequence] += tokens
             if frame.step and frame.step.compute is Compute.DECODE:
                 assert sequence not in self.deferred
-                self.deferred[sequence] = Sample(sequence, len(self.fed[sequence]), next_token(self.fed[sequence]))
+                self.deferred[sequence] = sample_row(frame.step, sequence, self.fed[sequence])
         if failure:
             for sequence in frame.step.sequences if frame.step else ():
                 self.deferred.pop(sequence, None)
         else:
-            samples = [self.deferred.pop(sequence) for sequence in {*self.deferred} - self.compiling]
+            ready = {*self.deferred} - self.compiling
+            samples = [sample for sequence in ready for sample in self.deferred.pop(sequence)]
             self._sampled |= {s.sequence: (s.position, s.token) for s in samples}
         said = () if failure else tuple(samples)
         return Frame(
@@ -127,8 +133,7 @@ class Stages:
         )
 
     def _is_void(self, step: Step) -> bool:
-        (sequence,), ((token,),) = step.sequences, step.tokens
-        return self._sampled[sequence] != (step.start, token)
+        return step.guessed and self._sampled[step.sequences[0]] != (step.start, step.tokens[0][0])
 
     @property
     def kept_bytes(self) -> int:
@@ -187,6 +192,16 @@ class Stages:
                 self.persisted.append(edit)
             case Drop():
                 del self.prefixes[edit.prefix], self._kept_marks[edit.prefix]
+
+
+def sample_row(step: Step, sequence: int, history: tuple[int, ...]) -> list[Sample]:
+    """Sample the positions of a step, which fed the end of a history, up to a first wrong guess."""
+    found: list[Sample] = []
+    for at in range(len(history) - step.sampled + 1, len(history) + 1):
+        found.append(Sample(sequence, at, next_token(history[:at])))
+        if history[at : at + 1] != (found[-1].token,):
+            break
+    return found
 
 
 def next_token(history: tuple[int, ...]) -> int:

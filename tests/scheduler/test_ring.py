@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,7 @@ from cluster.scheduler.outcome import Produced, SampleFailed
 from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
 from effort import effort
-from scheduler.stages import Stages, capacity, continuation, next_token
+from scheduler.stages import Stages, capacity, continuation, sample_row
 
 
 class OneStage:
@@ -69,15 +70,18 @@ class OneStage:
                 self.guess_marks.setdefault(sequence, set()).add(len(self.fed[sequence]))
             self.fed[sequence] += row
         decodes = self.last and frame.step is not None and frame.step.compute is Compute.DECODE
-        samples = [Sample(s, len(self.fed[s]), next_token(self.fed[s])) for s in rows] if decodes else []
+        samples: list[Sample] = []
+        for sequence in rows if decodes else ():
+            assert frame.step
+            samples += sample_row(frame.step, sequence, self.fed[sequence])
         self.sampled |= {s.sequence: (s.position, s.token) for s in samples}
         return replace(frame, samples=tuple(samples))
 
     def _is_void(self, frame: Frame) -> bool:
         assert frame.step
-        (sequence,), ((token,),), start = frame.step.sequences, frame.step.tokens, frame.step.start
+        (sequence,), ((token, *_),), start = frame.step.sequences, frame.step.tokens, frame.step.start
         assert start is not None
-        if sequence in self.broken:
+        if sequence in self.broken or not frame.step.guessed:
             return False
         return start > len(self.fed[sequence]) or (self.last and self.sampled[sequence] != (start, token))
 
@@ -114,7 +118,11 @@ class Row:
     """A scheduler and its stages, which work in any order that their turns allow."""
 
     def __init__(
-        self, rng: random.Random, count: int, guesser: Guesser | None = None, **options: int | float | None
+        self,
+        rng: random.Random,
+        count: int,
+        guesser: Guesser | None = None,
+        **options: int | float | Mapping[int, float] | None,
     ) -> None:
         self.rng, self.now = rng, 0.0
         plan = capacity(window=count + 1, stages=count, **options)  # type: ignore[arg-type]
@@ -229,6 +237,7 @@ def play(
     count: int = 0,
     guesser: Guesser | None = None,
     steps: int = 4000,
+    verify_costs: Mapping[int, float] | None = None,
 ) -> Row:
     """Let requests come, share beginnings, fail and go, on ``count`` stages or a few, and check each answer."""
     count = count or rng.randint(2, 4)
@@ -243,6 +252,7 @@ def play(
         prefixes=rng.choice([0, 50, 150]),
         chunk=rng.randint(1, 16),
         max_step_ms=rng.choice([None, 1.0]),
+        verify_costs=verify_costs,
     )
     prompts = dict[str, tuple[int, ...]]()
     for _ in range(steps):

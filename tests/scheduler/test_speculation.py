@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from statistics import quantiles
@@ -64,8 +64,15 @@ class _Stage:
 class TimedRing:
     """A scheduler and stages that take their time. ``arrivals`` are when each request's tokens came, in ms."""
 
-    def __init__(self, stages: tuple[float, ...], guesser: Known | None, prefill_ms: float = 1.0) -> None:
-        plan = capacity(lanes=len(stages), stages=len(stages), budget=10**6, chunk=64, rows=1)
+    def __init__(
+        self,
+        stages: tuple[float, ...],
+        guesser: Known | None,
+        prefill_ms: float = 1.0,
+        costs: Mapping[int, float] | None = None,
+    ) -> None:
+        self.costs = {1: 1.0} | dict(costs or {})
+        plan = capacity(lanes=len(stages), stages=len(stages), budget=10**6, chunk=64, rows=1, verify_costs=costs)
         self.scheduler = Scheduler(1, plan, frozenset(), guesser)  # type: ignore[arg-type]
         self.stages, self.prefill_ms = [_Stage(ms) for ms in stages], prefill_ms
         self.now, self.numbers = 0.0, count()
@@ -125,10 +132,10 @@ class TimedRing:
         self.at(self.now + ms, lambda: self.finish(at, done))
 
     def is_void(self, at: int, step: Step) -> bool:
-        (sequence,), ((token,),) = step.sequences, step.tokens
+        (sequence,), ((token, *_),) = step.sequences, step.tokens
         last = at == len(self.stages) - 1
         follows_void = (step.start or 0) > self.stages[at].fed[sequence]
-        return follows_void or (last and self.sampled[sequence] != (step.start, token))
+        return step.guessed and (follows_void or (last and self.sampled[sequence] != (step.start, token)))
 
     def compute(self, at: int, step: Step) -> tuple[float, tuple[Sample, ...]]:
         (sequence,), (row,) = step.sequences, step.tokens
@@ -136,12 +143,17 @@ class TimedRing:
         stage.fed[sequence] += len(row)
         if step.compute is Compute.PREFILL:
             return self.prefill_ms * len(row), ()
-        position = stage.fed[sequence]
+        ms = stage.ms * self.costs[len(row)]
         if at < len(self.stages) - 1:
-            return stage.ms, ()
-        sample = Sample(sequence, position, _token(self.prompts[sequence], position))
-        self.sampled[sequence] = position, sample.token
-        return stage.ms, (sample,)
+            return ms, ()
+        samples: list[Sample] = []
+        for i, following in enumerate((*row[1:], None)):
+            position = stage.fed[sequence] - len(row) + 1 + i
+            samples.append(Sample(sequence, position, _token(self.prompts[sequence], position)))
+            if samples[-1].token != following:
+                break
+        self.sampled[sequence] = samples[-1].position, samples[-1].token
+        return ms, tuple(samples)
 
     def finish(self, at: int, frame: Frame) -> None:
         self.stages[at].busy = False
