@@ -13,9 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoints import make
+from cluster.coordinator.active_requests import split_samples
 from cluster.core.frames import Frame, Sample, StageTiming
 from cluster.core.plan import ModelShape
 from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
+from cluster.model.model_shape import read_shape
 from cluster.model.stage import Stage
 from cluster.scheduler import guess_chains
 from cluster.scheduler.capacity import Capacity
@@ -71,7 +74,10 @@ class Replay:
 
 
 class Play:
-    """A scheduler and real stages, which work in any order that their turns allow."""
+    """A scheduler and real stages, which work in any order that their turns allow.
+
+    ``stops`` says after how many tokens a request is ended from outside, as at a stop string.
+    """
 
     def __init__(self, ring: Ring, shape: ModelShape, rng: random.Random, guesser: Guesser | None) -> None:
         self.ring, self.rng, self.now = ring, rng, 0.0
@@ -85,6 +91,7 @@ class Play:
         self.turns = [ReorderBuffer() for _ in ring.stages]
         self.void: set[int] = set()
         self.said: Said = defaultdict(list)
+        self.stops: dict[str, int] = {}
 
     def write(self) -> None:
         self.now += 0.001
@@ -108,6 +115,8 @@ class Play:
         for event in self.scheduler.on_frame(replace(frame, timings=timings), self.now).events:
             assert isinstance(event, Produced), event
             self.said[event.request_id].append((replace(event.sample, sequence=0), event.finish is not None))
+            if self.stops.get(event.request_id) == len(self.said[event.request_id]):
+                self.scheduler.end(event.request_id)
         self.write()
 
     def answer(self, requests: Sequence[Request], together: int) -> Said:
@@ -194,3 +203,76 @@ def test_a_next_turn_that_starts_from_a_guessed_answers_prefix_is_that_of_a_fres
         said |= play.answer([], 1)
     play.close()
     assert said == plain
+
+
+@pytest.fixture
+def longest_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send every guess that may be sent, whatever it costs."""
+    monkeypatch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: max(1, most))
+
+
+@pytest.mark.usefixtures("longest_chains")
+def test_samples_of_one_prompt_are_those_without_guesses(
+    rings: Rings, shape: Callable[[str], ModelShape], rng: random.Random
+) -> None:
+    """Two samples are guessed in lanes of their own. One prompt is read for both."""
+    ring, known = rings("llama", 4), shape("llama")
+    samples = split_samples(Request("r", PROMPT, SAMPLINGS[2], 12, samples=2))
+    alone = Play(ring, known, rng, None)
+    plain = alone.answer(samples, 1)
+    alone.close()
+    play = Play(ring, known, rng, Replay(rng, plain, 0.2))
+    play.scheduler.submit(*samples)
+    play.write()
+    said = play.answer([], 2)
+    play.close()
+    assert said == plain
+    assert said["r"] != said["r#1"]
+    assert play.scheduler.speculation.counts.by_source[GuessSource.REPLAY].accepted
+
+
+@pytest.mark.usefixtures("longest_chains")
+@pytest.mark.parametrize("arch", chosen(("llama", "qwen3_next"), "llama"))
+def test_an_answer_that_a_stop_string_ends_drops_its_guesses(
+    arch: str, rings: Rings, shape: Callable[[str], ModelShape], rng: random.Random
+) -> None:
+    """Whatever is in flight as its reader ends it, the prefix that it leaves is the right one for the next turn."""
+    ring, known, stop = rings(arch, 3), shape(arch), 5
+    first = Request("r0", PROMPT, SAMPLINGS[3], 30)
+    fresh = Play(ring, known, rng, None)
+    fresh.stops["r0"] = stop
+    plain = fresh.answer([first], 1)
+    fresh.close()
+    second = Request("r1", (*PROMPT, *(s.token for s, _ in plain["r0"]), 8), LOGPROBS, 3)
+    fresh = Play(ring, known, rng, None)
+    plain |= fresh.answer([second], 1)
+    fresh.close()
+    play = Play(ring, known, rng, Replay(rng, {**plain, "r0": plain["r0"] * 2}, 0.3))
+    play.stops["r0"] = stop
+    said = play.answer([first], 1)
+    play.scheduler.submit(second)
+    (sequence,) = play.scheduler.sequences
+    assert sequence.cached >= len(PROMPT) - 1
+    said |= play.answer([], 1)
+    play.close()
+    assert len(said["r0"]) == stop
+    assert said == plain
+    assert play.scheduler.speculation.counts.by_source[GuessSource.REPLAY].voided
+
+
+@pytest.mark.usefixtures("longest_chains")
+def test_quantized_caches_are_guessed_bit_for_bit(tmp_path: Path, rng: random.Random) -> None:
+    path = make("llama", tmp_path / "wide", layers=6, head_dim=64)
+    known = read_shape(path, "wide", 300, kv_bits=8)
+    ring = Ring(known, path, 2, kv_bits=8)
+    requests = [request for request in conversation(len(SAMPLINGS), 8) if request.id in ("r2", "r4")]
+    alone = Play(ring, known, rng, None)
+    plain = alone.answer(requests, 1)
+    alone.close()
+    play = Play(ring, known, rng, Replay(rng, plain, 0.3))
+    said = play.answer(requests, 1)
+    play.close()
+    assert said == plain
+    counts = play.scheduler.speculation.counts.by_source[GuessSource.REPLAY]
+    assert counts.accepted
+    assert counts.voided
