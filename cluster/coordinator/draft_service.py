@@ -24,7 +24,7 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.slice_loading import Progress
 from cluster.core.errors import MacpipeError, StaleEpoch
 from cluster.core.frames import Frame
-from cluster.core.limits import PREFILL_CHUNK
+from cluster.core.limits import FRAME_FLOOR_S, PREFILL_CHUNK
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler.draft_guesser import DraftGuesser, DraftModel
 from cluster.wire.frame_codec import decode, encode
@@ -35,6 +35,8 @@ DRAFT_RETRY_S: Final = 2.0
 """Interval of checks whether a lost draft model can be loaded again."""
 MOST_DRAFT_RETRY_S: Final = 60.0
 """The same after several loads that brought no guess: each doubles it."""
+DRAFT_OVERDUE_S: Final = 4 * FRAME_FLOOR_S
+"""A draft's engine hangs if it has answered no frame for so long. Nobody waits for it, so it may read long prompts."""
 OnLoop = Callable[[Callable[[], bool]], None]
 """Runs a job on the engine loop's thread, which then sends guesses if the job returns True."""
 
@@ -68,6 +70,7 @@ class DraftService:
         # The engine loop's thread alone uses what follows.
         self._ring: Ring | None = None
         self._epoch = self._lost_epoch = 0
+        self._unanswered, self._alive_at = 0, 0.0
         self.guesser = DraftGuesser(_model_of(assignment), self._send)
 
     @property
@@ -81,7 +84,7 @@ class DraftService:
         await self._load(self._assignment, progress)
 
     def tend(self, busy: Collection[str]) -> None:
-        """Begin to load the model again if it is lost, or if its worker drains. Returns at once.
+        """Begin to load the model again if it is lost, if its worker drains, or if its engine hangs. Returns at once.
 
         ``busy`` are the workers that hold layers of the target.
         """
@@ -91,6 +94,11 @@ class DraftService:
             return
         if self.worker and (why := self._why_leave(self.worker, busy)):
             self.lose(why)
+        elif self._holder and self.worker and (silent_s := self._silence()) > DRAFT_OVERDUE_S:
+            why = f"the engine of worker {self.worker} has answered no frame for {silent_s:.0f} s"
+            self.lose(why)
+            self._task = asyncio.create_task(self._reset(self._holder, why))
+            return
         if not self.problem:
             return
         if not self._told:
@@ -191,6 +199,16 @@ class DraftService:
     def _entry(self, worker: str, members: Collection[RosterEntry]) -> RosterEntry | None:
         return next((m for m in members if m.info.name == worker), None)
 
+    def _silence(self) -> float:
+        """Return for how many seconds a frame has waited for any answer; 0 if none waits."""
+        return time.monotonic() - self._alive_at if self._unanswered else 0.0
+
+    async def _reset(self, holder: WorkerInfo, why: str) -> None:
+        try:
+            await self._control(holder.control_address).reset(why)
+        except MacpipeError as e:
+            log.info("draft: engine not reset reason=%s worker=%s", e.sentence, holder.name)
+
     async def _free_unless(self, busy: Collection[str], members: Collection[RosterEntry]) -> None:
         """Free the worker that held the model, unless it is busy or does not answer."""
         if self._holder and self._holder.name not in busy:
@@ -210,18 +228,21 @@ class DraftService:
         if self._lost_epoch == epoch:
             ring.close()
             return False
-        self._ring, self._epoch = ring, epoch
+        self._ring, self._epoch, self._unanswered = ring, epoch, 0
         self.problem = ""
         self.guesser.open(_model_of(assignment))
         return False
 
     def _send(self, frame: Frame) -> None:
         if self._ring:
+            self._alive_at = self._alive_at if self._unanswered else time.monotonic()
+            self._unanswered += 1
             self._ring.send(encode(frame))
 
     def _receive(self, epoch: int, message: bytes) -> bool:
         if epoch != self._epoch or self._ring is None:
             return False
+        self._unanswered, self._alive_at = self._unanswered - 1, time.monotonic()
         try:
             guessed = self.guesser.receive(decode(message))
         except MacpipeError as e:

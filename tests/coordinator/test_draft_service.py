@@ -6,16 +6,16 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 
 from cluster.coordinator import draft_service
 from cluster.coordinator.draft_assignment import assign_draft, require_matching_draft
-from cluster.coordinator.draft_service import DRAFT_RETRY_S, MOST_DRAFT_RETRY_S, DraftService
+from cluster.coordinator.draft_service import DRAFT_OVERDUE_S, DRAFT_RETRY_S, MOST_DRAFT_RETRY_S, DraftService
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import RosterEntry
@@ -154,6 +154,17 @@ class DraftRing:
 REQUEST = Request("r", (5, 6, 7), SamplingParams(), 40)
 
 
+@dataclass
+class Control:
+    """Stands for the client of the worker at ``address``."""
+
+    address: str
+    resets: ClassVar[list[str]] = []
+
+    async def reset(self, why: str) -> None:
+        self.resets.append(f"{self.address}: {why}")
+
+
 class OpenDraft:
     """A draft service over rings that compute nothing, with the engine loop's jobs done at once.
 
@@ -181,7 +192,7 @@ class OpenDraft:
             heartbeat=SimpleNamespace(members=lambda: tuple(self.members), is_gone=self.gone.__contains__),
         )
         assignment = assign_draft(self.epochs.next(), target, draft, [worker("ada"), worker("bob")], ["ada"])
-        control: Any = lambda address: address  # noqa: E731
+        control: Any = Control
         self.service = DraftService(target, assignment, deps, control, self.told.append)
 
     def _build(self, *arguments: Any) -> DraftRing:
@@ -190,8 +201,8 @@ class OpenDraft:
 
     async def _loads(self) -> None: ...
 
-    async def _unload(self, epoch: int, controls: list[str]) -> None:
-        self.freed += controls
+    async def _unload(self, epoch: int, controls: list[Control]) -> None:
+        self.freed += [control.address for control in controls]
 
     @property
     def ring(self) -> DraftRing:
@@ -340,6 +351,36 @@ def test_a_draft_leaves_a_mac_that_drains_and_frees_it(opened: OpenDraft) -> Non
         assert opened.service.problem == "the draft model faq-draft does not guess: worker cyd is being drained"
         await opened.tend("ada")
         assert opened.service.worker == ""
+
+    asyncio.run(play())
+
+
+def test_an_engine_that_hangs_is_reset_and_the_draft_loaded_again(
+    opened: OpenDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> None:
+        monkeypatch.setattr(Control, "resets", [])
+        await opened.opened()
+        opened.now += DRAFT_OVERDUE_S + 1
+        await opened.tend()
+        assert opened.service.worker == "bob", "nothing was asked of it"
+        opened.guess()
+        opened.now += DRAFT_OVERDUE_S - 1
+        opened.ring.received(encode(Frame(opened.ring.epoch, 0, 0)))
+        opened.now += DRAFT_OVERDUE_S
+        await opened.tend()
+        assert opened.service.worker == "bob", "it is slow"
+        opened.now += 1
+        await opened.tend()
+        assert opened.service.worker == ""
+        why = f"the engine of worker bob has answered no frame for {DRAFT_OVERDUE_S + 1:.0f} s"
+        assert Control.resets == [f"bob:1: {why}"]
+        assert why in opened.service.problem
+        await opened.tend()
+        assert opened.service.worker
+        opened.now += 2 * DRAFT_OVERDUE_S
+        await opened.tend()
+        assert len(Control.resets) == 1
 
     asyncio.run(play())
 
