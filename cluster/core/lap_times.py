@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import Final
+
+SLOT_SLACK: Final = 1.05
+"""Stages whose measured times differ by this ratio count as equal, so that noise takes no frame from users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class LapTimes:
     def slots(self) -> int:
         """How many frames can be in flight without waiting for each other, at most one for each stage."""
         slowest = max(self.stages)
-        return min(len(self.stages), int(self.lap / slowest)) if slowest else len(self.stages)
+        return min(len(self.stages), int(SLOT_SLACK * self.lap / slowest)) if slowest else len(self.stages)
 
     def period(self, window: int) -> float:
         """Return the time between two replies of ``window`` frames that follow each other."""

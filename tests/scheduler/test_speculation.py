@@ -214,10 +214,11 @@ def test_guesses_that_are_mostly_wrong_cost_next_to_nothing(
 def test_a_second_user_does_not_notice_the_guesses_of_the_first(stages: tuple[float, ...], rng: random.Random) -> None:
     """Its tokens and its first one come as early, whether the first user's guesses are right or wrong.
 
-    Two users of four stages are both guessed, in turns: a guess goes out just behind a certain frame of the other.
+    Two users of four stages are both guessed, in turns: a guess goes out just behind a certain frame of the other. Only
+    the second token may wait for one frame: guesses that were sent before the second user came are still in flight.
     """
 
-    def second(acceptance: float | None) -> tuple[float, float]:
+    def second(acceptance: float | None) -> tuple[float, float, float]:
         ring = TimedRing(stages, None if acceptance is None else Known(rng, acceptance))
         ring.ask("warm", 3, 2, 100)
         ring.run()
@@ -227,14 +228,16 @@ def test_a_second_user_does_not_notice_the_guesses_of_the_first(stages: tuple[fl
             ring.at(when, lambda i=i: ring.ask(f"second{i}", 5 + i, 16, 20))  # type: ignore[misc]
         ring.run()
         came = [ring.arrivals[f"second{i}"] for i in range(8)]
-        gaps = [after - before for each in came for before, after in pairwise(each)]
+        gaps = [[after - before for before, after in pairwise(each)] for each in came]
         waits = [each[0] - when for each, when in zip(came, asked, strict=True)]
-        return quantiles(gaps, n=100)[98], max(waits)
+        later = [gap for each in gaps for gap in each[1:]]
+        return quantiles(later, n=100)[98], max(each[0] for each in gaps), max(waits)
 
-    gap, wait = second(None)
+    gap, first_gap, wait = second(None)
     for acceptance in (0.0, 0.8):
-        guessed_gap, guessed_wait = second(acceptance)
+        guessed_gap, guessed_first_gap, guessed_wait = second(acceptance)
         assert guessed_gap <= 1.01 * gap
+        assert guessed_first_gap <= 1.01 * first_gap + max(stages)
         assert guessed_wait <= wait + 2 * max(stages)
 
 
@@ -261,6 +264,11 @@ def test_more_frames_than_stages_are_never_in_flight() -> None:
     assert choose_window(LapTimes((10.0, 10.0), 0.8), 1.0, 8) == 2
     assert choose_window(LapTimes((10.0,) * 4, 0.8), 0.9, 3) == 3
     assert choose_window(LapTimes((10.0,), 0.8), 1.0, 8) == 1
+
+
+def test_frames_that_do_not_wait_for_each_other_follow_from_the_slowest_stage() -> None:
+    stages = [(10.0,) * 4, (10.0, 10.0, 10.4, 10.0), (10.0, 5.0, 5.0, 15.0), (5.0, 20.0, 5.0, 5.0), (0.0, 0.0)]
+    assert [LapTimes(times, 0.1).slots for times in stages] == [4, 4, 2, 1, 2]
 
 
 def test_a_slow_first_stage_is_guessed_only_for_good_guesses() -> None:
