@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NoReturn
 
 import typer
@@ -20,6 +20,8 @@ from cluster.core.errors import InvalidOption, MacpipeError
 DEBUG_VARIABLE: Final = "MACPIPE_DEBUG"
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
+FIRST_SIGNAL_CODE: Final = 128
+"""Exit codes above this are those of signals."""
 INTERRUPTED: Final = 130
 
 
@@ -99,3 +101,14 @@ def end_after_broken_pipe() -> NoReturn:
     """Exit silently: nobody reads stdout. Redirect it so that Python's flush at exit does not fail either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(FAILED)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Exit without the interpreter's own end, after all ``with`` blocks were left.
+
+    A signal may have interrupted grpc while it closed a channel. Deleting that channel then waits forever.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)

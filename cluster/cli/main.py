@@ -16,7 +16,7 @@ from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
-from cluster.cli.error_boundary import run_with_error_boundary
+from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
 from cluster.cli.generate import generate
 from cluster.cli.help import HELP_WIDTH, Command
 from cluster.cli.init import init
@@ -86,9 +86,14 @@ def accept_global_options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C."""
-    with run_with_error_boundary():
-        app(args=arguments, prog_name="macpipe")
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 128 + N after signal N (130 for Ctrl-C)."""
+    try:
+        with run_with_error_boundary():
+            app(args=arguments, prog_name="macpipe")
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > FIRST_SIGNAL_CODE:
+            exit_at_once(end.code)
+        raise
 
 
 if __name__ == "__main__":
