@@ -28,7 +28,8 @@ FLOORS = (
     {"joining", "sandbox", "store"},
     {"coordinator", "worker"},
     {"api", "client"},
-    {"__main__", "cli"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 CLIENT_MAY = FLOORS[0] | {"codec", "security", "transport"}
@@ -213,7 +214,7 @@ def test_type_checkers_of_users_read_the_package() -> None:
 
 
 def test_help_starts_without_mlx() -> None:
-    loaded = loaded_by("cluster.cli.main", "--help")
+    loaded = loaded_by("cluster", "--help")
     assert "typer" in loaded
     assert loaded & HEAVY == set()
 

@@ -94,7 +94,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(end.code, int) and end.code > FIRST_SIGNAL_CODE:
             exit_at_once(end.code)
         raise
-
-
-if __name__ == "__main__":
-    main()

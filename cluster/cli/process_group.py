@@ -65,7 +65,7 @@ class ProcessGroup:
         log = self._folder / f"{name}.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, *([str(program)] if program else ["-m", "cluster.cli.main"]), *arguments, ENDING],
+                [sys.executable, *([str(program)] if program else ["-m", "cluster"]), *arguments, ENDING],
                 stdin=subprocess.PIPE,
                 stdout=stderr,
                 stderr=stderr,

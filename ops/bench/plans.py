@@ -29,7 +29,7 @@ def print_plans(folder: Path, objective: str) -> None:
         model = make_headers(name, folder)
         for macs in MACS:
             print(f"\n$ macpipe plan {name} --assume {macs},10gbe --objective {objective}", flush=True)
-            command = [sys.executable, "-m", "cluster.cli.main", "plan", str(model), "--assume", f"{macs},10gbe"]
+            command = [sys.executable, "-m", "cluster", "plan", str(model), "--assume", f"{macs},10gbe"]
             subprocess.run([*command, "--objective", objective], check=False)
 
 

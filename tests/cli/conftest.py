@@ -11,7 +11,7 @@ import pytest
 from client.scripted import Coordinator
 
 ROOT = Path(__file__).resolve().parents[2]
-MACPIPE = [sys.executable, "-W", "error", "-m", "cluster.cli.main"]
+MACPIPE = [sys.executable, "-W", "error", "-m", "cluster"]
 Macpipe = Callable[..., subprocess.CompletedProcess[str]]
 
 

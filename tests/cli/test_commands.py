@@ -299,7 +299,7 @@ def test_a_reader_that_goes_away_is_no_story(environment: dict[str, str], coordi
             yield event
 
     coordinator.script.answer = answer
-    line = f"'{sys.executable}' -m cluster.cli.main generate -p x | head -n 1"
+    line = f"'{sys.executable}' -m cluster generate -p x | head -n 1"
     done = subprocess.run(
         ["/bin/sh", "-c", line],
         env=environment | {"MACPIPE_COORDINATOR": coordinator.address},

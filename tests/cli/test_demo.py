@@ -17,7 +17,7 @@ from cli.terminal import CTRL_C, CTRL_D, Terminal
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DEMO = [sys.executable, "-m", "cluster.cli.main", "demo"]
+DEMO = [sys.executable, "-m", "cluster", "demo"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from client.scripted import Coordinator, answer_of, prompt_event, token_event
 from cluster.core import errors
 from cluster.v1 import inference_pb2
 
-MACPIPE = [sys.executable, "-W", "error", "-m", "cluster.cli.main"]
+MACPIPE = [sys.executable, "-W", "error", "-m", "cluster"]
 Open = Callable[..., Terminal]
 
 

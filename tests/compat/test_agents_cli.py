@@ -115,7 +115,7 @@ def test_an_agent_runs_a_tool_and_goes_on(
     if launched:
         key = {} if served.key == "none" else {"MACPIPE_API_KEY": served.key}
         environment = {"PYTHONPATH": str(ROOT), "MACPIPE_HTTP": served.http.removeprefix("http://"), **key}
-        command: Sequence[str] = (sys.executable, "-m", "cluster.cli.main", "launch", name, "--")
+        command: Sequence[str] = (sys.executable, "-m", "cluster", "launch", name, "--")
     else:
         environment, options = agent.by_hand(served)
         command = (name, *options)

@@ -24,7 +24,7 @@ Launch = Callable[[Sequence[str], Path], "subprocess.Popen[bytes]"]
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "cluster.cli.main", *arguments]
+    return [sys.executable, "-m", "cluster", *arguments]
 
 
 def bound(*arguments: str) -> list[str]:
