@@ -21,7 +21,7 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.ring import Ring
 from cluster.coordinator.roster import RosterEntry
-from cluster.coordinator.slice_loading import Progress
+from cluster.coordinator.stage_setup import Progress
 from cluster.core.errors import MacpipeError, StaleEpoch
 from cluster.core.frames import Frame
 from cluster.core.limits import FRAME_FLOOR_S, PREFILL_CHUNK

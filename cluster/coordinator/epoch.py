@@ -12,7 +12,7 @@ import anyio
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replan import holds
 from cluster.coordinator.ring import Ring, RingStage, StageLost
-from cluster.coordinator.slice_loading import Progress, link_stages, load_slices
+from cluster.coordinator.stage_setup import Progress, link_stages, load_slices
 from cluster.coordinator.weight_distribution import WeightDelivery, WeightDistribution
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import MacpipeError

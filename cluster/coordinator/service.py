@@ -25,7 +25,7 @@ from cluster.coordinator.prefix_disks import PrefixDisks
 from cluster.coordinator.recovery import EpochChange, Failures, Recovery, RecoveryContext, ServiceDeps
 from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.slice_loading import Progress
+from cluster.coordinator.stage_setup import Progress
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
