@@ -33,6 +33,7 @@ from cluster.core.request import Accepted, SamplingParams, TokenEvent
 from cluster.core.request import Request as Asking
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyLimits, KeyScope, KeyStore
+from workerless import WorkerlessCoordinator
 
 pytestmark = pytest.mark.anyio
 
@@ -62,11 +63,10 @@ class Answering:
         self.ended.set()
 
 
-class Idle:
+class Idle(WorkerlessCoordinator):
     """A coordinator that serves no model."""
 
     state = ServingState.IDLE
-    journal = None
     speculates = False
 
     def __init__(self) -> None:
@@ -76,12 +76,6 @@ class Idle:
 
     def served_model(self, name: str) -> ModelInfo:
         raise NotServing("no model is loaded")
-
-    async def plan_and_view(self) -> tuple[None, None]:
-        return None, None
-
-    def known_workers(self) -> tuple[()]:
-        return ()
 
     async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:
         self.answers[request.id] = Answering(request.client)

@@ -23,6 +23,7 @@ from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService,
 from fuzz.cost.target import SANDBOX_CLOSED, TAKEN
 from fuzz.targets.asked import served as plain_model
 from fuzz.targets.kept import scratch
+from workerless import WorkerlessCoordinator
 
 TEMPLATE = """
 {%- if tools %}<|system|>You may call these functions: {% for tool in tools %}{{ tool | tojson }}
@@ -51,20 +52,13 @@ class NeedsSandbox(Busy):
     """The input reached tokenizing or compiling, and no sandbox is open."""
 
 
-class Coordinator:
+class Coordinator(WorkerlessCoordinator):
     """Checks a request's grammar as the real one does, and then stops."""
 
-    journal = None
     speculates = True
 
     def served_model(self, name: str) -> ModelInfo:
         return served()
-
-    async def plan_and_view(self) -> tuple[None, None]:
-        return None, None
-
-    def known_workers(self) -> tuple[()]:
-        return ()
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
         await model_info.check_grammar(grammar, MAX_SCHEMA_BYTES)

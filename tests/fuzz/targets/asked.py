@@ -32,6 +32,7 @@ from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
 from fuzz.targets.target import Prepared, Target
 from in_process import InProcess
+from workerless import WorkerlessCoordinator
 
 CALLER = Caller("fuzz", None, speculates=True)
 
@@ -165,19 +166,11 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-class _Nobody:
+class _Nobody(WorkerlessCoordinator):
     """A coordinator that serves a model, and takes nothing."""
-
-    journal = None
 
     def served_model(self, name: str) -> ModelInfo:
         return served()
-
-    async def plan_and_view(self) -> tuple[None, None]:
-        return None, None
-
-    def known_workers(self) -> tuple[()]:
-        return ()
 
     def __getattr__(self, name: str) -> Any:
         raise Busy(f"nothing is taken here: {name}")
