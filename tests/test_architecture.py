@@ -26,7 +26,7 @@ FLOORS = (
     {"bundled", "codec", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
     {"joining", "sandbox", "store"},
-    {"coordinator", "worker"},
+    {"conversion", "coordinator", "worker"},
     {"api", "client"},
     {"cli"},
     {"__main__"},

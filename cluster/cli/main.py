@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from cluster import __version__
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
+from cluster.cli.convert import convert
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
@@ -60,7 +61,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
-for command in (demo, init, join, worker, plan, serve, pull, generate, chat, status, ps, load, unload, drain, bench):
+for command in (
+    *(demo, init, join, worker, plan, serve, pull, convert, generate, chat, status, ps, load, unload, drain, bench),
+):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")
 app.add_typer(key)

@@ -7,14 +7,14 @@ This module knows how to open a model and which errors can occur; it knows nothi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mlx_lm.utils import load_model
 
 from cluster.core.errors import BadCheckpoint, MacpipeError, ModelUnsupported
 from cluster.model.module_tree import Module
 
-__all__ = ["open_skeleton"]
+__all__ = ["open_model", "open_skeleton"]
 
 LONGEST: Final = 400
 """Characters of an mlx-lm message that go into an error sentence."""
@@ -25,19 +25,25 @@ def open_skeleton(path: Path) -> Module:
 
     Raises ModelUnsupported (mlx-lm does not know the architecture) or BadCheckpoint (weights or config do not fit it).
     """
+    model, _ = open_model(path)
+    if not hasattr(model, "layers"):
+        raise ModelUnsupported(
+            f"{type(model).__module__.rpartition('.')[2]} models have no list of layers to split; choose another model"
+        )
+    return model
+
+
+def open_model(path: Path) -> tuple[Module, dict[str, Any]]:
+    """Return the whole model with lazy arrays, and its config as mlx-lm understands it. Raises as ``open_skeleton``."""
     try:
-        model: Module = load_model(path, lazy=True, trust_remote_code=False)[0]
+        opened: tuple[Module, dict[str, Any]] = load_model(path, lazy=True, trust_remote_code=False)
     except SystemExit as ended:  # mlx-lm's olmo exits if a package is missing, after printing its name
         raise ModelUnsupported(
             f"mlx-lm's code for the model in {str(path)!r} needs a package that is not installed; install it"
         ) from ended
     except Exception as error:  # model code may raise anything for an invalid config
         raise _open_error(path, error) from error
-    if not hasattr(model, "layers"):
-        raise ModelUnsupported(
-            f"{type(model).__module__.rpartition('.')[2]} models have no list of layers to split; choose another model"
-        )
-    return model
+    return opened
 
 
 def _open_error(path: Path, error: Exception) -> MacpipeError:

@@ -129,14 +129,17 @@ def replace_and_open(path: Path, content: bytes, fresh: Path) -> int:
     return file
 
 
-def not_written(error: OSError, path: Path, what: str) -> MacpipeError:
-    """Return the error for a failed write to ``path``: DiskFull for a fault of the disk, else InvalidOption."""
+def not_written(error: OSError, path: Path, what: str, advice: str = CHOOSE_FOLDER) -> MacpipeError:
+    """Return the error for a failed write to ``path``: DiskFull for a fault of the disk, else InvalidOption.
+
+    ``advice`` says what to do where the disk is not to blame.
+    """
     why = error.strerror or type(error).__name__
     if error.errno in _FULL:
         return DiskFull(f"cannot write {what} to {path}: {why}; free some room there and try again", path=str(path))
     if error.errno in _BROKEN:
         return DiskFull(f"cannot write {what} to {path}: {why}; check that disk, then try again", path=str(path))
-    return InvalidOption(f"cannot write {what} to {path}: {why}; {CHOOSE_FOLDER}")
+    return InvalidOption(f"cannot write {what} to {path}: {why}; {advice}")
 
 
 def sync_folder(folder: Path) -> None:
