@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from cluster.core.quantization import Quantization
     from cluster.model.converted_weights import Conversion
 
+GGUF_MAGIC: Final = b"GGUF"
+"""The first bytes of a GGUF file."""
+
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face id or a model folder.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face id, a model folder, or a GGUF file.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The new model's folder, which must not exist.")],
     quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize, with the mode's defaults.")] = False,
     bits: Annotated[
@@ -85,6 +88,8 @@ def convert_model(
     target = folder.expanduser().absolute()
     refuse_existing(target)
     choose()
+    if (file := Path(source).expanduser()).is_file():
+        return _convert_file(file, target, conversion)
     return _convert_folder(source, target, conversion, state_home(home))
 
 
@@ -102,3 +107,15 @@ def _convert_folder(source: str, target: Path, conversion: Conversion, home: Pat
         fetch(source, found, None, home)
     with ConversionBar(sys.stderr, source) as bar:
         return convert_checkpoint(found.folder, target, conversion, bar.show)
+
+
+def _convert_file(file: Path, target: Path, conversion: Conversion) -> Converted:
+    """Convert a GGUF file."""
+    with file.open("rb") as opened:
+        if opened.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise InvalidOption(f"{file} is a file, but not a GGUF file; give the model's folder", field="source")
+    from cluster.cli.convert_progress import ConversionBar
+    from cluster.conversion.gguf_source import convert_gguf
+
+    with ConversionBar(sys.stderr, file.name) as bar:
+        return convert_gguf(file.absolute(), target, conversion, bar.show)

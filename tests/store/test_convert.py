@@ -40,6 +40,8 @@ def test_a_model_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
 def test_wrong_usage_is_a_sentence(tmp_path: Path) -> None:
     """Nothing is created, whatever is wrong."""
     source = make("llama", tmp_path / "source")
+    text = tmp_path / "model.gguf"
+    text.write_text("no model")
     for name, how, why in (
         (source, {"bits": 7}, "no quantization with 7 bits"),
         (source, {"q_mode": "mxfp4", "group_size": 64}, "mode mxfp4 has no groups of 64"),
@@ -47,6 +49,7 @@ def test_wrong_usage_is_a_sentence(tmp_path: Path) -> None:
         (source, {"quant_predicate": "mixed_2_6", "q_mode": "mxfp4"}, "needs the mode affine"),
         (source, {"quant_predicate": "mixed_1_2"}, "unknown recipe"),
         (source, {"dtype": "float64"}, "unknown type 'float64'"),
+        (text, {}, "is a file, but not a GGUF file"),
     ):
         with pytest.raises(InvalidOption, match=why):
             convert(str(name), tmp_path / "out", home=tmp_path / "home", **how)
@@ -57,4 +60,4 @@ def test_wrong_usage_is_a_sentence(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     with pytest.raises(BadCheckpoint, match="has no weights"):
         convert(str(source), tmp_path / "out", home=tmp_path / "home")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
