@@ -107,15 +107,15 @@ def make(kind: str, folder: Path) -> list[tuple[int, int, tuple[int, int], str]]
     ]
 
 
-def apart(*arguments: object) -> Any:
-    """Return the answer of a new process, so that no load affects the figures of another."""
-    command = [sys.executable, __file__, *map(str, arguments)]
+def apart_from(script: str, *arguments: object) -> Any:
+    """Return the answer of a script in a new process, so that no run affects the figures of another."""
+    command = [sys.executable, script, *map(str, arguments)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def measure(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
-    for stages, index, layers, fingerprint in apart("--make", kind, folder):
-        found = apart("--one", folder, json.dumps([stages, index, layers, fingerprint]))
+    for stages, index, layers, fingerprint in apart_from(__file__, "--make", kind, folder):
+        found = apart_from(__file__, "--one", folder, json.dumps([stages, index, layers, fingerprint]))
         ratios = {key: round(found[key] / found["slice"], 4) for key in ("read", "arrays", "grown")}
         yield {"kind": kind, "stages": stages, "stage": index, **found, **ratios}
 
