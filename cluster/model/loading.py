@@ -18,7 +18,7 @@ from cluster.model.skeleton import open_skeleton
 from cluster.model.slice import ModelSlice
 from cluster.model.trace import trace
 
-__all__ = ["load_slice"]
+__all__ = ["load_slice", "read_arrays"]
 
 
 def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]) -> tuple[ModelSlice, int, int]:
@@ -37,11 +37,15 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
     model = open_skeleton(path)
     traced = trace(model)
     part = ModelSlice(model, traced, spec.layers, spec.kv_bits)
-    return part, traced.vocabulary, _read(part, progress)
+    return part, traced.vocabulary, read_arrays(part, progress)
 
 
-def _read(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
-    """Evaluate array by array, so that only an array built from parts (stacked experts) exists twice at a time."""
+def read_arrays(part: ModelSlice, progress: Callable[[int, int], None]) -> int:
+    """Evaluate a slice's arrays and return their bytes. ``progress`` is that of ``load_slice``.
+
+    It goes array by array, so that only an array built from parts (stacked experts) exists twice at a time. Raises
+    BadCheckpoint if the files cannot be read.
+    """
     total = sum(array.nbytes for piece in _pieces(part) for array in piece)
     done = 0
     progress(done, total)

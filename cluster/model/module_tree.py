@@ -20,6 +20,7 @@ __all__ = [
     "module_arrays",
     "named_modules",
     "parameters",
+    "trainable_parameters",
     "tree_arrays",
     "tree_bytes",
     "zero_parameters",
@@ -35,6 +36,12 @@ def named_modules(model: Module) -> list[tuple[str, Module]]:
 def parameters(model: Module) -> dict[str, mx.array]:
     """Return the parameters by path, named as in MLX's checkpoints."""
     paths: Any = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]
+    return dict(paths)
+
+
+def trainable_parameters(model: Module) -> dict[str, mx.array]:
+    """Return the parameters that training changes, by path."""
+    paths: Any = tree_flatten(model.trainable_parameters())  # type: ignore[no-untyped-call]
     return dict(paths)
 
 

@@ -10,7 +10,7 @@ It knows layers and arrays, nothing of frames, sequence ids or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -41,10 +41,13 @@ class ModelSlice:
 
     ``inlet`` and ``outlet`` describe the values that cross the cuts before and after it; None at the model's start or
     end. ``batchable``: ``run`` accepts the caches of a batch. ``kv_bits`` is 4 or 8 to quantize its caches, else 0.
-    Raises NoPlan if a cut is not clean or the model has no such layers, and the errors of ``choose_quantization``.
+    ``early_start``: let the device start before the whole graph is built, which a graph transformation forbids. Raises
+    NoPlan if a cut is not clean or the model has no such layers, and the errors of ``choose_quantization``.
     """
 
-    def __init__(self, model: Module, traced: Trace, layers: LayerRange, kv_bits: int = 0) -> None:
+    def __init__(
+        self, model: Module, traced: Trace, layers: LayerRange, kv_bits: int = 0, *, early_start: bool = True
+    ) -> None:
         _require_clean(traced, layers)
         self.layers = layers
         self.inlet = traced.boundaries[layers.start] if layers.start > 0 else None
@@ -56,7 +59,7 @@ class ModelSlice:
         self._layout = CacheLayout.of(model, traced, layers, quantization)
         self._incoming: Any = None
         self._drop_other_arrays()
-        self._replace_calls()
+        self._replace_calls(_start_points(layers) if early_start else frozenset())
 
     def layer_arrays(self, layer: int) -> list[mx.array]:
         """Return all arrays of one local layer."""
@@ -76,17 +79,24 @@ class ModelSlice:
         ``tokens`` has shape [batch, length]; ``incoming`` are the inlet's arrays. Return the outlet's arrays; on the
         last slice, only the logits [batch, length, vocabulary].
         """
+        outgoing = self._run(incoming, lambda: self._model(tokens, cache=caches.view()))
+        caches.follow(*tokens.shape)
+        return outgoing
+
+    def run_without_caches(self, tokens: mx.array, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
+        """Build the forward of whole sequences, as in training. Arguments and result are those of ``run``."""
+        return self._run(incoming, lambda: self._model(tokens))
+
+    def _run(self, incoming: Sequence[mx.array], forward: Callable[[], Any]) -> list[mx.array]:
         if self.inlet is not None:
             self._incoming = _rebuild_input(self.inlet, incoming)
         try:
-            outgoing = [_logits(self._model(tokens, cache=caches.view()))]
+            return [_logits(forward())]
         except _Outlet as out:
             arrays = flatten(out.value)[1]
-            outgoing = [arrays[i] for i in self.outlet.kept] if self.outlet else []
+            return [arrays[i] for i in self.outlet.kept] if self.outlet else []
         finally:
             self._incoming = None
-        caches.follow(*tokens.shape)
-        return outgoing
 
     def _drop_other_arrays(self) -> None:
         """Remove the arrays of the other layers, except those of modules that this slice also uses."""
@@ -99,8 +109,7 @@ class ModelSlice:
             for key in [key for key, value in module.items() if isinstance(value, mx.array)]:
                 del module[key]
 
-    def _replace_calls(self) -> None:
-        start_points = _start_points(self.layers)
+    def _replace_calls(self, start_points: frozenset[int]) -> None:
         for i, layer in enumerate(self._model.layers):
             if i < self.layers.start:
                 replace_call(layer, self._ghost)

@@ -16,7 +16,7 @@ from cluster.core.errors import BadFrame
 from cluster.core.frames import Tensor
 from cluster.model.trace import Boundary, Leaf
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "to_array", "unpack"]
 
 
 def pack(array: mx.array) -> Tensor:
@@ -35,6 +35,16 @@ def unpack(tensors: Sequence[Tensor], boundary: Boundary | None, batch: int, len
     if len(tensors) != len(leaves):
         raise BadFrame(f"the frame has {len(tensors)} tensors; {len(leaves)} are expected at this cut")
     return [_array(tensor, leaf, batch, length) for tensor, leaf in zip(tensors, leaves, strict=True)]
+
+
+def to_array(tensor: Tensor) -> mx.array:
+    """Return a tensor of any shape as an array. Raises BadFrame if its size or type is invalid."""
+    dtype: Any = getattr(mx, tensor.dtype, None)
+    data = memoryview(tensor.data)
+    if not isinstance(dtype, mx.Dtype) or data.nbytes != prod(tensor.shape) * dtype.size:
+        raise BadFrame(f"a tensor {tensor.dtype[:32]} of shape {list(tensor.shape)} has {data.nbytes} bytes")
+    raw: Any = data.cast("B")
+    return mx.array(raw).view(dtype).reshape(tensor.shape)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -111,6 +111,11 @@ class Tokenizer:
         self._grammars: Grammars | None = None
         self._lock = Lock()
 
+    @property
+    def wrapper(self) -> TokenizerWrapper:
+        """Return mlx-lm's own tokenizer, for mlx-lm's own code."""
+        return self._wrapper
+
     def vocabulary(self) -> dict[str, int]:
         """Return the id of each token, special tokens included."""
         return dict(self._wrapper.get_vocab())

@@ -27,11 +27,13 @@ from cluster.core.frames import (
 )
 from cluster.core.limits import BULK_BYTES
 from cluster.core.request import Grammar, GrammarKind, PromptLogprobs, Request, SamplingParams, TopLogprob
+from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.transport.rich_errors import from_status, to_status
 from cluster.wire.frame_codec import decode, encode
 from cluster.wire.message_split import pack, unpack
+from cluster.wire.training_codec import decode_command, decode_reply, encode_command, encode_reply
 from cluster.worker.inbox import Inbox
 from fuzz.mutation import apart, joined, spoil_frame, spoil_parts, spoil_proto
 from fuzz.targets.target import Prepared, Target
@@ -152,6 +154,44 @@ def _answered(schedule: Scheduler) -> list[Frame]:
     return said
 
 
+MARK = b"\xff" * 4
+"""How a message of training begins; what follows has the layout of a frame."""
+COMMANDS = (
+    TrainingCommand(EPOCH, 1, Task.PREPARE, options='{"train": true}'),
+    TrainingCommand(
+        EPOCH, 2, Task.FORWARD, 3, True, True, False,
+        tensors=(Tensor("int32", (2, 3), bytes(24)), Tensor("int32", (2, 2), bytes(16)), TENSOR),
+    ),
+    TrainingCommand(EPOCH, 3, Task.BACKWARD, 3, update=True, tensors=(TENSOR,)),
+    TrainingCommand(EPOCH, 4, Task.READ_STATE, part=2),
+    TrainingCommand(EPOCH, 5, Task.WRITE_STATE, update=True, names=("adapter/a.lora_a",), tensors=(OTHER_TENSOR,)),
+)  # fmt: skip
+REPLIES = (
+    TrainingReply(EPOCH, 1, names=("a.lora_a", "a.lora_b"), trained=64),
+    TrainingReply(EPOCH, 2, (TENSOR,), loss=2.5, counted=7, learning_rate=1e-5, peak_bytes=2**33, compute_us=12),
+    TrainingReply(EPOCH, 4, (OTHER_TENSOR,), ("adapter/a.lora_a",), parts=3),
+    TrainingReply(EPOCH, 5, error=Failure(1, "STAGE_FAILED", "it broke")),
+)
+
+
+def _command(data: bytes) -> None:
+    written = encode_command(decode_command(MARK + data))
+    assert encode_command(decode_command(written)) == written, "a command is not what it was"
+
+
+def _reply(data: bytes) -> None:
+    written = encode_reply(decode_reply(MARK + data))
+    assert encode_reply(decode_reply(written)) == written, "a reply is not what it was"
+
+
+def commands() -> Prepared:
+    return Prepared(_command, tuple(encode_command(c)[len(MARK) :] for c in COMMANDS), spoil_frame)
+
+
+def replies() -> Prepared:
+    return Prepared(_reply, tuple(encode_reply(r)[len(MARK) :] for r in REPLIES), spoil_frame)
+
+
 def statuses() -> Prepared:
     """The details of a failed call."""
     from google.protobuf.message import DecodeError
@@ -175,5 +215,7 @@ TARGETS = (
     Target("parcel", 300, parcels),
     Target("inbox", 60, inboxes),
     Target("returned", 60, returns),
+    Target("training-command", 150, commands),
+    Target("training-reply", 150, replies),
     Target("status", 60, statuses),
 )

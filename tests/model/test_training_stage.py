@@ -1,0 +1,196 @@
+"""Training over several stages in one process, beside mlx-lm's own training of the whole model: equal bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from checkpoints import make
+from cluster.coordinator.training_reports import TrainingReports
+from cluster.core.errors import BadFrame, InvalidOption
+from cluster.core.frames import Tensor
+from cluster.core.plan import LayerRange, ModelRef, StageSpec
+from cluster.core.training import TrainingOptions
+from cluster.core.training_frames import DataBatch, Purpose, Task, TrainingCommand
+from cluster.model.checkpoint import open_checkpoint
+from cluster.model.tensor_codec import to_array
+from cluster.model.tokenizer import load_tokenizer
+from cluster.model.training_batches import read_training_data
+from cluster.model.training_commands import TrainingCommands
+from cluster.scheduler.training_schedule import BatchResult, TrainingSchedule
+from lora_reference import fine_tune, write_texts
+
+pytestmark = pytest.mark.xdist_group("training")
+BASE = {
+    "iters": 4, "batch_size": 2, "num_layers": -1, "learning_rate": 1e-3, "max_seq_length": 48,
+    "steps_per_report": 1, "steps_per_eval": 3, "val_batches": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama_untied", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("data"), train=12, valid=6)
+
+
+class Stages:
+    """All stages of a model in this process, driven as the coordinator drives them."""
+
+    def __init__(self, model: Path, cuts: Sequence[int], options: TrainingOptions) -> None:
+        self.layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        ref = ModelRef("model", str(model), open_checkpoint(model).fingerprint)
+        self.options = options
+        self.stages: list[TrainingCommands] = []
+        self.names: list[tuple[str, ...]] = []
+        for i, (start, end) in enumerate(zip([0, *cuts], [*cuts, self.layers], strict=True)):
+            spec = StageSpec(1, i, len(cuts) + 1, ref, LayerRange(start, end), 512)
+            prepare = TrainingCommand(1, 0, Task.PREPARE, options=options.to_json())
+            stage, reply = TrainingCommands.prepare(spec, model, prepare)
+            self.stages.append(stage)
+            self.names.append(reply.names)
+        self.lowest = next(i for i, names in enumerate(self.names) if names)
+
+    def run(self, batches: Iterator[DataBatch]) -> Iterator[BatchResult]:
+        """Run batches, with as many in flight as the schedule allows; the latest stage replies first."""
+        schedule = TrainingSchedule(len(self.stages), self.lowest)
+        waiting: list[list[TrainingCommand]] = [[] for _ in self.stages]
+        more = True
+        while more or not schedule.idle:
+            while more and schedule.wants:
+                batch = next(batches, None)
+                more = batch is not None
+                if batch:
+                    schedule.add(batch, update=is_update(batch, self.options))
+            for order in schedule.next_orders():
+                waiting[order.stage].append(command_of(order))
+            stage = max(i for i, commands in enumerate(waiting) if commands)
+            yield from schedule.on_reply(stage, self.stages[stage].run(waiting[stage].pop(0)))
+
+    def state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stage in self.stages:
+            reply = stage.run(TrainingCommand(1, 0, Task.READ_STATE))
+            found |= dict(zip(reply.names, reply.tensors, strict=True))
+            for part in range(1, reply.parts):
+                reply = stage.run(TrainingCommand(1, 0, Task.READ_STATE, part=part))
+                found |= dict(zip(reply.names, reply.tensors, strict=True))
+        return {name: Tensor(t.dtype, t.shape, bytes(t.data)) for name, t in found.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        write = TrainingCommand(1, 0, Task.WRITE_STATE, update=True, names=tuple(state), tensors=tuple(state.values()))
+        for stage in self.stages:
+            stage.run(write)
+
+    def adapters(self) -> dict[str, mx.array]:
+        return {n.removeprefix("adapter/"): to_array(t) for n, t in self.state().items() if n.startswith("adapter/")}
+
+
+def is_update(batch: DataBatch, options: TrainingOptions) -> bool:
+    return batch.purpose is Purpose.TRAIN and batch.iteration % options.grad_accumulation_steps == 0
+
+
+def command_of(order: Any) -> TrainingCommand:
+    batch, tensors = order.batch, order.tensors
+    if order.task is Task.FORWARD:
+        own = (Tensor("int32", batch.shape, batch.tokens), Tensor("int32", (batch.shape[0], 2), batch.lengths))
+        tensors = (*own, *tensors)
+    train = batch.purpose is Purpose.TRAIN
+    return TrainingCommand(1, 0, order.task, batch.number, train, order.gradient, order.update, tensors=tensors)
+
+
+def batches_of(model: Path, data: Path, options: TrainingOptions) -> Iterator[DataBatch]:
+    return read_training_data(data, load_tokenizer(model), options).batches(options)
+
+
+def reports(results: Iterable[BatchResult], options: TrainingOptions) -> list[dict[str, Any]]:
+    """What mlx-lm would report of these results."""
+    counted = TrainingReports(options)
+    made = [report for result in results if (report := counted.add(result, {}))]
+    return [
+        {"iteration": r.iteration, "val_loss": r.val_loss}
+        if r.val_loss is not None
+        else {"iteration": r.iteration, "train_loss": r.train_loss, "learning_rate": r.learning_rate}
+        for r in made
+    ]
+
+
+def compare(model: Path, data: Path, folder: Path, cuts: Sequence[int], **more: Any) -> None:
+    """Train over stages and in one process: the same losses, learning rates and adapters."""
+    given = {**BASE, **more}
+    options = TrainingOptions.of({"train": True, **given})
+    stages = Stages(model, cuts, options)
+    own = reports(stages.run(batches_of(model, data, options)), options)
+    expected, adapters = fine_tune(model, data, folder, **given)
+    assert own == expected
+    made = stages.adapters()
+    assert made.keys() == adapters.keys()
+    assert all(mx.array_equal(made[name], adapters[name]) for name in adapters)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "more"),
+    [
+        ((2,), {"grad_accumulation_steps": 2}),
+        ((1, 3), {"num_layers": 2, "optimizer": "adamw", "optimizer_config": {"adamw": {"weight_decay": 0.1}}}),
+        ((3,), {"num_layers": 1}),
+        ((2,), {"grad_checkpoint": True}),
+        ((2,), {"fine_tune_type": "dora"}),
+        ((1, 3), {"lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1}, "grad_accumulation_steps": 2}),
+        ((2,), {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 10, 1e-4], "warmup": 2}}),
+    ],
+    ids=["sums", "three-stages", "last-layer", "checkpoint", "dora", "dropout", "schedule"],
+)
+def test_stages_train_as_one_process(
+    llama: Path, data: Path, tmp_path: Path, cuts: tuple[int, ...], more: dict[str, Any]
+) -> None:
+    compare(llama, data, tmp_path, cuts, **more)
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "llama_4bit"])
+def test_experts_and_quantized_weights_train_as_in_one_process(data: Path, tmp_path: Path, arch: str) -> None:
+    compare(make(arch, tmp_path / "model"), data, tmp_path / "adapters", (1, 3), iters=3)
+
+
+def test_training_continues_from_a_state_on_other_cuts(llama: Path, data: Path) -> None:
+    more = {"val_batches": 0, "iters": 5, "grad_accumulation_steps": 2, "lora_parameters": {"dropout": 0.1}}
+    options = TrainingOptions.of({**BASE, "train": True, **more})
+    whole = [r.loss for r in Stages(llama, (2,), options).run(batches_of(llama, data, options))]
+    batches = list(batches_of(llama, data, options))
+    before = Stages(llama, (1, 3), options)
+    first = [r.loss for r in before.run(iter(batches[:3]))]  # in the middle of a sum of gradients
+    after = Stages(llama, (2,), options)
+    after.restore(before.state())
+    assert first + [r.loss for r in after.run(iter(batches[3:]))] == whole
+
+
+def adapting(**parameters: Any) -> TrainingOptions:
+    return TrainingOptions.of({"train": True, "num_layers": 4, "lora_parameters": parameters})
+
+
+def test_options_that_do_not_fit_the_model_are_refused(llama: Path) -> None:
+    with pytest.raises(InvalidOption, match="the model has only 4 layers"):
+        Stages(llama, (2,), TrainingOptions.of({"train": True, "num_layers": 5}))
+    with pytest.raises(InvalidOption, match="names none of them"):
+        Stages(llama, (2,), adapting(keys=["x"]))
+    with pytest.raises(InvalidOption, match="lm_head, which is outside the layers"):
+        Stages(llama, (2,), adapting(keys=["lm_head", "self_attn.q_proj"]))
+    with pytest.raises(InvalidOption, match=r"invalid training option lora_parameters\.rank"):
+        adapting(rank=0)
+
+
+def test_a_state_of_another_base_and_a_gradient_of_no_batch_are_refused(llama: Path) -> None:
+    stages, other = Stages(llama, (2,), adapting(rank=2)), Stages(llama, (2,), adapting(rank=3))
+    with pytest.raises(InvalidOption, match="trained on another base"):
+        stages.restore(other.state())
+    gradient = Tensor("float32", (1, 4, 32), bytes(4 * 4 * 32))
+    with pytest.raises(BadFrame, match="comes back to a stage"):
+        stages.stages[0].run(TrainingCommand(1, 0, Task.BACKWARD, batch=9, tensors=(gradient,)))
