@@ -25,6 +25,7 @@ from cluster.cli.join import join
 from cluster.cli.key import key
 from cluster.cli.launch import launch
 from cluster.cli.load import load
+from cluster.cli.lora import lora
 from cluster.cli.members import members
 from cluster.cli.plan import plan
 from cluster.cli.ps import ps
@@ -62,7 +63,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
 for command in (
-    *(demo, init, join, worker, plan, serve, pull, convert, generate, chat, status, ps, load, unload, drain, bench),
+    *(demo, init, join, worker, plan, serve, pull, convert, generate, chat, status, ps, load, unload, drain),
+    *(lora, bench),
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")

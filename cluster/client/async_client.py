@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from cluster.client import proto_encoding as encoding
 from cluster.client.async_calls import AsyncStubs
 from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.async_streams import AsyncLoading, AsyncStream
+from cluster.client.async_training import AsyncTraining
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import resolve_address
@@ -18,6 +20,7 @@ from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions
 from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
+from cluster.client.training_encoding import encode_training
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_plan
 from cluster.core.cluster_state import ClusterState, ModelPlan
@@ -26,6 +29,7 @@ from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from cluster.client.async_calls import UnaryMethod
+    from cluster.core.training import TrainingOptions
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -111,6 +115,27 @@ class AsyncClient:
         """
         request = encoding.encode_load(model, options)
         return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
+
+    def train(
+        self,
+        model: str,
+        options: TrainingOptions,
+        files: Mapping[str, Path],
+        *,
+        workers: int | None = None,
+        layers: str | None = None,
+    ) -> AsyncTraining:
+        """Train adapters of a model. Requests are refused until the training ends.
+
+        ``files`` are the JSON lines of the data sets ``train``, ``valid`` and ``test``, and ``adapters``, a safetensors
+        file to begin with. ``workers`` and ``layers`` are as in LoadOptions.
+        """
+        messages: Any = encode_training(model, options, files, workers, layers)
+
+        def choose(to: AsyncStubs) -> Any:
+            return to.cluster.Train
+
+        return AsyncTraining(self._connection.stream(choose, messages))
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""

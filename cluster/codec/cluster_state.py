@@ -22,6 +22,7 @@ from cluster.v1 import cluster_pb2 as pb
 
 _SERVING_STATES: Final = {
     ServingState.IDLE: pb.SERVING_STATE_IDLE,
+    ServingState.TRAINING: pb.SERVING_STATE_TRAINING,
     ServingState.LOADING: pb.SERVING_STATE_LOADING,
     ServingState.SERVING: pb.SERVING_STATE_SERVING,
     ServingState.RECOVERING: pb.SERVING_STATE_RECOVERING,

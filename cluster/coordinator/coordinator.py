@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import PurePath
@@ -35,6 +35,7 @@ from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_workers, with_plan, with_requests
+from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import (
@@ -59,6 +60,7 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import ModelShape, Plan, Speculation
 from cluster.core.request import Grammar, Request
+from cluster.core.training_events import TrainingEvent
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.placement.memory_split import WorkerMemory, is_too_small
@@ -97,6 +99,9 @@ class Coordinator:
         self._max_schema_bytes = max_schema_bytes
         self._loading = asyncio.Lock()
         self._service: ModelService | None = None
+        self._order: LoadOrder | None = None
+        """What is served, or was served before a training."""
+        self._training = TrainingMode(self.load, self._report_problem)
         self._lag = lag
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
@@ -105,6 +110,8 @@ class Coordinator:
 
     @property
     def state(self) -> ServingState:
+        if self._training.job:
+            return ServingState.TRAINING
         if self._loading.locked():
             return ServingState.LOADING
         if self._service is None:
@@ -120,6 +127,8 @@ class Coordinator:
             self._report.problem(f"worker {belief.worker} is back after {absent_s:.0f} s")
         if self._service:
             self._service.on_belief(belief)
+        if self._training.job:
+            self._training.job.on_belief(belief)
 
     def _alive(self) -> Collection[str]:
         return self._service.alive() if self._service else ()
@@ -186,7 +195,7 @@ class Coordinator:
         service = await self._open_service(model_info, order, Assignment(plan, workers), report, draft)
         service.loop.answers.totals = self._totals
         service.loop.answers.journal = self.journal
-        self._service = service
+        self._service, self._order = service, order
 
     async def _open_service(
         self,
@@ -201,7 +210,7 @@ class Coordinator:
         If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
         if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
         """
-        deps = ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, self.prefix_owners)
+        deps = self._deps()
         for _ in range(EPOCH_TRIES):
             service = ModelService(deps, model_info, order, assignment, self._report_problem, draft)
             try:
@@ -215,6 +224,25 @@ class Coordinator:
             else:
                 return service
         raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
+
+    def _deps(self) -> ServiceDeps:
+        return ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, self.prefix_owners)
+
+    async def train(
+        self, request: TrainingRequest, tell: Callable[[TrainingEvent], None], follower: LoadReporter
+    ) -> None:
+        """Train adapters, and refuse requests meanwhile. Afterwards, load again what was served.
+
+        ``tell`` is called with each event. Raises ``NotServing`` during a load, and the errors of ``TrainingMode.run``.
+        """
+        await self._training.wait_restored()
+        if self._loading.locked():
+            raise NotServing("a model is being loaded or trained; wait until that ends")
+        async with self._loading:
+            host = TrainingHost(
+                self._reader, self._deps(), self._gather_workers, self._make_plan, self._close, self.changed
+            )
+            await self._training.run(host, request, tell, BothReporters(self._report, follower), self._order)
 
     async def _gather_workers(
         self, order: LoadOrder, shape: ModelShape, report: LoadReporter
@@ -262,6 +290,7 @@ class Coordinator:
             raise NotServing("a model is being loaded; wait until that load ends")
         async with self._loading:
             await self._close(NotServing("the model was unloaded"))
+            self._order = None
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:
@@ -274,6 +303,7 @@ class Coordinator:
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""
+        await self._training.close()
         await self._close(NotServing("the coordinator is stopping"))
         await self._heartbeat.close()
         if self._refreshing:
@@ -300,6 +330,8 @@ class Coordinator:
     def _require_service(self) -> ModelService:
         if self._service:
             return self._service
+        if self._training.job:
+            raise self._training.job.refusal()
         if self._loading.locked():
             raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
         raise NotServing("no model is loaded; load one with `macpipe load MODEL`")

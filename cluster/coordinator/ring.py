@@ -57,16 +57,16 @@ class Ring:
         for before, after in pairwise(stages):
             if after.input_route is Route.RELAY:
                 self._relay(dialer, epoch, before, after, lost)
-        self._streams.append(_pull(dialer, epoch, last, received, lost))
-        feed = _feed(dialer, epoch, first, lost)
+        self._streams.append(pull_stage(dialer, epoch, last, received, lost))
+        feed = feed_stage(dialer, epoch, first, lost)
         self._streams.append(feed)
         return feed
 
     def _relay(self, dialer: Dialer, epoch: int, before: RingStage, after: RingStage, lost: StageLost) -> None:
         for line in Line:
-            feed = _feed(dialer, epoch, after, lost, line)
+            feed = feed_stage(dialer, epoch, after, lost, line)
             self._streams.append(feed)
-            self._streams.append(_pull(dialer, epoch, before, feed.send, lost, line))
+            self._streams.append(pull_stage(dialer, epoch, before, feed.send, lost, line))
 
     def send(self, message: bytes) -> None:
         """Send a frame to stage 0; never blocks."""
@@ -77,14 +77,16 @@ class Ring:
             stream.close()
 
 
-def _feed(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
+def feed_stage(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
+    """Open a stream to a stage. Raises as ``Ring``."""
     with _map_errors(stage):
         return dialer.feed(stage.address, epoch, partial(lost, epoch, stage.worker), line, stage.party)
 
 
-def _pull(
+def pull_stage(
     dialer: Dialer, epoch: int, stage: RingStage, received: Received, lost: StageLost, line: Line = Line.URGENT
 ) -> Subscription:
+    """Open a stream from a stage. Raises as ``Ring``."""
     with _map_errors(stage):
         return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)
 

@@ -14,6 +14,7 @@ class ServingState(StrEnum):
 
     IDLE = "idle"
     LOADING = "loading"
+    TRAINING = "training"
     SERVING = "serving"
     RECOVERING = "recovering"
     FAILED = "failed"

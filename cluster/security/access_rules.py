@@ -60,6 +60,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "LoadModel": _ADMINS,
         "UnloadModel": _ADMINS,
         "Drain": _ADMINS,
+        "Train": _ADMINS,
         "RenewCertificate": _CALLERS,
     },
     "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},

@@ -34,6 +34,8 @@ class _ServingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServingS
     """A stage was lost and cannot be replaced yet. Requests are refused, and `repair` says what is missing."""
     SERVING_STATE_RECOVERING: _ServingState.ValueType  # 5
     """A stage was lost and is being replaced. Requests wait, and `repair` describes the progress."""
+    SERVING_STATE_TRAINING: _ServingState.ValueType  # 6
+    """Adapters are being trained. Requests are refused with the time that is left."""
 
 class ServingState(_ServingState, metaclass=_ServingStateEnumTypeWrapper): ...
 
@@ -46,6 +48,8 @@ SERVING_STATE_FAILED: ServingState.ValueType  # 4
 """A stage was lost and cannot be replaced yet. Requests are refused, and `repair` says what is missing."""
 SERVING_STATE_RECOVERING: ServingState.ValueType  # 5
 """A stage was lost and is being replaced. Requests wait, and `repair` describes the progress."""
+SERVING_STATE_TRAINING: ServingState.ValueType  # 6
+"""Adapters are being trained. Requests are refused with the time that is left."""
 Global___ServingState: _TypeAlias = ServingState  # noqa: Y015
 
 class _Route:
@@ -996,6 +1000,235 @@ class UnloadModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class TrainStart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As in LoadModelRequest."""
+    workers: _builtins.int
+    layers: _builtins.str
+    options: _builtins.str
+    """A JSON object with mlx-lm's options by name: fine_tune_type, lora_parameters, num_layers, iters and others."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        layers: _builtins.str = ...,
+        options: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "model", b"model", "options", b"options", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainStart: _TypeAlias = TrainStart  # noqa: Y015
+
+@_typing.final
+class TrainFile(_message.Message):
+    """A piece of a file; the pieces of a file come in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """train, valid or test: JSON lines; adapters: a safetensors file with the adapters to begin with."""
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainFile: _TypeAlias = TrainFile  # noqa: Y015
+
+@_typing.final
+class TrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___TrainStart: ...
+    @_builtins.property
+    def file(self) -> Global___TrainFile: ...
+    def __init__(
+        self,
+        *,
+        start: Global___TrainStart | None = ...,
+        file: Global___TrainFile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "part", b"part", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "part", b"part", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["start", "file"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
+
+@_typing.final
+class PeakMemory(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeakMemory: _TypeAlias = PeakMemory  # noqa: Y015
+
+@_typing.final
+class TrainReport(_message.Message):
+    """A loss after a training step; one of the three is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    TRAIN_LOSS_FIELD_NUMBER: _builtins.int
+    VAL_LOSS_FIELD_NUMBER: _builtins.int
+    TEST_LOSS_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_FIELD_NUMBER: _builtins.int
+    iteration: _builtins.int
+    train_loss: _builtins.float
+    """Mean over the steps since the last report; the fields after the losses come with it."""
+    val_loss: _builtins.float
+    test_loss: _builtins.float
+    learning_rate: _builtins.float
+    tokens_per_second: _builtins.float
+    trained_tokens: _builtins.int
+    seconds_left: _builtins.float
+    @_builtins.property
+    def peak_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeakMemory]:
+        """Since each worker's engine started."""
+
+    def __init__(
+        self,
+        *,
+        iteration: _builtins.int = ...,
+        train_loss: _builtins.float | None = ...,
+        val_loss: _builtins.float | None = ...,
+        test_loss: _builtins.float | None = ...,
+        learning_rate: _builtins.float = ...,
+        tokens_per_second: _builtins.float = ...,
+        trained_tokens: _builtins.int = ...,
+        seconds_left: _builtins.float = ...,
+        peak_memory: _abc.Iterable[Global___PeakMemory] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_test_loss", b"_test_loss", "_train_loss", b"_train_loss", "_val_loss", b"_val_loss", "test_loss", b"test_loss", "train_loss", b"train_loss", "val_loss", b"val_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_test_loss", b"_test_loss", "_train_loss", b"_train_loss", "_val_loss", b"_val_loss", "iteration", b"iteration", "learning_rate", b"learning_rate", "peak_memory", b"peak_memory", "seconds_left", b"seconds_left", "test_loss", b"test_loss", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "trained_tokens", b"trained_tokens", "val_loss", b"val_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__test_loss: _TypeAlias = _typing.Literal["test_loss"]  # noqa: Y015
+    _WhichOneofArgType__test_loss: _TypeAlias = _typing.Literal["_test_loss", b"_test_loss"]  # noqa: Y015
+    _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
+    _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015
+    _WhichOneofReturnType__val_loss: _TypeAlias = _typing.Literal["val_loss"]  # noqa: Y015
+    _WhichOneofArgType__val_loss: _TypeAlias = _typing.Literal["_val_loss", b"_val_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__test_loss) -> _WhichOneofReturnType__test_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__train_loss) -> _WhichOneofReturnType__train_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__val_loss) -> _WhichOneofReturnType__val_loss | None: ...
+
+Global___TrainReport: _TypeAlias = TrainReport  # noqa: Y015
+
+@_typing.final
+class TrainAdapters(_message.Message):
+    """A piece of the adapters after a training step, a safetensors file; the pieces come in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    FINAL_FIELD_NUMBER: _builtins.int
+    iteration: _builtins.int
+    data: _builtins.bytes
+    complete: _builtins.bool
+    """True in the last piece."""
+    final: _builtins.bool
+    """True for the adapters at the end of the training."""
+    def __init__(
+        self,
+        *,
+        iteration: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        complete: _builtins.bool = ...,
+        final: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "data", b"data", "final", b"final", "iteration", b"iteration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainAdapters: _TypeAlias = TrainAdapters  # noqa: Y015
+
+@_typing.final
+class TrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
+    notice: _builtins.str
+    """A sentence for people: a Mac was lost, sequences were cut."""
+    @_builtins.property
+    def progress(self) -> Global___StageProgress: ...
+    @_builtins.property
+    def report(self) -> Global___TrainReport: ...
+    @_builtins.property
+    def adapters(self) -> Global___TrainAdapters: ...
+    def __init__(
+        self,
+        *,
+        progress: Global___StageProgress | None = ...,
+        report: Global___TrainReport | None = ...,
+        adapters: Global___TrainAdapters | None = ...,
+        notice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "event", b"event", "notice", b"notice", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "event", b"event", "notice", b"notice", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "report", "adapters", "notice"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainResponse: _TypeAlias = TrainResponse  # noqa: Y015
 
 @_typing.final
 class RenewCertificateRequest(_message.Message):

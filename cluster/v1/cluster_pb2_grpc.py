@@ -59,6 +59,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Train = channel.stream_stream(
+                '/cluster.v1.ClusterService/Train',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.TrainRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.TrainResponse.FromString,
+                _registered_method=True)
         self.RenewCertificate = channel.unary_unary(
                 '/cluster.v1.ClusterService/RenewCertificate',
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
@@ -104,6 +109,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Train(self, request_iterator, context):
+        """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
+        The first message begins the run, the others bring its data. Ending the call ends the run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewCertificate(self, request, context):
         """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller.
         """
@@ -138,6 +151,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
+            'Train': grpc.stream_stream_rpc_method_handler(
+                    servicer.Train,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.TrainRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.TrainResponse.SerializeToString,
             ),
             'RenewCertificate': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewCertificate,
@@ -280,6 +298,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/Drain',
             cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Train(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/cluster.v1.ClusterService/Train',
+            cluster_dot_v1_dot_cluster__pb2.TrainRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.TrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

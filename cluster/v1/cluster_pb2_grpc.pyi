@@ -41,6 +41,10 @@ class ClusterServiceStub:
     """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing."""
     Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+    Train: _grpc.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]
+    """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
+    The first message begins the run, the others bring its data. Ending the call ends the run.
+    """
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
 
@@ -57,6 +61,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing."""
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+    Train: _aio.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]  # type: ignore[assignment]
+    """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
+    The first message begins the run, the others bring its data. Ending the call ends the run.
+    """
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]  # type: ignore[assignment]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
 
@@ -100,6 +108,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]:
         """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+
+    @_abc_1.abstractmethod
+    def Train(
+        self,
+        request_iterator: _MaybeAsyncIterator[_cluster_pb2.TrainRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.TrainResponse], _abc.AsyncIterator[_cluster_pb2.TrainResponse]]:
+        """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
+        The first message begins the run, the others bring its data. Ending the call ends the run.
+        """
 
     @_abc_1.abstractmethod
     def RenewCertificate(

@@ -25,13 +25,17 @@ from cluster.core.errors import (
 )
 from cluster.core.frames import Failure, Frame, StageTiming
 from cluster.core.plan import ModelRef, StageSpec
+from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
 from cluster.model import device
 from cluster.model.checkpoint import resolve_model
 from cluster.model.stage import Stage, load_stage
+from cluster.model.training_commands import TrainingCommands
 from cluster.model.warmup import warm
 from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Outbox, Subscription
 from cluster.wire.message_split import Parcel, pack
+from cluster.wire.training_codec import decode_command, encode_reply, is_training
+from cluster.worker.command_inbox import CommandInbox
 from cluster.worker.inbox import Arrival, Inbox
 from cluster.worker.prefix_disk import PrefixDisk
 
@@ -57,10 +61,11 @@ class _Ports:
     inbox: Inbox
     urgent: Outbox
     bulk: Outbox
+    commands: CommandInbox
 
     @staticmethod
     def of(epoch: int) -> _Ports:
-        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch))
+        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch), CommandInbox())
 
     def send(self, parcel: Parcel) -> None:
         (self.bulk if parcel.bulk else self.urgent).send(parcel.message)
@@ -85,6 +90,8 @@ class StageHost:
         self._throttle = throttle or Throttle()
         self._dialer = dialer
         self._stage: Stage | None = None
+        self._training: TrainingCommands | None = None
+        """Takes the place of the stage while it trains."""
         self._ports: _Ports | None = None
         self._inlets: list[Subscription] = []
         self._index = 0
@@ -176,7 +183,9 @@ class StageHost:
             self._disk.end_epoch()
         if self._stage:
             self._stage.close()
-        self._stage = None
+        if self._training:
+            self._training.close()
+        self._stage = self._training = None
         device.release()
 
     def _unlink(self) -> None:
@@ -198,6 +207,10 @@ class StageHost:
             log.warning("stage: frame dropped, nothing is loaded")
             return
         try:
+            if is_training(message):
+                ports.commands.put(message)
+                self._post(lambda: self._run_next_command(ports))
+                return
             needs_job = ports.inbox.put(message)
         except BadFrame as e:
             log.warning("stage: closing streams after a bad frame reason=%s", e.sentence)
@@ -219,6 +232,46 @@ class StageHost:
             self._run_frame(self._stage, ports, arrival)
             if arrival.more:
                 self._post(lambda: self._run_next_frame(ports))
+
+    def _run_next_command(self, ports: _Ports) -> None:
+        """Run the next command of training and reply to it."""
+        message = ports.commands.take()
+        if self._ports is not ports:
+            return
+        started = time.perf_counter_ns()
+        try:
+            command = decode_command(message)
+            reply = self._run_command(command)
+        except BadFrame as e:
+            log.warning("stage: closing streams after a bad command reason=%s", e.sentence)
+            ports.close()
+            return
+        self._throttle.stretch((time.perf_counter_ns() - started) / 1e9)
+        elapsed_us = (time.perf_counter_ns() - started) // 1000
+        try:
+            sealed = encode_reply(replace(reply, compute_us=elapsed_us))
+        except BadFrame as e:  # it is too long
+            failure = Failure(self._index, e.reason, e.sentence)
+            sealed = encode_reply(TrainingReply(reply.epoch, reply.number, error=failure))
+        ports.urgent.send(sealed)
+
+    def _run_command(self, command: TrainingCommand) -> TrainingReply:
+        try:
+            if command.task is Task.PREPARE and self._stage:
+                spec = self._stage.spec
+                self._stage.close()
+                self._stage = None
+                self._training, reply = TrainingCommands.prepare(spec, _folder(spec.model), command)
+                return reply
+            if self._training is None:
+                raise BadFrame("this stage does not train")
+            return self._training.run(command)
+        except Exception as e:  # MLX or model code may raise anything; it ends the training, not the process
+            reason, sentence = describe_error(e)
+            unexpected = not isinstance(e, MacpipeError)
+            what = command.task.name.lower()
+            log.warning("stage: training failed reason=%s task=%s", sentence, what, exc_info=unexpected)
+            return TrainingReply(command.epoch, command.number, error=Failure(self._index, reason, sentence))
 
     def _run_frame(self, stage: Stage, ports: _Ports, arrival: Arrival) -> None:
         """Run one frame and send the result with this stage's timing."""

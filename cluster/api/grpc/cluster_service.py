@@ -6,12 +6,14 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
 import grpc
 
+from cluster.api.grpc.training_stream import train
 from cluster.codec.cluster_state import encode_cluster_state
 from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
 from cluster.coordinator.coordinator import Coordinator
@@ -82,6 +84,16 @@ class ClusterServicer(ClusterServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.DrainResponse(cluster=encode_cluster_state(await self._coordinator.snapshot()))
+
+    async def Train(
+        self, request_iterator: AsyncIterator[pb.TrainRequest], context: Context
+    ) -> AsyncIterator[pb.TrainResponse]:
+        try:
+            async with aclosing(train(self._coordinator, request_iterator)) as messages:
+                async for message in messages:
+                    yield message
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context

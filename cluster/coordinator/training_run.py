@@ -1,0 +1,172 @@
+"""Begin a training run: check model and data, choose the workers, and train on them in place of serving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import anyio
+
+from cluster.coordinator.epoch import unload_workers
+from cluster.coordinator.model_reader import ModelInfo, ModelReader
+from cluster.coordinator.recovery import ServiceDeps
+from cluster.coordinator.replan import Assignment
+from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.training_job import TrainingJob
+from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NotServing
+from cluster.core.frames import Tensor
+from cluster.core.limits import UNLOAD_TIMEOUT_S
+from cluster.core.plan import ModelShape, Objective, Plan
+from cluster.core.training import TrainingOptions
+from cluster.core.training_events import TrainingEvent
+from cluster.core.worker import WorkerInfo
+from cluster.placement.training_cut import cut_for_training
+from cluster.sandbox.training_data import TrainingData
+
+__all__ = ["TrainingHost", "TrainingMode", "TrainingRequest"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequest:
+    """What to train. ``folder`` has the data sets; ``adapters`` are those to begin with, by name; none: new ones."""
+
+    order: LoadOrder
+    options: TrainingOptions
+    folder: Path
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingHost:
+    """What a run needs of its coordinator.
+
+    ``gather`` waits for workers; ``make_plan`` plans over them; ``stop_serving`` ends what is served; ``changed`` is
+    set when the coordinator's state changes.
+    """
+
+    reader: ModelReader
+    deps: ServiceDeps
+    gather: Callable[[LoadOrder, ModelShape, LoadReporter], Awaitable[tuple[WorkerInfo, ...]]]
+    make_plan: Callable[[int, ModelShape, Sequence[WorkerInfo], LoadOrder], Awaitable[Plan]]
+    stop_serving: Callable[[MacpipeError], Awaitable[None]]
+    changed: asyncio.Event
+
+
+class TrainingMode:
+    """At most one training at a time, in place of serving. ``job`` is the run that takes place; None if none does.
+
+    ``load`` loads what was served before. ``problem`` is called with a sentence if that fails.
+    """
+
+    def __init__(self, load: Callable[[LoadOrder], Awaitable[None]], problem: Callable[[str], None]) -> None:
+        self._load, self._problem = load, problem
+        self._restoring: asyncio.Task[None] | None = None
+        self.job: TrainingJob | None = None
+
+    async def run(
+        self,
+        host: TrainingHost,
+        request: TrainingRequest,
+        tell: Callable[[TrainingEvent], None],
+        report: LoadReporter,
+        served: LoadOrder | None,
+    ) -> None:
+        """Train to the end. What is ``served`` goes on until model, data and workers are found.
+
+        Raises the errors of ``ModelReader.read``, of the data (``TrainingData.open``), of planning, and of the job.
+        """
+        model_info = await host.reader.read(request.order)
+        data: TrainingData | None = None
+        try:
+            data = await TrainingData.open(request.folder, model_info.found.folder, request.options)
+            await self._train(host, request, model_info, data, tell, report)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await model_info.close()
+                if data:
+                    await data.close()
+            if self.job and served:
+                self._restoring = asyncio.create_task(self._serve_again(served))
+            self.job = None
+            host.changed.set()
+
+    async def wait_restored(self) -> None:
+        """Wait until what was served before the last training is loaded again, or that has failed."""
+        if self._restoring:
+            await asyncio.wait((self._restoring,))
+
+    async def close(self) -> None:
+        """Stop loading what was served before."""
+        if self._restoring:
+            self._restoring.cancel()
+            await asyncio.wait((self._restoring,), timeout=UNLOAD_TIMEOUT_S)
+
+    async def _serve_again(self, order: LoadOrder) -> None:
+        try:
+            await self._load(order)
+        except MacpipeError as e:
+            self._problem(f"{order.model} is not served again after the training: {e.sentence}")
+
+    async def _train(
+        self,
+        host: TrainingHost,
+        request: TrainingRequest,
+        model_info: ModelInfo,
+        data: TrainingData,
+        tell: Callable[[TrainingEvent], None],
+        report: LoadReporter,
+    ) -> None:
+        deps, order = host.deps, replace(request.order, objective=Objective.THROUGHPUT)
+        found = await host.gather(order, model_info.shape, report)
+        number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
+        plan = await _plan(host, number, model_info.shape, found, order, request.options)
+        _require_layers(plan, request.options)
+        report.planned(plan)
+        by_name = {w.name: w for w in found}
+        await host.stop_serving(NotServing(f"the cluster trains adapters of {plan.model.name} now"))
+        deps.heartbeat.start()
+        job = TrainingJob(deps, model_info, order, request.options, data, tell, report.progress, request.adapters)
+        self.job = job
+        host.changed.set()
+        try:
+            await job.run(Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages)))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await unload_workers(deps.epochs.last, [deps.roster.control(a) for a in job.contacted])
+                deps.roster.pin(())
+
+
+def _require_layers(plan: Plan, options: TrainingOptions) -> None:
+    layers = plan.stages[-1].layers.end
+    if options.num_layers > layers:
+        raise InvalidOption(
+            f"--num-layers is {options.num_layers}, but the model has only {layers} layers", field="num_layers"
+        )
+
+
+async def _plan(
+    host: TrainingHost,
+    number: int,
+    shape: ModelShape,
+    found: Sequence[WorkerInfo],
+    order: LoadOrder,
+    options: TrainingOptions,
+) -> Plan:
+    """Return the plan of the order, with the cuts moved to where the stages take equally long, if that fits."""
+    plan = await host.make_plan(number, shape, found, order)
+    if order.layers or len(plan.stages) == 1:
+        return plan
+    by_name = {w.name: w for w in found}
+    workers = [by_name[stage.worker] for stage in plan.stages]
+    known = all(w.profile.known for w in workers)
+    speeds = [w.profile.flops if known else 1.0 for w in workers]
+    layers = plan.stages[-1].layers.end
+    trained = layers if options.num_layers < 1 else options.num_layers
+    cut = cut_for_training(layers, shape.clean_cuts, speeds, trained, recompute=options.grad_checkpoint)
+    try:
+        return await host.make_plan(number, shape, workers, replace(order, layers=cut, worker_count=None))
+    except DoesNotFit:
+        return plan
