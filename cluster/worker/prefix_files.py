@@ -88,7 +88,7 @@ class PrefixFiles:
         """Least recently used first."""
         self._bytes = 0
         self.evictions = 0
-        for _, node in sorted(_scan(folder), key=lambda found: found[0]):
+        for node in _sort_by_use(_scan(folder)):
             self._nodes[node.place, node.id] = node
             self._bytes += node.nbytes
 
@@ -140,12 +140,15 @@ class PrefixFiles:
         """Count a path as used just now. Its nodes are dropped from its end, since the rest is useless without them."""
         latest_first = sorted(path, key=lambda node: -node.end)
         with self._lock:
-            for node in latest_first:
-                if self._nodes.get((node.place, node.id)) is node:
-                    self._nodes.move_to_end((node.place, node.id))
+            self._use(latest_first)
         for node in latest_first:
             with suppress(OSError):
                 os.utime(self._path_of(node))
+
+    def _use(self, latest_first: Iterable[Node]) -> None:
+        for node in latest_first:
+            if self._nodes.get((node.place, node.id)) is node:
+                self._nodes.move_to_end((node.place, node.id))
 
     def startable(self, edition: str, leaves: Collection[str]) -> list[tuple[int, bytes]]:
         """Return end and id of each node at which a sequence with these caches can start, most recently used first."""
@@ -171,21 +174,22 @@ class PrefixFiles:
         with self._writing:
             if (known := self.node(place, node_id)) is not None:
                 return known
-            if not self.keeps(place.owner) or not self._make_room(_NODE_BYTES):
-                return None
             node = Node(place, node_id, parent, start + len(tokens))
+            if not self.keeps(place.owner) or not self._make_room(_NODE_BYTES, node):
+                return None
             path = self._path_of(node)
             make_private_folder(path, top=self._folder)
             write_piece(path / _TOKENS, pack_piece(path / _TOKENS, {"start": start}, [pack_tokens(tokens)]))
             with self._lock:
                 self._nodes[place, node_id] = node
                 self._bytes += node.nbytes
+                self._use(self._path_to(node)[::-1])
             return node
 
     def write(self, node: Node, leaf: str, header: dict[str, Any], parts: list[memoryview], *, rows: bool) -> bool:
         """Write a cache's rows, or its state. Return False if there is no room, or if the node is gone. Raises OSError.
 
-        The least recently used nodes go to make room, but not this one.
+        The least recently used nodes go to make room, but neither this one nor those before it.
         """
         name = (_ROWS if rows else _STATE) + leaf
         path = self._path_of(node) / name
@@ -213,32 +217,48 @@ class PrefixFiles:
         return read_piece(self._path_of(node) / ((_ROWS if rows else _STATE) + leaf))
 
     def delete(self, node: Node) -> None:
-        """Delete a node that is damaged. What follows it can no longer be used and goes in its turn."""
+        """Delete a node that is damaged. What follows it can no longer be used and goes in its turn.
+
+        A file that cannot be deleted is used no more until the next start, which finds the damage again.
+        """
         with self._lock:
             self._forget(node)
-        _remove(self._path_of(node))
+        with suppress(OSError):
+            _remove(self._path_of(node))
 
-    def _make_room(self, needed: int, but: Node | None = None) -> bool:
-        """Delete the least recently used nodes until ``needed`` bytes fit. Return False if they never do.
+    def _make_room(self, needed: int, node: Node) -> bool:
+        """Delete the least recently used nodes until ``needed`` bytes of ``node`` fit. Return False if they never do.
 
-        Nodes also go if others have filled the disk.
+        Nodes also go if others have filled the disk. What is before ``node`` stays: without it, the node is useless.
         """
         if needed > self.limit:
             return False
         most = min(self.limit, self._bytes + free_bytes(self._folder) - DISK_MARGIN_BYTES)
         gone: list[Node] = []
         with self._lock:
-            while self._bytes + needed > most or len(self._nodes) >= MAX_DISK_NODES:
-                oldest = next((node for node in self._nodes.values() if node is not but), None)
+            most_nodes = MAX_DISK_NODES - ((node.place, node.id) not in self._nodes)
+            kept: list[Node] | None = None
+            while self._bytes + needed > most or len(self._nodes) > most_nodes:
+                kept = [*self._path_to(node), node] if kept is None else kept
+                oldest = next((old for old in self._nodes.values() if old not in kept), None)
                 if oldest is None:
                     break
                 self._forget(oldest)
                 gone.append(oldest)
             self.evictions += len(gone)
-            fits = self._bytes + needed <= most
-        for node in gone:
-            _remove(self._path_of(node))
+            fits = self._bytes + needed <= most and len(self._nodes) <= most_nodes
+        for old in gone:
+            _remove(self._path_of(old))
         return fits
+
+    def _path_to(self, node: Node) -> list[Node]:
+        """Return the nodes before this one and it, as far as they are there."""
+        found: list[Node] = []
+        at: Node | None = node
+        while at and (not found or at.end < found[-1].end):
+            found.append(at)
+            at = self._nodes.get((node.place, at.parent))
+        return found[::-1]
 
     def _forget(self, node: Node) -> None:
         if self._nodes.get((node.place, node.id)) is node:
@@ -283,6 +303,16 @@ def _scan(folder: Path) -> Iterator[tuple[int, Node]]:
                 node = Node(place, bytes.fromhex(name["id"]), bytes.fromhex(name["parent"]), int(name["end"]))
                 node.files = _files(path)
                 yield path.stat().st_mtime_ns, node
+
+
+def _sort_by_use(found: Iterable[tuple[int, Node]]) -> list[Node]:
+    """Return nodes, the least recently used first. A node was used whenever one that follows it was."""
+    used = {(node.place, node.id): (at, node) for at, node in found}
+    for key, (_, node) in sorted(used.items(), key=lambda item: -item[1][1].end):
+        before = used.get((node.place, node.parent))
+        if before and before[1].end < node.end:
+            used[node.place, node.parent] = max(before[0], used[key][0]), before[1]
+    return [node for _, node in sorted(used.values(), key=lambda item: (item[0], -item[1].end))]
 
 
 def _folders(parent: Path, form: re.Pattern[str]) -> list[Path]:

@@ -198,6 +198,8 @@ class PrefixWriter:
             try:
                 if not (write.job.stopped or self.failure):
                     write.job.stopped = not self._write(write)
+                    if write.job.stopped:
+                        log.info("prefixes: no room on disk for all of one tokens=%d", len(write.job.prefix.tokens))
             except OSError as e:
                 self.failure = e.strerror or type(e).__name__
                 log.warning("prefixes: no more are written to disk for now reason=%s", self.failure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,40 @@ def test_what_is_larger_than_the_limit_evicts_nothing(tmp_path: Path) -> None:
     assert not files.write(first, "1", {}, [memoryview(bytes(20_000))], rows=True)
     assert files.node(PLACE, first.id)
     assert files.evictions == 0
+
+
+def test_a_prefix_that_is_too_long_takes_others_room_but_not_its_own_beginnings(tmp_path: Path) -> None:
+    files = opened(tmp_path, limit=3 * (NODE_BYTES + 1300))
+    other = add(files, Place(OTHER, EDITION), 0, 20)
+    path = [add(files, PLACE, at, at + 10) for at in (0, 10, 20)]
+    assert files.node(other.place, other.id) is None
+    names = dict(node_ids(EDITION, OWNER, "", TOKENS, [40]))
+    assert files.add_node(PLACE, names[40], path[-1].id, 30, TOKENS[30:40]) is None
+    assert files.path(PLACE, path[-1].id) == path
+    assert opened(tmp_path).startable(EDITION, ["0"]) == [(node.end, node.id) for node in path]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_unused_prefix_goes_from_its_end(tmp_path: Path, restarted: bool) -> None:
+    files = opened(tmp_path, limit=4 * (NODE_BYTES + 1300))
+    path = [add(files, PLACE, at, at + 10) for at in (0, 10, 20)]
+    files = opened(tmp_path, files.limit) if restarted else files
+    add(files, Place(OTHER, EDITION), 0, 10)
+    add(files, Place(OTHER, EDITION), 0, 20)
+    assert [files.node(PLACE, node.id) is not None for node in path] == [True, True, False]
+
+
+def test_what_cannot_be_deleted_is_used_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = opened(tmp_path)
+    node = add(files, PLACE, 0, 10)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(prefix_files, "_remove", refuse)
+    files.delete(node)
+    assert files.startable(EDITION, ["0"]) == []
+    assert files.nbytes == 0
 
 
 def test_the_free_space_of_the_disk_bounds_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
