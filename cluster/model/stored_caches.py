@@ -19,6 +19,7 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
 from cluster.core.errors import PrefixMissing
 from cluster.core.frames import Tensor
 from cluster.model.caches import SequenceCaches
+from cluster.model.kv_quantization import BITS, GROUPS
 from cluster.model.marks import CacheMark, can_rewind, rewind
 from cluster.model.tensor_codec import dtype_name, pack
 
@@ -129,7 +130,10 @@ class CacheBuilder:
             raise PrefixMissing("a prefix has another kind of cache")
         if piece.kind == KVCache.__name__:
             return blank
-        return QuantizedKVCache(group_size=piece.values["group_size"], bits=piece.values["bits"])
+        group_size, bits = piece.values.get("group_size"), piece.values.get("bits")
+        if group_size not in GROUPS or bits not in BITS:
+            raise PrefixMissing("a prefix has another kind of cache")
+        return QuantizedKVCache(group_size=int(group_size), bits=int(bits))
 
     def set_state(self, leaf: str, piece: StoredPiece) -> None:
         """Set a leaf's state. Raises PrefixMissing if it is another kind of cache."""

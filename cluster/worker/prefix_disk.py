@@ -256,7 +256,7 @@ def _stored(piece: Piece) -> StoredPiece:
             tensors.append(Tensor(str(dtype), tuple(map(int, shape)), piece.data[at : at + int(size)]))
             at += int(size)
         return StoredPiece(str(kind), dict(values), tuple(tensors))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise PrefixMissing("the header of a prefix's file is invalid") from e
 
 
