@@ -12,6 +12,7 @@ import os
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 import anyio
 
@@ -20,6 +21,10 @@ from cluster.core.limits import STANDBY_AFTER_S
 from cluster.platform.process import isolated_environment
 
 log = logging.getLogger(__name__)
+
+MLX_ENVIRONMENT: Final = {"MLX_ENABLE_CACHE_THRASHING_CHECK": "0", "MLX_CUDA_SDPA_CACHE_SIZE": "2048"}
+"""What MLX reads in an engine, unless it is set already. Its CUDA backend prepares attention for each new length of a
+chunk and of its context, keeps 256 of them, and by default raises an error at the 512th."""
 
 
 class EngineLauncher:
@@ -68,7 +73,7 @@ class EngineLauncher:
 
     async def _launch(self) -> Process:
         """Start a process in a folder that cannot be deleted while the daemon runs."""
-        environment = isolated_environment(os.environ)
+        environment = {**MLX_ENVIRONMENT, **isolated_environment(os.environ)}
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep

@@ -94,3 +94,20 @@ def test_a_first_engine_that_the_system_does_not_start_is_told_in_a_sentence(
     monkeypatch.setattr(asyncio, "create_subprocess_exec", Launches(1))
     with pytest.raises(WorkerLost, match="the engine could not be started: Too many open files"):
         asyncio.run(Supervisor(WorkerSettings("eve", tmp_path), None).run())
+
+
+@pytest.mark.parametrize("own", [None, "1"])
+def test_no_number_of_lengths_ends_an_engine(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's CUDA backend raises an error at the 512th length, unless told otherwise; a user may ask for that."""
+    check = "MLX_ENABLE_CACHE_THRASHING_CHECK"
+    monkeypatch.delenv(check, raising=False)
+    if own:
+        monkeypatch.setenv(check, own)
+
+    async def scenario() -> bytes:
+        command = [sys.executable, "-S", "-c", f"import os; print(os.environ['{check}'], end='')"]
+        process = await EngineLauncher(command).take()
+        said, _ = await process.communicate()
+        return said
+
+    assert asyncio.run(scenario()) == (own or "0").encode()
