@@ -56,6 +56,23 @@ def _version(name: str) -> str | None:
         return None
 
 
+def as_facts(
+    key: str,
+    figures: Sequence[Figure],
+    ratios: Mapping[str, float],
+    more: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """Return figures and ratios as an object for JSON. ``key`` names the medians; ratios and ``more`` have names."""
+    return {
+        key: {f.name: round(f.median, 4) for f in figures},
+        **{name: round(ratio, 4) for name, ratio in ratios.items()},
+        **(more or {}),
+        "rounds": {f.name: [round(r, 4) for r in f.rounds] for f in figures},
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
 def print_figures(
     key: str,
     figures: Sequence[Figure],
@@ -63,17 +80,9 @@ def print_figures(
     as_json: bool,
     more: Mapping[str, object] | None = None,
 ) -> None:
-    """Print figures and ratios. In JSON, ``key`` names the medians; ratios and ``more`` have their own names."""
+    """Print figures and ratios; in JSON as ``as_facts`` has them."""
     if as_json:
-        facts = {
-            key: {f.name: round(f.median, 4) for f in figures},
-            **{name: round(ratio, 4) for name, ratio in ratios.items()},
-            **(more or {}),
-            "rounds": {f.name: [round(r, 4) for r in f.rounds] for f in figures},
-            "machine": machine(),
-            "versions": versions(),
-        }
-        print(json.dumps(facts))
+        print(json.dumps(as_facts(key, figures, ratios, more)))
         return
     for f in figures:
         print(f"{f.name:24} {f.median:9.3f} {f.unit}   ({min(f.rounds):.3f} to {max(f.rounds):.3f})")

@@ -1,11 +1,16 @@
-"""Compares a 70B-shaped model on two GPUs, one stage each, with mlx-lm in one process on one GPU, in the same run.
+"""Compares a 70B-shaped model on several GPUs, one stage each, with mlx-lm in one process on one GPU, in the same run.
 
 Weights are random, because speed does not depend on them. Shapes and 4-bit quantization are those of Llama 3.3 70B.
-Each round runs every measurement on both sides. Ratios are of medians. ``--shape small --cpu`` runs without a GPU.
+Each round runs every measurement on both sides (``pipeline_rounds``). Ratios are of medians. One user is also measured
+with guesses, of which a set share is right (``replay_coordinator``). Beside the figures stands what a simulation of the
+pipeline gives with the stages' measured times (``simulated_ring``). ``--shape small --cpu`` runs without a GPU.
+
+Figures are in ``--record FILE`` as soon as they are measured, so that a run which fails or is stopped loses none.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -13,69 +18,26 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from figures import Figure, options, print_figures
-from loopback import WORKERS, start_cluster
+from figures import as_facts, options, print_figures
+from loopback import start_cluster
+from pipeline_rounds import PROMPT, RATES, Pair, Rounds, Sizes, rate_name
 from random_llama import SHAPES, write
+from simulated_ring import StageCosts, fit_prompt, formula, simulate_one_user, simulate_prompt, simulate_users
 from single_process import SingleProcess, prompt_ids
-from throughput import batch_rate, first_token_s
 
 from cluster.client import Client
 
-PROMPT, USERS_PROMPT, LONG = 64, 16, 2048
-USERS = (8, 16)
-CONTEXT = 4096
-
-
-def where_time_goes(client: Client, prompt: int, tokens: int, salt: int) -> list[dict[str, object]]:
-    """Return each stage's compute, wait and wire time of one request, in milliseconds per token."""
-    ids = [salt % 250, *prompt_ids(salt, prompt - 1)]
-    answer = client.generate(ids, max_tokens=tokens, ignore_eos=True)
-    return [
-        {
-            "worker": s.worker,
-            "compute_ms": round(s.compute_ms / tokens, 2),
-            "wire_ms": round(s.wire_ms / tokens, 2),
-            "wait_ms": round(s.wait_ms / tokens, 2),
-        }
-        for s in answer.stages
-    ]
-
-
-def decode_rate(client: Client, prompt: int, tokens: int, salt: int) -> float:
-    """Return one user's tokens per second, from the first token on."""
-    ids = [salt % 250, *prompt_ids(0, prompt - 1)]
-    arrivals = []
-    with client.stream(ids, max_tokens=tokens + 1, ignore_eos=True) as stream:
-        for _ in stream:
-            arrivals.append(time.perf_counter())
-    return tokens / (arrivals[-1] - arrivals[0])
-
-
-def measure(client: Client, single: SingleProcess, asked: Namespace) -> list[Figure]:
-    found: dict[str, list[float]] = {}
-    long = min(LONG, asked.context // 2)
-    for salt in range(1, 1 + asked.rounds):
-        row = {"decode1": decode_rate(client, PROMPT, asked.tokens, salt)}
-        row["single_decode1"] = asked.tokens / single.decode(PROMPT, asked.tokens)
-        for users in USERS:
-            row[f"decode{users}"] = batch_rate(
-                client.address, users, USERS_PROMPT, asked.tokens, 100 * salt, asked.context
-            )
-            row[f"single_decode{users}"] = users * asked.tokens / single.batch(users, USERS_PROMPT, asked.tokens)
-        row["ttft"] = first_token_s(client, long, salt)
-        row["single_ttft"] = single.prefill(long)
-        for name, value in row.items():
-            found.setdefault(name, []).append(value)
-        print(f"round {salt}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()), file=sys.stderr, flush=True)
-    return [Figure(name, "s" if "ttft" in name else "tokens/s", values) for name, values in found.items()]
+REPLAY = Path(__file__).with_name("replay_coordinator.py")
+STOP_ROOM = 64
+"""Tokens of the context that are left for an answer to the longest prompt."""
 
 
 def first_difference(client: Client, single: SingleProcess, tokens: int) -> dict[str, object]:
     """Return where greedy tokens differ from one process's, and how far apart its two best logits were there."""
-    ids = prompt_ids(0, PROMPT)
-    theirs = single.greedy(PROMPT, tokens)
+    ids, theirs = prompt_ids(0, PROMPT), single.greedy(PROMPT, tokens)
     ours = client.generate(ids, max_tokens=tokens, ignore_eos=True).tokens
     for i, (token, (other, gap)) in enumerate(zip(ours, theirs, strict=True)):
         if token != other:
@@ -83,7 +45,7 @@ def first_difference(client: Client, single: SingleProcess, tokens: int) -> dict
     return {"position": None, "logit_gap": None, "compared": tokens}
 
 
-def memory(client: Client) -> list[dict[str, float]]:
+def memory(client: Client) -> list[dict[str, object]]:
     """Return the peak memory of each worker's GPU, with the sizes of its slice and kept caches."""
     state = client.cluster()
     peaks = {w.name: w.memory_peak for w in state.workers}
@@ -102,60 +64,132 @@ def memory(client: Client) -> list[dict[str, float]]:
 
 def devices(asked: Namespace) -> list[Mapping[str, str]]:
     """Return each worker's environment: its own GPU, or nothing."""
-    if asked.cpu:
-        return [{}] * len(WORKERS)
-    return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(len(WORKERS))]
+    return [{} if asked.cpu else {"CUDA_VISIBLE_DEVICES": str(i)} for i in range(asked.stages)]
 
 
-def run(asked: Namespace, stack: ExitStack) -> tuple[list[Figure], dict[str, object]]:
+@dataclass
+class Record:
+    """What has been found so far, in a file too if there is one. ``most_s`` is the time for all rounds."""
+
+    file: Path | None
+    most_s: float
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rounds = Rounds(self.keep, self.most_s)
+
+    def keep(self) -> None:
+        """Write the file anew."""
+        if self.file:
+            packed = json.dumps(as_facts("medians", self.rounds.figures, self.ratios, self.facts))
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(packed + "\n", encoding="utf-8")
+            partial.replace(self.file)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Return the ratios to one process of all figures that both sides have."""
+        m = self.rounds.medians
+        found = {f"{name}_over_single": m[name] / m[f"single_{name}"] for name in m if f"single_{name}" in m}
+        if "single_decode1" in m:
+            guessed = (name for name in map(rate_name, RATES) if name in m)
+            found |= {f"{name}_over_single": m[name] / m["single_decode1"] for name in guessed}
+        return found
+
+
+def start(asked: Namespace, stack: ExitStack, record: Record) -> Pair:
+    """Write the checkpoint unless its folder has it, and start both sides."""
     folder = Path(asked.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-llama-")))
-    began = time.perf_counter()
-    model = write(folder / "model", SHAPES[asked.shape])
-    wrote = time.perf_counter() - began
-    print(f"wrote the checkpoint in {wrote:.0f} s", file=sys.stderr, flush=True)
-    environments = devices(asked)
+    model, began = folder / "model", time.perf_counter()
+    if not (model / "config.json").exists():
+        write(model, SHAPES[asked.shape])
+        record.facts["write_s"] = round(time.perf_counter() - began, 1)
+        print(f"wrote the checkpoint in {record.facts['write_s']} s", file=sys.stderr, flush=True)
+    environments, began = devices(asked), time.perf_counter()
     single = SingleProcess(model, core=None, environment=environments[0])
     stack.callback(single.close)
-    began = time.perf_counter()
-    client = start_cluster(stack, model, "--max-context", str(asked.context), environments=environments)
-    loaded = time.perf_counter() - began
-    print(f"serving after {loaded:.0f} s", file=sys.stderr, flush=True)
+    client = start_cluster(
+        stack,
+        model,
+        *("--max-context", str(asked.context)),
+        *(("--prefill-chunk", str(asked.prefill_chunk)) if asked.prefill_chunk else ()),
+        environments=environments,
+        coordinator=REPLAY,
+        worker_options=["--memory-limit", asked.memory_limit] if asked.memory_limit else (),
+    )
     single.greedy(PROMPT, 1)
-    difference = first_difference(client, single, asked.tokens)
-    figures = measure(client, single, asked)
-    long = min(LONG, asked.context // 2)
-    stages = {"decode1": where_time_goes(client, 2, 2 * asked.tokens, 91), "ttft": where_time_goes(client, long, 1, 92)}
-    slices = sum(s.weight_bytes for s in client.cluster().stages)
-    return figures, {
-        "shape": asked.shape,
-        "write_s": round(wrote, 1),
-        "serve_s": round(loaded, 1),
-        "slice_bytes": slices,
-        "stages": stages,
-        "memory": memory(client),
-        "first_difference": difference,
-    }
+    record.facts["serve_s"] = round(time.perf_counter() - began, 1)
+    print(f"both sides serve after {record.facts['serve_s']} s", file=sys.stderr, flush=True)
+    record.facts["slice_bytes"] = sum(s.weight_bytes for s in client.cluster().stages)
+    record.facts["first_difference"] = first_difference(client, single, asked.tokens)
+    lengths = [length for length in asked.lengths if length + STOP_ROOM <= asked.context]
+    return Pair(client, single, Sizes(asked.tokens, asked.users_tokens, asked.users, lengths, asked.context))
+
+
+def measure(asked: Namespace, stack: ExitStack, record: Record) -> None:
+    """Run all rounds, then say where the time goes, and simulate the same."""
+    pair = start(asked, stack, record)
+    rounds = record.rounds
+    record.facts |= {"right_share": pair.one.guessed, "prompts": pair.prompts, "left_out": rounds.left_out}
+    rounds.play(pair.first_tokens_before(), asked.rounds)
+    rounds.play(pair.all(), 1)
+    stages = record.facts["stages"] = pair.stages()
+    record.keep()
+    rounds.play(pair.all(), asked.rounds, first=2)
+    record.facts["tokens_differ"] = pair.one.differ
+    record.facts["memory"] = memory(pair.client)
+    record.facts["simulated"] = simulate(pair, asked.rounds, stages)
+    record.keep()
+
+
+def simulate(pair: Pair, rounds: int, stages: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Return what a pipeline of stages with the measured times does, and what the formula says, by figure."""
+    one, sizes = stages["decode1"], pair.sizes
+    rows = {1: [stage["compute_ms"] for stage in one]}
+    for users in sizes.users:
+        rows.setdefault(max(users // len(one), 1), [stage["compute_ms"] for stage in stages[f"decode{users}"]])
+    hop_ms = sum(stage["wire_ms"] for stage in one) / (len(one) + 1)
+    costs = StageCosts(rows, [0.0] * len(one), hop_ms)
+    found = simulate_one_user(costs, sizes.tokens, rounds)
+    found |= {f"decode{users}": simulate_users(costs, users, sizes.users_tokens) for users in sizes.users}
+    for length in sizes.lengths:
+        taken = pair.prompts.get(f"ttft_{length}")
+        if taken:  # else there was no time for it
+            fitted = fit_prompt(costs, length, [stage["compute_ms"] for stage in taken[-1]])
+            found[f"ttft_{length}"] = simulate_prompt(fitted, length)
+    found |= {f"formula_{rate_name(rate)}": formula(costs, rate) for rate in RATES}
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="70b")
+    parser.add_argument("--stages", type=int, default=2, help="workers, each with a GPU of its own")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--seconds", type=float, default=3600, help="begin no measurement that would end later")
+    parser.add_argument("--tokens", type=int, default=64, help="of one user's answer")
+    parser.add_argument("--users-tokens", type=int, default=16, help="of each of several users' answers")
+    parser.add_argument("--users", type=int, nargs="+", default=[8, 16, 32], help="how many at once")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], help="of prompts")
+    parser.add_argument("--context", type=int, default=33024, help="longer prompts are left out")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens per chunk of a prompt; else by measured cost")
+    parser.add_argument("--memory-limit", help="of each worker, like 24GiB: one GPU holds the other side's model too")
     parser.add_argument("--folder", help="keep the checkpoint here; else in a temporary folder")
+    parser.add_argument("--record", type=Path, help="write the figures to this file as they come")
     asked = parser.parse_args()
     if asked.cpu:
         os.environ["MACPIPE_DEVICE"] = "cpu"
-    with ExitStack() as stack:
-        figures, facts = run(asked, stack)
-    m = {f.name: f.median for f in figures}
-    ratios = {f"decode{n}_over_single": m[f"decode{n}"] / m[f"single_decode{n}"] for n in (1, *USERS)}
-    ratios["ttft_over_single"] = m["ttft"] / m["single_ttft"]
-    ratios["memory_over_slice"] = max(row["peak_over_slice"] for row in facts["memory"])
-    print_figures("medians", figures, ratios, asked.json, facts)
-    return 0
+    record = Record(asked.record, asked.seconds, {"shape": asked.shape, "stages_asked": asked.stages})
+    try:
+        with ExitStack() as stack:
+            measure(asked, stack, record)
+    except Exception as error:
+        record.facts["failed"] = f"{type(error).__name__}: {error}"
+        print(f"failed: {record.facts['failed']}", file=sys.stderr, flush=True)
+    record.keep()
+    print_figures("medians", record.rounds.figures, record.ratios, asked.json, record.facts)
+    return 1 if "failed" in record.facts else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Starts a cluster on loopback for benchmarks: two workers, one core each, and a coordinator with a random llama."""
+"""Starts a cluster on loopback for benchmarks, and writes models of random weights for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,6 @@ from cluster.core.errors import MacpipeError
 from cluster.model.checkpoint import resolve_model
 from cluster.model.tokenizer import load_tokenizer
 
-WORKERS = ("a", "b")
 GROUP = 64
 """Number of quantized weights that share a scale."""
 
@@ -76,21 +76,27 @@ def start_cluster(
     worker_options: Sequence[str] = (),
     spares: Sequence[str] = (),
 ) -> Client:
-    """Start two workers, each with its environment, and a coordinator. Yield a client once the coordinator serves.
+    """Start a worker for each of ``environments``, and a coordinator. Return a client once the coordinator serves.
 
-    Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run in place of ``macpipe``. ``spares``
-    are the names of more workers. Logs and state are in ``folder``; None means the model's parent.
+    Workers are named a, b, c and so on. Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run
+    in place of ``macpipe``. ``spares`` are the names of more workers. Logs and state are in ``folder``; None means the
+    model's parent. Workers are found by their addresses, because not every machine has multicast.
     """
     folder = folder or Path(model).parent
     fleet = stack.enter_context(ProcessGroup(folder))
     cluster, port = f"bench-{folder.name}", free_port("127.0.0.1")
-    workers = [*zip(WORKERS, environments, cores or (None, None), strict=True), *((name, {}, None) for name in spares)]
-    for name, environment, core in workers:
+    count = len(environments)
+    named = zip(ascii_lowercase[:count], environments, cores or [None] * count, strict=True)
+    peers: list[str] = []
+    for name, environment, core in (*named, *((spare, {}, None) for spare in spares)):
         own = ["--name", name, "--cluster", cluster, "--home", str(folder / name), "--profile", "off"]
-        own += worker_options
+        listens = free_port("127.0.0.1")
+        own += ["--port", str(listens), *worker_options]
+        peers += ["--peer", f"127.0.0.1:{listens}"]
         with pinned(core):
             fleet.start(name, ["worker", *own], environment)
-    own = ["--workers", str(len(WORKERS)), "--cluster", cluster, "--port", str(port), "--wait", "90", *options]
+    own = ["--workers", str(count), "--cluster", cluster, "--port", str(port), "--wait", "90"]
+    own += ["--peers-only", *peers, *options]
     fleet.start("serve", ["serve", str(model), *own], own_state(folder), program=coordinator)
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
     wait_serving(fleet, client)

@@ -22,6 +22,7 @@ from cluster.client import Client, Completion
 from cluster.core.lap_times import LapTimes, mean_token_time
 
 RATES = (0.0, 0.7, 0.9)
+NAMES = {None: "off", 0.0: "0", 0.7: "0_7", 0.9: "0_9"}
 PROMPT = [(i * 31) % 250 for i in range(16)]
 REPLAY = Path(__file__).with_name("replay_coordinator.py")
 
@@ -65,29 +66,31 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-onefast-")))
         model = make_llama(
             folder / "model", asked.width, asked.width * 11 // 4, asked.layers, max(asked.width // 64, 1), 4096, bits=4
         )
-        bench = Bench(start_cluster(stack, model, cores=(0, 1), coordinator=REPLAY), asked.tokens)
+        bench = Bench(start_cluster(stack, model, cores=asked.cores, coordinator=REPLAY), asked.tokens)
         first = bench.run(None)
         for rate in RATES:
             bench.run(rate)
         runs: dict[float | None, list[Run]] = {rate: [] for rate in (None, *RATES)}
-        for _ in range(asked.rounds):
+        for number in range(1, 1 + asked.rounds):
             for rate, found in runs.items():
                 found.append(bench.run(rate))
+            took = (f"{NAMES[rate]} {found[-1].token_ms:.2f}" for rate, found in runs.items())
+            print(f"round {number}, ms a token: {', '.join(took)}", file=sys.stderr, flush=True)
     off = runs[None]
     differ = sum(run.tokens != first.tokens for found in runs.values() for run in found)
-    names = {None: "off", 0.0: "0", 0.7: "0_7", 0.9: "0_9"}
-    figures = [Figure(names[rate], "ms a token", [run.token_ms for run in found]) for rate, found in runs.items()]
+    figures = [Figure(NAMES[rate], "ms a token", [run.token_ms for run in found]) for rate, found in runs.items()]
     ratios = {}
     for rate in RATES:
         pairs = zip(off, runs[rate], strict=True)
-        ratios[f"speedup_{names[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
-        ratios[f"formula_{names[rate]}"] = formula(off, rate)
+        ratios[f"speedup_{NAMES[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
+        ratios[f"formula_{NAMES[rate]}"] = formula(off, rate)
     stage_ms = [round(median(run.stage_ms[i] for run in off), 3) for i in range(len(first.stage_ms))]
     print_figures("ms_per_token", figures, ratios, asked.json, {"tokens_differ": differ, "stage_ms": stage_ms})
     return 1 if differ else 0

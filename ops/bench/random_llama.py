@@ -55,7 +55,10 @@ def config(shape: Shape) -> dict[str, object]:
 
 
 def write(folder: Path, shape: Shape, layers: range | None = None, dtype: mx.Dtype = mx.bfloat16) -> Path:
-    """Write the checkpoint into ``folder``, with the weights of ``layers`` and those outside layers; None for all."""
+    """Write the checkpoint into ``folder``, with the weights of ``layers`` and those outside layers; None for all.
+
+    The config comes last, so a folder that has one is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, str] = {}
     for layer in range(-1, shape.num_hidden_layers):
@@ -66,9 +69,9 @@ def write(folder: Path, shape: Shape, layers: range | None = None, dtype: mx.Dty
         del arrays
         mx.clear_cache()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (folder / "config.json").write_text(json.dumps(config(shape)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((resolve_model("faq") / name).read_bytes())
+    (folder / "config.json").write_text(json.dumps(config(shape)))
     return folder
 
 

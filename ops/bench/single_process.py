@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+STEP = 512
+"""Tokens per chunk of a prompt. mlx-lm's own default is 2,048."""
+
 
 class SingleProcess:
     """A child process with the model, pinned to ``core`` unless that is None. Times are in seconds."""
@@ -28,9 +31,9 @@ class SingleProcess:
         """Decode ``tokens`` for each of ``users`` with mlx-lm's BatchGenerator. Return seconds, without prefill."""
         return float(self._ask(f"batch {users} {prompt} {tokens}"))
 
-    def prefill(self, prompt: int) -> float:
-        """Return the time from a prompt to its first token."""
-        return float(self._ask(f"prefill 1 {prompt} 1"))
+    def prefill(self, prompt: int, step: int = STEP) -> float:
+        """Return the time from a prompt to its first token. It is read in chunks of ``step`` tokens."""
+        return float(self._ask(f"prefill 1 {prompt} 1 {step}"))
 
     def decode(self, prompt: int, tokens: int) -> float:
         """Decode ``tokens`` for one user with mlx-lm's ``generate_step``. Return seconds without the first one."""
@@ -45,7 +48,10 @@ class SingleProcess:
         assert self._process.stdout
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"mlx-lm's process ended during '{command}'; its output says why")
+        return json.loads(line)
 
     def close(self) -> None:
         self._process.communicate(timeout=30)
@@ -69,16 +75,16 @@ def _batch(model: Any, users: int, prompt: int, tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def _steps(model: Any, prompt: int, tokens: int) -> Any:
+def _steps(model: Any, prompt: int, tokens: int, step: int = STEP) -> Any:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    return generate_step(mx.array(prompt_ids(0, prompt)), model, max_tokens=tokens, prefill_step_size=512)
+    return generate_step(mx.array(prompt_ids(0, prompt)), model, max_tokens=tokens, prefill_step_size=step)
 
 
-def _prefill(model: Any, users: int, prompt: int, tokens: int) -> float:
+def _prefill(model: Any, users: int, prompt: int, tokens: int, step: int) -> float:
     began = time.perf_counter()
-    next(iter(_steps(model, prompt, tokens)))
+    next(iter(_steps(model, prompt, tokens, step)))
     return time.perf_counter() - began
 
 
@@ -115,8 +121,9 @@ def main(model_folder: str, where: str) -> None:
 
     model, _ = load_model(Path(model_folder))
     for line in sys.stdin:
-        kind, users, prompt, tokens = line.split()
-        print(json.dumps(COMMANDS[kind](model, int(users), int(prompt), int(tokens))), flush=True)
+        kind, *figures = line.split()
+        print(json.dumps(COMMANDS[kind](model, *map(int, figures))), flush=True)
+        mx.clear_cache()  # a stage may share the device's memory
 
 
 if __name__ == "__main__":
