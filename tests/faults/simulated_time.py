@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from cluster.coordinator import epoch, heartbeat, recovery, service
+from cluster.coordinator import draft_service, epoch, heartbeat, recovery, service
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.job_queue import Job, JobQueue
 from cluster.coordinator.ring import Ring
@@ -72,7 +72,7 @@ def simulated_now() -> float:
 
 def use_simulated_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the coordinator read the simulated clock, and start no thread."""
-    for module in (epoch, heartbeat, recovery, service):
+    for module in (draft_service, epoch, heartbeat, recovery, service):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=simulated_now))
     monkeypatch.setattr("anyio.to_thread.run_sync", _run_here)
     monkeypatch.setattr(service, "EngineLoop", SimulatedEngineLoop)

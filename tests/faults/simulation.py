@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.draft_assignment import assign_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.model_reader import ModelInfo
@@ -41,7 +42,16 @@ from cluster.core.errors import (
     WorkerRefused,
 )
 from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Step, Tensor, Trim
-from cluster.core.plan import FetchOrder, LoadProgress, ModelRef, ModelShape, Plan, StageDigests, StageSpec
+from cluster.core.plan import (
+    FetchOrder,
+    LoadProgress,
+    ModelRef,
+    ModelShape,
+    Plan,
+    Speculation,
+    StageDigests,
+    StageSpec,
+)
 from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Sighting
@@ -74,6 +84,7 @@ SPEED = {
     "cluster.coordinator.heartbeat.ASK_S": 0.5,
     "cluster.coordinator.heartbeat.STATUS_ASK_S": 0.1,
     "cluster.coordinator.service.HEARTBEAT_S": 0.05,
+    "cluster.coordinator.draft_service.DRAFT_RETRY_S": 0.1,
     "cluster.coordinator.recovery.RECOVERY_PAUSE_S": 0.01,
     "cluster.coordinator.recovery.RETURN_S": 0.5,
 }
@@ -87,6 +98,7 @@ SHAPE = ModelShape(
     clean_cuts=(1, 2, 3, 4, 5),
     unclean=(),
     max_context=512,
+    vocabulary=1000,
 )
 
 
@@ -121,12 +133,21 @@ class Caches:
         if not self.spec.last:
             return replace(frame, tensors=(mine,) if rows and agreed else ())
         samples: tuple[Sample, ...] = ()
-        if frame.step and frame.step.compute is Compute.DECODE:
+        if frame.step and frame.step.drafts > 1:
+            samples = self._draft(frame.step)
+        elif frame.step and frame.step.compute is Compute.DECODE:
             said = [next_token(row) if agreed else 99 for row in rows]  # 99: the stages do not hold the same
             samples = tuple(Sample(s, 0, t) for s, t in zip(frame.step.sequences, said, strict=True))
             for sequence, token, row in zip(frame.step.sequences, said, rows, strict=True):
                 self._sampled[sequence] = len(row), token
         return replace(frame, edits=(), step=None, tensors=(), samples=samples)
+
+    def _draft(self, step: Step) -> tuple[Sample, ...]:
+        """Feed each sample back, but for the last."""
+        (sequence,), row = step.sequences, self._fed[step.sequences[0]]
+        said = continuation(row, step.drafts)
+        self._fed[sequence] += tuple(said[:-1])
+        return tuple(Sample(sequence, len(row) + i, token) for i, token in enumerate(said))
 
     def _is_void(self, step: Step) -> bool:
         """Whether a guess follows a void one, or is known to be wrong. What is void may arrive as such, or not."""
@@ -264,7 +285,8 @@ class Mac(Port):
 
     async def unload(self, epoch: int, timeout_s: float = 1.0) -> None:
         await self._reached()
-        self._drop()
+        if self._caches and self._caches.spec.epoch <= epoch:
+            self._drop()
 
     async def learn(self, fingerprint: str, ratio: float) -> None:
         await self._reached()
@@ -423,10 +445,11 @@ class _Words:
 
 @dataclass
 class Simulation:
-    """One fleet that runs one scenario."""
+    """One fleet that runs one scenario. With ``drafted``, its spare has a draft model, which guesses all tokens."""
 
     played: Scenario
     asked: tuple[Asked, ...]
+    drafted: bool = False
 
     def __post_init__(self) -> None:
         self.history = History(clock=simulated_now)
@@ -495,7 +518,13 @@ class Simulation:
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
         model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
         means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)
-        self.service = ModelService(means, model_info, order, first, lambda said: None)
+        draft = None
+        if self.drafted:
+            order = replace(order, speculation=Speculation.DRAFT, draft="draft")
+            draft_info = replace(model_info, shape=replace(SHAPE, model=ModelRef("draft", "", "d" * 64)))
+            everyone = [mac.info() for mac in self.macs.values()]
+            draft = assign_draft(self.epochs.next(), model_info, draft_info, everyone, [w.name for w in workers])
+        self.service = ModelService(means, model_info, order, first, lambda said: None, draft)
         self._heartbeat.start()
         await self.service.open(lambda progress: None)
         self._homes = [s.worker for s in self.service.plan.stages]
@@ -561,7 +590,9 @@ class Simulation:
                 self._strike(fault)
 
 
-async def simulated(seeds: Sequence[int], at_once: int = 8) -> dict[int, tuple[Verdict, History]]:
+async def simulated(
+    seeds: Sequence[int], at_once: int = 8, *, drafted: bool = False
+) -> dict[int, tuple[Verdict, History]]:
     """Return the verdict on each seed. Raises AssertionError if an error on the event loop was lost."""
     asked, turns = pool(700), asyncio.Semaphore(at_once)
     unheard: list[dict[str, Any]] = []
@@ -569,7 +600,7 @@ async def simulated(seeds: Sequence[int], at_once: int = 8) -> dict[int, tuple[V
 
     async def one(seed: int) -> tuple[int, tuple[Verdict, History]]:
         async with turns:
-            simulation = Simulation(scenario(seed, asked, STAGES), asked)
+            simulation = Simulation(scenario(seed, asked, STAGES), asked, drafted)
             return seed, (await simulation.play(), simulation.history)
 
     outcomes = dict(await asyncio.gather(*map(one, seeds)))

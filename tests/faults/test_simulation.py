@@ -80,6 +80,70 @@ def test_whatever_goes_wrong_between_a_guess_and_its_verdict_the_promise_is_kept
     assert sum(count.voided for count in counts) > len(outcomes)
 
 
+def send_every_guess(monkeypatch: pytest.MonkeyPatch) -> list[Scheduler]:
+    """Have every service send all guesses that it may. Return their schedulers."""
+    made: list[Scheduler] = []
+
+    def noted(*given: Any) -> Scheduler:
+        made.append(Scheduler(*given))
+        return made[-1]
+
+    monkeypatch.setattr("cluster.coordinator.service.Scheduler", noted)
+    monkeypatch.setattr(LapMeter, "times", LapTimes((1.0,) * STAGES))
+    monkeypatch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: most)
+    return made
+
+
+def test_whatever_goes_wrong_around_a_draft_model_the_promise_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recovery takes the draft's Mac, or that leaves itself; answers are those without guesses."""
+    schedulers = send_every_guess(monkeypatch)
+    outcomes = run_simulated(simulated(range(FIRST, FIRST + effort(12, 300)), drafted=True))
+    for seed, (verdict, history) in outcomes.items():
+        history.save(tmp_path / f"seed-{seed}.jsonl")
+        assert verdict.kept, f"seed {seed}: {verdict}; history in {tmp_path}"
+    counts = [count for each in schedulers for count in each.speculation.counts.by_source.values()]
+    assert sum(count.accepted for count in counts) > len(outcomes)
+
+
+def test_a_draft_comes_back_and_goes_to_the_mac_that_is_back_after_a_recovery_took_its_own() -> None:
+    async def play() -> None:
+        asked = pool(700)
+        simulation = Simulation(scenario(0, asked), asked, drafted=True)
+        await simulation.open()
+        service, macs = simulation.service, simulation.macs
+
+        async def until(worker: str) -> None:
+            async with asyncio.timeout(10):
+                while service.draft_worker != worker or service.recovery:
+                    await asyncio.sleep(0.01)
+
+        try:
+            await until("dee")
+            macs["dee"].strike(Kind.KILL_WORKER)
+            await until("")
+            assert "the draft model draft" in service.draft_problem
+            await until("dee")
+            assert service.recoveries == 0
+            macs["bob"].strike(Kind.KILL_WORKER)
+            await until("")
+            assert [s.worker for s in service.plan.stages] == ["ada", "dee", "cyd"]
+            await until("bob")
+            assert (service.recoveries, service.draft_problem) == (1, "")
+            macs["bob"].draining = True
+            async with asyncio.timeout(10):
+                while macs["bob"].info().epoch:  # until its memory is free
+                    await asyncio.sleep(0.01)
+            await until("")
+            macs["bob"].draining = False
+            await until("bob")
+        finally:
+            await simulation.close()
+
+    run_simulated(play())
+
+
 @pytest.mark.parametrize("seed", [FIRST, FIRST + 7])
 def test_a_slow_machine_plays_the_same_game(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All heartbeats together take longer than the waits for them, on the machine's clock."""
