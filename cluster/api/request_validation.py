@@ -66,7 +66,7 @@ async def chat_request(params: ChatParams, size: int, model_info: ModelInfo, cal
         raise InvalidRequest(f"this model's chat template does not support this {name}; leave it out", field=name)
     request = _request(params, prompt, tokenized.grammar, model_info, caller)
     parsing = Parsing(options.offered, tokenized.thinking)
-    request = replace(request, parsing=parsing, split_points=tokenized.split_points)
+    request = replace(request, parsing=parsing, split_points=tokenized.split_points, borders=tokenized.borders)
     prepared = PreparedRequest(request, ignored=tokenized.ignored)
     return await _predict(params, prepared, model_info, caller)
 

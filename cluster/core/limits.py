@@ -167,6 +167,8 @@ MARK_TOKENS: Final = 512
 """A long prompt is marked at least this often at first; a chunk's end costs no frame of its own."""
 MAX_SPLIT_POINTS: Final = 8
 """Lengths that a request names as likely ends of what later prompts share; each may cost a frame of its own."""
+MAX_BORDERS: Final = 128
+"""Beginnings of messages, tools and sections that a request names. As many of them are marked as cost little."""
 MAX_STEP_MS: Final = 100.0
 """Time that one prefill chunk may take of a stage while others wait for their next token, without --max-step-ms.
 People just notice it, and it is four times as long as reading a stage's weights, which each chunk has to do."""

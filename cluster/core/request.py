@@ -197,7 +197,8 @@ class Request:
     request of priority n counts for 1 / (1 + n) of its cost when turns are shared. ``samples`` is the number of
     answers, each with its own seed; sample 0 equals the answer of a request for one. ``parsing`` None leaves the
     answer's text as it is. With ``stage_timings`` every token has its time per stage. ``split_points`` are ascending
-    lengths at which later prompts may part from this one; they save work and change no token.
+    lengths at which later prompts are likely to part from this one, ``borders`` those at which a message, a tool
+    or a section begins; they save work and change no token.
     ``prediction`` holds the tokens that the client expects of the answer; they save time and change no token. Without
     ``speculate`` no token of the answer is guessed before it is sampled.
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
@@ -217,6 +218,7 @@ class Request:
     parsing: Parsing | None = None
     stage_timings: bool = False
     split_points: tuple[int, ...] = ()
+    borders: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     prediction: tuple[int, ...] = ()
     speculate: bool = True

@@ -21,7 +21,8 @@ from cluster.model.conversation import fit_messages, message_fields
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
 from cluster.model.prompt_length import require_at_most
-from cluster.model.split_points import find_split_points
+from cluster.model.rendered_prompt import RenderedPrompt, tokenize
+from cluster.model.split_points import SplitPoints, find_split_points
 from cluster.model.template_abilities import CallForm, TemplateAbilities
 
 __all__ = ["ChatTemplate", "describe_tool"]
@@ -43,8 +44,8 @@ class ChatTemplate:
         self._names = _names(wrapper)
         self._abilities = TemplateAbilities(self._probe)
 
-    def render(self, messages: Sequence[ChatMessage], options: ChatOptions, most: int | None) -> tuple[int, ...]:
-        """Return the prompt's token ids, up to the start of the answer. Raises as ``Tokenizer.chat``."""
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions, most: int | None) -> RenderedPrompt:
+        """Return the prompt, up to the start of the answer. Raises as ``Tokenizer.chat``."""
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template; send it raw text instead (completions, or generate --raw)",
@@ -74,17 +75,20 @@ class ChatTemplate:
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
             if most is not None:
                 require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "messages")
-            return tuple(self._wrapper.encode(text, add_special_tokens=False))
+            return tokenize(self._wrapper, text)
 
-    def find_split_points(self, messages: Sequence[ChatMessage], options: ChatOptions, ids: Sequence[int]) -> list[int]:
-        """Return where later prompts may part from ``ids``, which ``render`` returned for the same conversation."""
+    def find_split_points(
+        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: RenderedPrompt
+    ) -> SplitPoints:
+        """Return where later prompts may part from ``prompt``, which ``render`` returned for the same conversation."""
         arguments = self._arguments(options)
 
         def render(some: Sequence[ChatMessage], starts_answer: bool) -> str | None:
             return self._probe(self._fields(some), **arguments, add_generation_prompt=starts_answer)
 
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
-            return find_split_points(messages, ids, render, partial(self._wrapper.encode, add_special_tokens=False))
+            tools = [tool.name for tool in options.offered]
+            return find_split_points(messages, tools, prompt.text, render, prompt.tokens_before)
 
     def _arguments(self, options: ChatOptions) -> dict[str, Any]:
         arguments = {**self._thinking_fields(options), **self._effort(options), **self._further(options)}

@@ -25,6 +25,8 @@ from cluster.model.grammars import Grammars
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
 from cluster.model.prompt_length import require_at_most
+from cluster.model.rendered_prompt import RenderedPrompt
+from cluster.model.split_points import SplitPoints
 from cluster.model.tokenizer_limits import require_bounded
 from cluster.model.tool_call_grammar import tool_call_grammar
 
@@ -140,12 +142,18 @@ class Tokenizer:
         support an option (``tools``, ``enable_thinking``, ``chat_template_kwargs``). Hints that it does not support
         are ignored. Raises PromptTooLong as ``encode``.
         """
+        return self.render(messages, options, most).ids
+
+    def render(
+        self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN, most: int | None = None
+    ) -> RenderedPrompt:
+        """Return the text of the messages, too. Raises as ``chat``."""
         return self._template.render(messages, options, most)
 
     def find_split_points(
-        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: Sequence[int]
-    ) -> list[int]:
-        """Return ascending lengths at which later prompts may part from ``prompt``, which ``chat`` returned for these.
+        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: RenderedPrompt
+    ) -> SplitPoints:
+        """Return the lengths at which later prompts may part from ``prompt``, which ``render`` returned for these.
 
         Raises InvalidRequest if the tokenizer fails.
         """

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -21,6 +21,7 @@ from typing import BinaryIO, Final
 from cluster.core.errors import BadFrame, InvalidGrammar, InvalidRequest, MacpipeError
 from cluster.core.request import ChatMessage
 from cluster.model.panics import is_panic
+from cluster.model.split_points import SplitPoints
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.failures import CRASHED, job_error, memory_exceeded
 from cluster.sandbox.job_messages import (
@@ -124,17 +125,18 @@ def _conversation(tokenizer: Tokenizer, job: Converse, *, with_split_points: boo
             "be both: leave one of them out",
             field="tool_choice",
         )
-    ids = tokenizer.chat(job.messages, job.options, job.most)
+    rendered = tokenizer.render(job.messages, job.options, job.most)
+    ids = rendered.ids
     parsing = tokenizer.parsing(ids, job.options)
     prompt = _prompt(tokenizer, ids, job)
     grammar = calling or job.grammar
     if grammar:
         grammar = tokenizer.defer_past_reasoning(grammar, parsing, calls=calling is not None)
-    split_points: Sequence[int] = ()
+    split = SplitPoints()
     if with_split_points and prompt.ids and time.process_time() - begun < job.limits.cpu_s * SPLIT_POINTS_SHARE:
-        split_points = tokenizer.find_split_points(job.messages, job.options, ids)
+        split = tokenizer.find_split_points(job.messages, job.options, rendered)
     ignored = tokenizer.ignored_options(job.options)
-    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, tuple(split_points), ignored)
+    return PromptReply(prompt.count, prompt.ids, prompt.texts, parsing.thinking, grammar, *split, ignored)
 
 
 @contextmanager

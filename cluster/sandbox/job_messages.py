@@ -16,7 +16,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.core.errors import BadFrame
-from cluster.core.limits import MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SPLIT_POINTS
+from cluster.core.limits import MAX_BORDERS, MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SPLIT_POINTS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCall
 from cluster.sandbox.limits import MAX_SANDBOX_MESSAGE_BYTES
 
@@ -145,7 +145,8 @@ class PromptReply:
     """A tokenized prompt of ``count`` tokens. ``ids`` is empty if ``count`` exceeds the job's ``max_tokens``.
 
     ``ids`` are uint32 in native byte order. The other fields are set for conversations only: ``split_points`` are
-    lengths at which later prompts may part from this one, ``ignored`` names the options that the chat template does not
+    lengths at which later prompts are likely to part from this one, ``borders`` are those at which a message, a
+    tool or a section begins, ``ignored`` names the options that the chat template does not
     know.
     """
 
@@ -155,6 +156,7 @@ class PromptReply:
     thinking: bool = False
     grammar: Grammar | None = None
     split_points: Annotated[tuple[int, ...], Field(max_length=MAX_SPLIT_POINTS)] = ()
+    borders: Annotated[tuple[int, ...], Field(max_length=MAX_BORDERS)] = ()
     ignored: Annotated[tuple[ShortWord, ...], Field(max_length=8)] = ()
     kind: Literal["prompt"] = "prompt"
 

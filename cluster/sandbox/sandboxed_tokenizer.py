@@ -64,7 +64,8 @@ class Tokenized:
 
     ``texts`` has the text of each token if it was requested. ``thinking``: a conversation's answer starts inside the
     reasoning. ``grammar`` is the grammar of the answer, if there is one. ``split_points`` are ascending lengths at
-    which later prompts may part from this one. ``ignored`` names the options of a conversation that have no effect with
+    which later prompts are likely to part from this one, ``borders`` those at which a message, a tool or a
+    section begins. ``ignored`` names the options of a conversation that have no effect with
     the model's chat template.
     """
 
@@ -74,6 +75,7 @@ class Tokenized:
     thinking: bool = False
     grammar: Grammar | None = None
     split_points: tuple[int, ...] = ()
+    borders: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -201,7 +203,14 @@ def tokenized(prompt: PromptReply) -> Tokenized:
     """Convert a reply for callers. Raises ``BadFrame`` if its token ids are invalid."""
     ids = unpack_tokens(prompt.ids)
     return Tokenized(
-        prompt.count, ids, prompt.texts, prompt.thinking, prompt.grammar, prompt.split_points, prompt.ignored
+        prompt.count,
+        ids,
+        prompt.texts,
+        prompt.thinking,
+        prompt.grammar,
+        prompt.split_points,
+        prompt.borders,
+        prompt.ignored,
     )
 
 

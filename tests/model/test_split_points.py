@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.core.limits import MAX_BORDERS
 from cluster.core.request import ChatMessage, ChatOptions
 from model.test_template_families import FAMILIES, OFFER, Family, call, make
 
@@ -34,8 +35,8 @@ def test_the_next_prompts_part_near_a_split_point(family: Family, tmp_path: Path
     prompts = [tokenizer.chat(messages, options) for messages in asked]
     marks: set[int] = set()
     for messages, prompt, later in zip(asked, prompts, prompts[1:], strict=False):
-        found = tokenizer.find_split_points(messages, options, prompt)
-        assert found == sorted(set(found))
+        found = tokenizer.find_split_points(messages, options, tokenizer.render(messages, options)).likely
+        assert list(found) == sorted(set(found))
         assert all(0 < length < len(prompt) for length in found)
         marks |= {*found, len(prompt) - 1}
         both = shared(prompt, later)
@@ -46,7 +47,42 @@ def test_the_next_prompts_part_near_a_split_point(family: Family, tmp_path: Path
 
 def test_a_conversation_that_only_asks_has_a_split_point_too(tmp_path: Path) -> None:
     tokenizer = make(FAMILIES[0], tmp_path)
-    prompt = tokenizer.chat((ChatMessage("user", "0 or 1?"),))
-    found = tokenizer.find_split_points((ChatMessage("user", "0 or 1?"),), ChatOptions(), prompt)
-    assert tokenizer.decode(prompt[: found[0]]).endswith("user\n")
-    assert tokenizer.decode(prompt[: found[-1]]).endswith("0 or 1?<|im_end|>\n")
+    prompt = tokenizer.render((ChatMessage("user", "0 or 1?"),))
+    found = tokenizer.find_split_points((ChatMessage("user", "0 or 1?"),), ChatOptions(), prompt).likely
+    assert tokenizer.decode(prompt.ids[: found[0]]).endswith("user\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_the_prompt_shares_with_its_own_answer_needs_no_chunk_of_its_own(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    prompt = tokenizer.render(FIRST)
+    found = tokenizer.find_split_points(FIRST, ChatOptions(), prompt).likely
+    answered = tokenizer.chat((*FIRST, ChatMessage("assistant", "Done."), ChatMessage("user", "Thanks.")))
+    both = shared(prompt.ids, answered)
+    assert max((*found, len(prompt.ids) - 1)) >= both - 1
+    if both >= len(prompt.ids) - 1:
+        assert "fix it." in tokenizer.decode(prompt.ids[found[-1] :])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_borders_are_where_messages_tools_and_sections_begin(family: Family, tmp_path: Path) -> None:
+    tokenizer = make(family, tmp_path)
+    options = OFFER if family.answer else ChatOptions()
+    sections = "You are an agent.\n\n# Style\nBe brief.\n<env>\nIt is Monday.\n</env>"
+    asked = (ChatMessage("system", sections), ChatMessage("user", "Fix it."), ChatMessage("assistant", "Which one?"))
+    prompt = tokenizer.render((*asked, ChatMessage("user", "The first.")), options)
+    split = tokenizer.find_split_points((*asked, ChatMessage("user", "The first.")), options, prompt)
+    assert not {*split.borders} & {*split.likely}
+    rests = [prompt.text.removeprefix(tokenizer.decode(prompt.ids[:at])) for at in {*split.borders, *split.likely}]
+    wanted = ["# Style", "<env>", "Fix it.", "Which one?", "The first."]
+    for part in wanted + (['"read"'] if '"read"' in prompt.text else []):
+        assert any(part in rest[: len(part) + 2] for rest in rests), part
+
+
+def test_there_are_not_too_many_borders(tmp_path: Path) -> None:
+    tokenizer = make(FAMILIES[0], tmp_path)
+    messages = (ChatMessage("system", "# A\n" * 1000), ChatMessage("user", "Well?"))
+    prompt = tokenizer.render(messages)
+    found = tokenizer.find_split_points(messages, ChatOptions(), prompt).borders
+    assert MAX_BORDERS // 2 < len(found) <= MAX_BORDERS
+    assert found == tuple(sorted(found))

@@ -85,7 +85,8 @@ def sandbox_messages() -> Prepared:
             tokenized(reply)
 
     grammar = Grammar(GrammarKind.REGEX, "a+", (1, 2))
-    replies = (Ready(), PromptReply(2, pack_tokens((1, 2)), ("a", "b"), True, grammar), SandboxFailed("BUSY", "no", ""))
+    prompt = PromptReply(2, pack_tokens((1, 2)), ("a", "b"), True, grammar, (1,), (-1, 2**40))
+    replies = (Ready(), prompt, SandboxFailed("BUSY", "no", ""))
     return Prepared(run, tuple(map(pack_reply, replies)), spoil_bytes)
 
 
