@@ -6,8 +6,9 @@ only there. Sequences and kept prefixes share marks: a mark costs its bytes once
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 
 from cluster.scheduler.kv_cost import Cost
@@ -66,3 +67,15 @@ def surplus(lengths: Iterable[int], now: int, fixed: Container[int]) -> list[int
         else:
             newer = length
     return dropped
+
+
+def space_out(lengths: Iterable[int], gap: float, fixed: Collection[int]) -> set[int]:
+    """Return those of ``lengths`` that are at least ``gap`` from 0, from each other and from all in ``fixed``."""
+    bounds, chosen, last = sorted(fixed), set[int](), 0
+    for length in sorted(lengths):
+        at = bisect_left(bounds, length)
+        before = max(last, bounds[at - 1] if at else 0)
+        if length - before >= gap and (at == len(bounds) or bounds[at] - length >= gap):
+            chosen.add(length)
+            last = length
+    return chosen

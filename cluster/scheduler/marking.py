@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from cluster.core.frames import Drop, Edit, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.scheduler.capacity import Capacity
-from cluster.scheduler.kept_marks import KeptMark, surplus
+from cluster.scheduler.kept_marks import KeptMark, space_out, surplus
 from cluster.scheduler.kv_cost import Cost, fits
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.sequence import ScheduledSequence
 
+_BORDER_SHARE: Final = 1 / 64
+"""Least distance of two marks at borders, as a share of the prompt: a later prompt reads so much again at most, ..."""
+_LEAST_BORDER_GAP: Final = 64
+"""... or as many tokens, if that is more."""
+_CUT_SHARE: Final = 1 / 8
+"""Most of a chunk's time that its fixed cost may be if it ends at a border."""
+_BORDER_MEMORY: Final = 1 / 16
+"""Share of the budget of prefixes that marks at the borders of one prompt may take: many prompts are kept."""
+
 
 class Marking:
-    """The marks of live sequences. Appends to ``edits``. Does nothing if the model's caches can all be trimmed."""
+    """The marks of live sequences. Appends to ``edits``. Does nothing if the model's caches can all be trimmed.
 
-    def __init__(self, capacity: Capacity, prefixes: Prefixes, edits: list[Edit]) -> None:
+    ``fixed_cost`` returns what a chunk costs beside its tokens, in tokens.
+    """
+
+    def __init__(
+        self, capacity: Capacity, prefixes: Prefixes, edits: list[Edit], fixed_cost: Callable[[], float]
+    ) -> None:
         self._capacity, self._prefixes, self._edits = capacity, prefixes, edits
+        self._fixed_cost = fixed_cost
 
     @property
     def caches_need_marks(self) -> bool:
@@ -27,13 +43,32 @@ class Marking:
     def choose_chunk_ends(self, sequence: ScheduledSequence, parted: Iterable[int]) -> None:
         """Choose where chunks of a prompt end, so that it can be marked there.
 
-        They end at its end, at its request's ``split_points``, and at the lengths ``parted``, where known sequences
-        begin to differ from it.
+        They end at its end, at its request's ``split_points``, at the lengths ``parted``, where known sequences begin
+        to differ from it, and at as many of its ``borders`` as cost little.
         """
-        if self.caches_need_marks:
+        if self._capacity.mark_cost_of:
             end = sequence.prefill_length
             likely = {*sequence.request.split_points, *parted}
             sequence.chunk_ends |= {at for at in likely if MIN_HIT <= at < end} | {end}
+            sequence.chunk_ends |= self._affordable_borders(sequence, self._capacity.mark_cost_of(end))
+
+    def _affordable_borders(self, sequence: ScheduledSequence, cost: Cost) -> set[int]:
+        """Return the borders of a prompt at which it is marked, where a mark costs ``cost`` bytes.
+
+        Those that it has passed without a mark are of no use any more.
+        """
+        now, end = len(sequence.fed), sequence.prefill_length
+        room = [share * _BORDER_MEMORY // c for share, c in zip(self._capacity.prefix_budget, cost, strict=True) if c]
+        marked = [at for at in sequence.request.borders if at in sequence.marks]
+        gap = max(_LEAST_BORDER_GAP, end * _BORDER_SHARE)
+        while True:
+            chosen = space_out(marked, gap, sequence.chunk_ends)
+            apart = max(gap, self._fixed_cost() / _CUT_SHARE)
+            ahead = [at for at in sequence.request.borders if now + apart <= at < end]
+            chosen |= space_out(ahead, apart, chosen | sequence.chunk_ends)
+            if len(chosen) <= min(room, default=len(chosen)):
+                return chosen
+            gap *= 2
 
     def mark_progress(self, sequence: ScheduledSequence, free: Cost) -> None:
         """Mark a prompt that has got to one of its chunk ends, or far beyond its last mark."""

@@ -113,6 +113,10 @@ class PrefillBudget:
         most = min(useful, in_time, _MOST_GROWTH * self._longest)
         return min(self._capacity.max_chunk(context), max(self._chunk, _few_lengths(most)))
 
+    def fixed_cost(self) -> float:
+        """Return what a chunk costs the slowest stage beside its tokens, in tokens; 0 until it is known."""
+        return self._costs.known.fixed if self._costs.known else 0.0
+
     def seconds(self, tokens: int) -> float | None:
         """Return how long the slowest stage takes for a prompt of ``tokens`` tokens; None before the first chunk."""
         if not self._frames:

@@ -72,7 +72,7 @@ class Scheduler:
         self._by_id: dict[int, ScheduledSequence] = {}
         self._writer = FrameWriter(epoch)
         self._flights, self._edits = self._writer.flights, self._writer.edits
-        self._marking = Marking(capacity, self._prefixes, self._edits)
+        self._marking = Marking(capacity, self._prefixes, self._edits, self._prefill_budget.fixed_cost)
         self._saving = Saving(capacity, self._prefixes, self._edits)
         self._copies = Copies()
         self._deferred = DeferredSamples()
@@ -307,6 +307,7 @@ class Scheduler:
             self._begin_at(sequence, kept.length, kept.marks)
         kept_shared = self._prefixes.shared(sequence.owner, sequence.base)
         self._marking.choose_chunk_ends(sequence, [kept_shared, *(start.shared for start in live)])
+        self._marking.mark(sequence, self._memory.beside_sequences())
         self._finish_prompt(sequence)
 
     def _sources(self, sequence: ScheduledSequence) -> list[ScheduledSequence]:
@@ -327,7 +328,6 @@ class Scheduler:
         sequence.cached = sequence.prefilled = length
         sequence.marks = dict(marks)
         self._prefixes.hold(marks.values())
-        self._marking.mark(sequence, self._memory.beside_sequences())
 
     def _finish_prompt(self, sequence: ScheduledSequence) -> None:
         """Let a sequence decode once its prompt is sent completely."""

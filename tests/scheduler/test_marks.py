@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from cluster.core.frames import Compute, Drop, Mark, Unmark
 from cluster.core.limits import MARK_TOKENS
 from cluster.core.request import Request, SamplingParams
-from cluster.scheduler.kept_marks import KeptMark, MarkMemory, surplus
+from cluster.scheduler.chunk_cost import ChunkCost, ChunkCosts
+from cluster.scheduler.kept_marks import KeptMark, MarkMemory, space_out, surplus
 from cluster.scheduler.scheduler import Scheduler
 from scheduler.stages import MARK_BYTES, Stages, capacity, continuation
 
@@ -27,12 +29,13 @@ class Chat:
         self.chunks: list[int] = []
         self.edits: list[object] = []
 
-    def submit(self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3) -> int:
+    def submit(
+        self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3, borders: tuple[int, ...] = ()
+    ) -> int:
         """-> how much of the prompt need not be read"""
         self.made += 1
-        self.scheduler.submit(
-            Request(f"r{self.made}", prompt, SamplingParams(), max_tokens, split_points=split_points, client="one")
-        )
+        request = Request(f"r{self.made}", prompt, SamplingParams(), max_tokens, client="one")
+        self.scheduler.submit(replace(request, split_points=split_points, borders=borders))
         return self.scheduler.sequences[-1].cached
 
     def step(self) -> None:
@@ -48,8 +51,10 @@ class Chat:
             self.step()
         self.step()
 
-    def ask(self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3) -> int:
-        cached = self.submit(prompt, *split_points, max_tokens=max_tokens)
+    def ask(
+        self, prompt: tuple[int, ...], *split_points: int, max_tokens: int = 3, borders: tuple[int, ...] = ()
+    ) -> int:
+        cached = self.submit(prompt, *split_points, max_tokens=max_tokens, borders=borders)
         self.run()
         return cached
 
@@ -108,6 +113,58 @@ def test_a_long_prompt_is_marked_at_its_chunks_and_ever_more_thinly_behind() -> 
     other = (*prompt[:20_000], 1, 2)
     assert chat.ask(other) == max(at for at in kept if at <= 20_000)
     assert chat.ask((*prompt[:20_000], 3, 4)) == 20_000
+
+
+LONG = tuple(i * 7919 % 40_000 for i in range(1000))
+
+
+def test_a_prompt_is_marked_at_the_borders_that_are_far_apart() -> None:
+    chat = Chat(prefixes=100_000, budget=200_000, chunk=2000)
+    chat.ask(LONG, 500, borders=(30, 100, 130, 300, 480, 520, 700, 990))
+    assert [e.length for e in chat.edits if isinstance(e, Mark)] == [100, 300, 500, 700, 999]
+    for length, cached in ((320, 300), (499, 320), (699, 500)):
+        assert chat.ask((*LONG[:length], 1)) == cached
+
+
+def test_a_later_turn_keeps_the_marks_at_borders_and_is_not_cut_where_little_is_new() -> None:
+    chat = Chat(prefixes=100_000, budget=200_000, chunk=2000)
+    prompt, borders = LONG, (100, 300, 700)
+    for turn in range(5):
+        chat.chunks = []
+        chat.ask(prompt, borders=borders)
+        assert not turn or chat.chunks == [90]
+        prompt = (*prompt, *continuation(prompt, 3), *range(90))
+        borders = (*borders, len(prompt) - 80)
+    assert len(chat.scheduler.prefixes) == 1
+    assert chat.ask((*LONG[:310], 1)) == 300
+
+
+def test_marks_at_borders_take_a_part_of_the_memory() -> None:
+    borders = tuple(range(100, 1000, 100))
+    for most in (9, 4, 1):
+        budget = 16 * MARK_BYTES[0] * most
+        chat = Chat(prefixes=budget, budget=100_000, chunk=2000)
+        chat.ask(LONG, borders=borders)
+        assert 0 < sum(isinstance(e, Mark) for e in chat.edits) <= most + 1
+
+
+def test_borders_are_no_reason_for_chunks_that_cost_much() -> None:
+    chat = Chat(prefixes=100_000, budget=200_000, chunk=2000)
+    costs = ChunkCosts()
+    costs._known = ChunkCost(token_us=100, fixed=30, pair=0, others=1)
+    chat.scheduler._prefill_budget._costs = costs
+    chat.ask(LONG, borders=tuple(range(100, 1000, 100)))
+    assert [e.length for e in chat.edits if isinstance(e, Mark)] == [300, 600, 999]
+
+
+@given(st.sets(st.integers(1, 2000)), st.sets(st.integers(1, 2000)), st.integers(1, 500))
+def test_what_is_spaced_out_is_far_from_all_others(lengths: set[int], fixed: set[int], gap: int) -> None:
+    chosen = space_out(lengths, gap, fixed)
+    assert chosen <= lengths
+    for length in chosen:
+        assert min(abs(length - other) for other in {0, *fixed, *chosen} - {length}) >= gap
+    for length in lengths - chosen:
+        assert min(abs(length - other) for other in {0, *fixed, *chosen}) < gap
 
 
 def test_marks_stay_within_the_budget_of_prefixes() -> None:
