@@ -142,7 +142,7 @@ class Coordinator:
         load, nothing is served. Raises ``MacpipeError``.
         """
         if self._loading.locked():
-            raise NotServing("another model is being loaded; wait until that load ends")
+            raise NotServing("another model is being loaded or trained; wait until that ends")
         report = BothReporters(self._report, follower) if follower else self._report
         async with self._loading:
             self.changed.set()
@@ -284,10 +284,10 @@ class Coordinator:
     async def unload(self) -> None:
         """End live requests and free the workers' memory. Do nothing if no model is loaded.
 
-        Raises ``NotServing`` while a model is being loaded.
+        Raises ``NotServing`` while a model is being loaded or trained.
         """
         if self._loading.locked():
-            raise NotServing("a model is being loaded; wait until that load ends")
+            raise NotServing("a model is being loaded or trained; wait until that ends")
         async with self._loading:
             await self._close(NotServing("the model was unloaded"))
             self._order = None

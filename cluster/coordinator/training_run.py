@@ -24,6 +24,7 @@ from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingEvent
 from cluster.core.worker import WorkerInfo
 from cluster.placement.training_cut import cut_for_training
+from cluster.placement.training_memory import require_room
 from cluster.sandbox.training_data import TrainingData
 
 __all__ = ["TrainingHost", "TrainingMode", "TrainingRequest"]
@@ -63,7 +64,9 @@ class TrainingMode:
 
     def __init__(self, load: Callable[[LoadOrder], Awaitable[None]], problem: Callable[[str], None]) -> None:
         self._load, self._problem = load, problem
+        self._running: asyncio.Task[object] | None = None
         self._restoring: asyncio.Task[None] | None = None
+        self._closed = False
         self.job: TrainingJob | None = None
 
     async def run(
@@ -79,6 +82,7 @@ class TrainingMode:
         Raises the errors of ``ModelReader.read``, of the data (``TrainingData.open``), of planning, and of the job.
         """
         model_info = await host.reader.read(request.order)
+        self._running = asyncio.current_task()
         data: TrainingData | None = None
         try:
             data = await TrainingData.open(request.folder, model_info.found.folder, request.options)
@@ -88,9 +92,9 @@ class TrainingMode:
                 await model_info.close()
                 if data:
                     await data.close()
-            if self.job and served:
+            if self.job and served and not self._closed:
                 self._restoring = asyncio.create_task(self._serve_again(served))
-            self.job = None
+            self.job = self._running = None
             host.changed.set()
 
     async def wait_restored(self) -> None:
@@ -99,10 +103,11 @@ class TrainingMode:
             await asyncio.wait((self._restoring,))
 
     async def close(self) -> None:
-        """Stop loading what was served before."""
-        if self._restoring:
-            self._restoring.cancel()
-            await asyncio.wait((self._restoring,), timeout=UNLOAD_TIMEOUT_S)
+        """End the training, or the load of what was served before it."""
+        self._closed = True
+        for task in filter(None, (self._running, self._restoring)):
+            task.cancel()
+            await asyncio.wait((task,), timeout=2 * UNLOAD_TIMEOUT_S)
 
     async def _serve_again(self, order: LoadOrder) -> None:
         try:
@@ -124,6 +129,7 @@ class TrainingMode:
         number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
         plan = await _plan(host, number, model_info.shape, found, order, request.options)
         _require_layers(plan, request.options)
+        require_room(plan, model_info.shape, request.options, min(data.longest, request.options.max_seq_length))
         report.planned(plan)
         by_name = {w.name: w for w in found}
         await host.stop_serving(NotServing(f"the cluster trains adapters of {plan.model.name} now"))

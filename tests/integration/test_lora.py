@@ -139,6 +139,19 @@ def test_an_engine_that_dies_leaves_the_curve_as_it_is_and_requests_are_told_whe
     wait_serving(address, made.daemons[-1])
 
 
+def test_a_client_that_leaves_ends_its_training(trainers: Trainers, data: Path) -> None:
+    made, address = trainers
+    options = TrainingOptions.of({**BASE, "iters": 100_000})
+    with Client(address, timeout_s=30) as client:
+        for event in client.train(str(made.folder / "model"), options, {"train": data / "train.jsonl"}):
+            if isinstance(event, TrainingReport):
+                with pytest.raises(NotServing, match="or trained; wait until that ends"):
+                    client.unload()
+                break
+        wait_serving(address, made.daemons[-1])
+        assert client.generate("a", max_tokens=1).tokens
+
+
 def test_data_and_adapters_that_do_not_fit_are_refused_while_the_model_is_served(
     trainers: Trainers, data: Path, tmp_path: Path
 ) -> None:

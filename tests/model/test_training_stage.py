@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import make
+from cluster.codec.adapter_file import read_adapters, write_adapters
 from cluster.coordinator.training_reports import TrainingReports
 from cluster.core.errors import BadFrame, InvalidOption
 from cluster.core.frames import Tensor
@@ -170,6 +171,30 @@ def test_training_continues_from_a_state_on_other_cuts(llama: Path, data: Path) 
     after = Stages(llama, (2,), options)
     after.restore(before.state())
     assert first + [r.loss for r in after.run(iter(batches[3:]))] == whole
+
+
+def test_training_begins_with_the_adapters_of_an_earlier_run(llama: Path, data: Path, tmp_path: Path) -> None:
+    _, earlier = fine_tune(llama, data, tmp_path / "earlier", **BASE)
+    options = TrainingOptions.of({**BASE, "train": True})
+    stages = Stages(llama, (1, 3), options)
+    content = (tmp_path / "earlier" / "adapters.safetensors").read_bytes()
+    given = read_adapters(content)
+    assert {name: t.shape for name, t in given.items()} == {n: a.shape for n, a in earlier.items()}
+    stages.restore({f"adapter/{name}": tensor for name, tensor in given.items()})
+    own = reports(stages.run(batches_of(llama, data, options)), options)
+    resumed = {**BASE, "resume_adapter_file": str(tmp_path / "earlier" / "adapters.safetensors")}
+    assert own == fine_tune(llama, data, tmp_path / "later", **resumed)[0]
+    made = tmp_path / "made.safetensors"
+    made.write_bytes(write_adapters(given))
+    assert all(mx.array_equal(array, earlier[name]) for name, array in dict(mx.load(str(made))).items())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 64, b"\x02" + bytes(7) + b"[]", b"\x10" + bytes(7) + b'{"a": {"x": 1}} ']
+)
+def test_a_damaged_adapter_file_is_refused(content: bytes) -> None:
+    with pytest.raises(InvalidOption, match="the adapter file is damaged"):
+        read_adapters(content)
 
 
 def adapting(**parameters: Any) -> TrainingOptions:

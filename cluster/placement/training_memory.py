@@ -1,0 +1,58 @@
+"""Estimates what training keeps in memory beside the weights, so that what cannot fit is refused before a load."""
+
+from __future__ import annotations
+
+from cluster.core.errors import DoesNotFit
+from cluster.core.limits import GIB, SCORE_BYTES
+from cluster.core.plan import LayerRange, ModelShape, Plan
+from cluster.core.training import TrainingOptions
+
+__all__ = ["require_room", "training_bytes"]
+
+_VALUES = 2.3
+"""Bytes of a layer's values for one token, over its operations by the bytes of its width. Measured for prompts."""
+_LOGITS = 12
+"""Bytes of a logit: itself, its exponential and its gradient."""
+
+
+def training_bytes(
+    shape: ModelShape, layers: LayerRange, rows: int, length: int, batches: int, *, recompute: bool
+) -> int:
+    """Return about how many bytes a stage with these layers keeps of ``batches`` batches of ``rows`` sequences.
+
+    Each value that a layer computes is kept for the way back, and attention scores in full, since no kernel has a way
+    back that keeps them to itself. With ``recompute``, only what enters each layer is kept, and one layer at a time is
+    computed again. The result is 0 if the model's sizes are unknown.
+    """
+    width = max(shape.boundary_bytes, default=0)
+    flops = shape.flops[layers.start : layers.end]
+    if not (width and flops and shape.heads):
+        return 0
+    scores = shape.heads * SCORE_BYTES * length
+    each = [_VALUES * own / width + scores for own in flops]
+    token = max(each) + len(layers) * width if recompute else sum(each) * batches
+    if recompute:
+        token += width * (batches - 1)
+    if layers.end == shape.layers:
+        token += _LOGITS * shape.vocabulary
+    return int(token * rows * length)
+
+
+def require_room(plan: Plan, shape: ModelShape, options: TrainingOptions, length: int) -> None:
+    """Raise ``DoesNotFit`` if batches of sequences of ``length`` tokens cannot fit beside a stage's weights."""
+    count = len(plan.stages)
+    first = shape.layers - options.num_layers if options.num_layers > 0 else 0
+    for i, stage in enumerate(plan.stages):
+        if first >= stage.layers.end:
+            continue  # it only passes batches on
+        trained = LayerRange(max(stage.layers.start, first), stage.layers.end)
+        batches = 1 if i == count - 1 else count + 1 - i
+        recompute = options.grad_checkpoint
+        need = training_bytes(shape, trained, options.batch_size, length, batches, recompute=recompute)
+        if need > stage.cache_bytes:
+            hint = "" if recompute else ", or use --grad-checkpoint"
+            raise DoesNotFit(
+                f"training {plan.model.name} with {options.batch_size} sequences of {length} tokens needs about "
+                f"{need / GIB:.1f} GiB beside the weights on {stage.worker} (layers {stage.layers}), which has "
+                f"{stage.cache_bytes / GIB:.1f} GiB left; lower --batch-size or --max-seq-length{hint}"
+            )
