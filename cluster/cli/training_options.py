@@ -20,7 +20,6 @@ ADAPTERS: Final = "adapters.safetensors"
 SETS: Final = ("train", "valid", "test")
 _PLACES: Final = ("model", "data", "adapter_path", "resume_adapter_file")
 """Options that name what is read and written here."""
-_ELSEWHERE: Final = ("config", "workers", "layers", "coordinator", "cluster", "json", "json_")
 _OF_ADAPTERS: Final = ("fine_tune_type", "num_layers", "lora_parameters")
 """Options that an existing adapter decides."""
 
@@ -39,7 +38,7 @@ class ChosenTraining:
 def read_options(given: Mapping[str, Any], config: Path | None) -> ChosenTraining:
     """Return the options of a command line over those of a YAML file. Raises ``InvalidOption``."""
     values = {**(_read_yaml(config) if config else {}), **given}
-    values = {name: value for name, value in values.items() if name not in _ELSEWHERE and value is not None}
+    values = {name: value for name, value in values.items() if value is not None}
     places = {name: values.pop(name, None) for name in _PLACES}
     if not places["model"]:
         raise InvalidOption("give the model to train with --model", field="model")

@@ -23,7 +23,7 @@ from cluster.core.plan import ModelShape, Objective, Plan
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingEvent
 from cluster.core.worker import WorkerInfo
-from cluster.placement.training_cut import cut_for_training
+from cluster.placement.training_cut import cut_for_training, head_cost
 from cluster.placement.training_memory import require_room
 from cluster.sandbox.training_data import TrainingData
 
@@ -171,7 +171,9 @@ async def _plan(
     speeds = [w.profile.flops if known else 1.0 for w in workers]
     layers = plan.stages[-1].layers.end
     trained = layers if options.num_layers < 1 else options.num_layers
-    cut = cut_for_training(layers, shape.clean_cuts, speeds, trained, recompute=options.grad_checkpoint)
+    cut = cut_for_training(
+        layers, shape.clean_cuts, speeds, trained, recompute=options.grad_checkpoint, head=head_cost(shape)
+    )
     try:
         return await host.make_plan(number, shape, workers, replace(order, layers=cut, worker_count=None))
     except DoesNotFit:

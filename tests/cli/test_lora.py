@@ -40,7 +40,7 @@ def chosen(folder: Path, **more: Any) -> ChosenTraining:
 
 
 def test_the_command_line_goes_before_the_file(config: Path) -> None:
-    read = read_options({"learning_rate": 0.5, "iters": 7, "config": config, "json": True}, config)
+    read = read_options({"learning_rate": 0.5, "iters": 7}, config)
     assert (read.model, read.data, read.adapter_path) == ("some/model", Path("texts"), Path("adapters"))
     options = read.options
     assert (options.learning_rate, options.iters, options.batch_size) == (0.5, 7, 4)

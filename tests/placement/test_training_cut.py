@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.placement.training_cut import cut_for_training
+from cluster.core.plan import ModelRef, ModelShape, SharedWeight
+from cluster.placement.training_cut import cut_for_training, head_cost
 
 EVERY = range(1, 12)
 
@@ -27,6 +28,13 @@ def test_layers_that_train_weigh_more(trained: int, recompute: bool, expected: l
 def test_a_faster_worker_gets_more_layers() -> None:
     assert ends(12, EVERY, [2.0, 1.0], 12) == [8, 12]
     assert ends(12, EVERY, [1.0, 1.0, 2.0], 12) == [3, 6, 12]
+
+
+def test_a_head_weighs_as_many_layers_as_it_has_bytes() -> None:
+    shared = (SharedWeight("embedding", 30, (0,)), SharedWeight("head", 40, (11,)))
+    shape = ModelShape(ModelRef("m", "/m", "f"), 12, (20,) * 12, (0,) * 12, shared, tuple(EVERY), (), 256)
+    assert head_cost(shape) == 2.0
+    assert [r.end for r in cut_for_training(12, EVERY, [1.0, 1.0], 12, recompute=False, head=2.0)] == [7, 12]
 
 
 def test_only_clean_cuts_are_used() -> None:
