@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, Popen, TimeoutExpired
+from typing import Final
 
 import anyio
 
@@ -21,15 +23,19 @@ from cluster.sandbox.training_messages import HEADER, DataFailed, DataReady, Mad
 
 __all__ = ["TrainingData"]
 
+END_S: Final = 2.0
+"""Seconds that the process may take to end after it was killed or has written everything."""
+
 
 class TrainingData:
     """The batches of one run, in order. ``cut`` sequences are too long, the longest has ``longest`` tokens.
 
-    Close it to end the process.
+    Close it to end the process. As ``SandboxProcess``, it does not use asyncio's subprocesses: asyncio waits forever
+    for a killed process whose output is only partly read.
     """
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
+    def __init__(self, child: Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._child, self._reader, self._writer = child, reader, writer
         self._watch = asyncio.create_task(self._watch_memory())
         self._too_large = False
         self.cut = self.longest = 0
@@ -40,19 +46,22 @@ class TrainingData:
 
         Raises InvalidRequest, which names file and line, BadCheckpoint for an unusable tokenizer, and Busy.
         """
-        command = (sys.executable, "-m", "cluster.sandbox.training_child")
-        environment = {**isolated_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, limit=MIB
-            )
+            child, ours = _spawn()
         except OSError as error:
-            raise Busy(f"cannot start the process that makes batches: {error.strerror}; try again later",
-                       retry_after_s=RETRY_AFTER_S) from error  # fmt: skip
-        data = TrainingData(process)
+            raise Busy(
+                f"cannot start the process that makes batches: {error.strerror}; try again later",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
         try:
-            assert process.stdin
-            process.stdin.write(pack_request(str(folder), str(tokenizer_folder), options.to_json()))
+            data = TrainingData(child, *await asyncio.open_unix_connection(sock=ours, limit=MIB))
+        except BaseException:
+            child.kill()
+            child.wait()
+            ours.close()
+            raise
+        try:
+            data._writer.write(pack_request(str(folder), str(tokenizer_folder), options.to_json()))
             first = await data._read()
             if isinstance(first, DataReady):
                 data.cut, data.longest = first.cut, first.longest
@@ -70,24 +79,26 @@ class TrainingData:
     async def close(self) -> None:
         """Kill the process."""
         self._watch.cancel()
-        with suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+        self._child.kill()
+        self._writer.transport.abort()
+        await anyio.to_thread.run_sync(self._reap)
+
+    def _reap(self) -> int | None:
+        """Wait up to ``END_S`` for the end of the process, and return its exit code."""
+        with suppress(TimeoutExpired):
+            self._child.wait(END_S)
+        return self._child.returncode
 
     async def _read(self) -> Made | None:
-        assert self._process.stdout
         try:
             async with asyncio.timeout(DATA_TIMEOUT_S):
-                header = await self._process.stdout.readexactly(HEADER.size)
-                made = unpack(await self._process.stdout.readexactly(payload_size(header)))
-        except asyncio.IncompleteReadError as error:
-            if not error.partial and await self._process.wait() == 0:
+                header = await self._reader.readexactly(HEADER.size)
+                made = unpack(await self._reader.readexactly(payload_size(header)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            if await anyio.to_thread.run_sync(self._reap) == 0:
                 return None
-            why = (
-                f"needs more than {DATA_MEMORY_BYTES >> 30} GiB of memory"
-                if self._too_large
-                else "makes a library fail"
-            )
+            memory = f"needs more than {DATA_MEMORY_BYTES >> 30} GiB of memory"
+            why = memory if self._too_large else "makes a library fail"
             raise InvalidRequest(f"the training data {why}; use less data", field="data") from None
         except TimeoutError:
             raise DeadlineExceeded(
@@ -100,7 +111,20 @@ class TrainingData:
     async def _watch_memory(self) -> None:
         while True:
             await asyncio.sleep(DATA_WATCH_S)
-            if await anyio.to_thread.run_sync(resident_bytes, self._process.pid) > DATA_MEMORY_BYTES:
+            if await anyio.to_thread.run_sync(resident_bytes, self._child.pid) > DATA_MEMORY_BYTES:
                 self._too_large = True
-                self._process.kill()
+                self._child.kill()
                 return
+
+
+def _spawn() -> tuple[Popen[bytes], socket.socket]:
+    """Start a child. Return its process and the parent's end of its socket. Raises OSError."""
+    environment = {**isolated_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            command = (sys.executable, "-m", "cluster.sandbox.training_child")
+            return Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=DEVNULL, env=environment), ours
+        except OSError:
+            ours.close()
+            raise
