@@ -17,7 +17,7 @@ from cluster.platform.paths import state_home
 if TYPE_CHECKING:
     from cluster.conversion.converter import Converted
     from cluster.core.quantization import Quantization
-    from cluster.model.converted_weights import Conversion
+    from cluster.model.weight_conversion import Conversion
 
 GGUF_MAGIC: Final = b"GGUF"
 """The first bytes of a GGUF file."""
@@ -81,8 +81,8 @@ def convert_model(
 ) -> Converted:
     """Find SOURCE, and convert it with progress on stderr."""
     from cluster.conversion.work_folder import refuse_existing
-    from cluster.model.converted_weights import Conversion
     from cluster.model.device import choose
+    from cluster.model.weight_conversion import Conversion
 
     conversion = Conversion(quantization, recipe, dtype, dequantize)
     target = folder.expanduser().absolute()

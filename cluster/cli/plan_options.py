@@ -9,6 +9,7 @@ import typer
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_PREFILL_CHUNK
 from cluster.core.plan import Objective, Route
+from cluster.core.quantization import MODES
 from cluster.core.text import parse_layers
 
 
@@ -20,6 +21,7 @@ class PlanOptions(TypedDict):
     route: Route
     lanes: int | None
     kv_bits: int
+    quantize: int
     prefill_chunk: int | None
     objective: Objective
     acceptance: float
@@ -54,6 +56,14 @@ def plan_options(
             show_default="not quantized",
         ),
     ] = 0,
+    quantize: Annotated[
+        int,
+        typer.Option(
+            metavar="BITS",
+            help="Each Mac quantizes its layers to this many bits while it loads them.",
+            show_default="as published",
+        ),
+    ] = 0,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -81,6 +91,7 @@ def plan_options(
         "route": route,
         "lanes": lanes,
         "kv_bits": check_kv_bits(kv_bits),
+        "quantize": check_weight_bits(quantize),
         "prefill_chunk": prefill_chunk,
         "objective": objective,
         "acceptance": acceptance,
@@ -98,4 +109,12 @@ def check_kv_bits(bits: int) -> int:
     """Return ``bits`` if it is 4, 8, or 0 for no quantization. Raise InvalidOption otherwise."""
     if bits not in (0, 4, 8):
         raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")
+    return bits
+
+
+def check_weight_bits(bits: int) -> int:
+    """Return ``bits`` if weights can be quantized to them, or 0 for no quantization. Raise InvalidOption otherwise."""
+    if bits not in (0, *MODES["affine"].bits):
+        known = ", ".join(map(str, sorted(MODES["affine"].bits)))
+        raise InvalidOption(f"--quantize is {bits}; it must be one of {known}", field="quantize")
     return bits

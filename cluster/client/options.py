@@ -94,11 +94,11 @@ class LoadOptions(TypedDict, total=False):
     ``workers`` is how many to use: those that are best for ``objective`` (``latency`` or ``throughput``). ``layers``
     sets the ranges, as in ``0-3,4-7``; the default is the planner's. ``lanes`` defaults to one per stage.
     ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
-    caches. ``prefill_chunk`` is the tokens of a prompt chunk while nobody decodes; the default follows from measured
-    cost and memory. ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1)
-    plans for one user whose guessed tokens are right this often. ``speculate``
-    (``off``, ``auto``, ``ngram`` or ``draft``) says what guesses tokens before they are sampled, and ``draft`` names
-    the draft model.
+    caches. ``quantize`` has each worker quantise its weights to so many bits while it loads them. ``prefill_chunk`` is
+    the tokens of a prompt chunk while nobody decodes; the default follows from measured cost and memory.
+    ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1) plans for one user
+    whose guessed tokens are right this often. ``speculate`` (``off``, ``auto``, ``ngram`` or ``draft``) says what
+    guesses tokens before they are sampled, and ``draft`` names the draft model.
     """
 
     workers: int | None
@@ -109,6 +109,7 @@ class LoadOptions(TypedDict, total=False):
     max_step_ms: float | None
     prefill_chunk: int | None
     kv_bits: int
+    quantize: int
     objective: Objective | str
     speculate: Speculation | str
     draft: str

@@ -20,8 +20,9 @@ from cluster.conversion.work_folder import WorkFolder, open_work_folder, writing
 from cluster.core.errors import DiskFull
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import TOKENIZER_FILES, open_checkpoint
-from cluster.model.converted_weights import Conversion, ConvertedTensor, ConvertedWeights
+from cluster.model.converted_weights import ConvertedTensor, ConvertedWeights
 from cluster.model.device import device_facts
+from cluster.model.weight_conversion import Conversion
 from cluster.store.disk_space import free_bytes, size_in_words
 from cluster.store.limits import DISK_MARGIN_BYTES
 

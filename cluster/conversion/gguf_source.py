@@ -24,9 +24,9 @@ from cluster.conversion.work_folder import open_work_folder, writing
 from cluster.core.errors import BadCheckpoint, MacpipeError
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.converted_weights import Conversion
 from cluster.model.float_cast import cast_floats
 from cluster.model.safetensors import TensorInfo
+from cluster.model.weight_conversion import Conversion
 from cluster.platform.private_files import write_all
 from cluster.platform.process import isolated_environment
 

@@ -39,7 +39,10 @@ def adoptable_plan(
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder] | None:
     """Return workers and an order that keep all held slices where they are; None if these do not form a whole model."""
     matching = [
-        f for f in members if f.epoch and f.fingerprint == shape.model.fingerprint and f.kv_bits == order.kv_bits
+        f
+        for f in members
+        if f.epoch
+        and (f.fingerprint, f.kv_bits, f.weight_bits) == (shape.model.fingerprint, order.kv_bits, order.quantize)
     ]
     newest = max((f.epoch for f in matching), default=0)
     of_newest = (f for f in matching if f.epoch == newest and f.layers)

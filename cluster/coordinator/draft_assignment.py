@@ -68,5 +68,6 @@ def assign_draft(
 
 
 def _holds(worker: WorkerInfo, draft: ModelInfo) -> bool:
-    whole = draft.shape.model.fingerprint, LayerRange(0, draft.shape.layers), 0
-    return bool(worker.epoch) and (worker.fingerprint, worker.layers, worker.kv_bits) == whole
+    whole = draft.shape.model.fingerprint, LayerRange(0, draft.shape.layers), 0, 0
+    held = worker.fingerprint, worker.layers, worker.kv_bits, worker.weight_bits
+    return bool(worker.epoch) and held == whole

@@ -88,7 +88,8 @@ class EpochBuilder:
         names = {name for order in delivery.orders for name in order.tensors}
         digests = {name: known[name] for name in names if name in known}
         complete = len(digests) == len(names)
-        return edition_key(plan.model.fingerprint, digests, plan.stages[0].spec.kv_bits) if complete else ""
+        spec = plan.stages[0].spec
+        return edition_key(plan.model.fingerprint, digests, spec.kv_bits, spec.weight_bits) if complete else ""
 
     def _report_all(self, plan: Plan, state: str) -> None:
         for stage in plan.stages:

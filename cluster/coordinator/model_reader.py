@@ -132,4 +132,11 @@ def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:
 
 def read_order_shape(folder: Path, order: LoadOrder) -> ModelShape:
     """Return the shape of an order's checkpoint, which is in ``folder``. Raises the errors of ``read_shape``."""
-    return read_shape(folder, order.model, order.max_context, kv_bits=order.kv_bits, prefill_chunk=order.prefill_chunk)
+    return read_shape(
+        folder,
+        order.model,
+        order.max_context,
+        kv_bits=order.kv_bits,
+        weight_bits=order.quantize,
+        prefill_chunk=order.prefill_chunk,
+    )

@@ -47,7 +47,7 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
         raise InvalidOption("--acceptance is for one user; use it with --objective latency", field="acceptance")
     request = PlanRequest(order.objective, order.worker_count, order.layers, order.lanes, order.acceptance)
     proposal = propose(shape, candidates, request)
-    stages = _stages(epoch, shape, proposal, order.kv_bits)
+    stages = _stages(epoch, shape, proposal, order)
     lanes = order.lanes or len(stages)
     rows = LANE_ROWS if shape.batchable else 1
     full_contexts = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
@@ -75,11 +75,11 @@ def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
     return (f"{subject} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
 
 
-def _stages(epoch: int, shape: ModelShape, proposal: Proposal, kv_bits: int) -> tuple[PlannedStage, ...]:
+def _stages(epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder) -> tuple[PlannedStage, ...]:
     count = len(proposal.ranges)
     stages: list[PlannedStage] = []
     for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
-        spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, kv_bits)
+        spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, order.kv_bits, order.quantize)
         used = shape.stage_bytes(layers)
         left = worker.memory.usable - used
         stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))

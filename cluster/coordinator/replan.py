@@ -88,8 +88,8 @@ def _cut_of(plan: Plan) -> list[tuple[str, LayerRange]]:
 def holds(info: WorkerInfo, stage: PlannedStage) -> bool:
     """Return whether the worker has the stage's weights in memory, from any epoch."""
     spec = stage.spec
-    held = info.fingerprint, info.layers, info.kv_bits
-    return bool(info.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits)
+    held = info.fingerprint, info.layers, info.kv_bits, info.weight_bits
+    return bool(info.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits, spec.weight_bits)
 
 
 def _keep_cut(

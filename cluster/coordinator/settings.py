@@ -23,7 +23,8 @@ class LoadOrder:
     ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
     one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
     ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
-    ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``acceptance`` is the share of guessed tokens that the
+    ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``quantize`` is the bits to which each worker quantizes its weights
+    while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the
     plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled;
     ``draft`` is the draft model, "" if there is none.
     """
@@ -38,6 +39,7 @@ class LoadOrder:
     max_step_ms: float = MAX_STEP_MS
     prefill_chunk: int | None = None
     kv_bits: int = 0
+    quantize: int = 0
     objective: Objective = Objective.LATENCY
     take_back: bool = False
     acceptance: float = 0.0

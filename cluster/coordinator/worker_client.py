@@ -313,6 +313,7 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance
         end_layer=spec.layers.end,
         max_context=spec.max_context,
         kv_bits=spec.kv_bits,
+        weight_bits=spec.weight_bits,
         coordinator=coordinator,
         instance=instance,
         tensors=order.tensors,

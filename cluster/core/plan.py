@@ -224,7 +224,8 @@ class Forecast:
 class StageSpec:
     """What one worker holds: stage ``index`` of ``count`` of a plan's epoch.
 
-    ``kv_bits`` 4 or 8 quantizes keys and values; 0 keeps them in the model's own type.
+    ``kv_bits`` 4 or 8 quantizes keys and values; 0 keeps them in the model's own type. ``weight_bits`` quantizes the
+    weights while they are loaded; 0 keeps them as they are stored.
     """
 
     epoch: int
@@ -234,6 +235,7 @@ class StageSpec:
     layers: LayerRange
     max_context: int
     kv_bits: int = 0
+    weight_bits: int = 0
 
     @property
     def first(self) -> bool:

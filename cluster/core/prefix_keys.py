@@ -28,9 +28,11 @@ class OwnerKind(StrEnum):
     OPEN = "open"
 
 
-def edition_key(fingerprint: str, digests: Mapping[str, str], kv_bits: int) -> str:
-    """Return the name of a model's edition, by the digests of all its tensors and the bits of its keys and values."""
+def edition_key(fingerprint: str, digests: Mapping[str, str], kv_bits: int, weight_bits: int = 0) -> str:
+    """Return the name of a model's edition, by the digests of its stored tensors and the bits to which it is loaded."""
     hashed = hashlib.sha256(f"{PREFIX_FORMAT}\0{fingerprint}\0{kv_bits}\0".encode())
+    if weight_bits:
+        hashed.update(f"weights {weight_bits}\0".encode())
     for name, digest in sorted(digests.items()):
         hashed.update(f"{name}\0{digest}\0".encode())
     return hashed.hexdigest()[:_HASH_CHARS]

@@ -56,6 +56,7 @@ class WorkerInfo(WorkerSummary):
     model: str = ""
     fingerprint: str = ""
     kv_bits: int = 0
+    weight_bits: int = 0
     owner: str = ""
     """Id of the coordinator that owns its stage, even if it has been silent."""
     live_owner: str = ""

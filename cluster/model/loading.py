@@ -34,7 +34,7 @@ def load_slice(spec: StageSpec, path: Path, progress: Callable[[int, int], None]
             f"the files in {str(path)!r} differ from the coordinator's {spec.model.name} (fingerprint "
             f"{found[:12]}, expected {spec.model.fingerprint[:12]}); copy the coordinator's folder to this machine"
         )
-    model = open_skeleton(path)
+    model = open_skeleton(path, spec.weight_bits)
     traced = trace(model)
     part = ModelSlice(model, traced, spec.layers, spec.kv_bits)
     return part, traced.vocabulary, read_arrays(part, progress)

@@ -35,18 +35,25 @@ HEADS_KEYS: Final = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
 
 def read_shape(
-    path: Path, name: str, max_context: int | None, *, kv_bits: int = 0, prefill_chunk: int | None = None
+    path: Path,
+    name: str,
+    max_context: int | None,
+    *,
+    kv_bits: int = 0,
+    weight_bits: int = 0,
+    prefill_chunk: int | None = None,
 ) -> ModelShape:
     """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
     ``max_context`` is in tokens; None means the model's limit, at most limits.DEFAULT_MAX_CONTEXT. ``kv_bits`` is 4 or
-    8 to quantize keys and values, else 0. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
+    8 to quantize keys and values, else 0. ``weight_bits`` are those of weights that are quantized while they are
+    loaded; 0 means as they are stored. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
     vary. Raises InvalidOption if ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's,
     ModelUnsupported if the model cannot be sliced or quantized, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
     context = _context(checkpoint.config, max_context)
-    model = open_skeleton(path)
+    model = open_skeleton(path, weight_bits)
     traced = trace(model)
     quantization = choose_quantization(model, kv_bits)
     activity = watch(model, {cut: boundary.kept for cut, boundary in traced.boundaries.items()})

@@ -132,7 +132,7 @@ class Stage:
     def begin_epoch(self, spec: StageSpec) -> None:
         """Serve the same layers in a new plan's epoch: keep the weights, drop sequences and prefixes.
 
-        Raises StaleEpoch if ``spec`` has another model, other layers or other ``kv_bits``: that needs a new load.
+        Raises StaleEpoch if ``spec`` has another model, other layers or other bits: that needs a new load.
         """
         if _load_key(spec) != _load_key(self.spec):
             raise StaleEpoch(
@@ -382,9 +382,9 @@ def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: 
     return _Result(prompt_logprobs=score_prompt(logits, scoring, start))
 
 
-def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int]:
+def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int, int]:
     """Return the fields of a spec that only a new load can change."""
-    return spec.model.fingerprint, spec.layers, spec.kv_bits
+    return spec.model.fingerprint, spec.layers, spec.kv_bits, spec.weight_bits
 
 
 def _require_rows(step: Step) -> None:

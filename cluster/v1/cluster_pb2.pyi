@@ -703,6 +703,7 @@ class LoadModelRequest(_message.Message):
     DRAFT_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION for another revision than main."""
     workers: _builtins.int
@@ -728,6 +729,8 @@ class LoadModelRequest(_message.Message):
     """Lost workers get their layers back once they return; otherwise they become spares."""
     prefill_chunk: _builtins.int
     """Tokens of a prompt chunk while nobody decodes; 0: by measured cost and memory."""
+    quantize: _builtins.int
+    """Each worker quantizes its weights to so many bits while it loads them; 0: as they are published."""
     def __init__(
         self,
         *,
@@ -745,10 +748,11 @@ class LoadModelRequest(_message.Message):
         draft: _builtins.str = ...,
         take_back: _builtins.bool = ...,
         prefill_chunk: _builtins.int = ...,
+        quantize: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "draft", b"draft", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "draft", b"draft", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -770,6 +774,7 @@ class PlanRequest(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     workers: _builtins.int
     layers: _builtins.str
@@ -780,6 +785,7 @@ class PlanRequest(_message.Message):
     objective: Global___Objective.ValueType
     prefill_chunk: _builtins.int
     acceptance: _builtins.float
+    quantize: _builtins.int
     def __init__(
         self,
         *,
@@ -793,10 +799,11 @@ class PlanRequest(_message.Message):
         objective: Global___Objective.ValueType = ...,
         prefill_chunk: _builtins.int = ...,
         acceptance: _builtins.float = ...,
+        quantize: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,7 @@ class Load:
     end_layer: int
     max_context: int
     kv_bits: int = 0
+    weight_bits: int = 0
 
     @property
     def spec(self) -> StageSpec:
@@ -51,6 +52,7 @@ class Load:
             layers=LayerRange(self.start_layer, self.end_layer),
             max_context=self.max_context,
             kv_bits=self.kv_bits,
+            weight_bits=self.weight_bits,
         )
 
 

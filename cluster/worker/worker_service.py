@@ -127,6 +127,7 @@ class WorkerServicer(WorkerServiceServicer):
             model=held.model,
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
+            weight_bits=held.weight_bits,
             owner=held.coordinator,
             live_owner=self._live_owner(),
             live_owner_process=held.instance if self._owner_was_heard() else "",
@@ -328,4 +329,5 @@ def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:
         end_layer=r.end_layer,
         max_context=r.max_context,
         kv_bits=r.kv_bits,
+        weight_bits=r.weight_bits,
     )

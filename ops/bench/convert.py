@@ -5,7 +5,8 @@ programs quantize them to 4 bits, each in a process of its own, which has import
 
 - grown: the growth of the process at its peak (VmHWM minus the earlier VmRSS, both of /proc/self/status);
 - largest: bytes of the largest tensor or layer of the checkpoint, whichever is larger;
-- seconds: time of the whole conversion, with its writes. The two programs take turns, ``--repeat`` times.
+- seconds: time of the whole conversion, with its writes; cpu_seconds: processor time. The two programs take turns,
+  ``--repeat`` times.
 
 The figures are medians. ``peak_over_largest_layer`` is the worst checkpoint's grown / largest of macpipe, which should
 be 2 at most; ``seconds_over_mlx_lm`` is the worst checkpoint's ratio of seconds. ``--json`` prints one JSON object on
@@ -32,6 +33,8 @@ from loading import KINDS, apart_from, status  # noqa: E402
 
 MODELS = ("dense bfloat16", "experts unconverted")
 PROGRAMS = ("macpipe", "mlx_lm")
+FIGURES = ("seconds", "cpu_seconds", "grown")
+RATIOS = ("peak_over_largest_layer", "seconds_over_mlx_lm", "cpu_seconds_over_mlx_lm")
 LAYER = re.compile(r"\.layers\.\d+\.")
 
 
@@ -59,19 +62,20 @@ def convert(program: str, source: Path, target: Path) -> dict[str, float]:
 
     from cluster.conversion.converter import convert_checkpoint
     from cluster.core.quantization import Quantization
-    from cluster.model.converted_weights import Conversion
     from cluster.model.skeleton import open_skeleton
+    from cluster.model.weight_conversion import Conversion
 
     open_skeleton(source)  # imports the model's code
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
-    held, start = status("VmRSS"), time.monotonic()
+    held, start, used = status("VmRSS"), time.monotonic(), time.process_time()
     if program == "macpipe":
         convert_checkpoint(source, target, Conversion(Quantization(4, 64)), lambda _: None)
     else:
         sys.stdout = sys.stderr  # it prints what it does
         convert_with_mlx_lm(str(source), str(target), quantize=True, q_bits=4, q_group_size=64)
         sys.stdout = sys.__stdout__
-    return {"seconds": time.monotonic() - start, "grown": status("VmHWM") - held}
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - used
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "grown": status("VmHWM") - held}
 
 
 def measure(kind: str, repeat: int) -> dict[str, Any]:
@@ -86,24 +90,25 @@ def measure(kind: str, repeat: int) -> dict[str, Any]:
                     runs[program].append(apart_from(__file__, "--one", program, source, Path(made) / "out"))
     row: dict[str, Any] = {"kind": kind, **sizes}
     for program, found in runs.items():
-        for figure in ("seconds", "grown"):
+        for figure in FIGURES:
             row[f"{program}_{figure}"] = median(run[figure] for run in found)
     row["peak_over_largest_layer"] = round(row["macpipe_grown"] / sizes["largest"], 3)
     row["mlx_lm_peak_over_largest_layer"] = round(row["mlx_lm_grown"] / sizes["largest"], 3)
     row["seconds_over_mlx_lm"] = round(row["macpipe_seconds"] / row["mlx_lm_seconds"], 3)
+    row["cpu_seconds_over_mlx_lm"] = round(row["macpipe_cpu_seconds"] / row["mlx_lm_cpu_seconds"], 3)
     return row
 
 
 def rows(repeat: int, shown: bool) -> Iterator[dict[str, Any]]:
     if shown:
-        print(f"{'checkpoint':20} {'size':>9} {'largest':>9} program    seconds      grown  grown/largest")
+        print(f"{'checkpoint':20} {'size':>9} {'largest':>9} program    seconds    cpu s      grown  grown/largest")
     for kind in MODELS:
         row = measure(kind, repeat)
         for program in PROGRAMS if shown else ():
-            grown = row[f"{program}_grown"]
+            seconds, cpu_seconds, grown = (row[f"{program}_{figure}"] for figure in FIGURES)
             print(
-                f"{kind:20} {row['bytes'] >> 20:5d} MiB {row['largest'] >> 20:5d} MiB {program:8}"
-                f" {row[f'{program}_seconds']:9.1f} {grown / 2**20:6.0f} MiB {grown / row['largest']:9.2f}"
+                f"{kind:20} {row['bytes'] >> 20:5d} MiB {row['largest'] >> 20:5d} MiB {program:8} {seconds:9.1f}"
+                f" {cpu_seconds:8.1f} {grown / 2**20:6.0f} MiB {grown / row['largest']:9.2f}"
             )
         yield row
 
@@ -123,7 +128,7 @@ def main() -> int:
         print(json.dumps(convert(asked.one[0], Path(asked.one[1]), Path(asked.one[2]))))
         return 0
     found = list(rows(asked.repeat, not asked.json))
-    worst = {key: max(row[key] for row in found) for key in ("peak_over_largest_layer", "seconds_over_mlx_lm")}
+    worst = {key: max(row[key] for row in found) for key in RATIOS}
     facts = {"machine": machine(), "versions": versions()}
     print(json.dumps({"convert": found, **worst, **facts}) if asked.json else f"worst: {worst}")
     return 0

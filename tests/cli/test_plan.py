@@ -81,7 +81,7 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     )
 
     options = ("--objective", "throughput", "--context", "512", "--kv-bits", "8", "--prefill-chunk", "96")
-    done = macpipe("plan", "faq", *options, to=coordinator)
+    done = macpipe("plan", "faq", *options, "--quantize", "4", to=coordinator)
     assert (done.returncode, done.stderr) == (0, "")
     assert "planned for throughput" in done.stdout
     assert "12.5" in done.stdout
@@ -89,6 +89,7 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     assert "spare: mac-b: it would only slow the others down" in done.stdout
     (request,) = coordinator.script.seen
     assert (request.model, request.max_context, request.kv_bits, request.prefill_chunk) == ("faq", 512, 8, 96)
+    assert request.quantize == 4
     assert request.objective == cluster_pb2.OBJECTIVE_THROUGHPUT
     macpipe("plan", "faq", "--acceptance", "0.7", to=coordinator)
     assert coordinator.script.seen[-1].acceptance == 0.7

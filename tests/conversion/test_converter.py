@@ -24,7 +24,7 @@ from cluster.conversion.work_folder import open_work_folder
 from cluster.core.errors import BadCheckpoint, DiskFull, InvalidOption, ModelUnsupported
 from cluster.core.quantization import MODES, RECIPES, Quantization, choose_weight_quantization
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.converted_weights import Conversion, weight_dtypes
+from cluster.model.weight_conversion import Conversion, weight_dtypes
 from disks import FailingDisk
 
 FOUR_BITS = Conversion(Quantization(4, 32))
@@ -162,7 +162,7 @@ def test_a_killed_conversion_continues_from_the_last_record(tmp_path: Path) -> N
         "from pathlib import Path\n"
         "from cluster.conversion import converter\n"
         "from cluster.core.quantization import Quantization\n"
-        "from cluster.model.converted_weights import Conversion\n"
+        "from cluster.model.weight_conversion import Conversion\n"
         "converter.RECORD_BYTES = 4000\n"
         "def report(progress):\n"
         "    if progress.done > 0.6 * progress.total: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -16,7 +16,7 @@ from mlx_lm.utils import load, load_model
 from cluster.core.errors import BadCheckpoint, MacpipeError, ModelUnsupported
 from cluster.core.quantization import Quantization
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.converted_weights import Conversion
+from cluster.model.weight_conversion import Conversion
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 

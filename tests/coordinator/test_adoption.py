@@ -42,5 +42,6 @@ def test_held_slices_are_adopted_if_they_are_the_whole_model() -> None:
     assert adopted(*STAGES[:2], holding("cyd", 4, 6, draining=True)) is None
     assert adopted(*STAGES, order=replace(ORDER, worker_count=2)) is None
     assert adopted(*STAGES, order=replace(ORDER, kv_bits=4)) is None
+    assert adopted(*STAGES, order=replace(ORDER, quantize=4)) is None
     asked = (LayerRange(0, 1), LayerRange(1, 4), LayerRange(4, 6))
     assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None

@@ -97,7 +97,8 @@ def test_a_mac_that_holds_the_draft_already_is_chosen_before_a_larger_one(target
     whole = {"layers": LayerRange(0, draft.shape.layers), "fingerprint": draft.shape.model.fingerprint}
     bob = replace(worker("bob"), epoch=3, **whole)  # type: ignore[arg-type]
     assert assign_draft(7, target, draft, [worker("ada", 9 * GIB), bob], []).worker.name == "bob"
-    assert assign_draft(7, target, draft, [worker("ada", 9 * GIB), replace(bob, kv_bits=8)], []).worker.name == "ada"
+    for other in (replace(bob, kv_bits=8), replace(bob, weight_bits=4)):
+        assert assign_draft(7, target, draft, [worker("ada", 9 * GIB), other], []).worker.name == "ada"
 
 
 def test_a_draft_without_room_is_refused(target: ModelInfo, draft: ModelInfo) -> None:

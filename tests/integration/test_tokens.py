@@ -9,8 +9,11 @@ import pytest
 
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
+from cluster.conversion.converter import convert_checkpoint
 from cluster.core.errors import InvalidRequest
 from cluster.core.plan import Route
+from cluster.core.quantization import Quantization
+from cluster.model.weight_conversion import Conversion
 from effort import chosen
 from integration.daemons import serve_model
 from integration.reference import greedy
@@ -88,6 +91,21 @@ def test_quantised_caches_give_the_tokens_of_one_process(client: Client, models:
     serve_model(client, folder, 3, kv_bits=bits)
     answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)
     assert answer.tokens == greedy(folder, PROMPT[:80], 16, kv_bits=bits)
+
+
+def test_weights_that_each_worker_quantizes_give_the_tokens_of_the_converted_model(
+    client: Client, models: Path
+) -> None:
+    folder = make("llama", models / "llama-published", hidden_size=64, intermediate_size=128)
+    convert_checkpoint(folder, models / "llama-converted", Conversion(Quantization(4, 64)), lambda _: None)
+    with pytest.raises(InvalidRequest, match="quantize is 7; it must be one of 1, 2, 3, 4, 5, 6, 8"):
+        serve_model(client, folder, 3, quantize=7)
+    serve_model(client, folder, 3, quantize=4)
+    answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)
+    assert answer.tokens == greedy(models / "llama-converted", PROMPT[:80], 16)
+    weights = sum(stage.weight_bytes for stage in client.cluster().stages)
+    assert weights < 0.3 * (folder / "model.safetensors").stat().st_size
+    assert client.plan(str(folder), workers=3, quantize=4).stages[0].weight_bytes < weights
 
 
 def test_chunks_of_any_length_give_the_tokens_of_one_process(client: Client, llama: Path) -> None:

@@ -37,8 +37,16 @@ def nothing(_done: int, _total: int) -> None:
     """A progress callback."""
 
 
-def open_stage(shape: ModelShape, path: Path, layers: LayerRange, index: int, count: int, kv_bits: int = 0) -> Stage:
-    spec = StageSpec(1, index, count, shape.model, layers, shape.max_context, kv_bits)
+def open_stage(
+    shape: ModelShape,
+    path: Path,
+    layers: LayerRange,
+    index: int,
+    count: int,
+    kv_bits: int = 0,
+    weight_bits: int = 0,
+) -> Stage:
+    spec = StageSpec(1, index, count, shape.model, layers, shape.max_context, kv_bits, weight_bits)
     return load_stage(spec, path, nothing)
 
 
@@ -48,9 +56,9 @@ def edited(shape: ModelShape, copy: Path) -> ModelShape:
 
 
 class Ring:
-    def __init__(self, shape: ModelShape, path: Path, stages: int, kv_bits: int = 0) -> None:
+    def __init__(self, shape: ModelShape, path: Path, stages: int, kv_bits: int = 0, weight_bits: int = 0) -> None:
         layers = cuts(shape, stages)
-        self.stages = [open_stage(shape, path, own, i, stages, kv_bits) for i, own in enumerate(layers)]
+        self.stages = [open_stage(shape, path, own, i, stages, kv_bits, weight_bits) for i, own in enumerate(layers)]
         self._number = 0
 
     def send(self, *edits: Edit, step: Step | None = None, lane: int = 0) -> Frame:

@@ -50,12 +50,30 @@ def test_a_stage_reads_and_holds_its_slice(kind: str, tmp_path: Path) -> None:
     """Loaded in a child process, since the kernel counts the reads of a whole process."""
     name, how = MODELS[kind]
     path = hollow({**architectures()[name].config, **WIDE}, tmp_path, **how)
-    command = [sys.executable, Path(__file__).with_name("loads.py"), path, "2", "3"]
+    command = [sys.executable, Path(__file__).with_name("loads.py"), path, "0", "2", "3"]
     loads = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert [(load["stages"], load["stage"]) for load in loads] == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
     for load in loads:
         assert load["weights"] <= load["read"] <= load["weights"] * 1.02 + 2 * around(path) + samples(path)
         assert load["peak"] <= load["weights"] * 1.10
+        assert not load["mapped"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")
+@pytest.mark.parametrize("kind", ["experts unconverted", pytest.param("bfloat16", marks=pytest.mark.long)])
+def test_a_stage_that_quantizes_reads_its_slice_and_never_holds_it(kind: str, tmp_path: Path) -> None:
+    """At its peak it holds the quantized slice, and two of the largest tensor or layer as they are published."""
+    name, how = MODELS[kind]
+    path = hollow({**architectures()[name].config, **WIDE, "num_hidden_layers": 6}, tmp_path, **how)
+    plain = read_shape(path, name, None)
+    largest = max(*plain.layer_bytes, *(weight.nbytes for weight in plain.shared))
+    command = [sys.executable, Path(__file__).with_name("loads.py"), path, "4", "2"]
+    loads = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert len(loads) == 2
+    for load in loads:
+        assert load["weights"] < 0.3 * load["stored"]
+        assert load["stored"] <= load["read"] <= load["stored"] * 1.02 + 2 * around(path) + samples(path)
+        assert load["peak"] <= load["weights"] + 2 * largest
         assert not load["mapped"]
 
 

@@ -267,6 +267,7 @@ LOAD = cluster_pb2.LoadModelRequest(
     max_context=64,
     max_step_ms=5.0,
     kv_bits=8,
+    quantize=4,
     prefill_chunk=16,
     acceptance=0.5,
 )
