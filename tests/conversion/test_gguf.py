@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import load, load_model
+from transformers import AutoTokenizer
 
 from cluster.core.errors import BadCheckpoint, MacpipeError, ModelUnsupported
 from cluster.core.quantization import Quantization
 from cluster.model.checkpoint import open_checkpoint
+from cluster.model.gguf_tokenizer import write_tokenizer
 from cluster.model.weight_conversion import Conversion
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
@@ -176,18 +178,44 @@ def test_the_tokenizer_and_the_template_come_along(tmp_path: Path) -> None:
 
 
 def test_a_token_before_each_text(tmp_path: Path) -> None:
-    from cluster.model.gguf_tokenizer import write_tokenizer
-
     facts = {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": TOKENS,
         "tokenizer.ggml.merges": MERGES, "tokenizer.ggml.token_type": [3 if t in SPECIALS else 1 for t in TOKENS],
         "tokenizer.ggml.bos_token_id": TOKENS.index("<|im_start|>"), "tokenizer.ggml.add_bos_token": True,
     }  # fmt: skip
     write_tokenizer("llama", facts, tmp_path)
-    from transformers import AutoTokenizer
-
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert AutoTokenizer.from_pretrained(tmp_path).tokenize("the", add_special_tokens=True) == ["<|im_start|>", "the"]
+
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+PIECES = ["<unk>", "<s>", "</s>", *BYTES, *"▁the12", "th", "the", "▁the", "<start_of_turn>"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "pieces"),
+    [
+        ("llama", True, ["<s>", "▁the", "▁", "1", "2", "<0xC3>", "<0xA4>"]),
+        ("llama", False, ["<s>", "the", "▁", "1", "2", "<0xC3>", "<0xA4>"]),
+        ("gemma3", False, ["<s>", "the", "▁", "1", "2", "<0xC3>", "<0xA4>"]),
+    ],
+)
+def test_vocabularies_of_sentencepiece(architecture: str, prefix: bool, pieces: list[str], tmp_path: Path) -> None:
+    """As of Mistral's and Gemma's files: no merges but scores, bytes for what is unknown, and a token before a text."""
+    facts = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(PIECES))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(PIECES) - 260), 3],
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }  # fmt: skip
+    write_tokenizer(architecture, facts, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("the 12ä")
+    assert [PIECES[i] for i in ids] == pieces
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the 12ä"
+    assert PIECES[tokenizer.encode("<start_of_turn>the", add_special_tokens=False)[0]] == "<start_of_turn>"
 
 
 def test_an_interrupted_conversion_continues(tmp_path: Path) -> None:
