@@ -24,6 +24,7 @@ class Join:
 
     With ``look_ahead``, its samples report the tokens that its grammar forces after them. ``noise`` is the vocabulary
     for which tokens are drawn, if that is another than this model's: the target's, whose tokens a draft guesses.
+    ``adapter`` is the key of the adapter that computes it, "" for none.
     """
 
     sequence: int
@@ -31,6 +32,7 @@ class Join:
     sampling: SamplingParams
     look_ahead: bool = False
     noise: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,8 @@ class Step:
     joins the batch; one that is left out leaves it, but need not end. Keep the order from frame to frame and append new
     sequences: any other order costs a copy of the batch. A step of one sequence does not change the lane's batch, so a
     prompt can be prefilled in between.
+
+    All sequences of a step have the same adapter.
 
     A step of one sequence may feed guesses of its next tokens: ``guesses`` of the sequence's last tokens, up to the end
     of this row, were guessed when the step was written. ``start`` is the position of the row's first token. It is None

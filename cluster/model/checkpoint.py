@@ -20,12 +20,22 @@ from cluster.core.plan import ModelRef
 from cluster.model.safetensors import Shard, TensorInfo, read_shard
 from cluster.model.weight_versions import read_weight_versions
 
-__all__ = ["Checkpoint", "TensorInfo", "model_ref", "open_checkpoint", "resolve_model"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "hash_parts",
+    "model_ref",
+    "open_checkpoint",
+    "read_json_object",
+    "resolve_model",
+]
 
 BUNDLED: Final = Path(__file__).parent.parent / "bundled"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth")
 WEIGHTS: Final = "model*.safetensors"
 """The files that mlx-lm reads; others (``consolidated.safetensors``) duplicate the same weights."""
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapters.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 TOKENIZER_FILES: Final = (
     "added_tokens.json",
@@ -119,7 +129,7 @@ def model_ref(name: str) -> ModelRef:
 
 def _read(path: Path, config_file: Path) -> Checkpoint:
     _refuse_links(path)
-    config = _json_object(config_file)
+    config = read_json_object(config_file)
     _refuse_code(config)
     shards = [read_shard(path / name) for name in _shard_names(path)]
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -175,7 +185,8 @@ def _small_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file. Raises BadCheckpoint if it is damaged or too large."""
     try:
         content = json.loads(_small_file(path))
     except (ValueError, RecursionError) as error:
@@ -215,7 +226,7 @@ def _shard_names(path: Path) -> list[str]:
 
 
 def _read_index(index: Path) -> set[str]:
-    weight_map = _json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadCheckpoint(f"{index.name} is damaged: it has no weight_map", file=index.name)
     return set(weight_map.values())
@@ -233,18 +244,17 @@ def _no_weights(path: Path) -> BadCheckpoint:
 
 
 def _fingerprint(path: Path, shards: Iterable[Shard], editions: Mapping[str, str]) -> str:
+    small = [(name, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
+    parts = [(name, _small_file(file)) for name, file in (("config.json", path / "config.json"), *small)]
+    for shard in shards:
+        parts += [(shard.file, shard.header), (shard.file, editions[shard.file].encode())]
+    return hash_parts(parts)
+
+
+def hash_parts(parts: Iterable[tuple[str, bytes]]) -> str:
     """Hash names and bytes, each prefixed with its length, so that different folders have different inputs."""
     digest = hashlib.sha256()
-
-    def add(name: str, content: bytes) -> None:
+    for name, content in parts:
         for part in (name.encode(), content):
             digest.update(len(part).to_bytes(8, "little") + part)
-
-    add("config.json", _small_file(path / "config.json"))
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            add(name, _small_file(path / name))
-    for shard in shards:
-        add(shard.file, shard.header)
-        add(shard.file, editions[shard.file].encode())
     return digest.hexdigest()

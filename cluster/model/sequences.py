@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import Protocol
 from weakref import ReferenceType, ref
 
@@ -17,6 +18,7 @@ import mlx.core as mx
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Persist, Restore, Sample, Save, Step, Trim, Unmark
 from cluster.core.limits import MAX_VOCABULARY
+from cluster.model.adapters import LoraLayers
 from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
@@ -34,6 +36,8 @@ class LiveSequence:
     refers to a prefix's caches with exactly this sequence's state, if there are any. ``deferred`` has the logits
     [1, positions, vocabulary] of a step that is sampled once the sequence's grammar is compiled.
 
+    ``adapter`` computes it; None if it has none. ``adapter_key`` names that.
+
     ``guess_marks`` are those taken before tokens that are still guesses; a prefix does not get them. ``sampled`` is the
     position and the token of the last sample, on the last stage.
     """
@@ -47,6 +51,8 @@ class LiveSequence:
     deferred: mx.array | None = None
     guess_marks: dict[int, CacheMark] = field(default_factory=dict)
     sampled: tuple[int, int] | None = None
+    adapter: LoraLayers | None = None
+    adapter_key: str = ""
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Add ``tokens``, which a step has written to the caches."""
@@ -56,11 +62,12 @@ class LiveSequence:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A kept copy of a sequence: its tokens, its caches, and its marks by position."""
+    """A kept copy of a sequence: its tokens, its caches, its marks by position, and the key of its adapter."""
 
     tokens: tuple[int, ...]
     caches: SequenceCaches
     marks: dict[int, CacheMark]
+    adapter: str = ""
 
 
 class PrefixStore(Protocol):
@@ -77,6 +84,7 @@ class SequenceTable:
     """Holds live sequences and prefixes by id. ``vocabulary`` bounds the token ids in a logit bias.
 
     ``grammars`` compiles the sequences' grammars; only a stage that samples needs it. ``store`` keeps prefixes too.
+    ``adapters`` are those of the stage by key, which may change.
     """
 
     def __init__(
@@ -85,8 +93,10 @@ class SequenceTable:
         vocabulary: int,
         grammars: GrammarCompiler | None = None,
         store: PrefixStore | None = None,
+        adapters: Mapping[str, LoraLayers] = MappingProxyType({}),
     ) -> None:
         self._new_caches = new_caches
+        self._adapters = adapters
         self._store = store
         self._vocabulary = vocabulary
         self._grammars = grammars
@@ -235,8 +245,12 @@ class SequenceTable:
             forced=edit.look_ahead,
             noise=edit.noise,
         )
-        self._live[edit.sequence] = LiveSequence(edit.sequence, sampler)
+        adapter = self._adapters.get(edit.adapter)
+        live = LiveSequence(edit.sequence, sampler, adapter=adapter, adapter_key=edit.adapter)
+        self._live[edit.sequence] = live
         self._lanes.put(edit.sequence, self._new_caches())
+        if edit.adapter and not adapter:  # its request has ended: no error, since the frame's step may be another's
+            self.mark_broken([edit.sequence], f"the adapter {edit.adapter} is not loaded on this stage")
 
     def _trim(self, live: LiveSequence, length: int) -> None:
         """Drop all but the first ``length`` tokens. A sequence that is no longer than that stays as it is."""
@@ -272,7 +286,7 @@ class SequenceTable:
         if caches is None:
             caches = self._lanes.copy(live.id)
             live.kept = ref(caches)
-        self._prefixes[prefix] = Prefix(tuple(live.tokens), caches, dict(live.marks))
+        self._prefixes[prefix] = Prefix(tuple(live.tokens), caches, dict(live.marks), live.adapter_key)
 
     def _drop(self, prefix: int) -> None:
         self._prefixes.pop(prefix, None)
@@ -288,7 +302,7 @@ class SequenceTable:
         if live.tokens:
             raise BadFrame(f"sequence {live.id} has {len(live.tokens)} tokens; only an empty one can restore a prefix")
         try:
-            caches = self._start_from(prefix, length)
+            caches = self._start_from(prefix, length, live.adapter_key)
         except BadFrame as error:
             self.mark_broken([live.id], error.sentence)  # its caches are empty here: a step would give wrong tokens
             raise
@@ -299,15 +313,20 @@ class SequenceTable:
         live.kept = ref(kept.caches) if length == len(kept.tokens) else None
         live.sampler.forget()
 
-    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches) -> None:
+    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches, adapter: str) -> None:
         """Keep a prefix that was read from the store."""
-        self._prefixes[prefix] = Prefix(tokens, caches, {})
+        self._prefixes[prefix] = Prefix(tokens, caches, {}, adapter)
 
-    def _start_from(self, prefix: int, length: int) -> SequenceCaches:
-        """Return a copy of a prefix's caches with its first ``length`` tokens. Raises BadFrame if there is none."""
+    def _start_from(self, prefix: int, length: int, adapter: str) -> SequenceCaches:
+        """Return a copy of a prefix's caches with its first ``length`` tokens.
+
+        Raises BadFrame if there is none, or if it is not one of ``adapter``.
+        """
         kept = self._prefixes.get(prefix)
         if kept is None:
             raise BadFrame(f"prefix {prefix} is not kept on this stage")
+        if kept.adapter != adapter:
+            raise BadFrame(f"prefix {prefix} was computed with another adapter")
         excess = len(kept.tokens) - length
         caches = kept.caches.copy()
         if not 0 < length <= len(kept.tokens) or (excess and not caches.rewind(excess, kept.marks.get(length))):

@@ -11,12 +11,14 @@ It knows layers and arrays, nothing of frames, sequence ids or sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from cluster.core.errors import NoPlan
 from cluster.core.plan import LayerRange
+from cluster.model.adapters import LoraLayers, load_adapter
 from cluster.model.cache_abilities import batchable
 from cluster.model.caches import CacheLayout, HeldCaches, SequenceCaches
 from cluster.model.kv_quantization import choose_quantization
@@ -55,6 +57,8 @@ class ModelSlice:
         quantization = choose_quantization(model, kv_bits)
         self.batchable = quantization is None and batchable(model, traced)
         self._model = model
+        self._adapter: LoraLayers | None = None
+        self._prefixes = traced.prefixes[layers.start : layers.end]
         self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
         self._layout = CacheLayout.of(model, traced, layers, quantization)
         self._incoming: Any = None
@@ -68,6 +72,25 @@ class ModelSlice:
     def outside_arrays(self) -> list[mx.array]:
         """Return the arrays outside the local layers that this slice reads: embedding, norm, head."""
         return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
+
+    def load_adapter(self, folder: Path, fingerprint: str) -> LoraLayers:
+        """Load the part of an adapter that is for this slice. Raises as ``adapters.load_adapter``."""
+        self.use_adapter(None)
+        return load_adapter(self._model, folder, fingerprint, self._is_local)
+
+    def use_adapter(self, adapter: LoraLayers | None) -> None:
+        """Run with ``adapter`` from now on; with None, without one. Costs nothing if it is used already."""
+        if adapter is self._adapter:
+            return
+        if self._adapter:
+            self._adapter.remove()
+        if adapter:
+            adapter.apply()
+        self._adapter = adapter
+
+    def _is_local(self, path: str) -> bool:
+        """Return whether the module at ``path`` is in a local layer, or outside the layers and read by this slice."""
+        return path in self._outside or any(path == p or path.startswith(p + ".") for p in self._prefixes)
 
     def new_caches(self) -> SequenceCaches:
         """Create empty caches for one sequence."""

@@ -7,18 +7,20 @@ clock and no threads. One thread per process loads and steps it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
 import mlx.core as mx
 
+from cluster.core.adapter import AdapterRef
 from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.core.limits import LATE_ROWS, MAX_VERIFIED
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.core.request import PromptLogprobs
+from cluster.model.adapters import LoraLayers
 from cluster.model.batch_sampling import BatchSampling, sample_row
 from cluster.model.caches import SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
@@ -87,8 +89,12 @@ class Stage:
         self.weight_bytes = weight_bytes
         self._slice: ModelSlice | None = part
         self._vocabulary = vocabulary
-        self._table = SequenceTable(part.new_caches, vocabulary, grammars, store)
+        self._adapters: dict[str, LoraLayers] = {}
+        self._table = self._new_table(part)
         self._steps = 0
+
+    def _new_table(self, part: ModelSlice) -> SequenceTable:
+        return SequenceTable(part.new_caches, self._vocabulary, self._grammars, self._store, self._adapters)
 
     @property
     def inlet(self) -> Boundary | None:
@@ -123,6 +129,7 @@ class Stage:
     def close(self) -> None:
         """Free weights and caches. All later steps raise StageFailed."""
         self._slice = None
+        self._adapters.clear()
         if self._grammars:
             self._grammars.close()
         self._table = SequenceTable(_no_caches, self._vocabulary)
@@ -140,16 +147,39 @@ class Stage:
                 "load it again"
             )
         self.spec = spec
-        self._table = SequenceTable(self._require_loaded().new_caches, self._vocabulary, self._grammars, self._store)
+        self._table = self._new_table(self._require_loaded())
+        mx.clear_cache()
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Return the keys of the loaded adapters."""
+        return frozenset(self._adapters)
+
+    def set_adapters(self, wanted: Mapping[str, AdapterRef]) -> None:
+        """Load those of the adapters, by key, that are not loaded, and drop all others.
+
+        ``path`` of each is its folder on this machine. A live sequence keeps an adapter that is dropped until it
+        leaves. Raises as ``ModelSlice.load_adapter``; the adapters that were loaded before then stay.
+        """
+        part = self._require_loaded()
+        more = {
+            key: part.load_adapter(Path(ref.path), ref.fingerprint)
+            for key, ref in wanted.items()
+            if key not in self._adapters
+        }
+        part.use_adapter(None)
+        for key in self._adapters.keys() - wanted.keys():
+            del self._adapters[key]
+        self._adapters |= more
         mx.clear_cache()
 
     def new_caches(self) -> SequenceCaches:
         """Create empty caches for one sequence."""
         return self._require_loaded().new_caches()
 
-    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches) -> None:
-        """Keep a prefix whose caches were read from a disk, between two frames."""
-        self._table.add_prefix(prefix, tokens, caches)
+    def add_prefix(self, prefix: int, tokens: tuple[int, ...], caches: SequenceCaches, adapter: str) -> None:
+        """Keep a prefix whose caches were read from a disk, between two frames. ``adapter`` is its adapter's key."""
+        self._table.add_prefix(prefix, tokens, caches, adapter)
 
     def step(self, frame: Frame) -> Frame:
         """Apply the frame's edits in order, compute its step, and return the frame for the next stage.
@@ -261,6 +291,8 @@ class Stage:
                 raise BadFrame(f"the step starts at token {step.start} of sequence {live.id}, not {len(live.tokens)}")
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
                 raise BadFrame(f"sequence {live.id} would grow past the {self.spec.max_context} tokens of this plan")
+            if live.adapter_key != rows[0].adapter_key:
+                raise BadFrame("the step has sequences of several adapters")
         return rows
 
     def _run(
@@ -269,6 +301,7 @@ class Stage:
         for live in rows:
             self._table.mark_guesses(live, step)
         caches = self._table.gather(lane, step.sequences)
+        part.use_adapter(rows[0].adapter)
         outgoing = part.run(mx.array(step.tokens), caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
             live.feed(tokens)

@@ -28,7 +28,7 @@ _BLOB: Final = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 def read_weight_versions(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
     """Return each file's edition. A partial checkpoint may lack most bytes, so its record has the editions."""
     shards = list(shards)
-    recorded = _read_recorded(folder)
+    recorded = read_recorded_versions(folder)
     step = 1 + sum(len(shard.tensors) for shard in shards) // MAX_SAMPLED_TENSORS
     return {
         shard.file: recorded.get(shard.file)
@@ -38,7 +38,7 @@ def read_weight_versions(folder: Path, shards: Iterable[Shard]) -> dict[str, str
     }
 
 
-def _read_recorded(folder: Path) -> Mapping[str, str]:
+def read_recorded_versions(folder: Path) -> Mapping[str, str]:
     """Read the editions in a partial checkpoint's record; none if it is damaged, since its own reader rejects it."""
     try:
         record = json.loads((folder / RECORDS / ORIGIN).read_bytes())

@@ -10,7 +10,7 @@ from cluster.core.limits import MAX_EDITS, MAX_JOINED_BYTES, MAX_JOINED_ELEMENTS
 MAX_PENDING_EDITS = MAX_EDITS // 2
 """Maximum pending edits for the next frame. The edits that come with its step need far less than the other half."""
 
-_JOIN_VALUES = 24
+_JOIN_VALUES = 25
 """Values of a join without biases, on the wire."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Drop, Edit, Join, Leave, Mark, Persist, Restore, Save, Trim, Unmark
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MARKER_TOKENS
@@ -25,7 +26,8 @@ _CODES = {kind: code for code, (kind, _) in _PLAIN.items()}
 def pack_edit(edit: Edit) -> list[Any]:
     """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
-        return [_JOIN, edit.sequence, edit.prompt_length, _pack_sampling(edit.sampling), edit.look_ahead, edit.noise]
+        sampling = _pack_sampling(edit.sampling)
+        return [_JOIN, edit.sequence, edit.prompt_length, sampling, edit.look_ahead, edit.noise, edit.adapter]
     if isinstance(edit, Persist):
         return [_PERSIST, edit.prefix, edit.owner, edit.adapter]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
@@ -36,16 +38,23 @@ def unpack_edit(value: Any) -> Edit:
     if type(value) is not list or not value or type(value[0]) is not int:
         raise BadFrame("a frame's edit is not a list that starts with an integer code")
     if value[0] == _JOIN:
-        f = Fields(value, "join", 6)
-        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4), f.count(5))
+        f = Fields(value, "join", 7)
+        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4), f.count(5), _unpack_adapter(f, 6))
     if value[0] == _PERSIST:
         f = Fields(value, "persist", 4)
-        return Persist(f.count(1), f.text(2), f.text(3))
+        return Persist(f.count(1), f.text(2), _unpack_adapter(f, 3))
     if value[0] not in _PLAIN:
         raise BadFrame(f"a frame's edit has the unknown code {value[0]}")
     kind, count = _PLAIN[value[0]]
     f = Fields(value, "edit", 1 + count)
     return kind(*(f.count(i) for i in range(1, 1 + count)))
+
+
+def _unpack_adapter(f: Fields, i: int) -> str:
+    key = f.text(i)
+    if len(key) > MAX_ADAPTER_KEY_CHARS:
+        raise BadFrame(f"a frame names an adapter with {len(key)} characters; the limit is {MAX_ADAPTER_KEY_CHARS}")
+    return key
 
 
 def _pack_sampling(p: SamplingParams) -> list[Any]:

@@ -176,7 +176,7 @@ class PrefixDisk:
         builder = self._on_mlx(order, lambda: CacheBuilder(opened.stage.new_caches()))
         for leaf in opened.leaves:
             self._read_leaf(files, path, leaf, order, builder)
-        self._on_mlx(order, lambda: opened.stage.add_prefix(order.prefix, tokens, builder.caches))
+        self._on_mlx(order, lambda: opened.stage.add_prefix(order.prefix, tokens, builder.caches, order.adapter))
         files.touch(path)
 
     def _read_leaf(

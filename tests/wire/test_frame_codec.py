@@ -72,7 +72,7 @@ samplings = st.builds(
     grammar=st.none() | grammars,
 )
 edits = st.one_of(
-    st.builds(Join, counts, counts, samplings, st.booleans(), counts),
+    st.builds(Join, counts, counts, samplings, st.booleans(), counts, st.text(max_size=9)),
     st.builds(Leave, counts),
     st.builds(Trim, counts, counts),
     st.builds(Save, counts, counts),
@@ -210,6 +210,10 @@ def _scored(value: object) -> list[object]:
         ([1, 0, 0, 0, [], None, [], [], [], None, [], False, None, False], "layout version 1"),
         ([VERSION, -1, 0, 0, [], None, [], [], [], None, [], False, None, False], "whole number"),
         ([VERSION, 0, 0, 0, [[9, 1]], None, [], [], [], None, [], False, None, False], "unknown code 9"),
+        (
+            [VERSION, 0, 0, 0, [[8, 1, "o", "a" * 130]], None, [], [], [], None, [], False, None, False],
+            "130 characters",
+        ),
         (_header([7, [1], 1, b"\0\0\0\0", None, 0, None, 1]), "unknown kind 7"),
         (
             [
