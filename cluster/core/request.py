@@ -202,7 +202,8 @@ class Request:
     ``prediction`` holds the tokens that the client expects of the answer; they save time and change no token. Without
     ``speculate`` no token of the answer is guessed before it is sampled.
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
-    no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``.
+    no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``. ``adapter`` is the key of
+    the adapter that answers, "" for the model alone.
     """
 
     id: str
@@ -222,6 +223,7 @@ class Request:
     prompt_logprobs: int | None = None
     prediction: tuple[int, ...] = ()
     speculate: bool = True
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

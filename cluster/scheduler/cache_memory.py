@@ -15,6 +15,8 @@ from cluster.scheduler.sequence import ScheduledSequence
 class CacheMemory:
     """The memory of one epoch's stages. It counts whatever the other objects hold.
 
+    ``taken`` are the bytes per stage that adapters have taken since the epoch began; below 0 if they were removed.
+
     ``reading`` returns the bytes per stage of the prefixes that are being read from disks.
     """
 
@@ -26,33 +28,39 @@ class CacheMemory:
         prefixes: Prefixes,
         reading: Callable[[], Cost],
     ) -> None:
-        self._capacity, self._lanes, self._flights, self._prefixes = capacity, lanes, flights, prefixes
+        self._capacity, self._lanes, self._flights, self.prefixes = capacity, lanes, flights, prefixes
         self._reading = reading
+        self.taken: Cost = (0,) * len(capacity.budget)
 
     @property
     def reserved(self) -> Cost:
         """Worst-case bytes of the live sequences' caches, per stage."""
-        return self.cost(self._lanes.members)
+        return tuple(c - t for c, t in zip(self.cost(self._lanes.members), self.taken, strict=True))
+
+    def never_fits(self, tokens: int) -> str:
+        """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can."""
+        return self._capacity.never_fits(tokens, self.taken)
 
     def cost(self, members: list[list[ScheduledSequence]]) -> Cost:
-        """Return the worst-case bytes of lanes with these members, of the sequences that are leaving, and of reads."""
+        """Return the worst-case bytes of lanes with these members, of leaving sequences, of reads, and of adapters."""
         lanes = [*members, *([s] for s in self._flights.leaving)]
         costs = [lane_cost([s.reserved for s in lane], self._capacity.cost_of) for lane in lanes if lane]
         costs += [self._guess_mark_cost(s, s.guess_marks) for lane in lanes for s in lane if s.guess_marks]
-        return total((*costs, self._reading()), len(self._capacity.budget))
+        return total((*costs, self._reading(), self.taken), len(self._capacity.budget))
 
     def beside_prefixes(self) -> Cost:
         """Return the bytes that kept prefixes and marks leave for live sequences, per stage."""
-        return tuple(b - p for b, p in zip(self._capacity.budget, self._prefixes.used, strict=True))
+        return tuple(b - p for b, p in zip(self._capacity.budget, self.prefixes.used, strict=True))
 
     def beside_sequences(self) -> Cost:
         """Return the bytes that live sequences leave for prefixes and marks, per stage."""
-        return tuple(b - r for b, r in zip(self._capacity.budget, self.reserved, strict=True))
+        used = self.cost(self._lanes.members)
+        return tuple(b - u for b, u in zip(self._capacity.budget, used, strict=True))
 
     def has_room_for_marks(self, sequence: ScheduledSequence, count: int) -> bool:
         """Return whether ``count`` marks for guesses of a sequence fit beside all that is kept and reserved."""
         more = self._guess_mark_cost(sequence, count - sequence.guess_marks)
-        return fits(total((self.reserved, more), len(more)), self.beside_prefixes())
+        return fits(total((self.cost(self._lanes.members), more), len(more)), self.beside_prefixes())
 
     def _guess_mark_cost(self, sequence: ScheduledSequence, count: int) -> Cost:
         mark_cost_of = self._capacity.mark_cost_of

@@ -39,9 +39,13 @@ class Capacity:
     queue: int = MAX_QUEUE
     verify_costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
-    def never_fits(self, tokens: int) -> str:
-        """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can."""
-        for stage, (cost, budget) in enumerate(zip(self.cost_of(tokens), self.budget, strict=True)):
+    def never_fits(self, tokens: int, taken: Cost = ()) -> str:
+        """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can.
+
+        ``taken`` are bytes of each stage's budget that are used for other things; () for none.
+        """
+        budgets = [b - t for b, t in zip(self.budget, taken or (0,) * len(self.budget), strict=True)]
+        for stage, (cost, budget) in enumerate(zip(self.cost_of(tokens), budgets, strict=True)):
             if cost > budget:
                 return (
                     f"{tokens} tokens of prompt and answer need {cost / GIB:.3g} GiB of KV cache on stage {stage}, "

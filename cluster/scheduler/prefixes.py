@@ -200,6 +200,10 @@ class Prefixes:
         saved = [(entry, kept.source) for entry, kept in self._kept.items() if kept.source.sequence in sources]
         return [self._drop(entry) for entry, source in saved if source.frame > frame]
 
+    def forget_adapter(self, adapter: str) -> list[int]:
+        """Drop the prefixes of an adapter, whoever owns them. Return the dropped ids."""
+        return [self._drop(entry) for entry in [e for e, k in self._kept.items() if k.owner.adapter == adapter]]
+
     def discard(self, entries: Iterable[int]) -> list[int]:
         """Drop those of ``entries`` that are still kept. Return their ids."""
         return [self._drop(entry) for entry in entries if entry in self._kept]

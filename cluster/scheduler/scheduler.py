@@ -26,6 +26,7 @@ from math import inf
 from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, RequestNotFound
 from cluster.core.frames import Compute, Drop, Frame, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.request import FinishReason, Grammar, Request
+from cluster.scheduler.adapter_memory import AdapterMemory
 from cluster.scheduler.cache_memory import CacheMemory
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
@@ -85,6 +86,7 @@ class Scheduler:
             epoch, disk, self.disk_use, capacity, self._prefixes, self._prefill_budget, self._edits,
             self._memory.beside_sequences, self._join, self._admit,
         )  # fmt: skip
+        self.adapters = AdapterMemory(self._memory, self._edits, self._by_request, self._admit)
 
     # Queries
 
@@ -147,7 +149,7 @@ class Scheduler:
                 raise InvalidRequest(
                     f"a request with the id {request.id} is already live; choose another id", field="request_id"
                 )
-            if why := self._capacity.never_fits(len(request.prompt) + request.max_tokens):
+            if why := self._memory.never_fits(len(request.prompt) + request.max_tokens):
                 raise PromptTooLong(why, field="max_tokens")
         displaced = self._waiting.make_room(requests[0].client, len(requests))
         for sequence in displaced:
@@ -431,9 +433,7 @@ class Scheduler:
         Raise ``BadFrame`` for one that has no grammar.
         """
         answered = {*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)}
-        for sequence in live:
-            if sequence.id in answered:
-                continue
+        for sequence in [s for s in live if s.id not in answered]:
             if sequence.request.sampling.grammar is None:
                 raise BadFrame(
                     f"invalid frame {frame.number} of epoch {frame.epoch}: no answer for sequence {sequence.id}"

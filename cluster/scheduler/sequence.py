@@ -187,7 +187,7 @@ class ScheduledSequence:
     @property
     def owner(self) -> Owner:
         """The owner of the prefixes that it may start from, and of those saved from it."""
-        return Owner(self.request.client)
+        return Owner(self.request.client, self.request.adapter)
 
     @property
     def produced(self) -> int:

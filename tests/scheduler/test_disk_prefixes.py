@@ -21,8 +21,10 @@ KEPT = 1024
 HIT, MISS, LATE = ReadOutcome.HIT, ReadOutcome.MISS, ReadOutcome.LATE
 
 
-def names(tokens: tuple[int, ...], *lengths: int, client: str = "a") -> tuple[tuple[int, bytes], ...]:
-    return tuple(node_ids(EDITION, owner_key(client), "", tokens, lengths))
+def names(
+    tokens: tuple[int, ...], *lengths: int, client: str = "a", adapter: str = ""
+) -> tuple[tuple[int, bytes], ...]:
+    return tuple(node_ids(EDITION, owner_key(client), adapter, tokens, lengths))
 
 
 class Ring:
@@ -39,8 +41,9 @@ class Ring:
         self.edits: list[object] = []
         self.prefilled = 0
 
-    def submit(self, name: str, prompt: tuple[int, ...], client: str = "a") -> list[DiskRead]:
-        self.scheduler.submit(Request(name, prompt, SamplingParams(), 3, client=client, ignore_eos=True))
+    def submit(self, name: str, prompt: tuple[int, ...], client: str = "a", adapter: str = "") -> list[DiskRead]:
+        asked = Request(name, prompt, SamplingParams(), 3, client=client, ignore_eos=True, adapter=adapter)
+        self.scheduler.submit(asked)
         self.answers[name] = []
         return self.send()
 
@@ -98,6 +101,18 @@ def test_a_read_that_fails_costs_nothing_but_its_time(outcome: ReadOutcome) -> N
     assert ring.scheduler.disk_use.reads == {outcome: 1}
     ring.scheduler.disk.finish(order, HIT, 0.01)
     assert ring.scheduler.disk.reserved == (0, 0)
+
+
+def test_beginnings_on_disk_are_those_of_one_adapter() -> None:
+    ring = Ring(*names(PROMPT, KEPT, adapter="legal@1"))
+    assert ring.submit("base", PROMPT) == []
+    assert ring.submit("other", PROMPT, adapter="legal@2") == []
+    ring.run()
+    (order,) = ring.submit("same", PROMPT, adapter="legal@1")
+    assert (order.length, order.adapter) == (KEPT, "legal@1")
+    ring.finish(order, HIT)
+    ring.run()
+    assert {e.adapter for e in ring.edits if isinstance(e, Persist)} == {"", "legal@1", "legal@2"}
 
 
 def test_those_with_one_beginning_wait_for_one_read_and_others_go_on() -> None:

@@ -658,3 +658,42 @@ def test_who_had_a_lane_goes_before_who_waited_and_what_can_never_fit_is_told() 
     scheduler.end("waiting")
     scheduler.end("late")
     assert not scheduler.sequences
+
+
+def test_prefixes_and_lanes_are_kept_apart_by_adapter() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=2, prefixes=1000), frozenset()), Stages()
+    for adapter in ("", "a@1", "a@2"):
+        scheduler.submit(request(f"first {adapter}", prompt=40, max_tokens=2, adapter=adapter))
+    stages.take(scheduler.next_frames(0.0))
+    assert len({s.lane for s in scheduler.sequences}) == 3
+    joins = [e for f in stages.frames for e in f.edits if isinstance(e, Join)]
+    assert [j.adapter for j in joins] == ["", "a@1", "a@2"]
+    run_dry(scheduler, stages)
+    scheduler.submit(request("again", prompt=40, max_tokens=2, adapter="a@1"))
+    scheduler.submit(request("new", prompt=40, max_tokens=2, adapter="a@3"))
+    run_dry_cached = {s.request.id: s.cached for s in scheduler.sequences}
+    assert run_dry_cached == {"again": 39, "new": 0}
+    run_dry(scheduler, stages)
+    kept = len(scheduler.prefixes)
+    scheduler.adapters.forget("a@1")
+    assert len(scheduler.prefixes) == kept - 1
+    run_dry(scheduler, stages)
+    assert len(stages.prefixes) == kept - 1
+
+
+def test_memory_for_adapters_is_taken_from_what_caches_may_use() -> None:
+    scheduler, stages = Scheduler(1, capacity(lanes=1, rows=2, budget=100, prefixes=90), frozenset()), Stages()
+    scheduler.submit(request("a", prompt=50, max_tokens=10))
+    run_dry(scheduler, stages)
+    assert len(stages.prefixes) == 1
+    scheduler.submit(request("b", prompt=(9,) * 30, max_tokens=10))
+    assert not scheduler.adapters.take((61, 0))  # b needs 40 of 100
+    assert scheduler.adapters.take((50, 10))
+    assert scheduler.reserved == (40, 80)
+    with pytest.raises(PromptTooLong, match="stage 0"):
+        scheduler.submit(request("c", prompt=50, max_tokens=10))
+    run_dry(scheduler, stages)
+    assert scheduler.prefixes.used[0] <= 50
+    assert scheduler.adapters.take((0, 0))
+    scheduler.submit(request("c", prompt=50, max_tokens=10))
+    assert len(run_dry(scheduler, stages)["c"]) == 10
